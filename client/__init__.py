@@ -1,0 +1,1 @@
+"""What runs beside private data; only updates and agreed counts leave it."""

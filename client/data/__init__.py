@@ -1,0 +1,1 @@
+"""A site's own rows: read, check, split, tokenise."""

@@ -1,0 +1,71 @@
+"""The error tree: every failure that a user or a peer can cause, with its exit code."""
+
+
+class SilotuneError(Exception):
+    """Root of the tree.
+
+    The message is one line that names the file, row, key or site and the remedy. It never holds data, tensor
+    values, prompts or keys.
+
+    Attributes:
+        exit_code: What a command returns to the shell.
+        is_retryable: Whether the same call may succeed later without a change.
+    """
+
+    exit_code = 1
+    is_retryable = False
+
+
+class ConfigError(SilotuneError):
+    """A file, key, type or combination of settings is wrong."""
+
+    exit_code = 2
+
+
+class DataError(SilotuneError):
+    """Local data are missing or unusable."""
+
+    exit_code = 3
+
+
+class ModelError(SilotuneError):
+    """The base model or the adapter does not fit: shapes, names, hashes, precision, non-finite values."""
+
+    exit_code = 4
+
+
+class PrivacyError(SilotuneError):
+    """A privacy rule refuses."""
+
+    exit_code = 5
+
+
+class ProtocolError(SilotuneError):
+    """A peer did not keep to the protocol."""
+
+    exit_code = 6
+
+
+class WireError(ProtocolError):
+    """Bytes that are not a valid frame: version, length, hash, header or tensors."""
+
+
+class TooFewSitesError(ProtocolError):
+    """Fewer valid updates than `federation.min_sites` arrived before the deadline."""
+
+
+class RemoteError(ProtocolError):
+    """A peer refused or failed; it told a code and a reference, nothing else."""
+
+
+class TransportError(SilotuneError):
+    """The network, a socket or a process at the other end is not there."""
+
+    exit_code = 7
+    is_retryable = True
+
+
+class StorageError(SilotuneError):
+    """A result could not be written: full disk, missing permission."""
+
+    exit_code = 8
