@@ -1,0 +1,165 @@
+"""An adapter as named tensors, its shape list, and strict safetensors bytes."""
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from common import wire
+from common.errors import ModelError, WireError
+from common.records import TensorSpec
+
+Tensors = Mapping[str, Tensor]
+WireDtype = Literal["float32", "bfloat16"]
+
+MAX_HEADER_BYTES: Final = 1 << 20
+_CODES: Final = {"float32": "F32", "bfloat16": "BF16"}
+_TORCH: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_SIZES: Final = {"float32": 4, "bfloat16": 2}
+
+
+def specs(tensors: Tensors) -> tuple[TensorSpec, ...]:
+    """Names and shapes, sorted by name."""
+    return tuple(TensorSpec(name, tuple(tensors[name].shape)) for name in sorted(tensors))
+
+
+def num_parameters(tensor_specs: Sequence[TensorSpec]) -> int:
+    """Number of values in all tensors."""
+    return sum(torch.Size(spec.shape).numel() for spec in tensor_specs)
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters under the names that peft saves them by."""
+    return {
+        name.replace(".default.", "."): parameter
+        for name, parameter in sorted(model.named_parameters())
+        if parameter.requires_grad
+    }
+
+
+def read(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the adapter in a model, float32 on the CPU."""
+    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in parameters(model).items()}
+
+
+@torch.no_grad()
+def write(model: nn.Module, tensors: Tensors) -> None:
+    """Put an adapter into a model.
+
+    Raises:
+        ModelError: Names or shapes differ from the model's adapter.
+    """
+    own = parameters(model)
+    check_specs(specs(tensors), specs(own))
+    for name, parameter in own.items():
+        parameter.copy_(tensors[name])
+
+
+def check_specs(found: Sequence[TensorSpec], expected: Sequence[TensorSpec]) -> None:
+    """Refuse an adapter whose names or shapes differ.
+
+    Raises:
+        ModelError: Names the first tensor that differs.
+    """
+    difference = sorted(set(found) ^ set(expected), key=lambda spec: spec.name)
+    if difference:
+        name = difference[0].name
+        shapes = [dict((spec.name, spec.shape) for spec in side).get(name, "absent") for side in (found, expected)]
+        raise ModelError(f"adapter tensor {name}: found {shapes[0]}, expected {shapes[1]}; {len(difference)} differ")
+
+
+def check_finite(tensors: Tensors, *, what: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        ModelError: Names the first tensor.
+    """
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{what}: tensor {name} holds NaN or infinity; lower training.learning_rate")
+
+
+def encode(tensors: Tensors, *, dtype: WireDtype) -> bytes:
+    """Tensors to safetensors bytes, rounded to `dtype`."""
+    rounded = {name: tensors[name].to(_TORCH[dtype]).contiguous() for name in sorted(tensors)}
+    return safetensors.torch.save(rounded)
+
+
+def encoded_size(tensor_specs: Sequence[TensorSpec], *, dtype: WireDtype) -> int:
+    """Exact bytes of the tensors' values, header excluded."""
+    return num_parameters(tensor_specs) * _SIZES[dtype]
+
+
+def decode(data: bytes, tensor_specs: Sequence[TensorSpec], *, dtype: WireDtype) -> dict[str, Tensor]:
+    """Safetensors bytes to float32 tensors, after the header was found to say exactly what is expected.
+
+    Args:
+        data: What arrived.
+        tensor_specs: Names and shapes that must be there, no more and no less.
+        dtype: The dtype that every tensor must have.
+
+    Raises:
+        WireError: Header too large or not strict JSON; gaps, overlaps or trailing bytes; another dtype.
+        ModelError: Names or shapes differ, or a value is not finite.
+    """
+    header = _parse_header(data)
+    check_specs([TensorSpec(name, _shape(entry)) for name, entry in header.items()], tensor_specs)
+    _check_layout(header, num_bytes=len(data) - 8 - _header_size(data), dtype=dtype)
+    tensors = {name: tensor.to(torch.float32) for name, tensor in safetensors.torch.load(data).items()}
+    check_finite(tensors, what="received adapter")
+    return tensors
+
+
+def _header_size(data: bytes) -> int:
+    """Declared size of the safetensors header, checked against the data and the limit."""
+    if len(data) < 8:
+        raise WireError(f"adapter of {len(data)} bytes is too short for safetensors")
+    size = int(struct.unpack_from("<Q", data)[0])
+    if size > min(MAX_HEADER_BYTES, len(data) - 8):
+        raise WireError(f"safetensors header declares {size} bytes; the limit is {MAX_HEADER_BYTES}")
+    return size
+
+
+def _parse_header(data: bytes) -> dict[str, dict[str, Any]]:
+    """The header: an object of objects with exactly dtype, shape and data_offsets."""
+    try:
+        header = json.loads(data[8 : 8 + _header_size(data)], object_pairs_hook=wire.unique_pairs)
+    except (ValueError, RecursionError) as error:
+        raise WireError("safetensors header is not strict JSON") from error
+    if not isinstance(header, dict):
+        raise WireError("safetensors header is not an object")
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise WireError(f"safetensors entry '{name[:200]}' does not have exactly dtype, shape and data_offsets")
+    return header
+
+
+def _shape(entry: dict[str, Any]) -> tuple[int, ...]:
+    """A shape of plain integers."""
+    if not _is_integers(entry["shape"]):
+        raise WireError("safetensors shape is not a list of integers")
+    return tuple(entry["shape"])
+
+
+def _is_integers(value: object) -> bool:
+    """Whether a JSON value is a list of integers of at least 0."""
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _check_layout(header: dict[str, dict[str, Any]], *, num_bytes: int, dtype: WireDtype) -> None:
+    """Tensors must lie one after the other, each of its shape's size, from the first to the last byte."""
+    end = 0
+    offsets = [entry["data_offsets"] for entry in header.values()]
+    if not all(_is_integers(pair) and len(pair) == 2 for pair in offsets):
+        raise WireError("safetensors data_offsets is not a pair of integers")
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        size = torch.Size(entry["shape"]).numel() * _SIZES[dtype]
+        if entry["dtype"] != _CODES[dtype] or entry["data_offsets"] != [end, end + size]:
+            raise WireError(f"safetensors entry '{name[:200]}' is not {size} bytes of {dtype} at offset {end}")
+        end += size
+    if end != num_bytes:
+        raise WireError(f"safetensors body has {num_bytes} bytes; its tensors have {end}")

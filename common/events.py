@@ -1,0 +1,74 @@
+"""The run's truth: an append-only `events.jsonl` from which terminal, report and dashboard are drawn."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.errors import DataError
+from common.storage import storage_error
+
+Event = dict[str, Any]
+
+
+@dataclass
+class EventLog:
+    """Appends events to a file and tells listeners.
+
+    Attributes:
+        path: The file; created with its folder by the first event.
+        listeners: Called with every event after it is on disk.
+        clock: Seconds since the epoch.
+    """
+
+    path: Path
+    listeners: list[Callable[[Event], None]] = field(default_factory=list)
+    clock: Callable[[], float] = time.time
+
+    def append(self, kind: str, **fields: Any) -> Event:
+        """Write one event: `kind`, `time` (seconds since the epoch) and the fields given.
+
+        Raises:
+            StorageError: The line could not be written.
+        """
+        event: Event = {"kind": kind, "time": round(self.clock(), 3), **fields}
+        line = json.dumps(event, ensure_ascii=False, allow_nan=False)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise storage_error(self.path, error) from error
+        for listener in self.listeners:
+            listener(event)
+        return event
+
+
+def read(path: Path) -> list[Event]:
+    """All whole lines of an event file; a last line cut by a crash is left out.
+
+    Raises:
+        DataError: The file is missing, or a line before the last is not an event.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no events here; is this a run folder?")
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise DataError(f"{path}: a line is not a JSON event") from error
+
+
+def follow(path: Path, *, is_over: Callable[[], bool], poll_s: float = 0.2) -> Iterator[Event]:
+    """Events as they arrive, until `run_finished`, `run_failed`, or `is_over()` with nothing left to read."""
+    num_seen = 0
+    while True:
+        ended = is_over()
+        fresh = read(path)[num_seen:] if path.is_file() else []
+        num_seen += len(fresh)
+        yield from fresh
+        if ended or any(event["kind"] in ("run_finished", "run_failed") for event in fresh):
+            return
+        time.sleep(poll_s)

@@ -1,0 +1,118 @@
+"""What crosses a boundary, as frozen dataclasses with a strict way in."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from common.errors import WireError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One trainable tensor of the adapter: name as peft saves it, and shape. Values are float32."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What the server asks of a site in one round; `evaluate` requests use it too.
+
+    Attributes:
+        run_sha256: Hash of the manifest that the site opened.
+        round_index: From 0; the global adapter that comes along is the state before this round.
+        generate: For `evaluate`: also answer held-out rows greedily and count exact matches.
+    """
+
+    run_sha256: str
+    round_index: int
+    generate: bool = False
+
+
+@dataclass(frozen=True)
+class UpdateHead:
+    """What a site tells about its local training; the delta travels in the body.
+
+    Attributes:
+        site: The site's name.
+        run_sha256: Of the run it answers.
+        round_index: Of the round it answers.
+        num_examples: Rows in the site's training set: the weight of its update.
+        num_steps: Optimiser steps done.
+        num_tokens: Tokens seen, padding excluded.
+        train_loss: Mean negative log-likelihood per answer token over the round, nats.
+        seconds: Wall time of the local training.
+    """
+
+    site: str
+    run_sha256: str
+    round_index: int
+    num_examples: int
+    num_steps: int
+    num_tokens: int
+    train_loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SiteMetrics:
+    """A site's held-out figures for the global adapter that it was sent.
+
+    Attributes:
+        nll_sum: Sum of negative log-likelihood over answer tokens, nats.
+        num_answer_tokens: Tokens in that sum.
+        num_rows: Held-out rows scored.
+        num_generated: Rows answered greedily; 0 if not asked.
+        num_exact: Of these, equal to the reference after stripping white space.
+    """
+
+    site: str
+    run_sha256: str
+    round_index: int
+    nll_sum: float
+    num_answer_tokens: int
+    num_rows: int
+    num_generated: int
+    num_exact: int
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood per answer token, nats."""
+        return self.nll_sum / self.num_answer_tokens
+
+
+def to_head(record: Any) -> dict[str, Any]:
+    """A record as a frame head."""
+    return dataclasses.asdict(record)
+
+
+def from_head(kind: type[T], head: dict[str, Any]) -> T:
+    """A frame head as a record: exactly its fields, of exactly their types, finite and not negative.
+
+    Raises:
+        WireError: A field is missing, unknown, of another type, negative or not finite.
+    """
+    fields = {f.name: f.type for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if head.keys() != fields.keys():
+        wrong = sorted(head.keys() ^ fields.keys())
+        raise WireError(f"{kind.__name__} has missing or unknown fields: {', '.join(wrong)[:200]}")
+    for name, expected in fields.items():
+        _check_scalar(name, head[name], expected)
+    return kind(**head)
+
+
+def _check_scalar(name: str, value: object, expected: Any) -> None:
+    """One field: exact type (bool is not int), text of bounded length, numbers finite and at least 0."""
+    if expected is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected:
+        raise WireError(f"field {name} is {type(value).__name__}, expected {expected.__name__}")
+    if isinstance(value, str) and len(value) > 256:
+        raise WireError(f"field {name} has {len(value)} characters; the limit is 256")
+    if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
+        raise WireError(f"field {name} is negative or not finite")

@@ -1,0 +1,131 @@
+"""Frames: the only bytes that cross between server and site; version, lengths and hash checked, never pickle.
+
+Layout, little-endian: magic `SILO` (4) | version (u16) | head length (u32) | body length (u64) | head | body | SHA-256 of all
+that precedes (32). The head is canonical JSON, an object with a `kind`; the body is raw bytes.
+"""
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from common.errors import RemoteError, WireError
+
+MAGIC: Final = b"SILO"
+VERSION: Final = 1
+MAX_HEAD_BYTES: Final = 1 << 20
+_PREFIX: Final = struct.Struct("<4sHIQ")
+_DIGEST_BYTES: Final = 32
+OVERHEAD_BYTES: Final = _PREFIX.size + _DIGEST_BYTES
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One message.
+
+    Attributes:
+        kind: What it is: `open`, `train`, `evaluate`, `opened`, `update`, `metrics` or `refused`.
+        head: Small named values; JSON scalars, lists and objects.
+        body: Tensors as safetensors bytes, a manifest, or nothing.
+    """
+
+    kind: str
+    head: dict[str, Any] = field(default_factory=dict)
+    body: bytes = b""
+
+
+def canonical_json(value: object) -> bytes:
+    """JSON with sorted keys and no spaces: the same value gives the same bytes.
+
+    Raises:
+        ValueError: A number is not finite.
+
+    Example:
+        >>> canonical_json({"b": 1, "a": "é"})
+        b'{"a":"\\xc3\\xa9","b":1}'
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def pack(frame: Frame) -> bytes:
+    """Frame to bytes."""
+    head = canonical_json({"kind": frame.kind, **frame.head})
+    framed = b"".join((_PREFIX.pack(MAGIC, VERSION, len(head), len(frame.body)), head, frame.body))
+    return framed + hashlib.sha256(framed).digest()
+
+
+def unpack(data: bytes, *, max_body_bytes: int) -> Frame:
+    """Bytes to frame; nothing is parsed before lengths and hash are right.
+
+    Args:
+        data: What arrived.
+        max_body_bytes: Largest body that the reader accepts.
+
+    Raises:
+        WireError: Wrong magic, version, length or hash; head that is not an object with a `kind`; body too large.
+    """
+    head_bytes, body = _split(data, max_body_bytes=max_body_bytes)
+    head = _parse_head(head_bytes)
+    kind = head.pop("kind", None)
+    if not isinstance(kind, str):
+        raise WireError("frame head has no 'kind'")
+    return Frame(kind, head, body)
+
+
+def expect(data: bytes, kind: str, *, max_body_bytes: int) -> Frame:
+    """Unpack an answer that must be of one kind.
+
+    Raises:
+        RemoteError: The peer refused.
+        WireError: The frame is malformed or of another kind.
+    """
+    frame = unpack(data, max_body_bytes=max_body_bytes)
+    if frame.kind == "refused":
+        code, reference = (str(frame.head.get(key, ""))[:64] for key in ("code", "reference"))
+        raise RemoteError(f"refused with {code}; the site's log has the reason under reference {reference}")
+    if frame.kind != kind:
+        raise WireError(f"frame is of kind '{frame.kind[:64]}', expected '{kind}'")
+    return frame
+
+
+def _split(data: bytes, *, max_body_bytes: int) -> tuple[bytes, bytes]:
+    """Head and body after all checks of the envelope."""
+    if len(data) < OVERHEAD_BYTES:
+        raise WireError(f"frame of {len(data)} bytes is shorter than its envelope of {OVERHEAD_BYTES}")
+    magic, version, head_size, body_size = _PREFIX.unpack_from(data)
+    if magic != MAGIC or version != VERSION:
+        raise WireError(f"not a silotune frame of version {VERSION}; both ends need the same silotune release")
+    if head_size > MAX_HEAD_BYTES or body_size > max_body_bytes:
+        raise WireError(f"frame declares {head_size} + {body_size} bytes; limits are {MAX_HEAD_BYTES} + {max_body_bytes}")
+    if len(data) != OVERHEAD_BYTES + head_size + body_size:
+        raise WireError(f"frame of {len(data)} bytes declares {OVERHEAD_BYTES + head_size + body_size}")
+    end = len(data) - _DIGEST_BYTES
+    if hashlib.sha256(memoryview(data)[:end]).digest() != data[end:]:
+        raise WireError("frame hash does not match its bytes")
+    return data[_PREFIX.size : _PREFIX.size + head_size], data[_PREFIX.size + head_size : end]
+
+
+def _parse_head(head_bytes: bytes) -> dict[str, Any]:
+    """The head as an object without duplicate keys."""
+    try:
+        head = json.loads(head_bytes, object_pairs_hook=unique_pairs, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise WireError("frame head is not strict JSON") from error
+    if not isinstance(head, dict):
+        raise WireError("frame head is not a JSON object")
+    return head
+
+
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`object_pairs_hook` that refuses duplicate keys with ValueError."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("duplicate key")
+    return result
+
+
+def _refuse_constant(name: str) -> float:
+    """JSON has no NaN or Infinity; Python's parser would accept them."""
+    raise ValueError(name)
