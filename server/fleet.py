@@ -1,0 +1,63 @@
+"""What the round loop needs of a network: who is there, send a frame, take the replies that have come."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back for one ticket.
+
+    Attributes:
+        ticket: As `Fleet.send` returned it.
+        frame: The answer's bytes, unread; None if the node or the link failed.
+        failure: A short code for why there is no frame, from a closed list of ours; empty if there is one.
+    """
+
+    ticket: str
+    frame: bytes | None
+    failure: str
+
+
+class Fleet(Protocol):
+    """The nodes of one run, as the round loop sees them."""
+
+    def node_ids(self) -> list[int]:
+        """Tell which nodes are connected now.
+
+        Returns:
+            Their ids, ascending.
+
+        Raises:
+            TransportError: The link did not answer.
+        """
+
+    def send(self, node_id: int, frame: bytes, *, kind: str, ttl_s: float) -> str:
+        """Hand one frame to the link for one node; returns at once.
+
+        Args:
+            node_id: One of `node_ids()`.
+            frame: Opaque bytes.
+            kind: The frame's kind, so that a courier can make the right typed call without reading the frame.
+            ttl_s: How long the frame and its reply stay valid.
+
+        Returns:
+            A ticket for `receive`.
+
+        Raises:
+            TransportError: The link did not take it.
+        """
+
+    def receive(self, tickets: Collection[str]) -> Iterator[Reply]:
+        """Take the replies that are there, one at a time; never waits for a node.
+
+        Args:
+            tickets: Those still without a reply, asked in this order. A ticket gives at most one reply.
+
+        Returns:
+            Replies one by one, each fetched when asked for, so that memory does not grow with the number of nodes.
+
+        Raises:
+            TransportError: The link did not answer.
+        """

@@ -1,0 +1,75 @@
+"""Any Flower `Grid` as the fleet that the round loop needs."""
+
+from collections.abc import Collection, Iterator
+
+import httpx
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from common import envelope
+from common.errors import TransportError, WireError
+from server.fleet import Reply
+
+
+class GridFleet:
+    """Sends and receives frames over a Flower grid, one message at a time.
+
+    A frame of kind `train` travels as Flower message type `query.train`: the category says nothing (Flower knows only
+    train, evaluate and query), the action is the typed call that the courier makes at the agent.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def node_ids(self) -> list[int]:
+        """Tell which nodes are connected now, ascending; see `Fleet.node_ids`."""
+        try:
+            return sorted(self._grid.get_node_ids())
+        except httpx.HTTPError as error:
+            raise _link_is_away(error) from error
+
+    def send(self, node_id: int, frame: bytes, *, kind: str, ttl_s: float) -> str:
+        """Hand one frame to the link for one node; see `Fleet.send`."""
+        message = Message(_pack(frame), node_id, f"query.{kind}", ttl=ttl_s)
+        try:
+            tickets = list(self._grid.push_messages([message]))
+        except httpx.HTTPError as error:
+            raise _link_is_away(error) from error
+        if len(tickets) != 1 or not tickets[0]:
+            raise TransportError(
+                f"the link did not take a {kind} frame of {len(frame)} bytes; is the run still active?"
+            )
+        return tickets[0]
+
+    def receive(self, tickets: Collection[str]) -> Iterator[Reply]:
+        """Take the replies that are there, one at a time, in the order of the tickets; see `Fleet.receive`."""
+        for ticket in tuple(tickets):
+            for message in self._pull(ticket):
+                yield _reply(ticket, message)
+
+    def _pull(self, ticket: str) -> list[Message]:
+        """Return the reply to one ticket, if it is there."""
+        try:
+            return list(self._grid.pull_messages([ticket]))
+        except httpx.HTTPError as error:
+            raise _link_is_away(error) from error
+
+
+def _pack(frame: bytes) -> RecordDict:
+    """Wrap a frame as a message's content; Flower cuts it into pieces of 5 MiB."""
+    return RecordDict({envelope.NAME: ArrayRecord({envelope.NAME: Array(*envelope.declare(frame))})})
+
+
+def _reply(ticket: str, message: Message) -> Reply:
+    """Read one Flower message; a failure is told by our own code only."""
+    if message.has_error():
+        return Reply(ticket=ticket, frame=None, failure=envelope.failure_name(message.error.code))
+    try:
+        return Reply(ticket=ticket, frame=envelope.unpack(message.content), failure="")
+    except WireError:
+        return Reply(ticket=ticket, frame=None, failure=envelope.failure_name(envelope.BAD_CONTENT))
+
+
+def _link_is_away(error: httpx.HTTPError) -> TransportError:
+    """Translate a failed call to the SuperLink."""
+    return TransportError(f"the SuperLink did not answer ({type(error).__name__}); is it running? See its log")
