@@ -1,0 +1,160 @@
+"""The agent's door: a gRPC server on a Unix domain socket. The size limit holds before anything is parsed."""
+
+import logging
+import os
+import signal
+import socket
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import grpc
+
+from client.line import OPTIONS, pieces
+from common import wire
+from common.agent_pb2 import Chunk, HelloReply, HelloRequest
+from common.agent_pb2_grpc import AgentServicer, add_AgentServicer_to_server
+from common.errors import ConfigError
+
+MAX_CALLS: Final = 8  # at once, those that wait included
+MAX_PATH_BYTES: Final = 107  # Linux, unix(7)
+_POLL_S: Final = 0.2
+_log = logging.getLogger(__name__)
+
+
+def serve(answer: Callable[[bytes], bytes], *, socket_path: Path, max_message_bytes: int) -> grpc.Server:
+    """Open the agent's door and return; the calls run in threads.
+
+    Args:
+        answer: Takes a frame, gives a frame; never called by two threads at once.
+        socket_path: Where to listen: in a folder that nobody else may write to. Only this user may open the socket.
+        max_message_bytes: Largest frame that is taken. A longer one is refused as soon as that many bytes have come.
+
+    Returns:
+        The running server: `wait(server)` until a signal, or `server.stop(grace)`.
+
+    Raises:
+        ConfigError: The folder is missing or open to others, the path is too long or taken, or an agent listens there.
+    """
+    _check_folder(socket_path)
+    _clear(socket_path)
+    server = grpc.server(ThreadPoolExecutor(MAX_CALLS), options=OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
+    add_AgentServicer_to_server(_Door(answer, max_message_bytes=max_message_bytes), server)
+    _bind(server, socket_path)
+    server.start()
+    return server
+
+
+def wait(server: grpc.Server, *, grace_s: float = 5.0) -> None:
+    """Sleep until SIGTERM or SIGINT, then let the running call end within `grace_s` and close the door."""
+    stopped = threading.Event()
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        stopped.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    stopped.wait()
+    server.stop(grace_s).wait()
+
+
+class _Door(AgentServicer):
+    """The four calls of `common/agent.proto`."""
+
+    def __init__(self, answer: Callable[[bytes], bytes], *, max_message_bytes: int) -> None:
+        self._answer = answer
+        self._max_message_bytes = max_message_bytes
+        self._turn = threading.Lock()
+
+    def Hello(self, request: HelloRequest, context: Any) -> HelloReply:
+        """Answer at once, also while a call is worked on."""
+        return HelloReply(wire_version=wire.VERSION, is_busy=self._turn.locked())
+
+    def Open(self, request_iterator: Iterator[Chunk], context: Any) -> Iterator[Chunk]:
+        """Take a manifest."""
+        return self._exchange(request_iterator, context)
+
+    def Train(self, request_iterator: Iterator[Chunk], context: Any) -> Iterator[Chunk]:
+        """Train one round."""
+        return self._exchange(request_iterator, context)
+
+    def Evaluate(self, request_iterator: Iterator[Chunk], context: Any) -> Iterator[Chunk]:
+        """Evaluate one adapter."""
+        return self._exchange(request_iterator, context)
+
+    def _exchange(self, chunks: Iterator[Chunk], context: Any) -> Iterator[Chunk]:
+        """Wait for a turn, read within the limit, answer; so at most one frame is in memory."""
+        if not _take(self._turn, context):
+            return
+        try:
+            frame = self._answer_safely(_read(chunks, context, max_bytes=self._max_message_bytes), context)
+        finally:
+            self._turn.release()
+        yield from pieces(frame)
+
+    def _answer_safely(self, frame: bytes, context: Any) -> bytes:
+        """Call the agent; should it raise, its text stays in this process' log and only a code crosses."""
+        try:
+            return self._answer(frame)
+        except Exception:  # noqa: BLE001 - the edge of the agent's process: gRPC would send the text to the peer
+            _log.exception("the agent raised")
+        context.abort(grpc.StatusCode.INTERNAL, "agent-failed")
+        raise RuntimeError("gRPC aborts by raising")
+
+
+def _take(turn: threading.Lock, context: Any) -> bool:
+    """Wait for the lock for as long as the caller is there."""
+    while context.is_active():
+        if turn.acquire(timeout=_POLL_S):
+            return True
+    return False
+
+
+def _read(chunks: Iterator[Chunk], context: Any, *, max_bytes: int) -> bytes:
+    """Join the pieces; stop at the limit."""
+    frame = bytearray()
+    for chunk in chunks:
+        if len(frame) + len(chunk.data) > max_bytes:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "frame-too-large")
+        frame += chunk.data
+    return bytes(frame)
+
+
+def _check_folder(socket_path: Path) -> None:
+    """Refuse a folder in which another user could put a socket of the same name."""
+    folder = socket_path.absolute().parent
+    if len(os.fsencode(socket_path.absolute())) > MAX_PATH_BYTES:
+        raise ConfigError(f"{socket_path}: a socket's path may have {MAX_PATH_BYTES} bytes; choose a shorter folder")
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; create it with mode 0700 for the agent's user")
+    facts = folder.stat()
+    if facts.st_uid not in (os.getuid(), 0) or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError(f"{folder} is open to other users; the agent's socket needs a folder of its own, mode 0700")
+
+
+def _clear(socket_path: Path) -> None:
+    """Remove the socket that a dead process left; refuse anything else that is there."""
+    if not (socket_path.exists() or socket_path.is_symlink()):
+        return
+    if not stat.S_ISSOCK(socket_path.lstat().st_mode):
+        raise ConfigError(f"{socket_path} exists and is not a socket; choose another path")
+    with socket.socket(socket.AF_UNIX) as probe:
+        if probe.connect_ex(str(socket_path)) == 0:
+            raise ConfigError(f"an agent already listens on {socket_path}; stop it or choose another path")
+    socket_path.unlink()
+
+
+def _bind(server: grpc.Server, socket_path: Path) -> None:
+    """Listen with mode 0600 from the first moment: the umask holds while the socket is made."""
+    credentials = grpc.local_server_credentials(grpc.LocalConnectionType.UDS)
+    umask = os.umask(0o177)
+    try:
+        server.add_secure_port(f"unix:{socket_path.absolute()}", credentials)
+    except RuntimeError as error:
+        raise ConfigError(f"cannot listen on {socket_path}; see the permissions of its folder") from error
+    finally:
+        os.umask(umask)

@@ -1,0 +1,45 @@
+"""Silence: no telemetry, no update checks, no look-ups on a model hub, no alarming noise. Call before other imports."""
+
+import logging
+import os
+from collections.abc import Mapping, MutableMapping
+from typing import Final
+
+SWITCHES: Final[Mapping[str, str]] = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",  # forks after tokenising would warn and may deadlock
+}
+OFFLINE: Final[Mapping[str, str]] = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+_MISSING_KERNEL: Final = "Failed to load CPU gemm_4bit_forward from kernels-community"
+
+
+def hush(environ: MutableMapping[str, str] | None = None, *, allow_hub: bool = False) -> None:
+    """Turn off everything that calls out on its own, for this process and its children.
+
+    Must run before `flwr`, `transformers`, `datasets` or `ray` is imported: they read the switches once.
+
+    Args:
+        environ: Where to set the switches; None means this process' environment.
+        allow_hub: Leave the model hub's offline switches as the user set them.
+
+    Example:
+        >>> environ = {}
+        >>> hush(environ, allow_hub=True)
+        >>> environ["FLWR_TELEMETRY_ENABLED"], "HF_HUB_OFFLINE" in environ
+        ('0', False)
+    """
+    target = os.environ if environ is None else environ
+    target.update(SWITCHES)
+    if not allow_hub:
+        target.update(OFFLINE)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_worth_reading)
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    """Drop one warning: an optional kernel that would come from a hub is absent, and the built-in one is used."""
+    return not str(record.msg).startswith(_MISSING_KERNEL)
