@@ -1,0 +1,405 @@
+"""Chat template, tokens and loss mask: the same for training and for evaluation.
+
+Shapes: b rows of a batch, t tokens of the longest row.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+from jinja2 import TemplateError
+
+from common.errors import DataError, ModelError
+from common.rows import Message, Row
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+TooLong = Literal["truncate", "drop", "error"]
+TemplateName = Literal["tokenizer", "chatml", "alpaca"]
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Taori et al. 2023, github.com/tatsu-lab/stanford_alpaca, the prompt without input. A system message is its preamble.
+ALPACA = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ 'Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n' }}"
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
+    "{% else %}{{ '### Response:\n' + message['content'] + eos_token + '\n\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row as tokens.
+
+    Attributes:
+        input_ids: Token ids of the whole conversation, cut at the limit.
+        is_answer: True on the tokens that the loss covers; as long as `input_ids`.
+        unit: The row's privacy unit.
+        num_truncated: Tokens that were cut off at the right.
+    """
+
+    input_ids: tuple[int, ...]
+    is_answer: tuple[bool, ...]
+    unit: str
+    num_truncated: int = 0
+
+
+@dataclass(frozen=True)
+class EncodingReport:
+    """What encoding did to a data set.
+
+    Attributes:
+        num_rows: Rows that went in.
+        num_truncated: Rows that were cut and kept.
+        num_dropped: Rows that were left out: too long, or cut so that no answer remained.
+        num_tokens: Tokens of the rows kept.
+        num_answer_tokens: Those of them that the loss covers.
+        max_tokens: Tokens of the longest row kept.
+    """
+
+    num_rows: int
+    num_truncated: int
+    num_dropped: int
+    num_tokens: int
+    num_answer_tokens: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded at the right to one length.
+
+    Attributes:
+        input_ids_bt: Token ids, int64; the pad id where there is no token.
+        attention_mask_bt: 1 on tokens and 0 on padding, int64.
+        is_answer_bt: True on the tokens that the loss covers, bool; never on padding.
+        units: The privacy unit of each row.
+    """
+
+    input_ids_bt: "torch.Tensor"
+    attention_mask_bt: "torch.Tensor"
+    is_answer_bt: "torch.Tensor"
+    units: tuple[str, ...]
+
+    def to(self, device: "torch.device | str") -> "Batch":
+        """Give the same batch on another device."""
+        return replace(
+            self,
+            input_ids_bt=self.input_ids_bt.to(device),
+            attention_mask_bt=self.attention_mask_bt.to(device),
+            is_answer_bt=self.is_answer_bt.to(device),
+        )
+
+
+def use_template(tokenizer: "Tokenizer", name: TemplateName) -> "Tokenizer":
+    """Set the tokenizer's chat template to a built-in one, or check that it has its own.
+
+    Args:
+        tokenizer: Changed in place.
+        name: "tokenizer" keeps the template that came with the model.
+
+    Returns:
+        The same tokenizer.
+
+    Raises:
+        ModelError: The tokenizer has no template, or lacks the tokens that the named one needs.
+    """
+    if name == "tokenizer":
+        _require_template(tokenizer)
+    elif name == "chatml":
+        _require_single_tokens(tokenizer, ("<|im_start|>", "<|im_end|>"))
+        tokenizer.chat_template = CHATML
+    elif name == "alpaca":
+        if not tokenizer.eos_token:
+            raise ModelError('the tokenizer has no end token, which model.chat_template = "alpaca" needs')
+        tokenizer.chat_template = ALPACA
+    else:
+        raise ValueError(f"unknown chat template {name!r}")
+    if name != "tokenizer" and _adds_bos(tokenizer):
+        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    return tokenizer
+
+
+def encode(
+    row: Row, tokenizer: "Tokenizer", *, max_length_tokens: int, too_long: TooLong, system_prompt: str = ""
+) -> Encoded | None:
+    """Turn one row into tokens and mark those that the loss covers.
+
+    The conversation is rendered once and tokenised once. An answer is what the model has to write itself: from the
+    end of the generation prompt to the end-of-turn token, without the white space that the template puts after it.
+    It is marked by position, so a pad token that is also the end token does no harm. A token that begins before the
+    answer, as when "\\n" of the template merges with "\\n" of the answer, is not marked.
+
+    Args:
+        row: What to encode.
+        tokenizer: A fast tokenizer with a chat template.
+        max_length_tokens: Longest row that may remain.
+        too_long: What to do with a longer one; "truncate" cuts at the right.
+        system_prompt: System message for rows that have none of their own; "" adds none.
+
+    Returns:
+        The row, or None if it was dropped: too long, or no answer token left after the cut.
+
+    Raises:
+        DataError: The row is too long and `too_long` is "error".
+        ModelError: The tokenizer is not fast, or its template cannot be used for training.
+    """
+    encoded = _encode_whole(row, tokenizer, system_prompt)
+    num_tokens = len(encoded.input_ids)
+    if too_long == "error" and num_tokens > max_length_tokens:
+        raise DataError(
+            f"{row.row_id}: {num_tokens} tokens, over the limit of {max_length_tokens}: "
+            'raise data.max_length_tokens or set data.too_long = "truncate" or "drop"'
+        )
+    return _cut(encoded, max_length_tokens=max_length_tokens, is_cut_allowed=too_long == "truncate")
+
+
+def encode_all(
+    rows: Iterable[Row], tokenizer: "Tokenizer", *, max_length_tokens: int, too_long: TooLong, system_prompt: str = ""
+) -> tuple[list[Encoded], EncodingReport]:
+    """Encode a data set and count what was cut and left out.
+
+    Args:
+        rows: The data set.
+        tokenizer: A fast tokenizer with a chat template.
+        max_length_tokens: Longest row that may remain.
+        too_long: What to do with longer ones.
+        system_prompt: System message for rows that have none of their own.
+
+    Returns:
+        The rows kept, in order, and the counts.
+
+    Raises:
+        DataError: No row is left, or one is too long and `too_long` is "error".
+        ModelError: The tokenizer is not fast, or its template cannot be used for training.
+    """
+    results = [
+        encode(row, tokenizer, max_length_tokens=max_length_tokens, too_long=too_long, system_prompt=system_prompt)
+        for row in rows
+    ]
+    kept = [encoded for encoded in results if encoded is not None]
+    if not kept:
+        raise DataError(
+            f"no answer token is left in any of {len(results)} rows at {max_length_tokens} tokens: "
+            "raise data.max_length_tokens or shorten the rows"
+        )
+    return kept, _report(kept, num_rows=len(results))
+
+
+def prompt_ids(row: Row, tokenizer: "Tokenizer", *, system_prompt: str = "") -> tuple[list[int], str]:
+    """Give what a model is shown to write the last answer, and that answer.
+
+    Args:
+        row: Its last message is the expected answer.
+        tokenizer: A fast tokenizer with a chat template.
+        system_prompt: System message for rows that have none of their own.
+
+    Returns:
+        Token ids up to and with the generation prompt, and the expected text.
+
+    Raises:
+        ModelError: The tokenizer is not fast, or its template fails.
+    """
+    messages = _with_system(row, system_prompt)
+    text = _apply(messages[:-1], tokenizer, where=row.row_id, is_prompt=True)
+    return _tokenise(text, tokenizer)[0], messages[-1].content
+
+
+def stop_ids(tokenizer: "Tokenizer") -> tuple[int, ...]:
+    """Tell at which tokens generation has to stop.
+
+    Args:
+        tokenizer: A fast tokenizer with a chat template.
+
+    Returns:
+        The tokenizer's end token and the template's end-of-turn token, ascending.
+
+    Raises:
+        ModelError: The tokenizer is not fast, or its template cannot be used for training.
+    """
+    row = Row((Message("user", "a"), Message("assistant", "b")), unit="", row_id="a trial conversation")
+    text, spans = _render(row, tokenizer, "")
+    tail = text[text.rindex("b", *spans[0]) + 1 : spans[0][1]].lstrip()
+    ids = {_tokenise(tail, tokenizer)[0][0], tokenizer.eos_token_id}
+    return tuple(sorted(i for i in ids if i is not None))
+
+
+def collate(batch: Sequence[Encoded], *, pad_id: int) -> Batch:
+    """Pad rows at the right to the longest of them.
+
+    Args:
+        batch: At least one row.
+        pad_id: Fills the gaps; which id it is does not matter to the mask.
+
+    Returns:
+        Tensors of one shape.
+
+    Raises:
+        ValueError: The batch is empty.
+
+    Shape: every tensor (b, t); b rows, t tokens of the longest row.
+    """
+    import torch
+
+    if not batch:
+        raise ValueError("an empty batch has no shape")
+    width = max(len(encoded.input_ids) for encoded in batch)
+
+    def pad(values: Sequence[int], fill: int) -> list[int]:
+        return [*values, *[fill] * (width - len(values))]
+
+    return Batch(
+        input_ids_bt=torch.tensor([pad(e.input_ids, pad_id) for e in batch], dtype=torch.int64),
+        attention_mask_bt=torch.tensor([pad([1] * len(e.input_ids), 0) for e in batch], dtype=torch.int64),
+        is_answer_bt=torch.tensor([pad(e.is_answer, 0) for e in batch], dtype=torch.bool),
+        units=tuple(e.unit for e in batch),
+    )
+
+
+def _encode_whole(row: Row, tokenizer: "Tokenizer", system_prompt: str) -> Encoded:
+    """Encode a row at its full length."""
+    text, spans = _render(row, tokenizer, system_prompt)
+    input_ids, offsets = _tokenise(text, tokenizer)
+    is_answer = [False] * len(input_ids)
+    for start, end in spans:
+        inside = [i for i, (left, right) in enumerate(offsets) if start <= left and start < right <= end]
+        if not inside or offsets[inside[-1]][1] != end:
+            raise ModelError(
+                f"{row.row_id}: the end of the answer is not the end of a token; {_other_template(tokenizer)}"
+            )
+        for i in inside:
+            is_answer[i] = True
+    return Encoded(tuple(input_ids), tuple(is_answer), row.unit)
+
+
+def _cut(encoded: Encoded, *, max_length_tokens: int, is_cut_allowed: bool) -> Encoded | None:
+    """The row under the limit, or None if it is dropped or no answer token is left."""
+    num_over = len(encoded.input_ids) - max_length_tokens
+    if num_over <= 0:
+        return encoded
+    if not is_cut_allowed or not any(encoded.is_answer[:max_length_tokens]):
+        return None
+    ids, is_answer = encoded.input_ids[:max_length_tokens], encoded.is_answer[:max_length_tokens]
+    return replace(encoded, input_ids=ids, is_answer=is_answer, num_truncated=num_over)
+
+
+def _render(row: Row, tokenizer: "Tokenizer", system_prompt: str) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as text, and where each answer begins and ends in it."""
+    messages = _with_system(row, system_prompt)
+    num_context = row.num_context + len(messages) - len(row.messages)
+    text = _apply(messages, tokenizer, where=row.row_id)
+    for message in messages:
+        if message.content.strip() not in text:
+            raise ModelError(
+                f"{row.row_id}: the chat template leaves out or rewrites a {message.role} message; "
+                f"{_other_template(tokenizer)}"
+            )
+    turns = [k for k, message in enumerate(messages) if message.role == "assistant" and k >= num_context]
+    return text, [_answer_span(messages, k, text, tokenizer, where=row.row_id) for k in turns]
+
+
+def _answer_span(
+    messages: Sequence[Message], k: int, text: str, tokenizer: "Tokenizer", *, where: str
+) -> tuple[int, int]:
+    """Where turn `k` lies in `text`, its end-of-turn token included."""
+    before = _apply(messages[:k], tokenizer, where=where, is_prompt=True)
+    through = text if k == len(messages) - 1 else _apply(messages[: k + 1], tokenizer, where=where)
+    for prefix, longer in pairwise((before, through, text)):
+        if not longer.startswith(prefix):
+            raise ModelError(
+                f"{where}: the chat template renders message {k + 1} differently once more messages follow, so "
+                f"its answers cannot be told apart; {_other_template(tokenizer)}"
+            )
+    answer = through[len(before) :].rstrip()
+    content = messages[k].content.strip()
+    if not answer.partition(content)[2].strip():
+        raise ModelError(
+            f"{where}: the chat template puts no end token after an answer, so the model would never learn to "
+            f"stop; {_other_template(tokenizer)}"
+        )
+    return len(before), len(before) + len(answer)
+
+
+def _apply(messages: Sequence[Message], tokenizer: "Tokenizer", *, where: str, is_prompt: bool = False) -> str:
+    """Render messages through the chat template, as text."""
+    _require_template(tokenizer)
+    chat = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=is_prompt)
+    except TemplateError as error:
+        raise ModelError(
+            f"{where}: the chat template refuses roles {', '.join(message.role for message in messages)}; "
+            f"{_other_template(tokenizer)}"
+        ) from error
+    return str(text)
+
+
+def _tokenise(text: str, tokenizer: "Tokenizer") -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a text and the characters that each of them covers."""
+    if not tokenizer.is_fast:
+        raise ModelError(
+            "the tokenizer is not a fast one, so answers cannot be located in the text: "
+            "give a model folder that has a tokenizer.json"
+        )
+    result = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(result["input_ids"]), list(result["offset_mapping"])
+
+
+def _with_system(row: Row, system_prompt: str) -> tuple[Message, ...]:
+    """The row's messages, begun by the run's system message if they have none."""
+    if not system_prompt or row.messages[0].role == "system":
+        return row.messages
+    return (Message("system", system_prompt), *row.messages)
+
+
+def _report(kept: Sequence[Encoded], *, num_rows: int) -> EncodingReport:
+    """Count the rows kept."""
+    return EncodingReport(
+        num_rows=num_rows,
+        num_truncated=sum(encoded.num_truncated > 0 for encoded in kept),
+        num_dropped=num_rows - len(kept),
+        num_tokens=sum(len(encoded.input_ids) for encoded in kept),
+        num_answer_tokens=sum(sum(encoded.is_answer) for encoded in kept),
+        max_tokens=max(len(encoded.input_ids) for encoded in kept),
+    )
+
+
+def _require_template(tokenizer: "Tokenizer") -> None:
+    """Refuse a tokenizer without a chat template."""
+    if not tokenizer.chat_template:
+        raise ModelError('the tokenizer has no chat template: set model.chat_template = "chatml" or "alpaca"')
+
+
+def _require_single_tokens(tokenizer: "Tokenizer", tokens: Sequence[str]) -> None:
+    """Refuse a tokenizer that would cut a control token into pieces."""
+    missing = [token for token in tokens if token not in tokenizer.get_vocab()]
+    if missing:
+        raise ModelError(
+            f'the tokenizer has no token {" or ".join(missing)}, which model.chat_template = "chatml" needs: '
+            'set it to "tokenizer" or "alpaca"'
+        )
+
+
+def _adds_bos(tokenizer: "Tokenizer") -> bool:
+    """Whether the tokenizer begins every text of its own accord with its start token."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def _other_template(tokenizer: "Tokenizer") -> str:
+    """The remedy for a template that cannot be used."""
+    is_chatml = tokenizer.chat_template == CHATML
+    return f'set model.chat_template = "{"alpaca" if is_chatml else "chatml"}"'
