@@ -19,6 +19,29 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class OpenedHead:
+    """What a site tells when it takes part in a run: counts only.
+
+    Attributes:
+        site: The site's name.
+        run_sha256: Hash of the manifest that it opened.
+        num_examples: Rows that it trains on.
+        num_held_out: Rows that it keeps for evaluation.
+        num_truncated: Of both, cut at `data.max_length_tokens`.
+        num_dropped: Of both, left out because they are too long.
+        num_steps: Optimiser steps that a round will take here.
+    """
+
+    site: str
+    run_sha256: str
+    num_examples: int
+    num_held_out: int
+    num_truncated: int
+    num_dropped: int
+    num_steps: int
+
+
+@dataclass(frozen=True)
 class RoundPlan:
     """What the server asks of a site in one round; `evaluate` requests use it too.
 

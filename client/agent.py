@@ -1,0 +1,190 @@
+"""The vault: holds a site's data and the loaded base for its whole life, and answers frames. Read this file first.
+
+`answer` is the site's whole surface. Whatever goes wrong inside crosses as a code and a reference, never as text.
+"""
+
+import dataclasses
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from client import protect
+from client.train import local, schedule
+from common import adapter, evaluation, manifest, prompts, wire
+from common.errors import ProtocolError, SilotuneError
+from common.manifest import RunManifest
+from common.model import Engine
+from common.prompts import Encoded, EncodingReport
+from common.records import OpenedHead, RoundPlan, SiteMetrics, UpdateHead, from_head, to_head
+from common.rows import Row
+from common.wire import Frame
+
+MAX_BODY_BYTES: Final = 600 << 20
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """A site's rows; no unit has rows in both."""
+
+    train: Sequence[Row]
+    held_out: Sequence[Row]
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run that this site takes part in."""
+
+    manifest: RunManifest
+    opened: OpenedHead
+    engine: Engine
+    train: Sequence[Encoded]
+    held_out: Sequence[Encoded]
+    held_out_rows: Sequence[Row]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the manifest."""
+        return self.opened.run_sha256
+
+
+class Agent:
+    """One site.
+
+    Args:
+        site: Its name.
+        load_data: Reads and splits the site's rows as a manifest's `[data]` says.
+        load_engine: Loads the base and attaches the adapter that a manifest names; called once a run, and free to
+            return the engine that it already has.
+        report: Told every failure with its reference; the site's own log.
+    """
+
+    def __init__(
+        self,
+        site: str,
+        *,
+        load_data: Callable[[RunManifest], SiteData],
+        load_engine: Callable[[RunManifest], Engine],
+        report: Callable[[str, Exception], None],
+    ) -> None:
+        self.site = site
+        self._load_data = load_data
+        self._load_engine = load_engine
+        self._report = report
+        self._run: OpenRun | None = None
+        self._steps = {"open": self._open, "train": self._train, "evaluate": self._evaluate}
+
+    def answer(self, frame: bytes) -> bytes:
+        """Answer one frame with one frame; never raises for what the frame holds."""
+        try:
+            request = wire.unpack(frame, max_body_bytes=MAX_BODY_BYTES)
+            if request.kind not in self._steps:
+                raise ProtocolError(f"no such request: '{request.kind[:64]}'")
+            return wire.pack(self._steps[request.kind](request))
+        except Exception as error:  # noqa: BLE001  the site's edge: no text of any error may cross
+            return wire.pack(self._refuse(error))
+
+    def _refuse(self, error: Exception) -> Frame:
+        """Code and reference cross; the text stays in the site's log."""
+        reference = uuid.uuid4().hex[:12]
+        self._report(reference, error)
+        code = type(error).__name__ if isinstance(error, SilotuneError) else "InternalError"
+        return Frame("refused", {"code": code, "reference": reference})
+
+    def _open(self, request: Frame) -> Frame:
+        """Read the manifest, load base and rows, and say how many rows take part."""
+        run_manifest = manifest.parse(request.body)
+        if self._run is None or self._run.sha256 != run_manifest.sha256:
+            self._run = self._prepare(run_manifest)
+        return Frame("opened", to_head(self._run.opened))
+
+    def _prepare(self, run_manifest: RunManifest) -> OpenRun:
+        """Check the base against the manifest, then turn rows into tokens once for the whole run."""
+        engine = self._load_engine(run_manifest)
+        adapter.check_specs(engine.tensor_specs, run_manifest.tensor_specs)
+        data = self._load_data(run_manifest)
+        train, train_report = encode(data.train, engine, run_manifest)
+        held_out, held_out_report = encode(data.held_out, engine, run_manifest)
+        opened = OpenedHead(
+            site=self.site,
+            run_sha256=run_manifest.sha256,
+            num_examples=len(train),
+            num_held_out=len(held_out),
+            num_truncated=train_report.num_truncated + held_out_report.num_truncated,
+            num_dropped=train_report.num_dropped + held_out_report.num_dropped,
+            num_steps=schedule.num_local_steps(len(train), run_manifest.run.training),
+        )
+        return OpenRun(run_manifest, opened, engine, train, held_out, data.held_out)
+
+    def _train(self, request: Frame) -> Frame:
+        """Train from the global adapter that came; answer with the protected delta."""
+        run, plan, start = self._receive(request)
+        adapter.write(run.engine.model, start)
+        settings = run.manifest.run
+        result = local.train(
+            run.engine,
+            run.train,
+            training=settings.training,
+            round_index=plan.round_index,
+            num_rounds=settings.federation.num_rounds,
+            seed=schedule.derive_seed(settings.seed, self.site),
+        )
+        raw_delta = protect.subtract(adapter.read(run.engine.model), start)
+        outgoing = protect.protect(raw_delta, privacy=settings.privacy, dtype=settings.wire.dtype)
+        head = UpdateHead(
+            site=self.site,
+            run_sha256=run.sha256,
+            round_index=plan.round_index,
+            num_examples=len(run.train),
+            num_steps=result.num_steps,
+            num_tokens=result.num_tokens,
+            train_loss=result.train_loss,
+            seconds=result.seconds,
+        )
+        return Frame("update", to_head(head), outgoing.body)
+
+    def _evaluate(self, request: Frame) -> Frame:
+        """Score the global adapter that came on this site's held-out rows."""
+        run, plan, tensors = self._receive(request)
+        adapter.write(run.engine.model, tensors)
+        settings = run.manifest.run.evaluation
+        score = evaluation.score(
+            run.engine,
+            run.held_out,
+            run.held_out_rows[: settings.exact_match_rows] if plan.generate else (),
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            system_prompt=run.manifest.run.data.system_prompt,
+        )
+        metrics = SiteMetrics(
+            site=self.site,
+            run_sha256=run.sha256,
+            round_index=plan.round_index,
+            num_rows=len(run.held_out),
+            **dataclasses.asdict(score),
+        )
+        return Frame("metrics", to_head(metrics))
+
+    def _receive(self, request: Frame) -> tuple[OpenRun, RoundPlan, adapter.Tensors]:
+        """Plan and adapter, for the run that is open and for one of its rounds."""
+        plan = from_head(RoundPlan, request.head)
+        run = self._run
+        if run is None or plan.run_sha256 != run.sha256:
+            raise ProtocolError("this run is not open at this site; the server must send its manifest first")
+        if plan.round_index > run.manifest.run.federation.num_rounds:
+            raise ProtocolError(f"round {plan.round_index} is beyond the manifest's last")
+        return run, plan, adapter.decode(request.body, run.manifest.tensor_specs, dtype="float32")
+
+
+def encode(
+    rows: Sequence[Row], engine: Engine, run_manifest: RunManifest
+) -> tuple[Sequence[Encoded], EncodingReport]:
+    """Rows to tokens as the manifest's `[data]` says."""
+    data = run_manifest.run.data
+    return prompts.encode_all(
+        rows,
+        engine.tokenizer,
+        max_length_tokens=data.max_length_tokens,
+        too_long=data.too_long,
+        system_prompt=data.system_prompt,
+    )

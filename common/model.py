@@ -1,0 +1,271 @@
+"""The base model and its adapter: what `[model]` and `[adapter]` say, and nothing silent.
+
+B batch, T tokens, V vocabulary.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from common import adapter, config, prompts, quiet
+from common.errors import ModelError
+from common.records import TensorSpec
+
+_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_BASE_SUFFIXES: Final = (".safetensors", ".json", ".jinja", ".model", ".txt")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A loaded base with a trainable adapter; lives as long as the process that trains.
+
+    Attributes:
+        model: peft model; the base is frozen, the adapter float32.
+        tokenizer: Of the base, with the chat template that `[model]` names.
+        device: Where the model is.
+        base_sha256: Hash of the base's files.
+        tensor_specs: The adapter's tensors.
+        initial: The adapter as attached: A from the seed, B zero.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    base_sha256: str
+    tensor_specs: tuple[TensorSpec, ...]
+    initial: adapter.Tensors
+
+    @property
+    def pad_id(self) -> int:
+        """The pad token's id; masks go by position, so any id would do."""
+        return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+
+
+def load(
+    folder: Path,
+    *,
+    model: config.ModelConfig,
+    adapter_settings: config.AdapterConfig,
+    seed: int,
+    device_name: str = "auto",
+    num_threads: int = 0,
+    gradient_checkpointing: bool = False,
+) -> Engine:
+    """Load a base and attach a fresh adapter (B = 0).
+
+    Args:
+        folder: The base's files.
+        model: Section `[model]` of the run file.
+        adapter_settings: Section `[adapter]`.
+        seed: Of the adapter's initial values.
+        device_name: `auto`, `cpu` or `cuda`.
+        num_threads: CPU threads of torch; 0 = every core that this process may use.
+        gradient_checkpointing: Trade time for memory.
+
+    Raises:
+        ModelError: Files missing, hash differs, precision impossible here, targets match nothing.
+    """
+    quiet.hush()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
+    base_sha256 = check_hash(folder, model.sha256)
+    device = choose_device(device_name)
+    tokenizer = prompts.use_template(load_tokenizer(folder), model.chat_template)
+    base = _load_base(folder, model, device)
+    peft_model = _attach(base, adapter_settings, seed=seed)
+    if gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
+    initial = adapter.read(peft_model)
+    return Engine(peft_model, tokenizer, device, base_sha256, adapter.specs(initial), initial)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one.
+
+    Raises:
+        ModelError: CUDA was asked for by name and is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError("hardware.device is 'cuda' but torch sees no CUDA device; use 'cpu' or install a driver")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def hash_base(folder: Path) -> str:
+    """SHA-256 over the names and hashes of a base's weights, configuration and tokenizer files.
+
+    Raises:
+        ModelError: No `config.json` or no safetensors file.
+    """
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder}: not a base model; it needs config.json and *.safetensors")
+    files = sorted(path for path in folder.iterdir() if path.suffix in _BASE_SUFFIXES)
+    listing = "".join(f"{path.name} {_hash_file(path)}\n" for path in files)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def check_hash(folder: Path, expected: str) -> str:
+    """The base's hash, which must be `expected` unless that is empty.
+
+    Raises:
+        ModelError: The hash differs.
+    """
+    found = hash_base(folder)
+    if expected and found != expected:
+        raise ModelError(f"{folder}: base model has hash {found}, the run wants {expected}; fetch that base")
+    return found
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A fast tokenizer from local files only; a missing pad token becomes the end token (masks go by position).
+
+    Raises:
+        ModelError: The folder has no tokenizer that transformers can read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: no tokenizer that transformers can load") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def resolve_dtype(settings: config.ModelConfig, device: torch.device) -> torch.dtype:
+    """`auto` computes in bfloat16 on CUDA and in float32 on the CPU, where bfloat16 is slower."""
+    if settings.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _DTYPES[settings.dtype]
+
+
+def _load_base(folder: Path, settings: config.ModelConfig, device: torch.device) -> Any:
+    """The frozen base, quantised as told."""
+    dtype = resolve_dtype(settings, device)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=_quantization(settings, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ModelError(
+            f"{folder}: transformers cannot load this base with model.quantization = '{settings.quantization}' "
+            f"on {device.type} ({type(error).__name__})"
+        ) from error
+    base.requires_grad_(False)
+    base.config.use_cache = False
+    return base
+
+
+def _quantization(settings: config.ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """bitsandbytes settings; QLoRA's NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314)."""
+    if settings.quantization == "none":
+        return None
+    if settings.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=settings.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def lora_config(settings: config.AdapterConfig) -> LoraConfig:
+    """peft's configuration of `[adapter]`."""
+    names: str | list[str] = settings.targets
+    if settings.targets != "all-linear":
+        names = [name.strip() for name in settings.targets.split(",")]
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        lora_dropout=settings.dropout,
+        target_modules=names,
+        use_rslora=settings.use_rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _attach(base: Any, settings: config.AdapterConfig, *, seed: int) -> nn.Module:
+    """Base with a float32 adapter; A from the seed, B zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            model = get_peft_model(base, lora_config(settings), autocast_adapter_dtype=True)
+        except ValueError as error:
+            raise ModelError(
+                f"adapter.targets = '{settings.targets}' matches no module of this base; it has "
+                f"{', '.join(linear_names(base))}"
+            ) from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+    return model
+
+
+def linear_names(base: nn.Module) -> list[str]:
+    """Last names of the linear modules that an adapter could target."""
+    linears = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    return sorted(linears)
+
+
+def answer_nll(model: nn.Module, batch: prompts.Batch) -> tuple[torch.Tensor, int]:
+    """Sum of the negative log-likelihood over the answer tokens of a batch.
+
+    Never the model's own `.loss`, whose normalisation couples the rows of a batch.
+
+    Returns:
+        The sum in nats, a float32 scalar that carries gradients, and the number of tokens in it.
+
+    Shape: `batch` holds (B, T) tensors; the logits of only those positions are formed that some row needs.
+    """
+    is_target_bt = batch.is_answer_bt[:, 1:]
+    positions_p = is_target_bt.any(dim=0).nonzero().squeeze(1)
+    logits_bpv = model(
+        input_ids=batch.input_ids_bt, attention_mask=batch.attention_mask_bt, logits_to_keep=positions_p
+    ).logits
+    is_target_bp = is_target_bt[:, positions_p]
+    targets_n = batch.input_ids_bt[:, 1:][:, positions_p][is_target_bp]
+    logits_nv = logits_bpv[is_target_bp].float()
+    return nn.functional.cross_entropy(logits_nv, targets_n, reduction="sum"), targets_n.numel()
+
+
+@torch.no_grad()
+def answer(engine: Engine, prompt_ids: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
+    """Greedy answers to a batch of prompts, special tokens removed."""
+    tokenizer = engine.tokenizer
+    width = max(len(ids) for ids in prompt_ids)
+    padded = [[tokenizer.pad_token_id] * (width - len(ids)) + list(ids) for ids in prompt_ids]
+    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids]
+    engine.model.eval()
+    output_bt = engine.model.generate(  # type: ignore[operator]
+        input_ids=torch.tensor(padded, device=engine.device),
+        attention_mask=torch.tensor(mask, device=engine.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return tokenizer.batch_decode(output_bt[:, width:], skip_special_tokens=True)  # type: ignore[no-any-return]
+
+
+def _hash_file(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

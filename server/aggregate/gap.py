@@ -1,0 +1,116 @@
+"""The aggregation gap: how far the mean of the factors is from the mean of the products, never forming a d x k matrix.
+
+    M - B_mean A_mean = sum_i p_i (B_i - B_mean)(A_i - A_mean)
+    gap = || M - B_mean A_mean ||_F / || M - B_prev A_prev ||_F,   M = sum_i p_i B_i A_i
+
+d and k: output and input width of a module, r: rank, m: columns kept.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor
+
+RANK_FACTOR: Final = 16
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+def modules(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The pair (B, A) of every module that an adapter touches, by the module's name."""
+    names = [name.removesuffix(_A) for name in tensors if name.endswith(_A)]
+    return {name: (tensors[name + _B], tensors[name + _A]) for name in sorted(names)}
+
+
+def product_norm(left_dm: Tensor, right_mk: Tensor) -> float:
+    """Frobenius norm of a product of thin matrices, in float64, by two QR factorisations."""
+    r_left = torch.linalg.qr(left_dm.double(), mode="r")[1]
+    r_right = torch.linalg.qr(right_mk.double().T, mode="r")[1]
+    return float(torch.linalg.matrix_norm(r_left @ r_right.T))
+
+
+@dataclass
+class RunningProduct:
+    """sum_i w_i B_i A_i as a pair of thin matrices.
+
+    Exact while the stacked rank is at most `max_rank`; beyond, the smallest directions are cut by a factored SVD, so that
+    memory does not grow with the number of sites.
+
+    Attributes:
+        max_rank: Columns kept at most.
+        left_dm: d x m.
+        right_mk: m x k.
+    """
+
+    max_rank: int
+    left_dm: Tensor
+    right_mk: Tensor
+
+    def add(self, b_dr: Tensor, a_rk: Tensor, *, weight: float) -> None:
+        """Add one site's product."""
+        self.left_dm = torch.cat([self.left_dm, weight * b_dr], dim=1)
+        self.right_mk = torch.cat([self.right_mk, a_rk], dim=0)
+        if self.left_dm.shape[1] > self.max_rank:
+            self.left_dm, self.right_mk = truncate(self.left_dm, self.right_mk, rank=self.max_rank // 2)
+
+
+def truncate(left_dm: Tensor, right_mk: Tensor, *, rank: int) -> tuple[Tensor, Tensor]:
+    """Best approximation of a product at a lower rank; a factored SVD."""
+    q_left, r_left = torch.linalg.qr(left_dm)
+    q_right, r_right = torch.linalg.qr(right_mk.T)
+    u, s, vh = torch.linalg.svd(r_left @ r_right.T)
+    return q_left @ (u[:, :rank] * s[:rank]), vh[:rank] @ q_right.T
+
+
+@dataclass
+class GapMeter:
+    """Watches a round's uploads and tells the gap at its end.
+
+    Attributes:
+        before: The global adapter that the round began with.
+    """
+
+    before: Mapping[str, Tensor]
+    _products: dict[str, RunningProduct] = field(default_factory=dict)
+    _total: float = 0.0
+
+    def add(self, change: Mapping[str, Tensor], *, weight: float) -> None:
+        """Take one site's change to the global adapter."""
+        self._total += weight
+        local = {name: tensor + change[name] for name, tensor in self.before.items()}
+        for name, (b_dr, a_rk) in modules(local).items():
+            product = self._products.setdefault(name, _empty(b_dr, a_rk))
+            product.add(b_dr, a_rk, weight=weight)
+
+    def per_module(self, after: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+        """Norm of the bias and norm of the ideal step, by module.
+
+        Args:
+            after: The new global adapter.
+        """
+        old, new = modules(self.before), modules(after)
+        return {name: self._norms(product, old[name], new[name]) for name, product in self._products.items()}
+
+    def _norms(
+        self, product: RunningProduct, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
+    ) -> tuple[float, float]:
+        """|| M - B_mean A_mean || and || M - B_prev A_prev || of one module."""
+        left_dm = product.left_dm / self._total
+        norms = [
+            product_norm(torch.cat([left_dm, -b_dr], dim=1), torch.cat([product.right_mk, a_rk], dim=0))
+            for b_dr, a_rk in (new, old)
+        ]
+        return norms[0], norms[1]
+
+
+def whole(norms: Iterable[tuple[float, float]]) -> float:
+    """The gap over all modules together; 0 if nothing moved."""
+    pairs = list(norms)
+    ideal = sum(step**2 for _, step in pairs) ** 0.5
+    return sum(bias**2 for bias, _ in pairs) ** 0.5 / ideal if ideal else 0.0
+
+
+def _empty(b_dr: Tensor, a_rk: Tensor) -> RunningProduct:
+    """A sum of no products, of a module's shape."""
+    return RunningProduct(RANK_FACTOR * a_rk.shape[0], b_dr[:, :0], a_rk[:0])

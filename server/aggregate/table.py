@@ -1,0 +1,20 @@
+"""All aggregation methods: adding one is a file and a line here."""
+
+from typing import Final
+
+from common.errors import ConfigError
+from server.aggregate import fedavg
+from server.aggregate.method import Method
+
+METHODS: Final[dict[str, Method]] = {"fedavg": fedavg}
+
+
+def find(name: str) -> Method:
+    """The method of `aggregation.method`.
+
+    Raises:
+        ConfigError: No such method in this version.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"aggregation.method = '{name}' is not built in this version; there is {', '.join(METHODS)}")
+    return METHODS[name]

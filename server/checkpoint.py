@@ -1,0 +1,77 @@
+"""Finished rounds on disk: an adapter that peft can read, and a small record written last."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import adapter, storage, wire
+from common.adapter import Tensors
+from common.errors import DataError, ModelError
+from common.records import TensorSpec
+
+ADAPTER_FILE = "adapter_model.safetensors"
+RECORD_FILE = "round.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The global adapter after `num_rounds` rounds."""
+
+    num_rounds: int
+    tensors: Tensors
+    sha256: str
+
+
+def folder_of(run_folder: Path, num_rounds: int) -> Path:
+    """Where the adapter after `num_rounds` rounds lies."""
+    return run_folder / "rounds" / f"{num_rounds:05d}"
+
+
+def save(run_folder: Path, tensors: Tensors, *, num_rounds: int, run_sha256: str) -> str:
+    """Write a finished round; the record comes last, so a round without one does not count.
+
+    Returns:
+        SHA-256 of the adapter file.
+
+    Raises:
+        StorageError: Disk full or not writable; earlier rounds are untouched.
+    """
+    data = adapter.encode(tensors, dtype="float32")
+    digest = hashlib.sha256(data).hexdigest()
+    folder = folder_of(run_folder, num_rounds)
+    storage.write_atomic(folder / ADAPTER_FILE, data)
+    record = {"num_rounds": num_rounds, "adapter_sha256": digest, "run_sha256": run_sha256}
+    storage.write_atomic(folder / RECORD_FILE, wire.canonical_json(record) + b"\n")
+    return digest
+
+
+def finished(run_folder: Path) -> list[int]:
+    """Numbers of rounds after which a whole checkpoint lies in the folder, ascending."""
+    return sorted(int(path.parent.name) for path in run_folder.glob(f"rounds/*/{RECORD_FILE}"))
+
+
+def load(run_folder: Path, specs: tuple[TensorSpec, ...], *, num_rounds: int, run_sha256: str) -> Checkpoint:
+    """Read one checkpoint and hold it against its record.
+
+    Raises:
+        DataError: There is no such round.
+        ModelError: The file is not the one that was written, or belongs to another run.
+    """
+    folder = folder_of(run_folder, num_rounds)
+    try:
+        record = json.loads((folder / RECORD_FILE).read_bytes())
+        data = (folder / ADAPTER_FILE).read_bytes()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: no whole checkpoint; finished rounds are {finished(run_folder)}") from error
+    digest = hashlib.sha256(data).hexdigest()
+    if (record["adapter_sha256"], record["run_sha256"]) != (digest, run_sha256):
+        raise ModelError(f"{folder}: adapter differs from its record, or belongs to another run; use an earlier round")
+    return Checkpoint(num_rounds, adapter.decode(data, specs, dtype="float32"), digest)
+
+
+def prune(run_folder: Path, *, num_kept: int) -> None:
+    """Remove all but the newest `num_kept` checkpoints; 0 keeps all."""
+    for num_rounds in finished(run_folder)[:-num_kept] if num_kept else []:
+        shutil.rmtree(folder_of(run_folder, num_rounds))

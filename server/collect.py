@@ -1,0 +1,109 @@
+"""Replies of a fleet, one at a time, until all are in or the deadline has passed; and what makes an update valid."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from common import adapter, wire
+from common.adapter import Tensors
+from common.errors import RemoteError, SilotuneError, WireError
+from common.manifest import RunManifest
+from common.records import RoundPlan, UpdateHead, from_head
+from server.fleet import Fleet, Reply
+
+POLL_S: Final = 0.2
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One node's reply: a frame, or why there is none.
+
+    Attributes:
+        node_id: Whose.
+        frame: The reply's bytes; None if there is none.
+        reason: A short code in words; empty with a frame.
+    """
+
+    node_id: int
+    frame: bytes | None
+    reason: str
+
+
+def ask(
+    fleet: Fleet,
+    frames: Mapping[int, bytes],
+    *,
+    kind: str,
+    timeout_s: float,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[Answer]:
+    """Send one frame to each node and yield the answers as they come; at last those that never came.
+
+    Only one answer is held at a time, so memory does not grow with the number of nodes.
+
+    Args:
+        fleet: The nodes.
+        frames: What each node is sent.
+        kind: Of all these frames.
+        timeout_s: From sending to giving up.
+        clock: Seconds, monotonic.
+        sleep: Waits between polls.
+    """
+    deadline = clock() + timeout_s
+    tickets = {fleet.send(node, frame, kind=kind, ttl_s=timeout_s): node for node, frame in frames.items()}
+    while tickets:
+        num_before = len(tickets)
+        for reply in fleet.receive(tuple(tickets)):
+            yield _answer(tickets.pop(reply.ticket), reply)
+        if tickets and clock() >= deadline:
+            break
+        if len(tickets) == num_before:
+            sleep(POLL_S)
+    for node in tickets.values():
+        yield Answer(node, None, f"no answer within {timeout_s:g} s")
+
+
+def read_update(data: bytes, manifest: RunManifest, plan: RoundPlan) -> tuple[UpdateHead, Tensors]:
+    """An update whose frame, head, names, shapes, dtype, size and values were found right.
+
+    Raises:
+        RemoteError: The site refused.
+        WireError: Malformed, or for another run or round.
+        ModelError: Tensors differ from the manifest, or are not finite.
+    """
+    frame = wire.expect(data, "update", max_body_bytes=max_update_bytes(manifest))
+    head = from_head(UpdateHead, frame.head)
+    check_round(head.run_sha256, head.round_index, plan)
+    if not head.num_examples:
+        raise WireError("update claims to rest on no rows")
+    return head, adapter.decode(frame.body, manifest.tensor_specs, dtype=manifest.run.wire.dtype)
+
+
+def check_round(run_sha256: str, round_index: int, plan: RoundPlan) -> None:
+    """Refuse an answer to another question.
+
+    Raises:
+        WireError: Another run or round.
+    """
+    if (run_sha256, round_index) != (plan.run_sha256, plan.round_index):
+        raise WireError(f"answer is for another run, or for round {round_index} instead of {plan.round_index}")
+
+
+def max_update_bytes(manifest: RunManifest) -> int:
+    """What an update of this run can weigh: its tensors and a header, and never more than `wire.max_update_mib`."""
+    exact = adapter.encoded_size(manifest.tensor_specs, dtype=manifest.run.wire.dtype) + adapter.MAX_HEADER_BYTES
+    return min(exact, manifest.run.wire.max_update_mib << 20)
+
+
+def reason_of(error: SilotuneError) -> str:
+    """Why an answer does not count, fit for the run's events: a peer's refusal, or what was wrong with its bytes."""
+    return str(error) if isinstance(error, RemoteError) else f"{type(error).__name__}: {error}"
+
+
+def _answer(node_id: int, reply: Reply) -> Answer:
+    """A fleet's reply under the node's id."""
+    return Answer(node_id, reply.frame, reply.failure)
+
+

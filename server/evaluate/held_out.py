@@ -1,0 +1,82 @@
+"""The current global adapter on every site's held-out rows."""
+
+from common import wire
+from common.errors import ProtocolError, SilotuneError
+from common.records import RoundPlan, SiteMetrics, from_head
+from server import collect
+from server.aggregate.method import State
+from server.federation import Federation
+
+
+def evaluate(federation: Federation, state: State, *, num_rounds: int, generate: bool) -> float:
+    """Ask every site, whether it trained or not, and log the figures.
+
+    The mean rests on all sites that ever answered: one that is missing now counts with its last figures and is named as
+    stale, so that the mean does not fall because the worst site has gone.
+
+    Args:
+        federation: The run.
+        state: The global adapter after `num_rounds` rounds.
+        num_rounds: 0 is the base.
+        generate: Also count exact matches.
+
+    Returns:
+        Mean negative log-likelihood per answer token over all sites' held-out rows, nats.
+
+    Raises:
+        ProtocolError: No site has ever answered.
+    """
+    plan = RoundPlan(federation.manifest.sha256, num_rounds, generate)
+    nodes = federation.present()
+    frames = dict.fromkeys(nodes, federation.frame("evaluate", plan, state))
+    fresh = set()
+    for answer in collect.ask(federation.fleet, frames, kind="evaluate", timeout_s=federation.timeout_s):
+        metrics = _read(federation, answer, plan)
+        if metrics is not None:
+            federation.metrics[metrics.site] = metrics
+            fresh.add(metrics.site)
+    return _log(federation, num_rounds=num_rounds, fresh=fresh)
+
+
+def mean_loss(metrics: list[SiteMetrics]) -> float:
+    """Over all answer tokens of all sites, nats."""
+    return sum(m.nll_sum for m in metrics) / sum(m.num_answer_tokens for m in metrics)
+
+
+def exact_match(metrics: list[SiteMetrics]) -> float | None:
+    """Share of generated answers equal to the reference; None if none was generated."""
+    num_generated = sum(m.num_generated for m in metrics)
+    return sum(m.num_exact for m in metrics) / num_generated if num_generated else None
+
+
+def _read(federation: Federation, answer: collect.Answer, plan: RoundPlan) -> SiteMetrics | None:
+    """One site's figures; None, and an event, if they are missing or wrong."""
+    try:
+        if answer.frame is None:
+            raise ProtocolError(answer.reason)
+        metrics = from_head(SiteMetrics, wire.expect(answer.frame, "metrics", max_body_bytes=0).head)
+        collect.check_round(metrics.run_sha256, metrics.round_index, plan)
+        if metrics.site != federation.name(answer.node_id) or not metrics.num_answer_tokens:
+            raise ProtocolError("figures under another name, or over no tokens")
+    except SilotuneError as error:
+        federation.log.append(
+            "site_failed", site=federation.name(answer.node_id), step="evaluate", reason=collect.reason_of(error)
+        )
+        return None
+    return metrics
+
+
+def _log(federation: Federation, *, num_rounds: int, fresh: set[str]) -> float:
+    """Write the `evaluated` event and return the mean loss."""
+    if not federation.metrics:
+        raise ProtocolError("no site answered an evaluation; see the sites' logs")
+    metrics = [federation.metrics[site] for site in sorted(federation.metrics)]
+    federation.log.append(
+        "evaluated",
+        num_rounds=num_rounds,
+        loss=mean_loss(metrics),
+        exact_match=exact_match(metrics),
+        stale=[m.site for m in metrics if m.site not in fresh],
+        sites={m.site: {"loss": m.loss, "num_rows": m.num_rows, "exact_match": exact_match([m])} for m in metrics},
+    )
+    return mean_loss(metrics)

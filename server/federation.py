@@ -1,0 +1,131 @@
+"""A run in progress: the manifest, the fleet and the sites that opened the run."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import wire
+from common.adapter import encode
+from common.errors import ProtocolError, SilotuneError, TooFewSitesError
+from common.events import EventLog
+from common.manifest import RunManifest
+from common.records import OpenedHead, RoundPlan, SiteMetrics, from_head, to_head
+from common.wire import Frame
+from server import collect
+from server.aggregate.method import Method, State
+from server.fleet import Fleet
+
+
+@dataclass
+class Federation:
+    """What every step of a run needs.
+
+    Attributes:
+        manifest: The run as data.
+        fleet: The nodes.
+        method: How adapters are aggregated.
+        folder: The run's folder.
+        log: Its events.
+        sites: What each node told when it opened the run.
+        refused: Why nodes did not open it.
+        metrics: Last held-out figures of each site, by name.
+        clock: Seconds, monotonic.
+    """
+
+    manifest: RunManifest
+    fleet: Fleet
+    method: Method
+    folder: Path
+    log: EventLog
+    sites: dict[int, OpenedHead] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
+    metrics: dict[str, SiteMetrics] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
+
+    @property
+    def timeout_s(self) -> float:
+        """Longest wait for the answers of one step."""
+        return self.manifest.run.federation.round_timeout_s
+
+    def name(self, node_id: int) -> str:
+        """A node's site name; `node N` before it has told one."""
+        return self.sites[node_id].site if node_id in self.sites else f"node {node_id}"
+
+    def present(self) -> list[int]:
+        """Nodes that opened the run and are connected now."""
+        return [node_id for node_id in self.fleet.node_ids() if node_id in self.sites]
+
+    def frame(self, kind: str, plan: RoundPlan, state: State) -> bytes:
+        """A request that carries the global adapter."""
+        return wire.pack(Frame(kind, to_head(plan), encode(state, dtype="float32")))
+
+
+def wait_for_sites(federation: Federation, *, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Offer the run to nodes as they connect, until `federation.num_sites` (or `min_sites`) have opened it.
+
+    Raises:
+        TooFewSitesError: Not enough before `federation.join_timeout_s`; the message says who refused and why.
+    """
+    settings = federation.manifest.run.federation
+    wanted = settings.num_sites or settings.min_sites
+    deadline = federation.clock() + settings.join_timeout_s
+    while True:
+        join(federation)
+        if len(federation.sites) >= wanted:
+            return
+        if federation.clock() >= deadline or _is_hopeless(federation):
+            raise TooFewSitesError(_who_is_missing(federation, wanted))
+        sleep(collect.POLL_S)
+
+
+def join(federation: Federation) -> None:
+    """Offer the run to connected nodes that have neither opened nor refused it."""
+    known = federation.sites.keys() | federation.refused.keys()
+    newcomers = [node_id for node_id in federation.fleet.node_ids() if node_id not in known]
+    offer = wire.pack(Frame("open", body=federation.manifest.to_bytes()))
+    frames = dict.fromkeys(newcomers, offer)
+    for answer in collect.ask(federation.fleet, frames, kind="open", timeout_s=federation.timeout_s):
+        _admit(federation, answer)
+
+
+def _admit(federation: Federation, answer: collect.Answer) -> None:
+    """Take a node in, or remember why not."""
+    try:
+        head = _read_opened(federation, answer)
+    except SilotuneError as error:
+        federation.refused[answer.node_id] = collect.reason_of(error)
+        federation.log.append("site_refused", node=answer.node_id, reason=collect.reason_of(error))
+        return
+    federation.sites[answer.node_id] = head
+    federation.log.append("site_joined", node=answer.node_id, **_without_run(head))
+
+
+def _read_opened(federation: Federation, answer: collect.Answer) -> OpenedHead:
+    """A node's answer to the offer, checked."""
+    if answer.frame is None:
+        raise ProtocolError(answer.reason)
+    head = from_head(OpenedHead, wire.expect(answer.frame, "opened", max_body_bytes=0).head)
+    if head.run_sha256 != federation.manifest.sha256 or not head.num_examples:
+        raise ProtocolError("answered for another run, or has no rows")
+    if head.site in {other.site for other in federation.sites.values()}:
+        raise ProtocolError(f"the name '{head.site}' is taken by another node")
+    return head
+
+
+def _is_hopeless(federation: Federation) -> bool:
+    """Whether every node that the run waits for has refused."""
+    num_sites = federation.manifest.run.federation.num_sites
+    return bool(num_sites) and len(federation.refused) + len(federation.sites) >= num_sites
+
+
+def _who_is_missing(federation: Federation, wanted: int) -> str:
+    """How many are there, how many are needed, and what the others said."""
+    reasons = "; ".join(f"node {node}: {reason}" for node, reason in sorted(federation.refused.items()))
+    return f"{len(federation.sites)} sites opened the run, {wanted} are needed. Refusals: {reasons or 'none'}"
+
+
+def _without_run(head: OpenedHead) -> dict[str, Any]:
+    """An opened head for the events."""
+    return {name: value for name, value in to_head(head).items() if name != "run_sha256"}

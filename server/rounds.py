@@ -1,0 +1,143 @@
+"""The round loop: sample, send, collect, aggregate, checkpoint, evaluate. Read this file first."""
+
+from dataclasses import dataclass, field
+
+from common.errors import ProtocolError, SilotuneError, TooFewSitesError, WireError
+from common.records import RoundPlan, UpdateHead
+from server import checkpoint, collect, federation, sampling
+from server.aggregate import gap
+from server.aggregate.method import State, Sum
+from server.evaluate import held_out
+from server.federation import Federation
+
+
+@dataclass
+class Tally:
+    """What a round has received so far; memory does not grow with the number of sites.
+
+    Attributes:
+        combined: Running combination of the updates.
+        gap_meter: Watches the updates for the aggregation gap.
+        heads: What each site told of its training.
+        bytes_up: Frames received, refused ones included.
+    """
+
+    combined: Sum
+    gap_meter: gap.GapMeter
+    heads: list[UpdateHead] = field(default_factory=list)
+    bytes_up: int = 0
+
+
+def run(fed: Federation, state: State, *, first_round: int = 0) -> State:
+    """Play all rounds from `first_round`; every finished round is on disk before the next begins.
+
+    Raises:
+        TooFewSitesError: A round got fewer valid updates than `federation.min_sites`.
+        StorageError: A checkpoint or event could not be written.
+    """
+    settings = fed.manifest.run
+    num_rounds = settings.federation.num_rounds
+    if first_round == 0:
+        held_out.evaluate(fed, state, num_rounds=0, generate=False)
+    for round_index in range(first_round, num_rounds):
+        state = play(fed, state, round_index=round_index)
+        is_last = round_index + 1 == num_rounds
+        if is_last or (round_index + 1) % settings.evaluation.every_rounds == 0:
+            generate = is_last and settings.evaluation.exact_match_rows > 0
+            held_out.evaluate(fed, state, num_rounds=round_index + 1, generate=generate)
+    return state
+
+
+def play(fed: Federation, state: State, *, round_index: int) -> State:
+    """One round: from the global adapter to the next, which is on disk when this returns."""
+    started = fed.clock()
+    federation.join(fed)
+    cohort = _choose(fed, round_index)
+    plan = RoundPlan(fed.manifest.sha256, round_index)
+    fed.log.append("round_started", round=round_index, sites=[fed.name(node) for node in cohort])
+    frame = fed.frame("train", plan, state)
+    tally = _collect(fed, state, plan, dict.fromkeys(cohort, frame))
+    _require_quorum(fed, tally, round_index)
+    after = fed.method.apply(state, tally.combined.result())
+    digest = checkpoint.save(fed.folder, after, num_rounds=round_index + 1, run_sha256=fed.manifest.sha256)
+    checkpoint.prune(fed.folder, num_kept=fed.manifest.run.output.keep_checkpoints)
+    norms = tally.gap_meter.per_module(after)
+    fed.log.append(
+        "round_finished",
+        round=round_index,
+        adapter_sha256=digest,
+        num_updates=len(tally.heads),
+        train_loss=_train_loss(tally.heads),
+        gap=gap.whole(norms.values()),
+        gap_modules={name: gap.whole([pair]) for name, pair in norms.items()},
+        bytes_down=len(frame) * len(cohort),
+        bytes_up=tally.bytes_up,
+        seconds=round(fed.clock() - started, 3),
+    )
+    return after
+
+
+def _choose(fed: Federation, round_index: int) -> list[int]:
+    """The round's sites."""
+    settings = fed.manifest.run
+    present = fed.present()
+    if len(present) < settings.federation.min_sites:
+        raise TooFewSitesError(
+            f"{len(present)} sites are connected, federation.min_sites is {settings.federation.min_sites}; "
+            f"rounds up to {round_index} are on disk"
+        )
+    return sampling.choose(
+        present, num_sites=settings.federation.sites_per_round, seed=settings.seed, round_index=round_index
+    )
+
+
+def _collect(fed: Federation, state: State, plan: RoundPlan, frames: dict[int, bytes]) -> Tally:
+    """Take updates as they come; one that is missing or wrong is logged and left out."""
+    tally = Tally(fed.method.start(state), gap.GapMeter(state))
+    for answer in collect.ask(fed.fleet, frames, kind="train", timeout_s=fed.timeout_s):
+        tally.bytes_up += len(answer.frame or b"")
+        try:
+            _take(fed, tally, answer, plan)
+        except SilotuneError as error:
+            reason = collect.reason_of(error)
+            fed.log.append("site_failed", site=fed.name(answer.node_id), step="train", reason=reason)
+    return tally
+
+
+def _take(fed: Federation, tally: Tally, answer: collect.Answer, plan: RoundPlan) -> None:
+    """One update, checked before a float of it is used."""
+    if answer.frame is None:
+        raise ProtocolError(answer.reason)
+    head, change = collect.read_update(answer.frame, fed.manifest, plan)
+    if head.site != fed.name(answer.node_id) or head.num_examples != fed.sites[answer.node_id].num_examples:
+        raise WireError("update is under another name, or claims another number of rows than the site opened with")
+    weight = float(head.num_examples) if fed.manifest.run.aggregation.weighting == "examples" else 1.0
+    tally.combined.add(change, weight=weight)
+    tally.gap_meter.add(change, weight=weight)
+    tally.heads.append(head)
+    fed.log.append(
+        "site_trained",
+        site=head.site,
+        round=plan.round_index,
+        train_loss=head.train_loss,
+        num_examples=head.num_examples,
+        num_steps=head.num_steps,
+        bytes_up=len(answer.frame),
+        seconds=round(head.seconds, 3),
+    )
+
+
+def _require_quorum(fed: Federation, tally: Tally, round_index: int) -> None:
+    """A round with too few updates does not count."""
+    needed = fed.manifest.run.federation.min_sites
+    if len(tally.heads) < needed:
+        raise TooFewSitesError(
+            f"round {round_index + 1} got {len(tally.heads)} valid updates, federation.min_sites is {needed}; the events "
+            f"say why the others failed; rounds up to {round_index} are on disk"
+        )
+
+
+def _train_loss(heads: list[UpdateHead]) -> float:
+    """Mean over the round's rows, nats per answer token."""
+    total = sum(head.num_examples for head in heads)
+    return sum(head.train_loss * head.num_examples for head in heads) / total
