@@ -1,0 +1,245 @@
+"""From a TOML file to a checked config, or to one error that lists everything that is wrong with the file."""
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from common import config_hints, config_locate, config_rules, errors
+
+MAX_FILE_BYTES = 1 << 20
+MAX_PROBLEMS = 50
+
+Config = TypeVar("Config", bound=BaseModel)
+Table = dict[str, Any]
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Format(Generic[Config]):
+    """One of the two files.
+
+    Attributes:
+        schema: Its schema.
+        rules: Contradictions to look for.
+        patterns: What each regular expression in the schema asks for, in words.
+        other: The other file's schema, to tell that a key belongs there.
+        other_name: What messages call the other file.
+    """
+
+    schema: type[Config]
+    rules: tuple[config_rules.Rule, ...]
+    patterns: Mapping[str, str]
+    other: type[BaseModel]
+    other_name: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: at which key, and what. Of `keys`, the first that is written gives the line."""
+
+    key: Key
+    message: str
+    keys: tuple[Key, ...] = ()
+
+
+def read(path: Path) -> str:
+    """Read a config file's text.
+
+    Args:
+        path: A file of at most 1 MiB in UTF-8; a byte order mark is skipped.
+
+    Returns:
+        The text.
+
+    Raises:
+        ConfigError: There is no such file, it cannot be read, it is too large or not UTF-8.
+    """
+    shown = config_hints.show_text(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError as error:
+        raise errors.ConfigError(f"{shown} is not there; give the path of a TOML file") from error
+    except IsADirectoryError as error:
+        raise errors.ConfigError(f"{shown} is a folder; give the path of the TOML file in it") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a valid path"
+        raise errors.ConfigError(f"{shown} cannot be read ({reason}); check the path and its permissions") from error
+    return _decode(content, shown)
+
+
+def parse(text: str, form: Format[Config], *, name: str, overrides: Mapping[str, str]) -> Config:
+    """Check a text against a format.
+
+    Args:
+        text: TOML.
+        form: Which of the two files it is.
+        name: What messages call the file.
+        overrides: Dotted key to a TOML value; a bare word counts as a string.
+
+    Returns:
+        The checked config.
+
+    Raises:
+        ConfigError: All problems, one after the other, in the order of the file.
+    """
+    table = _parse_toml(text, name)
+    for key, value in overrides.items():
+        _put(table, tuple(key.split(".")), parse_value(value))
+    try:
+        return form.schema.model_validate(_with_sections(table, form.schema))
+    except ValidationError as error:
+        problems = list(_problems(error, table, form))
+    places = _Places(name, text, overrides)
+    raise errors.ConfigError(_report(problems, places, name=name)) from None
+
+
+def parse_value(text: str) -> Any:
+    """Read an override's value as TOML; what is not TOML is a string.
+
+    Example:
+        >>> parse_value("2e-4"), parse_value("nf4"), parse_value("true")
+        (0.0002, 'nf4', True)
+    """
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return table["value"] if set(table) == {"value"} else text
+
+
+def sections_of(schema: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """List the tables of a schema: name to their own schema."""
+    fields = ((name, field.annotation) for name, field in schema.model_fields.items())
+    return {name: kind for name, kind in fields if isinstance(kind, type) and issubclass(kind, BaseModel)}
+
+
+def keys_of(schema: type[BaseModel]) -> tuple[str, ...]:
+    """List the dotted keys of a schema, in its order."""
+    sections = sections_of(schema)
+    tops = [name for name in schema.model_fields if name not in sections]
+    return (*tops, *(f"{name}.{key}" for name, kind in sections.items() for key in kind.model_fields))
+
+
+def _decode(content: bytes, shown: str) -> str:
+    """Turn bytes into text."""
+    if len(content) > MAX_FILE_BYTES:
+        raise errors.ConfigError(f"{shown} is larger than 1 MiB, so it is not a config file; give the right path")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise errors.ConfigError(f"{shown}:{line} is not UTF-8 text; save the file as UTF-8") from error
+
+
+def _parse_toml(text: str, name: str) -> Table:
+    """Parse TOML; put line and column where an editor finds them."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise errors.ConfigError(f"{name}: brackets are nested too deeply; settings are single values") from error
+    except ValueError as error:
+        raise errors.ConfigError(_describe_syntax(str(error), text, name)) from error
+
+
+def _describe_syntax(message: str, text: str, name: str) -> str:
+    """Say where TOML went wrong."""
+    match = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", message, re.DOTALL)
+    if match is None:
+        return f"{name} is not valid TOML: {message}"
+    lines = text.split("\n")
+    line, column = match[2] or len(lines), match[3] or len(lines[-1]) + 1
+    return f"{name}:{line}:{column} is not valid TOML: {match[1]} (line {line}, column {column})"
+
+
+def _put(table: Table, key: Key, value: Any) -> None:
+    """Set a dotted key; a value where a section should be stays, for the schema to refuse."""
+    for part in key[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            return
+    table[key[-1]] = value
+
+
+def _with_sections(table: Table, schema: type[BaseModel]) -> Table:
+    """Add the sections that are left out, so that a missing key is reported as itself."""
+    return {**{name: {} for name in sections_of(schema)}, **table}
+
+
+def _problems(error: ValidationError, table: Table, form: Format[Config]) -> Iterator[Problem]:
+    """List what is wrong: single values first, then contradictions between the values that are right."""
+    guide = config_hints.Guide(keys_of(form.schema), keys_of(form.other), form.other_name)
+    bad: set[str] = set()
+    for detail in error.errors(include_url=False):
+        key = tuple(str(part) for part in detail["loc"])
+        bad.add(".".join(key))
+        if detail["type"] == "extra_forbidden":
+            yield from (Problem(leaf, guide.unknown(leaf)) for leaf in _leaves(key, detail["input"]))
+        elif key:
+            yield Problem(key, config_hints.wrong(key, detail, patterns=form.patterns))
+    config = _assume(table, form.schema, bad)
+    for rule in form.rules:
+        keys = tuple(tuple(key.split(".")) for key in rule.keys)
+        if bad.isdisjoint((*rule.keys, *(key[0] for key in keys))) and rule.is_broken(config):
+            yield Problem(keys[0], config_rules.describe(config, rule), keys)
+
+
+def _leaves(key: Key, value: object) -> Iterator[Key]:
+    """List the single settings of an unknown key, which may be a whole table."""
+    if not isinstance(value, dict) or not value:
+        yield key
+        return
+    for name, inner in value.items():
+        yield from _leaves((*key, name), inner)
+
+
+def _assume(table: Table, schema: type[Config], bad: set[str]) -> Config:
+    """Build a config of the values that are right and the defaults of those that are not."""
+    whole = _with_sections(table, schema)
+    sections = {name: _assume_section(whole[name], name, kind, bad) for name, kind in sections_of(schema).items()}
+    tops = {name: value for name, value in whole.items() if name in schema.model_fields and name not in bad}
+    return schema.model_construct(**{**tops, **sections})
+
+
+def _assume_section(table: object, name: str, schema: type[BaseModel], bad: set[str]) -> BaseModel:
+    """Build one section of the values that are right; required ones may be missing."""
+    written = table if isinstance(table, dict) else {}
+    good = {key: value for key, value in written.items() if key in schema.model_fields and f"{name}.{key}" not in bad}
+    try:
+        return schema.model_validate(good)
+    except ValidationError:
+        return schema.model_construct(**good)
+
+
+class _Places:
+    """Where each key was written: a line of the file, or an override."""
+
+    def __init__(self, name: str, text: str, overrides: Mapping[str, str]) -> None:
+        self._name = name
+        self._lines = config_locate.key_lines(text)
+        self._overrides = {tuple(key.split(".")): key for key in overrides}
+
+    def find(self, problem: Problem) -> tuple[float, str]:
+        """Tell a problem's place: a number to sort by, and words."""
+        keys = problem.keys or (problem.key,)
+        written = next((key for key in keys if key in self._overrides or key in self._lines), keys[0])
+        if written in self._overrides:
+            return float("inf"), f'override of "{self._overrides[written]}"'
+        for length in range(len(written), 0, -1):
+            if line := self._lines.get(written[:length]):
+                return line, f"{self._name}:{line}"
+        return 0, self._name
+
+
+def _report(problems: list[Problem], places: _Places, *, name: str) -> str:
+    """Write the problems in the order of the file."""
+    placed = sorted(((*places.find(problem), problem) for problem in problems), key=lambda item: item[0])
+    count = f"{len(placed)} problem{'s' if len(placed) != 1 else ''} in {name}"
+    shown = [f"  {config_hints.show_key(p.key)}  {p.message}\n    {place}" for _, place, p in placed[:MAX_PROBLEMS]]
+    rest = [f"  and {len(placed) - MAX_PROBLEMS} more"] if len(placed) > MAX_PROBLEMS else []
+    return "\n".join([count, *shown, *rest])

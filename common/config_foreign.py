@@ -1,0 +1,187 @@
+"""Names that people bring from TRL, PEFT, Axolotl, LLaMA-Factory, Unsloth and FlowerTune, and what they are here."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What a foreign name is here.
+
+    Attributes:
+        key: The dotted key here, or nothing where there is none.
+        note: What to know besides; the whole answer where there is no key.
+        tools: Who uses the name: T TRL and PEFT, A Axolotl, L LLaMA-Factory, U Unsloth, F Flower and FlowerTune.
+    """
+
+    key: str
+    note: str
+    tools: str
+
+
+TOOLS = {"T": "TRL, PEFT", "A": "Axolotl", "L": "LLaMA-Factory", "U": "Unsloth", "F": "Flower, FlowerTune"}
+
+_STEP = "rows of one optimizer step; those in memory at once are training.micro_batch_size"
+_MEMORY = "rows in memory at once; training.batch_size is the rows of one optimizer step"
+_COUNT = "a number of sites, not a share"
+_NO_DP = 'this version has no differential privacy; write privacy.mode = "none" and remove this'
+_ANSWERS = "only the answer's tokens are trained on, always; remove it"
+_SINKS = "results are files in the run's folder; remove it"
+_ALWAYS = "a checkpoint is written after every round; remove it"
+_DEVICE = "how a site uses its own hardware is the site's matter; remove it"
+
+FOREIGN: dict[str, Hint] = {
+    # base model
+    "model_name_or_path": Hint("model.base", "", "TL"),
+    "model_name": Hint("model.base", "", "U"),
+    "model_id": Hint("model.base", "", "T"),
+    "base_model": Hint("model.base", "", "A"),
+    "base_model_name_or_path": Hint("model.base", "", "T"),
+    "pretrained_model_name_or_path": Hint("model.base", "", "T"),
+    "model.name": Hint("model.base", "", "F"),
+    "model.path": Hint("model.base", "", ""),
+    "model_revision": Hint("model.revision", "", "TL"),
+    "revision_of_model": Hint("model.revision", "", "A"),
+    "load_in_4bit": Hint("model.quantization", 'write "nf4", or "none" for false', "TAU"),
+    "load_in_8bit": Hint("model.quantization", 'write "int8", or "none" for false', "TAU"),
+    "quantization_bit": Hint("model.quantization", 'write "nf4" for 4, "int8" for 8', "L"),
+    "quantization_method": Hint("model.quantization", 'bitsandbytes is the only one: "nf4", "int8" or "none"', "L"),
+    "bnb_4bit_quant_type": Hint("model.quantization", 'write "nf4"', "T"),
+    "bnb_4bit_use_double_quant": Hint("model.double_quantization", "", "T"),
+    "use_bnb_nested_quant": Hint("model.double_quantization", "", "T"),
+    "double_quantization_bit": Hint("model.double_quantization", "", ""),
+    "bnb_4bit_compute_dtype": Hint("model.dtype", "", "T"),
+    "torch_dtype": Hint("model.dtype", "", "TA"),
+    "compute_dtype": Hint("model.dtype", "", "L"),
+    "bf16": Hint("model.dtype", 'write "bfloat16"', "TAL"),
+    "fp16": Hint("model.dtype", 'write "float16"', "TAL"),
+    "tf32": Hint("", _DEVICE, "TA"),
+    "template": Hint("model.chat_template", "", "L"),
+    "chat_template_path": Hint("model.chat_template", 'to use the base\'s own, write "tokenizer"', "T"),
+    # adapter
+    "finetuning_type": Hint("adapter.kind", '"lora"; 4-bit is model.quantization = "nf4"', "L"),
+    "use_peft": Hint("adapter.kind", "an adapter is always used", "T"),
+    "peft_type": Hint("adapter.kind", "", "T"),
+    "lora_r": Hint("adapter.r", "", "TA"),
+    "lora_rank": Hint("adapter.r", "", "L"),
+    "rank": Hint("adapter.r", "", ""),
+    "peft_lora_r": Hint("adapter.r", "", "F"),
+    "lora_alpha": Hint("adapter.alpha", "", "TALU"),
+    "peft_lora_alpha": Hint("adapter.alpha", "", "F"),
+    "lora_dropout": Hint("adapter.dropout", "", "TALU"),
+    "target_modules": Hint("adapter.targets", "one text with commas, or all-linear", "TU"),
+    "lora_target_modules": Hint("adapter.targets", "one text with commas, or all-linear", "TA"),
+    "lora_target": Hint("adapter.targets", '"all" is "all-linear" here', "L"),
+    "lora_target_linear": Hint("adapter.targets", 'write "all-linear"', "A"),
+    "peft_use_rslora": Hint("adapter.use_rslora", "", "A"),
+    "rslora": Hint("adapter.use_rslora", "", ""),
+    "use_dora": Hint("", 'this version has adapter.kind = "lora" only; remove it', "TL"),
+    "peft_use_dora": Hint("", 'this version has adapter.kind = "lora" only; remove it', "A"),
+    "lora_modules_to_save": Hint("", "whole layers are never sent; remove it", "TA"),
+    "modules_to_save": Hint("", "whole layers are never sent; remove it", "TU"),
+    "lora_bias": Hint("", "biases are not trained; remove it", "T"),
+    # data
+    "dataset": Hint("data.source", "in a simulation; a site names its own data.path", "AL"),
+    "datasets": Hint("data.source", "in a simulation; a site names its own data.path", "A"),
+    "dataset_name": Hint("data.source", "in a simulation; a site names its own data.path", "T"),
+    "dataset_dir": Hint("data.source", "in a simulation; a site names its own data.path", "L"),
+    "dataset.name": Hint("data.source", "in a simulation; a site names its own data.path", "F"),
+    "dataset_text_field": Hint("data.instruction_column", "rows have an instruction, an input and an output", "TU"),
+    "field_instruction": Hint("data.instruction_column", "", "A"),
+    "field_input": Hint("data.input_column", "", "A"),
+    "field_output": Hint("data.output_column", "", "A"),
+    "default_system_message": Hint("data.system_prompt", "", "A"),
+    "max_seq_length": Hint("data.max_length_tokens", "", "TU"),
+    "max_length": Hint("data.max_length_tokens", "", "T"),
+    "cutoff_len": Hint("data.max_length_tokens", "", "L"),
+    "sequence_len": Hint("data.max_length_tokens", "", "A"),
+    "seq_length": Hint("data.max_length_tokens", "", "F"),
+    "seq_len": Hint("data.max_length_tokens", "", ""),
+    "excess_length_strategy": Hint("data.too_long", "", "A"),
+    "val_set_size": Hint("data.held_out_fraction", "a share of the units", "A"),
+    "val_size": Hint("data.held_out_fraction", "a share of the units", "L"),
+    "test_size": Hint("data.held_out_fraction", "a share of the units", ""),
+    "packing": Hint("", "each example stays by itself; remove it", "TLU"),
+    "sample_packing": Hint("", "each example stays by itself; remove it", "A"),
+    "train_on_inputs": Hint("", _ANSWERS, "A"),
+    "completion_only_loss": Hint("", _ANSWERS, "T"),
+    "assistant_only_loss": Hint("", _ANSWERS, "T"),
+    # training
+    "lr": Hint("training.learning_rate", "", ""),
+    "learning_rate_max": Hint("training.learning_rate", "", "F"),
+    "learning_rate_min": Hint("training.schedule", '"cosine" and "linear" end at 0', "F"),
+    "per_device_train_batch_size": Hint("training.micro_batch_size", _MEMORY, "TLUF"),
+    "micro_batch_size": Hint("training.micro_batch_size", _MEMORY, "A"),
+    "gradient_accumulation_steps": Hint("training.batch_size", _STEP, "TALUF"),
+    "train_batch_size": Hint("training.batch_size", _STEP, ""),
+    "num_train_epochs": Hint("training.local_epochs", "per round", "TLUF"),
+    "num_epochs": Hint("training.local_epochs", "per round", "A"),
+    "epochs": Hint("training.local_epochs", "per round", ""),
+    "max_steps": Hint("training.local_steps", "per round", "TALUF"),
+    "lr_scheduler_type": Hint("training.schedule", "", "TLUF"),
+    "lr_scheduler": Hint("training.schedule", "", "A"),
+    "warmup_ratio": Hint("training.warmup_fraction", "", "TAL"),
+    "warmup_steps": Hint("training.warmup_fraction", "a share of the whole run, not steps", "TALU"),
+    "optim": Hint("training.optimizer", "", "TLU"),
+    "max_norm": Hint("training.max_grad_norm", "", ""),
+    "gradient_clip": Hint("training.max_grad_norm", "", ""),
+    "use_gradient_checkpointing": Hint("training.gradient_checkpointing", "true or false", "U"),
+    "model.gradient_checkpointing": Hint("training.gradient_checkpointing", "", "F"),
+    "random_state": Hint("seed", "at the top of the file", "U"),
+    "data_seed": Hint("seed", "at the top of the file", "T"),
+    "deepspeed": Hint("", _DEVICE, "TAL"),
+    "fsdp": Hint("", _DEVICE, "TA"),
+    "flash_attention": Hint("", _DEVICE, "A"),
+    "flash_attn": Hint("", _DEVICE, "L"),
+    "attn_implementation": Hint("", _DEVICE, "T"),
+    "device_map": Hint("", _DEVICE, "TU"),
+    # federation
+    "num_server_rounds": Hint("federation.num_rounds", "", "F"),
+    "num_rounds": Hint("federation.num_rounds", "", "F"),
+    "rounds": Hint("federation.num_rounds", "", ""),
+    "fraction_fit": Hint("federation.sites_per_round", _COUNT, "F"),
+    "fraction_train": Hint("federation.sites_per_round", _COUNT, "F"),
+    "fraction_evaluate": Hint("evaluation.every_rounds", "every site of a round evaluates", "F"),
+    "min_fit_clients": Hint("federation.min_sites", "", "F"),
+    "min_train_nodes": Hint("federation.min_sites", "", "F"),
+    "min_available_clients": Hint("federation.num_sites", "", "F"),
+    "min_available_nodes": Hint("federation.num_sites", "", "F"),
+    "num_supernodes": Hint("data.num_sites", "in a simulation", "F"),
+    "num_clients": Hint("federation.num_sites", "in a simulation it is data.num_sites", "F"),
+    "round_timeout": Hint("federation.round_timeout_s", "in seconds", "F"),
+    "local_epochs": Hint("training.local_epochs", "", "F"),
+    "strategy": Hint("aggregation.method", "", "F"),
+    # privacy
+    "epsilon": Hint("", _NO_DP, ""),
+    "target_epsilon": Hint("", _NO_DP, ""),
+    "delta": Hint("", _NO_DP, ""),
+    "noise_multiplier": Hint("", _NO_DP, "F"),
+    "clipping_norm": Hint("", _NO_DP, "F"),
+    "max_per_sample_grad_norm": Hint("", _NO_DP, ""),
+    # evaluation and output
+    "per_device_eval_batch_size": Hint("evaluation.batch_size", "", "TLU"),
+    "eval_batch_size": Hint("evaluation.batch_size", "", "A"),
+    "eval_strategy": Hint("evaluation.every_rounds", "", "TL"),
+    "evaluation_strategy": Hint("evaluation.every_rounds", "", "TAL"),
+    "eval_steps": Hint("evaluation.every_rounds", "rounds, not steps", "TAL"),
+    "evals_per_epoch": Hint("evaluation.every_rounds", "rounds, not steps", "A"),
+    "output_dir": Hint("output.folder", "", "TALUF"),
+    "save_total_limit": Hint("output.keep_checkpoints", "", "TAF"),
+    "save_steps": Hint("", _ALWAYS, "TALF"),
+    "save_strategy": Hint("", _ALWAYS, "TA"),
+    "save_every_round": Hint("", _ALWAYS, "F"),
+    "run_name": Hint("name", "at the top of the file", "TL"),
+    "report_to": Hint("", _SINKS, "TLU"),
+    "logging_steps": Hint("", _SINKS, "TALUF"),
+    "wandb_project": Hint("", _SINKS, "A"),
+    "push_to_hub": Hint("", "nothing is uploaded to a hub; remove it", "T"),
+    "hub_model_id": Hint("", "nothing is uploaded to a hub; remove it", "TA"),
+}
+
+VALUES: dict[tuple[str, str], str] = {}
+
+
+def find(key: tuple[str, ...]) -> Hint | None:
+    """Look a name up, the longest end of the path first; case, and dash or underscore, do not matter."""
+    parts = [part.lower().replace("-", "_") for part in key]
+    ends = (".".join(parts[start:]) for start in range(len(parts)))
+    return next((FOREIGN[end] for end in ends if end in FOREIGN), None)

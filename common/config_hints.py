@@ -1,0 +1,160 @@
+"""What to say about a wrong setting: what is allowed, and for an unknown key the right one."""
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from common import config_foreign
+
+Key = tuple[str, ...]
+
+_BARE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
+
+MAX_SHOWN_CHARACTERS = 80
+_KINDS = {
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text in quotes",
+    "string_unicode": "must be valid Unicode text",
+    "finite_number": "must be a finite number",
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be greater than {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be less than {lt}",
+    "string_too_short": "must not be empty",
+    "string_too_long": "must be at most {max_length} characters long",
+    "value_error": "{error}",
+}
+_MISSING = {
+    ("version",): "must be set: write version = 1 at the top of the file",
+    ("privacy", "mode"): (
+        'must be set: this version has no differential privacy; write mode = "none" under [privacy] to state that '
+        "updates leave the sites unprotected"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Guide:
+    """Leads from an unknown key to the right one.
+
+    Attributes:
+        own: Dotted keys of this file.
+        other: Dotted keys of the other file.
+        other_name: What messages call the other file.
+    """
+
+    own: tuple[str, ...]
+    other: tuple[str, ...]
+    other_name: str
+
+    def unknown(self, key: Key) -> str:
+        """Say what an unknown key should be."""
+        return f"unknown setting; {self._foreign(key) or self._elsewhere(key) or self._near(key) or self._listed(key)}"
+
+    def _foreign(self, key: Key) -> str:
+        """Translate a name that other tools use."""
+        hint = config_foreign.find(key)
+        if hint is None:
+            return ""
+        if not hint.key:
+            return hint.note
+        where = "here" if hint.key in self.own else f"in {self.other_name}"
+        return f"{where} it is {hint.key}" + (f": {hint.note}" if hint.note else "")
+
+    def _elsewhere(self, key: Key) -> str:
+        """Name the sections in which the key lives."""
+        name = _plain(key[-1])
+        for keys, place in ((self.own, ""), (self.other, f" of {self.other_name}")):
+            sections = [_section(known) for known in keys if known.split(".")[-1] == name]
+            if sections:
+                return f"it belongs {_join_or(sections)}{place}" if key[-1] == name else f"did you mean {name}?"
+        return ""
+
+    def _near(self, key: Key) -> str:
+        """Name the key that is written almost like it: in its own section first."""
+        siblings = [known for known in self.own if known.split(".")[:-1] == list(key[:-1])]
+        for keys in (siblings, self.own):
+            names = {known.split(".")[-1]: known for known in keys}
+            if near := difflib.get_close_matches(_plain(key[-1]), names, n=1, cutoff=0.7):
+                return f"did you mean {names[near[0]]}?"
+        return ""
+
+    def _listed(self, key: Key) -> str:
+        """Name what there is instead."""
+        sections = list(dict.fromkeys(known.split(".")[0] for known in self.own if "." in known))
+        siblings = [known.split(".")[-1] for known in self.own if known.split(".")[:-1] == list(key[:-1])]
+        if len(key) == 1 or not siblings:
+            return f"the sections are {', '.join(sections)}"
+        return f"[{key[0]}] has {', '.join(siblings)}"
+
+
+def wrong(key: Key, detail: Mapping[str, Any], *, patterns: Mapping[str, str]) -> str:
+    """Say what is wrong with a value, and what was written.
+
+    Args:
+        key: Path of the setting.
+        detail: One of pydantic's errors.
+        patterns: What each regular expression in the schema asks for, in words.
+
+    Returns:
+        One line.
+    """
+    if detail["type"] == "missing":
+        return _MISSING.get(key, "must be set; it has no default")
+    words = _limit(key, detail["type"], detail.get("ctx", {}), patterns) or detail["msg"]
+    hint = config_foreign.VALUES.get((".".join(key), _plain(str(detail["input"]))), "")
+    return f"{words} (you wrote {show_value(detail['input'])})" + (f"; {hint}" if hint else "")
+
+
+def _limit(key: Key, kind: str, context: Mapping[str, Any], patterns: Mapping[str, str]) -> str:
+    """Say what a value must be; nothing for a kind of error that is not known."""
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"must be a section, [{key[0]}]"
+    if kind == "literal_error":
+        return f"must be {str(context['expected']).replace(chr(39), chr(34))}"
+    if kind == "string_pattern_mismatch":
+        return f"must be {patterns[context['pattern']]}"
+    return _KINDS.get(kind, "").format(**context)
+
+
+def show_key(key: Key) -> str:
+    """Write a path as a dotted key, quoted where TOML needs it."""
+    return ".".join(part if part and set(part) <= _BARE else json.dumps(part) for part in key)
+
+
+def show_value(value: object) -> str:
+    """Write a value about as it stands in the file, on one line and not too long.
+
+    Example:
+        >>> show_value(True), show_value("nf8")
+        ('true', '"nf8"')
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return show_text(text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}...")
+
+
+def show_text(text: object) -> str:
+    """Write a text or path so that every terminal can show it."""
+    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _plain(name: str) -> str:
+    """Write a name the way all names here are written."""
+    return name.lower().replace("-", "_").replace(" ", "_")
+
+
+def _section(known: str) -> str:
+    """Name the place of a known key."""
+    return f"in [{known.split('.')[0]}]" if "." in known else "at the top of the file, before any section"
+
+
+def _join_or(places: list[str]) -> str:
+    """List alternatives."""
+    return " or ".join(places)

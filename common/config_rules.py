@@ -1,0 +1,162 @@
+"""Settings that are fine alone and contradict each other, as one table per file.
+
+A setting that could have no effect is a contradiction too: it would do nothing and nobody would notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    from common.config import NodeConfig, RunConfig
+
+ADAM_DEFAULTS = (0.9, 0.999, 1e-8)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One contradiction.
+
+    Attributes:
+        keys: Dotted keys that take part; the first names the problem.
+        is_broken: Whether a config breaks the rule.
+        message: What is wrong and the remedy.
+    """
+
+    keys: tuple[str, ...]
+    is_broken: Callable[[Any], bool]
+    message: str
+
+
+def check(config: BaseModel, rules: tuple[Rule, ...]) -> None:
+    """Raise if a config that was built in code breaks a rule.
+
+    Raises:
+        ValueError: Every broken rule, in one line.
+    """
+    broken = [f"{rule.keys[0]}: {describe(config, rule)}" for rule in rules if rule.is_broken(config)]
+    if broken:
+        raise ValueError("; ".join(broken))
+
+
+def describe(config: BaseModel, rule: Rule) -> str:
+    """Say what is wrong, with the values that take part."""
+    values = ", ".join(f"{key} = {value_of(config, key)!r}" for key in rule.keys)
+    return f"{rule.message} ({values})"
+
+
+def value_of(config: BaseModel, key: str) -> Any:
+    """Look up a dotted key."""
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+def is_positive(table: Mapping[str, object], key: str) -> bool:
+    """Whether an unchecked table holds a whole number over 0 under `key`."""
+    value = table.get(key)
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _has_same_columns(config: RunConfig | NodeConfig) -> bool:
+    data = config.data
+    return len({data.instruction_column, data.input_column, data.output_column}) < 3
+
+
+def _needs_more_sites(config: RunConfig) -> bool:
+    wanted = max(config.federation.min_sites, config.federation.sites_per_round, config.federation.num_sites)
+    return 0 < config.data.num_sites < wanted
+
+
+def _has_revision_without_hub(config: RunConfig) -> bool:
+    base = config.model.base
+    return config.model.revision != "" and (base == "embedded" or base.startswith(("/", ".", "~")))
+
+
+def _has_adam_settings(config: RunConfig) -> bool:
+    training = config.training
+    return (training.adam_beta1, training.adam_beta2, training.adam_epsilon) != ADAM_DEFAULTS
+
+
+_COLUMNS = ("data.output_column", "data.instruction_column", "data.input_column")
+
+RUN_RULES = (
+    Rule(
+        ("model.revision", "model.base"),
+        _has_revision_without_hub,
+        "a revision belongs to a hub id, and this base is not one; remove it",
+    ),
+    Rule(_COLUMNS, _has_same_columns, "the instruction, input and output columns must be three different ones"),
+    Rule(
+        ("data.site_column", "data.partition"),
+        lambda c: c.data.partition == "column" and not c.data.site_column,
+        "the rows' sites are read from this column, so it needs a name",
+    ),
+    Rule(
+        ("data.num_sites", "data.partition"),
+        lambda c: c.data.partition != "column" and c.data.num_sites == 0,
+        "this partition needs the number of sites; set data.num_sites",
+    ),
+    Rule(
+        ("data.num_sites", "data.partition"),
+        lambda c: c.data.partition == "column" and c.data.num_sites > 0,
+        "the values of data.site_column are the sites; remove data.num_sites, or choose iid or dirichlet",
+    ),
+    Rule(
+        ("data.num_sites", "federation.min_sites", "federation.sites_per_round", "federation.num_sites"),
+        _needs_more_sites,
+        "the federation waits for more sites than there are; raise data.num_sites or lower the others",
+    ),
+    Rule(
+        ("data.dirichlet_alpha", "data.partition"),
+        lambda c: c.data.partition != "dirichlet" and c.data.dirichlet_alpha != 0.5,
+        "has no effect with this partition; remove it",
+    ),
+    Rule(
+        ("training.local_steps", "training.local_epochs"),
+        lambda c: c.training.local_steps > 0 and c.training.local_epochs > 0,
+        "steps and epochs are two answers to one question; remove one of them",
+    ),
+    Rule(
+        ("training.local_epochs", "training.local_steps"),
+        lambda c: c.training.local_steps == 0 and c.training.local_epochs == 0,
+        "a site would not train at all; set local_epochs or local_steps above 0",
+    ),
+    Rule(
+        ("training.micro_batch_size", "training.batch_size"),
+        lambda c: c.training.micro_batch_size > 0 and c.training.batch_size % c.training.micro_batch_size != 0,
+        "must divide batch_size",
+    ),
+    Rule(
+        ("training.momentum", "training.optimizer"),
+        lambda c: c.training.optimizer != "sgd" and c.training.momentum > 0,
+        "has no effect with this optimizer; remove it or choose sgd",
+    ),
+    Rule(
+        ("training.adam_beta1", "training.adam_beta2", "training.adam_epsilon", "training.optimizer"),
+        lambda c: c.training.optimizer != "adamw" and _has_adam_settings(c),
+        "the adam settings have no effect with this optimizer; remove them or choose adamw",
+    ),
+    Rule(
+        ("federation.sites_per_round", "federation.min_sites"),
+        lambda c: 0 < c.federation.sites_per_round < c.federation.min_sites,
+        "no round could count: it must be 0 (all) or at least min_sites",
+    ),
+    Rule(
+        ("federation.num_sites", "federation.min_sites", "federation.sites_per_round"),
+        lambda c: 0 < c.federation.num_sites < max(c.federation.min_sites, c.federation.sites_per_round),
+        "must be 0 (whoever has connected) or at least min_sites and sites_per_round",
+    ),
+)
+
+NODE_RULES = (
+    Rule(_COLUMNS, _has_same_columns, "the instruction, input and output columns must be three different ones"),
+    Rule(
+        ("data.held_out_path", "data.path"),
+        lambda c: c.data.held_out_path == c.data.path,
+        "evaluation on training rows says nothing; name another file",
+    ),
+)
