@@ -1,0 +1,146 @@
+"""The coordinator's calls to a SuperLink: register a node's key, start a run, ask how it stands.
+
+The bundle that starts a run holds names only: the code that answers is the package installed at each end, so nothing
+that a coordinator could send runs at a site.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import httpx
+from flwr.cli.build import build_fab_from_files
+from flwr.common.serde import fab_to_proto, user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StreamLogsRequest,
+)
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+
+from common.errors import TransportError
+
+FINISHED: Final = "finished"
+COMPLETED: Final = "completed"
+_BUNDLE: Final = """
+[project]
+name = "silotune"
+version = "1.0.0"
+
+[tool.flwr.app]
+publisher = "silotune"
+
+[tool.flwr.app.components]
+serverapp = "{server_app}"
+clientapp = "{client_app}"
+
+[tool.flwr.app.config]
+run-file = ""
+run-folder = ""
+"""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How a run stands at the SuperLink: Flower's status, and for a finished run how it ended."""
+
+    status: str
+    sub_status: str
+    details: str
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self.status == FINISHED
+
+    @property
+    def is_completed(self) -> bool:
+        """Whether it has ended well."""
+        return self.is_finished and self.sub_status == COMPLETED
+
+
+class Link:
+    """Calls to one SuperLink; see `connect`."""
+
+    def __init__(self, client: ControlHttpClient) -> None:
+        self._client = client
+
+    def register(self, public_key: bytes, *, name: str) -> int:
+        """Admit a node by its public key, in OpenSSH or PEM form; returns the node's id."""
+        return int(self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name)).node_id)
+
+    def online_node_ids(self) -> list[int]:
+        """Tell which registered nodes are connected now, ascending."""
+        nodes = self._client.ListNodes(ListNodesRequest()).nodes_info
+        return sorted(node.node_id for node in nodes if node.status == "online")
+
+    def start_run(self, run_config: Mapping[str, str], *, bundle: bytes) -> int:
+        """Submit a run; returns its id.
+
+        Args:
+            run_config: Values for the keys of the bundle's `[tool.flwr.app.config]`.
+            bundle: See `build_bundle`.
+
+        Raises:
+            TransportError: The SuperLink did not take it.
+        """
+        fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
+        request = StartRunRequest(fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(run_config)))
+        response = self._client.StartRun(request)
+        if not response.HasField("run_id"):
+            raise TransportError("the SuperLink did not start the run; its log says why")
+        return int(response.run_id)
+
+    def state(self, run_id: int) -> RunState:
+        """Tell how a run stands."""
+        status = self._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id].status
+        return RunState(status=status.status, sub_status=status.sub_status, details=status.details)
+
+    def log_of(self, run_id: int) -> str:
+        """Return what a finished run's server process printed."""
+        return "".join(part.log_output for part in self._client.StreamLogs(StreamLogsRequest(run_id=run_id)))
+
+
+@contextmanager
+def connect(address: str, *, ca_file: Path) -> Iterator[Link]:
+    """Open a TLS connection to a SuperLink's control interface.
+
+    Args:
+        address: `host:port`.
+        ca_file: PEM certificate that the SuperLink's own must lead to.
+
+    Raises:
+        TransportError: A call failed while the connection was open.
+    """
+    client = ControlHttpClient.from_server_address(
+        address,
+        insecure=False,
+        root_certificates=ca_file.read_bytes(),
+        interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+    )
+    try:
+        yield Link(client)
+    except httpx.HTTPError as error:
+        raise TransportError(
+            f"the SuperLink at {address} did not answer as expected: {type(error).__name__}"
+        ) from error
+    finally:
+        client.close()
+
+
+def build_bundle(*, server_app: str = "server.app:app", client_app: str = "client.app:app") -> bytes:
+    """Make the Flower bundle of a run: the names of two installed objects, and no code.
+
+    Example:
+        >>> len(build_bundle()) < 2000
+        True
+    """
+    text = _BUNDLE.format(server_app=server_app, client_app=client_app)
+    return build_fab_from_files({"pyproject.toml": text.encode()})[0]

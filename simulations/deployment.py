@@ -1,0 +1,272 @@
+"""Flower's deployment engine on one machine: SuperLink, SuperNodes and agents as real processes, over TLS on loopback.
+
+Node keys are checked, the bundle carries no code, nothing calls out, and Flower keeps its files in a folder of this
+run. Every process writes a log; every wait has an end, and its error names the log to read. Whatever happens, all
+processes are stopped.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+from client import line
+from common import quiet
+from common.errors import RemoteError, TransportError
+from server import link
+from server.link import Link, RunState
+from simulations import loopback_keys
+
+HOST: Final = "127.0.0.1"
+STOP_S: Final = 8.0
+_POLL_S: Final = 0.25
+_TASK_POLL_S: Final = 0.1  # Flower's default of 1 s is waited once per message
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site of the federation.
+
+    Attributes:
+        name: For log files and error messages.
+        command: Starts the site's agent in the foreground.
+        socket_path: Where that agent listens.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    socket_path: Path
+
+
+@dataclass(frozen=True)
+class Process:
+    """A running process and the file that holds all it printed."""
+
+    name: str
+    popen: subprocess.Popen[bytes]
+    log_path: Path
+
+    def check(self) -> None:
+        """Raise TransportError if it has ended."""
+        code = self.popen.poll()
+        if code is not None:
+            raise TransportError(f"{self.name} ended with code {code}; see {self.log_path}")
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A running federation.
+
+    Attributes:
+        link: Calls to its SuperLink.
+        address: The SuperLink's, `host:port`.
+        keys: Folder of its certificates and node keys.
+        processes: All that were started.
+    """
+
+    link: Link
+    address: str
+    keys: Path
+    processes: list[Process]
+
+    def check(self) -> None:
+        """Raise TransportError if any process has ended."""
+        for process in self.processes:
+            process.check()
+
+
+def run(sites: Sequence[Site], *, run_file: Path, run_folder: Path, timeout_s: float, num_threads: int) -> None:
+    """Do a whole run in a federation of processes on this machine.
+
+    Args:
+        sites: Their agents are started, too.
+        run_file: The run's TOML file.
+        run_folder: Where the server's process writes the run's results; logs go to `run_folder/logs`.
+        timeout_s: For the run itself, from submission to end.
+        num_threads: CPU threads of each process' linear algebra. Results are bit-equal for equal numbers only.
+
+    Raises:
+        TransportError: A process did not start, ended early, or the run took too long. The message names a log.
+        RemoteError: The run failed; the message names the log.
+    """
+    logs = run_folder / "logs"
+    with federation(sites, logs=logs, num_threads=num_threads) as running:
+        config = {"run-file": str(run_file.absolute()), "run-folder": str(run_folder.absolute())}
+        run_id = running.link.start_run(config, bundle=link.build_bundle())
+        state = wait(running, run_id, timeout_s=timeout_s)
+        log_path = logs / "server-app.log"
+        log_path.write_text(running.link.log_of(run_id))
+        if not state.is_completed:
+            raise RemoteError(f"the run ended as {state.sub_status or state.status}; see {log_path}")
+
+
+def wait(running: Federation, run_id: int, *, timeout_s: float) -> RunState:
+    """Wait for a run to end, well or not.
+
+    Raises:
+        TransportError: A process ended, or the time is over.
+    """
+    _until(
+        lambda: running.link.state(run_id).is_finished,
+        what="the run to end",
+        timeout_s=timeout_s,
+        watched=running.processes,
+    )
+    return running.link.state(run_id)
+
+
+@contextmanager
+def federation(
+    sites: Sequence[Site], *, logs: Path, num_threads: int = 1, start_timeout_s: float = 120.0
+) -> Iterator[Federation]:
+    """Start everything, wait until all nodes are connected; stop everything on leaving.
+
+    Args:
+        sites: Their agents are started, too.
+        logs: Folder for one log file a process; made if it is not there.
+        num_threads: CPU threads of each process' linear algebra.
+        start_timeout_s: For all processes together.
+
+    Raises:
+        TransportError: Something did not start; the message names its log.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        keys = Path(stack.enter_context(TemporaryDirectory(prefix="silotune-keys-", ignore_cleanup_errors=True)))
+        loopback_keys.write_certificates(keys)
+        env = environment(flwr_home=keys / "flower", num_threads=num_threads)
+        address = f"{HOST}:{free_port()}"
+        processes: list[Process] = []
+        stack.callback(stop, processes)
+        processes.append(start("superlink", superlink_command(address, keys=keys), logs=logs, env=env))
+        processes.extend(start(f"{site.name}-agent", site.command, logs=logs, env=env) for site in sites)
+        _until(lambda: _accepts(address), what="the SuperLink", timeout_s=start_timeout_s, watched=processes)
+        connected = stack.enter_context(link.connect(address, ca_file=keys / "ca.pem"))
+        running = Federation(link=connected, address=address, keys=keys, processes=processes)
+        for site in sites:
+            connected.register(loopback_keys.write_node_key(keys / f"{site.name}.key"), name=site.name)
+            command = supernode_command(running, site=site)
+            processes.append(start(f"{site.name}-supernode", command, logs=logs, env=env))
+        _until(lambda: _all_there(running, sites), what="all sites", timeout_s=start_timeout_s, watched=processes)
+        yield running
+
+
+def superlink_command(address: str, *, keys: Path) -> list[str]:
+    """The command of a SuperLink that checks node keys and installs nothing."""
+    host, port = address.split(":")
+    files = ["--ssl-ca-certfile", keys / "ca.pem", "--ssl-certfile", keys / "server.pem"]
+    files += ["--ssl-keyfile", keys / "server.key"]
+    switches = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
+    return ["flower-superlink", "--host", host, "--port", port, *map(str, files), *switches]
+
+
+def supernode_command(running: Federation, *, site: Site) -> list[str]:
+    """The command of one SuperNode; it finds its agent by a socket path of its own configuration."""
+    return [
+        *("flower-supernode", "--superlink", running.address, "--root-certificates", str(running.keys / "ca.pem")),
+        *("--auth-supernode-private-key", str(running.keys / f"{site.name}.key")),
+        *("--node-config", f'agent-socket="{site.socket_path.absolute()}"'),
+        *("--host", HOST, "--port", str(free_port())),
+    ]
+
+
+def environment(*, flwr_home: Path, num_threads: int) -> dict[str, str]:
+    """What every process gets: silence, this Python's scripts and packages, Flower's files in a folder of this run."""
+    env = dict(os.environ)
+    quiet.hush(env)
+    source = str(Path(link.__file__).parents[1])
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [source, env.get("PYTHONPATH", "")]))
+    env["FLWR_HOME"] = str(flwr_home)
+    env["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] = str(_TASK_POLL_S)
+    return env | {"OMP_NUM_THREADS": str(num_threads), "PYTHONUNBUFFERED": "1"}
+
+
+def start(name: str, command: Sequence[str], *, logs: Path, env: Mapping[str, str]) -> Process:
+    """Start one process in a session of its own, so that a signal reaches its children, too.
+
+    Raises:
+        TransportError: The program is not there.
+    """
+    log_path = logs / f"{name}.log"
+    try:
+        with log_path.open("wb") as log:
+            popen = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
+            )
+    except OSError as error:
+        raise TransportError(f"cannot start {name}: {command[0]} is not there or not executable") from error
+    return Process(name=name, popen=popen, log_path=log_path)
+
+
+def stop(processes: Sequence[Process]) -> None:
+    """Stop all processes, the first (the SuperLink) last, as nodes sign off there; kill what does not end."""
+    for group in (processes[1:], processes[:1]):
+        for process in group:
+            _signal(process, signal.SIGTERM)
+        end = time.monotonic() + STOP_S
+        for process in group:
+            _reap(process, timeout_s=max(0.0, end - time.monotonic()))
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _reap(process: Process, *, timeout_s: float) -> None:
+    """Wait for a process, then kill whatever is left of its session."""
+    with suppress(subprocess.TimeoutExpired):
+        process.popen.wait(timeout_s)
+    _signal(process, signal.SIGKILL)
+    process.popen.wait()
+
+
+def _signal(process: Process, number: signal.Signals) -> None:
+    """Signal a process and its children, if any is left."""
+    try:
+        os.killpg(process.popen.pid, number)
+    except ProcessLookupError:
+        return
+
+
+def _until(is_done: Callable[[], bool], *, what: str, timeout_s: float, watched: Sequence[Process]) -> None:
+    """Poll until something holds; fail when time is over or a process ends meanwhile."""
+    end = time.monotonic() + timeout_s
+    while not is_done():
+        for process in watched:
+            process.check()
+        if time.monotonic() > end:
+            raise TransportError(f"waited {timeout_s:g} s for {what}; see the logs in {watched[0].log_path.parent}")
+        time.sleep(_POLL_S)
+
+
+def _accepts(address: str) -> bool:
+    """Whether somebody listens there."""
+    host, port = address.split(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
+
+
+def _all_there(running: Federation, sites: Sequence[Site]) -> bool:
+    """Whether every agent answers and every node is connected."""
+    return len(running.link.online_node_ids()) == len(sites) and all(_agent_answers(site) for site in sites)
+
+
+def _agent_answers(site: Site) -> bool:
+    """Whether a site's agent is there."""
+    try:
+        line.hello(site.socket_path, timeout_s=1.0)
+    except TransportError:
+        return False
+    return True
