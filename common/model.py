@@ -49,6 +49,12 @@ class Engine:
         """The pad token's id; masks go by position, so any id would do."""
         return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
 
+    @property
+    def num_base_parameters(self) -> int:
+        """Parameters of the frozen base; packed 4-bit weights count as what they stand for."""
+        num_trainable, num_all = self.model.get_nb_trainable_parameters()  # type: ignore[operator]
+        return int(num_all - num_trainable)
+
 
 def load(
     folder: Path,

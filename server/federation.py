@@ -30,6 +30,7 @@ class Federation:
         log: Its events.
         sites: What each node told when it opened the run.
         refused: Why nodes did not open it.
+        doubtful: Nodes that failed at a step; their agent may have started anew, so they are offered the run again.
         metrics: Last held-out figures of each site, by name.
         clock: Seconds, monotonic.
     """
@@ -41,6 +42,7 @@ class Federation:
     log: EventLog
     sites: dict[int, OpenedHead] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
+    doubtful: set[int] = field(default_factory=set)
     metrics: dict[str, SiteMetrics] = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
 
@@ -56,6 +58,12 @@ class Federation:
     def present(self) -> list[int]:
         """Nodes that opened the run and are connected now."""
         return [node_id for node_id in self.fleet.node_ids() if node_id in self.sites]
+
+    def fail(self, answer: collect.Answer, error: SilotuneError, *, step: str) -> None:
+        """Log that a site's answer does not count, and doubt the site."""
+        self.doubtful.add(answer.node_id)
+        reason = collect.reason_of(error)
+        self.log.append("site_failed", site=self.name(answer.node_id), step=step, reason=reason)
 
     def frame(self, kind: str, plan: RoundPlan, state: State) -> bytes:
         """A request that carries the global adapter."""
@@ -78,6 +86,15 @@ def wait_for_sites(federation: Federation, *, sleep: Callable[[float], None] = t
         if federation.clock() >= deadline or _is_hopeless(federation):
             raise TooFewSitesError(_who_is_missing(federation, wanted))
         sleep(collect.POLL_S)
+
+
+def rejoin(federation: Federation) -> None:
+    """Before a round: offer the run again to nodes that refused or failed, for the reason may be mended."""
+    federation.refused.clear()
+    for node_id in federation.doubtful:
+        federation.sites.pop(node_id, None)
+    federation.doubtful.clear()
+    join(federation)
 
 
 def join(federation: Federation) -> None:

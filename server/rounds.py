@@ -51,7 +51,7 @@ def run(fed: Federation, state: State, *, first_round: int = 0) -> State:
 def play(fed: Federation, state: State, *, round_index: int) -> State:
     """One round: from the global adapter to the next, which is on disk when this returns."""
     started = fed.clock()
-    federation.join(fed)
+    federation.rejoin(fed)
     cohort = _choose(fed, round_index)
     plan = RoundPlan(fed.manifest.sha256, round_index)
     fed.log.append("round_started", round=round_index, sites=[fed.name(node) for node in cohort])
@@ -99,8 +99,7 @@ def _collect(fed: Federation, state: State, plan: RoundPlan, frames: dict[int, b
         try:
             _take(fed, tally, answer, plan)
         except SilotuneError as error:
-            reason = collect.reason_of(error)
-            fed.log.append("site_failed", site=fed.name(answer.node_id), step="train", reason=reason)
+            fed.fail(answer, error, step="train")
     return tally
 
 

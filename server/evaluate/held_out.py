@@ -59,9 +59,7 @@ def _read(federation: Federation, answer: collect.Answer, plan: RoundPlan) -> Si
         if metrics.site != federation.name(answer.node_id) or not metrics.num_answer_tokens:
             raise ProtocolError("figures under another name, or over no tokens")
     except SilotuneError as error:
-        federation.log.append(
-            "site_failed", site=federation.name(answer.node_id), step="evaluate", reason=collect.reason_of(error)
-        )
+        federation.fail(answer, error, step="evaluate")
         return None
     return metrics
 

@@ -1,0 +1,88 @@
+"""The finished adapter as a peft folder, and merged into a bf16 checkpoint."""
+
+import copy
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import jinja2
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common import adapter, config, storage
+from common.adapter import Tensors
+from common.errors import ModelError
+from common.manifest import RunManifest
+from common.model import Engine
+
+CARD_TEMPLATE = Path(__file__).with_name("card.md.j2")
+
+
+def save_adapter(
+    folder: Path, tensors: Tensors, *, manifest: RunManifest, engine: Engine, sites: Mapping[str, int]
+) -> None:
+    """Write `adapter_model.safetensors`, `adapter_config.json` and a model card that plain peft loads.
+
+    Args:
+        folder: Where to.
+        tensors: The adapter, under peft's names.
+        manifest: The run that made it.
+        engine: Its base.
+        sites: Training rows by site.
+
+    Raises:
+        StorageError: Disk full or not writable.
+    """
+    settings = manifest.run
+    storage.write_atomic(folder / "adapter_model.safetensors", adapter.encode(tensors, dtype="float32"))
+    _save_peft_config(folder, settings, engine)
+    card = jinja2.Template(CARD_TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined).render(
+        run=settings, manifest=manifest, sites=sites, num_rows=sum(sites.values()), engine=engine,
+        num_parameters=adapter.num_parameters(manifest.tensor_specs),
+    )  # fmt: skip
+    storage.write_atomic(folder / "README.md", card.encode())
+
+
+def merge(adapter_folder: Path, base_folder: Path, output_folder: Path) -> None:
+    """Add an adapter to its base in float32 and save the sum as a bf16 checkpoint.
+
+    Never merged into a quantised base: a small change is lost when it is quantised again.
+
+    Raises:
+        ModelError: Base or adapter cannot be loaded, or do not fit.
+        StorageError: Disk full or not writable.
+    """
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            base_folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+        merged = PeftModel.from_pretrained(base, str(adapter_folder)).merge_and_unload()  # type: ignore[operator]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{adapter_folder}: does not fit the base in {base_folder} ({type(error).__name__})") from error
+    _save_merged(merged.to(torch.bfloat16), base_folder, output_folder)
+
+
+def _save_merged(merged: torch.nn.Module, base_folder: Path, output_folder: Path) -> None:
+    """Into a folder beside the target first, so that a half-written checkpoint never bears its name."""
+    partial = output_folder.with_name(f".{output_folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        merged.save_pretrained(partial)  # type: ignore[operator]
+        AutoTokenizer.from_pretrained(base_folder, local_files_only=True).save_pretrained(partial)  # type: ignore[no-untyped-call]
+        partial.rename(output_folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise storage.storage_error(output_folder, error) from error
+
+
+def _save_peft_config(folder: Path, settings: config.RunConfig, engine: Engine) -> None:
+    """peft's own file, targets spelt out, without a path of this machine."""
+    lora = copy.copy(engine.model.peft_config["default"])  # type: ignore[index]
+    lora.target_modules = sorted(lora.target_modules)
+    lora.base_model_name_or_path = settings.model.base if not Path(settings.model.base).is_absolute() else None
+    lora.inference_mode = True
+    try:
+        lora.save_pretrained(str(folder))
+    except OSError as error:
+        raise storage.storage_error(folder, error) from error

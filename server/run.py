@@ -1,0 +1,129 @@
+"""A whole run: manifest, sites, rounds, export. The same call under every grid."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import adapter, config, storage
+from common.adapter import Tensors
+from common.errors import ConfigError, DataError
+from common.events import EventLog
+from common.manifest import RunManifest
+from common.model import Engine
+from server import checkpoint, export, federation, rounds
+from server.aggregate import table
+from server.federation import Federation
+from server.fleet import Fleet
+
+RUN_FILE = "run.json"
+MANIFEST_FILE = "manifest.json"
+EVENTS_FILE = "events.jsonl"
+EXPORT_FOLDER = "adapter"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a run.
+
+    Attributes:
+        tensors: The global adapter after the last round.
+        sites: Names of the sites that took part, with their rows.
+        folder: The run's folder.
+    """
+
+    tensors: Tensors
+    sites: dict[str, int]
+    folder: Path
+
+
+def execute(
+    settings: config.RunConfig, *, fleet: Fleet, engine: Engine, folder: Path, log: EventLog, resume: bool = False
+) -> Outcome:
+    """Run federated training from the first to the last round and export the adapter.
+
+    Args:
+        settings: The run file.
+        fleet: The nodes.
+        engine: The base on the coordinator's side: initial adapter, shapes and hash.
+        folder: The run's folder; made by `prepare`.
+        log: Its events.
+        resume: Go on after the newest whole checkpoint in `folder`.
+
+    Raises:
+        ProtocolError: Too few sites, or none evaluates.
+        StorageError: Disk full or not writable.
+    """
+    manifest = RunManifest(settings, engine.base_sha256, engine.tensor_specs)
+    fed = Federation(manifest, fleet, table.find(settings.aggregation.method), folder, log)
+    start, first_round = _start(manifest, engine, folder, resume=resume)
+    storage.write_atomic(folder / MANIFEST_FILE, manifest.to_bytes())
+    log.append("run_started", **plan(manifest, engine), first_round=first_round)
+    federation.wait_for_sites(fed)
+    tensors = rounds.run(fed, start, first_round=first_round)
+    sites = {head.site: head.num_examples for head in sorted(fed.sites.values(), key=lambda head: head.site)}
+    export.save_adapter(folder / EXPORT_FOLDER, tensors, manifest=manifest, engine=engine, sites=sites)
+    log.append("run_finished", adapter=EXPORT_FOLDER, num_rounds=settings.federation.num_rounds)
+    return Outcome(tensors, sites, folder)
+
+
+def prepare(settings: config.RunConfig, folder: Path, *, resume: bool = False) -> EventLog:
+    """Make the run's folder and write the resolved run file into it.
+
+    Raises:
+        ConfigError: The folder holds a run already and `resume` is off, or it holds another run.
+        DataError: `resume` is on and there is nothing to go on from.
+    """
+    path = folder / RUN_FILE
+    resolved = config.resolved_json(settings).encode() + b"\n"
+    if path.exists() and not resume:
+        raise ConfigError(f"{folder}: holds a run already; give another output folder, or --resume to go on")
+    if resume and not path.exists():
+        raise DataError(f"{folder}: no run to resume here; leave --resume out")
+    if resume and path.read_bytes() != resolved:
+        raise ConfigError(f"{folder}: holds a run with other settings; resume it with its own run file")
+    storage.write_atomic(path, resolved)
+    return EventLog(folder / EVENTS_FILE)
+
+
+def stored_settings(folder: Path) -> config.RunConfig:
+    """The settings of a run folder.
+
+    Raises:
+        DataError: Not a run folder.
+    """
+    try:
+        return config.RunConfig.model_validate(json.loads((folder / RUN_FILE).read_bytes()))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: not a run folder (no readable {RUN_FILE})") from error
+
+
+def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
+    """What the run will do, in figures, for the first event."""
+    settings = manifest.run
+    down = adapter.encoded_size(manifest.tensor_specs, dtype="float32")
+    up = adapter.encoded_size(manifest.tensor_specs, dtype=settings.wire.dtype)
+    return {
+        "name": settings.name,
+        "run_sha256": manifest.sha256,
+        "base_sha256": manifest.base_sha256,
+        "base": settings.model.base,
+        "quantization": settings.model.quantization,
+        "method": settings.aggregation.method,
+        "privacy": settings.privacy.mode,
+        "num_rounds": settings.federation.num_rounds,
+        "num_base_parameters": engine.num_base_parameters,
+        "num_trained_parameters": adapter.num_parameters(manifest.tensor_specs),
+        "num_tensors": len(manifest.tensor_specs),
+        "bytes_down_per_site": down,
+        "bytes_up_per_site": up,
+        "gap_warning": settings.aggregation.gap_warning,
+    }
+
+
+def _start(manifest: RunManifest, engine: Engine, folder: Path, *, resume: bool) -> tuple[Tensors, int]:
+    """The adapter to start from and the number of rounds that are done."""
+    done = checkpoint.finished(folder) if resume else []
+    if not done:
+        return engine.initial, 0
+    found = checkpoint.load(folder, manifest.tensor_specs, num_rounds=done[-1], run_sha256=manifest.sha256)
+    return found.tensors, found.num_rounds

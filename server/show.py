@@ -1,0 +1,186 @@
+"""A run in the terminal, drawn from its events: the plan, one line a round, and what went wrong."""
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from rich.console import Console
+from rich.status import Status
+from rich.text import Text
+
+from common.events import Event
+
+_UNITS: Final = ("B", "kB", "MB", "GB", "TB")
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people, decimal units.
+
+    Example:
+        >>> size(1536)
+        '1.5 kB'
+    """
+    power = 0
+    while num_bytes >= 1000 and power < len(_UNITS) - 1:
+        num_bytes, power = num_bytes / 1000, power + 1
+    return f"{num_bytes:.0f} B" if not power else f"{num_bytes:.1f} {_UNITS[power]}"
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage; `-` if there is none.
+
+    Example:
+        >>> percent(0.314)
+        '31.4 %'
+    """
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+@dataclass
+class Screen:
+    """Listens to events and prints; on a terminal a moving line says who is at work.
+
+    Attributes:
+        console: Where to print.
+    """
+
+    console: Console
+    _sites: list[str] = field(default_factory=list)
+    _losses: dict[str, float] = field(default_factory=dict)
+    _round: Event = field(default_factory=dict)
+    _num_rounds: int = 0
+    _gap_warning: float = 0.0
+    _status: Status | None = None
+    _has_header: bool = False
+
+    def __call__(self, event: Event) -> None:
+        """Take one event; kinds without a method of their own are not shown."""
+        show = getattr(self, f"_on_{event['kind']}", None)
+        if show:
+            show(event)
+
+    def _on_run_started(self, event: Event) -> None:
+        """The plan."""
+        self._num_rounds, self._gap_warning = event["num_rounds"], event["gap_warning"]
+        trained, base = event["num_trained_parameters"], event["num_base_parameters"]
+        self._print(f"[bold]{event['name']}[/]  {event['num_rounds']} rounds, {event['method']}, run {event['run_sha256'][:12]}")
+        self._print(f"  base      {_escape(event['base'])}, {base:,} parameters, {event['quantization']}")
+        self._print(f"  adapter   {trained:,} parameters trained ({percent(trained / base)}), {event['num_tensors']} tensors")
+        down, up = event["bytes_down_per_site"], event["bytes_up_per_site"]
+        self._print(f"  traffic   {size(down)} down and {size(up)} up, a site and round; evaluation {size(down)} down")
+        if event["privacy"] == "none":
+            self._print("  privacy   [yellow]none: updates leave the sites unprotected[/]")
+
+    def _on_site_joined(self, event: Event) -> None:
+        """A site and its rows."""
+        if event["site"] in self._sites:
+            return
+        self._sites.append(event["site"])
+        cut = f", {event['num_truncated']} cut, {event['num_dropped']} dropped as too long"
+        cut = cut if event["num_truncated"] or event["num_dropped"] else ""
+        rows = f"{event['num_examples']:,} rows to train, {event['num_held_out']:,} held out{cut}"
+        self._print(f"  site      {_escape(event['site'])}: {rows}, {event['num_steps']} steps a round")
+
+    def _on_site_refused(self, event: Event) -> None:
+        """A node that does not take part."""
+        self._print(f"  [red]refused[/]   node {event['node']}: {_escape(event['reason'])}")
+
+    def _on_round_started(self, event: Event) -> None:
+        """Who trains now."""
+        self._losses = {}
+        self._set_status(f"round {event['round'] + 1}/{self._num_rounds}: training at {', '.join(event['sites'])}")
+
+    def _on_site_trained(self, event: Event) -> None:
+        """One update is in."""
+        self._losses[event["site"]] = event["train_loss"]
+        done = ", ".join(self._losses)
+        self._set_status(f"round {event['round'] + 1}/{self._num_rounds}: {done} done")
+
+    def _on_site_failed(self, event: Event) -> None:
+        """An answer that does not count."""
+        self._print(f"  [red]{_escape(event['site'])}[/] {event['step']}: {_escape(event['reason'])}")
+
+    def _on_round_finished(self, event: Event) -> None:
+        """Keep the round's figures until its held-out loss is there."""
+        self._round = event
+        self._set_status(f"round {event['round'] + 1}/{self._num_rounds}: evaluating")
+
+    def _on_evaluated(self, event: Event) -> None:
+        """One line of the table."""
+        self._header()
+        finished = self._round if event["num_rounds"] else {}
+        cells = [f"{event['num_rounds']:>6}", f"{event['loss']:>9.3f}"]
+        cells += [_cell(self._losses.get(site) if finished else None, width=_width(site)) for site in self._sites]
+        cells += _figures(finished)
+        notes = self._notes(event, finished)
+        self.console.print(Text("  ".join(cells)), Text.from_markup(notes), soft_wrap=True)
+
+    def _on_run_finished(self, event: Event) -> None:
+        """The end."""
+        self._set_status("")
+
+    def _on_run_failed(self, event: Event) -> None:
+        """The end, too early."""
+        self._set_status("")
+
+    def _header(self) -> None:
+        """Column names, once."""
+        if self._has_header:
+            return
+        self._has_header = True
+        names = [f"{'round':>6}", f"{'held-out':>9}", *(f"{site:>{_width(site)}}" for site in self._sites)]
+        names += [f"{'gap':>7}", f"{'down':>9}", f"{'up':>9}", f"{'time':>8}"]
+        self._print("")
+        self.console.print(Text("  ".join(names), style="bold"), soft_wrap=True)
+
+    def _notes(self, event: Event, finished: Event) -> str:
+        """What a reader should not miss."""
+        notes = []
+        if event["stale"]:
+            notes.append(f"[yellow]stale: {_escape(', '.join(event['stale']))}[/]")
+        if finished and finished["gap"] > self._gap_warning:
+            notes.append("[yellow]large gap: averaged factors are far from the averaged update[/]")
+        return "  ".join(notes)
+
+    def _print(self, markup: str) -> None:
+        """A line, never wrapped by us."""
+        self.console.print(markup, soft_wrap=True, highlight=False)
+
+    def _set_status(self, text: str) -> None:
+        """The moving line, on a terminal only."""
+        if not self.console.is_terminal:
+            return
+        if self._status:
+            self._status.stop()
+            self._status = None
+        if text:
+            self._status = self.console.status(_escape(text))
+            self._status.start()
+
+
+def _figures(finished: Event) -> list[str]:
+    """Gap, bytes and seconds of a round; blank for the base."""
+    if not finished:
+        return [f"{'-':>7}", f"{'-':>9}", f"{'-':>9}", f"{'-':>8}"]
+    return [
+        f"{percent(finished['gap']):>7}",
+        f"{size(finished['bytes_down']):>9}",
+        f"{size(finished['bytes_up']):>9}",
+        f"{finished['seconds']:>6.1f} s",
+    ]
+
+
+def _cell(value: float | None, *, width: int) -> str:
+    """A loss, right-aligned."""
+    return f"{'-' if value is None else format(value, '.3f'):>{width}}"
+
+
+def _width(site: str) -> int:
+    """Width of a site's column."""
+    return max(6, len(site))
+
+
+def _escape(text: Any) -> str:
+    """Text from elsewhere, safe within markup."""
+    from rich.markup import escape
+
+    return escape(str(text))

@@ -1,0 +1,82 @@
+"""A run on one machine: virtual sites, the server's own round loop, and one of three engines between them."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from client.agent import Agent, SiteData
+from common import config
+from common.errors import ProtocolError
+from common.events import EventLog
+from common.model import Engine
+from server import run as server_run
+from server.grid import GridFleet
+from server.run import Outcome
+from simulations import world
+from simulations.grids import InProcessGrid
+from simulations.world import Failures
+
+
+def in_process(
+    settings: config.RunConfig,
+    *,
+    sites: Mapping[str, SiteData],
+    engine: Engine,
+    folder: Path,
+    log: EventLog,
+    resume: bool = False,
+) -> Outcome:
+    """All sites in this process, on one base in memory.
+
+    Raises:
+        SilotuneError: What a virtual site could not do, where that ended the run; else as `server.run.execute`.
+    """
+    failures = Failures(folder / "sites")
+    agents = {site: world.make_agent(site, data, engine, failures) for site, data in sites.items()}
+    with explained(failures):
+        return server_run.execute(
+            settings, fleet=fleet_of(agents), engine=engine, folder=folder, log=log, resume=resume
+        )
+
+
+def fleet_of(agents: Mapping[str, Agent]) -> GridFleet:
+    """Agents as the nodes of an in-process grid, numbered in the order of their names."""
+    answers = {number: agents[site].answer for number, site in enumerate(sorted(agents), start=1)}
+    return GridFleet(InProcessGrid(answers))
+
+
+class explained:  # noqa: N801  reads as a statement: with explained(failures)
+    """Where a run ends because a virtual site failed, raise the site's own error: the researcher may see it."""
+
+    def __init__(self, failures: Failures) -> None:
+        self._failures = failures
+
+    def __enter__(self) -> None:
+        """Nothing to set up."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Replace the server's view by the cause."""
+        if isinstance(error, ProtocolError) and self._failures.errors:
+            raise self._failures.errors[-1] from error
+
+
+@functools.cache
+def _world(run_file: str, num_threads: int) -> tuple[config.RunConfig, Engine, dict[str, SiteData]]:
+    """Settings, engine and sites of a run file, once a process."""
+    settings = config.load(Path(run_file))
+    return settings, world.load_engine(settings, num_threads=num_threads), world.load_sites(settings)
+
+
+@functools.cache
+def agent_for(run_file: str, site_index: int, *, num_threads: int, log_folder: str) -> Callable[[bytes], bytes]:
+    """A virtual site's `answer` in a worker process; base and rows are loaded once a process.
+
+    Args:
+        run_file: Resolved run file.
+        site_index: Place of the site among the sorted names, from 0.
+        num_threads: CPU threads of torch; the same everywhere, so that results are the same bit by bit.
+        log_folder: Of the sites' logs.
+    """
+    _, engine, sites = _world(run_file, num_threads)
+    site = sorted(sites)[site_index]
+    return world.make_agent(site, sites[site], engine, Failures(Path(log_folder))).answer

@@ -1,0 +1,96 @@
+"""Virtual sites: the rows of a run file, split into agents that share one loaded base."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from client import sitelog
+from client.agent import Agent, SiteData
+from client.data import read, split
+from common import config, model, store
+from common.model import Engine
+from common.rows import Columns
+from simulations import partition
+from simulations.embedded import records
+
+EMBEDDED_BASE = Path(__file__).parent / "embedded" / "base"
+
+
+@dataclass
+class Failures:
+    """What virtual sites could not do: in each site's log, and at hand for the researcher's terminal.
+
+    Attributes:
+        folder: Of the sites' logs.
+        errors: In order.
+    """
+
+    folder: Path
+    errors: list[Exception] = field(default_factory=list)
+
+    def reporter(self, site: str) -> Callable[[str, Exception], None]:
+        """A site's `report`."""
+
+        def report(reference: str, error: Exception) -> None:
+            self.errors.append(error)
+            sitelog.report(self.folder / f"{site}.jsonl", reference, error)
+
+        return report
+
+
+def base_folder(settings: config.RunConfig, *, store_folder: Path = store.DEFAULT) -> Path:
+    """The base's folder; `embedded` comes with this package."""
+    return store.resolve(settings.model.base, store=store_folder, shipped={"embedded": EMBEDDED_BASE})
+
+
+def load_engine(
+    settings: config.RunConfig, *, device: str = "auto", num_threads: int = 0, store_folder: Path = store.DEFAULT
+) -> Engine:
+    """The base with its adapter, as the run file says."""
+    return model.load(
+        base_folder(settings, store_folder=store_folder),
+        model=settings.model,
+        adapter_settings=settings.adapter,
+        seed=settings.seed,
+        device_name=device,
+        num_threads=num_threads,
+        gradient_checkpointing=settings.training.gradient_checkpointing,
+    )
+
+
+def load_sites(settings: config.RunConfig) -> dict[str, SiteData]:
+    """Read, partition and split; a function of the run file alone.
+
+    Raises:
+        DataError: Rows are missing or unusable.
+    """
+    data = settings.data
+    table: list[dict[str, Any]] = (
+        list(records.generate()) if data.source == "embedded" else read.read_table(data.source)
+    )
+    parts = partition.partition(
+        table,
+        how=data.partition,
+        num_sites=data.num_sites,
+        site_column=data.site_column,
+        dirichlet_alpha=data.dirichlet_alpha,
+        unit_column=data.unit_column,
+        seed=settings.seed,
+    )
+    return {site: split_site(rows, settings) for site, rows in sorted(parts.items())}
+
+
+def split_site(table: list[dict[str, Any]], settings: config.RunConfig) -> SiteData:
+    """One site's rows, held-out units aside."""
+    data = settings.data
+    columns = Columns(data.instruction_column, data.input_column, data.output_column, data.unit_column)
+    rows = read.to_rows(table, columns)
+    return SiteData(*split.split(rows, held_out_fraction=data.held_out_fraction, seed=settings.seed))
+
+
+def make_agent(site: str, data: SiteData, engine: Engine, failures: Failures) -> Agent:
+    """One virtual site on a shared engine."""
+    return Agent(
+        site, load_data=lambda _: data, load_engine=lambda _: engine, report=failures.reporter(site)
+    )  # fmt: skip
