@@ -19,7 +19,7 @@ SHA256 = r"^([0-9a-f]{64})?$"
 LINE = r"^[^\x00-\x1f\x7f]*$"
 TARGETS = r"^[A-Za-z0-9_.]+( *, *[A-Za-z0-9_.]+)*$|^all-linear$"
 PATTERNS = {
-    SLUG: "1 to 64 of a-z, 0-9 and -, and neither begin nor end with -",
+    SLUG: "1 to 64 of a-z, 0-9 and -, with no - at either end",
     SHA256: "64 digits of 0-9 and a-f, or empty",
     LINE: "one line without control characters",
     TARGETS: '"all-linear", or module names with commas between them',
@@ -56,7 +56,7 @@ class ModelConfig(Section):
         description="The base model: a folder, a name in the local store such as `smollm2`, `embedded`, or a hub id."
     )
     revision: Line = Field(default="", description="Commit or tag; only for a hub id. Empty: the newest.")
-    sha256: Sha256 = Field(default="", description="Expected SHA-256 of the base's files, 64 hex digits. Empty: any.")
+    sha256: Sha256 = Field(default="", description="Expected SHA-256 of the base's files. Empty: any.")
     quantization: Literal["none", "int8", "nf4"] = Field(
         default="nf4", description="Storage of the frozen base's weights: as they are, 8-bit or 4-bit NormalFloat."
     )
@@ -117,7 +117,9 @@ class DataConfig(Section):
         "held-out. Empty: each row is its own unit.",
     )
     instruction_column: RequiredLine = Field(default="instruction", description="Column of the task or question.")
-    input_column: RequiredLine = Field(default="input", description="Column of the text that the task is about.")
+    input_column: RequiredLine = Field(
+        default="input", description="Column of the text that the task is about; may be empty in a row."
+    )
     output_column: RequiredLine = Field(default="output", description="Column of the wanted answer.")
     held_out_fraction: float = Field(
         default=0.2, gt=0, lt=0.9, description="Share of a site's units kept for evaluation, never trained on."
@@ -241,7 +243,7 @@ class RunConfig(Section):
     """One whole run: the file that a coordinator writes and every site can read."""
 
     version: Annotated[Literal[1], BeforeValidator(_refuse_look_alikes)] = Field(description="Version of this format.")
-    name: Slug = Field(default="run", description="Name of the run: up to 64 of a-z, 0-9 and -.")
+    name: Slug = Field(default="run", description="Name of the run.")
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Seed of all randomness that need not be secret.")
     model: ModelConfig
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
@@ -264,7 +266,7 @@ class RunConfig(Section):
 class SiteConfig(Section):
     """Who this site is."""
 
-    name: Slug = Field(description="The site's name: up to 64 of a-z, 0-9 and -.")
+    name: Slug = Field(description="The site's name.")
 
 
 class NodeDataConfig(Section):
@@ -275,7 +277,9 @@ class NodeDataConfig(Section):
         default="", description="Own held-out rows, instead of the run's `data.held_out_fraction`. Empty: none."
     )
     instruction_column: RequiredLine = Field(default="instruction", description="Column of the task or question.")
-    input_column: RequiredLine = Field(default="input", description="Column of the text that the task is about.")
+    input_column: RequiredLine = Field(
+        default="input", description="Column of the text that the task is about; may be empty in a row."
+    )
     output_column: RequiredLine = Field(default="output", description="Column of the wanted answer.")
     unit_column: Line = Field(
         default="patient_id", description="Column of the unit, such as a patient. Empty: each row is its own unit."

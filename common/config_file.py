@@ -2,8 +2,9 @@
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -40,10 +41,16 @@ class Format(Generic[Config]):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: at which key, and what. Of `keys`, the first that is written gives the line."""
+    """One thing that is wrong.
+
+    Attributes:
+        key: Where.
+        say: Makes the message; called only for problems that are shown, as a search for the right key takes time.
+        keys: Keys that take part; the first that is written gives the line.
+    """
 
     key: Key
-    message: str
+    say: Callable[[], str]
     keys: tuple[Key, ...] = ()
 
 
@@ -96,11 +103,12 @@ def parse(text: str, form: Format[Config], *, name: str, overrides: Mapping[str,
     except ValidationError as error:
         problems = list(_problems(error, table, form))
     places = _Places(name, text, overrides)
+    # Not chained: pydantic's own text repeats the values of unknown keys, which may be secrets.
     raise errors.ConfigError(_report(problems, places, name=name)) from None
 
 
 def parse_value(text: str) -> Any:
-    """Read an override's value as TOML; what is not TOML is a string.
+    """Read an override's value as TOML; what is not a TOML value, or is a table, is a string.
 
     Example:
         >>> parse_value("2e-4"), parse_value("nf4"), parse_value("true")
@@ -110,7 +118,8 @@ def parse_value(text: str) -> Any:
         table = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
         return text
-    return table["value"] if set(table) == {"value"} else text
+    is_single = set(table) == {"value"} and not isinstance(table["value"], dict)
+    return table["value"] if is_single else text
 
 
 def sections_of(schema: type[BaseModel]) -> dict[str, type[BaseModel]]:
@@ -179,19 +188,19 @@ def _problems(error: ValidationError, table: Table, form: Format[Config]) -> Ite
         key = tuple(str(part) for part in detail["loc"])
         bad.add(".".join(key))
         if detail["type"] == "extra_forbidden":
-            yield from (Problem(leaf, guide.unknown(leaf)) for leaf in _leaves(key, detail["input"]))
+            yield from (Problem(leaf, partial(guide.unknown, leaf)) for leaf in _leaves(key, detail["input"]))
         elif key:
-            yield Problem(key, config_hints.wrong(key, detail, patterns=form.patterns))
+            yield Problem(key, partial(config_hints.wrong, key, detail, patterns=form.patterns))
     config = _assume(table, form.schema, bad)
     for rule in form.rules:
         keys = tuple(tuple(key.split(".")) for key in rule.keys)
         if bad.isdisjoint((*rule.keys, *(key[0] for key in keys))) and rule.is_broken(config):
-            yield Problem(keys[0], config_rules.describe(config, rule), keys)
+            yield Problem(keys[0], partial(config_rules.describe, config, rule), keys)
 
 
 def _leaves(key: Key, value: object) -> Iterator[Key]:
     """List the single settings of an unknown key, which may be a whole table."""
-    if not isinstance(value, dict) or not value:
+    if not isinstance(value, dict) or not value or len(key) >= config_locate.MAX_DEPTH:
         yield key
         return
     for name, inner in value.items():
@@ -240,6 +249,6 @@ def _report(problems: list[Problem], places: _Places, *, name: str) -> str:
     """Write the problems in the order of the file."""
     placed = sorted(((*places.find(problem), problem) for problem in problems), key=lambda item: item[0])
     count = f"{len(placed)} problem{'s' if len(placed) != 1 else ''} in {name}"
-    shown = [f"  {config_hints.show_key(p.key)}  {p.message}\n    {place}" for _, place, p in placed[:MAX_PROBLEMS]]
+    shown = [f"  {config_hints.show_key(p.key)}  {p.say()}\n    {place}" for _, place, p in placed[:MAX_PROBLEMS]]
     rest = [f"  and {len(placed) - MAX_PROBLEMS} more"] if len(placed) > MAX_PROBLEMS else []
     return "\n".join([count, *shown, *rest])

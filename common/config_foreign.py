@@ -48,12 +48,12 @@ FOREIGN: dict[str, Hint] = {
     "bnb_4bit_quant_type": Hint("model.quantization", 'write "nf4"', "T"),
     "bnb_4bit_use_double_quant": Hint("model.double_quantization", "", "T"),
     "use_bnb_nested_quant": Hint("model.double_quantization", "", "T"),
-    "double_quantization_bit": Hint("model.double_quantization", "", ""),
     "bnb_4bit_compute_dtype": Hint("model.dtype", "", "T"),
     "torch_dtype": Hint("model.dtype", "", "TA"),
-    "compute_dtype": Hint("model.dtype", "", "L"),
-    "bf16": Hint("model.dtype", 'write "bfloat16"', "TAL"),
-    "fp16": Hint("model.dtype", 'write "float16"', "TAL"),
+    "bf16": Hint("model.dtype", 'write "bfloat16" for true', "TAL"),
+    "fp16": Hint("model.dtype", 'write "float16" for true', "TAL"),
+    "trust_remote_code": Hint("", "code that comes with a model is never run; remove it", "TAL"),
+    "full_finetuning": Hint("", "only adapters are trained; remove it", "U"),
     "tf32": Hint("", _DEVICE, "TA"),
     "template": Hint("model.chat_template", "", "L"),
     "chat_template_path": Hint("model.chat_template", 'to use the base\'s own, write "tokenizer"', "T"),
@@ -100,6 +100,7 @@ FOREIGN: dict[str, Hint] = {
     "val_set_size": Hint("data.held_out_fraction", "a share of the units", "A"),
     "val_size": Hint("data.held_out_fraction", "a share of the units", "L"),
     "test_size": Hint("data.held_out_fraction", "a share of the units", ""),
+    "max_samples": Hint("", "all rows are used; give fewer rows", "L"),
     "packing": Hint("", "each example stays by itself; remove it", "TLU"),
     "sample_packing": Hint("", "each example stays by itself; remove it", "A"),
     "train_on_inputs": Hint("", _ANSWERS, "A"),
@@ -140,7 +141,7 @@ FOREIGN: dict[str, Hint] = {
     "rounds": Hint("federation.num_rounds", "", ""),
     "fraction_fit": Hint("federation.sites_per_round", _COUNT, "F"),
     "fraction_train": Hint("federation.sites_per_round", _COUNT, "F"),
-    "fraction_evaluate": Hint("evaluation.every_rounds", "every site of a round evaluates", "F"),
+    "fraction_evaluate": Hint("evaluation.every_rounds", "every site evaluates", "F"),
     "min_fit_clients": Hint("federation.min_sites", "", "F"),
     "min_train_nodes": Hint("federation.min_sites", "", "F"),
     "min_available_clients": Hint("federation.num_sites", "", "F"),
@@ -169,6 +170,7 @@ FOREIGN: dict[str, Hint] = {
     "save_steps": Hint("", _ALWAYS, "TALF"),
     "save_strategy": Hint("", _ALWAYS, "TA"),
     "save_every_round": Hint("", _ALWAYS, "F"),
+    "early_stopping_patience": Hint("", "all federation.num_rounds rounds are run; remove it", "A"),
     "run_name": Hint("name", "at the top of the file", "TL"),
     "report_to": Hint("", _SINKS, "TLU"),
     "logging_steps": Hint("", _SINKS, "TALUF"),
@@ -177,7 +179,43 @@ FOREIGN: dict[str, Hint] = {
     "hub_model_id": Hint("", "nothing is uploaded to a hub; remove it", "TA"),
 }
 
-VALUES: dict[tuple[str, str], str] = {}
+_UNBUILT = "it is not built in this version"
+
+_VALUE_GROUPS = (
+    ("privacy.mode", "off false no unprotected", 'write "none"'),
+    (
+        "privacy.mode",
+        "dp record_dp site_dp client_dp patient_dp user_dp local_dp central_dp",
+        'differential privacy is not built in this version; "none" states that updates leave the sites unprotected',
+    ),
+    ("model.quantization", "4 4bit 4_bit int4 fp4 true qlora bnb_4bit bitsandbytes", 'write "nf4"'),
+    ("model.quantization", "8 8bit 8_bit bnb_8bit llm.int8", 'write "int8"'),
+    ("model.quantization", "0 16 32 false no off", 'write "none"'),
+    ("model.dtype", "bf16", 'write "bfloat16"'),
+    ("model.dtype", "fp16 half", 'write "float16"'),
+    ("model.dtype", "fp32 float", 'write "float32"'),
+    ("wire.dtype", "bf16", 'write "bfloat16"'),
+    ("wire.dtype", "fp32 float", 'write "float32"'),
+    ("adapter", "lora", 'write kind = "lora" under [adapter]'),
+    ("adapter", "qlora", 'write kind = "lora" under [adapter] and quantization = "nf4" under [model]'),
+    ("adapter.kind", "qlora", 'write "lora"; 4-bit is model.quantization = "nf4"'),
+    ("adapter.kind", "rslora", 'write "lora" and use_rslora = true'),
+    ("adapter.kind", "dora adalora vera oft ia3 lokr loha full freeze", _UNBUILT),
+    ("training.optimizer", "adam adamw_torch adamw_torch_fused adamw_hf adamw_8bit adamw_bnb_8bit", 'write "adamw"'),
+    ("training.optimizer", "paged_adamw_8bit paged_adamw_32bit", 'write "adamw"'),
+    ("training.schedule", "constant_with_warmup", 'write "constant" and set training.warmup_fraction'),
+    ("training.schedule", "cosine_with_restarts cosine_with_min_lr", 'write "cosine"'),
+    ("aggregation.method", "fedprox fedadam fedyogi fedadagrad fedavgm scaffold fedmedian", _UNBUILT),
+    ("aggregation.method", "fedsvd flexlora flora ffa_lora fedit krum bulyan", _UNBUILT),
+    ("aggregation.weighting", "num_examples num_samples rows samples", 'write "examples"'),
+    ("data.partition", "natural natural_id by_column", 'write "column"'),
+    ("data.too_long", "truncation cut", 'write "truncate"'),
+    ("data.too_long", "raise", 'write "error"'),
+    ("hardware.device", "gpu cuda:0 nvidia", 'write "cuda"'),
+)
+VALUES: dict[tuple[str, str], str] = {
+    (key, value): note for key, values, note in _VALUE_GROUPS for value in values.split()
+}
 
 
 def find(key: tuple[str, ...]) -> Hint | None:

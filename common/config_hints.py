@@ -63,34 +63,47 @@ class Guide:
             return ""
         if not hint.key:
             return hint.note
-        where = "here" if hint.key in self.own else f"in {self.other_name}"
-        return f"{where} it is {hint.key}" + (f": {hint.note}" if hint.note else "")
+        place = "" if hint.key in self.own else f" of {self.other_name}"
+        return f"here it is {hint.key}{place}" + (f" ({hint.note})" if hint.note else "")
 
     def _elsewhere(self, key: Key) -> str:
-        """Name the sections in which the key lives."""
+        """Name the keys of this name: the one in this section or in one that is named alike, or all of them."""
         name = _plain(key[-1])
-        for keys, place in ((self.own, ""), (self.other, f" of {self.other_name}")):
-            sections = [_section(known) for known in keys if known.split(".")[-1] == name]
-            if sections:
-                return f"it belongs {_join_or(sections)}{place}" if key[-1] == name else f"did you mean {name}?"
-        return ""
+        homes = [known for known in self.own if known.split(".")[-1] == name]
+        near = difflib.get_close_matches(_plain(key[0]), [home.split(".")[0] for home in homes], n=1)
+        if near and len(key) > 1:
+            return f"did you mean {near[0]}.{name}?"
+        if homes and name != key[-1]:
+            return f"did you mean {' or '.join(homes)}?"
+        if homes:
+            return f"it belongs {' or '.join(map(_place, homes))}"
+        others = [_place(known) for known in self.other if known.split(".")[-1] == name]
+        return f"it belongs {' or '.join(others)} of {self.other_name}" if others else ""
 
     def _near(self, key: Key) -> str:
-        """Name the key that is written almost like it: in its own section first."""
-        siblings = [known for known in self.own if known.split(".")[:-1] == list(key[:-1])]
-        for keys in (siblings, self.own):
-            names = {known.split(".")[-1]: known for known in keys}
+        """Name the key that is written almost like it, first of all in its own section."""
+        siblings = {known.split(".")[-1]: known for known in self._siblings(key)}
+        sections = {section: f"[{section}]" for section in self._sections()} if len(key) == 1 else {}
+        everything = {known.split(".")[-1]: known for known in self.own}
+        for names in ({**siblings, **sections}, everything):
             if near := difflib.get_close_matches(_plain(key[-1]), names, n=1, cutoff=0.7):
                 return f"did you mean {names[near[0]]}?"
         return ""
 
     def _listed(self, key: Key) -> str:
         """Name what there is instead."""
-        sections = list(dict.fromkeys(known.split(".")[0] for known in self.own if "." in known))
-        siblings = [known.split(".")[-1] for known in self.own if known.split(".")[:-1] == list(key[:-1])]
+        siblings = self._siblings(key)
         if len(key) == 1 or not siblings:
-            return f"the sections are {', '.join(sections)}"
-        return f"[{key[0]}] has {', '.join(siblings)}"
+            return f"the sections are {', '.join(self._sections())}"
+        return f"[{key[0]}] has {', '.join(known.split('.')[-1] for known in siblings)}"
+
+    def _siblings(self, key: Key) -> list[str]:
+        """List the known keys of the section that a key stands in."""
+        return [known for known in self.own if tuple(known.split(".")[:-1]) == key[:-1]]
+
+    def _sections(self) -> list[str]:
+        """List this file's sections."""
+        return list(dict.fromkeys(known.split(".")[0] for known in self.own if "." in known))
 
 
 def wrong(key: Key, detail: Mapping[str, Any], *, patterns: Mapping[str, str]) -> str:
@@ -118,26 +131,41 @@ def _limit(key: Key, kind: str, context: Mapping[str, Any], patterns: Mapping[st
     if kind == "literal_error":
         return f"must be {str(context['expected']).replace(chr(39), chr(34))}"
     if kind == "string_pattern_mismatch":
-        return f"must be {patterns[context['pattern']]}"
-    return _KINDS.get(kind, "").format(**context)
+        return f"must be {patterns.get(context['pattern'], context['pattern'])}"
+    limits = {name: show_number(value) if isinstance(value, int | float) else value for name, value in context.items()}
+    return _KINDS.get(kind, "").format(**limits)
 
 
 def show_key(key: Key) -> str:
-    """Write a path as a dotted key, quoted where TOML needs it."""
-    return ".".join(part if part and set(part) <= _BARE else json.dumps(part) for part in key)
+    """Write a path as a dotted key, quoted where TOML needs it.
+
+    Example:
+        >>> show_key(("model", "a b"))
+        'model."a b"'
+    """
+    return ".".join(_cut(part if part and set(part) <= _BARE else json.dumps(part)) for part in key)
 
 
 def show_value(value: object) -> str:
     """Write a value about as it stands in the file, on one line and not too long.
 
     Example:
-        >>> show_value(True), show_value("nf8")
-        ('true', '"nf8"')
+        >>> show_value(True), show_value("nf8"), show_value(2e-4)
+        ('true', '"nf8"', '0.0002')
     """
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return show_text(text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}...")
+    return show_text(_cut(json.dumps(value, ensure_ascii=False, default=str)))
+
+
+def show_number(value: float) -> str:
+    """Write a limit.
+
+    Example:
+        >>> show_number(65536), show_number(0.5)
+        ('65,536', '0.5')
+    """
+    return f"{value:,.10g}"
 
 
 def show_text(text: object) -> str:
@@ -145,16 +173,16 @@ def show_text(text: object) -> str:
     return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def _cut(text: str) -> str:
+    """Keep the beginning of a long text."""
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
+
+
 def _plain(name: str) -> str:
     """Write a name the way all names here are written."""
     return name.lower().replace("-", "_").replace(" ", "_")
 
 
-def _section(known: str) -> str:
+def _place(known: str) -> str:
     """Name the place of a known key."""
     return f"in [{known.split('.')[0]}]" if "." in known else "at the top of the file, before any section"
-
-
-def _join_or(places: list[str]) -> str:
-    """List alternatives."""
-    return " or ".join(places)

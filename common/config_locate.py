@@ -11,6 +11,7 @@ Key = tuple[str, ...]
 Lines = dict[Key, int]
 Words = Iterator[tuple[str, int]]
 
+MAX_DEPTH = 8
 _WORD = re.compile(
     r'"""(?:\\.|[^\\])*?"""(?!")'  # a multi-line string may end in up to five quotes
     r"|'''.*?'''(?!')"
@@ -32,7 +33,7 @@ def key_lines(text: str) -> Lines:
 
     Returns:
         The path of each key to its line, counted from 1. A section also stands under its own path; the keys of
-        tables inside an array stand under the array's path.
+        tables inside an array stand under the array's path, and what is nested deeper than `MAX_DEPTH` is left out.
 
     Example:
         >>> key_lines('seed = 1\\n[model]\\nbase = "x"')
@@ -89,7 +90,7 @@ def _join_until(end: str, words: Words) -> str:
 
 def _note(path: Key, line: int, lines: Lines) -> None:
     """Note a key and the sections around it, unless they were seen before."""
-    for length in range(1, len(path) + 1):
+    for length in range(1, min(len(path), MAX_DEPTH) + 1):
         lines.setdefault(path[:length], line)
 
 

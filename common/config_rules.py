@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from common import config_hints
+
 if TYPE_CHECKING:
     from common.config import NodeConfig, RunConfig
 
@@ -45,7 +47,7 @@ def check(config: BaseModel, rules: tuple[Rule, ...]) -> None:
 
 def describe(config: BaseModel, rule: Rule) -> str:
     """Say what is wrong, with the values that take part."""
-    values = ", ".join(f"{key} = {value_of(config, key)!r}" for key in rule.keys)
+    values = ", ".join(f"{key} = {config_hints.show_value(value_of(config, key))}" for key in rule.keys)
     return f"{rule.message} ({values})"
 
 
