@@ -5,11 +5,9 @@ Shapes: b rows of a batch, t tokens of the longest row.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
-from jinja2 import TemplateError
-
+from common import chat
 from common.errors import DataError, ModelError
 from common.rows import Message, Row
 
@@ -19,26 +17,6 @@ if TYPE_CHECKING:
 
 TooLong = Literal["truncate", "drop", "error"]
 TemplateName = Literal["tokenizer", "chatml", "alpaca"]
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-# Taori et al. 2023, github.com/tatsu-lab/stanford_alpaca, the prompt without input. A system message is its preamble.
-ALPACA = (
-    "{% if messages[0]['role'] != 'system' %}"
-    "{{ 'Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n' }}"
-    "{% endif %}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
-    "{% elif message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
-    "{% else %}{{ '### Response:\n' + message['content'] + eos_token + '\n\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -119,14 +97,14 @@ def use_template(tokenizer: "Tokenizer", name: TemplateName) -> "Tokenizer":
         ModelError: The tokenizer has no template, or lacks the tokens that the named one needs.
     """
     if name == "tokenizer":
-        _require_template(tokenizer)
+        chat.require_template(tokenizer)
     elif name == "chatml":
         _require_single_tokens(tokenizer, ("<|im_start|>", "<|im_end|>"))
-        tokenizer.chat_template = CHATML
+        tokenizer.chat_template = chat.CHATML
     elif name == "alpaca":
         if not tokenizer.eos_token:
             raise ModelError('the tokenizer has no end token, which model.chat_template = "alpaca" needs')
-        tokenizer.chat_template = ALPACA
+        tokenizer.chat_template = chat.ALPACA
     else:
         raise ValueError(f"unknown chat template {name!r}")
     if name != "tokenizer" and _adds_bos(tokenizer):
@@ -158,14 +136,60 @@ def encode(
         DataError: The row is too long and `too_long` is "error".
         ModelError: The tokenizer is not fast, or its template cannot be used for training.
     """
-    encoded = _encode_whole(row, tokenizer, system_prompt)
+    encoded = encode_whole(row, tokenizer, system_prompt=system_prompt)
     num_tokens = len(encoded.input_ids)
     if too_long == "error" and num_tokens > max_length_tokens:
         raise DataError(
             f"{row.row_id}: {num_tokens} tokens, over the limit of {max_length_tokens}: "
             'raise data.max_length_tokens or set data.too_long = "truncate" or "drop"'
         )
-    return _cut(encoded, max_length_tokens=max_length_tokens, is_cut_allowed=too_long == "truncate")
+    return cut(encoded, max_length_tokens=max_length_tokens, is_cut_allowed=too_long == "truncate")
+
+
+def encode_whole(row: Row, tokenizer: "Tokenizer", *, system_prompt: str = "") -> Encoded:
+    """Encode a row at its full length; see `encode`.
+
+    Args:
+        row: What to encode.
+        tokenizer: A fast tokenizer with a chat template.
+        system_prompt: System message for rows that have none of their own.
+
+    Returns:
+        All its tokens and their mask.
+
+    Raises:
+        ModelError: The tokenizer is not fast, or its template cannot be used for training.
+    """
+    text, spans = chat.render(row, tokenizer, system_prompt=system_prompt)
+    input_ids, offsets = _tokenise(text, tokenizer)
+    is_answer = [False] * len(input_ids)
+    for start, end in spans:
+        inside = [i for i, (left, right) in enumerate(offsets) if start <= left and start < right <= end]
+        if not inside or offsets[inside[-1]][1] != end:
+            raise ModelError(f"{row.row_id}: no token ends where an answer ends: {chat.remedy(tokenizer)}")
+        for i in inside:
+            is_answer[i] = True
+    return Encoded(tuple(input_ids), tuple(is_answer), row.unit)
+
+
+def cut(encoded: Encoded, *, max_length_tokens: int, is_cut_allowed: bool) -> Encoded | None:
+    """Bring a row under the limit.
+
+    Args:
+        encoded: A row at its full length.
+        max_length_tokens: Longest row that may remain.
+        is_cut_allowed: Whether a longer row is cut at the right or dropped.
+
+    Returns:
+        The row, or None if it is dropped or no answer token is left.
+    """
+    num_over = len(encoded.input_ids) - max_length_tokens
+    if num_over <= 0:
+        return encoded
+    if not is_cut_allowed or not any(encoded.is_answer[:max_length_tokens]):
+        return None
+    ids, is_answer = encoded.input_ids[:max_length_tokens], encoded.is_answer[:max_length_tokens]
+    return replace(encoded, input_ids=ids, is_answer=is_answer, num_truncated=num_over)
 
 
 def encode_all(
@@ -214,9 +238,8 @@ def prompt_ids(row: Row, tokenizer: "Tokenizer", *, system_prompt: str = "") -> 
     Raises:
         ModelError: The tokenizer is not fast, or its template fails.
     """
-    messages = _with_system(row, system_prompt)
-    text = _apply(messages[:-1], tokenizer, where=row.row_id, is_prompt=True)
-    return _tokenise(text, tokenizer)[0], messages[-1].content
+    text = chat.render_prompt(row, tokenizer, system_prompt=system_prompt)
+    return _tokenise(text, tokenizer)[0], row.messages[-1].content
 
 
 def stop_ids(tokenizer: "Tokenizer") -> tuple[int, ...]:
@@ -232,7 +255,7 @@ def stop_ids(tokenizer: "Tokenizer") -> tuple[int, ...]:
         ModelError: The tokenizer is not fast, or its template cannot be used for training.
     """
     row = Row((Message("user", "a"), Message("assistant", "b")), unit="", row_id="a trial conversation")
-    text, spans = _render(row, tokenizer, "")
+    text, spans = chat.render(row, tokenizer)
     tail = text[text.rindex("b", *spans[0]) + 1 : spans[0][1]].lstrip()
     ids = {_tokenise(tail, tokenizer)[0][0], tokenizer.eos_token_id}
     return tuple(sorted(i for i in ids if i is not None))
@@ -270,84 +293,6 @@ def collate(batch: Sequence[Encoded], *, pad_id: int) -> Batch:
     )
 
 
-def _encode_whole(row: Row, tokenizer: "Tokenizer", system_prompt: str) -> Encoded:
-    """Encode a row at its full length."""
-    text, spans = _render(row, tokenizer, system_prompt)
-    input_ids, offsets = _tokenise(text, tokenizer)
-    is_answer = [False] * len(input_ids)
-    for start, end in spans:
-        inside = [i for i, (left, right) in enumerate(offsets) if start <= left and start < right <= end]
-        if not inside or offsets[inside[-1]][1] != end:
-            raise ModelError(
-                f"{row.row_id}: the end of the answer is not the end of a token; {_other_template(tokenizer)}"
-            )
-        for i in inside:
-            is_answer[i] = True
-    return Encoded(tuple(input_ids), tuple(is_answer), row.unit)
-
-
-def _cut(encoded: Encoded, *, max_length_tokens: int, is_cut_allowed: bool) -> Encoded | None:
-    """The row under the limit, or None if it is dropped or no answer token is left."""
-    num_over = len(encoded.input_ids) - max_length_tokens
-    if num_over <= 0:
-        return encoded
-    if not is_cut_allowed or not any(encoded.is_answer[:max_length_tokens]):
-        return None
-    ids, is_answer = encoded.input_ids[:max_length_tokens], encoded.is_answer[:max_length_tokens]
-    return replace(encoded, input_ids=ids, is_answer=is_answer, num_truncated=num_over)
-
-
-def _render(row: Row, tokenizer: "Tokenizer", system_prompt: str) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and where each answer begins and ends in it."""
-    messages = _with_system(row, system_prompt)
-    num_context = row.num_context + len(messages) - len(row.messages)
-    text = _apply(messages, tokenizer, where=row.row_id)
-    for message in messages:
-        if message.content.strip() not in text:
-            raise ModelError(
-                f"{row.row_id}: the chat template leaves out or rewrites a {message.role} message; "
-                f"{_other_template(tokenizer)}"
-            )
-    turns = [k for k, message in enumerate(messages) if message.role == "assistant" and k >= num_context]
-    return text, [_answer_span(messages, k, text, tokenizer, where=row.row_id) for k in turns]
-
-
-def _answer_span(
-    messages: Sequence[Message], k: int, text: str, tokenizer: "Tokenizer", *, where: str
-) -> tuple[int, int]:
-    """Where turn `k` lies in `text`, its end-of-turn token included."""
-    before = _apply(messages[:k], tokenizer, where=where, is_prompt=True)
-    through = text if k == len(messages) - 1 else _apply(messages[: k + 1], tokenizer, where=where)
-    for prefix, longer in pairwise((before, through, text)):
-        if not longer.startswith(prefix):
-            raise ModelError(
-                f"{where}: the chat template renders message {k + 1} differently once more messages follow, so "
-                f"its answers cannot be told apart; {_other_template(tokenizer)}"
-            )
-    answer = through[len(before) :].rstrip()
-    content = messages[k].content.strip()
-    if not answer.partition(content)[2].strip():
-        raise ModelError(
-            f"{where}: the chat template puts no end token after an answer, so the model would never learn to "
-            f"stop; {_other_template(tokenizer)}"
-        )
-    return len(before), len(before) + len(answer)
-
-
-def _apply(messages: Sequence[Message], tokenizer: "Tokenizer", *, where: str, is_prompt: bool = False) -> str:
-    """Render messages through the chat template, as text."""
-    _require_template(tokenizer)
-    chat = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=is_prompt)
-    except TemplateError as error:
-        raise ModelError(
-            f"{where}: the chat template refuses roles {', '.join(message.role for message in messages)}; "
-            f"{_other_template(tokenizer)}"
-        ) from error
-    return str(text)
-
-
 def _tokenise(text: str, tokenizer: "Tokenizer") -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids of a text and the characters that each of them covers."""
     if not tokenizer.is_fast:
@@ -357,13 +302,6 @@ def _tokenise(text: str, tokenizer: "Tokenizer") -> tuple[list[int], list[tuple[
         )
     result = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return list(result["input_ids"]), list(result["offset_mapping"])
-
-
-def _with_system(row: Row, system_prompt: str) -> tuple[Message, ...]:
-    """The row's messages, begun by the run's system message if they have none."""
-    if not system_prompt or row.messages[0].role == "system":
-        return row.messages
-    return (Message("system", system_prompt), *row.messages)
 
 
 def _report(kept: Sequence[Encoded], *, num_rows: int) -> EncodingReport:
@@ -376,12 +314,6 @@ def _report(kept: Sequence[Encoded], *, num_rows: int) -> EncodingReport:
         num_answer_tokens=sum(sum(encoded.is_answer) for encoded in kept),
         max_tokens=max(len(encoded.input_ids) for encoded in kept),
     )
-
-
-def _require_template(tokenizer: "Tokenizer") -> None:
-    """Refuse a tokenizer without a chat template."""
-    if not tokenizer.chat_template:
-        raise ModelError('the tokenizer has no chat template: set model.chat_template = "chatml" or "alpaca"')
 
 
 def _require_single_tokens(tokenizer: "Tokenizer", tokens: Sequence[str]) -> None:
@@ -397,9 +329,3 @@ def _require_single_tokens(tokenizer: "Tokenizer", tokens: Sequence[str]) -> Non
 def _adds_bos(tokenizer: "Tokenizer") -> bool:
     """Whether the tokenizer begins every text of its own accord with its start token."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-
-
-def _other_template(tokenizer: "Tokenizer") -> str:
-    """The remedy for a template that cannot be used."""
-    is_chatml = tokenizer.chat_template == CHATML
-    return f'set model.chat_template = "{"alpaca" if is_chatml else "chatml"}"'

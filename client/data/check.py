@@ -1,0 +1,303 @@
+"""What a site sees of its own data before it joins a run: counts, and rows as the model will get them."""
+
+import math
+import statistics
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby, islice
+from typing import TYPE_CHECKING, Any, Final
+
+from rich.table import Table
+from rich.text import Text
+
+from common import prompts
+from common.prompts import Encoded, TooLong
+from common.rows import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+QUANTILES: Final = (0.5, 0.9, 0.99, 1.0)
+HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})  # Unicode categories
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Lengths under one tokenizer.
+
+    Attributes:
+        quantiles: Tokens of a whole row, before any cut, that these shares of rows have at most; "100%" is the longest.
+        max_length_tokens: The limit that the other counts are for; None without one.
+        num_too_long: Rows over the limit, whatever happens to them.
+        num_truncated: Rows that would be cut and kept.
+        num_dropped: Rows that would be left out.
+        num_answer_tokens: Tokens that the loss would cover.
+        num_with_control_tokens: Rows whose text spells a control token of the tokenizer, such as its end token.
+    """
+
+    quantiles: dict[str, int]
+    max_length_tokens: int | None
+    num_too_long: int
+    num_truncated: int
+    num_dropped: int
+    num_answer_tokens: int
+    num_with_control_tokens: int
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Counts over a site's rows; nothing in it is text of a row.
+
+    Attributes:
+        num_rows: Rows.
+        num_units: Privacy units.
+        rows_per_unit_median: Median over units.
+        rows_per_unit_max: Rows of the largest unit.
+        num_duplicates: Rows whose messages repeat an earlier row's exactly.
+        num_empty_inputs: Rows whose input field is missing or empty.
+        tokens: None without a tokenizer.
+    """
+
+    num_rows: int
+    num_units: int
+    rows_per_unit_median: float
+    rows_per_unit_max: int
+    num_duplicates: int
+    num_empty_inputs: int
+    tokens: TokenCounts | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the counts as JSON types."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a previewed row.
+
+    Attributes:
+        id: Its number.
+        text: What it stands for; a character of several tokens shows as a replacement mark.
+        is_answer: Whether the loss covers it.
+    """
+
+    id: int
+    text: str
+    is_answer: bool
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One row as the model gets it. Holds data: for the site's own eyes.
+
+    Attributes:
+        row_id: Where the row was read.
+        tokens: All tokens that are kept.
+        segments: The text, in pieces that are answer or are not.
+        num_truncated: Tokens cut off.
+        is_dropped: Whether the row would be left out; it is then shown whole.
+    """
+
+    row_id: str
+    tokens: tuple[Token, ...]
+    segments: tuple[tuple[str, bool], ...]
+    num_truncated: int
+    is_dropped: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the preview as JSON types."""
+        return asdict(self)
+
+
+def check(
+    rows: Sequence[Row],
+    *,
+    tokenizer: "Tokenizer | None" = None,
+    max_length_tokens: int | None = None,
+    too_long: TooLong = "truncate",
+    system_prompt: str = "",
+) -> CheckReport:
+    """Count what a site's data are made of.
+
+    Args:
+        rows: The data set, at least one row.
+        tokenizer: Adds counts of tokens; has its chat template set.
+        max_length_tokens: The run's limit; None counts without one.
+        too_long: What the run does with longer rows; under "error" they are only counted, as too long.
+        system_prompt: The run's system message.
+
+    Returns:
+        Counts only.
+
+    Raises:
+        ValueError: There are no rows.
+        ModelError: The tokenizer or its template cannot be used for training.
+    """
+    if not rows:
+        raise ValueError("there are no rows to check")
+    sizes = Counter(row.unit for row in rows).values()
+    tokens = None
+    if tokenizer is not None:
+        whole = [prompts.encode_whole(row, tokenizer, system_prompt=system_prompt) for row in rows]
+        num_control = sum(_has_control_token(row, tokenizer) for row in rows)
+        tokens = _count_tokens(whole, limit=max_length_tokens, too_long=too_long, num_control=num_control)
+    return CheckReport(
+        num_rows=len(rows),
+        num_units=len(sizes),
+        rows_per_unit_median=float(statistics.median(sizes)),
+        rows_per_unit_max=max(sizes),
+        num_duplicates=len(rows) - len({row.messages for row in rows}),
+        num_empty_inputs=sum(row.is_input_empty for row in rows),
+        tokens=tokens,
+    )
+
+
+def render(report: CheckReport) -> Table:
+    """Show a report as a table.
+
+    Args:
+        report: From `check`.
+
+    Returns:
+        A table for rich's console.
+    """
+    table = Table("count", "value", title="data check")
+    lines: dict[str, Any] = report.as_dict()
+    tokens: dict[str, Any] = lines.pop("tokens") or {}
+    for share, num_tokens in tokens.pop("quantiles", {}).items():
+        lines[f"tokens of a row, {share} of rows at most"] = num_tokens
+    for name, value in (lines | tokens).items():
+        table.add_row(name.removeprefix("num_").replace("_", " "), "no limit" if value is None else f"{value:,}")
+    return table
+
+
+def preview(
+    rows: Iterable[Row],
+    tokenizer: "Tokenizer",
+    *,
+    limit: int,
+    max_length_tokens: int | None = None,
+    too_long: TooLong = "truncate",
+    system_prompt: str = "",
+) -> list[Preview]:
+    """Show rows as the model gets them, with the tokens that the loss covers.
+
+    Args:
+        rows: The data set; only its first rows are read.
+        tokenizer: Has its chat template set.
+        limit: Rows to show.
+        max_length_tokens: The run's limit; None shows rows whole.
+        too_long: What the run does with longer rows.
+        system_prompt: The run's system message.
+
+    Returns:
+        At most `limit` previews. They hold text of the rows: for the site's own screen.
+
+    Raises:
+        ModelError: The tokenizer or its template cannot be used for training.
+    """
+    whole = [(row, prompts.encode_whole(row, tokenizer, system_prompt=system_prompt)) for row in islice(rows, limit)]
+    return [_preview(row, encoded, tokenizer, max_length_tokens, too_long) for row, encoded in whole]
+
+
+def render_preview(previews: Iterable[Preview]) -> Text:
+    """Show previews for a terminal: answers highlighted, all else dim.
+
+    Args:
+        previews: From `preview`.
+
+    Returns:
+        Text in which neither rich markup nor control characters of the data have an effect.
+    """
+    shown = Text()
+    for item in previews:
+        shown.append(f"{_headline(item)}\n", style="bold")
+        for text, is_answer in item.segments:
+            shown.append(_visible(text), style="black on green" if is_answer else "dim")
+        shown.append("\n\n")
+    return shown
+
+
+def plain_preview(previews: Iterable[Preview]) -> str:
+    """Show previews without colours: answers stand between « and ».
+
+    Args:
+        previews: From `preview`.
+
+    Returns:
+        Text in which control characters of the data are spelled out.
+    """
+    blocks = []
+    for item in previews:
+        body = "".join(f"«{_visible(text)}»" if is_answer else _visible(text) for text, is_answer in item.segments)
+        blocks.append(f"{_headline(item)}\n{body}\n")
+    return "\n".join(blocks)
+
+
+def _count_tokens(whole: Sequence[Encoded], *, limit: int | None, too_long: TooLong, num_control: int) -> TokenCounts:
+    """Lengths of whole rows, and what a limit does to them."""
+    lengths = sorted(len(encoded.input_ids) for encoded in whole)
+    is_cut_allowed = too_long != "drop"
+    kept = [
+        encoded if limit is None else prompts.cut(encoded, max_length_tokens=limit, is_cut_allowed=is_cut_allowed)
+        for encoded in whole
+    ]
+    if too_long == "error":
+        kept = list(whole)
+    return TokenCounts(
+        quantiles={f"{share:.0%}": lengths[math.ceil(share * len(lengths)) - 1] for share in QUANTILES},
+        max_length_tokens=limit,
+        num_too_long=sum(limit is not None and length > limit for length in lengths),
+        num_truncated=sum(encoded is not None and encoded.num_truncated > 0 for encoded in kept),
+        num_dropped=sum(encoded is None for encoded in kept),
+        num_answer_tokens=sum(sum(encoded.is_answer) for encoded in kept if encoded is not None),
+        num_with_control_tokens=num_control,
+    )
+
+
+def _has_control_token(row: Row, tokenizer: "Tokenizer") -> bool:
+    """Whether a message spells a token such as the end token, which the model would take for the real one."""
+    tokens = [token for token in tokenizer.all_special_tokens if token.strip()]
+    return any(token in message.content for message in row.messages for token in tokens)
+
+
+def _preview(
+    row: Row, whole: Encoded, tokenizer: "Tokenizer", max_length_tokens: int | None, too_long: TooLong
+) -> Preview:
+    """One row; a row that would be left out is shown whole."""
+    kept: Encoded | None = whole
+    if max_length_tokens is not None:
+        kept = prompts.cut(whole, max_length_tokens=max_length_tokens, is_cut_allowed=too_long == "truncate")
+    shown = kept or whole
+    pairs = list(zip(shown.input_ids, shown.is_answer, strict=True))
+    runs = [(is_answer, [i for i, _ in run]) for is_answer, run in groupby(pairs, key=lambda pair: pair[1])]
+    return Preview(
+        row_id=row.row_id,
+        tokens=tuple(Token(i, _decode([i], tokenizer), is_answer) for i, is_answer in pairs),
+        segments=tuple((_decode(ids, tokenizer), is_answer) for is_answer, ids in runs),
+        num_truncated=shown.num_truncated,
+        is_dropped=kept is None,
+    )
+
+
+def _decode(ids: list[int], tokenizer: "Tokenizer") -> str:
+    """The text of tokens, control tokens included."""
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _headline(item: Preview) -> str:
+    """Where the row is from, its length and what happens to it."""
+    num_answer = sum(token.is_answer for token in item.tokens)
+    fate = ", too long: it would not be trained on" if item.is_dropped else ""
+    cut = f", {item.num_truncated} tokens cut off" if item.num_truncated else ""
+    return f"{item.row_id}: {len(item.tokens)} tokens, {num_answer} of them answer{cut}{fate}"
+
+
+def _visible(text: str) -> str:
+    """Text whose control and invisible characters are spelled out, so that data cannot steer the terminal."""
+    return "".join(
+        ascii(character)[1:-1] if unicodedata.category(character) in HIDDEN and character not in "\n\t" else character
+        for character in text
+    )

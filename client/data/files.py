@@ -1,0 +1,251 @@
+"""Rows out of one file: JSON Lines, JSON, CSV or Parquet, by its extension.
+
+A file is refused as a whole; the message lists the first unusable rows and never quotes them.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from client.data.problems import Problems, UnusableError
+from common.errors import DataError
+
+MAX_JSON_BYTES: Final = 512 << 20
+UTF8_BOM: Final = b"\xef\xbb\xbf"
+UTF16_BOMS: Final = (b"\xff\xfe", b"\xfe\xff")
+TO_UTF8: Final = "convert the file with `iconv -f WINDOWS-1252 -t UTF-8`, or -f whatever it was written in"
+TO_COMMAS: Final = "separate fields by commas and put fields with commas, quotes or line breaks between double quotes"
+TO_JSON: Final = "write JSON objects, one per line in a .jsonl file or as one list in a .json file"
+
+
+@dataclass(frozen=True)
+class Located:
+    """One row and where it was read.
+
+    Attributes:
+        place: Such as "train.jsonl line 12"; holds no field's value.
+        fields: Column names and values.
+    """
+
+    place: str
+    fields: dict[str, Any]
+
+
+def read_file(path: Path, *, max_line_bytes: int) -> list[Located]:
+    """Read every row of a file.
+
+    Args:
+        path: A file whose extension is in `READERS`.
+        max_line_bytes: A longer line is refused before it is in memory.
+
+    Returns:
+        The rows in the file's order; blank lines are skipped.
+
+    Raises:
+        DataError: The file cannot be read, or some of its rows are unusable.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: unknown kind of file: give one of {', '.join(READERS)}, or a folder of them")
+    try:
+        return reader(path, max_line_bytes)
+    except OSError as error:
+        reason = error.strerror or "it is damaged"
+        raise DataError(f"{path}: cannot be read ({reason}): check the file and its permissions") from error
+
+
+def _read_jsonl(path: Path, max_line_bytes: int) -> list[Located]:
+    """One JSON object per line."""
+    problems, rows = Problems(), []
+    for number, offset, line in _lines(path, max_line_bytes):
+        place = f"{path.name} line {number}"
+        try:
+            text = _decode(line, offset=offset)
+            if text.strip():
+                rows.append(Located(place, _object(_parse(text))))
+        except UnusableError as error:
+            problems.add(place, error)
+    problems.raise_if_any()
+    return rows
+
+
+def _read_json(path: Path, max_line_bytes: int) -> list[Located]:
+    """One list of objects; `max_line_bytes` does not apply, such a list may well be one line."""
+    size_bytes = path.stat().st_size
+    if size_bytes > MAX_JSON_BYTES:
+        raise DataError(
+            f"{path}: {size_bytes} bytes, over the limit of {MAX_JSON_BYTES} for JSON: write .jsonl instead"
+        )
+    problems, rows = Problems(), []
+    for number, value in enumerate(_json_list(path, problems), start=1):
+        place = f"{path.name} row {number}"
+        try:
+            rows.append(Located(place, _object(value)))
+        except UnusableError as error:
+            problems.add(place, error)
+    problems.raise_if_any()
+    return rows
+
+
+def _json_list(path: Path, problems: Problems) -> list[Any]:
+    """The list that a JSON file holds; empty where there is a problem."""
+    _refuse_utf16(path)
+    content = path.read_bytes()
+    body = content.removeprefix(UTF8_BOM)
+    try:
+        text = _decode(body, offset=len(content) - len(body))
+        value = _parse(text) if text.strip() else []
+        if not isinstance(value, list):
+            raise UnusableError(f"it holds one {type(value).__name__}, not a list", TO_JSON)
+    except UnusableError as error:
+        problems.add(path.name, error)
+        return []
+    return value
+
+
+def _read_csv(path: Path, max_line_bytes: int) -> list[Located]:
+    """Comma-separated fields under a line of column names."""
+    problems, lines = Problems(), []
+    for number, offset, line in _lines(path, max_line_bytes):
+        try:
+            lines.append(_decode(line, offset=offset))
+        except UnusableError as error:
+            problems.add(f"{path.name} line {number}", error)
+    problems.raise_if_any()
+    with _csv_field_limit(max_line_bytes):
+        return _csv_rows(path.name, lines)
+
+
+def _csv_rows(name: str, lines: list[str]) -> list[Located]:
+    """Pair each record with the column names."""
+    problems, rows = Problems(), []
+    records = csv.reader(lines, strict=True)
+    try:
+        header = _csv_header(next(records, []))
+        for record in records:
+            place = f"{name} line {records.line_num}"
+            if record and len(record) != len(header):
+                what = f"has {len(record)} fields under {len(header)} column names"
+                problems.add(place, UnusableError(what, TO_COMMAS))
+            elif record:
+                rows.append(Located(place, dict(zip(header, record, strict=True))))
+    except csv.Error:
+        problems.add(f"{name} line {records.line_num}", UnusableError("is not valid CSV", TO_COMMAS))
+    except UnusableError as error:
+        problems.add(f"{name} line 1", error)
+    problems.raise_if_any()
+    return rows
+
+
+def _csv_header(record: list[str]) -> list[str]:
+    """The column names, once they can be told apart."""
+    names = [name.strip() for name in record]
+    if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
+        raise UnusableError("names one column only and looks separated by another mark than a comma", TO_COMMAS)
+    if len(set(names)) < len(names):
+        raise UnusableError("names a column twice", "give every column a name of its own")
+    return names
+
+
+@contextmanager
+def _csv_field_limit(size: int) -> Iterator[None]:
+    """Let a field be as long as a line may be; the module's own limit is 128 KiB."""
+    before = csv.field_size_limit(size)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _read_parquet(path: Path, max_line_bytes: int) -> list[Located]:
+    """Rows of a Parquet file; it has no lines, so `max_line_bytes` does not apply."""
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    rows: list[Located] = []
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                rows.extend(Located(f"{path.name} row {len(rows) + i}", f) for i, f in enumerate(batch.to_pylist(), 1))
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: is not a readable Parquet file: write it again, for example with pandas") from error
+    return rows
+
+
+READERS: Final[Mapping[str, Callable[[Path, int], list[Located]]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def _lines(path: Path, max_line_bytes: int) -> Iterator[tuple[int, int, bytes]]:
+    """Number, offset in the file and bytes of each line, without ever holding more than the limit."""
+    _refuse_utf16(path)
+    with path.open("rb") as file:
+        number, offset = 0, 0
+        while line := file.readline(max_line_bytes + 1):
+            number += 1
+            if len(line) > max_line_bytes:
+                raise DataError(
+                    f"{path.name} line {number}: over the limit of {max_line_bytes} bytes a line: "
+                    "write one row per line, and shorten or split rows that are longer"
+                )
+            body = line.removeprefix(UTF8_BOM) if number == 1 else line
+            yield number, offset + len(line) - len(body), body
+            offset += len(line)
+
+
+def _refuse_utf16(path: Path) -> None:
+    """Name the encoding that Windows programs call Unicode, instead of an error in every line."""
+    with path.open("rb") as file:
+        if file.read(2) in UTF16_BOMS:
+            raise DataError(f"{path}: is UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`")
+
+
+def _decode(content: bytes, *, offset: int) -> str:
+    """UTF-8 without NUL; `offset` is where the bytes begin in the file."""
+    if (nul := content.find(b"\0")) >= 0:
+        raise UnusableError(f"has a NUL byte at byte {offset + nul}", "remove it; the file may be damaged or UTF-16")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UnusableError(f"is not UTF-8 at byte {offset + error.start}", TO_UTF8) from None
+
+
+def _parse(text: str) -> Any:
+    """JSON in which every key is there once and every number is finite."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
+        raise UnusableError(f"is not valid JSON at {where}", TO_JSON) from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UnusableError):
+            raise
+        raise UnusableError("is not valid JSON: a number is too long or lists are nested too deeply", TO_JSON) from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; the module on its own would keep the last of two values without a word."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise UnusableError("has a key twice", "keep one value for each key")
+    return fields
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    """NaN and Infinity are not JSON."""
+    raise UnusableError("has NaN or Infinity, which JSON does not know", "write null or leave the key out")
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """A row has to be a JSON object."""
+    if not isinstance(value, dict):
+        raise UnusableError(f"is a {type(value).__name__}, not a JSON object", TO_JSON)
+    return value

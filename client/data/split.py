@@ -1,0 +1,48 @@
+"""Training and held-out rows; no privacy unit is in both."""
+
+import hashlib
+from collections.abc import Sequence
+
+from common.errors import DataError
+from common.rows import Row
+
+
+def split(rows: Sequence[Row], *, held_out_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Keep a share of the units for evaluation.
+
+    Units are ordered by a hash of seed and name, and the first of them are held out: the order of rows plays no part.
+
+    Args:
+        rows: At least two units.
+        held_out_fraction: Share of units to hold out, between 0 and 1; rounded, but at least one and not all of them.
+        seed: Chooses which.
+
+    Returns:
+        Rows to train on and rows held out, each in the order given.
+
+    Raises:
+        DataError: Fewer than two units.
+        ValueError: The fraction is not between 0 and 1.
+
+    Example:
+        >>> rows = [Row((), unit=f"patient-{i // 2}", row_id=f"row {i}") for i in range(8)]
+        >>> train, held_out = split(rows, held_out_fraction=0.25, seed=1)
+        >>> len(train), len({row.unit for row in held_out})
+        (6, 1)
+    """
+    if not 0 < held_out_fraction < 1:
+        raise ValueError(f"held_out_fraction is {held_out_fraction}, not between 0 and 1")
+    units = sorted({row.unit for row in rows}, key=lambda unit: _rank(unit, seed))
+    if len(units) < 2:
+        raise DataError(
+            f"{len(rows)} rows of {len(units)} unit cannot be split into training and held-out rows: "
+            "add rows of other patients, or check data.unit_column"
+        )
+    num_held_out = min(max(round(held_out_fraction * len(units)), 1), len(units) - 1)
+    chosen = set(units[:num_held_out])
+    return [row for row in rows if row.unit not in chosen], [row for row in rows if row.unit in chosen]
+
+
+def _rank(unit: str, seed: int) -> bytes:
+    """A unit's position, the same on every machine."""
+    return hashlib.sha256(f"{seed}:{unit}".encode()).digest()

@@ -1,0 +1,175 @@
+"""One table into the tables of several sites; no privacy unit is at two of them."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from common.errors import DataError
+
+Fields = dict[str, Any]
+How = Literal["column", "iid", "dirichlet"]
+
+
+def partition(
+    table: Sequence[Fields],
+    *,
+    how: How,
+    num_sites: int = 0,
+    site_column: str = "site",
+    dirichlet_alpha: float = 0.5,
+    unit_column: str = "",
+    seed: int = 0,
+) -> dict[str, list[Fields]]:
+    """Give every row to one site.
+
+    "column": the values of `site_column` are the sites. "iid": units are dealt out at random, as many to each site.
+    "dirichlet": sites of equal numbers of units, whose mix of the values of `site_column` is drawn from a Dirichlet
+    distribution around the mix of all units; name there the label, topic or natural site whose share shall differ.
+    A unit with several values counts under its commonest.
+
+    Args:
+        table: Rows with all their columns.
+        how: See above.
+        num_sites: Number of sites; under "column" 0, or exactly the number of values.
+        site_column: Not used by "iid".
+        dirichlet_alpha: Concentration; small makes sites differ, large makes them alike. Only for "dirichlet".
+        unit_column: Rows with one value of it stay together; "" lets every row be a unit.
+        seed: Of the random choices.
+
+    Returns:
+        Rows by site, in the table's order; names are of a-z, 0-9 and "-", ascending.
+
+    Raises:
+        DataError: A column is missing, a site would be empty, a unit is at two sites, or a name cannot be made.
+        ValueError: `dirichlet_alpha` or `num_sites` is out of range.
+
+    Source: Hsu, Qi and Brown 2019, arXiv:1909.06335, section 3: q ~ Dir(alpha p), drawn without replacement.
+    """
+    if not table:
+        raise DataError("there are no rows to give to sites: check data.source")
+    units = _units(table, unit_column)
+    if how == "column":
+        site_of = _by_column(table, units, column=site_column, num_sites=num_sites)
+    else:
+        _check_size(num_sites, num_units=len(set(units)))
+        rng = np.random.default_rng(seed)
+        groups = (
+            _deal(sorted(set(units)), num_sites, rng)
+            if how == "iid"
+            else _skew(_labels(table, units, site_column), num_sites, dirichlet_alpha, rng)
+        )
+        width = max(2, len(str(num_sites - 1)))
+        site_of = {unit: f"site-{k:0{width}d}" for k, group in enumerate(groups) for unit in group}
+    sites: dict[str, list[Fields]] = {name: [] for name in sorted(set(site_of.values()))}
+    for fields, unit in zip(table, units, strict=True):
+        sites[site_of[unit]].append(fields)
+    return sites
+
+
+def _units(table: Sequence[Fields], column: str) -> list[str]:
+    """The unit of each row."""
+    if not column:
+        return [f"{number:09d}" for number in range(len(table))]
+    return _values(table, column, setting="data.unit_column")
+
+
+def _values(table: Sequence[Fields], column: str, *, setting: str) -> list[str]:
+    """A column as text; 7, 7.0 and "7" are one value."""
+    missing = [number for number, fields in enumerate(table, start=1) if _is_blank(fields.get(column))]
+    if missing:
+        first = ", ".join(map(str, missing[:5]))
+        raise DataError(
+            f"{len(missing)} of {len(table)} rows have no value in the column {column!r} (rows {first}): "
+            f"fill it in or correct {setting}"
+        )
+    return [_name(fields[column]) for fields in table]
+
+
+def _is_blank(value: Any) -> bool:
+    """Whether a cell names nothing."""
+    return value is None or value != value or not str(value).strip()
+
+
+def _name(value: Any) -> str:
+    """A cell as text."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+
+
+def _by_column(table: Sequence[Fields], units: Sequence[str], *, column: str, num_sites: int) -> Mapping[str, str]:
+    """The site of each unit, as the rows say."""
+    values = _values(table, column, setting="data.site_column")
+    slugs = {value: _slug(value) for value in set(values)}
+    if len(set(slugs.values())) < len(slugs) or not all(slugs.values()):
+        raise DataError(
+            f"values of the column {column!r} become the same site name, or none, in a-z, 0-9 and '-': rename them"
+        )
+    if num_sites not in (0, len(slugs)):
+        raise DataError(
+            f"the column {column!r} has {len(slugs)} values and {num_sites} sites are wanted: "
+            f"set data.num_sites = 0, or data.partition to iid or dirichlet"
+        )
+    site_of = {unit: slugs[value] for unit, value in zip(units, values, strict=True)}
+    straddling = {unit for unit, value in zip(units, values, strict=True) if site_of[unit] != slugs[value]}
+    if straddling:
+        raise DataError(
+            f"{len(straddling)} of {len(site_of)} units have rows at several sites: make the values of "
+            "data.unit_column differ between sites, as each site protects its own"
+        )
+    return site_of
+
+
+def _slug(value: str) -> str:
+    """A site name."""
+    return re.sub(r"[^a-z0-9]+", "-", value.lower()).strip("-")[:64].strip("-")
+
+
+def _check_size(num_sites: int, *, num_units: int) -> None:
+    """Refuse sites that nobody would be left for."""
+    if num_sites < 1:
+        raise ValueError(f"num_sites is {num_sites}; this partition needs at least 1")
+    if num_units < num_sites:
+        raise DataError(
+            f"{num_units} units are too few for {num_sites} sites: lower data.num_sites, add rows, or check "
+            "data.unit_column"
+        )
+
+
+def _deal(units: Sequence[str], num_sites: int, rng: np.random.Generator) -> list[list[str]]:
+    """Units in random order, dealt round."""
+    order = [units[i] for i in rng.permutation(len(units))]
+    return [order[k::num_sites] for k in range(num_sites)]
+
+
+def _labels(table: Sequence[Fields], units: Sequence[str], column: str) -> dict[str, str]:
+    """The commonest label of each unit; of equals the first in the alphabet."""
+    counts: dict[str, Counter[str]] = {}
+    for unit, value in zip(units, _values(table, column, setting="data.site_column"), strict=True):
+        counts.setdefault(unit, Counter())[value] += 1
+    return {unit: min(seen, key=lambda value: (-seen[value], value)) for unit, seen in sorted(counts.items())}
+
+
+def _skew(labels: Mapping[str, str], num_sites: int, alpha: float, rng: np.random.Generator) -> list[list[str]]:
+    """Units for each site, by a mix of labels of its own."""
+    if not alpha > 0:
+        raise ValueError(f"dirichlet_alpha is {alpha}, not positive")
+    names = sorted(set(labels.values()))
+    pools = [[unit for unit, label in labels.items() if label == name] for name in names]
+    pools = [[pool[i] for i in rng.permutation(len(pool))] for pool in pools]
+    prior_l = np.array([len(pool) for pool in pools]) / len(labels)
+    sizes = [len(labels) // num_sites + (k < len(labels) % num_sites) for k in range(num_sites)]
+    return [_draw(pools, rng.dirichlet(alpha * prior_l), size, rng) for size in sizes]
+
+
+def _draw(pools: list[list[str]], mix_l: np.ndarray, size: int, rng: np.random.Generator) -> list[str]:
+    """Take units out of the pools, label by label; a pool that is used up gives its share to the others."""
+    drawn = []
+    for _ in range(size):
+        left_l = np.array([len(pool) for pool in pools])
+        share_l = mix_l * (left_l > 0)
+        if not share_l.sum() > 0:
+            share_l = left_l.astype(float)
+        drawn.append(pools[rng.choice(len(pools), p=share_l / share_l.sum())].pop())
+    return drawn
