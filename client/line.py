@@ -12,6 +12,7 @@ from common.agent_pb2_grpc import AgentStub
 from common.errors import ProtocolError, RemoteError, SilotuneError, TransportError, WireError
 
 CHUNK_BYTES: Final = 1 << 20
+MAX_REPLY_BYTES: Final = 1 << 30
 OPTIONS: Final = (
     ("grpc.max_receive_message_length", 2 * CHUNK_BYTES),  # of one piece, not of a frame
     ("grpc.enable_http_proxy", 0),
@@ -43,7 +44,7 @@ def call(socket_path: Path, kind: str, frame: bytes, timeout_s: float) -> bytes:
     Raises:
         ProtocolError: No such kind of call.
         TransportError: No agent listens there, or it did not answer in time.
-        WireError: The frame is larger than the agent takes.
+        WireError: The frame is larger than the agent takes, or the reply did not come whole.
         RemoteError: The agent failed; its own log says why.
     """
     if kind not in KINDS:
@@ -51,7 +52,7 @@ def call(socket_path: Path, kind: str, frame: bytes, timeout_s: float) -> bytes:
 
     def exchange(stub: AgentStub) -> bytes:
         typed_call = {"open": stub.Open, "train": stub.Train, "evaluate": stub.Evaluate}[kind]
-        return b"".join(chunk.data for chunk in typed_call(pieces(frame), timeout=timeout_s))
+        return join(typed_call(pieces(frame), timeout=timeout_s), max_bytes=MAX_REPLY_BYTES)
 
     return _with_stub(socket_path, exchange)
 
@@ -71,9 +72,32 @@ def hello(socket_path: Path, *, timeout_s: float = 5.0) -> Hello:
 
 
 def pieces(frame: bytes) -> Iterator[Chunk]:
-    """Cut a frame into chunks of at most `CHUNK_BYTES`."""
-    for start in range(0, len(frame), CHUNK_BYTES):
+    """Cut a frame into chunks of at most `CHUNK_BYTES`; the first tells the frame's length.
+
+    Example:
+        >>> join(pieces(b"frame"), max_bytes=5)
+        b'frame'
+    """
+    yield Chunk(data=frame[:CHUNK_BYTES], frame_bytes=len(frame))
+    for start in range(CHUNK_BYTES, len(frame), CHUNK_BYTES):
         yield Chunk(data=frame[start : start + CHUNK_BYTES])
+
+
+def join(chunks: Iterator[Chunk], *, max_bytes: int) -> bytes:
+    """Join the pieces of a frame, never holding more than it may have.
+
+    Raises:
+        WireError: It is longer than `max_bytes`, or longer or shorter than its first piece tells.
+    """
+    first = next(chunks, None)
+    if first is None or first.frame_bytes > max_bytes:
+        raise WireError(f"no frame, or one above {max_bytes} bytes")
+    frame = bytearray(first.data)
+    while len(frame) <= first.frame_bytes and (chunk := next(chunks, None)) is not None:
+        frame += chunk.data
+    if len(frame) != first.frame_bytes:
+        raise WireError(f"a frame of {first.frame_bytes} bytes did not come as such")
+    return bytes(frame)
 
 
 def _with_stub(socket_path: Path, use: Callable[[AgentStub], Result]) -> Result:
@@ -95,7 +119,7 @@ def _translated(error: grpc.RpcError, *, socket_path: Path) -> SilotuneError:
             )
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return TransportError(f"the agent at {socket_path} did not answer in time; its log says what it does")
-        case grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return WireError(f"the agent at {socket_path} refused the frame's size")
+        case grpc.StatusCode.RESOURCE_EXHAUSTED | grpc.StatusCode.INVALID_ARGUMENT:
+            return WireError(f"the agent at {socket_path} refused the frame: too long, or not whole")
         case code:
             return RemoteError(f"the agent at {socket_path} failed ({code.name}); its log says why")

@@ -14,11 +14,11 @@ from typing import Any, Final
 
 import grpc
 
-from client.line import OPTIONS, pieces
+from client.line import OPTIONS, join, pieces
 from common import wire
 from common.agent_pb2 import Chunk, HelloReply, HelloRequest
 from common.agent_pb2_grpc import AgentServicer, add_AgentServicer_to_server
-from common.errors import ConfigError
+from common.errors import ConfigError, WireError
 
 MAX_CALLS: Final = 8  # at once, those that wait included
 MAX_PATH_BYTES: Final = 107  # Linux, unix(7)
@@ -32,7 +32,7 @@ def serve(answer: Callable[[bytes], bytes], *, socket_path: Path, max_message_by
     Args:
         answer: Takes a frame, gives a frame; never called by two threads at once.
         socket_path: Where to listen: in a folder that nobody else may write to. Only this user may open the socket.
-        max_message_bytes: Largest frame that is taken. A longer one is refused as soon as that many bytes have come.
+        max_message_bytes: Largest frame that is taken. A longer one is refused before it has come.
 
     Returns:
         The running server: `wait(server)` until a signal, or `server.stop(grace)`.
@@ -115,13 +115,13 @@ def _take(turn: threading.Lock, context: Any) -> bool:
 
 
 def _read(chunks: Iterator[Chunk], context: Any, *, max_bytes: int) -> bytes:
-    """Join the pieces; stop at the limit."""
-    frame = bytearray()
-    for chunk in chunks:
-        if len(frame) + len(chunk.data) > max_bytes:
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "frame-too-large")
-        frame += chunk.data
-    return bytes(frame)
+    """Join the pieces within the limit; only a code crosses if that fails."""
+    try:
+        return join(chunks, max_bytes=max_bytes)
+    except WireError as error:
+        _log.warning("refused a frame: %s", error)
+    context.abort(grpc.StatusCode.INVALID_ARGUMENT, "bad-frame")
+    raise RuntimeError("gRPC aborts by raising")
 
 
 def _check_folder(socket_path: Path) -> None:
