@@ -95,6 +95,7 @@ def parse(text: str, form: Format[Config], *, name: str, overrides: Mapping[str,
     Raises:
         ConfigError: All problems, one after the other, in the order of the file.
     """
+    name = config_hints.show_text(name)
     table = _parse_toml(text, name)
     for key, value in overrides.items():
         _put(table, tuple(key.split(".")), parse_value(value))
@@ -237,12 +238,20 @@ class _Places:
         """Tell a problem's place: a number to sort by, and words."""
         keys = problem.keys or (problem.key,)
         written = next((key for key in keys if key in self._overrides or key in self._lines), keys[0])
-        if written in self._overrides:
-            return float("inf"), f'override of "{self._overrides[written]}"'
+        override = self._override(written)
+        if override is not None:
+            return float("inf"), f"--set {config_hints.show_text(override)}"
         for length in range(len(written), 0, -1):
             if line := self._lines.get(written[:length]):
                 return line, f"{self._name}:{line}"
         return 0, self._name
+
+    def _override(self, written: Key) -> str | None:
+        """Find the override that set a key, or something below it that the file does not have."""
+        if written in self._lines and written not in self._overrides:
+            return None
+        below = (name for key, name in self._overrides.items() if key[: len(written)] == written)
+        return next(below, None)
 
 
 def _report(problems: list[Problem], places: _Places, *, name: str) -> str:

@@ -76,9 +76,9 @@ class Guide:
         if homes and name != key[-1]:
             return f"did you mean {' or '.join(homes)}?"
         if homes:
-            return f"it belongs {' or '.join(map(_place, homes))}"
-        others = [_place(known) for known in self.other if known.split(".")[-1] == name]
-        return f"it belongs {' or '.join(others)} of {self.other_name}" if others else ""
+            return f"it belongs {_places(homes)}"
+        others = [known for known in self.other if known.split(".")[-1] == name]
+        return f"it belongs {_places(others)} of {self.other_name}" if others else ""
 
     def _near(self, key: Key) -> str:
         """Name the key that is written almost like it, first of all in its own section."""
@@ -86,7 +86,7 @@ class Guide:
         sections = {section: f"[{section}]" for section in self._sections()} if len(key) == 1 else {}
         everything = {known.split(".")[-1]: known for known in self.own}
         for names in ({**siblings, **sections}, everything):
-            if near := difflib.get_close_matches(_plain(key[-1]), names, n=1, cutoff=0.7):
+            if near := difflib.get_close_matches(_plain(key[-1]), names, n=1):
                 return f"did you mean {names[near[0]]}?"
         return ""
 
@@ -143,7 +143,7 @@ def show_key(key: Key) -> str:
         >>> show_key(("model", "a b"))
         'model."a b"'
     """
-    return ".".join(_cut(part if part and set(part) <= _BARE else json.dumps(part)) for part in key)
+    return ".".join(part if part and set(part) <= _BARE else show_value(part) for part in map(_cut, key))
 
 
 def show_value(value: object) -> str:
@@ -155,7 +155,7 @@ def show_value(value: object) -> str:
     """
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return show_text(_cut(json.dumps(value, ensure_ascii=False, default=str)))
+    return _cut(show_text(json.dumps(value, ensure_ascii=False, default=str)))
 
 
 def show_number(value: float) -> str:
@@ -169,8 +169,8 @@ def show_number(value: float) -> str:
 
 
 def show_text(text: object) -> str:
-    """Write a text or path so that every terminal can show it."""
-    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+    """Write a text or path on one line that every terminal can show."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in str(text))
 
 
 def _cut(text: str) -> str:
@@ -183,6 +183,6 @@ def _plain(name: str) -> str:
     return name.lower().replace("-", "_").replace(" ", "_")
 
 
-def _place(known: str) -> str:
-    """Name the place of a known key."""
-    return f"in [{known.split('.')[0]}]" if "." in known else "at the top of the file, before any section"
+def _places(keys: list[str]) -> str:
+    """Name the places of known keys."""
+    return " or ".join(f"in [{key.split('.')[0]}]" if "." in key else "at the top, before any section" for key in keys)
