@@ -4,34 +4,39 @@
 # source: common/agent.proto
 # Protobuf Python Version: 6.33.5
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
-_runtime_version.ValidateProtobufRuntimeVersion(_runtime_version.Domain.PUBLIC, 6, 33, 5, "", "common/agent.proto")
+_runtime_version.ValidateProtobufRuntimeVersion(
+    _runtime_version.Domain.PUBLIC,
+    6,
+    33,
+    5,
+    '',
+    'common/agent.proto'
+)
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x12\x63ommon/agent.proto\x12\x11silotune.agent.v1"*\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66rame_bytes\x18\x02 \x01(\x04"\x0e\n\x0cHelloRequest"3\n\nHelloReply\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x0f\n\x07is_busy\x18\x02 \x01(\x08\x32\x95\x02\n\x05\x41gent\x12G\n\x05Hello\x12\x1f.silotune.agent.v1.HelloRequest\x1a\x1d.silotune.agent.v1.HelloReply\x12>\n\x04Open\x12\x18.silotune.agent.v1.Chunk\x1a\x18.silotune.agent.v1.Chunk(\x01\x30\x01\x12?\n\x05Train\x12\x18.silotune.agent.v1.Chunk\x1a\x18.silotune.agent.v1.Chunk(\x01\x30\x01\x12\x42\n\x08\x45valuate\x12\x18.silotune.agent.v1.Chunk\x1a\x18.silotune.agent.v1.Chunk(\x01\x30\x01\x62\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x63ommon/agent.proto\x12\x11silotune.agent.v1\"*\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66rame_bytes\x18\x02 \x01(\x04\"\x0e\n\x0cHelloRequest\"3\n\nHelloReply\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x0f\n\x07is_busy\x18\x02 \x01(\x08\x32\x95\x02\n\x05\x41gent\x12G\n\x05Hello\x12\x1f.silotune.agent.v1.HelloRequest\x1a\x1d.silotune.agent.v1.HelloReply\x12>\n\x04Open\x12\x18.silotune.agent.v1.Chunk\x1a\x18.silotune.agent.v1.Chunk(\x01\x30\x01\x12?\n\x05Train\x12\x18.silotune.agent.v1.Chunk\x1a\x18.silotune.agent.v1.Chunk(\x01\x30\x01\x12\x42\n\x08\x45valuate\x12\x18.silotune.agent.v1.Chunk\x1a\x18.silotune.agent.v1.Chunk(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "common.agent_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'common.agent_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_CHUNK"]._serialized_start = 41
-    _globals["_CHUNK"]._serialized_end = 83
-    _globals["_HELLOREQUEST"]._serialized_start = 85
-    _globals["_HELLOREQUEST"]._serialized_end = 99
-    _globals["_HELLOREPLY"]._serialized_start = 101
-    _globals["_HELLOREPLY"]._serialized_end = 152
-    _globals["_AGENT"]._serialized_start = 155
-    _globals["_AGENT"]._serialized_end = 432
+  DESCRIPTOR._loaded_options = None
+  _globals['_CHUNK']._serialized_start=41
+  _globals['_CHUNK']._serialized_end=83
+  _globals['_HELLOREQUEST']._serialized_start=85
+  _globals['_HELLOREQUEST']._serialized_end=99
+  _globals['_HELLOREPLY']._serialized_start=101
+  _globals['_HELLOREPLY']._serialized_end=152
+  _globals['_AGENT']._serialized_start=155
+  _globals['_AGENT']._serialized_end=432
 # @@protoc_insertion_point(module_scope)

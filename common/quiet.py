@@ -11,6 +11,7 @@ SWITCHES: Final[Mapping[str, str]] = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; else every start warns
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",  # forks after tokenising would warn and may deadlock
 }

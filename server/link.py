@@ -5,13 +5,14 @@ that a coordinator could send runs at a site.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import httpx
+from flwr.app.user_config import UserConfig
 from flwr.cli.build import build_fab_from_files
 from flwr.common.serde import fab_to_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
@@ -42,8 +43,10 @@ serverapp = "{server_app}"
 clientapp = "{client_app}"
 
 [tool.flwr.app.config]
-run-file = ""
 run-folder = ""
+base-folder = ""
+num-threads = 0
+resume = false
 """
 
 
@@ -81,7 +84,7 @@ class Link:
         nodes = self._client.ListNodes(ListNodesRequest()).nodes_info
         return sorted(node.node_id for node in nodes if node.status == "online")
 
-    def start_run(self, run_config: Mapping[str, str], *, bundle: bytes) -> int:
+    def start_run(self, run_config: UserConfig, *, bundle: bytes) -> int:
         """Submit a run; returns its id.
 
         Args:

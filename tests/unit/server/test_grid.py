@@ -77,10 +77,9 @@ def with_error(code: int):
     ("code", "failure"), [(2, "courier-failed"), (5, "node-away"), (0, "unknown"), (424242, "unknown")]
 )
 def test_a_peers_error_text_is_not_repeated(code, failure):
-    assert (
-        CANARY in with_error(code)(Message(RecordDict(), 1, "query.train")).error.reason
-    )  # control: Flower carries it
     fleet = GridFleet(Tampering(with_error(code)))
+    request = Message(RecordDict(), 1, "query.train")
+    assert CANARY in with_error(code)(request).error.reason  # control: Flower would carry it
     (reply,) = fleet.receive(send_all(fleet))
     assert (reply.frame, reply.failure) == (None, failure)
 

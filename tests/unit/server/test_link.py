@@ -11,7 +11,7 @@ def test_a_bundle_holds_names_and_no_code():
         assert set(bundle.namelist()) == {"pyproject.toml", ".info/CONTENT"}
         app = tomllib.loads(bundle.read("pyproject.toml").decode())["tool"]["flwr"]["app"]
     assert app["components"] == {"serverapp": "server.app:app", "clientapp": "client.app:app"}
-    assert set(app["config"]) == {"run-file", "run-folder"}
+    assert set(app["config"]) == {"run-folder", "base-folder", "num-threads", "resume"}
 
 
 def test_the_same_bundle_every_time():

@@ -1,0 +1,142 @@
+"""Flower's simulation engine: virtual sites in Ray workers, for many GPUs or machines.
+
+Each worker is one process and keeps what it has loaded: the agents come from a function that caches, so a base is
+loaded once a worker and not once a message.
+"""
+
+import importlib.util
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from flwr.app import ConfigRecordValues, Context, Message
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+
+from client import line
+from common import quiet
+from common.errors import ConfigError, TransportError
+from simulations import grids
+
+Result = TypeVar("Result")
+AgentFactory = Callable[[int], Callable[[bytes], bytes]]
+BackendConfig = dict[str, dict[str, ConfigRecordValues]]
+PARTITION_KEY: Final = "partition-id"  # Flower numbers its virtual nodes from 0
+_POLL_S: Final = 0.05
+
+
+def run(
+    server_main: Callable[[Grid], Result],
+    agent_for: AgentFactory,
+    *,
+    num_sites: int,
+    num_workers: int,
+    num_gpus_per_worker: float = 0.0,
+) -> Result:
+    """Run the server's side in this process and the sites in Ray workers.
+
+    Args:
+        server_main: Does the whole run over the grid it is given.
+        agent_for: Site index, from 0, to that site's `answer`. Called in workers for every message, so it must cache;
+            it must survive pickling: a function of an importable module, or a `functools.partial` of one.
+        num_sites: Virtual sites.
+        num_workers: Processes that play them.
+        num_gpus_per_worker: May be a fraction.
+
+    Returns:
+        What `server_main` returned.
+
+    Raises:
+        ConfigError: Ray is not installed.
+        TransportError: The engine ended before `server_main` did.
+    """
+    quiet.hush()
+    _require_ray()
+    results: list[Result] = []
+    resources: BackendConfig = {"client_resources": {"num_cpus": 1, "num_gpus": num_gpus_per_worker}}
+    server_app = _server(server_main, results, num_sites=num_sites)
+    with tempfile.TemporaryDirectory(prefix="silotune-ray-", ignore_cleanup_errors=True) as folder, _Hushed("flwr"):
+        _start_ray(num_workers, folder=folder)
+        run_simulation(server_app, virtual_app(agent_for), num_sites, backend_config=resources)
+    if not results:
+        raise TransportError("Flower's simulation engine ended before the run did; its messages are above")
+    return results[0]
+
+
+def virtual_app(agent_for: AgentFactory) -> ClientApp:
+    """The ClientApp of all virtual sites: the site's own index picks its agent."""
+    app = ClientApp()
+    for kind in line.KINDS:
+        app.query(kind)(_answering(agent_for))
+    return app
+
+
+def _server(server_main: Callable[[Grid], Result], results: list[Result], *, num_sites: int) -> ServerApp:
+    """A ServerApp that waits for all virtual nodes and keeps what `server_main` returns."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        while len(list(grid.get_node_ids())) < num_sites:  # Flower registers them beside this thread
+            time.sleep(_POLL_S)
+        results.append(server_main(grid))
+
+    return app
+
+
+def _answering(agent_for: AgentFactory) -> ClientAppCallable:
+    """Answer a message as the site that the node plays; pickled, so it refers to nothing but its argument."""
+
+    def answer(message: Message, context: Context) -> Message:
+        agent = agent_for(int(context.node_config[PARTITION_KEY]))
+        reply = grids.answer(agent, message)
+        if reply is None:
+            raise TransportError("a virtual site in a worker must answer at once")
+        return reply
+
+    return answer
+
+
+def _start_ray(num_workers: int, *, folder: str) -> None:
+    """One worker a CPU slot, loopback only, files in `folder`; before Flower would, which hangs if Ray fails."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(
+            num_cpus=num_workers,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
+            _temp_dir=folder,
+            _node_ip_address="127.0.0.1",
+        )
+    except (RuntimeError, OSError, ValueError) as error:
+        raise TransportError(f"Ray did not start ({type(error).__name__}): free some memory and disk, or use another engine") from error
+
+
+def _require_ray() -> None:
+    """Say what to install."""
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("this engine needs Ray; install silotune[sim] or use the in-process engine")
+
+
+class _Hushed:
+    """Let a library's logger speak of errors only, for a while."""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+        self._level = self._logger.level
+
+    def __enter__(self) -> None:
+        self._logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.setLevel(self._level)
