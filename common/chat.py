@@ -130,9 +130,9 @@ def _apply(messages: Sequence[Message], tokenizer: "Tokenizer", *, where: str, i
     chat = [{"role": message.role, "content": message.content} for message in messages]
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=is_prompt)
-    except TemplateError as error:
+    except (TemplateError, TypeError):  # whose text is the template's and may quote a message
         roles = ", ".join(message.role for message in messages)
-        raise ModelError(f"{where}: the chat template refuses the roles {roles}: {remedy(tokenizer)}") from error
+        raise ModelError(f"{where}: the chat template refuses the roles {roles}: {remedy(tokenizer)}") from None
     return str(text)
 
 

@@ -254,9 +254,9 @@ def stop_ids(tokenizer: "Tokenizer") -> tuple[int, ...]:
     Raises:
         ModelError: The tokenizer is not fast, or its template cannot be used for training.
     """
-    row = Row((Message("user", "a"), Message("assistant", "b")), unit="", row_id="a trial conversation")
-    text, spans = chat.render(row, tokenizer)
-    tail = text[text.rindex("b", *spans[0]) + 1 : spans[0][1]].lstrip()
+    row = Row((Message("user", "Yes?"), Message("assistant", "Yes.")), unit="", row_id="a trial conversation")
+    text, [(start, end)] = chat.render(row, tokenizer)
+    tail = text[start:end].partition("Yes.")[2].lstrip()
     ids = {_tokenise(tail, tokenizer)[0][0], tokenizer.eos_token_id}
     return tuple(sorted(i for i in ids if i is not None))
 

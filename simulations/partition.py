@@ -56,13 +56,10 @@ def partition(
     else:
         _check_size(num_sites, num_units=len(set(units)))
         rng = np.random.default_rng(seed)
-        groups = (
-            _deal(sorted(set(units)), num_sites, rng)
-            if how == "iid"
-            else _skew(_labels(table, units, site_column), num_sites, dirichlet_alpha, rng)
-        )
-        width = max(2, len(str(num_sites - 1)))
-        site_of = {unit: f"site-{k:0{width}d}" for k, group in enumerate(groups) for unit in group}
+        if how == "iid":
+            site_of = _name_sites(_deal(sorted(set(units)), num_sites, rng))
+        else:
+            site_of = _name_sites(_skew(_labels(table, units, site_column), num_sites, dirichlet_alpha, rng))
     sites: dict[str, list[Fields]] = {name: [] for name in sorted(set(site_of.values()))}
     for fields, unit in zip(table, units, strict=True):
         sites[site_of[unit]].append(fields)
@@ -126,6 +123,12 @@ def _slug(value: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", value.lower()).strip("-")[:64].strip("-")
 
 
+def _name_sites(groups: Sequence[Sequence[str]]) -> dict[str, str]:
+    """The site of each unit; names sort like numbers."""
+    width = max(2, len(str(len(groups) - 1)))
+    return {unit: f"site-{k:0{width}d}" for k, group in enumerate(groups) for unit in group}
+
+
 def _check_size(num_sites: int, *, num_units: int) -> None:
     """Refuse sites that nobody would be left for."""
     if num_sites < 1:
@@ -170,6 +173,6 @@ def _draw(pools: list[list[str]], mix_l: np.ndarray, size: int, rng: np.random.G
         left_l = np.array([len(pool) for pool in pools])
         share_l = mix_l * (left_l > 0)
         if not share_l.sum() > 0:
-            share_l = left_l.astype(float)
+            share_l = left_l.astype(np.float64)
         drawn.append(pools[rng.choice(len(pools), p=share_l / share_l.sum())].pop())
     return drawn

@@ -163,16 +163,19 @@ def _csv_field_limit(size: int) -> Iterator[None]:
 
 def _read_parquet(path: Path, max_line_bytes: int) -> list[Located]:
     """Rows of a Parquet file; it has no lines, so `max_line_bytes` does not apply."""
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import parquet
+    try:
+        import pyarrow  # type: ignore[import-untyped]
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(f"{path}: reading Parquet needs `pyarrow`: install silotune[client], or use .jsonl") from error
 
     rows: list[Located] = []
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
                 rows.extend(Located(f"{path.name} row {len(rows) + i}", f) for i, f in enumerate(batch.to_pylist(), 1))
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: is not a readable Parquet file: write it again, for example with pandas") from error
+    except (pyarrow.ArrowException, UnicodeDecodeError):  # whose text may quote a value
+        raise DataError(f"{path}: is not a readable Parquet file: write it again, for example with pandas") from None
     return rows
 
 
@@ -222,12 +225,12 @@ def _parse(text: str) -> Any:
     """JSON in which every key is there once and every number is finite."""
     try:
         return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except UnusableError:
+        raise
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
         raise UnusableError(f"is not valid JSON at {where}", TO_JSON) from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UnusableError):
-            raise
+    except (ValueError, RecursionError):
         raise UnusableError("is not valid JSON: a number is too long or lists are nested too deeply", TO_JSON) from None
 
 

@@ -1,4 +1,7 @@
-"""Data sets of the `datasets` library: saved in a folder, or by id from its cache or a hub."""
+"""Data sets of the `datasets` library: saved in a folder, or by id from its cache or a hub.
+
+Its errors are not kept as causes: their text may quote rows.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -36,8 +39,8 @@ def load_folder(folder: Path) -> list[Located]:
         saved = datasets.load_from_disk(str(folder))
         chosen = saved[SPLIT] if isinstance(saved, datasets.DatasetDict) else saved
         return _located(chosen, folder.name)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder}: is not a readable saved data set with a split {SPLIT!r}: save it again") from error
+    except (OSError, ValueError, KeyError):
+        raise DataError(f"{folder}: is not a readable saved data set with a split {SPLIT!r}: save it again") from None
 
 
 def load(name: str) -> list[Located]:
@@ -56,14 +59,14 @@ def load(name: str) -> list[Located]:
         import datasets
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     except ImportError as error:
-        raise DataError(f"{name}: no such path, and `datasets` is not installed: correct data.path") from error
+        raise DataError(f"{name}: no such file or folder, and `datasets` is not installed to look it up") from error
     try:
         return _located(datasets.load_dataset(name, split=SPLIT), name)
     except (OSError, ValueError, datasets.exceptions.DatasetsError, HfHubHTTPError, HFValidationError) as error:
         raise DataError(
-            f"{name}: no such path, and no data set of that id with a split {SPLIT!r} can be loaded "
-            f"({type(error).__name__}): correct the path, or fetch the data set first and name its folder"
-        ) from error
+            f"{name}: no such file or folder, and no data set of that id with a split {SPLIT!r} can be loaded "
+            f"({type(error).__name__}): correct the path, or download the data set and name its folder"
+        ) from None
 
 
 def _located(rows: "datasets.Dataset", name: str) -> list[Located]:

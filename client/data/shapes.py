@@ -121,8 +121,6 @@ def _from_completion(fields: Fields, columns: Columns) -> tuple[Turns, int, bool
     context = _turns(prompt, "prompt")
     turns = context + _turns(completion, "completion")
     _check_order(turns)
-    if not any(turn.role == "assistant" for turn in turns[len(context) :]):
-        raise UnusableError("has no answer in 'completion'", FILL_IN)
     return turns, len(context), False
 
 
@@ -189,6 +187,6 @@ def _unit(value: Any, name: str) -> str:
     if not is_number and not isinstance(value, str):
         kind = "missing" if value is None else f"{type(value).__name__} and neither text nor a number"
         raise UnusableError(f"the unit column {name!r} is {kind}", "give every row its patient or customer")
-    if not (unit := str(value).strip()):
+    if not (unit := _text(str(value), name).strip()):
         raise UnusableError(f"the unit column {name!r} is empty", "give every row its patient or customer")
     return unit

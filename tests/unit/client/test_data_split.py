@@ -1,0 +1,76 @@
+"""No unit is on both sides."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from client.data import split
+from common.errors import DataError
+from common.rows import Row
+
+
+def rows_of(units) -> list[Row]:
+    return [Row((), unit=str(unit), row_id=f"row {number}") for number, unit in enumerate(units)]
+
+
+units = st.lists(st.integers(0, 12), min_size=2).filter(lambda found: len(set(found)) > 1)
+
+
+@given(units=units, fraction=st.floats(0.01, 0.99), seed=st.integers())
+def test_split_is_a_partition_and_no_unit_straddles(units, fraction, seed):
+    rows = rows_of(units)
+    train, held_out = split.split(rows, held_out_fraction=fraction, seed=seed)
+    assert train
+    assert held_out
+    assert sorted(train + held_out, key=rows.index) == rows
+    assert not {row.unit for row in train} & {row.unit for row in held_out}
+
+
+@given(units=units, seed=st.integers(), shuffle=st.randoms())
+def test_order_of_rows_plays_no_part(units, seed, shuffle):
+    rows = rows_of(units)
+    _, held_out = split.split(rows, held_out_fraction=0.3, seed=seed)
+    shuffle.shuffle(rows)
+    _, again = split.split(rows, held_out_fraction=0.3, seed=seed)
+    assert {row.row_id for row in held_out} == {row.row_id for row in again}
+
+
+def test_share_is_of_units_and_the_seed_chooses_them():
+    rows = rows_of([*range(100), *[0] * 500])
+    chosen = [{row.unit for row in split.split(rows, held_out_fraction=0.2, seed=seed)[1]} for seed in (1, 2, 2)]
+    assert [len(units) for units in chosen] == [20, 20, 20]
+    assert chosen[0] != chosen[1] == chosen[2]
+
+
+def test_split_is_the_same_on_every_machine():
+    _, held_out = split.split(rows_of(f"patient-{i}" for i in range(20)), held_out_fraction=0.15, seed=7)
+    expected = sorted((f"patient-{i}" for i in range(20)), key=lambda unit: sha256(f"7:{unit}"))[:3]
+    assert {row.unit for row in held_out} == set(expected)
+
+
+def sha256(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_choice_is_not_biased_by_the_order_of_names():
+    seeds = random.Random(0).sample(range(10**6), 300)
+    first = sum(split.split(rows_of(range(10)), held_out_fraction=0.1, seed=s)[1][0].unit == "0" for s in seeds)
+    assert 10 < first < 60
+
+
+@pytest.mark.parametrize("units", [[], ["Zyxwvut"], ["Zyxwvut"] * 5])
+def test_fewer_than_two_units_are_refused(units):
+    with pytest.raises(DataError, match=r"data\.unit_column") as caught:
+        split.split(rows_of(units), held_out_fraction=0.2, seed=0)
+    assert "Zyx" not in str(caught.value)
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
+def test_fraction_out_of_range_is_a_callers_mistake(fraction):
+    with pytest.raises(ValueError, match="held_out_fraction"):
+        split.split(rows_of("ab"), held_out_fraction=fraction, seed=0)
