@@ -5,11 +5,13 @@ B batch, T tokens, V vocabulary.
 
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import bitsandbytes
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -174,7 +176,20 @@ def _load_base(folder: Path, settings: config.ModelConfig, device: torch.device)
         ) from error
     base.requires_grad_(False)
     base.config.use_cache = False
+    _keep_layout(base)
     return base
+
+
+def _keep_layout(base: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights when a model on the CPU is evaluated.
+
+    On processors with AVX512-BF16 it repacks them at the first forward in evaluation mode, computes in bfloat16 whatever
+    was asked for, and does not repack them for training: from then on no gradient passes through the layer (seen in
+    0.50.2, with nothing but a warning of torch's).
+    """
+    for module in base.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _quantization(settings: config.ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -209,7 +224,8 @@ def lora_config(settings: config.AdapterConfig) -> LoraConfig:
 
 def _attach(base: Any, settings: config.AdapterConfig, *, seed: int) -> nn.Module:
     """Base with a float32 adapter; A from the seed, B zero."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         torch.manual_seed(seed)
         try:
             model = get_peft_model(base, lora_config(settings), autocast_adapter_dtype=True)
@@ -266,7 +282,7 @@ def answer(engine: Engine, prompt_ids: Sequence[Sequence[int]], *, max_new_token
         do_sample=False,
         use_cache=True,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(prompts.stop_ids(tokenizer)),
     )
     return tokenizer.batch_decode(output_bt[:, width:], skip_special_tokens=True)  # type: ignore[no-any-return]
 

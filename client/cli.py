@@ -1,0 +1,78 @@
+"""`silotune-client`: what a hospital's or bank's data team runs beside its data."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common import cli, quiet
+
+app = cli.make(
+    "silotune-client",
+    "Check your rows, see them as the model will, and serve training. Nothing here sends a row anywhere.",
+    examples="Examples:  silotune-client check node.toml   |   silotune-client preview node.toml --limit 3   |   "
+    "silotune-client serve node.toml",
+)
+NodeFile = Annotated[Path, typer.Argument(help="This site's own file.", metavar="NODE.toml")]
+BaseOption = Annotated[str, typer.Option(help="A base model, to count and show tokens: a folder or a name in the store.")]
+LengthOption = Annotated[int | None, typer.Option(help="The run's data.max_length_tokens.", min=8)]
+
+
+@app.command()
+def check(
+    node_file: NodeFile, base: BaseOption = "", max_length_tokens: LengthOption = None, json: cli.JsonOption = False
+) -> None:
+    """Read this site's rows and say what is there: counts only, and every problem with its row."""
+    from client import rows
+    from client.data.check import render
+    from common import config
+
+    report = rows.check(config.load_node(node_file), base=base, max_length_tokens=max_length_tokens)
+    next_step = f"next: silotune-client preview {node_file} --base BASE"
+    cli.emit(report.as_dict(), as_json=json, show=lambda: cli.show(render(report), next_step))
+
+
+@app.command()
+def preview(
+    node_file: NodeFile,
+    base: BaseOption = "",
+    limit: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 3,
+    max_length_tokens: LengthOption = None,
+    json: cli.JsonOption = False,
+) -> None:
+    """Show this site its own rows as tokens; those that the loss covers stand out. Stays on this screen."""
+    from client import rows
+    from client.data.check import render_preview
+    from common import config
+
+    shown = rows.preview(config.load_node(node_file), base=base, limit=limit, max_length_tokens=max_length_tokens)
+    next_step = f"next: silotune-client serve {node_file}"
+    rows_found = {"rows": [item.as_dict() for item in shown]}
+    cli.emit(rows_found, as_json=json, show=lambda: cli.show(render_preview(shown), next_step))
+
+
+@app.command()
+def serve(node_file: NodeFile) -> None:
+    """Hold rows and base, and answer the courier until stopped. Has no network of its own."""
+    from client import serve as serving
+    from client import service
+    from common import config
+
+    node = config.load_node(node_file)
+    server = service.serve(
+        serving.make_agent(node).answer,
+        socket_path=Path(node.agent.socket),
+        max_message_bytes=node.agent.max_message_mib << 20,
+    )
+    typer.echo(f"{node.site.name}: agent listens on {node.agent.socket}; stop it with Ctrl-C")
+    service.wait(server)
+
+
+def main() -> None:
+    """Entry point."""
+    quiet.hush()
+    cli.run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The agent's process: a site's own file becomes an agent behind a socket."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from client import sitelog
+from client.agent import Agent, SiteData
+from client.data import read, split
+from common import config, model, store
+from common.manifest import RunManifest
+from common.model import Engine
+from common.rows import Columns, Row
+
+LOG_FILE = "agent.jsonl"
+
+
+def make_agent(node: config.NodeConfig) -> Agent:
+    """The agent of one site; rows and base are read when a run is opened.
+
+    Args:
+        node: The site's own file.
+    """
+    log = Path(node.agent.log_folder) / LOG_FILE
+    loader = EngineLoader(node)
+    return Agent(
+        node.site.name,
+        load_data=lambda manifest: load_data(node, manifest),
+        load_engine=loader.load,
+        report=lambda reference, error: sitelog.report(log, reference, error),
+    )
+
+
+def load_data(node: config.NodeConfig, manifest: RunManifest) -> SiteData:
+    """The site's rows, split as the run says unless the site has held-out rows of its own.
+
+    Raises:
+        DataError: Rows are missing or unusable.
+    """
+    rows = read_rows(node, node.data.path)
+    if node.data.held_out_path:
+        return SiteData(rows, read_rows(node, node.data.held_out_path))
+    fraction, seed = manifest.run.data.held_out_fraction, manifest.run.seed
+    return SiteData(*split.split(rows, held_out_fraction=fraction, seed=seed))
+
+
+def read_rows(node: config.NodeConfig, path: str) -> Sequence[Row]:
+    """One of the site's files, by its own column names."""
+    data = node.data
+    columns = Columns(data.instruction_column, data.input_column, data.output_column, data.unit_column)
+    return read.read(path, columns=columns)
+
+
+class EngineLoader:
+    """Loads a base once and keeps it for as long as runs want the same one."""
+
+    def __init__(self, node: config.NodeConfig) -> None:
+        self._node = node
+        self._key: tuple[object, ...] = ()
+        self._engine: Engine | None = None
+
+    def load(self, manifest: RunManifest) -> Engine:
+        """The engine for a run.
+
+        Raises:
+            ModelError: The base is not here, or is another one.
+        """
+        run = manifest.run
+        key = (manifest.base_sha256, run.model, run.adapter, run.training.gradient_checkpointing)
+        if self._engine is None or key != self._key:
+            self._engine, self._key = None, key  # the old base's memory is free before the new one is loaded
+            self._engine = self._load(manifest)
+        return self._engine
+
+    def _load(self, manifest: RunManifest) -> Engine:
+        """From the site's own folders only, by hash."""
+        run, hardware = manifest.run, self._node.hardware
+        return model.load(
+            store.find_by_hash(manifest.base_sha256, base_folders(self._node)),
+            model=run.model.model_copy(update={"sha256": manifest.base_sha256}),
+            adapter_settings=run.adapter,
+            seed=run.seed,
+            device_name=hardware.device,
+            num_threads=hardware.num_threads,
+            gradient_checkpointing=run.training.gradient_checkpointing,
+        )
+
+
+def base_folders(node: config.NodeConfig) -> list[Path]:
+    """Where this site may have bases."""
+    if node.model.base:
+        return [Path(node.model.base)]
+    folder = Path(node.model.store) if node.model.store else store.DEFAULT
+    return sorted(path for path in folder.glob("*") if path.is_dir())

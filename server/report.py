@@ -1,0 +1,149 @@
+"""A run as one self-contained page, drawn from its events; no script, nothing fetched."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+
+from common import events, storage
+from common.events import Event
+from server.show import percent, size
+
+REPORT_FILE: Final = "report.html"
+TEMPLATE: Final = Path(__file__).with_name("report.html.j2")
+WIDTH, HEIGHT, MARGIN = 720, 260, 44
+COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442")  # Okabe and Ito
+MAX_COLOURED = 7
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of the chart: name, colour, and points as SVG writes them."""
+
+    name: str
+    colour: str
+    points: str
+    width: float
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Held-out loss by round: curves, and ticks as (position, label)."""
+
+    lines: list[Line]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+
+
+def write(folder: Path) -> Path:
+    """Draw the report of a run folder.
+
+    Returns:
+        The page.
+
+    Raises:
+        DataError: The folder has no events.
+        StorageError: The page cannot be written.
+    """
+    page = folder / REPORT_FILE
+    storage.write_atomic(page, render(events.read(folder / "events.jsonl")).encode())
+    return page
+
+
+def render(log: Sequence[Event]) -> str:
+    """Events to a page; names and reasons come from sites, so all text is escaped."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    plans, evaluated = _of(log, "run_started"), _of(log, "evaluated")
+    return template.render(
+        plan=plans[-1] if plans else None,
+        status=status(log),
+        joined=list({event["site"]: event for event in _of(log, "site_joined")}.values()),
+        rounds=_rounds(log),
+        sites=sorted({event["site"] for event in _of(log, "site_trained")}),
+        chart=chart(evaluated) if evaluated else None,
+        comparison=_bars(_of(log, "compared")),
+        troubles=_of(log, "site_failed") + _of(log, "site_refused"),
+        percent=percent,
+        size=size,
+    )
+
+
+def status(log: Sequence[Event]) -> str:
+    """How a run stands: `finished`, `failed: why`, or `running`.
+
+    Example:
+        >>> status([{"kind": "run_started", "num_rounds": 3}])
+        'running, 0 of 3 rounds'
+    """
+    if not log:
+        return "not started"
+    if _of(log, "run_finished"):
+        return "finished"
+    if log[-1]["kind"] == "run_failed":
+        return f"failed: {log[-1]['reason']}"
+    done = max((event["round"] + 1 for event in _of(log, "round_finished")), default=0)
+    planned = next((event["num_rounds"] for event in reversed(_of(log, "run_started"))), "?")
+    return f"running, {done} of {planned} rounds"
+
+
+def chart(evaluated: Sequence[Event]) -> Chart:
+    """Curves of the held-out loss: all sites in black, each site in a colour (grey beyond seven)."""
+    by_round = {event["num_rounds"]: event for event in evaluated}
+    log = [by_round[number] for number in sorted(by_round)]
+    sites = sorted({site for event in log for site in event["sites"]})
+    curves = [(site, [(e["num_rounds"], e["sites"][site]["loss"]) for e in log if site in e["sites"]]) for site in sites]
+    curves.append(("all sites", [(event["num_rounds"], event["loss"]) for event in log]))
+    values = [loss for _, points in curves for _, loss in points]
+    low, high, last = min(values), max(values), max(log[-1]["num_rounds"], 1)
+    span = (high - low) or 1.0
+
+    def place(number: float, loss: float) -> tuple[float, float]:
+        x = MARGIN + (WIDTH - 2 * MARGIN) * number / last
+        return round(x, 1), round(HEIGHT - MARGIN + (2 * MARGIN - HEIGHT) * (loss - low) / span, 1)
+
+    lines = [
+        Line(name, _colour(index, len(sites)), " ".join("{},{}".format(*place(*p)) for p in points), _line_width(name))
+        for index, (name, points) in enumerate(curves)
+    ]
+    step = max(1, -(-last // 10))
+    x_ticks = [(place(number, low)[0], str(number)) for number in range(0, last + 1, step)]
+    y_ticks = [(place(0, low + span * part / 4)[1], f"{low + span * part / 4:.2f}") for part in range(5)]
+    return Chart(lines, x_ticks, y_ticks)
+
+
+def _rounds(log: Sequence[Event]) -> list[dict[str, Any]]:
+    """One entry a round: its figures, its sites' training losses and the held-out loss after it."""
+    losses = {event["num_rounds"]: event for event in _of(log, "evaluated")}
+    rounds = []
+    for event in {event["round"]: event for event in _of(log, "round_finished")}.values():
+        trained = {t["site"]: t["train_loss"] for t in _of(log, "site_trained") if t["round"] == event["round"]}
+        after = losses.get(event["round"] + 1)
+        rounds.append({**event, "trained": trained, "loss": after["loss"] if after else None})
+    return rounds
+
+
+def _bars(compared: Sequence[Event]) -> list[dict[str, Any]]:
+    """The comparison's arms, with the length of each bar in percent."""
+    arms = compared[-1]["comparison"] if compared else {}
+    worst = max((arm["held_out_loss"] for arm in arms.values()), default=1.0)
+    return [{"name": name, **arm, "length": 100 * arm["held_out_loss"] / worst} for name, arm in arms.items()]
+
+
+def _of(log: Sequence[Event], kind: str) -> list[Event]:
+    """Events of one kind."""
+    return [event for event in log if event["kind"] == kind]
+
+
+def _colour(index: int, num_sites: int) -> str:
+    """Of a curve; the last one is the mean."""
+    if index == num_sites:
+        return "currentColor"
+    return COLOURS[index] if num_sites <= MAX_COLOURED else "#9a9a9a"
+
+
+def _line_width(name: str) -> float:
+    """The mean stands out."""
+    return 3.0 if name == "all sites" else 1.5

@@ -1,0 +1,107 @@
+"""What the commands of `silotune-sim` do, between options and printing."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from common import cli, config, store
+from common.errors import ConfigError
+from common.events import EventLog
+from server import report
+from server import run as server_run
+from server.show import Screen, percent
+from simulations import compare as comparing
+from simulations import run as running
+from simulations import world
+from simulations.compare import World
+
+ENGINES = ("in-process", "flower", "deployment")
+
+
+@dataclass(frozen=True)
+class Order:
+    """A run file and what the command line says about it."""
+
+    run_file: Path
+    output: Path | None
+    model: str
+    data: str
+    store: Path | None
+    overrides: Mapping[str, str]
+    is_quiet: bool
+
+    def settings(self) -> config.RunConfig:
+        """The run file with the command line's settings."""
+        named = {"model.base": self.model, "data.source": self.data}
+        given = {key: f'"{value}"' for key, value in named.items() if value}
+        return config.load(self.run_file, overrides={**given, **self.overrides})
+
+    def folder(self, settings: config.RunConfig) -> Path:
+        """`--output`, or a new folder."""
+        return self.output or cli.fresh_folder(Path(settings.output.folder), settings.name)
+
+    def world(self) -> World:
+        """Settings, base and sites; rows first, since they are quick to be found wrong."""
+        settings = self.settings()
+        sites = world.load_sites(settings)
+        engine = world.load_engine(settings, store_folder=self.store or store.DEFAULT)
+        return World(settings, engine, sites, self.folder(settings))
+
+    def log(self, shared: World, *, resume: bool = False) -> EventLog:
+        """The run's events, shown as they come; on stderr when stdout is for a program."""
+        log = server_run.prepare(shared.settings, shared.folder, resume=resume)
+        log.listeners.append(Screen(Console(file=sys.stderr if self.is_quiet else sys.stdout, highlight=False)))
+        return log
+
+
+def compare(order: Order) -> dict[str, Any]:
+    """All arms, comparison and report.
+
+    Raises:
+        SilotuneError: As the step that failed.
+    """
+    shared = order.world()
+    results = comparing.compare(shared, order.log(shared))
+    page = report.write(shared.folder)
+    figures = {
+        name: {"held_out_loss": result["held_out_loss"], "exact_match": result["exact_match"]}
+        for name, result in results.items()
+    }
+    return {"comparison": figures, "folder": str(shared.folder), "report": str(page)}
+
+
+def run(order: Order, *, engine: str, resume: bool) -> dict[str, Any]:
+    """One federated run under one of the engines.
+
+    Raises:
+        ConfigError: No such engine.
+        SilotuneError: As the step that failed.
+    """
+    if engine not in ENGINES:
+        raise ConfigError(f"--engine {engine}: choose one of {', '.join(ENGINES)}")
+    shared = order.world()
+    log = order.log(shared, resume=resume)
+    outcome = running.in_process(
+        shared.settings, sites=shared.sites, engine=shared.engine, folder=shared.folder, log=log, resume=resume
+    )
+    page = report.write(shared.folder)
+    return {"folder": str(shared.folder), "report": str(page), "adapter": str(outcome.folder / server_run.EXPORT_FOLDER)}
+
+
+def comparison_table(result: Mapping[str, Any]) -> Table:
+    """The arms side by side."""
+    table = Table("", "held-out loss", "exact match", box=None, pad_edge=False)
+    for name, figures in result["comparison"].items():
+        style = "bold" if name == "federated" else ""
+        table.add_row(name, f"{figures['held_out_loss']:.3f}", percent(figures["exact_match"]), style=style)
+    return table
+
+
+def ending(result: Mapping[str, Any]) -> str:
+    """Where everything is and what to do next."""
+    return f"\nreport    {result['report']}\nadapter   {result['folder']}/adapter\nnext: silotune-server export {result['folder']} --merged DIR"
