@@ -176,9 +176,7 @@ class Agent:
         return run, plan, adapter.decode(request.body, run.manifest.tensor_specs, dtype="float32")
 
 
-def encode(
-    rows: Sequence[Row], engine: Engine, run_manifest: RunManifest
-) -> tuple[Sequence[Encoded], EncodingReport]:
+def encode(rows: Sequence[Row], engine: Engine, run_manifest: RunManifest) -> tuple[Sequence[Encoded], EncodingReport]:
     """Rows to tokens as the manifest's `[data]` says."""
     data = run_manifest.run.data
     return prompts.encode_all(

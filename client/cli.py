@@ -14,7 +14,7 @@ app = cli.make(
     "silotune-client serve node.toml",
 )
 NodeFile = Annotated[Path, typer.Argument(help="This site's own file.", metavar="NODE.toml")]
-BaseOption = Annotated[str, typer.Option(help="A base model, to count and show tokens: a folder or a name in the store.")]
+BaseOption = Annotated[str, typer.Option(help="A base, to count and show tokens: a folder or a name in the store.")]
 LengthOption = Annotated[int | None, typer.Option(help="The run's data.max_length_tokens.", min=8)]
 
 

@@ -27,6 +27,11 @@ def specs(tensors: Tensors) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name, tuple(tensors[name].shape)) for name in sorted(tensors))
 
 
+def module_names(tensor_specs: Sequence[TensorSpec]) -> list[str]:
+    """The modules that the adapter touches, each once."""
+    return sorted({spec.name.rpartition(".lora_")[0] for spec in tensor_specs})
+
+
 def num_parameters(tensor_specs: Sequence[TensorSpec]) -> int:
     """Number of values in all tensors."""
     return sum(torch.Size(spec.shape).numel() for spec in tensor_specs)
@@ -68,7 +73,7 @@ def check_specs(found: Sequence[TensorSpec], expected: Sequence[TensorSpec]) -> 
     difference = sorted(set(found) ^ set(expected), key=lambda spec: spec.name)
     if difference:
         name = difference[0].name
-        shapes = [dict((spec.name, spec.shape) for spec in side).get(name, "absent") for side in (found, expected)]
+        shapes = [{spec.name: spec.shape for spec in side}.get(name, "absent") for side in (found, expected)]
         raise ModelError(f"adapter tensor {name}: found {shapes[0]}, expected {shapes[1]}; {len(difference)} differ")
 
 

@@ -11,9 +11,10 @@ import typer
 
 from common.errors import ConfigError, SilotuneError
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object (the last line of stdout) for programs.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, as the last line of stdout.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a setting: --set training.learning_rate=1e-3", metavar="KEY=VALUE")
+    list[str] | None,
+    typer.Option("--set", help="Override a setting: --set training.learning_rate=1e-3", metavar="KEY=VALUE"),
 ]
 
 
@@ -33,8 +34,8 @@ def make(name: str, summary: str, *, examples: str) -> typer.Typer:
 def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> None:
     """Run a command and leave the process with its exit code.
 
-    An error of ours is one line on stderr (and an `error` object on stdout under `--json`). Of any other error the type and the
-    code lines are shown, but not its message, which could hold a row's text.
+    An error of ours is one line on stderr (and an `error` object on stdout under `--json`). Of any other error the type
+    and the code lines are shown, but not its message, which could hold a row's text.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:

@@ -61,9 +61,16 @@ def read(path: Path) -> list[Event]:
         raise DataError(f"{path}: a line is not a JSON event") from error
 
 
-def follow(path: Path, *, is_over: Callable[[], bool], poll_s: float = 0.2) -> Iterator[Event]:
-    """Events as they arrive, until `run_finished`, `run_failed`, or `is_over()` with nothing left to read."""
-    num_seen = 0
+def follow(path: Path, *, is_over: Callable[[], bool], num_skipped: int = 0, poll_s: float = 0.2) -> Iterator[Event]:
+    """Events as they arrive, until `run_finished`, `run_failed`, or `is_over()` with nothing left to read.
+
+    Args:
+        path: The event file; need not be there yet.
+        is_over: Whether nobody writes any more.
+        num_skipped: Events at the start to pass over: those of an earlier try.
+        poll_s: Seconds between looks.
+    """
+    num_seen = num_skipped
     while True:
         ended = is_over()
         fresh = read(path)[num_seen:] if path.is_file() else []

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import bitsandbytes
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
@@ -49,7 +49,7 @@ class Engine:
     @property
     def pad_id(self) -> int:
         """The pad token's id; masks go by position, so any id would do."""
-        return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+        return int(self.tokenizer.pad_token_id)
 
     @property
     def num_base_parameters(self) -> int:
@@ -141,12 +141,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ModelError: The folder has no tokenizer that transformers can read.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # type: ignore[no-untyped-call]
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: no tokenizer that transformers can load") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def resolve_dtype(settings: config.ModelConfig, device: torch.device) -> torch.dtype:
@@ -183,12 +183,12 @@ def _load_base(folder: Path, settings: config.ModelConfig, device: torch.device)
 def _keep_layout(base: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights when a model on the CPU is evaluated.
 
-    On processors with AVX512-BF16 it repacks them at the first forward in evaluation mode, computes in bfloat16 whatever
-    was asked for, and does not repack them for training: from then on no gradient passes through the layer (seen in
-    0.50.2, with nothing but a warning of torch's).
+    On processors with AVX512-BF16 it repacks them at the first forward in evaluation mode, computes in bfloat16
+    whatever was asked for, and does not repack them for training: from then on no gradient passes through the layer
+    (seen in 0.50.2, with nothing but a warning of torch's).
     """
     for module in base.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
+        if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
 
 
@@ -284,7 +284,7 @@ def answer(engine: Engine, prompt_ids: Sequence[Sequence[int]], *, max_new_token
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=list(prompts.stop_ids(tokenizer)),
     )
-    return tokenizer.batch_decode(output_bt[:, width:], skip_special_tokens=True)  # type: ignore[no-any-return]
+    return tokenizer.batch_decode(output_bt[:, width:], skip_special_tokens=True)
 
 
 def _hash_file(path: Path) -> str:

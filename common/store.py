@@ -47,4 +47,4 @@ def find_by_hash(wanted_sha256: str, folders: list[Path]) -> Path:
         if (folder / "config.json").is_file() and hash_base(folder) == wanted_sha256:
             return folder
     looked = ", ".join(str(folder) for folder in folders) or "nothing"
-    raise ModelError(f"no base model with hash {wanted_sha256} here (looked at {looked}); fetch the base that the run names")
+    raise ModelError(f"no base with hash {wanted_sha256} here (looked at {looked}); fetch the base that the run names")

@@ -1,7 +1,7 @@
 """Frames: the only bytes that cross between server and site; version, lengths and hash checked, never pickle.
 
-Layout, little-endian: magic `SILO` (4) | version (u16) | head length (u32) | body length (u64) | head | body | SHA-256 of all
-that precedes (32). The head is canonical JSON, an object with a `kind`; the body is raw bytes.
+Layout, little-endian: magic `SILO` (4) | version (u16) | head length (u32) | body length (u64) | head | body | SHA-256
+of all that precedes (32). The head is canonical JSON, an object with a `kind`; the body is raw bytes.
 """
 
 import hashlib
@@ -98,7 +98,7 @@ def _split(data: bytes, *, max_body_bytes: int) -> tuple[bytes, bytes]:
     if magic != MAGIC or version != VERSION:
         raise WireError(f"not a silotune frame of version {VERSION}; both ends need the same silotune release")
     if head_size > MAX_HEAD_BYTES or body_size > max_body_bytes:
-        raise WireError(f"frame declares {head_size} + {body_size} bytes; limits are {MAX_HEAD_BYTES} + {max_body_bytes}")
+        raise WireError(f"frame of {head_size} + {body_size} bytes; limits are {MAX_HEAD_BYTES} + {max_body_bytes}")
     if len(data) != OVERHEAD_BYTES + head_size + body_size:
         raise WireError(f"frame of {len(data)} bytes declares {OVERHEAD_BYTES + head_size + body_size}")
     end = len(data) - _DIGEST_BYTES

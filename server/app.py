@@ -10,10 +10,9 @@ from flwr.app import Context
 from flwr.app.user_config import UserConfig
 from flwr.serverapp import Grid, ServerApp
 
-from common import config, model, store
+from common import quiet
 from common.errors import SilotuneError
 from common.events import EventLog
-from server import run
 from server.grid import GridFleet
 
 app = ServerApp()
@@ -22,41 +21,48 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Do the run that the run config points to; why it failed is an event of the run, Flower gets a code."""
-    options = context.run_config
-    log = EventLog(Path(str(options["run-folder"])) / run.EVENTS_FILE)
+    quiet.hush()
+    from server import run  # loads torch and bitsandbytes, which are quiet from here on
+
+    log = EventLog(Path(str(context.run_config["run-folder"])) / run.EVENTS_FILE)
     try:
-        _execute(grid, log, options)
+        _execute(grid, log, context.run_config)
     except Exception as error:  # noqa: BLE001 - the app's edge; Flower keeps and shows an exception's text
         code = report_failure(log, error)
-        raise RuntimeError(code) from None  # Flower forwards this text
+        raise RuntimeError(code) from None
 
 
 def report_failure(log: EventLog, error: Exception) -> str:
-    """Write why a run failed into its events; returns the code, all that anybody else is told.
+    """Write why a run failed into its events.
 
-    The message of an error that is not of our tree is left out: it could hold anything.
+    Args:
+        log: The run's events.
+        error: Its message is written if it is of our tree; else it could hold anything.
+
+    Returns:
+        A code: all that anybody else is told.
     """
-    is_ours = isinstance(error, SilotuneError)
-    code = type(error).__name__
-    exit_code = error.exit_code if isinstance(error, SilotuneError) else 1
-    log.append("run_failed", error=code, reason=str(error) if is_ours else code, exit_code=exit_code)
-    return code if is_ours else "InternalError"
+    kind = type(error).__name__
+    if not isinstance(error, SilotuneError):
+        log.append("run_failed", error=kind, reason=f"internal error {kind}", exit_code=1)
+        return "InternalError"
+    log.append("run_failed", error=kind, reason=str(error), exit_code=error.exit_code)
+    return kind
 
 
 def _execute(grid: Grid, log: EventLog, options: UserConfig) -> None:
     """Load the base and run."""
+    from common import model, store
+    from server import run
+
     folder = log.path.parent
     settings = run.stored_settings(folder)
+    base_folder = str(options["base-folder"])
     engine = model.load(
-        _base_folder(settings, str(options["base-folder"])),
+        Path(base_folder) if base_folder else store.resolve(settings.model.base),
         model=settings.model,
         adapter_settings=settings.adapter,
         seed=settings.seed,
         num_threads=int(options["num-threads"]),
     )
     run.execute(settings, fleet=GridFleet(grid), engine=engine, folder=folder, log=log, resume=bool(options["resume"]))
-
-
-def _base_folder(settings: config.RunConfig, folder: str) -> Path:
-    """Where the base is on this machine."""
-    return Path(folder) if folder else store.resolve(settings.model.base)

@@ -105,5 +105,3 @@ def reason_of(error: SilotuneError) -> str:
 def _answer(node_id: int, reply: Reply) -> Answer:
     """A fleet's reply under the node's id."""
     return Answer(node_id, reply.frame, reply.failure)
-
-

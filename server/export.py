@@ -1,6 +1,5 @@
 """The finished adapter as a peft folder, and merged into a bf16 checkpoint."""
 
-import copy
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,36 +9,35 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import adapter, config, storage
+from common import adapter, config, model, storage
 from common.adapter import Tensors
 from common.errors import ModelError
 from common.manifest import RunManifest
-from common.model import Engine
 
 CARD_TEMPLATE = Path(__file__).with_name("card.md.j2")
 
 
 def save_adapter(
-    folder: Path, tensors: Tensors, *, manifest: RunManifest, engine: Engine, sites: Mapping[str, int]
+    folder: Path, tensors: Tensors, *, run_manifest: RunManifest, num_rounds: int, sites: Mapping[str, int]
 ) -> None:
     """Write `adapter_model.safetensors`, `adapter_config.json` and a model card that plain peft loads.
 
     Args:
         folder: Where to.
         tensors: The adapter, under peft's names.
-        manifest: The run that made it.
-        engine: Its base.
+        run_manifest: The run that made it.
+        num_rounds: Rounds behind it.
         sites: Training rows by site.
 
     Raises:
         StorageError: Disk full or not writable.
     """
-    settings = manifest.run
+    settings = run_manifest.run
     storage.write_atomic(folder / "adapter_model.safetensors", adapter.encode(tensors, dtype="float32"))
-    _save_peft_config(folder, settings, engine)
+    _save_peft_config(folder, settings, adapter.module_names(run_manifest.tensor_specs))
     card = jinja2.Template(CARD_TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined).render(
-        run=settings, manifest=manifest, sites=sites, num_rows=sum(sites.values()), engine=engine,
-        num_parameters=adapter.num_parameters(manifest.tensor_specs),
+        run=settings, manifest=run_manifest, sites=sites, num_rows=sum(sites.values()), num_rounds=num_rounds,
+        num_parameters=adapter.num_parameters(run_manifest.tensor_specs),
     )  # fmt: skip
     storage.write_atomic(folder / "README.md", card.encode())
 
@@ -57,9 +55,10 @@ def merge(adapter_folder: Path, base_folder: Path, output_folder: Path) -> None:
         base = AutoModelForCausalLM.from_pretrained(
             base_folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
-        merged = PeftModel.from_pretrained(base, str(adapter_folder)).merge_and_unload()  # type: ignore[operator]
+        merged = PeftModel.from_pretrained(base, str(adapter_folder)).merge_and_unload()
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{adapter_folder}: does not fit the base in {base_folder} ({type(error).__name__})") from error
+        what = type(error).__name__
+        raise ModelError(f"{adapter_folder}: does not fit the base in {base_folder} ({what})") from error
     _save_merged(merged.to(torch.bfloat16), base_folder, output_folder)
 
 
@@ -69,17 +68,17 @@ def _save_merged(merged: torch.nn.Module, base_folder: Path, output_folder: Path
     shutil.rmtree(partial, ignore_errors=True)
     try:
         merged.save_pretrained(partial)  # type: ignore[operator]
-        AutoTokenizer.from_pretrained(base_folder, local_files_only=True).save_pretrained(partial)  # type: ignore[no-untyped-call]
+        AutoTokenizer.from_pretrained(base_folder, local_files_only=True).save_pretrained(partial)
         partial.rename(output_folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise storage.storage_error(output_folder, error) from error
 
 
-def _save_peft_config(folder: Path, settings: config.RunConfig, engine: Engine) -> None:
+def _save_peft_config(folder: Path, settings: config.RunConfig, modules: list[str]) -> None:
     """peft's own file, targets spelt out, without a path of this machine."""
-    lora = copy.copy(engine.model.peft_config["default"])  # type: ignore[index]
-    lora.target_modules = sorted(lora.target_modules)
+    lora = model.lora_config(settings.adapter)
+    lora.target_modules = sorted({name.rsplit(".", 1)[-1] for name in modules})
     lora.base_model_name_or_path = settings.model.base if not Path(settings.model.base).is_absolute() else None
     lora.inference_mode = True
     try:

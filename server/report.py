@@ -94,7 +94,10 @@ def chart(evaluated: Sequence[Event]) -> Chart:
     by_round = {event["num_rounds"]: event for event in evaluated}
     log = [by_round[number] for number in sorted(by_round)]
     sites = sorted({site for event in log for site in event["sites"]})
-    curves = [(site, [(e["num_rounds"], e["sites"][site]["loss"]) for e in log if site in e["sites"]]) for site in sites]
+    curves = [
+        (site, [(event["num_rounds"], event["sites"][site]["loss"]) for event in log if site in event["sites"]])
+        for site in sites
+    ]
     curves.append(("all sites", [(event["num_rounds"], event["loss"]) for event in log]))
     values = [loss for _, points in curves for _, loss in points]
     low, high, last = min(values), max(values), max(log[-1]["num_rounds"], 1)

@@ -131,8 +131,8 @@ def _require_quorum(fed: Federation, tally: Tally, round_index: int) -> None:
     needed = fed.manifest.run.federation.min_sites
     if len(tally.heads) < needed:
         raise TooFewSitesError(
-            f"round {round_index + 1} got {len(tally.heads)} valid updates, federation.min_sites is {needed}; the events "
-            f"say why the others failed; rounds up to {round_index} are on disk"
+            f"round {round_index + 1} got {len(tally.heads)} valid updates, federation.min_sites is {needed}; "
+            f"the events say why the others failed; rounds up to {round_index} are on disk"
         )
 
 

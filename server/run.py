@@ -8,7 +8,7 @@ from common import adapter, config, storage
 from common.adapter import Tensors
 from common.errors import ConfigError, DataError
 from common.events import EventLog
-from common.manifest import RunManifest
+from common.manifest import RunManifest, parse
 from common.model import Engine
 from server import checkpoint, export, federation, rounds
 from server.aggregate import table
@@ -61,8 +61,9 @@ def execute(
     federation.wait_for_sites(fed)
     tensors = rounds.run(fed, start, first_round=first_round)
     sites = {head.site: head.num_examples for head in sorted(fed.sites.values(), key=lambda head: head.site)}
-    export.save_adapter(folder / EXPORT_FOLDER, tensors, manifest=manifest, engine=engine, sites=sites)
-    log.append("run_finished", adapter=EXPORT_FOLDER, num_rounds=settings.federation.num_rounds)
+    num_rounds = settings.federation.num_rounds
+    export.save_adapter(folder / EXPORT_FOLDER, tensors, run_manifest=manifest, num_rounds=num_rounds, sites=sites)
+    log.append("run_finished", adapter=EXPORT_FOLDER, num_rounds=num_rounds)
     return Outcome(tensors, sites, folder)
 
 
@@ -95,6 +96,20 @@ def stored_settings(folder: Path) -> config.RunConfig:
         return config.RunConfig.model_validate(json.loads((folder / RUN_FILE).read_bytes()))
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: not a run folder (no readable {RUN_FILE})") from error
+
+
+def stored_manifest(folder: Path) -> RunManifest:
+    """The manifest of a run folder, with the coordinator's own settings.
+
+    Raises:
+        DataError: Not a run folder, or the run has not begun.
+        WireError: The manifest was changed.
+    """
+    try:
+        public = parse((folder / MANIFEST_FILE).read_bytes())
+    except OSError as error:
+        raise DataError(f"{folder}: the run has not begun (no {MANIFEST_FILE})") from error
+    return RunManifest(stored_settings(folder), public.base_sha256, public.tensor_specs)
 
 
 def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:

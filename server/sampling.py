@@ -13,4 +13,5 @@ def choose(node_ids: Sequence[int], *, num_sites: int, seed: int, round_index: i
     """
     if not num_sites or num_sites >= len(node_ids):
         return sorted(node_ids)
-    return sorted(random.Random(f"{seed}/{round_index}").sample(sorted(node_ids), num_sites))
+    draw = random.Random(f"{seed}/{round_index}")  # noqa: S311  reproducible, not secret
+    return sorted(draw.sample(sorted(node_ids), num_sites))

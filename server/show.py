@@ -62,9 +62,11 @@ class Screen:
         """The plan."""
         self._num_rounds, self._gap_warning = event["num_rounds"], event["gap_warning"]
         trained, base = event["num_trained_parameters"], event["num_base_parameters"]
-        self._print(f"[bold]{event['name']}[/]  {event['num_rounds']} rounds, {event['method']}, run {event['run_sha256'][:12]}")
+        run = event["run_sha256"][:12]
+        self._print(f"[bold]{event['name']}[/]  {event['num_rounds']} rounds, {event['method']}, run {run}")
         self._print(f"  base      {_escape(event['base'])}, {base:,} parameters, {event['quantization']}")
-        self._print(f"  adapter   {trained:,} parameters trained ({percent(trained / base)}), {event['num_tensors']} tensors")
+        share = percent(trained / base)
+        self._print(f"  adapter   {trained:,} parameters trained ({share}), {event['num_tensors']} tensors")
         down, up = event["bytes_down_per_site"], event["bytes_up_per_site"]
         self._print(f"  traffic   {size(down)} down and {size(up)} up, a site and round; evaluation {size(down)} down")
         if event["privacy"] == "none":

@@ -15,8 +15,8 @@ app = cli.make(
 )
 RunFile = Annotated[Path, typer.Argument(help="The run file.", metavar="RUN.toml")]
 OutputOption = Annotated[Path | None, typer.Option(help="The run's folder; default: a new one under output.folder.")]
-ModelOption = Annotated[str, typer.Option("--model", help="Another base: a folder, a name in the store or a fetched hub id.")]
-DataOption = Annotated[str, typer.Option("--data", help="Other rows: JSONL, JSON, CSV or Parquet file or folder, or a datasets id.")]
+ModelOption = Annotated[str, typer.Option("--model", help="Another base: a folder or a name in the store.")]
+DataOption = Annotated[str, typer.Option("--data", help="Other rows: JSONL, JSON, CSV, Parquet, or a datasets id.")]
 StoreOption = Annotated[Path | None, typer.Option(help="Folder with base models.")]
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 
@@ -51,7 +51,9 @@ def compare(
 @app.command()
 def run(
     run_file: RunFile,
-    engine: Annotated[str, typer.Option(help="in-process, flower (Ray) or deployment (real processes over TLS).")] = "in-process",
+    engine: Annotated[
+        str, typer.Option(help="in-process, flower (Ray) or deployment (real processes over TLS).")
+    ] = "in-process",
     output: OutputOption = None,
     model: ModelOption = "",
     data: DataOption = "",
@@ -78,7 +80,9 @@ def base(
     from simulations import bases
 
     result = bases.fetch(name, store=store)
-    cli.emit(result, as_json=json, show=lambda: cli.show(f"{result['name']}: {result['folder']}\nsha256 {result['sha256']}"))
+    cli.emit(
+        result, as_json=json, show=lambda: cli.show(f"{result['name']}: {result['folder']}\nsha256 {result['sha256']}")
+    )
 
 
 @app.command()

@@ -45,6 +45,10 @@ class Order:
         """`--output`, or a new folder."""
         return self.output or cli.fresh_folder(Path(settings.output.folder), settings.name)
 
+    def base_folder(self, settings: config.RunConfig) -> Path:
+        """Where the base is."""
+        return world.base_folder(settings, store_folder=self.store or store.DEFAULT)
+
     def world(self) -> World:
         """Settings, base and sites; rows first, since they are quick to be found wrong."""
         settings = self.settings()
@@ -67,12 +71,11 @@ def compare(order: Order) -> dict[str, Any]:
     """
     shared = order.world()
     results = comparing.compare(shared, order.log(shared))
-    page = report.write(shared.folder)
     figures = {
         name: {"held_out_loss": result["held_out_loss"], "exact_match": result["exact_match"]}
         for name, result in results.items()
     }
-    return {"comparison": figures, "folder": str(shared.folder), "report": str(page)}
+    return {"comparison": figures, **_places(order, shared)}
 
 
 def run(order: Order, *, engine: str, resume: bool) -> dict[str, Any]:
@@ -89,8 +92,13 @@ def run(order: Order, *, engine: str, resume: bool) -> dict[str, Any]:
     outcome = running.in_process(
         shared.settings, sites=shared.sites, engine=shared.engine, folder=shared.folder, log=log, resume=resume
     )
+    return {"adapter": str(outcome.folder / server_run.EXPORT_FOLDER), **_places(order, shared)}
+
+
+def _places(order: Order, shared: World) -> dict[str, str]:
+    """Where the results are; draws the report."""
     page = report.write(shared.folder)
-    return {"folder": str(shared.folder), "report": str(page), "adapter": str(outcome.folder / server_run.EXPORT_FOLDER)}
+    return {"folder": str(shared.folder), "report": str(page), "base": str(order.base_folder(shared.settings))}
 
 
 def comparison_table(result: Mapping[str, Any]) -> Table:
@@ -104,4 +112,8 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
 
 def ending(result: Mapping[str, Any]) -> str:
     """Where everything is and what to do next."""
-    return f"\nreport    {result['report']}\nadapter   {result['folder']}/adapter\nnext: silotune-server export {result['folder']} --merged DIR"
+    folder = result["folder"]
+    return f"""
+report    {result["report"]}
+adapter   {folder}/adapter
+next: silotune-server export {folder} --merged {folder}/merged --base {result["base"]}"""

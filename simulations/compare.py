@@ -1,7 +1,7 @@
 """The question behind every federation: better than alone, and how far from pooling everything?
 
-Arms: the base as it is, every site alone, the federation, and one site that holds all rows (the upper line). All go through
-the same round loop with the same settings, and all are scored on every site's held-out rows.
+Arms: the base as it is, every site alone, the federation, and one site that holds all rows (the upper line). All go
+through the same round loop with the same settings, and all are scored on every site's held-out rows.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,8 @@ from common.adapter import Tensors
 from common.events import Event, EventLog
 from common.manifest import RunManifest
 from common.model import Engine
-from server import federation, run as server_run
+from server import federation
+from server import run as server_run
 from server.aggregate import table
 from server.evaluate import held_out
 from server.federation import Federation

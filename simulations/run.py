@@ -1,7 +1,6 @@
 """A run on one machine: virtual sites, the server's own round loop, and one of three engines between them."""
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from client.agent import Agent, SiteData
@@ -45,7 +44,7 @@ def fleet_of(agents: Mapping[str, Agent]) -> GridFleet:
     return GridFleet(InProcessGrid(answers))
 
 
-class explained:  # noqa: N801  reads as a statement: with explained(failures)
+class explained:
     """Where a run ends because a virtual site failed, raise the site's own error: the researcher may see it."""
 
     def __init__(self, failures: Failures) -> None:
@@ -58,25 +57,3 @@ class explained:  # noqa: N801  reads as a statement: with explained(failures)
         """Replace the server's view by the cause."""
         if isinstance(error, ProtocolError) and self._failures.errors:
             raise self._failures.errors[-1] from error
-
-
-@functools.cache
-def _world(run_file: str, num_threads: int) -> tuple[config.RunConfig, Engine, dict[str, SiteData]]:
-    """Settings, engine and sites of a run file, once a process."""
-    settings = config.load(Path(run_file))
-    return settings, world.load_engine(settings, num_threads=num_threads), world.load_sites(settings)
-
-
-@functools.cache
-def agent_for(run_file: str, site_index: int, *, num_threads: int, log_folder: str) -> Callable[[bytes], bytes]:
-    """A virtual site's `answer` in a worker process; base and rows are loaded once a process.
-
-    Args:
-        run_file: Resolved run file.
-        site_index: Place of the site among the sorted names, from 0.
-        num_threads: CPU threads of torch; the same everywhere, so that results are the same bit by bit.
-        log_folder: Of the sites' logs.
-    """
-    _, engine, sites = _world(run_file, num_threads)
-    site = sorted(sites)[site_index]
-    return world.make_agent(site, sites[site], engine, Failures(Path(log_folder))).answer

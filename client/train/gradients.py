@@ -31,4 +31,3 @@ def mean_gradient(engine: Engine, rows: Sequence[Encoded], *, micro_batch_size: 
         (nll / num_tokens).backward()  # type: ignore[no-untyped-call]
         total += nll.detach()
     return float(total) / num_tokens
-

@@ -26,7 +26,13 @@ class LocalResult:
 
 
 def train(
-    engine: Engine, rows: Sequence[Encoded], *, training: config.TrainingConfig, round_index: int, num_rounds: int, seed: int
+    engine: Engine,
+    rows: Sequence[Encoded],
+    *,
+    training: config.TrainingConfig,
+    round_index: int,
+    num_rounds: int,
+    seed: int,
 ) -> LocalResult:
     """Train the adapter in `engine` in place.
 
@@ -80,7 +86,7 @@ def _steps(
     """One optimiser step a batch; the loss of each."""
     optimizer = make_optimizer(engine, training)
     engine.model.train()
-    losses = []
+    losses: list[float] = []
     for batch, rate in zip(batches, rates, strict=True):
         optimizer.zero_grad()
         loss = mean_gradient(engine, batch, micro_batch_size=training.micro_batch_size or training.batch_size)

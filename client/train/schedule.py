@@ -64,6 +64,6 @@ def _order(orders: dict[int, list[int]], epoch: int, num_rows: int, seed: int) -
     """The permutation of one pass, made once."""
     if epoch not in orders:
         order = list(range(num_rows))
-        random.Random(derive_seed(seed, epoch)).shuffle(order)
+        random.Random(derive_seed(seed, epoch)).shuffle(order)  # noqa: S311  an order of rows, not a secret
         orders[epoch] = order
     return orders[epoch]

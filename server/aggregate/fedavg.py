@@ -7,9 +7,7 @@ from torch import Tensor
 
 from server.aggregate.method import Facts, State, Sum
 
-facts: Final = Facts(
-    name="fedavg", source="arXiv:2305.05644", is_linear=True, is_exact=False, allows_mixed_ranks=False
-)
+facts: Final = Facts(name="fedavg", source="arXiv:2305.05644", is_linear=True, is_exact=False, allows_mixed_ranks=False)
 
 
 class WeightedMean:

@@ -34,8 +34,8 @@ def product_norm(left_dm: Tensor, right_mk: Tensor) -> float:
 class RunningProduct:
     """sum_i w_i B_i A_i as a pair of thin matrices.
 
-    Exact while the stacked rank is at most `max_rank`; beyond, the smallest directions are cut by a factored SVD, so that
-    memory does not grow with the number of sites.
+    Exact while the stacked rank is at most `max_rank`; beyond, the smallest directions are cut by a factored SVD, so
+    that memory does not grow with the number of sites.
 
     Attributes:
         max_rank: Columns kept at most.

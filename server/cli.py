@@ -1,0 +1,72 @@
+"""`silotune-server`: what a coordinator runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common import cli, quiet
+
+app = cli.make(
+    "silotune-server",
+    "Launch federated runs, see how they stand, and export what they made.",
+    examples="Examples:  silotune-server run RUN.toml --superlink 127.0.0.1:8000 --ca ca.pem   |   "
+    "silotune-server status runs/triage   |   silotune-server export runs/triage --merged merged",
+)
+RunFolder = Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN_FOLDER")]
+
+
+@app.command()
+def run(
+    run_file: Annotated[Path, typer.Argument(help="The run file.", metavar="RUN.toml")],
+    superlink: Annotated[str, typer.Option(help="Address of the SuperLink on this machine, host:port.")],
+    ca: Annotated[Path, typer.Option(help="PEM certificate that the SuperLink's own must lead to.")],
+    output: Annotated[Path | None, typer.Option(help="The run's folder; default: a new one.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Folder of the base; default: model.base, in the store.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on after the newest finished round in --output.")] = False,
+    set_: cli.SetOption = None,
+    json: cli.JsonOption = False,
+) -> None:
+    """Start a run at the SuperLink of this machine and show it until it ends."""
+    from common import config
+    from server import launch
+
+    settings = config.load(run_file, overrides=cli.overrides(set_))
+    folder = output or cli.fresh_folder(Path(settings.output.folder), settings.name)
+    result = launch.run(settings, address=superlink, ca_file=ca, folder=folder, base=base, resume=resume, is_quiet=json)
+    cli.emit(result, as_json=json, show=lambda: cli.show(f"next: silotune-server export {folder} --merged DIR"))
+
+
+@app.command()
+def status(run_folder: RunFolder, json: cli.JsonOption = False) -> None:
+    """Tell how a run stands, from its events; writes its report.html anew."""
+    from server import status as standing
+
+    result = standing.read(run_folder)
+    cli.emit(result, as_json=json, show=lambda: cli.show(standing.render(result)))
+
+
+@app.command()
+def export(
+    run_folder: RunFolder,
+    round_: Annotated[int, typer.Option("--round", help="Number of finished rounds; 0: the newest checkpoint.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="For the peft adapter; default: RUN_FOLDER/adapter.")] = None,
+    merged: Annotated[Path | None, typer.Option(help="Also merge into the base, saved as bf16 here.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Folder of the base; default: model.base, in the store.")] = None,
+    json: cli.JsonOption = False,
+) -> None:
+    """Write an adapter that plain peft loads, and on demand the base with it merged in."""
+    from server import finish
+
+    result = finish.export_run(run_folder, num_rounds=round_, output=output, merged=merged, base=base)
+    cli.emit(result, as_json=json, show=lambda: cli.show(*(f"{name:<9} {path}" for name, path in result.items())))
+
+
+def main() -> None:
+    """Entry point."""
+    quiet.hush()
+    cli.run(app)
+
+
+if __name__ == "__main__":
+    main()

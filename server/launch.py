@@ -1,0 +1,71 @@
+"""Starting a run at a SuperLink and watching it; the run itself is done by the SuperLink's ServerApp process."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from common import config, events
+from common.errors import ProtocolError
+from common.events import Event
+from server import link, report, status
+from server import run as server_run
+from server.link import Link
+from server.show import Screen
+
+
+def run(
+    settings: config.RunConfig,
+    *,
+    address: str,
+    ca_file: Path,
+    folder: Path,
+    base: Path | None,
+    resume: bool,
+    is_quiet: bool,
+) -> dict[str, Any]:
+    """Submit a run, show its events as they come and return how it ended.
+
+    Ctrl-C ends the watching, not the run.
+
+    Args:
+        settings: The run file.
+        address: The SuperLink's, on this machine: its ServerApp process writes into `folder`.
+        ca_file: PEM certificate that the SuperLink's own must lead to.
+        folder: The run's folder.
+        base: The base's folder; None looks in the store.
+        resume: Go on after the newest whole checkpoint.
+        is_quiet: Show progress on stderr, as stdout is for a program.
+
+    Raises:
+        TransportError: The SuperLink did not take the run.
+        ProtocolError: The run failed; the message says why.
+    """
+    log = server_run.prepare(settings, folder, resume=resume)
+    num_old = len(events.read(log.path)) if log.path.is_file() else 0
+    options: dict[str, bool | float | int | str] = {
+        "run-folder": str(folder.absolute()),
+        "base-folder": str(base.absolute()) if base else "",
+        "resume": resume,
+        "num-threads": 0,
+    }
+    screen = Screen(Console(file=sys.stderr if is_quiet else sys.stdout, highlight=False))
+    with link.connect(address, ca_file=ca_file) as connected:
+        run_id = connected.start_run(options, bundle=link.build_bundle())
+        last = _watch(connected, run_id, log.path, screen, num_old=num_old)
+    report.write(folder)
+    if last.get("kind") != "run_finished":
+        reason = last.get("reason", "its server process ended")
+        raise ProtocolError(f"{folder}: the run failed: {reason}")
+    return {**status.read(folder), "folder": str(folder)}
+
+
+def _watch(connected: Link, run_id: int, path: Path, screen: Screen, *, num_old: int) -> Event:
+    """Show events until the run is over; the last one."""
+    last: Event = {}
+    for last in events.follow(
+        path, is_over=lambda: connected.state(run_id).is_finished, num_skipped=num_old, poll_s=1.0
+    ):
+        screen(last)
+    return last
