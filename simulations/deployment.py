@@ -18,15 +18,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
+from flwr.app.user_config import UserConfig
+
 from client import line
-from common import quiet
+from common import events, quiet
 from common.errors import RemoteError, TransportError
+from common.events import EventLog
 from server import link
 from server.link import Link, RunState
 from simulations import loopback_keys
 
 HOST: Final = "127.0.0.1"
 STOP_S: Final = 8.0
+SERVER_LOG: Final = "server-app.log"
+_END_S: Final = 60.0  # from the run's last event to its end at the SuperLink
 _POLL_S: Final = 0.25
 _TASK_POLL_S: Final = 0.1  # Flower's default of 1 s is waited once per message
 
@@ -77,35 +82,33 @@ class Federation:
     keys: Path
     processes: list[Process]
 
-    def check(self) -> None:
-        """Raise TransportError if any process has ended."""
-        for process in self.processes:
-            process.check()
 
-
-def run(sites: Sequence[Site], *, run_file: Path, run_folder: Path, timeout_s: float, num_threads: int) -> None:
+def run(sites: Sequence[Site], *, log: EventLog, config: UserConfig, timeout_s: float, num_threads: int) -> None:
     """Do a whole run in a federation of processes on this machine.
 
     Args:
         sites: Their agents are started, too.
-        run_file: The run's TOML file.
-        run_folder: Where the server's process writes the run's results; logs go to `run_folder/logs`.
+        log: Events of a run folder that `server.run.prepare` made; the server's process writes them, and those who
+            listen here hear them.
+        config: Flower's run config for `server/app.py`, without the run folder.
         timeout_s: For the run itself, from submission to end.
-        num_threads: CPU threads of each process' linear algebra. Results are bit-equal for equal numbers only.
+        num_threads: CPU threads of each process' linear algebra; 0: all cores. Results are bit-equal for equal
+            numbers only.
 
     Raises:
         TransportError: A process did not start, ended early, or the run took too long. The message names a log.
-        RemoteError: The run failed; the message names the log.
+        RemoteError: The run failed; the message says why, or names the log.
     """
-    logs = run_folder / "logs"
+    logs = log.path.parent / "logs"
+    given = {**config, "run-folder": str(log.path.parent.absolute()), "num-threads": num_threads}
+    num_old = len(events.read(log.path)) if log.path.is_file() else 0
     with federation(sites, logs=logs, num_threads=num_threads) as running:
-        config = {"run-file": str(run_file.absolute()), "run-folder": str(run_folder.absolute())}
-        run_id = running.link.start_run(config, bundle=link.build_bundle())
-        state = wait(running, run_id, timeout_s=timeout_s)
-        log_path = logs / "server-app.log"
-        log_path.write_text(running.link.log_of(run_id))
-        if not state.is_completed:
-            raise RemoteError(f"the run ended as {state.sub_status or state.status}; see {log_path}")
+        run_id = running.link.start_run(given, bundle=link.build_bundle())
+        last = _relay(running, run_id, log, num_old=num_old, timeout_s=timeout_s)
+        state = wait(running, run_id, timeout_s=_END_S)
+        (logs / SERVER_LOG).write_text(running.link.log_of(run_id))
+    if not state.is_completed:
+        raise RemoteError(f"the run failed: {last.get('reason', 'its server process ended')}; see {logs / SERVER_LOG}")
 
 
 def wait(running: Federation, run_id: int, *, timeout_s: float) -> RunState:
@@ -123,6 +126,21 @@ def wait(running: Federation, run_id: int, *, timeout_s: float) -> RunState:
     return running.link.state(run_id)
 
 
+def _relay(running: Federation, run_id: int, log: EventLog, *, num_old: int, timeout_s: float) -> events.Event:
+    """Tell the events that the server's process writes to those who listen here; returns the last one."""
+    end = time.monotonic() + timeout_s
+
+    def is_over() -> bool:
+        _check(running.processes, what="the run to end", end=end, timeout_s=timeout_s)
+        return running.link.state(run_id).is_finished
+
+    last: events.Event = {}
+    for last in events.follow(log.path, is_over=is_over, num_skipped=num_old, poll_s=2 * _POLL_S):
+        for listener in log.listeners:
+            listener(last)
+    return last
+
+
 @contextmanager
 def federation(
     sites: Sequence[Site], *, logs: Path, num_threads: int = 1, start_timeout_s: float = 120.0
@@ -132,7 +150,7 @@ def federation(
     Args:
         sites: Their agents are started, too.
         logs: Folder for one log file a process; made if it is not there.
-        num_threads: CPU threads of each process' linear algebra.
+        num_threads: CPU threads of each process' linear algebra; 0: all cores.
         start_timeout_s: For all processes together.
 
     Raises:
@@ -187,7 +205,8 @@ def environment(*, flwr_home: Path, num_threads: int) -> dict[str, str]:
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [source, env.get("PYTHONPATH", "")]))
     env["FLWR_HOME"] = str(flwr_home)
     env["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] = str(_TASK_POLL_S)
-    return env | {"OMP_NUM_THREADS": str(num_threads), "PYTHONUNBUFFERED": "1"}
+    env["PYTHONUNBUFFERED"] = "1"
+    return env | ({"OMP_NUM_THREADS": str(num_threads)} if num_threads else {})
 
 
 def start(name: str, command: Sequence[str], *, logs: Path, env: Mapping[str, str]) -> Process:
@@ -244,11 +263,16 @@ def _until(is_done: Callable[[], bool], *, what: str, timeout_s: float, watched:
     """Poll until something holds; fail when time is over or a process ends meanwhile."""
     end = time.monotonic() + timeout_s
     while not is_done():
-        for process in watched:
-            process.check()
-        if time.monotonic() > end:
-            raise TransportError(f"waited {timeout_s:g} s for {what}; see the logs in {watched[0].log_path.parent}")
+        _check(watched, what=what, end=end, timeout_s=timeout_s)
         time.sleep(_POLL_S)
+
+
+def _check(watched: Sequence[Process], *, what: str, end: float, timeout_s: float) -> None:
+    """Fail when time is over or a process has ended."""
+    for process in watched:
+        process.check()
+    if time.monotonic() > end:
+        raise TransportError(f"waited {timeout_s:g} s for {what}; see the logs in {watched[0].log_path.parent}")
 
 
 def _accepts(address: str) -> bool:

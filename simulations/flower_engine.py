@@ -114,12 +114,14 @@ def _start_ray(num_workers: int, *, folder: str) -> None:
             num_cpus=num_workers,
             include_dashboard=False,
             logging_level=logging.ERROR,
+            log_to_driver=False,  # what a site could not do is in its own log
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
             _temp_dir=folder,
             _node_ip_address="127.0.0.1",
         )
     except (RuntimeError, OSError, ValueError) as error:
-        raise TransportError(f"Ray did not start ({type(error).__name__}): free some memory and disk, or use another engine") from error
+        what = type(error).__name__
+        raise TransportError(f"Ray did not start ({what}): free some memory and disk, or use another engine") from error
 
 
 def _require_ray() -> None:

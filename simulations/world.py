@@ -65,6 +65,15 @@ def load_sites(settings: config.RunConfig) -> dict[str, SiteData]:
     Raises:
         DataError: Rows are missing or unusable.
     """
+    return {site: split_site(rows, settings) for site, rows in load_tables(settings).items()}
+
+
+def load_tables(settings: config.RunConfig) -> dict[str, list[dict[str, Any]]]:
+    """Every site's rows with all their columns, sites ascending; see `load_sites`.
+
+    Raises:
+        DataError: Rows are missing or unusable.
+    """
     data = settings.data
     table: list[dict[str, Any]] = (
         list(records.generate()) if data.source == "embedded" else read.read_table(data.source)
@@ -78,7 +87,7 @@ def load_sites(settings: config.RunConfig) -> dict[str, SiteData]:
         unit_column=data.unit_column,
         seed=settings.seed,
     )
-    return {site: split_site(rows, settings) for site, rows in sorted(parts.items())}
+    return dict(sorted(parts.items()))
 
 
 def split_site(table: list[dict[str, Any]], settings: config.RunConfig) -> SiteData:

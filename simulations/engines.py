@@ -1,0 +1,164 @@
+"""The same run under Flower's two engines: virtual sites in Ray workers, or real processes over TLS.
+
+`simulations.run.in_process` is the third. All three give the same adapter, bit by bit, on the CPU with as many threads.
+"""
+
+import functools
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app.user_config import UserConfig
+from flwr.serverapp import Grid
+
+from client.agent import SiteData
+from common import config, events, wire
+from common.events import EventLog
+from common.manifest import RunManifest
+from common.model import Engine
+from common.wire import Frame
+from server import checkpoint
+from server import run as server_run
+from server.grid import GridFleet
+from server.run import Outcome
+from simulations import deployment, site_files, world
+from simulations.world import Failures
+
+SPARE_S = 300.0  # of a deployed run beyond its own time limits: starting processes, loading the base, export
+
+
+def ray(
+    settings: config.RunConfig,
+    *,
+    engine: Engine,
+    base_folder: Path,
+    log: EventLog,
+    num_workers: int,
+    num_threads: int,
+    num_gpus_per_worker: float = 0.0,
+    resume: bool = False,
+) -> Outcome:
+    """Virtual sites in Ray workers, each of which loads the base once.
+
+    Args:
+        settings: The run file.
+        engine: The base on the coordinator's side, in this process.
+        base_folder: Where the workers load it from.
+        log: Events of a folder that `server.run.prepare` made.
+        num_workers: Processes that play the sites.
+        num_threads: CPU threads of torch in each; 0: all cores.
+        num_gpus_per_worker: May be a fraction.
+        resume: Go on after the newest whole checkpoint.
+
+    Raises:
+        TransportError: Ray or Flower's engine failed.
+        SilotuneError: As `server.run.execute`.
+    """
+    from simulations import flower_engine  # loads Ray
+
+    folder = log.path.parent
+
+    def main(grid: Grid) -> Outcome:
+        fleet = GridFleet(grid)
+        return server_run.execute(settings, fleet=fleet, engine=engine, folder=folder, log=log, resume=resume)
+
+    sites = Sites(
+        config.resolved_json(settings), str(base_folder.absolute()), num_threads, str(folder.absolute() / "sites")
+    )
+    return flower_engine.run(
+        main,
+        functools.partial(_answer_of, sites),
+        num_sites=len(world.load_tables(settings)),
+        num_workers=num_workers,
+        num_gpus_per_worker=num_gpus_per_worker,
+    )
+
+
+def deployed(
+    settings: config.RunConfig,
+    *,
+    engine: Engine,
+    base_folder: Path,
+    log: EventLog,
+    num_threads: int,
+    resume: bool = False,
+) -> Outcome:
+    """SuperLink, SuperNodes, couriers and agents as processes of this machine.
+
+    The sites' rows lie in a temporary folder of this user while the run lasts.
+
+    Args:
+        settings: The run file.
+        engine: To know the run by its hash; the server's process loads its own.
+        base_folder: Where all processes load the base from.
+        log: Events of a folder that `server.run.prepare` made.
+        num_threads: CPU threads of torch in each process; 0: all cores.
+        resume: Go on after the newest whole checkpoint.
+
+    Raises:
+        TransportError: A process did not start or ended early; the message names its log.
+        RemoteError: The run failed; the message says why.
+    """
+    folder, times = log.path.parent, settings.federation
+    with tempfile.TemporaryDirectory(prefix="silotune-sites-") as files:
+        sites = site_files.write(
+            world.load_tables(settings),
+            settings=settings,
+            folder=Path(files),
+            base_folder=base_folder.absolute(),
+            log_folder=folder.absolute() / "sites",
+            num_threads=num_threads,
+        )
+        limit_s = times.join_timeout_s + (2 * times.num_rounds + 1) * times.round_timeout_s + SPARE_S
+        given: UserConfig = {"base-folder": str(base_folder.absolute()), "resume": resume}
+        deployment.run(sites, log=log, config=given, timeout_s=limit_s, num_threads=num_threads)
+    return _outcome(settings, engine, folder)
+
+
+def _outcome(settings: config.RunConfig, engine: Engine, folder: Path) -> Outcome:
+    """The end of a run that another process did, read from its folder."""
+    manifest = RunManifest(settings, engine.base_sha256, engine.tensor_specs)
+    last = settings.federation.num_rounds
+    found = checkpoint.load(folder, engine.tensor_specs, num_rounds=last, run_sha256=manifest.sha256)
+    joined = [event for event in events.read(folder / server_run.EVENTS_FILE) if event["kind"] == "site_joined"]
+    return Outcome(found.tensors, dict(sorted((event["site"], event["num_examples"]) for event in joined)), folder)
+
+
+@dataclass(frozen=True)
+class Sites:
+    """All that a worker needs to play any site of a run; travels with every message, so it is small.
+
+    Attributes:
+        settings: The run file, as `config.resolved_json` writes it.
+        base_folder: Where the worker finds the base.
+        num_threads: CPU threads of torch.
+        log_folder: Of the sites' logs.
+    """
+
+    settings: str
+    base_folder: str
+    num_threads: int
+    log_folder: str
+
+
+@functools.cache
+def _world(sites: Sites) -> tuple[RunManifest, Engine, dict[str, SiteData]]:
+    """Manifest, base and rows of a run, once a worker process."""
+    settings = config.RunConfig.model_validate_json(sites.settings)
+    found_here = settings.model.model_copy(update={"base": sites.base_folder})
+    engine = world.load_engine(settings.model_copy(update={"model": found_here}), num_threads=sites.num_threads)
+    return RunManifest(settings, engine.base_sha256, engine.tensor_specs), engine, world.load_sites(settings)
+
+
+@functools.cache
+def _answer_of(sites: Sites, site_index: int) -> Callable[[bytes], bytes]:
+    """A virtual site's `answer`, once a worker process; the index counts the sorted names from 0.
+
+    The run is opened at once: a site's next message may come to another worker than its first.
+    """
+    manifest, engine, data = _world(sites)
+    name = sorted(data)[site_index]
+    agent = world.make_agent(name, data[name], engine, Failures(Path(sites.log_folder)))
+    agent.answer(wire.pack(Frame("open", body=manifest.to_bytes())))
+    return agent.answer

@@ -1,0 +1,76 @@
+"""Virtual sites as files on disk, as real sites have them: rows, and a site's own file that says where they are."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import config, storage
+from simulations.deployment import Site
+
+
+def write(
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    settings: config.RunConfig,
+    folder: Path,
+    base_folder: Path,
+    log_folder: Path,
+    num_threads: int,
+) -> list[Site]:
+    """Write every site's rows and own file.
+
+    Args:
+        tables: Rows by site.
+        settings: The run; a site's column names are taken from it.
+        folder: Where to; short, as each agent's socket is in it, too.
+        base_folder: The base model's folder.
+        log_folder: A folder for each agent's own log is made in it.
+        num_threads: CPU threads of each agent.
+
+    Returns:
+        The sites, with the command that starts each one's agent.
+
+    Raises:
+        StorageError: Disk full or not writable.
+    """
+    return [
+        _write_site(name, rows, settings=settings, folder=folder / str(number), lines=_shared(base_folder, num_threads),
+                    log_folder=log_folder / name)
+        for number, (name, rows) in enumerate(sorted(tables.items()))
+    ]  # fmt: skip
+
+
+def _write_site(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    settings: config.RunConfig,
+    folder: Path,
+    lines: Sequence[str],
+    log_folder: Path,
+) -> Site:
+    """One site's folder: `rows.jsonl`, `node.toml` and the place of the agent's socket."""
+    data, rows_file, socket_path = settings.data, folder / "rows.jsonl", folder / "agent.sock"
+    columns = ("instruction_column", "input_column", "output_column", "unit_column")
+    named = [f"{column} = {_quoted(getattr(data, column))}" for column in columns]
+    text = [
+        *("[site]", f"name = {_quoted(name)}", "[data]", f"path = {_quoted(rows_file)}", *named, *lines),
+        *("[agent]", f"socket = {_quoted(socket_path)}", f"log_folder = {_quoted(log_folder)}"),
+    ]
+    storage.write_atomic(rows_file, "".join(json.dumps(row, default=str) + "\n" for row in rows).encode())
+    storage.write_atomic(folder / "node.toml", "\n".join([*text, ""]).encode())
+    folder.chmod(0o700)
+    command = (sys.executable, "-m", "client.cli", "serve", str(folder / "node.toml"))
+    return Site(name=name, command=command, socket_path=socket_path)
+
+
+def _shared(base_folder: Path, num_threads: int) -> list[str]:
+    """What is the same in every site's own file."""
+    return ["[model]", f"base = {_quoted(base_folder)}", "[hardware]", f"num_threads = {num_threads}"]
+
+
+def _quoted(value: object) -> str:
+    """A TOML string; JSON's escapes are valid in it."""
+    return json.dumps(str(value))
