@@ -1,0 +1,66 @@
+"""What tests share: the network guard, one thread a process, and the tiny base."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # idle threads of OpenMP spin, and starve whoever shares the cores
+
+import pytest
+from hypothesis import settings as hypothesis_settings
+
+from common import quiet
+from tests import tiny
+from tests.guard import pytest_configure, pytest_unconfigure, refused_connections
+
+if TYPE_CHECKING:
+    from common.model import Engine
+
+__all__ = ["pytest_configure", "pytest_unconfigure", "refused_connections"]
+
+quiet.hush()
+hypothesis_settings.register_profile("silotune", deadline=None, max_examples=40, derandomize=True)
+hypothesis_settings.load_profile("silotune")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a two-layer Llama with random weights."""
+    return tiny.make_base(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="session")
+def load_tiny(tiny_base: Path) -> Callable[..., "Engine"]:
+    """Load the tiny base as a run file says; `changes` are as on the command line."""
+    from common import model
+
+    def load(changes: Mapping[str, str] | None = None, *, folder: Path = tiny_base) -> "Engine":
+        settings = tiny.settings(folder, changes)
+        return model.load(
+            folder,
+            model=settings.model,
+            adapter_settings=settings.adapter,
+            seed=settings.seed,
+            device_name="cpu",
+            num_threads=1,
+            gradient_checkpointing=settings.training.gradient_checkpointing,
+        )
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def shared_engine(load_tiny: Callable[..., "Engine"]) -> "Engine":
+    """The tiny base in float32, loaded once; take `engine` instead."""
+    return load_tiny()
+
+
+@pytest.fixture
+def engine(shared_engine: "Engine") -> "Engine":
+    """The tiny base in float32 with its adapter as attached."""
+    from common import adapter
+
+    adapter.write(shared_engine.model, shared_engine.initial)
+    shared_engine.model.zero_grad()
+    return shared_engine

@@ -1,0 +1,95 @@
+"""A tiny base, tiny sites and tiny runs: seconds where the real ones take minutes. All random values come from fixed seeds."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from common import config
+from common.rows import Message, Row
+
+WORDS = ("ache", "burn", "cold", "dose", "ear", "fall", "gut", "heart", "itch", "jaw", "knee", "lung")
+RUN_FILE = """
+version = 1
+name = "tiny"
+seed = 5
+model.base = "{base}"
+model.quantization = "none"
+adapter.r = 4
+adapter.alpha = 8
+data.max_length_tokens = 64
+training.batch_size = 4
+training.learning_rate = 2e-2
+training.local_epochs = 1.0
+federation.num_rounds = 2
+federation.min_sites = 2
+federation.num_sites = 3
+federation.round_timeout_s = 60
+privacy.mode = "none"
+wire.dtype = "float32"
+"""
+
+
+def settings(base: Path | str, changes: Mapping[str, str] | None = None) -> config.RunConfig:
+    """A run of two rounds; `changes` are as on the command line."""
+    return config.parse(RUN_FILE.format(base=base), name="run.toml", overrides=changes or {})
+
+
+def row(number: int, *, site: str = "north") -> Row:
+    """A question with a rule behind its answer, so that a few steps lower the loss."""
+    word = WORDS[number % len(WORDS)]
+    question = Message("user", f"{site} sees {word} {number % 7}: code?")
+    return Row((question, Message("assistant", word.upper())), unit=f"{site}-{number // 2}", row_id=f"row {number}")
+
+
+def rows(count: int, *, site: str = "north") -> list[Row]:
+    """The first `count` rows of a site; two rows a unit."""
+    return [row(number, site=site) for number in range(count)]
+
+
+def make_base(folder: Path) -> Path:
+    """A Llama of two layers with random weights, and a byte-level tokenizer with a chat template, as files."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder)
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        LlamaForCausalLM(shape).save_pretrained(folder)
+    return folder
+
+
+def make_tokenizer():
+    """Byte-level BPE with a few merges, trained on the rows above."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from common import chat
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [message.content for number in range(84) for message in row(number).messages]
+    core.train_from_iterator(texts, trainer)
+    built = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|pad|>")
+    built.chat_template = chat.CHATML
+    return built
