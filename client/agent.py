@@ -79,7 +79,7 @@ class Agent:
         try:
             request = wire.unpack(frame, max_body_bytes=MAX_BODY_BYTES)
             if request.kind not in self._steps:
-                raise ProtocolError(f"no such request: '{request.kind[:64]}'")
+                raise ProtocolError(f"no such request: '{wire.shown(request.kind)}'")
             return wire.pack(self._steps[request.kind](request))
         except Exception as error:  # noqa: BLE001  the site's edge: no text of any error may cross
             return wire.pack(self._refuse(error))

@@ -50,7 +50,13 @@ def canonical_json(value: object) -> bytes:
 
 
 def pack(frame: Frame) -> bytes:
-    """Frame to bytes."""
+    """Frame to bytes.
+
+    Raises:
+        ValueError: The head names a kind of its own, or holds a number that is not finite.
+    """
+    if "kind" in frame.head:
+        raise ValueError("a frame's kind is not part of its head")
     head = canonical_json({"kind": frame.kind, **frame.head})
     framed = b"".join((_PREFIX.pack(MAGIC, VERSION, len(head), len(frame.body)), head, frame.body))
     return framed + hashlib.sha256(framed).digest()
@@ -64,7 +70,8 @@ def unpack(data: bytes, *, max_body_bytes: int) -> Frame:
         max_body_bytes: Largest body that the reader accepts.
 
     Raises:
-        WireError: Wrong magic, version, length or hash; head that is not an object with a `kind`; body too large.
+        WireError: Wrong magic, version, length or hash; head that is not the canonical form of an object with a `kind`;
+            body too large.
     """
     head_bytes, body = _split(data, max_body_bytes=max_body_bytes)
     head = _parse_head(head_bytes)
@@ -83,11 +90,21 @@ def expect(data: bytes, kind: str, *, max_body_bytes: int) -> Frame:
     """
     frame = unpack(data, max_body_bytes=max_body_bytes)
     if frame.kind == "refused":
-        code, reference = (str(frame.head.get(key, ""))[:64] for key in ("code", "reference"))
+        code, reference = (shown(frame.head.get(key, "")) for key in ("code", "reference"))
         raise RemoteError(f"refused with {code}; the site's log has the reason under reference {reference}")
     if frame.kind != kind:
-        raise WireError(f"frame is of kind '{frame.kind[:64]}', expected '{kind}'")
+        raise WireError(f"frame is of kind '{shown(frame.kind)}', expected '{kind}'")
     return frame
+
+
+def shown(text: object, *, limit: int = 64) -> str:
+    """A peer's text, fit for a message: short and without control characters.
+
+    Example:
+        >>> shown("update\\x1b[2J")
+        'update?[2J'
+    """
+    return "".join(character if character.isprintable() else "?" for character in str(text)[:limit])
 
 
 def _split(data: bytes, *, max_body_bytes: int) -> tuple[bytes, bytes]:
@@ -108,13 +125,14 @@ def _split(data: bytes, *, max_body_bytes: int) -> tuple[bytes, bytes]:
 
 
 def _parse_head(head_bytes: bytes) -> dict[str, Any]:
-    """The head as an object without duplicate keys."""
+    """The head as an object; one in canonical form has no duplicate keys, no NaN and no half characters."""
     try:
-        head = json.loads(head_bytes, object_pairs_hook=unique_pairs, parse_constant=_refuse_constant)
+        head = json.loads(head_bytes)
+        is_canonical = canonical_json(head) == head_bytes
     except (ValueError, RecursionError) as error:
         raise WireError("frame head is not strict JSON") from error
-    if not isinstance(head, dict):
-        raise WireError("frame head is not a JSON object")
+    if not isinstance(head, dict) or not is_canonical:
+        raise WireError("frame head is not a JSON object in canonical form")
     return head
 
 
@@ -124,8 +142,3 @@ def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("duplicate key")
     return result
-
-
-def _refuse_constant(name: str) -> float:
-    """JSON has no NaN or Infinity; Python's parser would accept them."""
-    raise ValueError(name)
