@@ -10,8 +10,7 @@ from common import cli, quiet
 app = cli.make(
     "silotune-client",
     "Check your rows, see them as the model will, and serve training. Nothing here sends a row anywhere.",
-    examples="Examples:  silotune-client check node.toml   |   silotune-client preview node.toml --limit 3   |   "
-    "silotune-client serve node.toml",
+    examples=("silotune-client check node.toml", "silotune-client preview node.toml --base smollm2"),
 )
 NodeFile = Annotated[Path, typer.Argument(help="This site's own file.", metavar="NODE.toml")]
 BaseOption = Annotated[str, typer.Option(help="A base, to count and show tokens: a folder or a name in the store.")]
@@ -22,7 +21,15 @@ LengthOption = Annotated[int | None, typer.Option(help="The run's data.max_lengt
 def check(
     node_file: NodeFile, base: BaseOption = "", max_length_tokens: LengthOption = None, json: cli.JsonOption = False
 ) -> None:
-    """Read this site's rows and say what is there: counts only, and every problem with its row."""
+    """Count this site's rows and name every problem.
+
+    Prints counts only; a problem is named by its row, never by its text.
+
+    \b
+    Examples:
+      silotune-client check node.toml
+      silotune-client check node.toml --base smollm2 --max-length-tokens 512
+    """
     from client import rows
     from client.data.check import render
     from common import config
@@ -40,7 +47,14 @@ def preview(
     max_length_tokens: LengthOption = None,
     json: cli.JsonOption = False,
 ) -> None:
-    """Show this site its own rows as tokens; those that the loss covers stand out. Stays on this screen."""
+    """Show this site its rows as the model gets them.
+
+    The tokens that the loss covers stand out. Nothing leaves this screen.
+
+    \b
+    Examples:
+      silotune-client preview node.toml --base smollm2 --limit 2
+    """
     from client import rows
     from client.data.check import render_preview
     from common import config
@@ -53,7 +67,14 @@ def preview(
 
 @app.command()
 def serve(node_file: NodeFile) -> None:
-    """Hold rows and base, and answer the courier until stopped. Has no network of its own."""
+    """Hold rows and base; answer the courier.
+
+    Runs until stopped, and has no network of its own.
+
+    \b
+    Examples:
+      silotune-client serve node.toml
+    """
     from client import serve as serving
     from client import service
     from common import config

@@ -18,14 +18,14 @@ SetOption = Annotated[
 ]
 
 
-def make(name: str, summary: str, *, examples: str) -> typer.Typer:
+def make(name: str, summary: str, *, examples: Sequence[str]) -> typer.Typer:
     """A command with sub-commands; its help ends with examples."""
     return typer.Typer(
         name=name,
         help=summary,
-        epilog=examples,
+        epilog="\n\n".join(["Examples:", *examples]),
         no_args_is_help=True,
-        rich_markup_mode=None,
+        rich_markup_mode="rich",
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )

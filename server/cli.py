@@ -10,8 +10,10 @@ from common import cli, quiet
 app = cli.make(
     "silotune-server",
     "Launch federated runs, see how they stand, and export what they made.",
-    examples="Examples:  silotune-server run RUN.toml --superlink 127.0.0.1:8000 --ca ca.pem   |   "
-    "silotune-server status runs/triage   |   silotune-server export runs/triage --merged merged",
+    examples=(
+        "silotune-server run RUN.toml --superlink 127.0.0.1:8000 --ca ca.pem",
+        "silotune-server status runs/triage",
+    ),
 )
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN_FOLDER")]
 
@@ -23,11 +25,20 @@ def run(
     ca: Annotated[Path, typer.Option(help="PEM certificate that the SuperLink's own must lead to.")],
     output: Annotated[Path | None, typer.Option(help="The run's folder; default: a new one.")] = None,
     base: Annotated[Path | None, typer.Option(help="Folder of the base; default: model.base, in the store.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on after the newest finished round in --output.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the newest finished round in --output.")
+    ] = False,
     set_: cli.SetOption = None,
     json: cli.JsonOption = False,
 ) -> None:
-    """Start a run at the SuperLink of this machine and show it until it ends."""
+    """Start a run at the SuperLink and watch it.
+
+    The SuperLink must be on this machine. Ctrl-C ends the watching, not the run.
+
+    \b
+    Examples:
+      silotune-server run RUN.toml --superlink 127.0.0.1:8000 --ca ca.pem
+    """
     from common import config
     from server import launch
 
@@ -38,8 +49,36 @@ def run(
 
 
 @app.command()
+def register(
+    public_key: Annotated[Path, typer.Argument(help="A node's public key, OpenSSH or PEM.", metavar="NODE.pub")],
+    name: Annotated[str, typer.Option(help="What to call the node.")],
+    superlink: Annotated[str, typer.Option(help="Address of the SuperLink, host:port.")],
+    ca: Annotated[Path, typer.Option(help="PEM certificate that the SuperLink's own must lead to.")],
+    json: cli.JsonOption = False,
+) -> None:
+    """Let a site's node connect to the SuperLink.
+
+    \b
+    Examples:
+      silotune-server register alder.pub --name alder --superlink 127.0.0.1:8000 --ca ca.pem
+    """
+    from server import link
+
+    node_id = link.register_file(public_key, name=name, address=superlink, ca_file=ca)
+    cli.emit({"name": name, "node_id": node_id}, as_json=json, show=lambda: cli.show(f"{name}: node {node_id}"))
+
+
+@app.command()
 def status(run_folder: RunFolder, json: cli.JsonOption = False) -> None:
-    """Tell how a run stands, from its events; writes its report.html anew."""
+    """Tell how a run stands.
+
+    Reads the run's events and draws its report.html anew.
+
+    \b
+    Examples:
+      silotune-server status runs/triage
+      silotune-server status runs/triage --json
+    """
     from server import status as standing
 
     result = standing.read(run_folder)
@@ -55,7 +94,15 @@ def export(
     base: Annotated[Path | None, typer.Option(help="Folder of the base; default: model.base, in the store.")] = None,
     json: cli.JsonOption = False,
 ) -> None:
-    """Write an adapter that plain peft loads, and on demand the base with it merged in."""
+    """Write the adapter, or the base with it merged in.
+
+    The adapter is a folder that plain peft loads; the merged base is bf16.
+
+    \b
+    Examples:
+      silotune-server export runs/triage --round 5 --output adapter-5
+      silotune-server export runs/triage --base smollm2-folder --merged merged
+    """
     from server import finish
 
     result = finish.export_run(run_folder, num_rounds=round_, output=output, merged=merged, base=base)

