@@ -1,13 +1,15 @@
 """What crosses a boundary, as frozen dataclasses with a strict way in."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
+from common import wire
 from common.errors import WireError
 
 T = TypeVar("T")
+MAX_NUMBER: Final = 2**53
+MAX_CHARACTERS: Final = 256
 
 
 @dataclass(frozen=True)
@@ -115,27 +117,26 @@ def to_head(record: Any) -> dict[str, Any]:
 
 
 def from_head(kind: type[T], head: dict[str, Any]) -> T:
-    """A frame head as a record: exactly its fields, of exactly their types, finite and not negative.
+    """A frame head as a record: exactly its fields, of exactly their types, numbers from 0 to 2^53.
+
+    Sums over many sites stay finite within that limit, and every whole number below it has a float.
 
     Raises:
-        WireError: A field is missing, unknown, of another type, negative or not finite.
+        WireError: A field is missing, unknown, of another type or out of range.
     """
     fields = {f.name: f.type for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if head.keys() != fields.keys():
-        wrong = sorted(head.keys() ^ fields.keys())
-        raise WireError(f"{kind.__name__} has missing or unknown fields: {', '.join(wrong)[:200]}")
-    for name, expected in fields.items():
-        _check_scalar(name, head[name], expected)
-    return kind(**head)
+        wrong = ", ".join(sorted(head.keys() ^ fields.keys()))
+        raise WireError(f"{kind.__name__} has missing or unknown fields: {wire.shown(wrong, limit=200)}")
+    return kind(**{name: _scalar(name, head[name], expected) for name, expected in fields.items()})
 
 
-def _check_scalar(name: str, value: object, expected: Any) -> None:
-    """One field: exact type (bool is not int), text of bounded length, numbers finite and at least 0."""
-    if expected is float and type(value) is int:
-        value = float(value)
-    if type(value) is not expected:
+def _scalar(name: str, value: Any, expected: Any) -> Any:
+    """One field: exact type (bool is not int, but a whole number is a float), bounded."""
+    if type(value) is not expected and (type(value), expected) != (int, float):
         raise WireError(f"field {name} is {type(value).__name__}, expected {expected.__name__}")
-    if isinstance(value, str) and len(value) > 256:
-        raise WireError(f"field {name} has {len(value)} characters; the limit is 256")
-    if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
-        raise WireError(f"field {name} is negative or not finite")
+    if expected is str and len(value) > MAX_CHARACTERS:
+        raise WireError(f"field {name} has {len(value)} characters; the limit is {MAX_CHARACTERS}")
+    if expected in (int, float) and not 0 <= value <= MAX_NUMBER:
+        raise WireError(f"field {name} is not a number from 0 to 2^53")
+    return expected(value)

@@ -1,4 +1,4 @@
-"""A tiny base, tiny sites and tiny runs: seconds where the real ones take minutes. All random values come from fixed seeds."""
+"""A tiny base, tiny sites and tiny runs: seconds where real ones take minutes. Seeds are fixed."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -49,7 +49,7 @@ def test_stored_frames_stay_readable_and_are_still_written_the_same(kind):
 
 def test_layout_is_the_documented_one():
     head = b'{"kind":"train","round_index":3}'
-    assert SMALL == envelope(head, b"body")
+    assert envelope(head, b"body") == SMALL
     assert SMALL[:18] == b"SILO" + b"\1\0" + b"\x20\0\0\0" + b"\4\0\0\0\0\0\0\0"
 
 
