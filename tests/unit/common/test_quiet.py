@@ -1,9 +1,12 @@
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from common import quiet
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_switches_win_over_what_was_set():
@@ -19,14 +22,21 @@ def test_the_hub_can_be_allowed():
     assert environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
 
 
-def test_flower_reads_the_switches():
-    code = (
-        "from common import quiet; quiet.hush()\n"
-        "from flwr.supercore import telemetry; print(telemetry.FLWR_TELEMETRY_ENABLED)"
-    )
-    root = Path(__file__).parents[3]
-    told = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
-    assert told.stdout.strip() == "0"
+def send_an_event(environ: dict[str, str], *, first: str) -> None:
+    code = f"{first}\nfrom flwr.supercore.telemetry import EventType, create_event\ncreate_event(EventType.PING, {{}})"
+    environ = {**os.environ, **environ}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, env=environ)
+
+
+def test_flower_tells_nobody(tmp_path, refused_connections):
+    send_an_event({"FLWR_HOME": str(tmp_path)}, first="from common import quiet; quiet.hush()")
+    assert refused_connections.read_text() == ""
+
+
+def test_control_flower_would_tell(tmp_path, refused_connections):
+    send_an_event({"FLWR_HOME": str(tmp_path), "FLWR_TELEMETRY_ENABLED": "1"}, first="")
+    assert "telemetry.flower" in refused_connections.read_text()
+    refused_connections.write_text("")
 
 
 def test_only_the_harmless_warning_is_dropped(caplog):
