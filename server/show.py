@@ -129,6 +129,7 @@ class Screen:
         if self._has_header:
             return
         self._has_header = True
+        self._sites.sort()
         names = [f"{'round':>6}", f"{'held-out':>9}", *(f"{site:>{_width(site)}}" for site in self._sites)]
         names += [f"{'gap':>7}", f"{'down':>9}", f"{'up':>9}", f"{'time':>8}"]
         self._print("")

@@ -17,6 +17,9 @@ RunFile = Annotated[Path, typer.Argument(help="The run file.", metavar="RUN.toml
 OutputOption = Annotated[Path | None, typer.Option(help="The run's folder; default: a new one under output.folder.")]
 ModelOption = Annotated[str, typer.Option("--model", help="Another base: a folder or a name in the store.")]
 DataOption = Annotated[str, typer.Option("--data", help="Other rows: JSONL, JSON, CSV, Parquet, or a datasets id.")]
+ThreadsOption = Annotated[
+    int, typer.Option(min=0, help="CPU threads; 0: all cores, or one in each process of the other engines.")
+]
 StoreOption = Annotated[Path | None, typer.Option(help="Folder with base models.")]
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 
@@ -27,6 +30,7 @@ def demo(
     model: ModelOption = "",
     data: DataOption = "",
     store: StoreOption = None,
+    threads: ThreadsOption = 0,
     set_: cli.SetOption = None,
     json: cli.JsonOption = False,
 ) -> None:
@@ -39,7 +43,7 @@ def demo(
       silotune-sim demo
       silotune-sim demo --model smollm2 --output runs/mine --json
     """
-    _compare(DEMO, output, model, data, store, set_, json)
+    _compare(DEMO, output, model, data, store, threads, set_, json)
 
 
 @app.command()
@@ -49,6 +53,7 @@ def compare(
     model: ModelOption = "",
     data: DataOption = "",
     store: StoreOption = None,
+    threads: ThreadsOption = 0,
     set_: cli.SetOption = None,
     json: cli.JsonOption = False,
 ) -> None:
@@ -60,7 +65,7 @@ def compare(
     Examples:
       silotune-sim compare RUN.toml --set training.learning_rate=1e-3
     """
-    _compare(run_file, output, model, data, store, set_, json)
+    _compare(run_file, output, model, data, store, threads, set_, json)
 
 
 @app.command()
@@ -76,6 +81,7 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after the newest finished round in --output.")
     ] = False,
+    threads: ThreadsOption = 0,
     set_: cli.SetOption = None,
     json: cli.JsonOption = False,
 ) -> None:
@@ -91,7 +97,9 @@ def run(
     """
     from simulations import commands
 
-    order = commands.Order(run_file, output, model, data, store, cli.overrides(set_), is_quiet=json)
+    order = commands.Order(
+        run_file, output, model, data, store, cli.overrides(set_), is_quiet=json, num_threads=threads
+    )
     result = commands.run(order, engine=engine, resume=resume)
     cli.emit(result, as_json=json, show=lambda: cli.show(commands.ending(result)))
 
@@ -138,14 +146,25 @@ def bench(
 
 
 def _compare(
-    run_file: Path, output: Path | None, model: str, data: str, store: Path | None, set_: list[str] | None, json: bool
+    run_file: Path,
+    output: Path | None,
+    model: str,
+    data: str,
+    store: Path | None,
+    threads: int,
+    set_: list[str] | None,
+    json: bool,
 ) -> None:
     """Shared by `demo` and `compare`."""
     from simulations import commands
 
-    order = commands.Order(run_file, output, model, data, store, cli.overrides(set_), is_quiet=json)
+    order = commands.Order(run_file, output, model, data, store, cli.overrides(set_), json, threads)
     result = commands.compare(order)
-    cli.emit(result, as_json=json, show=lambda: cli.show(commands.comparison_table(result), commands.ending(result)))
+    cli.emit(
+        result,
+        as_json=json,
+        show=lambda: cli.show(commands.comparison_table(result), commands.ending(result)),
+    )
 
 
 def main() -> None:

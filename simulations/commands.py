@@ -1,5 +1,6 @@
 """What the commands of `silotune-sim` do, between options and printing."""
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from common.errors import ConfigError
 from common.events import EventLog
 from server import report
 from server import run as server_run
+from server.run import Outcome
 from server.show import Screen, percent
 from simulations import compare as comparing
 from simulations import run as running
@@ -34,6 +36,7 @@ class Order:
     store: Path | None
     overrides: Mapping[str, str]
     is_quiet: bool
+    num_threads: int = 0
 
     def settings(self) -> config.RunConfig:
         """The run file with the command line's settings."""
@@ -53,7 +56,8 @@ class Order:
         """Settings, base and sites; rows first, since they are quick to be found wrong."""
         settings = self.settings()
         sites = world.load_sites(settings)
-        engine = world.load_engine(settings, store_folder=self.store or store.DEFAULT)
+        folder = self.store or store.DEFAULT
+        engine = world.load_engine(settings, store_folder=folder, num_threads=self.num_threads)
         return World(settings, engine, sites, self.folder(settings))
 
     def log(self, shared: World, *, resume: bool = False) -> EventLog:
@@ -89,10 +93,30 @@ def run(order: Order, *, engine: str, resume: bool) -> dict[str, Any]:
         raise ConfigError(f"--engine {engine}: choose one of {', '.join(ENGINES)}")
     shared = order.world()
     log = order.log(shared, resume=resume)
-    outcome = running.in_process(
-        shared.settings, sites=shared.sites, engine=shared.engine, folder=shared.folder, log=log, resume=resume
-    )
+    outcome = _play(order, shared, log, engine=engine, resume=resume)
     return {"adapter": str(outcome.folder / server_run.EXPORT_FOLDER), **_places(order, shared)}
+
+
+def _play(order: Order, shared: World, log: EventLog, *, engine: str, resume: bool) -> Outcome:
+    """The same run under the engine that was chosen."""
+    settings = shared.settings
+    if engine == "in-process":
+        return running.in_process(
+            settings, sites=shared.sites, engine=shared.engine, folder=shared.folder, log=log, resume=resume
+        )
+    from simulations import engines
+
+    common_part: dict[str, Any] = {
+        "engine": shared.engine,
+        "base_folder": order.base_folder(settings),
+        "log": log,
+        "resume": resume,
+    }
+    num_threads = order.num_threads or 1
+    if engine == "deployment":
+        return engines.deployed(settings, num_threads=num_threads, **common_part)
+    num_workers = min(len(shared.sites), len(os.sched_getaffinity(0)))
+    return engines.ray(settings, num_threads=num_threads, num_workers=num_workers, **common_part)
 
 
 def _places(order: Order, shared: World) -> dict[str, str]:
