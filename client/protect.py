@@ -31,10 +31,10 @@ def subtract(after: Tensors, before: Tensors) -> RawDelta:
     """What local training changed.
 
     Raises:
-        ModelError: The result holds NaN or infinity.
+        ModelError: The result holds NaN, infinity or a value that no training gives.
     """
     difference = {name: after[name] - before[name] for name in before}
-    adapter.check_finite(difference, what="local update")
+    adapter.check_values(difference, what="local update")
     return RawDelta(difference)
 
 

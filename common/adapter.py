@@ -7,6 +7,7 @@ from typing import Any, Final, Literal
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from common import wire
@@ -17,6 +18,7 @@ Tensors = Mapping[str, Tensor]
 WireDtype = Literal["float32", "bfloat16"]
 
 MAX_HEADER_BYTES: Final = 1 << 20
+MAX_VALUE: Final = 1e6
 _CODES: Final = {"float32": "F32", "bfloat16": "BF16"}
 _TORCH: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SIZES: Final = {"float32": 4, "bfloat16": 2}
@@ -73,19 +75,23 @@ def check_specs(found: Sequence[TensorSpec], expected: Sequence[TensorSpec]) -> 
     difference = sorted(set(found) ^ set(expected), key=lambda spec: spec.name)
     if difference:
         name = difference[0].name
-        shapes = [{spec.name: spec.shape for spec in side}.get(name, "absent") for side in (found, expected)]
-        raise ModelError(f"adapter tensor {name}: found {shapes[0]}, expected {shapes[1]}; {len(difference)} differ")
+        sides = ({spec.name: spec.shape for spec in side}.get(name, "absent") for side in (found, expected))
+        was, wanted = (wire.shown(shape) for shape in sides)
+        tensor = wire.shown(name, limit=200)
+        raise ModelError(f"adapter tensor {tensor}: found {was}, expected {wanted}; {len(difference)} differ")
 
 
-def check_finite(tensors: Tensors, *, what: str) -> None:
-    """Refuse NaN and infinity.
+def check_values(tensors: Tensors, *, what: str) -> None:
+    """Refuse NaN, infinity and values that no training gives but that would overflow where updates are multiplied.
 
     Raises:
         ModelError: Names the first tensor.
     """
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{what}: tensor {name} holds NaN or infinity; lower training.learning_rate")
+        if not bool((tensor.abs() <= MAX_VALUE).all()):
+            raise ModelError(
+                f"{what}: tensor {name} holds NaN, infinity or a value over {MAX_VALUE:g}; lower training.learning_rate"
+            )
 
 
 def encode(tensors: Tensors, *, dtype: WireDtype) -> bytes:
@@ -109,14 +115,22 @@ def decode(data: bytes, tensor_specs: Sequence[TensorSpec], *, dtype: WireDtype)
 
     Raises:
         WireError: Header too large or not strict JSON; gaps, overlaps or trailing bytes; another dtype.
-        ModelError: Names or shapes differ, or a value is not finite.
+        ModelError: Names or shapes differ, or a value is not finite or too large.
     """
     header = _parse_header(data)
     check_specs([TensorSpec(name, _shape(entry)) for name, entry in header.items()], tensor_specs)
     _check_layout(header, num_bytes=len(data) - 8 - _header_size(data), dtype=dtype)
-    tensors = {name: tensor.to(torch.float32) for name, tensor in safetensors.torch.load(data).items()}
-    check_finite(tensors, what="received adapter")
+    tensors = {name: tensor.to(torch.float32) for name, tensor in _load(data).items()}
+    check_values(tensors, what="received adapter")
     return tensors
+
+
+def _load(data: bytes) -> dict[str, Tensor]:
+    """Tensors of bytes that were found right; safetensors still refuses some headers that Python's JSON takes."""
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise WireError("safetensors header is not strict JSON") from error
 
 
 def _header_size(data: bytes) -> int:
@@ -139,7 +153,9 @@ def _parse_header(data: bytes) -> dict[str, dict[str, Any]]:
         raise WireError("safetensors header is not an object")
     for name, entry in header.items():
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            raise WireError(f"safetensors entry '{name[:200]}' does not have exactly dtype, shape and data_offsets")
+            raise WireError(
+                f"safetensors entry '{wire.shown(name, limit=200)}' does not have exactly dtype, shape and data_offsets"
+            )
     return header
 
 
@@ -164,7 +180,9 @@ def _check_layout(header: dict[str, dict[str, Any]], *, num_bytes: int, dtype: W
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         size = torch.Size(entry["shape"]).numel() * _SIZES[dtype]
         if entry["dtype"] != _CODES[dtype] or entry["data_offsets"] != [end, end + size]:
-            raise WireError(f"safetensors entry '{name[:200]}' is not {size} bytes of {dtype} at offset {end}")
+            raise WireError(
+                f"safetensors entry '{wire.shown(name, limit=200)}' is not {size} bytes of {dtype} at offset {end}"
+            )
         end += size
     if end != num_bytes:
         raise WireError(f"safetensors body has {num_bytes} bytes; its tensors have {end}")
