@@ -18,6 +18,7 @@ CHATML: Final = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+CHATML_TOKENS: Final = ("<|im_start|>", "<|im_end|>")
 # Taori et al. 2023, github.com/tatsu-lab/stanford_alpaca, the prompt without input. A system message is its preamble.
 ALPACA: Final = (
     "{% if messages[0]['role'] != 'system' %}"
@@ -99,8 +100,9 @@ def remedy(tokenizer: "Tokenizer") -> str:
     Returns:
         The end of a message.
     """
-    is_chatml = str(tokenizer.chat_template).endswith(CHATML)
-    return f'set model.chat_template = "{"alpaca" if is_chatml else "chatml"}"'
+    is_possible = set(CHATML_TOKENS) <= tokenizer.get_vocab().keys()
+    is_tried = str(tokenizer.chat_template).endswith(CHATML)
+    return f'set model.chat_template = "{"chatml" if is_possible and not is_tried else "alpaca"}"'
 
 
 def _answer_span(
@@ -112,8 +114,8 @@ def _answer_span(
     for prefix, longer in pairwise((before, through, text)):
         if not longer.startswith(prefix):
             raise ModelError(
-                f"{where}: the chat template renders a message differently once others follow, so answers cannot be "
-                f"located: {remedy(tokenizer)}"
+                f"{where}: the chat template does not begin a conversation in the way it renders the first part of it "
+                f"alone, so answers cannot be located: {remedy(tokenizer)}"
             )
     answer = through[len(before) :].rstrip()
     if not answer.partition(messages[k].content.strip())[2].strip():

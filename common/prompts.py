@@ -99,7 +99,7 @@ def use_template(tokenizer: "Tokenizer", name: TemplateName) -> "Tokenizer":
     if name == "tokenizer":
         chat.require_template(tokenizer)
     elif name == "chatml":
-        _require_single_tokens(tokenizer, ("<|im_start|>", "<|im_end|>"))
+        _require_single_tokens(tokenizer, chat.CHATML_TOKENS)
         tokenizer.chat_template = chat.CHATML
     elif name == "alpaca":
         if not tokenizer.eos_token:

@@ -39,9 +39,9 @@ def choose(names: set[str], columns: Columns, *, source: str) -> Converter:
         DataError: No shape fits or several do, or a column that the settings name is nowhere.
     """
     shapes: dict[tuple[str, ...], Callable[..., tuple[Turns, int, bool]]] = {
-        (columns.instruction, columns.output): _from_columns,
         ("messages",): _from_messages,
         ("prompt", "completion"): _from_completion,
+        (columns.instruction, columns.output): _from_columns,  # last: settings that name the same columns win
     }
     fitting = {needed: convert for needed, convert in shapes.items() if names.issuperset(needed)}
     if not fitting:

@@ -152,6 +152,11 @@ def test_wrong_encoding_names_the_byte_and_iconv(tmp_path, suffix):
     assert "iconv" in message
 
 
+def test_byte_order_mark_counts_in_the_offset(tmp_path):
+    assert "not UTF-8 at byte 3;" in refuse_file(tmp_path / "a.jsonl", b"\xef\xbb\xbf\xe9\n\xe9")
+    assert "not UTF-8 at byte 3." in refuse_file(tmp_path / "a.json", b"\xef\xbb\xbf\xe9\n\xe9")
+
+
 def test_mixed_encodings_name_every_line(tmp_path):
     good, bad = line(output="café").encode(), line().replace("Fine", "café").encode("latin-1")
     message = refuse_file(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + good + bad + good + bad)

@@ -117,6 +117,12 @@ def test_column_names_are_configurable():
     assert row.messages == (Message("user", "Was?\n\nDas."), Message("assistant", "Dies."))
 
 
+def test_settings_that_name_prompt_and_completion_keep_the_input():
+    columns = Columns(instruction="prompt", input="context", output="completion")
+    (row,) = read.to_rows([{"prompt": "Was?", "context": "Das.", "completion": "Dies."}], columns)
+    assert row.messages[0].content == "Was?\n\nDas."
+
+
 def test_input_column_may_be_missing_or_null():
     rows = read.to_rows(
         [{"instruction": "a", "output": "b"}, {"instruction": "a", "input": None, "output": "b"}], Columns()

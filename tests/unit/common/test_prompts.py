@@ -39,10 +39,7 @@ CORPUS = ["the patient was treated with aspirin\n\n for two weeks, user assistan
 
 
 def make_tokenizer(
-    template: str | None = SMOLLM2,
-    *,
-    is_trimmed: bool = False,
-    specials: tuple[str, ...] = ("<|im_start|>", "<|im_end|>"),
+    template: str | None = SMOLLM2, *, is_trimmed: bool = False, specials: tuple[str, ...] = CONTROL
 ) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer of 400 tokens whose pad token is its end token, as SmolLM2's is."""
     core = Tokenizer(models.BPE())
@@ -111,9 +108,8 @@ def test_every_answer_of_a_conversation_is_covered(tokenizer):
 
 
 def test_answers_in_the_context_are_not_covered(tokenizer):
-    encoded = whole(
-        conversation("one?", "first", "two?", "second", num_context=3), tokenizer, system_prompt="Be brief."
-    )
+    row = conversation("one?", "first", "two?", "second", num_context=2)
+    encoded = whole(row, tokenizer, system_prompt="Be brief.")
     assert covered(encoded, tokenizer) == "second<|im_end|>"
     assert "first" in full_text(encoded, tokenizer)
 
@@ -190,6 +186,24 @@ def test_a_leading_line_break_that_merges_with_the_template_is_left_out_and_the_
     assert [i for i, is_answer in zip(encoded.input_ids, encoded.is_answer, strict=True) if is_answer] == [3, 1]
 
 
+def test_space_of_the_template_is_not_covered_where_offsets_are_trimmed():
+    template = chat.CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant: '").replace(
+        "message['role'] + '\n'", "message['role'] + (': ' if message['role'] == 'assistant' else '\n')"
+    )
+    for is_trimmed in (False, True):
+        tokenizer = make_tokenizer(template, is_trimmed=is_trimmed)
+        assert covered(whole(conversation("a?", "\naspirin"), tokenizer), tokenizer) == "\naspirin<|im_end|>"
+
+
+def test_end_marker_that_merges_with_what_follows_is_refused():
+    core = Tokenizer(models.WordLevel({"[unk]": 0, "#\n": 1, "a": 2}, unk_token="[unk]"))
+    core.pre_tokenizer = pre_tokenizers.Split("#\n", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[unk]")
+    tokenizer.chat_template = chat.CHATML.replace("<|im_end|>", "#")
+    with pytest.raises(ModelError, match="no token ends where an answer ends"):
+        whole(conversation("q", "a"), tokenizer)
+
+
 def test_template_with_spaces_around_the_answer():
     tokenizer = make_tokenizer(LLAMA2)
     encoded = whole(conversation("a?", "yes", "b?", "no"), tokenizer)
@@ -217,7 +231,7 @@ BAD_TEMPLATES = {
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
     "leaves out": "{% for m in messages %}{% if m['role'] != 'system' %}"
     "{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}",
-    "differently once others follow": "{{ messages | length }}" + chat.CHATML,
+    "answers cannot be located": "{{ messages | length }}" + chat.CHATML,
     "refuses the roles": "{% if messages[0]['role'] == 'system' %}"
     "{{ raise_exception(messages[1]['content']) }}{% endif %}" + chat.CHATML,
 }
@@ -233,6 +247,13 @@ def test_template_that_cannot_be_trained_on_is_refused_with_a_remedy(what):
     assert "model.chat_template" in str(caught.value)
     assert CANARY not in "".join(traceback.format_exception(caught.value))
     assert caught.value.exit_code == 4
+
+
+def test_remedy_names_a_template_that_the_tokenizer_can_have():
+    bad = BAD_TEMPLATES["no end token"]
+    for specials, name in ((CONTROL, "chatml"), (("</s>",), "alpaca")):
+        with pytest.raises(ModelError, match=f'model.chat_template = "{name}"'):
+            whole(conversation("a?", "b"), make_tokenizer(bad, specials=specials))
 
 
 def test_tokenizer_without_a_template_is_refused():

@@ -123,9 +123,13 @@ def test_dirichlet_matches_its_published_variance():
 
 
 def test_unit_of_several_labels_counts_under_its_commonest():
-    table = [{"n": n, "patient": "a" if n < 3 else "b", "label": label} for n, label in enumerate("xxyzzz")]
-    sites = partition(table, how="dirichlet", num_sites=2, site_column="label", unit_column="patient")
-    assert sorted(len(rows) for rows in sites.values()) == [3, 3]
+    table = [
+        {"patient": unit, "label": label} for unit in range(20) for label in (f"rare {unit}", *["xy"[unit % 2]] * 2)
+    ]
+    sites = partition(
+        table, how="dirichlet", num_sites=2, site_column="label", unit_column="patient", dirichlet_alpha=1e-6
+    )
+    assert sorted(sorted({row["patient"] % 2 for row in rows}) for rows in sites.values()) == [[0], [1]]
 
 
 def refusal(table, **options) -> str:
