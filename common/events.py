@@ -1,11 +1,12 @@
 """The run's truth: an append-only `events.jsonl` from which terminal, report and dashboard are drawn."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from common.errors import DataError
 from common.storage import storage_error
@@ -34,11 +35,12 @@ class EventLog:
             StorageError: The line could not be written.
         """
         event: Event = {"kind": kind, "time": round(self.clock(), 3), **fields}
-        line = json.dumps(event, ensure_ascii=False, allow_nan=False)
+        line = json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            with self.path.open("a+b") as file:
+                _drop_cut_line(file)
+                file.write(line.encode(errors="replace"))
         except OSError as error:
             raise storage_error(self.path, error) from error
         for listener in self.listeners:
@@ -54,9 +56,8 @@ def read(path: Path) -> list[Event]:
     """
     if not path.is_file():
         raise DataError(f"{path}: no events here; is this a run folder?")
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     try:
-        return [json.loads(line) for line in lines]
+        return [_event(line) for line in path.read_bytes().split(b"\n")[:-1]]
     except ValueError as error:
         raise DataError(f"{path}: a line is not a JSON event") from error
 
@@ -79,3 +80,20 @@ def follow(path: Path, *, is_over: Callable[[], bool], num_skipped: int = 0, pol
         if ended or any(event["kind"] in ("run_finished", "run_failed") for event in fresh):
             return
         time.sleep(poll_s)
+
+
+def _event(line: bytes) -> Event:
+    """One line as an event; ValueError if it is none."""
+    event = json.loads(line)
+    if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
+        raise ValueError("not an event")
+    return event
+
+
+def _drop_cut_line(file: BinaryIO) -> None:
+    """Remove what an earlier writer left unfinished, or the next event would become part of it."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1))
+    if size and file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)

@@ -61,7 +61,7 @@ def parse(data: bytes) -> RunManifest:
     try:
         fields = json.loads(data, object_pairs_hook=wire.unique_pairs)
         manifest = _from_fields(fields)
-    except (ValueError, TypeError, KeyError, RecursionError, ConfigError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError, ConfigError) as error:
         raise WireError(f"not a run manifest of version {VERSION} ({type(error).__name__})") from error
     if manifest.to_bytes() != data:
         raise WireError("run manifest is not in canonical form")

@@ -1,0 +1,144 @@
+import json
+
+import pytest
+
+from common import config, manifest, wire
+from common.errors import WireError
+from common.manifest import RunManifest
+from common.records import TensorSpec
+from tests import tiny
+
+SPECS = (TensorSpec("a.lora_A.weight", (4, 32)), TensorSpec("a.lora_B.weight", (32, 4)))
+HASH = "ab" * 32
+PRIVATE = {
+    "model.base": "/srv/coordinator/bases/eight-billion",
+    "data.source": "/srv/coordinator/rows.jsonl",
+    "evaluation.server_data": "/srv/coordinator/held-out.jsonl",
+    "output.folder": "/srv/coordinator/runs",
+    "output.keep_checkpoints": "3",
+}
+
+
+def make(changes: dict[str, str] | None = None, *, specs: tuple[TensorSpec, ...] = SPECS) -> RunManifest:
+    return RunManifest(tiny.settings("org/base", changes), HASH, specs)
+
+
+def altered(**fields: object) -> bytes:
+    """The canonical bytes with top-level fields replaced."""
+    return wire.canonical_json({**json.loads(make().to_bytes()), **fields})
+
+
+def with_setting(section: str, name: str, value: object) -> bytes:
+    run = json.loads(make().to_bytes())["run"]
+    run[section] = {**run[section], name: value}
+    return altered(run=run)
+
+
+def test_a_site_reads_the_same_manifest_that_the_server_wrote():
+    written = make()
+    found = manifest.parse(written.to_bytes())
+    assert found.to_bytes() == written.to_bytes()
+    assert found.sha256 == written.sha256
+    assert found.tensor_specs == SPECS
+    assert found.run == manifest.public_part(written.run)
+
+
+def test_the_hash_does_not_depend_on_how_the_run_file_was_written():
+    text = '[privacy]\nmode = "none"\n[model]\nbase = "org/base"\n[adapter]\nr = {r}\n'
+    first, second = (
+        RunManifest(config.parse(f"version = 1\n{text.format(r=r)}", name="x"), HASH, SPECS) for r in ("16", "0x10")
+    )
+    assert first.sha256 == second.sha256
+
+
+def test_the_bytes_of_this_version_are_fixed():
+    """Another hash for the same run would shut out every site that has an earlier release: raise VERSION instead."""
+    text = 'version = 1\n[model]\nbase = "org/base"\n[privacy]\nmode = "none"'
+    data = RunManifest(config.parse(text, name="run.toml"), HASH, SPECS).to_bytes()
+    assert json.loads(data)["tensors"] == [["a.lora_A.weight", [4, 32]], ["a.lora_B.weight", [32, 4]]]
+    assert wire.canonical_json(json.loads(data)) == data
+    assert sorted(json.loads(data)) == ["base_sha256", "run", "tensors", "version"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training.learning_rate": "1e-3"},
+        {"federation.num_rounds": "3"},
+        {"adapter.alpha": "9"},
+        {"data.system_prompt": '"Be brief."'},
+        {"wire.dtype": '"bfloat16"'},
+        {"seed": "6"},
+    ],
+)
+def test_every_setting_that_a_site_acts_on_changes_the_hash(changes):
+    assert make(changes).sha256 != make().sha256
+
+
+def test_base_and_tensors_change_the_hash():
+    assert RunManifest(make().run, "cd" * 32, SPECS).sha256 != make().sha256
+    assert make(specs=SPECS[:1]).sha256 != make().sha256
+
+
+def test_what_is_the_coordinators_own_affair_does_not_cross():
+    assert b"/srv" not in make(PRIVATE).to_bytes()
+    assert make(PRIVATE).sha256 == make().sha256
+    assert b"/srv" in config.resolved_json(make(PRIVATE).run).encode()  # control: it was there to be told
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b"\xff",
+        b"[" * 100_000,
+        altered(version=2),
+        altered(version=True),
+        altered(extra=1),
+        altered(base_sha256=7),
+        altered(tensors=[["a", [4, 32]], ["a"]]),
+        altered(tensors=[["a", ["4", 32]]]),
+        altered(tensors=[["a", [4.5, 32]]]),
+        altered(tensors=[["a", 4]]),
+        altered(tensors=7),
+        make().to_bytes().replace(b"[4,32]", b"[Infinity,32]"),
+        altered(run={}),
+        altered(run=None),
+        with_setting("training", "no_such_key", 1),
+        with_setting("training", "learning_rate", "1e-3"),
+        with_setting("training", "learning_rate", -1.0),
+        with_setting("privacy", "mode", "dp"),
+        with_setting("federation", "min_sites", 0),
+    ],
+)
+def test_parse_refuses_what_is_not_a_manifest(data):
+    with pytest.raises(WireError):
+        manifest.parse(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b" " + make().to_bytes(),
+        make().to_bytes() + b"\n",
+        json.dumps(json.loads(make().to_bytes())).encode(),
+        make().to_bytes().decode().encode("utf-16"),
+        make().to_bytes().replace(b'"version":1', b'"version":1.0'),
+        make().to_bytes().replace(b'{"base', b'{"version":1,"base'),
+        wire.canonical_json({**json.loads(make().to_bytes()), "run": {"version": 1}}),
+        with_setting("model", "base", "/srv/coordinator/base"),
+        with_setting("output", "folder", "elsewhere"),
+    ],
+)
+def test_parse_refuses_a_second_way_to_write_the_same_manifest(data):
+    with pytest.raises(WireError):
+        manifest.parse(data)
+
+
+def test_a_refusal_does_not_quote_what_came():
+    with pytest.raises(WireError) as caught:
+        manifest.parse(altered(base_sha256=["planted"]))
+    assert "planted" not in str(caught.value)

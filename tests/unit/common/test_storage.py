@@ -1,0 +1,59 @@
+import errno
+import os
+
+import pytest
+
+from common import storage
+from common.errors import StorageError
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_file_is_written_whole_with_its_folders(tmp_path):
+    path = tmp_path / "a" / "b" / "file"
+    storage.write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace", "chmod"])
+def test_a_full_disk_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch, step):
+    path = tmp_path / "file"
+    storage.write_atomic(path, b"old")
+    monkeypatch.setattr(os, step, full_disk)
+    with pytest.raises(StorageError, match=r"file: cannot write \(No space left on device\); free space") as caught:
+        storage.write_atomic(path, b"new")
+    assert caught.value.exit_code == 8
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_interruption_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "file"
+    storage.write_atomic(path, b"old")
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        storage.write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_bytes_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
+    calls = []
+    for step in ("fsync", "replace"):
+        real = getattr(os, step)
+        monkeypatch.setattr(os, step, lambda *given, step=step, real=real: calls.append(step) or real(*given))
+    storage.write_atomic(tmp_path / "file", b"new")
+    assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(StorageError, match="taken"):
+        storage.write_atomic(tmp_path / "taken" / "file", b"new")
