@@ -11,11 +11,11 @@ from typing import Final
 
 from client import protect
 from client.train import local, schedule
-from common import adapter, evaluation, manifest, prompts, wire
+from common import adapter, evaluation, manifest, model, wire
 from common.errors import ProtocolError, SilotuneError
 from common.manifest import RunManifest
 from common.model import Engine
-from common.prompts import Encoded, EncodingReport
+from common.prompts import Encoded
 from common.records import OpenedHead, RoundPlan, SiteMetrics, UpdateHead, from_head, to_head
 from common.rows import Row
 from common.wire import Frame
@@ -103,8 +103,8 @@ class Agent:
         engine = self._load_engine(run_manifest)
         adapter.check_specs(engine.tensor_specs, run_manifest.tensor_specs)
         data = self._load_data(run_manifest)
-        train, train_report = encode(data.train, engine, run_manifest)
-        held_out, held_out_report = encode(data.held_out, engine, run_manifest)
+        train, train_report = model.encode(engine, data.train, run_manifest.run.data)
+        held_out, held_out_report = model.encode(engine, data.held_out, run_manifest.run.data)
         opened = OpenedHead(
             site=self.site,
             run_sha256=run_manifest.sha256,
@@ -174,15 +174,3 @@ class Agent:
         if plan.round_index > run.manifest.run.federation.num_rounds:
             raise ProtocolError(f"round {plan.round_index} is beyond the manifest's last")
         return run, plan, adapter.decode(request.body, run.manifest.tensor_specs, dtype="float32")
-
-
-def encode(rows: Sequence[Row], engine: Engine, run_manifest: RunManifest) -> tuple[Sequence[Encoded], EncodingReport]:
-    """Rows to tokens as the manifest's `[data]` says."""
-    data = run_manifest.run.data
-    return prompts.encode_all(
-        rows,
-        engine.tokenizer,
-        max_length_tokens=data.max_length_tokens,
-        too_long=data.too_long,
-        system_prompt=data.system_prompt,
-    )

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from client import sitelog
 from client.agent import Agent, SiteData
-from client.data import read, split
+from client.data import split
 from common import config, model, store
+from common.data import read
 from common.manifest import RunManifest
 from common.model import Engine
 from common.rows import Columns, Row

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from common import adapter, config, prompts, quiet
 from common.errors import ModelError
 from common.records import TensorSpec
+from common.rows import Row
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BASE_SUFFIXES: Final = (".safetensors", ".json", ".jinja", ".model", ".txt")
@@ -244,6 +245,23 @@ def linear_names(base: nn.Module) -> list[str]:
     """Last names of the linear modules that an adapter could target."""
     linears = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
     return sorted(linears)
+
+
+def encode(
+    engine: Engine, rows: Sequence[Row], data: config.DataConfig
+) -> tuple[list[prompts.Encoded], prompts.EncodingReport]:
+    """Rows to tokens and masks as `[data]` says.
+
+    Raises:
+        DataError: No row is left, or one is too long and `data.too_long` is `error`.
+    """
+    return prompts.encode_all(
+        rows,
+        engine.tokenizer,
+        max_length_tokens=data.max_length_tokens,
+        too_long=data.too_long,
+        system_prompt=data.system_prompt,
+    )
 
 
 def answer_nll(model: nn.Module, batch: prompts.Batch) -> tuple[torch.Tensor, int]:

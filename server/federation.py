@@ -1,7 +1,7 @@
 """A run in progress: the manifest, the fleet and the sites that opened the run."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,21 @@ from common.adapter import encode
 from common.errors import ProtocolError, SilotuneError, TooFewSitesError
 from common.events import EventLog
 from common.manifest import RunManifest
+from common.model import Engine
+from common.prompts import Encoded
 from common.records import OpenedHead, RoundPlan, SiteMetrics, from_head, to_head
 from common.wire import Frame
 from server import collect
 from server.aggregate.method import Method, State
 from server.fleet import Fleet
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """Held-out rows of the coordinator's own (`evaluation.server_data`)."""
+
+    engine: Engine
+    encoded: Sequence[Encoded]
 
 
 @dataclass
@@ -32,6 +42,7 @@ class Federation:
         refused: Why nodes did not open it.
         doubtful: Nodes that failed at a step; their agent may have started anew, so they are offered the run again.
         metrics: Last held-out figures of each site, by name.
+        own_rows: The coordinator's own held-out rows, and the engine that scores them; None without any.
         clock: Seconds, monotonic.
     """
 
@@ -44,6 +55,7 @@ class Federation:
     refused: dict[int, str] = field(default_factory=dict)
     doubtful: set[int] = field(default_factory=set)
     metrics: dict[str, SiteMetrics] = field(default_factory=dict)
+    own_rows: OwnRows | None = None
     clock: Callable[[], float] = time.monotonic
 
     @property

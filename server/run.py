@@ -4,15 +4,17 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import adapter, config, storage
+from common import adapter, config, model, storage
 from common.adapter import Tensors
+from common.data import read
 from common.errors import ConfigError, DataError
 from common.events import EventLog
 from common.manifest import RunManifest, parse
 from common.model import Engine
+from common.rows import Columns
 from server import checkpoint, export, federation, rounds
 from server.aggregate import table
-from server.federation import Federation
+from server.federation import Federation, OwnRows
 from server.fleet import Fleet
 
 RUN_FILE = "run.json"
@@ -57,6 +59,7 @@ def execute(
     fed = Federation(manifest, fleet, table.find(settings.aggregation.method), folder, log)
     start, first_round = _start(manifest, engine, folder, resume=resume)
     storage.write_atomic(folder / MANIFEST_FILE, manifest.to_bytes())
+    fed.own_rows = read_own_rows(settings, engine)
     log.append("run_started", **plan(manifest, engine), first_round=first_round)
     federation.wait_for_sites(fed)
     tensors = rounds.run(fed, start, first_round=first_round)
@@ -96,6 +99,20 @@ def stored_settings(folder: Path) -> config.RunConfig:
         return config.RunConfig.model_validate(json.loads((folder / RUN_FILE).read_bytes()))
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: not a run folder (no readable {RUN_FILE})") from error
+
+
+def read_own_rows(settings: config.RunConfig, engine: Engine) -> OwnRows | None:
+    """The coordinator's held-out rows as tokens; None if the run file names none.
+
+    Raises:
+        DataError: The file is missing or unusable.
+    """
+    if not settings.evaluation.server_data:
+        return None
+    data = settings.data
+    columns = Columns(data.instruction_column, data.input_column, data.output_column)
+    rows = read.read(settings.evaluation.server_data, columns=columns)
+    return OwnRows(engine, model.encode(engine, rows, data)[0])
 
 
 def stored_manifest(folder: Path) -> RunManifest:

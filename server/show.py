@@ -138,6 +138,8 @@ class Screen:
     def _notes(self, event: Event, finished: Event) -> str:
         """What a reader should not miss."""
         notes = []
+        if event["server_loss"] is not None:
+            notes.append(f"coordinator's rows {event['server_loss']:.3f}")
         if event["stale"]:
             notes.append(f"[yellow]stale: {_escape(', '.join(event['stale']))}[/]")
         if finished and finished["gap"] > self._gap_warning:

@@ -7,8 +7,9 @@ from typing import Any
 
 from client import sitelog
 from client.agent import Agent, SiteData
-from client.data import read, split
+from client.data import split
 from common import config, model, store
+from common.data import read
 from common.model import Engine
 from common.rows import Columns
 from simulations import partition

@@ -1,6 +1,6 @@
 """The current global adapter on every site's held-out rows."""
 
-from common import wire
+from common import adapter, evaluation, wire
 from common.errors import ProtocolError, SilotuneError
 from common.records import RoundPlan, SiteMetrics, from_head
 from server import collect
@@ -35,7 +35,7 @@ def evaluate(federation: Federation, state: State, *, num_rounds: int, generate:
         if metrics is not None:
             federation.metrics[metrics.site] = metrics
             fresh.add(metrics.site)
-    return _log(federation, num_rounds=num_rounds, fresh=fresh)
+    return _log(federation, num_rounds=num_rounds, fresh=fresh, server_loss=_own_loss(federation, state))
 
 
 def mean_loss(metrics: list[SiteMetrics]) -> float:
@@ -64,7 +64,18 @@ def _read(federation: Federation, answer: collect.Answer, plan: RoundPlan) -> Si
     return metrics
 
 
-def _log(federation: Federation, *, num_rounds: int, fresh: set[str]) -> float:
+def _own_loss(federation: Federation, state: State) -> float | None:
+    """The same figure on the coordinator's own held-out rows; None without any."""
+    own = federation.own_rows
+    if own is None:
+        return None
+    adapter.write(own.engine.model, state)
+    batch_size = federation.manifest.run.evaluation.batch_size
+    nll_sum, num_tokens = evaluation.held_out_nll(own.engine, own.encoded, batch_size=batch_size)
+    return nll_sum / num_tokens
+
+
+def _log(federation: Federation, *, num_rounds: int, fresh: set[str], server_loss: float | None) -> float:
     """Write the `evaluated` event and return the mean loss."""
     if not federation.metrics:
         raise ProtocolError("no site answered an evaluation; see the sites' logs")
@@ -74,6 +85,7 @@ def _log(federation: Federation, *, num_rounds: int, fresh: set[str]) -> float:
         num_rounds=num_rounds,
         loss=mean_loss(metrics),
         exact_match=exact_match(metrics),
+        server_loss=server_loss,
         stale=[m.site for m in metrics if m.site not in fresh],
         sites={m.site: {"loss": m.loss, "num_rows": m.num_rows, "exact_match": exact_match([m])} for m in metrics},
     )

@@ -9,8 +9,9 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from client.data import check, read
+from client.data import check
 from common import chat
+from common.data import read
 from common.rows import Columns
 
 CANARY = "Zyxwvut-4711"

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from client.data import read
+from common.data import read
 from common.rows import Columns, Message
 
 ROWS = [
@@ -198,7 +198,8 @@ def test_text_survives_jsonl_unchanged(tmp_path_factory, rows):
 
 def test_importing_the_reader_loads_no_heavy_library():
     heavy = "{'torch', 'transformers', 'datasets', 'pyarrow', 'pandas'}"
-    code = f"import sys; from client.data import check, read, split; print({heavy} & set(sys.modules))"
+    modules = "from client.data import check, split; from common.data import read"
+    code = f"import sys; {modules}; print({heavy} & set(sys.modules))"
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "set()"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from client.data import files, read
+from common.data import files, read
 from common.errors import DataError
 from common.rows import Columns
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
-from client.data.problems import UnusableError
+from common.data.problems import UnusableError
 from common.errors import DataError
 from common.rows import Columns, Message, Row
 

@@ -6,7 +6,7 @@ Its errors are not kept as causes: their text may quote rows.
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from client.data.files import Located
+from common.data.files import Located
 from common.errors import DataError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from client.data.problems import Problems, UnusableError
+from common.data.problems import Problems, UnusableError
 from common.errors import DataError
 
 MAX_JSON_BYTES: Final = 512 << 20

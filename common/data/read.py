@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from client.data import files, hub, shapes
-from client.data.files import Located
-from client.data.problems import Problems, UnusableError
+from common.data import files, hub, shapes
+from common.data.files import Located
+from common.data.problems import Problems, UnusableError
 from common.errors import DataError
 from common.rows import Columns, Row
 
