@@ -1,16 +1,18 @@
 """What the three commands share: errors to exit codes, `--json`, quick help. Loads neither torch nor Flower."""
 
+import itertools
 import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
 from common.errors import ConfigError, SilotuneError
 
+INTERRUPTED: Final = 130
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, as the last line of stdout.")]
 SetOption = Annotated[
     list[str] | None,
@@ -42,8 +44,12 @@ def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> None:
         app(given)
     except SilotuneError as error:
         _fail(str(error), code=type(error).__name__, exit_code=error.exit_code, as_json="--json" in given)
-    except KeyboardInterrupt:
-        _fail("stopped; finished rounds are on disk", code="Interrupted", exit_code=130, as_json="--json" in given)
+    except (KeyboardInterrupt, SystemExit) as end:
+        if getattr(end, "code", INTERRUPTED) != INTERRUPTED:  # typer makes an exit of an interruption
+            raise
+        _fail(
+            "stopped; finished rounds are on disk", code="Interrupted", exit_code=INTERRUPTED, as_json="--json" in given
+        )
     except Exception as error:  # noqa: BLE001  the program's edge
         frames = traceback.extract_tb(error.__traceback__)
         places = "\n".join(f"  {frame.filename}:{frame.lineno} in {frame.name}" for frame in frames)
@@ -60,10 +66,12 @@ def emit(result: dict[str, Any], *, as_json: bool, show: Callable[[], None]) -> 
 
 
 def show(*renderables: Any) -> None:
-    """Print for people."""
+    """Print for people; a path in brackets is text, not markup."""
     from rich.console import Console
+    from rich.text import Text
 
-    Console(highlight=False).print(*renderables, sep="\n", soft_wrap=True)
+    shown = [Text(item) if isinstance(item, str) else item for item in renderables]
+    Console(highlight=False).print(*shown, sep="\n", soft_wrap=True)
 
 
 def overrides(pairs: Sequence[str] | None) -> dict[str, str]:
@@ -81,8 +89,8 @@ def overrides(pairs: Sequence[str] | None) -> dict[str, str]:
 
 def fresh_folder(parent: Path, name: str) -> Path:
     """`parent/name`, or the first of `name-2`, `name-3`, ... that does not exist."""
-    candidates = [parent / name, *(parent / f"{name}-{number}" for number in range(2, 10_000))]
-    return next(folder for folder in candidates if not folder.exists())
+    numbered = (parent / f"{name}-{number}" for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([parent / name], numbered) if not folder.exists())
 
 
 def _fail(message: str, *, code: str, exit_code: int, as_json: bool) -> None:

@@ -1,6 +1,7 @@
 """Where base models lie on this machine; nothing here ever asks a hub."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from common.errors import ModelError
@@ -44,7 +45,8 @@ def find_by_hash(wanted_sha256: str, folders: list[Path]) -> Path:
     from common.model import hash_base
 
     for folder in folders:
-        if (folder / "config.json").is_file() and hash_base(folder) == wanted_sha256:
-            return folder
+        with suppress(ModelError):  # such as a download that was cut off
+            if hash_base(folder) == wanted_sha256:
+                return folder
     looked = ", ".join(str(folder) for folder in folders) or "nothing"
     raise ModelError(f"no base with hash {wanted_sha256} here (looked at {looked}); fetch the base that the run names")

@@ -1,0 +1,145 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from common import cli, errors
+from common.errors import ConfigError, SilotuneError
+
+TREE = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, SilotuneError)]
+EXIT_CODES = {
+    "SilotuneError": 1,
+    "ConfigError": 2,
+    "DataError": 3,
+    "ModelError": 4,
+    "PrivacyError": 5,
+    "ProtocolError": 6,
+    "WireError": 6,
+    "TooFewSitesError": 6,
+    "RemoteError": 6,
+    "TransportError": 7,
+    "StorageError": 8,
+}
+CANARY = "patient Ada Lovelace has a rare disease"
+
+
+def run(command, *arguments: str) -> int:
+    """Run a command that has one sub-command; its exit code."""
+    app = cli.make("trial", "A trial.", examples="")
+    app.command("go")(command)
+    app.callback()(lambda: None)
+    try:
+        cli.run(app, ["go", *arguments])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("kind", TREE, ids=lambda kind: kind.__name__)
+def test_every_error_class_has_its_exit_code_and_one_line(kind, capsys):
+    def fail() -> None:
+        raise kind("run.toml: what is wrong and the remedy")
+
+    assert run(fail) == EXIT_CODES[kind.__name__] == kind.exit_code
+    told = capsys.readouterr()
+    assert told.err == "error: run.toml: what is wrong and the remedy\n"
+    assert told.out == ""
+
+
+def test_only_a_broken_link_may_be_tried_again_unchanged():
+    assert [kind.__name__ for kind in TREE if kind.is_retryable] == ["TransportError"]
+
+
+def test_json_ends_with_an_error_object(capsys):
+    def fail(json: cli.JsonOption = False) -> None:
+        raise ConfigError("key foo")
+
+    assert run(fail, "--json") == 2
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert json.loads(told) == {"error": {"code": "ConfigError", "message": "key foo", "exit_code": 2}}
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_the_message_of_a_foreign_error_is_never_shown(as_json, capsys):
+    caught = []
+
+    def fail(json: cli.JsonOption = False) -> None:
+        try:
+            raise ValueError(CANARY) from KeyError(CANARY)
+        except ValueError as error:
+            caught.append(str(error))
+            raise
+
+    assert run(fail, *["--json"] * as_json) == 1
+    told = capsys.readouterr()
+    assert CANARY not in told.out + told.err
+    assert "internal error ValueError" in told.err
+    assert "test_cli.py" in told.err
+    assert caught == [CANARY]  # control: it was there to be shown
+
+
+def test_ctrl_c_says_that_finished_rounds_are_kept(capsys):
+    def fail(json: cli.JsonOption = False) -> None:
+        raise KeyboardInterrupt
+
+    assert run(fail, "--json") == 130
+    told = capsys.readouterr()
+    assert "finished rounds are on disk" in told.err
+    assert json.loads(told.out)["error"]["code"] == "Interrupted"
+
+
+@pytest.mark.parametrize("arguments", [["--no-such-option"], ["surplus"]])
+def test_wrong_usage_has_the_code_of_wrong_settings(arguments, capsys):
+    assert run(lambda: None, *arguments) == 2
+    assert capsys.readouterr().err
+
+
+def test_a_result_is_one_json_line_or_what_people_read(capsys):
+    cli.emit({"loss": 1.5, "site": "zürich"}, as_json=True, show=lambda: print("never"))
+    assert capsys.readouterr().out == '{"loss": 1.5, "site": "zürich"}\n'
+    cli.emit({}, as_json=False, show=lambda: cli.show("for [people]", "two"))
+    assert capsys.readouterr().out == "for [people]\ntwo\n"
+
+
+def test_settings_on_the_command_line_become_overrides():
+    assert cli.overrides(["a.b=1", " a.c = x=y "]) == {"a.b": "1", "a.c": "x=y"}
+    assert cli.overrides(None) == cli.overrides([]) == {}
+
+
+@pytest.mark.parametrize("pair", ["a.b", "=1", ""])
+def test_a_setting_without_key_or_sign_is_refused_with_the_right_form(pair):
+    with pytest.raises(ConfigError, match=r"section\.key=value"):
+        cli.overrides([pair])
+
+
+def test_the_last_of_two_values_for_one_setting_counts():
+    assert cli.overrides(["a.b=1", "a.b=2"]) == {"a.b": "2"}
+
+
+def test_a_new_folder_never_meets_an_old_one(tmp_path):
+    assert cli.fresh_folder(tmp_path, "demo") == tmp_path / "demo"
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo-2").mkdir()
+    assert cli.fresh_folder(tmp_path, "demo") == tmp_path / "demo-3"
+
+
+@pytest.mark.parametrize("command", ["simulations.cli", "client.cli", "server.cli"])
+def test_help_answers_at_once_without_the_heavy_libraries(command):
+    heavy = ["torch", "transformers", "peft", "flwr", "bitsandbytes", "datasets", "ray", "grpc", "pandas"]
+    code = (
+        f"import sys, {command} as c\n"
+        "sys.argv = ['x', '--help']\n"
+        "try: c.main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        f"print('loaded', sorted(set({heavy}) & set(sys.modules)))\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines()[-1] == "loaded []"
+    assert "Usage" in told.stdout
+
+
+def test_control_the_probe_sees_a_heavy_library():
+    code = "import sys, numpy\nprint(sorted({'numpy'} & set(sys.modules)))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout == "['numpy']\n"
