@@ -23,11 +23,13 @@ class Answer:
         node_id: Whose.
         frame: The reply's bytes; None if there is none.
         reason: A short code in words; empty with a frame.
+        is_late: Nothing at all came before the deadline.
     """
 
     node_id: int
     frame: bytes | None
     reason: str
+    is_late: bool = False
 
 
 def ask(
@@ -62,7 +64,7 @@ def ask(
         if len(tickets) == num_before:
             sleep(POLL_S)
     for node in tickets.values():
-        yield Answer(node, None, f"no answer within {timeout_s:g} s")
+        yield Answer(node, None, f"no answer within {timeout_s:g} s", is_late=True)
 
 
 def read_update(data: bytes, manifest: RunManifest, plan: RoundPlan) -> tuple[UpdateHead, Tensors]:

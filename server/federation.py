@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from common import wire
 from common.adapter import encode
@@ -18,6 +18,8 @@ from common.wire import Frame
 from server import collect
 from server.aggregate.method import Method, State
 from server.fleet import Fleet
+
+RETRY_S: Final = 1.0  # between offers to a node whose agent is away
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Federation:
         log: Its events.
         sites: What each node told when it opened the run.
         refused: Why nodes did not open it.
+        away: Nodes that are connected and did not answer the offer: their agent may yet start.
         doubtful: Nodes that failed at a step; their agent may have started anew, so they are offered the run again.
         metrics: Last held-out figures of each site, by name.
         own_rows: The coordinator's own held-out rows, and the engine that scores them; None without any.
@@ -53,6 +56,7 @@ class Federation:
     log: EventLog
     sites: dict[int, OpenedHead] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
+    away: dict[int, str] = field(default_factory=dict)
     doubtful: set[int] = field(default_factory=set)
     metrics: dict[str, SiteMetrics] = field(default_factory=dict)
     own_rows: OwnRows | None = None
@@ -72,8 +76,12 @@ class Federation:
         return [node_id for node_id in self.fleet.node_ids() if node_id in self.sites]
 
     def fail(self, answer: collect.Answer, error: SilotuneError, *, step: str) -> None:
-        """Log that a site's answer does not count, and doubt the site."""
-        self.doubtful.add(answer.node_id)
+        """Log that a site's answer does not count, and doubt the site.
+
+        One that is merely late is not doubted: to offer it the run again would cost a second wait.
+        """
+        if not answer.is_late:
+            self.doubtful.add(answer.node_id)
         reason = collect.reason_of(error)
         self.log.append("site_failed", site=self.name(answer.node_id), step=step, reason=reason)
 
@@ -97,7 +105,7 @@ def wait_for_sites(federation: Federation, *, sleep: Callable[[float], None] = t
             return
         if federation.clock() >= deadline or _is_hopeless(federation):
             raise TooFewSitesError(_who_is_missing(federation, wanted))
-        sleep(collect.POLL_S)
+        sleep(collect.POLL_S if not federation.away else RETRY_S)
 
 
 def rejoin(federation: Federation) -> None:
@@ -110,19 +118,24 @@ def rejoin(federation: Federation) -> None:
 
 
 def join(federation: Federation) -> None:
-    """Offer the run to connected nodes that have neither opened nor refused it."""
+    """Offer the run to connected nodes that have neither opened nor refused it; those whose agent was away, again."""
     known = federation.sites.keys() | federation.refused.keys()
     newcomers = [node_id for node_id in federation.fleet.node_ids() if node_id not in known]
     offer = wire.pack(Frame("open", body=federation.manifest.to_bytes()))
     frames = dict.fromkeys(newcomers, offer)
-    for answer in collect.ask(federation.fleet, frames, kind="open", timeout_s=federation.timeout_s):
+    timeout_s = federation.manifest.run.federation.join_timeout_s
+    for answer in collect.ask(federation.fleet, frames, kind="open", timeout_s=timeout_s):
         _admit(federation, answer)
 
 
 def _admit(federation: Federation, answer: collect.Answer) -> None:
     """Take a node in, or remember why not."""
+    federation.away.pop(answer.node_id, None)
+    if answer.frame is None:
+        federation.away[answer.node_id] = answer.reason
+        return
     try:
-        head = _read_opened(federation, answer)
+        head = _read_opened(federation, answer.frame)
     except SilotuneError as error:
         federation.refused[answer.node_id] = collect.reason_of(error)
         federation.log.append("site_refused", node=answer.node_id, reason=collect.reason_of(error))
@@ -131,11 +144,9 @@ def _admit(federation: Federation, answer: collect.Answer) -> None:
     federation.log.append("site_joined", node=answer.node_id, **_without_run(head))
 
 
-def _read_opened(federation: Federation, answer: collect.Answer) -> OpenedHead:
+def _read_opened(federation: Federation, frame: bytes) -> OpenedHead:
     """A node's answer to the offer, checked."""
-    if answer.frame is None:
-        raise ProtocolError(answer.reason)
-    head = from_head(OpenedHead, wire.expect(answer.frame, "opened", max_body_bytes=0).head)
+    head = from_head(OpenedHead, wire.expect(frame, "opened", max_body_bytes=0).head)
     if head.run_sha256 != federation.manifest.sha256 or not head.num_examples:
         raise ProtocolError("answered for another run, or has no rows")
     if head.site in {other.site for other in federation.sites.values()}:
@@ -151,8 +162,11 @@ def _is_hopeless(federation: Federation) -> bool:
 
 def _who_is_missing(federation: Federation, wanted: int) -> str:
     """How many are there, how many are needed, and what the others said."""
-    reasons = "; ".join(f"node {node}: {reason}" for node, reason in sorted(federation.refused.items()))
-    return f"{len(federation.sites)} sites opened the run, {wanted} are needed. Refusals: {reasons or 'none'}"
+    others = sorted((federation.refused | federation.away).items())
+    reasons = "; ".join(f"node {node}: {reason}" for node, reason in others)
+    return (
+        f"{len(federation.sites)} sites opened the run, {wanted} are needed; {reasons or 'no other node is connected'}"
+    )
 
 
 def _without_run(head: OpenedHead) -> dict[str, Any]:

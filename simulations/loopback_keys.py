@@ -1,5 +1,6 @@
 """Throw-away keys for a federation on one machine: a certificate for loopback, and node keys. Never for production."""
 
+import argparse
 import datetime
 import ipaddress
 from pathlib import Path
@@ -20,6 +21,15 @@ def write_certificates(folder: Path) -> None:
     (folder / "ca.pem").write_bytes(ca.public_bytes(serialization.Encoding.PEM))
     (folder / "server.pem").write_bytes(server.public_bytes(serialization.Encoding.PEM))
     _write_private(folder / "server.key", server_key, serialization.PrivateFormat.PKCS8)
+
+
+def main() -> None:
+    """Write the certificates into a folder: `python -m simulations.loopback_keys FOLDER`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="made if it is not there, readable by this user only")
+    folder: Path = parser.parse_args().folder
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_certificates(folder)
 
 
 def write_node_key(path: Path) -> bytes:
@@ -61,3 +71,7 @@ def _write_private(path: Path, key: ec.EllipticCurvePrivateKey, form: serializat
     """Write an unencrypted key that only this user can read."""
     path.touch(mode=0o600)
     path.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+
+
+if __name__ == "__main__":
+    main()

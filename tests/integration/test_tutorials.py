@@ -1,0 +1,65 @@
+"""Every command of the tutorials, run as it stands there."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TIMEOUT_S = 600
+
+
+@pytest.mark.parametrize("tutorial", TUTORIALS, ids=lambda path: path.stem)
+def test_every_command_of_a_tutorial_runs(tutorial: Path, tmp_path: Path) -> None:
+    commands = []
+    for language, rest, body in BLOCK.findall(tutorial.read_text(encoding="utf-8")):
+        if named := re.search(r"file=(\S+)", rest):
+            (tmp_path / named[1]).write_text(body, encoding="utf-8")
+        elif language == "bash":
+            commands.append(body)
+    assert commands
+    result = run_script("\n".join(commands), folder=tmp_path)
+    assert result.returncode == 0, logs(tmp_path)
+
+
+def test_a_failing_command_fails_the_tutorial(tmp_path: Path) -> None:
+    assert run_script("silotune-client check nowhere.toml", folder=tmp_path).returncode == 2
+
+
+def run_script(script: str, *, folder: Path) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    log = folder / "tutorial.log"
+    process = subprocess.Popen(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "HOME": str(folder)},
+        stdin=subprocess.DEVNULL,
+        stdout=log.open("wb"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        process.wait(TIMEOUT_S)
+    finally:
+        stop(process)
+    return subprocess.CompletedProcess(script, process.returncode, log.read_text(errors="replace"))
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End what the script left in the background, too."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def logs(folder: Path) -> str:
+    return "\n".join(
+        f"--- {path}\n{path.read_text(errors='replace')[-1500:]}" for path in sorted(folder.rglob("*.log"))
+    )
