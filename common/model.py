@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -93,7 +94,7 @@ def load(
     base = _load_base(folder, model, device)
     peft_model = _attach(base, adapter_settings, seed=seed)
     if gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
     initial = adapter.read(peft_model)
     return Engine(peft_model, tokenizer, device, base_sha256, adapter.specs(initial), initial)
@@ -160,8 +161,9 @@ def resolve_dtype(settings: config.ModelConfig, device: torch.device) -> torch.d
 def _load_base(folder: Path, settings: config.ModelConfig, device: torch.device) -> Any:
     """The frozen base, quantised as told."""
     dtype = resolve_dtype(settings, device)
+    loaded: Any
     try:
-        base = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             device_map={"": device},
@@ -169,12 +171,18 @@ def _load_base(folder: Path, settings: config.ModelConfig, device: torch.device)
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"{folder}: transformers cannot load this base with model.quantization = '{settings.quantization}' "
             f"on {device.type} ({type(error).__name__})"
         ) from error
+    base, loading = loaded
+    if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random values
+        raise ModelError(
+            f"{folder}: the base's files lack {len(missing)} weights, such as {missing[0]}; fetch it again"
+        )
     base.requires_grad_(False)
     base.config.use_cache = False
     _keep_layout(base)
@@ -225,20 +233,29 @@ def lora_config(settings: config.AdapterConfig) -> LoraConfig:
 
 def _attach(base: Any, settings: config.AdapterConfig, *, seed: int) -> nn.Module:
     """Base with a float32 adapter; A from the seed, B zero."""
+    remedy = f"choose among the linear layers of this base: {', '.join(linear_names(base))}"
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         torch.manual_seed(seed)
         try:
             model = get_peft_model(base, lora_config(settings), autocast_adapter_dtype=True)
         except ValueError as error:
-            raise ModelError(
-                f"adapter.targets = '{settings.targets}' matches no module of this base; it has "
-                f"{', '.join(linear_names(base))}"
-            ) from error
+            raise ModelError(f"adapter.targets = '{settings.targets}' cannot have an adapter; {remedy}") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+    _check_targets(model, settings, remedy=remedy)
     return model
+
+
+def _check_targets(model: nn.Module, settings: config.AdapterConfig, *, remedy: str) -> None:
+    """Every name of `adapter.targets` must have matched, and linear layers only: peft is content with one that does."""
+    if odd := [name for name in adapter.parameters(model) if not name.endswith((".lora_A.weight", ".lora_B.weight"))]:
+        raise ModelError(f"adapter.targets = '{settings.targets}' would train {odd[0]}; {remedy}")
+    matched = {f".{name}" for name in model.targeted_module_names}  # type: ignore[union-attr]
+    for wanted in settings.target_names:
+        if wanted != "all-linear" and not any(name.endswith(f".{wanted}") for name in matched):
+            raise ModelError(f"adapter.targets: '{wanted}' matches no module; {remedy}")
 
 
 def linear_names(base: nn.Module) -> list[str]:
