@@ -1,5 +1,6 @@
 """Held-out figures of the adapter in an engine; sites and server share it."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from common import prompts
+from common.errors import ModelError
 from common.model import Engine, answer, answer_nll
 from common.prompts import Encoded
 from common.rows import Row
@@ -46,7 +48,7 @@ def score(
     """Score the adapter in `engine`: loss on the encoded rows, exact match on the rows to generate.
 
     Raises:
-        ModelError: A logit is not finite.
+        ModelError: The loss is not finite.
     """
     started = time.monotonic()
     nll_sum, num_answer_tokens = held_out_nll(engine, encoded, batch_size=batch_size)
@@ -60,13 +62,19 @@ def score(
 
 @torch.no_grad()
 def held_out_nll(engine: Engine, rows: Sequence[Encoded], *, batch_size: int) -> tuple[float, int]:
-    """Sum of negative log-likelihood over answer tokens, nats, and their number."""
+    """Sum of negative log-likelihood over answer tokens, nats, and their number.
+
+    Raises:
+        ModelError: The sum is not finite.
+    """
     engine.model.eval()
     total, num_tokens = 0.0, 0
     for batch_rows in _batches(sorted(rows, key=lambda row: len(row.input_ids)), batch_size):
         batch = prompts.collate(batch_rows, pad_id=engine.pad_id)
         nll, count = answer_nll(engine.model, batch.to(engine.device))
         total, num_tokens = total + float(nll), num_tokens + count
+    if not math.isfinite(total):
+        raise ModelError(f"held-out loss is {total}; the adapter has diverged, lower training.learning_rate")
     return total, num_tokens
 
 
