@@ -1,0 +1,59 @@
+"""The benchmarks by name; adding one is a module with `run()` and a line here."""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, Final
+
+from rich.table import Table
+
+from common.errors import ConfigError
+
+BENCHES: Final[Mapping[str, str]] = {
+    "tax": "start-up, cost of a round and memory, against a plain transformers and peft loop; about 10 minutes",
+    "scale": "cost and memory a site, from 1 to 1,000 virtual sites; about 15 minutes",
+}
+
+
+def run(name: str) -> dict[str, Any]:
+    """Run a benchmark, or list them.
+
+    Args:
+        name: One of `BENCHES`, or `list`.
+
+    Returns:
+        As `figures.result`; for `list` the object `benches`, names with what they measure.
+
+    Raises:
+        ConfigError: No such benchmark.
+        SilotuneError: A measured process failed.
+    """
+    if name == "list":
+        return {"benches": dict(BENCHES)}
+    if name not in BENCHES:
+        raise ConfigError(f"bench '{name}': there is {', '.join(BENCHES)}; and list")
+    measure: Callable[[], dict[str, Any]] = import_module(f"simulations.bench.{name}").run
+    return measure()
+
+
+def render(result: Mapping[str, Any]) -> Table:
+    """A result as a table for people."""
+    return _render_list(result["benches"]) if "benches" in result else _render_figures(result)
+
+
+def _render_list(benches: Mapping[str, str]) -> Table:
+    """Names and what they measure."""
+    table = Table("bench", "measures", box=None, pad_edge=False)
+    for name, measures in benches.items():
+        table.add_row(name, measures)
+    return table
+
+
+def _render_figures(result: Mapping[str, Any]) -> Table:
+    """One line a figure; the machine below."""
+    machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    table = Table("figure", "value", "goal", "", box=None, pad_edge=False, caption=machine, caption_justify="left")
+    for figure in result["figures"]:
+        goal = "" if figure["goal"] is None else f"at most {figure['goal']:g}"
+        holds = "" if figure["goal"] is None else "ok" if figure["ok"] else "[red]missed[/]"
+        table.add_row(figure["name"], f"{figure['value']:g} {figure['unit']}", goal, holds)
+    return table

@@ -1,0 +1,134 @@
+"""What a benchmark's result looks like and when a goal counts as met; nothing is timed here."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from common import config
+from common.errors import ConfigError, SilotuneError
+from simulations.bench import figures, process, scale, scale_arm, table, tax, tax_silotune
+from simulations.bench.figures import Figure
+
+
+def screen(result) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table.render(result))
+    return console.file.getvalue()
+
+
+def test_a_result_is_json_with_every_figure_its_goal_and_whether_it_holds():
+    measured = [
+        Figure("round", 1.23456, "x", goal=1.1),
+        Figure("rows", 7, "rows"),
+        Figure("start", 5, "CPU s", goal=12),
+    ]
+    result = json.loads(json.dumps(figures.result("some", measured)))
+    assert result.keys() == {"bench", "figures", "ok", "machine"}
+    assert result["bench"] == "some"
+    assert result["ok"] is False
+    assert result["figures"] == [
+        {"name": "round", "value": 1.2346, "unit": "x", "goal": 1.1, "ok": False},
+        {"name": "rows", "value": 7, "unit": "rows", "goal": None, "ok": True},
+        {"name": "start", "value": 5, "unit": "CPU s", "goal": 12, "ok": True},
+    ]
+    assert result["machine"].keys() >= {"cpu", "cores", "load", "python", "torch"}
+    assert all(result["machine"].values())
+
+
+def test_a_value_on_its_goal_meets_it_before_rounding():
+    assert figures.result("some", [Figure("a", 1.1, "x", goal=1.1)])["ok"]
+    assert not figures.result("some", [Figure("a", 1.10001, "x", goal=1.1)])["ok"]
+
+
+def test_a_table_names_the_goal_and_what_was_missed():
+    shown = screen(figures.result("some", [Figure("a", 2.0, "x", goal=1.5), Figure("b", 1, "MiB", goal=3)]))
+    assert "at most 1.5  missed" in shown
+    assert "at most 3    ok" in shown
+
+
+def test_the_list_names_every_bench():
+    result = table.run("list")
+    assert result == {"benches": dict(table.BENCHES)}
+    assert all(name in screen(result) for name in table.BENCHES)
+
+
+def test_an_unknown_bench_lists_the_names():
+    with pytest.raises(ConfigError, match="bench 'speed': there is tax, scale"):
+        table.run("speed")
+
+
+def runs(*, startup: float, rounds: list[float], loss: float, peak: float) -> list[dict]:
+    return [{"startup_cpu_s": startup, "rounds_cpu_s": rounds, "losses": [3.0, loss], "peak_rss_mib": peak}] * 3
+
+
+FAST = {"startup": 7.0, "rounds": [10.0, 12.1], "loss": 2.0, "peak": 600.0}
+PLAIN = runs(startup=0.0, rounds=[5.0, 7.0], loss=2.0, peak=0.0)
+
+
+def test_tax_within_its_goals():
+    shown = tax.judge(runs(**FAST), PLAIN, label="nf4")
+    assert all(figure.ok for figure in shown)
+    assert {figure.name: figure.value for figure in shown}["round, nf4: silotune / plain loop"] == pytest.approx(1.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "missed"),
+    [
+        ({"startup": 12.1}, "start-up, nf4"),
+        ({"rounds": [10.0, 12.3]}, "round, nf4: silotune / plain loop"),
+        ({"peak": 820.0}, "peak memory, nf4"),
+        ({"loss": 2.1}, "training loss, nf4: largest difference"),
+    ],
+)
+def test_each_goal_of_tax_can_be_missed(change, missed):
+    shown = tax.judge(runs(**FAST | change), PLAIN, label="nf4")
+    assert [figure.name for figure in shown if not figure.ok] == [missed]
+
+
+def sizes(*, slow: float = 1.0, grown: float = 0.0) -> dict[int, dict]:
+    def one(size: int) -> dict:
+        factor = slow if size == 1000 else 1.0
+        marks = [(round_index * size * 0.1 * factor, round_index * size * 0.2) for round_index in range(4)]
+        return {"marks": marks, "peak_rss_mib": 500.0 + (grown if size == 1000 else 0.0)}
+
+    return {size: one(size) for size in scale.NUM_ROUNDS}
+
+
+def test_scale_within_its_goals():
+    shown = scale.judge(sizes(slow=1.4, grown=149.0))
+    assert all(figure.ok for figure in shown)
+    assert len(shown) == 3 * len(scale.NUM_ROUNDS) + 2
+
+
+@pytest.mark.parametrize(("change", "missed"), [({"slow": 1.6}, "CPU"), ({"grown": 151.0}, "memory")])
+def test_each_goal_of_scale_can_be_missed(change, missed):
+    [figure] = [figure for figure in scale.judge(sizes(**change)) if not figure.ok]
+    assert missed in figure.name
+
+
+def test_the_sites_of_scale_are_ten_kinds_with_rows_of_their_own():
+    settings = config.load(scale_arm.RUN_FILE, overrides={"data.num_sites": "20"})
+    sites = list(scale_arm.make_sites(settings).values())
+    assert len(sites) == 20
+    for first, again in zip(sites[:10], sites[10:], strict=True):
+        assert [row.messages for row in first.train] == [row.messages for row in again.train]
+        assert first.train[0].messages[0].content is not again.train[0].messages[0].content
+    assert min(len(site.held_out) for site in sites) > 0
+
+
+def test_tax_goes_by_a_run_with_two_sites_and_no_evaluation_between_rounds():
+    settings = config.load(tax_silotune.RUN_FILE)
+    assert settings.federation.num_sites == 2
+    assert settings.evaluation.every_rounds == settings.federation.num_rounds
+
+
+def test_an_arm_that_fails_says_why():
+    with pytest.raises(SilotuneError, match=r"no\.such\.arm 7 failed with code 1: ModuleNotFoundError"):
+        process.measure("no.such.arm", "7")
+
+
+def test_the_clocks_of_a_process_are_positive():
+    assert process.cpu_s() > 0
+    assert process.peak_rss_mib() > 10
