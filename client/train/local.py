@@ -92,7 +92,7 @@ def _steps(
         loss = mean_gradient(engine, batch, micro_batch_size=training.micro_batch_size or training.batch_size)
         if not math.isfinite(loss):
             raise ModelError(f"training loss is {loss} at step {len(losses)}; lower training.learning_rate")
-        _clip(engine, training.max_grad_norm)
+        _clip(optimizer, training.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -100,7 +100,7 @@ def _steps(
     return losses
 
 
-def _clip(engine: Engine, max_grad_norm: float) -> None:
+def _clip(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
     """Scale the whole gradient to at most `max_grad_norm`; 0 leaves it alone."""
     if max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(adapter.parameters(engine.model).values(), max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
