@@ -1,7 +1,7 @@
 """Every row of a site is used equally often over a run, whatever the number of local steps.
 
-FlowerTune's default (reference: issue 2, part 4) gives every round the same seed, so that each client trains on the same
-rows in every round; that is the control.
+FlowerTune's default gives every round the same seed, so that a client trains on the same rows in every round:
+that is the control.
 """
 
 import random
@@ -23,7 +23,7 @@ SIZES = {
 
 def use(num_rows: int, batch_size: int, num_steps: int, num_rounds: int, seed: int) -> Counter[int]:
     """How often each row is trained on over a run."""
-    used = Counter({row: 0 for row in range(num_rows)})
+    used = Counter(dict.fromkeys(range(num_rows), 0))
     for round_index in range(num_rounds):
         first_step = round_index * num_steps
         chosen = schedule.batches(
@@ -35,7 +35,7 @@ def use(num_rows: int, batch_size: int, num_steps: int, num_rounds: int, seed: i
 
 def use_with_one_seed(num_rows: int, batch_size: int, num_steps: int, num_rounds: int, seed: int) -> Counter[int]:
     """The same with a data loader that is shuffled by the same seed in every round."""
-    used = Counter({row: 0 for row in range(num_rows)})
+    used = Counter(dict.fromkeys(range(num_rows), 0))
     for _ in range(num_rounds):
         order = list(range(num_rows))
         random.Random(seed).shuffle(order)
