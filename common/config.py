@@ -154,7 +154,9 @@ class TrainingConfig(Section):
     )
     warmup_fraction: Decay = Field(default=0.0, description="Share of the whole run in which the rate rises from 0.")
     optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="Optimizer at the sites.")
-    weight_decay: float = Field(default=0.0, ge=0, le=100, description="Decoupled weight decay.")
+    weight_decay: float = Field(
+        default=0.0, ge=0, le=100, description="Weight decay: decoupled under `adamw`, part of the gradient under `sgd`."
+    )
     adam_beta1: Decay = Field(default=0.9, description="`adamw` only: decay of the first moment.")
     adam_beta2: Decay = Field(default=0.999, description="`adamw` only: decay of the second moment.")
     adam_epsilon: float = Field(default=1e-8, gt=0, le=1, description="`adamw` only: added to the denominator.")
