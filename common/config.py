@@ -155,7 +155,10 @@ class TrainingConfig(Section):
     warmup_fraction: Decay = Field(default=0.0, description="Share of the whole run in which the rate rises from 0.")
     optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="Optimizer at the sites.")
     weight_decay: float = Field(
-        default=0.0, ge=0, le=100, description="Weight decay: decoupled under `adamw`, part of the gradient under `sgd`."
+        default=0.0,
+        ge=0,
+        le=100,
+        description="Decay of weights: decoupled under `adamw`, part of the gradient under `sgd`.",
     )
     adam_beta1: Decay = Field(default=0.9, description="`adamw` only: decay of the first moment.")
     adam_beta2: Decay = Field(default=0.999, description="`adamw` only: decay of the second moment.")
