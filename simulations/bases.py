@@ -4,7 +4,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,6 +41,14 @@ def fetch(name: str, *, store: Path | None) -> dict[str, Any]:
     from common.model import hash_base  # takes seconds, so not before a hub or an index has said no
 
     return {"name": name, "folder": str(folder), "sha256": hash_base(folder), "source": source}
+
+
+def told(result: Mapping[str, Any]) -> str:
+    """A result of `fetch` for people, with the next command."""
+    return (
+        f"{result['name']}: {result['folder']}\nsource  {result['source']}\nsha256  {result['sha256']}\n"
+        f"next: silotune-sim demo --model {result['folder']}"
+    )
 
 
 def say(text: str) -> None:

@@ -122,9 +122,7 @@ def base(
     from simulations import bases
 
     result = bases.fetch(name, store=store)
-    cli.emit(
-        result, as_json=json, show=lambda: cli.show(f"{result['name']}: {result['folder']}\nsha256 {result['sha256']}")
-    )
+    cli.emit(result, as_json=json, show=lambda: cli.show(bases.told(result)))
 
 
 @app.command()
