@@ -47,7 +47,7 @@ def told(result: Mapping[str, Any]) -> str:
     """A result of `fetch` for people, with the next command."""
     return (
         f"{result['name']}: {result['folder']}\nsource  {result['source']}\nsha256  {result['sha256']}\n"
-        f"next: silotune-sim demo --model {result['folder']}"
+        f"next: silotune-sim run RUN.toml --model {result['folder']}"
     )
 
 
