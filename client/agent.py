@@ -85,9 +85,12 @@ class Agent:
             return wire.pack(self._refuse(error))
 
     def _refuse(self, error: Exception) -> Frame:
-        """Code and reference cross; the text stays in the site's log."""
+        """Code and reference cross; the text stays in the site's log, and if that cannot be written, nowhere."""
         reference = uuid.uuid4().hex[:12]
-        self._report(reference, error)
+        try:
+            self._report(reference, error)
+        except SilotuneError as failure:
+            error = failure
         code = type(error).__name__ if isinstance(error, SilotuneError) else "InternalError"
         return Frame("refused", {"code": code, "reference": reference})
 
@@ -95,6 +98,7 @@ class Agent:
         """Read the manifest, load base and rows, and say how many rows take part."""
         run_manifest = manifest.parse(request.body)
         if self._run is None or self._run.sha256 != run_manifest.sha256:
+            self._run = None  # lets go of its base, of which two may not fit into memory
             self._run = self._prepare(run_manifest)
         return Frame("opened", to_head(self._run.opened))
 
@@ -171,6 +175,8 @@ class Agent:
         run = self._run
         if run is None or plan.run_sha256 != run.sha256:
             raise ProtocolError("this run is not open at this site; the server must send its manifest first")
-        if plan.round_index > run.manifest.run.federation.num_rounds:
-            raise ProtocolError(f"round {plan.round_index} is beyond the manifest's last")
+        num_rounds = run.manifest.run.federation.num_rounds
+        last = num_rounds - 1 if request.kind == "train" else num_rounds  # what the last round made is evaluated, too
+        if plan.round_index > last:
+            raise ProtocolError(f"round {plan.round_index} is beyond the manifest's last, {last}")
         return run, plan, adapter.decode(request.body, run.manifest.tensor_specs, dtype="float32")

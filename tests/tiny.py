@@ -94,3 +94,29 @@ def make_tokenizer():
     built = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|pad|>")
     built.chat_template = chat.CHATML
     return built
+
+
+SITES = {"north": 16, "south": 12, "west": 8}  # rows
+
+
+def site_data(site: str, count: int):
+    """A site's rows, the last quarter held out."""
+    from client.agent import SiteData
+
+    table = rows(count, site=site)
+    num_train = 3 * count // 4
+    return SiteData(table[:num_train], table[num_train:])
+
+
+def make_agent(site: str, engine, *, count: int = 12, errors: list[Exception] | None = None, data=None):
+    """A site on an engine that may be shared; what it could not do goes to `errors`."""
+    from client.agent import Agent
+
+    told = [] if errors is None else errors
+    found = data or site_data(site, count)
+    return Agent(
+        site,
+        load_data=lambda _: found,
+        load_engine=lambda _: engine,
+        report=lambda reference, error: told.append(error),
+    )

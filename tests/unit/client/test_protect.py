@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from client import protect
+from client.protect import RawDelta
+from common import adapter, config
+from common.errors import ModelError, PrivacyError
+
+BEFORE = {"a": torch.tensor([1.0, 2.0]), "b": torch.zeros(1)}
+NONE = config.PrivacyConfig(mode="none")
+
+
+def test_a_delta_is_after_minus_before():
+    delta = protect.subtract({"a": torch.tensor([1.5, 2.0]), "b": torch.ones(1)}, BEFORE)
+    assert torch.equal(delta.tensors["a"], torch.tensor([0.5, 0.0]))
+    assert torch.equal(delta.tensors["b"], torch.ones(1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_a_delta_that_no_training_gives_is_refused(value):
+    with pytest.raises(ModelError, match="local update: tensor b"):
+        protect.subtract({**BEFORE, "b": torch.tensor([value])}, BEFORE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_unprotected_update_says_so_and_has_the_runs_dtype(dtype):
+    outgoing = protect.protect(RawDelta(BEFORE), privacy=NONE, dtype=dtype)
+    assert outgoing.protection == "none"
+    found = adapter.decode(outgoing.body, adapter.specs(BEFORE), dtype=dtype)
+    assert torch.equal(found["a"], BEFORE["a"])
+
+
+def test_a_protection_that_is_not_built_is_refused_and_nothing_is_sent():
+    wanted = config.PrivacyConfig.model_construct(mode="sample-dp")
+    with pytest.raises(PrivacyError, match=r"'sample-dp'.*nothing was sent") as caught:
+        protect.protect(RawDelta(BEFORE), privacy=wanted, dtype="float32")
+    assert caught.value.exit_code == 5
+
+
+def test_a_raw_delta_is_not_what_can_be_sent():
+    assert not isinstance(RawDelta(BEFORE), protect.OutgoingUpdate)
+    assert not hasattr(RawDelta(BEFORE), "body")

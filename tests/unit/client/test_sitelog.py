@@ -1,0 +1,54 @@
+import json
+
+import pytest
+
+from client import sitelog
+from common.errors import DataError, StorageError
+
+CANARY = "patient Ada Lovelace has a rare disease"
+
+
+def raised(error: Exception, cause: Exception | None = None) -> Exception:
+    """The error with a trace, as it is caught."""
+    try:
+        raise error from cause
+    except type(error) as caught:
+        return caught
+
+
+def entries(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_an_error_of_ours_is_told_in_full(tmp_path):
+    sitelog.report(tmp_path / "log" / "agent.jsonl", "0a1b", raised(DataError("rows.jsonl line 3: no answer")))
+    (entry,) = entries(tmp_path / "log" / "agent.jsonl")
+    assert (entry["reference"], entry["error"]) == ("0a1b", "DataError")
+    assert entry["message"] == "rows.jsonl line 3: no answer"
+
+
+def test_of_a_foreign_error_only_type_and_place_are_told(tmp_path):
+    error = raised(ValueError(CANARY), KeyError(CANARY))
+    sitelog.report(tmp_path / "log", "0a1b", error)
+    (entry,) = entries(tmp_path / "log")
+    assert entry["error"] == "ValueError"
+    assert "test_sitelog.py" in entry["at"][0]
+    assert CANARY not in (tmp_path / "log").read_text()
+    assert CANARY in str(error)  # control
+
+
+def test_the_foreign_cause_of_an_error_of_ours_is_not_told(tmp_path):
+    sitelog.report(tmp_path / "log", "0a1b", raised(DataError("line 3"), ValueError(CANARY)))
+    assert CANARY not in (tmp_path / "log").read_text()
+
+
+def test_failures_are_appended(tmp_path):
+    for reference in ("1", "2"):
+        sitelog.report(tmp_path / "log", reference, raised(DataError("x")))
+    assert [entry["reference"] for entry in entries(tmp_path / "log")] == ["1", "2"]
+
+
+def test_a_log_that_cannot_be_written_is_a_storage_error(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(StorageError):
+        sitelog.report(tmp_path / "taken" / "log", "1", raised(DataError("x")))
