@@ -10,7 +10,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Final, TypeVar
 
 from flwr.app import ConfigRecordValues, Context, Message
@@ -61,9 +63,10 @@ def run(
     results: list[Result] = []
     resources: BackendConfig = {"client_resources": {"num_cpus": 1, "num_gpus": num_gpus_per_worker}}
     server_app = _server(server_main, results, num_sites=num_sites)
-    with tempfile.TemporaryDirectory(prefix="silotune-ray-", ignore_cleanup_errors=True) as folder, _Hushed("flwr"):
-        _start_ray(num_workers, folder=folder)
-        run_simulation(server_app, virtual_app(agent_for), num_sites, backend_config=resources)
+    with tempfile.TemporaryDirectory(prefix="silotune-ray-", ignore_cleanup_errors=True) as folder:
+        _start_ray(num_workers, folder=Path(folder))
+        with _hushed("flwr"), _environment(FLWR_HOME=f"{folder}/flower"):
+            run_simulation(server_app, virtual_app(agent_for), num_sites, backend_config=resources)
     if not results:
         raise TransportError("Flower's simulation engine ended before the run did; its messages are above")
     return results[0]
@@ -103,25 +106,45 @@ def _answering(agent_for: AgentFactory) -> ClientAppCallable:
     return answer
 
 
-def _start_ray(num_workers: int, *, folder: str) -> None:
-    """One worker a CPU slot, loopback only, files in `folder`; before Flower would, which hangs if Ray fails."""
-    import ray
+def _start_ray(num_workers: int, *, folder: Path) -> None:
+    """Start Ray on this machine alone, before Flower would: Flower waits for ever if Ray fails.
 
-    if ray.is_initialized():
-        return
+    Two habits of Ray 2.55 are stopped: it listens on every interface without a password, and it asks the cloud's
+    metadata servers where it is, though usage reports are off, unless a file in the home folder says so.
+    """
+    with _environment(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", HOME=str(folder)):
+        import ray
+
+        if ray.is_initialized():
+            return  # a cluster that the caller has joined
+        (folder / "ray_bootstrap_config.yaml").write_text("provider: {type: local}\n")
+        try:
+            ray.init(
+                num_cpus=num_workers,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,  # what a site could not do is in its own log
+                runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
+                _temp_dir=str(folder),
+            )
+        except (RuntimeError, OSError, ValueError) as error:
+            what = type(error).__name__
+            raise TransportError(f"Ray did not start ({what}): free memory and disk, or use another engine") from error
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Set environment variables for a while; processes started meanwhile keep them."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
-        ray.init(
-            num_cpus=num_workers,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,  # what a site could not do is in its own log
-            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
-            _temp_dir=folder,
-            _node_ip_address="127.0.0.1",
-        )
-    except (RuntimeError, OSError, ValueError) as error:
-        what = type(error).__name__
-        raise TransportError(f"Ray did not start ({what}): free some memory and disk, or use another engine") from error
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _require_ray() -> None:
@@ -130,15 +153,13 @@ def _require_ray() -> None:
         raise ConfigError("this engine needs Ray; install silotune[sim] or use the in-process engine")
 
 
-class _Hushed:
+@contextmanager
+def _hushed(name: str) -> Iterator[None]:
     """Let a library's logger speak of errors only, for a while."""
-
-    def __init__(self, name: str) -> None:
-        self._logger = logging.getLogger(name)
-        self._level = self._logger.level
-
-    def __enter__(self) -> None:
-        self._logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        self._logger.setLevel(self._level)
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

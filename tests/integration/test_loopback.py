@@ -12,22 +12,26 @@ from pathlib import Path
 import httpx
 import pytest
 
-from common import events
-from common.errors import TransportError
+from common.errors import RemoteError, TransportError
+from common.events import EventLog
 from server import link
+from server import run as server_run
 from simulations import deployment, loopback_keys
 from simulations.deployment import Federation, Site
 
 APPS = Path(__file__).parent / "apps"
 
 
-@pytest.fixture(scope="module")
-def sites(tmp_path_factory) -> list[Site]:
-    folder = tmp_path_factory.mktemp("s", numbered=True)
+def make_sites(folder: Path) -> list[Site]:
     folder.chmod(0o700)
     command = (sys.executable, str(APPS / "loopback_apps.py"))
     paths = [folder / f"{number}.sock" for number in range(2)]
     return [Site(path.stem, (*command, str(path)), path) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory) -> list[Site]:
+    return make_sites(tmp_path_factory.mktemp("s"))
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +59,16 @@ def test_frames_cross_both_ways_and_a_large_one_is_refused(running, tmp_path):
     assert (told["train"], told["evaluate"]) == ("right", "malformed")
 
 
-def test_a_failed_run_tells_flower_a_code_only(running, tmp_path):
-    run_id = running.link.start_run({"run-folder": str(tmp_path)}, bundle=link.build_bundle())
-    state = deployment.wait(running, run_id, timeout_s=60)
-    assert (state.is_finished, state.is_completed) == (True, False)
-    (failure,) = events.read(tmp_path / "events.jsonl")
-    assert failure["kind"] == "run_failed"
-    assert str(tmp_path) in failure["reason"]  # control: the run's own folder has the text
-    assert state.details.endswith("DataError")
-    assert str(tmp_path) not in state.details
+def test_a_failed_run_says_why_here_and_a_code_only_to_flower(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("f")  # no run was prepared in it
+    log, heard = EventLog(folder / server_run.EVENTS_FILE), []
+    log.listeners.append(heard.append)
+    with pytest.raises(RemoteError, match=rf"the run failed: {folder}: not a run folder"):
+        deployment.run(make_sites(folder), log=log, config={}, timeout_s=60, num_threads=1)
+    assert [(event["kind"], event["error"]) for event in heard] == [("run_failed", "DataError")]
+    told_by_flower = (folder / "logs" / deployment.SERVER_LOG).read_text()
+    assert "DataError" in told_by_flower
+    assert "not a run folder" not in told_by_flower
 
 
 @pytest.mark.parametrize("key", ["unregistered", "none"])

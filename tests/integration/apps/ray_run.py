@@ -1,0 +1,21 @@
+"""A run under Ray in a process of its own: Ray leaves open files behind, which pytest rightly complains about."""
+
+import json
+import sys
+from pathlib import Path
+
+from server import run as server_run
+from simulations import engines, world
+from tests import tiny
+
+
+def main(base: Path, folder: Path, changes: dict[str, str]) -> None:
+    """Do it; print the sites."""
+    settings = tiny.settings(base, changes)
+    engine, log = world.load_engine(settings, num_threads=1), server_run.prepare(settings, folder)
+    outcome = engines.ray(settings, engine=engine, base_folder=base, log=log, num_workers=2, num_threads=1)
+    print(*outcome.sites)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

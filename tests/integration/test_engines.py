@@ -1,0 +1,78 @@
+"""One run file, one seed, three engines: the same adapter, byte for byte."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from server import run as server_run
+from simulations import engines, run, world
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+SITES = ["alder", "birch"]
+
+
+@pytest.fixture(scope="module")
+def changes(tmp_path_factory) -> dict[str, str]:
+    """Two sites, one round of two QLoRA steps."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    table = [
+        {"site": site, "patient_id": f"{site}-{number // 2}", "instruction": "Code it.", "output": f"{number * 7 % 5}"}
+        for site in SITES
+        for number in range(16)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in table))
+    return {
+        "data.source": f'"{path}"',
+        "model.quantization": '"nf4"',
+        "training.local_epochs": "0.0",
+        "training.local_steps": "2",
+        "federation.num_rounds": "1",
+        "federation.num_sites": "2",
+    }
+
+
+@pytest.fixture
+def expected(tiny_base, changes, tmp_path) -> str:
+    return in_process(tiny_base, changes, tmp_path / "in-process")
+
+
+def in_process(base: Path, changes: dict[str, str], folder: Path) -> str:
+    settings = tiny.settings(base, changes)
+    engine, log = world.load_engine(settings, num_threads=1), server_run.prepare(settings, folder)
+    run.in_process(settings, sites=world.load_sites(settings), engine=engine, folder=folder, log=log)
+    return digest(folder)
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def test_control_the_adapter_depends_on_the_seed(tiny_base, changes, expected, tmp_path):
+    assert in_process(tiny_base, changes, tmp_path / "again") == expected
+    assert in_process(tiny_base, {**changes, "seed": "6"}, tmp_path / "other") != expected
+
+
+def test_ray_gives_the_same_adapter(tiny_base, changes, expected, tmp_path):
+    script = Path(__file__).parent / "apps" / "ray_run.py"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])}
+    command = [sys.executable, script, tiny_base, tmp_path / "ray", json.dumps(changes)]
+    told = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.split() == SITES
+    assert digest(tmp_path / "ray") == expected
+
+
+def test_deployment_gives_the_same_adapter(tiny_base, changes, expected, tmp_path):
+    settings, heard = tiny.settings(tiny_base, changes), []
+    engine, log = world.load_engine(settings, num_threads=1), server_run.prepare(settings, tmp_path / "far")
+    log.listeners.append(lambda event: heard.append(event["kind"]))
+    outcome = engines.deployed(settings, engine=engine, base_folder=tiny_base, log=log, num_threads=1)
+    assert list(outcome.sites) == SITES
+    assert digest(tmp_path / "far") == expected
+    assert (heard[0], heard[-1]) == ("run_started", "run_finished")
