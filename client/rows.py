@@ -8,6 +8,7 @@ from client.data import check as checks
 from client.data.check import CheckReport, Preview
 from client.serve import read_rows
 from common import config, prompts, store
+from common.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,7 @@ def preview(node: config.NodeConfig, *, base: str, limit: int, max_length_tokens
 
     Raises:
         DataError: Rows are missing or unusable.
-        ModelError: The base is not on this machine.
+        ModelError: No base is named, or it is not on this machine.
     """
     tokenizer = load_tokenizer(node, base)
     rows = read_rows(node, node.data.path)
@@ -42,5 +43,7 @@ def load_tokenizer(node: config.NodeConfig, base: str) -> "PreTrainedTokenizerBa
     """The tokenizer of the base that is named, else of the one that the site's file names."""
     from common.model import load_tokenizer as load
 
+    if not (base or node.model.base):
+        raise ModelError("no base model is named; give --base, or model.base in this site's file")
     folder = Path(node.model.store) if node.model.store else store.DEFAULT
     return prompts.use_template(load(store.resolve(base or node.model.base, store=folder)), "tokenizer")

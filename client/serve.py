@@ -8,6 +8,7 @@ from client.agent import Agent, SiteData
 from client.data import split
 from common import config, model, store
 from common.data import read
+from common.errors import DataError
 from common.manifest import RunManifest
 from common.model import Engine
 from common.rows import Columns, Row
@@ -35,13 +36,26 @@ def load_data(node: config.NodeConfig, manifest: RunManifest) -> SiteData:
     """The site's rows, split as the run says unless the site has held-out rows of its own.
 
     Raises:
-        DataError: Rows are missing or unusable.
+        DataError: Rows are missing or unusable, or a unit has rows on both sides.
     """
     rows = read_rows(node, node.data.path)
     if node.data.held_out_path:
-        return SiteData(rows, read_rows(node, node.data.held_out_path))
+        held_out = read_rows(node, node.data.held_out_path)
+        if node.data.unit_column:
+            _check_apart(rows, held_out)
+        return SiteData(rows, held_out)
     fraction, seed = manifest.run.data.held_out_fraction, manifest.run.seed
     return SiteData(*split.split(rows, held_out_fraction=fraction, seed=seed))
+
+
+def _check_apart(train: Sequence[Row], held_out: Sequence[Row]) -> None:
+    """A patient who is trained on says nothing about those who are not."""
+    shared = {row.unit for row in train} & {row.unit for row in held_out}
+    if shared:
+        raise DataError(
+            f"{len(shared)} units have rows both in data.path and in data.held_out_path; "
+            "move all rows of a unit to one side, or remove held_out_path to let the run split them"
+        )
 
 
 def read_rows(node: config.NodeConfig, path: str) -> Sequence[Row]:

@@ -1,0 +1,145 @@
+import json
+import weakref
+
+import pytest
+import torch
+
+from client import rows as site_rows
+from client import serve
+from common import config, wire
+from common.errors import DataError, ModelError
+from common.manifest import RunManifest
+from common.records import OpenedHead, from_head
+from common.wire import Frame
+from tests import tiny
+
+
+def write_rows(path, count: int, *, site: str = "north") -> None:
+    """The tiny rows as instruction and output."""
+    lines = [
+        {"instruction": row.messages[0].content, "output": row.messages[1].content, "patient_id": row.unit}
+        for row in tiny.rows(count, site=site)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def node(tmp_path, tiny_base):
+    """A site's own file; `changes` are whole sections."""
+
+    def make(**changes) -> config.NodeConfig:
+        write_rows(tmp_path / "rows.jsonl", 16)
+        sections = {
+            "site": {"name": "north"},
+            "data": {"path": str(tmp_path / "rows.jsonl")},
+            "model": {"base": str(tiny_base)},
+            "hardware": {"device": "cpu", "num_threads": 1},
+            "agent": {"log_folder": str(tmp_path / "log")},
+        }
+        return config.NodeConfig.model_validate({**sections, **changes})
+
+    return make
+
+
+@pytest.fixture
+def manifest(engine, tiny_base):
+    def make(changes=None) -> RunManifest:
+        return RunManifest(tiny.settings(tiny_base, changes), engine.base_sha256, engine.tensor_specs)
+
+    return make
+
+
+def test_an_agent_reads_rows_and_base_when_a_run_is_opened(node, manifest):
+    agent = serve.make_agent(node())
+    frame = wire.unpack(agent.answer(wire.pack(Frame("open", body=manifest().to_bytes()))), max_body_bytes=0)
+    opened = from_head(OpenedHead, frame.head)
+    assert opened.site == "north"
+    assert opened.num_examples + opened.num_held_out == 16
+
+
+def test_what_went_wrong_is_in_the_agents_own_log(node, manifest, tmp_path):
+    agent = serve.make_agent(node(data={"path": str(tmp_path / "missing.jsonl")}))
+    frame = wire.unpack(agent.answer(wire.pack(Frame("open", body=manifest().to_bytes()))), max_body_bytes=0)
+    (entry,) = [json.loads(line) for line in (tmp_path / "log" / serve.LOG_FILE).read_text().splitlines()]
+    assert frame.head == {"code": "DataError", "reference": entry["reference"]}
+    assert "missing.jsonl" in entry["message"]
+
+
+def test_rows_are_split_by_unit_as_the_run_says(node, manifest):
+    data = serve.load_data(node(), manifest({"data.held_out_fraction": "0.5"}))
+    assert len(data.train) == len(data.held_out) == 8
+    assert not {row.unit for row in data.train} & {row.unit for row in data.held_out}
+
+
+def test_a_sites_own_held_out_rows_take_the_place_of_the_split(node, manifest, tmp_path):
+    write_rows(tmp_path / "held-out.jsonl", 6, site="later")
+    paths = {"path": str(tmp_path / "rows.jsonl"), "held_out_path": str(tmp_path / "held-out.jsonl")}
+    data = serve.load_data(node(data=paths), manifest())
+    assert (len(data.train), len(data.held_out)) == (16, 6)
+
+
+def test_a_unit_with_rows_on_both_sides_of_a_sites_own_split_is_refused(node, manifest, tmp_path):
+    write_rows(tmp_path / "held-out.jsonl", 6)
+    paths = {"path": str(tmp_path / "rows.jsonl"), "held_out_path": str(tmp_path / "held-out.jsonl")}
+    with pytest.raises(DataError, match=r"3 units.*held_out_path") as caught:
+        serve.load_data(node(data=paths), manifest())
+    assert "north-0" not in str(caught.value)
+
+
+def test_a_base_is_loaded_once_for_runs_that_want_the_same(node, manifest):
+    loader = serve.EngineLoader(node())
+    first = loader.load(manifest())
+    assert loader.load(manifest({"training.learning_rate": "1e-3", "seed": "9"})) is first
+    assert loader.load(manifest({"adapter.r": "2"})) is not first
+
+
+def test_another_adapter_is_another_engine_and_the_old_one_goes(node, manifest):
+    loader = serve.EngineLoader(node())
+    first = weakref.ref(loader.load(manifest()).model)
+    loader.load(manifest({"adapter.r": "2"}))
+    assert first() is None
+
+
+def test_a_failed_load_is_tried_again(node, manifest, tiny_base):
+    loader = serve.EngineLoader(node())
+    wrong = RunManifest(manifest().run, "ab" * 32, manifest().tensor_specs)
+    for _ in range(2):
+        with pytest.raises(ModelError, match="abab"):
+            loader.load(wrong)
+    assert loader.load(manifest()).base_sha256 == manifest().base_sha256
+
+
+def test_the_base_is_found_in_the_sites_store_by_its_hash(node, manifest, tiny_base, tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "any-name").symlink_to(tiny_base)
+    (tmp_path / "store" / "a-file").write_text("not a base")
+    loader = serve.EngineLoader(node(model={"store": str(tmp_path / "store")}))
+    assert loader.load(manifest()).base_sha256 == manifest().base_sha256
+
+
+def test_a_server_cannot_choose_the_device_or_the_base(node, manifest):
+    engine = serve.EngineLoader(node()).load(manifest())
+    assert engine.device == torch.device("cpu")
+    assert torch.get_num_threads() == 1
+
+
+def test_check_counts_the_sites_rows_and_their_tokens(node):
+    report = site_rows.check(node(), base="", max_length_tokens=64)
+    assert (report.num_rows, report.num_units) == (16, 8)
+    assert report.tokens is not None
+    assert report.tokens.num_dropped == 0
+
+
+def test_check_needs_no_base(node):
+    report = site_rows.check(node(model={}), base="", max_length_tokens=None)
+    assert report.tokens is None
+
+
+def test_preview_shows_the_first_rows(node, tiny_base):
+    shown = site_rows.preview(node(model={}), base=str(tiny_base), limit=2, max_length_tokens=64)
+    assert len(shown) == 2
+
+
+def test_preview_without_any_base_says_how_to_name_one(node):
+    with pytest.raises(ModelError, match=r"--base"):
+        site_rows.preview(node(model={}), base="", limit=2, max_length_tokens=64)
