@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -158,6 +159,7 @@ def federation(
     """
     logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
+        stack.enter_context(_unwinding_on_sigterm())
         keys = Path(stack.enter_context(TemporaryDirectory(prefix="silotune-keys-", ignore_cleanup_errors=True)))
         loopback_keys.write_certificates(keys)
         env = environment(flwr_home=keys / "flower", num_threads=num_threads)
@@ -175,6 +177,19 @@ def federation(
             processes.append(start(f"{site.name}-supernode", command, logs=logs, env=env))
         _until(lambda: _all_there(running, sites), what="all sites", timeout_s=start_timeout_s, watched=processes)
         yield running
+
+
+@contextmanager
+def _unwinding_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end this process as an exception does, so that it does not leave the others behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def superlink_command(address: str, *, keys: Path) -> list[str]:

@@ -10,11 +10,15 @@ import pytest
 
 FOLDER = Path(__file__).parent / "netguard"
 LOG_KEY = "SILOTUNE_NETGUARD_LOG"
+OWN_LOGS: list[Path] = []
 
 
 def pytest_configure() -> None:
     """Install the guard here and, through the environment, in every Python that a test starts."""
+    if LOG_KEY in os.environ:
+        return  # installed already: loaded twice, or by a test run that started this one
     descriptor, path = tempfile.mkstemp(prefix="silotune-netguard-")
+    OWN_LOGS.append(Path(path))
     os.close(descriptor)
     os.environ[LOG_KEY] = path
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FOLDER), os.environ.get("PYTHONPATH", "")]))
@@ -24,7 +28,8 @@ def pytest_configure() -> None:
 
 def pytest_unconfigure() -> None:
     """Remove the log."""
-    Path(os.environ[LOG_KEY]).unlink(missing_ok=True)
+    for path in OWN_LOGS:
+        path.unlink(missing_ok=True)
 
 
 @pytest.fixture(autouse=True)

@@ -135,6 +135,21 @@ def test_an_agent_that_cannot_start_ends_the_start_and_leaves_nothing_behind(tmp
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]
 
 
+def test_sigterm_leaves_nothing_behind(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from simulations import deployment as d; folder = Path(sys.argv[1])\n"
+        "sites = [d.Site('a', ('sleep', '300'), folder / 's')]\n"
+        "with d.federation(sites, logs=folder): pass"
+    )
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=Path(__file__).parents[2], env=env)
+    wait_for(lambda: (tmp_path / "a-supernode.log").exists())
+    assert len(processes_that_name(tmp_path)) >= 3
+    process.terminate()
+    assert process.wait(20) == 143
+    assert processes_that_name(tmp_path) == []
+
+
 def processes_that_name(folder: Path) -> list[str]:
     return subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True).stdout.split()
 
