@@ -49,7 +49,8 @@ def save(run_folder: Path, tensors: Tensors, *, num_rounds: int, run_sha256: str
 
 def finished(run_folder: Path) -> list[int]:
     """Numbers of rounds after which a whole checkpoint lies in the folder, ascending."""
-    return sorted(int(path.parent.name) for path in run_folder.glob(f"rounds/*/{RECORD_FILE}"))
+    names = (path.parent.name for path in run_folder.glob(f"rounds/*/{RECORD_FILE}"))
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def load(run_folder: Path, specs: tuple[TensorSpec, ...], *, num_rounds: int, run_sha256: str) -> Checkpoint:
@@ -62,11 +63,12 @@ def load(run_folder: Path, specs: tuple[TensorSpec, ...], *, num_rounds: int, ru
     folder = folder_of(run_folder, num_rounds)
     try:
         record = json.loads((folder / RECORD_FILE).read_bytes())
+        written = record["adapter_sha256"], record["run_sha256"]
         data = (folder / ADAPTER_FILE).read_bytes()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{folder}: no whole checkpoint; finished rounds are {finished(run_folder)}") from error
     digest = hashlib.sha256(data).hexdigest()
-    if (record["adapter_sha256"], record["run_sha256"]) != (digest, run_sha256):
+    if written != (digest, run_sha256):
         raise ModelError(f"{folder}: adapter differs from its record, or belongs to another run; use an earlier round")
     return Checkpoint(num_rounds, adapter.decode(data, specs, dtype="float32"), digest)
 

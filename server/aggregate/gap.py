@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 RANK_FACTOR: Final = 16
+ROUNDING: Final = 1e-6  # of a module's norm; several units in the last place of float32
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -95,13 +96,15 @@ class GapMeter:
     def _norms(
         self, product: RunningProduct, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
     ) -> tuple[float, float]:
-        """|| M - B_mean A_mean || and || M - B_prev A_prev || of one module."""
+        """|| M - B_mean A_mean || and || M - B_prev A_prev || of one module; what float32 cannot tell from 0 is 0."""
         left_dm = product.left_dm / self._total
         norms = [
             product_norm(torch.cat([left_dm, -b_dr], dim=1), torch.cat([product.right_mk, a_rk], dim=0))
             for b_dr, a_rk in (new, old)
         ]
-        return norms[0], norms[1]
+        smallest = ROUNDING * product_norm(*new)
+        bias, step = (norm if norm > smallest else 0.0 for norm in norms)
+        return bias, step
 
 
 def whole(norms: Iterable[tuple[float, float]]) -> float:
