@@ -56,6 +56,7 @@ class Order:
         """Settings, base and sites; rows first, since they are quick to be found wrong."""
         settings = self.settings()
         sites = world.load_sites(settings)
+        settings = world.expect_all(settings, sites)
         folder = self.store or store.DEFAULT
         engine = world.load_engine(settings, store_folder=folder, num_threads=self.num_threads)
         return World(settings, engine, sites, self.folder(settings))

@@ -1,6 +1,6 @@
 """Virtual sites: the rows of a run file, split into agents that share one loaded base."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,10 @@ def load_tables(settings: config.RunConfig) -> dict[str, list[dict[str, Any]]]:
         DataError: Rows are missing or unusable.
     """
     data = settings.data
-    table: list[dict[str, Any]] = (
-        list(records.generate()) if data.source == "embedded" else read.read_table(data.source)
-    )
+    if data.source == "embedded":
+        table: list[dict[str, Any]] = list(records.generate())
+    else:
+        table = read.read_table(data.source, columns=columns_of(data))
     parts = partition.partition(
         table,
         how=data.partition,
@@ -93,10 +94,21 @@ def load_tables(settings: config.RunConfig) -> dict[str, list[dict[str, Any]]]:
 
 def split_site(table: list[dict[str, Any]], settings: config.RunConfig) -> SiteData:
     """One site's rows, held-out units aside."""
-    data = settings.data
-    columns = Columns(data.instruction_column, data.input_column, data.output_column, data.unit_column)
-    rows = read.to_rows(table, columns)
-    return SiteData(*split.split(rows, held_out_fraction=data.held_out_fraction, seed=settings.seed))
+    rows = read.to_rows(table, columns_of(settings.data))
+    return SiteData(*split.split(rows, held_out_fraction=settings.data.held_out_fraction, seed=settings.seed))
+
+
+def expect_all(settings: config.RunConfig, sites: Mapping[str, SiteData]) -> config.RunConfig:
+    """A simulation knows its sites: the run waits for all of them, and ends at once if one cannot take part."""
+    if settings.federation.num_sites:
+        return settings
+    federation = settings.federation.model_copy(update={"num_sites": len(sites)})
+    return settings.model_copy(update={"federation": federation})
+
+
+def columns_of(data: config.DataConfig) -> Columns:
+    """Which columns of a run's rows hold what."""
+    return Columns(data.instruction_column, data.input_column, data.output_column, data.unit_column)
 
 
 def make_agent(site: str, data: SiteData, engine: Engine, failures: Failures) -> Agent:

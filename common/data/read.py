@@ -41,20 +41,26 @@ def read(source: str, *, columns: Columns, max_line_bytes: int = MAX_LINE_BYTES)
     return _to_rows(located, columns, source=source)
 
 
-def read_table(source: str, *, max_line_bytes: int = MAX_LINE_BYTES) -> list[dict[str, Any]]:
+def read_table(
+    source: str, *, columns: Columns | None = None, max_line_bytes: int = MAX_LINE_BYTES
+) -> list[dict[str, Any]]:
     """Read a data set as it is, with all its columns.
 
     Args:
         source: As for `read`.
+        columns: If given, every row must fit them, as for `read`; problems are named by file and line.
         max_line_bytes: As for `read`.
 
     Returns:
         Column names and values of each row, in order.
 
     Raises:
-        DataError: The source is missing, empty or not readable.
+        DataError: The source is missing, empty or not readable, or a row does not fit `columns`.
     """
-    return [row.fields for row in _locate(source, max_line_bytes)]
+    located = _locate(source, max_line_bytes)
+    if columns is not None:
+        _to_rows(located, columns, source=source)
+    return [row.fields for row in located]
 
 
 def to_rows(table: Sequence[Mapping[str, Any]], columns: Columns) -> list[Row]:
