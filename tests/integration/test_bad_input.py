@@ -1,4 +1,4 @@
-"""What users get wrong, through the commands: one line that names file, row or key and the remedy, and the exit code."""
+"""What users get wrong, through the commands: one line naming file, row or key and the remedy, and the exit code."""
 
 import errno
 import json
@@ -109,7 +109,7 @@ def test_a_wrong_run_file_is_refused(
         ([], ["rows.jsonl", "no rows"]),
         ([{"site": "a", "patient_id": "1", "instruction": "SECRET", "input": ""}], ["rows.jsonl", "output"]),
         ([{"site": "a", "patient_id": "1", "question": "SECRET", "answer": "SECRET"}], ["rows.jsonl", "instruction"]),
-        (good_rows() + [{**good_rows()[0], "output": ""}], ["17", "output"]),
+        ([*good_rows(), {**good_rows()[0], "output": ""}], ["17", "output"]),
         ([{**row, "id": 7, "input": "SECRET"} for row in good_rows()], ["id", "1", "2"]),
     ],
 )
