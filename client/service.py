@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -26,25 +27,32 @@ _POLL_S: Final = 0.2
 _log = logging.getLogger(__name__)
 
 
-def serve(answer: Callable[[bytes], bytes], *, socket_path: Path, max_message_bytes: int) -> grpc.Server:
+def serve(
+    answer: Callable[[bytes], bytes], *, socket_path: Path, max_message_bytes: int, courier_group: str = ""
+) -> grpc.Server:
     """Open the agent's door and return; the calls run in threads.
 
     Args:
         answer: Takes a frame, gives a frame; never called by two threads at once.
-        socket_path: Where to listen: in a folder that nobody else may write to. Only this user may open the socket.
+        socket_path: Where to listen: in a folder that nobody else may write to.
         max_message_bytes: Largest frame that is taken. A longer one is refused before it has come.
+        courier_group: Unix group whose members may open the socket too, for a courier under another user; empty: only
+            this user may.
 
     Returns:
         The running server: `wait(server)` until a signal, or `server.stop(grace)`.
 
     Raises:
-        ConfigError: The folder is missing or open to others, the path is too long or taken, or an agent listens there.
+        ConfigError: The folder is missing or open to others, the path is too long or taken, an agent listens there, or
+            there is no such group.
     """
     _check_folder(socket_path)
     _clear(socket_path)
     server = grpc.server(ThreadPoolExecutor(MAX_CALLS), options=OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
     add_AgentServicer_to_server(_Door(answer, max_message_bytes=max_message_bytes), server)
     _bind(server, socket_path)
+    if courier_group:
+        _admit(courier_group, socket_path)
     server.start()
     return server
 
@@ -158,3 +166,12 @@ def _bind(server: grpc.Server, socket_path: Path) -> None:
         raise ConfigError(f"cannot listen on {socket_path}; see the permissions of its folder") from error
     finally:
         os.umask(umask)
+
+
+def _admit(group: str, socket_path: Path) -> None:
+    """Let a group open the socket."""
+    try:
+        shutil.chown(socket_path, group=group)
+    except (LookupError, OSError) as error:
+        raise ConfigError(f"cannot give {socket_path} to group {group!r}; is this user a member of it?") from error
+    socket_path.chmod(0o660)

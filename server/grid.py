@@ -1,10 +1,12 @@
 """Any Flower `Grid` as the fleet that the round loop needs."""
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import httpx
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.run import RunNotRunningException
 
 from common import envelope
 from common.errors import TransportError, WireError
@@ -23,18 +25,14 @@ class GridFleet:
 
     def node_ids(self) -> list[int]:
         """Tell which nodes are connected now, ascending; see `Fleet.node_ids`."""
-        try:
+        with _translated():
             return sorted(self._grid.get_node_ids())
-        except httpx.HTTPError as error:
-            raise _link_is_away(error) from error
 
     def send(self, node_id: int, frame: bytes, *, kind: str, ttl_s: float) -> str:
         """Hand one frame to the link for one node; see `Fleet.send`."""
         message = Message(_pack(frame), node_id, f"query.{kind}", ttl=ttl_s)
-        try:
+        with _translated():
             tickets = list(self._grid.push_messages([message]))
-        except httpx.HTTPError as error:
-            raise _link_is_away(error) from error
         if len(tickets) != 1 or not tickets[0]:
             raise TransportError(
                 f"the link did not take a {kind} frame of {len(frame)} bytes; is the run still active?"
@@ -49,10 +47,8 @@ class GridFleet:
 
     def _pull(self, ticket: str) -> list[Message]:
         """Return the reply to one ticket, if it is there."""
-        try:
+        with _translated():
             return list(self._grid.pull_messages([ticket]))
-        except httpx.HTTPError as error:
-            raise _link_is_away(error) from error
 
 
 def _pack(frame: bytes) -> RecordDict:
@@ -70,6 +66,13 @@ def _reply(ticket: str, message: Message) -> Reply:
         return Reply(ticket=ticket, frame=None, failure=envelope.failure_name(envelope.BAD_CONTENT))
 
 
-def _link_is_away(error: httpx.HTTPError) -> TransportError:
-    """Translate a failed call to the SuperLink."""
-    return TransportError(f"the SuperLink did not answer ({type(error).__name__}); is it running? See its log")
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Turn what a Flower grid raises into errors of ours."""
+    try:
+        yield
+    except httpx.HTTPError as error:
+        what = type(error).__name__
+        raise TransportError(f"the SuperLink did not answer ({what}); is it running? See its log") from error
+    except RunNotRunningException as error:
+        raise TransportError("the run was stopped at the SuperLink; start it again with --resume") from error

@@ -1,7 +1,8 @@
 """The in-process grid: a Flower `Grid` whose nodes are functions in this very process.
 
 No Ray, no sockets, no copies: the frame that the server sends is the object that the site's function gets. A node's
-function is called when its reply is pulled, so one site works at a time and the order is the caller's.
+function is called when its reply is pulled, so one site works at a time and the order is the caller's. A message's time
+to live is not played: it would make a run depend on the clock.
 """
 
 from collections.abc import Callable, Iterable, Mapping

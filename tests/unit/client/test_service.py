@@ -1,5 +1,6 @@
 """The line between courier and agent, over a real socket."""
 
+import grp
 import os
 import socket
 import stat
@@ -209,6 +210,16 @@ def test_only_this_user_may_open_the_socket(serve, socket_path):
     finally:
         os.umask(before)
     assert stat.S_IMODE(socket_path.stat().st_mode) == 0o600
+
+
+def test_a_couriers_group_may_open_the_socket(socket_path):
+    group = grp.getgrgid(os.getgid()).gr_name
+    server = service.serve(bytes, socket_path=socket_path, max_message_bytes=1, courier_group=group)
+    facts = socket_path.stat()
+    server.stop(0).wait()
+    assert (stat.S_IMODE(facts.st_mode), facts.st_gid) == (0o660, os.getgid())
+    with pytest.raises(ConfigError, match="no-such-group"):
+        service.serve(bytes, socket_path=socket_path, max_message_bytes=1, courier_group="no-such-group")
 
 
 def test_a_dead_processes_socket_is_replaced(serve, socket_path):

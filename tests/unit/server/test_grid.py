@@ -1,6 +1,7 @@
 import httpx
 import pytest
 from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
+from flwr.supercore.run import RunNotRunningException
 
 from common import envelope
 from common.errors import TransportError
@@ -102,10 +103,14 @@ class Refusing(InProcessGrid):
 
 
 class Broken(InProcessGrid):
-    """A link that is not there."""
+    """A link of which every call raises."""
+
+    def __init__(self, error):
+        super().__init__({1: bytes})
+        self._error = error
 
     def get_node_ids(self):
-        raise httpx.ConnectError(CANARY)
+        raise self._error
 
     push_messages = pull_messages = lambda self, _: self.get_node_ids()
 
@@ -116,6 +121,10 @@ def test_a_link_that_refuses_is_a_transport_error():
 
 
 @pytest.mark.parametrize(
+    ("error", "told"),
+    [(httpx.ConnectError(CANARY), "SuperLink did not answer"), (RunNotRunningException(CANARY), "was stopped")],
+)
+@pytest.mark.parametrize(
     "use",
     [
         lambda fleet: fleet.node_ids(),
@@ -123,7 +132,8 @@ def test_a_link_that_refuses_is_a_transport_error():
         lambda fleet: list(fleet.receive(["1"])),
     ],
 )
-def test_a_link_that_is_away_is_a_transport_error(use):
-    with pytest.raises(TransportError, match="SuperLink did not answer") as caught:
-        use(GridFleet(Broken({1: bytes})))
+def test_a_link_that_is_away_is_a_transport_error(use, error, told):
+    with pytest.raises(TransportError, match=told) as caught:
+        use(GridFleet(Broken(error)))
     assert caught.value.is_retryable
+    assert CANARY not in str(caught.value)
