@@ -1,13 +1,16 @@
 """A run in progress: the manifest, the fleet and the sites that opened the run."""
 
+import math
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from common import wire
 from common.adapter import encode
+from common.config import SLUG
 from common.errors import ProtocolError, SilotuneError, TooFewSitesError
 from common.events import EventLog
 from common.manifest import RunManifest
@@ -20,6 +23,7 @@ from server.aggregate.method import Method, State
 from server.fleet import Fleet
 
 RETRY_S: Final = 1.0  # between offers to a node whose agent is away
+SECOND_WAIT_S: Final = 5.0  # for a node that was silent; one that was only slow has the run open by now
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,13 @@ class Federation:
         sites: What each node told when it opened the run.
         refused: Why nodes did not open it.
         away: Nodes that are connected and did not answer the offer: their agent may yet start.
+        silent: Those of them that let the whole wait pass; they are not waited for as long again.
+        names: The node of each site name. A name stays with the node that told it first, which the link vouches for.
         doubtful: Nodes that failed at a step; their agent may have started anew, so they are offered the run again.
         metrics: Last held-out figures of each site, by name.
         own_rows: The coordinator's own held-out rows, and the engine that scores them; None without any.
         clock: Seconds, monotonic.
+        sleep: Waits between looks.
     """
 
     manifest: RunManifest
@@ -57,15 +64,19 @@ class Federation:
     sites: dict[int, OpenedHead] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     away: dict[int, str] = field(default_factory=dict)
+    silent: set[int] = field(default_factory=set)
+    names: dict[str, int] = field(default_factory=dict)
     doubtful: set[int] = field(default_factory=set)
     metrics: dict[str, SiteMetrics] = field(default_factory=dict)
     own_rows: OwnRows | None = None
     clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
 
-    @property
-    def timeout_s(self) -> float:
-        """Longest wait for the answers of one step."""
-        return self.manifest.run.federation.round_timeout_s
+    def ask(self, frames: Mapping[int, bytes], *, kind: str, at_most_s: float = math.inf) -> Iterator[collect.Answer]:
+        """Send frames and yield the answers as they come, until the step's deadline; see `collect.ask`."""
+        settings = self.manifest.run.federation
+        timeout_s = min(at_most_s, settings.join_timeout_s if kind == "open" else settings.round_timeout_s)
+        return collect.ask(self.fleet, frames, kind=kind, timeout_s=timeout_s, clock=self.clock, sleep=self.sleep)
 
     def name(self, node_id: int) -> str:
         """A node's site name; `node N` before it has told one."""
@@ -90,7 +101,7 @@ class Federation:
         return wire.pack(Frame(kind, to_head(plan), encode(state, dtype="float32")))
 
 
-def wait_for_sites(federation: Federation, *, sleep: Callable[[float], None] = time.sleep) -> None:
+def wait_for_sites(federation: Federation) -> None:
     """Offer the run to nodes as they connect, until `federation.num_sites` (or `min_sites`) have opened it.
 
     Raises:
@@ -105,7 +116,7 @@ def wait_for_sites(federation: Federation, *, sleep: Callable[[float], None] = t
             return
         if federation.clock() >= deadline or _is_hopeless(federation):
             raise TooFewSitesError(_who_is_missing(federation, wanted))
-        sleep(collect.POLL_S if not federation.away else RETRY_S)
+        federation.sleep(collect.POLL_S if not federation.away else RETRY_S)
 
 
 def rejoin(federation: Federation) -> None:
@@ -122,20 +133,24 @@ def join(federation: Federation) -> None:
     known = federation.sites.keys() | federation.refused.keys()
     newcomers = [node_id for node_id in federation.fleet.node_ids() if node_id not in known]
     offer = wire.pack(Frame("open", body=federation.manifest.to_bytes()))
-    frames = dict.fromkeys(newcomers, offer)
-    timeout_s = federation.manifest.run.federation.join_timeout_s
-    for answer in collect.ask(federation.fleet, frames, kind="open", timeout_s=timeout_s):
-        _admit(federation, answer)
+    silent = [node_id for node_id in newcomers if node_id in federation.silent]
+    others = [node_id for node_id in newcomers if node_id not in federation.silent]
+    for node_ids, at_most_s in ((others, math.inf), (silent, SECOND_WAIT_S)):
+        for answer in federation.ask(dict.fromkeys(node_ids, offer), kind="open", at_most_s=at_most_s):
+            _admit(federation, answer)
 
 
 def _admit(federation: Federation, answer: collect.Answer) -> None:
     """Take a node in, or remember why not."""
     federation.away.pop(answer.node_id, None)
+    federation.silent.discard(answer.node_id)
     if answer.frame is None:
         federation.away[answer.node_id] = answer.reason
+        if answer.is_late:
+            federation.silent.add(answer.node_id)
         return
     try:
-        head = _read_opened(federation, answer.frame)
+        head = _read_opened(federation, answer.node_id, answer.frame)
     except SilotuneError as error:
         federation.refused[answer.node_id] = collect.reason_of(error)
         federation.log.append("site_refused", node=answer.node_id, reason=collect.reason_of(error))
@@ -144,12 +159,14 @@ def _admit(federation: Federation, answer: collect.Answer) -> None:
     federation.log.append("site_joined", node=answer.node_id, **_without_run(head))
 
 
-def _read_opened(federation: Federation, frame: bytes) -> OpenedHead:
+def _read_opened(federation: Federation, node_id: int, frame: bytes) -> OpenedHead:
     """A node's answer to the offer, checked."""
     head = from_head(OpenedHead, wire.expect(frame, "opened", max_body_bytes=0).head)
     if head.run_sha256 != federation.manifest.sha256 or not head.num_examples:
         raise ProtocolError("answered for another run, or has no rows")
-    if head.site in {other.site for other in federation.sites.values()}:
+    if not re.fullmatch(SLUG, head.site):
+        raise ProtocolError("has no site name of a-z, 0-9 and '-'")
+    if federation.names.setdefault(head.site, node_id) != node_id:
         raise ProtocolError(f"the name '{head.site}' is taken by another node")
     return head
 

@@ -94,7 +94,7 @@ def _choose(fed: Federation, round_index: int) -> list[int]:
 def _collect(fed: Federation, state: State, plan: RoundPlan, frames: dict[int, bytes]) -> Tally:
     """Take updates as they come; one that is missing or wrong is logged and left out."""
     tally = Tally(fed.method.start(state), gap.GapMeter(state))
-    for answer in collect.ask(fed.fleet, frames, kind="train", timeout_s=fed.timeout_s):
+    for answer in fed.ask(frames, kind="train"):
         tally.bytes_up += len(answer.frame or b"")
         try:
             _take(fed, tally, answer, plan)

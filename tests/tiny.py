@@ -120,3 +120,58 @@ def make_agent(site: str, engine, *, count: int = 12, errors: list[Exception] | 
         load_engine=lambda _: engine,
         report=lambda reference, error: told.append(error),
     )
+
+
+def fake_time():
+    """A clock and a sleep that moves it; no test waits."""
+    now = [1000.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    return lambda: now[0], sleep
+
+
+def silent(_: bytes) -> None:
+    """A node that takes a frame and never answers."""
+
+
+def spoilt(answer, kind: str, change):
+    """A node whose answers to one kind of request go through `change`; the control is `change=lambda frame: frame`."""
+    from common import wire
+
+    def node(frame: bytes) -> bytes | None:
+        reply = answer(frame)
+        return change(reply) if wire.unpack(frame, max_body_bytes=1 << 24).kind == kind else reply
+
+    return node
+
+
+def with_head(**changes: object):
+    """A change for `spoilt`: the same frame with other values in its head."""
+    from common import wire
+
+    def change(frame: bytes) -> bytes:
+        found = wire.unpack(frame, max_body_bytes=1 << 24)
+        return wire.pack(wire.Frame(found.kind, {**found.head, **changes}, found.body))
+
+    return change
+
+
+def with_body(alter):
+    """A change for `spoilt`: the same frame with its body altered, and a right hash."""
+    from common import wire
+
+    def change(frame: bytes) -> bytes:
+        found = wire.unpack(frame, max_body_bytes=1 << 24)
+        return wire.pack(wire.Frame(found.kind, found.head, alter(found.body)))
+
+    return change
+
+
+def fleet(answers):
+    """Functions that answer frames as the nodes of an in-process grid."""
+    from server.grid import GridFleet
+    from simulations.grids import InProcessGrid
+
+    return GridFleet(InProcessGrid(answers))

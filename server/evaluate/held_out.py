@@ -30,7 +30,7 @@ def evaluate(federation: Federation, state: State, *, num_rounds: int, generate:
     nodes = federation.present()
     frames = dict.fromkeys(nodes, federation.frame("evaluate", plan, state))
     fresh = set()
-    for answer in collect.ask(federation.fleet, frames, kind="evaluate", timeout_s=federation.timeout_s):
+    for answer in federation.ask(frames, kind="evaluate"):
         metrics = _read(federation, answer, plan)
         if metrics is not None:
             federation.metrics[metrics.site] = metrics
