@@ -1,6 +1,7 @@
 """The round loop: sample, send, collect, aggregate, checkpoint, evaluate. Read this file first."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from common.errors import ProtocolError, SilotuneError, TooFewSitesError, WireError
 from common.records import RoundPlan, UpdateHead
@@ -97,33 +98,43 @@ def _collect(fed: Federation, state: State, plan: RoundPlan, frames: dict[int, b
     for answer in fed.ask(frames, kind="train"):
         tally.bytes_up += len(answer.frame or b"")
         try:
-            _take(fed, tally, answer, plan)
+            head, change = _read(fed, answer, plan)
         except SilotuneError as error:
             fed.fail(answer, error, step="train")
+        else:
+            _take(fed, tally, head, change)
+            fed.log.append("site_trained", **_of_training(head), bytes_up=len(answer.frame or b""))
     return tally
 
 
-def _take(fed: Federation, tally: Tally, answer: collect.Answer, plan: RoundPlan) -> None:
+def _read(fed: Federation, answer: collect.Answer, plan: RoundPlan) -> tuple[UpdateHead, State]:
     """One update, checked before a float of it is used."""
     if answer.frame is None:
         raise ProtocolError(answer.reason)
     head, change = collect.read_update(answer.frame, fed.manifest, plan)
     if head.site != fed.name(answer.node_id) or head.num_examples != fed.sites[answer.node_id].num_examples:
         raise WireError("update is under another name, or claims another number of rows than the site opened with")
+    return head, change
+
+
+def _take(fed: Federation, tally: Tally, head: UpdateHead, change: State) -> None:
+    """Add one update to the round."""
     weight = float(head.num_examples) if fed.manifest.run.aggregation.weighting == "examples" else 1.0
     tally.combined.add(change, weight=weight)
     tally.gap_meter.add(change, weight=weight)
     tally.heads.append(head)
-    fed.log.append(
-        "site_trained",
-        site=head.site,
-        round=plan.round_index,
-        train_loss=head.train_loss,
-        num_examples=head.num_examples,
-        num_steps=head.num_steps,
-        bytes_up=len(answer.frame),
-        seconds=round(head.seconds, 3),
-    )
+
+
+def _of_training(head: UpdateHead) -> dict[str, Any]:
+    """What a site told of its training, for the events."""
+    return {
+        "site": head.site,
+        "round": head.round_index,
+        "train_loss": head.train_loss,
+        "num_examples": head.num_examples,
+        "num_steps": head.num_steps,
+        "seconds": round(head.seconds, 3),
+    }
 
 
 def _require_quorum(fed: Federation, tally: Tally, round_index: int) -> None:

@@ -136,6 +136,13 @@ def silent(_: bytes) -> None:
     """A node that takes a frame and never answers."""
 
 
+def mute(answer, kind: str):
+    """A node that never answers one kind of request."""
+    from common import wire
+
+    return lambda frame: None if wire.unpack(frame, max_body_bytes=1 << 24).kind == kind else answer(frame)
+
+
 def spoilt(answer, kind: str, change):
     """A node whose answers to one kind of request go through `change`; the control is `change=lambda frame: frame`."""
     from common import wire

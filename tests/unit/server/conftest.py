@@ -13,6 +13,8 @@ from server.aggregate import table
 from server.federation import Federation
 from tests import tiny
 
+Node = Callable[[bytes], bytes | None]
+
 
 @pytest.fixture
 def federate(engine: Engine, tiny_base: Path, tmp_path: Path) -> Callable[..., Federation]:
