@@ -58,6 +58,8 @@ def _read(federation: Federation, answer: collect.Answer, plan: RoundPlan) -> Si
         collect.check_round(metrics.run_sha256, metrics.round_index, plan)
         if metrics.site != federation.name(answer.node_id) or not metrics.num_answer_tokens:
             raise ProtocolError("figures under another name, or over no tokens")
+        if metrics.num_exact > metrics.num_generated:
+            raise ProtocolError(f"{metrics.num_exact} of {metrics.num_generated} generated answers are exact")
     except SilotuneError as error:
         federation.fail(answer, error, step="evaluate")
         return None

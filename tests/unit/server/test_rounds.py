@@ -187,7 +187,7 @@ def test_a_run_whose_sites_have_gone_ends_with_what_is_on_disk(ready, nodes, eng
     fed = ready(nodes)
     play(fed, engine)
     fed.fleet = tiny.fleet({1: nodes[1]})
-    with pytest.raises(TooFewSitesError, match="1 sites are connected.*rounds up to 1 are on disk"):
+    with pytest.raises(TooFewSitesError, match=r"1 sites are connected.*rounds up to 1 are on disk"):
         rounds.play(fed, engine.initial, round_index=1)
 
 

@@ -1,0 +1,124 @@
+"""The mean rests on every site that ever answered."""
+
+import pytest
+
+from common import model
+from common.errors import ProtocolError
+from common.records import SiteMetrics
+from server import federation
+from server.evaluate import held_out
+from server.federation import OwnRows
+from tests import tiny
+
+
+@pytest.fixture
+def ready(federate):
+    def make(nodes, changes=None):
+        fed = federate(nodes, {"federation.num_sites": "0", **(changes or {})})
+        federation.wait_for_sites(fed)
+        return fed
+
+    return make
+
+
+def evaluate(fed, engine, *, num_rounds: int = 1, generate: bool = False) -> float:
+    return held_out.evaluate(fed, engine.initial, num_rounds=num_rounds, generate=generate)
+
+
+def metrics(site: str, nll_sum: float, num_tokens: int, *, generated: int = 0, exact: int = 0) -> SiteMetrics:
+    return SiteMetrics(site, "", 0, nll_sum, num_tokens, 1, generated, exact, 0.1)
+
+
+def test_the_mean_is_over_answer_tokens_and_not_over_sites():
+    assert held_out.mean_loss([metrics("a", 10.0, 10), metrics("b", 90.0, 30)]) == 2.5
+
+
+def test_exact_match_is_over_generated_rows():
+    both = [metrics("a", 1, 1, generated=10, exact=1), metrics("b", 1, 1, generated=30, exact=9)]
+    assert held_out.exact_match(both) == 0.25
+    assert held_out.exact_match([metrics("a", 1, 1)]) is None
+
+
+def test_every_site_is_asked_whether_it_trained_or_not(ready, nodes, engine, told):
+    loss = evaluate(ready(nodes, {"federation.sites_per_round": "2"}), engine)
+    (event,) = told("evaluated")
+    assert event["loss"] == loss
+    assert sorted(event["sites"]) == ["north", "south", "west"]
+    assert event["stale"] == []
+    assert event["exact_match"] is None
+
+
+def test_a_site_that_is_missing_counts_with_its_last_figures_and_is_named(ready, nodes, engine, told):
+    fed = ready(nodes)
+    first = evaluate(fed, engine)
+    fed.fleet = tiny.fleet({1: nodes[1], 2: nodes[2]})
+    assert evaluate(fed, engine, num_rounds=2) == pytest.approx(first)
+    assert told("evaluated")[-1]["stale"] == ["west"]
+    assert sorted(told("evaluated")[-1]["sites"]) == ["north", "south", "west"]
+
+
+def test_control_without_its_last_figures_the_mean_would_move(ready, nodes, engine):
+    fed = ready(nodes)
+    first = evaluate(fed, engine)
+    del fed.metrics["west"]
+    fed.fleet = tiny.fleet({1: nodes[1], 2: nodes[2]})
+    assert evaluate(fed, engine) != pytest.approx(first)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"site": "south"},
+        {"round_index": 0},
+        {"run_sha256": "ab" * 32},
+        {"num_answer_tokens": 0},
+        {"nll_sum": -1.0},
+        {"nll_sum": 1e300},
+        {"num_exact": 5, "num_generated": 4},
+        {"extra": 1},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_wrong_figures_are_left_out_and_told(ready, nodes, engine, told, changes):
+    fed = ready({**nodes, 3: tiny.spoilt(nodes[3], "evaluate", tiny.with_head(**changes))})
+    evaluate(fed, engine)
+    assert sorted(told("evaluated")[0]["sites"]) == ["north", "south"]
+    assert [(event["site"], event["step"]) for event in told("site_failed")] == [("west", "evaluate")]
+
+
+def test_control_right_figures_are_taken(ready, nodes, engine, told):
+    fed = ready({**nodes, 3: tiny.spoilt(nodes[3], "evaluate", lambda frame: frame)})
+    evaluate(fed, engine)
+    assert sorted(told("evaluated")[0]["sites"]) == ["north", "south", "west"]
+
+
+def test_a_site_that_never_answers_is_given_up_at_the_deadline(ready, nodes, engine, told):
+    fed = ready({**nodes, 3: tiny.mute(nodes[3], "evaluate")}, {"federation.round_timeout_s": "60"})
+    evaluate(fed, engine)
+    assert fed.clock() - 1000 == pytest.approx(60, abs=1)
+    assert "no answer within 60 s" in told("site_failed")[0]["reason"]
+
+
+def test_an_evaluation_that_nobody_answers_is_an_error(ready, nodes, engine):
+    fed = ready({number: tiny.spoilt(answer, "evaluate", lambda _: b"") for number, answer in nodes.items()})
+    with pytest.raises(ProtocolError, match="no site answered"):
+        evaluate(fed, engine)
+
+
+def test_answers_are_generated_where_asked(ready, nodes, engine, told):
+    fed = ready(nodes, {"evaluation.exact_match_rows": "2", "evaluation.max_new_tokens": "2"})
+    evaluate(fed, engine, generate=True)
+    assert told("evaluated")[0]["exact_match"] is not None
+
+
+def test_the_coordinators_own_rows_are_a_figure_of_their_own(ready, nodes, engine, told):
+    fed = ready(nodes)
+    encoded, _ = model.encode(engine, tiny.rows(5, site="own"), fed.manifest.run.data)
+    fed.own_rows = OwnRows(engine, encoded)
+    loss = evaluate(fed, engine)
+    (event,) = told("evaluated")
+    assert event["server_loss"] > 0
+    assert event["server_loss"] != loss
+    fed.own_rows = None
+    evaluate(fed, engine)
+    assert told("evaluated")[-1]["server_loss"] is None
