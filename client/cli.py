@@ -84,6 +84,7 @@ def serve(node_file: NodeFile) -> None:
         serving.make_agent(node).answer,
         socket_path=Path(node.agent.socket),
         max_message_bytes=node.agent.max_message_mib << 20,
+        courier_group=node.agent.courier_group,
     )
     typer.echo(f"{node.site.name}: agent listens on {node.agent.socket}; stop it with Ctrl-C")
     service.wait(server)

@@ -313,6 +313,10 @@ class AgentConfig(Section):
     socket: RequiredLine = Field(
         default="/run/silotune/agent.sock", description="Unix socket on which the courier reaches the agent."
     )
+    courier_group: Line = Field(
+        default="",
+        description="Unix group that may open the socket too: the courier's. Empty: this user only.",
+    )
     log_folder: RequiredLine = Field(default="/var/lib/silotune", description="Folder of the agent's own log.")
     max_message_mib: Mebibytes = Field(default=600, description="Largest message on the socket, in MiB.")
 

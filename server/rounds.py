@@ -79,17 +79,17 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
 
 
 def _choose(fed: Federation, round_index: int) -> list[int]:
-    """The round's sites."""
+    """The nodes of the round's sites; drawn by name, since a node's number is the link's own."""
     settings = fed.manifest.run
-    present = fed.present()
+    present = {fed.name(node_id): node_id for node_id in fed.present()}
     if len(present) < settings.federation.min_sites:
         raise TooFewSitesError(
             f"{len(present)} sites are connected, federation.min_sites is {settings.federation.min_sites}; "
             f"rounds up to {round_index} are on disk"
         )
-    return sampling.choose(
-        present, num_sites=settings.federation.sites_per_round, seed=settings.seed, round_index=round_index
-    )
+    num_sites = settings.federation.sites_per_round
+    names = sampling.choose(list(present), num_sites=num_sites, seed=settings.seed, round_index=round_index)
+    return [present[name] for name in names]
 
 
 def _collect(fed: Federation, state: State, plan: RoundPlan, frames: dict[int, bytes]) -> Tally:

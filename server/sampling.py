@@ -4,14 +4,14 @@ import random
 from collections.abc import Sequence
 
 
-def choose(node_ids: Sequence[int], *, num_sites: int, seed: int, round_index: int) -> list[int]:
+def choose(sites: Sequence[str], *, num_sites: int, seed: int, round_index: int) -> list[str]:
     """A uniform sample without replacement, a function of run seed and round; all sites if `num_sites` is 0.
 
     Example:
-        >>> choose([7, 8, 9], num_sites=0, seed=1, round_index=0)
-        [7, 8, 9]
+        >>> choose(["b", "a"], num_sites=0, seed=1, round_index=0)
+        ['a', 'b']
     """
-    if not num_sites or num_sites >= len(node_ids):
-        return sorted(node_ids)
+    if not num_sites or num_sites >= len(sites):
+        return sorted(sites)
     draw = random.Random(f"{seed}/{round_index}")  # noqa: S311  reproducible, not secret
-    return sorted(draw.sample(sorted(node_ids), num_sites))
+    return sorted(draw.sample(sorted(sites), num_sites))

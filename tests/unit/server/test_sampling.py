@@ -4,46 +4,46 @@ import pytest
 
 from server import sampling
 
-NODES = list(range(100, 110))
+SITES = [f"site-{number}" for number in range(10)]
 
 
-def choose(round_index: int, *, num_sites: int = 3, seed: int = 1, nodes=NODES) -> list[int]:
-    return sampling.choose(nodes, num_sites=num_sites, seed=seed, round_index=round_index)
+def choose(round_index: int, *, num_sites: int = 3, seed: int = 1, sites=SITES) -> list[str]:
+    return sampling.choose(sites, num_sites=num_sites, seed=seed, round_index=round_index)
 
 
 @pytest.mark.parametrize("num_sites", [0, 10, 11])
 def test_all_sites_train_where_no_fewer_are_wanted(num_sites):
-    assert choose(0, num_sites=num_sites) == NODES
+    assert choose(0, num_sites=num_sites) == SITES
 
 
 def test_a_cohort_has_its_size_and_no_site_twice():
     for round_index in range(50):
         cohort = choose(round_index)
         assert len(set(cohort)) == 3
-        assert set(cohort) <= set(NODES)
+        assert set(cohort) <= set(SITES)
         assert cohort == sorted(cohort)
 
 
 def test_a_cohort_is_a_function_of_seed_and_round():
-    assert choose(4) == choose(4) == choose(4, nodes=NODES[::-1])
+    assert choose(4) == choose(4) == choose(4, sites=SITES[::-1])
     assert [choose(k) for k in range(20)] != [choose(k, seed=2) for k in range(20)]
     assert len({tuple(choose(k)) for k in range(20)}) > 10
 
 
 def chi_squared(counts: Counter, num_rounds: int) -> float:
-    expected = 3 * num_rounds / len(NODES)
-    return sum((counts[node] - expected) ** 2 / expected for node in NODES)
+    expected = 3 * num_rounds / len(SITES)
+    return sum((counts[site] - expected) ** 2 / expected for site in SITES)
 
 
 def test_every_site_is_chosen_equally_often():
     """9 degrees of freedom: 33.7 is passed by chance once in 10,000; without replacement even less often."""
-    counts = Counter(node for k in range(2000) for node in choose(k))
-    assert set(counts) == set(NODES)
+    counts = Counter(site for k in range(2000) for site in choose(k))
+    assert set(counts) == set(SITES)
     assert chi_squared(counts, 2000) < 33.7
 
 
 def test_control_a_sampler_with_a_favourite_fails_that_test():
-    counts = Counter(node for k in range(2000) for node in (choose(k) if k % 10 else NODES[:3]))
+    counts = Counter(site for k in range(2000) for site in (choose(k) if k % 10 else SITES[:3]))
     assert chi_squared(counts, 2000) > 33.7
 
 
