@@ -51,6 +51,7 @@ class Screen:
     _gap_warning: float = 0.0
     _status: Status | None = None
     _has_header: bool = False
+    _num_large_gaps: int = 0
 
     def __call__(self, event: Event) -> None:
         """Take one event; kinds without a method of their own are not shown."""
@@ -119,6 +120,11 @@ class Screen:
     def _on_run_finished(self, event: Event) -> None:
         """The end."""
         self._set_status("")
+        if self._num_large_gaps:
+            self._print(
+                f"[yellow]In {self._num_large_gaps} rounds the gap passed {percent(self._gap_warning)}: the mean of the "
+                "factors was that far from the mean of the updates. Fewer local steps a round bring it down.[/]"
+            )
 
     def _on_run_failed(self, event: Event) -> None:
         """The end, too early."""
@@ -143,7 +149,8 @@ class Screen:
         if event["stale"]:
             notes.append(f"[yellow]stale: {_escape(', '.join(event['stale']))}[/]")
         if finished and finished["gap"] > self._gap_warning:
-            notes.append("[yellow]large gap: averaged factors are far from the averaged update[/]")
+            self._num_large_gaps += 1
+            notes.append("[yellow]large gap[/]")
         return "  ".join(notes)
 
     def _print(self, markup: str) -> None:
