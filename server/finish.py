@@ -30,8 +30,7 @@ def export_run(
     done = checkpoint.finished(run_folder)
     wanted = num_rounds or (done[-1] if done else 0)
     state = checkpoint.load(run_folder, found.tensor_specs, num_rounds=wanted, run_sha256=found.sha256)
-    joined = [event for event in events.read(run_folder / run.EVENTS_FILE) if event["kind"] == "site_joined"]
-    sites = {event["site"]: event["num_examples"] for event in joined}
+    sites = run.trained_sites(events.read(run_folder / run.EVENTS_FILE), num_rounds=wanted)
     adapter_folder = output or run_folder / run.EXPORT_FOLDER
     export.save_adapter(adapter_folder, state.tensors, run_manifest=found, num_rounds=wanted, sites=sites)
     written = {"adapter": str(adapter_folder)}

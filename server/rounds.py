@@ -37,16 +37,19 @@ def run(fed: Federation, state: State, *, first_round: int = 0) -> State:
         StorageError: A checkpoint or event could not be written.
     """
     settings = fed.manifest.run
-    num_rounds = settings.federation.num_rounds
-    if first_round == 0:
-        held_out.evaluate(fed, state, num_rounds=0, generate=False)
-    for round_index in range(first_round, num_rounds):
-        state = play(fed, state, round_index=round_index)
-        is_last = round_index + 1 == num_rounds
-        if is_last or (round_index + 1) % settings.evaluation.every_rounds == 0:
-            generate = is_last and settings.evaluation.exact_match_rows > 0
-            held_out.evaluate(fed, state, num_rounds=round_index + 1, generate=generate)
+    _evaluate(fed, state, num_rounds=first_round)  # after an interruption too: the last figures may be missing
+    for num_rounds in range(first_round + 1, settings.federation.num_rounds + 1):
+        state = play(fed, state, round_index=num_rounds - 1)
+        if num_rounds == settings.federation.num_rounds or num_rounds % settings.evaluation.every_rounds == 0:
+            _evaluate(fed, state, num_rounds=num_rounds)
     return state
+
+
+def _evaluate(fed: Federation, state: State, *, num_rounds: int) -> None:
+    """Held-out figures of the adapter after so many rounds; answers are generated after the last."""
+    settings = fed.manifest.run
+    generate = num_rounds == settings.federation.num_rounds and settings.evaluation.exact_match_rows > 0
+    held_out.evaluate(fed, state, num_rounds=num_rounds, generate=generate)
 
 
 def play(fed: Federation, state: State, *, round_index: int) -> State:

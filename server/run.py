@@ -1,14 +1,15 @@
 """A whole run: manifest, sites, rounds, export. The same call under every grid."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import adapter, config, model, storage
+from common import adapter, config, events, model, storage
 from common.adapter import Tensors
 from common.data import read
 from common.errors import ConfigError, DataError
-from common.events import EventLog
+from common.events import Event, EventLog
 from common.manifest import RunManifest, parse
 from common.model import Engine
 from common.rows import Columns
@@ -29,7 +30,7 @@ class Outcome:
 
     Attributes:
         tensors: The global adapter after the last round.
-        sites: Names of the sites that took part, with their rows.
+        sites: Names of the sites whose updates were used, with their rows.
         folder: The run's folder.
     """
 
@@ -63,11 +64,29 @@ def execute(
     log.append("run_started", **plan(manifest, engine), first_round=first_round)
     federation.wait_for_sites(fed)
     tensors = rounds.run(fed, start, first_round=first_round)
-    sites = {head.site: head.num_examples for head in sorted(fed.sites.values(), key=lambda head: head.site)}
     num_rounds = settings.federation.num_rounds
+    sites = trained_sites(events.read(log.path), num_rounds=num_rounds)
     export.save_adapter(folder / EXPORT_FOLDER, tensors, run_manifest=manifest, num_rounds=num_rounds, sites=sites)
     log.append("run_finished", adapter=EXPORT_FOLDER, num_rounds=num_rounds)
     return Outcome(tensors, sites, folder)
+
+
+def trained_sites(log: Sequence[Event], *, num_rounds: int) -> dict[str, int]:
+    """Training rows of every site whose update is in the adapter after `num_rounds` rounds, by name.
+
+    Example:
+        >>> trained = {"kind": "site_trained", "round": 0, "site": "north", "num_examples": 12}
+        >>> trained_sites([{"kind": "round_started", "round": 0}, trained], num_rounds=1)
+        {'north': 12}
+    """
+    rounds_of: dict[int, dict[str, int]] = {}
+    for event in log:
+        if event["kind"] == "round_started":  # anew after an interruption
+            rounds_of[event["round"]] = {}
+        elif event["kind"] == "site_trained":
+            rounds_of[event["round"]][event["site"]] = event["num_examples"]
+    pairs = (pair for number in sorted(rounds_of) if number < num_rounds for pair in rounds_of[number].items())
+    return dict(sorted(dict(pairs).items()))
 
 
 def prepare(settings: config.RunConfig, folder: Path, *, resume: bool = False) -> EventLog:

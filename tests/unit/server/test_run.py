@@ -1,0 +1,248 @@
+"""Whole runs: from the run file to the exported adapter, interrupted and resumed, and with a disk that fills up."""
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+
+from common import config, events, storage
+from common.errors import ConfigError, DataError, ModelError, StorageError, TooFewSitesError
+from server import checkpoint, run
+from tests import tiny
+
+CHANGES = {"evaluation.exact_match_rows": "2", "evaluation.max_new_tokens": "2"}
+
+
+@pytest.fixture
+def play(engine, tiny_base, tmp_path):
+    """Run in a folder of the test's; gives the outcome and the events."""
+
+    def execute(nodes, changes=None, *, name: str = "run", resume: bool = False):
+        settings = tiny.settings(tiny_base, {**CHANGES, **(changes or {})})
+        folder = tmp_path / name
+        log = run.prepare(settings, folder, resume=resume)
+        outcome = run.execute(settings, fleet=tiny.fleet(nodes), engine=engine, folder=folder, log=log, resume=resume)
+        return outcome, events.read(log.path)
+
+    return execute
+
+
+def interrupted(answer, *, after: int, error: BaseException, kind: str = "train"):
+    """A node that stops the whole process when it is asked for the so-manieth time."""
+    asked = []
+
+    def change(frame: bytes) -> bytes:
+        asked.append(frame)
+        if len(asked) > after:
+            raise error
+        return frame
+
+    return tiny.spoilt(answer, kind, change)
+
+
+def kinds(log) -> list[str]:
+    return [event["kind"] for event in log]
+
+
+def is_same(first, second) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_lowers_the_held_out_loss_and_leaves_everything_that_the_issue_names(play, nodes):
+    outcome, log = play(nodes, {"training.local_epochs": "4"})
+    losses = [event["loss"] for event in log if event["kind"] == "evaluated"]
+    assert len(losses) == 3
+    assert losses[2] < losses[1] < losses[0]
+    assert outcome.sites == {"north": 12, "south": 9, "west": 6}
+    assert checkpoint.finished(outcome.folder) == [1, 2]
+    files = {path.name for path in outcome.folder.iterdir()}
+    assert files == {"run.json", "manifest.json", "events.jsonl", "rounds", "adapter"}
+    assert kinds(log)[0] == "run_started"
+    assert kinds(log)[-1] == "run_finished"
+
+
+def test_exact_matches_are_counted_at_the_end_only(play, nodes):
+    _, log = play(nodes)
+    assert [event["exact_match"] is not None for event in log if event["kind"] == "evaluated"] == [False, False, True]
+
+
+def test_the_plan_is_told_in_figures(play, nodes, engine):
+    _, log = play(nodes)
+    plan = log[0]
+    assert plan["num_trained_parameters"] == sum(t.numel() for t in engine.initial.values())
+    assert plan["bytes_down_per_site"] == plan["bytes_up_per_site"] == 4 * plan["num_trained_parameters"]
+    assert (plan["privacy"], plan["method"], plan["num_rounds"]) == ("none", "fedavg", 2)
+
+
+def test_two_runs_of_one_seed_are_the_same_to_the_bit(play, nodes):
+    first, _ = play(nodes, name="first")
+    second, _ = play(nodes, name="second")
+    other, _ = play(nodes, {"seed": "6"}, name="other")
+    assert is_same(first.tensors, second.tensors)
+    assert not is_same(first.tensors, other.tensors)
+
+
+@pytest.mark.parametrize(
+    ("kind", "after", "finished"), [("train", 0, []), ("train", 1, [1]), ("evaluate", 1, [1]), ("evaluate", 2, [1, 2])]
+)
+def test_a_resumed_run_ends_with_the_same_adapter_to_the_bit(play, nodes, tmp_path, kind, after, finished):
+    expected, _ = play(nodes, name="whole")
+    broken = {**nodes, 2: interrupted(nodes[2], after=after, error=KeyboardInterrupt(), kind=kind)}
+    with pytest.raises(KeyboardInterrupt):
+        play(broken)
+    assert checkpoint.finished(tmp_path / "run") == finished
+    found, log = play(nodes, resume=True)
+    assert is_same(found.tensors, expected.tensors)
+    assert kinds(log).count("run_started") == 2
+    assert [event["first_round"] for event in log if event["kind"] == "run_started"] == [0, len(finished)]
+    evaluated = {event["num_rounds"]: event["loss"] for event in log if event["kind"] == "evaluated"}
+    assert sorted(evaluated) == [0, 1, 2]
+    assert [event for event in log if event["kind"] == "evaluated"][-1]["exact_match"] is not None
+
+
+def test_resuming_a_finished_run_gives_it_again(play, nodes):
+    first, _ = play(nodes)
+    again, log = play(nodes, resume=True)
+    assert is_same(first.tensors, again.tensors)
+    assert kinds(log)[-1] == "run_finished"
+
+
+def test_a_folder_with_a_run_is_refused(play, nodes, tmp_path):
+    play(nodes)
+    with pytest.raises(ConfigError, match="holds a run already; give another output folder, or --resume"):
+        play(nodes)
+
+
+def test_resuming_with_other_settings_is_refused(play, nodes):
+    play(nodes)
+    with pytest.raises(ConfigError, match="other settings"):
+        play(nodes, {"training.learning_rate": "1e-3"}, resume=True)
+
+
+def test_there_must_be_something_to_resume(play, nodes):
+    with pytest.raises(DataError, match="no run to resume"):
+        play(nodes, resume=True)
+
+
+def test_a_damaged_checkpoint_is_not_gone_on_from(play, nodes, tmp_path):
+    play(nodes)
+    path = checkpoint.folder_of(tmp_path / "run", 2) / checkpoint.ADAPTER_FILE
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(ModelError, match="use an earlier round"):
+        play(nodes, resume=True)
+
+
+def test_a_disk_that_fills_up_in_round_two_leaves_round_one_usable(play, nodes, tmp_path, monkeypatch):
+    expected, _ = play(nodes, name="whole")
+    real = os.replace
+
+    def replace(source, target):
+        if "00002" in str(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "replace", replace)
+        with pytest.raises(StorageError, match=r"00002.*No space left"):
+            play(nodes)
+    assert checkpoint.finished(tmp_path / "run") == [1]
+    found, _ = play(nodes, resume=True)
+    assert is_same(found.tensors, expected.tensors)
+
+
+def test_an_events_file_that_cannot_grow_ends_the_run_and_leaves_finished_rounds(play, nodes, tmp_path, monkeypatch):
+    from common.events import EventLog
+
+    real = EventLog.append
+
+    def append(log, kind, **fields):
+        if kind == "round_finished" and fields["round"] == 1:
+            raise storage.storage_error(log.path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        return real(log, kind, **fields)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EventLog, "append", append)
+        with pytest.raises(StorageError) as caught:
+            play(nodes)
+    assert caught.value.exit_code == 8
+    assert checkpoint.finished(tmp_path / "run") == [1, 2]
+    play(nodes, resume=True)
+
+
+def test_only_the_newest_checkpoints_are_kept_where_asked(play, nodes, tmp_path):
+    play(nodes, {"federation.num_rounds": "3", "output.keep_checkpoints": "1"})
+    assert checkpoint.finished(tmp_path / "run") == [3]
+
+
+def test_evaluation_can_be_rarer_and_the_last_round_is_always_evaluated(play, nodes):
+    _, log = play(nodes, {"federation.num_rounds": "5", "evaluation.every_rounds": "2"})
+    assert [event["num_rounds"] for event in log if event["kind"] == "evaluated"] == [0, 2, 4, 5]
+
+
+def test_a_site_that_fails_for_good_is_left_out_and_the_run_goes_on(play, nodes):
+    outcome, log = play({**nodes, 3: tiny.spoilt(nodes[3], "train", lambda _: b"")})
+    assert checkpoint.finished(outcome.folder) == [1, 2]
+    assert {event["site"] for event in log if event["kind"] == "site_failed"} == {"west"}
+    assert outcome.sites == {"north": 12, "south": 9}
+
+
+def trains_once(answer):
+    """A node that is gone after its first update."""
+    trained = []
+
+    def node(frame: bytes) -> bytes:
+        if trained:
+            return b""
+        if b'"kind":"train"' in frame:
+            trained.append(frame)
+        return answer(frame)
+
+    return node
+
+
+def test_a_site_that_dropped_out_is_still_named_as_one_whose_rows_were_used(play, nodes):
+    outcome, _ = play({**nodes, 3: trains_once(nodes[3])})
+    assert outcome.sites == {"north": 12, "south": 9, "west": 6}
+    assert "west 6" in (outcome.folder / "adapter" / "README.md").read_text()
+
+
+def test_sites_that_are_too_few_end_the_run_and_finished_rounds_can_be_loaded(play, nodes, tmp_path):
+    with pytest.raises(TooFewSitesError):
+        play({1: nodes[1], 2: trains_once(nodes[2]), 3: trains_once(nodes[3])})
+    manifest = run.stored_manifest(tmp_path / "run")
+    assert checkpoint.finished(tmp_path / "run") == [1]
+    checkpoint.load(tmp_path / "run", manifest.tensor_specs, num_rounds=1, run_sha256=manifest.sha256)
+
+
+def test_a_run_folder_tells_its_settings_and_manifest(play, nodes, tmp_path, engine, tiny_base):
+    play(nodes)
+    assert run.stored_settings(tmp_path / "run") == tiny.settings(tiny_base, CHANGES)
+    assert run.stored_manifest(tmp_path / "run").tensor_specs == engine.tensor_specs
+    written = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert written == json.loads(config.resolved_json(tiny.settings(tiny_base, CHANGES)))
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "{}", "[]", '{"version": 1}'])
+def test_a_folder_that_is_no_run_is_an_error(tmp_path, text):
+    if text is not None:
+        (tmp_path / "run.json").write_text(text)
+    with pytest.raises(DataError, match="not a run folder"):
+        run.stored_settings(tmp_path)
+
+
+def test_the_coordinators_own_rows_are_scored_every_round(play, nodes, tmp_path):
+    lines = [
+        {"instruction": row.messages[0].content, "output": row.messages[1].content} for row in tiny.rows(4, site="own")
+    ]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, log = play(nodes, {"evaluation.server_data": f'"{path}"'})
+    assert all(event["server_loss"] > 0 for event in log if event["kind"] == "evaluated")
+
+
+def test_own_rows_that_are_missing_are_found_before_the_run_starts(play, nodes, tmp_path):
+    with pytest.raises(DataError, match="no-such"):
+        play(nodes, {"evaluation.server_data": f'"{tmp_path}/no-such.jsonl"'})
+    assert not checkpoint.finished(tmp_path / "run")
