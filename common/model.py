@@ -6,7 +6,8 @@ B batch, T tokens, V vocabulary.
 import hashlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -231,11 +232,18 @@ def lora_config(settings: config.AdapterConfig) -> LoraConfig:
     )
 
 
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the warning that peft 0.21 asks transformers 5.23 for something by its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
+
+
 def _attach(base: Any, settings: config.AdapterConfig, *, seed: int) -> nn.Module:
     """Base with a float32 adapter; A from the seed, B zero."""
     remedy = f"choose among the linear layers of this base: {', '.join(linear_names(base))}"
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    with torch.random.fork_rng(), quiet_peft():
         torch.manual_seed(seed)
         try:
             model = get_peft_model(base, lora_config(settings), autocast_adapter_dtype=True)

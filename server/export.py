@@ -7,11 +7,12 @@ from pathlib import Path
 import jinja2
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import adapter, config, model, storage
 from common.adapter import Tensors
-from common.errors import ModelError
+from common.errors import ConfigError, ModelError
 from common.manifest import RunManifest
 
 CARD_TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -37,9 +38,25 @@ def save_adapter(
     _save_peft_config(folder, settings, adapter.module_names(run_manifest.tensor_specs))
     card = jinja2.Template(CARD_TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined).render(
         run=settings, manifest=run_manifest, sites=sites, num_rows=sum(sites.values()), num_rounds=num_rounds,
-        num_parameters=adapter.num_parameters(run_manifest.tensor_specs),
+        num_parameters=adapter.num_parameters(run_manifest.tensor_specs), base=base_name(settings.model.base),
+        is_path=is_path(settings.model.base),
     )  # fmt: skip
     storage.write_atomic(folder / "README.md", card.encode())
+
+
+def is_path(base: str) -> bool:
+    """Whether `model.base` is a folder of this machine and no name in a store or on a hub."""
+    return base.startswith(("/", ".", "~")) or Path(base).is_dir()
+
+
+def base_name(base: str) -> str:
+    """What others are told of the base: of a path only its last part.
+
+    Example:
+        >>> base_name("/srv/models/eight-billion"), base_name("org/name")
+        ('eight-billion', 'org/name')
+    """
+    return Path(base).name if is_path(base) else base
 
 
 def merge(adapter_folder: Path, base_folder: Path, output_folder: Path) -> None:
@@ -48,15 +65,19 @@ def merge(adapter_folder: Path, base_folder: Path, output_folder: Path) -> None:
     Never merged into a quantised base: a small change is lost when it is quantised again.
 
     Raises:
+        ConfigError: The output folder holds something.
         ModelError: Base or adapter cannot be loaded, or do not fit.
         StorageError: Disk full or not writable.
     """
+    if output_folder.is_dir() and any(output_folder.iterdir()):
+        raise ConfigError(f"{output_folder}: holds files already; give another folder")
     try:
         base = AutoModelForCausalLM.from_pretrained(
             base_folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
-        merged = PeftModel.from_pretrained(base, str(adapter_folder)).merge_and_unload()
-    except (OSError, ValueError, RuntimeError) as error:
+        with model.quiet_peft():
+            merged = PeftModel.from_pretrained(base, str(adapter_folder)).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         what = type(error).__name__
         raise ModelError(f"{adapter_folder}: does not fit the base in {base_folder} ({what})") from error
     _save_merged(merged.to(torch.bfloat16), base_folder, output_folder)
@@ -78,8 +99,9 @@ def _save_merged(merged: torch.nn.Module, base_folder: Path, output_folder: Path
 def _save_peft_config(folder: Path, settings: config.RunConfig, modules: list[str]) -> None:
     """peft's own file, targets spelt out, without a path of this machine."""
     lora = model.lora_config(settings.adapter)
-    lora.target_modules = sorted({name.rsplit(".", 1)[-1] for name in modules})
-    lora.base_model_name_or_path = settings.model.base if not Path(settings.model.base).is_absolute() else None
+    if settings.adapter.targets == "all-linear":
+        lora.target_modules = sorted({name.rsplit(".", 1)[-1] for name in modules})
+    lora.base_model_name_or_path = None if is_path(settings.model.base) else settings.model.base
     lora.inference_mode = True
     try:
         lora.save_pretrained(str(folder))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from common import events, store
+from common import events, model, store
 from server import checkpoint, export, run
 
 
@@ -23,7 +23,8 @@ def export_run(
 
     Raises:
         DataError: No such checkpoint.
-        ModelError: The checkpoint is damaged, or the base is not here.
+        ConfigError: The folder for the merged checkpoint holds something.
+        ModelError: The checkpoint is damaged, or the base is not here or another one.
         StorageError: Disk full or not writable.
     """
     found = run.stored_manifest(run_folder)
@@ -35,6 +36,8 @@ def export_run(
     export.save_adapter(adapter_folder, state.tensors, run_manifest=found, num_rounds=wanted, sites=sites)
     written = {"adapter": str(adapter_folder)}
     if merged:
-        export.merge(adapter_folder, base or store.resolve(found.run.model.base), merged)
+        base_folder = base or store.resolve(found.run.model.base)
+        model.check_hash(base_folder, found.base_sha256)
+        export.merge(adapter_folder, base_folder, merged)
         written["merged"] = str(merged)
     return written

@@ -1,0 +1,207 @@
+"""Plain peft and transformers load what a run leaves behind."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common import adapter, model
+from common.errors import ConfigError, DataError, ModelError, StorageError
+from common.manifest import RunManifest
+from server import export, finish, run
+from tests import tiny
+
+IDS_BT = torch.arange(3, 43).reshape(2, 20)
+
+
+@pytest.fixture
+def stirred(load_tiny):
+    """An engine of a run file, with an adapter that changes something."""
+
+    def make(changes=None):
+        engine = load_tiny(changes)
+        generator = torch.Generator().manual_seed(8)
+        state = {name: 0.05 * torch.randn(tensor.shape, generator=generator) for name, tensor in engine.initial.items()}
+        adapter.write(engine.model, state)
+        engine.model.eval()
+        return engine, state
+
+    return make
+
+
+def save(folder, engine, state, settings, **changes):
+    manifest = RunManifest(settings, engine.base_sha256, engine.tensor_specs)
+    given = {"num_rounds": 2, "sites": {"north": 12, "south": 9}, **changes}
+    export.save_adapter(folder, state, run_manifest=manifest, **given)
+    return folder
+
+
+def load_plain(folder, base):
+    """As a user would; peft warns of keys that it does not find, and the warning is an error here."""
+    with model.quiet_peft():
+        return PeftModel.from_pretrained(load_base(base), str(folder))
+
+
+def load_base(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@torch.no_grad()
+def logits(network) -> torch.Tensor:
+    return network(IDS_BT).logits
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"adapter.use_rslora": "true"},
+        {"adapter.targets": '"q_proj,v_proj"'},
+        {"adapter.targets": '"layers.1.self_attn.q_proj"'},
+        {"adapter.r": "3", "adapter.alpha": "7.5", "adapter.dropout": "0.1"},
+    ],
+    ids=["all-linear", "rslora", "chosen", "one layer", "odd"],
+)
+def test_plain_peft_gives_the_same_logits(stirred, tiny_base, tmp_path, changes):
+    engine, state = stirred(changes)
+    folder = save(tmp_path / "adapter", engine, state, tiny.settings(tiny_base, changes))
+    plain = load_plain(folder, tiny_base)
+    assert float((logits(plain) - logits(engine.model)).abs().max()) < 1e-5
+    assert len([name for name, _ in plain.named_parameters() if "lora_" in name]) == len(state)
+    assert float((logits(plain) - logits(load_base(tiny_base))).abs().max()) > 1e-3  # control
+
+
+def test_a_merged_checkpoint_is_the_base_with_the_adapter_in_bf16(stirred, tiny_base, tmp_path):
+    engine, state = stirred()
+    folder = save(tmp_path / "adapter", engine, state, tiny.settings(tiny_base))
+    export.merge(folder, tiny_base, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.dtype == torch.bfloat16
+    difference = (logits(merged.float()) - logits(engine.model)).abs().max()
+    change = (logits(load_base(tiny_base)) - logits(engine.model)).abs().max()
+    assert difference < 0.1 * change
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokens.chat_template == engine.tokenizer.chat_template
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
+
+
+def test_the_card_tells_base_rows_rounds_method_and_privacy(stirred, tiny_base, tmp_path):
+    engine, state = stirred()
+    folder = save(tmp_path / "adapter", engine, state, tiny.settings("org/base"), num_rounds=7)
+    card = (folder / "README.md").read_text()
+    for told in ("org/base", engine.base_sha256, "north 12", "south 9", "21 at 2 sites", "| rounds | 7 |", "fedavg"):
+        assert told in card
+    assert "without differential privacy and without secure aggregation" in card
+    assert card.startswith("---\n")
+    assert "base_model: org/base" in card
+
+
+@pytest.mark.parametrize("base", ["{tiny}", "./models/base", "../base", "~/models/base"])
+def test_no_path_of_this_machine_is_in_any_exported_file(stirred, tiny_base, tmp_path, base):
+    engine, state = stirred()
+    settings = tiny.settings(base.format(tiny=tiny_base))
+    folder = save(tmp_path / "adapter", engine, state, settings)
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        assert b"/base" not in data, path.name
+        assert str(tmp_path).encode() not in data
+        assert b"/tmp" not in data
+
+
+def test_peft_is_told_the_hub_id_of_the_base(stirred, tmp_path):
+    engine, state = stirred()
+    folder = save(tmp_path / "adapter", engine, state, tiny.settings("org/base"))
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+
+
+def test_there_is_no_pickle(stirred, tiny_base, tmp_path):
+    engine, state = stirred()
+    folder = save(tmp_path / "adapter", engine, state, tiny.settings(tiny_base))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_a_folder_that_cannot_be_written_is_a_storage_error(stirred, tiny_base, tmp_path):
+    engine, state = stirred()
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(StorageError, match="taken"):
+        save(tmp_path / "taken", engine, state, tiny.settings(tiny_base))
+
+
+def test_merging_into_a_folder_with_files_is_refused_before_anything_is_loaded(tiny_base, tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "mine.txt").write_text("keep")
+    with pytest.raises(ConfigError, match=r"merged.*another folder"):
+        export.merge(tmp_path / "no-adapter", tiny_base, tmp_path / "merged")
+    assert (tmp_path / "merged" / "mine.txt").read_text() == "keep"
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_leaves_nothing(stirred, load_tiny, tiny_base, tmp_path):
+    engine, state = stirred()
+    folder = save(tmp_path / "adapter", engine, state, tiny.settings(tiny_base))
+    (folder / "adapter_model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not safetensors at all")
+    with pytest.raises(ModelError, match="does not fit"):
+        export.merge(folder, tiny_base, tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+@pytest.fixture
+def finished(engine, nodes, tiny_base, tmp_path):
+    """A run folder with three rounds."""
+    settings = tiny.settings(tiny_base, {"federation.num_rounds": "3"})
+    folder = tmp_path / "run"
+    log = run.prepare(settings, folder)
+    run.execute(settings, fleet=tiny.fleet(nodes), engine=engine, folder=folder, log=log)
+    return folder
+
+
+def export_run(folder, **changes):
+    given = {"num_rounds": 0, "output": None, "merged": None, "base": None, **changes}
+    return finish.export_run(folder, **given)
+
+
+def test_any_checkpoint_of_a_run_can_be_exported(finished, tmp_path):
+    written = export_run(finished, num_rounds=2, output=tmp_path / "second")
+    assert written == {"adapter": str(tmp_path / "second")}
+    data = (tmp_path / "second" / "adapter_model.safetensors").read_bytes()
+    assert data == (finished / "rounds" / "00002" / "adapter_model.safetensors").read_bytes()
+    assert "| rounds | 2 |" in (tmp_path / "second" / "README.md").read_text()
+
+
+def test_the_newest_checkpoint_is_the_default(finished):
+    shutil.rmtree(finished / "adapter")
+    export_run(finished)
+    data = (finished / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert data == (finished / "rounds" / "00003" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_round_that_is_not_there_is_an_error_that_names_those_that_are(finished):
+    with pytest.raises(DataError, match=r"\[1, 2, 3\]"):
+        export_run(finished, num_rounds=9)
+
+
+def test_export_merges_into_the_runs_base(finished, tmp_path, tiny_base):
+    written = export_run(finished, merged=tmp_path / "merged")
+    assert written["merged"] == str(tmp_path / "merged")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_export_refuses_to_merge_into_another_base(finished, tmp_path):
+    other = tiny.make_base(tmp_path / "other")
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 1e-3}))
+    with pytest.raises(ModelError, match="hash"):
+        export_run(finished, merged=tmp_path / "merged", base=other)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_run_without_a_finished_round_cannot_be_exported(tmp_path, tiny_base):
+    run.prepare(tiny.settings(tiny_base), tmp_path / "run")
+    with pytest.raises(DataError):
+        export_run(tmp_path / "run")
