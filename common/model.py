@@ -4,6 +4,7 @@ B batch, T tokens, V vocabulary.
 """
 
 import hashlib
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -244,16 +245,24 @@ def _attach(base: Any, settings: config.AdapterConfig, *, seed: int) -> nn.Modul
     """Base with a float32 adapter; A from the seed, B zero."""
     remedy = f"choose among the linear layers of this base: {', '.join(linear_names(base))}"
     with torch.random.fork_rng(), quiet_peft():
-        torch.manual_seed(seed)
         try:
             model = get_peft_model(base, lora_config(settings), autocast_adapter_dtype=True)
         except ValueError as error:
             raise ModelError(f"adapter.targets = '{settings.targets}' cannot have an adapter; {remedy}") from error
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32)
     _check_targets(model, settings, remedy=remedy)
+    _initialise(model, seed=seed)
     return model
+
+
+def _initialise(model: nn.Module, *, seed: int) -> None:
+    """Draw A as peft does (Kaiming, a = sqrt 5), but on the CPU: the same values whatever the base's device or type."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        for name, parameter in adapter.parameters(model).items():
+            values = torch.zeros(parameter.shape, dtype=torch.float32)
+            if name.endswith(".lora_A.weight"):
+                nn.init.kaiming_uniform_(values, a=math.sqrt(5))
+            parameter.data = values.to(parameter.device)
 
 
 def _check_targets(model: nn.Module, settings: config.AdapterConfig, *, remedy: str) -> None:

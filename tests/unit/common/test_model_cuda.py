@@ -36,7 +36,7 @@ def load_cuda(tiny_base) -> Callable[[str], Engine]:
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
 def test_training_lowers_the_loss_on_cuda(load_cuda, tiny_base, quantization):
     engine = load_cuda(quantization)
-    settings = tiny.settings(tiny_base, {"training.local_steps": "8"})
+    settings = tiny.settings(tiny_base, {"model.quantization": quantization, "training.local_epochs": "2.0"})
     rows, _ = model.encode(engine, tiny.rows(32), settings.data)
     losses = [
         local.train(engine, rows, training=settings.training, round_index=index, num_rounds=4, seed=1).train_loss
