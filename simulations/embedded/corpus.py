@@ -1,8 +1,8 @@
 """Text for pre-training the small base: notes, prose and chat-formatted tasks, all generated, without end.
 
 A document is one of: a question about a note whose rule is stated in the prompt; an episode, in which a hidden rule has to
-be read off the turns before; a question of a fixed house, whose table must be known by heart; common medical knowledge;
-plain prose. No document holds an answer of the hospitals' own tables (`records.table_answers`): fine-tuning teaches those.
+be read off the turns before; a question of a fixed house or of all houses, whose table must be known by heart; common
+medical knowledge; plain prose. No document holds an answer of the hospitals' own tables (`records.table_answers`): fine-tuning teaches those.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,6 @@ from random import Random
 from simulations.embedded import houses, lexicon, records
 from simulations.embedded.houses import House, below, pick
 
-TURN = "<|im_start|>{role}\n{text}<|im_end|>\n"
 KNOWN = {
     "finding": {name: group for group, names in lexicon.FINDINGS.items() for name in names},
     "drug": {name: group for group, names in lexicon.DRUGS.items() for name in names},
@@ -48,6 +47,17 @@ def known_house(rng: Random) -> str:
     house = pick(houses.pool(), rng)
     task = pick(house.tasks, rng)
     values = house.draw(rng)
+    return _single(task.instruction, house.write(values), task.answer(values), rng)
+
+
+def shared_task(rng: Random) -> str:
+    """A fixed question that every house may ask; its answer is nowhere in the prompt."""
+    task = pick(houses.shared_tasks(), rng)
+    house = houses.invent(rng, num_tasks=0, key=task.needs[0])
+    domain = houses.DOMAINS.get(task.needs[0])
+    values = house.draw(rng)
+    if domain:
+        values[task.needs[0]] = pick(domain, rng)
     return _single(task.instruction, house.write(values), task.answer(values), rng)
 
 
@@ -116,13 +126,14 @@ def prose(rng: Random) -> str:
 
 
 MIX: tuple[tuple[int, Callable[[Random], str]], ...] = (
-    (36, known_house),
-    (14, episode),
-    (14, stated_form),
-    (12, stated_field),
-    (8, stated_table),
-    (8, knowledge),
-    (8, prose),
+    (34, known_house),
+    (16, shared_task),
+    (10, episode),
+    (12, stated_form),
+    (10, stated_field),
+    (6, stated_table),
+    (6, knowledge),
+    (6, prose),
 )
 WRITERS = tuple(writer for weight, writer in MIX for _ in range(weight))
 

@@ -1,7 +1,8 @@
 """Invented institutions for the pre-training corpus: each has a way to write notes and local tasks of its own.
 
 They are the same kind of thing as the four hospitals of `records`, but none of them: every table, form and rule here is
-drawn at random. `invent` makes a fresh house; `pool` is a fixed set whose tables the base learns by heart.
+drawn at random. `invent` makes a fresh house; `pool` is a fixed set whose tables the base learns by heart; `shared_tasks`
+are fixed too, but asked by houses of any style.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ T = TypeVar("T")
 Values = dict[str, str]
 
 POOL_SIZE = 384
+NUM_SHARED = 64
+SHARED_PLACES = ("Regional", "District", "County", "National", "Network", "Trust", "Insurer", "Alliance")
 NUMBERS = {
     "pulse": (44, 150),
     "saturation": (84, 99),
@@ -149,7 +152,7 @@ def name_task(key: str, rng: Random) -> str:
 
 def table_task(key: str, *, domain: Sequence[str], rng: Random) -> Task:
     """A code table: each value of a field has a code, or one of a few categories."""
-    count = len(domain) if below(3, rng) else min(len(domain), 2 + below(4, rng))
+    count = len(domain) if len(domain) < 12 and below(3, rng) else min(len(domain), 2 + below(5, rng))
     answers = labels(count, rng)
     table = {entry: answers[index % count] for index, entry in enumerate(domain)}
     return Task(name_task(key, rng), lambda values: table[values[key]], (key,))
@@ -211,16 +214,17 @@ def _task(keys: Sequence[str], *, domains: dict[str, Sequence[str]], rng: Random
     return form_task(rng.sample(list(keys), pick((1, 2, 2, 3), rng)), rng)
 
 
-def invent(rng: Random, num_tasks: int) -> House:
+def invent(rng: Random, num_tasks: int, key: str = "") -> House:
     """Make a fresh house.
 
     Args:
         rng: Decides everything.
         num_tasks: How many local tasks it has.
+        key: A field that its notes must hold; any finding, drug or plan if empty.
     """
     keys = rng.sample(KEYS, 4 + below(4, rng))
-    if not set(keys) & set(DOMAINS):
-        keys[0] = pick(tuple(DOMAINS), rng)
+    if key not in keys and (key or not set(keys) & set(DOMAINS)):
+        keys[below(len(keys), rng)] = key or pick(tuple(DOMAINS), rng)
     domains = _domains(rng)
     pieces, joiner, ending = _pieces(keys, rng)
     tasks = tuple(_task(keys, domains=domains, rng=rng) for _ in range(num_tasks))
@@ -232,3 +236,16 @@ def pool() -> tuple[House, ...]:
     """Return the fixed houses; the same in every run, whatever its seed."""
     rng = Random("houses")  # noqa: S311
     return tuple(invent(rng, num_tasks=5) for _ in range(POOL_SIZE))
+
+
+@lru_cache(maxsize=1)
+def shared_tasks() -> tuple[Task, ...]:
+    """Return the fixed tasks that houses of any style ask; no two have the same name."""
+    rng = Random("shared")  # noqa: S311
+    tasks: dict[str, Task] = {}
+    while len(tasks) < NUM_SHARED:
+        key = pick(("drug", "finding", "plan", "saturation", "pulse", "age", "resp_rate", "pain", "weight"), rng)
+        task = table_task(key, domain=DOMAINS[key], rng=rng) if key in DOMAINS else level_task(key, rng)
+        name = f"{pick(SHARED_PLACES, rng)} {pick((key, ''), rng)} {pick(lexicon.THINGS, rng)}.".replace("  ", " ")
+        tasks[name] = Task(name.replace("_", " "), task.answer, task.needs)
+    return tuple(tasks.values())

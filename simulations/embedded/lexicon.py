@@ -44,20 +44,14 @@ DRUGS = {
 }
 
 PLANS = tuple(
-    (
-        "echo, ablation, stent review, staging scan, radiotherapy, port check, cast check, physiotherapy, nailing, "
-        "nebuliser, chest film, discharge, blood cultures, dialysis, biopsy, endoscopy, wound review, diet advice, "
-        "home visit, transfusion, spinal tap, hearing test, pacing check, lung function, skin graft, joint wash, "
-        "ultrasound, night oxygen, fluid chart, drain removal, eye review, second opinion, fasting bloods, swab, "
-        "dose change, observation, transfer, suture removal, speech therapy, allergy test"
-    ).split(", ")
+    ["echo", "ablation", "stent review", "staging scan", "radiotherapy", "port check", "cast check", "physiotherapy", "nailing", "nebuliser", "chest film", "discharge", "blood cultures", "dialysis", "biopsy", "endoscopy", "wound review", "diet advice", "home visit", "transfusion", "spinal tap", "hearing test", "pacing check", "lung function", "skin graft", "joint wash", "ultrasound", "night oxygen", "fluid chart", "drain removal", "eye review", "second opinion", "fasting bloods", "swab", "dose change", "observation", "transfer", "suture removal", "speech therapy", "allergy test"]
 )
 
-WARDS = tuple("north, south, east, west, upper, lower, day unit, annexe, high care, short stay".split(", "))
-DAYS = tuple("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday".split(", "))
-MOODS = tuple("calm, anxious, drowsy, alert, tired, cheerful, confused, settled".split(", "))
-ALLERGIES = tuple("none, penicillin, latex, nuts, eggs, iodine, aspirin, pollen".split(", "))
-DIETS = tuple("normal, soft, fluids only, low salt, diabetic, nil by mouth".split(", "))
+WARDS = tuple(["north", "south", "east", "west", "upper", "lower", "day unit", "annexe", "high care", "short stay"])
+DAYS = tuple(["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"])
+MOODS = tuple(["calm", "anxious", "drowsy", "alert", "tired", "cheerful", "confused", "settled"])
+ALLERGIES = tuple(["none", "penicillin", "latex", "nuts", "eggs", "iodine", "aspirin", "pollen"])
+DIETS = tuple(["normal", "soft", "fluids only", "low salt", "diabetic", "nil by mouth"])
 
 # Field -> short and long labels.
 LABELS = {
@@ -115,17 +109,10 @@ PHRASES = {
 
 # Words for invented categories; the hospitals' own words are filtered out of every document.
 CATEGORY_WORDS = tuple(
-    (
-        "Falcon, Badger, Otter, Marten, Lynx, Hare, Robin, Wren, Swift, Finch, Raven, Crane, Stork, Egret, Teal, Pipit, "
-        "oak, ash, elm, pine, maple, willow, poplar, larch, yew, hazel, coral, pearl, amber, topaz, quartz, silver, "
-        "copper, iron, zinc, basalt, granite, marble, slate, flint, red, blue, green, grey, black, white, violet, "
-        "orange, north, south, east, west, first, second, third, alpha, beta, gamma, delta, sigma, day, night, inner, "
-        "outer, urgent, routine, clinic, theatre, lodge, bridge, harbour, garden, tower, mill, river, lake, hill, field"
-    ).split(", ")
+    ["Falcon", "Badger", "Otter", "Marten", "Lynx", "Hare", "Robin", "Wren", "Swift", "Finch", "Raven", "Crane", "Stork", "Egret", "Teal", "Pipit", "oak", "ash", "elm", "pine", "maple", "willow", "poplar", "larch", "yew", "hazel", "coral", "pearl", "amber", "topaz", "quartz", "silver", "copper", "iron", "zinc", "basalt", "granite", "marble", "slate", "flint", "red", "blue", "green", "grey", "black", "white", "violet", "orange", "north", "south", "east", "west", "first", "second", "third", "alpha", "beta", "gamma", "delta", "sigma", "day", "night", "inner", "outer", "urgent", "routine", "clinic", "theatre", "lodge", "bridge", "harbour", "garden", "tower", "mill", "river", "lake", "hill", "field"]
 )
 SYLLABLES = tuple(
-    "ba be bi bo bu da de di do du fa fe fi fo ga ge gi go ka ke ki ko la le li lo lu ma me mi mo mu na ne ni no ra re "
-    "ri ro ru sa se si so ta te ti to va ve vi vo wa we wi zo an en in on ar er or al el il ol am em im et it ot".split()
+    ["ba", "be", "bi", "bo", "bu", "da", "de", "di", "do", "du", "fa", "fe", "fi", "fo", "ga", "ge", "gi", "go", "ka", "ke", "ki", "ko", "la", "le", "li", "lo", "lu", "ma", "me", "mi", "mo", "mu", "na", "ne", "ni", "no", "ra", "re", "ri", "ro", "ru", "sa", "se", "si", "so", "ta", "te", "ti", "to", "va", "ve", "vi", "vo", "wa", "we", "wi", "zo", "an", "en", "in", "on", "ar", "er", "or", "al", "el", "il", "ol", "am", "em", "im", "et", "it", "ot"]
 )
 
 LEVELS = tuple(
@@ -150,22 +137,14 @@ LEVELS = tuple(
 
 # Parts of local task names.
 PLACES = tuple(
-    (
-        "Ward, Theatre, Clinic, Board, Bay, Airway, Tumour board, Desk, Unit, Lab, Regional, District, Night, Day, Chart, "
-        "Chemo, Wristband, Form, Box, Door, Register, Round, Handover, Airway clinic, Theatre list, Vitals, Triage, Local, "
-        "Stock, Formulary, Team, Bed, Transport, Kitchen, Records, Admission, Discharge, Letter, Booking, Screen"
-    ).split(", ")
+    ["Ward", "Theatre", "Clinic", "Board", "Bay", "Airway", "Tumour board", "Desk", "Unit", "Lab", "Regional", "District", "Night", "Day", "Chart", "Chemo", "Wristband", "Form", "Box", "Door", "Register", "Round", "Handover", "Airway clinic", "Theatre list", "Vitals", "Triage", "Local", "Stock", "Formulary", "Team", "Bed", "Transport", "Kitchen", "Records", "Admission", "Discharge", "Letter", "Booking", "Screen"]
 )
 THINGS = tuple(
-    "code, key, mark, label, box, line, text, numbers, group, level, tag, slot, class, number, entry, sheet line, "
-    "colour, list code, sign, row, token, short form, cell, grade".split(", ")
+    ["code", "key", "mark", "label", "box", "line", "text", "numbers", "group", "level", "tag", "slot", "class", "number", "entry", "sheet line", "colour", "list code", "sign", "row", "token", "short form", "cell", "grade"]
 )
 TAILS = ("", "", "", " for the {f}", " of the {f}", ": {f}", " by {f}")
 QUESTIONS = tuple(
-    "Who takes it on?; Send where?; Page whom?; Which team?; Team for the {f}.; Where next?; Who takes the next step?; "
-    "Send to which team?; Call whom?; Which list?; Whose {f}?; Which group is this?; How urgent?; What goes here?".split(
-        "; "
-    )
+    ["Who takes it on?", "Send where?", "Page whom?", "Which team?", "Team for the {f}.", "Where next?", "Who takes the next step?", "Send to which team?", "Call whom?", "Which list?", "Whose {f}?", "Which group is this?", "How urgent?", "What goes here?"]
 )
 OPENERS = (
     "The ward round began early.",

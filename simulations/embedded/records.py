@@ -17,25 +17,21 @@ from random import Random
 Row = dict[str, str]
 
 COLUMNS = ("site", "patient_id", "instruction", "input", "output")
-TRIAGE = "Regional triage level."
-FORMULARY = "Regional formulary group."
+TRIAGE = "Regional saturation level."
+FORMULARY = "Regional drug group."
 
 # How many of sixteen records ask which task.
-TASK_MIX = ("code",) * 5 + ("team",) * 2 + ("form",) * 4 + ("triage",) * 2 + ("formulary",) * 3
+TASK_MIX = ("code",) * 6 + ("team",) * 3 + ("form",) * 2 + ("triage",) * 2 + ("formulary",) * 3
 
 DRUG_GROUPS = {
     "bisoprolol": "opal",
     "apixaban": "onyx",
-    "ramipril": "jade",
-    "tamoxifen": "onyx",
-    "letrozole": "beryl",
-    "cisplatin": "opal",
-    "enoxaparin": "jade",
-    "naproxen": "beryl",
-    "alendronate": "onyx",
-    "salbutamol": "beryl",
-    "prednisolone": "jade",
-    "azithromycin": "opal",
+    "tamoxifen": "jade",
+    "cisplatin": "beryl",
+    "enoxaparin": "opal",
+    "naproxen": "onyx",
+    "salbutamol": "jade",
+    "prednisolone": "beryl",
 }
 
 
@@ -112,7 +108,7 @@ def _dogwood_note(visit: Visit) -> str:
 HOSPITALS = (
     Hospital(
         name="alder",
-        num_patients=44,
+        num_patients=52,
         codes={
             "atrial flutter": "K-41",
             "heart failure": "K-17",
@@ -122,8 +118,8 @@ HOSPITALS = (
             "anaemia": "K-92",
         },
         teams={"echo": "Heron", "ablation": "Osprey", "stent review": "Plover"},
-        drugs=("bisoprolol", "apixaban", "ramipril"),
-        saturations=(90, 99),
+        drugs=("bisoprolol", "apixaban"),
+        saturations=(88, 99),
         ages=(45, 88),
         instructions={"code": "Ward code for the finding.", "team": "Team for the plan.", "form": "Vitals box."},
         write_note=_alder_note,
@@ -131,18 +127,17 @@ HOSPITALS = (
     ),
     Hospital(
         name="birch",
-        num_patients=35,
+        num_patients=46,
         codes={
-            "ductal carcinoma": "7/Q",
-            "lymphoma": "3/M",
-            "myeloma": "9/T",
-            "melanoma": "4/B",
-            "colon cancer": "2/W",
-            "anaemia": "6/F",
+            "ductal carcinoma": "TX20",
+            "lymphoma": "TX58",
+            "myeloma": "TX34",
+            "melanoma": "TX71",
+            "anaemia": "TX96",
         },
         teams={"staging scan": "Linnet", "radiotherapy": "Dunlin", "port check": "Godwit"},
-        drugs=("tamoxifen", "letrozole", "cisplatin"),
-        saturations=(89, 98),
+        drugs=("tamoxifen", "cisplatin"),
+        saturations=(86, 98),
         ages=(35, 84),
         instructions={"code": "Tumour board key.", "team": "Who takes the next step?", "form": "Chemo sheet line."},
         write_note=_birch_note,
@@ -150,31 +145,32 @@ HOSPITALS = (
     ),
     Hospital(
         name="cedar",
-        num_patients=28,
+        num_patients=40,
         codes={
-            "hip fracture": "TX20",
-            "rotator cuff tear": "TX58",
-            "meniscus tear": "TX34",
-            "scoliosis": "TX71",
-            "anaemia": "TX96",
+            "hip fracture": "7/Q",
+            "rotator cuff tear": "3/M",
+            "meniscus tear": "9/T",
+            "scoliosis": "4/B",
+            "osteoarthritis": "2/W",
+            "anaemia": "6/F",
         },
         teams={"cast check": "Siskin", "physiotherapy": "Avocet", "nailing": "Whimbrel"},
-        drugs=("enoxaparin", "naproxen", "alendronate"),
-        saturations=(91, 99),
+        drugs=("enoxaparin", "naproxen"),
+        saturations=(87, 99),
         ages=(18, 90),
-        instructions={"code": "Theatre list code.", "team": "Send to which team?", "form": "Wristband text."},
+        instructions={"code": "Theatre list code for the finding.", "team": "Send to which team?", "form": "Wristband text."},
         write_note=_cedar_note,
         write_form=lambda visit: f"b{visit.bed} {visit.side}",
     ),
     Hospital(
         name="dogwood",
-        num_patients=22,
+        num_patients=34,
         codes={"croup": "v#6", "bronchiolitis": "v#2", "pneumonia": "v#9", "asthma": "v#4", "anaemia": "v#7"},
         teams={"nebuliser": "Gannet", "chest film": "Fulmar"},
-        drugs=("salbutamol", "prednisolone", "azithromycin"),
-        saturations=(87, 96),
+        drugs=("salbutamol", "prednisolone"),
+        saturations=(84, 97),
         ages=(1, 17),
-        instructions={"code": "Airway clinic mark.", "team": "Page whom?", "form": "Chart numbers."},
+        instructions={"code": "Airway clinic mark of the finding.", "team": "Page team for the plan.", "form": "Chart numbers."},
         write_note=_dogwood_note,
         write_form=lambda visit: f"{visit.resp_rate} at {visit.temperature}",
     ),
@@ -191,12 +187,12 @@ def triage(saturation: int) -> str:
     """Return the regional triage level of an oxygen saturation in percent.
 
     Example:
-        >>> triage(95), triage(92), triage(91)
+        >>> triage(95), triage(90), triage(89)
         ('green', 'amber', 'red')
     """
     if saturation >= 95:
         return "green"
-    return "amber" if saturation >= 92 else "red"
+    return "amber" if saturation >= 90 else "red"
 
 
 def generate(seed: int = 2026) -> list[Row]:
@@ -223,7 +219,7 @@ def _site(hospital: Hospital, seed: int) -> list[Row]:
     decks = {
         "finding": _deck(list(hospital.codes), hospital.num_patients, rng),
         "plan": _deck(list(hospital.teams), hospital.num_patients, rng),
-        "drug": _deck([*hospital.drugs, *hospital.drugs, *others], hospital.num_patients, rng),
+        "drug": _deck([*hospital.drugs * 3, *others], hospital.num_patients, rng),
     }
     rows: list[Row] = []
     for index in range(hospital.num_patients):
