@@ -11,7 +11,6 @@ from flwr.app.user_config import UserConfig
 from flwr.serverapp import Grid, ServerApp
 
 from common import quiet
-from common.errors import SilotuneError
 from common.events import EventLog
 from server.grid import GridFleet
 
@@ -28,26 +27,7 @@ def main(grid: Grid, context: Context) -> None:
     try:
         _execute(grid, log, context.run_config)
     except Exception as error:  # noqa: BLE001 - the app's edge; Flower keeps and shows an exception's text
-        code = report_failure(log, error)
-        raise RuntimeError(code) from None
-
-
-def report_failure(log: EventLog, error: Exception) -> str:
-    """Write why a run failed into its events.
-
-    Args:
-        log: The run's events.
-        error: Its message is written if it is of our tree; else it could hold anything.
-
-    Returns:
-        A code: all that anybody else is told.
-    """
-    kind = type(error).__name__
-    if not isinstance(error, SilotuneError):
-        log.append("run_failed", error=kind, reason=f"internal error {kind}", exit_code=1)
-        return "InternalError"
-    log.append("run_failed", error=kind, reason=str(error), exit_code=error.exit_code)
-    return kind
+        raise RuntimeError(run.report_failure(log, error)) from None
 
 
 def _execute(grid: Grid, log: EventLog, options: UserConfig) -> None:

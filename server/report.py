@@ -80,12 +80,14 @@ def status(log: Sequence[Event]) -> str:
     """
     if not log:
         return "not started"
-    if _of(log, "run_finished"):
+    starts = [index for index, event in enumerate(log) if event["kind"] == "run_started"]
+    latest = log[starts[-1] :] if starts else log
+    if _of(latest, "run_finished"):
         return "finished"
-    if log[-1]["kind"] == "run_failed":
-        return f"failed: {log[-1]['reason']}"
+    if failed := _of(latest, "run_failed"):
+        return f"failed: {failed[-1]['reason']}"
     done = max((event["round"] + 1 for event in _of(log, "round_finished")), default=0)
-    planned = next((event["num_rounds"] for event in reversed(_of(log, "run_started"))), "?")
+    planned = latest[0]["num_rounds"] if starts else "?"
     return f"running, {done} of {planned} rounds"
 
 
@@ -131,7 +133,7 @@ def _rounds(log: Sequence[Event]) -> list[dict[str, Any]]:
 def _bars(compared: Sequence[Event]) -> list[dict[str, Any]]:
     """The comparison's arms, with the length of each bar in percent."""
     arms = compared[-1]["comparison"] if compared else {}
-    worst = max((arm["held_out_loss"] for arm in arms.values()), default=1.0)
+    worst = max((arm["held_out_loss"] for arm in arms.values()), default=0.0) or 1.0
     return [{"name": name, **arm, "length": 100 * arm["held_out_loss"] / worst} for name, arm in arms.items()]
 
 

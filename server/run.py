@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from common import adapter, config, events, model, storage
 from common.adapter import Tensors
 from common.data import read
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError, DataError, SilotuneError, StorageError
 from common.events import Event, EventLog
 from common.manifest import RunManifest, parse
 from common.model import Engine
@@ -106,6 +107,27 @@ def prepare(settings: config.RunConfig, folder: Path, *, resume: bool = False) -
         raise ConfigError(f"{folder}: holds a run with other settings; resume it with its own run file")
     storage.write_atomic(path, resolved)
     return EventLog(folder / EVENTS_FILE)
+
+
+def report_failure(log: EventLog, error: BaseException) -> str:
+    """Write why a run ended early into its events, unless the disk is full.
+
+    Args:
+        log: The run's events.
+        error: Its message is written if it is of our tree; else it could hold anything.
+
+    Returns:
+        A code: all that anybody else is told.
+    """
+    kind = type(error).__name__
+    if isinstance(error, SilotuneError):
+        code, reason, exit_code = kind, str(error), error.exit_code
+    else:
+        reason = "stopped" if isinstance(error, KeyboardInterrupt) else f"internal error {kind}"
+        code, exit_code = "InternalError", 1
+    with suppress(StorageError):
+        log.append("run_failed", error=kind, reason=reason, exit_code=exit_code)
+    return code
 
 
 def stored_settings(folder: Path) -> config.RunConfig:

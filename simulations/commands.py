@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,9 @@ def compare(order: Order) -> dict[str, Any]:
         SilotuneError: As the step that failed.
     """
     shared = order.world()
-    results = comparing.compare(shared, order.log(shared))
+    log = order.log(shared)
+    with _ending_told(log):
+        results = comparing.compare(shared, log)
     figures = {
         name: {"held_out_loss": result["held_out_loss"], "exact_match": result["exact_match"]}
         for name, result in results.items()
@@ -94,8 +97,19 @@ def run(order: Order, *, engine: str, resume: bool) -> dict[str, Any]:
         raise ConfigError(f"--engine {engine}: choose one of {', '.join(ENGINES)}")
     shared = order.world()
     log = order.log(shared, resume=resume)
-    outcome = _play(order, shared, log, engine=engine, resume=resume)
+    with _ending_told(log):
+        outcome = _play(order, shared, log, engine=engine, resume=resume)
     return {"adapter": str(outcome.folder / server_run.EXPORT_FOLDER), **_places(order, shared)}
+
+
+@contextmanager
+def _ending_told(log: EventLog) -> Iterator[None]:
+    """Why a run ends early, Ctrl-C included, is an event of it; the screen clears its moving line then."""
+    try:
+        yield
+    except BaseException as error:
+        server_run.report_failure(log, error)
+        raise
 
 
 def _play(order: Order, shared: World, log: EventLog, *, engine: str, resume: bool) -> Outcome:

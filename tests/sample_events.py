@@ -1,0 +1,73 @@
+"""Events of a run of two sites, as its log holds them, for what is drawn from events."""
+
+PLAN = {
+    "kind": "run_started",
+    "name": "tiny",
+    "base": "org/base",
+    "run_sha256": "ab" * 32,
+    "quantization": "nf4",
+    "method": "fedavg",
+    "privacy": "none",
+    "num_rounds": 2,
+    "num_base_parameters": 39072,
+    "num_trained_parameters": 1024,
+    "num_tensors": 28,
+    "bytes_down_per_site": 4096,
+    "bytes_up_per_site": 2048,
+    "gap_warning": 0.1,
+}
+HOSTILE = "<script>alert(1)</script>"
+
+
+def joined(site: str) -> dict:
+    return {
+        "kind": "site_joined",
+        "node": 1,
+        "site": site,
+        "num_examples": 1200,
+        "num_held_out": 30,
+        "num_truncated": 1,
+        "num_dropped": 0,
+        "num_steps": 3,
+    }
+
+
+def trained(site: str, number: int, loss: float = 2.5) -> dict:
+    return {"kind": "site_trained", "site": site, "round": number, "train_loss": loss}
+
+
+def finished(number: int, gap: float = 0.25) -> dict:
+    return {
+        "kind": "round_finished",
+        "round": number,
+        "gap": gap,
+        "bytes_down": 8000,
+        "bytes_up": 4000,
+        "seconds": 1.25,
+    }
+
+
+def evaluated(number: int, loss: float, stale=(), **sites: float) -> dict:
+    figures = {site: {"loss": value, "num_rows": 5, "exact_match": None} for site, value in sites.items()}
+    return {
+        "kind": "evaluated",
+        "num_rounds": number,
+        "loss": loss,
+        "exact_match": None,
+        "server_loss": None,
+        "stale": list(stale),
+        "sites": figures,
+    }
+
+
+LOG = [
+    PLAN,
+    joined("north"),
+    joined("south"),
+    evaluated(0, 6.0, north=6.5, south=5.5),
+    {"kind": "round_started", "round": 0, "sites": ["north", "south"]},
+    trained("north", 0),
+    trained("south", 0, 3.5),
+    finished(0),
+    evaluated(1, 4.0, north=4.5, south=3.5),
+]

@@ -1,0 +1,148 @@
+import re
+
+import pytest
+
+from common.errors import DataError
+from common.events import EventLog
+from server import report, status
+from tests.sample_events import HOSTILE, LOG, PLAN, evaluated, finished, joined, trained
+
+
+def text_of(page: str) -> str:
+    return re.sub(r"\s+", " ", re.sub("<[^>]+>", " ", page))
+
+
+def test_a_report_shows_plan_rounds_and_losses():
+    page = text_of(report.render(LOG))
+    for told in ("tiny", "org/base", "1,024", "north (1,200 rows, 30 held out)", "25.0 %", "8.0 kB", "4.000", "2.500"):
+        assert told in page
+    assert "running, 1 of 2 rounds" in page
+    assert "left the sites unprotected" in page
+
+
+def test_a_report_of_nothing_is_a_page():
+    assert "not started" in report.render([])
+
+
+def test_a_report_needs_nothing_from_elsewhere_and_runs_nothing():
+    compared = {"kind": "compared", "comparison": {"base": {"held_out_loss": 6.0, "exact_match": None}}}
+    page = report.render([*LOG, compared, {"kind": "run_finished"}])
+    assert not re.search(r"(https?:)?//", page)
+    assert not re.search(r"<(script|link|img|iframe|object)\b|@import|url\(|\son\w+=", page)
+    assert "default-src 'none'" in page
+
+
+def test_text_from_sites_is_escaped():
+    hostile = [
+        joined(HOSTILE),
+        trained(HOSTILE, 0),
+        finished(0),
+        evaluated(1, 1.0, **{HOSTILE: 1.0}),
+        {"kind": "site_failed", "site": HOSTILE, "step": "train", "reason": f"'\"{HOSTILE}&"},
+        {"kind": "site_refused", "node": 4, "reason": HOSTILE},
+        {"kind": "compared", "comparison": {HOSTILE: {"held_out_loss": 1.0, "exact_match": 0.5}}},
+        {"kind": "run_failed", "reason": HOSTILE},
+    ]
+    page = report.render([{**PLAN, "base": HOSTILE}, *hostile])
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 7
+
+
+def test_troubles_are_told_with_site_or_node():
+    failed = {"kind": "site_failed", "site": "west", "step": "train", "reason": "no answer within 60 s"}
+    page = text_of(report.render([*LOG, failed, {"kind": "site_refused", "node": 4, "reason": "DataError"}]))
+    assert "west no answer within 60 s" in page
+    assert "node 4 DataError" in page
+
+
+def test_a_comparison_is_drawn_with_the_longest_bar_for_the_worst_arm():
+    arms = {
+        "base": {"held_out_loss": 6.0, "exact_match": 0.0},
+        "federated": {"held_out_loss": 3.0, "exact_match": 0.5},
+    }
+    page = report.render([*LOG, {"kind": "compared", "comparison": arms}])
+    assert "width: 100.0%" in page
+    assert "width: 50.0%" in page
+    assert '<tr class="federated">' in page
+    assert "50.0 %" in text_of(page)
+
+
+def test_a_comparison_of_losses_of_zero_is_drawn():
+    arms = {"base": {"held_out_loss": 0.0, "exact_match": None}}
+    assert "width: 0.0%" in report.render([*LOG, {"kind": "compared", "comparison": arms}])
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        ([], "not started"),
+        ([PLAN], "running, 0 of 2 rounds"),
+        (LOG, "running, 1 of 2 rounds"),
+        ([*LOG, {"kind": "run_failed", "reason": "disk full"}], "failed: disk full"),
+        ([*LOG, {"kind": "run_failed", "reason": "x"}, PLAN], "running, 1 of 2 rounds"),
+        ([*LOG, {"kind": "run_finished"}], "finished"),
+        ([*LOG, {"kind": "run_finished"}, {"kind": "arm_started", "arm": "centralised"}], "finished"),
+        ([*LOG, {"kind": "run_finished"}, PLAN, {"kind": "run_failed", "reason": "x"}], "failed: x"),
+    ],
+)
+def test_how_a_run_stands(log, expected):
+    assert report.status(log) == expected
+
+
+def test_a_resumed_round_is_shown_once_with_its_last_figures():
+    log = [*LOG, PLAN, evaluated(1, 3.75, north=4.0, south=3.5), finished(0, gap=0.5)]
+    page = text_of(report.render(log))
+    assert "3.750" in page
+    assert "4.000" not in page
+    assert "50.0 %" in page
+    assert "25.0 %" not in page
+
+
+def test_curves_lie_within_the_picture():
+    log = [evaluated(number, 6.0 / (number + 1), north=7.0, south=1.0) for number in range(30)]
+    drawn = report.chart(log)
+    points = [tuple(map(float, point.split(","))) for line in drawn.lines for point in line.points.split()]
+    assert all(0 <= x <= report.WIDTH and 0 <= y <= report.HEIGHT for x, y in points)
+    assert [line.name for line in drawn.lines] == ["north", "south", "all sites"]
+    assert len(drawn.x_ticks) <= 11
+
+
+def test_a_lower_loss_is_drawn_lower():
+    drawn = report.chart([evaluated(0, 6.0, north=6.0), evaluated(1, 2.0, north=2.0)])
+    (first, second) = [float(point.split(",")[1]) for point in drawn.lines[0].points.split()]
+    assert first < second  # SVG counts from the top
+
+
+def test_a_single_flat_evaluation_is_drawn():
+    assert report.chart([evaluated(0, 3.0, north=3.0)]).lines
+
+
+def test_many_sites_share_one_colour():
+    few = report.chart([evaluated(0, 3.0, **{f"s{k}": 3.0 for k in range(7)})])
+    many = report.chart([evaluated(0, 3.0, **{f"s{k}": 3.0 for k in range(8)})])
+    assert len({line.colour for line in few.lines}) == 8
+    assert len({line.colour for line in many.lines}) == 2
+
+
+def test_a_report_is_written_beside_the_events(tmp_path):
+    log = EventLog(tmp_path / "events.jsonl")
+    for event in LOG:
+        log.append(**event)
+    page = report.write(tmp_path)
+    assert page.name == "report.html"
+    assert page.read_text() == report.render([{**event, "time": 0} for event in LOG])
+
+
+def test_a_folder_without_events_has_no_report(tmp_path):
+    with pytest.raises(DataError):
+        report.write(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_status_tells_the_last_figures(tmp_path):
+    log = EventLog(tmp_path / "events.jsonl")
+    for event in [*LOG, evaluated(2, 3.0, ["south"], north=3.0, south=3.5)]:
+        log.append(**event)
+    found = status.read(tmp_path)
+    assert (found["held_out_loss"], found["stale"], found["finished_rounds"]) == (3.0, ["south"], [])
+    assert status.render(found).row_count == 6

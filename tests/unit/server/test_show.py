@@ -1,0 +1,100 @@
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from server.show import Screen, percent, size
+from tests.sample_events import HOSTILE, LOG, PLAN, evaluated, finished, joined, trained
+
+FAILED = {"kind": "site_failed", "site": "west", "step": "train", "reason": "no answer within 60 s"}
+
+
+def drawn(events, *, terminal: bool = False) -> str:
+    """What a run's events look like."""
+    out = io.StringIO()
+    screen = Screen(Console(file=out, width=60, force_terminal=terminal, color_system=None))
+    for event in events:
+        screen({"time": 0.0, **event})
+    return out.getvalue()
+
+
+def test_the_plan_comes_first():
+    lines = drawn(LOG).splitlines()
+    assert lines[0].startswith("tiny  2 rounds, fedavg, run abababababab")
+    assert "39,072 parameters, nf4" in lines[1]
+    assert "1,024 parameters trained (2.6 %)" in lines[2]
+    assert "4.1 kB down and 2.0 kB up" in lines[3]
+    assert "none: updates leave the sites unprotected" in lines[4]
+
+
+def test_sites_are_shown_once_with_what_was_cut():
+    shown = drawn([PLAN, joined("north"), joined("north")])
+    assert shown.count("site      north: 1,200 rows to train, 30 held out, 1 cut, 0 dropped as too long") == 1
+
+
+def test_each_evaluation_is_one_line_under_the_right_columns():
+    table = [line.split() for line in drawn(LOG).splitlines() if re.match(r" +(round|\d+) ", line)]
+    assert table[0] == ["round", "held-out", "north", "south", "gap", "down", "up", "time"]
+    assert table[1] == ["0", "6.000", "-", "-", "-", "-", "-", "-"]
+    assert table[2][:4] == ["1", "4.000", "2.500", "3.500"]
+    assert " ".join(table[2][4:12]) == "25.0 % 8.0 kB 4.0 kB 1.2 s"
+
+
+def test_a_site_that_did_not_train_has_a_dash():
+    log = [PLAN, joined("north"), joined("south"), {"kind": "round_started", "round": 0, "sites": ["north"]}]
+    shown = drawn([*log, trained("north", 0), finished(0), evaluated(1, 4.0, north=4.0)]).splitlines()[-1]
+    assert shown.split()[2:4] == ["2.500", "-"]
+
+
+def test_lines_are_never_wrapped():
+    assert max(len(line) for line in drawn([{**PLAN, "base": "b" * 90}]).splitlines()) > 90
+
+
+@pytest.mark.parametrize(
+    ("events", "told"),
+    [
+        ([*LOG, finished(1, gap=0.5), evaluated(2, 3.0, north=3.0)], "large gap"),
+        ([*LOG, evaluated(1, 3.0, ["south"], north=3.0)], "stale: south"),
+        ([PLAN, joined("west"), FAILED], "west train: no answer within 60 s"),
+        ([PLAN, {"kind": "site_refused", "node": 4, "reason": "DataError"}], "node 4: DataError"),
+        ([*LOG, {**evaluated(1, 3.0, north=3.0), "server_loss": 2.125}], "coordinator's rows 2.125"),
+    ],
+)
+def test_what_a_reader_should_not_miss(events, told):
+    assert told in drawn(events)
+
+
+def test_control_a_quiet_run_has_no_notes():
+    shown = drawn([{**PLAN, "gap_warning": 1.0}, *LOG[1:]])
+    assert "gap passed" not in shown
+    assert "large gap" not in shown
+    assert "stale" not in shown
+
+
+def test_text_from_elsewhere_is_not_markup():
+    shown = drawn([{**PLAN, "base": "[red]x[/red]"}, {**FAILED, "reason": "[/] " + HOSTILE, "site": "[bold]w"}])
+    assert "[red]x[/red]" in shown
+    assert "[bold]w train: [/] <script>" in shown
+
+
+def test_kinds_that_are_not_known_are_passed_over():
+    assert drawn([{"kind": "arm_started", "arm": "x"}, {"kind": "new in a later release"}]) == ""
+
+
+def test_a_resumed_run_is_shown_from_where_it_goes_on():
+    log = [PLAN, joined("north"), evaluated(1, 4.0, north=4.0), finished(1), evaluated(2, 3.0, north=3.0)]
+    table = [line.split()[:2] for line in drawn(log).splitlines() if re.match(r" +\d+ ", line)]
+    assert table == [["1", "4.000"], ["2", "3.000"]]
+
+
+@pytest.mark.parametrize("last", ["run_finished", "run_failed"])
+def test_on_a_terminal_the_cursor_is_given_back(last):
+    log = [*LOG, {"kind": "round_started", "round": 1, "sites": ["north"]}, {"kind": last, "reason": "x"}]
+    shown = drawn(log, terminal=True)
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") > 0
+
+
+def test_sizes_and_shares():
+    assert [size(n) for n in (0, 999, 1000, 1_234_567, 10**15)] == ["0 B", "999 B", "1.0 kB", "1.2 MB", "1000.0 TB"]
+    assert [percent(share) for share in (None, 0.0, 0.5, 1.0)] == ["-", "0.0 %", "50.0 %", "100.0 %"]
