@@ -148,10 +148,10 @@ HOSPITALS = (
         num_patients=40,
         codes={
             "hip fracture": "7/Q",
-            "rotator cuff tear": "3/M",
-            "meniscus tear": "9/T",
+            "frozen shoulder": "3/M",
+            "tendon rupture": "9/T",
             "scoliosis": "4/B",
-            "osteoarthritis": "2/W",
+            "bursitis": "2/W",
             "anaemia": "6/F",
         },
         teams={"cast check": "Siskin", "physiotherapy": "Avocet", "nailing": "Whimbrel"},
