@@ -1,5 +1,6 @@
 """What the commands of `silotune-sim` do, between options and printing."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -42,7 +43,7 @@ class Order:
     def settings(self) -> config.RunConfig:
         """The run file with the command line's settings."""
         named = {"model.base": self.model, "data.source": self.data}
-        given = {key: f'"{value}"' for key, value in named.items() if value}
+        given = {key: json.dumps(value, ensure_ascii=False) for key, value in named.items() if value}
         return config.load(self.run_file, overrides={**given, **self.overrides})
 
     def folder(self, settings: config.RunConfig) -> Path:

@@ -1,5 +1,6 @@
 """A tiny base, tiny sites and tiny runs: seconds where real ones take minutes. Seeds are fixed."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -182,3 +183,19 @@ def fleet(answers):
     from simulations.grids import InProcessGrid
 
     return GridFleet(InProcessGrid(answers))
+
+
+def write_table(path: Path) -> Path:
+    """The rows of all sites as one JSONL file with a column `site`."""
+    lines = [
+        {
+            "instruction": found.messages[0].content,
+            "output": found.messages[1].content,
+            "patient_id": found.unit,
+            "site": site.capitalize(),
+        }
+        for site, count in SITES.items()
+        for found in rows(count, site=site)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path

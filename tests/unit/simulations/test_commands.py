@@ -1,0 +1,121 @@
+"""The commands of `silotune-sim` on the tiny base, through their own entry point."""
+
+import json
+
+import pytest
+
+from common import cli, events
+from server import report
+from simulations import commands
+from simulations.cli import app
+from tests import tiny
+
+
+@pytest.fixture
+def run_file(tiny_base, tmp_path):
+    path = tmp_path / "run.toml"
+    table = tiny.write_table(tmp_path / "rows.jsonl")
+    path.write_text(tiny.RUN_FILE.format(base=tiny_base) + f'data.source = "{table}"\n')
+    return path
+
+
+def silotune_sim(*arguments: object) -> int:
+    """Run the command; its exit code."""
+    try:
+        cli.run(app, [str(argument) for argument in arguments])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def last_json(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_compare_ends_with_one_json_line_of_all_arms(run_file, tmp_path, capsys):
+    assert silotune_sim("compare", run_file, "--output", tmp_path / "out", "--threads", 1, "--json") == 0
+    found = last_json(capsys)
+    assert sorted(found["comparison"]) == [
+        "base",
+        "centralised",
+        "federated",
+        "site-north",
+        "site-south",
+        "site-west",
+    ]
+    assert all(sorted(figures) == ["exact_match", "held_out_loss"] for figures in found["comparison"].values())
+    assert found["folder"] == str(tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_run_shows_a_table_and_the_next_command(run_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert silotune_sim("run", run_file, "--output", out, "--threads", 1, "--set", "federation.num_rounds=1") == 0
+    shown = capsys.readouterr().out
+    assert "held-out" in shown
+    assert f"next: silotune-server export {out}" in shown.replace("\n", "")
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_json_keeps_progress_off_stdout(run_file, tmp_path, capsys):
+    arguments = ("--output", tmp_path / "out", "--threads", 1, "--set", "federation.num_rounds=1", "--json")
+    assert silotune_sim("run", run_file, *arguments) == 0
+    told = capsys.readouterr()
+    assert len(told.out.splitlines()) == 1
+    assert "held-out" in told.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "told"),
+    [
+        (["--set", "training.lerning_rate=1"], 2, "learning_rate"),
+        (["--set", "training.learning_rate"], 2, "section.key=value"),
+        (["--engine", "warp"], 2, "in-process, flower, deployment"),
+        (["--set", "adapter.r=0"], 2, "adapter.r"),
+        (["--data", "no-such.jsonl"], 3, "no-such.jsonl"),
+        (["--model", "no-such-base"], 4, "no-such-base"),
+        (["--set", 'adapter.targets="nothing"'], 4, "nothing"),
+        (["--set", f'model.sha256="{"ab" * 32}"'], 4, "abab"),
+    ],
+)
+def test_bad_input_is_one_line_with_its_exit_code(run_file, tmp_path, capsys, arguments, exit_code, told):
+    assert silotune_sim("run", run_file, "--output", tmp_path / "out", "--threads", 1, *arguments) == exit_code
+    line = capsys.readouterr().err
+    assert told in line
+    assert line.startswith("error: ")
+    assert not (tmp_path / "out" / "rounds").exists()
+
+
+def test_a_run_file_that_is_missing_is_named(tmp_path, capsys):
+    assert silotune_sim("run", tmp_path / "no-such.toml", "--json") == 2
+    assert last_json(capsys)["error"]["code"] == "ConfigError"
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_resume_goes_on(run_file, tmp_path, capsys):
+    arguments = (run_file, "--output", tmp_path / "out", "--threads", 1, "--set", "federation.num_rounds=1")
+    assert silotune_sim("run", *arguments) == 0
+    assert silotune_sim("run", *arguments) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert silotune_sim("run", *arguments, "--resume") == 0
+
+
+def test_why_a_run_ended_is_an_event_and_its_status(run_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    changes = ("--set", "data.max_length_tokens=8")
+    assert silotune_sim("run", run_file, "--output", out, "--threads", 1, *changes) == 3
+    log = events.read(out / "events.jsonl")
+    assert (log[-1]["kind"], log[-1]["error"], log[-1]["exit_code"]) == ("run_failed", "DataError", 3)
+    assert report.status(log).startswith("failed: ")
+
+
+def test_the_command_lines_settings_win_over_the_file(run_file, tiny_base):
+    order = commands.Order(run_file, None, model="", data="", store=None, overrides={"adapter.r": "2"}, is_quiet=True)
+    settings = order.settings()
+    assert settings.adapter.r == 2
+    assert settings.model.base == str(tiny_base)
+
+
+def test_paths_with_quotes_survive_the_command_line(run_file):
+    path = '/srv/a "b" \\c'
+    order = commands.Order(run_file, None, model=path, data="", store=None, overrides={}, is_quiet=True)
+    assert order.settings().model.base == path

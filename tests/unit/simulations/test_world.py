@@ -1,0 +1,88 @@
+import json
+
+import pytest
+
+from common import model
+from common.errors import DataError, ModelError
+from simulations import world
+from simulations.world import Failures
+from tests import tiny
+
+
+@pytest.fixture
+def settings(tiny_base, tmp_path):
+    table = tiny.write_table(tmp_path / "rows.jsonl")
+
+    def make(changes=None):
+        return tiny.settings(tiny_base, {"data.source": f'"{table}"', **(changes or {})})
+
+    return make
+
+
+def test_the_values_of_the_site_column_are_the_sites(settings):
+    sites = world.load_sites(settings())
+    assert list(sites) == ["north", "south", "west"]
+    assert {site: len(data.train) + len(data.held_out) for site, data in sites.items()} == tiny.SITES
+
+
+def test_no_patient_is_on_both_sides(settings):
+    for data in world.load_sites(settings()).values():
+        assert data.train
+        assert data.held_out
+        assert not {row.unit for row in data.train} & {row.unit for row in data.held_out}
+
+
+def test_sites_are_a_function_of_the_run_file(settings):
+    assert world.load_sites(settings()) == world.load_sites(settings())
+    assert world.load_sites(settings()) != world.load_sites(settings({"seed": "6"}))
+
+
+@pytest.mark.parametrize("how", ["iid", "dirichlet"])
+def test_rows_can_be_dealt_out_to_any_number_of_sites(settings, how):
+    sites = world.load_sites(settings({"data.partition": f'"{how}"', "data.num_sites": "4"}))
+    assert list(sites) == ["site-00", "site-01", "site-02", "site-03"]
+    assert sum(len(data.train) + len(data.held_out) for data in sites.values()) == sum(tiny.SITES.values())
+
+
+def test_the_embedded_records_need_no_file(tiny_base):
+    sites = world.load_sites(tiny.settings(tiny_base, {"data.source": '"embedded"', "federation.num_sites": "4"}))
+    assert len(sites) == 4
+
+
+def test_a_row_that_does_not_fit_is_named_by_line(settings, tmp_path):
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(json.dumps({"instruction": "Ada?", "patient_id": "p", "site": "North"}) + "\n")
+    with pytest.raises(DataError, match="line 37") as caught:
+        world.load_sites(settings())
+    assert "Ada" not in str(caught.value)
+
+
+def test_a_simulation_waits_for_all_its_sites(settings):
+    sites = world.load_sites(settings())
+    assert world.expect_all(settings({"federation.num_sites": "0"}), sites).federation.num_sites == 3
+    assert world.expect_all(settings({"federation.num_sites": "2"}), sites).federation.num_sites == 2
+
+
+def test_a_base_is_found_by_path_by_name_or_in_the_package(settings, tiny_base, tmp_path):
+    assert world.base_folder(settings()) == tiny_base
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "mine").symlink_to(tiny_base)
+    named = tiny.settings("mine")
+    assert world.base_folder(named, store_folder=tmp_path / "store").name == "mine"
+    assert world.base_folder(tiny.settings("embedded")) == world.EMBEDDED_BASE
+    with pytest.raises(ModelError, match="silotune-sim base"):
+        world.base_folder(named, store_folder=tmp_path)
+
+
+def test_the_engine_is_what_the_run_file_says(settings, tiny_base):
+    engine = world.load_engine(settings({"adapter.r": "2"}), device="cpu", num_threads=1)
+    assert engine.base_sha256 == model.hash_base(tiny_base)
+    assert min(engine.tensor_specs[0].shape) == 2
+
+
+def test_failures_are_in_each_sites_log_and_at_hand(tmp_path):
+    failures = Failures(tmp_path)
+    failures.reporter("north")("0a1b", DataError("line 3"))
+    failures.reporter("south")("0a1c", DataError("line 4"))
+    assert [str(error) for error in failures.errors] == ["line 3", "line 4"]
+    assert json.loads((tmp_path / "north.jsonl").read_text())["reference"] == "0a1b"
