@@ -57,6 +57,7 @@ class Agent:
         load_engine: Loads the base and attaches the adapter that a manifest names; called once a run, and free to
             return the engine that it already has.
         report: Told every failure with its reference; the site's own log.
+        max_body_bytes: Largest adapter or manifest that is taken.
     """
 
     def __init__(
@@ -66,18 +67,20 @@ class Agent:
         load_data: Callable[[RunManifest], SiteData],
         load_engine: Callable[[RunManifest], Engine],
         report: Callable[[str, Exception], None],
+        max_body_bytes: int = MAX_BODY_BYTES,
     ) -> None:
         self.site = site
         self._load_data = load_data
         self._load_engine = load_engine
         self._report = report
+        self._max_body_bytes = max_body_bytes
         self._run: OpenRun | None = None
         self._steps = {"open": self._open, "train": self._train, "evaluate": self._evaluate}
 
     def answer(self, frame: bytes) -> bytes:
         """Answer one frame with one frame; never raises for what the frame holds."""
         try:
-            request = wire.unpack(frame, max_body_bytes=MAX_BODY_BYTES)
+            request = wire.unpack(frame, max_body_bytes=self._max_body_bytes)
             if request.kind not in self._steps:
                 raise ProtocolError(f"no such request: '{wire.shown(request.kind)}'")
             return wire.pack(self._steps[request.kind](request))

@@ -29,6 +29,7 @@ def make_agent(node: config.NodeConfig) -> Agent:
         load_data=lambda manifest: load_data(node, manifest),
         load_engine=loader.load,
         report=lambda reference, error: sitelog.report(log, reference, error),
+        max_body_bytes=node.agent.max_message_mib << 20,
     )
 
 

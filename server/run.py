@@ -54,10 +54,12 @@ def execute(
         resume: Go on after the newest whole checkpoint in `folder`.
 
     Raises:
+        ConfigError: An update would be larger than `wire.max_update_mib`.
         ProtocolError: Too few sites, or none evaluates.
         StorageError: Disk full or not writable.
     """
     manifest = RunManifest(settings, engine.base_sha256, engine.tensor_specs)
+    _check_size(settings.wire, engine.initial)
     fed = Federation(manifest, fleet, table.find(settings.aggregation.method), folder, log)
     start, first_round = _start(manifest, engine, folder, resume=resume)
     storage.write_atomic(folder / MANIFEST_FILE, manifest.to_bytes())
@@ -191,6 +193,16 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
         "bytes_up_per_site": up,
         "gap_warning": settings.aggregation.gap_warning,
     }
+
+
+def _check_size(settings: config.WireConfig, tensors: Tensors) -> None:
+    """No site's update would be taken if it is larger than what the run accepts."""
+    size_mib = len(adapter.encode(tensors, dtype=settings.dtype)) / (1 << 20)
+    if size_mib > settings.max_update_mib:
+        raise ConfigError(
+            f"wire.max_update_mib = {settings.max_update_mib}, and an update of this adapter has {size_mib:.1f} MiB; "
+            "raise it, lower adapter.r, or choose fewer adapter.targets"
+        )
 
 
 def _start(manifest: RunManifest, engine: Engine, folder: Path, *, resume: bool) -> tuple[Tensors, int]:

@@ -143,3 +143,14 @@ def test_preview_shows_the_first_rows(node, tiny_base):
 def test_preview_without_any_base_says_how_to_name_one(node):
     with pytest.raises(ModelError, match=r"--base"):
         site_rows.preview(node(model={}), base="", limit=2, max_length_tokens=64)
+
+
+def test_the_sites_own_limit_on_messages_holds(node, tmp_path):
+    """The body is no manifest either way; the log says at which of the two checks it ended."""
+    log = tmp_path / "log" / serve.LOG_FILE
+    frame = wire.pack(Frame("open", body=bytes((1 << 20) + 1)))
+    for max_message_mib, reason in ((1, "limits are"), (2, "not a run manifest")):
+        section = {"log_folder": str(log.parent), "max_message_mib": max_message_mib}
+        answer = wire.unpack(serve.make_agent(node(agent=section)).answer(frame), max_body_bytes=0)
+        assert answer.head["code"] == "WireError"
+        assert reason in log.read_text().splitlines()[-1]

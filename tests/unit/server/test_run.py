@@ -246,3 +246,11 @@ def test_own_rows_that_are_missing_are_found_before_the_run_starts(play, nodes, 
     with pytest.raises(DataError, match="no-such"):
         play(nodes, {"evaluation.server_data": f'"{tmp_path}/no-such.jsonl"'})
     assert not checkpoint.finished(tmp_path / "run")
+
+
+def test_an_adapter_that_no_update_could_carry_is_refused_at_once(load_tiny, nodes, tiny_base, tmp_path):
+    changes = {"adapter.r": "512", "wire.max_update_mib": "1"}
+    engine, settings = load_tiny(changes), tiny.settings(tiny_base, changes)
+    log = run.prepare(settings, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"max_update_mib = 1, .* 4\.\d MiB; raise it, lower adapter\.r"):
+        run.execute(settings, fleet=tiny.fleet(nodes), engine=engine, folder=tmp_path / "run", log=log)
