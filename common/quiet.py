@@ -16,13 +16,17 @@ SWITCHES: Final[Mapping[str, str]] = {
     "TOKENIZERS_PARALLELISM": "false",  # forks after tokenising would warn and may deadlock
 }
 OFFLINE: Final[Mapping[str, str]] = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+SHARED_CORES: Final[Mapping[str, str]] = {"GOMP_SPINCOUNT": "1000"}
 _MISSING_KERNEL: Final = "Failed to load CPU gemm_4bit_forward from kernels-community"
 
 
 def hush(environ: MutableMapping[str, str] | None = None, *, allow_hub: bool = False) -> None:
     """Turn off everything that calls out on its own, for this process and its children.
 
-    Must run before `flwr`, `transformers`, `datasets` or `ray` is imported: they read the switches once.
+    Also keeps OpenMP's idle threads from spinning for milliseconds, unless the user has set how long they may: where
+    cores are shared with other processes, spinning makes a small model's step up to twenty times slower.
+
+    Must run before `torch`, `flwr`, `transformers`, `datasets` or `ray` is imported: they read the switches once.
 
     Args:
         environ: Where to set the switches; None means this process' environment.
@@ -36,6 +40,8 @@ def hush(environ: MutableMapping[str, str] | None = None, *, allow_hub: bool = F
     """
     target = os.environ if environ is None else environ
     target.update(SWITCHES)
+    for name, value in SHARED_CORES.items():
+        target.setdefault(name, value)
     if not allow_hub:
         target.update(OFFLINE)
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_worth_reading)
