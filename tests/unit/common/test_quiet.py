@@ -12,7 +12,13 @@ ROOT = Path(__file__).parents[3]
 def test_switches_win_over_what_was_set():
     environ = {"FLWR_TELEMETRY_ENABLED": "1", "HF_HUB_OFFLINE": "0"}
     quiet.hush(environ)
-    assert environ == {**quiet.SWITCHES, **quiet.OFFLINE}
+    assert environ == {**quiet.SWITCHES, **quiet.OFFLINE, **quiet.SHARED_CORES}
+
+
+def test_a_user_may_choose_how_long_threads_spin():
+    environ = {"GOMP_SPINCOUNT": "7"}
+    quiet.hush(environ)
+    assert environ["GOMP_SPINCOUNT"] == "7"
 
 
 def test_the_hub_can_be_allowed():
