@@ -7,6 +7,7 @@ are written out here as one would by hand. Logits are formed for answer tokens o
 b rows of a batch, t tokens of the longest, p positions that some row needs, v vocabulary, n answer tokens.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,7 @@ def load_rows(settings: config.RunConfig) -> Iterator[Site]:
 
 
 def load_model(settings: config.RunConfig) -> Any:
-    """Base and LoRA, as the run file says."""
+    """Base and LoRA, as the run file says; A is drawn module by module, so that both arms start at the same values."""
     four_bit = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     )
@@ -76,9 +77,13 @@ def load_model(settings: config.RunConfig) -> Any:
         quantization_config=four_bit if settings.model.quantization == "nf4" else None,
     )
     base.config.use_cache = False
-    torch.manual_seed(settings.seed)
     lora = LoraConfig(r=settings.adapter.r, lora_alpha=int(settings.adapter.alpha), target_modules="all-linear")
-    return get_peft_model(base, lora)
+    peft_model: Any = get_peft_model(base, lora)
+    torch.manual_seed(settings.seed)
+    for name, value in sorted(peft_model.named_parameters()):
+        if "lora_A" in name:
+            nn.init.kaiming_uniform_(value, a=math.sqrt(5))
+    return peft_model
 
 
 def play(
