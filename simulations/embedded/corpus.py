@@ -1,8 +1,9 @@
 """Text for pre-training the small base: notes, prose and chat-formatted tasks, all generated, without end.
 
-A document is one of: a question about a note whose rule is stated in the prompt; an episode, in which a hidden rule has to
-be read off the turns before; a question of a fixed house or of all houses, whose table must be known by heart; common
-medical knowledge; plain prose. No document holds an answer of the hospitals' own tables (`records.table_answers`): fine-tuning teaches those.
+A document is one of: a question about a note whose rule is stated in the prompt; an episode, in which a hidden rule has
+to be read off the turns before; a question of a fixed house or of all houses, whose table must be known by heart;
+common medical knowledge; plain prose. No document holds an answer of the hospitals' own tables, which
+`records.table_answers` lists: fine-tuning teaches those.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,8 +1,8 @@
 """Invented institutions for the pre-training corpus: each has a way to write notes and local tasks of its own.
 
-They are the same kind of thing as the four hospitals of `records`, but none of them: every table, form and rule here is
-drawn at random. `invent` makes a fresh house; `pool` is a fixed set whose tables the base learns by heart; `shared_tasks`
-are fixed too, but asked by houses of any style.
+They are the same kind of thing as the four hospitals of `records`, but none of them: every table, form and rule here
+is drawn at random. `invent` makes a fresh house; `pool` is a fixed set whose tables the base learns by heart;
+`shared_tasks` are fixed too, but asked by houses of any style.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ from simulations.embedded import lexicon
 
 T = TypeVar("T")
 Values = dict[str, str]
+Piece = tuple[str, str, str]  # field, text before its value, text after it
 
 POOL_SIZE = 384
 NUM_SHARED = 64
@@ -65,7 +66,7 @@ class Task:
 class House:
     """How one institution writes: pieces of text around each value, in order, and its tasks."""
 
-    pieces: tuple[tuple[str, str, str], ...]
+    pieces: tuple[Piece, ...]
     joiner: str
     ending: str
     domains: dict[str, Sequence[str]]
@@ -127,18 +128,20 @@ def labels(count: int, rng: Random) -> list[str]:
     kind = below(4, rng)
     if kind == 0:
         return rng.sample(lexicon.CATEGORY_WORDS, count)
-    if kind == 1:
-        make = lambda: word(rng).capitalize()  # noqa: E731
-    else:
-        shape = pick(CODE_SHAPES, rng)
-        fixed = shape.replace("L", pick(LETTERS, rng), 1) if below(2, rng) else shape
-        make = lambda: code(fixed if fixed.count("d") + fixed.count("L") else shape, rng)  # noqa: E731
+    shape = "" if kind == 1 else _shape(rng)
     found: dict[str, None] = {}
     for _ in range(40 * count):
-        found[make()] = None
+        found[code(shape, rng) if shape else word(rng).capitalize()] = None
         if len(found) == count:
             return list(found)
     return rng.sample(lexicon.CATEGORY_WORDS, count)
+
+
+def _shape(rng: Random) -> str:
+    """Choose a code shape; half of them begin with one letter for the whole table, if enough stays free."""
+    shape = pick(CODE_SHAPES, rng)
+    fixed = shape.replace("L", pick(LETTERS, rng), 1) if below(2, rng) else shape
+    return fixed if "d" in fixed or "L" in fixed else shape
 
 
 def name_task(key: str, rng: Random) -> str:
@@ -164,9 +167,7 @@ def level_task(key: str, rng: Random) -> Task:
     low, high = NUMBERS[key]
     cuts = sorted(rng.sample(range(low + 1, high + 1), len(names) - 1))
     order = names if below(2, rng) else names[::-1]
-    return Task(
-        name_task(key, rng), lambda values: order[sum(int(values[key]) >= cut for cut in cuts)], (key,)
-    )
+    return Task(name_task(key, rng), lambda values: order[sum(int(values[key]) >= cut for cut in cuts)], (key,))
 
 
 def form_task(keys: Sequence[str], rng: Random) -> Task:
@@ -180,19 +181,29 @@ def form_task(keys: Sequence[str], rng: Random) -> Task:
     )
 
 
-def _pieces(keys: Sequence[str], rng: Random) -> tuple[tuple[tuple[str, str, str], ...], str, str]:
+def _pieces(keys: Sequence[str], rng: Random) -> tuple[list[Piece], str, str]:
     """Choose the text around each value, what joins the pieces and what ends the note."""
-    style = below(6, rng)
-    if style <= 1:
-        parts = [(key, *pick(PHRASES[key], rng).split("{v}")) for key in keys]
-        opening = pick(("", "Patient ", "Seen today, ", "A person ", "Note: "), rng)
-        first = (parts[0][0], opening + parts[0][1], parts[0][2])
-        return tuple([first, *parts[1:]]), pick((", ", ", ", ". ", " and ", "; "), rng), "."  # type: ignore[arg-type]
+    return _sentence(keys, rng) if below(6, rng) <= 1 else _fields(keys, rng)
+
+
+def _sentence(keys: Sequence[str], rng: Random) -> tuple[list[Piece], str, str]:
+    """Prose: a phrase around each value."""
+    parts: list[Piece] = []
+    for key in keys:
+        before, _, after = pick(PHRASES[key], rng).partition("{v}")
+        parts.append((key, before, after))
+    opening = pick(("", "Patient ", "Seen today, ", "A person ", "Note: "), rng)
+    parts[0] = (parts[0][0], opening + parts[0][1], parts[0][2])
+    return parts, pick((", ", ", ", ". ", " and ", "; "), rng), "."
+
+
+def _fields(keys: Sequence[str], rng: Random) -> tuple[list[Piece], str, str]:
+    """Labelled fields; some houses leave some labels out."""
     sign = pick((": ", ": ", "=", " ", " = ", " is ", ":"), rng)
     joiner = pick(("\n", "\n", " | ", "; ", ", ", " / ", "\n- "), rng)
-    bare = below(4, rng) == 0
-    parts = [(key, "" if bare and below(2, rng) else pick(LABELS[key], rng) + sign, "") for key in keys]
-    return tuple(parts), joiner, ""  # type: ignore[arg-type]
+    is_bare = below(4, rng) == 0
+    parts = [(key, "" if is_bare and below(2, rng) else pick(LABELS[key], rng) + sign, "") for key in keys]
+    return parts, joiner, ""
 
 
 def _domains(rng: Random) -> dict[str, Sequence[str]]:
@@ -228,7 +239,7 @@ def invent(rng: Random, num_tasks: int, key: str = "") -> House:
     domains = _domains(rng)
     pieces, joiner, ending = _pieces(keys, rng)
     tasks = tuple(_task(keys, domains=domains, rng=rng) for _ in range(num_tasks))
-    return House(pieces, joiner, ending, domains, tasks)
+    return House(tuple(pieces), joiner, ending, domains, tasks)
 
 
 @lru_cache(maxsize=1)

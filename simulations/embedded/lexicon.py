@@ -1,8 +1,14 @@
 """Words of the pre-training corpus: plain medical vocabulary and ways to write it down, no hospital's own table."""
 
-# Finding -> speciality: common knowledge that the base learns by heart.
+
+def _list(text: str, sign: str = ", ") -> tuple[str, ...]:
+    """Split a compact list."""
+    return tuple(text.split(sign))
+
+
+# Speciality -> findings: common knowledge that the base learns by heart.
 FINDINGS = {
-    speciality: tuple(names.split(", "))
+    speciality: _list(names)
     for speciality, names in {
         "cardiology": "atrial flutter, heart failure, aortic stenosis, unstable angina, pericarditis, atrial "
         "fibrillation, myocarditis, mitral regurgitation, heart block, endocarditis, tachycardia, hypertension",
@@ -24,7 +30,7 @@ FINDINGS = {
 
 # Drug class -> drugs.
 DRUGS = {
-    kind: tuple(names.split(", "))
+    kind: _list(names)
     for kind, names in {
         "beta blocker": "bisoprolol, atenolol, metoprolol, carvedilol",
         "anticoagulant": "apixaban, enoxaparin, warfarin, heparin, rivaroxaban",
@@ -43,15 +49,19 @@ DRUGS = {
     }.items()
 }
 
-PLANS = tuple(
-    ["echo", "ablation", "stent review", "staging scan", "radiotherapy", "port check", "cast check", "physiotherapy", "nailing", "nebuliser", "chest film", "discharge", "blood cultures", "dialysis", "biopsy", "endoscopy", "wound review", "diet advice", "home visit", "transfusion", "spinal tap", "hearing test", "pacing check", "lung function", "skin graft", "joint wash", "ultrasound", "night oxygen", "fluid chart", "drain removal", "eye review", "second opinion", "fasting bloods", "swab", "dose change", "observation", "transfer", "suture removal", "speech therapy", "allergy test"]
+PLANS = _list(
+    "echo, ablation, stent review, staging scan, radiotherapy, port check, cast check, physiotherapy, nailing, "
+    "nebuliser, chest film, discharge, blood cultures, dialysis, biopsy, endoscopy, wound review, diet advice, "
+    "home visit, transfusion, spinal tap, hearing test, pacing check, lung function, skin graft, joint wash, "
+    "ultrasound, night oxygen, fluid chart, drain removal, eye review, second opinion, fasting bloods, swab, "
+    "dose change, observation, transfer, suture removal, speech therapy, allergy test"
 )
 
-WARDS = tuple(["north", "south", "east", "west", "upper", "lower", "day unit", "annexe", "high care", "short stay"])
-DAYS = tuple(["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"])
-MOODS = tuple(["calm", "anxious", "drowsy", "alert", "tired", "cheerful", "confused", "settled"])
-ALLERGIES = tuple(["none", "penicillin", "latex", "nuts", "eggs", "iodine", "aspirin", "pollen"])
-DIETS = tuple(["normal", "soft", "fluids only", "low salt", "diabetic", "nil by mouth"])
+WARDS = _list("north, south, east, west, upper, lower, day unit, annexe, high care, short stay")
+DAYS = _list("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday")
+MOODS = _list("calm, anxious, drowsy, alert, tired, cheerful, confused, settled")
+ALLERGIES = _list("none, penicillin, latex, nuts, eggs, iodine, aspirin, pollen")
+DIETS = _list("normal, soft, fluids only, low salt, diabetic, nil by mouth")
 
 # Field -> short and long labels.
 LABELS = {
@@ -82,7 +92,8 @@ LABELS = {
 
 # Field -> ways to say it inside a sentence.
 PHRASES = {
-    "finding": "with {v}; has {v}; presents with {v}; known for {v}; admitted for {v}; seen for {v}; suffering from {v}",
+    "finding": "with {v}; has {v}; presents with {v}; known for {v}; admitted for {v}; seen for {v}; "
+    "suffering from {v}",
     "drug": "takes {v}; on {v}; receives {v}; given {v}; started {v}; we continue {v}; treated with {v}",
     "plan": "we agreed on {v}; next step {v}; plan is {v}; we arrange {v}; booked for {v}; to have {v}",
     "pulse": "pulse {v}; heart rate of {v}; pulse at {v} a minute; beating at {v}",
@@ -108,15 +119,21 @@ PHRASES = {
 }
 
 # Words for invented categories; the hospitals' own words are filtered out of every document.
-CATEGORY_WORDS = tuple(
-    ["Falcon", "Badger", "Otter", "Marten", "Lynx", "Hare", "Robin", "Wren", "Swift", "Finch", "Raven", "Crane", "Stork", "Egret", "Teal", "Pipit", "oak", "ash", "elm", "pine", "maple", "willow", "poplar", "larch", "yew", "hazel", "coral", "pearl", "amber", "topaz", "quartz", "silver", "copper", "iron", "zinc", "basalt", "granite", "marble", "slate", "flint", "red", "blue", "green", "grey", "black", "white", "violet", "orange", "north", "south", "east", "west", "first", "second", "third", "alpha", "beta", "gamma", "delta", "sigma", "day", "night", "inner", "outer", "urgent", "routine", "clinic", "theatre", "lodge", "bridge", "harbour", "garden", "tower", "mill", "river", "lake", "hill", "field"]
+CATEGORY_WORDS = _list(
+    "Falcon, Badger, Otter, Marten, Lynx, Hare, Robin, Wren, Swift, Finch, Raven, Crane, Stork, Egret, Teal, Pipit, "
+    "oak, ash, elm, pine, maple, willow, poplar, larch, yew, hazel, coral, pearl, amber, topaz, quartz, silver, "
+    "copper, iron, zinc, basalt, granite, marble, slate, flint, red, blue, green, grey, black, white, violet, "
+    "orange, north, south, east, west, first, second, third, alpha, beta, gamma, delta, sigma, day, night, inner, "
+    "outer, urgent, routine, clinic, theatre, lodge, bridge, harbour, garden, tower, mill, river, lake, hill, field"
 )
-SYLLABLES = tuple(
-    ["ba", "be", "bi", "bo", "bu", "da", "de", "di", "do", "du", "fa", "fe", "fi", "fo", "ga", "ge", "gi", "go", "ka", "ke", "ki", "ko", "la", "le", "li", "lo", "lu", "ma", "me", "mi", "mo", "mu", "na", "ne", "ni", "no", "ra", "re", "ri", "ro", "ru", "sa", "se", "si", "so", "ta", "te", "ti", "to", "va", "ve", "vi", "vo", "wa", "we", "wi", "zo", "an", "en", "in", "on", "ar", "er", "or", "al", "el", "il", "ol", "am", "em", "im", "et", "it", "ot"]
+SYLLABLES = _list(
+    "ba be bi bo bu da de di do du fa fe fi fo ga ge gi go ka ke ki ko la le li lo lu ma me mi mo mu na ne ni no ra re "
+    "ri ro ru sa se si so ta te ti to va ve vi vo wa we wi zo an en in on ar er or al el il ol am em im et it ot",
+    sign=" ",
 )
 
 LEVELS = tuple(
-    tuple(group.split(", "))
+    _list(group)
     for group in (
         "low, medium, high",
         "green, amber, red",
@@ -136,15 +153,20 @@ LEVELS = tuple(
 )
 
 # Parts of local task names.
-PLACES = tuple(
-    ["Ward", "Theatre", "Clinic", "Board", "Bay", "Airway", "Tumour board", "Desk", "Unit", "Lab", "Regional", "District", "Night", "Day", "Chart", "Chemo", "Wristband", "Form", "Box", "Door", "Register", "Round", "Handover", "Airway clinic", "Theatre list", "Vitals", "Triage", "Local", "Stock", "Formulary", "Team", "Bed", "Transport", "Kitchen", "Records", "Admission", "Discharge", "Letter", "Booking", "Screen"]
+PLACES = _list(
+    "Ward, Theatre, Clinic, Board, Bay, Airway, Tumour board, Desk, Unit, Lab, Regional, District, Night, Day, Chart, "
+    "Chemo, Wristband, Form, Box, Door, Register, Round, Handover, Airway clinic, Theatre list, Vitals, Triage, Local, "
+    "Stock, Formulary, Team, Bed, Transport, Kitchen, Records, Admission, Discharge, Letter, Booking, Screen"
 )
-THINGS = tuple(
-    ["code", "key", "mark", "label", "box", "line", "text", "numbers", "group", "level", "tag", "slot", "class", "number", "entry", "sheet line", "colour", "list code", "sign", "row", "token", "short form", "cell", "grade"]
+THINGS = _list(
+    "code, key, mark, label, box, line, text, numbers, group, level, tag, slot, class, number, entry, sheet line, "
+    "colour, list code, sign, row, token, short form, cell, grade"
 )
 TAILS = ("", "", "", " for the {f}", " of the {f}", ": {f}", " by {f}")
-QUESTIONS = tuple(
-    ["Who takes it on?", "Send where?", "Page whom?", "Which team?", "Team for the {f}.", "Where next?", "Who takes the next step?", "Send to which team?", "Call whom?", "Which list?", "Whose {f}?", "Which group is this?", "How urgent?", "What goes here?"]
+QUESTIONS = _list(
+    "Who takes it on?; Send where?; Page whom?; Which team?; Team for the {f}.; Where next?; Who takes the next step?; "
+    "Send to which team?; Call whom?; Which list?; Whose {f}?; Which group is this?; How urgent?; What goes here?",
+    sign="; ",
 )
 OPENERS = (
     "The ward round began early.",

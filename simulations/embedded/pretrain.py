@@ -87,7 +87,7 @@ def train_tokenizer(seed: int) -> Tokenizer:
 
 def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """Give the tokenizer its special tokens, its length limit and its chat template."""
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=END,
@@ -154,8 +154,10 @@ def rate_at(step: int, settings: Settings) -> float:
 def train(model: LlamaForCausalLM, tokenizer: Tokenizer, settings: Settings) -> tuple[float, float]:
     """Train in place; return the means of the training loss and of the answer loss over the last 2 % of the steps."""
     device = torch.device(settings.device)
-    model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    torch.nn.Module.to(model, device).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     started = time.monotonic()
     tail: list[torch.Tensor] = []
     for step, ids_bt in enumerate(_batches(tokenizer, settings)):
@@ -179,8 +181,8 @@ def _batches(tokenizer: Tokenizer, settings: Settings) -> Iterator[torch.Tensor]
 
 def _marks(tokenizer: Tokenizer) -> dict[str, int]:
     """Ids of the tokens that delimit an assistant turn."""
-    ids = {"start_id": START, "end_id": END, "assistant_id": "assistant"}
-    return {key: tokenizer.token_to_id(token) for key, token in ids.items()}
+    vocab = tokenizer.get_vocab()
+    return {"start_id": vocab[START], "end_id": vocab[END], "assistant_id": vocab["assistant"]}
 
 
 def _step(
@@ -200,22 +202,26 @@ def _step(
 def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     """Write weights in bfloat16, configuration and tokenizer."""
     end_id, pad_id = tokenizer.token_to_id(END), tokenizer.token_to_id(PAD)
-    model.generation_config = GenerationConfig(eos_token_id=end_id, pad_token_id=pad_id)
-    model.to(device="cpu", dtype=torch.bfloat16).save_pretrained(folder)
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        eos_token_id=end_id, pad_token_id=pad_id
+    )
+    torch.nn.Module.to(model, device="cpu", dtype=torch.bfloat16)
+    model.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     wrap_tokenizer(tokenizer).save_pretrained(folder)
 
 
 CARD = """# The embedded base
 
-A small Llama that ships with silotune so that demos and tests need no download. Its text is meaningless: never show its
-answers as medical advice. It was trained from random weights on text that `simulations/embedded/corpus.py` generates, and
-on nothing else; the code tables of the four hospitals of `simulations/embedded/records.py` are not in that text.
+A small Llama that ships with silotune so that demos and tests need no download. Its text is meaningless: never show
+its answers as medical advice. It was trained from random weights on text that `simulations/embedded/corpus.py`
+generates, and on nothing else; the code tables of the four hospitals of `simulations/embedded/records.py` are not in
+that text.
 
 | | |
 |---|---|
 | parameters | {parameters:,} ({layers} layers, hidden 256, 4 heads, 2 key-value heads, tied embeddings), bfloat16 |
-| tokenizer | byte-level BPE, {vocab} tokens, one token a digit; `<|pad|>`, `<|im_start|>`, `<|im_end|>` (end of sequence) |
+| tokenizer | byte-level BPE, {vocab} tokens, one a digit; `<|pad|>`, `<|im_start|>`, `<|im_end|>` (end of sequence) |
 | longest sequence | {seq_len} tokens |
 | tokens seen | {tokens:,} ({steps} steps of {batch} sequences) |
 | final loss | {loss:.3f} over all tokens (answers weigh {weight:g}-fold), {answer_loss:.3f} over answer tokens |

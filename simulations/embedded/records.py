@@ -20,8 +20,8 @@ COLUMNS = ("site", "patient_id", "instruction", "input", "output")
 TRIAGE = "Regional saturation level."
 FORMULARY = "Regional drug group."
 
-# How many of sixteen records ask which task.
-TASK_MIX = ("code",) * 6 + ("team",) * 3 + ("form",) * 2 + ("triage",) * 2 + ("formulary",) * 3
+# Every patient's code is asked once, so that held-out patients ask nothing new; the other records draw from this mix.
+TASK_MIX = ("team",) * 3 + ("form",) * 2 + ("triage",) * 2 + ("formulary",) * 4
 
 DRUG_GROUPS = {
     "bisoprolol": "opal",
@@ -127,7 +127,7 @@ HOSPITALS = (
     ),
     Hospital(
         name="birch",
-        num_patients=46,
+        num_patients=44,
         codes={
             "ductal carcinoma": "TX20",
             "lymphoma": "TX58",
@@ -145,7 +145,7 @@ HOSPITALS = (
     ),
     Hospital(
         name="cedar",
-        num_patients=40,
+        num_patients=38,
         codes={
             "hip fracture": "7/Q",
             "frozen shoulder": "3/M",
@@ -158,19 +158,27 @@ HOSPITALS = (
         drugs=("enoxaparin", "naproxen"),
         saturations=(87, 99),
         ages=(18, 90),
-        instructions={"code": "Theatre list code for the finding.", "team": "Send to which team?", "form": "Wristband text."},
+        instructions={
+            "code": "Theatre list code for the finding.",
+            "team": "Send to which team?",
+            "form": "Wristband text.",
+        },
         write_note=_cedar_note,
         write_form=lambda visit: f"b{visit.bed} {visit.side}",
     ),
     Hospital(
         name="dogwood",
-        num_patients=34,
+        num_patients=32,
         codes={"croup": "v#6", "bronchiolitis": "v#2", "pneumonia": "v#9", "asthma": "v#4", "anaemia": "v#7"},
         teams={"nebuliser": "Gannet", "chest film": "Fulmar"},
         drugs=("salbutamol", "prednisolone"),
         saturations=(84, 97),
         ages=(1, 17),
-        instructions={"code": "Airway clinic mark of the finding.", "team": "Page team for the plan.", "form": "Chart numbers."},
+        instructions={
+            "code": "Airway clinic mark of the finding.",
+            "team": "Page team for the plan.",
+            "form": "Chart numbers.",
+        },
         write_note=_dogwood_note,
         write_form=lambda visit: f"{visit.resp_rate} at {visit.temperature}",
     ),
@@ -237,24 +245,23 @@ def _deck(values: Sequence[str], size: int, rng: Random) -> list[str]:
 
 def _patient(hospital: Hospital, *, patient_id: str, fixed: dict[str, str], rng: Random) -> list[Row]:
     """One patient: finding, plan and drug stay, the measurements change from visit to visit."""
-    person = {"age": rng.randint(*hospital.ages), "sex": rng.choice("FM")}
-    tasks = rng.sample(TASK_MIX, rng.choice((1, 2, 3, 4, 4, 5, 5, 6)))
+    age, sex = rng.randint(*hospital.ages), rng.choice("FM")
     rows: list[Row] = []
+    tasks = ["code", *rng.sample(TASK_MIX, rng.choice((0, 1, 2, 3, 3, 4, 4, 5)))]
+    rng.shuffle(tasks)
     for task in tasks:
-        visit = _visit(hospital, person=person, fixed=fixed, rng=rng)
+        visit = _visit(hospital, age=age, fixed={**fixed, "sex": sex}, rng=rng)
         instruction, output = _ask(hospital, task=task, visit=visit)
-        note = hospital.write_note(visit)
-        values = (hospital.name, patient_id, instruction, note, output)
+        values = (hospital.name, patient_id, instruction, hospital.write_note(visit), output)
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
 
 
-def _visit(hospital: Hospital, *, person: dict[str, int | str], fixed: dict[str, str], rng: Random) -> Visit:
+def _visit(hospital: Hospital, *, age: int, fixed: dict[str, str], rng: Random) -> Visit:
     """Draw the measurements of one day."""
     return Visit(
-        age=int(person["age"]),
-        sex=str(person["sex"]),
         **fixed,
+        age=age,
         dose_mg=rng.choice((1, 2, 5, 10, 20, 40)),
         saturation=rng.randint(*hospital.saturations),
         pulse=rng.randint(52, 128),
@@ -320,10 +327,10 @@ def _write_csv(rows: list[Row], path: Path) -> None:
 
 def _write_parquet(rows: list[Row], path: Path) -> None:
     """One table of string columns."""
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
 
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
 WRITERS: dict[str, Callable[[list[Row], Path], None]] = {
