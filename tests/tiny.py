@@ -199,3 +199,28 @@ def write_table(path: Path) -> Path:
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def federation(engine, folder: Path, nodes, settings: config.RunConfig):
+    """A federation of functions that answer frames, by node id; its clock moves only when somebody sleeps."""
+    from common.events import EventLog
+    from common.manifest import RunManifest
+    from server.aggregate import table
+    from server.federation import Federation
+
+    clock, sleep = fake_time()
+    return Federation(
+        RunManifest(settings, engine.base_sha256, engine.tensor_specs),
+        fleet(nodes),
+        table.find("fedavg"),
+        folder,
+        EventLog(folder / "events.jsonl"),
+        clock=clock,
+        sleep=sleep,
+    )
+
+
+def make_nodes(engine):
+    """North, south and west as nodes 1, 2 and 3."""
+    named = enumerate(SITES.items(), start=1)
+    return {number: make_agent(site, engine, count=count).answer for number, (site, count) in named}

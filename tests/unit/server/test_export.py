@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,14 +152,22 @@ def test_an_adapter_that_does_not_fit_is_refused_and_leaves_nothing(stirred, loa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
-@pytest.fixture
-def finished(engine, nodes, tiny_base, tmp_path):
+@pytest.fixture(scope="module")
+def played(shared_engine, tiny_base, tmp_path_factory):
     """A run folder with three rounds."""
     settings = tiny.settings(tiny_base, {"federation.num_rounds": "3"})
-    folder = tmp_path / "run"
+    folder = tmp_path_factory.mktemp("played") / "run"
     log = run.prepare(settings, folder)
-    run.execute(settings, fleet=tiny.fleet(nodes), engine=engine, folder=folder, log=log)
+    agents = {n: tiny.make_agent(site, shared_engine) for n, site in enumerate(tiny.SITES, start=1)}
+    fleet = tiny.fleet({number: agent.answer for number, agent in agents.items()})
+    run.execute(settings, fleet=fleet, engine=shared_engine, folder=folder, log=log)
     return folder
+
+
+@pytest.fixture
+def finished(played, tmp_path):
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(played, tmp_path / "run"))
 
 
 def export_run(folder, **changes):

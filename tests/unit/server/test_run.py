@@ -12,7 +12,7 @@ from common.errors import ConfigError, DataError, ModelError, StorageError, TooF
 from server import checkpoint, run
 from tests import tiny
 
-CHANGES = {"evaluation.exact_match_rows": "2", "evaluation.max_new_tokens": "2"}
+CHANGES = {"evaluation.exact_match_rows": "1", "evaluation.max_new_tokens": "2", "training.batch_size": "12"}
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def is_same(first, second) -> bool:
 
 
 def test_a_run_lowers_the_held_out_loss_and_leaves_everything_that_the_issue_names(play, nodes):
-    outcome, log = play(nodes, {"training.local_epochs": "4"})
+    outcome, log = play(nodes, {"training.local_epochs": "4", "training.batch_size": "4"})
     losses = [event["loss"] for event in log if event["kind"] == "evaluated"]
     assert len(losses) == 3
     assert losses[2] < losses[1] < losses[0]
