@@ -387,8 +387,8 @@ def resolved_json(config: RunConfig | NodeConfig) -> str:
     """Write every setting, defaults included, as canonical JSON: sorted keys, no spaces, ASCII.
 
     Example:
-        >>> resolved_json(NodeConfig(site=SiteConfig(name="north"), data=NodeDataConfig(path="rows.jsonl")))[:43]
-        '{"agent":{"log_folder":"/var/lib/silotune",'
+        >>> resolved_json(NodeConfig(site=SiteConfig(name="north"), data=NodeDataConfig(path="rows.jsonl")))[-26:]
+        '},"site":{"name":"north"}}'
     """
     return json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
