@@ -89,6 +89,30 @@ def serve(node_file: NodeFile) -> None:
     service.wait(server)
 
 
+@app.command()
+def link(
+    gateway: Annotated[str, typer.Option(help="Address of the gateway's listener for sites, host:port.")],
+    ca: Annotated[Path, typer.Option(help="PEM certificate that the gateway's own must lead to.")],
+    certificate: Annotated[Path, typer.Option(help="This site's certificate, PEM.")],
+    key: Annotated[Path, typer.Option(help="Its private key, PEM, mode 0600.")],
+    state: Annotated[Path, typer.Option(help="Folder of the tunnel's own certificate, link.pem.")],
+    port: Annotated[int, typer.Option(help="Where to listen on 127.0.0.1.", min=1, max=65535)] = 9100,
+) -> None:
+    """Carry the SuperNode's connection to the gateway, with this site's certificate.
+
+    Runs until stopped.
+
+    \b
+    Examples:
+      silotune-client link --gateway gate.example:9443 --ca ca.pem --certificate site.pem --key site.key --state link
+      flower-supernode --superlink 127.0.0.1:9100 --root-certificates link/link.pem --auth-supernode-private-key K
+    """
+    from client import link as tunnel
+
+    typer.echo(f"link: 127.0.0.1:{port} to {gateway}; root certificate {state / tunnel.CERTIFICATE}; stop with Ctrl-C")
+    tunnel.run(gateway=gateway, ca_file=ca, certificate_file=certificate, key_file=key, state=state, port=port)
+
+
 def main() -> None:
     """Entry point."""
     quiet.hush()

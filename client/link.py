@@ -8,10 +8,8 @@ tunnel's certificate is for 127.0.0.1 only, made at the first start, and its key
 import asyncio
 import datetime
 import ipaddress
-import os
 import signal
 import ssl
-import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -21,7 +19,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from common.errors import ConfigError, StorageError
+from common import keyfile, storage
+from common.errors import ConfigError
 
 HOST: Final = "127.0.0.1"
 CERTIFICATE: Final = "link.pem"
@@ -61,7 +60,7 @@ def outward_context(*, ca_file: Path, certificate_file: Path, key_file: Path) ->
     Raises:
         ConfigError: A file cannot be used, or the key is open to others.
     """
-    _check_private(key_file)
+    keyfile.read(key_file)  # refuses one that is open to others
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
@@ -85,7 +84,7 @@ def inward_context(state: Path) -> ssl.SSLContext:
     certificate, key = state / CERTIFICATE, state / KEY
     if not certificate.exists():
         _make_certificate(certificate, key)
-    _check_private(key)
+    keyfile.read(key)  # refuses one that is open to others
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     try:
@@ -148,16 +147,9 @@ def _make_certificate(certificate_file: Path, key_file: Path) -> None:
     form = serialization.PrivateFormat.PKCS8
     private = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
     public = _self_signed(key).public_bytes(serialization.Encoding.PEM)
-    try:
-        key_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        key_file.unlink(missing_ok=True)
-        with os.fdopen(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(private)
-        certificate_file.write_bytes(public)
-    except OSError as error:
-        raise StorageError(
-            f"{key_file.parent}: cannot write ({error.strerror}); choose another with --state"
-        ) from error
+    key_file.unlink(missing_ok=True)
+    keyfile.write(key_file, private)
+    storage.write_atomic(certificate_file, public)
 
 
 def _self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
@@ -174,13 +166,3 @@ def _self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
     for extension, is_critical in extensions:
         builder = builder.add_extension(extension, critical=is_critical)
     return builder.sign(key, hashes.SHA256())
-
-
-def _check_private(path: Path) -> None:
-    """Refuse a key that others may read."""
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot open this key file; check its path and owner") from error
-    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        raise ConfigError(f"{path}: this key is open to others; run: chmod 600 {path}")

@@ -69,6 +69,25 @@ def register(
 
 
 @app.command()
+def gateway(
+    gateway_file: Annotated[Path, typer.Argument(help="The gateway's own file.", metavar="GATEWAY.toml")],
+) -> None:
+    """Stand before the SuperLink: let sites and operators through, by their certificates.
+
+    Runs until stopped. Refusals are written to log.file, one JSON line each.
+
+    \b
+    Examples:
+      silotune-server gateway GATEWAY.toml
+    """
+    from server.gateway import serve, settings
+
+    config = settings.load(gateway_file)
+    typer.echo(f"gateway: sites on {config.fleet.listen}, operators on {config.control.listen}; stop it with Ctrl-C")
+    serve.run(config)
+
+
+@app.command()
 def status(run_folder: RunFolder, json: cli.JsonOption = False) -> None:
     """Tell how a run stands.
 

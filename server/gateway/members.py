@@ -1,14 +1,19 @@
 """Who may connect: sites and operators by the fingerprint of their TLS key, less those that were revoked."""
 
+import base64
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from common import governance, roster
 from common.errors import ConfigError
 
 _FINGERPRINT: Final = re.compile(r"[0-9a-f]{64}")
+_PEM: Final = re.compile(rb"-----BEGIN PUBLIC KEY-----\n([A-Za-z0-9+/=\n]{1,2048})-----END PUBLIC KEY-----\n?")
+_RELOAD_S: Final = 30.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Members:
 
 
 class Watched:
-    """Members that are loaded again when one of their files changes."""
+    """Members that are loaded again when one of their files changes, and each half minute: a retiring key may end."""
 
     def __init__(
         self, files: Sequence[Path], *, load: Callable[[], Members], clock: Callable[[], float], every_s: float
@@ -69,13 +74,54 @@ class Watched:
                 in meanwhile.
         """
         if self._members is None or self._clock() - self._looked_at >= self._every_s:
-            stamps = [_stamp(path) for path in self._files]
+            stamps = [(int(self._clock() / _RELOAD_S),), *(_stamp(path) for path in self._files)]
             if self._members is None or stamps != self._stamps:
                 self._members = None
                 self._members = self._load()
             self._stamps = stamps
             self._looked_at = self._clock()
         return self._members
+
+
+def load(*, roster_file: Path, governance_file: Path, watermark: Path, revoked_file: Path, now_s: float) -> Members:
+    """Read the signed roster and the list of revoked keys.
+
+    Args:
+        roster_file: The signed roster.
+        governance_file: The governance that must have signed it.
+        watermark: This gateway's note of the newest roster seen; made at the first start.
+        revoked_file: See `read_revoked`.
+        now_s: Seconds since 1970: a replaced key counts until its end.
+
+    Raises:
+        ConfigError: A file cannot be read.
+        AuthError: The roster is not signed by enough governance keys, or older than one seen before.
+        StorageError: The note cannot be written.
+    """
+    pinned = governance.load(governance_file)
+    if not watermark.exists():
+        roster.start_watermark(watermark, roster.load(roster_file, governance=pinned, epoch_min=1))
+    current = roster.accept(roster_file, governance=pinned, watermark=watermark)
+    sites: dict[str, Site] = {}
+    for entry in current.sites:
+        site = Site(entry.name, node_key_fingerprint(entry.node_key.encode("ascii")))
+        sites[entry.tls_fingerprint] = site
+        if entry.retiring_tls_fingerprint and now_s < entry.retires_at:
+            sites[entry.retiring_tls_fingerprint] = site
+    operators = frozenset(operator.tls_fingerprint for operator in current.operators)
+    return Members(sites, operators, read_revoked(revoked_file))
+
+
+def node_key_fingerprint(pem: bytes) -> str:
+    """SHA-256 of a public key's SubjectPublicKeyInfo in DER, from its PEM; only the text is taken apart.
+
+    Raises:
+        ValueError: It is not one public key in PEM form.
+    """
+    match = _PEM.fullmatch(pem)
+    if match is None:
+        raise ValueError("not one public key in PEM form")
+    return hashlib.sha256(base64.b64decode(match[1].replace(b"\n", b""), validate=True)).hexdigest()
 
 
 def read_revoked(path: Path) -> frozenset[str]:

@@ -1,7 +1,7 @@
 """One request: who asks, for what, how much; then on to the SuperLink, piece by piece, and the answer back.
 
-Nothing of a request reaches the SuperLink before its path, its headers, its certificate and its node key have passed. The
-body is counted while it flows and never held, but for a run's start, whose bundle is checked.
+Nothing of a request reaches the SuperLink before its path, its headers, its certificate and its node key have passed.
+The body is counted while it flows and never held, but for a run's start, whose bundle is checked.
 """
 
 import asyncio
@@ -88,18 +88,28 @@ class Proxy:
             except ClientDisconnect:
                 return
             else:
-                await response(scope, receive, send)
+                await self._relay(response, request, send)
+
+    async def _relay(self, response: Response, request: Request, send: Send) -> None:
+        """Send an answer's body; if it breaks off, uvicorn closes the connection, so that nobody takes it for whole."""
+        try:
+            async with asyncio.timeout(self._time_s(request.scope["path"])):
+                await response(request.scope, request.receive, send)
+        except (httpx.HTTPError, TimeoutError) as error:
+            self._log(request, Refused(0, "slow_answer" if isinstance(error, TimeoutError) else "superlink"))
+
+    def _time_s(self, path: str) -> float | None:
+        """How long an answer on a path may take."""
+        return None if path in self.gate.endless else self.limits.exchange_timeout_s
 
     async def _answer(self, request: Request, stack: AsyncExitStack) -> Response:
         """Check a request, pass it on, and return the answer, whose body is yet to come."""
         path, body = self._check(request)
-        if path not in self.gate.endless:
-            await stack.enter_async_context(asyncio.timeout(self.limits.exchange_timeout_s))
-        pieces = self._pieces(request)
-        if path in self.gate.check_body:
-            content = self.gate.check_body[path](b"".join([piece async for piece in pieces]))
-            return await self._forward(request, path, content, Body(len(content)), stack)
-        return await self._forward(request, path, pieces, body, stack)
+        try:
+            async with asyncio.timeout(self.limits.exchange_timeout_s):
+                return await self._forward(request, path, body, stack)
+        except TimeoutError:
+            raise Refused(504, "slow_exchange") from None
 
     def _check(self, request: Request) -> tuple[str, Body]:
         """Apply the rules that need no body; raises Refused."""
@@ -143,16 +153,17 @@ class Proxy:
             if piece:
                 yield piece
 
-    async def _forward(
-        self, request: Request, path: str, content: bytes | AsyncIterator[bytes], body: Body, stack: AsyncExitStack
-    ) -> Response:
+    async def _forward(self, request: Request, path: str, body: Body, stack: AsyncExitStack) -> Response:
         """Send a request to the SuperLink; the connection is closed with the stack."""
+        content: bytes | AsyncIterator[bytes] = self._pieces(request)
+        size_bytes = body.size_bytes
+        if path in self.gate.check_body:
+            content = self.gate.check_body[path](b"".join([piece async for piece in self._pieces(request)]))
+            size_bytes = len(content)
         headers = rules.forwarded(request.scope["headers"])
-        if body.size_bytes is not None:
-            headers.append((b"content-length", str(body.size_bytes).encode()))
-        timeout = httpx.Timeout(
-            None if path in self.gate.endless else self.limits.exchange_timeout_s, connect=_CONNECT_S
-        )
+        if size_bytes is not None:
+            headers.append((b"content-length", str(size_bytes).encode()))
+        timeout = httpx.Timeout(self._time_s(path), connect=_CONNECT_S)
         outgoing = self.upstream.build_request("POST", path, headers=headers, content=content, timeout=timeout)
         try:
             answer = await self.upstream.send(outgoing, stream=True)

@@ -5,13 +5,11 @@ Facts about Flower are those of 1.41: the paths are in `flwr/supercore/protobuf/
 """
 
 import base64
-import binascii
-import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from server.gateway import members
 from server.gateway.members import Members
 from server.gateway.refusals import Refused
 
@@ -36,7 +34,6 @@ NODE_KEY: Final = b"flwr-public-key"
 _FORWARDED: Final = (b"content-type", b"accept")
 _FORWARDED_PREFIX: Final = b"flwr-"
 _RETURNED: Final = (b"content-type", b"content-length")
-_PEM: Final = re.compile(rb"-----BEGIN PUBLIC KEY-----\n([A-Za-z0-9+/=\n]{1,2048})-----END PUBLIC KEY-----\n?")
 
 
 @dataclass(frozen=True)
@@ -93,23 +90,23 @@ def check_headers(headers: Headers, *, max_bytes: int, max_body_bytes: int) -> B
     return Body(int(lengths[0]))
 
 
-def check_site(headers: Headers, fingerprint: str, *, members: Members) -> None:
+def check_site(headers: Headers, fingerprint: str, *, known: Members) -> None:
     """Tie a request to a site: its certificate's key and its node key must be of the same roster entry.
 
     Raises:
         Refused: 403.
     """
-    site = members.site_of(fingerprint)
+    site = known.site_of(fingerprint)
     if site is None:
-        raise Refused(403, _reason(fingerprint, members))
+        raise Refused(403, _reason(fingerprint, known))
     if node_key_of(headers) != site.node_key:
         raise Refused(403, "node_key_other")
 
 
-def check_operator(fingerprint: str, *, members: Members) -> None:
+def check_operator(fingerprint: str, *, known: Members) -> None:
     """Raise Refused (403) unless the certificate's key is an operator's."""
-    if not members.is_operator(fingerprint):
-        raise Refused(403, _reason(fingerprint, members))
+    if not known.is_operator(fingerprint):
+        raise Refused(403, _reason(fingerprint, known))
 
 
 def node_key_of(headers: Headers) -> str:
@@ -123,12 +120,11 @@ def node_key_of(headers: Headers) -> str:
     values = _all(headers, NODE_KEY)
     if not values:
         raise Refused(403, "node_key_missing")
+    if len(values) > 1:
+        raise Refused(403, "node_key_malformed")
     try:
-        match = _PEM.fullmatch(base64.b64decode(values[0], validate=True)) if len(values) == 1 else None
-        if match is None:
-            raise Refused(403, "node_key_malformed")
-        return hashlib.sha256(base64.b64decode(match[1].replace(b"\n", b""), validate=True)).hexdigest()
-    except binascii.Error:
+        return members.node_key_fingerprint(base64.b64decode(values[0], validate=True))
+    except ValueError:
         raise Refused(403, "node_key_malformed") from None
 
 
@@ -149,6 +145,6 @@ def _all(headers: Headers, name: bytes) -> list[bytes]:
     return [value for found, value in headers if found == name]
 
 
-def _reason(fingerprint: str, members: Members) -> str:
+def _reason(fingerprint: str, known: Members) -> str:
     """Why a certificate is not let in."""
-    return "revoked" if fingerprint in members.revoked else "not_in_roster"
+    return "revoked" if fingerprint in known.revoked else "not_in_roster"

@@ -8,43 +8,60 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from server.gateway import bundles, proxy, rules, tls
+import httpx
+
+from server.gateway import bundles, members, proxy, rules, tls
 from server.gateway.connection import Door, Listener
 from server.gateway.limits import Buckets, Seats
 from server.gateway.members import Members, Watched
 from server.gateway.proxy import Gate, Proxy
 from server.gateway.refusals import RefusalLog
-from server.gateway.settings import ControlConfig, FleetConfig, GatewayConfig, split_address
+from server.gateway.settings import ControlConfig, FleetConfig, GatewayConfig, MembersConfig, split_address
 
 
-def run(config: GatewayConfig, *, load: Callable[[], Members]) -> None:
+def run(config: GatewayConfig) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
         config: GATEWAY.toml.
-        load: Reads the members; called again when one of their files has changed.
 
     Raises:
         ConfigError: A file or an address cannot be used.
-        SilotuneError: The members cannot be read at the start.
+        AuthError: The roster is not signed as it must be, or too old.
     """
     tls.check_apart(Path(config.fleet.ca_file), Path(config.control.ca_file))
-    files = [Path(config.members.roster_file), Path(config.members.governance_file), Path(config.members.revoked_file)]
-    watched = Watched(files, load=load, clock=time.monotonic, every_s=config.members.check_every_s)
+    watched = _watched(config.members)
     watched.now()
     _allow_many_files()
     log = RefusalLog(Path(config.log.file), wall_clock=time.time, clock=time.monotonic)
     try:
-        asyncio.run(_serve(config, members=watched.now, log=log))
+        asyncio.run(_serve(config, known=watched.now, log=log))
     finally:
         log.close()
 
 
-async def _serve(config: GatewayConfig, *, members: Callable[[], Members], log: RefusalLog) -> None:
+def _watched(config: MembersConfig) -> Watched:
+    """Watch the files that say who may connect."""
+    files = [Path(config.roster_file), Path(config.governance_file), Path(config.revoked_file)]
+    roster_file, governance_file, revoked_file = files
+
+    def load() -> Members:
+        return members.load(
+            roster_file=roster_file,
+            governance_file=governance_file,
+            watermark=Path(config.watermark_file),
+            revoked_file=revoked_file,
+            now_s=time.time(),
+        )
+
+    return Watched(files, load=load, clock=time.monotonic, every_s=config.check_every_s)
+
+
+async def _serve(config: GatewayConfig, *, known: Callable[[], Members], log: RefusalLog) -> None:
     """Run both listeners."""
     context = tls.upstream_context(Path(config.superlink.ca_file))
     async with proxy.connect(config.superlink.address, context=context) as upstream:
-        make = partial(_listener, config=config, members=members, log=log, upstream=upstream)
+        make = partial(_listener, config=config, known=known, log=log, upstream=upstream)
         listeners = [make(_fleet_gate(config.fleet), config.fleet), make(_control_gate(config.control), config.control)]
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, _stop, listeners)
@@ -64,9 +81,9 @@ def _listener(
     ends: FleetConfig | ControlConfig,
     *,
     config: GatewayConfig,
-    members: Callable[[], Members],
+    known: Callable[[], Members],
     log: RefusalLog,
-    upstream: proxy.httpx.AsyncClient,
+    upstream: httpx.AsyncClient,
 ) -> Listener:
     """Put one listener together."""
     limits = config.limits
@@ -77,7 +94,7 @@ def _listener(
         on_failure=lambda reason: log.write(gate.name, f"handshake: {reason}"),
     )
     buckets = Buckets(per_s=limits.requests_per_s, burst=limits.burst, clock=time.monotonic)
-    app = Proxy(gate, members, buckets, limits, upstream, log, time.time)
+    app = Proxy(gate, known, buckets, limits, upstream, log, time.time)
     door = Door(gate.name, split_address(ends.listen), context, limits, Seats(limits.connections), log)
     return Listener(app, door)
 
@@ -88,7 +105,7 @@ def _fleet_gate(config: FleetConfig) -> Gate:
         name="fleet",
         paths=rules.FLEET_PATHS,
         max_body_bytes=config.max_body_mib << 20,
-        check_peer=lambda headers, fingerprint, members: rules.check_site(headers, fingerprint, members=members),
+        check_peer=lambda headers, fingerprint, known: rules.check_site(headers, fingerprint, known=known),
         check_body={},
         endless=frozenset(),
     )
@@ -100,7 +117,7 @@ def _control_gate(config: ControlConfig) -> Gate:
         name="control",
         paths=rules.CONTROL_PATHS,
         max_body_bytes=config.max_body_mib << 20,
-        check_peer=lambda _, fingerprint, members: rules.check_operator(fingerprint, members=members),
+        check_peer=lambda _, fingerprint, known: rules.check_operator(fingerprint, known=known),
         check_body={rules.START_RUN: partial(bundles.check_start, bundles=bundles.allowed(config.bundles))},
         endless=frozenset({rules.STREAM_LOGS}),
     )

@@ -31,7 +31,7 @@ class SuperLinkConfig(Section):
 class FleetConfig(Section):
     """The listener for sites."""
 
-    listen: Address = Field(default="0.0.0.0:9443", description="Address to listen on.")  # noqa: S104  for sites
+    listen: Address = Field(default="0.0.0.0:9443", description="Address to listen on.")
     certificate_file: RequiredLine = Field(description="The gateway's certificate and its chain, PEM.")
     key_file: RequiredLine = Field(description="Its private key, PEM, mode 0600.")
     ca_file: RequiredLine = Field(description="The sites' CA, PEM; not the root, if that signed the operators' CA too.")
@@ -71,7 +71,7 @@ class MembersConfig(Section):
 
     roster_file: RequiredLine = Field(description="The signed roster.")
     governance_file: RequiredLine = Field(description="The governance keys that must have signed it.")
-    epoch_min: int = Field(default=0, ge=0, le=2**31 - 1, description="Oldest roster epoch that is taken.")
+    watermark_file: RequiredLine = Field(description="The gateway's note of the newest roster seen; it writes it.")
     revoked_file: RequiredLine = Field(description="SHA-256 of public keys that are refused, one a line; may be empty.")
     check_every_s: float = Field(default=2.0, gt=0, le=30, description="How often to look whether they changed.")
 

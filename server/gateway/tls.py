@@ -3,9 +3,7 @@
 import datetime
 import functools
 import hashlib
-import os
 import ssl
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -17,6 +15,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
+from common import keyfile
 from common.errors import ConfigError
 
 _MAX_NAME: Final = 64
@@ -54,7 +53,7 @@ def server_context(
     Raises:
         ConfigError: A file cannot be read, or the key is open to others.
     """
-    check_private(key_file)
+    keyfile.read(key_file)  # refuses one that is open to others
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
@@ -95,16 +94,6 @@ def load_files(
         context.load_cert_chain(certificate_file, key_file)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{certificate_file}, {key_file}: no certificate and the key that belongs to it") from error
-
-
-def check_private(path: Path) -> None:
-    """Raise ConfigError if a key file is missing or open to others."""
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot open this key file; check its path and owner") from error
-    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        raise ConfigError(f"{path}: this key is open to others; run: chmod 600 {path}")
 
 
 def check_apart(first: Path, second: Path) -> None:
