@@ -15,6 +15,10 @@ app = cli.make(
         "silotune-server status runs/triage",
     ),
 )
+CertificateOption = Annotated[
+    Path | None, typer.Option(help="Operator's certificate, PEM, where a gateway is before the SuperLink.")
+]
+KeyOption = Annotated[Path | None, typer.Option(help="Its private key, PEM, mode 0600.")]
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN_FOLDER")]
 
 
@@ -23,6 +27,8 @@ def run(
     run_file: Annotated[Path, typer.Argument(help="The run file.", metavar="RUN.toml")],
     superlink: Annotated[str, typer.Option(help="Address of the SuperLink on this machine, host:port.")],
     ca: Annotated[Path, typer.Option(help="PEM certificate that the SuperLink's own must lead to.")],
+    certificate: CertificateOption = None,
+    key: KeyOption = None,
     output: Annotated[Path | None, typer.Option(help="The run's folder; default: a new one.")] = None,
     base: Annotated[Path | None, typer.Option(help="Folder of the base; default: model.base, in the store.")] = None,
     resume: Annotated[
@@ -40,11 +46,20 @@ def run(
       silotune-server run RUN.toml --superlink 127.0.0.1:8000 --ca ca.pem
     """
     from common import config
-    from server import launch
+    from server import launch, link
 
     settings = config.load(run_file, overrides=cli.overrides(set_))
     folder = output or cli.fresh_folder(Path(settings.output.folder), settings.name)
-    result = launch.run(settings, address=superlink, ca_file=ca, folder=folder, base=base, resume=resume, is_quiet=json)
+    result = launch.run(
+        settings,
+        address=superlink,
+        ca_file=ca,
+        identity=link.identity_of(certificate, key),
+        folder=folder,
+        base=base,
+        resume=resume,
+        is_quiet=json,
+    )
     cli.emit(result, as_json=json, show=lambda: cli.show(f"next: silotune-server export {folder} --merged DIR"))
 
 
@@ -54,6 +69,8 @@ def register(
     name: Annotated[str, typer.Option(help="What to call the node.")],
     superlink: Annotated[str, typer.Option(help="Address of the SuperLink, host:port.")],
     ca: Annotated[Path, typer.Option(help="PEM certificate that the SuperLink's own must lead to.")],
+    certificate: CertificateOption = None,
+    key: KeyOption = None,
     json: cli.JsonOption = False,
 ) -> None:
     """Let a site's node connect to the SuperLink.
@@ -64,7 +81,8 @@ def register(
     """
     from server import link
 
-    node_id = link.register_file(public_key, name=name, address=superlink, ca_file=ca)
+    identity = link.identity_of(certificate, key)
+    node_id = link.register_file(public_key, name=name, address=superlink, ca_file=ca, identity=identity)
     cli.emit({"name": name, "node_id": node_id}, as_json=json, show=lambda: cli.show(f"{name}: node {node_id}"))
 
 

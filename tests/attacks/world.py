@@ -23,13 +23,14 @@ from flwr.proto.node_pb2 import Node
 from server import link
 from simulations import deployment, loopback_keys
 from simulations.deployment import HOST, Process
+from tests.attacks import pki
 from tests.attacks.pki import Pki
 
 SITES = ("alder", "birch", "elm", "fir")
 HEARTBEAT = "/v1/fleet/send-node-heartbeat"
 LIST_NODES = "/v1/control/list-nodes"
 PROTOBUF = "application/protobuf"
-ECHO_BUNDLE = link.build_bundle(server_app="loopback_apps:app")
+ECHO_BUNDLE = link.build_bundle(server_app="gateway_apps:app")
 SETTINGS = """
 [superlink]
 address = "{superlink}"
@@ -52,8 +53,8 @@ watermark_file = "{keys}/watermark.json"
 revoked_file = "{keys}/revoked.txt"
 check_every_s = 0.5
 [limits]
-requests_per_s = 100
-burst = 300
+requests_per_s = 30
+burst = 100
 connections = 16
 header_timeout_s = 3
 body_timeout_s = 1
@@ -65,8 +66,8 @@ file = "{keys}/refusals.jsonl"
 class World:
     """Ports, keys, processes and the log of refusals."""
 
-    def __init__(self, pki: Pki, logs: Path) -> None:
-        self.pki, self.keys, self.logs = pki, pki.folder, logs
+    def __init__(self, made: Pki, logs: Path) -> None:
+        self.pki, self.keys, self.logs = made, made.folder, logs
         self.ports = {name: deployment.free_port() for name in ("superlink", "fleet", "control", "link")}
         self.node_ids: dict[str, int] = {}
         self.processes: list[Process] = []
@@ -112,7 +113,9 @@ class World:
             headers = {**self.headers(node or name), **more}
             return client.post(HEARTBEAT, content=self.heartbeat(node or name), headers=headers)
 
-    def control(self, path: str = LIST_NODES, content: bytes = b"", *, name: str | None = "olga", door: str = "control"):
+    def control(
+        self, path: str = LIST_NODES, content: bytes = b"", *, name: str | None = "olga", door: str = "control"
+    ):
         with self.client(door, name) as client:
             body = content or ListNodesRequest().SerializeToString()
             return client.post(path, content=body, headers={"content-type": PROTOBUF})
@@ -170,18 +173,18 @@ def make_pki(folder: Path) -> Pki:
     """All certificates that the tests use."""
     folder.chmod(0o700)
     loopback_keys.write_certificates(folder)
-    pki = Pki(folder)
-    pki.issue("gateway", pki.servers, host=HOST)
+    made = Pki(folder)
+    made.issue("gateway", made.servers, host=HOST)
     for name in (*SITES, "absent"):
-        pki.issue(name, pki.sites)
-    pki.issue("olga", pki.operators)
-    pki.issue("oscar", pki.operators)
-    pki.issue("stranger", pki.stranger)
-    pki.tls["late"] = pki.tls["alder"]
-    pki.issue("late", pki.sites, ended=True)
-    pki.write_roster(sites=SITES, operators=("olga",))
+        made.issue(name, made.sites)
+    made.issue("olga", made.operators)
+    made.issue("oscar", made.operators)
+    made.issue("stranger", made.stranger)
+    made.tls["late"] = made.tls["alder"]
+    made.issue("late", made.sites, ended=True)
+    made.write_roster(sites=SITES, operators=("olga",))
     (folder / "revoked.txt").write_text("# nobody yet\n")
-    return pki
+    return made
 
 
 @contextmanager
@@ -218,5 +221,10 @@ def reset_peak(pid: int) -> None:
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
+def fingerprint(world: World, name: str) -> str:
+    """Of a caller's TLS key."""
+    return pki.fingerprint(world.pki.tls[name])
+
+
 APPS = Path(__file__).parents[1] / "integration" / "apps"
-PATHS = os.pathsep.join([str(APPS), os.environ.get("PYTHONPATH", "")])
+PATHS = os.pathsep.join([str(APPS), str(Path(__file__).parent / "apps"), os.environ.get("PYTHONPATH", "")])
