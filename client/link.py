@@ -8,9 +8,9 @@ tunnel's certificate is for 127.0.0.1 only, made at the first start, and its key
 import asyncio
 import datetime
 import ipaddress
+import logging
 import signal
 import ssl
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +29,7 @@ MAX_CONNECTIONS: Final = 32
 _LIFETIME: Final = datetime.timedelta(days=3650)
 _PIECE_BYTES: Final = 1 << 16
 _CONNECT_S: Final = 10.0
+_log = logging.getLogger(__name__)
 
 
 def run(*, gateway: str, ca_file: Path, certificate_file: Path, key_file: Path, state: Path, port: int) -> None:
@@ -120,7 +121,8 @@ async def _carry(
     try:
         async with asyncio.timeout(_CONNECT_S):
             far_reader, far_writer = await asyncio.open_connection(*remote, ssl=outward, limit=_PIECE_BYTES)
-    except (OSError, TimeoutError):
+    except (OSError, TimeoutError) as error:
+        _log.warning("no connection to the gateway at %s:%d: %s", *remote, _reason(error))
         writer.transport.abort()
         return
     ways = [asyncio.create_task(_pump(reader, far_writer)), asyncio.create_task(_pump(far_reader, writer))]
@@ -135,10 +137,21 @@ async def _carry(
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Copy until the end."""
-    with suppress(OSError):
+    try:
         while piece := await reader.read(_PIECE_BYTES):
             writer.write(piece)
             await writer.drain()
+    except ssl.SSLError as error:  # with TLS 1.3 a refused certificate is told after the handshake
+        _log.warning("TLS ended the connection: %s", _reason(error))
+    except OSError:
+        return
+
+
+def _reason(error: OSError | TimeoutError) -> str:
+    """What to tell about a failed connection."""
+    if isinstance(error, ssl.SSLError):
+        return str(error.reason)
+    return error.strerror or "it does not answer"
 
 
 def _make_certificate(certificate_file: Path, key_file: Path) -> None:

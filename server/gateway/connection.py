@@ -114,7 +114,9 @@ class Connection(H11Protocol):
         """Cut a connection whose next header has not come; one that is only idle is no refusal."""
         if self.conn.trailing_data[0]:
             self._refuse("slow_header")
-        self.transport.abort()
+            self.transport.abort()
+        else:
+            self.transport.close()
 
     def _refuse(self, reason: str, *, status: int = 0) -> None:
         """Log a refusal."""
@@ -171,6 +173,7 @@ def _config(app: Any, door: Door) -> uvicorn.Config:
         loop="asyncio",
         lifespan="off",
         log_config=None,
+        log_level="error",  # what callers do wrong goes to the log of refusals
         access_log=False,
         proxy_headers=False,
         server_header=False,

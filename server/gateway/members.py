@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Final
 
 from common import governance, roster
-from common.errors import ConfigError
+from common.errors import ConfigError, SilotuneError
 
 _FINGERPRINT: Final = re.compile(r"[0-9a-f]{64}")
 _PEM: Final = re.compile(rb"-----BEGIN PUBLIC KEY-----\n([A-Za-z0-9+/=\n]{1,2048})-----END PUBLIC KEY-----\n?")
 _RELOAD_S: Final = 30.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,23 +66,32 @@ class Watched:
         self._every_s = every_s
         self._stamps: list[tuple[int, ...]] = []
         self._looked_at = float("-inf")
-        self._members: Members | None = None
+        self._found: Members | SilotuneError = ConfigError("not read yet")
 
     def now(self) -> Members:
         """The members now.
 
         Raises:
-            SilotuneError: A file cannot be read or is not valid; it is tried again at the next call, and nobody is let
-                in meanwhile.
+            SilotuneError: A file cannot be read or is not valid: nobody is let in until it is.
         """
-        if self._members is None or self._clock() - self._looked_at >= self._every_s:
-            stamps = [(int(self._clock() / _RELOAD_S),), *(_stamp(path) for path in self._files)]
-            if self._members is None or stamps != self._stamps:
-                self._members = None
-                self._members = self._load()
-            self._stamps = stamps
-            self._looked_at = self._clock()
-        return self._members
+        now = self._clock()
+        if now - self._looked_at >= self._every_s:
+            self._looked_at = now
+            self._look([(int(now / _RELOAD_S),), *(_stamp(path) for path in self._files)])
+        if isinstance(self._found, SilotuneError):
+            raise self._found.with_traceback(None)
+        return self._found
+
+    def _look(self, stamps: list[tuple[int, ...]]) -> None:
+        """Load if something changed, or nothing could be loaded last time."""
+        if stamps == self._stamps and isinstance(self._found, Members):
+            return
+        self._stamps = stamps
+        try:
+            self._found = self._load()
+        except SilotuneError as error:
+            self._found = error
+            _log.error("nobody is let in: %s", error)
 
 
 def load(*, roster_file: Path, governance_file: Path, watermark: Path, revoked_file: Path, now_s: float) -> Members:

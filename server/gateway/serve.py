@@ -65,9 +65,7 @@ async def _serve(config: GatewayConfig, *, known: Callable[[], Members], log: Re
         listeners = [make(_fleet_gate(config.fleet), config.fleet), make(_control_gate(config.control), config.control)]
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, _stop, listeners)
-        async with asyncio.TaskGroup() as group:
-            for listener in listeners:
-                group.create_task(listener.serve())
+        await asyncio.gather(*(listener.serve() for listener in listeners))
 
 
 def _stop(listeners: list[Listener]) -> None:

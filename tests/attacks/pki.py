@@ -27,7 +27,7 @@ class Authority:
 
 
 def authority(name: str, *, issuer: Authority | None = None) -> Authority:
-    key = ec.generate_private_key(ec.SECP384R1())
+    key = ec.generate_private_key(ec.SECP256R1())
     return Authority(key, sign(name, key, issuer=issuer, is_ca=True))
 
 
@@ -57,7 +57,7 @@ def sign(name, key, *, issuer: Authority | None, is_ca=False, host="", ended=Fal
     )
     for extension, is_critical in extensions:
         builder = builder.add_extension(extension, critical=is_critical)
-    return builder.sign(signer, hashes.SHA384())
+    return builder.sign(signer, hashes.SHA256())
 
 
 def fingerprint(key) -> str:
@@ -86,7 +86,7 @@ class Pki:
 
     def issue(self, name: str, by: Authority, *, host: str = "", ended: bool = False) -> str:
         """Make a key and a certificate; returns the fingerprint of the key."""
-        key = self.tls.setdefault(name, ec.generate_private_key(ec.SECP384R1()))
+        key = self.tls.setdefault(name, ec.generate_private_key(ec.SECP256R1()))
         chain = [sign(name, key, issuer=by, host=host, ended=ended), by.certificate]
         (self.folder / f"{name}.pem").write_bytes(b"".join(item.public_bytes(Encoding.PEM) for item in chain))
         write_private(self.folder / f"{name}.key", key, PrivateFormat.PKCS8)

@@ -26,7 +26,7 @@ from simulations.deployment import HOST, Process
 from tests.attacks import pki
 from tests.attacks.pki import Pki
 
-SITES = ("alder", "birch", "elm", "fir")
+SITES = ("alder", "birch", "elm", "fir", "gorse", "holly")
 HEARTBEAT = "/v1/fleet/send-node-heartbeat"
 LIST_NODES = "/v1/control/list-nodes"
 PROTOBUF = "application/protobuf"
@@ -53,8 +53,8 @@ watermark_file = "{keys}/watermark.json"
 revoked_file = "{keys}/revoked.txt"
 check_every_s = 0.5
 [limits]
-requests_per_s = 30
-burst = 100
+requests_per_s = 5
+burst = 150
 connections = 16
 header_timeout_s = 3
 body_timeout_s = 1
@@ -97,7 +97,7 @@ class World:
         """What a SuperNode sends with each request."""
         now = datetime.datetime.now(datetime.UTC).isoformat()
         signature = self.pki.nodes[node].sign(now.encode(), ec.ECDSA(hashes.SHA256()))
-        key = base64.b64encode(self.pki.node_key(node)).decode()
+        key = base64.b64encode(pki.public_pem(self.pki.nodes[node])).decode()
         signed = {"flwr-public-key": key, "flwr-timestamp": now, "flwr-signature": base64.b64encode(signature).decode()}
         return {"content-type": PROTOBUF, **signed}
 
@@ -205,7 +205,7 @@ def running(keys: Path, logs: Path) -> Iterator[World]:
         world.start("superlink", deployment.superlink_command(world.address("superlink"), keys=keys))
         world.start("gateway", [sys.executable, "-m", "server.cli", "gateway", str(keys / "gateway.toml")])
         world.wait_for(lambda: all(world.is_open(door) for door in ("superlink", "fleet", "control")))
-        for name in ("alder", "birch", "fir", "elm"):
+        for name in SITES:
             world.register(name)
         yield world
 
