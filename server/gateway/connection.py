@@ -129,7 +129,16 @@ class Listener(uvicorn.Server):
 
     def __init__(self, app: Any, door: Door) -> None:
         super().__init__(_config(app, door))
+        self.servers: list[asyncio.base_events.Server] = []
         self._door = door
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until `should_exit`; the port is free again whatever happens."""
+        try:
+            await super().serve(sockets)
+        finally:
+            for server in self.servers:
+                server.close()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen.

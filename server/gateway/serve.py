@@ -4,7 +4,7 @@ import asyncio
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -65,7 +65,18 @@ async def _serve(config: GatewayConfig, *, known: Callable[[], Members], log: Re
         listeners = [make(_fleet_gate(config.fleet), config.fleet), make(_control_gate(config.control), config.control)]
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, _stop, listeners)
-        await asyncio.gather(*(listener.serve() for listener in listeners))
+        await _together([listener.serve() for listener in listeners])
+
+
+async def _together(servers: Sequence[Coroutine[None, None, None]]) -> None:
+    """Run all until they end; when one fails the others are cancelled, and its error is raised as it is."""
+    tasks = [asyncio.create_task(server) for server in servers]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 def _stop(listeners: list[Listener]) -> None:

@@ -1,9 +1,9 @@
 """GATEWAY.toml: the gateway's own file. Frozen, strict and closed, as the files of `common/config.py`."""
 
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from common import config, config_file, config_rules
 from common.config import RequiredLine, RunConfig, Section
@@ -82,17 +82,6 @@ class LogConfig(Section):
     file: RequiredLine = Field(description="One JSON line for each refusal.")
 
 
-class GatewayConfig(Section):
-    """The whole of GATEWAY.toml."""
-
-    superlink: SuperLinkConfig
-    fleet: FleetConfig
-    control: ControlConfig
-    members: MembersConfig
-    log: LogConfig
-    limits: LimitsConfig = Field(default_factory=LimitsConfig)
-
-
 RULES: Final = (
     config_rules.Rule(
         keys=("fleet.ca_file", "control.ca_file"),
@@ -105,6 +94,25 @@ RULES: Final = (
         message="sites and operators need listeners of their own",
     ),
 )
+
+
+class GatewayConfig(Section):
+    """The whole of GATEWAY.toml."""
+
+    superlink: SuperLinkConfig
+    fleet: FleetConfig
+    control: ControlConfig
+    members: MembersConfig
+    log: LogConfig
+    limits: LimitsConfig = Field(default_factory=LimitsConfig)
+
+    @model_validator(mode="after")
+    def _settings_fit_together(self) -> Self:
+        """Refuse values that are fine alone and contradict each other."""
+        config_rules.check(self, RULES)
+        return self
+
+
 GATEWAY_FILE: Final = config_file.Format(
     GatewayConfig, rules=RULES, patterns=PATTERNS, other=RunConfig, other_name="the run file"
 )
@@ -121,9 +129,7 @@ def load(path: Path) -> GatewayConfig:
 
 def parse(text: str, *, name: str) -> GatewayConfig:
     """Check the text of a GATEWAY.toml; `name` is what messages call it. See `load`."""
-    settings = config_file.parse(text, GATEWAY_FILE, name=name, overrides={})
-    config_rules.check(settings, RULES)
-    return settings
+    return config_file.parse(text, GATEWAY_FILE, name=name, overrides={})
 
 
 def split_address(address: str) -> tuple[str, int]:
