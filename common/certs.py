@@ -30,7 +30,7 @@ def create_tls_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def create_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Make a P-384 key and write it in OpenSSH form, mode 0600, as `flower-supernode` reads it; see `create_tls_key`."""
+    """Make a P-384 key and write it in OpenSSH form, mode 0600, as SuperNodes read it; see `create_tls_key`."""
     return _create(path, PrivateFormat.OpenSSH)
 
 

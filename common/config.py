@@ -313,6 +313,9 @@ class AgentConfig(Section):
     socket: RequiredLine = Field(
         default="/run/silotune/agent.sock", description="Unix socket on which the courier reaches the agent."
     )
+    courier_group: Line = Field(
+        default="", description="Unix group that may open the socket, for a courier under another user. Empty: none."
+    )
     log_folder: RequiredLine = Field(default="/var/lib/silotune", description="Folder of the agent's own log.")
     max_message_mib: Mebibytes = Field(default=600, description="Largest message on the socket, in MiB.")
 
@@ -384,7 +387,7 @@ def resolved_json(config: RunConfig | NodeConfig) -> str:
 
     Example:
         >>> resolved_json(NodeConfig(site=SiteConfig(name="north"), data=NodeDataConfig(path="rows.jsonl")))[:43]
-        '{"agent":{"log_folder":"/var/lib/silotune",'
+        '{"agent":{"courier_group":"","log_folder":"'
     """
     return json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
 

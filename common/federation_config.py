@@ -1,4 +1,4 @@
-"""FederationConfig: the file from which a federation's keys and certificates are made; strict and closed, as all are."""
+"""FederationConfig: the file that a federation's keys and certificates are made from; strict and closed."""
 
 import ipaddress
 from collections.abc import Mapping

@@ -19,6 +19,7 @@ CA: Final = "ca.pem"
 CERTIFICATE: Final = "site.pem"
 ROSTER: Final = "roster.json"
 POLICY: Final = "policy.toml"
+REQUIRED: Final = frozenset((PINNED, CA, CERTIFICATE, ROSTER))
 PURPOSE: Final = "startup kit"
 MAX_FILES: Final = 64
 
@@ -59,6 +60,8 @@ def verify(folder: Path, *, pinned: Governance) -> dict[str, bytes]:
     sums, signatures = (governance.read(folder / name) for name in (SUMS, SIGNATURES))
     pinned.verify(sums, governance.parse(signatures, TypeAdapter(dict[str, str]), name=SIGNATURES), purpose=PURPOSE)
     listed = _listed(sums)
+    if missing := sorted(REQUIRED - listed.keys()):
+        raise AuthError(f"{folder} is no startup kit: {missing[0]} is not in its {SUMS}")
     _check_names(folder, {*listed, SUMS, SIGNATURES})
     files = {name: governance.read(folder / name) for name in listed}
     for name, data in files.items():

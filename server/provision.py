@@ -19,7 +19,6 @@ from common.governance import Governance
 from common.roster import PeerEntry, Roster
 from server import ca, registry
 from server.ca import Issuer, Span
-from server.registry import Revoked
 
 GATEWAY: Final = "gateway"
 
@@ -50,10 +49,32 @@ def provision(config_path: Path, *, folder: Path, now: datetime.datetime) -> Gov
         public = tuple(identity.public_hex(key) for key in keys)
         pinned = Governance(config.federation.id, config.governance.quorum, public, root_sha256)
         storage.write_atomic(made / kit.PINNED, pinned.to_bytes())
-        servers, operators = _make_peers(config, made, issuers=issuers, now=now)
-        _write_start(made, pinned, keys, servers=servers, operators=operators)
+        _write_start(made, pinned, keys, peers=_make_peers(config, made, issuers=issuers, now=now))
         storage.write_atomic(made / registry.ISSUERS / "sites.crl", _empty_crl(issuers, now))
     return pinned
+
+
+def reissue(folder: Path, *, now: datetime.datetime) -> dict[str, datetime.datetime]:
+    """Issue new certificates for the present keys of the gateway and the operators; the roster stays as it is.
+
+    Args:
+        folder: The federation's.
+        now: The time, with its zone.
+
+    Returns:
+        Name to the new certificate's end.
+
+    Raises:
+        ConfigError: A key is missing, or not mode 0600.
+        StorageError: The disk is full and the like; run again.
+    """
+    with registry.locked(folder):
+        held = registry.load(folder)
+        issuers = {role: held.issuer(role) for role in (ca.SERVERS, certs.OPERATORS)}
+        return {
+            name: _certify(held.config, folder, name=name, role=role, names=names, issuer=issuers[role], now=now)[1]
+            for name, role, names in _peers(held.config)
+        }
 
 
 @contextlib.contextmanager
@@ -97,55 +118,70 @@ def _make_authorities(
     return issuers, certs.sha256(root.certificate)
 
 
+def _peers(config: FederationConfig) -> list[tuple[str, str, tuple[str, ...]]]:
+    """The coordinator's own: name, role, and names in the certificate."""
+    federation = config.federation
+    hosts = {
+        name: certs.host_of(name, role=certs.OPERATORS, federation_id=federation.id) for name in federation.operators
+    }
+    return [
+        (GATEWAY, ca.SERVERS, federation.hosts),
+        *((name, certs.OPERATORS, (host,)) for name, host in hosts.items()),
+    ]
+
+
 def _make_peers(
     config: FederationConfig, folder: Path, *, issuers: dict[str, Issuer], now: datetime.datetime
-) -> tuple[tuple[PeerEntry, ...], tuple[PeerEntry, ...]]:
-    """Make keys and certificates of the coordinator's own: the gateway and the operators."""
-    federation = config.federation
-    span = Span.of_days(now, config.validity.certificate_days)
+) -> dict[str, list[PeerEntry]]:
+    """Make keys and certificates of the gateway and the operators; returns the roster's entries by role."""
+    entries: dict[str, list[PeerEntry]] = {ca.SERVERS: [], certs.OPERATORS: []}
+    for name, role, names in _peers(config):
+        certs.create_tls_key(folder / role / f"{name}.key")
+        entry, _ = _certify(config, folder, name=name, role=role, names=names, issuer=issuers[role], now=now)
+        entries[role].append(entry)
+    return entries
 
-    def make(name: str, role: str, names: Sequence[str]) -> PeerEntry:
-        key = certs.create_tls_key(folder / role / f"{name}.key")
-        certificate = ca.issue(
-            name,
-            role=role,
-            federation_id=federation.id,
-            key=key.public_key(),
-            issuer=issuers[role],
-            span=span,
-            names=names,
-        )
-        chain = certificate.public_bytes(Encoding.PEM) + issuers[role].pem
-        storage.write_atomic(folder / role / f"{name}.pem", chain)
-        return PeerEntry(name, certs.fingerprint(key.public_key()))
 
-    operators = (
-        make(name, certs.OPERATORS, [certs.host_of(name, role=certs.OPERATORS, federation_id=federation.id)])
-        for name in federation.operators
+def _certify(
+    config: FederationConfig,
+    folder: Path,
+    *,
+    name: str,
+    role: str,
+    names: Sequence[str],
+    issuer: Issuer,
+    now: datetime.datetime,
+) -> tuple[PeerEntry, datetime.datetime]:
+    """Issue a certificate for a key that is there; returns the roster's entry and the certificate's end."""
+    key = certs.load_key(folder / role / f"{name}.key").public_key()
+    certificate = ca.issue(
+        name,
+        role=role,
+        federation_id=config.federation.id,
+        key=key,
+        issuer=issuer,
+        span=Span.of_days(now, config.validity.certificate_days),
+        names=names,
     )
-    return (make(GATEWAY, ca.SERVERS, federation.hosts),), tuple(operators)
+    storage.write_atomic(folder / role / f"{name}.pem", certificate.public_bytes(Encoding.PEM) + issuer.pem)
+    return PeerEntry(name, certs.fingerprint(key)), certificate.not_valid_after_utc
 
 
 def _write_start(
-    folder: Path,
-    pinned: Governance,
-    keys: Sequence[Ed25519PrivateKey],
-    *,
-    servers: tuple[PeerEntry, ...],
-    operators: tuple[PeerEntry, ...],
+    folder: Path, pinned: Governance, keys: Sequence[Ed25519PrivateKey], *, peers: dict[str, list[PeerEntry]]
 ) -> None:
-    """Write the roster of epoch 1, which has no sites, and the empty lists."""
+    """Write the roster of epoch 1, which has no sites, and the empty list."""
     first = Roster(
         version=1,
         federation_id=pinned.federation_id,
         epoch=1,
         quorum=pinned.quorum,
         governance=pinned.keys,
-        servers=servers,
-        operators=operators,
+        servers=tuple(peers[ca.SERVERS]),
+        operators=tuple(peers[certs.OPERATORS]),
     )
     storage.write_atomic(folder / kit.ROSTER, roster.signed_bytes(first, keys, pinned=pinned))
-    registry.write_lists(folder, issued=(), revoked=Revoked())
+    registry.write_issued(folder, ())
 
 
 def _empty_crl(issuers: dict[str, Issuer], now: datetime.datetime) -> bytes:

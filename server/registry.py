@@ -22,7 +22,7 @@ from server.ca import Issuer
 
 CONFIG: Final = "federation.toml"
 ISSUED: Final = "issued.json"
-REVOKED: Final = "revoked.json"
+REVOKED: Final = "revoked.txt"
 ISSUERS: Final = "ca"
 KITS: Final = "kits"
 _CLOSED: Final = ConfigDict(strict=True, extra="forbid")
@@ -38,6 +38,7 @@ class Issued:
         tls_fingerprint: SHA-256 of its public key.
         identity_key: Of the site that it was given to.
         expires_at: Seconds since 1970, UTC.
+        is_revoked: Whether neither the certificate nor its site's keys are accepted any more.
     """
 
     __pydantic_config__ = _CLOSED
@@ -47,17 +48,7 @@ class Issued:
     tls_fingerprint: HexKey
     identity_key: HexKey
     expires_at: int
-
-
-@dataclass(frozen=True)
-class Revoked:
-    """What is never accepted again; the gateway reads it beside the roster."""
-
-    __pydantic_config__ = _CLOSED
-
-    tls_fingerprints: tuple[HexKey, ...] = ()
-    identity_keys: tuple[HexKey, ...] = ()
-    serials: tuple[str, ...] = ()
+    is_revoked: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +60,6 @@ class Registry:
     pinned: Governance
     roster: Roster
     issued: tuple[Issued, ...]
-    revoked: Revoked
 
     @property
     def roster_path(self) -> Path:
@@ -93,45 +83,36 @@ def load(folder: Path) -> Registry:
         ConfigError: It is not one, or a file in it is missing.
         AuthError: Its roster is not signed, or a file is malformed.
     """
+    issued_path = folder / ISSUED
     if not (folder / kit.PINNED).is_file():
         raise ConfigError(f"{folder} is no federation's folder; make one with silotune-server provision")
     pinned = governance.load(folder / kit.PINNED)
-    issued_path, revoked_path = folder / ISSUED, folder / REVOKED
     return Registry(
         folder=folder,
         config=federation_config.load(folder / CONFIG),
         pinned=pinned,
         roster=roster.load(folder / kit.ROSTER, governance=pinned, epoch_min=1),
         issued=governance.parse(governance.read(issued_path), TypeAdapter(tuple[Issued, ...]), name=str(issued_path)),
-        revoked=governance.parse(governance.read(revoked_path), TypeAdapter(Revoked), name=str(revoked_path)),
     )
 
 
-def read_revoked(path: Path) -> Revoked:
-    """Read `revoked.json`, for the gateway.
-
-    Raises:
-        ConfigError: It cannot be read.
-        AuthError: It is malformed.
-    """
-    return governance.parse(governance.read(path), TypeAdapter(Revoked), name=str(path))
-
-
-def write_lists(folder: Path, *, issued: Sequence[Issued], revoked: Revoked) -> None:
-    """Write what was issued and what was revoked.
+def write_issued(folder: Path, issued: Sequence[Issued]) -> None:
+    """Write what was issued, and the list of revoked TLS keys that the gateway reads: one fingerprint a line.
 
     Raises:
         StorageError: The disk is full and the like.
     """
+    revoked = (f"{entry.tls_fingerprint}  # {entry.name}\n" for entry in issued if entry.is_revoked)
+    text = "# SHA-256 of the public keys of revoked certificates\n" + "".join(revoked)
+    storage.write_atomic(folder / REVOKED, text.encode("ascii"))
     storage.write_atomic(folder / ISSUED, wire.canonical_json([dataclasses.asdict(entry) for entry in issued]))
-    storage.write_atomic(folder / REVOKED, wire.canonical_json(dataclasses.asdict(revoked)))
 
 
 def governance_keys(paths: Sequence[Path], *, pinned: Governance) -> list[Ed25519PrivateKey]:
     """Read governance keys, and fail before anything is written if they are too few.
 
     Raises:
-        ConfigError: A file is no key of mode 0600, no governance key, or there are fewer different ones than the quorum.
+        ConfigError: A file is no key of mode 0600, no governance key, or they are fewer different ones than needed.
     """
     keys = [identity.load(path) for path in paths]
     pinned.sign(b"", keys, purpose="trial")
