@@ -1,12 +1,15 @@
 """A federation on disk for tests: provisioned, with sites that enrolled; and TLS handshakes in memory."""
 
 import datetime
+import shutil
 import ssl
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from client import enroll, install
 from client.install import Kit
+from common.governance import Governance
 from server import admit, provision
 from server.admit import Change
 
@@ -24,15 +27,28 @@ def day(number: float) -> datetime.datetime:
     return NOW + datetime.timedelta(days=number)
 
 
+@dataclass
 class Federation:
     """A coordinator's folder and its sites' folders, under one folder."""
 
-    def __init__(self, folder: Path, *, text: str = TEXT, now: datetime.datetime = NOW) -> None:
-        (folder / "federation.toml").write_text(text)
-        self.folder = folder / "onco-eu"
-        self.sites = folder / "sites"
-        self.pinned = provision.provision(folder / "federation.toml", folder=self.folder, now=now)
-        self.members = [self.folder / "governance" / f"{number}.key" for number in (1, 2, 3)]
+    root: Path
+    pinned: Governance
+    sites: Path
+
+    @property
+    def folder(self) -> Path:
+        """The coordinator's."""
+        return self.root / "onco-eu"
+
+    @property
+    def members(self) -> list[Path]:
+        """The governance's key files."""
+        return [self.folder / "governance" / f"{number}.key" for number in (1, 2, 3)]
+
+    def copy(self, root: Path) -> "Federation":
+        """The same federation elsewhere, to be changed by one test."""
+        shutil.copytree(self.root, root, dirs_exist_ok=True)
+        return Federation(root, self.pinned, root / "sites")
 
     def enroll(self, name: str) -> str:
         """Make a site's keys; its words."""
@@ -73,6 +89,14 @@ class Federation:
         """Install a kit."""
         heard = self.pinned.words if words is None else words
         return install.install(kit, keys=self.keys(name), words=heard, now=now)
+
+
+def start(root: Path, *, now: datetime.datetime = NOW) -> Federation:
+    """Found a federation."""
+    root.mkdir(exist_ok=True)
+    (root / "federation.toml").write_text(TEXT)
+    pinned = provision.provision(root / "federation.toml", folder=root / "onco-eu", now=now)
+    return Federation(root, pinned, root / "sites")
 
 
 def listener(certificate: Path, key: Path, *, trusted: Path, crl: Path | None = None) -> ssl.SSLContext:

@@ -9,18 +9,25 @@ from cryptography.hazmat.primitives import serialization
 from client import enroll, install
 from common import certs, governance, identity, kit, roster
 from common.errors import AuthError, ConfigError, StorageError
-from tests.federations import NOW, TEXT, Federation, caller, day, listener, shake_hands
+from tests.federations import NOW, Federation, caller, day, listener, shake_hands, start
+
+
+@pytest.fixture(scope="module")
+def with_alder(tmp_path_factory) -> Federation:
+    federation = start(tmp_path_factory.mktemp("with-alder"))
+    federation.unpack(federation.join("alder"), federation.root / "unpacked")
+    return federation
 
 
 @pytest.fixture
-def federation(tmp_path) -> Federation:
-    return Federation(tmp_path)
+def federation(with_alder, tmp_path) -> Federation:
+    return with_alder.copy(tmp_path)
 
 
 @pytest.fixture
-def offered(federation, tmp_path):
+def offered(federation):
     """Alder's kit, unpacked, not installed."""
-    return federation.unpack(federation.join("alder"), tmp_path / "kits")
+    return federation.root / "unpacked" / "alder"
 
 
 def test_keys_are_made_at_the_site_and_stay_there(tmp_path):
@@ -113,8 +120,7 @@ def test_the_first_kit_needs_the_federations_words(federation, offered):
 
 
 def test_a_kit_of_an_impostors_federation_of_the_same_name_is_refused(federation, offered, tmp_path):
-    (tmp_path / "evil").mkdir()
-    impostor = Federation(tmp_path / "evil")
+    impostor = start(tmp_path / "evil")
     impostor.sites = federation.sites
     statement = enroll.own_statement(federation.keys("alder"))
     forged = impostor.unpack(impostor.admit("alder", statement.words), tmp_path / "evil" / "kits")
@@ -276,8 +282,7 @@ def test_a_kit_with_another_root_is_refused_even_if_governance_signed_it(federat
     """Two members alone cannot make the site trust another certificate authority."""
     from server import registry
 
-    (tmp_path / "other").mkdir()
-    other = Federation(tmp_path / "other")
+    other = start(tmp_path / "other")
     keys = registry.governance_keys(federation.members[:2], pinned=federation.pinned)
     files = {path.name: path.read_bytes() for path in offered.iterdir() if path.name not in (kit.SUMS, kit.SIGNATURES)}
     root = (other.folder / "ca" / "root.pem").read_bytes()
@@ -310,4 +315,3 @@ def test_a_site_tells_its_admin_what_is_missing(tmp_path):
     enroll.enroll(tmp_path / "keys", federation_id="onco-eu", name="alder")
     with pytest.raises(ConfigError, match="cannot be read"):
         install.install(tmp_path, keys=tmp_path / "keys", words="", now=NOW)
-    assert "[federation]" in TEXT

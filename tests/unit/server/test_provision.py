@@ -14,20 +14,31 @@ from common import certs, config, federation_config, governance, identity, kit, 
 from common.errors import AuthError, ConfigError, StorageError
 from server import admit, ca, cli, provision, registry
 from server.ca import Span
-from tests.federations import NOW, TEXT, Federation, caller, day, listener, shake_hands
+from tests.federations import NOW, TEXT, Federation, caller, day, listener, shake_hands, start
 
 
-@pytest.fixture
-def founded(tmp_path) -> Federation:
-    return Federation(tmp_path)
+@pytest.fixture(scope="module")
+def first_day(tmp_path_factory) -> Federation:
+    return start(tmp_path_factory.mktemp("first-day"))
 
 
-@pytest.fixture
-def joined(founded) -> Federation:
-    """With the sites alder and birch."""
+@pytest.fixture(scope="module")
+def with_sites(first_day, tmp_path_factory) -> Federation:
+    federation = first_day.copy(tmp_path_factory.mktemp("with-sites"))
     for name in ("alder", "birch"):
-        founded.join(name)
-    return founded
+        federation.join(name)
+    return federation
+
+
+@pytest.fixture
+def founded(first_day, tmp_path) -> Federation:
+    return first_day.copy(tmp_path)
+
+
+@pytest.fixture
+def joined(with_sites, tmp_path) -> Federation:
+    """With the sites alder and birch."""
+    return with_sites.copy(tmp_path)
 
 
 def newest(federation: Federation) -> roster.Roster:
@@ -338,7 +349,7 @@ def test_a_site_that_lost_its_keys_comes_back_with_new_ones(joined):
 
 
 def test_own_certificates_are_issued_anew_for_the_same_keys(tmp_path):
-    federation = Federation(tmp_path, now=day(-91))
+    federation = start(tmp_path, now=day(-91))
     with pytest.raises(ssl.SSLError):
         shake_hands(control(federation), dial(federation, *operator_pair(federation)))
     before = newest(federation)
