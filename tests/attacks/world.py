@@ -26,7 +26,7 @@ from simulations.deployment import HOST, Process
 from tests.attacks import pki
 from tests.attacks.pki import Pki
 
-SITES = ("alder", "birch", "elm", "fir", "gorse", "holly")
+SITES = ("alder", "birch", "elm", "fir", "gorse", "holly", "iris")
 HEARTBEAT = "/v1/fleet/send-node-heartbeat"
 LIST_NODES = "/v1/control/list-nodes"
 PROTOBUF = "application/protobuf"
@@ -53,8 +53,8 @@ watermark_file = "{keys}/watermark.json"
 revoked_file = "{keys}/revoked.txt"
 check_every_s = 0.5
 [limits]
-requests_per_s = 5
-burst = 150
+requests_per_s = 1
+burst = 100
 connections = 16
 header_timeout_s = 3
 body_timeout_s = 1
