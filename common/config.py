@@ -36,7 +36,7 @@ Mebibytes = Annotated[int, Field(ge=1, le=2047)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _refuse_look_alikes(value: object) -> object:
+def refuse_look_alikes(value: object) -> object:
     """Tell 1 from true and 1.0, which Python holds to be equal."""
     if type(value) is not int:
         raise ValueError("must be the whole number 1")
@@ -247,7 +247,7 @@ class OutputConfig(Section):
 class RunConfig(Section):
     """One whole run: the file that a coordinator writes and every site can read."""
 
-    version: Annotated[Literal[1], BeforeValidator(_refuse_look_alikes)] = Field(description="Version of this format.")
+    version: Annotated[Literal[1], BeforeValidator(refuse_look_alikes)] = Field(description="Version of this format.")
     name: Slug = Field(default="run", description="Name of the run.")
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Seed of all randomness that need not be secret.")
     model: ModelConfig

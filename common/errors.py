@@ -50,6 +50,10 @@ class WireError(ProtocolError):
     """Bytes that are not a valid frame: version, length, hash, header or tensors."""
 
 
+class AuthError(ProtocolError):
+    """A signature, certificate, proof or epoch that does not show what it must."""
+
+
 class TooFewSitesError(ProtocolError):
     """Fewer valid updates than `federation.min_sites` arrived before the deadline."""
 

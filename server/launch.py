@@ -11,7 +11,7 @@ from common.errors import ProtocolError
 from common.events import Event
 from server import link, report, status
 from server import run as server_run
-from server.link import Link
+from server.link import Identity, Link
 from server.show import Screen
 
 
@@ -20,6 +20,7 @@ def run(
     *,
     address: str,
     ca_file: Path,
+    identity: Identity | None = None,
     folder: Path,
     base: Path | None,
     resume: bool,
@@ -32,7 +33,8 @@ def run(
     Args:
         settings: The run file.
         address: The SuperLink's, on this machine: its ServerApp process writes into `folder`.
-        ca_file: PEM certificate that the SuperLink's own must lead to.
+        ca_file: PEM certificate that the other end's own must lead to.
+        identity: The operator's certificate and key, where a gateway is before the SuperLink.
         folder: The run's folder.
         base: The base's folder; None looks in the store.
         resume: Go on after the newest whole checkpoint.
@@ -51,7 +53,7 @@ def run(
         "num-threads": 0,
     }
     screen = Screen(Console(file=sys.stderr if is_quiet else sys.stdout, highlight=False))
-    with link.connect(address, ca_file=ca_file) as connected:
+    with link.connect(address, ca_file=ca_file, identity=identity) as connected:
         run_id = connected.start_run(options, bundle=link.build_bundle())
         last = _watch(connected, run_id, log.path, screen, num_old=num_old)
     report.write(folder)

@@ -16,6 +16,7 @@ EXIT_CODES = {
     "PrivacyError": 5,
     "ProtocolError": 6,
     "WireError": 6,
+    "AuthError": 6,
     "TooFewSitesError": 6,
     "RemoteError": 6,
     "TransportError": 7,
