@@ -184,6 +184,7 @@ def _put(
     )
     registry.write_issued(held.folder, (*held.issued, issued))
     tar = _write_kit(held.folder / registry.KITS, entry.name, files)
+    storage.write_atomic(held.folder / registry.NODES / f"{entry.name}.pub", entry.node_key.encode("ascii"))
     storage.write_atomic(held.roster_path, signed)
     return Change(entry.name, following.epoch, tar, certificate.not_valid_after_utc)
 

@@ -25,6 +25,7 @@ ISSUED: Final = "issued.json"
 REVOKED: Final = "revoked.txt"
 ISSUERS: Final = "ca"
 KITS: Final = "kits"
+NODES: Final = "nodes"
 _CLOSED: Final = ConfigDict(strict=True, extra="forbid")
 
 

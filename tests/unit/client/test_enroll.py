@@ -309,6 +309,30 @@ def test_the_pinned_words_cover_everything_that_is_pinned(federation):
     assert pinned.words not in words
 
 
+def test_a_site_takes_newer_rosters_only(federation, offered):
+    federation.install(offered, "alder")
+    keys, path = federation.keys("alder"), federation.folder / "roster.json"
+    second = path.read_bytes()
+    federation.join("birch")
+    third = path.read_bytes()
+    assert install.update_roster(path, keys=keys).epoch == roster.seen_epoch(keys / "epoch.json") == 3
+    federation.revoke("birch")
+    assert [site.name for site in install.update_roster(path, keys=keys).sites] == ["alder"]
+    for old in (second, third):
+        path.write_bytes(old)
+        with pytest.raises(AuthError, match="4 was seen before"):
+            install.update_roster(path, keys=keys)
+    assert roster.load(keys / "roster.json", governance=federation.pinned, epoch_min=4).epoch == 4
+
+
+def test_a_site_does_not_take_a_roster_without_itself(federation, offered):
+    federation.install(offered, "alder")
+    federation.revoke("alder")
+    with pytest.raises(AuthError, match="alder is not in epoch 3"):
+        install.update_roster(federation.folder / "roster.json", keys=federation.keys("alder"))
+    assert roster.seen_epoch(federation.keys("alder") / "epoch.json") == 2
+
+
 def test_a_site_tells_its_admin_what_is_missing(tmp_path):
     with pytest.raises(ConfigError, match="silotune-client enroll first"):
         enroll.renew(tmp_path)
