@@ -272,10 +272,15 @@ def test_a_first_request_renews_nothing_and_a_renewal_admits_nobody(federation, 
     with pytest.raises(AuthError, match="old request"):
         federation.rotate(keys / enroll.REQUEST)
     statement = enroll.renew(keys)
-    federation.enroll("birch")
-    shutil.copy(keys / enroll.RENEWAL, federation.request("birch"))
-    with pytest.raises(ConfigError, match="in the roster already"):
-        federation.admit("birch", statement.words)
+    assert statement.replaces
+    words = federation.enroll("birch")
+    early = enroll.renew(federation.keys("birch"))
+    first = federation.request("birch").read_bytes()
+    shutil.copy(federation.keys("birch") / enroll.RENEWAL, federation.request("birch"))
+    with pytest.raises(AuthError, match="use silotune-server rotate"):
+        federation.admit("birch", early.words)
+    federation.request("birch").write_bytes(first)
+    federation.admit("birch", words)
 
 
 def test_a_kit_with_another_root_is_refused_even_if_governance_signed_it(federation, offered, tmp_path):
