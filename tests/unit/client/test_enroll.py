@@ -285,10 +285,8 @@ def test_a_first_request_renews_nothing_and_a_renewal_admits_nobody(federation, 
 
 def test_a_kit_with_another_root_is_refused_even_if_governance_signed_it(federation, offered, tmp_path):
     """Two members alone cannot make the site trust another certificate authority."""
-    from server import registry
-
     other = start(tmp_path / "other")
-    keys = registry.governance_keys(federation.members[:2], pinned=federation.pinned)
+    keys = [identity.load(path) for path in federation.members[:2]]
     files = {path.name: path.read_bytes() for path in offered.iterdir() if path.name not in (kit.SUMS, kit.SIGNATURES)}
     root = (other.folder / "ca" / "root.pem").read_bytes()
     for changed, told in (({kit.CA: root}, "not the root"), ({kit.CERTIFICATE: root}, "does not lead to the root")):
