@@ -193,6 +193,28 @@ def install(
     cli.emit(result, as_json=json, show=lambda: cli.show(told, f"next: edit {keys}/policy.toml and {keys}/node.toml"))
 
 
+@app.command()
+def roster(
+    roster_file: Annotated[Path, typer.Argument(help="The signed roster.", metavar="ROSTER.json")],
+    keys: Annotated[Path, typer.Option(help="The folder that enroll made.", metavar="DIR")],
+    json: cli.JsonOption = False,
+) -> None:
+    """Take a newer roster into use, as after a revocation.
+
+    Refused unless the pinned governance signed it, this site is in it, and none newer was seen.
+
+    \b
+    Examples:
+      silotune-client roster roster.json --keys /etc/silotune/keys
+    """
+    from client import install as installing
+
+    found = installing.update_roster(roster_file, keys=keys)
+    result = {"federation_id": found.federation_id, "epoch": found.epoch, "sites": [site.name for site in found.sites]}
+    told = f"{found.federation_id}: roster epoch {found.epoch}, {len(found.sites)} sites"
+    cli.emit(result, as_json=json, show=lambda: cli.show(told, "next: restart the agent"))
+
+
 def main() -> None:
     """Entry point."""
     quiet.hush()

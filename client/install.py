@@ -104,6 +104,32 @@ def install(folder: Path, *, keys: Path, words: str, now: datetime.datetime) -> 
     return checked
 
 
+def update_roster(path: Path, *, keys: Path) -> Roster:
+    """Take a newer roster into use between two kits, as after another site was revoked.
+
+    Args:
+        path: The signed roster.
+        keys: Where the kit was installed.
+
+    Returns:
+        The roster.
+
+    Raises:
+        AuthError: Not signed by the pinned governance, older than one seen before, or without this site.
+        ConfigError: A file is missing, or no kit was installed yet.
+        StorageError: The disk is full and the like; the old roster still holds.
+    """
+    pinned = governance.load(keys / kit.PINNED)
+    data = governance.read(path)
+    found = roster.parse(data, governance=pinned, epoch_min=roster.seen_epoch(keys / WATERMARK))
+    entry = found.site(enroll.own_statement(keys).name)
+    if entry.identity_key != identity.public_hex(identity.load(keys / enroll.IDENTITY_KEY)):
+        raise AuthError(f"{path} has another identity key for {entry.name} than this site's own; ask the coordinator")
+    accepted = roster.accept(path, governance=pinned, watermark=keys / WATERMARK)
+    storage.write_atomic(keys / kit.ROSTER, data)
+    return accepted
+
+
 def _note_epoch(keys: Path, pinned: Governance) -> None:
     """Remember the roster that was just written."""
     watermark = keys / WATERMARK

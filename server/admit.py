@@ -60,7 +60,7 @@ def admit(
     """
     with registry.locked(folder):
         held = registry.load(folder)
-        keys = registry.governance_keys(governance_files, pinned=held.pinned)
+        keys = [identity.load(path) for path in governance_files]
         checked = _read_request(request_file, held)
         statement = checked.statement
         identity.check_words(statement.to_bytes(), words)
@@ -96,7 +96,7 @@ def rotate(folder: Path, *, request_file: Path, governance_files: Sequence[Path]
     """
     with registry.locked(folder):
         held = registry.load(folder)
-        keys = registry.governance_keys(governance_files, pinned=held.pinned)
+        keys = [identity.load(path) for path in governance_files]
         checked = _read_request(request_file, held)
         statement = checked.statement
         old = held.roster.site(statement.name)
@@ -137,7 +137,7 @@ def revoke(folder: Path, name: str, *, governance_files: Sequence[Path], now: da
     """
     with registry.locked(folder):
         held = registry.load(folder)
-        keys = registry.governance_keys(governance_files, pinned=held.pinned)
+        keys = [identity.load(path) for path in governance_files]
         held.roster.site(name)
         following = _next(held.roster, tuple(site for site in held.roster.sites if site.name != name))
         signed = roster.signed_bytes(following, keys, pinned=held.pinned)
@@ -184,6 +184,7 @@ def _put(
     )
     registry.write_issued(held.folder, (*held.issued, issued))
     tar = _write_kit(held.folder / registry.KITS, entry.name, files)
+    storage.write_atomic(held.folder / registry.NODES / f"{entry.name}.pub", entry.node_key.encode("ascii"))
     storage.write_atomic(held.roster_path, signed)
     return Change(entry.name, following.epoch, tar, certificate.not_valid_after_utc)
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from common import federation_config, governance, identity, kit, roster, storage, wire
+from common import federation_config, governance, kit, roster, storage, wire
 from common.errors import ConfigError
 from common.federation_config import FederationConfig
 from common.governance import Governance, HexKey, Slug
@@ -25,6 +24,7 @@ ISSUED: Final = "issued.json"
 REVOKED: Final = "revoked.txt"
 ISSUERS: Final = "ca"
 KITS: Final = "kits"
+NODES: Final = "nodes"
 _CLOSED: Final = ConfigDict(strict=True, extra="forbid")
 
 
@@ -106,17 +106,6 @@ def write_issued(folder: Path, issued: Sequence[Issued]) -> None:
     text = "# SHA-256 of the public keys of revoked certificates\n" + "".join(revoked)
     storage.write_atomic(folder / REVOKED, text.encode("ascii"))
     storage.write_atomic(folder / ISSUED, wire.canonical_json([dataclasses.asdict(entry) for entry in issued]))
-
-
-def governance_keys(paths: Sequence[Path], *, pinned: Governance) -> list[Ed25519PrivateKey]:
-    """Read governance keys, and fail before anything is written if they are too few.
-
-    Raises:
-        ConfigError: A file is no key of mode 0600, no governance key, or they are fewer different ones than needed.
-    """
-    keys = [identity.load(path) for path in paths]
-    pinned.sign(b"", keys, purpose="trial")
-    return keys
 
 
 @contextlib.contextmanager

@@ -272,18 +272,21 @@ def test_a_first_request_renews_nothing_and_a_renewal_admits_nobody(federation, 
     with pytest.raises(AuthError, match="old request"):
         federation.rotate(keys / enroll.REQUEST)
     statement = enroll.renew(keys)
-    federation.enroll("birch")
-    shutil.copy(keys / enroll.RENEWAL, federation.request("birch"))
-    with pytest.raises(ConfigError, match="in the roster already"):
-        federation.admit("birch", statement.words)
+    assert statement.replaces
+    words = federation.enroll("birch")
+    early = enroll.renew(federation.keys("birch"))
+    first = federation.request("birch").read_bytes()
+    shutil.copy(federation.keys("birch") / enroll.RENEWAL, federation.request("birch"))
+    with pytest.raises(AuthError, match="use silotune-server rotate"):
+        federation.admit("birch", early.words)
+    federation.request("birch").write_bytes(first)
+    federation.admit("birch", words)
 
 
 def test_a_kit_with_another_root_is_refused_even_if_governance_signed_it(federation, offered, tmp_path):
     """Two members alone cannot make the site trust another certificate authority."""
-    from server import registry
-
     other = start(tmp_path / "other")
-    keys = registry.governance_keys(federation.members[:2], pinned=federation.pinned)
+    keys = [identity.load(path) for path in federation.members[:2]]
     files = {path.name: path.read_bytes() for path in offered.iterdir() if path.name not in (kit.SUMS, kit.SIGNATURES)}
     root = (other.folder / "ca" / "root.pem").read_bytes()
     for changed, told in (({kit.CA: root}, "not the root"), ({kit.CERTIFICATE: root}, "does not lead to the root")):
@@ -307,6 +310,30 @@ def test_the_pinned_words_cover_everything_that_is_pinned(federation):
     words = {dataclasses.replace(pinned, **change).words for change in changes}
     assert len(words) == 4
     assert pinned.words not in words
+
+
+def test_a_site_takes_newer_rosters_only(federation, offered):
+    federation.install(offered, "alder")
+    keys, path = federation.keys("alder"), federation.folder / "roster.json"
+    second = path.read_bytes()
+    federation.join("birch")
+    third = path.read_bytes()
+    assert install.update_roster(path, keys=keys).epoch == roster.seen_epoch(keys / "epoch.json") == 3
+    federation.revoke("birch")
+    assert [site.name for site in install.update_roster(path, keys=keys).sites] == ["alder"]
+    for old in (second, third):
+        path.write_bytes(old)
+        with pytest.raises(AuthError, match="4 was seen before"):
+            install.update_roster(path, keys=keys)
+    assert roster.load(keys / "roster.json", governance=federation.pinned, epoch_min=4).epoch == 4
+
+
+def test_a_site_does_not_take_a_roster_without_itself(federation, offered):
+    federation.install(offered, "alder")
+    federation.revoke("alder")
+    with pytest.raises(AuthError, match="alder is not in epoch 3"):
+        install.update_roster(federation.folder / "roster.json", keys=federation.keys("alder"))
+    assert roster.seen_epoch(federation.keys("alder") / "epoch.json") == 2
 
 
 def test_a_site_tells_its_admin_what_is_missing(tmp_path):

@@ -153,6 +153,7 @@ def test_two_sites_join_and_are_known_by_their_own_keys(joined):
         keys = joined.keys(site.name)
         assert site.identity_key == identity.public_hex(identity.load(keys / "identity.key"))
         assert site.node_key == certs.public_pem(certs.load_key(keys / "node.key"))
+        assert site.node_key == (joined.folder / "nodes" / f"{site.name}.pub").read_text()
         assert site.tls_fingerprint == certs.fingerprint(certs.load_key(keys / "tls.key").public_key())
 
 
