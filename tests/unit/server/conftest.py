@@ -1,40 +1,29 @@
-"""A federation of tiny sites in this process, with a clock that only moves when somebody sleeps."""
-
-from collections.abc import Callable, Mapping
-from pathlib import Path
+"""Federations on disk, made once a module and copied for each test."""
 
 import pytest
 
-from common import events
-from common.model import Engine
-from server.federation import Federation
-from tests import tiny
-
-Node = Callable[[bytes], bytes | None]
+from tests.federations import Federation, start
 
 
-@pytest.fixture
-def federate(engine: Engine, tiny_base: Path, tmp_path: Path) -> Callable[..., Federation]:
-    """Make a federation of functions that answer frames, by node id; `changes` are as on the command line."""
+@pytest.fixture(scope="module")
+def first_day(tmp_path_factory) -> Federation:
+    return start(tmp_path_factory.mktemp("first-day"))
 
-    def make(nodes: Mapping[int, Node], changes: Mapping[str, str] | None = None) -> Federation:
-        return tiny.federation(engine, tmp_path / "run", nodes, tiny.settings(tiny_base, changes))
 
-    return make
+@pytest.fixture(scope="module")
+def with_sites(first_day, tmp_path_factory) -> Federation:
+    federation = first_day.copy(tmp_path_factory.mktemp("with-sites"))
+    for name in ("alder", "birch"):
+        federation.join(name)
+    return federation
 
 
 @pytest.fixture
-def nodes(engine: Engine) -> dict[int, Node]:
-    """North, south and west as nodes 1, 2 and 3."""
-    return tiny.make_nodes(engine)
+def founded(first_day, tmp_path) -> Federation:
+    return first_day.copy(tmp_path)
 
 
 @pytest.fixture
-def told(tmp_path: Path) -> Callable[[str], list[events.Event]]:
-    """The run's events of one kind, so far."""
-
-    def read(kind: str) -> list[events.Event]:
-        path = tmp_path / "run" / "events.jsonl"
-        return [event for event in events.read(path) if event["kind"] == kind] if path.exists() else []
-
-    return read
+def joined(with_sites, tmp_path) -> Federation:
+    """With the sites alder and birch."""
+    return with_sites.copy(tmp_path)
