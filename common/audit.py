@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from common import wire
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from common import identity, wire
 from common.errors import AuditError, AuthError
 from common.storage import storage_error
 
@@ -25,8 +27,7 @@ MAX_LINE_BYTES: Final = 1 << 16
 MAX_LOG_BYTES: Final = 1 << 32
 FIELDS: Final = ("sequence", "time", "kind", "facts", "previous", "signature")
 
-Sign = Callable[[bytes], bytes]
-CheckSignature = Callable[[bytes, bytes], None]  # message, signature; raises AuthError
+PURPOSE: Final = "audit"
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,7 @@ class AuditLog:
 
     Args:
         path: The file; made with mode 0600 if it is not there.
-        sign: Signs bytes with the log's key.
-        check: Checks a signature of that key.
+        key: Signs every entry.
         on_entry: Told every entry in order, those that are there already first.
         clock: Unix seconds.
 
@@ -75,14 +75,13 @@ class AuditLog:
         self,
         path: Path,
         *,
-        sign: Sign,
-        check: CheckSignature,
+        key: Ed25519PrivateKey,
         on_entry: Callable[[Entry], None] = lambda entry: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.path = path
-        self._sign = sign
-        self._check = check
+        self._key = key
+        self._public_key = identity.public_hex(key)
         self._on_entry = on_entry
         self._clock = clock
         self._head = Head()
@@ -129,11 +128,12 @@ class AuditLog:
             "facts": facts,
             "previous": self._head.sha256,
         }
-        return wire.canonical_json({**entry, "signature": self._sign(wire.canonical_json(entry)).hex()})
+        signature = identity.sign(self._key, wire.canonical_json(entry), purpose=PURPOSE)
+        return wire.canonical_json({**entry, "signature": signature})
 
     def _take(self, line: bytes) -> None:
         """One more line that was found right, or was just written."""
-        entry = _read_line(line, self._head, self._check)
+        entry = _read_line(line, self._head, self._public_key)
         self._head = entry.head
         self._size += len(line) + 1
         self._on_entry(entry)
@@ -186,12 +186,12 @@ class _Locked:
         self._file.close()
 
 
-def verify(path: Path, check: CheckSignature, *, heads: Iterable[Head] = ()) -> Head:
+def verify(path: Path, public_key: str, *, heads: Iterable[Head] = ()) -> Head:
     """Check a whole log.
 
     Args:
         path: The log.
-        check: Checks a signature of the log's key.
+        public_key: The log's key, as `identity.public_hex` gives it.
         heads: Heads of this log that are known elsewhere; each must still be in it.
 
     Returns:
@@ -200,7 +200,7 @@ def verify(path: Path, check: CheckSignature, *, heads: Iterable[Head] = ()) -> 
     Raises:
         AuditError: A changed, removed, added or moved line, or a cut tail; the message says where.
     """
-    found = {entry.sequence: entry.head for entry in read(path, check)}
+    found = {entry.sequence: entry.head for entry in read(path, public_key)}
     for head in sorted(heads, key=lambda head: head.sequence):
         if head.sequence >= 0 and found.get(head.sequence) != head:
             last = len(found) - 1
@@ -212,7 +212,7 @@ def verify(path: Path, check: CheckSignature, *, heads: Iterable[Head] = ()) -> 
     return found[len(found) - 1] if found else Head()
 
 
-def read(path: Path, check: CheckSignature) -> Iterator[Entry]:
+def read(path: Path, public_key: str) -> Iterator[Entry]:
     """The entries of a log, each checked before it is given.
 
     Raises:
@@ -222,7 +222,7 @@ def read(path: Path, check: CheckSignature) -> Iterator[Entry]:
     try:
         with path.open("rb") as file:
             for line in _whole_lines(file, must_end=True):
-                entry = _read_line(line, head, check)
+                entry = _read_line(line, head, public_key)
                 head = entry.head
                 yield entry
     except OSError as error:
@@ -241,7 +241,7 @@ def _whole_lines(file: BinaryIO, *, must_end: bool = False) -> Iterator[bytes]:
         yield line[:-1]
 
 
-def _read_line(line: bytes, previous: Head, check: CheckSignature) -> Entry:
+def _read_line(line: bytes, previous: Head, public_key: str) -> Entry:
     """One line, which must be the one after `previous`."""
     sequence = previous.sequence + 1
     fields = _parse(line, sequence)
@@ -251,8 +251,8 @@ def _read_line(line: bytes, previous: Head, check: CheckSignature) -> Entry:
         )
     signature = fields.pop("signature")
     try:
-        check(wire.canonical_json(fields), bytes.fromhex(signature))
-    except (AuthError, ValueError, TypeError) as error:
+        identity.verify(public_key, signature, wire.canonical_json(fields), purpose=PURPOSE)
+    except AuthError as error:
         raise AuditError(f"entry {sequence} was changed: its signature does not fit") from error
     head = Head(sequence, hashlib.sha256(line).hexdigest())
     return Entry(sequence, fields["time"], fields["kind"], fields["facts"], head)
@@ -265,7 +265,7 @@ def _parse(line: bytes, sequence: int) -> dict[str, Any]:
         is_canonical = isinstance(fields, dict) and wire.canonical_json(fields) == line
     except (ValueError, RecursionError) as error:
         raise AuditError(f"entry {sequence} was changed: it is not strict JSON") from error
-    if not is_canonical or sorted(fields) != sorted(FIELDS) or str(fields["signature"]).lower() != fields["signature"]:
+    if not is_canonical or sorted(fields) != sorted(FIELDS) or type(fields["signature"]) is not str:
         raise AuditError(f"entry {sequence} was changed: it is not in canonical form")
     return dict(fields)
 

@@ -4,31 +4,20 @@ import json
 import random
 
 import pytest
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from common import audit
+from common import audit, identity
 from common.audit import AuditLog, Head
-from common.errors import AuditError, AuthError, StorageError
+from common.errors import AuditError, StorageError
 
 KEY, OTHER = (Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in (1, 2))
 
 
-def checker(key):
-    def check(message: bytes, signature: bytes) -> None:
-        try:
-            key.public_key().verify(signature, message)
-        except InvalidSignature as error:
-            raise AuthError("another key, or other bytes") from error
-
-    return check
-
-
-CHECK = checker(KEY)
+PUBLIC = identity.public_hex(KEY)
 
 
 def open_log(path, **options) -> AuditLog:
-    return AuditLog(path, sign=KEY.sign, check=CHECK, clock=lambda: 1_700_000_000.0, **options)
+    return AuditLog(path, key=KEY, clock=lambda: 1_700_000_000.0, **options)
 
 
 @pytest.fixture
@@ -46,20 +35,20 @@ def lines(path) -> list[bytes]:
 
 def refused(path, *, heads=()) -> str:
     with pytest.raises(AuditError) as caught:
-        audit.verify(path, CHECK, heads=heads)
+        audit.verify(path, PUBLIC, heads=heads)
     return str(caught.value)
 
 
 def test_a_whole_log_is_right_and_its_head_is_the_last_line(path):
-    head = audit.verify(path, CHECK)
+    head = audit.verify(path, PUBLIC)
     assert head == open_log(path).head
     assert head.sequence == 5
-    assert [entry.facts["round_index"] for entry in audit.read(path, CHECK)] == list(range(6))
+    assert [entry.facts["round_index"] for entry in audit.read(path, PUBLIC)] == list(range(6))
 
 
 def test_a_log_goes_on_where_it_ended(path):
     open_log(path).append("approved", run="ab" * 32)
-    assert audit.verify(path, CHECK).sequence == 6
+    assert audit.verify(path, PUBLIC).sequence == 6
 
 
 def test_the_file_is_for_this_user_alone(path):
@@ -78,7 +67,7 @@ def test_every_single_flipped_bit_is_found(tmp_path):
         path.write_bytes(changed)
         refused(path)
     path.write_bytes(good)
-    assert audit.verify(path, CHECK).sequence == 1
+    assert audit.verify(path, PUBLIC).sequence == 1
 
 
 def test_the_changed_line_is_named(path):
@@ -102,11 +91,11 @@ def test_moved_and_doubled_lines_are_found(path):
 
 
 def test_a_cut_tail_is_found_by_a_head_that_is_known_elsewhere(path):
-    heads = [entry.head for entry in audit.read(path, CHECK)]
+    heads = [entry.head for entry in audit.read(path, PUBLIC)]
     for num_kept in range(6):
         path.write_bytes(b"".join(lines(path)[:num_kept]))
         assert "tail was cut" in refused(path, heads=[heads[num_kept]])
-        audit.verify(path, CHECK, heads=heads[:num_kept])  # control: heads of what is there
+        audit.verify(path, PUBLIC, heads=heads[:num_kept])  # control: heads of what is there
         path.write_bytes(b"".join(lines(path)))
         for number in range(num_kept, 6):
             open_log(path).append("left", run="ab" * 32, round_index=number, num_bytes=7 * number)
@@ -116,13 +105,13 @@ def test_a_log_that_was_written_anew_is_found_by_an_old_head(path, tmp_path):
     other = open_log(tmp_path / "anew.jsonl")
     for number in range(9):
         other.append("left", round_index=number)
-    audit.verify(other.path, CHECK)
-    assert "is another one in it" in refused(other.path, heads=[audit.verify(path, CHECK)])
+    audit.verify(other.path, PUBLIC)
+    assert "is another one in it" in refused(other.path, heads=[audit.verify(path, PUBLIC)])
 
 
 def test_a_log_of_another_key_is_refused(path):
     with pytest.raises(AuditError, match="signature"):
-        audit.verify(path, checker(OTHER))
+        audit.verify(path, identity.public_hex(OTHER))
 
 
 def test_a_line_without_end_is_refused(path):
@@ -135,7 +124,7 @@ def test_a_line_that_a_crash_cut_is_dropped_and_told(path):
     for _ in range(20):
         path.write_bytes(good + lines(path)[5][: random.Random(3).randrange(1, 90)])
         log = open_log(path)
-        last = list(audit.read(path, CHECK))[-1]
+        last = list(audit.read(path, PUBLIC))[-1]
         assert (last.kind, log.head) == ("recovered", last.head)
         path.write_bytes(good)
 
@@ -147,7 +136,7 @@ def test_two_processes_write_one_chain(path):
         (first, second)[number % 2].append("approved", run=str(number))
     first.refresh()
     assert [entry.facts["run"] for entry in seen[6:]] == ["0", "1", "2", "3"]
-    assert audit.verify(path, CHECK).sequence == 9
+    assert audit.verify(path, PUBLIC).sequence == 9
 
 
 def test_a_log_that_was_shortened_or_rewritten_under_the_agent_takes_no_more(path):
@@ -184,7 +173,7 @@ def test_an_entry_on_a_full_disk_leaves_the_log_as_it_was(path, monkeypatch):
 
 def test_an_empty_log_has_the_empty_head(tmp_path):
     (tmp_path / "audit.jsonl").write_bytes(b"")
-    assert audit.verify(tmp_path / "audit.jsonl", CHECK) == Head()
+    assert audit.verify(tmp_path / "audit.jsonl", PUBLIC) == Head()
 
 
 def test_facts_stay_json(path):
