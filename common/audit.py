@@ -1,8 +1,8 @@
 """Hash-chained, signed, append-only log: JSON lines that cannot be changed, moved or removed unnoticed.
 
-A line is canonical JSON with exactly `sequence` (from 0), `time` (Unix seconds), `kind`, `facts`, `previous` (SHA-256 of
-the line before, 64 zeros for the first) and `signature` (Ed25519 over the canonical JSON of all the others). The hash of
-a line covers its signature. A cut tail leaves a shorter log that is right in itself, so whoever has seen a *head*
+A line is canonical JSON with `sequence` (from 0), `time` (Unix seconds), `kind`, `facts`, `previous` (SHA-256 of the
+line before, 64 zeros for the first) and `signature` (Ed25519 over the canonical JSON of all the others). The hash of a
+line covers its signature. A cut tail leaves a shorter log that is right in itself, so whoever has seen a *head*
 (sequence and hash of a line) keeps it, and `verify` takes all heads that are known elsewhere.
 """
 
