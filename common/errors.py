@@ -71,7 +71,7 @@ class WireError(ProtocolError):
 
 
 class AuthError(ProtocolError):
-    """A signature, a key or the bearer of one is not the right one."""
+    """A signature, certificate, proof or epoch that does not show what it must."""
 
 
 class AuditError(ProtocolError):
