@@ -315,6 +315,12 @@ class AgentConfig(Section):
     )
     log_folder: RequiredLine = Field(default="/var/lib/silotune", description="Folder of the agent's own log.")
     max_message_mib: Mebibytes = Field(default=600, description="Largest message on the socket, in MiB.")
+    policy: Line = Field(
+        default="",
+        description="This site's signed policy. Empty: none, and the agent takes every run that it is sent.",
+    )
+    policy_signer: Sha256 = Field(default="", description="Public key of the admin who signs the policy, 64 digits.")
+    identity_key: Line = Field(default="", description="Private key of this site (Ed25519, PEM); signs the audit log.")
 
 
 class NodeConfig(Section):
