@@ -99,8 +99,9 @@ class Gatekeeper:
         if isinstance(error, ApprovalRequired | AuditError):
             return
         step = request.kind if request is not None and request.kind in REPLY_OF else "unknown"
-        code = type(error).__name__ if isinstance(error, SilotuneError) else "InternalError"
-        self._log.append("refused", step=step, code=code, rule=_rule(error), reference=reference, **_run_of(request))
+        self._log.append(
+            "refused", step=step, code=_code(error), rule=_rule(error), reference=reference, **_run_of(request)
+        )
 
     def _admit(self, run: RunManifest, reply: Frame) -> None:
         """The rows are read: only with enough of them does the run begin, and count as one of the day's."""
@@ -180,7 +181,12 @@ def _rule(error: Exception) -> str:
     """The rule that refused; the error's class where it is a rule of the protocol."""
     if isinstance(error, PolicyRefusedError):
         return error.rule
-    return "runs.approval" if isinstance(error, ApprovalDenied) else type(error).__name__
+    return "runs.approval" if isinstance(error, ApprovalDenied) else _code(error)
+
+
+def _code(error: Exception) -> str:
+    """What crosses, too."""
+    return type(error).__name__ if isinstance(error, SilotuneError) else "InternalError"
 
 
 def _run_of(request: Frame | None) -> dict[str, str]:
