@@ -13,7 +13,7 @@ from typing import Any, Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client import consent, outgoing, policy, probes
-from client.history import History, position
+from client.history import AUDIT_FILE, History, position
 from client.policy_file import DatasetRules, SignedPolicy
 from common import config, manifest, wire
 from common.adapter import Tensors
@@ -23,7 +23,6 @@ from common.manifest import Offer, RunManifest
 from common.records import OpenedHead, RoundPlan, from_head
 from common.wire import Frame
 
-AUDIT_FILE: Final = "audit.jsonl"
 REPLY_OF: Final = {"open": "opened", "train": "update", "evaluate": "metrics"}
 
 

@@ -6,6 +6,7 @@ from typing import Any, Final
 from client.policy import Usage
 from common.audit import Entry
 
+AUDIT_FILE: Final = "audit.jsonl"
 DAY_S: Final = 86_400
 
 

@@ -12,8 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from client import consent, policy, policy_file
-from client.gatekeeper import AUDIT_FILE
-from client.history import History
+from client.history import AUDIT_FILE, History
 from client.policy_file import Policy
 from common import config, identity, manifest
 from common.audit import AuditLog

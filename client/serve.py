@@ -1,5 +1,7 @@
 """The agent's process: a site's own file becomes an agent behind a socket."""
 
+import faulthandler
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +17,12 @@ from common.model import Engine
 from common.rows import Columns, Row
 
 LOG_FILE = "agent.jsonl"
+
+
+def harden() -> None:
+    """Keep this process' memory, which holds rows, out of core dumps; children inherit it."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.disable()
 
 
 def make_agent(node: config.NodeConfig) -> Agent:

@@ -7,7 +7,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client import policy_file
 from client.agent import Agent, SiteData
-from client.gatekeeper import AUDIT_FILE, Gatekeeper
+from client.gatekeeper import Gatekeeper
+from client.history import AUDIT_FILE
 from common import adapter, audit, config, identity, manifest, wire
 from common.audit import AuditLog, Entry
 from common.manifest import Offer, RunManifest

@@ -1,6 +1,6 @@
 """What an active coordinator or a hostile courier may try on a site: each refused, logged with its rule, nothing sent.
 
-Names carry the numbers of the attack table. Each case has a control: the same request succeeds where the rule allows it.
+Names carry the numbers of the attack table. Each has a control: the same request succeeds where the rule allows it.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import torch
 
 from client import policy, policy_file
 from client.agent import MAX_BODY_BYTES, SiteData
-from client.gatekeeper import AUDIT_FILE
+from client.history import AUDIT_FILE
 from common import adapter, audit, egress, identity, manifest, wire
 from common.errors import AuditError, PolicyRefusedError
 from common.manifest import Offer, RunManifest
