@@ -109,9 +109,9 @@ class Vault:
 
     folder: Path
     engine: object
-    run: config.RunConfig
     data: SiteData
     policy: str
+    name: str = "north"
     now: float = NOW
     errors: list[Exception] = field(default_factory=list)
 
@@ -127,7 +127,7 @@ class Vault:
         signed = policy_file.load(path, signer=identity.public_hex(ADMIN))
         self.gate = Gatekeeper(signed, node=node(self.folder), key=SITE, clock=lambda: self.now)
         self.agent = Agent(
-            "north",
+            self.name,
             load_data=lambda _: self.data,
             load_engine=lambda _: self.engine,
             report=lambda reference, error: self.errors.append(error),
@@ -184,8 +184,8 @@ class Vault:
         return [(entry.facts["step"], entry.facts["round_index"]) for entry in self.log() if entry.kind == "left"]
 
 
-def make(folder: Path, engine, *, count: int = 12, **policy: str) -> Vault:
+def make(folder: Path, engine, *, name: str = "north", count: int = 12, **policy: str) -> Vault:
     """A site with `count` rows; three quarters train."""
     folder.mkdir(exist_ok=True)
     text = policy_text(engine.base_sha256, **policy)
-    return Vault(folder, engine, tiny.settings("tiny"), tiny.site_data("north", count), text)
+    return Vault(folder, engine, tiny.site_data(name, count), text, name=name)
