@@ -10,8 +10,12 @@ from common import cli, quiet
 
 app = cli.make(
     "silotune-client",
-    "Check your rows, see them as the model will, and serve training. Nothing here sends a row anywhere.",
-    examples=("silotune-client check node.toml", "silotune-client preview node.toml --base smollm2"),
+    "Join a federation, check your rows, and serve training. Nothing here sends a row anywhere.",
+    examples=(
+        "silotune-client enroll --federation onco-eu --name alder --out keys",
+        "silotune-client check node.toml",
+        "silotune-client preview node.toml --base smollm2",
+    ),
 )
 audit_app = cli.make(
     "audit",
@@ -95,6 +99,7 @@ def serve(node_file: NodeFile) -> None:
         serving.make_agent(node).answer,
         socket_path=Path(node.agent.socket),
         max_message_bytes=node.agent.max_message_mib << 20,
+        courier_group=node.agent.courier_group,
     )
     typer.echo(f"{node.site.name}: agent listens on {node.agent.socket}; stop it with Ctrl-C")
     service.wait(server)
@@ -245,6 +250,103 @@ def _decide(node_file: Path, run: str, *, is_approved: bool, by: str, as_json: b
     cli.emit(
         result, as_json=as_json, show=lambda: cli.show(f"{result['name']} ({result['run'][:12]}): {result['state']}")
     )
+
+
+@app.command()
+def enroll(
+    federation: Annotated[str, typer.Option(help="The federation's id, from its coordinator.", metavar="ID")],
+    name: Annotated[str, typer.Option(help="This site's name in the federation.")],
+    out: Annotated[Path, typer.Option(help="Folder for keys and request; made with mode 0700.", metavar="DIR")],
+    json: cli.JsonOption = False,
+) -> None:
+    """Make this site's keys, and a request to join.
+
+    Private keys stay in DIR. Send request.json, and read the six words out to the coordinator by telephone.
+
+    \b
+    Examples:
+      silotune-client enroll --federation onco-eu --name alder --out /etc/silotune/keys
+    """
+    from client import enroll as enrolling
+
+    statement = enrolling.enroll(out, federation_id=federation, name=name)
+    request_file = out / enrolling.REQUEST
+    next_step = f"next: send {request_file}, read out the words, then: silotune-client install KIT --keys {out}"
+    cli.emit(
+        {"request": str(request_file), "words": statement.words},
+        as_json=json,
+        show=lambda: cli.show(f"words    {statement.words}", next_step),
+    )
+
+
+@app.command()
+def renew(
+    keys: Annotated[Path, typer.Argument(help="The folder that enroll made.", metavar="KEYS")],
+    json: cli.JsonOption = False,
+) -> None:
+    """Make the next TLS key, and a request for its certificate.
+
+    The request is signed by this site's identity key. The present certificate stays in use until the kit is installed.
+
+    \b
+    Examples:
+      silotune-client renew /etc/silotune/keys
+    """
+    from client import enroll as enrolling
+
+    enrolling.renew(keys)
+    request_file = keys / enrolling.RENEWAL
+    next_step = f"next: send {request_file}, then: silotune-client install KIT --keys {keys}"
+    cli.emit({"request": str(request_file)}, as_json=json, show=lambda: cli.show(next_step))
+
+
+@app.command()
+def install(
+    kit: Annotated[Path, typer.Argument(help="The unpacked startup kit.", metavar="KIT")],
+    keys: Annotated[Path, typer.Option(help="The folder that enroll made.", metavar="DIR")],
+    words: Annotated[str, typer.Option(help="The federation's six words, heard from its coordinator.")] = "",
+    json: cli.JsonOption = False,
+) -> None:
+    """Check a startup kit, and put it beside the keys.
+
+    The first time, the federation's six words are needed; they are pinned with its governance keys. Your own edits of
+    the policy, node.toml and units are kept.
+
+    \b
+    Examples:
+      silotune-client install alder --keys /etc/silotune/keys --words "lusab babad gutih tugad bisog mofip"
+      silotune-client install alder --keys /etc/silotune/keys
+    """
+    import datetime
+
+    from client import install as installing
+
+    done = installing.install(kit, keys=keys, words=words, now=datetime.datetime.now(datetime.UTC))
+    result = {"name": done.name, "epoch": done.epoch, "expires_at": done.expires_at.isoformat()}
+    told = f"{done.name}: roster epoch {done.epoch}, certificate until {done.expires_at:%Y-%m-%d}"
+    cli.emit(result, as_json=json, show=lambda: cli.show(told, f"next: edit {keys}/policy.toml and {keys}/node.toml"))
+
+
+@app.command()
+def roster(
+    roster_file: Annotated[Path, typer.Argument(help="The signed roster.", metavar="ROSTER.json")],
+    keys: Annotated[Path, typer.Option(help="The folder that enroll made.", metavar="DIR")],
+    json: cli.JsonOption = False,
+) -> None:
+    """Take a newer roster into use, as after a revocation.
+
+    Refused unless the pinned governance signed it, this site is in it, and none newer was seen.
+
+    \b
+    Examples:
+      silotune-client roster roster.json --keys /etc/silotune/keys
+    """
+    from client import install as installing
+
+    found = installing.update_roster(roster_file, keys=keys)
+    result = {"federation_id": found.federation_id, "epoch": found.epoch, "sites": [site.name for site in found.sites]}
+    told = f"{found.federation_id}: roster epoch {found.epoch}, {len(found.sites)} sites"
+    cli.emit(result, as_json=json, show=lambda: cli.show(told, "next: restart the agent"))
 
 
 def main() -> None:

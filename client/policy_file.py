@@ -49,7 +49,7 @@ def _known(metrics: dict[str, tuple[float, float]]) -> dict[str, tuple[float, fl
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
 CountRange = Annotated[tuple[PositiveCount, PositiveCount], AfterValidator(_ordered)]
-Targets = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_trainable)]
+Targets = Annotated[tuple[str, ...], AfterValidator(_trainable)]
 Demand = Literal["required", "none"]
 
 
@@ -57,7 +57,7 @@ class FederationRules(Section):
     """Whose runs are looked at."""
 
     id: Slug = Field(description="The federation's id.")
-    operators: tuple[Hash, ...] = Field(min_length=1, description="Public keys whose signature on a run counts.")
+    operators: tuple[Hash, ...] = Field(description="Public keys whose signature on a run counts.")
 
 
 class BaseRules(Section):
@@ -72,7 +72,7 @@ class BaseRules(Section):
 class ModelsRules(Section):
     """Bases."""
 
-    allow: tuple[BaseRules, ...] = Field(min_length=1)
+    allow: tuple[BaseRules, ...] = Field(description="None: no run can pass.")
 
 
 class LoraRules(Section):
@@ -125,7 +125,7 @@ class DatasetRules(Section):
 class DataRules(Section):
     """Rows, and texts that a coordinator may put around them."""
 
-    datasets: dict[Slug, DatasetRules] = Field(min_length=1)
+    datasets: dict[Slug, DatasetRules] = Field(description="Each by a name of its own.")
     system_prompts: tuple[str, ...] = Field(default=("",), description="Exactly these; the empty one is none.")
 
 

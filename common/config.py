@@ -36,7 +36,7 @@ Mebibytes = Annotated[int, Field(ge=1, le=2047)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _refuse_look_alikes(value: object) -> object:
+def refuse_look_alikes(value: object) -> object:
     """Tell 1 from true and 1.0, which Python holds to be equal."""
     if type(value) is not int:
         raise ValueError("must be the whole number 1")
@@ -247,7 +247,7 @@ class OutputConfig(Section):
 class RunConfig(Section):
     """One whole run: the file that a coordinator writes and every site can read."""
 
-    version: Annotated[Literal[1], BeforeValidator(_refuse_look_alikes)] = Field(description="Version of this format.")
+    version: Annotated[Literal[1], BeforeValidator(refuse_look_alikes)] = Field(description="Version of this format.")
     name: Slug = Field(default="run", description="Name of the run.")
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Seed of all randomness that need not be secret.")
     model: ModelConfig
@@ -312,6 +312,9 @@ class AgentConfig(Section):
 
     socket: RequiredLine = Field(
         default="/run/silotune/agent.sock", description="Unix socket on which the courier reaches the agent."
+    )
+    courier_group: Line = Field(
+        default="", description="Unix group that may open the socket, for a courier under another user. Empty: none."
     )
     log_folder: RequiredLine = Field(default="/var/lib/silotune", description="Folder of the agent's own log.")
     max_message_mib: Mebibytes = Field(default=600, description="Largest message on the socket, in MiB.")
@@ -390,7 +393,7 @@ def resolved_json(config: RunConfig | NodeConfig) -> str:
 
     Example:
         >>> resolved_json(NodeConfig(site=SiteConfig(name="north"), data=NodeDataConfig(path="rows.jsonl")))[:43]
-        '{"agent":{"log_folder":"/var/lib/silotune",'
+        '{"agent":{"courier_group":"","log_folder":"'
     """
     return json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
 

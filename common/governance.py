@@ -15,7 +15,7 @@ from common.errors import AuthError, ConfigError
 MAX_KEYS: Final = 64
 MAX_FILE_BYTES: Final = 1 << 22
 HEX_KEY: Final = r"^[0-9a-f]{64}$"
-SLUG: Final = r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$"
+SLUG: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 HexKey = Annotated[str, Field(pattern=HEX_KEY)]
 Slug = Annotated[str, Field(pattern=SLUG)]
 Parsed = TypeVar("Parsed")

@@ -68,7 +68,7 @@ def sign(key: Ed25519PrivateKey, data: bytes, *, purpose: str) -> str:
 
     Source: RFC 8032, Ed25519.
     """
-    return key.sign(_bound(data, purpose)).hex()
+    return key.sign(bound(data, purpose)).hex()
 
 
 def verify(public_key: str, signature: str, data: bytes, *, purpose: str) -> None:
@@ -91,7 +91,7 @@ def verify(public_key: str, signature: str, data: bytes, *, purpose: str) -> Non
         raw_key, raw_signature = bytes.fromhex(public_key), bytes.fromhex(signature)
         if (raw_key.hex(), raw_signature.hex()) != (public_key, signature):
             raise ValueError("not in canonical form")
-        Ed25519PublicKey.from_public_bytes(raw_key).verify(raw_signature, _bound(data, purpose))
+        Ed25519PublicKey.from_public_bytes(raw_key).verify(raw_signature, bound(data, purpose))
     except (ValueError, InvalidSignature) as error:
         raise AuthError(f"the {purpose} signature of key {public_key[:16]!r} is not valid") from error
 
@@ -113,7 +113,7 @@ def words(data: bytes) -> str:
         >>> words(b"")
         'tidog jojal gurij kurat rusir lodol'
     """
-    digest = hashlib.sha256(_bound(data, "words")).digest()
+    digest = hashlib.sha256(bound(data, "words")).digest()
     size = WORD_BITS // 8
     return " ".join(_word(int.from_bytes(digest[i : i + size], "big")) for i in range(0, NUM_WORDS * size, size))
 
@@ -140,8 +140,12 @@ def _word(number: int) -> str:
     return "".join((*parts, _VOWELS[number >> 4 & 3], _CONSONANTS[number & 15]))
 
 
-def _bound(data: bytes, purpose: str) -> bytes:
-    """The bytes that are signed."""
+def bound(data: bytes, purpose: str) -> bytes:
+    """The bytes that are signed: domain, purpose, zero byte, data.
+
+    Raises:
+        ValueError: The purpose is empty or holds other than printable ASCII characters.
+    """
     if not purpose or not purpose.isascii() or not purpose.isprintable():
         raise ValueError("a purpose is printable ASCII")
     return _DOMAIN + purpose.encode() + b"\0" + data

@@ -1,16 +1,20 @@
 """`silotune-server`: what a coordinator runs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from common import cli, quiet
 
+if TYPE_CHECKING:
+    from server.admit import Change
+
 app = cli.make(
     "silotune-server",
-    "Launch federated runs, see how they stand, and export what they made.",
+    "Found a federation, launch its runs, see how they stand, and export what they made.",
     examples=(
+        "silotune-server provision federation.toml --out onco-eu",
         "silotune-server run RUN.toml --superlink 127.0.0.1:8000 --ca ca.pem",
         "silotune-server status runs/triage",
     ),
@@ -20,6 +24,11 @@ audit_app = cli.make(
 )
 app.add_typer(audit_app, name="audit", help="Check audit logs, a site's too.")
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN_FOLDER")]
+FederationFolder = Annotated[Path, typer.Option(help="The folder that provision made.", metavar="DIR")]
+RequestFile = Annotated[Path, typer.Argument(help="What the site sent.", metavar="REQUEST.json")]
+GovernanceFiles = Annotated[
+    list[Path], typer.Option(help="A governance key; repeat it for each of the quorum.", metavar="KEYFILE")
+]
 
 
 @app.command()
@@ -151,6 +160,133 @@ def audit_verify(
     result = {"num_entries": head.sequence + 1, "sha256": head.sha256, "num_heads_checked": len(known)}
     line = f"{log}: {head.sequence + 1} entries, whole; {len(known)} heads checked"
     cli.emit(result, as_json=json, show=lambda: cli.show(line))
+
+
+@app.command()
+def provision(
+    federation_file: Annotated[Path, typer.Argument(help="The federation file.", metavar="FEDERATION.toml")],
+    out: Annotated[Path, typer.Option(help="The federation's folder; must be new or empty.", metavar="DIR")],
+    json: cli.JsonOption = False,
+) -> None:
+    """Found a federation: its certificates, governance keys and roster.
+
+    Run it on a machine without a network. Nothing is ever overwritten.
+
+    \b
+    Examples:
+      silotune-server provision federation.toml --out onco-eu
+    """
+    import datetime
+
+    from server import provision as founding
+
+    pinned = founding.provision(federation_file, folder=out, now=datetime.datetime.now(datetime.UTC))
+    result = {"federation_id": pinned.federation_id, "folder": str(out), "words": pinned.words, "epoch": 1}
+    next_steps = (
+        f"next: move {out}/offline to a safe, give each member one key of {out}/governance, and delete both here",
+        f"then: silotune-server admit request.json --federation {out} --words WORDS --governance KEYFILE",
+    )
+    cli.emit(result, as_json=json, show=lambda: cli.show(f"words of the federation    {pinned.words}", *next_steps))
+
+
+@app.command()
+def admit(
+    request_file: RequestFile,
+    federation: FederationFolder,
+    words: Annotated[str, typer.Option(help="The six words that the site's admin reads out.")],
+    governance: GovernanceFiles,
+    json: cli.JsonOption = False,
+) -> None:
+    """Admit a site: certificate, next roster, startup kit.
+
+    Hear the words from the site by telephone; a request whose words differ was altered on its way.
+
+    \b
+    Examples:
+      silotune-server admit request.json --federation onco-eu --governance 1.key --governance 2.key
+          --words "lusab babad gutih tugad bisog mofip"
+    """
+    import datetime
+
+    from server import admit as members
+
+    now = datetime.datetime.now(datetime.UTC)
+    change = members.admit(federation, request_file=request_file, words=words, governance_files=governance, now=now)
+    _show_change(change, f"next: send {change.kit}, and tell the site the words of the federation", as_json=json)
+
+
+@app.command()
+def rotate(
+    request_file: RequestFile, federation: FederationFolder, governance: GovernanceFiles, json: cli.JsonOption = False
+) -> None:
+    """Give a site its next certificate.
+
+    The request must be signed by the site's identity key. The old certificate stays good for the overlap.
+
+    \b
+    Examples:
+      silotune-server rotate renewal.json --federation onco-eu --governance 1.key --governance 2.key
+    """
+    import datetime
+
+    from server import admit as members
+
+    now = datetime.datetime.now(datetime.UTC)
+    change = members.rotate(federation, request_file=request_file, governance_files=governance, now=now)
+    _show_change(change, f"next: send {change.kit} to the site", as_json=json)
+
+
+@app.command()
+def reissue(federation: FederationFolder, json: cli.JsonOption = False) -> None:
+    """Give the gateway and the operators their next certificates.
+
+    The keys stay, and so does the roster.
+
+    \b
+    Examples:
+      silotune-server reissue --federation onco-eu
+    """
+    import datetime
+
+    from server import provision as founding
+
+    ends = founding.reissue(federation, now=datetime.datetime.now(datetime.UTC))
+    told = [f"{name:<12} until {end:%Y-%m-%d}" for name, end in ends.items()]
+    next_step = f"next: copy {federation}/servers to the gateway, and restart it"
+    result = {name: end.isoformat() for name, end in ends.items()}
+    cli.emit(result, as_json=json, show=lambda: cli.show(*told, next_step))
+
+
+@app.command()
+def revoke(
+    name: Annotated[str, typer.Argument(help="The site's name.")],
+    federation: FederationFolder,
+    governance: GovernanceFiles,
+    json: cli.JsonOption = False,
+) -> None:
+    """Take a site out of the federation for good.
+
+    Its certificates and keys are never accepted again; the other sites learn it by the next roster.
+
+    \b
+    Examples:
+      silotune-server revoke alder --federation onco-eu --governance 1.key --governance 2.key
+    """
+    import datetime
+
+    from server import admit as members
+
+    change = members.revoke(federation, name, governance_files=governance, now=datetime.datetime.now(datetime.UTC))
+    told = f"next: copy {federation}/roster.json and {federation}/revoked.txt to the gateway"
+    _show_change(change, told, as_json=json)
+
+
+def _show_change(change: "Change", next_step: str, *, as_json: bool) -> None:
+    """Print a change of the roster."""
+    result = {"name": change.name, "epoch": change.epoch}
+    if change.kit and change.expires_at:
+        result |= {"kit": str(change.kit), "expires_at": change.expires_at.isoformat()}
+    cli.emit(result, as_json=as_json, show=lambda: cli.show(f"{change.name}: roster epoch {change.epoch}", next_step))
 
 
 def main() -> None:

@@ -161,7 +161,9 @@ def level_task(key: str, rng: Random) -> Task:
     low, high = NUMBERS[key]
     cuts = sorted(rng.sample(range(low + 1, high + 1), len(names) - 1))
     order = names if below(2, rng) else names[::-1]
-    return Task(name_task(key, rng), lambda values: order[sum(int(values[key]) >= cut for cut in cuts)], (key,))
+    return Task(
+        name_task(key, rng), lambda values: order[sum(int(values[key]) >= cut for cut in cuts)], (key,)
+    )
 
 
 def form_task(keys: Sequence[str], rng: Random) -> Task:

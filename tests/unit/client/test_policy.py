@@ -1,10 +1,12 @@
 """The policy file: its schema, its signature and its rules against a run. `tests/attacks` plays them against a site."""
 
+from pathlib import Path
+
 import pytest
 
 from client import policy, policy_file
 from client.policy import Usage
-from common import config, identity
+from common import config, egress, identity
 from common.errors import ConfigError, PolicyRefusedError
 from common.manifest import RunManifest
 from common.records import OpenedHead, TensorSpec
@@ -41,13 +43,11 @@ def test_a_run_within_the_rules_passes():
         ({"learning_rate": "[1e-3]"}, "train.learning_rate"),
         ({"targets": '["q_proj", "embed_tokens"]'}, "embed_tokens can never be trained"),
         ({"targets": '["model.lm_head"]'}, "lm_head"),
-        ({"targets": "[]"}, "lora.targets"),
         ({"mode": '"off"'}, "privacy.mode"),
         ({"num_exact": "[0, 1]\ntext_of_rows = [0, 1]"}, "no such figure: text_of_rows"),
         ({"min_sites": "2\nno_such_rule = 1"}, "cohort.no_such_rule"),
         ({"min_slice": "3\ngenerations_leave = true"}, "evaluation.generations_leave"),
         ({"sha256": '"short"'}, "models.allow.0.sha256"),
-        ({"operators": "[]"}, "federation.operators"),
         ({"max_bytes_per_run": "1979-05-27"}, "not a policy in TOML"),
         ({"max_bytes_per_run": "nan"}, "not a policy in TOML"),
         ({"max_bytes_per_run": "]"}, "not a policy in TOML"),
@@ -171,3 +171,13 @@ def test_policy_key_and_signer_belong_together():
         config.parse_node(
             '[site]\nname = "north"\n[data]\npath = "x"\n[agent]\npolicy = "policy.toml"', name="node.toml"
         )
+
+
+def test_the_policy_of_a_startup_kit_is_valid_and_allows_nothing():
+    template = Path(__file__).parents[3] / "server" / "kit" / "policy.toml.j2"
+    text = template.read_text().replace("{{ name }}", "alder").replace("{{ federation_id }}", "onco-eu")
+    site_rules = policy_file.parse(text, name="policy.toml")
+    assert refused(site_rules, run()).rule == "models.allow"
+    assert set(site_rules.egress.metrics) == set(egress.RANGES)
+    with pytest.raises(PolicyRefusedError):
+        policy.check_node(site_rules, node())
