@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from client import consent, outgoing, policy, probes
 from client.history import AUDIT_FILE, History, position
 from client.policy_file import DatasetRules, SignedPolicy
-from common import config, manifest, wire
+from common import config, egress, manifest, wire
 from common.adapter import Tensors
 from common.audit import AuditLog
 from common.errors import ApprovalDenied, ApprovalRequired, AuditError, PolicyRefusedError, ProtocolError, SilotuneError
@@ -85,6 +85,7 @@ class Gatekeeper:
             raise PolicyRefusedError(f"egress: a reply of kind '{reply.kind}'", rule="egress")
         rounded = outgoing.rounded(reply, digits=self.policy.evaluation.round_metrics_to)
         outgoing.check(self.policy, run, rounded)
+        rounded = self._with_audit_head(rounded)
         data = wire.pack(rounded)
         self._check_bytes(run, len(data))
         facts = self._facts(run, request, rounded, data)
@@ -101,6 +102,14 @@ class Gatekeeper:
         self._log.append(
             "refused", step=step, code=_code(error), rule=_rule(error), reference=reference, **_run_of(request)
         )
+
+    def _with_audit_head(self, reply: Frame) -> Frame:
+        """Tell where this log stands with every update, so that the coordinator can notice a cut tail."""
+        if reply.kind != "update":
+            return reply
+        head = self._log.refresh()
+        told = {"num_audit_entries": head.sequence + 1, "audit_sha256": head.sha256}
+        return dataclasses.replace(reply, head={**reply.head, **told})
 
     def _admit(self, run: RunManifest, reply: Frame) -> None:
         """The rows are read: only with enough of them does the run begin, and count as one of the day's."""
@@ -199,8 +208,8 @@ def _run_of(request: Frame | None) -> dict[str, str]:
 
 
 def _content_sha256(reply: Frame) -> str:
-    """Hash of an answer without its time, which no two computations share."""
-    head = {name: value for name, value in reply.head.items() if name != "seconds"}
+    """Hash of an answer without its time and the log's head, which no two answers share."""
+    head = {name: value for name, value in reply.head.items() if name not in ("seconds", *egress.AUDIT)}
     return _sha256(wire.pack(dataclasses.replace(reply, head=head)))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Final
 
@@ -22,9 +23,12 @@ def keep(path: Path, owner: str, head: Head) -> None:
         head: Its newest line.
 
     Raises:
-        AuditError: It contradicts a head of the same log that is kept already: the log was cut or written anew.
+        AuditError: It is no head, or contradicts one of the same log that is kept already: the log was cut or written
+            anew.
         StorageError: It cannot be written.
     """
+    if not re.fullmatch("[0-9a-f]{64}", head.sha256):
+        raise AuditError(f"{wire.shown(owner)} tells no hash of the newest entry of its audit log")
     known = of(path, owner) if path.exists() else []
     if head in known or head == Head():
         return

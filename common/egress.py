@@ -13,7 +13,8 @@ HEAD_BYTES: Final = 4096  # more than any head and a frame's own bytes
 ENTRY_BYTES: Final = 128  # of a safetensors header, besides the tensor's name
 VALUE_BYTES: Final = {"float32": 4, "bfloat16": 2}
 REPLIES: Final[Mapping[str, type]] = {"opened": OpenedHead, "update": UpdateHead, "metrics": SiteMetrics}
-NAMES: Final = ("site", "run_sha256", "round_index")  # of site, run and round: known to the server already
+AUDIT: Final = ("num_audit_entries", "audit_sha256")  # the head of the site's audit log; says nothing of rows
+NAMES: Final = ("site", "run_sha256", "round_index", *AUDIT)  # no figures; site, run and round are known already
 
 Range = tuple[float, float]
 RANGES: Final[Mapping[str, Range]] = {

@@ -1,7 +1,10 @@
 """The round loop: sample, send, collect, aggregate, checkpoint, evaluate. Read this file first."""
 
 from dataclasses import dataclass, field
+from typing import Final
 
+from common import audit_heads
+from common.audit import Head
 from common.errors import ProtocolError, SilotuneError, TooFewSitesError, WireError
 from common.records import RoundPlan, UpdateHead
 from server import checkpoint, collect, federation, sampling
@@ -9,6 +12,8 @@ from server.aggregate import gap
 from server.aggregate.method import State, Sum
 from server.evaluate import held_out
 from server.federation import Federation
+
+AUDIT_HEADS_FILE: Final = "audit-heads.jsonl"
 
 
 @dataclass
@@ -110,6 +115,7 @@ def _take(fed: Federation, tally: Tally, answer: collect.Answer, plan: RoundPlan
     head, change = collect.read_update(answer.frame, fed.manifest, plan)
     if head.site != fed.name(answer.node_id) or head.num_examples != fed.sites[answer.node_id].num_examples:
         raise WireError("update is under another name, or claims another number of rows than the site opened with")
+    _keep_audit_head(fed, head)
     weight = float(head.num_examples) if fed.manifest.run.aggregation.weighting == "examples" else 1.0
     tally.combined.add(change, weight=weight)
     tally.gap_meter.add(change, weight=weight)
@@ -124,6 +130,13 @@ def _take(fed: Federation, tally: Tally, answer: collect.Answer, plan: RoundPlan
         bytes_up=len(answer.frame),
         seconds=round(head.seconds, 3),
     )
+
+
+def _keep_audit_head(fed: Federation, head: UpdateHead) -> None:
+    """Remember where a site's audit log stands; a site whose log went back does not count."""
+    if head.num_audit_entries:
+        known = Head(head.num_audit_entries - 1, head.audit_sha256)
+        audit_heads.keep(fed.folder / AUDIT_HEADS_FILE, head.site, known)
 
 
 def _require_quorum(fed: Federation, tally: Tally, round_index: int) -> None:

@@ -400,6 +400,8 @@ def test_a19_exception_that_carries_a_patients_row(site):
         lambda f: dataclasses.replace(f, head={k: v for k, v in f.head.items() if k != "num_steps"}),
         lambda f: dataclasses.replace(f, head={**f.head, "train_loss": 21.0}),
         lambda f: dataclasses.replace(f, head={**f.head, "train_loss": CANARY}),
+        lambda f: dataclasses.replace(f, head={**f.head, "audit_sha256": CANARY}),
+        lambda f: dataclasses.replace(f, head={**f.head, "num_audit_entries": 7}),
     ],
 )
 def test_a20_reply_with_an_extra_field_or_a_figure_out_of_range(open_site, change):

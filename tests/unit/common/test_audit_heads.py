@@ -34,6 +34,12 @@ def test_a_log_that_went_back_or_was_written_anew_is_noticed(path, head):
     audit_heads.keep(path, "north", Head(10, "c" * 64))  # control: it went on
 
 
+@pytest.mark.parametrize("sha256", ["", "ab", "A" * 64, "x" * 64])
+def test_what_is_no_hash_is_not_kept(path, sha256):
+    with pytest.raises(AuditError, match="no hash"):
+        audit_heads.keep(path, "west", Head(1, sha256))
+
+
 @pytest.mark.parametrize(
     "line",
     [
