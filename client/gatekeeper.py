@@ -51,6 +51,7 @@ class Gatekeeper:
         self.policy = signed_policy.rules
         self.history = History()
         self._folder = Path(node.agent.log_folder)
+        self._site = node.site.name
         self._clock = clock
         self._admitted: set[str] = set()
         self._log = AuditLog(self._folder / AUDIT_FILE, key=key, on_entry=self.history.take, clock=clock)
@@ -84,7 +85,8 @@ class Gatekeeper:
         if reply.kind != REPLY_OF.get(request.kind):
             raise PolicyRefusedError(f"egress: a reply of kind '{reply.kind}'", rule="egress")
         rounded = outgoing.rounded(reply, digits=self.policy.evaluation.round_metrics_to)
-        outgoing.check(self.policy, run, rounded)
+        names = {"site": self._site, "run_sha256": run.sha256, "round_index": request.head.get("round_index")}
+        outgoing.check(self.policy, run, rounded, names=names)
         rounded = self._with_audit_head(rounded)
         data = wire.pack(rounded)
         self._check_bytes(run, len(data))

@@ -1,6 +1,7 @@
 """What leaves, held to what the manifest declared and the policy allows: exact fields, ranges, rounding, tensors."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from client.policy_file import Policy
@@ -24,8 +25,14 @@ def rounded(reply: Frame, *, digits: int) -> Frame:
     return dataclasses.replace(reply, head=head)
 
 
-def check(policy: Policy, run_manifest: RunManifest, reply: Frame) -> None:
+def check(policy: Policy, run_manifest: RunManifest, reply: Frame, *, names: Mapping[str, Any]) -> None:
     """Let nothing through that is not declared.
+
+    Args:
+        policy: The site's.
+        run_manifest: Of the run that is open.
+        reply: All that would leave, rounded.
+        names: What site, run and round must be called in it.
 
     Raises:
         PolicyRefusedError: A field too many or too few, a figure out of range, a slice that is too small, other
@@ -35,6 +42,9 @@ def check(policy: Policy, run_manifest: RunManifest, reply: Frame) -> None:
     if declared is None:
         raise PolicyRefusedError(f"egress: a reply of kind '{reply.kind}' is not declared", rule="egress")
     _check_fields(reply, declared.keys())
+    wrong = sorted(name for name in names.keys() & reply.head.keys() if reply.head[name] != names[name])
+    if wrong:
+        raise PolicyRefusedError(f"egress.metrics: {', '.join(wrong)} not those of the request", rule="egress.metrics")
     for name, limits in declared.items():
         _check_range(name, reply.head[name], limits)
         _check_range(name, reply.head[name], policy.egress.metrics.get(name, (0, -1)))

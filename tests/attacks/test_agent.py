@@ -402,6 +402,9 @@ def test_a19_exception_that_carries_a_patients_row(site):
         lambda f: dataclasses.replace(f, head={**f.head, "train_loss": CANARY}),
         lambda f: dataclasses.replace(f, head={**f.head, "audit_sha256": CANARY}),
         lambda f: dataclasses.replace(f, head={**f.head, "num_audit_entries": 7}),
+        lambda f: dataclasses.replace(f, head={**f.head, "site": CANARY}),
+        lambda f: dataclasses.replace(f, head={**f.head, "run_sha256": CANARY}),
+        lambda f: dataclasses.replace(f, head={**f.head, "round_index": 1}),
     ],
 )
 def test_a20_reply_with_an_extra_field_or_a_figure_out_of_range(open_site, change):
@@ -410,6 +413,14 @@ def test_a20_reply_with_an_extra_field_or_a_figure_out_of_range(open_site, chang
     assert open_site.refused(open_site.step()) == (POLICY, "egress.metrics")
     open_site.agent._steps["train"] = honest
     assert open_site.step().kind == "update"
+
+
+def test_a20_opening_that_tells_text(site):
+    honest = site.agent._steps["open"]
+    site.agent._steps["open"] = lambda r: dataclasses.replace(honest(r), head={**honest(r).head, "site": CANARY})
+    assert site.refused(site.open()) == (POLICY, "egress.metrics")
+    site.agent._steps["open"] = honest
+    assert site.open(approve=False).kind == "opened"
 
 
 def test_a20_reply_with_other_tensors_or_of_another_kind(open_site):
