@@ -114,6 +114,7 @@ class Vault:
     name: str = "north"
     now: float = NOW
     errors: list[Exception] = field(default_factory=list)
+    num_reads: int = 0
 
     def __post_init__(self) -> None:
         self.start()
@@ -128,11 +129,16 @@ class Vault:
         self.gate = Gatekeeper(signed, node=node(self.folder), key=SITE, clock=lambda: self.now)
         self.agent = Agent(
             self.name,
-            load_data=lambda _: self.data,
+            load_data=lambda _: self._read(),
             load_engine=lambda _: self.engine,
             report=lambda reference, error: self.errors.append(error),
             guard=self.gate,
         )
+
+    def _read(self) -> SiteData:
+        """The rows, counting how often they are read."""
+        self.num_reads += 1
+        return self.data
 
     def manifest(self, **changes: str) -> RunManifest:
         """The run; `federation__num_rounds="3"` changes a setting."""
