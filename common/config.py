@@ -393,7 +393,7 @@ def resolved_json(config: RunConfig | NodeConfig) -> str:
 
     Example:
         >>> resolved_json(NodeConfig(site=SiteConfig(name="north"), data=NodeDataConfig(path="rows.jsonl")))[:43]
-        '{"agent":{"courier_group":"","log_folder":"'
+        '{"agent":{"courier_group":"","identity_key"'
     """
     return json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
 

@@ -93,14 +93,10 @@ def policy_text(base_sha256: str, **changes: str) -> str:
     return text
 
 
-def node(folder: Path, **agent: str) -> config.NodeConfig:
+def node(folder: Path, name: str) -> config.NodeConfig:
     """The site's own file."""
-    sections = {
-        "site": {"name": "north"},
-        "data": {"path": "rows.jsonl"},
-        "agent": {"log_folder": str(folder), **agent},
-    }
-    return config.NodeConfig.model_validate(sections)
+    agent = {"log_folder": str(folder)}
+    return config.NodeConfig.model_validate({"site": {"name": name}, "data": {"path": "rows.jsonl"}, "agent": agent})
 
 
 @dataclass
@@ -126,7 +122,7 @@ class Vault:
         path.write_text(self.policy)
         policy_file.sign(path, ADMIN)
         signed = policy_file.load(path, signer=identity.public_hex(ADMIN))
-        self.gate = Gatekeeper(signed, node=node(self.folder), key=SITE, clock=lambda: self.now)
+        self.gate = Gatekeeper(signed, node=node(self.folder, self.name), key=SITE, clock=lambda: self.now)
         self.agent = Agent(
             self.name,
             load_data=lambda _: self._read(),
