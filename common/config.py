@@ -319,6 +319,12 @@ class AgentConfig(Section):
     )
     log_folder: RequiredLine = Field(default="/var/lib/silotune", description="Folder of the agent's own log.")
     max_message_mib: Mebibytes = Field(default=600, description="Largest message on the socket, in MiB.")
+    policy: Line = Field(
+        default="",
+        description="This site's signed policy. Empty: none, and the agent takes every run that it is sent.",
+    )
+    policy_signer: Sha256 = Field(default="", description="Public key of the admin who signs the policy, 64 digits.")
+    identity_key: Line = Field(default="", description="Private key of this site (Ed25519, PEM); signs the audit log.")
 
 
 class NodeConfig(Section):
@@ -387,8 +393,8 @@ def resolved_json(config: RunConfig | NodeConfig) -> str:
     """Write every setting, defaults included, as canonical JSON: sorted keys, no spaces, ASCII.
 
     Example:
-        >>> resolved_json(NodeConfig(site=SiteConfig(name="north"), data=NodeDataConfig(path="rows.jsonl")))[-26:]
-        '},"site":{"name":"north"}}'
+        >>> resolved_json(NodeConfig(site=SiteConfig(name="north"), data=NodeDataConfig(path="rows.jsonl")))[:43]
+        '{"agent":{"courier_group":"","identity_key"'
     """
     return json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
 

@@ -23,6 +23,10 @@ CertificateOption = Annotated[
     Path | None, typer.Option(help="Operator's certificate, PEM, where a gateway is before the SuperLink.")
 ]
 KeyOption = Annotated[Path | None, typer.Option(help="Its private key, PEM, mode 0600.")]
+audit_app = cli.make(
+    "audit", "Audit logs.", examples=("silotune-server audit verify audit.jsonl --key HEX --heads heads.jsonl",)
+)
+app.add_typer(audit_app, name="audit", help="Check audit logs, a site's too.")
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN_FOLDER")]
 FederationFolder = Annotated[Path, typer.Option(help="The folder that provision made.", metavar="DIR")]
 RequestFile = Annotated[Path, typer.Argument(help="What the site sent.", metavar="REQUEST.json")]
@@ -43,6 +47,11 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after the newest finished round in --output.")
     ] = False,
+    operator_key: Annotated[
+        Path | None, typer.Option(help="Private key that signs the run; sites with a policy take no other.")
+    ] = None,
+    federation: Annotated[str, typer.Option(help="Id of the federation that a signed run is for.")] = "",
+    offer_days: Annotated[float, typer.Option(min=0.01, help="Days in which sites may open a signed run.")] = 30.0,
     set_: cli.SetOption = None,
     json: cli.JsonOption = False,
 ) -> None:
@@ -53,6 +62,7 @@ def run(
     \b
     Examples:
       silotune-server run RUN.toml --superlink 127.0.0.1:8000 --ca ca.pem
+      silotune-server run RUN.toml --superlink 127.0.0.1:8000 --ca ca.pem --operator-key op.pem --federation onco-eu
     """
     from common import config
     from server import launch, link
@@ -68,6 +78,9 @@ def run(
         base=base,
         resume=resume,
         is_quiet=json,
+        operator_key=operator_key,
+        federation=federation,
+        offer_days=offer_days,
     )
     cli.emit(result, as_json=json, show=lambda: cli.show(f"next: silotune-server export {folder} --merged DIR"))
 
@@ -153,6 +166,29 @@ def export(
 
     result = finish.export_run(run_folder, num_rounds=round_, output=output, merged=merged, base=base)
     cli.emit(result, as_json=json, show=lambda: cli.show(*(f"{name:<9} {path}" for name, path in result.items())))
+
+
+@audit_app.command("verify")
+def audit_verify(
+    log: Annotated[Path, typer.Argument(help="An audit log.", metavar="AUDIT.jsonl")],
+    key: Annotated[str, typer.Option(help="Public key of the log's signer, 64 hexadecimal digits.")],
+    heads: Annotated[Path | None, typer.Option(help="Heads that were kept elsewhere: finds a cut tail.")] = None,
+    owner: Annotated[str, typer.Option(help="Whose log it is; with --heads.")] = "",
+    json: cli.JsonOption = False,
+) -> None:
+    """Check every line of an audit log.
+
+    \b
+    Examples:
+      silotune-server audit verify north.jsonl --key 3b6a27bc... --heads heads.jsonl --owner north
+    """
+    from common import audit, audit_heads
+
+    known = audit_heads.of(heads, owner) if heads else []
+    head = audit.verify(log, key, heads=known)
+    result = {"num_entries": head.sequence + 1, "sha256": head.sha256, "num_heads_checked": len(known)}
+    line = f"{log}: {head.sequence + 1} entries, whole; {len(known)} heads checked"
+    cli.emit(result, as_json=json, show=lambda: cli.show(line))
 
 
 @app.command()

@@ -49,6 +49,9 @@ run-folder = ""
 base-folder = ""
 num-threads = 0
 resume = false
+operator-key = ""
+federation = ""
+offer-days = 30.0
 """
 
 
