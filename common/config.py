@@ -313,16 +313,10 @@ class AgentConfig(Section):
     socket: RequiredLine = Field(
         default="/run/silotune/agent.sock", description="Unix socket on which the courier reaches the agent."
     )
-    courier_group: Line = Field(
-        default="",
-        description="Unix group that may open the socket too: the courier's. Empty: this user only.",
-    )
+    courier_group: Line = Field(default="", description="Unix group of the courier, which may open the socket too.")
     log_folder: RequiredLine = Field(default="/var/lib/silotune", description="Folder of the agent's own log.")
     max_message_mib: Mebibytes = Field(default=600, description="Largest message on the socket, in MiB.")
-    policy: Line = Field(
-        default="",
-        description="This site's signed policy. Empty: none, and the agent takes every run that it is sent.",
-    )
+    policy: Line = Field(default="", description="This site's signed policy. Empty: every run is taken.")
     policy_signer: Sha256 = Field(default="", description="Public key of the admin who signs the policy, 64 digits.")
     identity_key: Line = Field(default="", description="Private key of this site (Ed25519, PEM); signs the audit log.")
 

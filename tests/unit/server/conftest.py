@@ -1,17 +1,52 @@
-"""Federations on disk, made once a module and copied for each test."""
+"""A federation of tiny sites in this process, with a clock that only moves when somebody sleeps."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 
-from tests.federations import Federation, start
+from common import events
+from common.model import Engine
+from server.federation import Federation
+from tests import federations, tiny
+
+Node = Callable[[bytes], bytes | None]
+
+
+@pytest.fixture
+def federate(engine: Engine, tiny_base: Path, tmp_path: Path) -> Callable[..., Federation]:
+    """Make a federation of functions that answer frames, by node id; `changes` are as on the command line."""
+
+    def make(nodes: Mapping[int, Node], changes: Mapping[str, str] | None = None) -> Federation:
+        return tiny.federation(engine, tmp_path / "run", nodes, tiny.settings(tiny_base, changes))
+
+    return make
+
+
+@pytest.fixture
+def nodes(engine: Engine) -> dict[int, Node]:
+    """North, south and west as nodes 1, 2 and 3."""
+    return tiny.make_nodes(engine)
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Callable[[str], list[events.Event]]:
+    """The run's events of one kind, so far."""
+
+    def read(kind: str) -> list[events.Event]:
+        path = tmp_path / "run" / "events.jsonl"
+        return [event for event in events.read(path) if event["kind"] == kind] if path.exists() else []
+
+    return read
 
 
 @pytest.fixture(scope="module")
-def first_day(tmp_path_factory) -> Federation:
-    return start(tmp_path_factory.mktemp("first-day"))
+def first_day(tmp_path_factory) -> federations.Federation:
+    return federations.start(tmp_path_factory.mktemp("first-day"))
 
 
 @pytest.fixture(scope="module")
-def with_sites(first_day, tmp_path_factory) -> Federation:
+def with_sites(first_day, tmp_path_factory) -> federations.Federation:
     federation = first_day.copy(tmp_path_factory.mktemp("with-sites"))
     for name in ("alder", "birch"):
         federation.join(name)
@@ -19,11 +54,11 @@ def with_sites(first_day, tmp_path_factory) -> Federation:
 
 
 @pytest.fixture
-def founded(first_day, tmp_path) -> Federation:
+def founded(first_day, tmp_path) -> federations.Federation:
     return first_day.copy(tmp_path)
 
 
 @pytest.fixture
-def joined(with_sites, tmp_path) -> Federation:
+def joined(with_sites, tmp_path) -> federations.Federation:
     """With the sites alder and birch."""
     return with_sites.copy(tmp_path)

@@ -51,7 +51,7 @@ def fed(sites, tmp_path, clock):
     fleet = GridFleet(InProcessGrid({number: site.agent.answer for number, site in enumerate(sites, start=1)}))
     settings = sites[0].manifest(federation__join_timeout_s="100.0")
     log = server_run.prepare(settings.run, tmp_path / "run")
-    made = Federation(settings, fleet, table.find("fedavg"), tmp_path / "run", log, clock=clock)
+    made = Federation(settings, fleet, table.find("fedavg"), tmp_path / "run", log, clock=clock, sleep=clock.sleep)
     made.offer = sites[0].offer(settings)
     return made
 
@@ -93,7 +93,7 @@ def test_the_coordinator_keeps_where_each_sites_audit_log_stands(sites, tmp_path
 def test_a_site_whose_audit_log_went_back_does_not_count(fed, sites, engine, clock):
     for site in sites:
         site.approve(fed.manifest)
-    federation.wait_for_sites(fed, sleep=clock.sleep)
+    federation.wait_for_sites(fed)
     audit_heads.keep(fed.folder / rounds.AUDIT_HEADS_FILE, "south", Head(10**6, "ab" * 32))
     rounds.play(fed, engine.initial, round_index=0)
     failed = [event for event in events.read(fed.log.path) if event["kind"] == "site_failed"]
@@ -112,7 +112,7 @@ def test_a_run_waits_for_approval_and_asks_seldom(fed, sites, clock):
     for site in sites[:2]:
         site.approve(fed.manifest)
     clock.when[40.0] = lambda: sites[2].approve(fed.manifest)
-    federation.wait_for_sites(fed, sleep=clock.sleep)
+    federation.wait_for_sites(fed)
     assert 40.0 <= clock.now <= 40.0 + federation.APPROVAL_RETRY_S + 1
     assert len(sites[2].errors) == 3  # at 0, 15 and 30 s
     assert sorted(head.site for head in fed.sites.values()) == list(SITES)
@@ -120,7 +120,7 @@ def test_a_run_waits_for_approval_and_asks_seldom(fed, sites, clock):
 
 def test_a_run_that_nobody_approves_ends_and_says_so(fed, sites, clock):
     with pytest.raises(TooFewSitesError, match="node 1: waits for approval"):
-        federation.wait_for_sites(fed, sleep=clock.sleep)
+        federation.wait_for_sites(fed)
     assert clock.now >= 100
 
 
@@ -128,7 +128,7 @@ def test_a_site_that_denies_is_not_asked_again_and_receives_no_round(fed, sites,
     for site in sites:
         site.approve(fed.manifest, is_approved=site.name != "west")
     with pytest.raises(TooFewSitesError, match="ApprovalDenied"):
-        federation.wait_for_sites(fed, sleep=clock.sleep)
+        federation.wait_for_sites(fed)
     assert len(sites[2].errors) == 1
     assert fed.present() == [1, 2]
 
