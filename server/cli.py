@@ -87,7 +87,7 @@ def run(
 
 @app.command()
 def register(
-    public_key: Annotated[Path, typer.Argument(help="A node's public key, OpenSSH or PEM.", metavar="NODE.pub")],
+    public_key: Annotated[Path, typer.Argument(help="A node's public key, PEM.", metavar="NODE.pub")],
     name: Annotated[str, typer.Option(help="What to call the node.")],
     superlink: Annotated[str, typer.Option(help="Address of the SuperLink, host:port.")],
     ca: Annotated[Path, typer.Option(help="PEM certificate that the SuperLink's own must lead to.")],
@@ -99,7 +99,7 @@ def register(
 
     \b
     Examples:
-      silotune-server register alder.pub --name alder --superlink 127.0.0.1:8000 --ca ca.pem
+      silotune-server register alder.pem --name alder --superlink 127.0.0.1:8000 --ca ca.pem
     """
     from server import link
 

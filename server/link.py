@@ -89,7 +89,7 @@ class Link:
         self._client = client
 
     def register(self, public_key: bytes, *, name: str) -> int:
-        """Admit a node by its public key, in OpenSSH or PEM form; returns the node's id."""
+        """Admit a node by its public key, PEM; returns the node's id."""
         return int(self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name)).node_id)
 
     def online_node_ids(self) -> list[int]:
@@ -162,7 +162,7 @@ def register_file(public_key: Path, *, name: str, address: str, ca_file: Path, i
     try:
         key = public_key.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{public_key}: cannot read this public key; ask the site for its NODE.pub") from error
+        raise ConfigError(f"{public_key}: cannot read this public key; ask the site for it") from error
     with connect(address, ca_file=ca_file, identity=identity) as link:
         return link.register(key, name=name)
 
