@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from client import protect
+from client.guard import Guard, Permissive
 from client.train import local, schedule
 from common import adapter, evaluation, manifest, model, wire
 from common.errors import ProtocolError, SilotuneError
@@ -21,6 +22,8 @@ from common.rows import Row
 from common.wire import Frame
 
 MAX_BODY_BYTES: Final = 600 << 20
+NOT_OPEN: Final = "this run is not open at this site; the server must send its manifest first"
+PERMISSIVE: Final = Permissive()
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Agent:
             return the engine that it already has.
         report: Told every failure with its reference; the site's own log.
         max_body_bytes: Largest adapter or manifest that is taken.
+        guard: Asked before the agent acts and before it answers.
     """
 
     def __init__(
@@ -68,30 +72,35 @@ class Agent:
         load_engine: Callable[[RunManifest], Engine],
         report: Callable[[str, Exception], None],
         max_body_bytes: int = MAX_BODY_BYTES,
+        guard: Guard = PERMISSIVE,
     ) -> None:
         self.site = site
         self._load_data = load_data
         self._load_engine = load_engine
         self._report = report
         self._max_body_bytes = max_body_bytes
+        self._guard = guard
         self._run: OpenRun | None = None
         self._steps = {"open": self._open, "train": self._train, "evaluate": self._evaluate}
 
     def answer(self, frame: bytes) -> bytes:
         """Answer one frame with one frame; never raises for what the frame holds."""
+        request = None
         try:
             request = wire.unpack(frame, max_body_bytes=self._max_body_bytes)
             if request.kind not in self._steps:
                 raise ProtocolError(f"no such request: '{wire.shown(request.kind)}'")
-            return wire.pack(self._steps[request.kind](request))
+            reply = self._steps[request.kind](request)
+            return self._guard.outgoing(request, reply, run=self._open_run().manifest)
         except Exception as error:  # noqa: BLE001  the site's edge: no text of any error may cross
-            return wire.pack(self._refuse(error))
+            return wire.pack(self._refuse(error, request))
 
-    def _refuse(self, error: Exception) -> Frame:
+    def _refuse(self, error: Exception, request: Frame | None) -> Frame:
         """Code and reference cross; the text stays in the site's log, and if that cannot be written, nowhere."""
         reference = uuid.uuid4().hex[:12]
         try:
             self._report(reference, error)
+            self._guard.refused(reference, request, error)
         except SilotuneError as failure:
             error = failure
         code = type(error).__name__ if isinstance(error, SilotuneError) else "InternalError"
@@ -99,7 +108,9 @@ class Agent:
 
     def _open(self, request: Frame) -> Frame:
         """Read the manifest, load base and rows, and say how many rows take part."""
-        run_manifest = manifest.parse(request.body)
+        offer = manifest.read_offer(request)
+        self._guard.before_open(offer)
+        run_manifest = manifest.parse(offer.manifest)
         if self._run is None or self._run.sha256 != run_manifest.sha256:
             self._run = None  # lets go of its base, of which two may not fit into memory
             self._run = self._prepare(run_manifest)
@@ -175,11 +186,19 @@ class Agent:
     def _receive(self, request: Frame) -> tuple[OpenRun, RoundPlan, adapter.Tensors]:
         """Plan and adapter, for the run that is open and for one of its rounds."""
         plan = from_head(RoundPlan, request.head)
-        run = self._run
-        if run is None or plan.run_sha256 != run.sha256:
-            raise ProtocolError("this run is not open at this site; the server must send its manifest first")
+        run = self._open_run()
+        if plan.run_sha256 != run.sha256:
+            raise ProtocolError(NOT_OPEN)
         num_rounds = run.manifest.run.federation.num_rounds
         last = num_rounds - 1 if request.kind == "train" else num_rounds  # what the last round made is evaluated, too
         if plan.round_index > last:
             raise ProtocolError(f"round {plan.round_index} is beyond the manifest's last, {last}")
-        return run, plan, adapter.decode(request.body, run.manifest.tensor_specs, dtype="float32")
+        tensors = adapter.decode(request.body, run.manifest.tensor_specs, dtype="float32")
+        self._guard.before_step(request, plan, tensors, run=run.manifest)
+        return run, plan, tensors
+
+    def _open_run(self) -> OpenRun:
+        """The run that was opened last."""
+        if self._run is None:
+            raise ProtocolError(NOT_OPEN)
+        return self._run

@@ -1,12 +1,15 @@
 """The agent's process: a site's own file becomes an agent behind a socket."""
 
+import faulthandler
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 
-from client import sitelog
-from client.agent import Agent, SiteData
+from client import policy_file, sitelog
+from client.agent import PERMISSIVE, Agent, SiteData
 from client.data import split
-from common import config, model, store
+from client.gatekeeper import Gatekeeper
+from common import config, identity, model, store
 from common.data import read
 from common.errors import DataError
 from common.manifest import RunManifest
@@ -16,11 +19,22 @@ from common.rows import Columns, Row
 LOG_FILE = "agent.jsonl"
 
 
+def harden() -> None:
+    """Keep this process' memory, which holds rows, out of core dumps; children inherit it."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.disable()
+
+
 def make_agent(node: config.NodeConfig) -> Agent:
     """The agent of one site; rows and base are read when a run is opened.
 
     Args:
         node: The site's own file.
+
+    Raises:
+        ConfigError: Policy or key cannot be read.
+        PolicyRefusedError: The policy was edited and not signed again, or is older than one that was in force.
+        AuditError: The audit log is not whole.
     """
     log = Path(node.agent.log_folder) / LOG_FILE
     loader = EngineLoader(node)
@@ -30,7 +44,15 @@ def make_agent(node: config.NodeConfig) -> Agent:
         load_engine=loader.load,
         report=lambda reference, error: sitelog.report(log, reference, error),
         max_body_bytes=node.agent.max_message_mib << 20,
+        guard=make_guard(node) if node.agent.policy else PERMISSIVE,
     )
+
+
+def make_guard(node: config.NodeConfig) -> Gatekeeper:
+    """What keeps this site's policy; see `make_agent` for what it raises."""
+    agent = node.agent
+    signed = policy_file.load(Path(agent.policy), signer=agent.policy_signer)
+    return Gatekeeper(signed, node=node, key=identity.load(Path(agent.identity_key)))
 
 
 def load_data(node: config.NodeConfig, manifest: RunManifest) -> SiteData:

@@ -36,7 +36,7 @@ Mebibytes = Annotated[int, Field(ge=1, le=2047)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _refuse_look_alikes(value: object) -> object:
+def refuse_look_alikes(value: object) -> object:
     """Tell 1 from true and 1.0, which Python holds to be equal."""
     if type(value) is not int:
         raise ValueError("must be the whole number 1")
@@ -247,7 +247,7 @@ class OutputConfig(Section):
 class RunConfig(Section):
     """One whole run: the file that a coordinator writes and every site can read."""
 
-    version: Annotated[Literal[1], BeforeValidator(_refuse_look_alikes)] = Field(description="Version of this format.")
+    version: Annotated[Literal[1], BeforeValidator(refuse_look_alikes)] = Field(description="Version of this format.")
     name: Slug = Field(default="run", description="Name of the run.")
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Seed of all randomness that need not be secret.")
     model: ModelConfig
@@ -313,12 +313,12 @@ class AgentConfig(Section):
     socket: RequiredLine = Field(
         default="/run/silotune/agent.sock", description="Unix socket on which the courier reaches the agent."
     )
-    courier_group: Line = Field(
-        default="",
-        description="Unix group that may open the socket too: the courier's. Empty: this user only.",
-    )
+    courier_group: Line = Field(default="", description="Unix group of the courier, which may open the socket too.")
     log_folder: RequiredLine = Field(default="/var/lib/silotune", description="Folder of the agent's own log.")
     max_message_mib: Mebibytes = Field(default=600, description="Largest message on the socket, in MiB.")
+    policy: Line = Field(default="", description="This site's signed policy. Empty: every run is taken.")
+    policy_signer: Sha256 = Field(default="", description="Public key of the admin who signs the policy, 64 digits.")
+    identity_key: Line = Field(default="", description="Private key of this site (Ed25519, PEM); signs the audit log.")
 
 
 class NodeConfig(Section):
@@ -387,8 +387,8 @@ def resolved_json(config: RunConfig | NodeConfig) -> str:
     """Write every setting, defaults included, as canonical JSON: sorted keys, no spaces, ASCII.
 
     Example:
-        >>> resolved_json(NodeConfig(site=SiteConfig(name="north"), data=NodeDataConfig(path="rows.jsonl")))[-26:]
-        '},"site":{"name":"north"}}'
+        >>> resolved_json(NodeConfig(site=SiteConfig(name="north"), data=NodeDataConfig(path="rows.jsonl")))[:43]
+        '{"agent":{"courier_group":"","identity_key"'
     """
     return json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
 

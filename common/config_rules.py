@@ -161,4 +161,9 @@ NODE_RULES = (
         lambda c: c.data.held_out_path == c.data.path,
         "evaluation on training rows says nothing; name another file",
     ),
+    Rule(
+        ("agent.policy", "agent.policy_signer", "agent.identity_key"),
+        lambda c: len({bool(c.agent.policy), bool(c.agent.policy_signer), bool(c.agent.identity_key)}) > 1,
+        "a policy, its signer's public key and this site's key belong together; set all three, or none",
+    ),
 )

@@ -40,6 +40,26 @@ class PrivacyError(SilotuneError):
     exit_code = 5
 
 
+class PolicyRefusedError(PrivacyError):
+    """A rule of the site's own policy refuses.
+
+    Attributes:
+        rule: Dotted path of the rule in the policy file.
+    """
+
+    def __init__(self, message: str, *, rule: str = "") -> None:
+        super().__init__(message)
+        self.rule = rule
+
+
+class ApprovalRequired(PrivacyError):
+    """Nobody at the site has approved this run yet."""
+
+
+class ApprovalDenied(PrivacyError):
+    """Somebody at the site has denied this run."""
+
+
 class ProtocolError(SilotuneError):
     """A peer did not keep to the protocol."""
 
@@ -50,12 +70,28 @@ class WireError(ProtocolError):
     """Bytes that are not a valid frame: version, length, hash, header or tensors."""
 
 
+class AuthError(ProtocolError):
+    """A signature, certificate, proof or epoch that does not show what it must."""
+
+
+class AuditError(ProtocolError):
+    """An audit log is not what was written into it."""
+
+
 class TooFewSitesError(ProtocolError):
     """Fewer valid updates than `federation.min_sites` arrived before the deadline."""
 
 
 class RemoteError(ProtocolError):
-    """A peer refused or failed; it told a code and a reference, nothing else."""
+    """A peer refused or failed; it told a code and a reference, nothing else.
+
+    Attributes:
+        code: What the peer told; empty if it told nothing.
+    """
+
+    def __init__(self, message: str, *, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class TransportError(SilotuneError):

@@ -1,16 +1,22 @@
-"""The run manifest: a run as data. A site acts on this and on nothing else that a coordinator sends."""
+"""The run manifest: a run as data, signed. A site acts on this and on nothing else that a coordinator sends."""
 
 import functools
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from common import config, wire
-from common.errors import ConfigError, WireError
-from common.records import TensorSpec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-VERSION = 1
+from common import config, egress, identity, wire
+from common.egress import Egress
+from common.errors import AuthError, ConfigError, WireError
+from common.records import TensorSpec, from_head, to_head
+from common.wire import Frame
+
+VERSION: Final = 2
+MAX_BYTES: Final = 4 << 20
+PURPOSE: Final = "manifest"
 
 
 @dataclass(frozen=True)
@@ -32,13 +38,104 @@ class RunManifest:
         tensors = [[spec.name, list(spec.shape)] for spec in self.tensor_specs]
         run = json.loads(config.resolved_json(public_part(self.run)))
         return wire.canonical_json(
-            {"version": VERSION, "run": run, "base_sha256": self.base_sha256, "tensors": tensors}
+            {
+                "version": VERSION,
+                "run": run,
+                "base_sha256": self.base_sha256,
+                "tensors": tensors,
+                "egress": self.egress.as_dict(),
+            }
         )
+
+    @property
+    def egress(self) -> Egress:
+        """All that leaves a site in this run; derived from run and tensors, and declared to be seen."""
+        return egress.declare(self.run, self.tensor_specs)
 
     @property
     def sha256(self) -> str:
         """The run's identity; travels in every message."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Who offers a run, to which federation, until when.
+
+    Attributes:
+        federation: Id of the federation that the run is for.
+        signer: The operator's public key, 64 hexadecimal digits.
+        not_after: Unix seconds; later, no site opens the run.
+        signature: Of manifest, federation and date, 128 hexadecimal digits.
+    """
+
+    federation: str
+    signer: str
+    not_after: int
+    signature: str
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A manifest on its way to a site.
+
+    Attributes:
+        manifest: Its canonical bytes.
+        signature: None in a simulation.
+    """
+
+    manifest: bytes
+    signature: Signature | None = None
+
+    @property
+    def sha256(self) -> str:
+        """The run's identity."""
+        return hashlib.sha256(self.manifest).hexdigest()
+
+    def to_frame(self) -> Frame:
+        """The request to open the run."""
+        return Frame("open", to_head(self.signature) if self.signature else {}, self.manifest)
+
+
+def sign(manifest: RunManifest, key: Ed25519PrivateKey, *, federation: str, not_after: int) -> Offer:
+    """Offer a run to a federation's sites until a date (Unix seconds)."""
+    data = manifest.to_bytes()
+    signer = identity.public_hex(key)
+    statement = _statement(data, federation=federation, signer=signer, not_after=not_after)
+    return Offer(data, Signature(federation, signer, not_after, identity.sign(key, statement, purpose=PURPOSE)))
+
+
+def check_signature(offer: Offer) -> Signature:
+    """Whoever is named as signer has signed this very offer; whether a site trusts them is the site's to say.
+
+    Raises:
+        AuthError: Unsigned, altered, or signed by another key.
+    """
+    if offer.signature is None:
+        raise AuthError("the run's manifest is not signed; the coordinator must sign it with an operator's key")
+    made = offer.signature
+    statement = _statement(offer.manifest, federation=made.federation, signer=made.signer, not_after=made.not_after)
+    identity.verify(made.signer, made.signature, statement, purpose=PURPOSE)
+    return made
+
+
+def read_offer(frame: Frame) -> Offer:
+    """The offer in a request to open a run; the manifest is not parsed yet.
+
+    Raises:
+        WireError: Too long, or a head that is neither empty nor a signature.
+    """
+    if len(frame.body) > MAX_BYTES:
+        raise WireError(f"run manifest of {len(frame.body)} bytes; the limit is {MAX_BYTES}")
+    return Offer(frame.body, from_head(Signature, frame.head) if frame.head else None)
+
+
+def _statement(manifest: bytes, *, federation: str, signer: str, not_after: int) -> bytes:
+    """What is signed."""
+    digest = hashlib.sha256(manifest).hexdigest()
+    return wire.canonical_json(
+        {"manifest_sha256": digest, "federation": federation, "signer": signer, "not_after": not_after}
+    )
 
 
 def public_part(run: config.RunConfig) -> config.RunConfig:

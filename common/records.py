@@ -71,6 +71,8 @@ class UpdateHead:
         num_tokens: Tokens seen, padding excluded.
         train_loss: Mean negative log-likelihood per answer token over the round, nats.
         seconds: Wall time of the local training.
+        num_audit_entries: Lines in the site's audit log before this answer; 0 where it keeps none.
+        audit_sha256: Hash of the last of them; empty where there is none.
     """
 
     site: str
@@ -81,6 +83,8 @@ class UpdateHead:
     num_tokens: int
     train_loss: float
     seconds: float
+    num_audit_entries: int = 0
+    audit_sha256: str = ""
 
 
 @dataclass(frozen=True)

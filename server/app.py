@@ -1,7 +1,8 @@
 """The coordinator's Flower ServerApp: builds the pieces and calls `server.run.execute`. No logic.
 
 Flower's run config says where the run is: `run-folder` as `server.run.prepare` left it, `base-folder` of the base on
-this machine (empty: the store), `num-threads` for torch (0: all cores) and `resume`.
+this machine (empty: the store), `num-threads` for torch (0: all cores), `resume`, and who signs it: `operator-key` (a
+file on this machine; empty: nobody), `federation` and `offer-days`.
 """
 
 from pathlib import Path
@@ -33,10 +34,12 @@ def main(grid: Grid, context: Context) -> None:
 def _execute(grid: Grid, log: EventLog, options: UserConfig) -> None:
     """Load the base and run."""
     from common import model, store
-    from server import run
+    from server import offer, run
 
     folder = log.path.parent
     settings = run.stored_settings(folder)
+    key_file, federation = str(options["operator-key"]), str(options["federation"])
+    make_offer = offer.maker(key_file, federation=federation, days=float(options["offer-days"]))
     base_folder = str(options["base-folder"])
     engine = model.load(
         Path(base_folder) if base_folder else store.resolve(settings.model.base),
@@ -45,4 +48,12 @@ def _execute(grid: Grid, log: EventLog, options: UserConfig) -> None:
         seed=settings.seed,
         num_threads=int(options["num-threads"]),
     )
-    run.execute(settings, fleet=GridFleet(grid), engine=engine, folder=folder, log=log, resume=bool(options["resume"]))
+    run.execute(
+        settings,
+        fleet=GridFleet(grid),
+        engine=engine,
+        folder=folder,
+        log=log,
+        resume=bool(options["resume"]),
+        make_offer=make_offer,
+    )

@@ -1,21 +1,38 @@
 """`silotune-server`: what a coordinator runs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from common import cli, quiet
 
+if TYPE_CHECKING:
+    from server.admit import Change
+
 app = cli.make(
     "silotune-server",
-    "Launch federated runs, see how they stand, and export what they made.",
+    "Found a federation, launch its runs, see how they stand, and export what they made.",
     examples=(
+        "silotune-server provision federation.toml --out onco-eu",
         "silotune-server run RUN.toml --superlink 127.0.0.1:8000 --ca ca.pem",
         "silotune-server status runs/triage",
     ),
 )
+CertificateOption = Annotated[
+    Path | None, typer.Option(help="Operator's certificate, PEM, where a gateway is before the SuperLink.")
+]
+KeyOption = Annotated[Path | None, typer.Option(help="Its private key, PEM, mode 0600.")]
+audit_app = cli.make(
+    "audit", "Audit logs.", examples=("silotune-server audit verify audit.jsonl --key HEX --heads heads.jsonl",)
+)
+app.add_typer(audit_app, name="audit", help="Check audit logs, a site's too.")
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN_FOLDER")]
+FederationFolder = Annotated[Path, typer.Option(help="The folder that provision made.", metavar="DIR")]
+RequestFile = Annotated[Path, typer.Argument(help="What the site sent.", metavar="REQUEST.json")]
+GovernanceFiles = Annotated[
+    list[Path], typer.Option(help="A governance key; repeat it for each of the quorum.", metavar="KEYFILE")
+]
 
 
 @app.command()
@@ -23,11 +40,18 @@ def run(
     run_file: Annotated[Path, typer.Argument(help="The run file.", metavar="RUN.toml")],
     superlink: Annotated[str, typer.Option(help="Address of the SuperLink on this machine, host:port.")],
     ca: Annotated[Path, typer.Option(help="PEM certificate that the SuperLink's own must lead to.")],
+    certificate: CertificateOption = None,
+    key: KeyOption = None,
     output: Annotated[Path | None, typer.Option(help="The run's folder; default: a new one.")] = None,
     base: Annotated[Path | None, typer.Option(help="Folder of the base; default: model.base, in the store.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after the newest finished round in --output.")
     ] = False,
+    operator_key: Annotated[
+        Path | None, typer.Option(help="Private key that signs the run; sites with a policy take no other.")
+    ] = None,
+    federation: Annotated[str, typer.Option(help="Id of the federation that a signed run is for.")] = "",
+    offer_days: Annotated[float, typer.Option(min=0.01, help="Days in which sites may open a signed run.")] = 30.0,
     set_: cli.SetOption = None,
     json: cli.JsonOption = False,
 ) -> None:
@@ -38,34 +62,69 @@ def run(
     \b
     Examples:
       silotune-server run RUN.toml --superlink 127.0.0.1:8000 --ca ca.pem
+      silotune-server run RUN.toml --superlink 127.0.0.1:8000 --ca ca.pem --operator-key op.pem --federation onco-eu
     """
     from common import config
-    from server import launch
+    from server import launch, link
 
     settings = config.load(run_file, overrides=cli.overrides(set_))
     folder = output or cli.fresh_folder(Path(settings.output.folder), settings.name)
-    result = launch.run(settings, address=superlink, ca_file=ca, folder=folder, base=base, resume=resume, is_quiet=json)
+    result = launch.run(
+        settings,
+        address=superlink,
+        ca_file=ca,
+        identity=link.identity_of(certificate, key),
+        folder=folder,
+        base=base,
+        resume=resume,
+        is_quiet=json,
+        operator_key=operator_key,
+        federation=federation,
+        offer_days=offer_days,
+    )
     cli.emit(result, as_json=json, show=lambda: cli.show(f"next: silotune-server export {folder} --merged DIR"))
 
 
 @app.command()
 def register(
-    public_key: Annotated[Path, typer.Argument(help="A node's public key, OpenSSH or PEM.", metavar="NODE.pub")],
+    public_key: Annotated[Path, typer.Argument(help="A node's public key, PEM.", metavar="NODE.pub")],
     name: Annotated[str, typer.Option(help="What to call the node.")],
     superlink: Annotated[str, typer.Option(help="Address of the SuperLink, host:port.")],
     ca: Annotated[Path, typer.Option(help="PEM certificate that the SuperLink's own must lead to.")],
+    certificate: CertificateOption = None,
+    key: KeyOption = None,
     json: cli.JsonOption = False,
 ) -> None:
     """Let a site's node connect to the SuperLink.
 
     \b
     Examples:
-      silotune-server register alder.pub --name alder --superlink 127.0.0.1:8000 --ca ca.pem
+      silotune-server register alder.pem --name alder --superlink 127.0.0.1:8000 --ca ca.pem
     """
     from server import link
 
-    node_id = link.register_file(public_key, name=name, address=superlink, ca_file=ca)
+    identity = link.identity_of(certificate, key)
+    node_id = link.register_file(public_key, name=name, address=superlink, ca_file=ca, identity=identity)
     cli.emit({"name": name, "node_id": node_id}, as_json=json, show=lambda: cli.show(f"{name}: node {node_id}"))
+
+
+@app.command()
+def gateway(
+    gateway_file: Annotated[Path, typer.Argument(help="The gateway's own file.", metavar="GATEWAY.toml")],
+) -> None:
+    """Stand before the SuperLink: let sites and operators through, by their certificates.
+
+    Runs until stopped. Refusals are written to log.file, one JSON line each.
+
+    \b
+    Examples:
+      silotune-server gateway GATEWAY.toml
+    """
+    from server.gateway import serve, settings
+
+    config = settings.load(gateway_file)
+    typer.echo(f"gateway: sites on {config.fleet.listen}, operators on {config.control.listen}; stop it with Ctrl-C")
+    serve.run(config)
 
 
 @app.command()
@@ -107,6 +166,156 @@ def export(
 
     result = finish.export_run(run_folder, num_rounds=round_, output=output, merged=merged, base=base)
     cli.emit(result, as_json=json, show=lambda: cli.show(*(f"{name:<9} {path}" for name, path in result.items())))
+
+
+@audit_app.command("verify")
+def audit_verify(
+    log: Annotated[Path, typer.Argument(help="An audit log.", metavar="AUDIT.jsonl")],
+    key: Annotated[str, typer.Option(help="Public key of the log's signer, 64 hexadecimal digits.")],
+    heads: Annotated[Path | None, typer.Option(help="Heads that were kept elsewhere: finds a cut tail.")] = None,
+    owner: Annotated[str, typer.Option(help="Whose log it is; with --heads.")] = "",
+    json: cli.JsonOption = False,
+) -> None:
+    """Check every line of an audit log.
+
+    \b
+    Examples:
+      silotune-server audit verify north.jsonl --key 3b6a27bc... --heads heads.jsonl --owner north
+    """
+    from common import audit, audit_heads
+
+    known = audit_heads.of(heads, owner) if heads else []
+    head = audit.verify(log, key, heads=known)
+    result = {"num_entries": head.sequence + 1, "sha256": head.sha256, "num_heads_checked": len(known)}
+    line = f"{log}: {head.sequence + 1} entries, whole; {len(known)} heads checked"
+    cli.emit(result, as_json=json, show=lambda: cli.show(line))
+
+
+@app.command()
+def provision(
+    federation_file: Annotated[Path, typer.Argument(help="The federation file.", metavar="FEDERATION.toml")],
+    out: Annotated[Path, typer.Option(help="The federation's folder; must be new or empty.", metavar="DIR")],
+    json: cli.JsonOption = False,
+) -> None:
+    """Found a federation: its certificates, governance keys and roster.
+
+    Run it on a machine without a network. Nothing is ever overwritten.
+
+    \b
+    Examples:
+      silotune-server provision federation.toml --out onco-eu
+    """
+    import datetime
+
+    from server import provision as founding
+
+    pinned = founding.provision(federation_file, folder=out, now=datetime.datetime.now(datetime.UTC))
+    result = {"federation_id": pinned.federation_id, "folder": str(out), "words": pinned.words, "epoch": 1}
+    next_steps = (
+        f"next: move {out}/offline to a safe, give each member one key of {out}/governance, and delete both here",
+        f"then: silotune-server admit request.json --federation {out} --words WORDS --governance KEYFILE",
+    )
+    cli.emit(result, as_json=json, show=lambda: cli.show(f"words of the federation    {pinned.words}", *next_steps))
+
+
+@app.command()
+def admit(
+    request_file: RequestFile,
+    federation: FederationFolder,
+    words: Annotated[str, typer.Option(help="The six words that the site's admin reads out.")],
+    governance: GovernanceFiles,
+    json: cli.JsonOption = False,
+) -> None:
+    """Admit a site: certificate, next roster, startup kit.
+
+    Hear the words from the site by telephone; a request whose words differ was altered on its way.
+
+    \b
+    Examples:
+      silotune-server admit request.json --federation onco-eu --governance 1.key --governance 2.key
+          --words "lusab babad gutih tugad bisog mofip"
+    """
+    import datetime
+
+    from server import admit as members
+
+    now = datetime.datetime.now(datetime.UTC)
+    change = members.admit(federation, request_file=request_file, words=words, governance_files=governance, now=now)
+    _show_change(change, f"next: send {change.kit}, and tell the site the words of the federation", as_json=json)
+
+
+@app.command()
+def rotate(
+    request_file: RequestFile, federation: FederationFolder, governance: GovernanceFiles, json: cli.JsonOption = False
+) -> None:
+    """Give a site its next certificate.
+
+    The request must be signed by the site's identity key. The old certificate stays good for the overlap.
+
+    \b
+    Examples:
+      silotune-server rotate renewal.json --federation onco-eu --governance 1.key --governance 2.key
+    """
+    import datetime
+
+    from server import admit as members
+
+    now = datetime.datetime.now(datetime.UTC)
+    change = members.rotate(federation, request_file=request_file, governance_files=governance, now=now)
+    _show_change(change, f"next: send {change.kit} to the site", as_json=json)
+
+
+@app.command()
+def reissue(federation: FederationFolder, json: cli.JsonOption = False) -> None:
+    """Give the gateway and the operators their next certificates.
+
+    The keys stay, and so does the roster.
+
+    \b
+    Examples:
+      silotune-server reissue --federation onco-eu
+    """
+    import datetime
+
+    from server import provision as founding
+
+    ends = founding.reissue(federation, now=datetime.datetime.now(datetime.UTC))
+    told = [f"{name:<12} until {end:%Y-%m-%d}" for name, end in ends.items()]
+    next_step = f"next: copy {federation}/servers to the gateway, and restart it"
+    result = {name: end.isoformat() for name, end in ends.items()}
+    cli.emit(result, as_json=json, show=lambda: cli.show(*told, next_step))
+
+
+@app.command()
+def revoke(
+    name: Annotated[str, typer.Argument(help="The site's name.")],
+    federation: FederationFolder,
+    governance: GovernanceFiles,
+    json: cli.JsonOption = False,
+) -> None:
+    """Take a site out of the federation for good.
+
+    Its certificates and keys are never accepted again; the other sites learn it by the next roster.
+
+    \b
+    Examples:
+      silotune-server revoke alder --federation onco-eu --governance 1.key --governance 2.key
+    """
+    import datetime
+
+    from server import admit as members
+
+    change = members.revoke(federation, name, governance_files=governance, now=datetime.datetime.now(datetime.UTC))
+    told = f"next: copy {federation}/roster.json and {federation}/revoked.txt to the gateway"
+    _show_change(change, told, as_json=json)
+
+
+def _show_change(change: "Change", next_step: str, *, as_json: bool) -> None:
+    """Print a change of the roster."""
+    result = {"name": change.name, "epoch": change.epoch}
+    if change.kit and change.expires_at:
+        result |= {"kit": str(change.kit), "expires_at": change.expires_at.isoformat()}
+    cli.emit(result, as_json=as_json, show=lambda: cli.show(f"{change.name}: roster epoch {change.epoch}", next_step))
 
 
 def main() -> None:

@@ -11,9 +11,9 @@ from typing import Any, Final
 from common import wire
 from common.adapter import encode
 from common.config import SLUG
-from common.errors import ProtocolError, SilotuneError, TooFewSitesError
+from common.errors import ProtocolError, RemoteError, SilotuneError, TooFewSitesError
 from common.events import EventLog
-from common.manifest import RunManifest
+from common.manifest import Offer, RunManifest
 from common.model import Engine
 from common.prompts import Encoded
 from common.records import OpenedHead, RoundPlan, SiteMetrics, from_head, to_head
@@ -24,6 +24,8 @@ from server.fleet import Fleet
 
 RETRY_S: Final = 1.0  # between offers to a node whose agent is away
 SECOND_WAIT_S: Final = 5.0  # for a node that was silent; one that was only slow has the run open by now
+APPROVAL_RETRY_S: Final = 15.0  # between offers to a node where a person has to decide
+WAITS: Final = "ApprovalRequired"  # the code of a site where nobody has decided yet
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Federation:
         names: The node of each site name. A name stays with the node that told it first, which the link vouches for.
         doubtful: Nodes that failed at a step; their agent may have started anew, so they are offered the run again.
         metrics: Last held-out figures of each site, by name.
+        offer: The signed manifest; None offers it unsigned, which only sites without a policy take.
+        asked_at: When nodes said that a person has to decide, by `clock`.
         own_rows: The coordinator's own held-out rows, and the engine that scores them; None without any.
         clock: Seconds, monotonic.
         sleep: Waits between looks.
@@ -68,6 +72,8 @@ class Federation:
     names: dict[str, int] = field(default_factory=dict)
     doubtful: set[int] = field(default_factory=set)
     metrics: dict[str, SiteMetrics] = field(default_factory=dict)
+    offer: Offer | None = None
+    asked_at: dict[int, float] = field(default_factory=dict)
     own_rows: OwnRows | None = None
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
@@ -130,9 +136,9 @@ def rejoin(federation: Federation) -> None:
 
 def join(federation: Federation) -> None:
     """Offer the run to connected nodes that have neither opened nor refused it; those whose agent was away, again."""
-    known = federation.sites.keys() | federation.refused.keys()
+    known = federation.sites.keys() | federation.refused.keys() | _deciding(federation)
     newcomers = [node_id for node_id in federation.fleet.node_ids() if node_id not in known]
-    offer = wire.pack(Frame("open", body=federation.manifest.to_bytes()))
+    offer = wire.pack((federation.offer or Offer(federation.manifest.to_bytes())).to_frame())
     silent = [node_id for node_id in newcomers if node_id in federation.silent]
     others = [node_id for node_id in newcomers if node_id not in federation.silent]
     for node_ids, at_most_s in ((others, math.inf), (silent, SECOND_WAIT_S)):
@@ -151,12 +157,34 @@ def _admit(federation: Federation, answer: collect.Answer) -> None:
         return
     try:
         head = _read_opened(federation, answer.node_id, answer.frame)
+    except RemoteError as error:
+        _take_refusal(federation, answer.node_id, error)
+        return
     except SilotuneError as error:
         federation.refused[answer.node_id] = collect.reason_of(error)
         federation.log.append("site_refused", node=answer.node_id, reason=collect.reason_of(error))
         return
     federation.sites[answer.node_id] = head
     federation.log.append("site_joined", node=answer.node_id, **_without_run(head))
+
+
+def _take_refusal(federation: Federation, node_id: int, error: RemoteError) -> None:
+    """Remember a site that said no; one where a person has yet to decide counts as away and is asked again."""
+    if error.code != WAITS:
+        federation.refused[node_id] = collect.reason_of(error)
+    else:
+        federation.away[node_id] = "waits for approval"
+        is_known = node_id in federation.asked_at
+        federation.asked_at[node_id] = federation.clock()
+        if is_known:
+            return
+    federation.log.append("site_refused", node=node_id, reason=collect.reason_of(error))
+
+
+def _deciding(federation: Federation) -> set[int]:
+    """Nodes that need not be asked yet again."""
+    limit = federation.clock() - APPROVAL_RETRY_S
+    return {node_id for node_id, asked_at in federation.asked_at.items() if asked_at > limit}
 
 
 def _read_opened(federation: Federation, node_id: int, frame: bytes) -> OpenedHead:

@@ -9,9 +9,9 @@ from rich.console import Console
 from common import config, events
 from common.errors import ProtocolError
 from common.events import Event
-from server import link, report, status
+from server import link, offer, report, status
 from server import run as server_run
-from server.link import Link
+from server.link import Identity, Link
 from server.show import Screen
 
 
@@ -20,10 +20,14 @@ def run(
     *,
     address: str,
     ca_file: Path,
+    identity: Identity | None = None,
     folder: Path,
     base: Path | None,
     resume: bool,
     is_quiet: bool,
+    operator_key: Path | None = None,
+    federation: str = "",
+    offer_days: float = 30.0,
 ) -> dict[str, Any]:
     """Submit a run, show its events as they come and return how it ended.
 
@@ -32,16 +36,23 @@ def run(
     Args:
         settings: The run file.
         address: The SuperLink's, on this machine: its ServerApp process writes into `folder`.
-        ca_file: PEM certificate that the SuperLink's own must lead to.
+        ca_file: PEM certificate that the other end's own must lead to.
+        identity: The operator's certificate and key, where a gateway is before the SuperLink.
         folder: The run's folder.
         base: The base's folder; None looks in the store.
         resume: Go on after the newest whole checkpoint.
         is_quiet: Show progress on stderr, as stdout is for a program.
+        operator_key: Private key that signs the run's manifest; None: unsigned, for sites without a policy.
+        federation: Id of the federation whose sites are asked; with a key only.
+        offer_days: How long sites may open a signed run.
 
     Raises:
+        ConfigError: The operator's key cannot be used, or no federation is named.
         TransportError: The SuperLink did not take the run.
         ProtocolError: The run failed; the message says why.
     """
+    key_file = str(operator_key.absolute()) if operator_key else ""
+    offer.maker(key_file, federation=federation, days=offer_days)  # a wrong key is told here, before anything starts
     log = server_run.prepare(settings, folder, resume=resume)
     num_old = len(events.read(log.path)) if log.path.is_file() else 0
     options: dict[str, bool | float | int | str] = {
@@ -49,9 +60,12 @@ def run(
         "base-folder": str(base.absolute()) if base else "",
         "resume": resume,
         "num-threads": 0,
+        "operator-key": key_file,
+        "federation": federation,
+        "offer-days": offer_days,
     }
     screen = Screen(Console(file=sys.stderr if is_quiet else sys.stdout, highlight=False))
-    with link.connect(address, ca_file=ca_file) as connected:
+    with link.connect(address, ca_file=ca_file, identity=identity) as connected:
         run_id = connected.start_run(options, bundle=link.build_bundle())
         last = _watch(connected, run_id, log.path, screen, num_old=num_old)
     report.write(folder)

@@ -5,6 +5,7 @@ that a coordinator could send runs at a site.
 """
 
 import hashlib
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
+from common import keyfile
 from common.errors import ConfigError, TransportError
 
 FINISHED: Final = "finished"
@@ -47,6 +49,9 @@ run-folder = ""
 base-folder = ""
 num-threads = 0
 resume = false
+operator-key = ""
+federation = ""
+offer-days = 30.0
 """
 
 
@@ -69,6 +74,14 @@ class RunState:
         return self.is_finished and self.sub_status == COMPLETED
 
 
+@dataclass(frozen=True)
+class Identity:
+    """An operator's certificate with its chain, and its private key, both PEM."""
+
+    certificate_file: Path
+    key_file: Path
+
+
 class Link:
     """Calls to one SuperLink; see `connect`."""
 
@@ -76,7 +89,7 @@ class Link:
         self._client = client
 
     def register(self, public_key: bytes, *, name: str) -> int:
-        """Admit a node by its public key, in OpenSSH or PEM form; returns the node's id."""
+        """Admit a node by its public key, PEM; returns the node's id."""
         return int(self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name)).node_id)
 
     def online_node_ids(self) -> list[int]:
@@ -112,26 +125,22 @@ class Link:
 
 
 @contextmanager
-def connect(address: str, *, ca_file: Path) -> Iterator[Link]:
-    """Open a TLS connection to a SuperLink's control interface.
+def connect(address: str, *, ca_file: Path, identity: Identity | None = None) -> Iterator[Link]:
+    """Open a TLS connection to the control interface of a SuperLink, or of the gateway before it.
 
     Args:
         address: `host:port`.
-        ca_file: PEM certificate that the SuperLink's own must lead to.
+        ca_file: PEM certificate that the other end's own must lead to.
+        identity: The operator's certificate and key, for the gateway; a SuperLink asks for none.
 
     Raises:
-        ConfigError: The certificate cannot be read.
+        ConfigError: A file cannot be read.
         TransportError: A call failed while the connection was open.
     """
-    try:
-        root_certificates = ca_file.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{ca_file}: cannot read the CA certificate; give its path with --ca") from error
-    client = ControlHttpClient.from_server_address(
-        address,
-        insecure=False,
-        root_certificates=root_certificates,
+    client = ControlHttpClient(
+        f"https://{address}",
         interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+        verify=_context(ca_file, identity),
     )
     try:
         yield Link(client)
@@ -143,7 +152,7 @@ def connect(address: str, *, ca_file: Path) -> Iterator[Link]:
         client.close()
 
 
-def register_file(public_key: Path, *, name: str, address: str, ca_file: Path) -> int:
+def register_file(public_key: Path, *, name: str, address: str, ca_file: Path, identity: Identity | None = None) -> int:
     """Admit the node whose public key lies in a file; returns the node's id.
 
     Raises:
@@ -153,9 +162,39 @@ def register_file(public_key: Path, *, name: str, address: str, ca_file: Path) -
     try:
         key = public_key.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{public_key}: cannot read this public key; ask the site for its NODE.pub") from error
-    with connect(address, ca_file=ca_file) as link:
+        raise ConfigError(f"{public_key}: cannot read this public key; ask the site for it") from error
+    with connect(address, ca_file=ca_file, identity=identity) as link:
         return link.register(key, name=name)
+
+
+def _context(ca_file: Path, identity: Identity | None) -> ssl.SSLContext:
+    """What is trusted, and what is shown."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(cafile=ca_file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{ca_file}: cannot read the CA certificate; give its path with --ca") from error
+    if identity is None:
+        return context
+    keyfile.read(identity.key_file)  # refuses one that is open to others
+    try:
+        context.load_cert_chain(identity.certificate_file, identity.key_file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{identity.certificate_file}: no certificate, or not that of {identity.key_file}") from error
+    return context
+
+
+def identity_of(certificate: Path | None, key: Path | None) -> Identity | None:
+    """The operator's two files, or neither.
+
+    Raises:
+        ConfigError: One without the other.
+    """
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise ConfigError("--certificate and --key go together; give both, or neither")
+    return Identity(certificate, key)
 
 
 def build_bundle(*, server_app: str = "server.app:app", client_app: str = "client.app:app") -> bytes:

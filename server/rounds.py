@@ -1,8 +1,10 @@
 """The round loop: sample, send, collect, aggregate, checkpoint, evaluate. Read this file first."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
+from common import audit_heads
+from common.audit import Head
 from common.errors import ProtocolError, SilotuneError, TooFewSitesError, WireError
 from common.records import RoundPlan, UpdateHead
 from server import checkpoint, collect, federation, sampling
@@ -10,6 +12,8 @@ from server.aggregate import gap
 from server.aggregate.method import State, Sum
 from server.evaluate import held_out
 from server.federation import Federation
+
+AUDIT_HEADS_FILE: Final = "audit-heads.jsonl"
 
 
 @dataclass
@@ -117,6 +121,7 @@ def _read(fed: Federation, answer: collect.Answer, plan: RoundPlan) -> tuple[Upd
     head, change = collect.read_update(answer.frame, fed.manifest, plan)
     if head.site != fed.name(answer.node_id) or head.num_examples != fed.sites[answer.node_id].num_examples:
         raise WireError("update is under another name, or claims another number of rows than the site opened with")
+    _keep_audit_head(fed, head)
     return head, change
 
 
@@ -138,6 +143,13 @@ def _of_training(head: UpdateHead) -> dict[str, Any]:
         "num_steps": head.num_steps,
         "seconds": round(head.seconds, 3),
     }
+
+
+def _keep_audit_head(fed: Federation, head: UpdateHead) -> None:
+    """Remember where a site's audit log stands; a site whose log went back does not count."""
+    if head.num_audit_entries:
+        known = Head(head.num_audit_entries - 1, head.audit_sha256)
+        audit_heads.keep(fed.folder / AUDIT_HEADS_FILE, head.site, known)
 
 
 def _require_quorum(fed: Federation, tally: Tally, round_index: int) -> None:

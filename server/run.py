@@ -1,7 +1,7 @@
 """A whole run: manifest, sites, rounds, export. The same call under every grid."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from common.adapter import Tensors
 from common.data import read
 from common.errors import ConfigError, DataError, SilotuneError, StorageError
 from common.events import Event, EventLog
-from common.manifest import RunManifest, parse
+from common.manifest import Offer, RunManifest, parse
 from common.model import Engine
 from common.rows import Columns
 from server import checkpoint, export, federation, rounds
@@ -41,7 +41,14 @@ class Outcome:
 
 
 def execute(
-    settings: config.RunConfig, *, fleet: Fleet, engine: Engine, folder: Path, log: EventLog, resume: bool = False
+    settings: config.RunConfig,
+    *,
+    fleet: Fleet,
+    engine: Engine,
+    folder: Path,
+    log: EventLog,
+    resume: bool = False,
+    make_offer: Callable[[RunManifest], Offer] | None = None,
 ) -> Outcome:
     """Run federated training from the first to the last round and export the adapter.
 
@@ -52,6 +59,7 @@ def execute(
         folder: The run's folder; made by `prepare`.
         log: Its events.
         resume: Go on after the newest whole checkpoint in `folder`.
+        make_offer: Signs the manifest; None offers it unsigned, which only sites without a policy take.
 
     Raises:
         ConfigError: An update would be larger than `wire.max_update_mib`.
@@ -61,6 +69,7 @@ def execute(
     manifest = RunManifest(settings, engine.base_sha256, engine.tensor_specs)
     _check_size(settings.wire, engine.initial)
     fed = Federation(manifest, fleet, table.find(settings.aggregation.method), folder, log)
+    fed.offer = make_offer(manifest) if make_offer else None
     start, first_round = _start(manifest, engine, folder, resume=resume)
     storage.write_atomic(folder / MANIFEST_FILE, manifest.to_bytes())
     fed.own_rows = read_own_rows(settings, engine)

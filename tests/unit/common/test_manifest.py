@@ -1,11 +1,13 @@
+import dataclasses
 import json
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from common import config, manifest, wire
-from common.errors import WireError
+from common import config, egress, identity, manifest, wire
+from common.errors import AuthError, WireError
 from common.manifest import RunManifest
-from common.records import TensorSpec
+from common.records import TensorSpec, to_head
 from tests import tiny
 
 SPECS = (TensorSpec("a.lora_A.weight", (4, 32)), TensorSpec("a.lora_B.weight", (32, 4)))
@@ -57,7 +59,7 @@ def test_the_bytes_of_this_version_are_fixed():
     data = RunManifest(config.parse(text, name="run.toml"), HASH, SPECS).to_bytes()
     assert json.loads(data)["tensors"] == [["a.lora_A.weight", [4, 32]], ["a.lora_B.weight", [32, 4]]]
     assert wire.canonical_json(json.loads(data)) == data
-    assert sorted(json.loads(data)) == ["base_sha256", "run", "tensors", "version"]
+    assert sorted(json.loads(data)) == ["base_sha256", "egress", "run", "tensors", "version"]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,7 @@ def test_what_is_the_coordinators_own_affair_does_not_cross():
         b"null",
         b"\xff",
         b"[" * 100_000,
-        altered(version=2),
+        altered(version=1),
         altered(version=True),
         altered(extra=1),
         altered(base_sha256=7),
@@ -142,3 +144,71 @@ def test_a_refusal_does_not_quote_what_came():
     with pytest.raises(WireError) as caught:
         manifest.parse(altered(base_sha256=["planted"]))
     assert "planted" not in str(caught.value)
+
+
+KEY, OTHER = (Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in (1, 2))
+
+
+def offered(**changes: object) -> manifest.Offer:
+    """An offer whose signature's fields were changed after signing."""
+    offer = manifest.sign(make(), KEY, federation="onco-eu", not_after=1_800_000_000)
+    assert offer.signature is not None
+    return manifest.Offer(offer.manifest, dataclasses.replace(offer.signature, **changes))
+
+
+def test_an_offer_comes_through_its_frame_unchanged():
+    frame = wire.unpack(wire.pack(offered().to_frame()), max_body_bytes=1 << 20)
+    assert manifest.read_offer(frame) == offered()
+    assert manifest.check_signature(manifest.read_offer(frame)).signer == identity.public_hex(KEY)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"federation": "another"},
+        {"not_after": 1_900_000_000},
+        {"signer": identity.public_hex(OTHER)},
+        {"signature": "00" * 64},
+        {"signature": "x"},
+        {"signer": ""},
+    ],
+)
+def test_a_signature_covers_all_that_it_states(changes):
+    with pytest.raises(AuthError):
+        manifest.check_signature(offered(**changes))
+
+
+def test_a_manifest_that_was_altered_after_signing_is_noticed():
+    other = make({"training.learning_rate": "1e-9"}).to_bytes()
+    with pytest.raises(AuthError):
+        manifest.check_signature(dataclasses.replace(offered(), manifest=other))
+    with pytest.raises(AuthError, match="not signed"):
+        manifest.check_signature(manifest.Offer(other))
+
+
+@pytest.mark.parametrize(
+    "change", [{"signer": 7}, {"more": 1}, {"not_after": 1.5}, {"not_after": -1}, {"federation": "x" * 300}]
+)
+def test_a_head_that_is_no_signature_is_refused(change):
+    head = to_head(offered().signature)
+    manifest.read_offer(wire.Frame("open", head, b"{}"))
+    with pytest.raises(WireError):
+        manifest.read_offer(wire.Frame("open", {**head, **change}, b"{}"))
+
+
+def test_a_manifest_is_refused_by_its_size_before_it_is_parsed():
+    with pytest.raises(WireError, match="limit"):
+        manifest.read_offer(wire.Frame("open", {}, bytes(manifest.MAX_BYTES + 1)))
+
+
+def test_a_manifest_declares_every_figure_that_leaves_and_its_range():
+    declared = json.loads(make().to_bytes())["egress"]
+    assert sorted(declared["metrics"]) == ["metrics", "opened", "update"]
+    assert declared["metrics"]["update"]["train_loss"] == [0, 100]
+    for kind, record in egress.REPLIES.items():
+        names = {field.name for field in dataclasses.fields(record)}
+        assert names - set(egress.NAMES) == set(declared["metrics"][kind])
+
+
+def test_declared_bytes_hold_the_largest_update():
+    assert make().egress.bytes_per_message >= 2 * 4 * 32 * 4 + 8 + 200

@@ -8,7 +8,7 @@ import pytest
 from common import events
 from common.model import Engine
 from server.federation import Federation
-from tests import tiny
+from tests import federations, tiny
 
 Node = Callable[[bytes], bytes | None]
 
@@ -38,3 +38,27 @@ def told(tmp_path: Path) -> Callable[[str], list[events.Event]]:
         return [event for event in events.read(path) if event["kind"] == kind] if path.exists() else []
 
     return read
+
+
+@pytest.fixture(scope="module")
+def first_day(tmp_path_factory) -> federations.Federation:
+    return federations.start(tmp_path_factory.mktemp("first-day"))
+
+
+@pytest.fixture(scope="module")
+def with_sites(first_day, tmp_path_factory) -> federations.Federation:
+    federation = first_day.copy(tmp_path_factory.mktemp("with-sites"))
+    for name in ("alder", "birch"):
+        federation.join(name)
+    return federation
+
+
+@pytest.fixture
+def founded(first_day, tmp_path) -> federations.Federation:
+    return first_day.copy(tmp_path)
+
+
+@pytest.fixture
+def joined(with_sites, tmp_path) -> federations.Federation:
+    """With the sites alder and birch."""
+    return with_sites.copy(tmp_path)

@@ -11,7 +11,8 @@ def test_a_bundle_holds_names_and_no_code():
         assert set(bundle.namelist()) == {"pyproject.toml", ".info/CONTENT"}
         app = tomllib.loads(bundle.read("pyproject.toml").decode())["tool"]["flwr"]["app"]
     assert app["components"] == {"serverapp": "server.app:app", "clientapp": "client.app:app"}
-    assert set(app["config"]) == {"run-folder", "base-folder", "num-threads", "resume"}
+    signing = {"operator-key", "federation", "offer-days"}
+    assert set(app["config"]) == {"run-folder", "base-folder", "num-threads", "resume"} | signing
 
 
 def test_the_same_bundle_every_time():

@@ -1,0 +1,220 @@
+"""The guard of a site that has a policy: signature, rules, consent, order and quotas before; egress after; all logged.
+
+An answer is in the audit log, on the disk, before its bytes leave; a log that cannot be written sends nothing.
+"""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from client import consent, outgoing, policy, probes
+from client.history import AUDIT_FILE, History, position
+from client.policy_file import DatasetRules, SignedPolicy
+from common import config, egress, manifest, wire
+from common.adapter import Tensors
+from common.audit import AuditLog
+from common.errors import ApprovalDenied, ApprovalRequired, AuditError, PolicyRefusedError, ProtocolError, SilotuneError
+from common.manifest import Offer, RunManifest
+from common.records import OpenedHead, RoundPlan, from_head
+from common.wire import Frame
+
+REPLY_OF: Final = {"open": "opened", "train": "update", "evaluate": "metrics"}
+
+
+class Gatekeeper:
+    """A `Guard` with rules.
+
+    Args:
+        signed_policy: What the site allows.
+        node: The site's own file.
+        key: The site's identity; signs the audit log.
+        clock: Unix seconds.
+
+    Raises:
+        PolicyRefusedError: The policy is older than one that was in force, or does not allow the site's own file.
+        AuditError: The audit log is not whole.
+    """
+
+    def __init__(
+        self,
+        signed_policy: SignedPolicy,
+        *,
+        node: config.NodeConfig,
+        key: Ed25519PrivateKey,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.policy = signed_policy.rules
+        self.history = History()
+        self._folder = Path(node.agent.log_folder)
+        self._site = node.site.name
+        self._clock = clock
+        self._admitted: set[str] = set()
+        self._log = AuditLog(self._folder / AUDIT_FILE, key=key, on_entry=self.history.take, clock=clock)
+        _check_serial(signed_policy, self.history)
+        self._dataset: DatasetRules = policy.check_node(self.policy, node.data)
+        self._log.append("started", policy_sha256=signed_policy.sha256, policy_serial=self.policy.serial)
+
+    def before_open(self, offer: Offer) -> None:
+        """Only a run that an operator signed, the policy allows and somebody approved."""
+        self._admitted.discard(offer.sha256)
+        policy.check_signature(self.policy, offer, now=self._clock())
+        run = manifest.parse(offer.manifest)
+        self._log.refresh()
+        policy.check(self.policy, run, self.history.usage(offer.sha256, now=self._clock()))
+        if offer.sha256 not in self.history.runs:
+            consent.store(self._folder, offer)
+            self._log.append("offered", run=offer.sha256, name=run.run.name, rule="runs.approval", **_who(offer))
+        consent.require(self.policy, self.history, run, folder=self._folder)
+
+    def before_step(self, request: Frame, plan: RoundPlan, tensors: Tensors, *, run: RunManifest) -> None:
+        """Only a run that is still approved, a round in its order, and an adapter that no attack shaped."""
+        if plan.run_sha256 not in self._admitted:
+            raise ProtocolError("this run is not open at this site; the server must send its manifest first")
+        self._log.refresh()
+        consent.require(self.policy, self.history, run, folder=self._folder)
+        self._check_order(request, plan)
+        probes.check(tensors, max_tensor_norm=self.policy.train.max_tensor_norm)
+
+    def outgoing(self, request: Frame, reply: Frame, *, run: RunManifest) -> bytes:
+        """Round, check against manifest and policy, count, log; then the bytes may leave."""
+        if reply.kind != REPLY_OF.get(request.kind):
+            raise PolicyRefusedError(f"egress: a reply of kind '{reply.kind}'", rule="egress")
+        rounded = outgoing.rounded(reply, digits=self.policy.evaluation.round_metrics_to)
+        names = {"site": self._site, "run_sha256": run.sha256, "round_index": request.head.get("round_index")}
+        outgoing.check(self.policy, run, rounded, names=names)
+        rounded = self._with_audit_head(rounded)
+        data = wire.pack(rounded)
+        self._check_bytes(run, len(data))
+        facts = self._facts(run, request, rounded, data)
+        if reply.kind == "opened":
+            self._admit(run, rounded)
+        self._log.append("left", **facts)
+        return data
+
+    def refused(self, reference: str, request: Frame | None, error: Exception) -> None:
+        """Log code and rule. An offer that merely waits was logged when it came."""
+        if isinstance(error, ApprovalRequired | AuditError):
+            return
+        step = request.kind if request is not None and request.kind in REPLY_OF else "unknown"
+        self._log.append(
+            "refused", step=step, code=_code(error), rule=_rule(error), reference=reference, **_run_of(request)
+        )
+
+    def _with_audit_head(self, reply: Frame) -> Frame:
+        """Tell where this log stands with every update, so that the coordinator can notice a cut tail."""
+        if reply.kind != "update":
+            return reply
+        head = self._log.refresh()
+        told = {"num_audit_entries": head.sequence + 1, "audit_sha256": head.sha256}
+        return dataclasses.replace(reply, head={**reply.head, **told})
+
+    def _admit(self, run: RunManifest, reply: Frame) -> None:
+        """The rows are read: only with enough of them does the run begin, and count as one of the day's."""
+        policy.check_opened(self.policy, self._dataset, from_head(OpenedHead, reply.head))
+        if self.history.run(run.sha256).opened_at is None:
+            approved_by = consent.require(self.policy, self.history, run, folder=self._folder)
+            self._log.append("opened", run=run.sha256, approved_by=approved_by)
+        self._admitted.add(run.sha256)
+
+    def _check_order(self, request: Frame, plan: RoundPlan) -> None:
+        """Rounds go forward; one that was answered is answered again only for the very same adapter."""
+        steps = self.history.run(plan.run_sha256).steps
+        known = steps.get((request.kind, plan.round_index))
+        if known is not None and known.request_sha256 != _sha256(request.body):
+            raise PolicyRefusedError(
+                f"rounds: {request.kind} of round {plan.round_index} came again with another adapter", rule="rounds"
+            )
+        last = max((step.position for step in steps.values()), default=-1)
+        if known is None and position(request.kind, plan.round_index) < last:
+            raise PolicyRefusedError(
+                f"rounds: {request.kind} of round {plan.round_index} came after a later step", rule="rounds"
+            )
+
+    def _check_bytes(self, run: RunManifest, num_bytes: int) -> None:
+        """The policy's quotas, and what the manifest declared."""
+        limits, whole = self.policy.egress, self.history.run(run.sha256).bytes_out + num_bytes
+        largest = min(limits.max_bytes_per_message, run.egress.bytes_per_message)
+        for rule, value, limit in (
+            ("egress.max_bytes_per_message", num_bytes, largest),
+            ("egress.max_bytes_per_run", whole, limits.max_bytes_per_run),
+        ):
+            if value > limit:
+                raise PolicyRefusedError(f"{rule}: {value} bytes are above {limit}", rule=rule)
+
+    def _facts(self, run: RunManifest, request: Frame, reply: Frame, data: bytes) -> dict[str, Any]:
+        """What the log says of an answer that leaves.
+
+        Raises:
+            PolicyRefusedError: The step was answered before, and this answer is another one.
+        """
+        place = (request.kind, int(reply.head.get("round_index", 0)))
+        content = _content_sha256(reply)
+        known = self.history.run(run.sha256).steps.get(place)
+        if known is not None and known.content_sha256 != content:
+            raise PolicyRefusedError(
+                f"rounds: round {place[1]} was answered before, and the answer would not be the same bytes again",
+                rule="rounds",
+            )
+        return {
+            "run": run.sha256,
+            "step": place[0],
+            "round_index": place[1],
+            "num_bytes": len(data),
+            "sha256": _sha256(data),
+            "request_sha256": _sha256(request.body),
+            "content_sha256": content,
+        }
+
+
+def _check_serial(signed_policy: SignedPolicy, history: History) -> None:
+    """A policy that was in force is never followed by an older one, nor by another one of the same number."""
+    serial, last = signed_policy.rules.serial, history.serial
+    if serial < last or (serial == last and signed_policy.sha256 != history.policy_sha256):
+        raise PolicyRefusedError(
+            f"serial: the policy has serial {serial}, and another one with serial {last} was in force here; "
+            f"raise it above {last} and sign the policy again",
+            rule="serial",
+        )
+
+
+def _who(offer: Offer) -> dict[str, Any]:
+    """Who offers a run."""
+    return {} if offer.signature is None else {"signer": offer.signature.signer, "not_after": offer.signature.not_after}
+
+
+def _rule(error: Exception) -> str:
+    """The rule that refused; the error's class where it is a rule of the protocol."""
+    if isinstance(error, PolicyRefusedError):
+        return error.rule
+    return "runs.approval" if isinstance(error, ApprovalDenied) else _code(error)
+
+
+def _code(error: Exception) -> str:
+    """What crosses, too."""
+    return type(error).__name__ if isinstance(error, SilotuneError) else "InternalError"
+
+
+def _run_of(request: Frame | None) -> dict[str, str]:
+    """The run that a refused request was about: by its manifest, or as it says."""
+    if request is None:
+        return {}
+    if request.kind == "open":
+        return {"run": _sha256(request.body)}
+    named = request.head.get("run_sha256")
+    return {"run": wire.shown(named)} if isinstance(named, str) else {}
+
+
+def _content_sha256(reply: Frame) -> str:
+    """Hash of an answer without its time and the log's head, which no two answers share."""
+    head = {name: value for name, value in reply.head.items() if name not in ("seconds", *egress.AUDIT)}
+    return _sha256(wire.pack(dataclasses.replace(reply, head=head)))
+
+
+def _sha256(data: bytes) -> str:
+    """Lower-case hexadecimal."""
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,45 @@
+"""What an agent asks before it acts, and what it shows before it answers.
+
+`Permissive` is for simulations, where all sites are the researcher's. `client.gatekeeper` is the one that has rules.
+"""
+
+from typing import Protocol
+
+from common import wire
+from common.adapter import Tensors
+from common.manifest import Offer, RunManifest
+from common.records import RoundPlan
+from common.wire import Frame
+
+
+class Guard(Protocol):
+    """The four places at which a site may say no; each says it by raising, and nothing is sent."""
+
+    def before_open(self, offer: Offer) -> None:
+        """A run is offered; nothing has been read or loaded for it."""
+
+    def before_step(self, request: Frame, plan: RoundPlan, tensors: Tensors, *, run: RunManifest) -> None:
+        """The run is open and the adapter has the manifest's names and shapes; nothing has been computed."""
+
+    def outgoing(self, request: Frame, reply: Frame, *, run: RunManifest) -> bytes:
+        """All that would leave; returns the bytes that do."""
+
+    def refused(self, reference: str, request: Frame | None, error: Exception) -> None:
+        """A request was refused; None if it was no frame."""
+
+
+class Permissive:
+    """Allows everything that the agent itself does."""
+
+    def before_open(self, offer: Offer) -> None:
+        """Take any manifest, signed or not."""
+
+    def before_step(self, request: Frame, plan: RoundPlan, tensors: Tensors, *, run: RunManifest) -> None:
+        """Take any round."""
+
+    def outgoing(self, request: Frame, reply: Frame, *, run: RunManifest) -> bytes:
+        """Send the reply as it is."""
+        return wire.pack(reply)
+
+    def refused(self, reference: str, request: Frame | None, error: Exception) -> None:
+        """Keep no log of its own."""

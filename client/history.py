@@ -1,0 +1,112 @@
+"""What a site's audit log says about its runs, folded entry by entry: the site's only memory of what it has done."""
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from client.policy import Usage
+from common.audit import Entry
+
+AUDIT_FILE: Final = "audit.jsonl"
+DAY_S: Final = 86_400
+
+
+@dataclass(frozen=True)
+class Step:
+    """One answer to one request.
+
+    Attributes:
+        position: Its place in a run: evaluation before round r is 2 r, the round itself 2 r + 1.
+        request_sha256: Hash of the adapter that came.
+        content_sha256: Hash of what left, times aside.
+    """
+
+    position: int
+    request_sha256: str
+    content_sha256: str
+
+
+@dataclass
+class RunHistory:
+    """One run.
+
+    Attributes:
+        name: As its manifest calls it.
+        offered_at: Unix seconds.
+        decision: `""`, `approved` or `denied`.
+        opened_at: When it was first opened; None if it never was.
+        bytes_out: Sum of what left.
+        steps: What was answered, by kind and round.
+    """
+
+    name: str = ""
+    offered_at: float = 0.0
+    decision: str = ""
+    opened_at: float | None = None
+    bytes_out: int = 0
+    steps: dict[tuple[str, int], Step] = field(default_factory=dict)
+
+
+@dataclass
+class History:
+    """All runs that this site knows of, by the hash of their manifests.
+
+    Attributes:
+        runs: In the order in which they were first heard of.
+        approved: Hashes in the order of approval.
+        serial: Of the newest policy that the agent has started with; -1 before the first.
+        policy_sha256: Of that policy.
+    """
+
+    runs: dict[str, RunHistory] = field(default_factory=dict)
+    approved: list[str] = field(default_factory=list)
+    serial: int = -1
+    policy_sha256: str = ""
+
+    def take(self, entry: Entry) -> None:
+        """One more entry of the log."""
+        facts = entry.facts
+        if entry.kind == "started":
+            self.serial, self.policy_sha256 = facts["policy_serial"], facts["policy_sha256"]
+        elif entry.kind in ("offered", "approved", "denied", "opened", "left"):
+            self._take_run(entry, self.runs.setdefault(facts["run"], RunHistory()))
+
+    def usage(self, run_sha256: str, *, now: float) -> Usage:
+        """What counts against the policy's quotas when this run wants to open."""
+        others = (run.opened_at for sha256, run in self.runs.items() if sha256 != run_sha256)
+        num_today = sum(opened_at is not None and opened_at > now - DAY_S for opened_at in others)
+        return Usage(num_today, self.run(run_sha256).bytes_out)
+
+    def run(self, run_sha256: str) -> RunHistory:
+        """A run's history; an empty one if the run is unknown."""
+        return self.runs.get(run_sha256, RunHistory())
+
+    def _take_run(self, entry: Entry, run: RunHistory) -> None:
+        """One more entry about one run."""
+        if entry.kind == "offered":
+            run.name, run.offered_at = entry.facts["name"], entry.time
+        elif entry.kind == "opened":
+            run.opened_at = entry.time if run.opened_at is None else run.opened_at
+        elif entry.kind == "left":
+            self._take_left(entry.facts, run)
+        else:
+            run.decision = entry.kind
+            self.approved = [sha256 for sha256 in self.approved if sha256 != entry.facts["run"]]
+            self.approved += [entry.facts["run"]] if entry.kind == "approved" else []
+
+    def _take_left(self, facts: dict[str, Any], run: RunHistory) -> None:
+        """One more answer that left."""
+        run.bytes_out += facts["num_bytes"]
+        if facts["step"] != "open":
+            place = (facts["step"], facts["round_index"])
+            step = Step(position(*place), facts["request_sha256"], facts["content_sha256"])
+            run.steps.setdefault(place, step)
+
+
+def position(step: str, round_index: int) -> int:
+    """A step's place in a run.
+
+    Example:
+        >>> [position("evaluate", 0), position("train", 0), position("evaluate", 1)]
+        [0, 1, 2]
+    """
+    return 2 * round_index + (step == "train")

@@ -1,0 +1,181 @@
+"""The site's tunnel to the gateway: TLS on loopback in, TLS 1.3 with the site's certificate out.
+
+A SuperNode cannot show a client certificate, and with a node key it refuses to speak without TLS. So it is pointed
+here, with `--root-certificates STATE/link.pem`; bytes pass unread, and the gateway sees the site's own certificate. The
+tunnel's certificate is for 127.0.0.1 only, made at the first start, and its key never leaves this machine.
+"""
+
+import asyncio
+import datetime
+import ipaddress
+import logging
+import signal
+import ssl
+from pathlib import Path
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from common import keyfile, storage
+from common.errors import ConfigError
+
+HOST: Final = "127.0.0.1"
+CERTIFICATE: Final = "link.pem"
+KEY: Final = "link.key"
+MAX_CONNECTIONS: Final = 32
+_LIFETIME: Final = datetime.timedelta(days=3650)
+_PIECE_BYTES: Final = 1 << 16
+_CONNECT_S: Final = 10.0
+_log = logging.getLogger(__name__)
+
+
+def run(*, gateway: str, ca_file: Path, certificate_file: Path, key_file: Path, state: Path, port: int) -> None:
+    """Carry bytes until SIGTERM or SIGINT.
+
+    Args:
+        gateway: `host:port` of the gateway's listener for sites; the host must be a name in its certificate.
+        ca_file: PEM certificate that the gateway's must lead to.
+        certificate_file: This site's certificate and its chain, PEM.
+        key_file: Its private key, PEM, mode 0600.
+        state: Folder of the tunnel's own certificate and key; made if it is not there.
+        port: Where to listen on 127.0.0.1.
+
+    Raises:
+        ConfigError: A file or an address cannot be used.
+        StorageError: The folder cannot be written.
+    """
+    host, _, remote_port = gateway.rpartition(":")
+    if not host or not remote_port.isdigit():
+        raise ConfigError(f"--gateway {gateway}: write host:port")
+    outward = outward_context(ca_file=ca_file, certificate_file=certificate_file, key_file=key_file)
+    inward = inward_context(state)
+    asyncio.run(_serve(inward, outward, remote=(host.strip("[]"), int(remote_port)), port=port))
+
+
+def outward_context(*, ca_file: Path, certificate_file: Path, key_file: Path) -> ssl.SSLContext:
+    """Make the context towards the gateway: TLS 1.3, host name checked, with this site's certificate.
+
+    Raises:
+        ConfigError: A file cannot be used, or the key is open to others.
+    """
+    keyfile.read(key_file)  # refuses one that is open to others
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    try:
+        context.load_verify_locations(cafile=ca_file)
+        context.load_cert_chain(certificate_file, key_file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{ca_file}, {certificate_file}, {key_file}: no CA, certificate and the key that belongs to it"
+        ) from error
+    return context
+
+
+def inward_context(state: Path) -> ssl.SSLContext:
+    """Make the context towards the SuperNode; its certificate is made when it is not there.
+
+    Raises:
+        ConfigError: The key is open to others, or does not belong to the certificate.
+        StorageError: The folder cannot be written.
+    """
+    certificate, key = state / CERTIFICATE, state / KEY
+    if not certificate.exists():
+        _make_certificate(certificate, key)
+    keyfile.read(key)  # refuses one that is open to others
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    try:
+        context.load_cert_chain(certificate, key)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{certificate}, {key} do not fit together; delete both and restart the SuperNode") from error
+    return context
+
+
+async def _serve(inward: ssl.SSLContext, outward: ssl.SSLContext, *, remote: tuple[str, int], port: int) -> None:
+    """Accept connections until a signal."""
+    free = asyncio.Semaphore(MAX_CONNECTIONS)
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async with free:
+            await _carry(reader, writer, outward, remote=remote)
+
+    try:
+        server = await asyncio.start_server(accept, HOST, port, ssl=inward, limit=_PIECE_BYTES)
+    except OSError as error:
+        raise ConfigError(f"--port {port}: cannot listen there ({error.strerror}); choose another") from error
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    async with server:
+        await stopped.wait()
+
+
+async def _carry(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, outward: ssl.SSLContext, *, remote: tuple[str, int]
+) -> None:
+    """Carry one connection; when either end closes, both do. A gateway that is away looks like a closed connection."""
+    try:
+        async with asyncio.timeout(_CONNECT_S):
+            far_reader, far_writer = await asyncio.open_connection(*remote, ssl=outward, limit=_PIECE_BYTES)
+    except (OSError, TimeoutError) as error:
+        _log.warning("no connection to the gateway at %s:%d: %s", *remote, _reason(error))
+        writer.transport.abort()
+        return
+    ways = [asyncio.create_task(_pump(reader, far_writer)), asyncio.create_task(_pump(far_reader, writer))]
+    try:
+        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for way in ways:
+            way.cancel()
+        for end in (writer, far_writer):
+            end.close()
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Copy until the end."""
+    try:
+        while piece := await reader.read(_PIECE_BYTES):
+            writer.write(piece)
+            await writer.drain()
+    except ssl.SSLError as error:  # with TLS 1.3 a refused certificate is told after the handshake
+        _log.warning("TLS ended the connection: %s", _reason(error))
+    except OSError:
+        return
+
+
+def _reason(error: OSError | TimeoutError) -> str:
+    """What to tell about a failed connection."""
+    if isinstance(error, ssl.SSLError):
+        return str(error.reason)
+    return error.strerror or "it does not answer"
+
+
+def _make_certificate(certificate_file: Path, key_file: Path) -> None:
+    """Write a key and a certificate of its own for 127.0.0.1; the certificate last, as it says that both are there."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    form = serialization.PrivateFormat.PKCS8
+    private = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+    public = _self_signed(key).public_bytes(serialization.Encoding.PEM)
+    key_file.unlink(missing_ok=True)
+    keyfile.write(key_file, private)
+    storage.write_atomic(certificate_file, public)
+
+
+def _self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    """A server certificate for 127.0.0.1 that is its own root."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "silotune link")])
+    now = datetime.datetime.now(datetime.UTC)
+    extensions: list[tuple[x509.ExtensionType, bool]] = [
+        (x509.BasicConstraints(ca=False, path_length=None), True),
+        (x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(HOST))]), False),
+        (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False),
+    ]
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - datetime.timedelta(minutes=5)).not_valid_after(now + _LIFETIME)
+    for extension, is_critical in extensions:
+        builder = builder.add_extension(extension, critical=is_critical)
+    return builder.sign(key, hashes.SHA256())

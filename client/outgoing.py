@@ -1,0 +1,103 @@
+"""What leaves, held to what the manifest declared and the policy allows: exact fields, ranges, rounding, tensors."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from client.policy_file import Policy
+from common import adapter, egress
+from common.errors import ModelError, PolicyRefusedError, WireError
+from common.manifest import RunManifest
+from common.records import SiteMetrics, from_head
+from common.wire import Frame
+
+
+def rounded(reply: Frame, *, digits: int) -> Frame:
+    """Round every figure; a sum over tokens is rounded by its mean, which is what it is used for.
+
+    Example:
+        >>> rounded(Frame("update", {"train_loss": 1.23456}), digits=3).head
+        {'train_loss': 1.235}
+    """
+    head = {name: round(value, digits) if isinstance(value, float) else value for name, value in reply.head.items()}
+    if reply.kind == "metrics" and reply.head.get("num_answer_tokens"):
+        head["nll_sum"] = _rounded_sum(reply.head["nll_sum"], reply.head["num_answer_tokens"], digits=digits)
+    return dataclasses.replace(reply, head=head)
+
+
+def check(policy: Policy, run_manifest: RunManifest, reply: Frame, *, names: Mapping[str, Any]) -> None:
+    """Let nothing through that is not declared.
+
+    Args:
+        policy: The site's.
+        run_manifest: Of the run that is open.
+        reply: All that would leave, rounded.
+        names: What site, run and round must be called in it.
+
+    Raises:
+        PolicyRefusedError: A field too many or too few, a figure out of range, a slice that is too small, other
+            tensors.
+    """
+    declared = run_manifest.egress.metrics.get(reply.kind)
+    if declared is None:
+        raise PolicyRefusedError(f"egress: a reply of kind '{reply.kind}' is not declared", rule="egress")
+    _check_fields(reply, declared.keys())
+    wrong = sorted(name for name in names.keys() & reply.head.keys() if reply.head[name] != names[name])
+    if wrong:
+        raise PolicyRefusedError(f"egress.metrics: {', '.join(wrong)} not those of the request", rule="egress.metrics")
+    for name, limits in declared.items():
+        _check_range(name, reply.head[name], limits)
+        _check_range(name, reply.head[name], policy.egress.metrics.get(name, (0, -1)))
+    _check_slices(policy, reply)
+    _check_body(run_manifest, reply)
+
+
+def _check_fields(reply: Frame, figures: Any) -> None:
+    """Exactly the record's fields, of their types."""
+    try:
+        from_head(egress.REPLIES[reply.kind], reply.head)
+    except WireError as error:
+        raise PolicyRefusedError(f"egress.metrics: {error}", rule="egress.metrics") from error
+    extra = sorted(reply.head.keys() - set(figures) - set(egress.NAMES))
+    if reply.kind == "update" and (reply.head["num_audit_entries"], reply.head["audit_sha256"]) != (0, ""):
+        extra = list(egress.AUDIT)  # the gatekeeper alone writes them, after this check
+    if extra:
+        raise PolicyRefusedError(f"egress.metrics: {', '.join(extra)} not declared", rule="egress.metrics")
+
+
+def _check_range(name: str, value: float, limits: tuple[float, float]) -> None:
+    """One figure; its value is not repeated."""
+    if not limits[0] <= value <= limits[1]:
+        raise PolicyRefusedError(
+            f"egress.metrics: {name} is not from {limits[0]:g} to {limits[1]:g}", rule="egress.metrics"
+        )
+
+
+def _check_slices(policy: Policy, reply: Frame) -> None:
+    """No figure over fewer rows than the policy's slice."""
+    if reply.kind != "metrics":
+        return
+    head = from_head(SiteMetrics, reply.head)
+    smallest = min(filter(None, (head.num_rows, head.num_generated)), default=0)
+    if smallest < policy.evaluation.min_slice:
+        raise PolicyRefusedError(
+            f"evaluation.min_slice: a figure over {smallest} rows; the smallest slice is {policy.evaluation.min_slice}",
+            rule="evaluation.min_slice",
+        )
+
+
+def _check_body(run_manifest: RunManifest, reply: Frame) -> None:
+    """The manifest's tensors under an update, nothing under anything else."""
+    if reply.kind != "update":
+        if reply.body:
+            raise PolicyRefusedError(f"egress: {len(reply.body)} bytes under '{reply.kind}'", rule="egress")
+        return
+    try:
+        adapter.decode(reply.body, run_manifest.tensor_specs, dtype=run_manifest.run.wire.dtype)
+    except (WireError, ModelError) as error:
+        raise PolicyRefusedError(f"egress: {error}", rule="egress") from error
+
+
+def _rounded_sum(nll_sum: float, num_tokens: int, *, digits: int) -> float:
+    """The sum whose mean is the rounded mean."""
+    return round(round(nll_sum / num_tokens, digits) * num_tokens, digits)

@@ -1,0 +1,242 @@
+"""A run against the site's policy: each refusal names its rule, by its dotted path in the policy file, and the values.
+
+Closed world: a setting that no rule here knows is refused too, so a later version's settings need a rule first.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from client.policy_file import FORBIDDEN, BaseRules, DatasetRules, Policy
+from common import config, egress, manifest
+from common.errors import AuthError, PolicyRefusedError
+from common.manifest import Offer, RunManifest
+from common.records import OpenedHead
+from common.wire import shown
+
+KNOWN: Final = {
+    "": "version name seed",
+    "model": "base revision sha256 quantization double_quantization dtype chat_template",
+    "adapter": "kind r alpha dropout targets use_rslora",
+    "data": "source partition num_sites dirichlet_alpha site_column unit_column instruction_column input_column "
+    "output_column held_out_fraction max_length_tokens too_long system_prompt",
+    "training": "local_epochs local_steps batch_size micro_batch_size learning_rate schedule warmup_fraction optimizer "
+    "weight_decay adam_beta1 adam_beta2 adam_epsilon momentum max_grad_norm gradient_checkpointing",
+    "federation": "num_rounds sites_per_round min_sites round_timeout_s join_timeout_s num_sites",
+    "aggregation": "method weighting gap_warning",
+    "privacy": "mode",
+    "wire": "dtype max_update_mib",
+    "evaluation": "every_rounds server_data batch_size exact_match_rows max_new_tokens",
+    "output": "folder keep_checkpoints",
+}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What this site has done so far, from its audit log.
+
+    Attributes:
+        num_runs_today: Other runs that were opened in the last 24 hours.
+        bytes_of_run: What has left in this run.
+    """
+
+    num_runs_today: int = 0
+    bytes_of_run: int = 0
+
+
+def check_signature(policy: Policy, offer: Offer, *, now: float) -> None:
+    """Act on what one of the federation's operators signed, and nothing else.
+
+    Raises:
+        PolicyRefusedError: Unsigned, altered, signed by somebody else or for others, or past its date.
+    """
+    try:
+        made = manifest.check_signature(offer)
+    except AuthError as error:
+        raise PolicyRefusedError(str(error), rule="federation.operators") from error
+    _require(
+        made.signer in policy.federation.operators,
+        "federation.operators",
+        f"key {shown(made.signer, limit=16)} is no operator's",
+    )
+    _require(
+        made.federation == policy.federation.id,
+        "federation.id",
+        f"the run is for '{shown(made.federation)}', this site is in '{policy.federation.id}'",
+    )
+    _require(now <= made.not_after, "federation.not_after", f"the offer ended at {made.not_after}, it is {now:.0f}")
+
+
+def check(policy: Policy, run_manifest: RunManifest, usage: Usage) -> None:
+    """Everything about a run that can be judged before a row is read.
+
+    Raises:
+        PolicyRefusedError: Names the first rule that is broken.
+    """
+    _check_settings(run_manifest)
+    base = _check_base(policy, run_manifest)
+    _check_model(base, run_manifest.run.model)
+    _check_adapter(policy, run_manifest)
+    _check_training(policy, run_manifest.run)
+    _check_privacy(policy, run_manifest.run)
+    _check_texts(policy, run_manifest.run)
+    _check_egress(policy, run_manifest, usage)
+    _at_most("runs.max_per_day", usage.num_runs_today + 1, policy.runs.max_per_day)
+
+
+def check_node(policy: Policy, data: config.NodeDataConfig) -> DatasetRules:
+    """The site's own file reads only what the policy allows.
+
+    Returns:
+        The rules of the data set that it reads.
+
+    Raises:
+        PolicyRefusedError: Another file, or a column that is not listed.
+    """
+    found = next((rules for rules in policy.data.datasets.values() if rules.path == data.path), None)
+    if found is None:
+        raise PolicyRefusedError(f"data.datasets: {data.path} is not listed", rule="data.datasets")
+    if data.held_out_path:
+        listed = [rules.path for rules in policy.data.datasets.values()]
+        _require(data.held_out_path in listed, "data.datasets", f"{data.held_out_path} is not listed")
+    named = {data.instruction_column, data.input_column, data.output_column, data.unit_column} - {""}
+    extra = sorted(named - set(found.columns))
+    _require(not extra, "data.datasets.columns", f"{', '.join(extra)} not listed for {data.path}")
+    return found
+
+
+def check_opened(policy: Policy, dataset: DatasetRules, head: OpenedHead) -> None:
+    """Counts that are known once the rows are read.
+
+    Raises:
+        PolicyRefusedError: Too few rows or steps to hide a row in, or more rows than may be read.
+    """
+    num_rows = head.num_examples + head.num_held_out + head.num_dropped
+    _at_least("train.min_records", head.num_examples, policy.train.min_records)
+    _at_least("train.min_local_steps", head.num_steps, policy.train.min_local_steps)
+    _at_most("data.datasets.max_rows", num_rows, dataset.max_rows)
+
+
+def leaves(run: config.RunConfig) -> Iterator[str]:
+    """The dotted keys of a run file."""
+    for name, value in run.model_dump().items():
+        yield from (f"{name}.{key}" for key in value) if isinstance(value, dict) else (name,)
+
+
+def _known() -> set[str]:
+    """The dotted keys that the rules here judge, or that were found harmless."""
+    return {f"{section}.{key}".lstrip(".") for section, keys in KNOWN.items() for key in keys.split()}
+
+
+def _check_settings(run_manifest: RunManifest) -> None:
+    """No setting without a rule."""
+    unknown = sorted(set(leaves(run_manifest.run)) - _known())
+    _require(not unknown, "manifest", f"no rule judges {', '.join(unknown)}")
+
+
+def _check_base(policy: Policy, run_manifest: RunManifest) -> BaseRules:
+    """A base by the hash of its files."""
+    found = next((base for base in policy.models.allow if base.sha256 == run_manifest.base_sha256), None)
+    if found is None:
+        digest = shown(run_manifest.base_sha256)
+        raise PolicyRefusedError(f"models.allow: the base with hash {digest} is not listed", rule="models.allow")
+    return found
+
+
+def _check_model(base: BaseRules, model: config.ModelConfig) -> None:
+    """How the base is used."""
+    _one_of("models.allow.quantization", model.quantization, base.quantization)
+    _one_of("models.allow.chat_template", model.chat_template, base.chat_template)
+
+
+def _check_adapter(policy: Policy, run_manifest: RunManifest) -> None:
+    """Judge the tensors themselves, whatever the run's settings call them."""
+    adapter = run_manifest.run.adapter
+    for spec in run_manifest.tensor_specs:
+        module, _, factor = spec.name.rpartition(".lora_")
+        _require(factor in ("A.weight", "B.weight"), "lora.targets", f"{shown(spec.name, limit=200)} is no factor")
+        parts = module.split(".")
+        is_allowed = parts[-1] in policy.lora.targets and not set(parts) & set(FORBIDDEN)
+        _require(is_allowed, "lora.targets", f"{shown(module, limit=200)} is not one of them")
+        rank = spec.shape[0 if factor == "A.weight" else -1] if len(spec.shape) == 2 else 0
+        _within("lora.r", rank, policy.lora.r)
+    _require(bool(run_manifest.tensor_specs), "lora.targets", "the run trains nothing")
+    _within("lora.r", adapter.r, policy.lora.r)
+    _within("lora.alpha", adapter.alpha, policy.lora.alpha)
+
+
+def _check_training(policy: Policy, run: config.RunConfig) -> None:
+    """An update must be the sum of many steps."""
+    rules, training = policy.train, run.training
+    _within("train.learning_rate", training.learning_rate, rules.learning_rate)
+    _one_of("train.optimizers", training.optimizer, rules.optimizers)
+    _at_least("train.min_batch_size", training.batch_size, rules.min_batch_size)
+    if training.local_steps:
+        _at_least("train.min_local_steps", training.local_steps, rules.min_local_steps)
+    _at_most("train.max_warmup_fraction", training.warmup_fraction, rules.max_warmup_fraction)
+    _at_most("train.max_rounds", run.federation.num_rounds, rules.max_rounds)
+    _at_most("train.max_length_tokens", run.data.max_length_tokens, rules.max_length_tokens)
+
+
+def _check_privacy(policy: Policy, run: config.RunConfig) -> None:
+    """Protection that the site requires, and how many sites an aggregate comes from."""
+    protection = policy.privacy
+    _require(
+        protection.mode == "none" or run.privacy.mode != "none",
+        "privacy.mode",
+        f"differential privacy is required, the run has privacy.mode = '{run.privacy.mode}'",
+    )
+    _require(
+        protection.secagg == "none",
+        "privacy.secagg",
+        "secure aggregation is required, and this version has none",
+    )
+    federation = run.federation
+    _at_least("cohort.min_sites", federation.min_sites, policy.cohort.min_sites)
+    if federation.sites_per_round:
+        _at_least("cohort.min_sites", federation.sites_per_round, policy.cohort.min_sites)
+
+
+def _check_texts(policy: Policy, run: config.RunConfig) -> None:
+    """A coordinator's text stands in every example, so it could ask for anything."""
+    is_listed = run.data.system_prompt in policy.data.system_prompts
+    _require(is_listed, "data.system_prompts", f"{len(run.data.system_prompt)} characters that are not listed")
+    if run.evaluation.exact_match_rows:
+        _at_least("evaluation.min_slice", run.evaluation.exact_match_rows, policy.evaluation.min_slice)
+
+
+def _check_egress(policy: Policy, run_manifest: RunManifest, usage: Usage) -> None:
+    """What the manifest says will leave."""
+    rules, declared = policy.egress, run_manifest.egress
+    for kind, own in declared.metrics.items():
+        for name in own:
+            _require(name in rules.metrics, "egress.metrics", f"{kind} would tell {name}, which is not listed")
+    _at_most("egress.max_bytes_per_message", declared.bytes_per_message, rules.max_bytes_per_message)
+    whole = declared.bytes_per_round * run_manifest.run.federation.num_rounds + egress.HEAD_BYTES
+    _at_most("egress.max_bytes_per_run", max(whole, usage.bytes_of_run), rules.max_bytes_per_run)
+
+
+def _within(rule: str, value: float, limits: tuple[float, float]) -> None:
+    """Between two numbers, both included."""
+    _require(limits[0] <= value <= limits[1], rule, f"{value:g} is not from {limits[0]:g} to {limits[1]:g}")
+
+
+def _at_least(rule: str, value: float, floor: float) -> None:
+    """Not below."""
+    _require(value >= floor, rule, f"{value:g} is below {floor:g}")
+
+
+def _at_most(rule: str, value: float, ceiling: float) -> None:
+    """Not above."""
+    _require(value <= ceiling, rule, f"{value:g} is above {ceiling:g}")
+
+
+def _one_of(rule: str, value: str, allowed: tuple[str, ...]) -> None:
+    """One of a few words."""
+    _require(value in allowed, rule, f"'{value}' is not one of {', '.join(allowed)}")
+
+
+def _require(is_allowed: bool, rule: str, message: str) -> None:
+    """Refuse by a rule."""
+    if not is_allowed:
+        raise PolicyRefusedError(f"{rule}: {message}", rule=rule)

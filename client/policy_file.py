@@ -1,0 +1,251 @@
+"""A site's policy: what it allows, in its own words, signed by its admin. Closed: what is not allowed is refused.
+
+Only the schema and the way from file to record; `client.policy` holds the rules against a run.
+"""
+
+import hashlib
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import AfterValidator, Field, ValidationError
+
+from common import config_file, egress, identity, storage
+from common.config import Count, PositiveCount, RequiredLine, Section, Slug
+from common.errors import AuthError, ConfigError, PolicyRefusedError
+
+PURPOSE: Final = "policy"
+SIGNATURE_SUFFIX: Final = ".sig"
+FORBIDDEN: Final = ("embed_tokens", "lm_head", "modules_to_save", "bias", "embed_in", "embed_out", "wte", "wpe")
+MAX_SIGNATURE_BYTES: Final = 1024
+
+
+def _ordered(limits: tuple[float, float]) -> tuple[float, float]:
+    """Lowest first."""
+    if limits[0] > limits[1]:
+        raise ValueError("the first number must not be above the second")
+    return limits
+
+
+def _trainable(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Layers whose updates list the tokens that were seen can be allowed by nobody."""
+    found = sorted(name for name in names if any(part in name for part in FORBIDDEN))
+    if found:
+        raise ValueError(f"{', '.join(found)} can never be trained: such an update lists the tokens of the rows")
+    return names
+
+
+def _known(metrics: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """A figure that does not exist would be a rule without effect."""
+    unknown = sorted(metrics.keys() - egress.RANGES.keys())
+    if unknown:
+        raise ValueError(f"no such figure: {', '.join(unknown)}; there are {', '.join(sorted(egress.RANGES))}")
+    return metrics
+
+
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
+CountRange = Annotated[tuple[PositiveCount, PositiveCount], AfterValidator(_ordered)]
+Targets = Annotated[tuple[str, ...], AfterValidator(_trainable)]
+Demand = Literal["required", "none"]
+
+
+class FederationRules(Section):
+    """Whose runs are looked at."""
+
+    id: Slug = Field(description="The federation's id.")
+    operators: tuple[Hash, ...] = Field(description="Public keys whose signature on a run counts.")
+
+
+class BaseRules(Section):
+    """One base model that may be trained on."""
+
+    name: RequiredLine = Field(description="What people call it.")
+    sha256: Hash = Field(description="Hash of its files.")
+    quantization: tuple[Literal["none", "int8", "nf4"], ...] = Field(default=("none", "int8", "nf4"))
+    chat_template: tuple[Literal["tokenizer", "chatml", "alpaca"], ...] = Field(default=("tokenizer",))
+
+
+class ModelsRules(Section):
+    """Bases."""
+
+    allow: tuple[BaseRules, ...] = Field(description="None: no run can pass.")
+
+
+class LoraRules(Section):
+    """What may be trained of a base."""
+
+    targets: Targets = Field(description="Layers by the last part of their name.")
+    r: CountRange = Field(description="Ranks, lowest and highest.")
+    alpha: Range = Field(default=(1.0, 1024.0), description="Scales, lowest and highest.")
+
+
+class TrainRules(Section):
+    """Floors and ceilings of the local training; an update must be the sum of many steps over many rows."""
+
+    learning_rate: Range = Field(description="A rate near 0 hands out raw gradients.")
+    min_local_steps: PositiveCount = Field(default=20)
+    min_batch_size: PositiveCount = Field(default=4)
+    min_records: PositiveCount = Field(default=500)
+    max_rounds: PositiveCount
+    max_length_tokens: PositiveCount
+    max_warmup_fraction: float = Field(default=0.2, ge=0, lt=1, description="A warm-up is a rate near 0.")
+    max_tensor_norm: float = Field(default=1000.0, gt=0, description="Of each tensor of the global adapter.")
+    optimizers: tuple[Literal["adamw", "sgd"], ...] = Field(default=("adamw",))
+
+
+class PrivacyRules(Section):
+    """What must protect an update. `required` refuses every run of a version that has no such protection."""
+
+    mode: Demand = Field(description="Differential privacy.")
+    secagg: Demand = Field(description="Secure aggregation.")
+    max_epsilon: float = Field(default=8.0, gt=0)
+    dp_delta: float = Field(default=1e-6, gt=0, lt=1)
+    min_noise_multiplier: float = Field(default=0.8, gt=0)
+    max_clip_norm: float = Field(default=1.0, gt=0)
+
+
+class CohortRules(Section):
+    """How many sites an aggregate must come from."""
+
+    min_sites: PositiveCount
+
+
+class DatasetRules(Section):
+    """Rows that may be read."""
+
+    path: RequiredLine
+    columns: tuple[str, ...] = Field(min_length=1)
+    max_rows: PositiveCount
+
+
+class DataRules(Section):
+    """Rows, and texts that a coordinator may put around them."""
+
+    datasets: dict[Slug, DatasetRules] = Field(description="Each by a name of its own.")
+    system_prompts: tuple[str, ...] = Field(default=("",), description="Exactly these; the empty one is none.")
+
+
+class EvaluationRules(Section):
+    """What may be told of held-out rows."""
+
+    min_slice: int = Field(default=50, ge=1, description="Fewest rows behind a figure.")
+    round_metrics_to: int = Field(default=3, ge=0, le=6, description="Decimal digits of a figure that leaves.")
+    generations_leave: Literal[False] = Field(default=False, description="No version lets answers leave.")
+
+
+class EgressRules(Section):
+    """How much may leave."""
+
+    max_bytes_per_message: int = Field(ge=1)
+    max_bytes_per_run: int = Field(ge=1)
+    metrics: Annotated[dict[str, Range], AfterValidator(_known)] = Field(description="Figures, with their ranges.")
+
+
+class RunsRules(Section):
+    """How many runs, and who says yes."""
+
+    max_per_day: PositiveCount
+    approval: Literal["every_run", "changed_runs", "none"] = Field(
+        default="every_run",
+        description="`changed_runs`: a run that differs from one approved before in name and seed only needs no other "
+        "approval. `none`: whatever this policy allows may run.",
+    )
+
+
+class Policy(Section):
+    """What this site allows."""
+
+    version: Literal[1]
+    serial: Count = Field(description="Raised with every edit; the agent does not start with an older one.")
+    federation: FederationRules
+    models: ModelsRules
+    lora: LoraRules
+    train: TrainRules
+    privacy: PrivacyRules
+    cohort: CohortRules
+    data: DataRules
+    evaluation: EvaluationRules = Field(default_factory=EvaluationRules)
+    egress: EgressRules
+    runs: RunsRules
+
+
+@dataclass(frozen=True)
+class SignedPolicy:
+    """A policy whose signature was found right.
+
+    Attributes:
+        rules: What it says.
+        sha256: Hash of the file.
+    """
+
+    rules: Policy
+    sha256: str
+
+
+def load(path: Path, *, signer: str) -> SignedPolicy:
+    """Read a policy and its signature, `PATH.sig`.
+
+    Args:
+        path: The policy file.
+        signer: Public key of the site's admin, 64 hexadecimal digits.
+
+    Raises:
+        ConfigError: A file is missing, or the policy has problems; the message lists all of them.
+        PolicyRefusedError: The signature does not fit: the policy was edited and not signed again.
+    """
+    text = config_file.read(path)
+    data = text.encode()
+    try:
+        signature = config_file.read(_signature_path(path)).strip()
+        identity.verify(signer, signature, data, purpose=PURPOSE)
+    except AuthError as error:
+        raise PolicyRefusedError(
+            f"{path} is not what its admin signed; check it and run: silotune-client sign-policy {path} --key KEY",
+            rule="signature",
+        ) from error
+    return SignedPolicy(parse(text, name=str(path)), hashlib.sha256(data).hexdigest())
+
+
+def sign(path: Path, key: Ed25519PrivateKey) -> Path:
+    """Check a policy and write its signature beside it.
+
+    Raises:
+        ConfigError: The policy has problems.
+    """
+    text = config_file.read(path)
+    parse(text, name=str(path))
+    signature = identity.sign(key, text.encode(), purpose=PURPOSE)
+    storage.write_atomic(_signature_path(path), f"{signature}\n".encode())
+    return _signature_path(path)
+
+
+def parse(text: str, *, name: str) -> Policy:
+    """Check the text of a policy; `name` is what messages call it.
+
+    Raises:
+        ConfigError: All problems, one a line.
+    """
+    try:
+        table = json.dumps(tomllib.loads(text), allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{name} is not a policy in TOML: {error}") from None
+    try:
+        return Policy.model_validate_json(table)
+    except ValidationError as error:
+        problems = [_problem(detail) for detail in error.errors(include_url=False, include_input=False)]
+    raise ConfigError("\n".join([f"{len(problems)} problems in {name}", *problems])) from None
+
+
+def _problem(detail: Any) -> str:
+    """One problem by its dotted key."""
+    key = ".".join(str(part) for part in detail["loc"])
+    return f"  {key}  {detail['msg']}"
+
+
+def _signature_path(path: Path) -> Path:
+    """Where a policy's signature lies."""
+    return path.with_name(path.name + SIGNATURE_SUFFIX)

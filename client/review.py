@@ -1,0 +1,234 @@
+"""What a site is asked to say yes to, as a page for people and as a record for programs."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from client import consent, policy, policy_file
+from client.history import AUDIT_FILE, History
+from client.policy_file import Policy
+from common import config, identity, manifest
+from common.audit import AuditLog
+from common.errors import ConfigError, PolicyRefusedError
+from common.manifest import Offer, RunManifest
+from common.wire import shown
+
+NO_EPSILON: Final = (
+    "none: updates leave without differential privacy and without secure aggregation; the coordinator sees this site's "
+    "own update, from which text of the rows can be rebuilt"
+)
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What a person decides with: the site's own file, policy, log and what the log says."""
+
+    node: config.NodeConfig
+    policy: Policy
+    log: AuditLog
+    history: History
+
+    @property
+    def folder(self) -> Path:
+        """Of offers and log."""
+        return Path(self.node.agent.log_folder)
+
+
+@dataclass(frozen=True)
+class Review:
+    """One run, as its reviewer sees it.
+
+    Attributes:
+        run: Hash of the manifest.
+        facts: Question to answer, in the order of the page.
+        metrics: Kind of reply to the names of its figures.
+        tensors: Tensor name to shape.
+        changes: Setting to its value in the last approved run and in this one; empty without such a run.
+        compared_with: Hash of that run; empty if there is none.
+        refusal: Why the policy refuses the run; empty if it does not.
+    """
+
+    run: str
+    facts: dict[str, str]
+    metrics: dict[str, list[str]]
+    tensors: dict[str, list[int]]
+    changes: dict[str, list[str]]
+    compared_with: str
+    refusal: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the review as JSON types."""
+        return asdict(self)
+
+
+def open_desk(node: config.NodeConfig) -> Desk:
+    """Open log and policy of a site.
+
+    Raises:
+        ConfigError: The site has no policy, or a file of it cannot be read.
+        PolicyRefusedError: The policy was edited and not signed again.
+        AuditError: The log is not whole.
+    """
+    if not node.agent.policy:
+        raise ConfigError("this site has no policy, so nothing waits for approval; set agent.policy in its file")
+    signed = policy_file.load(Path(node.agent.policy), signer=node.agent.policy_signer)
+    key = identity.load(Path(node.agent.identity_key))
+    history = History()
+    log = AuditLog(Path(node.agent.log_folder) / AUDIT_FILE, key=key, on_entry=history.take)
+    return Desk(node, signed.rules, log, history)
+
+
+def runs(desk: Desk) -> list[dict[str, Any]]:
+    """All runs that this site was offered, the newest first."""
+    table = [
+        {
+            "run": sha256,
+            "name": run.name,
+            "state": run.decision or "waits",
+            "num_rounds_answered": sum(step == "train" for step, _ in run.steps),
+            "bytes_out": run.bytes_out,
+            "offered_at": run.offered_at,
+        }
+        for sha256, run in desk.history.runs.items()
+    ]
+    return table[::-1]
+
+
+def review(desk: Desk, name: str) -> Review:
+    """The page of one run.
+
+    Raises:
+        DataError: No such run, or its offer was removed.
+    """
+    sha256 = consent.find(desk.history, name)
+    offer = consent.load(desk.folder, sha256)
+    run = manifest.parse(offer.manifest)
+    before = next((old for old in reversed(desk.history.approved) if old != sha256), "")
+    changes = consent.differences(manifest.parse(consent.load(desk.folder, before).manifest), run) if before else {}
+    return Review(
+        run=sha256,
+        facts=_facts(desk, offer, run),
+        metrics={kind: sorted(own) for kind, own in run.egress.metrics.items()},
+        tensors={shown(spec.name, limit=200): list(spec.shape) for spec in run.tensor_specs},
+        changes={key: [_value(old), _value(new)] for key, (old, new) in changes.items()},
+        compared_with=before,
+        refusal=_refusal(desk, run),
+    )
+
+
+def decide(desk: Desk, name: str, *, is_approved: bool, by: str) -> dict[str, str]:
+    """Approve or deny a run; it counts from the agent's next answer on.
+
+    Raises:
+        DataError: No such run, or its offer was removed.
+    """
+    sha256 = consent.find(desk.history, name)
+    if is_approved:
+        consent.load(desk.folder, sha256)  # nobody approves what nobody could have read
+    consent.decide(desk.log, sha256, is_approved=is_approved, by=by)
+    return {"run": sha256, "name": desk.history.run(sha256).name, "state": desk.history.run(sha256).decision}
+
+
+def render(page: Review) -> RenderableType:
+    """A review for a terminal."""
+    facts = Table("question", "answer", title=f"run {page.run[:12]}", show_lines=True)
+    for question, answer in page.facts.items():
+        facts.add_row(question, Text(answer))
+    parts: list[RenderableType] = [facts, _figures(page), _shapes(page.tensors), _changes(page)]
+    if page.refusal:
+        parts.append(Text(f"This site's policy refuses the run, whatever you say: {page.refusal}", style="bold"))
+    return Group(*parts)
+
+
+def render_runs(table: Sequence[dict[str, Any]]) -> RenderableType:
+    """All runs for a terminal."""
+    shown_runs = Table("run", "name", "state", "rounds answered", "bytes out", "offered (UTC)", title="runs")
+    for run in table:
+        offered = time.strftime("%Y-%m-%d %H:%M", time.gmtime(run["offered_at"]))
+        numbers = (f"{run['num_rounds_answered']}", f"{run['bytes_out']:,}", offered)
+        shown_runs.add_row(run["run"][:12], Text(run["name"]), run["state"], *numbers)
+    return shown_runs
+
+
+def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
+    """Questions and answers."""
+    settings, declared, made = run.run, run.egress, offer.signature
+    num_rounds, data = settings.federation.num_rounds, desk.node.data
+    columns = ", ".join(filter(None, (data.instruction_column, data.input_column, data.output_column)))
+    unit = f"; {data.unit_column} only to keep a unit's rows together" if data.unit_column else ""
+    base = next((base.name for base in desk.policy.models.allow if base.sha256 == run.base_sha256), "not listed")
+    num_values = sum(math.prod(spec.shape) for spec in run.tensor_specs)
+    return {
+        "name": settings.name,
+        "offered by": f"key {made.signer} of {made.federation}" if made else "nobody signed it",
+        "offer ends (UTC)": time.strftime("%Y-%m-%d %H:%M", time.gmtime(made.not_after)) if made else "-",
+        "what leaves": f"{len(run.tensor_specs)} tensors with {num_values:,} values as {declared.dtype}, and the "
+        "figures below, rounded; no row, no text",
+        "bytes that leave": f"at most {declared.bytes_per_round:,} a round, "
+        f"{declared.bytes_per_round * num_rounds:,} in {num_rounds} rounds",
+        "epsilon": NO_EPSILON,
+        "rows that are read": f"all of {data.path}" + (f" and {data.held_out_path}" if data.held_out_path else ""),
+        "columns that are read": columns + unit,
+        "base": f"{base}, {run.base_sha256}",
+        "training": f"{num_rounds} rounds, {_length(settings.training)}, batches of {settings.training.batch_size}, "
+        f"learning rate {settings.training.learning_rate:g}, at least {settings.federation.min_sites} sites",
+        "texts of the coordinator": settings.data.system_prompt or "none",
+    }
+
+
+def _length(training: config.TrainingConfig) -> str:
+    """How much a round trains."""
+    return f"{training.local_steps} steps each" if training.local_steps else f"{training.local_epochs:g} epochs each"
+
+
+def _refusal(desk: Desk, run: RunManifest) -> str:
+    """What the policy says."""
+    try:
+        policy.check(desk.policy, run, desk.history.usage(run.sha256, now=time.time()))
+    except PolicyRefusedError as error:
+        return str(error)
+    return ""
+
+
+def _figures(page: Review) -> Table:
+    """Figures that leave, by the reply that carries them."""
+    table = Table("reply", "figures", title="figures that leave")
+    for kind, names in page.metrics.items():
+        table.add_row(kind, ", ".join(names))
+    return table
+
+
+def _shapes(tensors: dict[str, list[int]]) -> Table:
+    """Tensors that leave, those of one shape and layer kind together."""
+    table = Table("tensor", "shape", "number", title="tensors that leave, every round")
+    groups: dict[tuple[str, str], int] = {}
+    for name, shape in tensors.items():
+        kind = (".".join(part if not part.isdigit() else "*" for part in name.split(".")), " x ".join(map(str, shape)))
+        groups[kind] = groups.get(kind, 0) + 1
+    for (name, shape_text), count in groups.items():
+        table.add_row(Text(name), shape_text, str(count))
+    return table
+
+
+def _changes(page: Review) -> RenderableType:
+    """The difference to the last approved run."""
+    if not page.compared_with:
+        return Text("No other run was approved here before, so there is nothing to compare with.")
+    if not page.changes:
+        return Text(f"The same as run {page.compared_with[:12]}, which was approved.")
+    table = Table("setting", "approved before", "this run", title=f"differs from run {page.compared_with[:12]}")
+    for key, (old, new) in page.changes.items():
+        table.add_row(key, Text(old), Text(new))
+    return table
+
+
+def _value(value: Any) -> str:
+    """A setting's value; the tensors only by their number."""
+    return f"{len(value)} tensors" if isinstance(value, tuple) else shown(value, limit=200)

@@ -1,0 +1,84 @@
+"""What may leave a site in a run: each figure with its range, the tensors' type, bytes a round. Loads no torch."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from common import config
+from common.records import OpenedHead, SiteMetrics, TensorSpec, UpdateHead
+
+HEAD_BYTES: Final = 4096  # more than any head and a frame's own bytes
+ENTRY_BYTES: Final = 128  # of a safetensors header, besides the tensor's name
+VALUE_BYTES: Final = {"float32": 4, "bfloat16": 2}
+REPLIES: Final[Mapping[str, type]] = {"opened": OpenedHead, "update": UpdateHead, "metrics": SiteMetrics}
+AUDIT: Final = ("num_audit_entries", "audit_sha256")  # the head of the site's audit log; says nothing of rows
+NAMES: Final = ("site", "run_sha256", "round_index", *AUDIT)  # no figures; site, run and round are known already
+
+Range = tuple[float, float]
+RANGES: Final[Mapping[str, Range]] = {
+    "num_examples": (0, 1e9),
+    "num_held_out": (0, 1e9),
+    "num_truncated": (0, 1e9),
+    "num_dropped": (0, 1e9),
+    "num_steps": (0, 1e9),
+    "num_tokens": (0, 1e12),
+    "train_loss": (0, 100),
+    "seconds": (0, 2_592_000),
+    "nll_sum": (0, 1e12),
+    "num_answer_tokens": (0, 1e12),
+    "num_rows": (0, 1e9),
+    "num_generated": (0, 1e6),
+    "num_exact": (0, 1e6),
+}
+
+
+@dataclass(frozen=True)
+class Egress:
+    """All that leaves a site; a run's manifest declares it, a site holds the run to it.
+
+    Attributes:
+        dtype: Of the update's tensors; their names and shapes are the manifest's.
+        metrics: Kind of reply to its figures, each with its range.
+        bytes_per_message: Largest message.
+        bytes_per_round: Largest sum over a round.
+    """
+
+    dtype: str
+    metrics: Mapping[str, Mapping[str, Range]]
+    bytes_per_message: int
+    bytes_per_round: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the declaration as JSON types."""
+        metrics = {kind: {name: list(limits) for name, limits in own.items()} for kind, own in self.metrics.items()}
+        return {**dataclasses.asdict(self), "metrics": metrics}
+
+
+def declare(run: config.RunConfig, tensor_specs: Sequence[TensorSpec]) -> Egress:
+    """What leaves a site in this run; a function of run and tensors alone.
+
+    Example:
+        >>> sorted(figures("opened"))[:2]
+        ['num_dropped', 'num_examples']
+    """
+    update = num_update_bytes(tensor_specs, dtype=run.wire.dtype)
+    return Egress(
+        dtype=run.wire.dtype,
+        metrics={kind: {name: RANGES[name] for name in figures(kind)} for kind in REPLIES},
+        bytes_per_message=update,
+        bytes_per_round=update + 2 * HEAD_BYTES,
+    )
+
+
+def figures(kind: str) -> list[str]:
+    """Names of the figures in a kind of reply."""
+    return [field.name for field in dataclasses.fields(REPLIES[kind]) if field.name not in NAMES]
+
+
+def num_update_bytes(tensor_specs: Sequence[TensorSpec], *, dtype: str) -> int:
+    """Most bytes that an update of these tensors can have, its frame included."""
+    num_values = sum(math.prod(spec.shape) for spec in tensor_specs)
+    header = sum(len(spec.name.encode()) + ENTRY_BYTES for spec in tensor_specs)
+    return num_values * VALUE_BYTES[dtype] + header + HEAD_BYTES

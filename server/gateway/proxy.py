@@ -1,0 +1,218 @@
+"""One request: who asks, for what, how much; then on to the SuperLink, piece by piece, and the answer back.
+
+Nothing of a request reaches the SuperLink before its path, its headers, its certificate and its node key have passed.
+The body is counted while it flows and never held, but for a run's start, whose bundle is checked.
+"""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Final
+
+import httpx
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from common.errors import SilotuneError
+from server.gateway import rules
+from server.gateway.connection import PEER
+from server.gateway.limits import Buckets
+from server.gateway.members import Members
+from server.gateway.refusals import RefusalLog, Refused
+from server.gateway.rules import Body, Headers
+from server.gateway.settings import LimitsConfig
+from server.gateway.tls import Peer
+
+_CONNECT_S: Final = 5.0
+_LINGER_S: Final = 1.0
+_LINGER_BYTES: Final = 1 << 20
+_MAX_UPSTREAM: Final = 256
+_KEEP_S: Final = 3.0  # less than the SuperLink keeps an idle connection
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What one listener lets through.
+
+    Attributes:
+        name: `fleet` or `control`.
+        paths: Listed paths.
+        max_body_bytes: Largest request.
+        check_peer: Takes headers, fingerprint and members; raises Refused.
+        check_body: For a path, what checks and may rewrite a whole body; other bodies are passed on as they come.
+        endless: Paths whose answers may take as long as they like.
+    """
+
+    name: str
+    paths: frozenset[str]
+    max_body_bytes: int
+    check_peer: Callable[[Headers, str, Members], None]
+    check_body: dict[str, Callable[[bytes], bytes]]
+    endless: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """The ASGI application of one listener.
+
+    Attributes:
+        gate: What passes.
+        members: Gives those who may connect now.
+        buckets: Requests of each certificate.
+        limits: Deadlines and caps.
+        upstream: Client of the SuperLink; see `connect`.
+        log: Where refusals go.
+        wall_clock: Seconds since 1970.
+    """
+
+    gate: Gate
+    members: Callable[[], Members]
+    buckets: Buckets
+    limits: LimitsConfig
+    upstream: httpx.AsyncClient
+    log: RefusalLog
+    wall_clock: Callable[[], float]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        request = Request(scope, receive)
+        async with AsyncExitStack() as stack:
+            try:
+                response = await self._answer(request, stack)
+            except Refused as refusal:
+                self._log(request, refusal)
+                await _refuse(refusal, receive, send)
+            except ClientDisconnect:
+                return
+            else:
+                await self._relay(response, request, send)
+
+    async def _relay(self, response: Response, request: Request, send: Send) -> None:
+        """Send an answer's body; if it breaks off, uvicorn closes the connection, so that nobody takes it for whole."""
+        try:
+            async with asyncio.timeout(self._time_s(request.scope["path"])):
+                await response(request.scope, request.receive, send)
+        except (httpx.HTTPError, TimeoutError) as error:
+            self._log(request, Refused(0, "slow_answer" if isinstance(error, TimeoutError) else "superlink"))
+
+    def _time_s(self, path: str) -> float | None:
+        """How long an answer on a path may take."""
+        return None if path in self.gate.endless else self.limits.exchange_timeout_s
+
+    async def _answer(self, request: Request, stack: AsyncExitStack) -> Response:
+        """Check a request, pass it on, and return the answer, whose body is yet to come."""
+        path, body = self._check(request)
+        try:
+            async with asyncio.timeout(self.limits.exchange_timeout_s):
+                return await self._forward(request, path, body, stack)
+        except TimeoutError:
+            raise Refused(504, "slow_exchange") from None
+
+    def _check(self, request: Request) -> tuple[str, Body]:
+        """Apply the rules that need no body; raises Refused."""
+        peer: Peer = request.scope["state"][PEER]
+        headers = request.scope["headers"]
+        if not self.buckets.take(peer.fingerprint):
+            raise Refused(503, "rate")  # 503 and not 429: Flower tries again after 502, 503 and 504 only
+        if self.wall_clock() > peer.expires_at:
+            raise Refused(403, "expired")
+        path = rules.check_path(
+            request.method, request.scope["raw_path"], request.scope["query_string"], allowed=self.gate.paths
+        )
+        body = rules.check_headers(
+            headers, max_bytes=self.limits.header_kib << 10, max_body_bytes=self.gate.max_body_bytes
+        )
+        self.gate.check_peer(headers, peer.fingerprint, self._members())
+        return path, body
+
+    def _members(self) -> Members:
+        """Those who may connect now; nobody while the files cannot be read."""
+        try:
+            return self.members()
+        except SilotuneError as error:
+            raise Refused(503, "members_unreadable") from error
+
+    async def _pieces(self, request: Request) -> AsyncIterator[bytes]:
+        """The body as it comes, up to the cap."""
+        size_bytes = 0
+        stream = request.stream()
+        while True:
+            try:
+                async with asyncio.timeout(self.limits.body_timeout_s):
+                    piece = await anext(stream, None)
+            except TimeoutError:
+                raise Refused(408, "slow_body") from None
+            if piece is None:
+                return
+            size_bytes += len(piece)
+            if size_bytes > self.gate.max_body_bytes:
+                raise Refused(413, "body_size")
+            if piece:
+                yield piece
+
+    async def _forward(self, request: Request, path: str, body: Body, stack: AsyncExitStack) -> Response:
+        """Send a request to the SuperLink; the connection is closed with the stack."""
+        content: bytes | AsyncIterator[bytes] = self._pieces(request)
+        size_bytes = body.size_bytes
+        if path in self.gate.check_body:
+            content = self.gate.check_body[path](b"".join([piece async for piece in self._pieces(request)]))
+            size_bytes = len(content)
+        headers = rules.forwarded(request.scope["headers"])
+        if size_bytes is not None:
+            headers.append((b"content-length", str(size_bytes).encode()))
+        timeout = httpx.Timeout(self._time_s(path), connect=_CONNECT_S)
+        outgoing = self.upstream.build_request("POST", path, headers=headers, content=content, timeout=timeout)
+        try:
+            answer = await self.upstream.send(outgoing, stream=True)
+        except httpx.HTTPError as error:
+            raise Refused(502, "superlink") from error
+        stack.push_async_callback(answer.aclose)
+        if answer.has_redirect_location or 300 <= answer.status_code < 400:
+            raise Refused(502, "redirect")
+        response = StreamingResponse(answer.aiter_raw(), answer.status_code)
+        response.raw_headers = rules.returned(answer.headers.raw)
+        return response
+
+    def _log(self, request: Request, refusal: Refused) -> None:
+        """Write one line."""
+        peer: Peer = request.scope["state"][PEER]
+        path = request.scope["raw_path"].decode("latin-1")
+        shown = path if path in self.gate.paths else ""
+        self.log.write(self.gate.name, refusal.reason, status=refusal.status, certificate=peer.name, path=shown)
+
+
+def connect(address: str, *, context: ssl.SSLContext) -> httpx.AsyncClient:
+    """Make the client of a SuperLink: no redirects, no proxies, nothing from the environment."""
+    return httpx.AsyncClient(
+        base_url=f"https://{address}",
+        verify=context,
+        follow_redirects=False,
+        trust_env=False,
+        limits=httpx.Limits(max_connections=_MAX_UPSTREAM, keepalive_expiry=_KEEP_S),
+    )
+
+
+async def _refuse(refusal: Refused, receive: Receive, send: Send) -> None:
+    """Answer with a code, read a little of what still comes so that the answer arrives, and close."""
+    response = JSONResponse({"detail": refusal.reason}, refusal.status, headers={"connection": "close"})
+    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+    await send({"type": "http.response.body", "body": response.body, "more_body": True})
+    try:
+        async with asyncio.timeout(_LINGER_S):
+            await _drain(receive)
+    except TimeoutError:
+        pass
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _drain(receive: Receive) -> None:
+    """Read and forget the rest of a body, if it is short."""
+    size_bytes = 0
+    while size_bytes < _LINGER_BYTES:
+        message = await receive()
+        size_bytes += len(message.get("body", b""))
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            return

@@ -1,0 +1,248 @@
+"""Offers, reviews and decisions, as the people of a site see them."""
+
+import json
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from client import cli as client_cli
+from client import consent, review
+from common import cli, identity
+from common.errors import AuditError, ConfigError, DataError
+from server import cli as server_cli
+from tests import vault
+
+
+@pytest.fixture
+def site(tmp_path, engine):
+    """A site that was offered one run."""
+    made = vault.make(tmp_path / "site", engine)
+    ask(made)
+    return made
+
+
+@pytest.fixture
+def node_file(site):
+    """The site's own file on disk, with its keys."""
+    folder = site.folder
+    for name, key in (("site.pem", vault.SITE), ("admin.pem", vault.ADMIN)):
+        write_key(folder / name, key)
+    path = folder / "node.toml"
+    path.write_text(
+        f'[site]\nname = "north"\n[data]\npath = "rows.jsonl"\n[agent]\nlog_folder = "{folder}"\n'
+        f'policy = "{folder / "policy.toml"}"\npolicy_signer = "{identity.public_hex(vault.ADMIN)}"\n'
+        f'identity_key = "{folder / "site.pem"}"\n'
+    )
+    return path
+
+
+def write_key(path, key) -> None:
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    path.touch(0o600)
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+
+
+def ask(site, run=None, **offer) -> str:
+    """The site's answer to an offer: its kind, or the code of its refusal."""
+    answer = site.ask(site.offer(run or site.manifest(), **offer).to_frame())
+    return str(answer.head.get("code", answer.kind))
+
+
+def desk(site, node_file) -> review.Desk:
+    from common import config
+
+    return review.open_desk(config.load_node(node_file))
+
+
+def page(site, node_file, name: str = "tiny") -> tuple[review.Review, str]:
+    """A review and its text."""
+    shown = review.review(desk(site, node_file), name)
+    screen = StringIO()
+    Console(file=screen, width=200).print(review.render(shown))
+    return shown, screen.getvalue()
+
+
+def command(app, *arguments: str, capsys) -> tuple[int, dict]:
+    """A command's exit code and JSON."""
+    code = 0
+    try:
+        cli.run(app.app, [*arguments, "--json"])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    return code, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_an_offer_is_kept_and_logged_once(site):
+    for _ in range(3):
+        assert ask(site) == "ApprovalRequired"
+    assert [entry.kind for entry in site.log()] == ["started", "offered"]
+    assert consent.load(site.folder, site.manifest().sha256) == site.offer()
+
+
+def test_an_offer_whose_file_was_changed_is_not_shown(site):
+    (path,) = (site.folder / consent.FOLDER).iterdir()
+    from common import wire
+
+    path.write_bytes(wire.pack(site.offer(site.manifest(seed="9")).to_frame()))
+    with pytest.raises(DataError, match="another run"):
+        consent.load(site.folder, site.manifest().sha256)
+    path.write_bytes(b"x")
+    with pytest.raises(DataError):
+        consent.load(site.folder, site.manifest().sha256)
+
+
+def test_what_the_policy_refuses_is_not_even_offered(site):
+    assert ask(site, site.manifest(training__learning_rate="1e-9")) == "PolicyRefusedError"
+    assert len(list((site.folder / consent.FOLDER).iterdir())) == 1
+
+
+def test_the_number_of_offers_that_are_kept_is_limited(site, monkeypatch):
+    monkeypatch.setattr(consent, "MAX_OFFERS", 1)
+    assert ask(site, site.manifest(seed="9")) == "ApprovalRequired"
+    assert len(list((site.folder / consent.FOLDER).iterdir())) == 1
+
+
+def test_the_newest_decision_counts(site):
+    run = site.manifest()
+    for is_approved, code in ((True, "opened"), (False, "ApprovalDenied"), (True, "opened")):
+        site.approve(run, is_approved=is_approved)
+        assert ask(site) == code
+
+
+def test_approval_survives_a_restart_and_is_for_this_manifest_alone(site):
+    site.approve(site.manifest())
+    site.start()
+    assert ask(site) == "opened"
+    assert ask(site, site.manifest(seed="9")) == "ApprovalRequired"
+
+
+def test_a_rule_may_let_through_what_differs_from_an_approved_run_in_name_and_seed(tmp_path, engine):
+    site = vault.make(tmp_path / "rule", engine, approval='"changed_runs"')
+    assert ask(site) == "ApprovalRequired"
+    site.approve(site.manifest())
+    assert ask(site) == "opened"
+    assert ask(site, site.manifest(name='"again"', seed="9")) == "opened"
+    opened = [entry.facts["approved_by"] for entry in site.log() if entry.kind == "opened"]
+    assert opened == ["person", "runs.approval = changed_runs"]
+    assert ask(site, site.manifest(seed="9", training__learning_rate="3e-2")) != "opened"
+
+
+def test_a_rule_may_let_through_whatever_the_policy_allows(tmp_path, engine):
+    site = vault.make(tmp_path / "rule", engine, approval='"none"')
+    assert ask(site) == "opened"
+    assert ask(site, site.manifest(training__learning_rate="1e-9")) == "PolicyRefusedError"
+    site.approve(site.manifest(), is_approved=False)
+    assert ask(site) == "ApprovalDenied"
+
+
+def test_a_review_says_what_leaves_and_what_is_read(site, node_file):
+    found, text = page(site, node_file)
+    egress = site.manifest().egress
+    assert f"{egress.bytes_per_round:,} a round" in found.facts["bytes that leave"]
+    assert f"{2 * egress.bytes_per_round:,} in 2 rounds" in found.facts["bytes that leave"]
+    assert found.facts["epsilon"].startswith("none: updates leave without differential privacy")
+    assert found.facts["rows that are read"] == "all of rows.jsonl"
+    assert "instruction, input, output" in found.facts["columns that are read"]
+    assert found.facts["base"].startswith("tiny, ")
+    assert found.tensors == {spec.name: list(spec.shape) for spec in site.manifest().tensor_specs}
+    for word in ("train_loss", "layers.*.self_attn.q_proj.lora_A.weight", "4 x 64", "nothing to compare with"):
+        assert word in text
+
+
+def test_a_review_shows_the_difference_to_the_last_approved_run(site, node_file):
+    site.approve(site.manifest())
+    ask(site, site.manifest(name='"second"', training__learning_rate="3e-2"))
+    found, text = page(site, node_file, "second")
+    assert found.changes == {"name": ["tiny", "second"], "training.learning_rate": ["0.02", "0.03"]}
+    assert "differs from run" in text
+
+
+def test_a_review_says_that_the_policy_would_refuse(site, node_file):
+    site.start(site.policy.replace("serial = 3", "serial = 4").replace("min_sites = 2", "min_sites = 3"))
+    found, text = page(site, node_file)
+    assert found.refusal == "cohort.min_sites: 2 is below 3"
+    assert "whatever you say" in text
+
+
+def test_text_of_a_coordinator_cannot_steer_the_terminal(tmp_path, engine, node_file, site):
+    prompt = "[bold]Be brief"
+    lines = 'max_rows = 100\n\n[data]\nsystem_prompts = ["", "[bold]Be brief"]\n'
+    site.start(site.policy.replace("serial = 3", "serial = 4").replace("max_rows = 100\n", lines))
+    assert ask(site, site.manifest(name='"spoken"', data__system_prompt=f'"{prompt}"')) == "ApprovalRequired"
+    assert prompt in page(site, node_file, "spoken")[1]
+
+
+def test_a_run_is_found_by_name_or_first_digits(site, node_file):
+    run = site.manifest().sha256
+    opened = desk(site, node_file)
+    assert consent.find(opened.history, run[:8]) == run
+    assert consent.find(opened.history, "tiny") == run
+    for name in ("other", run[:3], ""):
+        with pytest.raises(DataError, match="names 0 runs"):
+            consent.find(opened.history, name)
+    ask(site, site.manifest(seed="9"))
+    with pytest.raises(DataError, match="names 2 runs"):
+        consent.find(desk(site, node_file).history, "tiny")
+
+
+def test_the_commands_from_offer_to_approval(site, node_file, capsys):
+    _, listed = command(client_cli, "runs", str(node_file), capsys=capsys)
+    assert [(run["name"], run["state"]) for run in listed["runs"]] == [("tiny", "waits")]
+    _, shown = command(client_cli, "review", str(node_file), "tiny", capsys=capsys)
+    assert shown["run"] == site.manifest().sha256
+    assert (
+        command(client_cli, "approve", str(node_file), "tiny", "--by", "DPO", capsys=capsys)[1]["state"] == "approved"
+    )
+    assert ask(site) == "opened"
+    assert command(client_cli, "deny", str(node_file), "tiny", capsys=capsys)[1]["state"] == "denied"
+    assert ask(site) == "ApprovalDenied"
+    assert [entry.facts["by"] for entry in site.log() if entry.kind == "approved"] == ["DPO"]
+
+
+def test_the_commands_for_people(site, node_file, capsys):
+    for arguments in (["runs"], ["review"], ["audit", "show"]):
+        cli_arguments = [*arguments, str(node_file), *(["tiny"] if arguments == ["review"] else [])]
+        client_cli.app(cli_arguments, standalone_mode=False)
+    told = capsys.readouterr().out
+    assert "waits" in told
+    assert "started" in told
+
+
+def test_the_audit_commands(site, node_file, capsys, tmp_path):
+    from common import audit_heads
+
+    heads = tmp_path / "heads.jsonl"
+    audit_heads.keep(heads, "north", site.gate._log.head)
+    code, found = command(client_cli, "audit", "verify", str(node_file), "--heads", str(heads), capsys=capsys)
+    assert (code, found["num_entries"], found["num_heads_checked"]) == (0, 2, 1)
+    log, key = site.folder / "audit.jsonl", identity.public_hex(vault.SITE)
+    outside = ["audit", "verify", str(log), "--key", key, "--heads", str(heads), "--owner", "north"]
+    assert command(server_cli, *outside, capsys=capsys)[0] == 0
+    log.write_bytes(log.read_bytes().splitlines(keepends=True)[0])
+    assert command(server_cli, *outside, capsys=capsys)[0] == 6
+    assert command(client_cli, "audit", "verify", str(node_file), "--heads", str(heads), capsys=capsys)[0] == 6
+    assert command(client_cli, "audit", "verify", str(node_file), capsys=capsys)[0] == 0  # alone it looks whole
+
+
+def test_keys_and_signature_by_command(tmp_path, site, capsys):
+    key, policy = tmp_path / "keys" / "admin.pem", site.folder / "policy.toml"
+    public = command(client_cli, "new-key", str(key), capsys=capsys)[1]["public_key"]
+    signed = command(client_cli, "sign-policy", str(policy), "--key", str(key), capsys=capsys)[1]
+    assert signed == {"signature": f"{policy}.sig", "policy_signer": public}
+
+
+def test_a_site_without_policy_has_nothing_to_approve(tmp_path, node_file):
+    from common import config
+
+    plain = config.parse_node('[site]\nname = "north"\n[data]\npath = "x"', name="node.toml")
+    with pytest.raises(ConfigError, match="no policy"):
+        review.open_desk(plain)
+
+
+def test_a_log_that_is_not_whole_takes_no_decision(site, node_file):
+    log = site.folder / "audit.jsonl"
+    log.write_bytes(log.read_bytes().replace(b"offered", b"approve", 1))
+    with pytest.raises(AuditError):
+        desk(site, node_file)

@@ -1,0 +1,183 @@
+"""The policy file: its schema, its signature and its rules against a run. `tests/attacks` plays them against a site."""
+
+from pathlib import Path
+
+import pytest
+
+from client import policy, policy_file
+from client.policy import Usage
+from common import config, egress, identity
+from common.errors import ConfigError, PolicyRefusedError
+from common.manifest import RunManifest
+from common.records import OpenedHead, TensorSpec
+from tests import tiny, vault
+
+BASE = "ab" * 32
+SPECS = (TensorSpec("m.q_proj.lora_A.weight", (4, 64)), TensorSpec("m.q_proj.lora_B.weight", (64, 4)))
+
+
+def rules(**changes: str) -> policy_file.Policy:
+    return policy_file.parse(vault.policy_text(BASE, **changes), name="policy.toml")
+
+
+def run(changes: dict[str, str] | None = None) -> RunManifest:
+    return RunManifest(tiny.settings("tiny", changes), BASE, SPECS)
+
+
+def refused(site_rules: policy_file.Policy, run_manifest: RunManifest, usage: Usage = Usage()) -> PolicyRefusedError:  # noqa: B008
+    with pytest.raises(PolicyRefusedError) as caught:
+        policy.check(site_rules, run_manifest, usage)
+    return caught.value
+
+
+def test_a_run_within_the_rules_passes():
+    policy.check(rules(), run(), Usage())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"serial": '"3"'}, "serial"),
+        ({"r": "[16, 2]"}, "lora.r"),
+        ({"r": "[0, 2]"}, "lora.r"),
+        ({"learning_rate": "[1e-3]"}, "train.learning_rate"),
+        ({"targets": '["q_proj", "embed_tokens"]'}, "embed_tokens can never be trained"),
+        ({"targets": '["model.lm_head"]'}, "lm_head"),
+        ({"mode": '"off"'}, "privacy.mode"),
+        ({"num_exact": "[0, 1]\ntext_of_rows = [0, 1]"}, "no such figure: text_of_rows"),
+        ({"min_sites": "2\nno_such_rule = 1"}, "cohort.no_such_rule"),
+        ({"min_slice": "3\ngenerations_leave = true"}, "evaluation.generations_leave"),
+        ({"sha256": '"short"'}, "models.allow.0.sha256"),
+        ({"max_bytes_per_run": "1979-05-27"}, "not a policy in TOML"),
+        ({"max_bytes_per_run": "nan"}, "not a policy in TOML"),
+        ({"max_bytes_per_run": "]"}, "not a policy in TOML"),
+    ],
+)
+def test_a_policy_with_a_mistake_is_refused_and_the_key_is_named(change, message):
+    with pytest.raises(ConfigError) as caught:
+        rules(**change)
+    assert message in str(caught.value)
+
+
+def test_all_mistakes_are_told_at_once():
+    with pytest.raises(ConfigError, match="2 problems"):
+        rules(min_sites="0", mode='"off"')
+
+
+def test_every_setting_of_a_run_has_a_rule_or_was_found_harmless():
+    """A new setting needs a rule in client/policy.py, or its place in KNOWN."""
+    assert set(policy.leaves(run().run)) == policy._known()
+
+
+def test_a_refusal_names_rule_value_and_limit():
+    error = refused(rules(), run({"training.learning_rate": "1e-9"}))
+    assert error.rule == "train.learning_rate"
+    assert str(error) == "train.learning_rate: 1e-09 is not from 0.001 to 0.1"
+
+
+def test_limits_themselves_are_allowed():
+    for rate in ("1e-3", "1e-1"):
+        policy.check(rules(), run({"training.learning_rate": rate}), Usage())
+
+
+def test_a_rate_that_is_no_number_cannot_pass():
+    broken = run().run.training.model_copy(update={"learning_rate": float("nan")})
+    other = run().run.model_copy(update={"training": broken})
+    assert refused(rules(), RunManifest(other, BASE, SPECS)).rule == "train.learning_rate"
+
+
+def test_runs_of_the_day_are_counted():
+    policy.check(rules(max_per_day="2"), run(), Usage(num_runs_today=1))
+    assert refused(rules(max_per_day="2"), run(), Usage(num_runs_today=2)).rule == "runs.max_per_day"
+
+
+def test_the_runs_that_a_version_without_protection_offers_are_refused_where_it_is_required():
+    assert "privacy.mode = 'none'" in str(refused(rules(mode='"required"'), run()))
+    assert "this version has none" in str(refused(rules(secagg='"required"'), run()))
+
+
+def test_a_run_that_trains_nothing_is_refused():
+    assert refused(rules(), RunManifest(run().run, BASE, ())).rule == "lora.targets"
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (4, 4, 4)])
+def test_a_tensor_that_is_no_matrix_is_refused(shape):
+    odd = RunManifest(run().run, BASE, (*SPECS, TensorSpec("m.k_proj.lora_A.weight", shape)))
+    assert refused(rules(), odd).rule == "lora.r"
+
+
+def node(**data: str) -> config.NodeDataConfig:
+    return config.NodeDataConfig(**{"path": "rows.jsonl", **data})
+
+
+def test_a_site_reads_listed_rows_and_columns_only():
+    assert policy.check_node(rules(), node()).max_rows == 100
+    for wrong, rule in (
+        ({"path": "other.jsonl"}, "data.datasets"),
+        ({"held_out_path": "other.jsonl"}, "data.datasets"),
+        ({"input_column": "diagnosis"}, "data.datasets.columns"),
+    ):
+        with pytest.raises(PolicyRefusedError) as caught:
+            policy.check_node(rules(), node(**wrong))
+        assert caught.value.rule == rule
+
+
+def test_more_rows_than_may_be_read_are_refused():
+    dataset = policy.check_node(rules(), node())
+    head = OpenedHead("north", BASE, num_examples=80, num_held_out=20, num_truncated=0, num_dropped=0, num_steps=20)
+    policy.check_opened(rules(), dataset, head)
+    with pytest.raises(PolicyRefusedError) as caught:
+        policy.check_opened(rules(max_rows="99"), policy.check_node(rules(max_rows="99"), node()), head)
+    assert caught.value.rule == "data.datasets.max_rows"
+
+
+def test_a_signed_policy_loads_and_is_known_by_its_hash(tmp_path):
+    path = tmp_path / "policy.toml"
+    path.write_text(vault.policy_text(BASE))
+    assert policy_file.sign(path, vault.ADMIN) == tmp_path / "policy.toml.sig"
+    admin = identity.public_hex(vault.ADMIN)
+    first = policy_file.load(path, signer=admin)
+    assert first.rules == rules()
+    path.write_text(vault.policy_text(BASE, serial="4"))
+    policy_file.sign(path, vault.ADMIN)
+    assert policy_file.load(path, signer=admin).sha256 != first.sha256
+
+
+def test_a_policy_without_signature_says_what_is_missing(tmp_path):
+    path = tmp_path / "policy.toml"
+    path.write_text(vault.policy_text(BASE))
+    with pytest.raises(ConfigError, match=r"policy\.toml\.sig is not there"):
+        policy_file.load(path, signer=identity.public_hex(vault.ADMIN))
+
+
+def test_a_signature_for_another_purpose_is_none_for_a_policy(tmp_path):
+    path = tmp_path / "policy.toml"
+    path.write_text(vault.policy_text(BASE))
+    (tmp_path / "policy.toml.sig").write_text(identity.sign(vault.ADMIN, path.read_bytes(), purpose="roster"))
+    with pytest.raises(PolicyRefusedError):
+        policy_file.load(path, signer=identity.public_hex(vault.ADMIN))
+
+
+def test_a_policy_with_a_mistake_is_not_signed(tmp_path):
+    path = tmp_path / "policy.toml"
+    path.write_text(vault.policy_text(BASE, min_sites="0"))
+    with pytest.raises(ConfigError):
+        policy_file.sign(path, vault.ADMIN)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_policy_key_and_signer_belong_together():
+    with pytest.raises(ConfigError, match="belong together"):
+        config.parse_node(
+            '[site]\nname = "north"\n[data]\npath = "x"\n[agent]\npolicy = "policy.toml"', name="node.toml"
+        )
+
+
+def test_the_policy_of_a_startup_kit_is_valid_and_allows_nothing():
+    template = Path(__file__).parents[3] / "server" / "kit" / "policy.toml.j2"
+    text = template.read_text().replace("{{ name }}", "alder").replace("{{ federation_id }}", "onco-eu")
+    site_rules = policy_file.parse(text, name="policy.toml")
+    assert refused(site_rules, run()).rule == "models.allow"
+    assert set(site_rules.egress.metrics) == set(egress.RANGES)
+    with pytest.raises(PolicyRefusedError):
+        policy.check_node(site_rules, node())

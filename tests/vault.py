@@ -1,0 +1,193 @@
+"""A site with a policy, on the tiny base: what it is asked, what it answers and what its audit log says of it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from client import policy_file
+from client.agent import Agent, SiteData
+from client.gatekeeper import Gatekeeper
+from client.history import AUDIT_FILE
+from common import adapter, audit, config, identity, manifest, wire
+from common.audit import AuditLog, Entry
+from common.manifest import Offer, RunManifest
+from common.records import RoundPlan, to_head
+from common.wire import Frame
+from tests import tiny
+
+OPERATOR, ADMIN, SITE, STRANGER = (Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2, 3, 4))
+NOW = 1_800_000_000.0
+MAX = 1 << 24
+POLICY = """
+version = 1
+serial = 3
+
+[federation]
+id = "onco-eu"
+operators = ["{operator}"]
+
+[[models.allow]]
+name = "tiny"
+sha256 = "{base}"
+
+[lora]
+targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+r = [2, 16]
+
+[train]
+learning_rate = [1e-3, 1e-1]
+min_local_steps = 3
+min_batch_size = 4
+min_records = 9
+max_rounds = 4
+max_length_tokens = 64
+
+[privacy]
+mode = "none"
+secagg = "none"
+
+[cohort]
+min_sites = 2
+
+[data.datasets.notes]
+path = "rows.jsonl"
+columns = ["instruction", "input", "output", "patient_id"]
+max_rows = 100
+
+[evaluation]
+min_slice = 3
+
+[egress]
+max_bytes_per_message = 1_000_000
+max_bytes_per_run = 10_000_000
+
+[egress.metrics]
+num_examples = [0, 1e6]
+num_held_out = [0, 1e6]
+num_truncated = [0, 1e6]
+num_dropped = [0, 1e6]
+num_steps = [0, 1e6]
+num_tokens = [0, 1e9]
+train_loss = [0, 20]
+seconds = [0, 86400]
+nll_sum = [0, 1e9]
+num_answer_tokens = [0, 1e9]
+num_rows = [0, 1e6]
+num_generated = [0, 1e6]
+num_exact = [0, 1e6]
+
+[runs]
+max_per_day = 2
+approval = "every_run"
+"""
+
+
+def policy_text(base_sha256: str, **changes: str) -> str:
+    """The policy with lines changed: `learning_rate="[1e-6, 1]"`; a key that is there once."""
+    text = POLICY.format(operator=identity.public_hex(OPERATOR), base=base_sha256)
+    for key, value in changes.items():
+        lines = [line for line in text.splitlines() if line.startswith(f"{key} = ")]
+        assert len(lines) == 1, key
+        text = text.replace(f"\n{lines[0]}\n", f"\n{key} = {value}\n")
+    return text
+
+
+def node(folder: Path, name: str) -> config.NodeConfig:
+    """The site's own file."""
+    agent = {"log_folder": str(folder)}
+    return config.NodeConfig.model_validate({"site": {"name": name}, "data": {"path": "rows.jsonl"}, "agent": agent})
+
+
+@dataclass
+class Vault:
+    """A site, its clock and its answers."""
+
+    folder: Path
+    engine: object
+    data: SiteData
+    policy: str
+    name: str = "north"
+    now: float = NOW
+    errors: list[Exception] = field(default_factory=list)
+    num_reads: int = 0
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    def start(self, policy: str = "") -> None:
+        """Start the agent, anew if it runs already."""
+        path = self.folder / "policy.toml"
+        self.policy = policy or self.policy
+        path.write_text(self.policy)
+        policy_file.sign(path, ADMIN)
+        signed = policy_file.load(path, signer=identity.public_hex(ADMIN))
+        self.gate = Gatekeeper(signed, node=node(self.folder, self.name), key=SITE, clock=lambda: self.now)
+        self.agent = Agent(
+            self.name,
+            load_data=lambda _: self._read(),
+            load_engine=lambda _: self.engine,
+            report=lambda reference, error: self.errors.append(error),
+            guard=self.gate,
+        )
+
+    def _read(self) -> SiteData:
+        """The rows, counting how often they are read."""
+        self.num_reads += 1
+        return self.data
+
+    def manifest(self, **changes: str) -> RunManifest:
+        """The run; `federation__num_rounds="3"` changes a setting."""
+        settings = tiny.settings("tiny", {key.replace("__", "."): value for key, value in changes.items()})
+        return RunManifest(settings, self.engine.base_sha256, self.engine.tensor_specs)
+
+    def offer(self, run: RunManifest | None = None, *, key=OPERATOR, federation="onco-eu", days=1.0) -> Offer:
+        """A signed offer."""
+        return manifest.sign(run or self.manifest(), key, federation=federation, not_after=int(NOW + days * 86_400))
+
+    def approve(self, run: RunManifest, *, is_approved: bool = True) -> None:
+        """Somebody at the site decides, in a process of their own."""
+        log = AuditLog(self.folder / AUDIT_FILE, key=SITE, clock=lambda: self.now)
+        log.append("approved" if is_approved else "denied", run=run.sha256, by="tester")
+
+    def ask(self, frame: Frame | bytes) -> Frame:
+        """One request."""
+        data = frame if isinstance(frame, bytes) else wire.pack(frame)
+        return wire.unpack(self.agent.answer(data), max_body_bytes=MAX)
+
+    def open(self, run: RunManifest | None = None, *, approve: bool = True) -> Frame:
+        """Approve and open a run."""
+        run = run or self.manifest()
+        if approve:
+            self.approve(run)
+        return self.ask(self.offer(run).to_frame())
+
+    def step(self, kind: str = "train", run: RunManifest | None = None, state=None, **plan: object) -> Frame:
+        """A step of a run."""
+        run = run or self.manifest()
+        head = {**to_head(RoundPlan(run.sha256, 0)), **plan}
+        body = state if isinstance(state, bytes) else adapter.encode(state or self.engine.initial, dtype="float32")
+        return self.ask(Frame(kind, head, body))
+
+    def log(self) -> list[Entry]:
+        """The audit log, which must be whole."""
+        return list(audit.read(self.folder / AUDIT_FILE, identity.public_hex(SITE)))
+
+    def refused(self, answer: Frame) -> tuple[str, str]:
+        """Code and rule of a refusal; nothing else left, and the log has it."""
+        assert (answer.kind, sorted(answer.head), answer.body) == ("refused", ["code", "reference"], b"")
+        last = self.log()[-1]
+        assert (last.kind, last.facts["reference"]) == ("refused", answer.head["reference"])
+        assert last.facts["code"] == answer.head["code"]
+        return answer.head["code"], last.facts["rule"]
+
+    def sent(self) -> list[tuple[str, int]]:
+        """What left."""
+        return [(entry.facts["step"], entry.facts["round_index"]) for entry in self.log() if entry.kind == "left"]
+
+
+def make(folder: Path, engine, *, name: str = "north", count: int = 12, **policy: str) -> Vault:
+    """A site with `count` rows; three quarters train."""
+    folder.mkdir(exist_ok=True)
+    text = policy_text(engine.base_sha256, **policy)
+    return Vault(folder, engine, tiny.site_data(name, count), text, name=name)
