@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import AfterValidator, Field, ValidationError
 
 from common import config_file, egress, identity, storage
-from common.config import Count, PositiveCount, RequiredLine, Section, Slug
+from common.config_types import Count, PositiveCount, RequiredLine, Section, Slug
 from common.errors import AuthError, ConfigError, PolicyRefusedError
 
 PURPOSE: Final = "policy"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from common import adapter, config
+from common import adapter, config_privacy
 from common.adapter import Tensors, WireDtype
 from common.errors import PrivacyError
 
@@ -38,7 +38,7 @@ def subtract(after: Tensors, before: Tensors) -> RawDelta:
     return RawDelta(difference)
 
 
-def protect(raw_delta: RawDelta, *, privacy: config.PrivacyConfig, dtype: WireDtype) -> OutgoingUpdate:
+def protect(raw_delta: RawDelta, *, privacy: config_privacy.PrivacyConfig, dtype: WireDtype) -> OutgoingUpdate:
     """Prepare an update for sending.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from common import config, config_file, config_foreign, config_hints, config_rules, errors
+from common import config, config_file, config_foreign, config_hints, config_rules, config_types, errors
 
 DOCS_FILE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 EXAMPLES = {
@@ -182,8 +182,8 @@ def _allowed(field: dict[str, Any]) -> str:
 
 def _text_limits(field: dict[str, Any]) -> str:
     """Say what a text must look like; that it is one line goes without saying."""
-    words = config.PATTERNS.get(field.get("pattern", ""), "")
-    if words and field["pattern"] != config.LINE:
+    words = config_types.PATTERNS.get(field.get("pattern", ""), "")
+    if words and field["pattern"] != config_types.LINE:
         return f": {words}"
     return ", not empty" if field.get("minLength") else ""
 

@@ -7,14 +7,14 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from common import config, config_file, config_rules
-from common.config import Section
+from common import config, config_file, config_rules, config_types
+from common.config_types import Section
 
 HOSTS: Final = r"^[A-Za-z0-9.:-]+( *, *[A-Za-z0-9.:-]+)*$"
 ID: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 NAMES: Final = r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?( *, *[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*)?$"
 PATTERNS: Final = {
-    **config.PATTERNS,
+    **config_types.PATTERNS,
     HOSTS: "host names or addresses with commas between them",
     ID: "1 to 63 of a-z, 0-9 and -, with no - at either end",
     NAMES: "names of a-z, 0-9 and - with commas between them, or empty",
@@ -67,7 +67,7 @@ class ValiditySection(Section):
 class FederationConfig(Section):
     """One federation."""
 
-    version: Annotated[Literal[1], BeforeValidator(config.refuse_look_alikes)] = Field(
+    version: Annotated[Literal[1], BeforeValidator(config_types.refuse_look_alikes)] = Field(
         description="Version of this file's format."
     )
     federation: IdentitySection

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from common import wire
 from common.adapter import encode
-from common.config import SLUG
+from common.config_types import SLUG
 from common.errors import ProtocolError, RemoteError, SilotuneError, TooFewSitesError
 from common.events import EventLog
 from common.manifest import Offer, RunManifest

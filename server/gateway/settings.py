@@ -5,13 +5,14 @@ from typing import Annotated, Final, Self
 
 from pydantic import Field, model_validator
 
-from common import config, config_file, config_rules
-from common.config import RequiredLine, RunConfig, Section
+from common import config_file, config_rules, config_types
+from common.config import RunConfig
+from common.config_types import RequiredLine, Section
 
 ADDRESS: Final = r"^[A-Za-z0-9.-]+:[0-9]{1,5}$|^\[[0-9A-Fa-f:]+\]:[0-9]{1,5}$"
 BUNDLES: Final = r"^([0-9a-f]{64}( *, *[0-9a-f]{64})*)?$"
 PATTERNS: Final = {
-    **config.PATTERNS,
+    **config_types.PATTERNS,
     ADDRESS: "host:port",
     BUNDLES: "SHA-256 hashes of 64 digits with commas between them, or empty",
 }

@@ -3,11 +3,11 @@ import torch
 
 from client import protect
 from client.protect import RawDelta
-from common import adapter, config
+from common import adapter, config_privacy
 from common.errors import ModelError, PrivacyError
 
 BEFORE = {"a": torch.tensor([1.0, 2.0]), "b": torch.zeros(1)}
-NONE = config.PrivacyConfig(mode="none")
+NONE = config_privacy.PrivacyConfig(mode="none")
 
 
 def test_a_delta_is_after_minus_before():
@@ -31,7 +31,7 @@ def test_an_unprotected_update_says_so_and_has_the_runs_dtype(dtype):
 
 
 def test_a_protection_that_is_not_built_is_refused_and_nothing_is_sent():
-    wanted = config.PrivacyConfig.model_construct(mode="sample-dp")
+    wanted = config_privacy.PrivacyConfig.model_construct(mode="sample-dp")
     with pytest.raises(PrivacyError, match=r"'sample-dp'.*nothing was sent") as caught:
         protect.protect(RawDelta(BEFORE), privacy=wanted, dtype="float32")
     assert caught.value.exit_code == 5

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common import config, config_docs, config_file, config_foreign, config_rules
+from common import config, config_docs, config_file, config_foreign, config_rules, config_types
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 BLOCK = re.compile(r"^```toml\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -65,7 +65,7 @@ def test_complete_example_is_the_minimal_one_with_defaults():
 
 
 @pytest.mark.parametrize("schema", [config.RunConfig, config.NodeConfig])
-def test_complete_example_has_every_setting(schema: type[config.Section]):
+def test_complete_example_has_every_setting(schema: type[config_types.Section]):
     table = tomllib.loads(config_docs.example(schema))
     tops = [key for key, value in table.items() if not isinstance(value, dict)]
     inner = [f"{name}.{key}" for name, section in table.items() if isinstance(section, dict) for key in section]
@@ -91,7 +91,7 @@ def test_tables_have_as_many_cells_as_columns():
 
 
 @pytest.mark.parametrize(("name", "schema"), [("run", config.RunConfig), ("node", config.NodeConfig)])
-def test_json_schema_is_printed(name: str, schema: type[config.Section], capsys: pytest.CaptureFixture[str]):
+def test_json_schema_is_printed(name: str, schema: type[config_types.Section], capsys: pytest.CaptureFixture[str]):
     assert config_docs.main(["--schema", name]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["$schema"] == "https://json-schema.org/draft/2020-12/schema"
@@ -102,5 +102,5 @@ def test_json_schema_is_printed(name: str, schema: type[config.Section], capsys:
 def test_every_pattern_has_words():
     for schema in (config.RunConfig, config.NodeConfig):
         assert set(re.findall(r'"pattern": (".*")', config_docs.json_schema(schema))) <= {
-            json.dumps(pattern) for pattern in config.PATTERNS
+            json.dumps(pattern) for pattern in config_types.PATTERNS
         }

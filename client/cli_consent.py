@@ -1,0 +1,159 @@
+"""The commands by which a site reads, approves and checks runs, and signs its policy."""
+
+import getpass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from client.cli_options import NodeFile
+from common import cli
+
+audit_app = cli.make(
+    "audit",
+    "This site's audit log: signed, chained, append-only.",
+    examples=("silotune-client audit verify node.toml",),
+)
+RunArgument = Annotated[str, typer.Argument(help="A run's name, or the first digits of its hash.", metavar="RUN")]
+ByOption = Annotated[str, typer.Option(help="Who decides; default: this user.")]
+
+
+def runs(node_file: NodeFile, json: cli.JsonOption = False) -> None:
+    """List the runs that this site was offered.
+
+    \b
+    Examples:
+      silotune-client runs node.toml
+    """
+    from client import review as desk
+    from common import config
+
+    table = desk.runs(desk.open_desk(config.load_node(node_file)))
+    next_step = f"next: silotune-client review {node_file} RUN"
+    cli.emit({"runs": table}, as_json=json, show=lambda: cli.show(desk.render_runs(table), next_step))
+
+
+def review(node_file: NodeFile, run: RunArgument, json: cli.JsonOption = False) -> None:
+    """Show what a run asks of this site.
+
+    What leaves and how much of it, what is read, and how the run differs from the last one that was approved.
+
+    \b
+    Examples:
+      silotune-client review node.toml triage
+    """
+    from client import review as desk
+    from common import config
+
+    page = desk.review(desk.open_desk(config.load_node(node_file)), run)
+    next_step = f"next: silotune-client approve {node_file} {page.run[:12]}, or deny"
+    cli.emit(page.as_dict(), as_json=json, show=lambda: cli.show(desk.render(page), next_step))
+
+
+def approve(node_file: NodeFile, run: RunArgument, by: ByOption = "", json: cli.JsonOption = False) -> None:
+    """Let a run train here.
+
+    Exactly the manifest that was reviewed; a changed one waits again.
+
+    \b
+    Examples:
+      silotune-client approve node.toml 3f9c2a71be04 --by "Data protection officer"
+    """
+    _decide(node_file, run, is_approved=True, by=by, as_json=json)
+
+
+def deny(node_file: NodeFile, run: RunArgument, by: ByOption = "", json: cli.JsonOption = False) -> None:
+    """Refuse a run, also one that is under way.
+
+    \b
+    Examples:
+      silotune-client deny node.toml triage
+    """
+    _decide(node_file, run, is_approved=False, by=by, as_json=json)
+
+
+def new_key(path: Annotated[Path, typer.Argument(metavar="KEY.pem")], json: cli.JsonOption = False) -> None:
+    """Make an Ed25519 key, such as the policy admin's.
+
+    The file is for this user alone; the public key is printed.
+
+    \b
+    Examples:
+      silotune-client new-key admin.pem
+    """
+    from common import identity
+
+    public = identity.public_hex(identity.create(path))
+    cli.emit({"public_key": public}, as_json=json, show=lambda: cli.show(public))
+
+
+def sign_policy(
+    policy_file: Annotated[Path, typer.Argument(help="The site's policy.", metavar="POLICY.toml")],
+    key: Annotated[Path, typer.Option(help="The admin's private key.")],
+    json: cli.JsonOption = False,
+) -> None:
+    """Check a policy and sign it.
+
+    \b
+    Examples:
+      silotune-client sign-policy policy.toml --key admin.pem
+    """
+    from client import policy_file as policies
+    from common import identity
+
+    signer = identity.load(key)
+    written = policies.sign(policy_file, signer)
+    result = {"signature": str(written), "policy_signer": identity.public_hex(signer)}
+    cli.emit(result, as_json=json, show=lambda: cli.show(*(f"{name:<14} {value}" for name, value in result.items())))
+
+
+@audit_app.command("show")
+def audit_show(
+    node_file: NodeFile,
+    last: Annotated[int, typer.Option(min=1, help="Newest entries to show.")] = 20,
+    json: cli.JsonOption = False,
+) -> None:
+    """Show the newest entries of this site's audit log.
+
+    \b
+    Examples:
+      silotune-client audit show node.toml --last 50
+    """
+    from client import trail
+    from common import config
+
+    entries = trail.newest(config.load_node(node_file), last)
+    cli.emit({"entries": entries}, as_json=json, show=lambda: cli.show(trail.render(entries)))
+
+
+@audit_app.command("verify")
+def audit_verify(
+    node_file: NodeFile,
+    heads: Annotated[Path | None, typer.Option(help="Heads that others keep: finds a cut tail.")] = None,
+    json: cli.JsonOption = False,
+) -> None:
+    """Check every line of this site's audit log.
+
+    \b
+    Examples:
+      silotune-client audit verify node.toml --heads heads.jsonl
+    """
+    from client import trail
+    from common import config
+
+    result = trail.verify(config.load_node(node_file), heads)
+    line = f"{result['num_entries']} entries, whole; head {result['sha256']}"
+    cli.emit(result, as_json=json, show=lambda: cli.show(line))
+
+
+def _decide(node_file: Path, run: str, *, is_approved: bool, by: str, as_json: bool) -> None:
+    """What `approve` and `deny` share."""
+    from client import review as desk
+    from common import config
+
+    result = desk.decide(
+        desk.open_desk(config.load_node(node_file)), run, is_approved=is_approved, by=by or getpass.getuser()
+    )
+    cli.emit(
+        result, as_json=as_json, show=lambda: cli.show(f"{result['name']} ({result['run'][:12]}): {result['state']}")
+    )

@@ -1,0 +1,39 @@
+"""What the tables of all our files are made of: kinds of values, and a section that is frozen, strict and closed."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SLUG = r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$"
+SHA256 = r"^([0-9a-f]{64})?$"
+LINE = r"^[^\x00-\x1f\x7f]*$"
+TARGETS = r"^[A-Za-z0-9_.]+( *, *[A-Za-z0-9_.]+)*$|^all-linear$"
+PATTERNS = {
+    SLUG: "1 to 64 of a-z, 0-9 and -, with no - at either end",
+    SHA256: "64 digits of 0-9 and a-f, or empty",
+    LINE: "one line without control characters",
+    TARGETS: '"all-linear", or module names with commas between them',
+}
+
+Slug = Annotated[str, Field(pattern=SLUG)]
+Sha256 = Annotated[str, Field(pattern=SHA256)]
+Line = Annotated[str, Field(pattern=LINE, max_length=4096)]
+RequiredLine = Annotated[str, Field(pattern=LINE, min_length=1, max_length=4096)]
+Count = Annotated[int, Field(ge=0, le=1_000_000)]
+PositiveCount = Annotated[int, Field(ge=1, le=1_000_000)]
+Seconds = Annotated[float, Field(gt=0, le=2_592_000)]
+Mebibytes = Annotated[int, Field(ge=1, le=2047)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def refuse_look_alikes(value: object) -> object:
+    """Tell 1 from true and 1.0, which Python holds to be equal."""
+    if type(value) is not int:
+        raise ValueError("must be the whole number 1")
+    return value
+
+
+class Section(BaseModel):
+    """What all tables of both files share: frozen, strict, closed, finite numbers only."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
