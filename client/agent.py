@@ -16,6 +16,7 @@ from common import adapter, evaluation, manifest, model, wire
 from common.errors import ProtocolError, SilotuneError
 from common.manifest import RunManifest
 from common.model import Engine
+from common.noise import Noise, SystemNoise
 from common.prompts import Encoded
 from common.records import OpenedHead, RoundPlan, SiteMetrics, UpdateHead, from_head, to_head
 from common.rows import Row
@@ -24,6 +25,11 @@ from common.wire import Frame
 MAX_BODY_BYTES: Final = 600 << 20
 NOT_OPEN: Final = "this run is not open at this site; the server must send its manifest first"
 PERMISSIVE: Final = Permissive()
+
+
+def fresh_noise(run_manifest: RunManifest, round_index: int) -> Noise:
+    """Noise that nobody can foresee, whatever run and round."""
+    return SystemNoise()
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class Agent:
             return the engine that it already has.
         report: Told every failure with its reference; the site's own log.
         max_body_bytes: Largest adapter or manifest that is taken.
+        make_noise: Source of draws and noise of one round; a seeded one is for simulations only.
         guard: Asked before the agent acts and before it answers.
     """
 
@@ -73,6 +80,7 @@ class Agent:
         report: Callable[[str, Exception], None],
         max_body_bytes: int = MAX_BODY_BYTES,
         guard: Guard = PERMISSIVE,
+        make_noise: Callable[[RunManifest, int], Noise] = fresh_noise,
     ) -> None:
         self.site = site
         self._load_data = load_data
@@ -80,6 +88,7 @@ class Agent:
         self._report = report
         self._max_body_bytes = max_body_bytes
         self._guard = guard
+        self._make_noise = make_noise
         self._run: OpenRun | None = None
         self._steps = {"open": self._open, "train": self._train, "evaluate": self._evaluate}
 
@@ -143,12 +152,16 @@ class Agent:
             run.engine,
             run.train,
             training=settings.training,
+            privacy=settings.privacy,
             round_index=plan.round_index,
             num_rounds=settings.federation.num_rounds,
             seed=schedule.derive_seed(settings.seed, self.site),
+            source=self._make_noise(run.manifest, plan.round_index),
         )
         raw_delta = protect.subtract(adapter.read(run.engine.model), start)
-        outgoing = protect.protect(raw_delta, privacy=settings.privacy, dtype=settings.wire.dtype)
+        outgoing = protect.protect(
+            raw_delta, privacy=settings.privacy, trained_with=result.protection, dtype=settings.wire.dtype
+        )
         head = UpdateHead(
             site=self.site,
             run_sha256=run.sha256,

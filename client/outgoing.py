@@ -58,11 +58,14 @@ def _check_fields(reply: Frame, figures: Any) -> None:
         from_head(egress.REPLIES[reply.kind], reply.head)
     except WireError as error:
         raise PolicyRefusedError(f"egress.metrics: {error}", rule="egress.metrics") from error
-    extra = sorted(reply.head.keys() - set(figures) - set(egress.NAMES))
+    told = {name for name, value in reply.head.items() if value is not None}
+    extra = sorted(told - set(figures) - set(egress.NAMES))
     if reply.kind == "update" and (reply.head["num_audit_entries"], reply.head["audit_sha256"]) != (0, ""):
         extra = list(egress.AUDIT)  # the gatekeeper alone writes them, after this check
     if extra:
         raise PolicyRefusedError(f"egress.metrics: {', '.join(extra)} not declared", rule="egress.metrics")
+    if missing := sorted(set(figures) - told):
+        raise PolicyRefusedError(f"egress.metrics: {', '.join(missing)} declared and not told", rule="egress.metrics")
 
 
 def _check_range(name: str, value: float, limits: tuple[float, float]) -> None:

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from common import adapter, config_privacy
+from common import adapter
 from common.adapter import Tensors, WireDtype
+from common.config_privacy import PrivacyConfig, Protection
 from common.errors import PrivacyError
 
 
@@ -20,11 +21,11 @@ class OutgoingUpdate:
 
     Attributes:
         body: Safetensors bytes.
-        protection: What was done to them, in words; `none` says that the update is unprotected.
+        protection: What was done to them; `none` says that the update is unprotected.
     """
 
     body: bytes
-    protection: str
+    protection: Protection
 
 
 def subtract(after: Tensors, before: Tensors) -> RawDelta:
@@ -38,12 +39,22 @@ def subtract(after: Tensors, before: Tensors) -> RawDelta:
     return RawDelta(difference)
 
 
-def protect(raw_delta: RawDelta, *, privacy: config_privacy.PrivacyConfig, dtype: WireDtype) -> OutgoingUpdate:
+def protect(
+    raw_delta: RawDelta, *, privacy: PrivacyConfig, trained_with: Protection, dtype: WireDtype
+) -> OutgoingUpdate:
     """Prepare an update for sending.
 
+    Args:
+        raw_delta: What training changed.
+        privacy: What the run promises.
+        trained_with: What the training really did; gradients are noised there, where units can be told apart.
+        dtype: Of the values that travel.
+
     Raises:
-        PrivacyError: The run asks for a protection that this version does not have.
+        PrivacyError: The training did not do what the run promises.
     """
-    if privacy.mode != "none":
-        raise PrivacyError(f"privacy.mode = '{privacy.mode}' is not built in this version; nothing was sent")
-    return OutgoingUpdate(adapter.encode(raw_delta.tensors, dtype=dtype), protection="none")
+    if trained_with != privacy.mode:
+        raise PrivacyError(
+            f"privacy.mode = '{privacy.mode}' and the training was done with '{trained_with}'; nothing was sent"
+        )
+    return OutgoingUpdate(adapter.encode(raw_delta.tensors, dtype=dtype), protection=trained_with)

@@ -67,8 +67,7 @@ def load_data(node: config.NodeConfig, manifest: RunManifest) -> SiteData:
         if node.data.unit_column:
             _check_apart(rows, held_out)
         return SiteData(rows, held_out)
-    fraction, seed = manifest.run.data.held_out_fraction, manifest.run.seed
-    return SiteData(*split.split(rows, held_out_fraction=fraction, seed=seed))
+    return SiteData(*split.for_run(rows, manifest.run))
 
 
 def _check_apart(train: Sequence[Row], held_out: Sequence[Row]) -> None:

@@ -4,12 +4,52 @@ from typing import Literal
 
 from pydantic import Field
 
-from common.config_types import Section
+from common.config_types import PositiveCount, Section
+
+
+Protection = Literal["none", "unit"]
 
 
 class PrivacyConfig(Section):
     """What protects an update when it leaves a site. There is no default: it must be stated."""
 
-    mode: Literal["none"] = Field(
-        description="`none` states that updates leave unprotected. This version has no differential privacy."
+    mode: Protection = Field(
+        description="`unit`: each site's training is differentially private for each of its units, such as a patient, "
+        "against everybody outside the site. `none` states that updates leave unprotected; outside simulations every "
+        "site's policy must allow that by name."
     )
+    epsilon: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="The most that the whole run may cost a unit. With `noise_multiplier = 0` the noise is chosen for "
+        "it; else the plan is held to it. 0: no limit of the run's own; the sites have theirs.",
+    )
+    dp_delta: float = Field(
+        default=1e-6, gt=0, lt=0.1, description="Delta that goes with epsilon; at most 1/(n ln n) for n units."
+    )
+    sampling_prob: float = Field(
+        default=0.0, ge=0, le=1, description="Probability with which each unit takes part in each step. `unit` needs it."
+    )
+    noise_multiplier: float = Field(
+        default=0.0, ge=0, le=10_000, description="Standard deviation of the noise over `clip_norm`. 0: from `epsilon`."
+    )
+    clip_norm: float = Field(
+        default=1.0,
+        gt=0,
+        le=1_000_000,
+        description="Largest L2 norm of a unit's gradient; the loss of a row is the sum over its answer tokens, in nats.",
+    )
+    max_rows_per_unit: PositiveCount = Field(
+        default=1, description="Most rows of a unit in one step, drawn anew each time and clipped together."
+    )
+    clipping: Literal["auto", "stacked", "microbatch", "opacus"] = Field(
+        default="auto",
+        description="How gradients of units are told apart. `stacked`: in one pass, for LoRA. `microbatch`: one unit at "
+        "a time, for any adapter. `opacus`: by Opacus' hooks. `auto`: `stacked` where possible, else `microbatch`.",
+    )
+    adaptive_clipping: bool = Field(
+        default=False, description="Let `clip_norm` follow a quantile of the norms; the noise of both is accounted."
+    )
+    clip_quantile: float = Field(default=0.5, gt=0, lt=1, description="Share of units that should not be clipped.")
+    clip_learning_rate: float = Field(default=0.2, gt=0, le=1, description="How fast the clip norm follows, per step.")

@@ -83,6 +83,21 @@ def _has_adam_settings(config: RunConfig) -> bool:
     return (training.adam_beta1, training.adam_beta2, training.adam_epsilon) != ADAM_DEFAULTS
 
 
+def _has_idle_privacy(config: RunConfig) -> bool:
+    privacy = config.privacy
+    return privacy.mode == "none" and privacy != type(privacy)(mode="none")
+
+
+def _has_idle_adaption(config: RunConfig) -> bool:
+    privacy = config.privacy
+    return not privacy.adaptive_clipping and (privacy.clip_quantile, privacy.clip_learning_rate) != (0.5, 0.2)
+
+
+def _has_small_batch(config: RunConfig) -> bool:
+    training = config.training
+    return config.privacy.max_rows_per_unit > (training.micro_batch_size or training.batch_size)
+
+
 _COLUMNS = ("data.output_column", "data.instruction_column", "data.input_column")
 
 RUN_RULES = (
@@ -151,6 +166,41 @@ RUN_RULES = (
         ("federation.num_sites", "federation.min_sites", "federation.sites_per_round"),
         lambda c: 0 < c.federation.num_sites < max(c.federation.min_sites, c.federation.sites_per_round),
         "must be 0 (whoever has connected) or at least min_sites and sites_per_round",
+    ),
+    Rule(
+        ("privacy.mode",),
+        _has_idle_privacy,
+        "other settings of [privacy] have no effect with this mode; remove them, or choose unit",
+    ),
+    Rule(
+        ("privacy.sampling_prob", "privacy.mode"),
+        lambda c: c.privacy.mode == "unit" and not c.privacy.sampling_prob,
+        "set the probability with which a unit is in a step, such as 0.02",
+    ),
+    Rule(
+        ("privacy.epsilon", "privacy.noise_multiplier", "privacy.mode"),
+        lambda c: c.privacy.mode == "unit" and not (c.privacy.epsilon or c.privacy.noise_multiplier),
+        "set the epsilon of the whole run, or the noise multiplier, or both",
+    ),
+    Rule(
+        ("training.local_steps", "privacy.mode"),
+        lambda c: c.privacy.mode == "unit" and not c.training.local_steps,
+        "under differential privacy a round has a fixed number of steps; set local_steps and remove local_epochs",
+    ),
+    Rule(
+        ("training.max_grad_norm", "privacy.mode"),
+        lambda c: c.privacy.mode == "unit" and c.training.max_grad_norm not in (0.0, 1.0),
+        "has no effect under differential privacy, which clips each unit; remove it and set privacy.clip_norm",
+    ),
+    Rule(
+        ("privacy.max_rows_per_unit", "training.micro_batch_size", "training.batch_size"),
+        _has_small_batch,
+        "all rows of a unit go through the model at once; raise the (micro-)batch size or lower max_rows_per_unit",
+    ),
+    Rule(
+        ("privacy.clip_quantile", "privacy.clip_learning_rate", "privacy.adaptive_clipping"),
+        _has_idle_adaption,
+        "has no effect while the clip norm is fixed; remove it or set adaptive_clipping",
     ),
 )
 

@@ -16,6 +16,8 @@ REPLIES: Final[Mapping[str, type]] = {"opened": OpenedHead, "update": UpdateHead
 AUDIT: Final = ("num_audit_entries", "audit_sha256")  # the head of the site's audit log; says nothing of rows
 NAMES: Final = ("site", "run_sha256", "round_index", *AUDIT)  # no figures; site, run and round are known already
 
+UNTOLD: Final = ("num_tokens", "train_loss", "seconds")  # of drawn rows: no noise covers them
+
 Range = tuple[float, float]
 RANGES: Final[Mapping[str, Range]] = {
     "num_examples": (0, 1e9),
@@ -66,7 +68,7 @@ def declare(run: config.RunConfig, tensor_specs: Sequence[TensorSpec]) -> Egress
     update = num_update_bytes(tensor_specs, dtype=run.wire.dtype)
     return Egress(
         dtype=run.wire.dtype,
-        metrics={kind: {name: RANGES[name] for name in figures(kind)} for kind in REPLIES},
+        metrics={kind: {name: RANGES[name] for name in told(kind, run)} for kind in REPLIES},
         bytes_per_message=update,
         bytes_per_round=update + 2 * HEAD_BYTES,
     )
@@ -75,6 +77,12 @@ def declare(run: config.RunConfig, tensor_specs: Sequence[TensorSpec]) -> Egress
 def figures(kind: str) -> list[str]:
     """Names of the figures in a kind of reply."""
     return [field.name for field in dataclasses.fields(REPLIES[kind]) if field.name not in NAMES]
+
+
+def told(kind: str, run: config.RunConfig) -> list[str]:
+    """Names of the figures that a reply of this run tells; the others are None in it."""
+    hidden = UNTOLD if run.privacy.mode != "none" and kind == "update" else ()
+    return [name for name in figures(kind) if name not in hidden]
 
 
 def num_update_bytes(tensor_specs: Sequence[TensorSpec], *, dtype: str) -> int:

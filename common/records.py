@@ -1,6 +1,7 @@
 """What crosses a boundary, as frozen dataclasses with a strict way in."""
 
 import dataclasses
+import types
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -68,9 +69,9 @@ class UpdateHead:
         round_index: Of the round it answers.
         num_examples: Rows in the site's training set: the weight of its update.
         num_steps: Optimiser steps done.
-        num_tokens: Tokens seen, padding excluded.
-        train_loss: Mean negative log-likelihood per answer token over the round, nats.
-        seconds: Wall time of the local training.
+        num_tokens: Tokens seen, padding excluded; None under differential privacy, which covers no such count.
+        train_loss: Mean negative log-likelihood per answer token over the round, nats; None likewise.
+        seconds: Wall time of the local training; None likewise.
         num_audit_entries: Lines in the site's audit log before this answer; 0 where it keeps none.
         audit_sha256: Hash of the last of them; empty where there is none.
     """
@@ -80,9 +81,9 @@ class UpdateHead:
     round_index: int
     num_examples: int
     num_steps: int
-    num_tokens: int
-    train_loss: float
-    seconds: float
+    num_tokens: int | None
+    train_loss: float | None
+    seconds: float | None
     num_audit_entries: int = 0
     audit_sha256: str = ""
 
@@ -136,7 +137,11 @@ def from_head(kind: type[T], head: dict[str, Any]) -> T:
 
 
 def _scalar(name: str, value: Any, expected: Any) -> Any:
-    """One field: exact type (bool is not int, but a whole number is a float), bounded."""
+    """One field: exact type (bool is not int, but a whole number is a float), bounded; None where that is a type."""
+    if isinstance(expected, types.UnionType):
+        if value is None:
+            return None
+        expected = next(kind for kind in expected.__args__ if kind is not types.NoneType)
     if type(value) is not expected and (type(value), expected) != (int, float):
         raise WireError(f"field {name} is {type(value).__name__}, expected {expected.__name__}")
     if expected is str and len(value) > MAX_CHARACTERS:

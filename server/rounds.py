@@ -141,7 +141,7 @@ def _of_training(head: UpdateHead) -> dict[str, Any]:
         "train_loss": head.train_loss,
         "num_examples": head.num_examples,
         "num_steps": head.num_steps,
-        "seconds": round(head.seconds, 3),
+        "seconds": None if head.seconds is None else round(head.seconds, 3),
     }
 
 
@@ -162,7 +162,7 @@ def _require_quorum(fed: Federation, tally: Tally, round_index: int) -> None:
         )
 
 
-def _train_loss(heads: list[UpdateHead]) -> float:
-    """Mean over the round's rows, nats per answer token."""
-    total = sum(head.num_examples for head in heads)
-    return sum(head.train_loss * head.num_examples for head in heads) / total
+def _train_loss(heads: list[UpdateHead]) -> float | None:
+    """Mean over the round's rows, nats per answer token; None where sites do not tell it."""
+    told = [(head.train_loss, head.num_examples) for head in heads if head.train_loss is not None]
+    return sum(loss * count for loss, count in told) / sum(count for _, count in told) if told else None

@@ -8,9 +8,12 @@ from typing import Any
 from client import sitelog
 from client.agent import Agent, SiteData
 from client.data import split
+from client.train import schedule
 from common import config, model, store
 from common.data import read
+from common.manifest import RunManifest
 from common.model import Engine
+from common.noise import Noise, SeededNoise
 from common.rows import Columns
 from simulations import partition
 from simulations.embedded import records
@@ -95,7 +98,7 @@ def load_tables(settings: config.RunConfig) -> dict[str, list[dict[str, Any]]]:
 def split_site(table: list[dict[str, Any]], settings: config.RunConfig) -> SiteData:
     """One site's rows, held-out units aside."""
     rows = read.to_rows(table, columns_of(settings.data))
-    return SiteData(*split.split(rows, held_out_fraction=settings.data.held_out_fraction, seed=settings.seed))
+    return SiteData(*split.for_run(rows, settings))
 
 
 def expect_all(settings: config.RunConfig, sites: Mapping[str, SiteData]) -> config.RunConfig:
@@ -112,7 +115,16 @@ def columns_of(data: config.DataConfig) -> Columns:
 
 
 def make_agent(site: str, data: SiteData, engine: Engine, failures: Failures) -> Agent:
-    """One virtual site on a shared engine."""
+    """One virtual site on a shared engine; its noise comes from the run's seed, so that a study can be repeated."""
     return Agent(
-        site, load_data=lambda _: data, load_engine=lambda _: engine, report=failures.reporter(site)
-    )  # fmt: skip
+        site,
+        load_data=lambda _: data,
+        load_engine=lambda _: engine,
+        report=failures.reporter(site),
+        make_noise=lambda run, round_index: seeded_noise(run, site=site, round_index=round_index),
+    )
+
+
+def seeded_noise(run: RunManifest, *, site: str, round_index: int) -> Noise:
+    """Noise that the run's seed gives; it protects nobody, as whoever knows the seed can take it off."""
+    return SeededNoise(schedule.derive_seed(run.run.seed, site, round_index, "noise"))

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 
+from common import config
 from common.errors import DataError
 from common.rows import Row
 
@@ -41,6 +42,41 @@ def split(rows: Sequence[Row], *, held_out_fraction: float, seed: int) -> tuple[
     num_held_out = min(max(round(held_out_fraction * len(units)), 1), len(units) - 1)
     chosen = set(units[:num_held_out])
     return [row for row in rows if row.unit not in chosen], [row for row in rows if row.unit in chosen]
+
+
+def split_each(rows: Sequence[Row], *, held_out_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Keep a share of the units for evaluation, each unit by its own hash alone.
+
+    One unit more or less then leaves all others where they are, which differential privacy over units needs: `split`
+    holds out a fixed share, so that a new unit can push another one to the other side.
+
+    Args:
+        rows: Rows of units.
+        held_out_fraction: Probability with which a unit is held out, between 0 and 1.
+        seed: Chooses which.
+
+    Raises:
+        DataError: No unit is left on one of the sides.
+    """
+    limit = int(held_out_fraction * 2**256)
+    chosen = {row.unit for row in rows if int.from_bytes(_rank(row.unit, seed)) < limit}
+    train, held_out = [row for row in rows if row.unit not in chosen], [row for row in rows if row.unit in chosen]
+    if not train or not held_out:
+        raise DataError(
+            f"{len(rows)} rows give {len(train)} to train and {len(held_out)} held out: there are too few units, or "
+            "data.held_out_fraction does not suit them"
+        )
+    return train, held_out
+
+
+def for_run(rows: Sequence[Row], run: config.RunConfig) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows as a run says.
+
+    Raises:
+        DataError: Too few units.
+    """
+    how = split if run.privacy.mode == "none" else split_each
+    return how(rows, held_out_fraction=run.data.held_out_fraction, seed=run.seed)
 
 
 def _rank(unit: str, seed: int) -> bytes:

@@ -1,28 +1,32 @@
 """One round of local training at a site."""
 
+import contextlib
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from client.train import schedule
+from client.train import private, schedule
 from client.train.gradients import mean_gradient
 from common import adapter, config
+from common.config_privacy import PrivacyConfig, Protection
 from common.errors import ModelError
 from common.model import Engine
+from common.noise import Noise
 from common.prompts import Encoded
 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What a round of training did; loss in nats per answer token."""
+    """What a round of training did; loss in nats per answer token. None: not to be told, as it would not be private."""
 
     num_steps: int
-    num_tokens: int
-    train_loss: float
-    seconds: float
+    num_tokens: int | None
+    train_loss: float | None
+    seconds: float | None
+    protection: Protection
 
 
 def train(
@@ -30,9 +34,11 @@ def train(
     rows: Sequence[Encoded],
     *,
     training: config.TrainingConfig,
+    privacy: PrivacyConfig,
     round_index: int,
     num_rounds: int,
     seed: int,
+    source: Noise,
 ) -> LocalResult:
     """Train the adapter in `engine` in place.
 
@@ -40,29 +46,49 @@ def train(
         engine: Holds the adapter to start from.
         rows: The site's training rows.
         training: Section `[training]`.
+        privacy: Section `[privacy]`, resolved.
         round_index: From 0.
         num_rounds: Of the run; the learning-rate schedule spans them all.
         seed: Of this run and site.
+        source: Of the draws and the noise where training is private.
 
     Raises:
-        ModelError: The loss is not finite.
+        ModelError: The loss is not finite, or the adapter did not move.
+        PrivacyError: The site's rows are too few for what the run asks.
     """
     started = time.monotonic()
     num_steps = schedule.num_local_steps(len(rows), training)
     first_step = round_index * num_steps
+    rates = [
+        schedule.learning_rate(step / (num_rounds * num_steps), training)
+        for step in range(first_step, first_step + num_steps)
+    ]
+    max_rows = training.micro_batch_size or training.batch_size
+    with torch.random.fork_rng():
+        torch.manual_seed(schedule.derive_seed(seed, round_index))
+        if privacy.mode == "unit":
+            private_ones = private.gradients(
+                engine, rows, privacy=privacy, num_steps=num_steps, max_rows=max_rows, source=source
+            )
+            with contextlib.closing(private_ones) as gradients:
+                _steps(engine, gradients, rates, training=training, max_grad_norm=0.0)
+            return LocalResult(num_steps, None, None, None, protection="unit")
+        batches = _batches(rows, training=training, first_step=first_step, num_steps=num_steps, seed=seed)
+        plain = (mean_gradient(engine, batch, micro_batch_size=max_rows) for batch in batches)
+        losses = _steps(engine, plain, rates, training=training, max_grad_norm=training.max_grad_norm)
+    num_tokens = sum(len(row.input_ids) for batch in batches for row in batch)
+    mean_loss = sum(losses) / len(losses)
+    return LocalResult(num_steps, num_tokens, mean_loss, time.monotonic() - started, protection="none")
+
+
+def _batches(
+    rows: Sequence[Encoded], *, training: config.TrainingConfig, first_step: int, num_steps: int, seed: int
+) -> list[list[Encoded]]:
+    """The rows of each step."""
     chosen = schedule.batches(
         num_rows=len(rows), batch_size=training.batch_size, first_step=first_step, num_steps=num_steps, seed=seed
     )
-    batches = [[rows[index] for index in indices] for indices in chosen]
-    rates = (
-        schedule.learning_rate(step / (num_rounds * num_steps), training)
-        for step in range(first_step, first_step + num_steps)
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(schedule.derive_seed(seed, round_index))
-        losses = _steps(engine, batches, rates, training=training)
-    num_tokens = sum(len(row.input_ids) for batch in batches for row in batch)
-    return LocalResult(num_steps, num_tokens, sum(losses) / len(losses), time.monotonic() - started)
+    return [[rows[index] for index in indices] for indices in chosen]
 
 
 def make_optimizer(engine: Engine, training: config.TrainingConfig) -> torch.optim.Optimizer:
@@ -81,23 +107,34 @@ def make_optimizer(engine: Engine, training: config.TrainingConfig) -> torch.opt
 
 
 def _steps(
-    engine: Engine, batches: Sequence[Sequence[Encoded]], rates: Iterable[float], *, training: config.TrainingConfig
+    engine: Engine,
+    gradients: Iterator[float | None],
+    rates: Sequence[float],
+    *,
+    training: config.TrainingConfig,
+    max_grad_norm: float,
 ) -> list[float]:
-    """One optimiser step a batch; the loss of each."""
+    """One optimiser step for each gradient that is set; the losses that came with them, which private ones do not."""
     optimizer = make_optimizer(engine, training)
     engine.model.train()
     losses: list[float] = []
-    for batch, rate in zip(batches, rates, strict=True):
+    for rate in rates:
         optimizer.zero_grad()
-        loss = mean_gradient(engine, batch, micro_batch_size=training.micro_batch_size or training.batch_size)
-        if not math.isfinite(loss):
-            raise ModelError(f"training loss is {loss} at step {len(losses)}; lower training.learning_rate")
-        _clip(optimizer, training.max_grad_norm)
+        loss = next(gradients)
+        if loss is not None:
+            losses.append(_finite(loss, step=len(losses)))
+        _clip(optimizer, max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-        losses.append(loss)
     return losses
+
+
+def _finite(loss: float, *, step: int) -> float:
+    """The loss, which must be a number."""
+    if not math.isfinite(loss):
+        raise ModelError(f"training loss is {loss} at step {step}; lower training.learning_rate")
+    return loss
 
 
 def _clip(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:

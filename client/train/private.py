@@ -1,0 +1,152 @@
+"""DP-SGD over privacy units: draw, clip, add up, noise once, divide by the expected number. U units, P parameters.
+
+Source: Abadi et al. 2016, arXiv:1607.00133, algorithm 1, with the unit of a patient in the place of an example.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from client.train import unit_gradients, units
+from client.train.unit_gradients import UnitGradients
+from client.train.units import Unit
+from common import accounting, adapter, noise
+from common.config_privacy import PrivacyConfig
+from common.errors import PrivacyError
+from common.model import Engine
+from common.noise import Noise
+from common.prompts import Encoded
+
+TINY: Final = 1e-6  # added to norms, so that a zero gradient has a scale
+COUNT_NOISE_SHARE: Final = 20
+
+
+@dataclass
+class ClipNorm:
+    """C, which follows a quantile of the norms where that is asked for.
+
+    Attributes:
+        value: Largest norm that a unit's gradient may have now.
+        noise_multiplier: Of the gradient; larger than that of the step if counts are released, too.
+        count_noise_std: Of the noise on the count of units within C; 0 where C stays.
+    """
+
+    value: float
+    noise_multiplier: float
+    count_noise_std: float
+
+    @classmethod
+    def of(cls, privacy: PrivacyConfig, expected: float) -> "ClipNorm":
+        """As the run says; the noise of the count is a twentieth of the expected batch, as in the source.
+
+        Raises:
+            PrivacyError: The batch is too small for C to follow its units.
+        """
+        if not privacy.adaptive_clipping:
+            return cls(privacy.clip_norm, privacy.noise_multiplier, 0.0)
+        std = expected / COUNT_NOISE_SHARE
+        try:
+            left = accounting.gradient_noise_multiplier(privacy.noise_multiplier, count_noise_std=std)
+        except ValueError as error:
+            raise PrivacyError(
+                f"privacy.adaptive_clipping: {expected:.0f} units a step are too few to count them privately; "
+                "raise privacy.sampling_prob or keep clip_norm fixed"
+            ) from error
+        return cls(privacy.clip_norm, left, std)
+
+    def follow(self, norms_u: Tensor, *, privacy: PrivacyConfig, expected: float, source: Noise) -> None:
+        """Move C towards the wanted quantile by a noised count of the units within it.
+
+        Each unit adds +1/2 or -1/2, so the count's sensitivity is 1/2.
+
+        Source: Andrew et al. 2021, arXiv:1905.03871, algorithm 1.
+        """
+        if not self.count_noise_std:
+            return
+        count = float((norms_u <= self.value).double().sub(0.5).sum())
+        noised = count + self.count_noise_std * float(source.normal(1, device=torch.device("cpu")))
+        self.value *= math.exp(-privacy.clip_learning_rate * (noised / expected + 0.5 - privacy.clip_quantile))
+
+
+def gradients(
+    engine: Engine,
+    rows: Sequence[Encoded],
+    *,
+    privacy: PrivacyConfig,
+    num_steps: int,
+    max_rows: int,
+    source: Noise,
+) -> Iterator[None]:
+    """Set every trainable parameter's `.grad` to a private one, once for each step.
+
+    A step without any unit is noised like every other: whether one was drawn is nobody's to know.
+
+    Args:
+        engine: Model in training mode.
+        rows: The site's training rows; their units are told apart by `Encoded.unit`.
+        privacy: Section `[privacy]`, resolved.
+        num_steps: Steps of this round.
+        max_rows: Rows of a physical batch.
+        source: Of noise and draws.
+
+    Privacy: each step is a Poisson-sampled Gaussian mechanism with `privacy.sampling_prob` and
+    `privacy.noise_multiplier` under adding or removing one unit; the number of units counts as public.
+    """
+    population = units.group(rows)
+    expected = privacy.sampling_prob * len(population)
+    clip = ClipNorm.of(privacy, expected)
+    with unit_gradients.prepared(engine, method=privacy.clipping) as (take, is_many):
+        for _ in range(num_steps):
+            drawn = units.poisson(
+                population, sampling_prob=privacy.sampling_prob, max_rows=privacy.max_rows_per_unit, noise=source
+            )
+            batches = units.pack(drawn, max_rows=max_rows) if is_many else ([unit] for unit in drawn)
+            total, norms_u = clipped_sum(engine, batches, take=take, clip_norm=clip.value)
+            _set_gradients(engine, total, clip=clip, expected=expected, source=source)
+            clip.follow(norms_u, privacy=privacy, expected=expected, source=source)
+            yield
+
+
+def clipped_sum(
+    engine: Engine, batches: Iterator[list[Unit]], *, take: unit_gradients.Take, clip_norm: float
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Sum of the units' gradients, each scaled down to `clip_norm` at most.
+
+    Returns:
+        The sum by parameter, float32, and every unit's norm before clipping. Neither is private.
+
+    Privacy: L2 sensitivity `clip_norm` under adding or removing one unit.
+    """
+    trained = adapter.parameters(engine.model)
+    total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in trained.items()}
+    norms = [add_clipped(total, take(batch), clip_norm=clip_norm) for batch in batches]
+    return total, torch.cat(norms) if norms else torch.zeros(0, device=engine.device)
+
+
+def add_clipped(total: Mapping[str, Tensor], found: UnitGradients, *, clip_norm: float) -> Tensor:
+    """Add each unit's gradient, scaled by min(1, C / norm); returns the norms, which span all parameters.
+
+    Shape: `found` (U, *shape) by parameter; result (U,).
+    """
+    squares = [torch.linalg.vector_norm(gradient.flatten(1), dim=1).square() for gradient in found.values()]
+    norms_u = torch.stack(squares).sum(0).sqrt()
+    scales_u = (clip_norm / (norms_u + TINY)).clamp(max=1.0)
+    for name, gradient in found.items():
+        total[name].add_((scales_u @ gradient.flatten(1)).view_as(total[name]))
+    return norms_u
+
+
+@torch.no_grad()
+def _set_gradients(
+    engine: Engine, total: Mapping[str, Tensor], *, clip: ClipNorm, expected: float, source: Noise
+) -> None:
+    """Noise the sum once, round it to a grid that tells nothing, and divide by the expected number of units."""
+    noise_std = clip.noise_multiplier * clip.value
+    for name, parameter in adapter.parameters(engine.model).items():
+        drawn = source.normal(parameter.numel(), device=parameter.device).view_as(parameter)
+        released = noise.to_grid(total[name].double() + noise_std * drawn, clip_norm=clip.value)
+        parameter.grad = (released / expected).to(parameter.dtype)

@@ -1,0 +1,64 @@
+"""Privacy units: which rows belong together, which are drawn for a step, and how they share a physical batch."""
+
+from collections.abc import Iterator, Sequence
+
+from common.noise import Noise
+from common.prompts import Encoded
+
+Unit = Sequence[Encoded]
+
+
+def group(rows: Sequence[Encoded]) -> list[list[Encoded]]:
+    """The rows of each unit, units in the order of their first rows."""
+    found: dict[str, list[Encoded]] = {}
+    for row in rows:
+        found.setdefault(row.unit, []).append(row)
+    return list(found.values())
+
+
+def poisson(units: Sequence[Unit], *, sampling_prob: float, max_rows: int, noise: Noise) -> list[Unit]:
+    """Draw each unit on its own with the same probability, and of each at most `max_rows` rows.
+
+    The draw must be secret: the amplification by sampling that the accountant counts holds against those only who do
+    not know it.
+
+    Args:
+        units: All of the site's.
+        sampling_prob: q, in (0, 1].
+        max_rows: Most rows of a unit; which ones is drawn anew each time.
+        noise: Where the draws come from.
+
+    Returns:
+        The drawn units; may be empty.
+
+    Source: Poisson sampling as in Abadi et al. 2016, arXiv:1607.00133, section 3, over units.
+    """
+    is_drawn = noise.uniform(len(units)) < sampling_prob
+    return [_some(unit, max_rows, noise) for unit, taken in zip(units, is_drawn, strict=True) if taken]
+
+
+def pack(units: Sequence[Unit], *, max_rows: int) -> Iterator[list[Unit]]:
+    """Cut a logical batch into physical ones; a unit is never split, or its norm would be wrong.
+
+    Units of similar length go together, for less padding.
+
+    Raises:
+        ValueError: A unit has more rows than a physical batch.
+    """
+    batch: list[Unit] = []
+    for unit in sorted(units, key=lambda unit: max(len(row.input_ids) for row in unit)):
+        if len(unit) > max_rows:
+            raise ValueError(f"a unit of {len(unit)} rows does not fit into a physical batch of {max_rows}")
+        if sum(map(len, batch)) + len(unit) > max_rows:
+            yield batch
+            batch = []
+        batch.append(unit)
+    if batch:
+        yield batch
+
+
+def _some(unit: Unit, max_rows: int, noise: Noise) -> Unit:
+    """At most `max_rows` rows of a unit, each subset as likely as any other."""
+    if len(unit) <= max_rows:
+        return unit
+    return [unit[index] for index in noise.uniform(len(unit)).argsort()[:max_rows]]

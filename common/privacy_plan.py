@@ -1,0 +1,75 @@
+"""What a run will cost a unit, before it starts: the noise for its epsilon, and the curve over its rounds.
+
+A plan depends on the run file alone. What a site has spent is its own ledger's to say. Loads no torch.
+"""
+
+from common import accounting, config
+from common.accounting import Event
+from common.errors import FloorRefused
+
+FIXED_WORDING = (
+    "per site and per unit (such as a patient), against everybody outside the site; one unit added or removed; "
+    "Poisson sampling; PLD accountant. A patient of two sites loses the sum. Not covered: how many rows and units a "
+    "site has, that it takes part, and figures on held-out units."
+)
+
+
+def is_private(run: config.RunConfig) -> bool:
+    """Whether updates are differentially private."""
+    return run.privacy.mode != "none"
+
+
+def event_per_round(run: config.RunConfig) -> Event:
+    """What one round does to a site's units.
+
+    Raises:
+        ValueError: The run has no noise yet; see `resolve`.
+    """
+    return Event(run.privacy.sampling_prob, run.privacy.noise_multiplier, run.training.local_steps)
+
+
+def resolve(run: config.RunConfig) -> config.RunConfig:
+    """The run with the noise that its epsilon needs, or with its own noise, held to that epsilon.
+
+    Args:
+        run: As its file says.
+
+    Returns:
+        The same run with `privacy.noise_multiplier` above 0; unchanged if it is not private.
+
+    Raises:
+        AccountingUnsupported: No noise reaches that epsilon.
+        FloorRefused: The noise that the file names costs more than its epsilon.
+    """
+    privacy = run.privacy
+    if not is_private(run):
+        return run
+    num_steps = run.training.local_steps * run.federation.num_rounds
+    if not privacy.noise_multiplier:
+        noise = accounting.noise_multiplier(
+            epsilon=privacy.epsilon,
+            dp_delta=privacy.dp_delta,
+            sampling_prob=privacy.sampling_prob,
+            num_steps=num_steps,
+        )
+        return run.model_copy(update={"privacy": privacy.model_copy(update={"noise_multiplier": noise})})
+    planned = epsilon(run)
+    if privacy.epsilon and not planned <= privacy.epsilon:
+        raise FloorRefused(
+            f"privacy.noise_multiplier = {privacy.noise_multiplier:g} costs epsilon {planned:.3f} over "
+            f"{run.federation.num_rounds} rounds, above privacy.epsilon = {privacy.epsilon:g}; raise the noise, take "
+            "fewer rounds or steps, or set noise_multiplier = 0 to have it chosen"
+        )
+    return run
+
+
+def epsilon(run: config.RunConfig) -> float:
+    """What the whole run costs a unit at a site that has not spent anything before."""
+    event = event_per_round(run)
+    whole = Event(event.sampling_prob, event.noise_multiplier, event.num_steps * run.federation.num_rounds)
+    return accounting.compose([whole], dp_delta=run.privacy.dp_delta)
+
+
+def curve(run: config.RunConfig) -> list[float]:
+    """Epsilon after each round; steep at first, never the whole over the number of rounds."""
+    return accounting.planned_curve(event_per_round(run), run.federation.num_rounds, dp_delta=run.privacy.dp_delta)

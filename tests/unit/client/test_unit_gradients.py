@@ -1,0 +1,239 @@
+"""The gradient of a unit against a naive loop: every way, precision, checkpointing variant, adapter and padding."""
+
+import pytest
+import torch
+
+from client.train import private, unit_gradients
+from common import adapter, config, model, prompts
+from common.errors import ModelError
+from tests import tiny
+
+TOLERANCE = 1e-6
+WAYS = ("stacked", "microbatch", "opacus")
+PRECISIONS = {
+    "float32": {"quantization": "none", "dtype": "float32"},
+    "bfloat16": {"quantization": "none", "dtype": "bfloat16"},
+    "nf4": {"quantization": "nf4"},
+    "int8": {"quantization": "int8"},
+}
+
+
+def load(tiny_base, *, checkpointing: bool = False, dropout: float = 0.0, **settings):
+    """An engine in training mode, with a B other than zero so that gradients reach A."""
+    adapter_settings = {key: settings.pop(key) for key in ("use_rslora", "targets") if key in settings}
+    engine = model.load(
+        tiny_base,
+        model=config.ModelConfig(base="tiny", **settings),
+        adapter_settings=config.AdapterConfig(r=4, alpha=8, dropout=dropout, **adapter_settings),
+        seed=5,
+        device_name="cpu",
+        num_threads=1,
+        gradient_checkpointing=checkpointing,
+    )
+    generator = torch.Generator().manual_seed(1)
+    moved = {name: t + 0.02 * torch.randn(t.shape, generator=generator) for name, t in engine.initial.items()}
+    adapter.write(engine.model, moved)
+    engine.model.train()
+    return engine
+
+
+def some_units(engine, counts=(1, 2, 1, 3)):
+    """Units of unequal numbers of rows of unequal length."""
+    rows = prompts.encode_all(tiny.rows(sum(counts)), engine.tokenizer, max_length_tokens=64, too_long="error")[0]
+    assert len({len(row.input_ids) for row in rows}) > 1
+    ends = [sum(counts[: number + 1]) for number in range(len(counts))]
+    return [rows[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+
+def naive(engine, units):
+    """Row by row, without padding, by autograd of one sum a unit."""
+    found = []
+    for unit in units:
+        engine.model.zero_grad()
+        for row in unit:
+            logits_tv = engine.model(torch.tensor([row.input_ids])).logits[0].float()
+            targets = torch.tensor([i for i, is_answer in enumerate(row.is_answer) if is_answer and i])
+            ids = torch.tensor(row.input_ids)[targets]
+            (-logits_tv[targets - 1].log_softmax(-1)[torch.arange(len(ids)), ids].sum()).backward()
+        found.append({name: p.grad.clone() for name, p in adapter.parameters(engine.model).items()})
+    engine.model.zero_grad(set_to_none=True)
+    return found
+
+
+def taken(engine, units, way):
+    """The same by one of the three ways, as one dictionary a unit."""
+    with unit_gradients.prepared(engine, method=way) as (take, is_many):
+        parts = [take(units)] if is_many else [take([unit]) for unit in units]
+    return [{name: tensor[i] for name, tensor in part.items()} for part in parts for i in range(len(part_of(part)))]
+
+
+def part_of(part):
+    return next(iter(part.values()))
+
+
+def flat(gradient):
+    return torch.cat([gradient[name].flatten() for name in sorted(gradient)])
+
+
+def check(engine, units, way, tolerance=TOLERANCE):
+    """Norms and clipped sums within the tolerance, at a clip norm that clips some units and not others."""
+    expected, found = naive(engine, units), taken(engine, units, way)
+    norms = torch.stack([flat(gradient).norm() for gradient in expected])
+    own = torch.stack([flat(gradient).norm() for gradient in found])
+    assert ((own - norms).abs() / norms).max() < tolerance
+    clip_norm = float(norms.median())
+    scale = (clip_norm / (norms + private.TINY)).clamp(max=1)
+    wanted = sum(s * flat(gradient) for s, gradient in zip(scale, expected, strict=True))
+    total = {name: torch.zeros_like(p) for name, p in adapter.parameters(engine.model).items()}
+    stacked = {name: torch.stack([gradient[name] for gradient in found]) for name in total}
+    private.add_clipped(total, stacked, clip_norm=clip_norm)
+    assert (flat(total) - wanted).norm() / wanted.norm() < tolerance
+    return norms
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("precision", ["float32", "nf4", "int8"])
+def test_norms_and_clipped_sums_are_those_of_a_naive_loop(tiny_base, way, precision):
+    engine = load(tiny_base, **PRECISIONS[precision])
+    check(engine, some_units(engine), way)
+
+
+@pytest.mark.parametrize("way", ["stacked", "microbatch"])
+def test_a_bfloat16_base_rounds_activations_and_nothing_else(tiny_base, way):
+    """One unit at a time and without padding the rounding is the same as in the loop."""
+    engine = load(tiny_base, **PRECISIONS["bfloat16"])
+    for unit in some_units(engine, (1,) * 7):
+        check(engine, [unit], way)
+
+
+@pytest.mark.parametrize("way", ["stacked", "microbatch"])
+@pytest.mark.parametrize("precision", ["float32", "nf4"])
+def test_checkpointing_without_reentry_changes_nothing(tiny_base, way, precision):
+    engine = load(tiny_base, checkpointing=True, **PRECISIONS[precision])
+    check(engine, some_units(engine), way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_checkpointing_with_reentry_changes_nothing(tiny_base, way):
+    engine = load(tiny_base, **PRECISIONS["float32"])
+    base = engine.model.base_model.model
+    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    base.enable_input_require_grads()
+    check(engine, some_units(engine), way)
+
+
+def test_opacus_fails_under_checkpointing_without_reentry_rather_than_be_wrong(tiny_base):
+    engine = load(tiny_base, checkpointing=True, **PRECISIONS["float32"])
+    with pytest.raises(ModelError, match=r"privacy\.clipping"):
+        taken(engine, some_units(engine), "opacus")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("targets", ["q_proj,v_proj", "down_proj"])
+def test_rslora_and_any_choice_of_layers_hold(tiny_base, way, targets):
+    engine = load(tiny_base, use_rslora=True, targets=targets, **PRECISIONS["float32"])
+    check(engine, some_units(engine), way)
+
+
+@pytest.mark.parametrize("way", ["stacked", "opacus"])
+def test_padding_at_the_left_changes_nothing(tiny_base, way, monkeypatch):
+    engine = load(tiny_base, **PRECISIONS["float32"])
+    collate = prompts.collate
+
+    def left(rows, *, pad_id):
+        batch = collate(rows, pad_id=pad_id)
+        shifts = [int((1 - mask).sum()) for mask in batch.attention_mask_bt]
+        moved = {
+            name: torch.stack([torch.roll(row, shift) for row, shift in zip(getattr(batch, name), shifts, strict=True)])
+            for name in ("input_ids_bt", "attention_mask_bt", "is_answer_bt")
+        }
+        return type(batch)(**moved, units=batch.units)
+
+    units = some_units(engine)
+    expected = naive(engine, units)
+    monkeypatch.setattr(prompts, "collate", left)
+    found = taken(engine, units, way)
+    for own, wanted in zip(found, expected, strict=True):
+        assert (flat(own) - flat(wanted)).norm() / flat(wanted).norm() < 2 * TOLERANCE
+
+
+def test_dropout_has_one_mask_for_forward_and_clipping(tiny_base):
+    """The stacked way against autograd of the whole batch under the same mask: without clipping the sums agree."""
+    engine = load(tiny_base, dropout=0.3, checkpointing=True, **PRECISIONS["float32"])
+    units = some_units(engine)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        rows = [row for unit in units for row in unit]
+        nll, _ = model.answer_nll(engine.model, prompts.collate(rows, pad_id=engine.pad_id))
+        nll.backward()
+        expected = {name: p.grad.clone() for name, p in adapter.parameters(engine.model).items()}
+        engine.model.zero_grad(set_to_none=True)
+        torch.manual_seed(7)
+        found = taken(engine, units, "stacked")
+    total = {name: sum(gradient[name] for gradient in found) for name in expected}
+    assert (flat(total) - flat(expected)).norm() / flat(expected).norm() < TOLERANCE
+
+
+def test_how_a_logical_batch_is_cut_does_not_matter(tiny_base):
+    engine = load(tiny_base, **PRECISIONS["float32"])
+    units = some_units(engine)
+    whole, parts = taken(engine, units, "stacked"), [taken(engine, [unit], "stacked")[0] for unit in units]
+    for own, wanted in zip(parts, whole, strict=True):
+        assert (flat(own) - flat(wanted)).norm() / flat(wanted).norm() < TOLERANCE
+
+
+def test_control_clipping_rows_instead_of_units_is_another_sum(tiny_base):
+    engine = load(tiny_base, **PRECISIONS["float32"])
+    units = some_units(engine)
+    rows = [[row] for unit in units for row in unit]
+    by_unit, by_row = (private_sum(engine, found) for found in (units, rows))
+    assert (by_unit - by_row).norm() / by_unit.norm() > 1000 * TOLERANCE
+
+
+def private_sum(engine, units):
+    with unit_gradients.prepared(engine, method="stacked") as (take, _):
+        total, _ = private.clipped_sum(engine, iter([units]), take=take, clip_norm=0.1)
+    return flat(total)
+
+
+def test_a_factor_that_is_used_twice_in_a_pass_fails_the_step(tiny_base):
+    engine = load(tiny_base, targets="q_proj", **PRECISIONS["float32"])
+    layers = engine.model.base_model.model.model.layers
+    layers[1].self_attn.q_proj = layers[0].self_attn.q_proj
+    with pytest.raises(ModelError, match="used 2 times"):
+        taken(engine, some_units(engine), "stacked")
+
+
+def test_a_factor_that_is_not_used_fails_the_step(tiny_base):
+    engine = load(tiny_base, targets="q_proj", **PRECISIONS["float32"])
+    layers = engine.model.base_model.model.model.layers
+    layers[1].self_attn.q_proj.forward = layers[1].self_attn.q_proj.base_layer.forward
+    for way in ("stacked", "microbatch", "opacus"):
+        with pytest.raises(ModelError, match=r"lora_A|lora_B"):
+            taken(engine, some_units(engine, (1,) * 7), way)
+
+
+def test_whatever_else_is_trained_makes_auto_take_one_unit_at_a_time(tiny_base):
+    engine = load(tiny_base, **PRECISIONS["float32"])
+    norm = engine.model.base_model.model.model.norm.weight
+    with unit_gradients.prepared(engine, method="auto") as (_, is_many):
+        assert is_many
+    norm.requires_grad_(True)
+    with unit_gradients.prepared(engine, method="auto") as (_, is_many):
+        assert not is_many
+    with (
+        pytest.raises(ModelError, match=r"privacy\.clipping = 'stacked'"),
+        unit_gradients.prepared(engine, method="stacked"),
+    ):
+        pass
+    check(engine, some_units(engine), "microbatch")
+
+
+def test_the_layers_are_as_before_once_it_is_over(tiny_base):
+    engine = load(tiny_base, **PRECISIONS["float32"])
+    units = some_units(engine)
+    before = naive(engine, units)
+    taken(engine, units, "stacked")
+    assert all("forward" not in vars(module) for module in engine.model.modules())
+    after = naive(engine, units)
+    assert all(torch.equal(flat(a), flat(b)) for a, b in zip(before, after, strict=True))
