@@ -105,10 +105,36 @@ def gradients(
                 population, sampling_prob=privacy.sampling_prob, max_rows=privacy.max_rows_per_unit, noise=source
             )
             batches = units.pack(drawn, max_rows=max_rows) if is_many else ([unit] for unit in drawn)
-            total, norms_u = clipped_sum(engine, batches, take=take, clip_norm=clip.value)
-            _set_gradients(engine, total, clip=clip, expected=expected, source=source)
+            norms_u = set_gradients(engine, batches, take=take, clip=clip, expected=expected, source=source)
             clip.follow(norms_u, privacy=privacy, expected=expected, source=source)
             yield
+
+
+def set_gradients(
+    engine: Engine,
+    batches: Iterator[list[Unit]],
+    *,
+    take: unit_gradients.Take,
+    clip: ClipNorm,
+    expected: float,
+    source: Noise,
+) -> Tensor:
+    """One step: noise the clipped sum once, round it to a grid that tells nothing, divide by the expected number.
+
+    Returns:
+        Every unit's norm before clipping, which is not private.
+    """
+    trained = adapter.parameters(engine.model)
+    total, norms_u = clipped_sum(engine, batches, take=take, clip_norm=clip.value)
+    with torch.no_grad():
+        flat_p = torch.cat([tensor.flatten() for tensor in total.values()]).double()
+        flat_p += clip.noise_multiplier * clip.value * source.normal(flat_p.numel(), device=flat_p.device)
+        released_p = (noise.to_grid(flat_p, clip_norm=clip.value) / expected).float()
+        sizes = [tensor.numel() for tensor in total.values()]
+        for name, part in zip(total, released_p.split(sizes), strict=True):
+            parameter = trained[name]
+            parameter.grad = part.view_as(parameter)
+    return norms_u
 
 
 def clipped_sum(
@@ -138,15 +164,3 @@ def add_clipped(total: Mapping[str, Tensor], found: UnitGradients, *, clip_norm:
     for name, gradient in found.items():
         total[name].add_((scales_u @ gradient.flatten(1)).view_as(total[name]))
     return norms_u
-
-
-@torch.no_grad()
-def _set_gradients(
-    engine: Engine, total: Mapping[str, Tensor], *, clip: ClipNorm, expected: float, source: Noise
-) -> None:
-    """Noise the sum once, round it to a grid that tells nothing, and divide by the expected number of units."""
-    noise_std = clip.noise_multiplier * clip.value
-    for name, parameter in adapter.parameters(engine.model).items():
-        drawn = source.normal(parameter.numel(), device=parameter.device).view_as(parameter)
-        released = noise.to_grid(total[name].double() + noise_std * drawn, clip_norm=clip.value)
-        parameter.grad = (released / expected).to(parameter.dtype)
