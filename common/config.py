@@ -29,6 +29,7 @@ from common.config_types import (
     Slug,
     refuse_look_alikes,
 )
+from common.methods import MethodName
 
 
 class ModelConfig(Section):
@@ -178,7 +179,7 @@ class FederationConfig(Section):
 class AggregationConfig(Section):
     """How the sites' updates become one."""
 
-    method: Literal["fedavg"] = Field(default="fedavg", description="Aggregation method.")
+    method: MethodName = Field(default="fedavg", description="Aggregation method.")
     weighting: Literal["examples", "uniform"] = Field(
         default="examples", description="A site's weight: its number of training rows, or the same for all."
     )

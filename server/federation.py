@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from common import wire
+from common import trainable, wire
 from common.adapter import encode
 from common.config_types import SLUG
 from common.errors import ProtocolError, RemoteError, SilotuneError, TooFewSitesError
@@ -103,8 +103,10 @@ class Federation:
         self.log.append("site_failed", site=self.name(answer.node_id), step=step, reason=reason)
 
     def frame(self, kind: str, plan: RoundPlan, state: State) -> bytes:
-        """A request that carries the global adapter."""
-        return wire.pack(Frame(kind, to_head(plan), encode(state, dtype="float32")))
+        """A request that carries the global adapter, without what sites make themselves."""
+        sent = trainable.received_specs(self.manifest.run.aggregation.method, self.manifest.tensor_specs)
+        body = encode({spec.name: state[spec.name] for spec in sent}, dtype="float32")
+        return wire.pack(Frame(kind, to_head(plan), body))
 
 
 def wait_for_sites(federation: Federation) -> None:

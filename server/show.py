@@ -148,7 +148,7 @@ class Screen:
             notes.append(f"coordinator's rows {event['server_loss']:.3f}")
         if event["stale"]:
             notes.append(f"[yellow]stale: {_escape(', '.join(event['stale']))}[/]")
-        if finished and finished["gap"] > self._gap_warning:
+        if finished and (finished["gap"] or 0.0) > self._gap_warning:
             self._num_large_gaps += 1
             notes.append("[yellow]large gap[/]")
         return "  ".join(notes)

@@ -3,10 +3,10 @@
 from typing import Final
 
 from common.errors import ConfigError
-from server.aggregate import fedavg
+from server.aggregate import fedavg, ffa
 from server.aggregate.method import Method
 
-METHODS: Final[dict[str, Method]] = {"fedavg": fedavg}
+METHODS: Final[dict[str, Method]] = {"fedavg": fedavg, "ffa": ffa}
 
 
 def find(name: str) -> Method:
