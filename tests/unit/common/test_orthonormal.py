@@ -66,5 +66,5 @@ def test_only_down_projections_are_made():
 
 
 def test_a_module_that_is_narrower_than_the_rank_is_refused():
-    with pytest.raises(ModelError, match="lower adapter.r"):
+    with pytest.raises(ModelError, match=r"lower adapter\.r"):
         factor(9, 8)
