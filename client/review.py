@@ -214,7 +214,7 @@ def _figures(page: Review) -> Table:
 
 def _shapes(tensors: dict[str, list[int]]) -> Table:
     """Tensors that leave, those of one shape and layer kind together."""
-    table = Table("tensor", "shape", "number", title="tensors that leave, every round")
+    table = Table("tensor", "shape", "number", title="tensors that leave")
     groups: dict[tuple[str, str], int] = {}
     for name, shape in tensors.items():
         kind = (".".join(part if not part.isdigit() else "*" for part in name.split(".")), " x ".join(map(str, shape)))

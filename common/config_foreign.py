@@ -205,7 +205,12 @@ _VALUE_GROUPS = (
     ("training.optimizer", "paged_adamw_8bit paged_adamw_32bit", 'write "adamw"'),
     ("training.schedule", "constant_with_warmup", 'write "constant" and set training.warmup_fraction'),
     ("training.schedule", "cosine_with_restarts cosine_with_min_lr", 'write "cosine"'),
-    ("aggregation.method", "fedprox fedadam fedyogi fedadagrad fedavgm scaffold fedmedian", _UNBUILT),
+    (
+        "aggregation.method",
+        "fedadam fedyogi fedadagrad fedavgm",
+        "set aggregation.server_optimizer to it",
+    ),
+    ("aggregation.method", "fedprox scaffold fedmedian", _UNBUILT),
     ("aggregation.method", "ffa_lora ffalora", 'write "ffa"'),
     ("aggregation.method", "fedit", 'write "fedavg"'),
     ("aggregation.method", "flora fedex fedsa krum bulyan", _UNBUILT),

@@ -66,7 +66,7 @@ _TABLE: Final = (
         stages=1,
         base_delta="none",
         privacy=("record", "central"),
-        nearest=("rolora", "fedsvd", "ffa", "flexlora"),
+        nearest=("rolora", "flexlora", "fedsvd", "ffa"),
     ),
     Facts(
         name="ffa",

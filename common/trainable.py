@@ -58,3 +58,14 @@ def received_specs(method: str, tensor_specs: Sequence[TensorSpec]) -> tuple[Ten
     """The tensors that a site is sent: all but those that it makes from the run's seed itself."""
     fixed = FACTS[method].fixed
     return tuple(spec for spec in tensor_specs if factor_of(spec.name) not in tuple(fixed))
+
+
+def in_words(turns: Sequence[str]) -> str:
+    """The factors of an update, for people.
+
+    Example:
+        >>> in_words(("AB",)), in_words(("B", "A"))
+        ('A and B', 'B, then A, in turn')
+    """
+    words = [" and ".join(factors) for factors in turns]
+    return words[0] if len(words) == 1 else f"{', then '.join(words)}, in turn"

@@ -8,7 +8,7 @@ from common.audit import Head
 from common.errors import ProtocolError, SilotuneError, TooFewSitesError, WireError
 from common.records import RoundPlan, UpdateHead
 from server import checkpoint, collect, federation, sampling
-from server.aggregate import gap
+from server.aggregate import gap, optimizer
 from server.aggregate.method import State, Sum
 from server.evaluate import held_out
 from server.federation import Federation
@@ -66,10 +66,15 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
     frame = fed.frame("train", plan, state)
     tally = _collect(fed, state, plan, dict.fromkeys(cohort, frame))
     _require_quorum(fed, tally, round_index)
-    after = fed.method.apply(state, tally.combined.result())
-    digest = checkpoint.save(fed.folder, after, num_rounds=round_index + 1, run_sha256=fed.manifest.sha256)
+    combined = tally.combined.result()
+    averaged = fed.method.apply(state, combined)
+    step, fed.memory = optimizer.step(combined, fed.memory, settings=fed.manifest.run.aggregation)
+    after = averaged if step is combined else fed.method.apply(state, step)
+    digest = checkpoint.save(
+        fed.folder, after, memory=fed.memory, num_rounds=round_index + 1, run_sha256=fed.manifest.sha256
+    )
     checkpoint.prune(fed.folder, num_kept=fed.manifest.run.output.keep_checkpoints)
-    norms = tally.gap_meter.per_module(after) if tally.gap_meter else {}
+    norms = tally.gap_meter.per_module(averaged) if tally.gap_meter else {}
     fed.log.append(
         "round_finished",
         round=round_index,

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import adapter, config, events, model, start, storage, trainable
+from common import adapter, compatibility, config, events, model, start, storage, trainable
 from common.adapter import Tensors
 from common.data import read
 from common.errors import ConfigError, DataError, SilotuneError, StorageError
@@ -16,6 +16,7 @@ from common.model import Engine
 from common.rows import Columns
 from server import checkpoint, export, federation, rounds
 from server.aggregate import table
+from server.checkpoint import Checkpoint
 from server.federation import Federation, OwnRows
 from server.fleet import Fleet
 
@@ -70,12 +71,13 @@ def execute(
     _check_size(manifest)
     fed = Federation(manifest, fleet, table.find(settings.aggregation.method), folder, log)
     fed.offer = make_offer(manifest) if make_offer else None
-    first, first_round = _start(manifest, engine, folder, resume=resume)
+    first = _start(manifest, engine, folder, resume=resume)
+    fed.memory = first.memory
     storage.write_atomic(folder / MANIFEST_FILE, manifest.to_bytes())
     fed.own_rows = read_own_rows(settings, engine)
-    log.append("run_started", **plan(manifest, engine), first_round=first_round)
+    log.append("run_started", **plan(manifest, engine), first_round=first.num_rounds)
     federation.wait_for_sites(fed)
-    tensors = rounds.run(fed, first, first_round=first_round)
+    tensors = rounds.run(fed, first.tensors, first_round=first.num_rounds)
     num_rounds = settings.federation.num_rounds
     sites = trained_sites(events.read(log.path), num_rounds=num_rounds)
     export.save_adapter(folder / EXPORT_FOLDER, tensors, run_manifest=manifest, num_rounds=num_rounds, sites=sites)
@@ -204,6 +206,7 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
         "bytes_down_per_site": down,
         "bytes_up_per_site": up,
         "gap_warning": settings.aggregation.gap_warning,
+        "without_gap": compatibility.without_gap(settings),
     }
 
 
@@ -217,10 +220,9 @@ def _check_size(manifest: RunManifest) -> None:
         )
 
 
-def _start(manifest: RunManifest, engine: Engine, folder: Path, *, resume: bool) -> tuple[Tensors, int]:
+def _start(manifest: RunManifest, engine: Engine, folder: Path, *, resume: bool) -> Checkpoint:
     """The adapter to start from and the number of rounds that are done."""
     done = checkpoint.finished(folder) if resume else []
     if not done:
-        return start.initial(manifest, engine.initial), 0
-    found = checkpoint.load(folder, manifest.tensor_specs, num_rounds=done[-1], run_sha256=manifest.sha256)
-    return found.tensors, found.num_rounds
+        return Checkpoint(0, start.initial(manifest, engine.initial), "", {})
+    return checkpoint.load(folder, manifest.tensor_specs, num_rounds=done[-1], run_sha256=manifest.sha256)

@@ -1,5 +1,7 @@
 """Every method through whole runs: the functions that production calls, at sites of a few rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -21,8 +23,8 @@ def settings(base, method: str, changes=None):
 def play(engine, tiny_base, tmp_path):
     """Run in a folder of the test's; gives the outcome and the events."""
 
-    def execute(nodes, method: str, *, name: str = "run", resume: bool = False):
-        folder, found = tmp_path / name, settings(tiny_base, method)
+    def execute(nodes, method: str, *, name: str = "run", resume: bool = False, changes=None):
+        folder, found = tmp_path / name, settings(tiny_base, method, changes)
         log = run.prepare(found, folder, resume=resume)
         outcome = run.execute(found, fleet=tiny.fleet(nodes), engine=engine, folder=folder, log=log, resume=resume)
         return outcome, events.read(log.path)
@@ -89,6 +91,43 @@ def test_a_resumed_run_ends_with_the_same_adapter_to_the_bit(play, nodes, tmp_pa
     assert checkpoint.finished(tmp_path / "run") == [1]
     found, _ = play(nodes, method, resume=True)
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
+
+
+OPTIMIZERS = [("fedavg", "fedavgm", "0.5"), ("fedavg", "fedyogi", "0.02"), ("rolora", "fedadam", "0.02")]
+
+
+@pytest.mark.parametrize(("method", "name", "rate"), OPTIMIZERS)
+def test_the_coordinators_optimizer_lowers_the_loss_and_goes_on_after_an_interruption(
+    play, nodes, tmp_path, method, name, rate
+):
+    changes = {"aggregation.server_optimizer": name, "aggregation.server_learning_rate": rate}
+    expected, log = play(nodes, method, name="whole", changes=changes)
+    losses = [event["loss"] for event in log if event["kind"] == "evaluated"]
+    assert losses[-1] < losses[0] - 0.03
+    with pytest.raises(KeyboardInterrupt):
+        play({**nodes, 2: stopping(nodes[2], after=2)}, method, changes=changes)
+    assert checkpoint.finished(tmp_path / "run") == [1, 2]
+    found, _ = play(nodes, method, resume=True, changes=changes)
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
+
+
+def test_control_without_its_memory_a_resumed_run_ends_elsewhere(play, nodes, tmp_path, monkeypatch):
+    changes = {"aggregation.server_optimizer": "fedavgm", "aggregation.server_learning_rate": "0.5"}
+    expected, _ = play(nodes, "fedavg", name="whole", changes=changes)
+    with pytest.raises(KeyboardInterrupt):
+        play({**nodes, 2: stopping(nodes[2], after=2)}, "fedavg", changes=changes)
+    load = checkpoint.load
+    monkeypatch.setattr(checkpoint, "load", lambda *given, **named: replace(load(*given, **named), memory={}))
+    found, _ = play(nodes, "fedavg", resume=True, changes=changes)
+    assert not all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
+
+
+def test_the_gap_is_that_of_the_mean_whatever_the_optimizer_makes_of_it(play, nodes):
+    _, plain = play(nodes, "fedavg", name="plain")
+    changes = {"aggregation.server_optimizer": "fedavgm", "aggregation.server_learning_rate": "0.1"}
+    _, slowed = play(nodes, "fedavg", name="slowed", changes=changes)
+    gaps = [next(event["gap"] for event in log if event["kind"] == "round_finished") for log in (plain, slowed)]
+    assert gaps[0] == gaps[1] > 0
 
 
 def test_under_ffa_the_down_projections_are_orthonormal_and_stay(play, nodes, engine):
