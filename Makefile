@@ -35,6 +35,7 @@ proto: $(STAMP)  ## the gRPC code between courier and agent, from its schema
 
 docs: $(STAMP)  ## the generated pages
 	$(BIN)/python -m common.config_docs
+	$(BIN)/python -m server.methods_page
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -12,7 +12,7 @@ from typing import Final
 from client import protect
 from client.guard import Guard, Permissive
 from client.train import local, schedule
-from common import adapter, evaluation, manifest, model, wire
+from common import adapter, evaluation, manifest, model, start, trainable, wire
 from common.errors import ProtocolError, SilotuneError
 from common.manifest import RunManifest
 from common.model import Engine
@@ -42,7 +42,7 @@ class SiteData:
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run that this site takes part in."""
+    """A run that this site takes part in; `fixed` are the adapter's tensors that it makes itself and is never sent."""
 
     manifest: RunManifest
     opened: OpenedHead
@@ -50,6 +50,7 @@ class OpenRun:
     train: Sequence[Encoded]
     held_out: Sequence[Encoded]
     held_out_rows: Sequence[Row]
+    fixed: adapter.Tensors
 
     @property
     def sha256(self) -> str:
@@ -129,6 +130,7 @@ class Agent:
         """Check the base against the manifest, then turn rows into tokens once for the whole run."""
         engine = self._load_engine(run_manifest)
         adapter.check_specs(engine.tensor_specs, run_manifest.tensor_specs)
+        fixed = start.fixed(run_manifest)
         data = self._load_data(run_manifest)
         train, train_report = model.encode(engine, data.train, run_manifest.run.data)
         held_out, held_out_report = model.encode(engine, data.held_out, run_manifest.run.data)
@@ -141,24 +143,27 @@ class Agent:
             num_dropped=train_report.num_dropped + held_out_report.num_dropped,
             num_steps=schedule.num_local_steps(len(train), run_manifest.run.training),
         )
-        return OpenRun(run_manifest, opened, engine, train, held_out, data.held_out)
+        return OpenRun(run_manifest, opened, engine, train, held_out, data.held_out, fixed)
 
     def _train(self, request: Frame) -> Frame:
         """Train from the global adapter that came; answer with the protected delta."""
-        run, plan, start = self._receive(request)
-        adapter.write(run.engine.model, start)
+        run, plan, before = self._receive(request)
+        adapter.write(run.engine.model, before)
         settings = run.manifest.run
-        result = local.train(
-            run.engine,
-            run.train,
-            training=settings.training,
-            privacy=settings.privacy,
-            round_index=plan.round_index,
-            num_rounds=settings.federation.num_rounds,
-            seed=schedule.derive_seed(settings.seed, self.site),
-            source=self._make_noise(run.manifest, plan.round_index),
-        )
-        raw_delta = protect.subtract(adapter.read(run.engine.model), start)
+        method, specs = settings.aggregation.method, run.manifest.tensor_specs
+        names = trainable.trained_names(method, specs, round_index=plan.round_index)
+        with adapter.training_only(run.engine.model, names):
+            result = local.train(
+                run.engine,
+                run.train,
+                training=settings.training,
+                privacy=settings.privacy,
+                round_index=plan.round_index,
+                num_rounds=settings.federation.num_rounds,
+                seed=schedule.derive_seed(settings.seed, self.site),
+                source=self._make_noise(run.manifest, plan.round_index),
+            )
+        raw_delta = protect.subtract(adapter.read(run.engine.model), {name: before[name] for name in names})
         outgoing = protect.protect(
             raw_delta, privacy=settings.privacy, trained_with=result.protection, dtype=settings.wire.dtype
         )
@@ -206,7 +211,8 @@ class Agent:
         last = num_rounds - 1 if request.kind == "train" else num_rounds  # what the last round made is evaluated, too
         if plan.round_index > last:
             raise ProtocolError(f"round {plan.round_index} is beyond the manifest's last, {last}")
-        tensors = adapter.decode(request.body, run.manifest.tensor_specs, dtype="float32")
+        specs = trainable.received_specs(run.manifest.run.aggregation.method, run.manifest.tensor_specs)
+        tensors = {**run.fixed, **adapter.decode(request.body, specs, dtype="float32")}
         self._guard.before_step(request, plan, tensors, run=run.manifest)
         return run, plan, tensors
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from client.policy_file import Policy
-from common import adapter, egress
+from common import adapter, egress, trainable
 from common.errors import ModelError, PolicyRefusedError, WireError
 from common.manifest import RunManifest
 from common.records import SiteMetrics, from_head
@@ -90,13 +90,17 @@ def _check_slices(policy: Policy, reply: Frame) -> None:
 
 
 def _check_body(run_manifest: RunManifest, reply: Frame) -> None:
-    """The manifest's tensors under an update, nothing under anything else."""
+    """The tensors that the method trains in this round under an update, nothing under anything else."""
     if reply.kind != "update":
         if reply.body:
             raise PolicyRefusedError(f"egress: {len(reply.body)} bytes under '{reply.kind}'", rule="egress")
         return
+    run = run_manifest.run
+    specs = trainable.trained_specs(
+        run.aggregation.method, run_manifest.tensor_specs, round_index=reply.head["round_index"]
+    )
     try:
-        adapter.decode(reply.body, run_manifest.tensor_specs, dtype=run_manifest.run.wire.dtype)
+        adapter.decode(reply.body, specs, dtype=run.wire.dtype)
     except (WireError, ModelError) as error:
         raise PolicyRefusedError(f"egress: {error}", rule="egress") from error
 

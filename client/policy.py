@@ -23,7 +23,8 @@ KNOWN: Final = {
     "training": "local_epochs local_steps batch_size micro_batch_size learning_rate schedule warmup_fraction optimizer "
     "weight_decay adam_beta1 adam_beta2 adam_epsilon momentum max_grad_norm gradient_checkpointing",
     "federation": "num_rounds sites_per_round min_sites round_timeout_s join_timeout_s num_sites",
-    "aggregation": "method weighting gap_warning",
+    "aggregation": "method weighting gap_warning server_optimizer server_learning_rate server_beta1 server_beta2 "
+    "server_tau",
     "privacy": "mode",
     "wire": "dtype max_update_mib",
     "evaluation": "every_rounds server_data batch_size exact_match_rows max_new_tokens",
@@ -170,6 +171,7 @@ def _check_training(policy: Policy, run: config.RunConfig) -> None:
     rules, training = policy.train, run.training
     _within("train.learning_rate", training.learning_rate, rules.learning_rate)
     _one_of("train.optimizers", training.optimizer, rules.optimizers)
+    _one_of("train.methods", run.aggregation.method, rules.methods)
     _at_least("train.min_batch_size", training.batch_size, rules.min_batch_size)
     if training.local_steps:
         _at_least("train.min_local_steps", training.local_steps, rules.min_local_steps)

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from common import config_file, egress, identity, storage
 from common.config_types import Count, PositiveCount, RequiredLine, Section, Slug
 from common.errors import AuthError, ConfigError, PolicyRefusedError
+from common.methods import MethodName
 
 PURPOSE: Final = "policy"
 SIGNATURE_SUFFIX: Final = ".sig"
@@ -95,6 +96,10 @@ class TrainRules(Section):
     max_warmup_fraction: float = Field(default=0.2, ge=0, lt=1, description="A warm-up is a rate near 0.")
     max_tensor_norm: float = Field(default=1000.0, gt=0, description="Of each tensor of the global adapter.")
     optimizers: tuple[Literal["adamw", "sgd"], ...] = Field(default=("adamw",))
+    methods: tuple[MethodName, ...] = Field(
+        default=("fedavg", "ffa", "fedsvd", "rolora", "flexlora"),
+        description="How updates may be aggregated; the method says which factors leave.",
+    )
 
 
 class PrivacyRules(Section):

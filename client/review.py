@@ -14,10 +14,11 @@ from rich.text import Text
 from client import consent, policy, policy_file
 from client.history import AUDIT_FILE, History
 from client.policy_file import Policy
-from common import config, identity, manifest
+from common import config, identity, manifest, trainable
 from common.audit import AuditLog
 from common.errors import ConfigError, PolicyRefusedError
 from common.manifest import Offer, RunManifest
+from common.records import TensorSpec
 from common.wire import shown
 
 NO_EPSILON: Final = (
@@ -116,7 +117,7 @@ def review(desk: Desk, name: str) -> Review:
         run=sha256,
         facts=_facts(desk, offer, run),
         metrics={kind: sorted(own) for kind, own in run.egress.metrics.items()},
-        tensors={shown(spec.name, limit=200): list(spec.shape) for spec in run.tensor_specs},
+        tensors={shown(spec.name, limit=200): list(spec.shape) for spec in _leaving(run)},
         changes={key: [_value(old), _value(new)] for key, (old, new) in changes.items()},
         compared_with=before,
         refusal=_refusal(desk, run),
@@ -164,12 +165,13 @@ def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
     columns = ", ".join(filter(None, (data.instruction_column, data.input_column, data.output_column)))
     unit = f"; {data.unit_column} only to keep a unit's rows together" if data.unit_column else ""
     base = next((base.name for base in desk.policy.models.allow if base.sha256 == run.base_sha256), "not listed")
-    num_values = sum(math.prod(spec.shape) for spec in run.tensor_specs)
+    leaving = _leaving(run)
+    num_values = sum(math.prod(spec.shape) for spec in leaving)
     return {
         "name": settings.name,
         "offered by": f"key {made.signer} of {made.federation}" if made else "nobody signed it",
         "offer ends (UTC)": time.strftime("%Y-%m-%d %H:%M", time.gmtime(made.not_after)) if made else "-",
-        "what leaves": f"{len(run.tensor_specs)} tensors with {num_values:,} values as {declared.dtype}, and the "
+        "what leaves": f"{len(leaving)} tensors with {num_values:,} values as {declared.dtype}, and the "
         "figures below, rounded; no row, no text",
         "bytes that leave": f"at most {declared.bytes_per_round:,} a round, "
         f"{declared.bytes_per_round * num_rounds:,} in {num_rounds} rounds",
@@ -181,6 +183,11 @@ def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
         f"learning rate {settings.training.learning_rate:g}, at least {settings.federation.min_sites} sites",
         "texts of the coordinator": settings.data.system_prompt or "none",
     }
+
+
+def _leaving(run: RunManifest) -> tuple[TensorSpec, ...]:
+    """The tensors that the run's method lets a site send."""
+    return trainable.leaving_specs(run.run.aggregation.method, run.tensor_specs)
 
 
 def _length(training: config.TrainingConfig) -> str:
@@ -207,7 +214,7 @@ def _figures(page: Review) -> Table:
 
 def _shapes(tensors: dict[str, list[int]]) -> Table:
     """Tensors that leave, those of one shape and layer kind together."""
-    table = Table("tensor", "shape", "number", title="tensors that leave, every round")
+    table = Table("tensor", "shape", "number", title="tensors that leave")
     groups: dict[tuple[str, str], int] = {}
     for name, shape in tensors.items():
         kind = (".".join(part if not part.isdigit() else "*" for part in name.split(".")), " x ".join(map(str, shape)))

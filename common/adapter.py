@@ -2,7 +2,8 @@
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, Literal
 
 import safetensors.torch
@@ -46,6 +47,26 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in sorted(model.named_parameters())
         if parameter.requires_grad
     }
+
+
+@contextmanager
+def training_only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Let only these of the adapter's tensors be trained; the others are as frozen as the base meanwhile.
+
+    Raises:
+        ModelError: The adapter has no such tensor.
+    """
+    own = parameters(model)
+    if missing := sorted(set(names) - own.keys()):
+        raise ModelError(f"the adapter has no tensor {wire.shown(missing[0], limit=200)} that could be trained")
+    frozen = [parameter for name, parameter in own.items() if name not in names]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
 
 def read(model: nn.Module) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from common.config_types import (
     Slug,
     refuse_look_alikes,
 )
+from common.methods import MethodName
 
 
 class ModelConfig(Section):
@@ -178,7 +179,7 @@ class FederationConfig(Section):
 class AggregationConfig(Section):
     """How the sites' updates become one."""
 
-    method: Literal["fedavg"] = Field(default="fedavg", description="Aggregation method.")
+    method: MethodName = Field(default="fedavg", description="Aggregation method.")
     weighting: Literal["examples", "uniform"] = Field(
         default="examples", description="A site's weight: its number of training rows, or the same for all."
     )
@@ -187,6 +188,22 @@ class AggregationConfig(Section):
         ge=0,
         le=1_000_000,
         description="Warn when averaging the factors is off by more than this share of the mean update.",
+    )
+    server_optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi", "fedadagrad"] = Field(
+        default="none", description="What the coordinator makes of the mean update. `none`: adds it."
+    )
+    server_learning_rate: float = Field(
+        default=0.0,
+        ge=0,
+        le=100,
+        description="Rate of `server_optimizer`. 0: 0.3 under `fedavgm`, 0.01 under the others.",
+    )
+    server_beta1: Decay = Field(default=0.9, description="Decay of the mean update; not under `fedadagrad`.")
+    server_beta2: Decay = Field(
+        default=0.99, description="Decay of the mean update's square; `fedadam` and `fedyogi` only."
+    )
+    server_tau: float = Field(
+        default=1e-3, gt=0, le=1, description="Added to the denominator; not under `fedavgm`. Smaller adapts more."
     )
 
 

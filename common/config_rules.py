@@ -5,13 +5,14 @@ A setting that could have no effect is a contradiction too: it would do nothing 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from common import config_hints
+from common import compatibility, config_hints
 
 if TYPE_CHECKING:
     from common.config import NodeConfig, RunConfig
@@ -100,7 +101,53 @@ def _has_small_batch(config: RunConfig) -> bool:
 
 _COLUMNS = ("data.output_column", "data.instruction_column", "data.input_column")
 
+_SERVER_DEFAULTS = {"server_learning_rate": 0.0, "server_beta1": 0.9, "server_beta2": 0.99, "server_tau": 1e-3}
+_SERVER_USES: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "fedavgm": ("server_learning_rate", "server_beta1"),
+    "fedadam": tuple(_SERVER_DEFAULTS),
+    "fedyogi": tuple(_SERVER_DEFAULTS),
+    "fedadagrad": ("server_learning_rate", "server_tau"),
+}
+
+
+def _is_unused(config: RunConfig, name: str) -> bool:
+    settings = config.aggregation
+    is_default = getattr(settings, name) == _SERVER_DEFAULTS[name]
+    return not is_default and name not in _SERVER_USES[settings.server_optimizer]
+
+
+def _unused_server_settings() -> tuple[Rule, ...]:
+    return tuple(
+        Rule(
+            (f"aggregation.{name}", "aggregation.server_optimizer"),
+            functools.partial(_is_unused, name=name),
+            "this optimizer does not use it; remove it or choose another",
+        )
+        for name in _SERVER_DEFAULTS
+    )
+
+
+def _is_combined(config: RunConfig, method: str, feature: compatibility.Feature) -> bool:
+    return config.aggregation.method == method and feature.is_asked(config)
+
+
+def _refused_combinations() -> tuple[Rule, ...]:
+    """One rule for each cell of the table of methods that says no and that a run file can ask for."""
+    return tuple(
+        Rule(
+            ("aggregation.method", *feature.keys),
+            functools.partial(_is_combined, method=cell.method, feature=feature),
+            f"no {feature.name} with this method: {cell.reason}; the nearest method that allows it is '{cell.nearest}'",
+        )
+        for feature, cell in compatibility.cells()
+        if feature.keys and not cell.is_allowed
+    )
+
+
 RUN_RULES = (
+    *_refused_combinations(),
+    *_unused_server_settings(),
     Rule(
         ("model.revision", "model.base"),
         _has_revision_without_hub,

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from common import config
+from common import config, trainable
+from common.methods import FACTS
 from common.records import OpenedHead, SiteMetrics, TensorSpec, UpdateHead
 
 HEAD_BYTES: Final = 4096  # more than any head and a frame's own bytes
@@ -42,12 +43,14 @@ class Egress:
 
     Attributes:
         dtype: Of the update's tensors; their names and shapes are the manifest's.
+        factors: Which of them are in an update, one entry a round, in turn: `AB` is all, `B` the up-projections.
         metrics: Kind of reply to its figures, each with its range.
         bytes_per_message: Largest message.
         bytes_per_round: Largest sum over a round.
     """
 
     dtype: str
+    factors: tuple[str, ...]
     metrics: Mapping[str, Mapping[str, Range]]
     bytes_per_message: int
     bytes_per_round: int
@@ -65,9 +68,12 @@ def declare(run: config.RunConfig, tensor_specs: Sequence[TensorSpec]) -> Egress
         >>> sorted(figures("opened"))[:2]
         ['num_dropped', 'num_examples']
     """
-    update = num_update_bytes(tensor_specs, dtype=run.wire.dtype)
+    method = run.aggregation.method
+    turns = trainable.all_turns(method, tensor_specs)
+    update = max(num_update_bytes(specs, dtype=run.wire.dtype) for specs in turns)
     return Egress(
         dtype=run.wire.dtype,
+        factors=FACTS[method].trains,
         metrics={kind: {name: RANGES[name] for name in told(kind, run)} for kind in REPLIES},
         bytes_per_message=update,
         bytes_per_round=update + 2 * HEAD_BYTES,

@@ -6,22 +6,26 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
+
 from common import adapter, storage, wire
 from common.adapter import Tensors
 from common.errors import DataError, ModelError
 from common.records import TensorSpec
 
 ADAPTER_FILE = "adapter_model.safetensors"
+MEMORY_FILE = "optimizer.safetensors"
 RECORD_FILE = "round.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The global adapter after `num_rounds` rounds."""
+    """The global adapter after `num_rounds` rounds, and what the coordinator's optimizer remembers."""
 
     num_rounds: int
     tensors: Tensors
     sha256: str
+    memory: Tensors
 
 
 def folder_of(run_folder: Path, num_rounds: int) -> Path:
@@ -29,7 +33,7 @@ def folder_of(run_folder: Path, num_rounds: int) -> Path:
     return run_folder / "rounds" / f"{num_rounds:05d}"
 
 
-def save(run_folder: Path, tensors: Tensors, *, num_rounds: int, run_sha256: str) -> str:
+def save(run_folder: Path, tensors: Tensors, *, memory: Tensors, num_rounds: int, run_sha256: str) -> str:
     """Write a finished round; the record comes last, so a round without one does not count.
 
     Returns:
@@ -42,7 +46,15 @@ def save(run_folder: Path, tensors: Tensors, *, num_rounds: int, run_sha256: str
     digest = hashlib.sha256(data).hexdigest()
     folder = folder_of(run_folder, num_rounds)
     storage.write_atomic(folder / ADAPTER_FILE, data)
-    record = {"num_rounds": num_rounds, "adapter_sha256": digest, "run_sha256": run_sha256}
+    remembered = safetensors.torch.save(dict(memory)) if memory else b""
+    if remembered:
+        storage.write_atomic(folder / MEMORY_FILE, remembered)
+    record = {
+        "num_rounds": num_rounds,
+        "adapter_sha256": digest,
+        "memory_sha256": _digest(remembered),
+        "run_sha256": run_sha256,
+    }
     storage.write_atomic(folder / RECORD_FILE, wire.canonical_json(record) + b"\n")
     return digest
 
@@ -63,17 +75,24 @@ def load(run_folder: Path, specs: tuple[TensorSpec, ...], *, num_rounds: int, ru
     folder = folder_of(run_folder, num_rounds)
     try:
         record = json.loads((folder / RECORD_FILE).read_bytes())
-        written = record["adapter_sha256"], record["run_sha256"]
+        written = record["adapter_sha256"], record["memory_sha256"], record["run_sha256"]
         data = (folder / ADAPTER_FILE).read_bytes()
+        memory = (folder / MEMORY_FILE).read_bytes() if record["memory_sha256"] else b""
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{folder}: no whole checkpoint; finished rounds are {finished(run_folder)}") from error
     digest = hashlib.sha256(data).hexdigest()
-    if written != (digest, run_sha256):
+    if written != (digest, _digest(memory), run_sha256):
         raise ModelError(f"{folder}: adapter differs from its record, or belongs to another run; use an earlier round")
-    return Checkpoint(num_rounds, adapter.decode(data, specs, dtype="float32"), digest)
+    tensors = adapter.decode(data, specs, dtype="float32")
+    return Checkpoint(num_rounds, tensors, digest, safetensors.torch.load(memory) if memory else {})
 
 
 def prune(run_folder: Path, *, num_kept: int) -> None:
     """Remove all but the newest `num_kept` checkpoints; 0 keeps all."""
     for num_rounds in finished(run_folder)[:-num_kept] if num_kept else []:
         shutil.rmtree(folder_of(run_folder, num_rounds))
+
+
+def _digest(memory: bytes) -> str:
+    """SHA-256 of what the optimizer remembers; empty where there is none."""
+    return hashlib.sha256(memory).hexdigest() if memory else ""

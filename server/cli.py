@@ -128,6 +128,20 @@ def gateway(
 
 
 @app.command()
+def methods(json: cli.JsonOption = False) -> None:
+    """Show the methods of aggregation and what they go together with.
+
+    \b
+    Examples:
+      silotune-server methods
+      silotune-server methods --json
+    """
+    from server import methods_page
+
+    cli.emit(methods_page.as_dict(), as_json=json, show=lambda: cli.show(methods_page.render()))
+
+
+@app.command()
 def status(run_folder: RunFolder, json: cli.JsonOption = False) -> None:
     """Tell how a run stands.
 

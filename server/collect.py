@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from common import adapter, wire
+from common import adapter, trainable, wire
 from common.adapter import Tensors
 from common.errors import RemoteError, SilotuneError, WireError
 from common.manifest import RunManifest
-from common.records import RoundPlan, UpdateHead, from_head
+from common.records import RoundPlan, TensorSpec, UpdateHead, from_head
 from server.fleet import Fleet, Reply
 
 POLL_S: Final = 0.2
@@ -81,8 +81,8 @@ def read_update(data: bytes, manifest: RunManifest, plan: RoundPlan) -> tuple[Up
     if not head.num_examples:
         raise WireError("update claims to rest on no rows")
     if (head.train_loss is None) != (manifest.run.privacy.mode != "none"):
-        raise WireError("update tells a training loss exactly where the run's privacy forbids it, or none where it is due")
-    return head, adapter.decode(frame.body, manifest.tensor_specs, dtype=manifest.run.wire.dtype)
+        raise WireError("update tells a training loss where the run's privacy forbids it, or none where it is due")
+    return head, adapter.decode(frame.body, update_specs(manifest, plan), dtype=manifest.run.wire.dtype)
 
 
 def check_round(run_sha256: str, round_index: int, plan: RoundPlan) -> None:
@@ -95,9 +95,17 @@ def check_round(run_sha256: str, round_index: int, plan: RoundPlan) -> None:
         raise WireError(f"answer is for another run, or for round {round_index} instead of {plan.round_index}")
 
 
+def update_specs(manifest: RunManifest, plan: RoundPlan) -> tuple[TensorSpec, ...]:
+    """The tensors that an update of this round must hold, no more and no less."""
+    method = manifest.run.aggregation.method
+    return trainable.trained_specs(method, manifest.tensor_specs, round_index=plan.round_index)
+
+
 def max_update_bytes(manifest: RunManifest) -> int:
     """What an update of this run can weigh: its tensors and a header, and never more than `wire.max_update_mib`."""
-    exact = adapter.encoded_size(manifest.tensor_specs, dtype=manifest.run.wire.dtype) + adapter.MAX_HEADER_BYTES
+    turns = trainable.all_turns(manifest.run.aggregation.method, manifest.tensor_specs)
+    largest = max(adapter.encoded_size(specs, dtype=manifest.run.wire.dtype) for specs in turns)
+    exact = largest + adapter.MAX_HEADER_BYTES
     return min(exact, manifest.run.wire.max_update_mib << 20)
 
 

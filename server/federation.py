@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from common import wire
+from common import trainable, wire
 from common.adapter import encode
 from common.config_types import SLUG
 from common.errors import ProtocolError, RemoteError, SilotuneError, TooFewSitesError
@@ -20,6 +20,7 @@ from common.records import OpenedHead, RoundPlan, SiteMetrics, from_head, to_hea
 from common.wire import Frame
 from server import collect
 from server.aggregate.method import Method, State
+from server.aggregate.optimizer import Memory
 from server.fleet import Fleet
 
 RETRY_S: Final = 1.0  # between offers to a node whose agent is away
@@ -56,6 +57,7 @@ class Federation:
         offer: The signed manifest; None offers it unsigned, which only sites without a policy take.
         asked_at: When nodes said that a person has to decide, by `clock`.
         own_rows: The coordinator's own held-out rows, and the engine that scores them; None without any.
+        memory: What the coordinator's optimizer remembers from round to round.
         clock: Seconds, monotonic.
         sleep: Waits between looks.
     """
@@ -75,6 +77,7 @@ class Federation:
     offer: Offer | None = None
     asked_at: dict[int, float] = field(default_factory=dict)
     own_rows: OwnRows | None = None
+    memory: Memory = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
@@ -103,8 +106,10 @@ class Federation:
         self.log.append("site_failed", site=self.name(answer.node_id), step=step, reason=reason)
 
     def frame(self, kind: str, plan: RoundPlan, state: State) -> bytes:
-        """A request that carries the global adapter."""
-        return wire.pack(Frame(kind, to_head(plan), encode(state, dtype="float32")))
+        """A request that carries the global adapter, without what sites make themselves."""
+        sent = trainable.received_specs(self.manifest.run.aggregation.method, self.manifest.tensor_specs)
+        body = encode({spec.name: state[spec.name] for spec in sent}, dtype="float32")
+        return wire.pack(Frame(kind, to_head(plan), body))
 
 
 def wait_for_sites(federation: Federation) -> None:

@@ -56,12 +56,13 @@ def render(log: Sequence[Event]) -> str:
     """Events to a page; names and reasons come from sites, so all text is escaped."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    plans, evaluated = _of(log, "run_started"), _of(log, "evaluated")
+    plans, evaluated, rounds = _of(log, "run_started"), _of(log, "evaluated"), _rounds(log)
     return template.render(
         plan=plans[-1] if plans else None,
         status=status(log),
         joined=list({event["site"]: event for event in _of(log, "site_joined")}.values()),
-        rounds=_rounds(log),
+        rounds=rounds,
+        num_large_gaps=sum((row["gap"] or 0.0) > plans[-1]["gap_warning"] for row in rounds),
         sites=sorted({event["site"] for event in _of(log, "site_trained")}),
         chart=chart(evaluated) if evaluated else None,
         comparison=_bars(_of(log, "compared")),

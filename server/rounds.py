@@ -8,7 +8,7 @@ from common.audit import Head
 from common.errors import ProtocolError, SilotuneError, TooFewSitesError, WireError
 from common.records import RoundPlan, UpdateHead
 from server import checkpoint, collect, federation, sampling
-from server.aggregate import gap
+from server.aggregate import gap, optimizer
 from server.aggregate.method import State, Sum
 from server.evaluate import held_out
 from server.federation import Federation
@@ -22,13 +22,13 @@ class Tally:
 
     Attributes:
         combined: Running combination of the updates.
-        gap_meter: Watches the updates for the aggregation gap.
+        gap_meter: Watches the updates for the aggregation gap; None for a method that has none.
         heads: What each site told of its training.
         bytes_up: Frames received, refused ones included.
     """
 
     combined: Sum
-    gap_meter: gap.GapMeter
+    gap_meter: gap.GapMeter | None
     heads: list[UpdateHead] = field(default_factory=list)
     bytes_up: int = 0
 
@@ -66,17 +66,22 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
     frame = fed.frame("train", plan, state)
     tally = _collect(fed, state, plan, dict.fromkeys(cohort, frame))
     _require_quorum(fed, tally, round_index)
-    after = fed.method.apply(state, tally.combined.result())
-    digest = checkpoint.save(fed.folder, after, num_rounds=round_index + 1, run_sha256=fed.manifest.sha256)
+    combined = tally.combined.result()
+    averaged = fed.method.apply(state, combined)
+    step, fed.memory = optimizer.step(combined, fed.memory, settings=fed.manifest.run.aggregation)
+    after = averaged if step is combined else fed.method.apply(state, step)
+    digest = checkpoint.save(
+        fed.folder, after, memory=fed.memory, num_rounds=round_index + 1, run_sha256=fed.manifest.sha256
+    )
     checkpoint.prune(fed.folder, num_kept=fed.manifest.run.output.keep_checkpoints)
-    norms = tally.gap_meter.per_module(after)
+    norms = tally.gap_meter.per_module(averaged) if tally.gap_meter else {}
     fed.log.append(
         "round_finished",
         round=round_index,
         adapter_sha256=digest,
         num_updates=len(tally.heads),
         train_loss=_train_loss(tally.heads),
-        gap=gap.whole(norms.values()),
+        gap=gap.whole(norms.values()) if tally.gap_meter else None,
         gap_modules={name: gap.whole([pair]) for name, pair in norms.items()},
         bytes_down=len(frame) * len(cohort),
         bytes_up=tally.bytes_up,
@@ -101,7 +106,9 @@ def _choose(fed: Federation, round_index: int) -> list[int]:
 
 def _collect(fed: Federation, state: State, plan: RoundPlan, frames: dict[int, bytes]) -> Tally:
     """Take updates as they come; one that is missing or wrong is logged and left out."""
-    tally = Tally(fed.method.start(state), gap.GapMeter(state))
+    names = [spec.name for spec in collect.update_specs(fed.manifest, plan)]
+    meter = None if fed.method.facts.is_exact else gap.GapMeter(state)
+    tally = Tally(fed.method.start(state, trained=names), meter)
     for answer in fed.ask(frames, kind="train"):
         tally.bytes_up += len(answer.frame or b"")
         try:
@@ -129,7 +136,8 @@ def _take(fed: Federation, tally: Tally, head: UpdateHead, change: State) -> Non
     """Add one update to the round."""
     weight = float(head.num_examples) if fed.manifest.run.aggregation.weighting == "examples" else 1.0
     tally.combined.add(change, weight=weight)
-    tally.gap_meter.add(change, weight=weight)
+    if tally.gap_meter:
+        tally.gap_meter.add(change, weight=weight)
     tally.heads.append(head)
 
 

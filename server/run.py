@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import adapter, config, events, model, storage
+from common import adapter, compatibility, config, events, model, start, storage, trainable
 from common.adapter import Tensors
 from common.data import read
 from common.errors import ConfigError, DataError, SilotuneError, StorageError
@@ -16,6 +16,7 @@ from common.model import Engine
 from common.rows import Columns
 from server import checkpoint, export, federation, rounds
 from server.aggregate import table
+from server.checkpoint import Checkpoint
 from server.federation import Federation, OwnRows
 from server.fleet import Fleet
 
@@ -67,15 +68,16 @@ def execute(
         StorageError: Disk full or not writable.
     """
     manifest = RunManifest(settings, engine.base_sha256, engine.tensor_specs)
-    _check_size(settings.wire, engine.initial)
+    _check_size(manifest)
     fed = Federation(manifest, fleet, table.find(settings.aggregation.method), folder, log)
     fed.offer = make_offer(manifest) if make_offer else None
-    start, first_round = _start(manifest, engine, folder, resume=resume)
+    first = _start(manifest, engine, folder, resume=resume)
+    fed.memory = first.memory
     storage.write_atomic(folder / MANIFEST_FILE, manifest.to_bytes())
     fed.own_rows = read_own_rows(settings, engine)
-    log.append("run_started", **plan(manifest, engine), first_round=first_round)
+    log.append("run_started", **plan(manifest, engine), first_round=first.num_rounds)
     federation.wait_for_sites(fed)
-    tensors = rounds.run(fed, start, first_round=first_round)
+    tensors = rounds.run(fed, first.tensors, first_round=first.num_rounds)
     num_rounds = settings.federation.num_rounds
     sites = trained_sites(events.read(log.path), num_rounds=num_rounds)
     export.save_adapter(folder / EXPORT_FOLDER, tensors, run_manifest=manifest, num_rounds=num_rounds, sites=sites)
@@ -184,40 +186,43 @@ def stored_manifest(folder: Path) -> RunManifest:
 def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
     """What the run will do, in figures, for the first event."""
     settings = manifest.run
-    down = adapter.encoded_size(manifest.tensor_specs, dtype="float32")
-    up = adapter.encoded_size(manifest.tensor_specs, dtype=settings.wire.dtype)
+    method = settings.aggregation.method
+    down = adapter.encoded_size(trainable.received_specs(method, manifest.tensor_specs), dtype="float32")
+    turns = trainable.all_turns(method, manifest.tensor_specs)
+    up = max(adapter.encoded_size(specs, dtype=settings.wire.dtype) for specs in turns)
+    trained = trainable.leaving_specs(method, manifest.tensor_specs)
     return {
         "name": settings.name,
         "run_sha256": manifest.sha256,
         "base_sha256": manifest.base_sha256,
         "base": settings.model.base,
         "quantization": settings.model.quantization,
-        "method": settings.aggregation.method,
+        "method": method,
         "privacy": settings.privacy.mode,
         "num_rounds": settings.federation.num_rounds,
         "num_base_parameters": engine.num_base_parameters,
-        "num_trained_parameters": adapter.num_parameters(manifest.tensor_specs),
-        "num_tensors": len(manifest.tensor_specs),
+        "num_trained_parameters": adapter.num_parameters(trained),
+        "num_tensors": len(trained),
         "bytes_down_per_site": down,
         "bytes_up_per_site": up,
         "gap_warning": settings.aggregation.gap_warning,
+        "without_gap": compatibility.without_gap(settings),
     }
 
 
-def _check_size(settings: config.WireConfig, tensors: Tensors) -> None:
+def _check_size(manifest: RunManifest) -> None:
     """No site's update would be taken if it is larger than what the run accepts."""
-    size_mib = len(adapter.encode(tensors, dtype=settings.dtype)) / (1 << 20)
-    if size_mib > settings.max_update_mib:
+    size_mib = manifest.egress.bytes_per_message / (1 << 20)
+    if size_mib > manifest.run.wire.max_update_mib:
         raise ConfigError(
-            f"wire.max_update_mib = {settings.max_update_mib}, and an update of this adapter has {size_mib:.1f} MiB; "
-            "raise it, lower adapter.r, or choose fewer adapter.targets"
+            f"wire.max_update_mib = {manifest.run.wire.max_update_mib}, and an update of this adapter has up to "
+            f"{size_mib:.1f} MiB; raise it, lower adapter.r, or choose fewer adapter.targets"
         )
 
 
-def _start(manifest: RunManifest, engine: Engine, folder: Path, *, resume: bool) -> tuple[Tensors, int]:
+def _start(manifest: RunManifest, engine: Engine, folder: Path, *, resume: bool) -> Checkpoint:
     """The adapter to start from and the number of rounds that are done."""
     done = checkpoint.finished(folder) if resume else []
     if not done:
-        return engine.initial, 0
-    found = checkpoint.load(folder, manifest.tensor_specs, num_rounds=done[-1], run_sha256=manifest.sha256)
-    return found.tensors, found.num_rounds
+        return Checkpoint(0, start.initial(manifest, engine.initial), "", {})
+    return checkpoint.load(folder, manifest.tensor_specs, num_rounds=done[-1], run_sha256=manifest.sha256)

@@ -49,6 +49,7 @@ class Screen:
     _round: Event = field(default_factory=dict)
     _num_rounds: int = 0
     _gap_warning: float = 0.0
+    _without_gap: str = ""
     _status: Status | None = None
     _has_header: bool = False
     _num_large_gaps: int = 0
@@ -62,6 +63,7 @@ class Screen:
     def _on_run_started(self, event: Event) -> None:
         """The plan."""
         self._num_rounds, self._gap_warning = event["num_rounds"], event["gap_warning"]
+        self._without_gap = event["without_gap"]
         trained, base = event["num_trained_parameters"], event["num_base_parameters"]
         run = event["run_sha256"][:12]
         self._print(f"[bold]{event['name']}[/]  {event['num_rounds']} rounds, {event['method']}, run {run}")
@@ -123,8 +125,13 @@ class Screen:
         if self._num_large_gaps:
             self._print(
                 f"[yellow]In {self._num_large_gaps} rounds the gap passed {percent(self._gap_warning)}: the mean of "
-                "the factors was that far from the mean of the updates. Fewer local steps a round bring it down.[/]"
+                "the factors was that far from the mean of the updates. Fewer local steps a round bring it down"
+                f"{self._remedy()}.[/]"
             )
+
+    def _remedy(self) -> str:
+        """The method without that error, if the run's other settings allow one."""
+        return f"; aggregation.method = '{self._without_gap}' has none" if self._without_gap else ""
 
     def _on_run_failed(self, event: Event) -> None:
         """The end, too early."""
@@ -148,7 +155,7 @@ class Screen:
             notes.append(f"coordinator's rows {event['server_loss']:.3f}")
         if event["stale"]:
             notes.append(f"[yellow]stale: {_escape(', '.join(event['stale']))}[/]")
-        if finished and finished["gap"] > self._gap_warning:
+        if finished and (finished["gap"] or 0.0) > self._gap_warning:
             self._num_large_gaps += 1
             notes.append("[yellow]large gap[/]")
         return "  ".join(notes)

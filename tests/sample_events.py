@@ -15,6 +15,7 @@ PLAN = {
     "bytes_down_per_site": 4096,
     "bytes_up_per_site": 2048,
     "gap_warning": 0.1,
+    "without_gap": "rolora",
 }
 HOSTILE = "<script>alert(1)</script>"
 

@@ -212,7 +212,7 @@ def federation(engine, folder: Path, nodes, settings: config.RunConfig):
     return Federation(
         RunManifest(settings, engine.base_sha256, engine.tensor_specs),
         fleet(nodes),
-        table.find("fedavg"),
+        table.find(settings.aggregation.method),
         folder,
         EventLog(folder / "events.jsonl"),
         clock=clock,

@@ -5,10 +5,11 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
-from client.train import private, schedule
+from client.train import private, proof, schedule
 from client.train.gradients import mean_gradient
 from common import adapter, config
 from common.config_privacy import PrivacyConfig, Protection
@@ -16,6 +17,8 @@ from common.errors import ModelError
 from common.model import Engine
 from common.noise import Noise
 from common.prompts import Encoded
+
+PROVEN_STEP: Final = 1  # after it the adapter must have moved; a failure costs two steps, not a night
 
 
 @dataclass(frozen=True)
@@ -116,9 +119,10 @@ def _steps(
 ) -> list[float]:
     """One optimiser step for each gradient that is set; the losses that came with them, which private ones do not."""
     optimizer = make_optimizer(engine, training)
+    before = adapter.read(engine.model)
     engine.model.train()
     losses: list[float] = []
-    for rate in rates:
+    for number, rate in enumerate(rates):
         optimizer.zero_grad()
         loss = next(gradients)
         if loss is not None:
@@ -127,6 +131,9 @@ def _steps(
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
+        if number in (PROVEN_STEP, len(rates) - 1) and any(rates[: number + 1]):
+            proof.check_moved(engine, before)
+    proof.check_reload(engine)
     return losses
 
 

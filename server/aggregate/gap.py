@@ -13,22 +13,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from server.aggregate import factored
+
 RANK_FACTOR: Final = 16
 ROUNDING: Final = 1e-6  # of a module's norm; several units in the last place of float32
-_A, _B = ".lora_A.weight", ".lora_B.weight"
-
-
-def modules(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The pair (B, A) of every module that an adapter touches, by the module's name."""
-    names = [name.removesuffix(_A) for name in tensors if name.endswith(_A)]
-    return {name: (tensors[name + _B], tensors[name + _A]) for name in sorted(names)}
-
-
-def product_norm(left_dm: Tensor, right_mk: Tensor) -> float:
-    """Frobenius norm of a product of thin matrices, in float64, by two QR factorisations."""
-    r_left = torch.linalg.qr(left_dm.double(), mode="r")[1]
-    r_right = torch.linalg.qr(right_mk.double().T, mode="r")[1]
-    return float(torch.linalg.matrix_norm(r_left @ r_right.T))
 
 
 @dataclass
@@ -53,15 +41,7 @@ class RunningProduct:
         self.left_dm = torch.cat([self.left_dm, weight * b_dr], dim=1)
         self.right_mk = torch.cat([self.right_mk, a_rk], dim=0)
         if self.left_dm.shape[1] > self.max_rank:
-            self.left_dm, self.right_mk = truncate(self.left_dm, self.right_mk, rank=self.max_rank // 2)
-
-
-def truncate(left_dm: Tensor, right_mk: Tensor, *, rank: int) -> tuple[Tensor, Tensor]:
-    """Best approximation of a product at a lower rank; a factored SVD."""
-    q_left, r_left = torch.linalg.qr(left_dm)
-    q_right, r_right = torch.linalg.qr(right_mk.T)
-    u, s, vh = torch.linalg.svd(r_left @ r_right.T)
-    return q_left @ (u[:, :rank] * s[:rank]), vh[:rank] @ q_right.T
+            self.left_dm, self.right_mk = factored.truncate(self.left_dm, self.right_mk, rank=self.max_rank // 2)
 
 
 @dataclass
@@ -80,7 +60,7 @@ class GapMeter:
         """Take one site's change to the global adapter."""
         self._total += weight
         local = {name: tensor + change[name] for name, tensor in self.before.items()}
-        for name, (b_dr, a_rk) in modules(local).items():
+        for name, (b_dr, a_rk) in factored.modules(local).items():
             product = self._products.setdefault(name, _empty(b_dr, a_rk))
             product.add(b_dr, a_rk, weight=weight)
 
@@ -90,7 +70,7 @@ class GapMeter:
         Args:
             after: The new global adapter.
         """
-        old, new = modules(self.before), modules(after)
+        old, new = factored.modules(self.before), factored.modules(after)
         return {name: self._norms(product, old[name], new[name]) for name, product in self._products.items()}
 
     def _norms(
@@ -99,10 +79,10 @@ class GapMeter:
         """|| M - B_mean A_mean || and || M - B_prev A_prev || of one module; what float32 cannot tell from 0 is 0."""
         left_dm = product.left_dm / self._total
         norms = [
-            product_norm(torch.cat([left_dm, -b_dr], dim=1), torch.cat([product.right_mk, a_rk], dim=0))
+            factored.norm(torch.cat([left_dm, -b_dr], dim=1), torch.cat([product.right_mk, a_rk], dim=0))
             for b_dr, a_rk in (new, old)
         ]
-        smallest = ROUNDING * product_norm(*new)
+        smallest = ROUNDING * factored.norm(*new)
         bias, step = (norm if norm > smallest else 0.0 for norm in norms)
         return bias, step
 

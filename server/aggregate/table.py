@@ -3,10 +3,16 @@
 from typing import Final
 
 from common.errors import ConfigError
-from server.aggregate import fedavg
+from server.aggregate import fedavg, fedsvd, ffa, flexlora, rolora
 from server.aggregate.method import Method
 
-METHODS: Final[dict[str, Method]] = {"fedavg": fedavg}
+METHODS: Final[dict[str, Method]] = {
+    "fedavg": fedavg,
+    "ffa": ffa,
+    "fedsvd": fedsvd,
+    "rolora": rolora,
+    "flexlora": flexlora,
+}
 
 
 def find(name: str) -> Method:

@@ -229,6 +229,12 @@ def test_a12_too_few_records_or_steps_at_this_site(make, rule, value):
     assert make().open().kind == "opened"
 
 
+def test_a12_a_method_that_the_policy_does_not_list(make):
+    site = make(max_rounds='4\nmethods = ["ffa", "fedsvd"]')
+    assert site.refused(site.open()) == (POLICY, "train.methods")
+    assert site.open(site.manifest(aggregation__method='"ffa"')).kind == "opened"
+
+
 def test_a22_text_and_template_of_the_server(make):
     site = make()
     spoken = site.manifest(data__system_prompt='"Repeat the note."')

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 
 import pytest
+import safetensors.torch
 import torch
 
 from client import policy_file
@@ -194,6 +195,23 @@ def test_a20_opening_that_tells_text(site):
     assert site.refused(site.open()) == (POLICY, "egress.metrics")
     site.agent._steps["open"] = honest
     assert site.open(approve=False).kind == "opened"
+
+
+def test_a20_a_factor_that_the_method_does_not_send_stays_and_one_that_it_fixes_is_not_taken(make):
+    """Under `ffa` the up-projections alone leave; a server that sends a down-projection of its own is refused."""
+    site = make()
+    run = site.manifest(aggregation__method='"ffa"')
+    whole = adapter.encode(site.engine.initial, dtype="float32")
+    ups = {name: tensor for name, tensor in site.engine.initial.items() if ".lora_B." in name}
+    assert site.open(run).kind == "opened"
+    code, _ = site.refused(site.step(run=run, state=whole))
+    assert code == "ModelError"
+    honest = site.agent._steps["train"]
+    site.agent._steps["train"] = lambda request: dataclasses.replace(honest(request), body=whole)
+    assert site.refused(site.step(run=run, state=ups)) == (POLICY, "egress")
+    site.agent._steps["train"] = honest
+    answer = site.step(run=run, state=ups)
+    assert set(safetensors.torch.load(answer.body)) == set(ups)
 
 
 def test_a20_reply_with_other_tensors_or_of_another_kind(open_site):

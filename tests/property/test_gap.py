@@ -34,7 +34,7 @@ def make(num_sites: int, rank: int, d: int, k: int, seed: int, *, drift: float =
 
 def measured(before, changes, weights) -> tuple[float, float, dict[str, Tensor]]:
     """Norms of bias and step by the meter, and the new adapter."""
-    meter, combined = gap.GapMeter(before), fedavg.start(before)
+    meter, combined = gap.GapMeter(before), fedavg.start(before, trained=list(before))
     for change, weight in zip(changes, weights, strict=True):
         meter.add(change, weight=weight)
         combined.add(change, weight=weight)

@@ -302,7 +302,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "84f0c3b572f050c94da1f908e614e5aa0987cd304fc356bec7b778cfa272e760"
+        "073015c4966aa9ef5464e1259217b39f712f80ed166079673d9a365df1370d35"
     )
 
 

@@ -14,8 +14,8 @@ SPECS = adapter.specs(STATE)
 RUN = "ab" * 32
 
 
-def save(folder, num_rounds: int = 1, state=STATE) -> str:
-    return checkpoint.save(folder, state, num_rounds=num_rounds, run_sha256=RUN)
+def save(folder, num_rounds: int = 1, state=STATE, memory=None) -> str:
+    return checkpoint.save(folder, state, memory=memory or {}, num_rounds=num_rounds, run_sha256=RUN)
 
 
 def load(folder, num_rounds: int = 1, run_sha256: str = RUN):
@@ -27,6 +27,31 @@ def test_a_checkpoint_comes_back_to_the_bit(tmp_path):
     found = load(tmp_path)
     assert (found.num_rounds, found.sha256) == (1, digest)
     assert torch.equal(found.tensors["a.lora_A.weight"], STATE["a.lora_A.weight"])
+
+
+def test_what_the_optimizer_remembers_comes_back_to_the_bit(tmp_path):
+    memory = {"m/a": torch.randn(3, 2), "v/a": torch.rand(3, 2)}
+    save(tmp_path, memory=memory)
+    found = load(tmp_path).memory
+    assert found.keys() == memory.keys()
+    assert all(torch.equal(found[name], memory[name]) for name in memory)
+
+
+def test_without_an_optimizer_there_is_no_file_for_it(tmp_path):
+    save(tmp_path)
+    assert {path.name for path in checkpoint.folder_of(tmp_path, 1).iterdir()} == {
+        "adapter_model.safetensors",
+        "round.json",
+    }
+    assert load(tmp_path).memory == {}
+
+
+def test_a_changed_memory_is_not_gone_on_from(tmp_path):
+    save(tmp_path, memory={"m/a": torch.zeros(2)})
+    path = checkpoint.folder_of(tmp_path, 1) / checkpoint.MEMORY_FILE
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ModelError, match="use an earlier round"):
+        load(tmp_path)
 
 
 def test_the_file_has_the_name_that_peft_reads(tmp_path):
@@ -93,7 +118,7 @@ def test_a_record_that_is_none_is_refused(tmp_path, record):
 def test_the_record_says_what_it_is_of(tmp_path):
     digest = save(tmp_path, 3)
     record = json.loads((tmp_path / "rounds" / "00003" / "round.json").read_text())
-    assert record == {"num_rounds": 3, "adapter_sha256": digest, "run_sha256": RUN}
+    assert record == {"num_rounds": 3, "adapter_sha256": digest, "memory_sha256": "", "run_sha256": RUN}
 
 
 @pytest.mark.parametrize(("num_kept", "left"), [(0, [1, 2, 3, 4]), (1, [4]), (3, [2, 3, 4]), (9, [1, 2, 3, 4])])

@@ -20,7 +20,7 @@ def uploads(count: int, *, size: int = 1000) -> list[tuple[dict[str, torch.Tenso
 
 
 def mean(given) -> dict[str, torch.Tensor]:
-    combined = fedavg.start(given[0][0])
+    combined = fedavg.start(given[0][0], trained=list(given[0][0]))
     for upload, weight in given:
         combined.add(upload, weight=weight)
     return combined.result()
@@ -28,7 +28,7 @@ def mean(given) -> dict[str, torch.Tensor]:
 
 def test_the_mean_is_weighted_by_rows():
     """By hand: (1 * 100 + 4 * 300) / 400 = 3.25 and (0 * 100 + 8 * 300) / 400 = 6."""
-    combined = fedavg.start(STATE)
+    combined = fedavg.start(STATE, trained=list(STATE))
     combined.add({"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([[2.0]])}, weight=100)
     combined.add({"a": torch.tensor([4.0, 8.0]), "b": torch.tensor([[2.0]])}, weight=300)
     found = combined.result()
@@ -77,12 +77,12 @@ def test_uploads_are_not_changed():
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
 def test_a_weight_that_is_not_positive_is_refused(weight):
     with pytest.raises(ValueError, match="weight"):
-        fedavg.start(STATE).add(STATE, weight=weight)
+        fedavg.start(STATE, trained=list(STATE)).add(STATE, weight=weight)
 
 
 def test_a_mean_of_nothing_is_refused():
     with pytest.raises(ValueError, match="no upload"):
-        fedavg.start(STATE).result()
+        fedavg.start(STATE, trained=list(STATE)).result()
 
 
 def test_the_table_finds_a_method_by_its_name():

@@ -89,6 +89,13 @@ def test_how_a_run_stands(log, expected):
     assert report.status(log) == expected
 
 
+def test_a_large_gap_names_a_method_without_it():
+    page = text_of(report.render([*LOG, finished(0, gap=0.5)]))
+    assert "It passed 10.0 % in 1 rounds" in page
+    assert "aggregation.method = 'rolora' has none" in page
+    assert "It passed" not in text_of(report.render([*LOG, finished(0, gap=None)]))
+
+
 def test_a_resumed_round_is_shown_once_with_its_last_figures():
     log = [*LOG, PLAN, evaluated(1, 3.75, north=4.0, south=3.5), finished(0, gap=0.5)]
     page = text_of(report.render(log))

@@ -50,7 +50,7 @@ def scaled(factor: float):
 
 def test_a_round_is_the_weighted_mean_of_the_updates(ready, nodes, engine, told):
     after = play(ready(nodes), engine)
-    combined = fedavg.start(engine.initial)
+    combined = fedavg.start(engine.initial, trained=list(engine.initial))
     for site, count in tiny.SITES.items():
         fed = ready({1: tiny.make_agent(site, engine, count=count).answer}, {"federation.min_sites": "1"})
         alone = play(fed, engine)

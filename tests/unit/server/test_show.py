@@ -72,6 +72,17 @@ def test_control_a_quiet_run_has_no_notes():
     assert "stale" not in shown
 
 
+def test_a_large_gap_names_a_method_without_it():
+    log = [*LOG, finished(1, gap=0.5), evaluated(2, 3.0, north=3.0), {"kind": "run_finished"}]
+    assert "aggregation.method = 'rolora' has none" in drawn(log)
+    assert "has none" not in drawn([{**PLAN, "without_gap": ""}, *log[1:]])
+    assert "Fewer local steps" in drawn([{**PLAN, "without_gap": ""}, *log[1:]])
+
+
+def test_a_round_without_a_gap_is_shown_with_a_dash():
+    assert " - " in drawn([*LOG, finished(1, gap=None), evaluated(2, 3.0, north=3.0)]).splitlines()[-1]
+
+
 def test_text_from_elsewhere_is_not_markup():
     shown = drawn([{**PLAN, "base": "[red]x[/red]"}, {**FAILED, "reason": "[/] " + HOSTILE, "site": "[bold]w"}])
     assert "[red]x[/red]" in shown

@@ -1,0 +1,34 @@
+"""The adapter that a run starts from, as far as it follows from the manifest alone."""
+
+from common import orthonormal
+from common.adapter import Tensors
+from common.manifest import RunManifest
+from common.methods import FACTS
+
+
+def fixed(run_manifest: RunManifest) -> Tensors:
+    """The tensors that coordinator and sites each make themselves, and that no message carries.
+
+    Raises:
+        ModelError: A module is too narrow for the rank.
+    """
+    run = run_manifest.run
+    if not FACTS[run.aggregation.method].fixed:
+        return {}
+    return orthonormal.factors(run_manifest.tensor_specs, seed=run.seed)
+
+
+def initial(run_manifest: RunManifest, attached: Tensors) -> Tensors:
+    """The global adapter before the first round: no change to the base, B being zero.
+
+    Args:
+        run_manifest: The run.
+        attached: The adapter as peft attaches it, A from the run's seed.
+
+    Raises:
+        ModelError: A module is too narrow for the rank.
+    """
+    run = run_manifest.run
+    if not FACTS[run.aggregation.method].has_orthonormal_start:
+        return attached
+    return {**attached, **orthonormal.factors(run_manifest.tensor_specs, seed=run.seed)}

@@ -1,0 +1,71 @@
+"""Which of an adapter's tensors a site trains and sends in a round, and which it is sent; loads no torch.
+
+The one place where this is decided: training, the update, its declaration and its checks all ask here.
+"""
+
+from collections.abc import Sequence
+
+from common.methods import FACTS
+from common.records import TensorSpec
+
+
+def factor_of(name: str) -> str:
+    """`A` or `B`, by a tensor's name.
+
+    Example:
+        >>> factor_of("base_model.model.q_proj.lora_A.weight")
+        'A'
+    """
+    return name.rpartition(".lora_")[2].partition(".")[0]
+
+
+def trained_specs(method: str, tensor_specs: Sequence[TensorSpec], *, round_index: int) -> tuple[TensorSpec, ...]:
+    """The tensors that a site trains in a round; exactly these are in its update.
+
+    Args:
+        method: As in `aggregation.method`.
+        tensor_specs: The whole adapter.
+        round_index: From 0.
+    """
+    turns = FACTS[method].trains
+    factors = turns[round_index % len(turns)]
+    return tuple(spec for spec in tensor_specs if factor_of(spec.name) in factors)
+
+
+def trained_names(method: str, tensor_specs: Sequence[TensorSpec], *, round_index: int) -> tuple[str, ...]:
+    """Names of `trained_specs`.
+
+    Example:
+        >>> specs = [TensorSpec("q.lora_A.weight", (2, 8)), TensorSpec("q.lora_B.weight", (8, 2))]
+        >>> trained_names("ffa", specs, round_index=0)
+        ('q.lora_B.weight',)
+    """
+    return tuple(spec.name for spec in trained_specs(method, tensor_specs, round_index=round_index))
+
+
+def all_turns(method: str, tensor_specs: Sequence[TensorSpec]) -> list[tuple[TensorSpec, ...]]:
+    """The tensors of an update for every kind of round that the method has."""
+    return [trained_specs(method, tensor_specs, round_index=turn) for turn in range(len(FACTS[method].trains))]
+
+
+def leaving_specs(method: str, tensor_specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The tensors that leave a site in some round of a run."""
+    names = {spec for turn in all_turns(method, tensor_specs) for spec in turn}
+    return tuple(spec for spec in tensor_specs if spec in names)
+
+
+def received_specs(method: str, tensor_specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The tensors that a site is sent: all but those that it makes from the run's seed itself."""
+    fixed = FACTS[method].fixed
+    return tuple(spec for spec in tensor_specs if factor_of(spec.name) not in tuple(fixed))
+
+
+def in_words(turns: Sequence[str]) -> str:
+    """The factors of an update, for people.
+
+    Example:
+        >>> in_words(("AB",)), in_words(("B", "A"))
+        ('A and B', 'B, then A, in turn')
+    """
+    words = [" and ".join(factors) for factors in turns]
+    return words[0] if len(words) == 1 else f"{', then '.join(words)}, in turn"

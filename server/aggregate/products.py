@@ -1,0 +1,60 @@
+"""The weighted mean of the sites' products B_i A_i, as one pair of thin matrices; what non-linear methods rest on."""
+
+import hashlib
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from common import adapter
+from server.aggregate import factored
+from server.aggregate.method import State, Sum
+
+
+class MeanOfProducts:
+    """Keeps every upload of a round: the products of a sum are not the sum of the products.
+
+    At the end uploads are put into an order of their own, so that the result does not depend on that of arrival.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._uploads: list[tuple[float, str, State]] = []
+
+    def add(self, upload: State, *, weight: float) -> None:
+        """Keep an upload.
+
+        Raises:
+            ValueError: The weight is not positive.
+        """
+        if not weight > 0:
+            raise ValueError(f"weight {weight} is not positive")
+        digest = hashlib.sha256(adapter.encode(upload, dtype="float32")).hexdigest()
+        self._uploads.append((weight, digest, upload))
+
+    def result(self) -> dict[str, Tensor]:
+        """Under each module's names `[p_1 B_1, ..., p_K B_K]` and `[A_1; ...; A_K]`: rank K r, product the mean.
+
+        Raises:
+            ValueError: Nothing was added.
+        """
+        if not self._uploads:
+            raise ValueError("no upload was added")
+        total = sum(weight for weight, _, _ in self._uploads)
+        ordered = sorted(self._uploads, key=lambda kept: kept[:2])
+        shares = [(weight / total, factored.modules(self._local(upload))) for weight, _, upload in ordered]
+        stacked: dict[str, Tensor] = {}
+        for module in factored.modules(self._state):
+            left_dm = torch.cat([share * pairs[module][0] for share, pairs in shares], dim=1)
+            right_mk = torch.cat([pairs[module][1] for _, pairs in shares], dim=0)
+            stacked |= factored.named(module, left_dm, right_mk)
+        return stacked
+
+    def _local(self, upload: State) -> dict[str, Tensor]:
+        """A site's adapter after its training."""
+        return {name: tensor + upload[name] for name, tensor in self._state.items()}
+
+
+def start(state: State, *, trained: Collection[str]) -> Sum:
+    """Begin a round; both factors of every module are trained."""
+    return MeanOfProducts({name: state[name] for name in trained})

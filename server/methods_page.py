@@ -1,0 +1,96 @@
+"""The table of methods for people: on the terminal, as JSON, and as docs/methods.md. Loads no torch.
+
+Run as `python -m server.methods_page` to write the page; `--check` says whether it is up to date.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from common import compatibility
+from common.compatibility import FEATURES, Cell
+from common.methods import FACTS, Facts
+from common.trainable import in_words
+
+PAGE: Final = Path(__file__).parents[1] / "docs" / "methods.md"
+TEMPLATE: Final = Path(__file__).with_name("methods.md.j2")
+
+
+def as_dict() -> dict[str, Any]:
+    """Every method's facts, and what it may be combined with."""
+    cells = [cell for _, cell in compatibility.cells()]
+    return {
+        "methods": {name: dataclasses.asdict(facts) for name, facts in FACTS.items()},
+        "combinations": {
+            name: {cell.feature: _outcome(cell) for cell in cells if cell.method == name} for name in FACTS
+        },
+    }
+
+
+def render() -> RenderableType:
+    """The table for a terminal, and why each refusal is one."""
+    facts = Table("method", "paper", "a site sends", "exact", "what the coordinator does", title="methods")
+    for method in FACTS.values():
+        facts.add_row(*(Text(text) for text in _summary(method)))
+    features = Table("method", *(feature.name for feature in FEATURES), title="what they go together with")
+    for name, row in rows():
+        features.add_row(Text(name), *(Text("yes" if cell.is_allowed else "no") for cell in row))
+    return Group(facts, features, *(Text(line) for line in reasons()))
+
+
+def rows() -> list[tuple[str, list[Cell]]]:
+    """The cells of each method, in the order of the features."""
+    cells = [cell for _, cell in compatibility.cells()]
+    return [(name, [cell for cell in cells if cell.method == name]) for name in FACTS]
+
+
+def reasons() -> list[str]:
+    """Why each refused cell is refused and what to take, and what to know of allowed ones."""
+    cells = [cell for _, cell in compatibility.cells() if cell.reason]
+    return [f"{cell.method}, {cell.feature}: {cell.reason}{_instead(cell)}" for cell in cells]
+
+
+def page() -> str:
+    """docs/methods.md."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701  Markdown
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    methods = list(FACTS.values())
+    return template.render(methods=methods, features=FEATURES, rows=rows(), reasons=reasons(), summary=_summary)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write docs/methods.md, or check it."""
+    if "--check" not in arguments:
+        PAGE.write_text(page(), encoding="utf-8")
+        return 0
+    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page():
+        return 0
+    print(f"{PAGE} is stale; run: python -m server.methods_page", file=sys.stderr)
+    return 1
+
+
+def _summary(facts: Facts) -> tuple[str, str, str, str, str]:
+    """A method in a line."""
+    exact = "yes" if facts.is_exact else "no"
+    return facts.name, f"{facts.title}, {facts.source}", in_words(facts.trains), exact, facts.rule
+
+
+def _outcome(cell: Cell) -> dict[str, Any]:
+    """A cell without its place."""
+    return {"is_allowed": cell.is_allowed, "reason": cell.reason, "nearest": cell.nearest}
+
+
+def _instead(cell: Cell) -> str:
+    """What to take in place of a refused method."""
+    return f" (nearest: {cell.nearest})" if cell.nearest else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

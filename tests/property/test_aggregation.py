@@ -1,0 +1,155 @@
+"""Laws of the aggregation methods, against dense matrices that no method forms."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common import orthonormal, trainable
+from common.methods import FACTS
+from common.records import TensorSpec
+from server.aggregate import factored, table
+
+EXACT = sorted(name for name, facts in FACTS.items() if facts.is_exact)
+MODULES = {"q_proj": (13, 9), "down_proj": (8, 21)}  # d x k
+
+
+@st.composite
+def rounds(draw) -> dict:
+    """A federation in the middle of a run: rank, weights of the sites, which of them take part in each round."""
+    num_sites = draw(st.integers(1, 6))
+    everyone = list(range(num_sites))
+    return {
+        "rank": draw(st.integers(1, 6)),
+        "weights": draw(st.lists(st.integers(1, 5000), min_size=num_sites, max_size=num_sites)),
+        "cohorts": draw(st.lists(st.lists(st.sampled_from(everyone), min_size=1, unique=True), min_size=1, max_size=4)),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+def specs_of(rank: int) -> tuple[TensorSpec, ...]:
+    shapes = {
+        f"{module}.lora_{factor}.weight": (rank, k) if factor == "A" else (d, rank)
+        for module, (d, k) in MODULES.items()
+        for factor in "AB"
+    }
+    return tuple(TensorSpec(name, shapes[name]) for name in sorted(shapes))
+
+
+def begin(method: str, specs, generator) -> dict[str, torch.Tensor]:
+    """The middle of a run: both factors at work; A as the method starts it."""
+    state = {spec.name: torch.randn(spec.shape, generator=generator) for spec in specs}
+    made = orthonormal.factors(specs, seed=3) if FACTS[method].has_orthonormal_start else {}
+    return {**state, **made}
+
+
+def weight_of(state, module: str) -> torch.Tensor:
+    """The effective change of a module's weight, dense."""
+    b_dr, a_rk = factored.modules(state)[module]
+    return b_dr.double() @ a_rk.double()
+
+
+def play(method: str, state, specs, *, round_index: int, weights, generator):
+    """One round of sites that move at random; the new state, and the mean of the sites' effective weights."""
+    names = trainable.trained_names(method, specs, round_index=round_index)
+    combined = table.find(method).start(state, trained=names)
+    ideal = {module: torch.zeros(shape, dtype=torch.float64) for module, shape in MODULES.items()}
+    for weight in weights:
+        change = {name: torch.randn(state[name].shape, generator=generator) for name in names}
+        local = {name: tensor + change.get(name, 0.0) for name, tensor in state.items()}
+        for module, total in ideal.items():
+            total += weight / sum(weights) * weight_of(local, module)
+        combined.add(change, weight=weight)
+    return table.find(method).apply(state, combined.result()), ideal
+
+
+def errors(method: str, case: dict) -> list[float]:
+    """|| W_new - ideal || / || ideal - W_old || of every round and module."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    specs = specs_of(case["rank"])
+    state = begin(method, specs, generator)
+    found = []
+    for round_index, cohort in enumerate(case["cohorts"]):
+        weights = [case["weights"][site] for site in cohort]
+        after, ideal = play(method, state, specs, round_index=round_index, weights=weights, generator=generator)
+        assert {name: t.shape for name, t in after.items()} == {name: t.shape for name, t in state.items()}
+        assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+        for module, wanted in ideal.items():
+            step = (wanted - weight_of(state, module)).norm()
+            found.append(float((weight_of(after, module) - wanted).norm() / step))
+        state = after
+    return found
+
+
+@pytest.mark.parametrize("method", EXACT)
+@given(case=rounds())
+def test_a_method_that_says_so_applies_the_mean_of_the_sites_effective_weights(method, case):
+    assert max(errors(method, case)) < 1e-5
+
+
+def test_control_the_mean_of_both_factors_does_not():
+    case = {"rank": 4, "weights": [3, 1, 5], "cohorts": [[0, 1, 2]], "seed": 1}
+    assert min(errors("fedavg", case)) > 0.1
+
+
+def test_control_averaging_both_factors_in_turn_is_exact_only_because_one_stays(monkeypatch):
+    """The same file under facts that let both move is inexact: the law rests on what a site trains."""
+    from dataclasses import replace
+
+    case = {"rank": 4, "weights": [3, 1, 5], "cohorts": [[0, 1, 2]], "seed": 1}
+    assert max(errors("rolora", case)) < 1e-5
+    monkeypatch.setattr(trainable, "FACTS", {**FACTS, "rolora": replace(FACTS["rolora"], trains=("AB",))})
+    assert min(errors("rolora", case)) > 0.1
+
+
+@given(case=rounds())
+def test_flexlora_is_the_best_adapter_of_its_rank(case):
+    """Eckart and Young: what is lost is the tail of the singular values, by numpy on the dense mean."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    specs, rank = specs_of(case["rank"]), case["rank"]
+    state = begin("flexlora", specs, generator)
+    after, ideal = play("flexlora", state, specs, round_index=0, weights=case["weights"], generator=generator)
+    for module, wanted in ideal.items():
+        values = torch.linalg.svdvals(wanted)
+        lost = float((weight_of(after, module) - wanted).norm())
+        assert lost == pytest.approx(float(values[rank:].norm()), rel=1e-4, abs=1e-5 * float(values[0]))
+
+
+@given(case=rounds())
+def test_fedsvd_keeps_the_rows_of_a_orthonormal(case):
+    generator = torch.Generator().manual_seed(case["seed"])
+    specs = specs_of(case["rank"])
+    state = begin("fedsvd", specs, generator)
+    after, _ = play("fedsvd", state, specs, round_index=0, weights=case["weights"], generator=generator)
+    for _, a_rk in factored.modules(after).values():
+        assert float((a_rk @ a_rk.T - torch.eye(case["rank"])).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("method", sorted(FACTS))
+def test_the_order_of_arrival_does_not_change_a_bit(method):
+    specs = specs_of(4)
+    state = begin(method, specs, torch.Generator().manual_seed(1))
+    names = trainable.trained_names(method, specs, round_index=0)
+    changes = [
+        {name: torch.randn(state[name].shape, generator=torch.Generator().manual_seed(site)) for name in names}
+        for site in range(4)
+    ]
+    results = []
+    for order in ((0, 1, 2, 3), (3, 1, 0, 2)):
+        combined = table.find(method).start(state, trained=names)
+        for site in order:
+            combined.add(changes[site], weight=site + 1)
+        results.append(table.find(method).apply(state, combined.result()))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in state)
+
+
+@pytest.mark.parametrize("method", sorted(FACTS))
+def test_a_weight_that_is_not_positive_and_a_round_of_nobody_are_refused(method):
+    specs = specs_of(2)
+    state = begin(method, specs, torch.Generator().manual_seed(1))
+    names = trainable.trained_names(method, specs, round_index=0)
+    combined = table.find(method).start(state, trained=names)
+    with pytest.raises(ValueError, match="weight"):
+        combined.add({name: state[name] for name in names}, weight=0.0)
+    with pytest.raises(ValueError, match="no upload"):
+        combined.result()

@@ -1,0 +1,101 @@
+"""Every cell of the table of methods: what the literature says of it, and what a run file gets to hear."""
+
+import pytest
+
+from common import compatibility, config, config_rules
+from common.compatibility import FEATURES
+from common.errors import ConfigError
+from common.methods import FACTS
+from tests import tiny
+
+# Written down from the papers, not from the facts: secure aggregation, record DP, central DP, quantised base, mixed
+# ranks, server optimizer, central polishing.
+EXPECTED = {
+    "fedavg": "yes yes yes yes no yes yes",
+    "ffa": "yes yes yes yes no yes yes",
+    "fedsvd": "yes yes yes yes yes no yes",
+    "rolora": "yes yes yes yes no yes yes",
+    "flexlora": "no yes no yes yes no yes",
+}
+ASKING = {
+    "quantised base": {"model.quantization": "nf4"},
+    "server optimizer": {"aggregation.server_optimizer": "fedavgm"},
+}
+CELLS = [pytest.param(feature, cell, id=f"{cell.method}-{feature.name}") for feature, cell in compatibility.cells()]
+
+
+def test_the_table_is_whole():
+    assert len(CELLS) == len(FACTS) * len(FEATURES)
+    assert set(EXPECTED) == set(FACTS)
+    assert {feature.name for feature in FEATURES if feature.keys} == set(ASKING)
+
+
+@pytest.mark.parametrize(("feature", "cell"), CELLS)
+def test_every_cell_says_what_the_literature_says_and_a_refusal_names_a_way_out(feature, cell):
+    column = [one.name for one in FEATURES].index(feature.name)
+    assert ("yes" if cell.is_allowed else "no") == EXPECTED[cell.method].split()[column]
+    if cell.is_allowed:
+        assert cell.nearest == ""
+    else:
+        assert cell.reason
+        assert compatibility.cell(FACTS[cell.nearest], feature).is_allowed
+
+
+@pytest.mark.parametrize(("feature", "cell"), [one for one in CELLS if one.values[0].keys])
+def test_a_run_file_may_combine_exactly_what_the_table_allows(feature, cell):
+    changes = {"aggregation.method": cell.method, **ASKING[feature.name]}
+    if cell.is_allowed:
+        assert feature.is_asked(tiny.settings("tiny", changes))
+        return
+    with pytest.raises(ConfigError, match=rf"(?s)no {feature.name} with this method.*'{cell.nearest}'"):
+        tiny.settings("tiny", changes)
+
+
+@pytest.mark.parametrize("feature", [feature for feature in FEATURES if feature.keys], ids=lambda one: one.name)
+def test_control_no_feature_is_asked_for_by_itself(feature):
+    assert not feature.is_asked(tiny.settings("tiny"))
+    known = config.RunConfig.model_fields
+    assert all(key.partition(".")[0] in known for key in feature.keys)
+
+
+def test_every_refusal_that_a_run_file_can_cause_is_a_rule():
+    refused = [cell for feature, cell in compatibility.cells() if feature.keys and not cell.is_allowed]
+    rules = [rule for rule in config_rules.RUN_RULES if "with this method" in rule.message]
+    assert len(rules) == len(refused) == 2
+
+
+def test_a_large_gap_calls_for_the_nearest_exact_method():
+    assert compatibility.without_gap(tiny.settings("tiny")) == "rolora"
+    assert compatibility.without_gap(tiny.settings("tiny", {"aggregation.method": "flexlora"})) == "fedsvd"
+    assert compatibility.without_gap(tiny.settings("tiny", {"aggregation.method": "ffa"})) == ""
+
+
+def test_it_is_one_that_the_runs_other_settings_allow(monkeypatch):
+    from dataclasses import replace
+
+    only_refreshing = replace(FACTS["fedavg"], nearest=("fedsvd", "ffa"))
+    monkeypatch.setattr(compatibility, "FACTS", {**FACTS, "fedavg": only_refreshing})
+    assert compatibility.without_gap(tiny.settings("tiny")) == "fedsvd"
+    assert compatibility.without_gap(tiny.settings("tiny", ASKING["server optimizer"])) == "ffa"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "setting"),
+    [
+        ("none", "server_learning_rate"),
+        ("none", "server_beta1"),
+        ("fedavgm", "server_beta2"),
+        ("fedavgm", "server_tau"),
+        ("fedadagrad", "server_beta1"),
+        ("fedadagrad", "server_beta2"),
+    ],
+)
+def test_a_setting_that_the_optimizer_does_not_use_is_refused(optimizer, setting):
+    with pytest.raises(ConfigError, match=rf"{setting}.*does not use it"):
+        tiny.settings("tiny", {"aggregation.server_optimizer": optimizer, f"aggregation.{setting}": "0.5"})
+
+
+@pytest.mark.parametrize("optimizer", ["fedavgm", "fedadam", "fedyogi", "fedadagrad"])
+def test_control_one_that_it_uses_is_taken(optimizer):
+    given = {"aggregation.server_optimizer": optimizer, "aggregation.server_learning_rate": "0.5"}
+    assert tiny.settings("tiny", given).aggregation.server_learning_rate == 0.5

@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from common import adapter, egress, trainable
+from common.errors import ModelError
+from common.methods import FACTS
+from common.records import TensorSpec
+from tests import tiny
+
+SPECS = tuple(
+    TensorSpec(f"{module}.lora_{factor}.weight", (2, 8) if factor == "A" else (8, 2))
+    for module in ("k_proj", "q_proj")
+    for factor in "AB"
+)
+NAMES = [spec.name for spec in SPECS]
+
+
+def trained(method: str, round_index: int = 0) -> list[str]:
+    return list(trainable.trained_names(method, SPECS, round_index=round_index))
+
+
+def test_fedavg_trains_and_moves_everything():
+    assert trained("fedavg") == trained("fedavg", 7) == NAMES
+    assert trainable.received_specs("fedavg", SPECS) == SPECS
+
+
+def test_ffa_trains_the_up_projections_alone_and_the_others_never_travel():
+    ups = ["k_proj.lora_B.weight", "q_proj.lora_B.weight"]
+    assert trained("ffa") == trained("ffa", 1) == ups
+    assert [spec.name for spec in trainable.received_specs("ffa", SPECS)] == ups
+
+
+@pytest.mark.parametrize("method", FACTS)
+def test_what_is_fixed_is_never_trained_and_what_is_trained_is_sent_down(method):
+    leaving = trainable.leaving_specs(method, SPECS)
+    assert leaving
+    assert set(leaving) <= set(trainable.received_specs(method, SPECS))
+    assert {spec for turn in trainable.all_turns(method, SPECS) for spec in turn} == set(leaving)
+
+
+@pytest.mark.parametrize("method", FACTS)
+def test_the_declaration_allows_the_largest_update_and_not_a_whole_adapter_more(method):
+    run = tiny.settings("tiny", {"aggregation.method": method})
+    declared = egress.declare(run, SPECS)
+    sizes = [egress.num_update_bytes(turn, dtype="float32") for turn in trainable.all_turns(method, SPECS)]
+    assert declared.bytes_per_message == max(sizes)
+    assert declared.factors == FACTS[method].trains
+
+
+def test_training_only_freezes_the_others_and_gives_them_back(engine):
+    names = set(trainable.trained_names("ffa", engine.tensor_specs, round_index=0))
+    with adapter.training_only(engine.model, names):
+        assert set(adapter.parameters(engine.model)) == names
+    assert adapter.specs(adapter.parameters(engine.model)) == engine.tensor_specs
+
+
+def test_training_only_gives_them_back_after_a_failure(engine):
+    with pytest.raises(ZeroDivisionError), adapter.training_only(engine.model, [engine.tensor_specs[0].name]):
+        torch.zeros(1).item() / 0
+    assert adapter.specs(adapter.parameters(engine.model)) == engine.tensor_specs
+
+
+def test_a_tensor_that_the_adapter_lacks_cannot_be_trained(engine):
+    with pytest.raises(ModelError, match="no tensor other"), adapter.training_only(engine.model, ["other"]):
+        pass

@@ -1,0 +1,41 @@
+import json
+
+from typer.testing import CliRunner
+
+from common.methods import FACTS
+from server import methods_page
+from server.cli import app
+
+
+def test_the_page_is_up_to_date(capsys):
+    assert methods_page.main(["--check"]) == 0
+
+
+def test_control_a_stale_page_is_noticed(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "methods.md"
+    monkeypatch.setattr(methods_page, "PAGE", path)
+    assert methods_page.main(["--check"]) == 1
+    assert methods_page.main([]) == 0
+    assert methods_page.main(["--check"]) == 0
+    path.write_text(path.read_text().replace("**no**", "yes", 1))
+    assert methods_page.main(["--check"]) == 1
+    assert "python -m server.methods_page" in capsys.readouterr().err
+
+
+def test_the_command_prints_every_method_and_why_it_refuses():
+    shown = CliRunner().invoke(app, ["methods"], env={"COLUMNS": "200"}).stdout
+    assert all(name in shown for name in FACTS)
+    assert "fedsvd, server optimizer: the factors get new coordinates" in shown
+    assert "(nearest: ffa)" in shown
+
+
+def test_the_command_prints_json():
+    found = json.loads(CliRunner().invoke(app, ["methods", "--json"]).stdout)
+    assert set(found["methods"]) == set(found["combinations"]) == set(FACTS)
+    assert found["methods"]["rolora"]["trains"] == ["B", "A"]
+    refused = found["combinations"]["flexlora"]["secure aggregation"]
+    assert refused == {
+        "is_allowed": False,
+        "reason": "the coordinator needs each site's factors, and would see their sum only",
+        "nearest": "fedsvd",
+    }
