@@ -52,6 +52,18 @@ class PolicyRefusedError(PrivacyError):
         self.rule = rule
 
 
+class AccountingUnsupported(PrivacyError):
+    """Noise, sampling or steps for which no epsilon can be proven."""
+
+
+class BudgetExhausted(PrivacyError):
+    """A step would pass the data set's privacy budget."""
+
+
+class LedgerError(PrivacyError):
+    """A privacy ledger is missing, is not what was written into it, or says something else than the site's settings."""
+
+
 class ApprovalRequired(PrivacyError):
     """Nobody at the site has approved this run yet."""
 
