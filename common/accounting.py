@@ -1,0 +1,293 @@
+"""(epsilon, delta) from sampling, noise and steps; and the noise for an epsilon. Refuses what it cannot prove.
+
+All figures are of the Poisson-sampled Gaussian mechanism with one unit added or removed: every unit is in a step with
+probability `sampling_prob`, each for itself, and the sum of the clipped units gets noise of standard deviation
+`noise_multiplier` times the clip norm. Shuffled batches of fixed size are not covered.
+
+The number of record is the privacy loss distribution (PLD) of dp-accounting, rounded up. Renyi differential privacy
+(RDP) is another proof of the same promise by other code, and the looser of the two; if it came out below the PLD, one
+of them would be wrong, so no epsilon is given then.
+"""
+
+import functools
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from common.errors import AccountingUnsupported
+
+LEDGER_GRID: Final = 1e-3
+REPORT_GRID: Final = 1e-4
+FINEST_GRID: Final = 1e-5
+MAX_EPSILON: Final = 1000.0
+MAX_DELTA: Final = 1e-5
+MAX_NOISE_MULTIPLIER: Final = 4096.0
+CALIBRATION_TOLERANCE: Final = 1e-4
+
+
+@dataclass(frozen=True)
+class Event:
+    """Steps of one kind that read private units.
+
+    Attributes:
+        sampling_prob: Probability with which a unit is in a step.
+        noise_multiplier: Standard deviation of the noise over the clip norm.
+        num_steps: How many steps; empty batches count.
+
+    Raises:
+        ValueError: A value that no step can have.
+    """
+
+    sampling_prob: float
+    noise_multiplier: float
+    num_steps: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sampling_prob <= 1:
+            raise ValueError("sampling_prob must be above 0 and at most 1")
+        if not 0 < self.noise_multiplier < math.inf:
+            raise ValueError("noise_multiplier must be finite and above 0")
+        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
+            raise ValueError("num_steps must be a whole number of at least 1")
+
+
+def epsilon(
+    *, sampling_prob: float, noise_multiplier: float, num_steps: int, dp_delta: float, grid: float = LEDGER_GRID
+) -> float:
+    """Epsilon of equal steps; see `compose`.
+
+    With `sampling_prob` 1 and one step a round it is the epsilon of client-level noise when all sites take part.
+
+    Example:
+        >>> round(epsilon(sampling_prob=0.01, noise_multiplier=1.0, num_steps=500, dp_delta=1e-5), 4)
+        1.3265
+    """
+    return compose([Event(sampling_prob, noise_multiplier, num_steps)], dp_delta=dp_delta, grid=grid)
+
+
+def compose(events: Sequence[Event], *, dp_delta: float, grid: float = LEDGER_GRID) -> float:
+    """Epsilon of all events together, in whatever order they happened.
+
+    Steps of equal sampling and noise are added up and composed once: the same epsilon to 1e-9, and much quicker than
+    one after the other.
+
+    Args:
+        events: What happened; none is epsilon 0.
+        dp_delta: Delta of the promise, above 0 and below 1.
+        grid: Spacing of the loss distribution. The ledger decides with 1e-3; 1e-4 is for reports, a little tighter.
+
+    Returns:
+        Epsilon by PLD, an upper bound.
+
+    Raises:
+        AccountingUnsupported: RDP does not confirm it, or epsilon is above 1000, where no promise is left.
+        ValueError: A delta that no promise can have.
+
+    Units: nats. Adjacency: one unit added or removed.
+    Source: Koskela et al. 2020, arXiv:1906.03049; Doroshenko et al. 2022, arXiv:2207.04380 (connect the dots).
+    """
+    _check_delta(dp_delta)
+    if not events:
+        return 0.0
+    found = _epsilon(events, dp_delta, grid)
+    if found == math.inf:
+        raise AccountingUnsupported(
+            f"epsilon is above {MAX_EPSILON:.0f}, which protects nobody; raise noise_multiplier or take fewer steps"
+        )
+    return found
+
+
+def epsilon_rdp(events: Sequence[Event], *, dp_delta: float) -> float:
+    """Epsilon by Renyi differential privacy: an upper bound that is looser than `compose`.
+
+    Source: Mironov et al. 2019, arXiv:1908.10530, by dp-accounting.
+    """
+    import dp_accounting
+    from dp_accounting.rdp import RdpAccountant
+
+    _check_delta(dp_delta)
+    logging.getLogger("absl").addFilter(_is_no_dropped_order)
+    accountant = RdpAccountant()
+    for (sampling_prob, noise), num_steps in _merged(events).items():
+        step = dp_accounting.PoissonSampledDpEvent(sampling_prob, dp_accounting.GaussianDpEvent(noise))
+        accountant.compose(step, num_steps)
+    return float(accountant.get_epsilon(dp_delta))
+
+
+def noise_multiplier(*, epsilon: float, dp_delta: float, sampling_prob: float, num_steps: int) -> float:
+    """The least noise whose epsilon does not pass a given one, to one part in 10,000.
+
+    Args:
+        epsilon: What may be spent by all steps together, above 0.
+        dp_delta: Delta of the promise.
+        sampling_prob: Probability with which a unit is in a step.
+        num_steps: Steps in all.
+
+    Raises:
+        AccountingUnsupported: No noise that could be used reaches it.
+
+    Example:
+        >>> round(noise_multiplier(epsilon=2.2582, dp_delta=1e-5, sampling_prob=1.0, num_steps=20), 2)
+        8.0
+    """
+    if not 0 < epsilon < math.inf:
+        raise ValueError("epsilon must be finite and above 0")
+    fits = functools.partial(_fits, epsilon, dp_delta, sampling_prob, num_steps)
+    high = 1.0
+    while not fits(high):
+        high *= 2
+        if high > MAX_NOISE_MULTIPLIER:
+            raise AccountingUnsupported(f"no noise reaches epsilon {epsilon:g}; raise it or take fewer steps")
+    while fits(high / 2):
+        high /= 2
+    low = high / 2
+    while high > low * (1 + CALIBRATION_TOLERANCE):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
+def largest_delta(num_units: int) -> float:
+    """The largest delta that a data set may be given: min(1e-5, 1/(n ln n)).
+
+    Args:
+        num_units: Units in the data set, such as patients.
+
+    Example:
+        >>> largest_delta(2_000), round(largest_delta(50_000), 8)
+        (1e-05, 1.85e-06)
+    """
+    if num_units < 1:
+        raise ValueError("num_units must be at least 1")
+    return MAX_DELTA if num_units < 3 else min(MAX_DELTA, 1 / (num_units * math.log(num_units)))
+
+
+def planned_curve(
+    event_per_round: Event, num_rounds: int, *, dp_delta: float, spent: Sequence[Event] = ()
+) -> list[float]:
+    """Epsilon after each round of a plan. It is steep at first: the first round is never budget over rounds.
+
+    Args:
+        event_per_round: What a round does.
+        num_rounds: Rounds in the plan.
+        dp_delta: Delta of the promise.
+        spent: What the data set has been used for before.
+
+    Returns:
+        One epsilon a round, all that was spent before it included.
+    """
+    rounds = (_times(event_per_round, number) for number in range(1, num_rounds + 1))
+    return [compose([*spent, so_far], dp_delta=dp_delta) for so_far in rounds]
+
+
+def gradient_noise_multiplier(noise_multiplier: float, *, count_noise_std: float) -> float:
+    """The gradient's share of the noise when the clip norm follows a noised count of the units under it.
+
+    Both releases together cost what `noise_multiplier` alone would: the accountant is given `noise_multiplier`, the
+    gradient gets the larger value that is returned.
+
+    Args:
+        noise_multiplier: Of the step as a whole.
+        count_noise_std: Standard deviation of the noise on the count; about a twentieth of the batch.
+
+    Raises:
+        ValueError: The count alone would cost more than the step may.
+
+    Source: Andrew et al. 2021, arXiv:1905.03871, theorem 1.
+
+    Example:
+        >>> round(gradient_noise_multiplier(1.0, count_noise_std=12.8), 6)
+        1.000764
+    """
+    left = noise_multiplier**-2 - (2 * count_noise_std) ** -2
+    if not left > 0:
+        raise ValueError("count_noise_std must be above half of noise_multiplier")
+    return float(left**-0.5)
+
+
+def client_level_noise_ratio(*, num_sites: int, noise_multiplier: float, num_parameters: int) -> float:
+    """L2 norm of the noise on the mean of the sites' updates, in units of the clip norm; the signal is at most 1.
+
+    Args:
+        num_sites: Sites in a round.
+        noise_multiplier: Standard deviation of the noise on the sum over the clip norm.
+        num_parameters: Values in an update.
+
+    Example:
+        >>> round(client_level_noise_ratio(num_sites=5, noise_multiplier=2.684, num_parameters=11_300_000), -1)
+        1800.0
+    """
+    return noise_multiplier * math.sqrt(num_parameters) / num_sites
+
+
+def _fits(limit: float, dp_delta: float, sampling_prob: float, num_steps: int, noise: float) -> bool:
+    """Whether a noise multiplier keeps within an epsilon; the quicker accountant is asked first."""
+    events = [Event(sampling_prob, noise, num_steps)]
+    return epsilon_rdp(events, dp_delta=dp_delta) <= limit or _epsilon(events, dp_delta, LEDGER_GRID) <= limit
+
+
+def _epsilon(events: Sequence[Event], dp_delta: float, grid: float) -> float:
+    """The number of record, confirmed; infinite if it would be above what is worth a proof."""
+    upper = epsilon_rdp(events, dp_delta=dp_delta)
+    if not upper <= MAX_EPSILON:
+        return math.inf
+    while (found := _epsilon_pld(events, dp_delta, grid)) > upper and grid > 2 * FINEST_GRID:
+        grid /= 10  # of many steps with much noise each, a coarse grid rounds up by more than they cost
+    _check_agreement(found, upper)
+    return found
+
+
+def _check_agreement(pld: float, rdp: float) -> None:
+    """Two right proofs cannot be in this order; NaN is in none."""
+    if not pld <= rdp:
+        raise AccountingUnsupported(
+            f"two accountants contradict each other: epsilon {pld:.4f} by PLD, at most {rdp:.4f} by RDP; "
+            "use other steps or noise"
+        )
+
+
+def _epsilon_pld(events: Sequence[Event], dp_delta: float, grid: float) -> float:
+    """Epsilon by PLD alone."""
+    kinds = [_step_loss(*kind, grid).self_compose(steps) for kind, steps in sorted(_merged(events).items())]
+    return float(functools.reduce(lambda left, right: left.compose(right), kinds).get_epsilon_for_delta(dp_delta))
+
+
+@functools.lru_cache(maxsize=32)
+def _step_loss(sampling_prob: float, noise: float, grid: float) -> Any:
+    """The loss distribution of one step, which takes most of the time."""
+    from dp_accounting.pld import privacy_loss_distribution
+
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        standard_deviation=noise,
+        value_discretization_interval=grid,
+        sampling_prob=sampling_prob,
+        pessimistic_estimate=True,
+        use_connect_dots=True,
+    )
+
+
+def _merged(events: Sequence[Event]) -> Counter[tuple[float, float]]:
+    """Steps by sampling and noise."""
+    steps: Counter[tuple[float, float]] = Counter()
+    for event in events:
+        steps[(event.sampling_prob, event.noise_multiplier)] += event.num_steps
+    return steps
+
+
+def _times(event: Event, number: int) -> Event:
+    """An event that happens so many times."""
+    return Event(event.sampling_prob, event.noise_multiplier, event.num_steps * number)
+
+
+def _check_delta(dp_delta: float) -> None:
+    """Refuse what is no delta, NaN included."""
+    if not 0 < dp_delta < 1:
+        raise ValueError("dp_delta must be above 0 and below 1")
+
+
+def _is_no_dropped_order(record: logging.LogRecord) -> bool:
+    """Keep dp-accounting from warning of orders that it leaves out: fewer orders only raise epsilon."""
+    return "failed to converge" not in str(record.msg)
