@@ -6,7 +6,6 @@ from pydantic import Field
 
 from common.config_types import PositiveCount, Section
 
-
 Protection = Literal["none", "unit"]
 
 
@@ -29,7 +28,10 @@ class PrivacyConfig(Section):
         default=1e-6, gt=0, lt=0.1, description="Delta that goes with epsilon; at most 1/(n ln n) for n units."
     )
     sampling_prob: float = Field(
-        default=0.0, ge=0, le=1, description="Probability with which each unit takes part in each step. `unit` needs it."
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Probability with which a unit takes part in a step. `unit` needs it.",
     )
     noise_multiplier: float = Field(
         default=0.0, ge=0, le=10_000, description="Standard deviation of the noise over `clip_norm`. 0: from `epsilon`."
@@ -38,15 +40,15 @@ class PrivacyConfig(Section):
         default=1.0,
         gt=0,
         le=1_000_000,
-        description="Largest L2 norm of a unit's gradient; the loss of a row is the sum over its answer tokens, in nats.",
+        description="Largest L2 norm of a unit's gradient; a row's loss is the sum over its answer tokens, in nats.",
     )
     max_rows_per_unit: PositiveCount = Field(
         default=1, description="Most rows of a unit in one step, drawn anew each time and clipped together."
     )
     clipping: Literal["auto", "stacked", "microbatch", "opacus"] = Field(
         default="auto",
-        description="How gradients of units are told apart. `stacked`: in one pass, for LoRA. `microbatch`: one unit at "
-        "a time, for any adapter. `opacus`: by Opacus' hooks. `auto`: `stacked` where possible, else `microbatch`.",
+        description="How gradients of units are told apart. `stacked`: in one pass, for LoRA. `microbatch`: one unit "
+        "at a time, for any adapter. `opacus`: by Opacus' hooks. `auto`: `stacked` where possible, else `microbatch`.",
     )
     adaptive_clipping: bool = Field(
         default=False, description="Let `clip_norm` follow a quantile of the norms; the noise of both is accounted."

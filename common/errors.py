@@ -56,6 +56,10 @@ class AccountingUnsupported(PrivacyError):
     """Noise, sampling or steps for which no epsilon can be proven."""
 
 
+class FloorRefused(PrivacyError):
+    """A plan protects less than it must."""
+
+
 class BudgetExhausted(PrivacyError):
     """A step would pass the data set's privacy budget."""
 

@@ -96,10 +96,15 @@ def load(
     base = _load_base(folder, model, device)
     peft_model = _attach(base, adapter_settings, seed=seed)
     if gradient_checkpointing:
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        base.enable_input_require_grads()
+        checkpoint(base)
     initial = adapter.read(peft_model)
     return Engine(peft_model, tokenizer, device, base_sha256, adapter.specs(initial), initial)
+
+
+def checkpoint(base: Any) -> None:
+    """Recompute activations in the backward pass."""
+    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    base.enable_input_require_grads()
 
 
 def choose_device(name: str) -> torch.device:

@@ -4,7 +4,7 @@ Source: Abadi et al. 2016, arXiv:1607.00133, algorithm 1, with the unit of a pat
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -80,7 +80,7 @@ def gradients(
     num_steps: int,
     max_rows: int,
     source: Noise,
-) -> Iterator[None]:
+) -> Generator[None]:
     """Set every trainable parameter's `.grad` to a private one, once for each step.
 
     A step without any unit is noised like every other: whether one was drawn is nobody's to know.
@@ -125,15 +125,16 @@ def set_gradients(
         Every unit's norm before clipping, which is not private.
     """
     trained = adapter.parameters(engine.model)
+    source.prepare(sum(parameter.numel() for parameter in trained.values()), device=engine.device)
     total, norms_u = clipped_sum(engine, batches, take=take, clip_norm=clip.value)
     with torch.no_grad():
         flat_p = torch.cat([tensor.flatten() for tensor in total.values()]).double()
         flat_p += clip.noise_multiplier * clip.value * source.normal(flat_p.numel(), device=flat_p.device)
         released_p = (noise.to_grid(flat_p, clip_norm=clip.value) / expected).float()
-        sizes = [tensor.numel() for tensor in total.values()]
-        for name, part in zip(total, released_p.split(sizes), strict=True):
-            parameter = trained[name]
-            parameter.grad = part.view_as(parameter)
+        start = 0
+        for name in total:
+            parameter, end = trained[name], start + trained[name].numel()
+            parameter.grad, start = released_p[start:end].view_as(parameter), end
     return norms_u
 
 
@@ -147,14 +148,17 @@ def clipped_sum(
 
     Privacy: L2 sensitivity `clip_norm` under adding or removing one unit.
     """
-    trained = adapter.parameters(engine.model)
-    total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in trained.items()}
+    total: dict[str, Tensor] = {}
     norms = [add_clipped(total, take(batch), clip_norm=clip_norm) for batch in batches]
-    return total, torch.cat(norms) if norms else torch.zeros(0, device=engine.device)
+    for name, parameter in adapter.parameters(engine.model).items():
+        total.setdefault(name, torch.zeros_like(parameter, dtype=torch.float32))
+    return dict(sorted(total.items())), torch.cat(norms) if norms else torch.zeros(0, device=engine.device)
 
 
-def add_clipped(total: Mapping[str, Tensor], found: UnitGradients, *, clip_norm: float) -> Tensor:
+def add_clipped(total: dict[str, Tensor], found: UnitGradients, *, clip_norm: float) -> Tensor:
     """Add each unit's gradient, scaled by min(1, C / norm); returns the norms, which span all parameters.
+
+    The sum is made when the first batch has gone through, not before: by then its activations have left the memory.
 
     Shape: `found` (U, *shape) by parameter; result (U,).
     """
@@ -162,5 +166,6 @@ def add_clipped(total: Mapping[str, Tensor], found: UnitGradients, *, clip_norm:
     norms_u = torch.stack(squares).sum(0).sqrt()
     scales_u = (clip_norm / (norms_u + TINY)).clamp(max=1.0)
     for name, gradient in found.items():
-        total[name].add_((scales_u @ gradient.flatten(1)).view_as(total[name]))
+        clipped = (scales_u @ gradient.flatten(1)).view(gradient.shape[1:])
+        total[name] = total[name].add_(clipped) if name in total else clipped
     return norms_u

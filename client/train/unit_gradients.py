@@ -57,11 +57,10 @@ def prepared(engine: Engine, *, method: Method) -> Iterator[tuple[Take, bool]]:
 def _factors(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers whose weights are what is trained; empty if anything else is trained, too."""
     trained = {id(parameter): name for name, parameter in adapter.parameters(model).items()}
-    found = {
-        trained[id(module.weight)]: module
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and id(module.weight) in trained and module.bias is None
-    }
+    found: dict[str, nn.Linear] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.bias is None and id(module.weight) in trained:
+            found[trained[id(module.weight)]] = module
     return found if len(found) == len(trained) else {}
 
 
@@ -113,7 +112,7 @@ class _Linear(torch.autograd.Function):
         return nn.functional.linear(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, None, None, None]:
         """Tell the sink; pass on the input's gradient."""
         x, weight = ctx.saved_tensors
         ctx.sink.take(ctx.name, x, grad_y)
@@ -131,7 +130,7 @@ def _stacked(engine: Engine, factors: dict[str, nn.Linear]) -> Iterator[Take]:
         return _by_unit(sink.per_row(), units)
 
     for name, module in factors.items():
-        module.forward = _telling(module, sink, name)  # type: ignore[method-assign]
+        module.forward = _telling(module, sink, name)  # type: ignore[method-assign,assignment]
     try:
         yield take
     finally:
@@ -141,7 +140,7 @@ def _stacked(engine: Engine, factors: dict[str, nn.Linear]) -> Iterator[Take]:
 
 def _telling(module: nn.Linear, sink: _Sink, name: str) -> Callable[[Tensor], Tensor]:
     """The forward of one factor while units are told apart."""
-    return lambda x: _Linear.apply(x, module.weight, sink, name)  # type: ignore[no-any-return, no-untyped-call]
+    return lambda x: _Linear.apply(x, module.weight, sink, name)  # type: ignore[no-untyped-call]
 
 
 def _one(engine: Engine, units: Sequence[Unit]) -> UnitGradients:

@@ -1,4 +1,4 @@
-"""The measured arm of `bench dp`: steps of one model with random weights, with and without differential privacy by turns."""
+"""The measured arm of `bench dp`: steps of a random model, with and without differential privacy, by turns."""
 
 import gc
 import time
@@ -9,13 +9,14 @@ from statistics import median
 from typing import Any, Final
 
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from client.train import local, private, unit_gradients
 from client.train.gradients import mean_gradient
+from client.train.units import Unit
 from common import adapter, config, model
 from common.errors import ModelError
 from common.model import Engine
@@ -107,8 +108,7 @@ def make_engine(shape: Shape, device: torch.device) -> Engine:
         whole = get_peft_model(base, model.lora_config(config.AdapterConfig(r=16)))
     whole.to(device)
     if is_gpu:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        base.enable_input_require_grads()
+        model.checkpoint(base)
     initial = adapter.read(whole)
     return Engine(whole, _Tokens(), device, "", adapter.specs(initial), initial)  # type: ignore[arg-type]
 
@@ -132,7 +132,7 @@ def _quantise(base: nn.Module) -> None:
     for parent in list(base.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and name != "lm_head":
-                small = Linear4bit(
+                small = Linear4bit(  # type: ignore[no-untyped-call]
                     child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
                 )
                 small.weight = Params4bit(child.weight.data.cpu(), requires_grad=False, quant_type="nf4")
@@ -147,25 +147,27 @@ def _arm(
 ) -> Iterator[Callable[[], None]]:
     """One optimiser step, as a site's training takes it."""
     if name == "plain":
+
         def plain() -> None:
             optimizer.zero_grad()
             mean_gradient(engine, rows, micro_batch_size=len(rows))
             nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
             optimizer.step()
+
         yield plain
         return
     clip, source = private.ClipNorm(0.1, 1.0, 0.0), SystemNoise()
     if name not in ("stacked", "microbatch", "opacus"):
         raise ModelError(f"no such arm: {name}")
     with unit_gradients.prepared(engine, method=name) as (take, is_many):  # type: ignore[arg-type]
+
         def private_step() -> None:
             optimizer.zero_grad()
-            units = [[row] for row in rows]
+            units: list[Unit] = [[row] for row in rows]
             batches = iter([units]) if is_many else iter([[unit] for unit in units])
-            private.set_gradients(
-                engine, batches, take=take, clip=clip, expected=float(len(rows)), source=source
-            )
+            private.set_gradients(engine, batches, take=take, clip=clip, expected=float(len(rows)), source=source)
             optimizer.step()
+
         yield private_step
 
 

@@ -173,18 +173,34 @@ def test_bits_are_those_of_nist_sp_800_38a():
     )
     expected = bytes(a ^ b for a, b in zip(plain, cipher, strict=True))
     read = noise.stream(key, counter=bytes.fromhex("f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff"))
-    assert read(16) + read(5) + read(43) == expected
-    assert noise.stream(key)(64) != expected
+    assert b"".join(bytes(read(size).numpy()) for size in (16, 5, 43)) == expected
+    assert bytes(noise.stream(key)(64).numpy()) != expected
 
 
 def test_pieces_of_a_long_read_follow_each_other():
     whole, cut = noise.stream(bytes(32)), noise.stream(bytes(32))
-    assert whole((1 << 20) + 100) == cut(1 << 20) + cut(100)
+    first = cut(1 << 20).clone()
+    assert torch.equal(whole((1 << 20) + 100), torch.cat([first, cut(100)]))
+
+
+def test_noise_that_was_prepared_is_what_would_have_come():
+    plain, prepared = SeededNoise(3), SeededNoise(3)
+    for size in (7, 1 << 18, 7):
+        prepared.prepare(size, device=CPU)
+        assert torch.equal(prepared.normal(size, device=CPU), plain.normal(size, device=CPU))
+        assert np.array_equal(prepared.uniform(5), plain.uniform(5))
+
+
+def test_another_size_than_was_prepared_is_refused():
+    source = SystemNoise()
+    source.prepare(100, device=CPU)
+    with pytest.raises(ValueError, match="prepared"):
+        source.uniform(3)
 
 
 def test_where_a_draw_is_cut_changes_nothing():
     long = SeededNoise(3).normal(2 * noise.CHUNK_PAIRS["cpu"] + 9, device=CPU)
-    words = np.frombuffer(SeededNoise(3)._read(8 * (len(long) + 1)), dtype="<u8") & noise._MASK_53
+    words = SeededNoise(3)._read(8 * (len(long) + 1)).numpy().view("<u8") & noise._MASK_53
     radius = np.sqrt(-2 * np.log((words[0::2] + 1) / 2**53))
     expected = np.stack(
         [radius * np.cos(2 * np.pi * words[1::2] / 2**53), radius * np.sin(2 * np.pi * words[1::2] / 2**53)], 1

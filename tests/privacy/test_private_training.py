@@ -27,6 +27,9 @@ class Drawn:
     def normal(self, size: int, *, device: torch.device) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.float64, device=device)
 
+    def prepare(self, size: int, *, device: torch.device) -> None:
+        """Nothing takes time here."""
+
 
 def settings(**changes) -> PrivacyConfig:
     given = {"mode": "unit", "sampling_prob": 0.5, "noise_multiplier": 1.0, "clip_norm": 0.5, "max_rows_per_unit": 2}
