@@ -75,10 +75,12 @@ def train(
             )
             with contextlib.closing(private_ones) as gradients:
                 _steps(engine, gradients, rates, training=training, max_grad_norm=0.0)
+            proof.check_reload(engine)
             return LocalResult(num_steps, None, None, None, protection="unit")
         batches = _batches(rows, training=training, first_step=first_step, num_steps=num_steps, seed=seed)
         plain = (mean_gradient(engine, batch, micro_batch_size=max_rows) for batch in batches)
         losses = _steps(engine, plain, rates, training=training, max_grad_norm=training.max_grad_norm)
+    proof.check_reload(engine)
     num_tokens = sum(len(row.input_ids) for batch in batches for row in batch)
     mean_loss = sum(losses) / len(losses)
     return LocalResult(num_steps, num_tokens, mean_loss, time.monotonic() - started, protection="none")
@@ -133,7 +135,6 @@ def _steps(
         optimizer.step()
         if number in (PROVEN_STEP, len(rates) - 1) and any(rates[: number + 1]):
             proof.check_moved(engine, before)
-    proof.check_reload(engine)
     return losses
 
 

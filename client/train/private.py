@@ -162,8 +162,8 @@ def add_clipped(total: dict[str, Tensor], found: UnitGradients, *, clip_norm: fl
 
     Shape: `found` (U, *shape) by parameter; result (U,).
     """
-    squares = [torch.linalg.vector_norm(gradient.flatten(1), dim=1).square() for gradient in found.values()]
-    norms_u = torch.stack(squares).sum(0).sqrt()
+    parts = torch.stack([torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in found.values()])
+    norms_u: Tensor = torch.linalg.vector_norm(parts, dim=0)
     scales_u = (clip_norm / (norms_u + TINY)).clamp(max=1.0)
     for name, gradient in found.items():
         clipped = (scales_u @ gradient.flatten(1)).view(gradient.shape[1:])

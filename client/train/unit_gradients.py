@@ -1,14 +1,14 @@
 """The gradient of each privacy unit, three ways that must agree.
 
 `stacked` reads it off the layers of LoRA in one backward pass; `microbatch` takes one unit at a time and is right for
-every kind of adapter; `opacus` is the oracle of the tests, and slower. B rows, U units, T tokens.
+every kind of adapter; `opacus` is the oracle of the tests, and slower. B rows, U units, T
+tokens.
 """
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -64,83 +64,58 @@ def _factors(model: nn.Module) -> dict[str, nn.Linear]:
     return found if len(found) == len(trained) else {}
 
 
-class _Sink:
-    """Takes what the backward pass of one physical batch tells, and fails unless every factor told exactly once."""
+class _Rows:
+    """One factor whose weight every row of the batch has to itself, so that autograd tells the rows apart.
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = names
-        self.start(num_rows=0)
-
-    def start(self, *, num_rows: int) -> None:
-        """Forget the batch before."""
-        self._num_rows = num_rows
-        self._hits: Counter[str] = Counter()
-        self._rows: UnitGradients = {}
-
-    def take(self, name: str, x: Tensor, grad_y: Tensor) -> None:
-        """One factor's input and output gradient: each row's gradient is their product over the row's tokens.
-
-        Shape: x (B, ..., in), grad_y (B, ..., out).
-        """
-        if x.dim() < 3 or x.shape[0] != self._num_rows:
-            raise ModelError(f"{name}: input of shape {tuple(x.shape)} has not the {self._num_rows} rows of the batch")
-        self._hits[name] += 1
-        self._rows[name] = torch.bmm(grad_y.flatten(1, -2).transpose(1, 2), x.flatten(1, -2)).float()
-
-    def per_row(self) -> UnitGradients:
-        """The gradients of rows, once all are there."""
-        wrong = sorted(name for name in self._names if self._hits[name] != 1)
-        if wrong:
-            raise ModelError(
-                f"{wrong[0]} was used {self._hits[wrong[0]]} times in one pass, and must be once for its clipping to "
-                f"be right ({len(wrong)} such tensors); set privacy.clipping = 'microbatch'"
-            )
-        return self._rows
-
-
-class _Linear(torch.autograd.Function):
-    """y = x w^T whose backward gives the sink what it needs instead of summing over rows.
-
-    Input and weight are saved tensors, never attributes, so that both variants of gradient checkpointing hold.
+    The rows' weights are views of one tensor: nothing is copied, and torch's own operations do the rest, under
+    gradient checkpointing of both kinds, too.
     """
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, sink: _Sink, name: str) -> Tensor:
-        """The linear layer itself."""
-        ctx.save_for_backward(x, weight)
-        ctx.sink, ctx.name = sink, name
-        return nn.functional.linear(x, weight)
+    def __init__(self, name: str, weight: Tensor) -> None:
+        self._name, self._weight = name, weight
+        self._own_boi = weight.detach()[None]
 
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, None, None, None]:
-        """Tell the sink; pass on the input's gradient."""
-        x, weight = ctx.saved_tensors
-        ctx.sink.take(ctx.name, x, grad_y)
-        return (grad_y @ weight if ctx.needs_input_grad[0] else None), None, None, None
+    def start(self, *, num_rows: int) -> None:
+        """Expect a batch of so many rows."""
+        if len(self._own_boi) != num_rows or not self._own_boi.requires_grad:
+            self._own_boi = self._weight.detach().expand(num_rows, -1, -1).requires_grad_()
+        self._own_boi.grad = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The linear layer, (B, T, in) to (B, T, out)."""
+        if x.dim() != 3 or len(x) != len(self._own_boi):
+            raise ModelError(
+                f"{self._name}: an input of shape {tuple(x.shape)} does not have the {len(self._own_boi)} rows of the "
+                "batch in its first dimension; set privacy.clipping = 'microbatch'"
+            )
+        return torch.matmul(x, self._own_boi.mT)
+
+    def take(self) -> Tensor:
+        """The gradient of each row, (B, out, in)."""
+        found, self._own_boi.grad = self._own_boi.grad, None
+        if found is None:
+            raise ModelError(f"{self._name} got no gradient")
+        return found.float()
 
 
 @contextmanager
 def _stacked(engine: Engine, factors: dict[str, nn.Linear]) -> Iterator[Take]:
     """One pass; all units of a physical batch at once."""
-    sink = _Sink(list(factors))
+    rows = {name: _Rows(name, module.weight) for name, module in factors.items()}
 
     def take(units: Sequence[Unit]) -> UnitGradients:
-        sink.start(num_rows=sum(map(len, units)))
+        for own in rows.values():
+            own.start(num_rows=sum(map(len, units)))
         _backward(engine, units)
-        return _by_unit(sink.per_row(), units)
+        return _by_unit({name: own.take() for name, own in rows.items()}, units)
 
     for name, module in factors.items():
-        module.forward = _telling(module, sink, name)  # type: ignore[method-assign,assignment]
+        module.forward = rows[name].forward  # type: ignore[method-assign,assignment]
     try:
         yield take
     finally:
         for module in factors.values():
             del module.forward
-
-
-def _telling(module: nn.Linear, sink: _Sink, name: str) -> Callable[[Tensor], Tensor]:
-    """The forward of one factor while units are told apart."""
-    return lambda x: _Linear.apply(x, module.weight, sink, name)  # type: ignore[no-untyped-call]
 
 
 def _one(engine: Engine, units: Sequence[Unit]) -> UnitGradients:

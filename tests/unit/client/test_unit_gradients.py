@@ -196,11 +196,20 @@ def private_sum(engine, units):
     return flat(total)
 
 
-def test_a_factor_that_is_used_twice_in_a_pass_fails_the_step(tiny_base):
+@pytest.mark.parametrize("way", ["stacked", "microbatch"])
+def test_a_factor_that_is_used_twice_in_a_pass_has_the_gradient_of_both_uses(tiny_base, way):
     engine = load(tiny_base, targets="q_proj", **PRECISIONS["float32"])
     layers = engine.model.base_model.model.model.layers
     layers[1].self_attn.q_proj = layers[0].self_attn.q_proj
-    with pytest.raises(ModelError, match="used 2 times"):
+    check(engine, some_units(engine), way)
+
+
+def test_a_layer_whose_input_has_lost_the_rows_fails_the_step(tiny_base):
+    engine = load(tiny_base, targets="down_proj", **PRECISIONS["float32"])
+    module = engine.model.base_model.model.model.layers[0].mlp.down_proj
+    whole = module.forward
+    module.forward = lambda x: whole(x.flatten(0, 1)[None]).view(*x.shape[:2], -1)
+    with pytest.raises(ModelError, match="first dimension"):
         taken(engine, some_units(engine), "stacked")
 
 
