@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from client.train import unit_gradients, units
-from client.train.unit_gradients import UnitGradients
 from client.train.units import Unit
 from common import accounting, adapter, noise
 from common.config_privacy import PrivacyConfig
@@ -98,15 +97,15 @@ def gradients(
     """
     population = units.group(rows)
     expected = privacy.sampling_prob * len(population)
-    clip = ClipNorm.of(privacy, expected)
+    limit = ClipNorm.of(privacy, expected)
     with unit_gradients.prepared(engine, method=privacy.clipping) as (take, is_many):
         for _ in range(num_steps):
             drawn = units.poisson(
                 population, sampling_prob=privacy.sampling_prob, max_rows=privacy.max_rows_per_unit, noise=source
             )
             batches = units.pack(drawn, max_rows=max_rows) if is_many else ([unit] for unit in drawn)
-            norms_u = set_gradients(engine, batches, take=take, clip=clip, expected=expected, source=source)
-            clip.follow(norms_u, privacy=privacy, expected=expected, source=source)
+            norms_u = set_gradients(engine, batches, take=take, limit=limit, expected=expected, source=source)
+            limit.follow(norms_u, privacy=privacy, expected=expected, source=source)
             yield
 
 
@@ -115,7 +114,7 @@ def set_gradients(
     batches: Iterator[list[Unit]],
     *,
     take: unit_gradients.Take,
-    clip: ClipNorm,
+    limit: ClipNorm,
     expected: float,
     source: Noise,
 ) -> Tensor:
@@ -124,48 +123,56 @@ def set_gradients(
     Returns:
         Every unit's norm before clipping, which is not private.
     """
-    trained = adapter.parameters(engine.model)
-    source.prepare(sum(parameter.numel() for parameter in trained.values()), device=engine.device)
-    total, norms_u = clipped_sum(engine, batches, take=take, clip_norm=clip.value)
-    with torch.no_grad():
-        flat_p = torch.cat([tensor.flatten() for tensor in total.values()]).double()
-        flat_p += clip.noise_multiplier * clip.value * source.normal(flat_p.numel(), device=flat_p.device)
-        released_p = (noise.to_grid(flat_p, clip_norm=clip.value) / expected).float()
-        start = 0
-        for name in total:
-            parameter, end = trained[name], start + trained[name].numel()
-            parameter.grad, start = released_p[start:end].view_as(parameter), end
+    trained = dict(sorted(adapter.parameters(engine.model).items()))
+    num_parameters = sum(parameter.numel() for parameter in trained.values())
+    source.prepare(num_parameters, device=engine.device)
+    sum_p, norms_u = clipped_sum(
+        batches, take=take, clip_norm=limit.value, num_parameters=num_parameters, device=engine.device
+    )
+    noise_p = source.normal(num_parameters, device=engine.device).mul_(limit.noise_multiplier * limit.value)
+    released_p = (noise.to_grid(noise_p.add_(sum_p), clip_norm=limit.value) / expected).float()
+    start = 0
+    for parameter in trained.values():
+        end = start + parameter.numel()
+        parameter.grad, start = released_p[start:end].view_as(parameter), end
     return norms_u
 
 
 def clipped_sum(
-    engine: Engine, batches: Iterator[list[Unit]], *, take: unit_gradients.Take, clip_norm: float
-) -> tuple[dict[str, Tensor], Tensor]:
+    batches: Iterator[list[Unit]],
+    *,
+    take: unit_gradients.Take,
+    clip_norm: float,
+    num_parameters: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
     """Sum of the units' gradients, each scaled down to `clip_norm` at most.
 
     Returns:
-        The sum by parameter, float32, and every unit's norm before clipping. Neither is private.
+        The sum, (P,) float32, and every unit's norm before clipping. Neither is private.
 
     Privacy: L2 sensitivity `clip_norm` under adding or removing one unit.
     """
-    total: dict[str, Tensor] = {}
-    norms = [add_clipped(total, take(batch), clip_norm=clip_norm) for batch in batches]
-    for name, parameter in adapter.parameters(engine.model).items():
-        total.setdefault(name, torch.zeros_like(parameter, dtype=torch.float32))
-    return dict(sorted(total.items())), torch.cat(norms) if norms else torch.zeros(0, device=engine.device)
+    sum_p: Tensor | None = None  # made after the first batch, whose activations have left the memory by then
+    norms: list[Tensor] = []
+    for batch in batches:
+        part_p, norms_u = clip(take(batch), clip_norm=clip_norm)
+        sum_p = part_p if sum_p is None else sum_p.add_(part_p)
+        norms.append(norms_u)
+    if sum_p is None:
+        return torch.zeros(num_parameters, device=device), torch.zeros(0, device=device)
+    return sum_p, torch.cat(norms)
 
 
-def add_clipped(total: dict[str, Tensor], found: UnitGradients, *, clip_norm: float) -> Tensor:
-    """Add each unit's gradient, scaled by min(1, C / norm); returns the norms, which span all parameters.
+def clip(gradients_up: Tensor, *, clip_norm: float) -> tuple[Tensor, Tensor]:
+    """Add up units' gradients, each scaled by min(1, C / norm) over all parameters.
 
-    The sum is made when the first batch has gone through, not before: by then its activations have left the memory.
+    Shape: (U, P) to (P,) and (U,), the norms before clipping.
 
-    Shape: `found` (U, *shape) by parameter; result (U,).
+    Example:
+        >>> clip(torch.tensor([[3.0, 4.0], [0.0, 0.5]]), clip_norm=1.0)[1].tolist()
+        [5.0, 0.5]
     """
-    parts = torch.stack([torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in found.values()])
-    norms_u: Tensor = torch.linalg.vector_norm(parts, dim=0)
+    norms_u: Tensor = torch.linalg.vector_norm(gradients_up, dim=1)
     scales_u = (clip_norm / (norms_u + TINY)).clamp(max=1.0)
-    for name, gradient in found.items():
-        clipped = (scales_u @ gradient.flatten(1)).view(gradient.shape[1:])
-        total[name] = total[name].add_(clipped) if name in total else clipped
-    return norms_u
+    return scales_u @ gradients_up, norms_u

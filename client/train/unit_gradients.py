@@ -1,14 +1,14 @@
 """The gradient of each privacy unit, three ways that must agree.
 
 `stacked` reads it off the layers of LoRA in one backward pass; `microbatch` takes one unit at a time and is right for
-every kind of adapter; `opacus` is the oracle of the tests, and slower. B rows, U units, T
-tokens.
+every kind of adapter; `opacus` is the oracle of the tests, and slower. B rows, U units, T tokens, P trained parameters
+in the order of their names.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from common.errors import ModelError
 from common.model import Engine, answer_nll
 
 Method = Literal["auto", "stacked", "microbatch", "opacus"]
-UnitGradients = dict[str, Tensor]  # by parameter, each (U, *shape of the parameter), float32
-Take = Callable[[Sequence[Unit]], UnitGradients]
+Take = Callable[[Sequence[Unit]], Tensor]  # to (U, P), float32
 WHOLE: Final = "stacked clipping needs every trained tensor to be the weight of a linear layer without bias"
+ONE_BY_ONE: Final = "set privacy.clipping = 'microbatch'"
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def prepared(engine: Engine, *, method: Method) -> Iterator[tuple[Take, bool]]:
         method: `auto` is `stacked` where it is possible, else `microbatch`.
 
     Yields:
-        A function from units to their gradients, and whether it takes several units at once.
+        A function from units to their gradients, (U, P), and whether it takes several units at once.
 
     Raises:
         ModelError: The method cannot serve this adapter.
@@ -46,11 +46,10 @@ def prepared(engine: Engine, *, method: Method) -> Iterator[tuple[Take, bool]]:
     chosen = method if method != "auto" else ("stacked" if factors else "microbatch")
     if chosen == "stacked" and not factors:
         raise ModelError(f"privacy.clipping = 'stacked': {WHOLE}; use 'auto'")
-    ways = {"stacked": lambda: _stacked(engine, factors), "opacus": lambda: _opacus(engine)}
     if chosen == "microbatch":
         yield lambda units: _one(engine, units), False
         return
-    with ways[chosen]() as take:
+    with _stacked(engine, factors) if chosen == "stacked" else _opacus(engine) as take:
         yield take, True
 
 
@@ -64,53 +63,70 @@ def _factors(model: nn.Module) -> dict[str, nn.Linear]:
     return found if len(found) == len(trained) else {}
 
 
-class _Rows:
-    """One factor whose weight every row of the batch has to itself, so that autograd tells the rows apart.
+class _Sink:
+    """Takes what the backward pass of one physical batch tells, and fails unless every factor tells exactly once."""
 
-    The rows' weights are views of one tensor: nothing is copied, and torch's own operations do the rest, under
-    gradient checkpointing of both kinds, too.
-    """
-
-    def __init__(self, name: str, weight: Tensor) -> None:
-        self._name, self._weight = name, weight
-        self._own_boi = weight.detach()[None]
+    def __init__(self) -> None:
+        self._num_rows = 0
+        self._rows: dict[str, Tensor] = {}
 
     def start(self, *, num_rows: int) -> None:
-        """Expect a batch of so many rows."""
-        if len(self._own_boi) != num_rows or not self._own_boi.requires_grad:
-            self._own_boi = self._weight.detach().expand(num_rows, -1, -1).requires_grad_()
-        self._own_boi.grad = None
+        """Forget the batch before."""
+        self._num_rows, self._rows = num_rows, {}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The linear layer, (B, T, in) to (B, T, out)."""
-        if x.dim() != 3 or len(x) != len(self._own_boi):
+    def take(self, name: str, x: Tensor, grad_y: Tensor) -> None:
+        """One factor's input and output gradient: each row's gradient is their product over the row's tokens.
+
+        Shape: x (B, T, in), grad_y (B, T, out).
+        """
+        if x.dim() != 3 or len(x) != self._num_rows:
             raise ModelError(
-                f"{self._name}: an input of shape {tuple(x.shape)} does not have the {len(self._own_boi)} rows of the "
-                "batch in its first dimension; set privacy.clipping = 'microbatch'"
+                f"{name}: an input of shape {tuple(x.shape)} does not have the {self._num_rows} rows of the batch in "
+                f"its first dimension; {ONE_BY_ONE}"
             )
-        return torch.matmul(x, self._own_boi.mT)
+        if name in self._rows:
+            raise ModelError(f"{name} is used twice in one pass, which this way of clipping cannot tell; {ONE_BY_ONE}")
+        self._rows[name] = torch.bmm(grad_y.mT, x)
 
-    def take(self) -> Tensor:
-        """The gradient of each row, (B, out, in)."""
-        found, self._own_boi.grad = self._own_boi.grad, None
-        if found is None:
-            raise ModelError(f"{self._name} got no gradient")
-        return found.float()
+    def rows(self) -> dict[str, Tensor]:
+        """The gradients of rows, (B, out, in) by factor."""
+        found, self._rows = self._rows, {}
+        return found
+
+
+class _Linear(torch.autograd.Function):
+    """y = x w^T whose backward gives the sink what it needs instead of summing over rows.
+
+    Input and weight are saved tensors, never attributes, so that both variants of gradient checkpointing hold.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sink: _Sink, name: str) -> Tensor:
+        """The linear layer itself."""
+        ctx.save_for_backward(x, weight)
+        ctx.sink, ctx.name = sink, name
+        return nn.functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, None, None, None]:
+        """Tell the sink; pass on the input's gradient."""
+        x, weight = ctx.saved_tensors
+        ctx.sink.take(ctx.name, x, grad_y)
+        return (grad_y @ weight if ctx.needs_input_grad[0] else None), None, None, None
 
 
 @contextmanager
 def _stacked(engine: Engine, factors: dict[str, nn.Linear]) -> Iterator[Take]:
     """One pass; all units of a physical batch at once."""
-    rows = {name: _Rows(name, module.weight) for name, module in factors.items()}
+    sink = _Sink()
 
-    def take(units: Sequence[Unit]) -> UnitGradients:
-        for own in rows.values():
-            own.start(num_rows=sum(map(len, units)))
+    def take(units: Sequence[Unit]) -> Tensor:
+        sink.start(num_rows=sum(map(len, units)))
         _backward(engine, units)
-        return _by_unit({name: own.take() for name, own in rows.items()}, units)
+        return _by_unit(_flat(sink.rows(), sorted(factors)), units)
 
     for name, module in factors.items():
-        module.forward = rows[name].forward  # type: ignore[method-assign,assignment]
+        module.forward = _telling(module, sink, name)  # type: ignore[method-assign,assignment]
     try:
         yield take
     finally:
@@ -118,19 +134,21 @@ def _stacked(engine: Engine, factors: dict[str, nn.Linear]) -> Iterator[Take]:
             del module.forward
 
 
-def _one(engine: Engine, units: Sequence[Unit]) -> UnitGradients:
+def _telling(module: nn.Linear, sink: _Sink, name: str) -> Callable[[Tensor], Tensor]:
+    """The forward of one factor while units are told apart."""
+    return lambda x: _Linear.apply(x, module.weight, sink, name)  # type: ignore[no-untyped-call]
+
+
+def _one(engine: Engine, units: Sequence[Unit]) -> Tensor:
     """One unit by plain autograd."""
     if len(units) != 1:
         raise ValueError(f"{len(units)} units; this way takes one at a time")
     trained = adapter.parameters(engine.model)
     engine.model.zero_grad(set_to_none=True)
     _backward(engine, units)
-    missed = sorted(name for name, parameter in trained.items() if parameter.grad is None)
-    if missed:
-        raise ModelError(f"{missed[0]} got no gradient ({len(missed)} such tensors)")
-    found = {name: parameter.grad.float()[None] for name, parameter in trained.items() if parameter.grad is not None}
+    found = {name: parameter.grad[None] for name, parameter in trained.items() if parameter.grad is not None}
     engine.model.zero_grad(set_to_none=True)
-    return found
+    return _flat(found, sorted(trained))
 
 
 @contextmanager
@@ -141,18 +159,15 @@ def _opacus(engine: Engine) -> Iterator[Take]:
     trained = adapter.parameters(engine.model)
     hooks = GradSampleHooks(engine.model, loss_reduction="sum", strict=False)
 
-    def take(units: Sequence[Unit]) -> UnitGradients:
+    def take(units: Sequence[Unit]) -> Tensor:
         with warnings.catch_warnings():  # of the first layer, whose input needs no gradient
             warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
             _backward(engine, units)
-        found = {name: getattr(parameter, "grad_sample", None) for name, parameter in trained.items()}
-        missed = sorted(name for name, gradient in found.items() if not isinstance(gradient, Tensor))
-        if missed:
-            raise ModelError(f"Opacus gives no gradient of rows for {missed[0]}; set privacy.clipping = 'auto'")
-        rows = {name: gradient.float() for name, gradient in found.items() if isinstance(gradient, Tensor)}
+        told = {name: getattr(parameter, "grad_sample", None) for name, parameter in trained.items()}
         for parameter in trained.values():
             parameter.grad, parameter.grad_sample = None, None  # type: ignore[attr-defined]
-        return _by_unit(rows, units)
+        rows = {name: gradient for name, gradient in told.items() if isinstance(gradient, Tensor)}
+        return _by_unit(_flat(rows, sorted(trained)), units)
 
     try:
         yield take
@@ -170,14 +185,21 @@ def _backward(engine: Engine, units: Sequence[Unit]) -> None:
     nll.backward()  # type: ignore[no-untyped-call]
 
 
-def _by_unit(rows: UnitGradients, units: Sequence[Unit]) -> UnitGradients:
+def _flat(found: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """Gradients of all parameters side by side, one row for each first index.
+
+    Raises:
+        ModelError: A parameter has none: it was trained without being clipped.
+    """
+    missed = sorted(set(names) - found.keys())
+    if missed:
+        raise ModelError(f"no gradient of rows for {missed[0]} ({len(missed)} such tensors); set privacy.clipping")
+    return torch.cat([found[name].flatten(1) for name in names], dim=1).float()
+
+
+def _by_unit(rows_bp: Tensor, units: Sequence[Unit]) -> Tensor:
     """Add up the rows of each unit."""
     if all(len(unit) == 1 for unit in units):
-        return rows
-    owners = torch.tensor([number for number, unit in enumerate(units) for _ in unit])
-    return {name: _added(gradient, owners.to(gradient.device), len(units)) for name, gradient in rows.items()}
-
-
-def _added(rows: Tensor, owners: Tensor, num_units: int) -> Tensor:
-    """Sum of the rows that share an owner."""
-    return rows.new_zeros((num_units, *rows.shape[1:])).index_add_(0, owners, rows)
+        return rows_bp
+    owners_b = torch.tensor([number for number, unit in enumerate(units) for _ in unit], device=rows_bp.device)
+    return rows_bp.new_zeros((len(units), rows_bp.shape[1])).index_add_(0, owners_b, rows_bp)

@@ -156,7 +156,7 @@ def _arm(
 
         yield plain
         return
-    clip, source = private.ClipNorm(0.1, 1.0, 0.0), SystemNoise()
+    limit, source = private.ClipNorm(0.1, 1.0, 0.0), SystemNoise()
     if name not in ("stacked", "microbatch", "opacus"):
         raise ModelError(f"no such arm: {name}")
     with unit_gradients.prepared(engine, method=name) as (take, is_many):  # type: ignore[arg-type]
@@ -165,7 +165,7 @@ def _arm(
             optimizer.zero_grad()
             units: list[Unit] = [[row] for row in rows]
             batches = iter([units]) if is_many else iter([[unit] for unit in units])
-            private.set_gradients(engine, batches, take=take, clip=clip, expected=float(len(rows)), source=source)
+            private.set_gradients(engine, batches, take=take, limit=limit, expected=float(len(rows)), source=source)
             optimizer.step()
 
         yield private_step

@@ -25,15 +25,14 @@ def note(engine, text: str, *, unit: str) -> Encoded:
     return Encoded(ids, (False,) + (True,) * (len(ids) - 1), unit)
 
 
-def flat(tensors) -> torch.Tensor:
-    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
-
-
 def ours(engine, population, clip_norm: float) -> torch.Tensor:
     """The clipped sum as training takes it, in physical batches of three rows."""
     with unit_gradients.prepared(engine, method="stacked") as (take, _):
-        total, _ = private.clipped_sum(engine, units.pack(population, max_rows=3), take=take, clip_norm=clip_norm)
-    return flat(total)
+        batches = units.pack(population, max_rows=3)
+        size = adapter.num_parameters(engine.tensor_specs)
+        return private.clipped_sum(batches, take=take, clip_norm=clip_norm, num_parameters=size, device=engine.device)[
+            0
+        ]
 
 
 def by_own_loss(engine, population, clip_norm: float) -> torch.Tensor:
@@ -42,10 +41,7 @@ def by_own_loss(engine, population, clip_norm: float) -> torch.Tensor:
     num_tokens = sum(sum(row.is_answer[1:]) for row in rows)
     with unit_gradients.prepared(engine, method="stacked") as (take, _):
         found = take([[row] for row in rows])
-    scaled = {name: tensor * len(rows) / num_tokens for name, tensor in found.items()}
-    total = {name: torch.zeros_like(p) for name, p in adapter.parameters(engine.model).items()}
-    private.add_clipped(total, scaled, clip_norm=clip_norm)
-    return flat(total)
+    return private.clip(found * len(rows) / num_tokens, clip_norm=clip_norm)[0]
 
 
 def neighbours(engine):
