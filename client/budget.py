@@ -8,10 +8,10 @@ from typing import Final
 from client.ledger_file import VERSION, Head
 from common import accounting
 from common.accounting import Event
-from common.errors import AccountingUnsupported, BudgetExhausted
+from common.errors import BudgetExhausted
 
 ADJACENCY: Final = "one unit added or removed"
-MAX_ROUNDS: Final = 100_000
+MAX_ROUNDS: Final = 1000
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,9 @@ class Budget:
 
     def _holds(self, event: Event, number: int) -> bool:
         """Whether an event fits so many times."""
-        try:
-            return self.spent([event.times(number)]) <= self.header.max_epsilon
-        except AccountingUnsupported:
-            return False
+        events = [*(one.event for one in self.reservations), event.times(number)]
+        limit, dp_delta = self.header.max_epsilon, self.header.dp_delta
+        return accounting.is_within(events, dp_delta=dp_delta, max_epsilon=limit)
 
 
 def _run_cost(run_sha256: str, own: Sequence[Reservation], dp_delta: float) -> RunCost:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from client import consent, site_ledger
-from client.budget import Budget, Reservation
+from client.budget import MAX_ROUNDS, Budget, Reservation
 from client.review import Desk
 from common import identity, manifest
 from common.accounting import Event
@@ -243,8 +243,9 @@ def _next_text(shown: Page) -> str:
     """What one more round costs."""
     following = shown.next_round or {}
     kind = "{num_steps} steps, noise {noise_multiplier:g}, sampling {sampling_prob:g}".format(**following)
+    left = following["num_rounds_left"]
+    fit = f"{left} more fit" if left < MAX_ROUNDS else f"{MAX_ROUNDS} and more fit"
     return (
-        f"One more round like the last ({kind}) costs epsilon {following['epsilon']:.4f}; "
-        f"{following['num_rounds_left']} more fit. Rounds do not cost the same: the first cost the most, so the budget "
-        "divided by the rounds says nothing."
+        f"One more round like the last ({kind}) costs epsilon {following['epsilon']:.4f}; {fit}. Rounds do not cost "
+        "the same: the first cost the most, so the budget divided by the rounds says nothing."
     )

@@ -105,6 +105,13 @@ def compose(events: Sequence[Event], *, dp_delta: float, grid: float = LEDGER_GR
     return found
 
 
+def is_within(events: Sequence[Event], *, dp_delta: float, max_epsilon: float) -> bool:
+    """Whether `compose` would give `max_epsilon` at most; asks RDP first, which is quicker where much is left."""
+    _check_delta(dp_delta)
+    kinds = _merged(events)
+    return _epsilon_rdp(kinds, dp_delta) <= max_epsilon or _epsilon(kinds, dp_delta, LEDGER_GRID) <= max_epsilon
+
+
 def epsilon_rdp(events: Sequence[Event], *, dp_delta: float) -> float:
     """Epsilon by Renyi differential privacy: an upper bound that is looser than `compose`.
 
@@ -132,7 +139,10 @@ def noise_multiplier(*, epsilon: float, dp_delta: float, sampling_prob: float, n
     """
     if not 0 < epsilon < math.inf:
         raise ValueError("epsilon must be finite and above 0")
-    fits = functools.partial(_fits, epsilon, dp_delta, sampling_prob, num_steps)
+
+    def fits(noise: float) -> bool:
+        return is_within([Event(sampling_prob, noise, num_steps)], dp_delta=dp_delta, max_epsilon=epsilon)
+
     high = 1.0
     while not fits(high):
         high *= 2
@@ -218,12 +228,6 @@ def client_level_noise_ratio(*, num_sites: int, noise_multiplier: float, num_par
         1800.0
     """
     return noise_multiplier * math.sqrt(num_parameters) / num_sites
-
-
-def _fits(limit: float, dp_delta: float, sampling_prob: float, num_steps: int, noise: float) -> bool:
-    """Whether a noise multiplier keeps within an epsilon; the quicker accountant is asked first."""
-    kinds = _merged([Event(sampling_prob, noise, num_steps)])
-    return _epsilon_rdp(kinds, dp_delta) <= limit or _epsilon(kinds, dp_delta, LEDGER_GRID) <= limit
 
 
 @functools.lru_cache(maxsize=1024)  # a ledger asks again and again what the same past has cost

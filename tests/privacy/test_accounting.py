@@ -120,6 +120,15 @@ def test_steps_composed_one_by_one_cost_the_same():
     )
 
 
+@pytest.mark.parametrize("limit", [7.9, 7.95, 8.6, 8.7])  # PLD reads 7.924 here, RDP 8.651
+def test_whether_steps_fit_is_decided_by_the_number_of_record(limit):
+    events = [LEDGER_ROUND] * 30
+    fits = accounting.compose(events, dp_delta=1e-6) <= limit
+    assert accounting.is_within(events, dp_delta=1e-6, max_epsilon=limit) is fits is (limit > 7.924)
+    assert not accounting.is_within(events, dp_delta=1e-6, max_epsilon=math.nan)
+    assert not accounting.is_within([Event(1.0, 1e-3, 1)], dp_delta=1e-6, max_epsilon=limit)
+
+
 def test_nothing_spent_is_zero():
     assert accounting.compose([], dp_delta=1e-6) == 0.0
 
