@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from client import cli_consent, cli_join
+from client import cli_consent, cli_join, cli_privacy
 from client.cli_options import NodeFile
 from common import cli, quiet
 
@@ -103,6 +103,7 @@ for _command in (
     cli_consent.deny,
     cli_consent.new_key,
     cli_consent.sign_policy,
+    cli_privacy.privacy,
     cli_join.enroll,
     cli_join.renew,
     cli_join.install,
@@ -111,6 +112,7 @@ for _command in (
 ):
     app.command()(_command)
 app.add_typer(cli_consent.audit_app, name="audit", help="Show and check this site's audit log.")
+app.add_typer(cli_privacy.ledger_app, name="ledger", help="Begin this site's privacy ledger, or lower its budget.")
 
 
 def main() -> None:

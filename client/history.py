@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from client.ledger_file import Head
 from client.policy import Usage
 from common.audit import Entry
 
@@ -55,18 +56,22 @@ class History:
         approved: Hashes in the order of approval.
         serial: Of the newest policy that the agent has started with; -1 before the first.
         policy_sha256: Of that policy.
+        ledgers: The newest line that is known of each privacy ledger, by its file's name.
     """
 
     runs: dict[str, RunHistory] = field(default_factory=dict)
     approved: list[str] = field(default_factory=list)
     serial: int = -1
     policy_sha256: str = ""
+    ledgers: dict[str, Head] = field(default_factory=dict)
 
     def take(self, entry: Entry) -> None:
         """One more entry of the log."""
         facts = entry.facts
         if entry.kind == "started":
             self.serial, self.policy_sha256 = facts["policy_serial"], facts["policy_sha256"]
+        elif entry.kind == "ledger":
+            self.ledgers[facts["ledger"]] = Head(facts["counter"], facts["ledger_sha256"])
         elif entry.kind in ("offered", "approved", "denied", "opened", "left"):
             self._take_run(entry, self.runs.setdefault(facts["run"], RunHistory()))
 

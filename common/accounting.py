@@ -26,6 +26,7 @@ MAX_EPSILON: Final = 1000.0
 MAX_DELTA: Final = 1e-5
 MAX_NOISE_MULTIPLIER: Final = 4096.0
 CALIBRATION_TOLERANCE: Final = 1e-4
+Kinds = tuple[tuple[float, float, int], ...]  # sampling, noise, steps
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class Event:
             raise ValueError("noise_multiplier must be finite and above 0")
         if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise ValueError("num_steps must be a whole number of at least 1")
+
+    def times(self, number: int) -> "Event":
+        """Give the steps of so many such events together."""
+        return Event(self.sampling_prob, self.noise_multiplier, self.num_steps * number)
 
 
 def epsilon(
@@ -92,7 +97,7 @@ def compose(events: Sequence[Event], *, dp_delta: float, grid: float = LEDGER_GR
     _check_delta(dp_delta)
     if not events:
         return 0.0
-    found = _epsilon(events, dp_delta, grid)
+    found = _epsilon(_merged(events), dp_delta, grid)
     if found == math.inf:
         raise AccountingUnsupported(
             f"epsilon is above {MAX_EPSILON:.0f}, which protects nobody; raise noise_multiplier or take fewer steps"
@@ -100,21 +105,20 @@ def compose(events: Sequence[Event], *, dp_delta: float, grid: float = LEDGER_GR
     return found
 
 
+def is_within(events: Sequence[Event], *, dp_delta: float, max_epsilon: float) -> bool:
+    """Whether `compose` would give `max_epsilon` at most; asks RDP first, which is quicker where much is left."""
+    _check_delta(dp_delta)
+    kinds = _merged(events)
+    return _epsilon_rdp(kinds, dp_delta) <= max_epsilon or _epsilon(kinds, dp_delta, LEDGER_GRID) <= max_epsilon
+
+
 def epsilon_rdp(events: Sequence[Event], *, dp_delta: float) -> float:
     """Epsilon by Renyi differential privacy: an upper bound that is looser than `compose`.
 
     Source: Mironov et al. 2019, arXiv:1908.10530, by dp-accounting.
     """
-    import dp_accounting
-    from dp_accounting.rdp import RdpAccountant
-
     _check_delta(dp_delta)
-    logging.getLogger("absl").addFilter(_is_no_dropped_order)
-    accountant = RdpAccountant()
-    for (sampling_prob, noise), num_steps in _merged(events).items():
-        step = dp_accounting.PoissonSampledDpEvent(sampling_prob, dp_accounting.GaussianDpEvent(noise))
-        accountant.compose(step, num_steps)
-    return float(accountant.get_epsilon(dp_delta))
+    return _epsilon_rdp(_merged(events), dp_delta)
 
 
 def noise_multiplier(*, epsilon: float, dp_delta: float, sampling_prob: float, num_steps: int) -> float:
@@ -135,7 +139,10 @@ def noise_multiplier(*, epsilon: float, dp_delta: float, sampling_prob: float, n
     """
     if not 0 < epsilon < math.inf:
         raise ValueError("epsilon must be finite and above 0")
-    fits = functools.partial(_fits, epsilon, dp_delta, sampling_prob, num_steps)
+
+    def fits(noise: float) -> bool:
+        return is_within([Event(sampling_prob, noise, num_steps)], dp_delta=dp_delta, max_epsilon=epsilon)
+
     high = 1.0
     while not fits(high):
         high *= 2
@@ -179,7 +186,7 @@ def planned_curve(
     Returns:
         One epsilon a round, all that was spent before it included.
     """
-    rounds = (_times(event_per_round, number) for number in range(1, num_rounds + 1))
+    rounds = (event_per_round.times(number) for number in range(1, num_rounds + 1))
     return [compose([*spent, so_far], dp_delta=dp_delta) for so_far in rounds]
 
 
@@ -223,21 +230,29 @@ def client_level_noise_ratio(*, num_sites: int, noise_multiplier: float, num_par
     return noise_multiplier * math.sqrt(num_parameters) / num_sites
 
 
-def _fits(limit: float, dp_delta: float, sampling_prob: float, num_steps: int, noise: float) -> bool:
-    """Whether a noise multiplier keeps within an epsilon; the quicker accountant is asked first."""
-    events = [Event(sampling_prob, noise, num_steps)]
-    return epsilon_rdp(events, dp_delta=dp_delta) <= limit or _epsilon(events, dp_delta, LEDGER_GRID) <= limit
-
-
-def _epsilon(events: Sequence[Event], dp_delta: float, grid: float) -> float:
+@functools.lru_cache(maxsize=1024)  # a ledger asks again and again what the same past has cost
+def _epsilon(kinds: Kinds, dp_delta: float, grid: float) -> float:
     """The number of record, confirmed; infinite if it would be above what is worth a proof."""
-    upper = epsilon_rdp(events, dp_delta=dp_delta)
+    upper = _epsilon_rdp(kinds, dp_delta)
     if not upper <= MAX_EPSILON:
         return math.inf
-    while (found := _epsilon_pld(events, dp_delta, grid)) > upper and grid > 2 * FINEST_GRID:
+    while (found := _epsilon_pld(kinds, dp_delta, grid)) > upper and grid > 2 * FINEST_GRID:
         grid /= 10  # of many steps with much noise each, a coarse grid rounds up by more than they cost
     _check_agreement(found, upper)
     return found
+
+
+def _epsilon_rdp(kinds: Kinds, dp_delta: float) -> float:
+    """Epsilon by RDP."""
+    import dp_accounting
+    from dp_accounting.rdp import RdpAccountant
+
+    logging.getLogger("absl").addFilter(_is_no_dropped_order)
+    accountant = RdpAccountant()
+    for sampling_prob, noise, num_steps in kinds:
+        step = dp_accounting.PoissonSampledDpEvent(sampling_prob, dp_accounting.GaussianDpEvent(noise))
+        accountant.compose(step, num_steps)
+    return float(accountant.get_epsilon(dp_delta))
 
 
 def _check_agreement(pld: float, rdp: float) -> None:
@@ -249,10 +264,10 @@ def _check_agreement(pld: float, rdp: float) -> None:
         )
 
 
-def _epsilon_pld(events: Sequence[Event], dp_delta: float, grid: float) -> float:
+def _epsilon_pld(kinds: Kinds, dp_delta: float, grid: float) -> float:
     """Epsilon by PLD alone."""
-    kinds = [_step_loss(*kind, grid).self_compose(steps) for kind, steps in sorted(_merged(events).items())]
-    return float(functools.reduce(lambda left, right: left.compose(right), kinds).get_epsilon_for_delta(dp_delta))
+    losses = [_step_loss(sampling_prob, noise, grid).self_compose(steps) for sampling_prob, noise, steps in kinds]
+    return float(functools.reduce(lambda left, right: left.compose(right), losses).get_epsilon_for_delta(dp_delta))
 
 
 @functools.lru_cache(maxsize=32)
@@ -269,17 +284,12 @@ def _step_loss(sampling_prob: float, noise: float, grid: float) -> Any:
     )
 
 
-def _merged(events: Sequence[Event]) -> Counter[tuple[float, float]]:
-    """Steps by sampling and noise."""
+def _merged(events: Sequence[Event]) -> Kinds:
+    """Steps added up by sampling and noise, in one order."""
     steps: Counter[tuple[float, float]] = Counter()
     for event in events:
         steps[(event.sampling_prob, event.noise_multiplier)] += event.num_steps
-    return steps
-
-
-def _times(event: Event, number: int) -> Event:
-    """An event that happens so many times."""
-    return Event(event.sampling_prob, event.noise_multiplier, event.num_steps * number)
+    return tuple((*kind, num_steps) for kind, num_steps in sorted(steps.items()))
 
 
 def _check_delta(dp_delta: float) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 KEY_BYTES: Final = 32
 GRID_BITS: Final = 10
-CHUNK_PAIRS: Final = {"cpu": 1 << 16, "cuda": 1 << 22}  # what fits a cache; what keeps a GPU busy while AES runs
+CHUNK_PAIRS: Final = {"cpu": 1 << 16, "cuda": 1 << 20}  # what fits a cache; what keeps a GPU busy while AES runs
 _PIECE: Final = bytes(1 << 20)
 _BLOCK_BYTES: Final = 16
 _MASK_53: Final = (1 << 53) - 1

@@ -120,6 +120,15 @@ def test_steps_composed_one_by_one_cost_the_same():
     )
 
 
+@pytest.mark.parametrize("limit", [7.9, 7.95, 8.6, 8.7])  # PLD reads 7.924 here, RDP 8.651
+def test_whether_steps_fit_is_decided_by_the_number_of_record(limit):
+    events = [LEDGER_ROUND] * 30
+    fits = accounting.compose(events, dp_delta=1e-6) <= limit
+    assert accounting.is_within(events, dp_delta=1e-6, max_epsilon=limit) is fits is (limit > 7.924)
+    assert not accounting.is_within(events, dp_delta=1e-6, max_epsilon=math.nan)
+    assert not accounting.is_within([Event(1.0, 1e-3, 1)], dp_delta=1e-6, max_epsilon=limit)
+
+
 def test_nothing_spent_is_zero():
     assert accounting.compose([], dp_delta=1e-6) == 0.0
 
@@ -143,8 +152,9 @@ def test_every_kind_of_step_has_an_epsilon_that_rdp_confirms(q, sigma, steps, dp
 
 def test_a_grid_too_coarse_for_small_losses_is_refined():
     event = Event(0.0007, 13.847, 5595)  # at 1e-3 PLD reads 0.043 here, four times what RDP proves
-    assert accounting._epsilon_pld([event], 1e-5, 1e-3) > accounting.epsilon_rdp([event], dp_delta=1e-5)
-    assert accounting.compose([event], dp_delta=1e-5) <= accounting.epsilon_rdp([event], dp_delta=1e-5)
+    upper = accounting.epsilon_rdp([event], dp_delta=1e-5)
+    assert accounting._epsilon_pld(accounting._merged([event]), 1e-5, 1e-3) > upper
+    assert accounting.compose([event], dp_delta=1e-5) <= upper
 
 
 @pytest.mark.parametrize("pair", [(2.0, 1.9), (math.nan, 1.0), (1.0, math.nan)])

@@ -1,0 +1,101 @@
+"""The commands by which a site sees and keeps its privacy budget."""
+
+from typing import Annotated, Any
+
+import typer
+
+from client.cli_options import NodeFile
+from common import cli
+
+ledger_app = cli.make(
+    "ledger",
+    "This site's privacy ledger: what was spent on its rows, across all runs.",
+    examples=("silotune-client ledger create node.toml",),
+)
+
+
+def privacy(
+    node_file: NodeFile,
+    run: Annotated[str, typer.Option(help="Show the curve of this run: its name or hash; default: the last.")] = "",
+    json: cli.JsonOption = False,
+) -> None:
+    """Show what was spent of this site's privacy budget.
+
+    What is promised and to whom, what was spent, by which run, what one more round costs, and what is not covered.
+
+    \b
+    Examples:
+      silotune-client privacy node.toml
+      silotune-client privacy node.toml --run triage --json
+    """
+    from client import privacy_view
+    from client import review as desk
+    from common import config
+
+    page = privacy_view.page(desk.open_desk(config.load_node(node_file)), run)
+    cli.emit(page.as_dict(), as_json=json, show=lambda: cli.show(privacy_view.render(page)))
+
+
+@ledger_app.command("create")
+def ledger_create(node_file: NodeFile, json: cli.JsonOption = False) -> None:
+    """Begin the privacy ledger of this site's data set, with nothing spent.
+
+    Budget and delta are those of the policy's [privacy]. Once for each data set and unit: a ledger that is lost cannot
+    be begun anew.
+
+    \b
+    Examples:
+      silotune-client ledger create node.toml
+    """
+    from client import review as desk
+    from client import site_ledger
+    from client.serve import read_rows
+    from common import config
+
+    node = config.load_node(node_file)
+    num_units = len({row.unit for row in read_rows(node, node.data.path)})
+    made = site_ledger.create(num_units=num_units, **_parts(desk.open_desk(node)))
+    _told(made, json, f"next: copy {made.path} away after every run; silotune-client privacy {node_file}")
+
+
+@ledger_app.command("lower")
+def ledger_lower(node_file: NodeFile, json: cli.JsonOption = False) -> None:
+    """Bring the ledger's budget down to the policy's, which was lowered and signed again.
+
+    It can never be raised.
+
+    \b
+    Examples:
+      silotune-client ledger lower node.toml
+    """
+    from client import review as desk
+    from client import site_ledger
+    from common import config
+
+    found = site_ledger.lower(**_parts(desk.open_desk(config.load_node(node_file))))
+    _told(found, json, f"next: silotune-client privacy {node_file}")
+
+
+def _parts(opened: Any) -> dict[str, Any]:
+    """What a site's ledger is made of."""
+    from pathlib import Path
+
+    from common import identity
+
+    key = identity.load(Path(opened.node.agent.identity_key))
+    return {
+        "node": opened.node,
+        "rules": opened.policy,
+        "key": key,
+        "history": opened.history,
+        "log": opened.log,
+    }
+
+
+def _told(ledger: Any, as_json: bool, next_step: str) -> None:
+    """The ledger's promise."""
+    from dataclasses import asdict
+
+    result = {"ledger": str(ledger.path), **asdict(ledger.budget().header)}
+    lines = (f"{name:<12} {value}" for name, value in result.items())
+    cli.emit(result, as_json=as_json, show=lambda: cli.show(*lines, next_step))

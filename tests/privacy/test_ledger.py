@@ -1,0 +1,294 @@
+"""The ledger refuses at the right round, and finds every change."""
+
+import contextlib
+import json
+import math
+import multiprocessing
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from client import ledger, ledger_file
+from client.budget import Budget
+from client.ledger_file import Disk
+from common.accounting import Event
+from common.errors import AccountingUnsupported, BudgetExhausted, LedgerError, PrivacyError
+from tests import ledgers
+from tests.ledgers import HEADER, KEY, ROUND, RUN
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A ledger with two rounds."""
+    made = ledger.create(tmp_path / "notes.ledger", key=KEY, header=HEADER)
+    for round_index in range(2):
+        made.reserve(RUN, round_index, ROUND)
+    return made.path
+
+
+def opened(path, **changes):
+    """Open it; `changes` are of what the site expects."""
+    return ledger.open_ledger(path, **{"key": KEY, "header": HEADER, **changes})
+
+
+# What fits
+
+
+def test_thirty_rounds_are_paid_and_the_next_is_refused(tmp_path):
+    made = ledger.create(tmp_path / "notes.ledger", key=KEY, header=HEADER)
+    made.check_plan(ROUND, 30)
+    with pytest.raises(BudgetExhausted, match=r"0\.000 of 8 is spent.* 8\.057; 30 of the 31 rounds would fit"):
+        made.check_plan(ROUND, 31)
+    for round_index in range(30):
+        made.reserve(RUN, round_index, ROUND)
+    assert made.spent() == pytest.approx(7.924, abs=1e-3)
+    assert made.remaining == pytest.approx(0.076, abs=1e-3)
+    before = made.head()
+    with pytest.raises(BudgetExhausted, match=r"7\.924 of 8 is spent, 0\.076 remains, .* 8\.057; 0 more such rounds"):
+        made.reserve(RUN, 30, ROUND)
+    assert made.head() == before
+    fitting = made.budget().rounds_left(Event(0.0256, 0.9, 1))
+    made.reserve(RUN, 30, Event(0.0256, 0.9, fitting))
+    with pytest.raises(BudgetExhausted):
+        made.reserve(RUN, 31, Event(0.0256, 0.9, 1))
+
+
+def test_a_round_reserved_again_is_charged_again(path):
+    found = opened(path)
+    before = found.spent()
+    assert found.cost_of(ROUND) > 0
+    found.reserve(RUN, 1, ROUND)
+    assert found.spent() > before
+    assert len(found.budget().reservations) == 3
+
+
+def test_cost_of_a_round_is_what_it_then_costs_and_falls(path):
+    found = opened(path)
+    foreseen, before = found.cost_of(ROUND), found.spent()
+    found.reserve(RUN, 2, ROUND)
+    assert found.spent() - before == pytest.approx(foreseen, abs=1e-12)
+    assert found.cost_of(ROUND) < foreseen
+
+
+def test_runs_share_the_budget_and_cost_less_together_than_apart(path):
+    found = opened(path)
+    found.reserve("cd" * 32, 0, Event(0.01, 1.2, 100))
+    runs = found.per_run()
+    assert [(run.run_sha256, run.num_reservations, run.num_steps) for run in runs] == [
+        (RUN, 2, 80),
+        ("cd" * 32, 1, 100),
+    ]
+    assert max(run.epsilon for run in runs) < found.spent() < sum(run.epsilon for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("event", "refusal"),
+    [(Event(1.0, 0.01, 1), AccountingUnsupported), (Event(1.0, 0.5, 10), BudgetExhausted)],
+)
+def test_a_round_that_protects_nobody_writes_nothing(path, event, refusal):
+    found = opened(path)
+    before = found.head()
+    with pytest.raises(refusal):
+        found.reserve(RUN, 2, event)
+    assert found.head() == before
+
+
+def test_an_epsilon_that_is_no_number_is_refused():
+    budget = Budget(HEADER, [])
+    budget.check(ROUND)
+    object.__setattr__(HEADER_OF_NAN := replace(HEADER), "max_epsilon", math.nan)
+    with pytest.raises(BudgetExhausted):
+        Budget(HEADER_OF_NAN, []).check(ROUND)
+    with pytest.raises(BudgetExhausted):
+        Budget(HEADER_OF_NAN, []).check_plan(ROUND, 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"max_epsilon": 0.0}, {"max_epsilon": math.inf}, {"max_epsilon": math.nan}, {"dp_delta": 0.0}, {"dp_delta": 2e-5}],
+)
+def test_promises_that_promise_nothing_are_refused(changes):
+    with pytest.raises(ValueError, match="must be"):
+        replace(HEADER, **changes)
+
+
+# What was changed
+
+
+def test_every_flipped_byte_is_found(path):
+    data = bytearray(path.read_bytes())
+    opened(path)
+    for place in range(len(data)):
+        flip = 1 << place % 8
+        data[place] ^= flip
+        path.write_bytes(data)
+        with pytest.raises(LedgerError):
+            opened(path)
+        data[place] ^= flip
+    path.write_bytes(data)
+    opened(path)
+
+
+def test_every_byte_cut_or_added_is_found_with_the_mirror(path):
+    data, mirror = path.read_bytes(), opened(path).head()
+    known = {"expected_counter": mirror.counter, "expected_sha256": mirror.sha256}
+    opened(path, **known)
+    for size in range(len(data)):
+        path.write_bytes(data[:size])
+        with pytest.raises(LedgerError):
+            opened(path, **known)
+    for more in (b"\n", b"0", b"00\n", data[:10], data):
+        path.write_bytes(data + more)
+        with pytest.raises(LedgerError):
+            opened(path, **known)
+
+
+def test_lines_cannot_be_moved_removed_or_repeated(path):
+    lines = path.read_bytes().splitlines(keepends=True)
+    for order in ([0, 2, 1], [1, 2], [0, 2], [0, 1, 1], [2, 0, 1]):
+        path.write_bytes(b"".join(lines[place] for place in order))
+        with pytest.raises(LedgerError):
+            opened(path)
+
+
+def test_a_cut_tail_is_whole_in_itself_and_only_the_mirror_finds_it(path):
+    mirror = opened(path).head()
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    assert len(opened(path).budget().reservations) == 1  # the control: the file alone cannot tell
+    with pytest.raises(LedgerError, match=r"line 2, which the audit log knows.* older copy was restored"):
+        opened(path, expected_counter=mirror.counter)
+
+
+def test_a_restored_copy_that_was_written_on_is_found_by_its_hash(path):
+    backup, mirror = path.read_bytes(), opened(path).reserve(RUN, 2, ROUND).head
+    path.write_bytes(backup)
+    opened(path).reserve("cd" * 32, 0, Event(0.01, 2.0, 1))
+    opened(path, expected_counter=mirror.counter)  # the control: as long as the lost one
+    with pytest.raises(LedgerError, match="older copy was restored"):
+        opened(path, expected_counter=mirror.counter, expected_sha256=mirror.sha256)
+
+
+def test_a_ledger_that_goes_back_under_its_user_is_found(path):
+    found, backup = opened(path), path.read_bytes()
+    found.reserve(RUN, 2, ROUND)
+    path.write_bytes(backup)
+    with pytest.raises(LedgerError, match="replaced by an older copy"):
+        found.reserve(RUN, 3, ROUND)
+
+
+def test_a_ledger_ahead_of_the_audit_log_is_taken(path):
+    assert opened(path, expected_counter=1).head().counter == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"max_epsilon": 16.0}, "max_epsilon = 8.0, the site's settings say 16.0"),
+        ({"max_epsilon": 4.0}, "ledger lower"),
+        ({"dp_delta": 1e-5}, "dp_delta"),
+        ({"unit": "row"}, "unit = patient_id"),
+        ({"dataset": "letters"}, "dataset"),
+        ({"adjacency": "one unit replaced"}, "adjacency"),
+    ],
+)
+def test_settings_that_promise_something_else_are_refused(path, changes, told):
+    with pytest.raises(LedgerError, match=told):
+        opened(path, header=replace(HEADER, **changes))
+
+
+def test_a_budget_is_lowered_by_name_and_never_raised(path):
+    found = opened(path)
+    for wrong in (8.0, 9.0, 0.0, -1.0, math.nan):
+        with pytest.raises(LedgerError, match="can only be lowered"):
+            found.lower(wrong)
+    found.lower(3.0)
+    assert opened(path, header=replace(HEADER, max_epsilon=3.0)).remaining < 3.0
+    with pytest.raises(LedgerError, match="max_epsilon"):
+        opened(path)
+    found.lower(1.0)
+    with pytest.raises(BudgetExhausted, match="of 1 is spent"):
+        found.reserve(RUN, 2, ROUND)
+
+
+@pytest.mark.parametrize("key", [bytes(32), KEY[::-1]])
+def test_another_key_reads_nothing(path, key):
+    with pytest.raises(LedgerError, match="line 0"):
+        opened(path, key=key)
+
+
+def test_a_ledger_under_another_name_is_another_ledger(path):
+    moved = path.rename(path.with_name("letters.ledger"))
+    with pytest.raises(LedgerError, match="line 0"):
+        opened(moved)
+
+
+def test_a_missing_and_an_empty_ledger_are_a_spent_budget(path):
+    path.write_bytes(b"")
+    with pytest.raises(LedgerError, match="a lost ledger is a spent budget"):
+        opened(path)
+    path.unlink()
+    with pytest.raises(LedgerError, match="a lost ledger is a spent budget") as caught:
+        opened(path)
+    assert isinstance(caught.value, PrivacyError)
+
+
+def test_a_ledger_is_not_begun_twice(path):
+    before = path.read_bytes()
+    with pytest.raises(LedgerError, match="there is a ledger already"):
+        ledger.create(path, key=KEY, header=HEADER)
+    assert path.read_bytes() == before
+
+
+def test_the_file_is_private_and_tells_nothing(path):
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    data = path.read_bytes()
+    for text in (b"patient", b"notes", RUN.encode()):
+        for form in (text, text.hex().encode()):
+            assert form not in data
+    lines = ledger_file.read(path, key=KEY, disk=Disk())
+    assert "patient_id" in json.dumps(lines[0].facts)  # the control: it is what the file holds
+
+
+def test_the_site_key_gives_one_ledger_key():
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    one, other = (Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2))
+    assert ledger_file.derive_key(one) == ledger_file.derive_key(one) != ledger_file.derive_key(other)
+    assert len(ledger_file.derive_key(one)) == 32
+
+
+# Who else writes
+
+
+def _reserve_many(path: Path, count: int) -> None:
+    found = opened(path)
+    for round_index in range(count):
+        with contextlib.suppress(BudgetExhausted):
+            found.reserve(RUN, round_index, ROUND)
+
+
+def test_two_processes_share_one_budget(tmp_path):
+    path = ledger.create(tmp_path / "notes.ledger", key=KEY, header=HEADER).path
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_reserve_many, args=(path, 17)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    found = opened(path)
+    assert len(found.budget().reservations) == ledgers.ROUNDS_THAT_FIT
+    assert found.spent() <= 8.0
+
+
+def test_without_the_lock_two_writers_lose_a_charge(tmp_path):
+    """The control of the test above: two that read before either writes."""
+    path = ledger.create(tmp_path / "notes.ledger", key=KEY, header=HEADER).path
+    lines = ledger_file.read(path, key=KEY, disk=Disk())
+    before = path.read_bytes()
+    held = Disk(read=lambda place: before)
+    for disk in (Disk(), held):
+        ledger_file.append(path, lines, ledger.RESERVED, {}, key=KEY, disk=disk)
+    assert len(ledger_file.read(path, key=KEY, disk=Disk())) == 2
