@@ -166,6 +166,11 @@ BROKEN_RULES = [
     ("training.adam_beta1", 8, ["training.optimizer = 'sgd'", "training.adam_beta1 = 0.8"]),
     ("federation.sites_per_round", 7, ["federation.sites_per_round = 1"]),
     ("federation.num_sites", 7, ["federation.num_sites = 1"]),
+    ("aggregation.method", 7, ["aggregation.method = 'fedsvd'", "aggregation.server_optimizer = 'fedadam'"]),
+    ("aggregation.server_learning_rate", 7, ["aggregation.server_learning_rate = 0.5"]),
+    ("aggregation.server_beta1", 7, ["aggregation.server_beta1 = 0.5"]),
+    ("aggregation.server_beta2", 8, ["aggregation.server_optimizer = 'fedavgm'", "aggregation.server_beta2 = 0.5"]),
+    ("aggregation.server_tau", 7, ["aggregation.server_tau = 0.5"]),
 ]
 
 
