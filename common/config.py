@@ -70,6 +70,11 @@ class AdapterConfig(Section):
     use_rslora: bool = Field(default=False, description="Multiply by `alpha / sqrt(r)` instead of `alpha / r`.")
 
     @property
+    def scale(self) -> float:
+        """What the factors' product is multiplied by."""
+        return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+    @property
     def target_names(self) -> tuple[str, ...]:
         """The module names in `targets`, in the order written; `("all-linear",)` for the default."""
         return tuple(name.strip() for name in self.targets.split(","))
@@ -188,6 +193,18 @@ class AggregationConfig(Section):
         ge=0,
         le=1_000_000,
         description="Warn when averaging the factors is off by more than this share of the mean update.",
+    )
+    residual_rank: int = Field(
+        default=0,
+        ge=0,
+        le=4096,
+        description="Rank of the frozen side adapter of methods that keep one (`fedex`, `flora`). 0: none.",
+    )
+    residual_max_lost: float = Field(
+        default=0.05,
+        gt=0,
+        le=1,
+        description="Such a method only: share of a round's step that `residual_rank` may cut; more ends the run.",
     )
     server_optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi", "fedadagrad"] = Field(
         default="none", description="What the coordinator makes of the mean update. `none`: adds it."
