@@ -3,6 +3,7 @@
 Closed world: a setting that no rule here knows is refused too, so a later version's settings need a rule first.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -23,13 +24,14 @@ KNOWN: Final = {
     "training": "local_epochs local_steps batch_size micro_batch_size learning_rate schedule warmup_fraction optimizer "
     "weight_decay adam_beta1 adam_beta2 adam_epsilon momentum max_grad_norm gradient_checkpointing",
     "federation": "num_rounds sites_per_round min_sites round_timeout_s join_timeout_s num_sites",
-    "aggregation": "method weighting gap_warning server_optimizer server_learning_rate server_beta1 server_beta2 "
-    "server_tau",
+    "aggregation": "method weighting gap_warning residual_rank residual_max_lost server_optimizer server_learning_rate "
+    "server_beta1 server_beta2 server_tau",
     "privacy": "mode",
     "wire": "dtype max_update_mib",
     "evaluation": "every_rounds server_data batch_size exact_match_rows max_new_tokens",
     "output": "folder keep_checkpoints",
 }
+_FACTOR: Final = re.compile(r"(.+)\.(lora|residual)_(A|B)\.weight")
 
 
 @dataclass(frozen=True)
@@ -154,16 +156,23 @@ def _check_adapter(policy: Policy, run_manifest: RunManifest) -> None:
     """Judge the tensors themselves, whatever the run's settings call them."""
     adapter = run_manifest.run.adapter
     for spec in run_manifest.tensor_specs:
-        module, _, factor = spec.name.rpartition(".lora_")
-        _require(factor in ("A.weight", "B.weight"), "lora.targets", f"{shown(spec.name, limit=200)} is no factor")
+        module, kind, factor = _parts(spec.name)
+        _require(bool(module), "lora.targets", f"{shown(spec.name, limit=200)} is no factor")
         parts = module.split(".")
         is_allowed = parts[-1] in policy.lora.targets and not set(parts) & set(FORBIDDEN)
         _require(is_allowed, "lora.targets", f"{shown(module, limit=200)} is not one of them")
-        rank = spec.shape[0 if factor == "A.weight" else -1] if len(spec.shape) == 2 else 0
-        _within("lora.r", rank, policy.lora.r)
+        rank = spec.shape[0 if factor == "A" else -1] if len(spec.shape) == 2 else 0
+        limits = policy.lora.r if kind == "lora" else (1, policy.lora.residual_r)
+        _within("lora.r" if kind == "lora" else "lora.residual_r", rank, limits)
     _require(bool(run_manifest.tensor_specs), "lora.targets", "the run trains nothing")
     _within("lora.r", adapter.r, policy.lora.r)
     _within("lora.alpha", adapter.alpha, policy.lora.alpha)
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    """Module, `lora` or `residual`, and factor of a tensor; empty for one that is no factor."""
+    found = _FACTOR.fullmatch(name)
+    return (found[1], found[2], found[3]) if found else ("", "", "")
 
 
 def _check_training(policy: Policy, run: config.RunConfig) -> None:

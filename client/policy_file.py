@@ -82,6 +82,7 @@ class LoraRules(Section):
     targets: Targets = Field(description="Layers by the last part of their name.")
     r: CountRange = Field(description="Ranks, lowest and highest.")
     alpha: Range = Field(default=(1.0, 1024.0), description="Scales, lowest and highest.")
+    residual_r: Count = Field(default=0, description="Highest rank of a side adapter, frozen here. 0: none.")
 
 
 class TrainRules(Section):

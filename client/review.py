@@ -181,8 +181,16 @@ def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
         "base": f"{base}, {run.base_sha256}",
         "training": f"{num_rounds} rounds, {_length(settings.training)}, batches of {settings.training.batch_size}, "
         f"learning rate {settings.training.learning_rate:g}, at least {settings.federation.min_sites} sites",
+        "aggregation": f"{settings.aggregation.method}; a site trains and sends {_factors(run)}",
         "texts of the coordinator": settings.data.system_prompt or "none",
     }
+
+
+def _factors(run: RunManifest) -> str:
+    """What the method lets a site train, and what it puts beside that."""
+    rank = run.run.aggregation.residual_rank
+    beside = f", beside a frozen adapter of rank {rank} that the coordinator fills" if rank else ""
+    return trainable.in_words(run.egress.factors) + beside
 
 
 def _leaving(run: RunManifest) -> tuple[TensorSpec, ...]:

@@ -102,7 +102,8 @@ class EngineLoader:
             ModelError: The base is not here, or is another one.
         """
         run = manifest.run
-        key = (manifest.base_sha256, run.model, run.adapter, run.training.gradient_checkpointing)
+        residual_rank = run.aggregation.residual_rank
+        key = (manifest.base_sha256, run.model, run.adapter, run.training.gradient_checkpointing, residual_rank)
         if self._engine is None or key != self._key:
             self._engine, self._key = None, key  # the old base's memory is free before the new one is loaded
             self._engine = self._load(manifest)
@@ -119,6 +120,7 @@ class EngineLoader:
             device_name=hardware.device,
             num_threads=hardware.num_threads,
             gradient_checkpointing=run.training.gradient_checkpointing,
+            residual_rank=run.aggregation.residual_rank,
         )
 
 

@@ -20,6 +20,7 @@ WireDtype = Literal["float32", "bfloat16"]
 
 MAX_HEADER_BYTES: Final = 1 << 20
 MAX_VALUE: Final = 1e6
+SIDE: Final = "residual"  # peft's name of the side adapter
 _CODES: Final = {"float32": "F32", "bfloat16": "BF16"}
 _TORCH: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SIZES: Final = {"float32": 4, "bfloat16": 2}
@@ -32,7 +33,7 @@ def specs(tensors: Tensors) -> tuple[TensorSpec, ...]:
 
 def module_names(tensor_specs: Sequence[TensorSpec]) -> list[str]:
     """The modules that the adapter touches, each once."""
-    return sorted({spec.name.rpartition(".lora_")[0] for spec in tensor_specs})
+    return sorted({spec.name.rpartition(".lora_")[0] for spec in tensor_specs if ".lora_" in spec.name})
 
 
 def num_parameters(tensor_specs: Sequence[TensorSpec]) -> int:
@@ -69,9 +70,20 @@ def training_only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def side_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The frozen side adapter, `MODULE.residual_A.weight` and `MODULE.residual_B.weight`; empty where there is none."""
+    return {
+        name.replace(f".lora_{factor}.{SIDE}.", f".residual_{factor}."): parameter
+        for name, parameter in sorted(model.named_parameters())
+        for factor in "AB"
+        if f".lora_{factor}.{SIDE}." in name
+    }
+
+
 def read(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the adapter in a model, float32 on the CPU."""
-    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in parameters(model).items()}
+    """A copy of the adapter in a model, its side adapter included, float32 on the CPU."""
+    own = parameters(model) | side_parameters(model)
+    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in own.items()}
 
 
 @torch.no_grad()
@@ -81,7 +93,7 @@ def write(model: nn.Module, tensors: Tensors) -> None:
     Raises:
         ModelError: Names or shapes differ from the model's adapter.
     """
-    own = parameters(model)
+    own = parameters(model) | side_parameters(model)
     check_specs(specs(tensors), specs(own))
     for name, parameter in own.items():
         parameter.copy_(tensors[name])

@@ -69,8 +69,12 @@ def _central_noise(facts: Facts) -> str:
     return "" if "central" in facts.privacy else "the noise is on the sum of updates, and this is no sum"
 
 
-def _quantised(facts: Facts) -> str:
-    return "" if facts.base_delta == "none" else "nothing may be added to a quantised base"
+def _quantised(facts: Facts) -> str:  # nothing is ever folded into the base, so that its precision does not matter
+    return ""
+
+
+def _quantised_remark(facts: Facts) -> str:
+    return "by the side adapter; nothing is folded into the base" if facts.base_delta == "residual" else ""
 
 
 def _mixed(facts: Facts) -> str:
@@ -84,6 +88,8 @@ def _mixed_remark(facts: Facts) -> str:
 def _momentum(facts: Facts) -> str:
     if facts.refreshes:
         return "the factors get new coordinates every round, and momentum of the old ones does not fit them"
+    if not facts.is_linear:
+        return "what is kept beside the factors belongs to their mean, and not to another step"
     return ""
 
 
@@ -103,6 +109,7 @@ FEATURES: Final = (
     Feature(
         "quantised base",
         _quantised,
+        _quantised_remark,
         keys=("model.quantization",),
         is_asked=lambda run: run.model.quantization != "none",
     ),

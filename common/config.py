@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from common import config_file, config_rules
+from common.config_aggregation import AggregationConfig
 from common.config_privacy import PrivacyConfig
 from common.config_types import (
     PATTERNS,
@@ -29,7 +30,6 @@ from common.config_types import (
     Slug,
     refuse_look_alikes,
 )
-from common.methods import MethodName
 
 
 class ModelConfig(Section):
@@ -68,6 +68,11 @@ class AdapterConfig(Section):
         description="Layers that get an adapter: `all-linear` (all but the output head) or module names with commas.",
     )
     use_rslora: bool = Field(default=False, description="Multiply by `alpha / sqrt(r)` instead of `alpha / r`.")
+
+    @property
+    def scale(self) -> float:
+        """What the factors' product is multiplied by."""
+        return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
 
     @property
     def target_names(self) -> tuple[str, ...]:
@@ -173,37 +178,6 @@ class FederationConfig(Section):
     join_timeout_s: Seconds = Field(default=600.0, description="Longest wait for sites at the start, in seconds.")
     num_sites: Count = Field(
         default=0, description="Sites to wait for at the start. 0: whoever has connected, at least `min_sites`."
-    )
-
-
-class AggregationConfig(Section):
-    """How the sites' updates become one."""
-
-    method: MethodName = Field(default="fedavg", description="Aggregation method.")
-    weighting: Literal["examples", "uniform"] = Field(
-        default="examples", description="A site's weight: its number of training rows, or the same for all."
-    )
-    gap_warning: float = Field(
-        default=0.1,
-        ge=0,
-        le=1_000_000,
-        description="Warn when averaging the factors is off by more than this share of the mean update.",
-    )
-    server_optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi", "fedadagrad"] = Field(
-        default="none", description="What the coordinator makes of the mean update. `none`: adds it."
-    )
-    server_learning_rate: float = Field(
-        default=0.0,
-        ge=0,
-        le=100,
-        description="Rate of `server_optimizer`. 0: 0.3 under `fedavgm`, 0.01 under the others.",
-    )
-    server_beta1: Decay = Field(default=0.9, description="Decay of the mean update; not under `fedadagrad`.")
-    server_beta2: Decay = Field(
-        default=0.99, description="Decay of the mean update's square; `fedadam` and `fedyogi` only."
-    )
-    server_tau: float = Field(
-        default=1e-3, gt=0, le=1, description="Added to the denominator; not under `fedavgm`. Smaller adapts more."
     )
 
 

@@ -213,7 +213,7 @@ _VALUE_GROUPS = (
     ("aggregation.method", "fedprox scaffold fedmedian", _UNBUILT),
     ("aggregation.method", "ffa_lora ffalora", 'write "ffa"'),
     ("aggregation.method", "fedit", 'write "fedavg"'),
-    ("aggregation.method", "flora fedex fedsa krum bulyan", _UNBUILT),
+    ("aggregation.method", "fedsa hetlora krum bulyan", _UNBUILT),
     ("aggregation.weighting", "num_examples num_samples rows samples", 'write "examples"'),
     ("data.partition", "natural natural_id by_column", 'write "column"'),
     ("data.too_long", "truncation cut", 'write "truncate"'),

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from common import compatibility, config_hints
+from common.methods import FACTS
 
 if TYPE_CHECKING:
     from common.config import NodeConfig, RunConfig
 
 ADAM_DEFAULTS = (0.9, 0.999, 1e-8)
+RESIDUAL_MAX_LOST = 0.05
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,27 @@ def _refused_combinations() -> tuple[Rule, ...]:
     )
 
 
+def _keeps_residual(config: RunConfig) -> bool:
+    return FACTS[config.aggregation.method].base_delta == "residual"
+
+
 RUN_RULES = (
     *_refused_combinations(),
+    Rule(
+        ("aggregation.residual_rank", "aggregation.method"),
+        lambda c: _keeps_residual(c) and not c.aggregation.residual_rank,
+        "this method keeps a side adapter; set its rank, such as the number of sites times adapter.r",
+    ),
+    Rule(
+        ("aggregation.residual_rank", "aggregation.method"),
+        lambda c: not _keeps_residual(c) and c.aggregation.residual_rank > 0,
+        "this method keeps no side adapter; remove it",
+    ),
+    Rule(
+        ("aggregation.residual_max_lost", "aggregation.method"),
+        lambda c: not _keeps_residual(c) and c.aggregation.residual_max_lost != RESIDUAL_MAX_LOST,
+        "this method keeps no side adapter; remove it",
+    ),
     *_unused_server_settings(),
     Rule(
         ("model.revision", "model.base"),

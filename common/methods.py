@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-MethodName = Literal["fedavg", "ffa", "fedsvd", "rolora", "flexlora"]
+MethodName = Literal["fedavg", "ffa", "fedsvd", "rolora", "flexlora", "fedex", "flora"]
 Privacy = Literal["record", "central"]
 
 
@@ -26,7 +26,7 @@ class Facts:
         mixed_ranks: Whether sites of different ranks could take part; `truncate`: with an error at the smaller ones.
         client_state: Tensors that would stay at a site from round to round.
         stages: Trips between coordinator and sites in a round.
-        base_delta: What is left beside the two factors; `none`: nothing is ever added to the base.
+        base_delta: What is left beside the two factors; `residual`: a frozen side adapter of capped rank.
         privacy: Differential privacy under which the method is sound: noise at the sites, or on the sum.
         nearest: Methods to take where this one is refused, nearest first.
     """
@@ -44,7 +44,7 @@ class Facts:
     mixed_ranks: Literal["no", "truncate", "yes"]
     client_state: tuple[str, ...]
     stages: int
-    base_delta: Literal["none"]
+    base_delta: Literal["none", "residual"]
     privacy: tuple[Privacy, ...]
     nearest: tuple[MethodName, ...]
 
@@ -139,6 +139,42 @@ _TABLE: Final = (
         base_delta="none",
         privacy=("record",),
         nearest=("fedsvd", "rolora", "fedavg", "ffa"),
+    ),
+    Facts(
+        name="fedex",
+        title="FedEx-LoRA",
+        source="arXiv:2410.09432",
+        rule="the mean of A and the mean of B; what that leaves out goes into a frozen side adapter",
+        trains=("AB",),
+        fixed="",
+        is_linear=False,
+        is_exact=True,
+        has_orthonormal_start=False,
+        refreshes=False,
+        mixed_ranks="no",
+        client_state=(),
+        stages=1,
+        base_delta="residual",
+        privacy=(),
+        nearest=("rolora", "fedsvd", "ffa", "fedavg", "flexlora"),
+    ),
+    Facts(
+        name="flora",
+        title="FLoRA",
+        source="arXiv:2409.05976",
+        rule="the mean of the products goes into a frozen side adapter; A and B begin anew",
+        trains=("AB",),
+        fixed="",
+        is_linear=False,
+        is_exact=True,
+        has_orthonormal_start=False,
+        refreshes=True,
+        mixed_ranks="yes",
+        client_state=(),
+        stages=1,
+        base_delta="residual",
+        privacy=(),
+        nearest=("fedsvd", "rolora", "ffa", "fedavg", "flexlora"),
     ),
 )
 FACTS: Final[Mapping[str, Facts]] = {facts.name: facts for facts in _TABLE}

@@ -59,7 +59,8 @@ class Engine:
     def num_base_parameters(self) -> int:
         """Parameters of the frozen base; packed 4-bit weights count as what they stand for."""
         num_trainable, num_all = self.model.get_nb_trainable_parameters()  # type: ignore[operator]
-        return int(num_all - num_trainable)
+        num_beside = sum(parameter.numel() for parameter in adapter.side_parameters(self.model).values())
+        return int(num_all - num_trainable - num_beside)
 
 
 def load(
@@ -71,6 +72,7 @@ def load(
     device_name: str = "auto",
     num_threads: int = 0,
     gradient_checkpointing: bool = False,
+    residual_rank: int = 0,
 ) -> Engine:
     """Load a base and attach a fresh adapter (B = 0).
 
@@ -82,6 +84,7 @@ def load(
         device_name: `auto`, `cpu` or `cuda`.
         num_threads: CPU threads of torch; 0 = every core that this process may use.
         gradient_checkpointing: Trade time for memory.
+        residual_rank: Rank of the frozen side adapter (zero at first); 0: none.
 
     Raises:
         ModelError: Files missing, hash differs, precision impossible here, targets match nothing.
@@ -95,6 +98,8 @@ def load(
     tokenizer = prompts.use_template(load_tokenizer(folder), model.chat_template)
     base = _load_base(folder, model, device)
     peft_model = _attach(base, adapter_settings, seed=seed)
+    if residual_rank:
+        _attach_side(peft_model, adapter_settings, rank=residual_rank)
     if gradient_checkpointing:
         checkpoint(base)
     initial = adapter.read(peft_model)
@@ -257,6 +262,18 @@ def _attach(base: Any, settings: config.AdapterConfig, *, seed: int) -> nn.Modul
     _check_targets(model, settings, remedy=remedy)
     _initialise(model, seed=seed)
     return model
+
+
+def _attach_side(model: Any, settings: config.AdapterConfig, *, rank: int) -> None:
+    """A second, frozen adapter of zeros beside the first, of the same scale."""
+    beside = lora_config(settings.model_copy(update={"r": rank, "dropout": 0.0, "use_rslora": False}))
+    beside.lora_alpha = settings.scale * rank  # type: ignore[assignment]
+    with torch.random.fork_rng(), quiet_peft():
+        model.add_adapter(adapter.SIDE, beside)
+    model.base_model.set_adapter(["default", adapter.SIDE])
+    for parameter in adapter.side_parameters(model).values():
+        parameter.data = torch.zeros_like(parameter, dtype=torch.float32)
+        parameter.requires_grad_(False)
 
 
 def _initialise(model: nn.Module, *, seed: int) -> None:

@@ -10,13 +10,14 @@ from common.records import TensorSpec
 
 
 def factor_of(name: str) -> str:
-    """`A` or `B`, by a tensor's name.
+    """`A` or `B`, by a tensor's name; empty for a tensor of the side adapter, which nobody trains.
 
     Example:
-        >>> factor_of("base_model.model.q_proj.lora_A.weight")
-        'A'
+        >>> factor_of("base_model.model.q_proj.lora_A.weight"), factor_of("base_model.model.q_proj.residual_A.weight")
+        ('A', '')
     """
-    return name.rpartition(".lora_")[2].partition(".")[0]
+    _, found, rest = name.rpartition(".lora_")
+    return rest.partition(".")[0] if found else ""
 
 
 def trained_specs(method: str, tensor_specs: Sequence[TensorSpec], *, round_index: int) -> tuple[TensorSpec, ...]:
@@ -29,7 +30,7 @@ def trained_specs(method: str, tensor_specs: Sequence[TensorSpec], *, round_inde
     """
     turns = FACTS[method].trains
     factors = turns[round_index % len(turns)]
-    return tuple(spec for spec in tensor_specs if factor_of(spec.name) in factors)
+    return tuple(spec for spec in tensor_specs if factor_of(spec.name) in tuple(factors))
 
 
 def trained_names(method: str, tensor_specs: Sequence[TensorSpec], *, round_index: int) -> tuple[str, ...]:

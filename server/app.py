@@ -47,6 +47,7 @@ def _execute(grid: Grid, log: EventLog, options: UserConfig) -> None:
         adapter_settings=settings.adapter,
         seed=settings.seed,
         num_threads=int(options["num-threads"]),
+        residual_rank=settings.aggregation.residual_rank,
     )
     run.execute(
         settings,

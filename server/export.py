@@ -14,6 +14,7 @@ from common import adapter, config, model, storage
 from common.adapter import Tensors
 from common.errors import ConfigError, ModelError
 from common.manifest import RunManifest
+from server.aggregate import factored
 
 CARD_TEMPLATE = Path(__file__).with_name("card.md.j2")
 
@@ -34,11 +35,13 @@ def save_adapter(
         StorageError: Disk full or not writable.
     """
     settings = run_manifest.run
-    storage.write_atomic(folder / "adapter_model.safetensors", adapter.encode(tensors, dtype="float32"))
-    _save_peft_config(folder, settings, adapter.module_names(run_manifest.tensor_specs))
+    found, shape = _as_one(tensors, settings.adapter)
+    storage.write_atomic(folder / "adapter_model.safetensors", adapter.encode(found, dtype="float32"))
+    _save_peft_config(folder, settings, shape, adapter.module_names(run_manifest.tensor_specs))
     card = jinja2.Template(CARD_TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined).render(
-        run=settings, manifest=run_manifest, sites=sites, num_rows=sum(sites.values()), num_rounds=num_rounds,
-        num_parameters=adapter.num_parameters(run_manifest.tensor_specs), base=base_name(settings.model.base),
+        run=settings, shape=shape, manifest=run_manifest, sites=sites, num_rows=sum(sites.values()),
+        num_rounds=num_rounds,
+        num_parameters=adapter.num_parameters(adapter.specs(found)), base=base_name(settings.model.base),
         is_path=is_path(settings.model.base),
     )  # fmt: skip
     storage.write_atomic(folder / "README.md", card.encode())
@@ -96,9 +99,22 @@ def _save_merged(merged: torch.nn.Module, base_folder: Path, output_folder: Path
         raise storage.storage_error(output_folder, error) from error
 
 
-def _save_peft_config(folder: Path, settings: config.RunConfig, modules: list[str]) -> None:
+def _as_one(tensors: Tensors, settings: config.AdapterConfig) -> tuple[Tensors, config.AdapterConfig]:
+    """An adapter with what was kept beside it as one adapter of both ranks: B A + U V = [B, U] [A; V]."""
+    beside = factored.side(tensors)
+    if not beside:
+        return tensors, settings
+    pairs = factored.effective(tensors)
+    rank = settings.r + next(iter(beside.values()))[1].shape[0]
+    shape = settings.model_copy(update={"r": rank, "alpha": settings.scale * rank, "use_rslora": False})
+    return {name: tensor for module in pairs for name, tensor in factored.named(module, *pairs[module]).items()}, shape
+
+
+def _save_peft_config(
+    folder: Path, settings: config.RunConfig, shape: config.AdapterConfig, modules: list[str]
+) -> None:
     """peft's own file, targets spelt out, without a path of this machine."""
-    lora = model.lora_config(settings.adapter)
+    lora = model.lora_config(shape)
     if settings.adapter.targets == "all-linear":
         lora.target_modules = sorted({name.rsplit(".", 1)[-1] for name in modules})
     lora.base_model_name_or_path = None if is_path(settings.model.base) else settings.model.base

@@ -5,10 +5,10 @@ from typing import Any, Final
 
 from common import audit_heads
 from common.audit import Head
-from common.errors import ProtocolError, SilotuneError, TooFewSitesError, WireError
+from common.errors import ConfigError, ProtocolError, SilotuneError, TooFewSitesError, WireError
 from common.records import RoundPlan, UpdateHead
 from server import checkpoint, collect, federation, sampling
-from server.aggregate import gap, optimizer
+from server.aggregate import gap, optimizer, products
 from server.aggregate.method import State, Sum
 from server.evaluate import held_out
 from server.federation import Federation
@@ -22,7 +22,8 @@ class Tally:
 
     Attributes:
         combined: Running combination of the updates.
-        gap_meter: Watches the updates for the aggregation gap; None for a method that has none.
+        gap_meter: Watches the updates for the aggregation gap; None where there is none, or where the
+            method keeps the mean of the products.
         heads: What each site told of its training.
         bytes_up: Frames received, refused ones included.
     """
@@ -70,24 +71,43 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
     averaged = fed.method.apply(state, combined)
     step, fed.memory = optimizer.step(combined, fed.memory, settings=fed.manifest.run.aggregation)
     after = averaged if step is combined else fed.method.apply(state, step)
+    norms = _gap(tally, state, averaged, combined)
+    _require_rank(fed, norms)
     digest = checkpoint.save(
         fed.folder, after, memory=fed.memory, num_rounds=round_index + 1, run_sha256=fed.manifest.sha256
     )
     checkpoint.prune(fed.folder, num_kept=fed.manifest.run.output.keep_checkpoints)
-    norms = tally.gap_meter.per_module(averaged) if tally.gap_meter else {}
     fed.log.append(
         "round_finished",
         round=round_index,
         adapter_sha256=digest,
         num_updates=len(tally.heads),
         train_loss=_train_loss(tally.heads),
-        gap=gap.whole(norms.values()) if tally.gap_meter else None,
+        gap=gap.whole(norms.values()) if norms else None,
         gap_modules={name: gap.whole([pair]) for name, pair in norms.items()},
         bytes_down=len(frame) * len(cohort),
         bytes_up=tally.bytes_up,
         seconds=round(fed.clock() - started, 3),
     )
     return after
+
+
+def _gap(tally: Tally, before: State, after: State, combined: State) -> dict[str, tuple[float, float]]:
+    """Norms of what the new adapter misses, and of the step, by module; empty for a method that misses nothing."""
+    if tally.gap_meter:
+        return tally.gap_meter.per_module(after)
+    return gap.of_products(before, products.pairs(combined), after)
+
+
+def _require_rank(fed: Federation, norms: dict[str, tuple[float, float]]) -> None:
+    """A side adapter that is too narrow for what it must hold ends the run; the finished rounds are on disk."""
+    settings = fed.manifest.run.aggregation
+    lost = gap.whole(norms.values())
+    if fed.method.facts.base_delta == "residual" and lost > settings.residual_max_lost:
+        raise ConfigError(
+            f"aggregation.residual_rank = {settings.residual_rank} cuts {100 * lost:.1f} % of this round's step, over "
+            f"residual_max_lost = {settings.residual_max_lost:g}; raise the rank, or choose another aggregation.method"
+        )
 
 
 def _choose(fed: Federation, round_index: int) -> list[int]:
@@ -107,7 +127,8 @@ def _choose(fed: Federation, round_index: int) -> list[int]:
 def _collect(fed: Federation, state: State, plan: RoundPlan, frames: dict[int, bytes]) -> Tally:
     """Take updates as they come; one that is missing or wrong is logged and left out."""
     names = [spec.name for spec in collect.update_specs(fed.manifest, plan)]
-    meter = None if fed.method.facts.is_exact else gap.GapMeter(state)
+    facts = fed.method.facts
+    meter = gap.GapMeter(state) if facts.is_linear and not facts.is_exact else None
     tally = Tally(fed.method.start(state, trained=names), meter)
     for answer in fed.ask(frames, kind="train"):
         tally.bytes_up += len(answer.frame or b"")

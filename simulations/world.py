@@ -60,6 +60,7 @@ def load_engine(
         device_name=device,
         num_threads=num_threads,
         gradient_checkpointing=settings.training.gradient_checkpointing,
+        residual_rank=settings.aggregation.residual_rank,
     )
 
 

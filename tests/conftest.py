@@ -45,6 +45,7 @@ def load_tiny(tiny_base: Path) -> Callable[..., "Engine"]:
             device_name="cpu",
             num_threads=1,
             gradient_checkpointing=settings.training.gradient_checkpointing,
+            residual_rank=settings.aggregation.residual_rank,
         )
 
     return load

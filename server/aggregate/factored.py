@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
+SIDE_A_SUFFIX, SIDE_B_SUFFIX = ".residual_A.weight", ".residual_B.weight"
 
 
 def modules(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -18,6 +19,28 @@ def modules(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """
     names = [name.removesuffix(A_SUFFIX) for name in tensors if name.endswith(A_SUFFIX)]
     return {name: (tensors[name + B_SUFFIX], tensors[name + A_SUFFIX]) for name in sorted(names)}
+
+
+def side(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The pair (U, V) of the side adapter of every module; empty where there is none."""
+    names = [name.removesuffix(SIDE_A_SUFFIX) for name in tensors if name.endswith(SIDE_A_SUFFIX)]
+    return {name: (tensors[name + SIDE_B_SUFFIX], tensors[name + SIDE_A_SUFFIX]) for name in sorted(names)}
+
+
+def effective(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """All that an adapter adds to each module, its side adapter included, as one pair of thin matrices."""
+    beside = side(tensors)
+    found = {}
+    for name, (b_dr, a_rk) in modules(tensors).items():
+        u_dm, v_mk = beside.get(name, (b_dr[:, :0], a_rk[:0]))
+        found[name] = torch.cat([b_dr, u_dm], dim=1), torch.cat([a_rk, v_mk])
+    return found
+
+
+def cut_side(module: str, left_dm: Tensor, right_mk: Tensor, *, like: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """A product as a module's side adapter, cut to the rank of the one that it has."""
+    u_dr, v_rk = truncate(left_dm.double(), right_mk.double(), rank=like[1].shape[0])
+    return {module + SIDE_A_SUFFIX: v_rk.to(torch.float32), module + SIDE_B_SUFFIX: u_dr.to(torch.float32)}
 
 
 def named(module: str, b_dr: Tensor, a_rk: Tensor) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ start = products.start
 def apply(state: State, combined: State) -> State:
     """The next global adapter, both factors of equal length in every direction."""
     after: dict[str, Tensor] = {}
-    stacked = factored.modules(combined)
+    stacked = products.pairs(combined)
     for module, (_, a_rk) in factored.modules(state).items():
         left_dm, right_mk = stacked[module]
         u_dr, s_r, vh_rk = factored.svd(left_dm.double(), right_mk.double(), rank=a_rk.shape[0])

@@ -77,14 +77,39 @@ class GapMeter:
         self, product: RunningProduct, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
     ) -> tuple[float, float]:
         """|| M - B_mean A_mean || and || M - B_prev A_prev || of one module; what float32 cannot tell from 0 is 0."""
-        left_dm = product.left_dm / self._total
-        norms = [
-            factored.norm(torch.cat([left_dm, -b_dr], dim=1), torch.cat([product.right_mk, a_rk], dim=0))
-            for b_dr, a_rk in (new, old)
-        ]
-        smallest = ROUNDING * factored.norm(*new)
-        bias, step = (norm if norm > smallest else 0.0 for norm in norms)
-        return bias, step
+        return _distances((product.left_dm / self._total, product.right_mk), old, new)
+
+
+def of_products(
+    before: Mapping[str, Tensor], mean: Mapping[str, tuple[Tensor, Tensor]], after: Mapping[str, Tensor]
+) -> dict[str, tuple[float, float]]:
+    """The same two norms where the mean of the products is at hand: what a cut to some rank has lost of the step.
+
+    Args:
+        before: The global adapter that the round began with.
+        mean: Of the products of each module.
+        after: The new global adapter.
+    """
+    old, new, beside = factored.effective(before), factored.effective(after), factored.side(before)
+    norms = {}
+    for name, (left_dm, right_mk) in mean.items():
+        u_dm, v_mk = beside.get(name, (left_dm[:, :0], right_mk[:0]))
+        ideal = torch.cat([left_dm, u_dm], dim=1), torch.cat([right_mk, v_mk])
+        norms[name] = _distances(ideal, old[name], new[name])
+    return norms
+
+
+def _distances(
+    ideal: tuple[Tensor, Tensor], old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
+) -> tuple[float, float]:
+    """|| ideal - new || and || ideal - old ||; what float32 cannot tell from 0 is 0."""
+    norms = [
+        factored.norm(torch.cat([ideal[0], -b_dr], dim=1), torch.cat([ideal[1], a_rk], dim=0))
+        for b_dr, a_rk in (new, old)
+    ]
+    smallest = ROUNDING * factored.norm(*new)
+    bias, step = (norm if norm > smallest else 0.0 for norm in norms)
+    return bias, step
 
 
 def whole(norms: Iterable[tuple[float, float]]) -> float:

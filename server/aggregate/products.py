@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Collection
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from common import adapter
 from server.aggregate import factored
 from server.aggregate.method import State, Sum
+
+_STACKED: Final = "stacked/"  # before a module's name, apart from the module's own factors
 
 
 class MeanOfProducts:
@@ -33,7 +36,7 @@ class MeanOfProducts:
         self._uploads.append((weight, digest, upload))
 
     def result(self) -> dict[str, Tensor]:
-        """Under each module's names `[p_1 B_1, ..., p_K B_K]` and `[A_1; ...; A_K]`: rank K r, product the mean.
+        """Of each module `[p_1 B_1, ..., p_K B_K]` and `[A_1; ...; A_K]`: rank K r, product the mean; see `pairs`.
 
         Raises:
             ValueError: Nothing was added.
@@ -47,7 +50,7 @@ class MeanOfProducts:
         for module in factored.modules(self._state):
             left_dm = torch.cat([share * pairs[module][0] for share, pairs in shares], dim=1)
             right_mk = torch.cat([pairs[module][1] for _, pairs in shares], dim=0)
-            stacked |= factored.named(module, left_dm, right_mk)
+            stacked |= factored.named(_STACKED + module, left_dm, right_mk)
         return stacked
 
     def _local(self, upload: State) -> dict[str, Tensor]:
@@ -58,3 +61,9 @@ class MeanOfProducts:
 def start(state: State, *, trained: Collection[str]) -> Sum:
     """Begin a round; both factors of every module are trained."""
     return MeanOfProducts({name: state[name] for name in trained})
+
+
+def pairs(combined: State) -> dict[str, tuple[Tensor, Tensor]]:
+    """The mean of the products of every module in a round's result; empty if it holds none."""
+    found = {name: tensor for name, tensor in combined.items() if name.startswith(_STACKED)}
+    return {name.removeprefix(_STACKED): pair for name, pair in factored.modules(found).items()}

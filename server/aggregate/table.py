@@ -3,7 +3,7 @@
 from typing import Final
 
 from common.errors import ConfigError
-from server.aggregate import fedavg, fedsvd, ffa, flexlora, rolora
+from server.aggregate import fedavg, fedex, fedsvd, ffa, flexlora, flora, rolora
 from server.aggregate.method import Method
 
 METHODS: Final[dict[str, Method]] = {
@@ -12,6 +12,8 @@ METHODS: Final[dict[str, Method]] = {
     "fedsvd": fedsvd,
     "rolora": rolora,
     "flexlora": flexlora,
+    "fedex": fedex,
+    "flora": flora,
 }
 
 

@@ -76,3 +76,16 @@ def test_deployment_gives_the_same_adapter(tiny_base, changes, expected, tmp_pat
     assert list(outcome.sites) == SITES
     assert digest(tmp_path / "far") == expected
     assert (heard[0], heard[-1]) == ("run_started", "run_finished")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ffa", "fedex"])
+def test_deployment_gives_the_same_adapter_by_other_methods(tiny_base, changes, tmp_path, method):
+    """`ffa`: each process makes A from the seed. `fedex`: each site loads a side adapter, and is sent what is in it."""
+    side = {"aggregation.residual_rank": "16"} if method == "fedex" else {}
+    changes = {**changes, "federation.num_rounds": "2", "aggregation.method": method, **side}
+    expected = in_process(tiny_base, changes, tmp_path / "in-process")
+    settings = tiny.settings(tiny_base, changes)
+    engine, log = world.load_engine(settings, num_threads=1), server_run.prepare(settings, tmp_path / "far")
+    engines.deployed(settings, engine=engine, base_folder=tiny_base, log=log, num_threads=1)
+    assert digest(tmp_path / "far") == expected

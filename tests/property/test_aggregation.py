@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from common import orthonormal, trainable
 from common.methods import FACTS
 from common.records import TensorSpec
-from server.aggregate import factored, table
+from server.aggregate import factored, gap, products, table
 
 EXACT = sorted(name for name, facts in FACTS.items() if facts.is_exact)
 MODULES = {"q_proj": (13, 9), "down_proj": (8, 21)}  # d x k
@@ -27,10 +27,13 @@ def rounds(draw) -> dict:
     }
 
 
-def specs_of(rank: int) -> tuple[TensorSpec, ...]:
+def specs_of(method: str, rank: int, *, residual_rank: int = 9) -> tuple[TensorSpec, ...]:
+    """The adapter of a method; a side adapter of rank 9 can hold any change of these modules."""
+    ranks = {"lora": rank, **({"residual": residual_rank} if FACTS[method].base_delta == "residual" else {})}
     shapes = {
-        f"{module}.lora_{factor}.weight": (rank, k) if factor == "A" else (d, rank)
+        f"{module}.{kind}_{factor}.weight": (r, k) if factor == "A" else (d, r)
         for module, (d, k) in MODULES.items()
+        for kind, r in ranks.items()
         for factor in "AB"
     }
     return tuple(TensorSpec(name, shapes[name]) for name in sorted(shapes))
@@ -45,7 +48,7 @@ def begin(method: str, specs, generator) -> dict[str, torch.Tensor]:
 
 def weight_of(state, module: str) -> torch.Tensor:
     """The effective change of a module's weight, dense."""
-    b_dr, a_rk = factored.modules(state)[module]
+    b_dr, a_rk = factored.effective(state)[module]
     return b_dr.double() @ a_rk.double()
 
 
@@ -66,7 +69,7 @@ def play(method: str, state, specs, *, round_index: int, weights, generator):
 def errors(method: str, case: dict) -> list[float]:
     """|| W_new - ideal || / || ideal - W_old || of every round and module."""
     generator = torch.Generator().manual_seed(case["seed"])
-    specs = specs_of(case["rank"])
+    specs = specs_of(method, case["rank"])
     state = begin(method, specs, generator)
     found = []
     for round_index, cohort in enumerate(case["cohorts"]):
@@ -106,7 +109,7 @@ def test_control_averaging_both_factors_in_turn_is_exact_only_because_one_stays(
 def test_flexlora_is_the_best_adapter_of_its_rank(case):
     """Eckart and Young: what is lost is the tail of the singular values, by numpy on the dense mean."""
     generator = torch.Generator().manual_seed(case["seed"])
-    specs, rank = specs_of(case["rank"]), case["rank"]
+    specs, rank = specs_of("flexlora", case["rank"]), case["rank"]
     state = begin("flexlora", specs, generator)
     after, ideal = play("flexlora", state, specs, round_index=0, weights=case["weights"], generator=generator)
     for module, wanted in ideal.items():
@@ -115,10 +118,46 @@ def test_flexlora_is_the_best_adapter_of_its_rank(case):
         assert lost == pytest.approx(float(values[rank:].norm()), rel=1e-4, abs=1e-5 * float(values[0]))
 
 
+@pytest.mark.parametrize("method", ["fedex", "flora"])
+def test_a_side_adapter_that_is_too_narrow_loses_what_it_must_and_the_loss_is_told(method):
+    generator = torch.Generator().manual_seed(2)
+    specs = specs_of(method, 3, residual_rank=4)
+    state = begin(method, specs, generator)
+    names = trainable.trained_names(method, specs, round_index=0)
+    combined = table.find(method).start(state, trained=names)
+    ideal = {module: torch.zeros(shape, dtype=torch.float64) for module, shape in MODULES.items()}
+    for _ in range(3):
+        change = {name: torch.randn(state[name].shape, generator=generator) for name in names}
+        local = {name: tensor + change.get(name, 0.0) for name, tensor in state.items()}
+        combined.add(change, weight=1.0)
+        for module, total in ideal.items():
+            total += weight_of(local, module) / 3
+    result = combined.result()
+    after = table.find(method).apply(state, result)
+    told = gap.of_products(state, products.pairs(result), after)
+    for module, wanted in ideal.items():
+        lost, step = (float((wanted - weight_of(other, module)).norm()) for other in (after, state))
+        assert told[module] == (pytest.approx(lost, rel=1e-5), pytest.approx(step, rel=1e-5))
+        beside = wanted - (factored.modules(after)[module][0].double() @ factored.modules(after)[module][1].double())
+        assert lost == pytest.approx(float(torch.linalg.svdvals(beside)[4:].norm()), rel=1e-4)
+
+
+def test_flora_draws_a_anew_every_round():
+    generator = torch.Generator().manual_seed(2)
+    specs = specs_of("flora", 3)
+    first = begin("flora", specs, generator)
+    second, _ = play("flora", first, specs, round_index=0, weights=[1], generator=generator)
+    third, _ = play("flora", second, specs, round_index=1, weights=[1], generator=generator)
+    for name in (name for name in first if ".lora_A." in name):
+        assert not torch.equal(second[name], third[name])
+        assert float(second[name].abs().max()) <= second[name].shape[1] ** -0.5
+        assert not second[name.replace("lora_A", "lora_B")].any()
+
+
 @given(case=rounds())
 def test_fedsvd_keeps_the_rows_of_a_orthonormal(case):
     generator = torch.Generator().manual_seed(case["seed"])
-    specs = specs_of(case["rank"])
+    specs = specs_of("fedsvd", case["rank"])
     state = begin("fedsvd", specs, generator)
     after, _ = play("fedsvd", state, specs, round_index=0, weights=case["weights"], generator=generator)
     for _, a_rk in factored.modules(after).values():
@@ -127,7 +166,7 @@ def test_fedsvd_keeps_the_rows_of_a_orthonormal(case):
 
 @pytest.mark.parametrize("method", sorted(FACTS))
 def test_the_order_of_arrival_does_not_change_a_bit(method):
-    specs = specs_of(4)
+    specs = specs_of(method, 4)
     state = begin(method, specs, torch.Generator().manual_seed(1))
     names = trainable.trained_names(method, specs, round_index=0)
     changes = [
@@ -145,7 +184,7 @@ def test_the_order_of_arrival_does_not_change_a_bit(method):
 
 @pytest.mark.parametrize("method", sorted(FACTS))
 def test_a_weight_that_is_not_positive_and_a_round_of_nobody_are_refused(method):
-    specs = specs_of(2)
+    specs = specs_of(method, 2)
     state = begin(method, specs, torch.Generator().manual_seed(1))
     names = trainable.trained_names(method, specs, round_index=0)
     combined = table.find(method).start(state, trained=names)

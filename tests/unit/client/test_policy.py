@@ -100,6 +100,18 @@ def test_a_run_that_trains_nothing_is_refused():
     assert refused(rules(), RunManifest(run().run, BASE, ())).rule == "lora.targets"
 
 
+def test_a_side_adapter_and_the_methods_that_keep_one_need_a_line_of_their_own():
+    beside = (TensorSpec("m.q_proj.residual_A.weight", (8, 4)), TensorSpec("m.q_proj.residual_B.weight", (4, 8)))
+    kept = run({"aggregation.method": "fedex", "aggregation.residual_rank": "8"})
+    wide = RunManifest(kept.run, BASE, (*SPECS, *beside))
+    assert refused(rules(), wide).rule == "lora.residual_r"
+    assert refused(rules(r="[2, 16]\nresidual_r = 7"), wide).rule == "lora.residual_r"
+    assert refused(rules(r="[2, 16]\nresidual_r = 8"), wide).rule == "train.methods"
+    policy.check(rules(r="[2, 16]\nresidual_r = 8", max_rounds='4\nmethods = ["fedex"]'), wide, Usage())
+    elsewhere = RunManifest(kept.run, BASE, (*SPECS, TensorSpec("m.lm_head.residual_A.weight", (8, 4))))
+    assert refused(rules(r="[2, 16]\nresidual_r = 8"), elsewhere).rule == "lora.targets"
+
+
 @pytest.mark.parametrize("shape", [(), (4,), (4, 4, 4)])
 def test_a_tensor_that_is_no_matrix_is_refused(shape):
     odd = RunManifest(run().run, BASE, (*SPECS, TensorSpec("m.k_proj.lora_A.weight", shape)))

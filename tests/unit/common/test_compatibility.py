@@ -16,11 +16,14 @@ EXPECTED = {
     "fedsvd": "yes yes yes yes yes no yes",
     "rolora": "yes yes yes yes no yes yes",
     "flexlora": "no yes no yes yes no yes",
+    "fedex": "no no no yes no no yes",
+    "flora": "no no no yes yes no yes",
 }
 ASKING = {
     "quantised base": {"model.quantization": "nf4"},
     "server optimizer": {"aggregation.server_optimizer": "fedavgm"},
 }
+SIDE = {name: {"aggregation.residual_rank": "8"} for name, facts in FACTS.items() if facts.base_delta == "residual"}
 CELLS = [pytest.param(feature, cell, id=f"{cell.method}-{feature.name}") for feature, cell in compatibility.cells()]
 
 
@@ -43,7 +46,7 @@ def test_every_cell_says_what_the_literature_says_and_a_refusal_names_a_way_out(
 
 @pytest.mark.parametrize(("feature", "cell"), [one for one in CELLS if one.values[0].keys])
 def test_a_run_file_may_combine_exactly_what_the_table_allows(feature, cell):
-    changes = {"aggregation.method": cell.method, **ASKING[feature.name]}
+    changes = {"aggregation.method": cell.method, **ASKING[feature.name], **SIDE.get(cell.method, {})}
     if cell.is_allowed:
         assert feature.is_asked(tiny.settings("tiny", changes))
         return
@@ -61,7 +64,16 @@ def test_control_no_feature_is_asked_for_by_itself(feature):
 def test_every_refusal_that_a_run_file_can_cause_is_a_rule():
     refused = [cell for feature, cell in compatibility.cells() if feature.keys and not cell.is_allowed]
     rules = [rule for rule in config_rules.RUN_RULES if "with this method" in rule.message]
-    assert len(rules) == len(refused) == 2
+    assert len(rules) == len(refused) == 4
+
+
+def test_a_side_adapter_needs_a_rank_and_only_methods_that_keep_one_take_it():
+    for method in SIDE:
+        with pytest.raises(ConfigError, match=r"residual_rank.*keeps a side adapter; set its rank"):
+            tiny.settings("tiny", {"aggregation.method": method})
+    for setting in ({"aggregation.residual_rank": "8"}, {"aggregation.residual_max_lost": "0.5"}):
+        with pytest.raises(ConfigError, match="keeps no side adapter; remove it"):
+            tiny.settings("tiny", setting)
 
 
 def test_a_large_gap_calls_for_the_nearest_exact_method():

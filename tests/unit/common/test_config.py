@@ -166,6 +166,13 @@ BROKEN_RULES = [
     ("training.adam_beta1", 8, ["training.optimizer = 'sgd'", "training.adam_beta1 = 0.8"]),
     ("federation.sites_per_round", 7, ["federation.sites_per_round = 1"]),
     ("federation.num_sites", 7, ["federation.num_sites = 1"]),
+    ("aggregation.method", 7, ["aggregation.method = 'fedsvd'", "aggregation.server_optimizer = 'fedadam'"]),
+    ("aggregation.residual_rank", 7, ["aggregation.residual_rank = 8"]),
+    ("aggregation.residual_max_lost", 7, ["aggregation.residual_max_lost = 0.5"]),
+    ("aggregation.server_learning_rate", 7, ["aggregation.server_learning_rate = 0.5"]),
+    ("aggregation.server_beta1", 7, ["aggregation.server_beta1 = 0.5"]),
+    ("aggregation.server_beta2", 8, ["aggregation.server_optimizer = 'fedavgm'", "aggregation.server_beta2 = 0.5"]),
+    ("aggregation.server_tau", 7, ["aggregation.server_tau = 0.5"]),
 ]
 
 
@@ -302,7 +309,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "073015c4966aa9ef5464e1259217b39f712f80ed166079673d9a365df1370d35"
+        "f3eba32f32a9c30f0cd1fcc61b487f20ad9b6e624edd6daf6efd57df3d0925f8"
     )
 
 

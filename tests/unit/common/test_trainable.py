@@ -30,6 +30,13 @@ def test_ffa_trains_the_up_projections_alone_and_the_others_never_travel():
     assert [spec.name for spec in trainable.received_specs("ffa", SPECS)] == ups
 
 
+def test_a_side_adapter_goes_down_and_is_never_trained():
+    beside = (TensorSpec("q_proj.residual_A.weight", (3, 8)), TensorSpec("q_proj.residual_B.weight", (8, 3)))
+    for method in ("fedex", "flora"):
+        assert trainable.received_specs(method, SPECS + beside) == SPECS + beside
+        assert trainable.leaving_specs(method, SPECS + beside) == SPECS
+
+
 @pytest.mark.parametrize("method", FACTS)
 def test_what_is_fixed_is_never_trained_and_what_is_trained_is_sent_down(method):
     leaving = trainable.leaving_specs(method, SPECS)
@@ -40,7 +47,8 @@ def test_what_is_fixed_is_never_trained_and_what_is_trained_is_sent_down(method)
 
 @pytest.mark.parametrize("method", FACTS)
 def test_the_declaration_allows_the_largest_update_and_not_a_whole_adapter_more(method):
-    run = tiny.settings("tiny", {"aggregation.method": method})
+    side = {"aggregation.residual_rank": "8"} if FACTS[method].base_delta == "residual" else {}
+    run = tiny.settings("tiny", {"aggregation.method": method, **side})
     declared = egress.declare(run, SPECS)
     sizes = [egress.num_update_bytes(turn, dtype="float32") for turn in trainable.all_turns(method, SPECS)]
     assert declared.bytes_per_message == max(sizes)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.methods import FACTS
-from server.aggregate import factored, fedsvd, ffa, flexlora, gap, rolora, table
+from server.aggregate import factored, fedex, fedsvd, ffa, flexlora, flora, gap, products, rolora, table
 from server.aggregate.method import Method
 
 A, B = "m.lora_A.weight", "m.lora_B.weight"
@@ -52,10 +52,42 @@ def test_flexlora_keeps_the_larger_of_two_directions():
     assert (found[B] @ found[A]).tolist() == [[pytest.approx(4.0), 0.0], [0.0, 0.0]]
     assert float(found[A].norm()) == pytest.approx(2.0)
     assert float(found[B].norm()) == pytest.approx(2.0)
-    meter = gap.GapMeter(state)
+    mean = flexlora.start(state, trained=[A, B])
     for change in changes:
-        meter.add(change, weight=1.0)
-    assert gap.whole(meter.per_module(found).values()) == pytest.approx(1 / 17**0.5)
+        mean.add(change, weight=1.0)
+    lost = gap.of_products(state, products.pairs(mean.result()), found)
+    assert gap.whole(lost.values()) == pytest.approx(1 / 17**0.5)
+
+
+TWO_SITES = [
+    {A: torch.tensor([[1.0, 0.0]]), B: torch.tensor([[2.0], [0.0]])},
+    {A: torch.tensor([[0.0, 1.0]]), B: torch.tensor([[0.0], [2.0]])},
+]
+WITH_SIDE = {
+    A: torch.zeros(1, 2),
+    B: torch.zeros(2, 1),
+    "m.residual_A.weight": torch.zeros(1, 2),
+    "m.residual_B.weight": torch.zeros(2, 1),
+}
+
+
+def test_fedex_keeps_beside_the_factors_what_their_mean_leaves_out():
+    """M = diag(1, 1); B A = (1, 1)^T (1/2, 1/2): the rest is 1/2 (1, -1)^T (1, -1), of rank K - 1 = 1."""
+    found = after(fedex, WITH_SIDE, TWO_SITES, [1.0, 1.0])
+    assert found[B].tolist() == [[1.0], [1.0]]
+    assert found[A].tolist() == [[0.5, 0.5]]
+    beside = found["m.residual_B.weight"] @ found["m.residual_A.weight"]
+    assert torch.allclose(beside, torch.tensor([[0.5, -0.5], [-0.5, 0.5]]))
+
+
+def test_flora_moves_all_of_the_products_beside_the_factors():
+    """diag(1, 1) needs rank 2; of a side adapter of rank 1 it keeps one of the two equal directions."""
+    wide = {**WITH_SIDE, "m.residual_A.weight": torch.zeros(2, 2), "m.residual_B.weight": torch.zeros(2, 2)}
+    found = after(flora, wide, TWO_SITES, [1.0, 1.0])
+    assert torch.allclose(found["m.residual_B.weight"] @ found["m.residual_A.weight"], torch.eye(2), atol=1e-6)
+    assert not found[B].any()
+    narrow = after(flora, WITH_SIDE, TWO_SITES, [1.0, 1.0])
+    assert float((narrow["m.residual_B.weight"] @ narrow["m.residual_A.weight"]).norm()) == pytest.approx(1.0)
 
 
 def test_a_direction_that_no_site_used_can_still_be_trained():

@@ -92,7 +92,7 @@ def test_the_table_finds_a_method_by_its_name():
 
 
 def test_every_method_of_the_schema_is_built():
-    from common.config import AggregationConfig
+    from common.config_aggregation import AggregationConfig
 
     schema = json.loads(json.dumps(AggregationConfig.model_json_schema()))["properties"]["method"]
     assert set(schema.get("enum", [schema.get("const")])) == set(table.METHODS)

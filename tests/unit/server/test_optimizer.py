@@ -8,7 +8,7 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvgM, FedYogi
 
-from common.config import AggregationConfig
+from common.config_aggregation import AggregationConfig
 from server.aggregate import optimizer
 from simulations.grids import InProcessGrid
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common import adapter, events, trainable, wire
+from common import adapter, events, model, trainable, wire
+from common.errors import ConfigError
 from common.methods import FACTS
 from server import checkpoint, run
 from server.aggregate import table
@@ -13,20 +14,38 @@ from tests import tiny
 
 CHANGES = {"training.batch_size": "4", "training.local_epochs": "2", "federation.num_rounds": "3"}
 METHODS = sorted(FACTS)
+SIDE = {"aggregation.residual_rank": "36"}  # three rounds of three sites at rank 4
+OWN = {name: {"aggregation.method": name, **(SIDE if FACTS[name].base_delta == "residual" else {})} for name in FACTS}
 
 
 def settings(base, method: str, changes=None):
-    return tiny.settings(base, {**CHANGES, "aggregation.method": method, **(changes or {})})
+    return tiny.settings(base, {**CHANGES, **OWN[method], **(changes or {})})
+
+
+@pytest.fixture(scope="module")
+def wide_engine(load_tiny):
+    """The tiny base with a side adapter, loaded once."""
+    return load_tiny(OWN["fedex"])
+
+
+@pytest.fixture
+def engine(request, engine, wide_engine):
+    """The base as the test's method needs it."""
+    method = request.node.callspec.params.get("method", "") if hasattr(request.node, "callspec") else ""
+    if method not in FACTS or FACTS[method].base_delta == "none":
+        return engine
+    adapter.write(wide_engine.model, wide_engine.initial)
+    return wide_engine
 
 
 @pytest.fixture
 def play(engine, tiny_base, tmp_path):
     """Run in a folder of the test's; gives the outcome and the events."""
 
-    def execute(nodes, method: str, *, name: str = "run", resume: bool = False, changes=None):
+    def execute(nodes, method: str, *, name: str = "run", resume: bool = False, changes=None, own_engine=engine):
         folder, found = tmp_path / name, settings(tiny_base, method, changes)
         log = run.prepare(found, folder, resume=resume)
-        outcome = run.execute(found, fleet=tiny.fleet(nodes), engine=engine, folder=folder, log=log, resume=resume)
+        outcome = run.execute(found, fleet=tiny.fleet(nodes), engine=own_engine, folder=folder, log=log, resume=resume)
         return outcome, events.read(log.path)
 
     return execute
@@ -80,7 +99,9 @@ def test_a_run_lowers_the_held_out_loss_and_only_the_methods_tensors_travel(play
     assert [names_in(reply.body) for reply in updates] == expected
     assert adapter.specs(outcome.tensors) == engine.tensor_specs
     finished = [event for event in log if event["kind"] == "round_finished"]
-    assert all((event["gap"] is None) == FACTS[method].is_exact for event in finished)
+    has_gap = not (FACTS[method].is_exact and FACTS[method].is_linear)
+    assert all((event["gap"] is not None) == has_gap for event in finished)
+    assert all(event["gap"] < 1e-4 for event in finished if FACTS[method].is_exact and has_gap)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -141,6 +162,79 @@ def test_under_ffa_the_down_projections_are_orthonormal_and_stay(play, nodes, en
     assert len(changed) == len(downs)
 
 
+@pytest.mark.parametrize("method", ["fedex", "flora"])
+def test_a_side_adapter_that_is_too_narrow_ends_the_run_before_the_round_counts(
+    play, nodes, load_tiny, tmp_path, method
+):
+    narrow = load_tiny({**OWN[method], "aggregation.residual_rank": "1"})
+    with pytest.raises(ConfigError, match=r"residual_rank = 1 cuts \d+\.\d % .* raise the rank"):
+        play(tiny.make_nodes(narrow), method, own_engine=narrow, changes={"aggregation.residual_rank": "1"})
+    assert checkpoint.finished(tmp_path / "run") == []
+    loose = {"aggregation.residual_rank": "1", "aggregation.residual_max_lost": "1.0"}
+    _, log = play(tiny.make_nodes(narrow), method, own_engine=narrow, name="loose", changes=loose)
+    gaps = [event["gap"] for event in log if event["kind"] == "round_finished"]
+    assert all(0 < gap < 1 for gap in gaps)
+
+
+@pytest.mark.parametrize("method", ["fedex", "flora"])
+def test_the_exported_adapter_is_one_that_plain_peft_loads_with_the_same_loss(play, nodes, engine, tiny_base, method):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    outcome, _ = play(nodes, method)
+    adapter.write(engine.model, outcome.tensors)
+    ids = torch.arange(12).unsqueeze(0) + 40
+    with torch.no_grad():
+        engine.model.eval()
+        beside = engine.model(input_ids=ids).logits
+        base = AutoModelForCausalLM.from_pretrained(tiny_base)
+        plain = base(input_ids=ids).logits
+        with model.quiet_peft():
+            loaded = PeftModel.from_pretrained(base, str(outcome.folder / "adapter")).eval()
+        found = loaded(input_ids=ids).logits
+        merged = loaded.merge_and_unload()(input_ids=ids).logits
+    assert torch.allclose(found, beside, atol=1e-4)
+    assert torch.allclose(merged, beside, atol=1e-4)
+    assert float((plain - beside).abs().max()) > 0.1
+    card = (outcome.folder / "adapter" / "README.md").read_text()
+    assert "LoRA r = 40, alpha = 80.0" in card
+    assert "trained at r = 4 beside a frozen one of r = 36" in card
+
+
+def test_the_side_adapter_is_frozen_of_zeros_and_of_the_same_scale(wide_engine):
+    adapter.write(wide_engine.model, wide_engine.initial)
+    beside = adapter.side_parameters(wide_engine.model)
+    assert len(beside) == len(adapter.parameters(wide_engine.model))
+    assert not any(parameter.requires_grad or parameter.any() for parameter in beside.values())
+    layer = next(
+        module
+        for module in wide_engine.model.modules()
+        if hasattr(module, "active_adapters") and hasattr(module, "lora_A")
+    )
+    assert layer.scaling["default"] == layer.scaling[adapter.SIDE] == 2.0
+    assert list(layer.active_adapters) == ["default", adapter.SIDE]
+
+
 def test_the_table_and_the_facts_name_the_same_methods():
     assert set(table.METHODS) == set(FACTS)
     assert all(method.facts is FACTS[name] for name, method in table.METHODS.items())
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_a_side_adapter_adds_to_a_quantised_base_what_it_says(load_tiny, quantization):
+    """Beside the factors as in them: the same product in either place gives the same answer."""
+    changes = {**OWN["fedex"], "aggregation.residual_rank": "4", "model.quantization": quantization}
+    wide = load_tiny(changes)
+    assert wide.num_base_parameters == load_tiny({"model.quantization": quantization}).num_base_parameters
+    generator = torch.Generator().manual_seed(3)
+    moved = {name: 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in wide.initial.items()}
+    trained = {n: t if ".lora_" in n else torch.zeros_like(t) for n, t in moved.items()}
+    beside = {n: moved[n.replace(".residual_", ".lora_")] if ".residual_" in n else 0 * t for n, t in moved.items()}
+    answers = []
+    for tensors in (trained, beside, wide.initial):
+        adapter.write(wide.model, tensors)
+        wide.model.eval()
+        with torch.no_grad():
+            answers.append(wide.model(input_ids=torch.arange(12).unsqueeze(0) + 40).logits.float())
+    assert torch.allclose(answers[0], answers[1], atol=1e-4)
+    assert float((answers[0] - answers[2]).abs().max()) > 0.01

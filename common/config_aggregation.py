@@ -1,0 +1,51 @@
+"""Section `[aggregation]` of the run file."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from common.config_types import Decay, Section
+from common.methods import MethodName
+
+
+class AggregationConfig(Section):
+    """How the sites' updates become one."""
+
+    method: MethodName = Field(default="fedavg", description="Aggregation method.")
+    weighting: Literal["examples", "uniform"] = Field(
+        default="examples", description="A site's weight: its number of training rows, or the same for all."
+    )
+    gap_warning: float = Field(
+        default=0.1,
+        ge=0,
+        le=1_000_000,
+        description="Warn when averaging the factors is off by more than this share of the mean update.",
+    )
+    residual_rank: int = Field(
+        default=0,
+        ge=0,
+        le=4096,
+        description="Rank of the frozen side adapter of methods that keep one (`fedex`, `flora`). 0: none.",
+    )
+    residual_max_lost: float = Field(
+        default=0.05,
+        gt=0,
+        le=1,
+        description="Such a method only: share of a round's step that `residual_rank` may cut; more ends the run.",
+    )
+    server_optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi", "fedadagrad"] = Field(
+        default="none", description="What the coordinator makes of the mean update. `none`: adds it."
+    )
+    server_learning_rate: float = Field(
+        default=0.0,
+        ge=0,
+        le=100,
+        description="Rate of `server_optimizer`. 0: 0.3 under `fedavgm`, 0.01 under the others.",
+    )
+    server_beta1: Decay = Field(default=0.9, description="Decay of the mean update; not under `fedadagrad`.")
+    server_beta2: Decay = Field(
+        default=0.99, description="Decay of the mean update's square; `fedadam` and `fedyogi` only."
+    )
+    server_tau: float = Field(
+        default=1e-3, gt=0, le=1, description="Added to the denominator; not under `fedavgm`. Smaller adapts more."
+    )
