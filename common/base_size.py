@@ -129,8 +129,9 @@ def estimate(shape: BaseShape, work: Work) -> Memory:
     """Estimate what training needs, the runtime's own memory aside.
 
     The adapter is float32 with a gradient and, under AdamW, two moments. Activations are the input and the output of
-    every linear layer in the compute type and a float32 copy of each adapter's input, for every token; with
-    checkpointing those of one layer, and the residual stream at the others; and the logits with their gradient.
+    every linear layer in the compute type and, where that is not float32, a float32 copy of each adapter's input, for
+    every token; with checkpointing those of one layer, and the residual stream at the others; and the logits with their
+    gradient.
     """
     num_parameters = shape.num_adapter_parameters(work.targets, r=work.r)
     copies = 4 if work.is_adam else 2
@@ -164,7 +165,8 @@ def _bytes_per_token(shape: BaseShape, work: Work) -> int:
     """Activations of one token; see `estimate`."""
     size = DTYPE_BYTES[work.dtype]
     layers = sum(outputs + inputs for outputs, inputs in shape.linears.values()) * size
-    layers += sum(inputs + work.r for _, inputs in shape.targets(work.targets)) * FLOAT32_BYTES
+    copied = 0 if work.dtype == "float32" else sum(inputs for _, inputs in shape.targets(work.targets))
+    layers += (copied + work.r * len(shape.targets(work.targets))) * FLOAT32_BYTES
     if work.is_checkpointing:
         layers = layers // shape.num_layers + shape.num_layers * shape.hidden_size * size
     return layers + shape.vocab_size * (size + 2 * FLOAT32_BYTES)

@@ -122,13 +122,22 @@ def check_chain(chain: list[x509.Certificate], root: x509.Certificate, *, name: 
         for certificate, issuer in zip(chain, [*chain[1:], root], strict=True):
             certificate.verify_directly_issued_by(issuer)
     except (ValueError, TypeError, InvalidSignature) as error:
-        raise AuthError(f"{name} does not lead to the root; ask the coordinator for a new one") from error
+        raise AuthError(f"{name} does not lead to the root; have it issued anew") from error
     for certificate in (*chain, root):
         if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
             raise AuthError(
                 f"{name}: {certificate.subject.rfc4514_string()} is not valid at {now:%Y-%m-%d %H:%M} UTC; "
-                "check the clock, or ask for a new one"
+                "check the clock, or have it issued anew"
             )
+
+
+def first_name(certificate: x509.Certificate) -> str:
+    """The first host name or address that a certificate is for; empty if it names none."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return ""
+    return next((str(name.value) for name in names if isinstance(name, x509.DNSName | x509.IPAddress)), "")
 
 
 def host_of(name: str, *, role: str, federation_id: str) -> str:

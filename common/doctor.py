@@ -104,7 +104,8 @@ def told(error: SilotuneError | OSError | ImportError) -> tuple[str, str]:
         return f"{error.filename or 'a file'}: cannot be read ({error.strerror or 'damaged'})", ""
     if isinstance(error, ImportError):
         return f"{error.name or 'a package'} cannot be imported", ""
-    message, _, remedy = str(error).partition("; ")
+    text = str(error)
+    message, _, remedy = text.partition(". Remedy: " if ". Remedy: " in text else "; ")
     return message, remedy
 
 

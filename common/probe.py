@@ -10,7 +10,8 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -66,13 +67,20 @@ def ask(
         TransportError: Nobody listens there, or it does not answer.
         AuthError: One side did not accept the other's certificate.
     """
+    with _connected(address, context, host, timeout_s) as secure:
+        return _exchange(secure, host or split_address(address)[0], path, headers, clock)
+
+
+@contextmanager
+def _connected(address: str, context: ssl.SSLContext, host: str, timeout_s: float) -> Iterator[ssl.SSLSocket]:
+    """An open connection; whatever goes wrong on it becomes an error of ours."""
     name, port = split_address(address)
     try:
         with (
             socket.create_connection((name, port), timeout=timeout_s) as plain,
             context.wrap_socket(plain, server_hostname=host or name) as secure,
         ):
-            return _exchange(secure, host or name, path, headers, clock)
+            yield secure
     except ssl.SSLCertVerificationError as error:
         raise AuthError(f"{address}: its certificate is not accepted: {error.verify_message}") from error
     except ssl.SSLError as error:
@@ -81,6 +89,18 @@ def ask(
         raise TransportError(f"{address}: closed the connection without an answer") from error
     except OSError as error:
         raise TransportError(f"{address}: no connection ({error.strerror or 'it does not answer'})") from error
+
+
+def shake_hands(address: str, *, context: ssl.SSLContext, host: str = "", timeout_s: float = 10.0) -> str:
+    """Connect and close; returns the version of TLS. With TLS 1.3 the other end judges our certificate only afterwards.
+
+    Raises:
+        ConfigError: The address is not host:port.
+        TransportError: Nobody listens there.
+        AuthError: Its certificate is not accepted, or it does not speak TLS.
+    """
+    with _connected(address, context, host, timeout_s) as secure:
+        return str(secure.version())
 
 
 def split_address(address: str) -> tuple[str, int]:

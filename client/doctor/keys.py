@@ -54,16 +54,14 @@ def certificate(folder: Path | None, *, now: datetime.datetime) -> Result:
     return ok(f"{chain[0].subject.rfc4514_string()}: for {enroll.TLS_KEY}, leads to {kit.CA}")
 
 
+@check("certificate's end", remedy=_RENEW)
 def certificate_end(folder: Path | None, *, now: datetime.datetime) -> Result:
     """Tell how long the site's certificate is good."""
-    ends = {}
-    if folder is not None and (folder / kit.CERTIFICATE).exists():
-        try:
-            chain = certs.parse_chain(governance.read(folder / kit.CERTIFICATE), name=kit.CERTIFICATE)
-            ends = {kit.CERTIFICATE: chain[0].not_valid_after_utc}
-        except AuthError:
-            pass  # the certificate's own check tells it
-    return doctor_checks.expiry(ends, now=now, remedy=_RENEW)
+    path = folder / kit.CERTIFICATE if folder is not None else None
+    if path is None or not path.exists():
+        return skipped("there is no certificate to look at")
+    chain = certs.parse_chain(governance.read(path), name=kit.CERTIFICATE)
+    return doctor_checks.expiry({kit.CERTIFICATE: chain[0].not_valid_after_utc}, now=now, remedy=_RENEW)
 
 
 @check("roster", remedy="take the newest roster: silotune-client roster ROSTER.json --keys KEYS")

@@ -149,12 +149,13 @@ def disk(node: config.NodeConfig) -> Result:
     return doctor_checks.disk(Path(node.agent.log_folder), need_bytes=LOG_BYTES, what="offers and logs")
 
 
+@check("disk of bases", remedy="free space, or set model.store to a folder on another disk")
 def store_disk(found: Mapping[str, Path], store: Path) -> Result:
     """Tell whether another base as large as the largest one here has room; a warning only, as none may be needed."""
     sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in found.values()]
     result = doctor_checks.disk(store, need_bytes=max(sizes, default=0), what="another base like the largest here")
     status = "warning" if result.status == "failed" else result.status
-    return replace(result, name="disk of bases", status=status)
+    return replace(result, status=status)
 
 
 def load_policy(node: config.NodeConfig) -> Policy | None:
