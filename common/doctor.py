@@ -94,7 +94,7 @@ def check(name: str, *, remedy: str) -> Callable[[Callable[P, Result]], Callable
 
 
 def told(error: SilotuneError | OSError | ImportError) -> tuple[str, str]:
-    """What an error says is wrong, and the remedy that it names; empty if it names none.
+    """What an error says is wrong, and the remedy that it names; empty if it names none, or several problems.
 
     Example:
         >>> told(SilotuneError("site.key: mode 0644; run: chmod 600 site.key"))
@@ -105,6 +105,8 @@ def told(error: SilotuneError | OSError | ImportError) -> tuple[str, str]:
     if isinstance(error, ImportError):
         return f"{error.name or 'a package'} cannot be imported", ""
     text = str(error)
+    if "\n" in text:
+        return text, ""
     message, _, remedy = text.partition(". Remedy: " if ". Remedy: " in text else "; ")
     return message, remedy
 

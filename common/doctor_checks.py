@@ -103,22 +103,24 @@ def expiry(ends: Mapping[str, datetime.datetime], *, now: datetime.datetime, rem
     return warning(text, remedy) if days < WARN_DAYS else ok(text)
 
 
-@check("disk", remedy="free space, or name a folder on another disk")
-def disk(folder: Path, *, need_bytes: int, what: str) -> Result:
+@check("disk", remedy="name a folder that this user may write in")
+def disk(
+    folder: Path, *, need_bytes: int, what: str, remedy: str = "free space, or name a folder on another disk"
+) -> Result:
     """Tell whether a folder can be written and has room.
 
     Args:
         folder: Where it will be written; if it is not there, its nearest parent is looked at.
         need_bytes: Room that is needed.
         what: What needs it.
+        remedy: What to do where there is too little.
     """
-    parents = (folder.absolute(), *folder.absolute().parents)
-    there = next(path for path in parents if path.exists())
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        return failed(f"{there} is not a folder that this user may write in", f"run: chown $(id -u) {there}")
+        return failed(f"{there} is not a folder that this user may write in")
     free = shutil.disk_usage(there).free
     text = f"{there}: {size(free)} free, {size(need_bytes)} needed for {what}"
-    return ok(text) if free >= need_bytes else failed(text)
+    return ok(text) if free >= need_bytes else failed(text, remedy)
 
 
 def _problem(wanted: Requirement) -> str:

@@ -10,6 +10,7 @@ from common.doctor import Result, check, failed, ok, skipped
 from common.errors import DataError, SilotuneError
 from common.rows import Columns
 
+_LESS: Final = "free space, name another disk in output.folder, or set output.keep_checkpoints"
 RECORDS_BYTES: Final = 64 << 20  # events, records and the report
 
 
@@ -35,7 +36,7 @@ def base(found: RunConfig, folder: Path | None) -> Result:
     return ok(f"{where}: {sha256[:12]}, {pinned}; the adapter has {number:,} values")
 
 
-@check("checkpoints", remedy="free space, set output.folder to another disk, or output.keep_checkpoints")
+@check("checkpoints", remedy=_LESS)
 def checkpoints(found: RunConfig, folder: Path | None) -> Result:
     """Tell whether all checkpoints of the run have room: one float32 adapter a round, and one more at the end."""
     try:
@@ -46,7 +47,8 @@ def checkpoints(found: RunConfig, folder: Path | None) -> Result:
     rounds = found.federation.num_rounds
     kept = min(rounds, found.output.keep_checkpoints or rounds) + 1
     need = kept * number * base_size.FLOAT32_BYTES + RECORDS_BYTES
-    return doctor_checks.disk(Path(found.output.folder), need_bytes=need, what=f"{kept} adapters of {number:,} values")
+    what = f"{kept} adapters of {number:,} values"
+    return doctor_checks.disk(Path(found.output.folder), need_bytes=need, what=what, remedy=_LESS)
 
 
 @check("own held-out rows", remedy="correct the file that evaluation.server_data names")

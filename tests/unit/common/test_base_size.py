@@ -26,8 +26,8 @@ def llama_7b() -> BaseShape:
 
 
 def test_llama_7b_has_the_parameters_that_are_printed_for_it_elsewhere():
-    """alpaca-lora prints 4,194,304 for r = 8 on q and v; QLoRA's qlora.py 159,907,840 for r = 64 on all, of 3,660,320,768
-    with two 4-bit weights counted as one."""
+    """alpaca-lora prints 4,194,304 for r = 8 on q and v; qlora.py 159,907,840 for r = 64 on all, of 3,660,320,768 with
+    two 4-bit weights counted as one."""
     shape = llama_7b()
     assert shape.num_linear + shape.num_other == 6_738_415_616
     assert shape.num_adapter_parameters(("q_proj", "v_proj"), r=8) == 4_194_304
