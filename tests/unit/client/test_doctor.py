@@ -2,39 +2,22 @@
 
 import datetime
 import json
-import os
 import shutil
 
 import pytest
 
-from client import enroll, policy_file, serve, service
+from client import enroll, policy_file, serve
 from client.cli import app
-from client.doctor import explain, host, work
+from client.doctor import explain, work
 from client.doctor.work import Device
 from client.history import AUDIT_FILE
 from common import cli, identity, manifest
 from common.errors import ApprovalRequired, DataError
 from common.manifest import RunManifest
-from tests import federations, patients, tiny, vault
+from tests import federations, tiny, vault
 from tests.federations import NOW
 
 WIDE = Device("cpu", False, 1 << 40)
-QUIET_UNIT = "[Service]\nLimitCORE=0\nEnvironment=FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1\n"
-
-
-@pytest.fixture(scope="module")
-def joined(tmp_path_factory):
-    federation = federations.start(tmp_path_factory.mktemp("federation"))
-    for name in ("alder", "birch"):
-        federation.join(name)
-    federation.install(federation.folder / "kits" / "alder", "alder")
-    return federation
-
-
-@pytest.fixture
-def site(joined, tmp_path, tiny_base, engine):
-    federation = joined.copy(tmp_path / "federation")
-    return patients.make(tmp_path / "site", federation, base=tiny_base, base_sha256=engine.base_sha256)
 
 
 def silotune_client(*arguments: object) -> int:
@@ -324,77 +307,6 @@ def test_a_log_folder_that_is_a_file_and_a_store_without_room(site, monkeypatch)
     usage = shutil.disk_usage(site.folder)._replace(free=1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     assert site.find("disk of bases").status == "warning"
-
-
-def test_a_socket_folder_that_others_may_write(site):
-    (site.folder / "run").chmod(0o777)
-    found = site.find("agent's socket")
-    assert (found.status, "0700" in found.remedy) == ("failed", True)
-    (site.folder / "run").rmdir()
-    assert site.find("agent's socket").status == "failed"
-
-
-def test_a_courier_whose_group_is_missing_or_cannot_enter(tmp_path):
-    import grp
-
-    folder = tmp_path / "run"
-    folder.mkdir(mode=0o700)
-    path = folder / "agent.sock"
-    own = grp.getgrgid(os.getegid()).gr_name
-    assert "there is no group" in host.socket_folder(path, courier_group="no-such-group").found
-    assert "cannot enter" in host.socket_folder(path, courier_group=own).found
-    folder.chmod(0o750)
-    assert host.socket_folder(path, courier_group=own).status == "ok"
-
-
-def test_an_agent_that_runs_and_one_that_has_gone(site):
-    path = site.folder / "run" / "agent.sock"
-    server = service.serve(bytes, socket_path=path, max_message_bytes=1 << 20)
-    try:
-        found = {result.name: result for result in site.examine().results}
-        assert (found["agent"].status, "idle" in found["agent"].found) == ("ok", True)
-        assert host.agent_pid(path) == os.getpid()
-        assert host.core_limit(os.getpid()) is not None
-    finally:
-        server.stop(None).wait()
-    path.unlink(missing_ok=True)
-    import socket
-
-    with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(str(path))
-    assert (site.find("agent").status, host.agent_pid(path)) == ("failed", None)
-
-
-@pytest.mark.parametrize(
-    ("limit", "unit", "pattern", "status"),
-    [
-        ("0", None, "core", "ok"),
-        (None, QUIET_UNIT, "core", "ok"),
-        (None, QUIET_UNIT, "|/usr/lib/systemd/systemd-coredump %P", "ok"),
-        ("0", None, "|/usr/share/apport/apport -p%p", "warning"),
-        ("unlimited", QUIET_UNIT, "core", "failed"),
-        (None, "[Service]\n# LimitCORE=0\n", "core", "warning"),
-        (None, None, "core", "skipped"),
-    ],
-)
-def test_core_dumps(limit, unit, pattern, status):
-    assert host.core_dumps(limit, unit=unit, pattern=pattern).status == status
-
-
-def test_reporting_of_flower(site):
-    unit = site.keys / host.COURIER_UNIT
-    assert site.find("Flower's reporting").status == "ok"
-    unit.write_text(unit.read_text().replace("FLWR_TELEMETRY_ENABLED=0", ""))
-    found = site.find("Flower's reporting")
-    assert (found.status, "FLWR_TELEMETRY_ENABLED=0" in found.found) == ("failed", True)
-    drop_ins = unit.with_name(f"{unit.name}.d")
-    drop_ins.mkdir()
-    (drop_ins / "quiet.conf").write_text("[Service]\nEnvironment=FLWR_TELEMETRY_ENABLED=0\n")
-    assert site.find("Flower's reporting").status == "ok"
-    (drop_ins / "zoisy.conf").write_text("[Service]\nEnvironment=FLWR_DISABLE_UPDATE_CHECK=0\n")
-    assert site.find("Flower's reporting").status == "failed"
-    assert host.reporting({}).status == "skipped"
-    assert host.reporting({host.COURIER_UNIT: 'Environment="A=1'}).status == "failed"
 
 
 def test_the_policy_in_sentences(site):
