@@ -38,10 +38,7 @@ def doctor(
     found = examine.examine(examine.Patient(node_file, keys=keys, gateway=gateway, run=run, units=units))
     sentences = explain.explain(found.policy) if found.policy else {}
     result = {**doctoring.as_dict(found.results), "policy": sentences}
-    cli.emit(result, as_json=json, show=lambda: doctoring.show(doctoring.render(found.results), *_lines(sentences)))
+    cli.emit(
+        result, as_json=json, show=lambda: doctoring.show(doctoring.render(found.results), *explain.render(sentences))
+    )
     raise typer.Exit(0 if doctoring.is_healthy(found.results) else 1)
-
-
-def _lines(sentences: dict[str, list[str]]) -> list[str]:
-    """The policy for people."""
-    return [line for heading, told in sentences.items() for line in (f"\n{heading}", *(f"  - {one}" for one in told))]

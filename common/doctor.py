@@ -155,6 +155,16 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:,.1f} MiB"
 
 
+def count(number: int, noun: str) -> str:
+    """A number of things.
+
+    Example:
+        >>> count(1, "site"), count(1200, "row")
+        ('1 site', '1,200 rows')
+    """
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def show(*renderables: Any) -> None:
     """Print for people; unlike `cli.show`, long cells are wrapped to the terminal's width."""
     from rich.console import Console

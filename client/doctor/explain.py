@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 from typing import Final
 
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
 from client.policy_file import BaseRules, DatasetRules, Policy
 
 MAY_RUN: Final = "May run"
@@ -35,6 +39,17 @@ def explain(policy: Policy) -> dict[str, list[str]]:
     }
 
 
+def render(sentences: dict[str, list[str]]) -> list[RenderableType]:
+    """Show a policy's sentences for a terminal."""
+    shown: list[RenderableType] = []
+    for heading, told in sentences.items():
+        lines = Table.grid(padding=(0, 1))
+        for sentence in told:
+            lines.add_row("  -", Text(sentence))
+        shown += [Text(f"\n{heading}", style="bold"), lines]
+    return shown
+
+
 def _who(policy: Policy) -> str:
     """Whose runs."""
     keys = [key[:12] for key in policy.federation.operators]
@@ -58,7 +73,7 @@ def _models(policy: Policy) -> list[str]:
 
 def _base(base: BaseRules) -> str:
     """One base."""
-    return f"{base.name} (files {base.sha256[:12]}; quantised {' or '.join(base.quantization)})"
+    return f"{base.name} (files {base.sha256[:12]}; quantisation {' or '.join(base.quantization)})"
 
 
 def _training(policy: Policy) -> str:

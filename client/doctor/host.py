@@ -132,7 +132,7 @@ def gateway(outcome: Answer | SilotuneError | None) -> Result:
         raise outcome
     start = f"{outcome.tls} with this site's certificate"
     if outcome.reason == "node_key_missing":
-        return ok(f"{start}, which is in the roster; no node.key is here, so the SuperLink was not reached")
+        return ok(f"{start}, which is in the roster; without a node.key that can be used the SuperLink is not reached")
     if outcome.reason in _REFUSALS:
         what, remedy = _REFUSALS[outcome.reason]
         return failed(f"{start}; then {outcome.status}: {what}", remedy)

@@ -6,7 +6,7 @@ from typing import Final
 
 from client import enroll, install
 from common import certs, doctor_checks, governance, identity, kit, roster
-from common.doctor import Result, check, failed, ok, skipped
+from common.doctor import Result, check, count, failed, ok, skipped
 from common.errors import AuthError
 
 KEYS: Final = (enroll.IDENTITY_KEY, enroll.NODE_KEY, enroll.TLS_KEY)
@@ -90,7 +90,7 @@ def membership(folder: Path | None, *, name: str, now: datetime.datetime) -> Res
     if others:
         return failed(f"the roster has other keys of {name} than {', '.join(others)}", "install the newest kit")
     quorum = f"{pinned.quorum} of {len(pinned.keys)} governance keys must sign"
-    return ok(f"{name} is in epoch {found.epoch} of {found.federation_id}, {len(found.sites)} sites; {quorum}")
+    return ok(f"{name} is in epoch {found.epoch} of {found.federation_id}, {count(len(found.sites), 'site')}; {quorum}")
 
 
 def _other_keys(folder: Path, found: roster.Roster, *, name: str, now: datetime.datetime) -> list[str]:

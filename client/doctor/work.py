@@ -11,7 +11,7 @@ from client.data import check as data_check
 from client.policy_file import Policy
 from common import audit, base_size, config, doctor_checks, governance, identity, kit, manifest
 from common.base_size import Work
-from common.doctor import Result, check, failed, ok, size, skipped, warning
+from common.doctor import Result, check, count, failed, ok, size, skipped, warning
 from common.errors import ConfigError, DataError, ModelError, SilotuneError
 from common.manifest import RunManifest
 
@@ -69,7 +69,7 @@ def audit_log(node: config.NodeConfig) -> Result:
         return ok("none yet; the agent begins it at its first start")
     with suppress(ConfigError):  # the policy's own check tells it
         gatekeeper.check_serial(policy_file.load(Path(node.agent.policy), signer=node.agent.policy_signer), past)
-    return ok(f"{num_entries} entries, whole; {len(past.runs)} runs")
+    return ok(f"entries: {num_entries:,}, whole; {count(len(past.runs), 'run')}")
 
 
 @check("data", remedy="correct the file; silotune-client check NODE.toml names every problem")
@@ -80,7 +80,8 @@ def rows(node: config.NodeConfig, allowed: Policy | None) -> Result:
         if not Path(path).expanduser().exists():  # else it would be taken for the name of a data set
             raise DataError(f"{path}: no such file or folder; correct data.path")
     report = data_check.check([row for path in paths for row in serve.read_rows(node, path)])
-    text = f"{report.num_rows:,} rows of {report.num_units:,} units, {report.num_duplicates:,} of them duplicates"
+    text = f"{count(report.num_rows, 'row')} of {count(report.num_units, 'unit')}"
+    text += f"; {count(report.num_duplicates, 'duplicate')}"
     if allowed is None:
         return ok(text)
     limits = policy.check_node(allowed, node.data)
@@ -152,8 +153,10 @@ def disk(node: config.NodeConfig) -> Result:
 @check("disk of bases", remedy="free space, or set model.store to a folder on another disk")
 def store_disk(found: Mapping[str, Path], store: Path) -> Result:
     """Tell whether another base as large as the largest one here has room; a warning only, as none may be needed."""
+    if not found:
+        return skipped("there is no base to go by")
     sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in found.values()]
-    result = doctor_checks.disk(store, need_bytes=max(sizes, default=0), what="another base like the largest here")
+    result = doctor_checks.disk(store, need_bytes=max(sizes), what="another base like the largest here")
     status = "warning" if result.status == "failed" else result.status
     return replace(result, status=status)
 

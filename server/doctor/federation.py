@@ -7,7 +7,7 @@ from typing import Final
 from cryptography import x509
 
 from common import certs, doctor_checks, governance
-from common.doctor import Result, check, failed, ok, warning
+from common.doctor import Result, check, count, failed, ok, warning
 from common.errors import SilotuneError
 from common.roster import PeerEntry
 from server import ca, registry
@@ -26,7 +26,8 @@ _CARRY_AWAY: Final = "give each member one key, put the root's in a safe, and de
 def folder(path: Path) -> Result:
     """Read the folder: governance, signed roster, and what was issued."""
     held = registry.load(path)
-    return ok(f"{path}: {held.pinned.federation_id}, roster epoch {held.roster.epoch}, {len(held.roster.sites)} sites")
+    sites = count(len(held.roster.sites), "site")
+    return ok(f"{path}: {held.pinned.federation_id}, roster epoch {held.roster.epoch}, {sites}")
 
 
 @check("governance", remedy=_RESTORE)
@@ -116,7 +117,7 @@ def consistency(held: Registry) -> Result:
     if members.read_revoked(held.folder / registry.REVOKED) != revoked:
         problems.append(f"{registry.REVOKED} is not the list of revoked certificates in {registry.ISSUED}")
     names = ", ".join(site.name for site in held.roster.sites) or "none yet"
-    return failed("\n".join(problems)) if problems else ok(f"{names}; {len(revoked)} certificates revoked")
+    return failed("\n".join(problems)) if problems else ok(f"{names}; {count(len(revoked), 'certificate')} revoked")
 
 
 def load(path: Path) -> Registry | None:

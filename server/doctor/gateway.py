@@ -10,7 +10,7 @@ from typing import Final
 from cryptography import x509
 
 from common import certs, doctor_checks, governance, probe, roster
-from common.doctor import Result, check, failed, ok, skipped, warning
+from common.doctor import Result, check, count, failed, ok, skipped, warning
 from common.errors import AuthError, SilotuneError, TransportError
 from common.probe import Answer
 from common.roster import Roster
@@ -43,7 +43,7 @@ def certificates(found: GatewayConfig) -> Result:
         files = {"certificate_file": Path(ends.certificate_file), "key_file": Path(ends.key_file)}
         tls.server_context(**files, ca_file=Path(ends.ca_file), on_failure=lambda _: None)
     tls.upstream_context(Path(found.superlink.ca_file))
-    return ok(f"{found.fleet.certificate_file}, {found.control.certificate_file} with their keys, and all three CAs")
+    return ok(f"{', '.join(sorted(_shown(found)))} with their keys, and all three CAs")
 
 
 @check("gateway's roster", remedy="copy roster.json and revoked.txt of the federation's folder to the gateway")
@@ -61,14 +61,15 @@ def known_members(found: GatewayConfig, newest: Roster | None) -> Result:
     revoked = members.read_revoked(Path(files.revoked_file))
     if newest is not None and current.to_bytes() != newest.to_bytes():
         return failed(f"the gateway has epoch {current.epoch}, the federation {newest.epoch}")
-    return ok(f"epoch {current.epoch} of {current.federation_id}, {len(current.sites)} sites, {len(revoked)} revoked")
+    return ok(
+        f"epoch {current.epoch} of {current.federation_id}, {count(len(current.sites), 'site')}, {len(revoked)} revoked"
+    )
 
 
 @check("gateway's end", remedy=_REISSUE)
 def end(found: GatewayConfig, *, now: datetime.datetime) -> Result:
     """Tell how long the certificates are good that the listeners show."""
-    files = {found.fleet.certificate_file, found.control.certificate_file}
-    ends = {Path(file).name: _leaf(file).not_valid_after_utc for file in sorted(files)}
+    ends = {Path(file).name: _leaf(file).not_valid_after_utc for file in sorted(_shown(found))}
     return doctor_checks.expiry(ends, now=now, remedy=_REISSUE)
 
 
@@ -192,6 +193,11 @@ def _is_loopback(host: str) -> bool:
         return False
     mapped = getattr(found, "ipv4_mapped", None)
     return (mapped or found).is_loopback
+
+
+def _shown(found: GatewayConfig) -> set[str]:
+    """The files of the certificates that the listeners show."""
+    return {found.fleet.certificate_file, found.control.certificate_file}
 
 
 def _reachable(listen: str) -> str:

@@ -6,7 +6,7 @@ from typing import Final
 from common import base_size, config, doctor_checks, model, store
 from common.config import RunConfig
 from common.data import read
-from common.doctor import Result, check, failed, ok, skipped
+from common.doctor import Result, check, count, failed, ok, skipped
 from common.errors import DataError, SilotuneError
 from common.rows import Columns
 
@@ -19,7 +19,9 @@ def file(path: Path) -> Result:
     """Check the run file."""
     found = config.load(path)
     federation = found.federation
-    return ok(f"{path}: {found.name}, {federation.num_rounds} rounds, at least {federation.min_sites} sites")
+    return ok(
+        f"{path}: {found.name}, {count(federation.num_rounds, 'round')}, at least {count(federation.min_sites, 'site')}"
+    )
 
 
 @check("base model", remedy="fetch it: silotune-sim base NAME --store STORE, or give --base DIR")
@@ -61,4 +63,4 @@ def server_rows(found: RunConfig) -> Result:
         raise DataError(f"{path}: no such file or folder; correct evaluation.server_data")
     data = found.data
     columns = Columns(data.instruction_column, data.input_column, data.output_column, data.unit_column)
-    return ok(f"{len(read.read(path, columns=columns)):,} rows")
+    return ok(count(len(read.read(path, columns=columns)), "row"))

@@ -128,7 +128,7 @@ def test_without_the_node_key_the_certificate_is_still_tried(world, tmp_path):
     for name in ("ca.pem", "site.pem", "tls.key"):
         shutil.copy2(world.federation.keys("alder") / name, tmp_path / name)
     found = host.gateway(world.ask(tmp_path))
-    assert (found.status, "SuperLink was not reached" in found.found) == ("ok", True)
+    assert (found.status, "SuperLink is not reached" in found.found) == ("ok", True)
 
 
 @pytest.mark.parametrize(("skew_s", "ahead"), [(120.0, "ahead of"), (-120.0, "behind")])

@@ -64,7 +64,7 @@ def test_nothing_that_a_doctor_prints_is_data_or_a_key(site, capsys):
     assert secrets
     for text in [row[key] for row in rows for key in ("instruction", "patient_id")] + secrets:
         assert text not in shown
-    assert "36 rows of 18 units" in shown
+    assert "36 rows of 18 units; 0 duplicates" in shown
 
 
 def pem(path) -> list[str]:
@@ -263,6 +263,17 @@ def test_a_base_that_is_damaged_missing_or_not_listed(site):
     shutil.rmtree(store / "tiny")
     found = {result.name: result for result in site.examine().results}
     assert (found["base models"].status, found["memory"].status) == ("failed", "skipped")
+
+
+def test_some_bases_that_are_not_here_are_a_warning(site):
+    listed = f'name = "tiny"\nsha256 = "{site.base_sha256}"'
+    path = site.folder / "policy.toml"
+    path.write_text(
+        path.read_text().replace(listed, f'{listed}\n[[models.allow]]\nname = "big"\nsha256 = "{"cd" * 32}"')
+    )
+    policy_file.sign(path, vault.ADMIN)
+    found = site.find("base models")
+    assert (found.status, "big (cdcdcdcdcdcd) is not here" in found.found) == ("warning", True)
 
 
 def test_memory_that_is_short(site):

@@ -155,7 +155,7 @@ def test_lists_that_contradict_each_other(joined):
 def test_after_a_revocation_all_is_well_but_a_gateway_with_the_old_roster(joined, gateway_file, tmp_path):
     old = shutil.copy2(joined.folder / "roster.json", tmp_path / "old.json")
     joined.revoke("birch")
-    assert find("members", federation=joined.folder).found == "alder; 1 certificates revoked"
+    assert find("members", federation=joined.folder).found == "alder; 1 certificate revoked"
     assert find("gateway's roster", federation=joined.folder, gateway=gateway_file).status == "ok"
     gateway_file.write_text(gateway_file.read_text().replace(f"{joined.folder}/roster.json", str(old)))
     found = find("gateway's roster", federation=joined.folder, gateway=gateway_file)
