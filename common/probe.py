@@ -31,14 +31,12 @@ class Answer:
         status: Of the answer.
         reason: The gateway's word for a refusal; empty where the answer is not the gateway's own.
         skew_s: This clock less the listener's, in seconds; None if it told no date.
-        ends_at: End of the listener's certificate, seconds since 1970.
     """
 
     tls: str
     status: int
     reason: str
     skew_s: float | None
-    ends_at: float
 
 
 def ask(
@@ -130,9 +128,7 @@ def _exchange(
     response = connection.getresponse()
     there = _date(response.getheader("date"))
     skew = None if there is None else (before + clock()) / 2 - (there + _HALF_S)
-    certificate = secure.getpeercert() or {}
-    ends_at = ssl.cert_time_to_seconds(str(certificate["notAfter"])) if certificate else 0.0
-    return Answer(str(secure.version()), response.status, _reason(response.read(MAX_BODY_BYTES)), skew, ends_at)
+    return Answer(str(secure.version()), response.status, _reason(response.read(MAX_BODY_BYTES)), skew)
 
 
 def _date(header: str | None) -> float | None:

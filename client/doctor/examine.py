@@ -51,15 +51,15 @@ def examine(patient: Patient) -> Diagnosis:
     if file.status == "failed":
         return Diagnosis((versions, file), None)
     node = config.load_node(patient.node_file)
-    allowed = work.load_policy(node)
-    folder = patient.keys or (Path(node.agent.identity_key).parent if node.agent.identity_key else None)
+    other = host.other_user(node.agent.identity_key)
+    allowed = None if other else work.load_policy(node)
+    own = Path(node.agent.identity_key).parent if node.agent.identity_key and not other else None
+    folder = patient.keys or own
     results = (
         versions,
         file,
-        *_of_keys(patient, node, folder),
-        work.rules(node, folder),
-        work.audit_log(node),
-        *_of_work(patient, node, allowed),
+        *_of_keys(patient, node, folder, is_agent=not other),
+        *([host.of_another(other)] if other else _of_agent(patient, node, folder, allowed)),
         *_of_host(patient, node, folder),
     )
     return Diagnosis(results, allowed)
@@ -72,11 +72,11 @@ def site_file(path: Path) -> Result:
     return ok(f"{path}: {node.site.name}")
 
 
-def _of_keys(patient: Patient, node: config.NodeConfig, folder: Path | None) -> list[Result]:
+def _of_keys(patient: Patient, node: config.NodeConfig, folder: Path | None, *, is_agent: bool) -> list[Result]:
     """Keys, certificate, roster."""
     now = datetime.datetime.fromtimestamp(patient.clock(), datetime.UTC)
     return [
-        keys.key_files(folder, identity_key=node.agent.identity_key),
+        keys.key_files(folder, identity_key=node.agent.identity_key if is_agent else ""),
         keys.own_request(folder),
         keys.certificate(folder, now=now),
         keys.certificate_end(folder, now=now),
@@ -84,24 +84,26 @@ def _of_keys(patient: Patient, node: config.NodeConfig, folder: Path | None) -> 
     ]
 
 
-def _of_work(patient: Patient, node: config.NodeConfig, allowed: Policy | None) -> list[Result]:
-    """Rows, bases, memory, disk."""
+def _of_agent(patient: Patient, node: config.NodeConfig, folder: Path | None, allowed: Policy | None) -> list[Result]:
+    """Policy, log, rows, bases, memory, disk: what the agent's user alone may read."""
     found = work.find_bases(node)
     shelf = Path(node.model.base or node.model.store or store.DEFAULT)
     return [
+        work.rules(node, folder),
+        work.audit_log(node),
         work.rows(node, allowed),
         work.bases(found, allowed, store=str(shelf)),
         _memory(patient, node, allowed, found),
         work.disk(node),
         work.store_disk(found, shelf),
+        host.socket_folder(Path(node.agent.socket), courier_group=node.agent.courier_group),
     ]
 
 
 @check("memory", remedy="set hardware.device to what this machine has; see: silotune-client runs NODE.toml")
 def _memory(patient: Patient, node: config.NodeConfig, allowed: Policy | None, found: dict[str, Path]) -> Result:
     """Estimate memory for the run that was named, or for the largest that is allowed."""
-    pid = host.agent_pid(Path(node.agent.socket))
-    device = work.device_of(node, is_agent_running=pid is not None)
+    device = work.device_of(node, agent_pid=host.agent_pid(Path(node.agent.socket)))
     if patient.run:
         run = work.offered(node, patient.run)
         return work.memory(found.get(run.base_sha256), work.work_of(run.run, device), device)
@@ -119,7 +121,6 @@ def _of_host(patient: Patient, node: config.NodeConfig, folder: Path | None) -> 
     outcome = host.shake_hands(patient.gateway, folder, clock=patient.clock)
     skew_s = None if outcome is None or isinstance(outcome, SilotuneError) else outcome.skew_s
     return [
-        host.socket_folder(path, courier_group=node.agent.courier_group),
         host.agent(path),
         host.core_dumps(limit, unit=units.get(host.AGENT_UNIT), pattern=host.core_pattern()),
         host.reporting(units),

@@ -3,6 +3,7 @@
 import base64
 import grp
 import os
+import pwd
 import shlex
 import socket
 import stat
@@ -39,6 +40,27 @@ _REFUSALS: Final = {
 }
 
 
+def other_user(key_file: str) -> str:
+    """Whose the agent's files are, by the site's identity key; empty if they are this user's, or there is no key."""
+    try:
+        owner = Path(key_file).stat().st_uid if key_file else os.geteuid()
+    except PermissionError:
+        return "the agent's user"
+    except OSError:
+        return ""  # the check of key files tells it
+    try:
+        return "" if owner == os.geteuid() else pwd.getpwuid(owner).pw_name
+    except KeyError:
+        return f"'#{owner}'"
+
+
+@check("agent's files", remedy="")
+def of_another(user: str) -> Result:
+    """Say who must look at what the agent alone may read."""
+    what = "policy, audit log, rows, bases, memory, disk and socket"
+    return skipped(f"{what} are {user}'s to look at", f"run: sudo -u {user} silotune-client doctor NODE.toml")
+
+
 @check("agent's socket", remedy="make the folder for the agent's user alone: install -d -m 700 FOLDER")
 def socket_folder(path: Path, *, courier_group: str) -> Result:
     """Check that nobody else can put a socket there, and that the courier's group may reach it."""
@@ -47,8 +69,11 @@ def socket_folder(path: Path, *, courier_group: str) -> Result:
         return warning(f"{folder} is not there yet", f"start {AGENT_UNIT}, which makes it, and look again")
     service.check_folder(path)
     mode = f"{folder}: mode {stat.S_IMODE(folder.stat().st_mode):04o}"
-    if not courier_group:
-        return ok(f"{mode}; for a courier of this user")
+    return _group(folder, courier_group) if courier_group else ok(f"{mode}; for a courier of this user")
+
+
+def _group(folder: Path, courier_group: str) -> Result:
+    """Whether the agent can give its socket to the courier's group, and the group can enter the folder."""
     try:
         group = grp.getgrnam(courier_group).gr_gid
     except KeyError:
@@ -56,6 +81,7 @@ def socket_folder(path: Path, *, courier_group: str) -> Result:
     if group not in (os.getegid(), *os.getgroups()) and os.geteuid() != 0:
         return failed(f"this user is not in group {courier_group}", f"run: usermod -aG {courier_group} USER")
     facts = folder.stat()
+    mode = f"{folder}: mode {stat.S_IMODE(facts.st_mode):04o}"
     if not (facts.st_mode & stat.S_IXOTH or (facts.st_gid == group and facts.st_mode & stat.S_IXGRP)):
         return failed(f"{mode}: group {courier_group} cannot enter", f"run: chgrp {courier_group} {folder}; chmod 750")
     return ok(f"{mode}; group {courier_group} may enter")

@@ -10,7 +10,7 @@ from client import consent, gatekeeper, history, policy, policy_file, serve
 from client.data import check as data_check
 from client.policy_file import Policy
 from common import audit, base_size, config, doctor_checks, governance, identity, kit, manifest
-from common.base_size import Work
+from common.base_size import Memory, Work
 from common.doctor import Result, check, count, failed, ok, size, skipped, warning
 from common.errors import ConfigError, DataError, ModelError, SilotuneError
 from common.manifest import RunManifest
@@ -129,20 +129,24 @@ def memory(folder: Path | None, work: Work, device: Device) -> Result:
         return skipped("there is no base to estimate it for")
     shape = base_size.read(folder)
     most = base_size.estimate(shape, work)
-    least = base_size.estimate(shape, replace(work, num_rows=1, is_checkpointing=True))
-    parts = f"base {size(most.base)} ({work.quantization}), adapter {size(most.adapter)} (rank {work.r})"
-    need = f"{size(most.total + RUNTIME_BYTES)} of {size(device.free_bytes)} on {device.name}"
-    text = (
-        f"{folder.name}: about {need} for {work.num_rows} rows of {work.num_tokens} tokens: {parts}, activations "
-        f"{size(most.activations)}, runtime {size(RUNTIME_BYTES)}. Estimated from the shapes in its safetensors files"
-    )
-    text += "" if device.is_cuda else ". No GPU is used: that works, and is slow"
-    if least.total + RUNTIME_BYTES > device.free_bytes:
-        return failed(f"{text}. Even one row with checkpointing needs {size(least.total + RUNTIME_BYTES)}")
+    least = base_size.estimate(shape, replace(work, num_rows=1, is_checkpointing=True)).total + RUNTIME_BYTES
+    text = f"{folder.name}: {_told(most, work, device)}"
+    if least > device.free_bytes:
+        return failed(f"{text}. Even one row with checkpointing needs {size(least)}")
     if most.total + RUNTIME_BYTES > device.free_bytes:
         remedy = "the run must set training.micro_batch_size = 1 and gradient_checkpointing = true, or shorter rows"
-        return warning(f"{text}. One row with checkpointing needs {size(least.total + RUNTIME_BYTES)}", remedy)
+        return warning(f"{text}. One row with checkpointing needs {size(least)}", remedy)
     return ok(text)
+
+
+def _told(most: Memory, work: Work, device: Device) -> str:
+    """An estimate for people, and how it was made."""
+    need = f"about {size(most.total + RUNTIME_BYTES)} of {size(device.free_bytes)} on {device.name}"
+    parts = f"base {size(most.base)} ({work.quantization}), adapter {size(most.adapter)} (rank {work.r})"
+    rest = f"activations {size(most.activations)}, runtime {size(RUNTIME_BYTES)}"
+    how = "Estimated from the shapes in its safetensors files"
+    slow = "" if device.is_cuda else ". No GPU is used: that works, and is slow"
+    return f"{need} for {work.num_rows} rows of {work.num_tokens} tokens: {parts}, {rest}. {how}{slow}"
 
 
 def disk(node: config.NodeConfig) -> Result:
@@ -211,12 +215,12 @@ def find_bases(node: config.NodeConfig) -> dict[str, Path]:
     return found
 
 
-def device_of(node: config.NodeConfig, *, is_agent_running: bool) -> Device:
+def device_of(node: config.NodeConfig, *, agent_pid: int | None) -> Device:
     """What the site trains on.
 
     Args:
         node: The site's own file.
-        is_agent_running: It may hold a base, so a GPU's memory is then counted whole.
+        agent_pid: The running agent; it may hold a base, so its memory counts as free, and a GPU's is counted whole.
 
     Raises:
         ModelError: CUDA was asked for by name and is not there.
@@ -226,9 +230,9 @@ def device_of(node: config.NodeConfig, *, is_agent_running: bool) -> Device:
     from common.model import choose_device
 
     if choose_device(node.hardware.device).type == "cpu":
-        return Device("cpu", False, _free_memory())
+        return Device("cpu", False, _kib(MEMINFO, "MemAvailable:") + _kib(Path(f"/proc/{agent_pid}/status"), "VmRSS:"))
     free, whole = torch.cuda.mem_get_info()
-    return Device(f"cuda ({torch.cuda.get_device_name()})", True, whole if is_agent_running else free)
+    return Device(f"cuda ({torch.cuda.get_device_name()})", True, free if agent_pid is None else whole)
 
 
 def work_of(run: config.RunConfig, device: Device) -> Work:
@@ -262,7 +266,10 @@ def largest_work(allowed: Policy | None, device: Device) -> Work:
     )
 
 
-def _free_memory() -> int:
-    """Memory that the kernel would give to a new program, in bytes."""
-    fields = (line.split() for line in MEMINFO.read_text().splitlines())
-    return next(int(words[1]) << 10 for words in fields if words[0] == "MemAvailable:")
+def _kib(path: Path, field: str) -> int:
+    """A figure of the kernel's in KiB, as bytes; 0 where there is no such process."""
+    try:
+        fields = (line.split() for line in path.read_text().splitlines())
+    except OSError:
+        return 0
+    return next((int(words[1]) << 10 for words in fields if words and words[0] == field), 0)

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import shutil
 
 import pytest
@@ -112,6 +113,16 @@ def test_a_folder_of_the_courier_alone_is_looked_at_for_what_it_has(site):
     found = statuses(site.examine(keys=courier))
     assert (found["key files"], found["certificate"], found["certificate's end"]) == ("ok", "ok", "ok")
     assert (found["enrolment"], found["roster"]) == ("skipped", "skipped")
+
+
+def test_what_is_the_agents_alone_is_left_to_the_agents_user(site, monkeypatch):
+    """As root or the courier see it."""
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    found = {result.name: result for result in site.examine().results}
+    assert found["agent's files"].status == "skipped"
+    assert "sudo -u" in found["agent's files"].remedy
+    assert "policy" not in found
+    assert all(result.status != "failed" for result in found.values())
 
 
 @pytest.mark.parametrize(
