@@ -55,7 +55,7 @@ class Gatekeeper:
         self._clock = clock
         self._admitted: set[str] = set()
         self._log = AuditLog(self._folder / AUDIT_FILE, key=key, on_entry=self.history.take, clock=clock)
-        _check_serial(signed_policy, self.history)
+        check_serial(signed_policy, self.history)
         self._dataset: DatasetRules = policy.check_node(self.policy, node.data)
         self._log.append("started", policy_sha256=signed_policy.sha256, policy_serial=self.policy.serial)
 
@@ -171,8 +171,12 @@ class Gatekeeper:
         }
 
 
-def _check_serial(signed_policy: SignedPolicy, history: History) -> None:
-    """A policy that was in force is never followed by an older one, nor by another one of the same number."""
+def check_serial(signed_policy: SignedPolicy, history: History) -> None:
+    """A policy that was in force is never followed by an older one, nor by another one of the same number.
+
+    Raises:
+        PolicyRefusedError: It would be.
+    """
     serial, last = signed_policy.rules.serial, history.serial
     if serial < last or (serial == last and signed_policy.sha256 != history.policy_sha256):
         raise PolicyRefusedError(

@@ -46,7 +46,7 @@ def serve(
         ConfigError: The folder is missing or open to others, the path is too long or taken, an agent listens there, or
             there is no such group.
     """
-    _check_folder(socket_path)
+    check_folder(socket_path)
     _clear(socket_path)
     server = grpc.server(ThreadPoolExecutor(MAX_CALLS), options=OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
     add_AgentServicer_to_server(_Door(answer, max_message_bytes=max_message_bytes), server)
@@ -132,8 +132,12 @@ def _read(chunks: Iterator[Chunk], context: Any, *, max_bytes: int) -> bytes:
     raise RuntimeError("gRPC aborts by raising")
 
 
-def _check_folder(socket_path: Path) -> None:
-    """Refuse a folder in which another user could put a socket of the same name."""
+def check_folder(socket_path: Path) -> None:
+    """Refuse a folder in which another user could put a socket of the same name.
+
+    Raises:
+        ConfigError: It is missing or open to others, or the socket's path is too long.
+    """
     folder = socket_path.absolute().parent
     if len(os.fsencode(socket_path.absolute())) > MAX_PATH_BYTES:
         raise ConfigError(f"{socket_path}: a socket's path may have {MAX_PATH_BYTES} bytes; choose a shorter folder")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from common import cli, quiet
+from server import cli_doctor
 
 if TYPE_CHECKING:
     from server.admit import Change
@@ -26,6 +27,7 @@ KeyOption = Annotated[Path | None, typer.Option(help="Its private key, PEM, mode
 audit_app = cli.make(
     "audit", "Audit logs.", examples=("silotune-server audit verify audit.jsonl --key HEX --heads heads.jsonl",)
 )
+app.command()(cli_doctor.doctor)
 app.add_typer(audit_app, name="audit", help="Check audit logs, a site's too.")
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN_FOLDER")]
 FederationFolder = Annotated[Path, typer.Option(help="The folder that provision made.", metavar="DIR")]
