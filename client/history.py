@@ -55,16 +55,19 @@ class History:
         approved: Hashes in the order of approval.
         serial: Of the newest policy that the agent has started with; -1 before the first.
         policy_sha256: Of that policy.
+        line_hashes: Of every entry, by its place.
     """
 
     runs: dict[str, RunHistory] = field(default_factory=dict)
     approved: list[str] = field(default_factory=list)
     serial: int = -1
     policy_sha256: str = ""
+    line_hashes: list[bytes] = field(default_factory=list)
 
     def take(self, entry: Entry) -> None:
         """One more entry of the log."""
         facts = entry.facts
+        self.line_hashes.append(bytes.fromhex(entry.head.sha256))
         if entry.kind == "started":
             self.serial, self.policy_sha256 = facts["policy_serial"], facts["policy_sha256"]
         elif entry.kind in ("offered", "approved", "denied", "opened", "left"):

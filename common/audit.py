@@ -32,10 +32,17 @@ PURPOSE: Final = "audit"
 
 @dataclass(frozen=True)
 class Head:
-    """A line's place and hash: all that others need to keep to notice a cut tail. -1 is the empty log."""
+    """A line's place and hash: all that others need to keep to notice a cut tail. -1 is the empty log.
+
+    Attributes:
+        sequence: The line's.
+        sha256: Of the line.
+        time: The line's, Unix seconds. Of two heads it tells which one is news.
+    """
 
     sequence: int = -1
     sha256: str = GENESIS
+    time: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -254,7 +261,7 @@ def _read_line(line: bytes, previous: Head, public_key: str) -> Entry:
         identity.verify(public_key, signature, wire.canonical_json(fields), purpose=PURPOSE)
     except AuthError as error:
         raise AuditError(f"entry {sequence} was changed: its signature does not fit") from error
-    head = Head(sequence, hashlib.sha256(line).hexdigest())
+    head = Head(sequence, hashlib.sha256(line).hexdigest(), fields["time"])
     return Entry(sequence, fields["time"], fields["kind"], fields["facts"], head)
 
 

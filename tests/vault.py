@@ -9,15 +9,17 @@ from client import policy_file
 from client.agent import Agent, SiteData
 from client.gatekeeper import Gatekeeper
 from client.history import AUDIT_FILE
-from common import adapter, audit, config, identity, manifest, wire
-from common.audit import AuditLog, Entry
+from common import adapter, audit, audit_heads, config, identity, manifest, wire
+from common.audit import AuditLog, Entry, Head
 from common.manifest import Offer, RunManifest
-from common.records import RoundPlan, to_head
+from common.records import HEADS, RoundPlan, to_head
 from common.wire import Frame
 from tests import tiny
 
 OPERATOR, ADMIN, SITE, STRANGER = (Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2, 3, 4))
 NOW = 1_800_000_000.0
+SERVER_LOG = audit_heads.operator(identity.public_hex(OPERATOR))
+TOLD = {HEADS: audit_heads.to_list({SERVER_LOG: Head(7, "5e" * 32, NOW - 60)})}  # where the coordinator's log stands
 MAX = 1 << 24
 POLICY = """
 version = 1
@@ -165,7 +167,7 @@ class Vault:
     def step(self, kind: str = "train", run: RunManifest | None = None, state=None, **plan: object) -> Frame:
         """A step of a run."""
         run = run or self.manifest()
-        head = {**to_head(RoundPlan(run.sha256, 0)), **plan}
+        head = {**to_head(RoundPlan(run.sha256, 0)), **TOLD, **plan}
         body = state if isinstance(state, bytes) else adapter.encode(state or self.engine.initial, dtype="float32")
         return self.ask(Frame(kind, head, body))
 
