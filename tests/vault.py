@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from client import policy_file
 from client.agent import Agent, SiteData
@@ -14,6 +15,8 @@ from common.audit import AuditLog, Entry, Head
 from common.manifest import Offer, RunManifest
 from common.records import HEADS, RoundPlan, to_head
 from common.wire import Frame
+from server import trail
+from server.offer import Operator
 from tests import tiny
 
 OPERATOR, ADMIN, SITE, STRANGER = (Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2, 3, 4))
@@ -93,6 +96,24 @@ def policy_text(base_sha256: str, **changes: str) -> str:
         assert len(lines) == 1, key
         text = text.replace(f"\n{lines[0]}\n", f"\n{key} = {value}\n")
     return text
+
+
+def operator(folder: Path) -> Operator:
+    """The operator with a key file, and the audit log beside it; offers are for the sites' clock."""
+    path = folder / "op.pem"
+    if not path.exists():
+        write_key(path, OPERATOR)
+    day = int(NOW + 86_400)
+    return Operator(
+        lambda run: manifest.sign(run, OPERATOR, federation="onco-eu", not_after=day), trail.open_trail(path)
+    )
+
+
+def write_key(path: Path, key: Ed25519PrivateKey) -> None:
+    """A key file as `new-key` makes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(0o600)
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
 
 def node(folder: Path, name: str) -> config.NodeConfig:
