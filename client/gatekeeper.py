@@ -69,9 +69,9 @@ class Gatekeeper:
 
     def before_open(self, offer: Offer) -> None:
         """Only a run that an operator signed, the policy allows and somebody approved."""
-        self._admitted.discard(offer.sha256)
         if not self._opens.allows():
             raise PolicyRefusedError(f"runs.opens: more than {MAX_OPENS_A_MINUTE} offers a minute", rule="runs.opens")
+        self._admitted.discard(offer.sha256)
         policy.check_signature(self.policy, offer, now=self._clock())
         run = manifest.parse(offer.manifest)
         self._refresh()

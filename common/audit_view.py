@@ -86,11 +86,11 @@ def render(entries: Iterable[dict[str, Any]]) -> Table:
 
 
 def render_heads(heads: Iterable[dict[str, Any]]) -> Table:
-    """Kept heads for a terminal."""
-    table = Table("log of", "kept", "newest entry", "time (UTC)", "sha256")
+    """Kept heads for a terminal; hashes and keys are shortened."""
+    table = Table("log of", "kept", "newest", "time (UTC)", "sha256")
     for head in heads:
-        owner = Text(head["owner"][: 2 * MAX_SHOWN])
-        table.add_row(owner, str(head["num_kept"]), str(head["sequence"]), _moment(head["time"]), head["sha256"])
+        owner, sha256 = (head[name][:MAX_SHOWN] for name in ("owner", "sha256"))
+        table.add_row(Text(owner), str(head["num_kept"]), str(head["sequence"]), _moment(head["time"]), sha256)
     return table
 
 
