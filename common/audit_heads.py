@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from common import wire
-from common.audit import Head
+from common.audit import MAX_LINKS, Head
 from common.config_types import SLUG
 from common.errors import AuditError, WireError
 from common.records import MAX_NUMBER
@@ -55,6 +55,24 @@ def from_list(items: object) -> dict[str, Head]:
     if len(heads) != len(items):
         raise WireError("heads of audit logs name an owner twice")
     return heads
+
+
+def links_from(items: object, *, sequence: int) -> list[str]:
+    """Hashes of lines from a frame: of all lines up to a head, or of the last `audit.MAX_LINKS`; never of fewer.
+
+    Args:
+        items: What came.
+        sequence: The head's.
+
+    Raises:
+        WireError: Another number of them, or no hashes.
+    """
+    wanted = min(sequence + 1, MAX_LINKS)
+    if not isinstance(items, list) or len(items) != wanted:
+        raise WireError(f"a head at entry {sequence} comes with the hashes of the last {wanted} lines")
+    if not all(isinstance(item, str) and _SHA256.fullmatch(item) for item in items):
+        raise WireError("a hash of a line is not 64 hexadecimal digits")
+    return items
 
 
 @dataclass

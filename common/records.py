@@ -11,6 +11,7 @@ T = TypeVar("T")
 MAX_NUMBER: Final = 2**53
 MAX_CHARACTERS: Final = 256
 HEADS: Final = "heads"  # beside a plan: where the audit logs of the others stand
+LINKS: Final = "links"  # and that the coordinator's own log continues what it was
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def read_plan(head: dict[str, Any]) -> RoundPlan:
     Raises:
         WireError: See `from_head`.
     """
-    return from_head(RoundPlan, {name: value for name, value in head.items() if name != HEADS})
+    return from_head(RoundPlan, {name: value for name, value in head.items() if name not in (HEADS, LINKS)})
 
 
 def to_head(record: Any) -> dict[str, Any]:

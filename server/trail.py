@@ -12,7 +12,7 @@ from common import audit_heads, identity
 from common.audit import AuditLog, Head
 from common.audit_heads import Heads
 from common.errors import AuditError, RemoteError, SilotuneError
-from common.records import HEADS, UpdateHead
+from common.records import HEADS, LINKS, UpdateHead
 
 AUDIT_FILE: Final = "audit.jsonl"
 HEADS_FILE: Final = "audit-heads.jsonl"
@@ -33,9 +33,13 @@ class Trail:
     heads: Heads
 
     def told(self) -> dict[str, Any]:
-        """Where all logs stand, this one too, for the head of a request; the most advanced logs if there are many."""
+        """Where all logs stand, for the head of a request, and the hashes by which this one continues what it was.
+
+        Of more than `audit_heads.MAX_OWNERS` logs those are told that were heard of last.
+        """
+        own = self.log.refresh()
         known = sorted(self.heads.newest().items(), key=lambda item: item[1].time)[1 - audit_heads.MAX_OWNERS :]
-        return {HEADS: audit_heads.to_list({**dict(known), self.owner: self.log.refresh()})}
+        return {HEADS: audit_heads.to_list({**dict(known), self.owner: own}), LINKS: self.log.links}
 
     def keep(self, head: UpdateHead) -> None:
         """Remember where a site's log stands.

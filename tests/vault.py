@@ -1,5 +1,6 @@
 """A site with a policy, on the tiny base: what it is asked, what it answers and what its audit log says of it."""
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from client.history import AUDIT_FILE
 from common import adapter, audit, audit_heads, config, identity, manifest, wire
 from common.audit import AuditLog, Entry, Head
 from common.manifest import Offer, RunManifest
-from common.records import HEADS, RoundPlan, to_head
+from common.records import HEADS, LINKS, RoundPlan, to_head
 from common.wire import Frame
 from server import trail
 from server.offer import Operator
@@ -22,7 +23,6 @@ from tests import tiny
 OPERATOR, ADMIN, SITE, STRANGER = (Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2, 3, 4))
 NOW = 1_800_000_000.0
 SERVER_LOG = audit_heads.operator(identity.public_hex(OPERATOR))
-TOLD = {HEADS: audit_heads.to_list({SERVER_LOG: Head(7, "5e" * 32, NOW - 60)})}  # where the coordinator's log stands
 MAX = 1 << 24
 POLICY = """
 version = 1
@@ -86,6 +86,25 @@ num_exact = [0, 1e6]
 max_per_day = 2
 approval = "every_run"
 """
+
+
+def links(num_lines: int) -> list[str]:
+    """Hashes of the lines of a coordinator's log."""
+    return [hashlib.sha256(bytes([number])).hexdigest() for number in range(num_lines)]
+
+
+def server_head(sequence: int = 7) -> Head:
+    """The head of that log at one of its lines, of which one comes a second."""
+    return Head(sequence, audit.follow(audit.GENESIS, links(sequence + 1)), NOW - 60 + sequence)
+
+
+def told(head: Head | None = None, **others: Head) -> dict[str, list]:
+    """What a coordinator says of the logs beside a plan; an honest one gives no head of its own log."""
+    server = head or server_head()
+    return {HEADS: audit_heads.to_list({SERVER_LOG: server, **others}), LINKS: links(server.sequence + 1)}
+
+
+TOLD = told()
 
 
 def policy_text(base_sha256: str, **changes: str) -> str:

@@ -1,22 +1,20 @@
 """A coordinator that hides what its log, or another site's, has said; and a courier that wants to fill the disk."""
 
+import dataclasses
+
 import pytest
 
 from client import gatekeeper, replicas
 from client.history import AUDIT_FILE
-from common import audit_heads, identity
+from common import audit, audit_heads, identity
 from common.audit import Head
 from common.audit_heads import Heads
 from tests import vault
+from tests.vault import told
 
 POLICY = "PolicyRefusedError"
 RULE = (POLICY, "audit.heads")
-SERVER = Head(7, "5e" * 32, vault.NOW - 60)
-
-
-def told(server: Head = SERVER, **others: Head) -> dict[str, list]:
-    """Heads beside a plan."""
-    return {"heads": audit_heads.to_list({vault.SERVER_LOG: server, **others})}
+SERVER = vault.server_head()
 
 
 def kept(site) -> dict[str, list[Head]]:
@@ -54,6 +52,7 @@ def test_heads_that_are_none(open_site, heads):
         told(Head(6, "aa" * 32, vault.NOW)),
         told(Head(7, "aa" * 32, vault.NOW)),
         told(Head(0, "aa" * 32, vault.NOW)),
+        told(Head(9, "aa" * 32, vault.NOW)),
         told(south=Head(3, "aa" * 32, vault.NOW)),
         told(south=Head(4, "aa" * 32, vault.NOW)),
     ],
@@ -67,16 +66,52 @@ def test_a_log_that_went_back_stops_the_round_and_trains_nothing(open_site, late
     assert open_site.refused(open_site.step(**later)) == RULE
     assert not trained
     assert kept(open_site) == {vault.SERVER_LOG: [SERVER], "south": [south]}
-    went_on = told(Head(9, "aa" * 32, vault.NOW), south=Head(5, "aa" * 32, vault.NOW))
+    went_on = told(vault.server_head(9), south=Head(5, "aa" * 32, vault.NOW))
     assert open_site.step(**went_on).kind == "update"  # control
     assert len(trained) == 1
+
+
+@pytest.mark.parametrize("changed", [0, 3, 7])
+def test_a_log_that_was_written_anew_and_is_longer_stops_the_round(open_site, changed):
+    assert open_site.step("evaluate", **told()).kind == "metrics"
+    lines = vault.links(12)
+    lines[changed] = "00" * 32
+    anew = Head(11, audit.follow(audit.GENESIS, lines), vault.NOW)
+    request = told(anew) | {"links": lines}
+    assert open_site.refused(open_site.step(**request)) == RULE
+    assert "written anew" in str(open_site.errors[-1])
+    assert open_site.step(**told(vault.server_head(11))).kind == "update"  # control
+
+
+def test_control_a_longer_log_is_taken_by_who_kept_no_head_of_it(open_site):
+    lines = ["00" * 32, *vault.links(12)[1:]]
+    anew = Head(11, audit.follow(audit.GENESIS, lines), vault.NOW)
+    assert open_site.step(**(told(anew) | {"links": lines})).kind == "update"
+
+
+@pytest.mark.parametrize(
+    "links", [None, [], vault.links(7), vault.links(9), [*vault.links(7), 7], [*vault.links(7), "AB" * 32], "00" * 32]
+)
+def test_links_that_are_too_few_or_none(open_site, links):
+    assert open_site.refused(open_site.step(**(told() | {"links": links}))) == ("WireError", "WireError")
+    assert open_site.step(**told()).kind == "update"
+
+
+def test_a_site_that_has_not_heard_of_a_long_log_for_long_goes_on(open_site, monkeypatch):
+    monkeypatch.setattr(audit_heads, "MAX_LINKS", 3)
+    few = {"links": vault.links(8)[-3:]}
+    assert open_site.step("evaluate", **(told() | few)).kind == "metrics"
+    far = told(vault.server_head(20)) | {"links": vault.links(21)[-3:]}
+    assert open_site.step(**far).kind == "update"
+    near = told(Head(22, "aa" * 32, vault.NOW)) | {"links": vault.links(23)[-3:]}
+    assert open_site.refused(open_site.step("evaluate", round_index=1, **near)) == RULE
 
 
 def test_what_a_site_knows_of_others_survives_a_restart(open_site):
     assert open_site.step("evaluate").kind == "metrics"
     open_site.start()
     assert open_site.open(approve=False).kind == "opened"
-    assert open_site.refused(open_site.step(**told(Head(6, "aa" * 32, vault.NOW)))) == RULE
+    assert open_site.refused(open_site.step(**told(dataclasses.replace(vault.server_head(6), time=vault.NOW)))) == RULE
     assert open_site.step(**told()).kind == "update"
 
 
@@ -85,12 +120,13 @@ def test_control_a_site_that_forgot_what_it_knew_notices_nothing(open_site):
     (open_site.folder / replicas.HEADS_FILE).unlink()
     open_site.start()
     assert open_site.open(approve=False).kind == "opened"
-    assert open_site.step(**told(Head(6, "aa" * 32, vault.NOW))).kind == "update"
+    assert open_site.refused(open_site.step(**told(Head(6, "aa" * 32, vault.NOW)))) == RULE  # nor does it fit its links
+    assert open_site.step(**told(vault.server_head(6))).kind == "update"
 
 
 def test_a_repeated_round_gives_the_same_bytes_whatever_heads_come_with_it(open_site):
     first = open_site.step()
-    again = open_site.step(**told(Head(9, "aa" * 32, vault.NOW), south=SERVER))
+    again = open_site.step(**told(vault.server_head(9), south=SERVER))
     assert (first.kind, again.body) == ("update", first.body)
     left = [entry.facts["content_sha256"] for entry in open_site.log() if entry.facts.get("step") == "train"]
     assert left[0] == left[1]
