@@ -5,7 +5,7 @@ import json
 import pytest
 
 from common import audit_heads, wire
-from common.audit import GENESIS, Head
+from common.audit import GENESIS, MAX_LINKS, Head
 from common.audit_heads import Heads
 from common.errors import AuditError, StorageError, WireError
 from common.wire import Frame
@@ -178,7 +178,9 @@ def test_heads_travel_as_they_are():
 def test_the_longest_list_fits_a_frame_and_a_longer_one_is_refused():
     owners = [f"{number:04d}{'a' * 60}" for number in range(audit_heads.MAX_OWNERS - 1)]
     told = dict.fromkeys([*owners, SERVER], Head(2**40, "f" * 64, 1_800_000_000.123))
-    data = wire.pack(Frame("train", {"heads": audit_heads.to_list(told)}))
+    links = ["f" * 64] * MAX_LINKS
+    data = wire.pack(Frame("train", {"heads": audit_heads.to_list(told), "links": links}))
+    assert audit_heads.links_from(wire.unpack(data, max_body_bytes=0).head["links"], sequence=2**40) == links
     assert audit_heads.from_list(wire.unpack(data, max_body_bytes=0).head["heads"]) == told
     with pytest.raises(WireError, match="at most"):
         audit_heads.from_list([*audit_heads.to_list(told), ["west", 1, "f" * 64, 1.0]])
