@@ -12,17 +12,21 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client import consent, outgoing, policy, probes
+from client import consent, outgoing, policy, probes, replicas
 from client.history import AUDIT_FILE, History, position
 from client.policy_file import DatasetRules, SignedPolicy
+from client.pressure import Limit
 from common import config, egress, manifest, wire
 from common.adapter import Tensors
-from common.audit import AuditLog
+from common.audit import AuditLog, Head
+from common.audit_heads import Heads
 from common.errors import ApprovalDenied, ApprovalRequired, AuditError, PolicyRefusedError, ProtocolError, SilotuneError
 from common.manifest import Offer, RunManifest
 from common.records import OpenedHead, RoundPlan, from_head
 from common.wire import Frame
 
+MAX_REFUSALS_A_MINUTE: Final = 120  # that are logged
+MAX_OPENS_A_MINUTE: Final = 60  # that are answered; the same offer may come again, and each answer is logged
 REPLY_OF: Final = {"open": "opened", "train": "update", "evaluate": "metrics"}
 
 
@@ -54,6 +58,10 @@ class Gatekeeper:
         self._site = node.site.name
         self._clock = clock
         self._admitted: set[str] = set()
+        self._signers: dict[str, str] = {}
+        self._heads = Heads(self._folder / replicas.HEADS_FILE)
+        self._refusals = Limit(MAX_REFUSALS_A_MINUTE, clock=clock)
+        self._opens = Limit(MAX_OPENS_A_MINUTE, clock=clock)
         self._log = AuditLog(self._folder / AUDIT_FILE, key=key, on_entry=self.history.take, clock=clock)
         check_serial(signed_policy, self.history)
         self._dataset: DatasetRules = policy.check_node(self.policy, node.data)
@@ -61,10 +69,13 @@ class Gatekeeper:
 
     def before_open(self, offer: Offer) -> None:
         """Only a run that an operator signed, the policy allows and somebody approved."""
+        if not self._opens.allows():
+            raise PolicyRefusedError(f"runs.opens: more than {MAX_OPENS_A_MINUTE} offers a minute", rule="runs.opens")
         self._admitted.discard(offer.sha256)
         policy.check_signature(self.policy, offer, now=self._clock())
         run = manifest.parse(offer.manifest)
-        self._log.refresh()
+        self._refresh()
+        self._signers[offer.sha256] = offer.signature.signer if offer.signature else ""
         policy.check(self.policy, run, self.history.usage(offer.sha256, now=self._clock()))
         if offer.sha256 not in self.history.runs:
             consent.store(self._folder, offer)
@@ -72,13 +83,15 @@ class Gatekeeper:
         consent.require(self.policy, self.history, run, folder=self._folder)
 
     def before_step(self, request: Frame, plan: RoundPlan, tensors: Tensors, *, run: RunManifest) -> None:
-        """Only a run that is still approved, a round in its order, and an adapter that no attack shaped."""
+        """Only a run that is still approved, a round in its order, an adapter that no attack shaped, and whole logs."""
         if plan.run_sha256 not in self._admitted:
             raise ProtocolError("this run is not open at this site; the server must send its manifest first")
-        self._log.refresh()
+        self._refresh()
         consent.require(self.policy, self.history, run, folder=self._folder)
         self._check_order(request, plan)
         probes.check(tensors, max_tensor_norm=self.policy.train.max_tensor_norm)
+        told = replicas.read(request, signer=self._signers[plan.run_sha256])
+        replicas.keep(told, self._heads, site=self._site, line_hashes=self.history.line_hashes)
 
     def outgoing(self, request: Frame, reply: Frame, *, run: RunManifest) -> bytes:
         """Round, check against manifest and policy, count, log; then the bytes may leave."""
@@ -97,20 +110,39 @@ class Gatekeeper:
         return data
 
     def refused(self, reference: str, request: Frame | None, error: Exception) -> None:
-        """Log code and rule. An offer that merely waits was logged when it came."""
+        """Log code and rule. An offer that merely waits was logged when it came.
+
+        Of a flood only so many a minute are logged, and how many were not, so that no courier can fill the disk.
+        """
         if isinstance(error, ApprovalRequired | AuditError):
+            return
+        self._tell_suppressed()
+        if not self._refusals.allows():
+            if self._refusals.is_first_suppressed:
+                self._log.append("suppressing", max_a_minute=MAX_REFUSALS_A_MINUTE)
             return
         step = request.kind if request is not None and request.kind in REPLY_OF else "unknown"
         self._log.append(
             "refused", step=step, code=_code(error), rule=_rule(error), reference=reference, **_run_of(request)
         )
 
+    def _refresh(self) -> Head:
+        """Read what people decided meanwhile, and tell of a flood of refusals that is over."""
+        self._tell_suppressed()
+        return self._log.refresh()
+
+    def _tell_suppressed(self) -> None:
+        """Log how many refusals a minute that is over had beyond those that were logged."""
+        num_suppressed = self._refusals.take_suppressed()
+        if num_suppressed:
+            self._log.append("suppressed", num_refusals=num_suppressed)
+
     def _with_audit_head(self, reply: Frame) -> Frame:
         """Tell where this log stands with every update, so that the coordinator can notice a cut tail."""
         if reply.kind != "update":
             return reply
-        head = self._log.refresh()
-        told = {"num_audit_entries": head.sequence + 1, "audit_sha256": head.sha256}
+        head = self._refresh()
+        told = {"num_audit_entries": head.sequence + 1, "audit_sha256": head.sha256, "audit_time": head.time}
         return dataclasses.replace(reply, head={**reply.head, **told})
 
     def _admit(self, run: RunManifest, reply: Frame) -> None:

@@ -57,6 +57,7 @@ class History:
         serial: Of the newest policy that the agent has started with; -1 before the first.
         policy_sha256: Of that policy.
         ledgers: The newest line that is known of each privacy ledger, by its file's name.
+        line_hashes: Of every entry, by its place.
     """
 
     runs: dict[str, RunHistory] = field(default_factory=dict)
@@ -64,10 +65,12 @@ class History:
     serial: int = -1
     policy_sha256: str = ""
     ledgers: dict[str, Head] = field(default_factory=dict)
+    line_hashes: list[bytes] = field(default_factory=list)
 
     def take(self, entry: Entry) -> None:
         """One more entry of the log."""
         facts = entry.facts
+        self.line_hashes.append(bytes.fromhex(entry.head.sha256))
         if entry.kind == "started":
             self.serial, self.policy_sha256 = facts["policy_serial"], facts["policy_sha256"]
         elif entry.kind == "ledger":
