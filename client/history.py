@@ -11,6 +11,21 @@ DAY_S: Final = 86_400
 
 
 @dataclass(frozen=True)
+class RosterSeen:
+    """The newest roster that this site has accepted.
+
+    Attributes:
+        epoch: Its number; 0 before the first.
+        sha256: Its hash.
+        governance_sha256: Of the governance that signed it.
+    """
+
+    epoch: int = 0
+    sha256: str = ""
+    governance_sha256: str = ""
+
+
+@dataclass(frozen=True)
 class Step:
     """One answer to one request.
 
@@ -55,18 +70,22 @@ class History:
         approved: Hashes in the order of approval.
         serial: Of the newest policy that the agent has started with; -1 before the first.
         policy_sha256: Of that policy.
+        roster: The newest roster that was accepted.
     """
 
     runs: dict[str, RunHistory] = field(default_factory=dict)
     approved: list[str] = field(default_factory=list)
     serial: int = -1
     policy_sha256: str = ""
+    roster: RosterSeen = RosterSeen()
 
     def take(self, entry: Entry) -> None:
         """One more entry of the log."""
         facts = entry.facts
         if entry.kind == "started":
             self.serial, self.policy_sha256 = facts["policy_serial"], facts["policy_sha256"]
+        elif entry.kind == "roster":
+            self.roster = RosterSeen(**facts)
         elif entry.kind in ("offered", "approved", "denied", "opened", "left"):
             self._take_run(entry, self.runs.setdefault(facts["run"], RunHistory()))
 
