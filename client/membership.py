@@ -49,13 +49,14 @@ def check(folder: str, *, rules: FederationRules, seen: RosterSeen, site: str, i
     """
     try:
         if not folder:
-            return _without(rules)
+            _check_without(rules)
+            return None
         return _read(Path(folder), rules=rules, seen=seen, site=site, identity_key=identity_key)
     except (AuthError, ConfigError) as error:
         raise PolicyRefusedError(f"{RULE}: {error}", rule=RULE) from error
 
 
-def _without(rules: FederationRules) -> None:
+def _check_without(rules: FederationRules) -> None:
     """A policy that asks for a roster is not kept by an agent that reads none."""
     if rules.roster_epoch_min:
         raise ConfigError("the policy asks for one; set agent.roster_folder in this site's own file")
@@ -70,7 +71,7 @@ def _read(folder: Path, *, rules: FederationRules, seen: RosterSeen, site: str, 
     path = folder / kit.ROSTER
     found = roster.load(path, governance=pinned, epoch_min=max(1, seen.epoch))
     if found.epoch < rules.roster_epoch_min:
-        raise AuthError(f"{path} is of epoch {found.epoch}, the policy asks for {rules.roster_epoch_min}; fetch it anew")
+        raise AuthError(f"{path} has epoch {found.epoch}, the policy asks for {rules.roster_epoch_min}; fetch it anew")
     if found.epoch == seen.epoch and found.sha256 != seen.sha256:
         raise AuthError(f"{path} differs from the roster of epoch {seen.epoch} seen before; tell the other sites")
     _check_own(found, site=site, identity_key=identity_key)
@@ -81,4 +82,4 @@ def _read(folder: Path, *, rules: FederationRules, seen: RosterSeen, site: str, 
 def _check_own(found: Roster, *, site: str, identity_key: str) -> None:
     """A site that was revoked, or whose key was replaced, takes part in nothing."""
     if found.site(site).identity_key != identity_key:
-        raise AuthError(f"epoch {found.epoch} has another identity key for {site} than this site's; ask the coordinator")
+        raise AuthError(f"epoch {found.epoch} has another key for {site} than this site's own; ask the coordinator")

@@ -244,7 +244,7 @@ def _check(roster: Roster, pinned: Governance) -> None:
     identities = (*(site.identity_key for site in roster.sites), *(peer.identity_key for peer in roster.operators))
     _refuse_repeats("identity key", (*identities, *roster.governance))
     _refuse_repeats("node key", (site.node_key for site in roster.sites))
-    peers = (*roster.servers, *roster.operators)
+    peers: tuple[PeerEntry | OperatorEntry, ...] = (*roster.servers, *roster.operators)
     _refuse_repeats("server or operator name", (peer.name for peer in peers))
     retiring = (site.retiring_tls_fingerprint for site in roster.sites if site.retiring_tls_fingerprint)
     tls = (*(site.tls_fingerprint for site in roster.sites), *(peer.tls_fingerprint for peer in peers), *retiring)

@@ -144,6 +144,11 @@ class World:
         self.processes.append(process)
         return process
 
+    def stop_since(self, count: int) -> None:
+        """Stop all processes but the first ones, and forget them."""
+        deployment.stop(self.processes[count:])
+        del self.processes[count:]
+
     def wait_for(self, condition, *, timeout_s: float = 60.0) -> None:
         end = time.monotonic() + timeout_s
         while not condition():
