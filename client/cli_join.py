@@ -98,7 +98,13 @@ def roster(
     found = installing.update_roster(roster_file, keys=keys)
     result = {"federation_id": found.federation_id, "epoch": found.epoch, "sites": [site.name for site in found.sites]}
     told = f"{found.federation_id}: roster epoch {found.epoch}, {len(found.sites)} sites"
-    cli.emit(result, as_json=json, show=lambda: cli.show(told, "next: copy roster.json to agent.roster_folder; the agent reads it before its next step"))
+    cli.emit(
+        result,
+        as_json=json,
+        show=lambda: cli.show(
+            told, "next: copy roster.json to agent.roster_folder; the agent reads it before its next step"
+        ),
+    )
 
 
 def link(

@@ -22,6 +22,7 @@ from server.ca import Issuer, Span
 
 GATEWAY: Final = "gateway"
 SIGNING_SUFFIX: Final = ".signing.key"
+UNITS: Final = Path(__file__).with_name("units")
 
 
 def provision(config_path: Path, *, folder: Path, now: datetime.datetime) -> Governance:
@@ -52,6 +53,8 @@ def provision(config_path: Path, *, folder: Path, now: datetime.datetime) -> Gov
         storage.write_atomic(made / kit.PINNED, pinned.to_bytes())
         _write_start(made, pinned, keys, peers=_make_peers(config, made, issuers=issuers, now=now))
         storage.write_atomic(made / registry.ISSUERS / "sites.crl", _empty_crl(issuers, now))
+        for unit in sorted(UNITS.iterdir()):
+            storage.write_atomic(made / UNITS.name / unit.name, unit.read_bytes())
     return pinned
 
 
