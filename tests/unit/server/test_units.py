@@ -54,6 +54,14 @@ def test_only_gateway_and_link_may_reach_other_machines(joined):
         assert ("IPAddressDeny=any" in lines) == (name not in ("gateway", "link"))
 
 
+@pytest.mark.parametrize("name", ["superlink", "courier"])
+def test_what_flower_starts_by_its_name_is_found(joined, name):
+    """SuperLink and SuperNode start `flower-superexec`, which starts `flwr-serverapp` or `flwr-clientapp`."""
+    assert "PATH=/opt/silotune/bin:" in unit(joined, name).read_text()
+    for program in ("flower-superexec", "flwr-serverapp", "flwr-clientapp"):
+        assert (BIN / program).exists()
+
+
 @needs_systemd
 @pytest.mark.parametrize("name", NAMES)
 def test_systemd_takes_each_unit_and_finds_its_program(joined, tmp_path, name):
