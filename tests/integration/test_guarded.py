@@ -4,9 +4,11 @@ It trains the adapter of the simulation of the same run file, byte for byte. In 
 lets runs pass without a person; the slow one has three, each of which approves, and one agent has no network at all.
 """
 
+import datetime
 import hashlib
 import json
 import re
+import shutil
 import threading
 import time
 from collections.abc import Sequence
@@ -16,11 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from client import review
+from client import consent, line, review
 from client.history import AUDIT_FILE
-from common import audit, config, identity
+from common import audit, config, identity, kit, wire
 from common.errors import SilotuneError
-from server import launch
+from common.wire import Frame
+from server import admit, launch
 from server import run as server_run
 from simulations import guarded, run, world
 from simulations.guarded import FEDERATION, Guarded
@@ -137,12 +140,35 @@ def check_log(node_file: Path, run_folder: Path, decided: list[str]) -> None:
     assert {entry.facts["run"] for entry in log if "run" in entry.facts} == {run_sha256}
 
 
+def check_revocation(running: Guarded, name: str) -> None:
+    """A revoked site's agent refuses what it took before, by the roster; the gateway turns its courier away."""
+    agent = config.load_node(running.nodes[name]).agent
+    (offer,) = (path.read_bytes() for path in (Path(agent.log_folder) / consent.FOLDER).iterdir())
+    assert ask(agent, offer).kind == "opened"
+    members = sorted((running.folder / "governance").iterdir())[:2]
+    admit.revoke(running.folder, name, governance_files=members, now=datetime.datetime.now(datetime.UTC))
+    shutil.copy(running.folder / kit.ROSTER, Path(agent.roster_folder) / kit.ROSTER)
+    assert ask(agent, offer).head["code"] == "PolicyRefusedError"
+    last = entries(running.nodes[name])[-1]
+    assert (last.kind, last.facts["rule"]) == ("refused", "roster")
+    end = time.monotonic() + 60
+    while '"revoked"' not in running.refusals.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def ask(agent: config.AgentConfig, frame: bytes) -> Frame:
+    """What a courier does with a frame of the kind `open`."""
+    return wire.unpack(line.call(Path(agent.socket), "open", frame, 60.0), max_body_bytes=1 << 20)
+
+
 def test_one_site_behind_gateway_and_link_trains_the_simulations_adapter(tiny_base, tmp_path):
     case = make_case(tmp_path, tiny_base, SITES[:1])
     adapter, base_sha256 = case.simulate()
     with case.federation(base_sha256, min_sites="1", approval='"none"') as running:
         case.launch(running)
         check_log(running.nodes[SITES[0]], tmp_path / "run", ["offered", "opened"])
+        check_revocation(running, SITES[0])
     assert digest(tmp_path / "run") == adapter
     assert case.simulate("other", seed=6)[0] != adapter  # control: the adapter depends on the seed
 
