@@ -57,7 +57,8 @@ def test_a_supernode_through_tunnel_and_gateway_answers_a_message(world, tmp_pat
     listed = (hashlib.sha256(ECHO_BUNDLE).hexdigest(),)
     with joined(world, tmp_path, "gorse", bundles=listed), as_olga(world) as connected:
         run_id = echo_run(world, tmp_path, connected)
-        world.wait_for(lambda: connected.state(run_id).is_finished)
+        world.wait_for((tmp_path / "told.json").exists)
+        world.wait_for(lambda: connected.state(run_id).is_finished, poll_s=1.0)  # within the operator's rate
         assert connected.state(run_id).is_completed, connected.log_of(run_id)
     assert (tmp_path / "told.json").read_text() == '"right"'
 

@@ -149,13 +149,13 @@ class World:
         deployment.stop(self.processes[count:])
         del self.processes[count:]
 
-    def wait_for(self, condition, *, timeout_s: float = 60.0) -> None:
+    def wait_for(self, condition, *, timeout_s: float = 60.0, poll_s: float = 0.1) -> None:
         end = time.monotonic() + timeout_s
         while not condition():
             for process in self.processes:
                 process.check()
             assert time.monotonic() < end
-            time.sleep(0.1)
+            time.sleep(poll_s)
 
     def is_open(self, door: str) -> bool:
         with socket.socket() as probe:
