@@ -12,11 +12,12 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client import consent, outgoing, policy, probes, replicas
+from client import consent, membership, outgoing, policy, probes, replicas
 from client.history import AUDIT_FILE, History, position
+from client.membership import Membership
 from client.policy_file import DatasetRules, SignedPolicy
 from client.pressure import Limit
-from common import config, egress, manifest, wire
+from common import config, egress, identity, manifest, wire
 from common.adapter import Tensors
 from common.audit import AuditLog, Head
 from common.audit_heads import Heads
@@ -40,7 +41,8 @@ class Gatekeeper:
         clock: Unix seconds.
 
     Raises:
-        PolicyRefusedError: The policy is older than one that was in force, or does not allow the site's own file.
+        PolicyRefusedError: The policy is older than one that was in force, or does not allow the site's own file; or
+            the roster is old, forged or without this site.
         AuditError: The audit log is not whole.
     """
 
@@ -55,7 +57,8 @@ class Gatekeeper:
         self.policy = signed_policy.rules
         self.history = History()
         self._folder = Path(node.agent.log_folder)
-        self._site = node.site.name
+        self._site, self._identity_key = node.site.name, identity.public_hex(key)
+        self._roster_folder = node.agent.roster_folder
         self._clock = clock
         self._admitted: set[str] = set()
         self._signers: dict[str, str] = {}
@@ -63,8 +66,7 @@ class Gatekeeper:
         self._refusals = Limit(MAX_REFUSALS_A_MINUTE, clock=clock)
         self._opens = Limit(MAX_OPENS_A_MINUTE, clock=clock)
         self._log = AuditLog(self._folder / AUDIT_FILE, key=key, on_entry=self.history.take, clock=clock)
-        check_serial(signed_policy, self.history)
-        self._dataset: DatasetRules = policy.check_node(self.policy, node.data)
+        self._dataset = self._start(signed_policy, node)
         self._log.append("started", policy_sha256=signed_policy.sha256, policy_serial=self.policy.serial)
 
     def before_open(self, offer: Offer) -> None:
@@ -72,9 +74,13 @@ class Gatekeeper:
         if not self._opens.allows():
             raise PolicyRefusedError(f"runs.opens: more than {MAX_OPENS_A_MINUTE} offers a minute", rule="runs.opens")
         self._admitted.discard(offer.sha256)
-        policy.check_signature(self.policy, offer, now=self._clock())
-        run = manifest.parse(offer.manifest)
         self._refresh()
+        member = self._check_roster()
+        operators = member.operators if member else ()
+        policy.check_signature(self.policy, offer, now=self._clock(), operators=operators)
+        if member:
+            policy.check_members(self.policy, member.num_sites)
+        run = manifest.parse(offer.manifest)
         self._signers[offer.sha256] = offer.signature.signer if offer.signature else ""
         policy.check(self.policy, run, self.history.usage(offer.sha256, now=self._clock()))
         if offer.sha256 not in self.history.runs:
@@ -87,6 +93,7 @@ class Gatekeeper:
         if plan.run_sha256 not in self._admitted:
             raise ProtocolError("this run is not open at this site; the server must send its manifest first")
         self._refresh()
+        self._check_roster()
         consent.require(self.policy, self.history, run, folder=self._folder)
         self._check_order(request, plan)
         probes.check(tensors, max_tensor_norm=self.policy.train.max_tensor_norm)
@@ -136,6 +143,30 @@ class Gatekeeper:
         num_suppressed = self._refusals.take_suppressed()
         if num_suppressed:
             self._log.append("suppressed", num_refusals=num_suppressed)
+
+    def _start(self, signed_policy: SignedPolicy, node: config.NodeConfig) -> DatasetRules:
+        """Policy and roster must hold before the door opens; why they do not is in the log."""
+        try:
+            check_serial(signed_policy, self.history)
+            self._check_roster()
+            return policy.check_node(self.policy, node.data)
+        except PolicyRefusedError as error:
+            self._log.append("refused", step="start", code=_code(error), rule=_rule(error))
+            raise
+
+    def _check_roster(self) -> Membership | None:
+        """This site is a member by the newest roster, and a newer one is remembered before anything else is done."""
+        seen = self.history.roster
+        found = membership.check(
+            self._roster_folder,
+            rules=self.policy.federation,
+            seen=seen,
+            site=self._site,
+            identity_key=self._identity_key,
+        )
+        if found and found.seen != seen:
+            self._log.append("roster", **dataclasses.asdict(found.seen))
+        return found
 
     def _with_audit_head(self, reply: Frame) -> Frame:
         """Tell where this log stands with every update, so that the coordinator can notice a cut tail."""

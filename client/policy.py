@@ -4,7 +4,7 @@ Closed world: a setting that no rule here knows is refused too, so a later versi
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -47,8 +47,14 @@ class Usage:
     bytes_of_run: int = 0
 
 
-def check_signature(policy: Policy, offer: Offer, *, now: float) -> None:
+def check_signature(policy: Policy, offer: Offer, *, now: float, operators: Collection[str] = ()) -> None:
     """Act on what one of the federation's operators signed, and nothing else.
+
+    Args:
+        policy: What the site allows.
+        offer: What came.
+        now: Unix seconds.
+        operators: Keys of the operators in the roster; empty: it names none, so the policy's list decides alone.
 
     Raises:
         PolicyRefusedError: Unsigned, altered, signed by somebody else or for others, or past its date.
@@ -57,11 +63,9 @@ def check_signature(policy: Policy, offer: Offer, *, now: float) -> None:
         made = manifest.check_signature(offer)
     except AuthError as error:
         raise PolicyRefusedError(str(error), rule="federation.operators") from error
-    _require(
-        made.signer in policy.federation.operators,
-        "federation.operators",
-        f"key {shown(made.signer, limit=16)} is no operator's",
-    )
+    listed, told = policy.federation.operators, f"key {shown(made.signer, limit=16)} is no operator's"
+    _require(not operators or made.signer in operators, "roster", told)
+    _require(made.signer in (listed or operators), "federation.operators", told)
     _require(
         made.federation == policy.federation.id,
         "federation.id",
@@ -85,6 +89,15 @@ def check(policy: Policy, run_manifest: RunManifest, usage: Usage) -> None:
     _check_texts(policy, run_manifest.run)
     _check_egress(policy, run_manifest, usage)
     _at_most("runs.max_per_day", usage.num_runs_today + 1, policy.runs.max_per_day)
+
+
+def check_members(policy: Policy, num_sites: int) -> None:
+    """No aggregate can come from more sites than the federation has.
+
+    Raises:
+        PolicyRefusedError: The roster has fewer sites than an aggregate must come from.
+    """
+    _at_least("cohort.min_sites", num_sites, policy.cohort.min_sites)
 
 
 def check_node(policy: Policy, data: config.NodeDataConfig) -> DatasetRules:

@@ -284,6 +284,9 @@ class AgentConfig(Section):
     policy: Line = Field(default="", description="This site's signed policy. Empty: every run is taken.")
     policy_signer: Sha256 = Field(default="", description="Public key of the admin who signs the policy, 64 digits.")
     identity_key: Line = Field(default="", description="Private key of this site (Ed25519, PEM); signs the audit log.")
+    roster_folder: Line = Field(
+        default="", description="Folder with the installed federation.json and roster.json. Empty: no roster is read."
+    )
 
 
 class NodeConfig(Section):

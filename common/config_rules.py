@@ -284,4 +284,9 @@ NODE_RULES = (
         lambda c: len({bool(c.agent.policy), bool(c.agent.policy_signer), bool(c.agent.identity_key)}) > 1,
         "a policy, its signer's public key and this site's key belong together; set all three, or none",
     ),
+    Rule(
+        ("agent.roster_folder", "agent.policy"),
+        lambda c: bool(c.agent.roster_folder) and not c.agent.policy,
+        "a roster is looked at by an agent with a policy only; set agent.policy too, or remove it",
+    ),
 )

@@ -135,9 +135,10 @@ def write_key(path: Path, key: Ed25519PrivateKey) -> None:
     path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
 
-def node(folder: Path, name: str) -> config.NodeConfig:
+def node(folder: Path, name: str, *, roster_folder: Path | None = None) -> config.NodeConfig:
     """The site's own file."""
-    agent = {"log_folder": str(folder)}
+    agent = {"log_folder": str(folder), "policy": "p", "policy_signer": "ab" * 32, "identity_key": "k"}
+    agent |= {"roster_folder": str(roster_folder)} if roster_folder else {}
     return config.NodeConfig.model_validate({"site": {"name": name}, "data": {"path": "rows.jsonl"}, "agent": agent})
 
 
@@ -150,6 +151,7 @@ class Vault:
     data: SiteData
     policy: str
     name: str = "north"
+    roster_folder: Path | None = None
     now: float = NOW
     errors: list[Exception] = field(default_factory=list)
     num_reads: int = 0
@@ -164,7 +166,8 @@ class Vault:
         path.write_text(self.policy)
         policy_file.sign(path, ADMIN)
         signed = policy_file.load(path, signer=identity.public_hex(ADMIN))
-        self.gate = Gatekeeper(signed, node=node(self.folder, self.name), key=SITE, clock=lambda: self.now)
+        own = node(self.folder, self.name, roster_folder=self.roster_folder)
+        self.gate = Gatekeeper(signed, node=own, key=SITE, clock=lambda: self.now)
         self.agent = Agent(
             self.name,
             load_data=lambda _: self._read(),
@@ -228,8 +231,10 @@ class Vault:
         return [(entry.facts["step"], entry.facts["round_index"]) for entry in self.log() if entry.kind == "left"]
 
 
-def make(folder: Path, engine, *, name: str = "north", count: int = 12, **policy: str) -> Vault:
+def make(
+    folder: Path, engine, *, name: str = "north", count: int = 12, roster_folder: Path | None = None, **policy: str
+) -> Vault:
     """A site with `count` rows; three quarters train."""
     folder.mkdir(exist_ok=True)
     text = policy_text(engine.base_sha256, **policy)
-    return Vault(folder, engine, tiny.site_data(name, count), text, name=name)
+    return Vault(folder, engine, tiny.site_data(name, count), text, name=name, roster_folder=roster_folder)
