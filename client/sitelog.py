@@ -22,10 +22,15 @@ def report(path: Path, reference: str, error: Exception) -> None:
     if isinstance(error, SilotuneError):
         entry["message"] = str(error)
     else:
-        entry["at"] = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+        entry["at"] = places(error)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
     except OSError as failure:
         raise storage_error(path, failure) from failure
+
+
+def places(error: BaseException) -> list[str]:
+    """The code lines that an error passed: all that may be written of one that is not ours."""
+    return [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
