@@ -106,7 +106,7 @@ class _Door(AgentServicer):
         yield from pieces(frame)
 
     def _answer_safely(self, frame: bytes, context: Any) -> bytes:
-        """Call the agent; should it raise, only a code crosses, and its text, which may hold a row, is written nowhere."""
+        """Call the agent; should it raise, a code crosses, and the text, which may hold a row, is written nowhere."""
         try:
             return self._answer(frame)
         except Exception as error:  # noqa: BLE001 - the edge of the agent's process: gRPC would send the text to the peer

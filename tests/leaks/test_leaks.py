@@ -181,6 +181,7 @@ def test_an_error_whose_text_is_rows_leaves_none_wherever_it_is_raised(
         spared = [point for point in points if not bench.fail(site, kind, at=point, error=lambda: error(spilt))]
         found = searcher.find(site.at_socket())
         own = searcher.find([*captures.of_folder(site.logs), caplog.text.encode(), capfd.readouterr().err.encode()])
+    print(f"{kind}: {len(points)} raise points")
     assert spared == []
     assert len(points) >= 75 // every
     assert found == set()
@@ -213,9 +214,8 @@ def base_sha256(load_tiny) -> str:
 def test_a_federation_whose_site_smuggles_unguarded_leaks_all_forms_at_all_three_places(folder, tiny_base, searcher):
     settings = tiny.settings(tiny_base, CHANGES)
     seen = world.play(settings, {"west": ROWS}, folder=folder, base=tiny_base, smugglers=["west"], policy="")
-    assert whole_forms(searcher.find(seen.at_socket())) == set(FORMS)
-    assert whole_forms(searcher.find(seen.at_egress())) == set(FORMS)
-    on_disk = searcher.find(seen.on_disk())
+    at_socket, at_egress, on_disk, _ = look(searcher, seen)
+    assert whole_forms(at_socket) == whole_forms(at_egress) == set(FORMS)
     assert FORMS.keys() <= {name for name, _ in on_disk}
     assert len({canary for _, canary in on_disk}) >= 990  # a page of the database ends within some
 
@@ -228,9 +228,27 @@ def test_a_federation_of_guarded_sites_leaks_nothing_at_any_place_even_if_one_sm
     settings, tables = tiny.settings(tiny_base, CHANGES), {"north": ROWS, "west": ROWS}
     seen = world.play(settings, tables, folder=folder, base=tiny_base, smugglers=["west"], policy=policy)
     assert seen.state.is_completed
-    for place in (seen.at_socket(), seen.at_egress(), seen.on_disk(), seen.at_couriers()):
-        assert searcher.find(place) == set()
+    assert look(searcher, seen) == [set()] * 4
     assert_that_the_run_was_real(seen)
+
+
+def look(searcher: Searcher, seen: world.Captured) -> list[Found]:
+    """What is found at each place; `pytest -rP` shows the figures."""
+    return [
+        report(place, captured, searcher.find(captured))
+        for place, captured in (
+            ("agent's socket", seen.at_socket()),
+            ("courier's egress", seen.at_egress()),
+            ("server's disk", seen.on_disk()),
+            ("couriers' files", seen.at_couriers()),
+        )
+    ]
+
+
+def report(place: str, captured: list[bytes], found: Found) -> Found:
+    num_canaries, num_forms = len({canary for _, canary in found}), len(FORMS.keys() & {name for name, _ in found})
+    print(f"{place}: {sum(map(len, captured)):,} bytes, {num_canaries} canaries, {num_forms} forms")
+    return found
 
 
 def assert_that_the_run_was_real(seen: world.Captured) -> None:
