@@ -89,19 +89,15 @@ def requests(settings: RunConfig, *, engine: Engine, operator: Path) -> dict[str
     return {"open": wire.pack(offer.to_frame()), "evaluate": wire.pack(evaluate), "train": wire.pack(train)}
 
 
-def raise_points(bench: Bench, kind: str) -> list[tuple[str, ...]]:
-    """Functions at which a request can fail, each alone; and with a first failure, those at which its refusal can."""
-    bench.ask("open")  # the first offer passes functions that no other does
-    _ready(bench, kind)
-    work = faults.passed_by(bench.agent.answer, bench.requests[kind])
-    first = next(name for name in work if name.startswith("client/agent.py:Agent._"))
-    refusal = faults.passed_by(bench.agent.answer, bench.requests[kind], failing_at=first)
-    return [(name,) for name in work] + [(first, name) for name in refusal]
+def raise_points(bench: Bench, kind: str) -> list[str]:
+    """Functions that a request passes; each is a place to fail."""
+    ready(bench, kind)
+    return faults.passed_by(bench.agent.answer, bench.requests[kind])
 
 
-def fail(bench: Bench, kind: str, *, at: tuple[str, ...], error: Callable[[], Exception]) -> bool:
-    """Ask with errors at these functions; whether they were raised."""
-    _ready(bench, kind)
+def fail(bench: Bench, kind: str, *, at: str, error: Callable[[], Exception]) -> bool:
+    """Ask with an error at this function; whether it was raised."""
+    ready(bench, kind)
     raised: list[Exception] = []
 
     def make() -> Exception:
@@ -111,12 +107,20 @@ def fail(bench: Bench, kind: str, *, at: tuple[str, ...], error: Callable[[], Ex
     bench.answer = faults.failing_at(bench.agent.answer, at, make)
     bench.ask(kind)
     bench.answer = bench.agent.answer
-    return len(raised) == len(at)
+    return bool(raised)
 
 
-def _ready(bench: Bench, kind: str) -> None:
+def ready(bench: Bench, kind: str) -> None:
     """Bring the agent to where it answers this kind of request in full."""
+    bench.ask("open")  # the first offer passes functions that no other does
     if kind == "open":
         bench.agent._run = None  # so that rows and base are read again
-    else:
-        bench.ask("open")
+
+
+def refuse(bench: Bench, kind: str, error: Callable[[], Exception]) -> None:
+    """Let the agent fail at every request of a kind, so that what is passed is the way of a refusal."""
+
+    def step(_: Frame) -> Frame:
+        raise error()
+
+    bench.agent._steps[kind] = step

@@ -20,7 +20,10 @@ def name_of(code: CodeType) -> str:
 
 @contextmanager
 def traced(on_call: Callable[[CodeType], None]) -> Iterator[None]:
-    """Tell of every call of a function of the product in this thread; what the listener raises, the function raises."""
+    """Tell of every call of a function of the product in this thread.
+
+    What the listener raises, the function raises; Python ends the tracing there.
+    """
 
     def trace(frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and frame.f_code.co_filename.startswith(FOLDERS):
@@ -34,35 +37,22 @@ def traced(on_call: Callable[[CodeType], None]) -> Iterator[None]:
         sys.settrace(before)
 
 
-def passed_by(answer: Answer, frame: bytes, *, failing_at: str = "") -> list[str]:
-    """Functions that a request passes, in order, each once; if one of them fails, those that are called after it."""
+def passed_by(answer: Answer, frame: bytes) -> list[str]:
+    """Functions that a request passes, in order, each once."""
     found: dict[str, None] = {}
-    has_failed = not failing_at
-
-    def note(code: CodeType) -> None:
-        nonlocal has_failed
-        if has_failed:
-            found.setdefault(name_of(code))
-        elif name_of(code) == failing_at:
-            has_failed = True
-            raise ValueError(failing_at)
-
-    with traced(note):
+    with traced(lambda code: found.setdefault(name_of(code))):
         answer(frame)
     return [name for name in found if not name.endswith((">", SPARED))]
 
 
-def failing_at(answer: Answer, points: tuple[str, ...], error: Callable[[], Exception]) -> Answer:
-    """The same answer, but these functions raise, one after the other, each once."""
+def failing_at(answer: Answer, point: str, error: Callable[[], Exception]) -> Answer:
+    """The same answer, but the first call of this function raises."""
+
+    def spill(code: CodeType) -> None:
+        if name_of(code) == point:
+            raise error()
 
     def faulty(frame: bytes) -> bytes:
-        waiting = list(points)
-
-        def spill(code: CodeType) -> None:
-            if waiting and name_of(code) == waiting[0]:
-                del waiting[0]
-                raise error()
-
         with traced(spill):
             return answer(frame)
 

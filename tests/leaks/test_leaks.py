@@ -46,6 +46,7 @@ CHANGES = {
     "evaluation.max_new_tokens": "8",
 }
 QUICK = {"training.local_epochs": "0.0", "training.local_steps": "3", "evaluation.exact_match_rows": "4"}
+MIN_POINTS = {"open": 110, "evaluate": 80, "train": 80, "refusal": 25}  # at which an error is raised
 RULES = {"max_length_tokens": "192", "min_sites": "1", "max_rows": "1000", "approval": '"none"'}
 
 
@@ -170,20 +171,22 @@ def test_an_honest_guarded_site_lets_no_canary_through_its_socket(bench_of, sear
 
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("error", [ValueError, DataError])
-@pytest.mark.parametrize("kind", bench.KINDS)
+@pytest.mark.parametrize("kind", [*bench.KINDS, "refusal"])
 def test_an_error_whose_text_is_rows_leaves_none_wherever_it_is_raised(
     bench_of, searcher, caplog, capfd, kind, error, every
 ):
-    rows = ROWS[:16]
+    rows, asked = ROWS[:16], "train" if kind == "refusal" else kind
     spilt = "; ".join(canaries.texts(rows))
     with bench_of(rows, is_guarded=True, **QUICK) as site:
-        points = bench.raise_points(site, kind)[::every]
-        spared = [point for point in points if not bench.fail(site, kind, at=point, error=lambda: error(spilt))]
+        if kind == "refusal":
+            bench.refuse(site, asked, lambda: error(spilt))
+        points = bench.raise_points(site, asked)[::every]
+        spared = [point for point in points if not bench.fail(site, asked, at=point, error=lambda: error(spilt))]
         found = searcher.find(site.at_socket())
         own = searcher.find([*captures.of_folder(site.logs), caplog.text.encode(), capfd.readouterr().err.encode()])
     print(f"{kind}: {len(points)} raise points")
     assert spared == []
-    assert len(points) >= 75 // every
+    assert len(points) * every >= MIN_POINTS[kind]
     assert found == set()
     assert bool(own) == (error is DataError)  # the site's own log takes the text of the product's errors, and no other
 
