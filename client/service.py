@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import grpc
 
+from client import sitelog
 from client.line import OPTIONS, join, pieces
 from common import wire
 from common.agent_pb2 import Chunk, HelloReply, HelloRequest
@@ -105,11 +106,11 @@ class _Door(AgentServicer):
         yield from pieces(frame)
 
     def _answer_safely(self, frame: bytes, context: Any) -> bytes:
-        """Call the agent; should it raise, its text stays in this process' log and only a code crosses."""
+        """Call the agent; should it raise, a code crosses, and the text, which may hold a row, is written nowhere."""
         try:
             return self._answer(frame)
-        except Exception:  # noqa: BLE001 - the edge of the agent's process: gRPC would send the text to the peer
-            _log.exception("the agent raised")
+        except Exception as error:  # noqa: BLE001 - the edge of the agent's process: gRPC would send the text to the peer
+            _log.error("the agent raised %s at %s", type(error).__name__, ", ".join(sitelog.places(error)))
         context.abort(grpc.StatusCode.INTERNAL, "agent-failed")
         raise RuntimeError("gRPC aborts by raising")
 

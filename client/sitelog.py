@@ -42,7 +42,7 @@ def report(path: Path, reference: str, error: Exception) -> None:
     if isinstance(error, SilotuneError):
         entry["message"] = str(error)
     else:
-        entry["at"] = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+        entry["at"] = places(error)
     _append(path, entry)
 
 
@@ -54,3 +54,8 @@ def _append(path: Path, entry: dict[str, Any]) -> None:
             file.write(json.dumps({"time": round(time.time(), 3), **entry}) + "\n")
     except OSError as failure:
         raise storage_error(path, failure) from failure
+
+
+def places(error: BaseException) -> list[str]:
+    """The code lines that an error passed: all that may be written of one that is not ours."""
+    return [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]

@@ -9,7 +9,7 @@ from cryptography import x509
 from common import certs, doctor_checks, governance
 from common.doctor import Result, check, count, failed, ok, warning
 from common.errors import SilotuneError
-from common.roster import PeerEntry
+from common.roster import OperatorEntry, PeerEntry, Roster
 from server import ca, registry
 from server.gateway import members
 from server.registry import Registry
@@ -59,16 +59,15 @@ def authorities(held: Registry, *, now: datetime.datetime) -> Result:
 def own_certificates(held: Registry, *, now: datetime.datetime) -> Result:
     """Check the certificates of the gateway and the operators: for their keys, under the root, in the roster."""
     root, known = _root(held), held.roster
-    for role, entries in ((ca.SERVERS, known.servers), (certs.OPERATORS, known.operators)):
-        for entry in entries:
-            chain = _chain(held, role, entry)
-            certs.check_chain(chain, root, name=f"{role}/{entry.name}.pem", now=now)
-            key = certs.load_key(held.folder / role / f"{entry.name}.key")
-            fingerprint = certs.fingerprint(chain[0].public_key())
-            if fingerprint != certs.fingerprint(key.public_key()):
-                return failed(f"{role}/{entry.name}.pem is not for {entry.name}.key", _RESTORE)
-            if fingerprint != entry.tls_fingerprint:
-                return failed(f"{role}/{entry.name}.pem has another key than the roster", _RESTORE)
+    for role, entry in _own(known):
+        chain = _chain(held, role, entry)
+        certs.check_chain(chain, root, name=f"{role}/{entry.name}.pem", now=now)
+        key = certs.load_key(held.folder / role / f"{entry.name}.key")
+        fingerprint = certs.fingerprint(chain[0].public_key())
+        if fingerprint != certs.fingerprint(key.public_key()):
+            return failed(f"{role}/{entry.name}.pem is not for {entry.name}.key", _RESTORE)
+        if fingerprint != entry.tls_fingerprint:
+            return failed(f"{role}/{entry.name}.pem has another key than the roster", _RESTORE)
     return ok(", ".join(entry.name for entry in (*known.servers, *known.operators)))
 
 
@@ -82,9 +81,7 @@ def authorities_end(held: Registry, *, now: datetime.datetime) -> Result:
 @check("own certificates' end", remedy=_REISSUE)
 def own_end(held: Registry, *, now: datetime.datetime) -> Result:
     """Tell how long the certificates of the gateway and the operators are good."""
-    peers = [(ca.SERVERS, entry) for entry in held.roster.servers]
-    peers += [(certs.OPERATORS, entry) for entry in held.roster.operators]
-    ends = {entry.name: _chain(held, role, entry)[0].not_valid_after_utc for role, entry in peers}
+    ends = {entry.name: _chain(held, role, entry)[0].not_valid_after_utc for role, entry in _own(held.roster)}
     return doctor_checks.expiry(ends, now=now, remedy=_REISSUE)
 
 
@@ -140,7 +137,13 @@ def _root(held: Registry) -> x509.Certificate:
     return certs.parse_chain(governance.read(path), name=str(path))[0]
 
 
-def _chain(held: Registry, role: str, entry: PeerEntry) -> list[x509.Certificate]:
+def _own(known: Roster) -> list[tuple[str, PeerEntry | OperatorEntry]]:
+    """The gateway's and the operators' entries, each with its role."""
+    servers: list[tuple[str, PeerEntry | OperatorEntry]] = [(ca.SERVERS, entry) for entry in known.servers]
+    return servers + [(certs.OPERATORS, entry) for entry in known.operators]
+
+
+def _chain(held: Registry, role: str, entry: PeerEntry | OperatorEntry) -> list[x509.Certificate]:
     """The certificate of the gateway or an operator, and its issuer's."""
     path = held.folder / role / f"{entry.name}.pem"
     return certs.parse_chain(governance.read(path), name=str(path))
