@@ -148,6 +148,9 @@ class Agent:
     def _train(self, request: Frame) -> Frame:
         """Train from the global adapter that came; answer with the protected delta."""
         run, plan, before = self._receive(request)
+        answered = self._guard.before_training(request, plan, run=run.manifest)
+        if answered is not None:
+            return answered
         adapter.write(run.engine.model, before)
         settings = run.manifest.run
         method, specs = settings.aggregation.method, run.manifest.tensor_specs

@@ -15,19 +15,34 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from client import consent, membership, outgoing, policy, probes, replicas
 from client.history import AUDIT_FILE, History, position
 from client.membership import Membership
+from client.payment import Payment
 from client.policy_file import DatasetRules, SignedPolicy
 from client.pressure import Limit
-from common import config, egress, identity, manifest, wire
+from common import config, egress, identity, manifest, privacy_plan, wire
 from common.adapter import Tensors
 from common.audit import AuditLog, Head
 from common.audit_heads import Heads
-from common.errors import ApprovalDenied, ApprovalRequired, AuditError, PolicyRefusedError, ProtocolError, SilotuneError
+from common.errors import (
+    ApprovalDenied,
+    ApprovalRequired,
+    AuditError,
+    BudgetExhausted,
+    LedgerError,
+    PolicyRefusedError,
+    ProtocolError,
+    SilotuneError,
+)
 from common.manifest import Offer, RunManifest
 from common.records import OpenedHead, RoundPlan, from_head
 from common.wire import Frame
 
 MAX_REFUSALS_A_MINUTE: Final = 120  # that are logged
 MAX_OPENS_A_MINUTE: Final = 60  # that are answered; the same offer may come again, and each answer is logged
+RULES: Final[dict[type[Exception], str]] = {
+    ApprovalDenied: "runs.approval",
+    BudgetExhausted: "privacy.max_epsilon",
+    LedgerError: "privacy.ledger",
+}
 REPLY_OF: Final = {"open": "opened", "train": "update", "evaluate": "metrics"}
 
 
@@ -66,6 +81,7 @@ class Gatekeeper:
         self._refusals = Limit(MAX_REFUSALS_A_MINUTE, clock=clock)
         self._opens = Limit(MAX_OPENS_A_MINUTE, clock=clock)
         self._log = AuditLog(self._folder / AUDIT_FILE, key=key, on_entry=self.history.take, clock=clock)
+        self._payment = Payment(node, rules=self.policy, key=key, history=self.history, log=self._log)
         self._dataset = self._start(signed_policy, node)
         self._log.append("started", policy_sha256=signed_policy.sha256, policy_serial=self.policy.serial)
 
@@ -87,6 +103,7 @@ class Gatekeeper:
             consent.store(self._folder, offer)
             self._log.append("offered", run=offer.sha256, name=run.run.name, rule="runs.approval", **_who(offer))
         consent.require(self.policy, self.history, run, folder=self._folder)
+        self._payment.check(run)
 
     def before_step(self, request: Frame, plan: RoundPlan, tensors: Tensors, *, run: RunManifest) -> None:
         """Only a run that is still approved, a round in its order, an adapter that no attack shaped, and whole logs."""
@@ -100,6 +117,15 @@ class Gatekeeper:
         told = replicas.read(request, signer=self._signers[plan.run_sha256])
         replicas.keep(told, self._heads, site=self._site, line_hashes=self.history.line_hashes)
 
+    def before_training(self, request: Frame, plan: RoundPlan, *, run: RunManifest) -> Frame | None:
+        """A private round is paid for once, and its answer given again if it is asked for again."""
+        if not privacy_plan.is_private(run.run):
+            return None
+        kept = self._payment.answered(run, plan.round_index)
+        if kept is None:
+            self._payment.pay(run, plan.round_index)
+        return kept
+
     def outgoing(self, request: Frame, reply: Frame, *, run: RunManifest) -> bytes:
         """Round, check against manifest and policy, count, log; then the bytes may leave."""
         if reply.kind != REPLY_OF.get(request.kind):
@@ -107,6 +133,8 @@ class Gatekeeper:
         rounded = outgoing.rounded(reply, digits=self.policy.evaluation.round_metrics_to)
         names = {"site": self._site, "run_sha256": run.sha256, "round_index": request.head.get("round_index")}
         outgoing.check(self.policy, run, rounded, names=names)
+        if reply.kind == "update" and privacy_plan.is_private(run.run):
+            self._payment.keep(run, int(rounded.head["round_index"]), rounded)
         rounded = self._with_audit_head(rounded)
         data = wire.pack(rounded)
         self._check_bytes(run, len(data))
@@ -258,7 +286,7 @@ def _rule(error: Exception) -> str:
     """The rule that refused; the error's class where it is a rule of the protocol."""
     if isinstance(error, PolicyRefusedError):
         return error.rule
-    return "runs.approval" if isinstance(error, ApprovalDenied) else _code(error)
+    return RULES.get(type(error), _code(error))
 
 
 def _code(error: Exception) -> str:

@@ -66,6 +66,12 @@ def is_positive(table: Mapping[str, object], key: str) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def is_private(table: Mapping[str, Any]) -> bool:
+    """Whether an unchecked table of a run file asks for differential privacy."""
+    privacy = table.get("privacy")
+    return isinstance(privacy, dict) and privacy.get("mode") == "unit"
+
+
 def _has_same_columns(config: RunConfig | NodeConfig) -> bool:
     data = config.data
     return len({data.instruction_column, data.input_column, data.output_column}) < 3

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from common import config, events
+from common import config, events, privacy_plan
 from common.errors import ProtocolError
 from common.events import Event
 from server import link, offer, report, status
@@ -58,6 +58,7 @@ def run(
     audit = str(audit_folder.absolute()) if audit_folder else ""
     # a wrong key or a broken log is told here, before anything starts
     offer.operator(key_file, federation=federation, days=offer_days, audit_folder=audit)
+    settings = privacy_plan.resolve(settings)
     log = server_run.prepare(settings, folder, resume=resume)
     num_old = len(events.read(log.path)) if log.path.is_file() else 0
     options: dict[str, bool | float | int | str] = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from common import adapter, compatibility, config, events, model, start, storage, trainable
+from common import adapter, compatibility, config, events, model, privacy_plan, start, storage, trainable
 from common.adapter import Tensors
 from common.data import read
 from common.errors import ConfigError, DataError, SilotuneError, StorageError
@@ -229,7 +229,21 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
         "bytes_down_per_site": down,
         "bytes_up_per_site": up,
         "gap_warning": settings.aggregation.gap_warning,
+        **_privacy(settings),
         "without_gap": compatibility.without_gap(settings),
+    }
+
+
+def _privacy(settings: config.RunConfig) -> dict[str, object]:
+    """What the run promises to a unit: the planned curve, never the whole over the number of rounds."""
+    if not privacy_plan.is_private(settings):
+        return {}
+    return {
+        "epsilon_planned": [round(value, 4) for value in privacy_plan.curve(settings)],
+        "dp_delta": settings.privacy.dp_delta,
+        "noise_multiplier": settings.privacy.noise_multiplier,
+        "clip_norm": settings.privacy.clip_norm,
+        "privacy_wording": privacy_plan.FIXED_WORDING,
     }
 
 

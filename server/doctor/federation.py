@@ -68,7 +68,7 @@ def own_certificates(held: Registry, *, now: datetime.datetime) -> Result:
             return failed(f"{role}/{entry.name}.pem is not for {entry.name}.key", _RESTORE)
         if fingerprint != entry.tls_fingerprint:
             return failed(f"{role}/{entry.name}.pem has another key than the roster", _RESTORE)
-    return ok(", ".join(entry.name for entry in (*known.servers, *known.operators)))
+    return ok(", ".join(entry.name for _, entry in _own(known)))
 
 
 @check("authorities' end", remedy=_AUTHORITIES)
