@@ -14,7 +14,7 @@ from common.errors import AuthError
 
 PATH: Final = b"/v1/fleet/get-fab"
 MAX_BYTES: Final = 1 << 20
-SHA256: Final = "134a7d775c755c95988592d45130e52758627bd2f13b113be18690ae35625b04"  # server.link.build_bundle()
+SHA256: Final = "2b8bd2829794104cf639cb75602c8221e852fb3e1e6a721d25f720a64543338c"  # server.link.build_bundle()
 
 
 def check(answer: bytes, *, allowed: Collection[str]) -> bytes:

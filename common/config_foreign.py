@@ -23,7 +23,6 @@ TOOLS = {"T": "TRL, PEFT", "A": "Axolotl", "L": "LLaMA-Factory", "U": "Unsloth",
 _STEP = "rows of one optimizer step; those in memory at once are training.micro_batch_size"
 _MEMORY = "rows in memory at once; training.batch_size is the rows of one optimizer step"
 _COUNT = "a number of sites, not a share"
-_NO_DP = 'this version has no differential privacy; write privacy.mode = "none" and remove this'
 _ANSWERS = "only the answer's tokens are trained on, always; remove it"
 _SINKS = "results are files in the run's folder; remove it"
 _ALWAYS = "a checkpoint is written after every round; remove it"
@@ -152,12 +151,11 @@ FOREIGN: dict[str, Hint] = {
     "local_epochs": Hint("training.local_epochs", "", "F"),
     "strategy": Hint("aggregation.method", "", "F"),
     # privacy
-    "epsilon": Hint("", _NO_DP, ""),
-    "target_epsilon": Hint("", _NO_DP, ""),
-    "delta": Hint("", _NO_DP, ""),
-    "noise_multiplier": Hint("", _NO_DP, "F"),
-    "clipping_norm": Hint("", _NO_DP, "F"),
-    "max_per_sample_grad_norm": Hint("", _NO_DP, ""),
+    "target_epsilon": Hint("privacy.epsilon", "of the whole run", ""),
+    "delta": Hint("privacy.dp_delta", "", ""),
+    "target_delta": Hint("privacy.dp_delta", "", ""),
+    "clipping_norm": Hint("privacy.clip_norm", "of a unit's gradient", "F"),
+    "max_per_sample_grad_norm": Hint("privacy.clip_norm", "of a unit's gradient", ""),
     # evaluation and output
     "per_device_eval_batch_size": Hint("evaluation.batch_size", "", "TLU"),
     "eval_batch_size": Hint("evaluation.batch_size", "", "A"),
@@ -183,10 +181,12 @@ _UNBUILT = "it is not built in this version"
 
 _VALUE_GROUPS = (
     ("privacy.mode", "off false no unprotected", 'write "none"'),
+    ("privacy.mode", "dp record_dp patient_dp user_dp local_dp example_dp", 'write "unit"'),
     (
         "privacy.mode",
-        "dp record_dp site_dp client_dp patient_dp user_dp local_dp central_dp",
-        'differential privacy is not built in this version; "none" states that updates leave the sites unprotected',
+        "site_dp client_dp central_dp",
+        'noise for whole sites is not built in this version, and with few sites it would drown the update; "unit" '
+        "protects each patient",
     ),
     ("model.quantization", "4 4bit 4_bit int4 fp4 true qlora bnb_4bit bitsandbytes", 'write "nf4"'),
     ("model.quantization", "8 8bit 8_bit bnb_8bit llm.int8", 'write "int8"'),

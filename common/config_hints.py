@@ -32,8 +32,8 @@ _KINDS = {
 _MISSING = {
     ("version",): "must be set: write version = 1 at the top of the file",
     ("privacy", "mode"): (
-        'must be set: this version has no differential privacy; write mode = "none" under [privacy] to state that '
-        "updates leave the sites unprotected"
+        'must be set: write mode = "unit" under [privacy] for differential privacy of each unit, with sampling_prob '
+        'and epsilon, or mode = "none" to state that updates leave the sites unprotected'
     ),
 }
 

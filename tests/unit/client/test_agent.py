@@ -9,6 +9,7 @@ from client.agent import Agent
 from client.train import local, schedule
 from common import adapter, model, wire
 from common.manifest import RunManifest
+from common.noise import SeededNoise
 from common.records import OpenedHead, RoundPlan, SiteMetrics, UpdateHead, from_head, to_head
 from common.wire import Frame
 from tests import tiny
@@ -72,7 +73,16 @@ def test_an_update_is_what_local_training_changed(agent, manifest, engine):
     adapter.write(engine.model, engine.initial)
     train, _ = model.encode(engine, tiny.site_data("north", 12).train, manifest.run.data)
     seed = schedule.derive_seed(5, "north")
-    told = local.train(engine, train, training=manifest.run.training, round_index=0, num_rounds=2, seed=seed)
+    told = local.train(
+        engine,
+        train,
+        training=manifest.run.training,
+        privacy=manifest.run.privacy,
+        round_index=0,
+        num_rounds=2,
+        seed=seed,
+        source=SeededNoise(0),
+    )
     after = adapter.read(engine.model)
     delta = delta_of(frame, manifest)
     assert all(torch.equal(delta[name], after[name] - engine.initial[name]) for name in after)

@@ -5,7 +5,9 @@ import torch
 
 from client.train import local, schedule
 from common import adapter, config, prompts
+from common.config_privacy import PrivacyConfig
 from common.errors import ModelError
+from common.noise import SeededNoise
 from tests import tiny
 
 
@@ -22,7 +24,14 @@ def train(engine, rows, training=None, *, seed=1, round_index=0, num_rounds=2, s
     """The adapter after one round, and what was told of it."""
     adapter.write(engine.model, start or engine.initial)
     told = local.train(
-        engine, rows, training=training or settings(), round_index=round_index, num_rounds=num_rounds, seed=seed
+        engine,
+        rows,
+        training=training or settings(),
+        privacy=PrivacyConfig(mode="none"),
+        round_index=round_index,
+        num_rounds=num_rounds,
+        seed=seed,
+        source=SeededNoise(0),
     )
     return adapter.read(engine.model), told
 

@@ -24,17 +24,24 @@ def test_a_delta_that_no_training_gives_is_refused(value):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_unprotected_update_says_so_and_has_the_runs_dtype(dtype):
-    outgoing = protect.protect(RawDelta(BEFORE), privacy=NONE, dtype=dtype)
+    outgoing = protect.protect(RawDelta(BEFORE), privacy=NONE, trained_with="none", dtype=dtype)
     assert outgoing.protection == "none"
     found = adapter.decode(outgoing.body, adapter.specs(BEFORE), dtype=dtype)
     assert torch.equal(found["a"], BEFORE["a"])
 
 
-def test_a_protection_that_is_not_built_is_refused_and_nothing_is_sent():
-    wanted = config_privacy.PrivacyConfig.model_construct(mode="sample-dp")
-    with pytest.raises(PrivacyError, match=r"'sample-dp'.*nothing was sent") as caught:
-        protect.protect(RawDelta(BEFORE), privacy=wanted, dtype="float32")
+PRIVATE = config_privacy.PrivacyConfig(mode="unit", sampling_prob=0.1, noise_multiplier=1.0)
+
+
+@pytest.mark.parametrize(("promised", "done"), [(PRIVATE, "none"), (NONE, "unit")])
+def test_training_that_was_not_what_the_run_promises_is_not_sent(promised, done):
+    with pytest.raises(PrivacyError, match=rf"'{promised.mode}'.*'{done}'; nothing was sent") as caught:
+        protect.protect(RawDelta(BEFORE), privacy=promised, trained_with=done, dtype="float32")
     assert caught.value.exit_code == 5
+
+
+def test_control_private_training_is_sent_and_says_so():
+    assert protect.protect(RawDelta(BEFORE), privacy=PRIVATE, trained_with="unit", dtype="float32").protection == "unit"
 
 
 def test_a_raw_delta_is_not_what_can_be_sent():

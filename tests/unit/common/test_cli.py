@@ -15,6 +15,7 @@ EXIT_CODES = {
     "ModelError": 4,
     "PrivacyError": 5,
     "AccountingUnsupported": 5,
+    "FloorRefused": 5,
     "BudgetExhausted": 5,
     "LedgerError": 5,
     "PolicyRefusedError": 5,

@@ -23,6 +23,8 @@ def with_settings(*lines: str) -> str:
     sections: dict[str, list[str]] = {"model": ['base = "embedded"'], "privacy": ['mode = "none"']}
     for line in lines:
         section, _, setting = line.partition(".")
+        if line.startswith("privacy.mode"):
+            sections["privacy"].clear()
         sections.setdefault(section, []).append(setting)
     return "version = 1\n" + "\n".join(f"[{name}]\n" + "\n".join(body) for name, body in sections.items())
 
@@ -139,16 +141,21 @@ def test_enormous_numbers_are_refused_and_cut_short(key: str):
 @pytest.mark.parametrize("text", ["version = 1\n[model]\nbase = 'x'\n", MINIMAL.replace("mode =", "# mode =")])
 def test_privacy_mode_has_no_default(text: str):
     message = problems(text)
-    assert "privacy.mode  must be set: this version has no differential privacy" in message
+    assert 'privacy.mode  must be set: write mode = "unit"' in message
     assert 'mode = "none"' in message
 
 
-@pytest.mark.parametrize("mode", ["record-dp", "site-dp", "dp"])
-def test_unbuilt_privacy_is_refused(mode: str):
+@pytest.mark.parametrize(
+    ("mode", "remedy"), [("record-dp", 'write "unit"'), ("dp", 'write "unit"'), ("site-dp", "is not built")]
+)
+def test_other_names_of_privacy_are_led_to_ours_or_refused(mode: str, remedy: str):
     message = problems(MINIMAL.replace('"none"', f'"{mode}"'))
-    assert f'(you wrote "{mode}"); differential privacy is not built in this version' in message
+    assert f'(you wrote "{mode}")' in message
+    assert remedy in message
 
 
+UNIT = "privacy.mode = 'unit'"
+PRIVATE = [UNIT, "privacy.sampling_prob = 0.1", "privacy.epsilon = 8", "training.local_steps = 5"]
 BROKEN_RULES = [
     ("model.revision", 4, ["model.revision = 'main'"]),
     ("data.output_column", 7, ["data.output_column = 'input'"]),
@@ -173,6 +180,13 @@ BROKEN_RULES = [
     ("aggregation.server_beta1", 7, ["aggregation.server_beta1 = 0.5"]),
     ("aggregation.server_beta2", 8, ["aggregation.server_optimizer = 'fedavgm'", "aggregation.server_beta2 = 0.5"]),
     ("aggregation.server_tau", 7, ["aggregation.server_tau = 0.5"]),
+    ("privacy.mode", 5, ["privacy.clip_norm = 2.0"]),
+    ("privacy.clip_quantile", 8, [*PRIVATE, "privacy.clip_quantile = 0.3"]),
+    ("privacy.max_rows_per_unit", 8, [*PRIVATE, "privacy.max_rows_per_unit = 9"]),
+    ("training.max_grad_norm", 10, [*PRIVATE, "training.max_grad_norm = 5.0"]),
+    ("privacy.sampling_prob", 5, [UNIT, *PRIVATE[2:]]),
+    ("privacy.epsilon", 5, [UNIT, PRIVATE[1], PRIVATE[3]]),
+    ("training.local_steps", 5, PRIVATE[:3]),
 ]
 
 
@@ -309,7 +323,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "f3eba32f32a9c30f0cd1fcc61b487f20ad9b6e624edd6daf6efd57df3d0925f8"
+        "87979f419d57b3927b17f2a790aea5e5872cc97eaf2eb532a089726c3e2200cc"
     )
 
 

@@ -45,7 +45,7 @@ sites_per_round = 1
 
 [privacy]
 mode = "record-dp"
-epsilon = 8
+target_epsilon = 8
 """
 BAD_LINES = {
     "name": 3,
@@ -62,7 +62,7 @@ BAD_LINES = {
     "training.optim": 26,
     "federation.sites_per_round": 29,
     "privacy.mode": 32,
-    "privacy.epsilon": 33,
+    "privacy.target_epsilon": 33,
 }
 
 
@@ -123,7 +123,7 @@ def test_missing_key_points_at_its_section():
         ("[modell]", "did you mean [model]?"),
         ("[site]\nname = 'a'", "it belongs at the top, before any section"),
         ("[hardware]\ndevice = 'cpu'", "it belongs in [hardware] of a site's own file"),
-        ("privacy.epsilon = 8", "this version has no differential privacy"),
+        ("privacy.target_epsilon = 8", "here it is privacy.epsilon (of the whole run)"),
         ("model.lora.peft-lora-r = 32", "here it is adapter.r"),
         ("model.name = 'x'", "here it is model.base"),
         ("train.training-arguments.num-train-epochs = 3", "here it is training.local_epochs (per round)"),

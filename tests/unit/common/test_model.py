@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from client.train import local
 from common import adapter, config, model, prompts
+from common.config_privacy import PrivacyConfig
 from common.errors import ModelError
+from common.noise import SeededNoise
 from tests import tiny
 
 
@@ -41,7 +43,10 @@ def stirred(engine) -> dict[str, torch.Tensor]:
 
 def train(engine, rows, **changes):
     training = config.TrainingConfig(local_steps=10, learning_rate=2e-2, schedule="constant", batch_size=4, **changes)
-    return local.train(engine, rows, training=training, round_index=0, num_rounds=1, seed=1)
+    privacy = PrivacyConfig(mode="none")
+    return local.train(
+        engine, rows, training=training, privacy=privacy, round_index=0, num_rounds=1, seed=1, source=SeededNoise(0)
+    )
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
