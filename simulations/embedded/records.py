@@ -203,11 +203,12 @@ def triage(saturation: int) -> str:
     return "amber" if saturation >= 90 else "red"
 
 
-def generate(seed: int = 2026) -> list[Row]:
+def generate(seed: int = 2026, *, scale: int = 1) -> list[Row]:
     """Make the records of all hospitals.
 
     Args:
         seed: Any integer; the same seed gives the same rows in the same order.
+        scale: How many times the patients that each hospital has by itself; differential privacy needs thousands.
 
     Returns:
         Rows with the keys of `COLUMNS`, grouped by site and patient; one to six rows a patient.
@@ -217,20 +218,22 @@ def generate(seed: int = 2026) -> list[Row]:
         >>> rows[0]["site"], rows[0]["patient_id"]
         ('alder', 'alder-0001')
     """
-    return [row for hospital in HOSPITALS for row in _site(hospital, seed=seed)]
+    return [
+        row for hospital in HOSPITALS for row in _site(hospital, seed=seed, num_patients=scale * hospital.num_patients)
+    ]
 
 
-def _site(hospital: Hospital, seed: int) -> list[Row]:
+def _site(hospital: Hospital, *, seed: int, num_patients: int) -> list[Row]:
     """Rows of one site; a site's rows do not depend on the other sites."""
     rng = Random(f"{seed}/{hospital.name}")  # noqa: S311  synthetic data, not secrets
     others = [drug for drug in DRUG_GROUPS if drug not in hospital.drugs]
     decks = {
-        "finding": _deck(list(hospital.codes), hospital.num_patients, rng),
-        "plan": _deck(list(hospital.teams), hospital.num_patients, rng),
-        "drug": _deck([*hospital.drugs * 3, *others], hospital.num_patients, rng),
+        "finding": _deck(list(hospital.codes), num_patients, rng),
+        "plan": _deck(list(hospital.teams), num_patients, rng),
+        "drug": _deck([*hospital.drugs * 3, *others], num_patients, rng),
     }
     rows: list[Row] = []
-    for index in range(hospital.num_patients):
+    for index in range(num_patients):
         fixed = {key: deck[index] for key, deck in decks.items()}
         rows += _patient(hospital, patient_id=f"{hospital.name}-{index + 1:04d}", fixed=fixed, rng=rng)
     return rows
@@ -287,12 +290,13 @@ def _ask(hospital: Hospital, *, task: str, visit: Visit) -> tuple[str, str]:
     return hospital.instructions[task], answer
 
 
-def write(folder: Path, seed: int = 2026) -> list[Path]:
+def write(folder: Path, seed: int = 2026, *, scale: int = 1) -> list[Path]:
     """Write one file a site, each in another format: JSON Lines, JSON, CSV and Parquet.
 
     Args:
         folder: Created if it is missing; files of the same name are replaced.
         seed: See `generate`.
+        scale: See `generate`.
 
     Returns:
         The files in the order of the sites. Without pyarrow the last is JSON Lines too.
@@ -300,7 +304,7 @@ def write(folder: Path, seed: int = 2026) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     has_pyarrow = importlib.util.find_spec("pyarrow") is not None
     formats = ("jsonl", "json", "csv", "parquet" if has_pyarrow else "jsonl")
-    rows = generate(seed)
+    rows = generate(seed, scale=scale)
     paths = [folder / f"{hospital.name}.{suffix}" for hospital, suffix in zip(HOSPITALS, formats, strict=True)]
     for path in paths:
         WRITERS[path.suffix]([row for row in rows if row["site"] == path.stem], path)
@@ -346,8 +350,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--scale", type=int, default=1)
     args = parser.parse_args()
-    for path in write(args.out, args.seed):
+    for path in write(args.out, args.seed, scale=args.scale):
         print(f"{path}  {path.stat().st_size} bytes")
 
 
