@@ -71,7 +71,12 @@ def preview(
 
 
 @app.command()
-def serve(node_file: NodeFile) -> None:
+def serve(
+    node_file: NodeFile,
+    without_policy: Annotated[
+        bool, typer.Option("--without-policy", help="Take every run, unprotected ones too: to try things out.")
+    ] = False,
+) -> None:
     """Hold rows and base; answer the courier.
 
     Runs until stopped, and has no network of its own. Its memory is never written to disk as a core dump.
@@ -79,6 +84,7 @@ def serve(node_file: NodeFile) -> None:
     \b
     Examples:
       silotune-client serve node.toml
+      silotune-client serve node.toml --without-policy
     """
     from client import serve as serving
     from client import service
@@ -86,6 +92,7 @@ def serve(node_file: NodeFile) -> None:
 
     serving.harden()
     node = config.load_node(node_file)
+    serving.check_policy(node, without_policy=without_policy)
     server = service.serve(
         serving.make_agent(node).answer,
         socket_path=Path(node.agent.socket),

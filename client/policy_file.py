@@ -110,7 +110,7 @@ class TrainRules(Section):
 
 
 class PrivacyRules(Section):
-    """What must protect an update. `required` refuses every run of a version that has no such protection."""
+    """What must protect an update; this version has no secure aggregation, so `required` there refuses every run."""
 
     mode: Demand = Field(description="Differential privacy.")
     secagg: Demand = Field(description="Secure aggregation.")

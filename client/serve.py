@@ -11,7 +11,7 @@ from client.data import split
 from client.gatekeeper import Gatekeeper
 from common import config, identity, model, store
 from common.data import read
-from common.errors import DataError
+from common.errors import ConfigError, DataError
 from common.manifest import RunManifest
 from common.model import Engine
 from common.rows import Columns, Row
@@ -46,6 +46,21 @@ def make_agent(node: config.NodeConfig) -> Agent:
         max_body_bytes=node.agent.max_message_mib << 20,
         guard=make_guard(node) if node.agent.policy else PERMISSIVE,
     )
+
+
+def check_policy(node: config.NodeConfig, *, without_policy: bool) -> None:
+    """A site without a policy takes every run, also one that leaves its updates unprotected; somebody must want that.
+
+    Raises:
+        ConfigError: There is no policy and nobody said so, or there is one and somebody said there is none.
+    """
+    if not node.agent.policy and not without_policy:
+        raise ConfigError(
+            "agent.policy is not set, so this site would take every run, unprotected ones too; write a policy and sign "
+            "it (silotune-client sign-policy), or give --without-policy to try things out with rows that may be seen"
+        )
+    if node.agent.policy and without_policy:
+        raise ConfigError("--without-policy, and agent.policy is set; remove one of them")
 
 
 def make_guard(node: config.NodeConfig) -> Gatekeeper:

@@ -68,7 +68,7 @@ def _write_site(
     storage.write_atomic(rows_file, "".join(json.dumps(row, default=str) + "\n" for row in rows).encode())
     storage.write_atomic(folder / "node.toml", "\n".join([*text, ""]).encode())
     folder.chmod(0o700)
-    command = (sys.executable, "-m", "client.cli", "serve", str(folder / "node.toml"))
+    command = (sys.executable, "-m", "client.cli", "serve", str(folder / "node.toml"), "--without-policy")
     return Site(name=name, command=command, socket_path=socket_path)
 
 

@@ -7,7 +7,7 @@ import torch
 from client import rows as site_rows
 from client import serve
 from common import config, wire
-from common.errors import DataError, ModelError
+from common.errors import ConfigError, DataError, ModelError
 from common.manifest import RunManifest
 from common.records import OpenedHead, from_head
 from common.wire import Frame
@@ -154,3 +154,20 @@ def test_the_sites_own_limit_on_messages_holds(node, tmp_path):
         answer = wire.unpack(serve.make_agent(node(agent=section)).answer(frame), max_body_bytes=0)
         assert answer.head["code"] == "WireError"
         assert reason in log.read_text().splitlines()[-1]
+
+
+def test_an_agent_without_a_policy_starts_only_if_somebody_says_so(tmp_path):
+    plain = config.NodeConfig.model_validate({"site": {"name": "north"}, "data": {"path": "rows.jsonl"}})
+    with pytest.raises(ConfigError, match=r"agent\.policy is not set.*sign-policy.*--without-policy"):
+        serve.check_policy(plain, without_policy=False)
+    serve.check_policy(plain, without_policy=True)
+
+
+def test_a_policy_is_not_switched_off_by_an_option(tmp_path):
+    agent = {"policy": "policy.toml", "policy_signer": "ab" * 32, "identity_key": "site.pem"}
+    strict = config.NodeConfig.model_validate(
+        {"site": {"name": "north"}, "data": {"path": "rows.jsonl"}, "agent": agent}
+    )
+    with pytest.raises(ConfigError, match="remove one"):
+        serve.check_policy(strict, without_policy=True)
+    serve.check_policy(strict, without_policy=False)
