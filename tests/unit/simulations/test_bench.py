@@ -4,11 +4,13 @@ import io
 import json
 
 import pytest
+import torch
 from rich.console import Console
 
-from common import config
-from common.errors import ConfigError, SilotuneError
-from simulations.bench import figures, process, scale, scale_arm, table, tax, tax_silotune
+from client.train import local
+from common import adapter, config
+from common.errors import ConfigError, ModelError, SilotuneError
+from simulations.bench import dp, dp_arm, figures, process, scale, scale_arm, table, tax, tax_silotune
 from simulations.bench.figures import Figure
 
 
@@ -55,7 +57,7 @@ def test_the_list_names_every_bench():
 
 
 def test_an_unknown_bench_lists_the_names():
-    with pytest.raises(ConfigError, match="bench 'speed': there is tax, scale"):
+    with pytest.raises(ConfigError, match="bench 'speed': there is tax, dp, scale"):
         table.run("speed")
 
 
@@ -132,3 +134,24 @@ def test_an_arm_that_fails_says_why():
 def test_the_clocks_of_a_process_are_positive():
     assert process.cpu_s() > 0
     assert process.peak_rss_mib() > 10
+
+
+def test_the_arms_of_private_steps_do_the_same_work_on_a_small_shape():
+    """Every way takes a step of the same model; a way that is not known is refused."""
+    shape = dp_arm.Shape(32, 64, 1, 2, 2, 64, rows=2, tokens=16, answer_tokens=4)
+    engine, rows = dp_arm.make_engine(shape, torch.device("cpu")), dp_arm.make_rows(shape)
+    optimizer = local.make_optimizer(engine, config.TrainingConfig())
+    engine.model.train()
+    for name in ("plain", "stacked", "microbatch", "opacus"):
+        with dp_arm._arm(name, engine, rows, optimizer) as take_step:
+            take_step()
+        assert all(parameter.grad is not None for parameter in adapter.parameters(engine.model).values())
+    with pytest.raises(ModelError, match="no such arm"), dp_arm._arm("fast", engine, rows, optimizer):
+        pass
+
+
+def test_ratios_of_private_steps_have_their_goals():
+    found = {way: {"seconds": seconds, "peak_mib": 1.0} for way, seconds in (("plain", 2.0), ("stacked", 2.1))}
+    plain, ratio = dp._times("8b", found, goal=1.05)
+    assert (plain.value, plain.goal) == (2.0, None)
+    assert (ratio.value, ratio.goal, ratio.ok) == (1.05, 1.05, True)

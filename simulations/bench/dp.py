@@ -1,0 +1,55 @@
+"""What differential privacy costs a training step: time and memory against the same step without it.
+
+Time is measured in one process, the arms by turns, so that what else the machine does falls on all. Memory is compared
+between processes of one arm each on a CPU, where only the whole process can be asked, and within one on a GPU.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from common import model
+from simulations.bench import process
+from simulations.bench.figures import Figure, result
+
+ARM: Final = "simulations.bench.dp_arm"
+GOAL_CPU: Final = 1.08
+GOAL_GPU: Final = 1.05
+GOAL_MEMORY: Final = 1.02
+CPU_SHAPES: Final = ("10m", "135m")
+GPU_SHAPES: Final = ("1b", "8b")
+
+
+def run() -> dict[str, Any]:
+    """Measure on the GPU if there is one, else on the CPU."""
+    is_gpu = model.choose_device("auto").type == "cuda"
+    shapes = GPU_SHAPES if is_gpu else CPU_SHAPES
+    figures = [figure for shape in shapes for figure in (on_gpu(shape) if is_gpu else on_cpu(shape))]
+    return result("dp", figures)
+
+
+def on_gpu(shape: str) -> list[Figure]:
+    """NF4 base, bfloat16, gradient checkpointing; Opacus cannot work under it."""
+    found = process.measure(ARM, shape, "plain,stacked")
+    memory = found["stacked"]["peak_mib"] / found["plain"]["peak_mib"]
+    return [*_times(shape, found, goal=GOAL_GPU), Figure(f"memory, {shape}: private / plain", memory, "x", GOAL_MEMORY)]
+
+
+def on_cpu(shape: str) -> list[Figure]:
+    """Float32 base; Opacus' hooks and one unit at a time for comparison."""
+    found = process.measure(ARM, shape, "plain,stacked,microbatch,opacus")
+    alone = {name: process.measure(ARM, shape, name)[name]["peak_mib"] for name in ("plain", "stacked")}
+    memory = alone["stacked"] / alone["plain"]
+    return [*_times(shape, found, goal=GOAL_CPU), Figure(f"memory, {shape}: private / plain", memory, "x", GOAL_MEMORY)]
+
+
+def _times(shape: str, found: Mapping[str, Mapping[str, float]], *, goal: float) -> list[Figure]:
+    """The plain step, and each way as a ratio to it."""
+    plain = found["plain"]["seconds"]
+    ways = {"stacked": "private", "microbatch": "one unit at a time", "opacus": "Opacus' hooks"}
+    limits = {"stacked": goal}
+    ratios = [
+        Figure(f"step, {shape}: {words} / plain", found[way]["seconds"] / plain, "x", limits.get(way))
+        for way, words in ways.items()
+        if way in found
+    ]
+    return [Figure(f"step, {shape}: plain", plain, "s"), *ratios]
