@@ -54,6 +54,7 @@ class Screen:
     _status: Status | None = None
     _has_header: bool = False
     _num_large_gaps: int = 0
+    _curve: list[float] = field(default_factory=list)
 
     def __call__(self, event: Event) -> None:
         """Take one event; kinds without a method of their own are not shown."""
@@ -76,7 +77,8 @@ class Screen:
         if event["privacy"] == "none":
             self._print("  privacy   [yellow]none: updates leave the sites unprotected[/]")
         else:
-            curve, noise = event["epsilon_planned"], event["noise_multiplier"]
+            self._curve = curve = event["epsilon_planned"]
+            noise = event["noise_multiplier"]
             self._print(
                 f"  privacy   epsilon {curve[-1]:.2f} at delta {event['dp_delta']:g} after the last round, "
                 f"{curve[0]:.2f} after the first; noise multiplier {noise:.3f}"
@@ -159,6 +161,8 @@ class Screen:
     def _notes(self, event: Event, finished: Event) -> str:
         """What a reader should not miss."""
         notes = []
+        if finished and self._curve:
+            notes.append(f"epsilon {self._curve[event['num_rounds'] - 1]:.2f}")
         if event["server_loss"] is not None:
             notes.append(f"coordinator's rows {event['server_loss']:.3f}")
         if event["stale"]:

@@ -109,3 +109,11 @@ def test_on_a_terminal_the_cursor_is_given_back(last):
 def test_sizes_and_shares():
     assert [size(n) for n in (0, 999, 1000, 1_234_567, 10**15)] == ["0 B", "999 B", "1.0 kB", "1.2 MB", "1000.0 TB"]
     assert [percent(share) for share in (None, 0.0, 0.5, 1.0)] == ["-", "0.0 %", "50.0 %", "100.0 %"]
+
+
+def test_a_private_run_tells_what_it_has_cost_after_each_round_as_planned():
+    private = {"privacy": "unit", "epsilon_planned": [4.82, 8.0], "dp_delta": 1e-6, "noise_multiplier": 0.7}
+    shown = drawn([PLAN | private, *LOG[1:]])
+    assert "epsilon 8.00 at delta 1e-06 after the last round, 4.82 after the first" in shown
+    assert "A patient of two sites loses the sum" in " ".join(shown.split())
+    assert re.findall(r" s +epsilon (\d\.\d\d)", shown) == ["4.82"]
