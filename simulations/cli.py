@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from common import cli, quiet
+from simulations.cli_audit import audit_app
 
 app = cli.make(
     "silotune-sim",
@@ -163,6 +164,9 @@ def _compare(
         as_json=json,
         show=lambda: cli.show(commands.comparison_table(result), commands.ending(result)),
     )
+
+
+app.add_typer(audit_app, name="audit", help="Attack what is trained here, against what is claimed.")
 
 
 def main() -> None:
