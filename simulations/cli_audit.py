@@ -7,6 +7,7 @@ import typer
 
 from common import cli
 from common.errors import PrivacyError
+from simulations.cli_options import DataOption, ModelOption, OutputOption, RunFile, StoreOption, ThreadsOption
 
 if TYPE_CHECKING:
     from simulations.audit.finding import Finding
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 audit_app = cli.make(
     "audit",
     "Attack what is trained here, and hold what an attacker gets against the claimed epsilon. Exit code 5: refuted.",
-    examples=("silotune-sim audit mechanism", "silotune-sim audit mechanism RUN.toml --json"),
+    examples=("silotune-sim audit mechanism", "silotune-sim audit canaries RUN.toml --json"),
 )
 OptionalRunFile = Annotated[Path | None, typer.Argument(help="Take the settings of this run.", metavar="[RUN.toml]")]
 CanariesOption = Annotated[int, typer.Option("--canaries", min=4, help="m; more canaries show a smaller leak.")]
@@ -64,6 +65,63 @@ def mechanism(
         confidence=confidence,
         claimed_epsilon=claim,
     )
+    _tell(found, as_json=json)
+
+
+@audit_app.command()
+def canaries(
+    run_file: RunFile,
+    canaries: CanariesOption = 200,
+    max_share: Annotated[float, typer.Option(min=0, max=1, help="Most canaries for each unit that trains.")] = 0.01,
+    output: OutputOption = None,
+    model: ModelOption = "",
+    data: DataOption = "",
+    store: StoreOption = None,
+    threads: ThreadsOption = 0,
+    set_: cli.SetOption = None,
+    json: cli.JsonOption = False,
+) -> None:
+    """Train a run with notes of random tokens, and guess which of them it was trained on.
+
+    Each of m canaries is inserted with probability 1/2 as a unit of its own. As long as the run.
+
+    \b
+    Examples:
+      silotune-sim audit canaries RUN.toml
+      silotune-sim audit canaries RUN.toml --canaries 100 --max-share 0.5 --output runs/canaries
+    """
+    from simulations import commands
+    from simulations.audit import canaries as auditing
+
+    order = commands.Order(run_file, output, model, data, store, cli.overrides(set_), json, threads)
+    with commands.audited(order) as (shared, log):
+        found = auditing.audit(shared, log, num_canaries=canaries, max_share=max_share)
+    _tell(found, as_json=json)
+
+
+@audit_app.command()
+def mia(
+    run_file: RunFile,
+    output: OutputOption = None,
+    model: ModelOption = "",
+    data: DataOption = "",
+    store: StoreOption = None,
+    threads: ThreadsOption = 0,
+    set_: cli.SetOption = None,
+    json: cli.JsonOption = False,
+) -> None:
+    """Train a run on half of its units, and guess from their losses which half.
+
+    \b
+    Examples:
+      silotune-sim audit mia RUN.toml --json
+    """
+    from simulations import commands
+    from simulations.audit import mia as auditing
+
+    order = commands.Order(run_file, output, model, data, store, cli.overrides(set_), json, threads)
+    with commands.audited(order) as (shared, log):
+        found = auditing.audit(shared, log)
     _tell(found, as_json=json)
 
 

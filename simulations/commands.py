@@ -1,5 +1,6 @@
 """What the commands of `silotune-sim` do, between options and printing."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from common import cli, config, store
+from common import cli, config, privacy_plan, store
 from common.errors import ConfigError
 from common.events import EventLog
 from server import report
@@ -101,6 +102,16 @@ def run(order: Order, *, engine: str, resume: bool) -> dict[str, Any]:
     with _ending_told(log):
         outcome = _play(order, shared, log, engine=engine, resume=resume)
     return {"adapter": str(outcome.folder / server_run.EXPORT_FOLDER), **_places(order, shared)}
+
+
+@contextmanager
+def audited(order: Order) -> Iterator[tuple[World, EventLog]]:
+    """A run with its noise chosen, its base and its sites, for an audit that trains it."""
+    shared = order.world()
+    shared = dataclasses.replace(shared, settings=privacy_plan.resolve(shared.settings))
+    log = order.log(shared)
+    with _ending_told(log):
+        yield shared, log
 
 
 @contextmanager
