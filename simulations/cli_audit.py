@@ -78,6 +78,7 @@ def canaries(
     data: DataOption = "",
     store: StoreOption = None,
     threads: ThreadsOption = 0,
+    claim: ClaimOption = None,
     set_: cli.SetOption = None,
     json: cli.JsonOption = False,
 ) -> None:
@@ -95,7 +96,7 @@ def canaries(
 
     order = commands.Order(run_file, output, model, data, store, cli.overrides(set_), json, threads)
     with commands.audited(order) as (shared, log):
-        found = auditing.audit(shared, log, num_canaries=canaries, max_share=max_share)
+        found = auditing.audit(shared, log, num_canaries=canaries, max_share=max_share, claimed_epsilon=claim)
     _tell(found, as_json=json)
 
 
@@ -107,6 +108,7 @@ def mia(
     data: DataOption = "",
     store: StoreOption = None,
     threads: ThreadsOption = 0,
+    claim: ClaimOption = None,
     set_: cli.SetOption = None,
     json: cli.JsonOption = False,
 ) -> None:
@@ -121,8 +123,39 @@ def mia(
 
     order = commands.Order(run_file, output, model, data, store, cli.overrides(set_), json, threads)
     with commands.audited(order) as (shared, log):
-        found = auditing.audit(shared, log)
+        found = auditing.audit(shared, log, claimed_epsilon=claim)
     _tell(found, as_json=json)
+
+
+@audit_app.command()
+def inversion(
+    run_file: RunFile,
+    notes: Annotated[int, typer.Option(min=1, help="How many notes to attack, each alone.")] = 20,
+    model: ModelOption = "",
+    data: DataOption = "",
+    store: StoreOption = None,
+    threads: ThreadsOption = 0,
+    set_: cli.SetOption = None,
+    json: cli.JsonOption = False,
+) -> None:
+    """Train a site on one note as the run says, and read the note's words off the update.
+
+    Fresh noise each time. Sharpest for a rank above the number of distinct words, one step of sgd and short notes.
+
+    \b
+    Examples:
+      silotune-sim audit inversion RUN.toml
+      silotune-sim audit inversion RUN.toml --notes 5 --set adapter.r=64
+    """
+    from common.noise import SystemNoise
+    from simulations import commands
+    from simulations.audit import inversion as auditing
+
+    order = commands.Order(run_file, None, model, data, store, cli.overrides(set_), json, threads)
+    shared = commands.resolved_world(order)
+    rows = auditing.choose(shared.sites, notes)
+    sources = [SystemNoise() for _ in rows]
+    _tell(auditing.audit(shared.engine, rows, settings=shared.settings, sources=sources), as_json=json)
 
 
 def _tell(found: "Finding", *, as_json: bool) -> None:

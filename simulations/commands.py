@@ -104,11 +104,20 @@ def run(order: Order, *, engine: str, resume: bool) -> dict[str, Any]:
     return {"adapter": str(outcome.folder / server_run.EXPORT_FOLDER), **_places(order, shared)}
 
 
+def resolved_world(order: Order) -> World:
+    """Settings with their noise chosen, base and sites.
+
+    Raises:
+        SilotuneError: As the step that failed.
+    """
+    shared = order.world()
+    return dataclasses.replace(shared, settings=privacy_plan.resolve(shared.settings))
+
+
 @contextmanager
 def audited(order: Order) -> Iterator[tuple[World, EventLog]]:
-    """A run with its noise chosen, its base and its sites, for an audit that trains it."""
-    shared = order.world()
-    shared = dataclasses.replace(shared, settings=privacy_plan.resolve(shared.settings))
+    """A run for an audit that trains it."""
+    shared = resolved_world(order)
     log = order.log(shared)
     with _ending_told(log):
         yield shared, log

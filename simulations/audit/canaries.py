@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Final
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from client.agent import SiteData
 from client.train import schedule
@@ -22,7 +23,14 @@ NUM_PROMPT_TOKENS: Final = 8
 NUM_ANSWER_TOKENS: Final = 16
 
 
-def audit(shared: World, log: EventLog, *, num_canaries: int, max_share: float = MAX_SHARE) -> Finding:
+def audit(
+    shared: World,
+    log: EventLog,
+    *,
+    num_canaries: int,
+    max_share: float = MAX_SHARE,
+    claimed_epsilon: float | None = None,
+) -> Finding:
     """Train with canaries, then guess from base and adapter which of them were trained on.
 
     Args:
@@ -30,6 +38,7 @@ def audit(shared: World, log: EventLog, *, num_canaries: int, max_share: float =
         log: Events of the run's folder.
         num_canaries: m; about half of them are inserted, each as a unit of its own.
         max_share: Most canaries for each unit that trains; canaries cost utility.
+        claimed_epsilon: Another claim than the run's own.
 
     Raises:
         ConfigError: The sites have too few units for so many canaries.
@@ -45,7 +54,7 @@ def audit(shared: World, log: EventLog, *, num_canaries: int, max_share: float =
     bound = privacy_bounds.one_run(score_m, is_in_m, dp_delta=dp_delta)
     return Finding(
         part="canaries",
-        claimed_epsilon=trained.claimed_epsilon(shared.settings),
+        claimed_epsilon=trained.claim(shared.settings) if claimed_epsilon is None else claimed_epsilon,
         audited_epsilon=bound.epsilon,
         ceiling=bound.ceiling,
         num_canaries=num_canaries,
@@ -63,8 +72,7 @@ def audit(shared: World, log: EventLog, *, num_canaries: int, max_share: float =
 def make(engine: Engine, count: int, *, seed: int) -> list[Row]:
     """Notes of random tokens, each a question and an answer."""
     generator = np.random.default_rng(schedule.derive_seed(seed, "canary-tokens"))
-    special = set(engine.tokenizer.all_special_ids)
-    usable = [number for number in range(len(engine.tokenizer)) if number not in special]
+    usable = _words(engine.tokenizer)
 
     def text(num_tokens: int) -> str:
         return str(engine.tokenizer.decode(generator.choice(usable, num_tokens)))
@@ -79,6 +87,13 @@ def insert(sites: Mapping[str, SiteData], rows: Sequence[Row], *, seed: int) -> 
     places = generator.integers(len(names), size=len(rows)).tolist()
     added = {name: [row for row, place in zip(rows, places, strict=True) if names[place] == name] for name in names}
     return {name: replace(sites[name], train=[*sites[name].train, *added[name]]) for name in names}
+
+
+def _words(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that are letters or digits, so that a text of them has about as many tokens again when it is read."""
+    special = set(tokenizer.all_special_ids)
+    ids = (number for number in range(len(tokenizer)) if number not in special)
+    return [number for number in ids if str(tokenizer.decode([number])).strip().isalnum()]
 
 
 def _row(number: int, question: str, answer: str) -> Row:

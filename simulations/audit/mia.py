@@ -15,7 +15,7 @@ from simulations.audit.finding import Finding
 from simulations.compare import World
 
 
-def audit(shared: World, log: EventLog) -> Finding:
+def audit(shared: World, log: EventLog, *, claimed_epsilon: float | None = None) -> Finding:
     """Train on half of the units of every site and attack by the loss.
 
     The units are the canaries of the one-run bound, as each is in with probability 1/2, for itself.
@@ -23,6 +23,7 @@ def audit(shared: World, log: EventLog) -> Finding:
     Args:
         shared: A resolved run, its base and its sites; training and held-out rows are dealt anew.
         log: Events of the run's folder.
+        claimed_epsilon: Another claim than the run's own.
 
     Raises:
         DataError: A site has so few units that the coins left one of the sides empty.
@@ -36,7 +37,7 @@ def audit(shared: World, log: EventLog) -> Finding:
     bound = privacy_bounds.one_run(score_m, is_in_m, dp_delta=dp_delta)
     return Finding(
         part="mia",
-        claimed_epsilon=trained.claimed_epsilon(shared.settings),
+        claimed_epsilon=trained.claim(shared.settings) if claimed_epsilon is None else claimed_epsilon,
         audited_epsilon=bound.epsilon,
         ceiling=bound.ceiling,
         num_canaries=len(units),

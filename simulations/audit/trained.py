@@ -19,7 +19,7 @@ from simulations import run
 from simulations.compare import World
 
 
-def claimed_epsilon(settings: config.RunConfig) -> float:
+def claim(settings: config.RunConfig) -> float:
     """What the run promises each unit; infinite if it promises nothing."""
     return privacy_plan.epsilon(settings) if privacy_plan.is_private(settings) else math.inf
 
