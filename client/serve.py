@@ -5,7 +5,7 @@ import resource
 from collections.abc import Sequence
 from pathlib import Path
 
-from client import policy_file, sitelog
+from client import policy_file, self_test, sitelog
 from client.agent import PERMISSIVE, Agent, SiteData
 from client.data import split
 from client.gatekeeper import Gatekeeper
@@ -35,6 +35,7 @@ def make_agent(node: config.NodeConfig) -> Agent:
         ConfigError: Policy or key cannot be read.
         PolicyRefusedError: The policy was edited and not signed again, or is older than one that was in force.
         AuditError: The audit log is not whole.
+        PrivacyError: The policy requires differential privacy, and this machine's noise does not pass its self-test.
     """
     log = Path(node.agent.log_folder) / LOG_FILE
     loader = EngineLoader(node)
@@ -67,6 +68,7 @@ def make_guard(node: config.NodeConfig) -> Gatekeeper:
     """What keeps this site's policy; see `make_agent` for what it raises."""
     agent = node.agent
     signed = policy_file.load(Path(agent.policy), signer=agent.policy_signer)
+    self_test.run_if_required(signed.rules.privacy)
     return Gatekeeper(signed, node=node, key=identity.load(Path(agent.identity_key)))
 
 

@@ -7,20 +7,14 @@ from typing import Annotated
 import typer
 
 from common import cli, quiet
+from simulations.cli_audit import audit_app
+from simulations.cli_options import DataOption, ModelOption, OutputOption, RunFile, StoreOption, ThreadsOption
 
 app = cli.make(
     "silotune-sim",
     "Research on one machine: the very functions that servers and sites run, with virtual sites.",
     examples=("silotune-sim demo", "silotune-sim run RUN.toml --engine flower"),
 )
-RunFile = Annotated[Path, typer.Argument(help="The run file.", metavar="RUN.toml")]
-OutputOption = Annotated[Path | None, typer.Option(help="The run's folder; default: a new one under output.folder.")]
-ModelOption = Annotated[str, typer.Option("--model", help="Another base: a folder or a name in the store.")]
-DataOption = Annotated[str, typer.Option("--data", help="Other rows: JSONL, JSON, CSV, Parquet, or a datasets id.")]
-ThreadsOption = Annotated[
-    int, typer.Option(min=0, help="CPU threads; 0: all cores, or one in each process of the other engines.")
-]
-StoreOption = Annotated[Path | None, typer.Option(help="Folder with base models.")]
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 
 
@@ -163,6 +157,9 @@ def _compare(
         as_json=json,
         show=lambda: cli.show(commands.comparison_table(result), commands.ending(result)),
     )
+
+
+app.add_typer(audit_app, name="audit", help="Attack what is trained here, against what is claimed.")
 
 
 def main() -> None:

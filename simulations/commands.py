@@ -1,5 +1,6 @@
 """What the commands of `silotune-sim` do, between options and printing."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -101,6 +102,25 @@ def run(order: Order, *, engine: str, resume: bool) -> dict[str, Any]:
     with _ending_told(log):
         outcome = _play(order, shared, log, engine=engine, resume=resume)
     return {"adapter": str(outcome.folder / server_run.EXPORT_FOLDER), **_places(order, shared)}
+
+
+def resolved_world(order: Order) -> World:
+    """Settings with their noise chosen, base and sites.
+
+    Raises:
+        SilotuneError: As the step that failed.
+    """
+    shared = order.world()
+    return dataclasses.replace(shared, settings=privacy_plan.resolve(shared.settings))
+
+
+@contextmanager
+def audited(order: Order) -> Iterator[tuple[World, EventLog]]:
+    """A run for an audit that trains it."""
+    shared = resolved_world(order)
+    log = order.log(shared)
+    with _ending_told(log):
+        yield shared, log
 
 
 @contextmanager

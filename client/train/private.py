@@ -6,10 +6,10 @@ Source: Abadi et al. 2016, arXiv:1607.00133, algorithm 1, with the unit of a pat
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from client.train import unit_gradients, units
 from client.train.units import Unit
@@ -22,6 +22,18 @@ from common.prompts import Encoded
 
 TINY: Final = 1e-6  # added to norms, so that a zero gradient has a scale
 COUNT_NOISE_SHARE: Final = 20
+
+
+class Trained(Protocol):
+    """What a step needs of an engine; an audit has coordinates of its own in its place."""
+
+    @property
+    def model(self) -> nn.Module:
+        """Its trainable parameters get their gradients."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
 
 
 @dataclass
@@ -95,22 +107,53 @@ def gradients(
     Privacy: each step is a Poisson-sampled Gaussian mechanism with `privacy.sampling_prob` and
     `privacy.noise_multiplier` under adding or removing one unit; the number of units counts as public.
     """
-    population = units.group(rows)
+    with unit_gradients.prepared(engine, method=privacy.clipping) as (take, is_many):
+        yield from steps(
+            engine,
+            units.group(rows),
+            take=take,
+            max_rows=max_rows if is_many else 0,
+            privacy=privacy,
+            num_steps=num_steps,
+            source=source,
+        )
+
+
+def steps(
+    engine: Trained,
+    population: Sequence[Unit],
+    *,
+    take: unit_gradients.Take,
+    max_rows: int,
+    privacy: PrivacyConfig,
+    num_steps: int,
+    source: Noise,
+) -> Generator[None]:
+    """The mechanism alone, whatever a unit's gradient is: draw, clip, add up, noise; see `gradients`.
+
+    Args:
+        engine: Whose parameters get the private gradients.
+        population: The units.
+        take: From some units to their gradients.
+        max_rows: Rows that `take` is given at once; 0: one unit at a time.
+        privacy: Section `[privacy]`, resolved.
+        num_steps: Steps to take.
+        source: Of noise and draws.
+    """
     expected = privacy.sampling_prob * len(population)
     limit = ClipNorm.of(privacy, expected)
-    with unit_gradients.prepared(engine, method=privacy.clipping) as (take, is_many):
-        for _ in range(num_steps):
-            drawn = units.poisson(
-                population, sampling_prob=privacy.sampling_prob, max_rows=privacy.max_rows_per_unit, noise=source
-            )
-            batches = units.pack(drawn, max_rows=max_rows) if is_many else ([unit] for unit in drawn)
-            norms_u = set_gradients(engine, batches, take=take, limit=limit, expected=expected, source=source)
-            limit.follow(norms_u, privacy=privacy, expected=expected, source=source)
-            yield
+    for _ in range(num_steps):
+        drawn = units.poisson(
+            population, sampling_prob=privacy.sampling_prob, max_rows=privacy.max_rows_per_unit, noise=source
+        )
+        batches = units.pack(drawn, max_rows=max_rows) if max_rows else ([unit] for unit in drawn)
+        norms_u = set_gradients(engine, batches, take=take, limit=limit, expected=expected, source=source)
+        limit.follow(norms_u, privacy=privacy, expected=expected, source=source)
+        yield
 
 
 def set_gradients(
-    engine: Engine,
+    engine: Trained,
     batches: Iterator[list[Unit]],
     *,
     take: unit_gradients.Take,

@@ -1,0 +1,81 @@
+"""Canaries that only the mechanism sees: each unit's gradient is one reserved coordinate. P coordinates, U units.
+
+Whoever knows the coordinate reads off it how much of the unit got through, which no attacker can do better. Draw, clip
+and noise are those of training: only the model is left out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from client.train import private, unit_gradients
+from client.train.units import Unit
+from common.config_privacy import PrivacyConfig
+from common.noise import Noise
+from common.prompts import Encoded
+
+LENGTH: Final = 10.0  # of a gradient over the clip norm, so that a clip that does nothing shows
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What came through.
+
+    Attributes:
+        score_m: The sum over all steps of each canary's coordinate, in units of the clip norm.
+        is_in_m: Which canaries were among the units.
+    """
+
+    score_m: Tensor
+    is_in_m: Tensor
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Parameters without a model around them."""
+
+    model: nn.Module
+    device: torch.device
+
+
+def scores(*, num_canaries: int, privacy: PrivacyConfig, num_steps: int, source: Noise) -> Scores:
+    """Take private steps over canaries, each of which is among the units with probability 1/2.
+
+    Args:
+        num_canaries: m.
+        privacy: Section `[privacy]`, resolved.
+        num_steps: T.
+        source: Of the canaries' coins, and of the mechanism's draws and noise.
+    """
+    is_in_m = torch.from_numpy(source.uniform(num_canaries) < 0.5)
+    population = [[Encoded((number,), (True,), str(number))] for number in is_in_m.nonzero().flatten().tolist()]
+    values = nn.Parameter(torch.zeros(num_canaries))
+    coordinates = Coordinates(nn.ParameterDict({"coordinates": values}), torch.device("cpu"))
+    score_m = torch.zeros(num_canaries, dtype=torch.float64)
+    steps = private.steps(
+        coordinates,
+        population,
+        take=_taking(num_canaries, length=LENGTH * privacy.clip_norm),
+        max_rows=num_canaries,
+        privacy=privacy,
+        num_steps=num_steps,
+        source=source,
+    )
+    for _ in steps:
+        if values.grad is not None:
+            score_m += values.grad.double()
+    expected = privacy.sampling_prob * len(population)
+    return Scores(score_m * expected / privacy.clip_norm, is_in_m)
+
+
+def _taking(num_canaries: int, *, length: float) -> unit_gradients.Take:
+    """Gradients of canaries: (U, P), `length` in the place that a unit's only token names."""
+
+    def take(units: Sequence[Unit]) -> Tensor:
+        places_u = torch.tensor([unit[0].input_ids[0] for unit in units])
+        return torch.zeros(len(units), num_canaries).scatter_(1, places_u[:, None], length)
+
+    return take

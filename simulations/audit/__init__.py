@@ -1,0 +1,1 @@
+"""What an attacker gets, against what is claimed."""

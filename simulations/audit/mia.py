@@ -1,0 +1,78 @@
+"""Can it be told who was trained on? Half of the units, by coins, train; the loss of each is calibrated on the base."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from client.agent import SiteData
+from common import privacy_bounds
+from common.errors import DataError
+from common.events import EventLog
+from common.rows import Row
+from simulations.audit import roc, trained
+from simulations.audit.finding import Finding
+from simulations.compare import World
+
+
+def audit(shared: World, log: EventLog, *, claimed_epsilon: float | None = None) -> Finding:
+    """Train on half of the units of every site and attack by the loss.
+
+    The units are the canaries of the one-run bound, as each is in with probability 1/2, for itself.
+
+    Args:
+        shared: A resolved run, its base and its sites; training and held-out rows are dealt anew.
+        log: Events of the run's folder.
+        claimed_epsilon: Another claim than the run's own.
+
+    Raises:
+        DataError: A site has so few units that the coins left one of the sides empty.
+
+    Source: Yeom et al. 2018, arXiv:1709.01604, for the attack by loss.
+    """
+    units, is_in_m, dealt = deal(shared.sites, seed=shared.settings.seed)
+    adapter = trained.train(shared, dealt, log)
+    score_m = trained.loss_drops(shared, adapter, units)
+    dp_delta = shared.settings.privacy.dp_delta
+    bound = privacy_bounds.one_run(score_m, is_in_m, dp_delta=dp_delta)
+    return Finding(
+        part="mia",
+        claimed_epsilon=trained.claim(shared.settings) if claimed_epsilon is None else claimed_epsilon,
+        audited_epsilon=bound.epsilon,
+        ceiling=bound.ceiling,
+        num_canaries=len(units),
+        dp_delta=dp_delta,
+        figures={
+            "guesses": bound.num_guesses,
+            "right_guesses": bound.num_right,
+            "members": int(is_in_m.sum()),
+            **roc.rates(score_m, is_in_m).figures(),
+        },
+    )
+
+
+def deal(sites: Mapping[str, SiteData], *, seed: int) -> tuple[list[list[Row]], Tensor, dict[str, SiteData]]:
+    """All units, which of them train, and the sites that follow from it.
+
+    Raises:
+        DataError: No unit is left on one of a site's sides.
+    """
+    units: list[list[Row]] = []
+    is_in: list[Tensor] = []
+    dealt: dict[str, SiteData] = {}
+    for name, data in sorted(sites.items()):
+        own = trained.by_unit([*data.train, *data.held_out])
+        chosen = trained.coins(len(own), seed=seed, purpose=f"members of {name}")
+        dealt[name] = _side(name, own, chosen)
+        units, is_in = [*units, *own], [*is_in, chosen]
+    return units, torch.cat(is_in), dealt
+
+
+def _side(name: str, units: list[list[Row]], chosen: Tensor) -> SiteData:
+    """Members train, the others are held out."""
+    sides: dict[bool, list[Row]] = {True: [], False: []}
+    for rows, is_in in zip(units, chosen.tolist(), strict=True):
+        sides[is_in] += rows
+    if not sides[True] or not sides[False]:
+        raise DataError(f"{name}: {len(units)} units are too few to be dealt to two sides; give it more")
+    return SiteData(sides[True], sides[False])
