@@ -79,8 +79,11 @@ def execute(
     federation.wait_for_sites(fed)
     tensors = rounds.run(fed, first.tensors, first_round=first.num_rounds)
     num_rounds = settings.federation.num_rounds
-    sites = trained_sites(events.read(log.path), num_rounds=num_rounds)
-    export.save_adapter(folder / EXPORT_FOLDER, tensors, run_manifest=manifest, num_rounds=num_rounds, sites=sites)
+    told = events.read(log.path)
+    sites = trained_sites(told, num_rounds=num_rounds)
+    export.save_adapter(
+        folder / EXPORT_FOLDER, tensors, run_manifest=manifest, num_rounds=num_rounds, sites=sites, log=told
+    )
     log.append("run_finished", adapter=EXPORT_FOLDER, num_rounds=num_rounds)
     return Outcome(tensors, sites, folder)
 
