@@ -80,6 +80,7 @@ def card(
     settings = run_manifest.run
     specs = export_canonical.specs(run_manifest.tensor_specs)
     evaluated = {event["num_rounds"]: event for event in log if event["kind"] == "evaluated"}
+    scored = {event["num_rounds"]: event for event in log if event["kind"] == "scored"}
     template = jinja2.Template(CARD_TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
     text: str = template.render(
         run=settings, manifest=run_manifest, sites=sites, num_rows=sum(sites.values()), num_rounds=num_rounds,
@@ -87,6 +88,7 @@ def card(
         has_side=len(specs) < len(run_manifest.tensor_specs), num_parameters=adapter.num_parameters(specs),
         base=base_name(settings.model.base), is_path=is_path(settings.model.base),
         before=evaluated.get(0), after=evaluated.get(num_rounds), kind=kind, licence=licence, formats=formats,
+        scored_before=scored.get(0), scored=scored.get(num_rounds),
     )  # fmt: skip
     return text
 

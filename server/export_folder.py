@@ -17,8 +17,8 @@ from common.errors import ConfigError
 from common.events import Event
 from common.manifest import RunManifest
 from server import export, export_canonical, export_gguf, seal
+from server.seal import FORMATS
 
-FORMATS: Final = ("peft", "vllm", "merged", "nf4", "int8", "gguf")
 NEED_BASE: Final = frozenset({"merged", "nf4", "int8", "gguf"})
 _LICENCE: Final = re.compile(r"^license:\s*([\w.+-]{1,64})\s*$", re.MULTILINE)
 
@@ -43,7 +43,7 @@ class Exported:
 
 
 def parse_formats(text: str) -> tuple[str, ...]:
-    """Names with commas, each once, in the order of `FORMATS`.
+    """Names with commas, each once, in the order of `seal.FORMATS`.
 
     Raises:
         ConfigError: None, or one that does not exist.
@@ -72,7 +72,7 @@ def write(
     Args:
         folder: Must not exist, or be empty.
         source: What to export.
-        formats: Some of `FORMATS`.
+        formats: Some of `seal.FORMATS`.
         base: The base's folder; only `peft` and `vllm` do without.
         llama_cpp: A checkout of llama.cpp whose converter writes the GGUF file; None: it is written here.
         key: The operator's; None leaves the folder unsigned.
@@ -85,6 +85,8 @@ def write(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: holds files already; give another folder")
     _check_possible(source, formats, base)
+    if base and "gguf" in formats and not llama_cpp:
+        export_gguf.check(base)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -52,8 +52,8 @@ def convert(merged: Path, output: Path, *, name: str) -> None:
         ModelError: A tensor that GGUF has no name for.
         StorageError: Disk full or not writable.
     """
-    settings = json.loads((merged / "config.json").read_text(encoding="utf-8"))
-    _check_plain(settings)
+    check(merged)
+    settings = _json(merged / "config.json")
     writer = gguf.GGUFWriter(output, "llama")
     try:
         _add_facts(writer, settings, name=name)
@@ -116,8 +116,28 @@ def _rendered(tokenizer: Any, talk: list[dict[str, str]], template: str | None =
     return str(told)
 
 
+def check(base: Path) -> None:
+    """Whether `convert` can write this base; a fact that it left out would make another model.
+
+    Raises:
+        ConfigError: Another architecture, rotary scaling, biases, or a tokenizer that llama.cpp has no name for.
+        ModelError: No readable config.json or tokenizer.json.
+    """
+    _check_plain(_json(base / "config.json"))
+    pre_tokenizer_name(_json(base / "tokenizer.json"))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """One of the base's files."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"gguf: {path} cannot be read; {_REMEDY}") from error
+    return found
+
+
 def _check_plain(settings: dict[str, Any]) -> None:
-    """Only what the tensors and facts below say in full; a fact left out would be another model."""
+    """Only what the tensors and facts below say in full."""
     for key, wanted in _PLAIN.items():
         if settings.get(key, wanted) != wanted:
             raise ConfigError(f"gguf: the base has {key} = {settings[key]}, written here is {wanted}; {_REMEDY}")
@@ -150,7 +170,7 @@ def _add_facts(writer: gguf.GGUFWriter, settings: dict[str, Any], *, name: str) 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, merged: Path, *, num_tokens: int) -> None:
     """Tokens, kinds and merges of a byte-level BPE; special tokens and chat template by the gguf package."""
-    stored = json.loads((merged / "tokenizer.json").read_text(encoding="utf-8"))
+    stored = _json(merged / "tokenizer.json")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer_name(stored))
     added = {token["id"]: token for token in stored["added_tokens"]}

@@ -17,6 +17,7 @@ from common.manifest import Offer, RunManifest
 from common.model import Engine
 from common.prompts import Encoded
 from common.records import OpenedHead, RoundPlan, SiteMetrics, from_head, to_head
+from common.rows import Row
 from common.wire import Frame
 from server import collect
 from server.aggregate.method import Method, State
@@ -35,6 +36,7 @@ class OwnRows:
 
     engine: Engine
     encoded: Sequence[Encoded]
+    rows: Sequence[Row] = ()
 
 
 @dataclass

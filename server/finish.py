@@ -59,7 +59,7 @@ def export_to(
     Args:
         run_folder: The run.
         folder: A new one.
-        formats: Some of `export_folder.FORMATS`, with commas; empty: peft.
+        formats: Some of `seal.FORMATS`, with commas; empty: peft.
         num_rounds: Which checkpoint; 0 is the newest.
         base: The base's folder; None looks for the run's base in the store.
         llama_cpp: A checkout of llama.cpp that writes the GGUF file; None: it is written here.

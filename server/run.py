@@ -169,7 +169,7 @@ def read_own_rows(settings: config.RunConfig, engine: Engine) -> OwnRows | None:
     data = settings.data
     columns = Columns(data.instruction_column, data.input_column, data.output_column)
     rows = read.read(settings.evaluation.server_data, columns=columns)
-    return OwnRows(engine, model.encode(engine, rows, data)[0])
+    return OwnRows(engine, model.encode(engine, rows, data)[0], rows)
 
 
 def stored_manifest(folder: Path) -> RunManifest:

@@ -20,6 +20,7 @@ FILE: Final = "export.json"
 SIGNATURE_FILE: Final = "export.sig.json"
 PURPOSE: Final = "export"
 VERSION: Final = 1
+FORMATS: Final = ("peft", "vllm", "merged", "nf4", "int8", "gguf")
 MAX_BYTES: Final = 16 << 20
 
 

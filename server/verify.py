@@ -52,6 +52,7 @@ def verify(folder: Path, *, signer: str = "", base: Path | None = None) -> dict[
     for path in paths:
         _check_kind(folder, path)
     _check_files(folder, paths, sealed.files)
+    _check_facts(folder, sealed)
     _check_card(folder, sealed.facts)
     num_tensors = _check_adapters(folder, sealed) + _check_tensors(folder, sealed)
     result = {
@@ -118,6 +119,17 @@ def _check_files(folder: Path, paths: Sequence[str], sealed: Mapping[str, str]) 
             raise ModelError(f"{folder}: {wire.shown(path, limit=200)} was changed after sealing; get the folder again")
 
 
+def _check_facts(folder: Path, sealed: seal.Seal) -> None:
+    """The formats promised are those that are there."""
+    formats = set(sealed.facts.formats)
+    found = {path.split("/")[0] for path in sealed.files if "/" in path}
+    odd = sorted((formats ^ found) | (formats - set(seal.FORMATS)))
+    named = f"vllm/{sealed.facts.name}/adapter_config.json"
+    if odd or ("vllm" in formats and named not in sealed.files):
+        what = wire.shown(odd[0] if odd else named, limit=200)
+        raise ModelError(f"{folder}: {what} is promised and not there, or there and not promised; export it again")
+
+
 def _check_card(folder: Path, facts: seal.Facts) -> None:
     """There is a card, and it is of this run and this base."""
     card = folder / "README.md"
@@ -135,7 +147,7 @@ def _check_adapters(folder: Path, sealed: seal.Seal) -> int:
     places = [Path(path).parent for path in sealed.files if _ADAPTER.fullmatch(path)]
     promised = [name for name in ("peft", "vllm") if name in sealed.facts.formats]
     if sorted(place.parts[0] for place in places) != promised:
-        raise ModelError(f"{folder}: the adapters promised are {promised}, found {[str(p) for p in places]}")
+        raise ModelError(f"{folder}: the adapters promised are {promised}, found {len(places)}; export it again")
     for place in places:
         check_config(folder / place, specs)
         data = (folder / place / "adapter_model.safetensors").read_bytes()
@@ -151,6 +163,8 @@ def check_config(folder: Path, specs: Sequence[TensorSpec]) -> None:
     """
     path = folder / "adapter_config.json"
     found = json.loads(path.read_bytes())
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: is no object; export it again")
     rank = next(spec.shape[0] for spec in specs if spec.name.endswith(".lora_A.weight"))
     lora = export_canonical.lora_config(rank, adapter.module_names(specs))
     wanted = json.loads(json.dumps(export_canonical.settings_of(lora)))

@@ -18,7 +18,7 @@ from common.errors import ModelError
 from server import export_gguf
 from server.seal import Facts
 
-LIMITS: Final = {"peft": 1e-5, "vllm": 1e-5, "merged": 0.1, "gguf": 0.1, "int8": 0.2, "nf4": 0.5}
+LIMITS: Final = {"peft": 1e-5, "vllm": 1e-5, "merged": 0.1, "gguf": 0.1, "int8": 0.2, "nf4": 0.8}
 ROUNDED: Final = 1e-4
 VISIBLE: Final = 0.3  # a smaller share of a format's own error cannot be told from it
 SHAPE_BT: Final = (4, 32)

@@ -152,7 +152,9 @@ BEFORE = {
     "not finite": (lambda f: change_tensors(f / WEIGHTS, with_nan), "NaN"),
     "not finite when merged": (lambda f: change_tensors(f / "merged/model.safetensors", with_nan), "NaN or infinity"),
     "no card": (lambda f: (f / "README.md").write_text("A model."), "does not name the base"),
-    "no adapter": (lambda f: shutil.rmtree(f / "peft"), "adapters promised"),
+    "no adapter": (lambda f: shutil.rmtree(f / "peft"), "peft is promised and not there"),
+    "no weights": (lambda f: (f / CONFIG).unlink(), "adapters promised"),
+    "more than promised": (lambda f: shutil.copytree(f / "peft", f / "site-a"), "site-a is promised and not there, or"),
     "a pickle": (lambda f: (f / "merged/training_args.bin").write_bytes(NONE), "training_args.bin is, or may be"),
 }
 
