@@ -16,6 +16,7 @@ from common import config_file, config_rules
 from common.config_aggregation import AggregationConfig
 from common.config_privacy import PrivacyConfig
 from common.config_types import (
+    METRICS,
     PATTERNS,
     TARGETS,
     Count,
@@ -200,6 +201,18 @@ class EvaluationConfig(Section):
         default=0, description="Held-out rows per site that are answered by generation at the end. 0: none."
     )
     max_new_tokens: int = Field(default=32, ge=1, le=65536, description="Longest generated answer, in tokens.")
+    metrics: str = Field(
+        default="",
+        pattern=METRICS,
+        max_length=4096,
+        description="Figures of generated answers to `server_data`, before the first round and after the last: "
+        "`exact_match`, `f1` (SQuAD's), `rouge1`, `rouge2`, `rougeL`, `number` (the last, as in GSM8K). Empty: none.",
+    )
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The names in `metrics`, each once, in the order written."""
+        return tuple(dict.fromkeys(name.strip() for name in self.metrics.split(",") if name.strip()))
 
 
 class OutputConfig(Section):

@@ -276,6 +276,11 @@ RUN_RULES = (
         _has_idle_adaption,
         "has no effect while the clip norm is fixed; remove it or set adaptive_clipping",
     ),
+    Rule(
+        ("evaluation.metrics", "evaluation.server_data"),
+        lambda c: c.evaluation.metrics != "" and not c.evaluation.server_data,
+        "metrics are of the coordinator's own rows; name their file, or remove metrics",
+    ),
 )
 
 NODE_RULES = (

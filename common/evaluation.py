@@ -52,12 +52,24 @@ def score(
     """
     started = time.monotonic()
     nll_sum, num_answer_tokens = held_out_nll(engine, encoded, batch_size=batch_size)
-    num_exact = 0
-    asked = [prompts.prompt_ids(row, engine.tokenizer, system_prompt=system_prompt) for row in generated]
-    for batch in _batches(sorted(asked, key=lambda item: len(item[0])), batch_size):
-        given = answer(engine, [ids for ids, _ in batch], max_new_tokens=max_new_tokens)
-        num_exact += sum(text.strip() == wanted.strip() for text, (_, wanted) in zip(given, batch, strict=True))
-    return Score(nll_sum, num_answer_tokens, len(asked), num_exact, time.monotonic() - started)
+    answers = generate(
+        engine, generated, batch_size=batch_size, max_new_tokens=max_new_tokens, system_prompt=system_prompt
+    )
+    num_exact = sum(given.strip() == wanted.strip() for given, wanted in answers)
+    return Score(nll_sum, num_answer_tokens, len(answers), num_exact, time.monotonic() - started)
+
+
+def generate(
+    engine: Engine, rows: Sequence[Row], *, batch_size: int, max_new_tokens: int, system_prompt: str
+) -> list[tuple[str, str]]:
+    """Greedy answers and the references that they should be, in the order of the rows."""
+    asked = [prompts.prompt_ids(row, engine.tokenizer, system_prompt=system_prompt) for row in rows]
+    answers = [""] * len(asked)
+    for places in _batches(sorted(range(len(asked)), key=lambda place: len(asked[place][0])), batch_size):
+        given = answer(engine, [asked[place][0] for place in places], max_new_tokens=max_new_tokens)
+        for place, text in zip(places, given, strict=True):
+            answers[place] = text
+    return [(text, wanted) for text, (_, wanted) in zip(answers, asked, strict=True)]
 
 
 @torch.no_grad()

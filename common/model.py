@@ -96,7 +96,7 @@ def load(
     base_sha256 = check_hash(folder, model.sha256)
     device = choose_device(device_name)
     tokenizer = prompts.use_template(load_tokenizer(folder), model.chat_template)
-    base = _load_base(folder, model, device)
+    base = load_base(folder, model, device)
     peft_model = _attach(base, adapter_settings, seed=seed)
     if residual_rank:
         _attach_side(peft_model, adapter_settings, rank=residual_rank)
@@ -170,8 +170,12 @@ def resolve_dtype(settings: config.ModelConfig, device: torch.device) -> torch.d
     return _DTYPES[settings.dtype]
 
 
-def _load_base(folder: Path, settings: config.ModelConfig, device: torch.device) -> Any:
-    """The frozen base, quantised as told."""
+def load_base(folder: Path, settings: config.ModelConfig, device: torch.device) -> Any:
+    """The frozen base, quantised as told, without an adapter.
+
+    Raises:
+        ModelError: Files missing or damaged, or this precision is impossible here.
+    """
     dtype = resolve_dtype(settings, device)
     loaded: Any
     try:

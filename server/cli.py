@@ -168,21 +168,68 @@ def export(
     output: Annotated[Path | None, typer.Option(help="For the peft adapter; default: RUN_FOLDER/adapter.")] = None,
     merged: Annotated[Path | None, typer.Option(help="Also merge into the base, saved as bf16 here.")] = None,
     base: Annotated[Path | None, typer.Option(help="Folder of the base; default: model.base, in the store.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Instead: a new folder with all --formats, sealed.")] = None,
+    formats: Annotated[
+        str, typer.Option(help="Of peft, vllm, merged, nf4, int8, gguf; with --to; default: peft.")
+    ] = "",
+    operator_key: Annotated[Path | None, typer.Option(help="Private key that signs the folder; with --to.")] = None,
+    llama_cpp: Annotated[Path | None, typer.Option(help="A llama.cpp checkout whose converter writes gguf.")] = None,
     json: cli.JsonOption = False,
 ) -> None:
-    """Write the adapter, or the base with it merged in.
+    """Write the adapter, the base with it merged in, or a sealed folder of several formats.
 
-    The adapter is a folder that plain peft loads; the merged base is bf16.
+    The adapter is a folder that plain peft loads; the merged base is bf16. A sealed folder holds its model card, the
+    hashes of its files and, with --operator-key, a signature.
 
     \b
     Examples:
       silotune-server export runs/triage --round 5 --output adapter-5
       silotune-server export runs/triage --base smollm2-folder --merged merged
+      silotune-server export runs/triage --to triage-1 --formats peft,merged,gguf --operator-key op.pem
     """
     from server import finish
 
+    if to:
+        finish.refuse_beside_to(output=output, merged=merged)
+        sealed = finish.export_to(
+            run_folder,
+            to,
+            formats=formats,
+            num_rounds=round_,
+            base=base,
+            llama_cpp=llama_cpp,
+            sign_with=operator_key,
+        )
+        told = (f"{to}: {sealed['formats']}", f"next: silotune-server verify {to} --signer {sealed['signer'] or 'KEY'}")
+        return cli.emit(sealed, as_json=json, show=lambda: cli.show(*told))
+    finish.refuse_without_to(formats=formats, operator_key=operator_key, llama_cpp=llama_cpp)
     result = finish.export_run(run_folder, num_rounds=round_, output=output, merged=merged, base=base)
-    cli.emit(result, as_json=json, show=lambda: cli.show(*(f"{name:<9} {path}" for name, path in result.items())))
+    return cli.emit(
+        result, as_json=json, show=lambda: cli.show(*(f"{name:<9} {path}" for name, path in result.items()))
+    )
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="What `export --to` wrote.", metavar="FOLDER")],
+    signer: Annotated[str, typer.Option(help="Public key that must have signed, 64 hexadecimal digits.")] = "",
+    base: Annotated[Path | None, typer.Option(help="Also compare the formats' logits on this base.")] = None,
+    json: cli.JsonOption = False,
+) -> None:
+    """Check an exported folder; needs no network.
+
+    Files, hashes and signature; the adapter's form; tensors' names, shapes, types and values; no pickle.
+    With --base every format is loaded, and its logits are held against the adapter's.
+
+    \b
+    Examples:
+      silotune-server verify triage-1 --signer 3b6a27bc...
+      silotune-server verify triage-1 --base smollm2-folder
+    """
+    from server import verify as checks
+
+    result = checks.verify(folder, signer=signer, base=base)
+    cli.emit(result, as_json=json, show=lambda: cli.show(*checks.told(result)))
 
 
 @app.command()

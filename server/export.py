@@ -1,28 +1,38 @@
 """The finished adapter as a peft folder, and merged into a bf16 checkpoint."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from common import adapter, config, model, privacy_plan, storage
+from common import adapter, model, privacy_plan, prompts, storage
 from common.adapter import Tensors
 from common.errors import ConfigError, ModelError
+from common.events import Event
 from common.manifest import RunManifest
+from server import export_canonical
 from server.aggregate import factored
 
 CARD_TEMPLATE = Path(__file__).with_name("card.md.j2")
 
 
 def save_adapter(
-    folder: Path, tensors: Tensors, *, run_manifest: RunManifest, num_rounds: int, sites: Mapping[str, int]
+    folder: Path,
+    tensors: Tensors,
+    *,
+    run_manifest: RunManifest,
+    num_rounds: int,
+    sites: Mapping[str, int],
+    log: Sequence[Event] = (),
 ) -> None:
     """Write `adapter_model.safetensors`, `adapter_config.json` and a model card that plain peft loads.
+
+    The adapter is canonical (`server/export_canonical.py`).
 
     Args:
         folder: Where to.
@@ -30,22 +40,58 @@ def save_adapter(
         run_manifest: The run that made it.
         num_rounds: Rounds behind it.
         sites: Training rows by site.
+        log: The run's events: the card tells what was evaluated in it.
 
     Raises:
         StorageError: Disk full or not writable.
     """
-    settings = run_manifest.run
-    found, shape = _as_one(tensors, settings.adapter)
+    found = export_canonical.canonical(tensors, run_manifest.run.adapter)
     storage.write_atomic(folder / "adapter_model.safetensors", adapter.encode(found, dtype="float32"))
-    _save_peft_config(folder, settings, shape, adapter.module_names(run_manifest.tensor_specs))
-    card = jinja2.Template(CARD_TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined).render(
-        run=settings, shape=shape, manifest=run_manifest, sites=sites, num_rows=sum(sites.values()),
-        num_rounds=num_rounds,
-        num_parameters=adapter.num_parameters(adapter.specs(found)), base=base_name(settings.model.base),
-        is_path=is_path(settings.model.base), privacy_wording=privacy_plan.FIXED_WORDING,
+    base = run_manifest.run.model.base
+    modules = adapter.module_names(adapter.specs(found))
+    told = None if is_path(base) else base
+    rank = export_canonical.rank_of(found)
+    export_canonical.save_config(folder, export_canonical.lora_config(rank, modules, base=told))
+    text = card(run_manifest, num_rounds=num_rounds, sites=sites, log=log, kind="adapter")
+    storage.write_atomic(folder / "README.md", text.encode())
+
+
+def card(
+    run_manifest: RunManifest,
+    *,
+    num_rounds: int,
+    sites: Mapping[str, int],
+    log: Sequence[Event],
+    kind: str,
+    licence: str = "",
+    formats: Sequence[str] = (),
+) -> str:
+    """The model card.
+
+    Args:
+        run_manifest: The run.
+        num_rounds: Rounds behind what is exported.
+        sites: Training rows by site.
+        log: The run's events.
+        kind: `adapter` for a peft folder, `folder` for a whole export.
+        licence: What the base's own card says of its licence; empty: nothing.
+        formats: What an export holds.
+    """
+    settings = run_manifest.run
+    specs = export_canonical.specs(run_manifest.tensor_specs)
+    evaluated = {event["num_rounds"]: event for event in log if event["kind"] == "evaluated"}
+    scored = {event["num_rounds"]: event for event in log if event["kind"] == "scored"}
+    template = jinja2.Template(CARD_TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
+    text: str = template.render(
+        run=settings, manifest=run_manifest, sites=sites, num_rows=sum(sites.values()), num_rounds=num_rounds,
+        rank=next(spec.shape[0] for spec in specs if spec.name.endswith(factored.A_SUFFIX)),
+        has_side=len(specs) < len(run_manifest.tensor_specs), num_parameters=adapter.num_parameters(specs),
+        base=base_name(settings.model.base), is_path=is_path(settings.model.base),
+        before=evaluated.get(0), after=evaluated.get(num_rounds), kind=kind, licence=licence, formats=formats,
+        scored_before=scored.get(0), scored=scored.get(num_rounds), privacy_wording=privacy_plan.FIXED_WORDING,
         epsilon=privacy_plan.epsilon(settings) if privacy_plan.is_private(settings) else None,
     )  # fmt: skip
-    storage.write_atomic(folder / "README.md", card.encode())
+    return text
 
 
 def is_path(base: str) -> bool:
@@ -63,10 +109,18 @@ def base_name(base: str) -> str:
     return Path(base).name if is_path(base) else base
 
 
-def merge(adapter_folder: Path, base_folder: Path, output_folder: Path) -> None:
+def merge(
+    adapter_folder: Path, base_folder: Path, output_folder: Path, *, chat_template: prompts.TemplateName = "tokenizer"
+) -> None:
     """Add an adapter to its base in float32 and save the sum as a bf16 checkpoint.
 
     Never merged into a quantised base: a small change is lost when it is quantised again.
+
+    Args:
+        adapter_folder: A peft folder.
+        base_folder: The base, not quantised.
+        output_folder: For the checkpoint; new or empty.
+        chat_template: `model.chat_template` of the run: the tokenizer is saved with the template that was trained on.
 
     Raises:
         ConfigError: The output folder holds something.
@@ -84,43 +138,18 @@ def merge(adapter_folder: Path, base_folder: Path, output_folder: Path) -> None:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         what = type(error).__name__
         raise ModelError(f"{adapter_folder}: does not fit the base in {base_folder} ({what})") from error
-    _save_merged(merged.to(torch.bfloat16), base_folder, output_folder)
+    tokenizer = prompts.use_template(model.load_tokenizer(base_folder), chat_template)
+    _save_merged(merged.to(torch.bfloat16), tokenizer, output_folder)
 
 
-def _save_merged(merged: torch.nn.Module, base_folder: Path, output_folder: Path) -> None:
+def _save_merged(merged: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, output_folder: Path) -> None:
     """Into a folder beside the target first, so that a half-written checkpoint never bears its name."""
     partial = output_folder.with_name(f".{output_folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         merged.save_pretrained(partial)  # type: ignore[operator]
-        AutoTokenizer.from_pretrained(base_folder, local_files_only=True).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
         partial.rename(output_folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise storage.storage_error(output_folder, error) from error
-
-
-def _as_one(tensors: Tensors, settings: config.AdapterConfig) -> tuple[Tensors, config.AdapterConfig]:
-    """An adapter with what was kept beside it as one adapter of both ranks: B A + U V = [B, U] [A; V]."""
-    beside = factored.side(tensors)
-    if not beside:
-        return tensors, settings
-    pairs = factored.effective(tensors)
-    rank = settings.r + next(iter(beside.values()))[1].shape[0]
-    shape = settings.model_copy(update={"r": rank, "alpha": settings.scale * rank, "use_rslora": False})
-    return {name: tensor for module in pairs for name, tensor in factored.named(module, *pairs[module]).items()}, shape
-
-
-def _save_peft_config(
-    folder: Path, settings: config.RunConfig, shape: config.AdapterConfig, modules: list[str]
-) -> None:
-    """peft's own file, targets spelt out, without a path of this machine."""
-    lora = model.lora_config(shape)
-    if settings.adapter.targets == "all-linear":
-        lora.target_modules = sorted({name.rsplit(".", 1)[-1] for name in modules})
-    lora.base_model_name_or_path = None if is_path(settings.model.base) else settings.model.base
-    lora.inference_mode = True
-    try:
-        lora.save_pretrained(str(folder))
-    except OSError as error:
-        raise storage.storage_error(folder, error) from error

@@ -18,6 +18,7 @@ from common.manifest import Offer, RunManifest
 from common.model import Engine
 from common.prompts import Encoded
 from common.records import OpenedHead, RoundPlan, SiteMetrics, from_head, to_head
+from common.rows import Row
 from common.wire import Frame
 from server import collect
 from server.aggregate.method import Method, State
@@ -38,6 +39,7 @@ class OwnRows:
 
     engine: Engine
     encoded: Sequence[Encoded]
+    rows: Sequence[Row] = ()
 
 
 @dataclass

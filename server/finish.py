@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-from common import events, model, store
-from server import checkpoint, export, run
+from common import events, identity, model, store
+from common.errors import ConfigError
+from server import checkpoint, export, export_folder, run
+from server.export_folder import Exported
 
 
 def export_run(
@@ -27,17 +29,96 @@ def export_run(
         ModelError: The checkpoint is damaged, or the base is not here or another one.
         StorageError: Disk full or not writable.
     """
+    found = stored(run_folder, num_rounds=num_rounds)
+    adapter_folder = output or run_folder / run.EXPORT_FOLDER
+    export.save_adapter(
+        adapter_folder, found.tensors, run_manifest=found.run_manifest, num_rounds=found.num_rounds,
+        sites=found.sites, log=found.log,
+    )  # fmt: skip
+    written = {"adapter": str(adapter_folder)}
+    if merged:
+        export.merge(
+            adapter_folder, _base(found, base), merged, chat_template=found.run_manifest.run.model.chat_template
+        )
+        written["merged"] = str(merged)
+    return written
+
+
+def export_to(
+    run_folder: Path,
+    folder: Path,
+    *,
+    formats: str,
+    num_rounds: int,
+    base: Path | None,
+    llama_cpp: Path | None,
+    sign_with: Path | None,
+) -> dict[str, object]:
+    """Export a checkpoint of a run as a sealed folder, which `verify` can check.
+
+    Args:
+        run_folder: The run.
+        folder: A new one.
+        formats: Some of `seal.FORMATS`, with commas; empty: peft.
+        num_rounds: Which checkpoint; 0 is the newest.
+        base: The base's folder; None looks for the run's base in the store.
+        llama_cpp: A checkout of llama.cpp that writes the GGUF file; None: it is written here.
+        sign_with: The operator's key file; None leaves the folder unsigned.
+
+    Returns:
+        The folder, its formats and the signer's public key, empty if there is none.
+
+    Raises:
+        DataError: No such checkpoint.
+        ConfigError: The folder holds something, the key cannot be used, or a format is impossible here.
+        ModelError: The checkpoint is damaged, or the base is not here or another one.
+        StorageError: Disk full or not writable.
+    """
+    asked = export_folder.parse_formats(formats or "peft")
+    key = identity.load(sign_with) if sign_with else None
+    found = stored(run_folder, num_rounds=num_rounds)
+    base_folder = _base(found, base) if export_folder.NEED_BASE & set(asked) else None
+    export_folder.write(folder, found, formats=asked, base=base_folder, llama_cpp=llama_cpp, key=key)
+    return {"folder": str(folder), "formats": ", ".join(asked), "signer": identity.public_hex(key) if key else ""}
+
+
+def refuse_beside_to(**options: Path | None) -> None:
+    """What `--to` writes itself, or elsewhere.
+
+    Raises:
+        ConfigError: One of the options was given.
+    """
+    if given := [name for name, value in options.items() if value]:
+        raise ConfigError(f"--to writes all formats into one folder; leave --{given[0]} out")
+
+
+def refuse_without_to(**options: object) -> None:
+    """What only a sealed folder has.
+
+    Raises:
+        ConfigError: One of the options was given.
+    """
+    if given := [name.replace("_", "-") for name, value in options.items() if value]:
+        raise ConfigError(f"--{given[0]} is for a sealed folder; give --to DIR")
+
+
+def stored(run_folder: Path, *, num_rounds: int) -> Exported:
+    """A checkpoint of a run; 0 is the newest.
+
+    Raises:
+        DataError: No such checkpoint.
+        ModelError: It is damaged.
+    """
     found = run.stored_manifest(run_folder)
     done = checkpoint.finished(run_folder)
     wanted = num_rounds or (done[-1] if done else 0)
     state = checkpoint.load(run_folder, found.tensor_specs, num_rounds=wanted, run_sha256=found.sha256)
-    sites = run.trained_sites(events.read(run_folder / run.EVENTS_FILE), num_rounds=wanted)
-    adapter_folder = output or run_folder / run.EXPORT_FOLDER
-    export.save_adapter(adapter_folder, state.tensors, run_manifest=found, num_rounds=wanted, sites=sites)
-    written = {"adapter": str(adapter_folder)}
-    if merged:
-        base_folder = base or store.resolve(found.run.model.base)
-        model.check_hash(base_folder, found.base_sha256)
-        export.merge(adapter_folder, base_folder, merged)
-        written["merged"] = str(merged)
-    return written
+    log = events.read(run_folder / run.EVENTS_FILE)
+    return Exported(state.tensors, found, wanted, run.trained_sites(log, num_rounds=wanted), log)
+
+
+def _base(found: Exported, given: Path | None) -> Path:
+    """The run's base: the very files that it was trained on."""
+    folder = given or store.resolve(found.run_manifest.run.model.base)
+    model.check_hash(folder, found.run_manifest.base_sha256)
+    return folder

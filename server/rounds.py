@@ -8,7 +8,7 @@ from common.records import RoundPlan, UpdateHead
 from server import checkpoint, collect, federation, sampling
 from server.aggregate import gap, optimizer, products
 from server.aggregate.method import State, Sum
-from server.evaluate import held_out
+from server.evaluate import answers, held_out
 from server.federation import Federation
 
 
@@ -51,6 +51,8 @@ def _evaluate(fed: Federation, state: State, *, num_rounds: int) -> None:
     settings = fed.manifest.run
     generate = num_rounds == settings.federation.num_rounds and settings.evaluation.exact_match_rows > 0
     held_out.evaluate(fed, state, num_rounds=num_rounds, generate=generate)
+    if num_rounds in (0, settings.federation.num_rounds):
+        answers.score(fed, state, num_rounds=num_rounds)
 
 
 def play(fed: Federation, state: State, *, round_index: int) -> State:

@@ -86,8 +86,11 @@ def execute(
         federation.wait_for_sites(fed)
         tensors = rounds.run(fed, first.tensors, first_round=first.num_rounds)
     num_rounds = settings.federation.num_rounds
-    sites = trained_sites(events.read(log.path), num_rounds=num_rounds)
-    export.save_adapter(folder / EXPORT_FOLDER, tensors, run_manifest=manifest, num_rounds=num_rounds, sites=sites)
+    told = events.read(log.path)
+    sites = trained_sites(told, num_rounds=num_rounds)
+    export.save_adapter(
+        folder / EXPORT_FOLDER, tensors, run_manifest=manifest, num_rounds=num_rounds, sites=sites, log=told
+    )
     log.append("run_finished", adapter=EXPORT_FOLDER, num_rounds=num_rounds)
     return Outcome(tensors, sites, folder)
 
@@ -189,7 +192,7 @@ def read_own_rows(settings: config.RunConfig, engine: Engine) -> OwnRows | None:
     data = settings.data
     columns = Columns(data.instruction_column, data.input_column, data.output_column)
     rows = read.read(settings.evaluation.server_data, columns=columns)
-    return OwnRows(engine, model.encode(engine, rows, data)[0])
+    return OwnRows(engine, model.encode(engine, rows, data)[0], rows)
 
 
 def stored_manifest(folder: Path) -> RunManifest:

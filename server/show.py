@@ -129,6 +129,13 @@ class Screen:
         notes = self._notes(event, finished)
         self.console.print(Text("  ".join(cells)), Text.from_markup(notes), soft_wrap=True)
 
+    def _on_scored(self, event: Event) -> None:
+        """The coordinator's metrics, and after the last round how far they rose."""
+        for name, mean in event["scores"].items():
+            gain = event["gains"].get(name)
+            risen = "" if gain is None else f"  {gain['mean']:+.3f}, 95 %: {gain['low']:+.3f} to {gain['high']:+.3f}"
+            self._print(f"  coordinator's rows, {name}: {mean:.3f}{risen}")
+
     def _on_run_finished(self, event: Event) -> None:
         """The end."""
         self._set_status("")

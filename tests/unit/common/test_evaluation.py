@@ -52,6 +52,17 @@ def test_an_answer_counts_if_it_equals_the_reference_but_for_white_space(engine,
     assert (found.num_generated, found.num_exact) == (7, 5)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
+def test_answers_come_in_the_order_of_the_rows(engine, batch_size):
+    rows = sorted(ROWS[:7], key=lambda row: -len(row.messages[0].content))
+    expected = [
+        model.answer(engine, [prompts.prompt_ids(row, engine.tokenizer)[0]], max_new_tokens=4)[0] for row in rows
+    ]
+    found = evaluation.generate(engine, rows, batch_size=batch_size, max_new_tokens=4, system_prompt="")
+    assert found == [(text, row.messages[-1].content) for text, row in zip(expected, rows, strict=True)]
+    assert len(set(expected)) > 1
+
+
 def test_scoring_leaves_no_gradients_and_no_other_adapter(engine, encoded):
     score(engine, encoded, ROWS[:2])
     assert all(p.grad is None for p in adapter.parameters(engine.model).values())

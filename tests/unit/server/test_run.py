@@ -232,14 +232,47 @@ def test_a_folder_that_is_no_run_is_an_error(tmp_path, text):
         run.stored_settings(tmp_path)
 
 
-def test_the_coordinators_own_rows_are_scored_every_round(play, nodes, tmp_path):
+def own_file(folder):
+    """Held-out rows of the coordinator's own."""
     lines = [
         {"instruction": row.messages[0].content, "output": row.messages[1].content} for row in tiny.rows(4, site="own")
     ]
-    path = tmp_path / "own.jsonl"
+    path = folder / "own.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    _, log = play(nodes, {"evaluation.server_data": f'"{path}"'})
+    return path
+
+
+def test_the_coordinators_own_rows_are_scored_every_round(play, nodes, tmp_path):
+    _, log = play(nodes, {"evaluation.server_data": f'"{own_file(tmp_path)}"'})
     assert all(event["server_loss"] > 0 for event in log if event["kind"] == "evaluated")
+    assert not [event for event in log if event["kind"] == "scored"]
+
+
+def test_metrics_are_of_the_base_and_of_the_last_adapter_and_in_the_card(play, nodes, tmp_path):
+    changes = {
+        "evaluation.server_data": f'"{own_file(tmp_path)}"',
+        "evaluation.metrics": '"exact_match, f1,rougeL"',
+        "evaluation.max_new_tokens": "6",
+    }
+    outcome, log = play(nodes, changes)
+    base, last = [event for event in log if event["kind"] == "scored"]
+    assert (base["num_rounds"], base["num_rows"], base["gains"]) == (0, 4, {})
+    assert list(last["scores"]) == ["exact_match", "f1", "rougeL"]
+    stored = [json.loads((outcome.folder / "scores" / f"{n:05d}.json").read_text()) for n in (0, last["num_rounds"])]
+    for name, gain in last["gains"].items():
+        assert gain["low"] <= gain["mean"] <= gain["high"]
+        assert gain["mean"] == pytest.approx((sum(stored[1][name]) - sum(stored[0][name])) / 4)
+        assert last["scores"][name] == pytest.approx(sum(stored[1][name]) / 4)
+    card = (outcome.folder / "adapter" / "README.md").read_text()
+    assert "4 rows of the coordinator's own" in card
+    assert f"| f1 | {base['scores']['f1']:.3f} | {last['scores']['f1']:.3f} |" in card
+
+
+def test_metrics_without_rows_of_the_coordinators_own_are_refused(tiny_base):
+    with pytest.raises(ConfigError, match="name their file, or remove metrics"):
+        tiny.settings(tiny_base, {"evaluation.metrics": '"f1"'})
+    with pytest.raises(ConfigError, match="exact_match, f1, rouge1"):
+        tiny.settings(tiny_base, {"evaluation.metrics": '"bleu"', "evaluation.server_data": '"own.jsonl"'})
 
 
 def test_own_rows_that_are_missing_are_found_before_the_run_starts(play, nodes, tmp_path):

@@ -197,8 +197,8 @@ def test_the_exported_adapter_is_one_that_plain_peft_loads_with_the_same_loss(pl
     assert torch.allclose(merged, beside, atol=1e-4)
     assert float((plain - beside).abs().max()) > 0.1
     card = (outcome.folder / "adapter" / "README.md").read_text()
-    assert "LoRA r = 40, alpha = 80.0" in card
-    assert "trained at r = 4 beside a frozen one of r = 36" in card
+    assert "LoRA r = 4, alpha = 8.0, all-linear, beside a frozen one of r = 36" in card
+    assert "the same function as LoRA r = alpha = 64" in card
 
 
 def test_the_side_adapter_is_frozen_of_zeros_and_of_the_same_scale(wide_engine):

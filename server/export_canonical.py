@@ -1,0 +1,111 @@
+"""The canonical adapter: the one form that every reader of adapters takes for the same function.
+
+alpha = r, so that the scale is exactly 1 for readers that ignore rsLoRA or patterns (llama.cpp's converter ignores
+both, vLLM ignores patterns); one rank for all modules, from the list that vLLM takes; no DoRA, no trained bias, no
+modules that are saved whole.
+
+d and k: output and input width of a module, r: rank.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+from torch.nn.functional import pad
+
+from common import adapter, config
+from common.adapter import Tensors
+from common.records import TensorSpec
+from common.storage import storage_error
+from server.aggregate import factored
+
+RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's MaxLoRARanks without 1, which some releases refuse
+
+
+def listed_rank(rank: int) -> int:
+    """The next rank of the list; above 512 the rank itself, which peft and a merge still take and vLLM does not.
+
+    Source: vllm/config/lora.py, `MaxLoRARanks` (0.14 and later).
+
+    Example:
+        >>> [listed_rank(rank) for rank in (1, 8, 9, 257, 512, 513)]
+        [8, 8, 16, 320, 512, 513]
+    """
+    return next((listed for listed in RANKS if listed >= rank), rank)
+
+
+def canonical(tensors: Tensors, settings: config.AdapterConfig) -> dict[str, Tensor]:
+    """The same function with scale 1: a side adapter joined, the scale in B, zeros up to a listed rank.
+
+    B A + U V = [B, U] [A; V], for both stand under the same scale.
+
+    Args:
+        tensors: Under the run's names, with or without a side adapter.
+        settings: Section `[adapter]` of the run.
+
+    Returns:
+        `lora_A` and `lora_B` of every module, float32, all of one rank.
+
+    Shape: A (r, k), B (d, r).
+    """
+    found: dict[str, Tensor] = {}
+    for module, (b_dr, a_rk) in factored.effective(tensors).items():
+        missing = listed_rank(a_rk.shape[0]) - a_rk.shape[0]
+        found |= factored.named(module, pad(settings.scale * b_dr, (0, missing)), pad(a_rk, (0, 0, 0, missing)))
+    return found
+
+
+def rank_of(tensors: Tensors) -> int:
+    """The rank of a canonical adapter.
+
+    Example:
+        >>> rank_of({"q.lora_A.weight": torch.zeros(8, 3), "q.lora_B.weight": torch.zeros(5, 8)})
+        8
+    """
+    return int(next(tensor for name, tensor in tensors.items() if name.endswith(factored.A_SUFFIX)).shape[0])
+
+
+def specs(tensor_specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """Names and shapes that the canonical form of a run's adapter has."""
+    empty = {spec.name: torch.empty(spec.shape, device="meta") for spec in tensor_specs}
+    return adapter.specs(canonical(empty, config.AdapterConfig()))
+
+
+def lora_config(rank: int, modules: Sequence[str], *, base: str | None = None) -> LoraConfig:
+    """peft's configuration of a canonical adapter; every module is named in full, so that no other can match.
+
+    Args:
+        rank: Of all modules.
+        modules: Their names, as the adapter's tensors have them.
+        base: What peft is told of the base; None: nothing.
+    """
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=[name.removeprefix("base_model.model.") for name in modules],
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+
+
+def settings_of(lora: LoraConfig) -> dict[str, Any]:
+    """A configuration as its file has it, modules in order."""
+    found: Mapping[str, Any] = lora.to_dict()  # type: ignore[no-untyped-call]
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in found.items()}
+
+
+def save_config(folder: Path, lora: LoraConfig) -> None:
+    """Write `adapter_config.json`.
+
+    Raises:
+        StorageError: Disk full or not writable.
+    """
+    try:
+        lora.save_pretrained(str(folder))
+    except OSError as error:
+        raise storage_error(folder, error) from error

@@ -1,0 +1,175 @@
+"""The seal of an exported folder: `export.json` names every file with its SHA-256, `export.sig.json` signs that."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from safetensors import safe_open
+
+from common import identity, storage, wire
+from common.errors import AuthError, ModelError
+from common.manifest import RunManifest
+from server import export_canonical
+
+FILE: Final = "export.json"
+SIGNATURE_FILE: Final = "export.sig.json"
+PURPOSE: Final = "export"
+VERSION: Final = 1
+FORMATS: Final = ("peft", "vllm", "merged", "nf4", "int8", "gguf")
+MAX_BYTES: Final = 16 << 20
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an export is of.
+
+    Attributes:
+        name: Of the run.
+        run_sha256: Its identity.
+        base_sha256: Of the base's files.
+        num_rounds: Rounds behind the adapter.
+        formats: The sub-folders.
+    """
+
+    name: str
+    run_sha256: str
+    base_sha256: str
+    num_rounds: int
+    formats: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Seal:
+    """`export.json`, read.
+
+    Attributes:
+        facts: What it is of.
+        adapter: Names and shapes of the canonical adapter, from the run's manifest and not from a file.
+        files: SHA-256 of every file by its path in the folder.
+        tensors: Of every safetensors file, type and shape of each tensor by name.
+    """
+
+    facts: Facts
+    adapter: Mapping[str, list[int]]
+    files: Mapping[str, str]
+    tensors: Mapping[str, Mapping[str, list[Any]]]
+
+
+def write(folder: Path, facts: Facts, *, run_manifest: RunManifest, key: Ed25519PrivateKey | None) -> None:
+    """Seal a folder that is whole.
+
+    Raises:
+        StorageError: Disk full or not writable.
+    """
+    paths = listed(folder)
+    specs = export_canonical.specs(run_manifest.tensor_specs)
+    found = {
+        "version": VERSION,
+        "facts": dataclasses.asdict(facts),
+        "adapter": {spec.name: list(spec.shape) for spec in specs},
+        "files": {path: sha256(folder / path) for path in paths},
+        "tensors": {path: tensors(folder / path) for path in paths if path.endswith(".safetensors")},
+    }
+    data = wire.canonical_json(found)
+    storage.write_atomic(folder / FILE, data)
+    if key:
+        signed = {"signer": identity.public_hex(key), "signature": identity.sign(key, data, purpose=PURPOSE)}
+        storage.write_atomic(folder / SIGNATURE_FILE, wire.canonical_json(signed))
+
+
+def read(folder: Path) -> Seal:
+    """Parse `export.json`; what it says is not checked here.
+
+    Raises:
+        ModelError: Missing, too large, or not of this form.
+    """
+    try:
+        data = _bytes(folder / FILE)
+        found = json.loads(data, object_pairs_hook=wire.unique_pairs)
+        facts = Facts(**{**found["facts"], "formats": tuple(found["facts"]["formats"])})
+        sealed = Seal(facts, dict(found["adapter"]), dict(found["files"]), dict(found["tensors"]))
+        if found["version"] != VERSION or wire.canonical_json(found) != data:
+            raise ValueError("another version, or not canonical")
+    except OSError as error:
+        raise ModelError(f"{folder}: no readable {FILE}; only what `export --to` wrote can be verified") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ModelError(f"{folder / FILE}: not a seal of version {VERSION}; get the folder again") from error
+    return sealed
+
+
+def check_signature(folder: Path, *, wanted: str) -> str:
+    """The signer of a folder; empty if it is unsigned and nobody demands a signer.
+
+    Args:
+        folder: The export.
+        wanted: Public key that must have signed, 64 hexadecimal digits; empty: any, or none.
+
+    Raises:
+        AuthError: Unsigned though a signer is demanded, signed by another, or the signature is not valid.
+    """
+    path = folder / SIGNATURE_FILE
+    if not path.exists():
+        if wanted:
+            raise AuthError(
+                f"{folder}: not signed, and a signature of {wanted[:16]} is demanded; ask for a signed export"
+            )
+        return ""
+    try:
+        found = json.loads(_bytes(path), object_pairs_hook=wire.unique_pairs)
+        signer, signature = str(found["signer"]), str(found["signature"])
+        data = _bytes(folder / FILE)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise AuthError(f"{path}: not a signature; get the folder again") from error
+    if wanted and signer != wanted:
+        raise AuthError(
+            f"{folder}: signed by {wire.shown(signer[:16])}, demanded is {wanted[:16]}; ask for the right one"
+        )
+    identity.verify(signer, signature, data, purpose=PURPOSE)
+    return signer
+
+
+def listed(folder: Path) -> list[str]:
+    """Every file below a folder but the seal itself, as sorted paths.
+
+    Raises:
+        ModelError: A link, a socket or the like.
+    """
+    found = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (path.is_dir() or path.is_file()):
+            raise ModelError(
+                f"{folder}: {wire.shown(name, limit=200)} is a link or no plain file; get the folder again"
+            )
+        if path.is_file() and name not in (FILE, SIGNATURE_FILE):
+            found.append(name)
+    return found
+
+
+def tensors(path: Path) -> dict[str, list[Any]]:
+    """Type and shape of each tensor of a safetensors file, from its header."""
+    with safe_open(path, framework="pt") as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
+        return {name: [part.get_dtype(), part.get_shape()] for name, part in slices.items()}
+
+
+def sha256(path: Path) -> str:
+    """Of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _bytes(path: Path) -> bytes:
+    """A small file.
+
+    Raises:
+        ValueError: It is not small.
+    """
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError("too large")
+    return path.read_bytes()

@@ -1,0 +1,140 @@
+"""Whether every format of an export is the same function as its adapter: logits on fixed tokens.
+
+V vocabulary, B sequences, T tokens.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, GgufConfig
+from transformers.utils import logging as transformers_logging
+
+from common import model
+from common.errors import ModelError
+from server import export_gguf
+from server.seal import Facts
+
+LIMITS: Final = {"peft": 1e-5, "vllm": 1e-5, "merged": 0.1, "gguf": 0.1, "int8": 0.2, "nf4": 0.8}
+ROUNDED: Final = 1e-4
+VISIBLE: Final = 0.3  # a smaller share of a format's own error cannot be told from it
+SHAPE_BT: Final = (4, 32)
+
+
+def compare(folder: Path, base: Path, facts: Facts) -> dict[str, dict[str, float]]:
+    """Load each format in turn and hold its logits against the adapter's.
+
+    `difference` is the root mean square of the difference over that of the adapter's own logits, both without their
+    mean over the vocabulary. bf16 formats are held as well against base plus adapter rounded to bf16: to `ROUNDED`, so
+    that an adapter that does little still cannot be missing from them. A format must be nearer to the adapter than to
+    the base, unless the adapter does less than `VISIBLE` of the format's difference.
+
+    Args:
+        folder: The export; it was checked.
+        base: The base's folder.
+        facts: What the export is of.
+
+    Returns:
+        Of each format `difference` and `limit`, of bf16 formats `from_rounded`; and of `base`, which is no format, its
+        `difference`: how much the adapter does.
+
+    Raises:
+        ModelError: Another base, no adapter in the export, a format that cannot be loaded, or a limit is passed.
+    """
+    model.check_hash(base, facts.base_sha256)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    places = {"peft": folder / "peft", "vllm": folder / "vllm" / facts.name}
+    places = {name: place for name, place in places.items() if name in facts.formats}
+    if not places:
+        raise ModelError(f"{folder}: holds no adapter to compare with; export peft as well")
+    wanted, rounded = _adapter_logits(base, next(iter(places.values())))
+    alone = logits(_plain(base))
+    found = {"base": {"difference": _difference(alone, wanted)}}
+    for name in facts.formats:
+        given = logits(_loaded(folder, base, name, places))
+        found[name] = {"difference": _difference(given, wanted), "limit": LIMITS[name]}
+        if name in ("merged", "gguf"):
+            found[name]["from_rounded"] = _difference(given, rounded)
+        _check(folder / name, found[name])
+        is_visible = (alone - wanted).norm() > VISIBLE * (given - wanted).norm()
+        if is_visible and (given - wanted).norm() >= (given - alone).norm():
+            raise ModelError(f"{folder / name}: is nearer to the base than to the adapter; export it again")
+    return found
+
+
+@torch.no_grad()
+def logits(network: Any) -> torch.Tensor:
+    """On fixed tokens, float32, without their mean over the vocabulary; shape (B, T, V)."""
+    generator = torch.Generator().manual_seed(0)
+    ids_bt = torch.randint(network.config.vocab_size, SHAPE_BT, generator=generator)
+    found_btv: torch.Tensor = network.eval()(input_ids=ids_bt.to(network.device)).logits.float().cpu()
+    return found_btv - found_btv.mean(dim=-1, keepdim=True)
+
+
+def _difference(given_btv: torch.Tensor, wanted_btv: torch.Tensor) -> float:
+    """Root mean square of the difference over that of what is wanted."""
+    return float((given_btv - wanted_btv).norm() / wanted_btv.norm())
+
+
+def _check(place: Path, figures: dict[str, float]) -> None:
+    """Within both limits; a difference that is no number is in neither."""
+    if not figures["difference"] <= figures["limit"]:
+        raise ModelError(
+            f"{place}: logits differ from the adapter's by {figures['difference']:.2e} of their size, allowed is "
+            f"{figures['limit']:.0e}; export it again"
+        )
+    if not figures.get("from_rounded", 0.0) <= ROUNDED:
+        raise ModelError(
+            f"{place}: is not base plus adapter rounded to bf16 (logits differ by {figures['from_rounded']:.2e}, "
+            f"allowed is {ROUNDED:.0e}); export it again"
+        )
+
+
+def _adapter_logits(base: Path, place: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the adapter beside the base in float32, and of their sum rounded to bf16."""
+    network = _with_adapter(base, place)
+    beside = logits(network)
+    summed = network.merge_and_unload()
+    with torch.no_grad():
+        for weight in summed.parameters():  # not the buffers: no checkpoint holds the rotary frequencies
+            weight.copy_(weight.to(torch.bfloat16))
+    return beside, logits(summed)
+
+
+def _loaded(folder: Path, base: Path, name: str, places: dict[str, Path]) -> Any:
+    """A format as its users load it, in float32 where it is not quantised."""
+    if name in places:
+        return _with_adapter(base, places[name])
+    if name == "gguf":
+        file = {"gguf_file": export_gguf.MODEL_FILE, "quantization_config": GgufConfig(dequantize=True)}
+        return _try(folder / name, lambda: _network(folder / name, **file))
+    return _plain(folder / name)
+
+
+def _with_adapter(base: Path, place: Path) -> Any:
+    """Plain peft on the plain base."""
+    with model.quiet_peft():
+        return _try(place, lambda: PeftModel.from_pretrained(_plain(base), str(place)))
+
+
+def _plain(folder: Path) -> Any:
+    """A checkpoint in float32; one that is quantised keeps its own types."""
+    return _try(folder, lambda: _network(folder))
+
+
+def _network(folder: Path, **options: Any) -> Any:
+    """From local files, and only from safetensors or GGUF."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True, **options
+    )
+
+
+def _try(place: Path, load: Callable[[], Any]) -> Any:
+    """Errors of transformers, peft and safetensors as one of ours."""
+    try:
+        return load()
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{place}: cannot be loaded ({type(error).__name__}); export it again") from error

@@ -1,0 +1,132 @@
+"""Metrics of answers, against numbers worked out by hand or by others."""
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from common.errors import DataError
+from server.evaluate import answers, metrics
+
+# F-measures by Google's rouge-score 0.1.2, use_stemmer=False.
+ROUGE = [
+    ("police kill the gunman", "police killed the gunman", 0.75, 0.333333333333, 0.75),
+    ("the gunman kill police", "police killed the gunman", 0.75, 0.333333333333, 0.5),
+    (
+        "The patient has sepsis (A41.9), and was given 500 mg of ceftriaxone.",
+        "Sepsis, A41.9. Ceftriaxone 500 mg was given to the patient.",
+        0.833333333333,
+        0.454545454545,
+        0.416666666667,
+    ),
+    ("", "nothing was said", 0.0, 0.0, 0.0),
+    ("one", "one two", 0.666666666667, 0.0, 0.666666666667),
+    ("a b a b a b", "b a b a", 0.8, 0.75, 0.8),
+    (
+        "No acute findings. Heart size is normal; lungs are clear!",
+        "The lungs are clear and the heart is of normal size. No acute finding.",
+        0.75,
+        0.272727272727,
+        0.25,
+    ),
+    ("completely different words here", "another text that shares none", 0.0, 0.0, 0.0),
+]
+
+
+@pytest.mark.parametrize(("given", "wanted", "one", "two", "longest"), ROUGE)
+def test_rouge_is_that_of_googles_package(given, wanted, one, two, longest):
+    assert metrics.rouge1(given, wanted) == pytest.approx(one, abs=1e-11)
+    assert metrics.rouge2(given, wanted) == pytest.approx(two, abs=1e-11)
+    assert metrics.rouge_l(given, wanted) == pytest.approx(longest, abs=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "f1"),
+    [
+        ("The Sepsis!", "sepsis", 1.0),  # articles, case and punctuation do not count
+        ("sepsis of the lung", "sepsis", 0.5),  # words sepsis, of, lung: precision 1/3, recall 1
+        ("a dose, a dose", "dose dose dose", 0.8),  # 2 of 2, 2 of 3
+        ("A41.9", "A41.8", 0.0),
+        ("", "", 1.0),
+        ("the", "an", 1.0),  # nothing is left of either
+        ("", "sepsis", 0.0),
+    ],
+)
+def test_f1_is_squads(given, wanted, f1):
+    assert metrics.token_f1(given, wanted) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "is_met"),
+    [
+        ("She has 5 + 13 = 18 eggs.\n#### 18", "#### 18", True),
+        ("The answer is $1,234.50", "#### 1234.5", True),
+        ("it fell to -3", "-3", True),
+        ("3 apples", "-3", False),
+        ("#### 18 and then 19", "18", False),  # the last after the mark
+        ("18, I think: 7 of them", "18", False),
+        ("no number", "18", False),
+        ("no number", "none either", False),
+        ("half is .5.", "0.50", True),
+    ],
+)
+def test_numbers_are_compared_by_value(given, wanted, is_met):
+    assert metrics.number(given, wanted) == is_met
+
+
+def test_the_interval_is_that_of_scipy():
+    draws = np.random.default_rng(1)
+    before, after = draws.random(80), draws.random(80) + 0.1
+    found = metrics.paired_bootstrap(list(after), list(before), num_resamples=8000)
+    other = scipy.stats.bootstrap((after - before,), np.mean, n_resamples=8000, method="percentile", rng=2)
+    assert found.mean == pytest.approx((after - before).mean())
+    assert found.low == pytest.approx(other.confidence_interval.low, abs=4e-3)
+    assert found.high == pytest.approx(other.confidence_interval.high, abs=4e-3)
+
+
+def test_pairs_are_kept_together():
+    before = [float(number % 2) for number in range(40)]
+    after = [score + 0.25 for score in before]
+    found = metrics.paired_bootstrap(after, before)
+    assert (found.low, found.high) == (0.25, 0.25)
+    shuffled = metrics.paired_bootstrap(sorted(after), before)  # control: the same scores, not paired
+    assert shuffled.high - shuffled.low > 0.2
+
+
+def covered(rise: float, *, num_trials: int = 300) -> float:
+    """Share of trials whose interval holds 0, with a true rise of `rise` standard deviations."""
+    draws = np.random.default_rng(7)
+    trials = [draws.normal(rise, 1.0, size=60) for _ in range(num_trials)]
+    found = [
+        metrics.paired_bootstrap(list(gain), [0.0] * 60, num_resamples=1000, seed=number)
+        for number, gain in enumerate(trials)
+    ]
+    return float(np.mean([interval.low <= 0 <= interval.high for interval in found]))
+
+
+def test_the_interval_holds_the_truth_in_19_of_20_cases_and_not_a_falsehood():
+    assert 0.90 <= covered(0.0) <= 0.985
+    assert covered(0.7) < 0.2  # control
+
+
+def test_scores_that_are_not_pairs_are_refused():
+    with pytest.raises(ValueError, match="2 and 1"):
+        metrics.paired_bootstrap([1.0, 0.0], [1.0])
+    with pytest.raises(ValueError, match="0 and 0"):
+        metrics.paired_bootstrap([], [])
+
+
+def test_scores_of_other_rows_are_not_compared():
+    with pytest.raises(DataError, match="other rows or metrics"):
+        answers.gains({"f1": [1.0, 0.0]}, {"f1": [1.0]})
+    assert answers.gains({"f1": [1.0, 0.0]}, {}) == {}
+    assert answers.gains({"f1": [1.0, 0.0]}, {"f1": [0.0, 0.0]})["f1"]["mean"] == 0.5  # control
+
+
+def test_the_run_file_knows_the_metrics_that_there_are():
+    import re
+
+    from common.config_types import METRICS
+
+    assert re.fullmatch(METRICS, ",".join(metrics.PER_ROW))
+    assert METRICS.count("|") == 2 * (len(metrics.PER_ROW) - 1)
+    assert not re.fullmatch(METRICS, "bleu")
