@@ -98,10 +98,10 @@ def server_head(sequence: int = 7) -> Head:
     return Head(sequence, audit.follow(audit.GENESIS, links(sequence + 1)), NOW - 60 + sequence)
 
 
-def told(head: Head | None = None, **others: Head) -> dict[str, list]:
-    """What a coordinator says of the logs beside a plan; an honest one gives no head of its own log."""
+def told(head: Head | None = None, *, log: str = SERVER_LOG, **others: Head) -> dict[str, list]:
+    """What a coordinator says of the logs beside a plan; `log` is its own."""
     server = head or server_head()
-    return {HEADS: audit_heads.to_list({SERVER_LOG: server, **others}), LINKS: links(server.sequence + 1)}
+    return {HEADS: audit_heads.to_list({log: server, **others}), LINKS: links(server.sequence + 1)}
 
 
 TOLD = told()

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from client import line, serve, service
 from client.agent import Agent
-from common import adapter, config, identity, manifest, wire
+from common import adapter, audit_heads, config, identity, manifest, wire
 from common.config import RunConfig
 from common.errors import SilotuneError
 from common.manifest import RunManifest
 from common.model import Engine
 from common.records import RoundPlan, to_head
 from common.wire import Frame
+from tests import vault
 from tests.leaks import captures, faults, relays, world
 from tests.leaks.relays import Record
 
@@ -82,10 +83,12 @@ def requests(settings: RunConfig, *, engine: Engine, operator: Path) -> dict[str
     """A signed offer, and both steps of the first round."""
     run = RunManifest(settings, engine.base_sha256, engine.tensor_specs)
     not_after = int(time.time()) + DAY_S
-    offer = manifest.sign(run, identity.load(operator), federation=world.FEDERATION, not_after=not_after)
+    key = identity.load(operator)
+    told = vault.told(log=audit_heads.operator(identity.public_hex(key)))
+    offer = manifest.sign(run, key, federation=world.FEDERATION, not_after=not_after)
     body = adapter.encode(engine.initial, dtype="float32")
-    evaluate = Frame("evaluate", to_head(RoundPlan(run.sha256, 0, generate=True)), body)
-    train = Frame("train", to_head(RoundPlan(run.sha256, 0)), body)
+    evaluate = Frame("evaluate", to_head(RoundPlan(run.sha256, 0, generate=True)) | told, body)
+    train = Frame("train", to_head(RoundPlan(run.sha256, 0)) | told, body)
     return {"open": wire.pack(offer.to_frame()), "evaluate": wire.pack(evaluate), "train": wire.pack(train)}
 
 
