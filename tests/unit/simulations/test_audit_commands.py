@@ -9,7 +9,7 @@ from simulations.audit.finding import THREATS
 from simulations.cli import app
 from tests import tiny
 
-OVERFIT = ("training.local_epochs=20", "federation.num_rounds=1", "data.unit_column=patient_id")
+OVERFIT = ("training.local_epochs=20", "federation.num_rounds=2", "data.unit_column=patient_id")
 ONE_STEP = (
     "adapter.r=32",
     "training.local_epochs=0",
@@ -58,13 +58,11 @@ def test_people_see_claim_bound_ceiling_m_and_threat(audit):
 
 
 def test_canaries_that_refute_a_claim_end_with_the_code_of_privacy(audit, tmp_path):
-    given = ("--canaries", 20, "--max-share", 1)
+    given = ("--canaries", 20, "--max-share", 2)
     code, output = audit("canaries", *given, "--claim", 0.1, "--output", tmp_path / "a", settings=OVERFIT)
     assert code == 5
     assert told(output)["is_refuted"]
     assert told(output)["num_canaries"] == 20
-    code, output = audit("canaries", *given, "--output", tmp_path / "b", settings=OVERFIT)
-    assert code == 0
 
 
 def test_more_canaries_than_units_can_bear_are_refused(audit):
