@@ -72,7 +72,7 @@ def mechanism(
 def canaries(
     run_file: RunFile,
     canaries: CanariesOption = 200,
-    max_share: Annotated[float, typer.Option(min=0, max=1, help="Most canaries for each unit that trains.")] = 0.01,
+    max_share: Annotated[float, typer.Option(min=0, help="Most canaries for each unit that trains.")] = 0.01,
     output: OutputOption = None,
     model: ModelOption = "",
     data: DataOption = "",

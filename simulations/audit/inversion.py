@@ -131,7 +131,7 @@ def _distance(points_vd: Tensor, change_xd: Tensor) -> Tensor:
     _, values, basis_kd = torch.linalg.svd(change_xd.double(), full_matrices=False)
     basis_kd = basis_kd[values > NUMERICAL_RANK * values[0]]
     unit_vd = torch.nn.functional.normalize(points_vd.double(), dim=1)
-    distance_v: Tensor = (unit_vd - unit_vd @ basis_kd.T @ basis_kd).norm(dim=1)
+    distance_v: Tensor = torch.linalg.vector_norm(unit_vd - unit_vd @ basis_kd.T @ basis_kd, dim=1)
     return distance_v
 
 
