@@ -28,7 +28,7 @@ KNOWN: Final = {
     "server_beta1 server_beta2 server_tau",
     "privacy": "mode",
     "wire": "dtype max_update_mib",
-    "evaluation": "every_rounds server_data batch_size exact_match_rows max_new_tokens metrics",
+    "evaluation": "every_rounds server_data batch_size exact_match_rows max_new_tokens metrics json_schema",
     "output": "folder keep_checkpoints",
 }
 _FACTOR: Final = re.compile(r"(.+)\.(lora|residual)_(A|B)\.weight")

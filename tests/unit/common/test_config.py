@@ -174,6 +174,7 @@ BROKEN_RULES = [
     ("aggregation.server_beta2", 8, ["aggregation.server_optimizer = 'fedavgm'", "aggregation.server_beta2 = 0.5"]),
     ("aggregation.server_tau", 7, ["aggregation.server_tau = 0.5"]),
     ("evaluation.metrics", 7, ["evaluation.metrics = 'f1'"]),
+    ("evaluation.json_schema", 7, ["evaluation.json_schema = 'schema.json'"]),
 ]
 
 
