@@ -206,8 +206,10 @@ class EvaluationConfig(Section):
         pattern=METRICS,
         max_length=4096,
         description="Figures of generated answers to `server_data`, before the first round and after the last: "
-        "`exact_match`, `f1` (SQuAD's), `rouge1`, `rouge2`, `rougeL`, `number` (the last, as in GSM8K). Empty: none.",
+        "`exact_match`, `f1` (SQuAD's), `rouge1`, `rouge2`, `rougeL`, `number` (the last, as in GSM8K), `json` (meets "
+        "`json_schema`). Empty: none.",
     )
+    json_schema: Line = Field(default="", description="Path of the JSON schema that `json` asks for. Empty: none.")
 
     @property
     def metric_names(self) -> tuple[str, ...]:

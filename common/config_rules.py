@@ -281,6 +281,11 @@ RUN_RULES = (
         lambda c: c.evaluation.metrics != "" and not c.evaluation.server_data,
         "metrics are of the coordinator's own rows; name their file, or remove metrics",
     ),
+    Rule(
+        ("evaluation.json_schema", "evaluation.metrics"),
+        lambda c: ("json" in c.evaluation.metric_names) != (c.evaluation.json_schema != ""),
+        "the metric json and the schema that it asks for belong together; set both, or none",
+    ),
 )
 
 NODE_RULES = (

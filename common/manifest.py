@@ -144,7 +144,7 @@ def public_part(run: config.RunConfig) -> config.RunConfig:
         update={
             "model": run.model.model_copy(update={"base": "by-hash"}),
             "data": run.data.model_copy(update={"source": "site"}),
-            "evaluation": run.evaluation.model_copy(update={"server_data": "", "metrics": ""}),
+            "evaluation": run.evaluation.model_copy(update={"server_data": "", "metrics": "", "json_schema": ""}),
             "output": config.OutputConfig(),
         }
     )

@@ -173,6 +173,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, merged: Path, *, num_tokens: int) ->
     stored = _json(merged / "tokenizer.json")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer_name(stored))
+    writer.add_add_space_prefix(False)
     added = {token["id"]: token for token in stored["added_tokens"]}
     texts = {number: text for text, number in stored["model"]["vocab"].items()}
     texts |= {number: token["content"] for number, token in added.items()}

@@ -19,6 +19,7 @@ from common.rows import Columns
 from server import checkpoint, export, federation, rounds, trail
 from server.aggregate import table
 from server.checkpoint import Checkpoint
+from server.evaluate import answers
 from server.federation import Federation, OwnRows
 from server.fleet import Fleet
 from server.offer import Operator
@@ -185,10 +186,11 @@ def read_own_rows(settings: config.RunConfig, engine: Engine) -> OwnRows | None:
     """The coordinator's held-out rows as tokens; None if the run file names none.
 
     Raises:
-        DataError: The file is missing or unusable.
+        DataError: The file, or the schema of its answers, is missing or unusable.
     """
     if not settings.evaluation.server_data:
         return None
+    answers.chosen(settings.evaluation)
     data = settings.data
     columns = Columns(data.instruction_column, data.input_column, data.output_column)
     rows = read.read(settings.evaluation.server_data, columns=columns)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from common import identity, storage, wire
 from common.errors import AuthError, ModelError
@@ -152,10 +152,17 @@ def listed(folder: Path) -> list[str]:
 
 
 def tensors(path: Path) -> dict[str, list[Any]]:
-    """Type and shape of each tensor of a safetensors file, from its header."""
-    with safe_open(path, framework="pt") as opened:
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
-        return {name: [part.get_dtype(), part.get_shape()] for name, part in slices.items()}
+    """Type and shape of each tensor of a safetensors file, from its header.
+
+    Raises:
+        ModelError: It is no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
+            return {name: [part.get_dtype(), part.get_shape()] for name, part in slices.items()}
+    except SafetensorError as error:
+        raise ModelError(f"{path}: not safetensors; export it again") from error
 
 
 def sha256(path: Path) -> str:

@@ -2,14 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from common import adapter, evaluation, storage, wire
+from common import adapter, config, evaluation, storage, wire
 from common.errors import DataError
 from server.aggregate.method import State
-from server.evaluate import metrics
+from server.evaluate import json_answers, metrics
 from server.federation import Federation
 
 FOLDER: Final = "scores"
@@ -36,7 +36,8 @@ def score(federation: Federation, state: State, *, num_rounds: int) -> None:
         max_new_tokens=settings.evaluation.max_new_tokens,
         system_prompt=settings.data.system_prompt,
     )
-    found = {name: [metrics.PER_ROW[name](*pair) for pair in pairs] for name in settings.evaluation.metric_names}
+    functions = chosen(settings.evaluation)
+    found = {name: [function(*pair) for pair in pairs] for name, function in functions.items()}
     storage.write_atomic(_file(federation.folder, num_rounds), wire.canonical_json(found))
     before = _stored(_file(federation.folder, 0)) if num_rounds else {}
     federation.log.append(
@@ -46,6 +47,17 @@ def score(federation: Federation, state: State, *, num_rounds: int) -> None:
         scores={name: sum(scores) / len(scores) for name, scores in found.items()},
         gains=gains(found, before),
     )
+
+
+def chosen(settings: config.EvaluationConfig) -> dict[str, Callable[[str, str], float]]:
+    """The functions that `metrics` names.
+
+    Raises:
+        DataError: `json_schema` is missing or no schema.
+    """
+    with_json = {"json": json_answers.checker(Path(settings.json_schema).expanduser())} if settings.json_schema else {}
+    known = {**metrics.PER_ROW, **with_json}
+    return {name: known[name] for name in settings.metric_names}
 
 
 def gains(after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:

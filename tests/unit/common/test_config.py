@@ -187,6 +187,8 @@ BROKEN_RULES = [
     ("privacy.sampling_prob", 5, [UNIT, *PRIVATE[2:]]),
     ("privacy.epsilon", 5, [UNIT, PRIVATE[1], PRIVATE[3]]),
     ("training.local_steps", 5, PRIVATE[:3]),
+    ("evaluation.metrics", 7, ["evaluation.metrics = 'f1'"]),
+    ("evaluation.json_schema", 7, ["evaluation.json_schema = 'schema.json'"]),
 ]
 
 

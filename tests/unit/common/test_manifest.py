@@ -16,6 +16,8 @@ PRIVATE = {
     "model.base": "/srv/coordinator/bases/eight-billion",
     "data.source": "/srv/coordinator/rows.jsonl",
     "evaluation.server_data": "/srv/coordinator/held-out.jsonl",
+    "evaluation.metrics": "f1,json",
+    "evaluation.json_schema": "/srv/coordinator/schema.json",
     "output.folder": "/srv/coordinator/runs",
     "output.keep_checkpoints": "3",
 }

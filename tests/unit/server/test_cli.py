@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from common import cli
+from common import cli, identity
 from server import run
 from server.cli import app
 from tests import tiny
@@ -54,9 +54,35 @@ def test_export_writes_any_round_and_merges(folder, tmp_path, capsys):
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+def test_export_of_a_sealed_and_signed_folder_and_its_verification(folder, tmp_path, capsys):
+    key = identity.create(tmp_path / "keys" / "op.pem")
+    arguments = (
+        "--to",
+        tmp_path / "out",
+        "--formats",
+        "peft,merged,gguf",
+        "--operator-key",
+        tmp_path / "keys" / "op.pem",
+    )
+    assert silotune_server("export", folder, *arguments, "--json") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["formats"] == "peft, merged, gguf"
+    assert found["signer"] == identity.public_hex(key)
+    assert silotune_server("verify", tmp_path / "out", "--signer", found["signer"]) == 0
+    assert f"signed by {found['signer']}" in capsys.readouterr().out
+    (tmp_path / "out" / "more.json").write_text("{}")
+    assert silotune_server("verify", tmp_path / "out", "--signer", found["signer"]) == 4
+    assert "more.json was added" in capsys.readouterr().err
+    assert (folder / "adapter").is_dir()
+
+
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "told"),
     [
+        (["export", "{folder}", "--formats", "gguf"], 2, "give --to DIR"),
+        (["export", "{folder}", "--to", "out", "--merged", "merged"], 2, "leave --merged out"),
+        (["export", "{folder}", "--to", "out", "--formats", "onnx"], 2, "'onnx' is none of"),
+        (["verify", "no-such-folder"], 4, "no such folder"),
         (["status", "no-such-run"], 3, "no-such-run"),
         (["export", "no-such-run"], 3, "no-such-run"),
         (["export", "{folder}", "--round", "9"], 3, "finished rounds are [1, 2]"),

@@ -1,11 +1,13 @@
 """Metrics of answers, against numbers worked out by hand or by others."""
 
+import json
+
 import numpy as np
 import pytest
 import scipy.stats
 
 from common.errors import DataError
-from server.evaluate import answers, metrics
+from server.evaluate import answers, json_answers, metrics
 
 # F-measures by Google's rouge-score 0.1.2, use_stemmer=False.
 ROUGE = [
@@ -73,6 +75,51 @@ def test_numbers_are_compared_by_value(given, wanted, is_met):
     assert metrics.number(given, wanted) == is_met
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"code": {"type": "string", "pattern": "^[A-Z][0-9]"}, "dose": {"type": "number", "minimum": 0}},
+    "required": ["code"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "is_met"),
+    [
+        ('{"code": "A41"}', True),
+        (' {"code": "A41", "dose": 2.5}\n', True),
+        ('{"code": "41"}', False),
+        ('{"dose": 2.5}', False),
+        ('{"code": "A41", "dose": -1}', False),
+        ('{"code": "A41", "dose": NaN}', False),
+        ('{"code": "A41", "more": 1}', False),
+        ('Here: {"code": "A41"}', False),
+        ('{"code": "A41"', False),
+        ("", False),
+    ],
+)
+def test_json_must_be_whole_and_meet_the_schema(tmp_path, given, is_met):
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    assert json_answers.checker(tmp_path / "schema.json")(given, "the reference does not count") == is_met
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"type": "no such type"}', "[]", "3"])
+def test_a_file_that_is_no_schema_is_refused(tmp_path, text):
+    if text is not None:
+        (tmp_path / "schema.json").write_text(text)
+    with pytest.raises(DataError, match="not a JSON schema"):
+        json_answers.checker(tmp_path / "schema.json")
+
+
+def test_a_schema_elsewhere_is_not_fetched(tmp_path):
+    (tmp_path / "schema.json").write_text(json.dumps({"$ref": "https://example.org/schema.json"}))
+    with pytest.raises(DataError, match="refers to a schema that is not in it"):
+        json_answers.checker(tmp_path / "schema.json")("{}", "")
+    inside = {"$ref": "#/$defs/code", "$defs": {"code": {"type": "string"}}}  # control
+    (tmp_path / "schema.json").write_text(json.dumps(inside))
+    assert json_answers.checker(tmp_path / "schema.json")('"A41"', "") == 1.0
+
+
 def test_the_interval_is_that_of_scipy():
     draws = np.random.default_rng(1)
     before, after = draws.random(80), draws.random(80) + 0.1
@@ -127,6 +174,7 @@ def test_the_run_file_knows_the_metrics_that_there_are():
 
     from common.config_types import METRICS
 
-    assert re.fullmatch(METRICS, ",".join(metrics.PER_ROW))
-    assert METRICS.count("|") == 2 * (len(metrics.PER_ROW) - 1)
+    names = [*metrics.PER_ROW, "json"]
+    assert re.fullmatch(METRICS, ",".join(names))
+    assert METRICS.count("|") == 2 * (len(names) - 1)
     assert not re.fullmatch(METRICS, "bleu")

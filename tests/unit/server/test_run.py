@@ -251,13 +251,16 @@ def test_the_coordinators_own_rows_are_scored_every_round(play, nodes, tmp_path)
 def test_metrics_are_of_the_base_and_of_the_last_adapter_and_in_the_card(play, nodes, tmp_path):
     changes = {
         "evaluation.server_data": f'"{own_file(tmp_path)}"',
-        "evaluation.metrics": '"exact_match, f1,rougeL"',
+        "evaluation.metrics": '"exact_match, f1,rougeL,json"',
+        "evaluation.json_schema": f'"{tmp_path / "schema.json"}"',
         "evaluation.max_new_tokens": "6",
     }
+    (tmp_path / "schema.json").write_text('{"type": "object"}')
     outcome, log = play(nodes, changes)
     base, last = [event for event in log if event["kind"] == "scored"]
     assert (base["num_rounds"], base["num_rows"], base["gains"]) == (0, 4, {})
-    assert list(last["scores"]) == ["exact_match", "f1", "rougeL"]
+    assert list(last["scores"]) == ["exact_match", "f1", "rougeL", "json"]
+    assert last["scores"]["json"] == 0.0
     stored = [json.loads((outcome.folder / "scores" / f"{n:05d}.json").read_text()) for n in (0, last["num_rounds"])]
     for name, gain in last["gains"].items():
         assert gain["low"] <= gain["mean"] <= gain["high"]
@@ -266,6 +269,13 @@ def test_metrics_are_of_the_base_and_of_the_last_adapter_and_in_the_card(play, n
     card = (outcome.folder / "adapter" / "README.md").read_text()
     assert "4 rows of the coordinator's own" in card
     assert f"| f1 | {base['scores']['f1']:.3f} | {last['scores']['f1']:.3f} |" in card
+
+
+def test_a_schema_that_is_missing_is_found_before_the_run_starts(play, nodes, tmp_path):
+    changes = {"evaluation.server_data": f'"{own_file(tmp_path)}"', "evaluation.metrics": '"json"'}
+    with pytest.raises(DataError, match="no-such"):
+        play(nodes, {**changes, "evaluation.json_schema": f'"{tmp_path}/no-such.json"'})
+    assert not checkpoint.finished(tmp_path / "run")
 
 
 def test_metrics_without_rows_of_the_coordinators_own_are_refused(tiny_base):

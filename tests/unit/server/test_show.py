@@ -83,6 +83,14 @@ def test_a_round_without_a_gap_is_shown_with_a_dash():
     assert " - " in drawn([*LOG, finished(1, gap=None), evaluated(2, 3.0, north=3.0)]).splitlines()[-1]
 
 
+def test_metrics_are_shown_with_how_far_they_rose():
+    base = {"kind": "scored", "num_rounds": 0, "num_rows": 9, "scores": {"f1": 0.25}, "gains": {}}
+    gain = {"mean": 0.25, "low": 0.1, "high": 0.4}
+    shown = drawn([base, {**base, "num_rounds": 2, "scores": {"f1": 0.5}, "gains": {"f1": gain}}]).splitlines()
+    assert shown[0].strip() == "coordinator's rows, f1: 0.250"
+    assert shown[1].strip() == "coordinator's rows, f1: 0.500  +0.250, 95 %: +0.100 to +0.400"
+
+
 def test_text_from_elsewhere_is_not_markup():
     shown = drawn([{**PLAN, "base": "[red]x[/red]"}, {**FAILED, "reason": "[/] " + HOSTILE, "site": "[bold]w"}])
     assert "[red]x[/red]" in shown

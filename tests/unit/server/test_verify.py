@@ -217,6 +217,16 @@ def test_a_gguf_file_whose_heads_are_not_interleaved_is_found(folder, source, ti
         verify.verify(folder, base=tiny_base)
 
 
+def test_a_pickle_named_as_weights_is_not_read_as_weights(folder, source):
+    (folder / "gguf" / "model.gguf").write_bytes(NONE * 100)
+    reseal(folder, source)
+    with pytest.raises(ModelError, match=r"model\.gguf: not a GGUF file"):
+        verify.verify(folder)
+    (folder / "merged" / "model.safetensors").write_bytes(NONE * 100)
+    with pytest.raises(ModelError, match=r"model\.safetensors: not safetensors"):
+        reseal(folder, source)
+
+
 def test_another_signer_is_refused(folder):
     other = identity.public_hex(identity.Ed25519PrivateKey.from_private_bytes(bytes(32)))
     with pytest.raises(AuthError, match="demanded is"):

@@ -1,0 +1,47 @@
+"""Whether an answer is JSON that meets a schema. A schema is read from a file; nothing that it refers to is fetched."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import referencing
+from jsonschema.exceptions import SchemaError
+from referencing.exceptions import Unresolvable
+
+from common.errors import DataError
+
+
+def checker(path: Path) -> Callable[[str, str], float]:
+    """A metric: 1 if the answer is one JSON value that meets the schema, else 0; the reference does not count.
+
+    Args:
+        path: The schema; without `$schema` it is read as draft 2020-12.
+
+    Raises:
+        DataError: The file is missing, no schema, or refers to another one.
+    """
+    try:
+        schema = json.loads(path.read_bytes())
+        kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+        kind.check_schema(schema)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, SchemaError) as error:
+        raise DataError(f"{path}: not a JSON schema ({type(error).__name__}); mend evaluation.json_schema") from error
+    validator = kind(schema, registry=referencing.Registry())  # an empty one: the default would ask the network
+    return lambda given, wanted: _score(validator, given, path=path)
+
+
+def _score(validator: Any, given: str, *, path: Path) -> float:
+    """One answer."""
+    try:
+        return float(validator.is_valid(json.loads(given, parse_constant=_refuse)))
+    except (ValueError, RecursionError):
+        return 0.0
+    except Unresolvable as error:
+        raise DataError(f"{path}: refers to a schema that is not in it; write that into the file") from error
+
+
+def _refuse(name: str) -> None:
+    """NaN and infinity are no JSON."""
+    raise ValueError(name)
