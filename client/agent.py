@@ -18,7 +18,7 @@ from common.manifest import RunManifest
 from common.model import Engine
 from common.noise import Noise, SystemNoise
 from common.prompts import Encoded
-from common.records import OpenedHead, RoundPlan, SiteMetrics, UpdateHead, from_head, to_head
+from common.records import OpenedHead, RoundPlan, SiteMetrics, UpdateHead, read_plan, to_head
 from common.rows import Row
 from common.wire import Frame
 
@@ -148,6 +148,9 @@ class Agent:
     def _train(self, request: Frame) -> Frame:
         """Train from the global adapter that came; answer with the protected delta."""
         run, plan, before = self._receive(request)
+        answered = self._guard.before_training(request, plan, run=run.manifest)
+        if answered is not None:
+            return answered
         adapter.write(run.engine.model, before)
         settings = run.manifest.run
         method, specs = settings.aggregation.method, run.manifest.tensor_specs
@@ -203,7 +206,7 @@ class Agent:
 
     def _receive(self, request: Frame) -> tuple[OpenRun, RoundPlan, adapter.Tensors]:
         """Plan and adapter, for the run that is open and for one of its rounds."""
-        plan = from_head(RoundPlan, request.head)
+        plan = read_plan(request.head)
         run = self._open_run()
         if plan.run_sha256 != run.sha256:
             raise ProtocolError(NOT_OPEN)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from client import cli_consent, cli_join, cli_privacy
+from client import cli_consent, cli_doctor, cli_join, cli_privacy
 from client.cli_options import NodeFile
 from common import cli, quiet
 
@@ -109,6 +109,7 @@ for _command in (
     cli_join.install,
     cli_join.roster,
     cli_join.link,
+    cli_doctor.doctor,
 ):
     app.command()(_command)
 app.add_typer(cli_consent.audit_app, name="audit", help="Show and check this site's audit log.")

@@ -120,10 +120,10 @@ def audit_show(
       silotune-client audit show node.toml --last 50
     """
     from client import trail
-    from common import config
+    from common import audit_view, config
 
-    entries = trail.newest(config.load_node(node_file), last)
-    cli.emit({"entries": entries}, as_json=json, show=lambda: cli.show(trail.render(entries)))
+    entries = audit_view.newest(*trail.log_of(config.load_node(node_file)), limit=last)
+    cli.emit({"entries": entries}, as_json=json, show=lambda: cli.show(audit_view.render(entries)))
 
 
 @audit_app.command("verify")
@@ -139,11 +139,31 @@ def audit_verify(
       silotune-client audit verify node.toml --heads heads.jsonl
     """
     from client import trail
-    from common import config
+    from common import audit_view, config
 
-    result = trail.verify(config.load_node(node_file), heads)
+    node = config.load_node(node_file)
+    result = audit_view.verify(*trail.log_of(node), heads=heads, owner=node.site.name)
     line = f"{result['num_entries']} entries, whole; head {result['sha256']}"
     cli.emit(result, as_json=json, show=lambda: cli.show(line))
+
+
+@audit_app.command("heads")
+def audit_heads(
+    node_file: NodeFile,
+    out: Annotated[Path | None, typer.Option(help="Copy all kept heads here, for another's audit verify.")] = None,
+    json: cli.JsonOption = False,
+) -> None:
+    """Tell where the audit logs of the others stood when this site last heard.
+
+    \b
+    Examples:
+      silotune-client audit heads node.toml --out heads.jsonl
+    """
+    from client import trail
+    from common import audit_view, config
+
+    result = audit_view.kept(trail.heads_of(config.load_node(node_file)), out=out)
+    cli.emit(result, as_json=json, show=lambda: cli.show(audit_view.render_heads(result["heads"])))
 
 
 def _decide(node_file: Path, run: str, *, is_approved: bool, by: str, as_json: bool) -> None:

@@ -98,7 +98,13 @@ def roster(
     found = installing.update_roster(roster_file, keys=keys)
     result = {"federation_id": found.federation_id, "epoch": found.epoch, "sites": [site.name for site in found.sites]}
     told = f"{found.federation_id}: roster epoch {found.epoch}, {len(found.sites)} sites"
-    cli.emit(result, as_json=json, show=lambda: cli.show(told, "next: restart the agent"))
+    cli.emit(
+        result,
+        as_json=json,
+        show=lambda: cli.show(
+            told, "next: copy roster.json to agent.roster_folder; the agent reads it before its next step"
+        ),
+    )
 
 
 def link(
@@ -108,10 +114,14 @@ def link(
     key: Annotated[Path, typer.Option(help="Its private key, PEM, mode 0600.")],
     state: Annotated[Path, typer.Option(help="Folder of the tunnel's own certificate, link.pem.")],
     port: Annotated[int, typer.Option(help="Where to listen on 127.0.0.1.", min=1, max=65535)] = 9100,
+    bundle: Annotated[
+        list[str] | None,
+        typer.Option(help="SHA-256 of a bundle that may run; default: this release's own.", metavar="HASH"),
+    ] = None,
 ) -> None:
     """Carry the SuperNode's connection to the gateway, with this site's certificate.
 
-    Runs until stopped.
+    A bundle with code of somebody else is not handed to the SuperNode. Runs until stopped.
 
     \b
     Examples:
@@ -121,4 +131,5 @@ def link(
     from client import link as tunnel
 
     typer.echo(f"link: 127.0.0.1:{port} to {gateway}; root certificate {state / tunnel.CERTIFICATE}; stop with Ctrl-C")
-    tunnel.run(gateway=gateway, ca_file=ca, certificate_file=certificate, key_file=key, state=state, port=port)
+    files = {"ca_file": ca, "certificate_file": certificate, "key_file": key}
+    tunnel.run(gateway=gateway, state=state, port=port, bundles=bundle or (), **files)

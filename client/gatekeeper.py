@@ -12,17 +12,37 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client import consent, outgoing, policy, probes
+from client import consent, membership, outgoing, policy, probes, replicas
 from client.history import AUDIT_FILE, History, position
+from client.membership import Membership
+from client.payment import Payment
 from client.policy_file import DatasetRules, SignedPolicy
-from common import config, egress, manifest, wire
+from client.pressure import Limit
+from common import config, egress, identity, manifest, privacy_plan, wire
 from common.adapter import Tensors
-from common.audit import AuditLog
-from common.errors import ApprovalDenied, ApprovalRequired, AuditError, PolicyRefusedError, ProtocolError, SilotuneError
+from common.audit import AuditLog, Head
+from common.audit_heads import Heads
+from common.errors import (
+    ApprovalDenied,
+    ApprovalRequired,
+    AuditError,
+    BudgetExhausted,
+    LedgerError,
+    PolicyRefusedError,
+    ProtocolError,
+    SilotuneError,
+)
 from common.manifest import Offer, RunManifest
 from common.records import OpenedHead, RoundPlan, from_head
 from common.wire import Frame
 
+MAX_REFUSALS_A_MINUTE: Final = 120  # that are logged
+MAX_OPENS_A_MINUTE: Final = 60  # that are answered; the same offer may come again, and each answer is logged
+RULES: Final[dict[type[Exception], str]] = {
+    ApprovalDenied: "runs.approval",
+    BudgetExhausted: "privacy.max_epsilon",
+    LedgerError: "privacy.ledger",
+}
 REPLY_OF: Final = {"open": "opened", "train": "update", "evaluate": "metrics"}
 
 
@@ -36,7 +56,8 @@ class Gatekeeper:
         clock: Unix seconds.
 
     Raises:
-        PolicyRefusedError: The policy is older than one that was in force, or does not allow the site's own file.
+        PolicyRefusedError: The policy is older than one that was in force, or does not allow the site's own file; or
+            the roster is old, forged or without this site.
         AuditError: The audit log is not whole.
     """
 
@@ -51,34 +72,59 @@ class Gatekeeper:
         self.policy = signed_policy.rules
         self.history = History()
         self._folder = Path(node.agent.log_folder)
-        self._site = node.site.name
+        self._site, self._identity_key = node.site.name, identity.public_hex(key)
+        self._roster_folder = node.agent.roster_folder
         self._clock = clock
         self._admitted: set[str] = set()
+        self._signers: dict[str, str] = {}
+        self._heads = Heads(self._folder / replicas.HEADS_FILE)
+        self._refusals = Limit(MAX_REFUSALS_A_MINUTE, clock=clock)
+        self._opens = Limit(MAX_OPENS_A_MINUTE, clock=clock)
         self._log = AuditLog(self._folder / AUDIT_FILE, key=key, on_entry=self.history.take, clock=clock)
-        _check_serial(signed_policy, self.history)
-        self._dataset: DatasetRules = policy.check_node(self.policy, node.data)
+        self._payment = Payment(node, rules=self.policy, key=key, history=self.history, log=self._log)
+        self._dataset = self._start(signed_policy, node)
         self._log.append("started", policy_sha256=signed_policy.sha256, policy_serial=self.policy.serial)
 
     def before_open(self, offer: Offer) -> None:
         """Only a run that an operator signed, the policy allows and somebody approved."""
+        if not self._opens.allows():
+            raise PolicyRefusedError(f"runs.opens: more than {MAX_OPENS_A_MINUTE} offers a minute", rule="runs.opens")
         self._admitted.discard(offer.sha256)
-        policy.check_signature(self.policy, offer, now=self._clock())
+        self._refresh()
+        member = self._check_roster()
+        operators = member.operators if member else ()
+        policy.check_signature(self.policy, offer, now=self._clock(), operators=operators)
+        if member:
+            policy.check_members(self.policy, member.num_sites)
         run = manifest.parse(offer.manifest)
-        self._log.refresh()
+        self._signers[offer.sha256] = offer.signature.signer if offer.signature else ""
         policy.check(self.policy, run, self.history.usage(offer.sha256, now=self._clock()))
         if offer.sha256 not in self.history.runs:
             consent.store(self._folder, offer)
             self._log.append("offered", run=offer.sha256, name=run.run.name, rule="runs.approval", **_who(offer))
         consent.require(self.policy, self.history, run, folder=self._folder)
+        self._payment.check(run)
 
     def before_step(self, request: Frame, plan: RoundPlan, tensors: Tensors, *, run: RunManifest) -> None:
-        """Only a run that is still approved, a round in its order, and an adapter that no attack shaped."""
+        """Only a run that is still approved, a round in its order, an adapter that no attack shaped, and whole logs."""
         if plan.run_sha256 not in self._admitted:
             raise ProtocolError("this run is not open at this site; the server must send its manifest first")
-        self._log.refresh()
+        self._refresh()
+        self._check_roster()
         consent.require(self.policy, self.history, run, folder=self._folder)
         self._check_order(request, plan)
         probes.check(tensors, max_tensor_norm=self.policy.train.max_tensor_norm)
+        told = replicas.read(request, signer=self._signers[plan.run_sha256])
+        replicas.keep(told, self._heads, site=self._site, line_hashes=self.history.line_hashes)
+
+    def before_training(self, request: Frame, plan: RoundPlan, *, run: RunManifest) -> Frame | None:
+        """A private round is paid for once, and its answer given again if it is asked for again."""
+        if not privacy_plan.is_private(run.run):
+            return None
+        kept = self._payment.answered(run, plan.round_index)
+        if kept is None:
+            self._payment.pay(run, plan.round_index)
+        return kept
 
     def outgoing(self, request: Frame, reply: Frame, *, run: RunManifest) -> bytes:
         """Round, check against manifest and policy, count, log; then the bytes may leave."""
@@ -87,6 +133,8 @@ class Gatekeeper:
         rounded = outgoing.rounded(reply, digits=self.policy.evaluation.round_metrics_to)
         names = {"site": self._site, "run_sha256": run.sha256, "round_index": request.head.get("round_index")}
         outgoing.check(self.policy, run, rounded, names=names)
+        if reply.kind == "update" and privacy_plan.is_private(run.run):
+            self._payment.keep(run, int(rounded.head["round_index"]), rounded)
         rounded = self._with_audit_head(rounded)
         data = wire.pack(rounded)
         self._check_bytes(run, len(data))
@@ -97,20 +145,63 @@ class Gatekeeper:
         return data
 
     def refused(self, reference: str, request: Frame | None, error: Exception) -> None:
-        """Log code and rule. An offer that merely waits was logged when it came."""
+        """Log code and rule. An offer that merely waits was logged when it came.
+
+        Of a flood only so many a minute are logged, and how many were not, so that no courier can fill the disk.
+        """
         if isinstance(error, ApprovalRequired | AuditError):
+            return
+        self._tell_suppressed()
+        if not self._refusals.allows():
+            if self._refusals.is_first_suppressed:
+                self._log.append("suppressing", max_a_minute=MAX_REFUSALS_A_MINUTE)
             return
         step = request.kind if request is not None and request.kind in REPLY_OF else "unknown"
         self._log.append(
             "refused", step=step, code=_code(error), rule=_rule(error), reference=reference, **_run_of(request)
         )
 
+    def _refresh(self) -> Head:
+        """Read what people decided meanwhile, and tell of a flood of refusals that is over."""
+        self._tell_suppressed()
+        return self._log.refresh()
+
+    def _tell_suppressed(self) -> None:
+        """Log how many refusals a minute that is over had beyond those that were logged."""
+        num_suppressed = self._refusals.take_suppressed()
+        if num_suppressed:
+            self._log.append("suppressed", num_refusals=num_suppressed)
+
+    def _start(self, signed_policy: SignedPolicy, node: config.NodeConfig) -> DatasetRules:
+        """Policy and roster must hold before the door opens; why they do not is in the log."""
+        try:
+            check_serial(signed_policy, self.history)
+            self._check_roster()
+            return policy.check_node(self.policy, node.data)
+        except PolicyRefusedError as error:
+            self._log.append("refused", step="start", code=_code(error), rule=_rule(error))
+            raise
+
+    def _check_roster(self) -> Membership | None:
+        """This site is a member by the newest roster, and a newer one is remembered before anything else is done."""
+        seen = self.history.roster
+        found = membership.check(
+            self._roster_folder,
+            rules=self.policy.federation,
+            seen=seen,
+            site=self._site,
+            identity_key=self._identity_key,
+        )
+        if found and found.seen != seen:
+            self._log.append("roster", **dataclasses.asdict(found.seen))
+        return found
+
     def _with_audit_head(self, reply: Frame) -> Frame:
         """Tell where this log stands with every update, so that the coordinator can notice a cut tail."""
         if reply.kind != "update":
             return reply
-        head = self._log.refresh()
-        told = {"num_audit_entries": head.sequence + 1, "audit_sha256": head.sha256}
+        head = self._refresh()
+        told = {"num_audit_entries": head.sequence + 1, "audit_sha256": head.sha256, "audit_time": head.time}
         return dataclasses.replace(reply, head={**reply.head, **told})
 
     def _admit(self, run: RunManifest, reply: Frame) -> None:
@@ -171,8 +262,12 @@ class Gatekeeper:
         }
 
 
-def _check_serial(signed_policy: SignedPolicy, history: History) -> None:
-    """A policy that was in force is never followed by an older one, nor by another one of the same number."""
+def check_serial(signed_policy: SignedPolicy, history: History) -> None:
+    """A policy that was in force is never followed by an older one, nor by another one of the same number.
+
+    Raises:
+        PolicyRefusedError: It would be.
+    """
     serial, last = signed_policy.rules.serial, history.serial
     if serial < last or (serial == last and signed_policy.sha256 != history.policy_sha256):
         raise PolicyRefusedError(
@@ -191,7 +286,7 @@ def _rule(error: Exception) -> str:
     """The rule that refused; the error's class where it is a rule of the protocol."""
     if isinstance(error, PolicyRefusedError):
         return error.rule
-    return "runs.approval" if isinstance(error, ApprovalDenied) else _code(error)
+    return RULES.get(type(error), _code(error))
 
 
 def _code(error: Exception) -> str:

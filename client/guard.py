@@ -13,13 +13,16 @@ from common.wire import Frame
 
 
 class Guard(Protocol):
-    """The four places at which a site may say no; each says it by raising, and nothing is sent."""
+    """The places at which a site may say no; each says it by raising, and nothing is sent."""
 
     def before_open(self, offer: Offer) -> None:
         """A run is offered; nothing has been read or loaded for it."""
 
     def before_step(self, request: Frame, plan: RoundPlan, tensors: Tensors, *, run: RunManifest) -> None:
         """The run is open and the adapter has the manifest's names and shapes; nothing has been computed."""
+
+    def before_training(self, request: Frame, plan: RoundPlan, *, run: RunManifest) -> Frame | None:
+        """Private rows are about to be read: pay for it, or return the answer that was given before."""
 
     def outgoing(self, request: Frame, reply: Frame, *, run: RunManifest) -> bytes:
         """All that would leave; returns the bytes that do."""
@@ -36,6 +39,10 @@ class Permissive:
 
     def before_step(self, request: Frame, plan: RoundPlan, tensors: Tensors, *, run: RunManifest) -> None:
         """Take any round."""
+
+    def before_training(self, request: Frame, plan: RoundPlan, *, run: RunManifest) -> Frame | None:
+        """Keep no ledger: whose rows these are, nobody promised anything."""
+        return None
 
     def outgoing(self, request: Frame, reply: Frame, *, run: RunManifest) -> bytes:
         """Send the reply as it is."""

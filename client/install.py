@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Final
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from client import enroll
@@ -66,7 +65,7 @@ def verify_kit(folder: Path, *, keys: Path, words: str, now: datetime.datetime) 
     root = certs.parse_chain(files[kit.CA], name=kit.CA)
     if len(root) != 1 or certs.sha256(root[0]) != pinned.root_sha256:
         raise AuthError(f"{folder / kit.CA} is not the root that this site pinned")
-    _check_chain(chain, root[0], now=now)
+    certs.check_chain(chain, root[0], name=kit.CERTIFICATE, now=now)
     key_file = _check_own(found, chain[0], keys=keys, name=own.name)
     return Kit(own.name, pinned, found.epoch, chain[0].not_valid_after_utc, files, key_file)
 
@@ -159,21 +158,6 @@ def _epoch_min(keys: Path) -> int:
     if (keys / WATERMARK).exists() or (keys / kit.PINNED).exists():
         return roster.seen_epoch(keys / WATERMARK)
     return 1
-
-
-def _check_chain(chain: list[x509.Certificate], root: x509.Certificate, *, now: datetime.datetime) -> None:
-    """Each certificate is signed by the next, the last by the root, and all are good now."""
-    try:
-        for certificate, issuer in zip(chain, [*chain[1:], root], strict=True):
-            certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature) as error:
-        raise AuthError(f"{kit.CERTIFICATE} does not lead to the root; ask the coordinator for a new kit") from error
-    for certificate in (*chain, root):
-        if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
-            raise AuthError(
-                f"{kit.CERTIFICATE}: {certificate.subject.rfc4514_string()} is not valid at {now:%Y-%m-%d %H:%M} UTC; "
-                "check the clock, or ask for a new kit"
-            )
 
 
 def _check_own(found: Roster, certificate: x509.Certificate, *, keys: Path, name: str) -> Path:

@@ -1,8 +1,9 @@
 """The site's tunnel to the gateway: TLS on loopback in, TLS 1.3 with the site's certificate out.
 
 A SuperNode cannot show a client certificate, and with a node key it refuses to speak without TLS. So it is pointed
-here, with `--root-certificates STATE/link.pem`; bytes pass unread, and the gateway sees the site's own certificate. The
-tunnel's certificate is for 127.0.0.1 only, made at the first start, and its key never leaves this machine.
+here, with `--root-certificates STATE/link.pem`, and the gateway sees the site's own certificate. Bundles are looked at
+and redirects refused (`client/relay.py`); all else passes as it is. The tunnel's certificate is for 127.0.0.1 only,
+made at the first start, and its key never leaves this machine.
 """
 
 import asyncio
@@ -11,14 +12,18 @@ import ipaddress
 import logging
 import signal
 import ssl
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
+import h11
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from client import bundle, relay
+from client.relay import PIECE_BYTES, End
 from common import keyfile, storage
 from common.errors import ConfigError
 
@@ -27,12 +32,21 @@ CERTIFICATE: Final = "link.pem"
 KEY: Final = "link.key"
 MAX_CONNECTIONS: Final = 32
 _LIFETIME: Final = datetime.timedelta(days=3650)
-_PIECE_BYTES: Final = 1 << 16
 _CONNECT_S: Final = 10.0
+_CLOSE_S: Final = 3.0
 _log = logging.getLogger(__name__)
 
 
-def run(*, gateway: str, ca_file: Path, certificate_file: Path, key_file: Path, state: Path, port: int) -> None:
+def run(
+    *,
+    gateway: str,
+    ca_file: Path,
+    certificate_file: Path,
+    key_file: Path,
+    state: Path,
+    port: int,
+    bundles: Collection[str] = (),
+) -> None:
     """Carry bytes until SIGTERM or SIGINT.
 
     Args:
@@ -42,6 +56,7 @@ def run(*, gateway: str, ca_file: Path, certificate_file: Path, key_file: Path, 
         key_file: Its private key, PEM, mode 0600.
         state: Folder of the tunnel's own certificate and key; made if it is not there.
         port: Where to listen on 127.0.0.1.
+        bundles: SHA-256 of the bundles that the SuperNode may be given; none: this release's own.
 
     Raises:
         ConfigError: A file or an address cannot be used.
@@ -52,7 +67,8 @@ def run(*, gateway: str, ca_file: Path, certificate_file: Path, key_file: Path, 
         raise ConfigError(f"--gateway {gateway}: write host:port")
     outward = outward_context(ca_file=ca_file, certificate_file=certificate_file, key_file=key_file)
     inward = inward_context(state)
-    asyncio.run(_serve(inward, outward, remote=(host.strip("[]"), int(remote_port)), port=port))
+    allowed = frozenset(bundles) or frozenset({bundle.SHA256})
+    asyncio.run(_serve(inward, outward, remote=(host.strip("[]"), int(remote_port)), port=port, bundles=allowed))
 
 
 def outward_context(*, ca_file: Path, certificate_file: Path, key_file: Path) -> ssl.SSLContext:
@@ -95,16 +111,20 @@ def inward_context(state: Path) -> ssl.SSLContext:
     return context
 
 
-async def _serve(inward: ssl.SSLContext, outward: ssl.SSLContext, *, remote: tuple[str, int], port: int) -> None:
+async def _serve(
+    inward: ssl.SSLContext, outward: ssl.SSLContext, *, remote: tuple[str, int], port: int, bundles: Collection[str]
+) -> None:
     """Accept connections until a signal."""
     free = asyncio.Semaphore(MAX_CONNECTIONS)
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async with free:
-            await _carry(reader, writer, outward, remote=remote)
+            await _carry(reader, writer, outward, remote=remote, bundles=bundles)
 
     try:
-        server = await asyncio.start_server(accept, HOST, port, ssl=inward, limit=_PIECE_BYTES)
+        server = await asyncio.start_server(
+            accept, HOST, port, ssl=inward, limit=PIECE_BYTES, ssl_shutdown_timeout=_CLOSE_S
+        )
     except OSError as error:
         raise ConfigError(f"--port {port}: cannot listen there ({error.strerror}); choose another") from error
     stopped = asyncio.Event()
@@ -115,36 +135,36 @@ async def _serve(inward: ssl.SSLContext, outward: ssl.SSLContext, *, remote: tup
 
 
 async def _carry(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, outward: ssl.SSLContext, *, remote: tuple[str, int]
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    outward: ssl.SSLContext,
+    *,
+    remote: tuple[str, int],
+    bundles: Collection[str],
 ) -> None:
     """Carry one connection; when either end closes, both do. A gateway that is away looks like a closed connection."""
     try:
         async with asyncio.timeout(_CONNECT_S):
-            far_reader, far_writer = await asyncio.open_connection(*remote, ssl=outward, limit=_PIECE_BYTES)
+            far_reader, far_writer = await asyncio.open_connection(
+                *remote, ssl=outward, limit=PIECE_BYTES, ssl_shutdown_timeout=_CLOSE_S
+            )
     except (OSError, TimeoutError) as error:
         _log.warning("no connection to the gateway at %s:%d: %s", *remote, _reason(error))
         writer.transport.abort()
         return
-    ways = [asyncio.create_task(_pump(reader, far_writer)), asyncio.create_task(_pump(far_reader, writer))]
+    near, far = End(reader, writer, h11.Connection(h11.SERVER)), End(far_reader, far_writer, h11.Connection(h11.CLIENT))
     try:
-        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for way in ways:
-            way.cancel()
-        for end in (writer, far_writer):
-            end.close()
-
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Copy until the end."""
-    try:
-        while piece := await reader.read(_PIECE_BYTES):
-            writer.write(piece)
-            await writer.drain()
+        await relay.carry(near, far, bundles=bundles)
     except ssl.SSLError as error:  # with TLS 1.3 a refused certificate is told after the handshake
         _log.warning("TLS ended the connection: %s", _reason(error))
+    except h11.ProtocolError:
+        _log.warning("a connection ended in the middle, or is not HTTP/1.1")
     except OSError:
         return
+    finally:
+        for end in (near, far):
+            end.writer.close()
+        await asyncio.gather(near.writer.wait_closed(), far.writer.wait_closed(), return_exceptions=True)
 
 
 def _reason(error: OSError | TimeoutError) -> str:

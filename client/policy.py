@@ -4,13 +4,13 @@ Closed world: a setting that no rule here knows is refused too, so a later versi
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from client.policy_file import FORBIDDEN, BaseRules, DatasetRules, Policy
-from common import config, egress, manifest
-from common.errors import AuthError, PolicyRefusedError
+from common import config, egress, manifest, privacy_plan
+from common.errors import AccountingUnsupported, AuthError, PolicyRefusedError
 from common.manifest import Offer, RunManifest
 from common.records import OpenedHead
 from common.wire import shown
@@ -26,7 +26,8 @@ KNOWN: Final = {
     "federation": "num_rounds sites_per_round min_sites round_timeout_s join_timeout_s num_sites",
     "aggregation": "method weighting gap_warning residual_rank residual_max_lost server_optimizer server_learning_rate "
     "server_beta1 server_beta2 server_tau",
-    "privacy": "mode",
+    "privacy": "mode epsilon dp_delta sampling_prob noise_multiplier clip_norm max_rows_per_unit clipping "
+    "adaptive_clipping clip_quantile clip_learning_rate",
     "wire": "dtype max_update_mib",
     "evaluation": "every_rounds server_data batch_size exact_match_rows max_new_tokens",
     "output": "folder keep_checkpoints",
@@ -47,8 +48,14 @@ class Usage:
     bytes_of_run: int = 0
 
 
-def check_signature(policy: Policy, offer: Offer, *, now: float) -> None:
+def check_signature(policy: Policy, offer: Offer, *, now: float, operators: Collection[str] = ()) -> None:
     """Act on what one of the federation's operators signed, and nothing else.
+
+    Args:
+        policy: What the site allows.
+        offer: What came.
+        now: Unix seconds.
+        operators: Keys of the operators in the roster; empty: it names none, so the policy's list decides alone.
 
     Raises:
         PolicyRefusedError: Unsigned, altered, signed by somebody else or for others, or past its date.
@@ -57,11 +64,9 @@ def check_signature(policy: Policy, offer: Offer, *, now: float) -> None:
         made = manifest.check_signature(offer)
     except AuthError as error:
         raise PolicyRefusedError(str(error), rule="federation.operators") from error
-    _require(
-        made.signer in policy.federation.operators,
-        "federation.operators",
-        f"key {shown(made.signer, limit=16)} is no operator's",
-    )
+    listed, told = policy.federation.operators, f"key {shown(made.signer, limit=16)} is no operator's"
+    _require(not operators or made.signer in operators, "roster", told)
+    _require(made.signer in (listed or operators), "federation.operators", told)
     _require(
         made.federation == policy.federation.id,
         "federation.id",
@@ -85,6 +90,15 @@ def check(policy: Policy, run_manifest: RunManifest, usage: Usage) -> None:
     _check_texts(policy, run_manifest.run)
     _check_egress(policy, run_manifest, usage)
     _at_most("runs.max_per_day", usage.num_runs_today + 1, policy.runs.max_per_day)
+
+
+def check_members(policy: Policy, num_sites: int) -> None:
+    """No aggregate can come from more sites than the federation has.
+
+    Raises:
+        PolicyRefusedError: The roster has fewer sites than an aggregate must come from.
+    """
+    _at_least("cohort.min_sites", num_sites, policy.cohort.min_sites)
 
 
 def check_node(policy: Policy, data: config.NodeDataConfig) -> DatasetRules:
@@ -197,6 +211,12 @@ def _check_privacy(policy: Policy, run: config.RunConfig) -> None:
         "privacy.mode",
         f"differential privacy is required, the run has privacy.mode = '{run.privacy.mode}'",
     )
+    if privacy_plan.is_private(run):
+        _at_least("privacy.min_noise_multiplier", run.privacy.noise_multiplier, protection.min_noise_multiplier)
+        _at_most("privacy.max_clip_norm", run.privacy.clip_norm, protection.max_clip_norm)
+        _at_most("privacy.dp_delta", run.privacy.dp_delta, protection.dp_delta)
+        planned = _planned(run, dp_delta=protection.dp_delta)
+        _at_most("privacy.max_epsilon", planned, protection.max_epsilon)
     _require(
         protection.secagg == "none",
         "privacy.secagg",
@@ -206,6 +226,14 @@ def _check_privacy(policy: Policy, run: config.RunConfig) -> None:
     _at_least("cohort.min_sites", federation.min_sites, policy.cohort.min_sites)
     if federation.sites_per_round:
         _at_least("cohort.min_sites", federation.sites_per_round, policy.cohort.min_sites)
+
+
+def _planned(run: config.RunConfig, *, dp_delta: float) -> float:
+    """Epsilon of the whole run at the site's own delta."""
+    try:
+        return privacy_plan.epsilon(run, dp_delta=dp_delta)
+    except AccountingUnsupported as error:
+        raise PolicyRefusedError(f"privacy.max_epsilon: {error}", rule="privacy.max_epsilon") from error
 
 
 def _check_texts(policy: Policy, run: config.RunConfig) -> None:

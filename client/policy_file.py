@@ -58,7 +58,13 @@ class FederationRules(Section):
     """Whose runs are looked at."""
 
     id: Slug = Field(description="The federation's id.")
-    operators: tuple[Hash, ...] = Field(description="Public keys whose signature on a run counts.")
+    operators: tuple[Hash, ...] = Field(
+        description="Public keys whose signature on a run counts. Where the roster names operators, a run needs one of "
+        "those; keys here narrow them down, and none here means all of them."
+    )
+    roster_epoch_min: Count = Field(
+        default=0, description="Oldest roster that is accepted. 0: the agent may do without a roster."
+    )
 
 
 class BaseRules(Section):

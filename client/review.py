@@ -11,12 +11,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from client import consent, policy, policy_file
+from client import consent, policy, policy_file, site_ledger
 from client.history import AUDIT_FILE, History
 from client.policy_file import Policy
-from common import config, identity, manifest, trainable
+from common import config, identity, manifest, privacy_plan, trainable
 from common.audit import AuditLog
-from common.errors import ConfigError, PolicyRefusedError
+from common.errors import AccountingUnsupported, ConfigError, LedgerError, PolicyRefusedError
 from common.manifest import Offer, RunManifest
 from common.records import TensorSpec
 from common.wire import shown
@@ -175,7 +175,7 @@ def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
         "figures below, rounded; no row, no text",
         "bytes that leave": f"at most {declared.bytes_per_round:,} a round, "
         f"{declared.bytes_per_round * num_rounds:,} in {num_rounds} rounds",
-        "epsilon": NO_EPSILON,
+        "epsilon": _epsilon(desk, run),
         "rows that are read": f"all of {data.path}" + (f" and {data.held_out_path}" if data.held_out_path else ""),
         "columns that are read": columns + unit,
         "base": f"{base}, {run.base_sha256}",
@@ -184,6 +184,22 @@ def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
         "aggregation": f"{settings.aggregation.method}; a site trains and sends {_factors(run)}",
         "texts of the coordinator": settings.data.system_prompt or "none",
     }
+
+
+def _epsilon(desk: Desk, run: RunManifest) -> str:
+    """What the run would cost, and what the ledger has left."""
+    settings = run.run
+    if not privacy_plan.is_private(settings):
+        return NO_EPSILON
+    dp_delta = desk.policy.privacy.dp_delta
+    key = identity.load(Path(desk.node.agent.identity_key))
+    try:
+        whole = privacy_plan.epsilon(settings, dp_delta=dp_delta)
+        paid = site_ledger.open_site(desk.node, rules=desk.policy, key=key, history=desk.history)
+        left = f"spent {paid.spent():.3f}, left {paid.remaining:.3f} of {desk.policy.privacy.max_epsilon:g}"
+    except (AccountingUnsupported, ConfigError, LedgerError) as error:
+        return f"not known: {error}"
+    return f"{whole:.3f} for the whole run at delta {dp_delta:g}, by itself; this data set: {left}"
 
 
 def _factors(run: RunManifest) -> str:

@@ -42,7 +42,7 @@ def make_agent(node: config.NodeConfig) -> Agent:
         node.site.name,
         load_data=lambda manifest: load_data(node, manifest),
         load_engine=loader.load,
-        report=lambda reference, error: sitelog.report(log, reference, error),
+        report=sitelog.reporter(log),
         max_body_bytes=node.agent.max_message_mib << 20,
         guard=make_guard(node) if node.agent.policy else PERMISSIVE,
     )

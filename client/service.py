@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import grpc
 
+from client import sitelog
 from client.line import OPTIONS, join, pieces
 from common import wire
 from common.agent_pb2 import Chunk, HelloReply, HelloRequest
@@ -46,7 +47,7 @@ def serve(
         ConfigError: The folder is missing or open to others, the path is too long or taken, an agent listens there, or
             there is no such group.
     """
-    _check_folder(socket_path)
+    check_folder(socket_path)
     _clear(socket_path)
     server = grpc.server(ThreadPoolExecutor(MAX_CALLS), options=OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
     add_AgentServicer_to_server(_Door(answer, max_message_bytes=max_message_bytes), server)
@@ -105,11 +106,11 @@ class _Door(AgentServicer):
         yield from pieces(frame)
 
     def _answer_safely(self, frame: bytes, context: Any) -> bytes:
-        """Call the agent; should it raise, its text stays in this process' log and only a code crosses."""
+        """Call the agent; should it raise, a code crosses, and the text, which may hold a row, is written nowhere."""
         try:
             return self._answer(frame)
-        except Exception:  # noqa: BLE001 - the edge of the agent's process: gRPC would send the text to the peer
-            _log.exception("the agent raised")
+        except Exception as error:  # noqa: BLE001 - the edge of the agent's process: gRPC would send the text to the peer
+            _log.error("the agent raised %s at %s", type(error).__name__, ", ".join(sitelog.places(error)))
         context.abort(grpc.StatusCode.INTERNAL, "agent-failed")
         raise RuntimeError("gRPC aborts by raising")
 
@@ -132,8 +133,12 @@ def _read(chunks: Iterator[Chunk], context: Any, *, max_bytes: int) -> bytes:
     raise RuntimeError("gRPC aborts by raising")
 
 
-def _check_folder(socket_path: Path) -> None:
-    """Refuse a folder in which another user could put a socket of the same name."""
+def check_folder(socket_path: Path) -> None:
+    """Refuse a folder in which another user could put a socket of the same name.
+
+    Raises:
+        ConfigError: It is missing or open to others, or the socket's path is too long.
+    """
     folder = socket_path.absolute().parent
     if len(os.fsencode(socket_path.absolute())) > MAX_PATH_BYTES:
         raise ConfigError(f"{socket_path}: a socket's path may have {MAX_PATH_BYTES} bytes; choose a shorter folder")

@@ -3,11 +3,31 @@
 import json
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from client.pressure import Limit
 from common.errors import SilotuneError
 from common.storage import storage_error
+
+MAX_A_MINUTE: Final = 120
+
+
+def reporter(path: Path, *, clock: Callable[[], float] = time.time) -> Callable[[str, Exception], None]:
+    """A site's `report`: so many failures a minute are told in full, of the rest how many there were."""
+    limit = Limit(MAX_A_MINUTE, clock=clock)
+
+    def bounded(reference: str, error: Exception) -> None:
+        num_suppressed = limit.take_suppressed()
+        if num_suppressed:
+            _append(path, {"num_suppressed": num_suppressed})
+        if limit.allows():
+            report(path, reference, error)
+        elif limit.is_first_suppressed:
+            _append(path, {"suppressing": f"more than {MAX_A_MINUTE} failures a minute"})
+
+    return bounded
 
 
 def report(path: Path, reference: str, error: Exception) -> None:
@@ -18,14 +38,24 @@ def report(path: Path, reference: str, error: Exception) -> None:
     Raises:
         StorageError: The log cannot be written.
     """
-    entry: dict[str, Any] = {"time": round(time.time(), 3), "reference": reference, "error": type(error).__name__}
+    entry: dict[str, Any] = {"reference": reference, "error": type(error).__name__}
     if isinstance(error, SilotuneError):
         entry["message"] = str(error)
     else:
-        entry["at"] = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+        entry["at"] = places(error)
+    _append(path, entry)
+
+
+def _append(path: Path, entry: dict[str, Any]) -> None:
+    """One line with the time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps({"time": round(time.time(), 3), **entry}) + "\n")
     except OSError as failure:
         raise storage_error(path, failure) from failure
+
+
+def places(error: BaseException) -> list[str]:
+    """The code lines that an error passed: all that may be written of one that is not ours."""
+    return [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]

@@ -1,9 +1,11 @@
 """Hash-chained, signed, append-only log: JSON lines that cannot be changed, moved or removed unnoticed.
 
-A line is canonical JSON with `sequence` (from 0), `time` (Unix seconds), `kind`, `facts`, `previous` (SHA-256 of the
-line before, 64 zeros for the first) and `signature` (Ed25519 over the canonical JSON of all the others). The hash of a
-line covers its signature. A cut tail leaves a shorter log that is right in itself, so whoever has seen a *head*
-(sequence and hash of a line) keeps it, and `verify` takes all heads that are known elsewhere.
+A line is canonical JSON with `sequence` (from 0), `time` (Unix seconds), `kind`, `facts`, `previous` (the head's hash
+before it, 64 zeros for the first) and `signature` (Ed25519 over the canonical JSON of all the others). The hash of a
+*head* is the SHA-256 of the hash before and of the line's own SHA-256, signature included; so the hashes of the lines
+between two heads (`links`) show that the later one continues the earlier one, and nothing of what the lines say. A cut
+tail leaves a shorter log that is right in itself, so whoever has seen a head keeps it, and `verify` takes all heads
+that are known elsewhere.
 """
 
 import fcntl
@@ -11,7 +13,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -25,6 +28,7 @@ from common.storage import storage_error
 GENESIS: Final = "0" * 64
 MAX_LINE_BYTES: Final = 1 << 16
 MAX_LOG_BYTES: Final = 1 << 32
+MAX_LINKS: Final = 2048
 FIELDS: Final = ("sequence", "time", "kind", "facts", "previous", "signature")
 
 PURPOSE: Final = "audit"
@@ -32,10 +36,17 @@ PURPOSE: Final = "audit"
 
 @dataclass(frozen=True)
 class Head:
-    """A line's place and hash: all that others need to keep to notice a cut tail. -1 is the empty log."""
+    """A line's place and hash: all that others need to keep to notice a cut tail. -1 is the empty log.
+
+    Attributes:
+        sequence: The line's.
+        sha256: Of the head before and of the line; see `follow`.
+        time: The line's, Unix seconds. Of two heads it tells which one is news.
+    """
 
     sequence: int = -1
     sha256: str = GENESIS
+    time: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,7 @@ class Entry:
         kind: What happened.
         facts: Names, sizes, hashes and limits; never data.
         head: Its place and hash.
+        link: SHA-256 of the line.
     """
 
     sequence: int
@@ -55,6 +67,7 @@ class Entry:
     kind: str
     facts: dict[str, Any]
     head: Head
+    link: str
 
 
 class AuditLog:
@@ -85,6 +98,7 @@ class AuditLog:
         self._on_entry = on_entry
         self._clock = clock
         self._head = Head()
+        self._links: deque[str] = deque(maxlen=MAX_LINKS)
         self._size = 0
         with self._locked() as file:
             self._drop_torn_tail(file)
@@ -93,6 +107,11 @@ class AuditLog:
     def head(self) -> Head:
         """Of the last line that this object has read or written."""
         return self._head
+
+    @property
+    def links(self) -> list[str]:
+        """SHA-256 of each line up to `head`, of the last `MAX_LINKS` lines."""
+        return list(self._links)
 
     def refresh(self) -> Head:
         """Read what another process has appended.
@@ -135,6 +154,7 @@ class AuditLog:
         """One more line that was found right, or was just written."""
         entry = _read_line(line, self._head, self._public_key)
         self._head = entry.head
+        self._links.append(entry.link)
         self._size += len(line) + 1
         self._on_entry(entry)
 
@@ -229,6 +249,22 @@ def read(path: Path, public_key: str) -> Iterator[Entry]:
         raise AuditError(f"{path}: cannot be read ({error.strerror})") from error
 
 
+def follow(sha256: str, links: Sequence[str]) -> str:
+    """The hash of the head that stands so many lines after another one.
+
+    Args:
+        sha256: The earlier head's hash, 64 hexadecimal digits.
+        links: SHA-256 of each line after it, in order.
+
+    Example:
+        >>> follow(GENESIS, []) == GENESIS, follow(GENESIS, ["ab" * 32, "cd" * 32])[:8]
+        (True, '5362cccc')
+    """
+    for link in links:
+        sha256 = hashlib.sha256(bytes.fromhex(sha256) + bytes.fromhex(link)).hexdigest()
+    return sha256
+
+
 def _whole_lines(file: BinaryIO, *, must_end: bool = False) -> Iterator[bytes]:
     """Lines without their end; a last one without an end is left out, or refused."""
     number = 0
@@ -254,8 +290,9 @@ def _read_line(line: bytes, previous: Head, public_key: str) -> Entry:
         identity.verify(public_key, signature, wire.canonical_json(fields), purpose=PURPOSE)
     except AuthError as error:
         raise AuditError(f"entry {sequence} was changed: its signature does not fit") from error
-    head = Head(sequence, hashlib.sha256(line).hexdigest())
-    return Entry(sequence, fields["time"], fields["kind"], fields["facts"], head)
+    link = hashlib.sha256(line).hexdigest()
+    head = Head(sequence, follow(previous.sha256, [link]), fields["time"])
+    return Entry(sequence, fields["time"], fields["kind"], fields["facts"], head, link)
 
 
 def _parse(line: bytes, sequence: int) -> dict[str, Any]:

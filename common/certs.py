@@ -1,5 +1,6 @@
 """Keys and names that certificates and nodes share: P-384 throughout, which TLS 1.3, Flower and HSMs all do well."""
 
+import datetime
 import hashlib
 from pathlib import Path
 from typing import Final
@@ -103,6 +104,40 @@ def parse_chain(pem: bytes, *, name: str) -> list[x509.Certificate]:
         return x509.load_pem_x509_certificates(pem)
     except ValueError as error:
         raise AuthError(f"{name} holds no certificate in PEM form") from error
+
+
+def check_chain(chain: list[x509.Certificate], root: x509.Certificate, *, name: str, now: datetime.datetime) -> None:
+    """Each certificate is signed by the next, the last by the root, and all are good now; returns only if so.
+
+    Args:
+        chain: A certificate and its issuers, the root left out; at least one.
+        root: Whom it must lead to.
+        name: What messages call the file.
+        now: The time, with its zone.
+
+    Raises:
+        AuthError: It is otherwise.
+    """
+    try:
+        for certificate, issuer in zip(chain, [*chain[1:], root], strict=True):
+            certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature) as error:
+        raise AuthError(f"{name} does not lead to the root; have it issued anew") from error
+    for certificate in (*chain, root):
+        if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
+            raise AuthError(
+                f"{name}: {certificate.subject.rfc4514_string()} is not valid at {now:%Y-%m-%d %H:%M} UTC; "
+                "check the clock, or have it issued anew"
+            )
+
+
+def first_name(certificate: x509.Certificate) -> str:
+    """The first host name or address that a certificate is for; empty if it names none."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return ""
+    return next((str(name.value) for name in names if isinstance(name, x509.DNSName | x509.IPAddress)), "")
 
 
 def host_of(name: str, *, role: str, federation_id: str) -> str:

@@ -104,7 +104,13 @@ def _polishing(facts: Facts) -> str:
 SERVER_OPTIMIZER: Final = "server optimizer"
 FEATURES: Final = (
     Feature("secure aggregation", _in_the_clear),
-    Feature("record DP", _record_noise, _record_remark),
+    Feature(
+        "record DP",
+        _record_noise,
+        _record_remark,
+        keys=("privacy.mode",),
+        is_asked=lambda run: run.privacy.mode == "unit",
+    ),
     Feature("central DP", _central_noise),
     Feature(
         "quantised base",

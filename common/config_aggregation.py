@@ -11,7 +11,7 @@ from common.methods import MethodName
 class AggregationConfig(Section):
     """How the sites' updates become one."""
 
-    method: MethodName = Field(default="fedavg", description="Aggregation method.")
+    method: MethodName = Field(default="fedavg", description="Aggregation method; `fedsvd` for a private run that names none.")
     weighting: Literal["examples", "uniform"] = Field(
         default="examples", description="A site's weight: its number of training rows, or the same for all."
     )

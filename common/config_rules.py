@@ -66,6 +66,12 @@ def is_positive(table: Mapping[str, object], key: str) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def is_private(table: Mapping[str, Any]) -> bool:
+    """Whether an unchecked table of a run file asks for differential privacy."""
+    privacy = table.get("privacy")
+    return isinstance(privacy, dict) and privacy.get("mode") == "unit"
+
+
 def _has_same_columns(config: RunConfig | NodeConfig) -> bool:
     data = config.data
     return len({data.instruction_column, data.input_column, data.output_column}) < 3
@@ -283,5 +289,10 @@ NODE_RULES = (
         ("agent.policy", "agent.policy_signer", "agent.identity_key"),
         lambda c: len({bool(c.agent.policy), bool(c.agent.policy_signer), bool(c.agent.identity_key)}) > 1,
         "a policy, its signer's public key and this site's key belong together; set all three, or none",
+    ),
+    Rule(
+        ("agent.roster_folder", "agent.policy"),
+        lambda c: bool(c.agent.roster_folder) and not c.agent.policy,
+        "a roster is looked at by an agent with a policy only; set agent.policy too, or remove it",
     ),
 )

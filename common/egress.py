@@ -14,7 +14,7 @@ HEAD_BYTES: Final = 4096  # more than any head and a frame's own bytes
 ENTRY_BYTES: Final = 128  # of a safetensors header, besides the tensor's name
 VALUE_BYTES: Final = {"float32": 4, "bfloat16": 2}
 REPLIES: Final[Mapping[str, type]] = {"opened": OpenedHead, "update": UpdateHead, "metrics": SiteMetrics}
-AUDIT: Final = ("num_audit_entries", "audit_sha256")  # the head of the site's audit log; says nothing of rows
+AUDIT: Final = ("num_audit_entries", "audit_sha256", "audit_time")  # head of the site's audit log; nothing of rows
 NAMES: Final = ("site", "run_sha256", "round_index", *AUDIT)  # no figures; site, run and round are known already
 
 UNTOLD: Final = ("num_tokens", "train_loss", "seconds")  # of drawn rows: no noise covers them

@@ -103,11 +103,12 @@ class RemoteError(ProtocolError):
 
     Attributes:
         code: What the peer told; empty if it told nothing.
+        reference: Where the peer's own log has the reason; empty if it told none.
     """
 
-    def __init__(self, message: str, *, code: str = "") -> None:
+    def __init__(self, message: str, *, code: str = "", reference: str = "") -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.reference = code, reference
 
 
 class TransportError(SilotuneError):

@@ -63,11 +63,16 @@ def resolve(run: config.RunConfig) -> config.RunConfig:
     return run
 
 
-def epsilon(run: config.RunConfig) -> float:
-    """What the whole run costs a unit at a site that has not spent anything before."""
+def epsilon(run: config.RunConfig, *, dp_delta: float | None = None) -> float:
+    """What the whole run costs a unit at a site that has not spent anything before.
+
+    Args:
+        run: Resolved.
+        dp_delta: The site's own; None: the run's.
+    """
     event = event_per_round(run)
     whole = Event(event.sampling_prob, event.noise_multiplier, event.num_steps * run.federation.num_rounds)
-    return accounting.compose([whole], dp_delta=run.privacy.dp_delta)
+    return accounting.compose([whole], dp_delta=dp_delta or run.privacy.dp_delta)
 
 
 def curve(run: config.RunConfig) -> list[float]:

@@ -11,6 +11,8 @@ from common.errors import WireError
 T = TypeVar("T")
 MAX_NUMBER: Final = 2**53
 MAX_CHARACTERS: Final = 256
+HEADS: Final = "heads"  # beside a plan: where the audit logs of the others stand
+LINKS: Final = "links"  # and that the coordinator's own log continues what it was
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class UpdateHead:
         seconds: Wall time of the local training; None likewise.
         num_audit_entries: Lines in the site's audit log before this answer; 0 where it keeps none.
         audit_sha256: Hash of the last of them; empty where there is none.
+        audit_time: When it was written, Unix seconds.
     """
 
     site: str
@@ -86,6 +89,7 @@ class UpdateHead:
     seconds: float | None
     num_audit_entries: int = 0
     audit_sha256: str = ""
+    audit_time: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,15 @@ class SiteMetrics:
     def loss(self) -> float:
         """Mean negative log-likelihood per answer token, nats."""
         return self.nll_sum / self.num_answer_tokens
+
+
+def read_plan(head: dict[str, Any]) -> RoundPlan:
+    """The plan in a request's head; the heads of audit logs beside it are for the site's guard.
+
+    Raises:
+        WireError: See `from_head`.
+    """
+    return from_head(RoundPlan, {name: value for name, value in head.items() if name not in (HEADS, LINKS)})
 
 
 def to_head(record: Any) -> dict[str, Any]:

@@ -50,12 +50,29 @@ class SiteEntry:
 
 @dataclass(frozen=True)
 class PeerEntry:
-    """A server or an operator: name, and SHA-256 of its certificate's public key (SPKI, DER), hex."""
+    """A server: name, and SHA-256 of its certificate's public key (SPKI, DER), hex."""
 
     __pydantic_config__ = _CLOSED
 
     name: Slug
     tls_fingerprint: HexKey
+
+
+@dataclass(frozen=True)
+class OperatorEntry:
+    """Who may control and sign runs.
+
+    Attributes:
+        name: The operator's, as in its certificate.
+        tls_fingerprint: SHA-256 of its certificate's public key (SPKI, DER), hex: the gateway knows it by this.
+        identity_key: Ed25519 public key, hex, with which it signs manifests: sites know it by this.
+    """
+
+    __pydantic_config__ = _CLOSED
+
+    name: Slug
+    tls_fingerprint: HexKey
+    identity_key: HexKey
 
 
 @dataclass(frozen=True)
@@ -71,7 +88,7 @@ class Roster:
     governance: tuple[HexKey, ...]
     sites: tuple[SiteEntry, ...] = ()
     servers: tuple[PeerEntry, ...] = ()
-    operators: tuple[PeerEntry, ...] = ()
+    operators: tuple[OperatorEntry, ...] = ()
 
     def to_bytes(self) -> bytes:
         """Canonical bytes: what is signed, and whose hash stands for the roster."""
@@ -224,9 +241,10 @@ def _check(roster: Roster, pinned: Governance) -> None:
     if len(roster.governance) != len(pinned.keys) or set(roster.governance) != set(pinned.keys):
         raise AuthError(f"the roster of {roster.federation_id} names other governance keys than this site pinned")
     _refuse_repeats("site name", (site.name for site in roster.sites))
-    _refuse_repeats("identity key", (*(site.identity_key for site in roster.sites), *roster.governance))
+    identities = (*(site.identity_key for site in roster.sites), *(peer.identity_key for peer in roster.operators))
+    _refuse_repeats("identity key", (*identities, *roster.governance))
     _refuse_repeats("node key", (site.node_key for site in roster.sites))
-    peers = (*roster.servers, *roster.operators)
+    peers: tuple[PeerEntry | OperatorEntry, ...] = (*roster.servers, *roster.operators)
     _refuse_repeats("server or operator name", (peer.name for peer in peers))
     retiring = (site.retiring_tls_fingerprint for site in roster.sites if site.retiring_tls_fingerprint)
     tls = (*(site.tls_fingerprint for site in roster.sites), *(peer.tls_fingerprint for peer in peers), *retiring)

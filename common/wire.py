@@ -91,7 +91,8 @@ def expect(data: bytes, kind: str, *, max_body_bytes: int) -> Frame:
     frame = unpack(data, max_body_bytes=max_body_bytes)
     if frame.kind == "refused":
         code, reference = (shown(frame.head.get(key, "")) for key in ("code", "reference"))
-        raise RemoteError(f"refused with {code}; the site's log has the reason under reference {reference}", code=code)
+        text = f"refused with {code}; the site's log has the reason under reference {reference}"
+        raise RemoteError(text, code=code, reference=reference)
     if frame.kind != kind:
         raise WireError(f"frame is of kind '{shown(frame.kind)}', expected '{kind}'")
     return frame

@@ -2,7 +2,8 @@
 
 Flower's run config says where the run is: `run-folder` as `server.run.prepare` left it, `base-folder` of the base on
 this machine (empty: the store), `num-threads` for torch (0: all cores), `resume`, and who signs it: `operator-key` (a
-file on this machine; empty: nobody), `federation` and `offer-days`.
+file on this machine; empty: nobody), `federation`, `offer-days`, and `audit-folder` for the log that the same key signs
+(empty: beside the key). Of the key Flower gets the path only.
 """
 
 from pathlib import Path
@@ -39,7 +40,8 @@ def _execute(grid: Grid, log: EventLog, options: UserConfig) -> None:
     folder = log.path.parent
     settings = run.stored_settings(folder)
     key_file, federation = str(options["operator-key"]), str(options["federation"])
-    make_offer = offer.maker(key_file, federation=federation, days=float(options["offer-days"]))
+    days, audit_folder = float(options["offer-days"]), str(options["audit-folder"])
+    operator = offer.operator(key_file, federation=federation, days=days, audit_folder=audit_folder)
     base_folder = str(options["base-folder"])
     engine = model.load(
         Path(base_folder) if base_folder else store.resolve(settings.model.base),
@@ -56,5 +58,5 @@ def _execute(grid: Grid, log: EventLog, options: UserConfig) -> None:
         folder=folder,
         log=log,
         resume=bool(options["resume"]),
-        make_offer=make_offer,
+        operator=operator,
     )

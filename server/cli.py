@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from common import cli, quiet
+from server import cli_audit, cli_doctor
 
 if TYPE_CHECKING:
     from server.admit import Change
@@ -23,10 +24,8 @@ CertificateOption = Annotated[
     Path | None, typer.Option(help="Operator's certificate, PEM, where a gateway is before the SuperLink.")
 ]
 KeyOption = Annotated[Path | None, typer.Option(help="Its private key, PEM, mode 0600.")]
-audit_app = cli.make(
-    "audit", "Audit logs.", examples=("silotune-server audit verify audit.jsonl --key HEX --heads heads.jsonl",)
-)
-app.add_typer(audit_app, name="audit", help="Check audit logs, a site's too.")
+app.command()(cli_doctor.doctor)
+app.add_typer(cli_audit.app, name="audit", help="Show and check audit logs, a site's too.")
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN_FOLDER")]
 FederationFolder = Annotated[Path, typer.Option(help="The folder that provision made.", metavar="DIR")]
 RequestFile = Annotated[Path, typer.Argument(help="What the site sent.", metavar="REQUEST.json")]
@@ -52,6 +51,9 @@ def run(
     ] = None,
     federation: Annotated[str, typer.Option(help="Id of the federation that a signed run is for.")] = "",
     offer_days: Annotated[float, typer.Option(min=0.01, help="Days in which sites may open a signed run.")] = 30.0,
+    audit_folder: Annotated[
+        Path | None, typer.Option(help="Folder of the operator's audit log; default: KEY-audit beside the key.")
+    ] = None,
     set_: cli.SetOption = None,
     json: cli.JsonOption = False,
 ) -> None:
@@ -81,6 +83,7 @@ def run(
         operator_key=operator_key,
         federation=federation,
         offer_days=offer_days,
+        audit_folder=audit_folder,
     )
     cli.emit(result, as_json=json, show=lambda: cli.show(f"next: silotune-server export {folder} --merged DIR"))
 
@@ -180,29 +183,6 @@ def export(
 
     result = finish.export_run(run_folder, num_rounds=round_, output=output, merged=merged, base=base)
     cli.emit(result, as_json=json, show=lambda: cli.show(*(f"{name:<9} {path}" for name, path in result.items())))
-
-
-@audit_app.command("verify")
-def audit_verify(
-    log: Annotated[Path, typer.Argument(help="An audit log.", metavar="AUDIT.jsonl")],
-    key: Annotated[str, typer.Option(help="Public key of the log's signer, 64 hexadecimal digits.")],
-    heads: Annotated[Path | None, typer.Option(help="Heads that were kept elsewhere: finds a cut tail.")] = None,
-    owner: Annotated[str, typer.Option(help="Whose log it is; with --heads.")] = "",
-    json: cli.JsonOption = False,
-) -> None:
-    """Check every line of an audit log.
-
-    \b
-    Examples:
-      silotune-server audit verify north.jsonl --key 3b6a27bc... --heads heads.jsonl --owner north
-    """
-    from common import audit, audit_heads
-
-    known = audit_heads.of(heads, owner) if heads else []
-    head = audit.verify(log, key, heads=known)
-    result = {"num_entries": head.sequence + 1, "sha256": head.sha256, "num_heads_checked": len(known)}
-    line = f"{log}: {head.sequence + 1} entries, whole; {len(known)} heads checked"
-    cli.emit(result, as_json=json, show=lambda: cli.show(line))
 
 
 @app.command()

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import adapter, config, model, storage
+from common import adapter, config, model, privacy_plan, storage
 from common.adapter import Tensors
 from common.errors import ConfigError, ModelError
 from common.manifest import RunManifest
@@ -42,7 +42,8 @@ def save_adapter(
         run=settings, shape=shape, manifest=run_manifest, sites=sites, num_rows=sum(sites.values()),
         num_rounds=num_rounds,
         num_parameters=adapter.num_parameters(adapter.specs(found)), base=base_name(settings.model.base),
-        is_path=is_path(settings.model.base),
+        is_path=is_path(settings.model.base), privacy_wording=privacy_plan.FIXED_WORDING,
+        epsilon=privacy_plan.epsilon(settings) if privacy_plan.is_private(settings) else None,
     )  # fmt: skip
     storage.write_atomic(folder / "README.md", card.encode())
 

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,10 +23,12 @@ from server import collect
 from server.aggregate.method import Method, State
 from server.aggregate.optimizer import Memory
 from server.fleet import Fleet
+from server.trail import Trail, of_error, of_frame
 
 RETRY_S: Final = 1.0  # between offers to a node whose agent is away
 SECOND_WAIT_S: Final = 5.0  # for a node that was silent; one that was only slow has the run open by now
 APPROVAL_RETRY_S: Final = 15.0  # between offers to a node where a person has to decide
+NAMES_AN_ENTRY: Final = 500  # of 64 characters at most, so that an entry keeps within `audit.MAX_LINE_BYTES`
 WAITS: Final = "ApprovalRequired"  # the code of a site where nobody has decided yet
 
 
@@ -55,6 +58,7 @@ class Federation:
         doubtful: Nodes that failed at a step; their agent may have started anew, so they are offered the run again.
         metrics: Last held-out figures of each site, by name.
         offer: The signed manifest; None offers it unsigned, which only sites without a policy take.
+        trail: The coordinator's audit log; None where nobody signs the run.
         asked_at: When nodes said that a person has to decide, by `clock`.
         own_rows: The coordinator's own held-out rows, and the engine that scores them; None without any.
         memory: What the coordinator's optimizer remembers from round to round.
@@ -75,6 +79,7 @@ class Federation:
     doubtful: set[int] = field(default_factory=set)
     metrics: dict[str, SiteMetrics] = field(default_factory=dict)
     offer: Offer | None = None
+    trail: Trail | None = None
     asked_at: dict[int, float] = field(default_factory=dict)
     own_rows: OwnRows | None = None
     memory: Memory = field(default_factory=dict)
@@ -103,13 +108,40 @@ class Federation:
         if not answer.is_late:
             self.doubtful.add(answer.node_id)
         reason = collect.reason_of(error)
+        self.record("failed", step=step, site=self.name(answer.node_id), **of_error(error))
         self.log.append("site_failed", site=self.name(answer.node_id), step=step, reason=reason)
 
-    def frame(self, kind: str, plan: RoundPlan, state: State) -> bytes:
-        """A request that carries the global adapter, without what sites make themselves."""
+    def record(self, kind: str, **facts: Any) -> None:
+        """Write into the audit log, if one is kept; on the disk when this returns.
+
+        Raises:
+            AuditError: The log was changed meanwhile.
+            StorageError: It cannot be written.
+        """
+        if self.trail:
+            self.trail.log.append(kind, run=self.manifest.sha256, **facts)
+
+    def record_received(self, answer: collect.Answer, plan: RoundPlan, *, step: str) -> None:
+        """Write down an answer that counts, before it is used."""
+        if self.trail and answer.frame is not None:
+            facts = {"round_index": plan.round_index, "site": self.name(answer.node_id), **of_frame(answer.frame)}
+            self.record("received", step=step, **facts)
+
+    def request(self, kind: str, plan: RoundPlan, state: State, *, nodes: Sequence[int]) -> dict[int, bytes]:
+        """A request that carries the global adapter without what sites make themselves, one frame for all nodes.
+
+        It is in the audit log before it is sent.
+        """
         sent = trainable.received_specs(self.manifest.run.aggregation.method, self.manifest.tensor_specs)
         body = encode({spec.name: state[spec.name] for spec in sent}, dtype="float32")
-        return wire.pack(Frame(kind, to_head(plan), body))
+        heads = self.trail.told() if self.trail else {}
+        frame = wire.pack(Frame(kind, {**to_head(plan), **heads}, body))
+        if self.trail:
+            facts = {"round_index": plan.round_index, "adapter_sha256": sha256(body).hexdigest(), **of_frame(frame)}
+            names = sorted(self.name(node_id) for node_id in nodes)
+            for start in range(0, len(names), NAMES_AN_ENTRY):
+                self.record("sent", step=kind, sites=names[start : start + NAMES_AN_ENTRY], **facts)
+        return dict.fromkeys(nodes, frame)
 
 
 def wait_for_sites(federation: Federation) -> None:
@@ -167,8 +199,11 @@ def _admit(federation: Federation, answer: collect.Answer) -> None:
         return
     except SilotuneError as error:
         federation.refused[answer.node_id] = collect.reason_of(error)
+        federation.record("refused", step="open", node=str(answer.node_id), **of_error(error))
         federation.log.append("site_refused", node=answer.node_id, reason=collect.reason_of(error))
         return
+    told = {"site": head.site, "num_examples": head.num_examples, **of_frame(answer.frame)}
+    federation.record("opened", node=str(answer.node_id), **told)
     federation.sites[answer.node_id] = head
     federation.log.append("site_joined", node=answer.node_id, **_without_run(head))
 
@@ -183,6 +218,7 @@ def _take_refusal(federation: Federation, node_id: int, error: RemoteError) -> N
         federation.asked_at[node_id] = federation.clock()
         if is_known:
             return
+    federation.record("refused", step="open", node=str(node_id), **of_error(error))
     federation.log.append("site_refused", node=node_id, reason=collect.reason_of(error))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from common import config, events
+from common import config, events, privacy_plan
 from common.errors import ProtocolError
 from common.events import Event
 from server import link, offer, report, status
@@ -28,6 +28,7 @@ def run(
     operator_key: Path | None = None,
     federation: str = "",
     offer_days: float = 30.0,
+    audit_folder: Path | None = None,
 ) -> dict[str, Any]:
     """Submit a run, show its events as they come and return how it ended.
 
@@ -45,14 +46,19 @@ def run(
         operator_key: Private key that signs the run's manifest; None: unsigned, for sites without a policy.
         federation: Id of the federation whose sites are asked; with a key only.
         offer_days: How long sites may open a signed run.
+        audit_folder: Of the operator's audit log; None: beside the key.
 
     Raises:
         ConfigError: The operator's key cannot be used, or no federation is named.
+        AuditError: The operator's audit log is not whole.
         TransportError: The SuperLink did not take the run.
         ProtocolError: The run failed; the message says why.
     """
     key_file = str(operator_key.absolute()) if operator_key else ""
-    offer.maker(key_file, federation=federation, days=offer_days)  # a wrong key is told here, before anything starts
+    audit = str(audit_folder.absolute()) if audit_folder else ""
+    # a wrong key or a broken log is told here, before anything starts
+    offer.operator(key_file, federation=federation, days=offer_days, audit_folder=audit)
+    settings = privacy_plan.resolve(settings)
     log = server_run.prepare(settings, folder, resume=resume)
     num_old = len(events.read(log.path)) if log.path.is_file() else 0
     options: dict[str, bool | float | int | str] = {
@@ -63,6 +69,7 @@ def run(
         "operator-key": key_file,
         "federation": federation,
         "offer-days": offer_days,
+        "audit-folder": audit,
     }
     screen = Screen(Console(file=sys.stderr if is_quiet else sys.stdout, highlight=False))
     with link.connect(address, ca_file=ca_file, identity=identity) as connected:

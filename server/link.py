@@ -52,6 +52,7 @@ resume = false
 operator-key = ""
 federation = ""
 offer-days = 30.0
+audit-folder = ""
 """
 
 

@@ -1,27 +1,47 @@
-"""The operator's signature under a run."""
+"""The operator of a run: the signature under its manifest, and the audit log that the same key signs."""
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from common import identity, manifest
 from common.errors import ConfigError
 from common.manifest import Offer, RunManifest
+from server import trail
+from server.trail import Trail
 
 DAY_S: Final = 86_400
 
 
-def maker(key_file: str, *, federation: str, days: float) -> Callable[[RunManifest], Offer] | None:
-    """What signs a run's manifest.
+@dataclass(frozen=True)
+class Operator:
+    """Who signs a run; nobody signs one without keeping a log of it.
+
+    Attributes:
+        make_offer: Signs a manifest.
+        trail: The audit log, and the heads of the sites' logs.
+    """
+
+    make_offer: Callable[[RunManifest], Offer]
+    trail: Trail
+
+
+def operator(key_file: str, *, federation: str, days: float, audit_folder: str = "") -> Operator | None:
+    """What signs a run's manifest and keeps its log.
 
     Args:
-        key_file: The operator's private key; empty: the run is not signed, and only sites without a policy take it.
+        key_file: The operator's private key; empty: the run is not signed, only sites without a policy take it, and no
+            log is kept.
         federation: Id of the federation whose sites are asked.
         days: How long sites may open the run, from now.
+        audit_folder: Of the log; empty: see `trail.folder_of`.
 
     Raises:
         ConfigError: The key cannot be used, or there is one and no federation.
+        AuditError: The log is not whole, or is another key's.
+        StorageError: The log cannot be written.
     """
     if not key_file:
         return None
@@ -29,4 +49,7 @@ def maker(key_file: str, *, federation: str, days: float) -> Callable[[RunManife
         raise ConfigError("a signed run is for one federation; give its id with --federation")
     key = identity.load(Path(key_file))
     not_after = int(time.time() + days * DAY_S)
-    return lambda run_manifest: manifest.sign(run_manifest, key, federation=federation, not_after=not_after)
+    return Operator(
+        lambda run_manifest: manifest.sign(run_manifest, key, federation=federation, not_after=not_after),
+        trail.open_trail(Path(key_file), Path(audit_folder) if audit_folder else None),
+    )

@@ -16,11 +16,13 @@ from common import certs, config_file, federation_config, identity, keyfile, kit
 from common.errors import ConfigError
 from common.federation_config import FederationConfig
 from common.governance import Governance
-from common.roster import PeerEntry, Roster
+from common.roster import OperatorEntry, PeerEntry, Roster
 from server import ca, registry
 from server.ca import Issuer, Span
 
 GATEWAY: Final = "gateway"
+SIGNING_SUFFIX: Final = ".signing.key"
+UNITS: Final = Path(__file__).with_name("units")
 
 
 def provision(config_path: Path, *, folder: Path, now: datetime.datetime) -> Governance:
@@ -51,6 +53,8 @@ def provision(config_path: Path, *, folder: Path, now: datetime.datetime) -> Gov
         storage.write_atomic(made / kit.PINNED, pinned.to_bytes())
         _write_start(made, pinned, keys, peers=_make_peers(config, made, issuers=issuers, now=now))
         storage.write_atomic(made / registry.ISSUERS / "sites.crl", _empty_crl(issuers, now))
+        for unit in sorted(UNITS.iterdir()):
+            storage.write_atomic(made / UNITS.name / unit.name, unit.read_bytes())
     return pinned
 
 
@@ -142,6 +146,12 @@ def _make_peers(
     return entries
 
 
+def _make_operator(peer: PeerEntry, folder: Path) -> OperatorEntry:
+    """Give an operator the key that signs runs, beside the one for TLS."""
+    key = identity.create(folder / certs.OPERATORS / f"{peer.name}{SIGNING_SUFFIX}")
+    return OperatorEntry(peer.name, peer.tls_fingerprint, identity.public_hex(key))
+
+
 def _certify(
     config: FederationConfig,
     folder: Path,
@@ -178,7 +188,7 @@ def _write_start(
         quorum=pinned.quorum,
         governance=pinned.keys,
         servers=tuple(peers[ca.SERVERS]),
-        operators=tuple(peers[certs.OPERATORS]),
+        operators=tuple(_make_operator(peer, folder) for peer in peers[certs.OPERATORS]),
     )
     storage.write_atomic(folder / kit.ROSTER, roster.signed_bytes(first, keys, pinned=pinned))
     registry.write_issued(folder, ())

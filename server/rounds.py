@@ -1,10 +1,8 @@
 """The round loop: sample, send, collect, aggregate, checkpoint, evaluate. Read this file first."""
 
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
-from common import audit_heads
-from common.audit import Head
 from common.errors import ConfigError, ProtocolError, SilotuneError, TooFewSitesError, WireError
 from common.records import RoundPlan, UpdateHead
 from server import checkpoint, collect, federation, sampling
@@ -12,8 +10,6 @@ from server.aggregate import gap, optimizer, products
 from server.aggregate.method import State, Sum
 from server.evaluate import held_out
 from server.federation import Federation
-
-AUDIT_HEADS_FILE: Final = "audit-heads.jsonl"
 
 
 @dataclass
@@ -64,8 +60,8 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
     cohort = _choose(fed, round_index)
     plan = RoundPlan(fed.manifest.sha256, round_index)
     fed.log.append("round_started", round=round_index, sites=[fed.name(node) for node in cohort])
-    frame = fed.frame("train", plan, state)
-    tally = _collect(fed, state, plan, dict.fromkeys(cohort, frame))
+    frames = fed.request("train", plan, state, nodes=cohort)
+    tally = _collect(fed, state, plan, frames)
     _require_quorum(fed, tally, round_index)
     combined = tally.combined.result()
     averaged = fed.method.apply(state, combined)
@@ -76,6 +72,7 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
     digest = checkpoint.save(
         fed.folder, after, memory=fed.memory, num_rounds=round_index + 1, run_sha256=fed.manifest.sha256
     )
+    fed.record("aggregated", round_index=round_index, num_updates=len(tally.heads), adapter_sha256=digest)
     checkpoint.prune(fed.folder, num_kept=fed.manifest.run.output.keep_checkpoints)
     fed.log.append(
         "round_finished",
@@ -85,7 +82,7 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
         train_loss=_train_loss(tally.heads),
         gap=gap.whole(norms.values()) if norms else None,
         gap_modules={name: gap.whole([pair]) for name, pair in norms.items()},
-        bytes_down=len(frame) * len(cohort),
+        bytes_down=sum(map(len, frames.values())),
         bytes_up=tally.bytes_up,
         seconds=round(fed.clock() - started, 3),
     )
@@ -137,6 +134,7 @@ def _collect(fed: Federation, state: State, plan: RoundPlan, frames: dict[int, b
         except SilotuneError as error:
             fed.fail(answer, error, step="train")
         else:
+            fed.record_received(answer, plan, step="train")
             _take(fed, tally, head, change)
             fed.log.append("site_trained", **_of_training(head), bytes_up=len(answer.frame or b""))
     return tally
@@ -149,7 +147,8 @@ def _read(fed: Federation, answer: collect.Answer, plan: RoundPlan) -> tuple[Upd
     head, change = collect.read_update(answer.frame, fed.manifest, plan)
     if head.site != fed.name(answer.node_id) or head.num_examples != fed.sites[answer.node_id].num_examples:
         raise WireError("update is under another name, or claims another number of rows than the site opened with")
-    _keep_audit_head(fed, head)
+    if fed.trail:
+        fed.trail.keep(head)
     return head, change
 
 
@@ -172,13 +171,6 @@ def _of_training(head: UpdateHead) -> dict[str, Any]:
         "num_steps": head.num_steps,
         "seconds": None if head.seconds is None else round(head.seconds, 3),
     }
-
-
-def _keep_audit_head(fed: Federation, head: UpdateHead) -> None:
-    """Remember where a site's audit log stands; a site whose log went back does not count."""
-    if head.num_audit_entries:
-        known = Head(head.num_audit_entries - 1, head.audit_sha256)
-        audit_heads.keep(fed.folder / AUDIT_HEADS_FILE, head.site, known)
 
 
 def _require_quorum(fed: Federation, tally: Tally, round_index: int) -> None:

@@ -1,24 +1,27 @@
 """A whole run: manifest, sites, rounds, export. The same call under every grid."""
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
-from common import adapter, compatibility, config, events, model, start, storage, trainable
+from common import adapter, compatibility, config, events, model, privacy_plan, start, storage, trainable
 from common.adapter import Tensors
 from common.data import read
 from common.errors import ConfigError, DataError, SilotuneError, StorageError
 from common.events import Event, EventLog
-from common.manifest import Offer, RunManifest, parse
+from common.manifest import RunManifest, parse
 from common.model import Engine
+from common.records import to_head
 from common.rows import Columns
-from server import checkpoint, export, federation, rounds
+from server import checkpoint, export, federation, rounds, trail
 from server.aggregate import table
 from server.checkpoint import Checkpoint
 from server.federation import Federation, OwnRows
 from server.fleet import Fleet
+from server.offer import Operator
 
 RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.json"
@@ -49,7 +52,7 @@ def execute(
     folder: Path,
     log: EventLog,
     resume: bool = False,
-    make_offer: Callable[[RunManifest], Offer] | None = None,
+    operator: Operator | None = None,
 ) -> Outcome:
     """Run federated training from the first to the last round and export the adapter.
 
@@ -60,9 +63,11 @@ def execute(
         folder: The run's folder; made by `prepare`.
         log: Its events.
         resume: Go on after the newest whole checkpoint in `folder`.
-        make_offer: Signs the manifest; None offers it unsigned, which only sites without a policy take.
+        operator: Signs the manifest and keeps the audit log; None offers it unsigned, which only sites without a policy
+            take, and keeps no log.
 
     Raises:
+        AuditError: The audit log was changed under the run.
         ConfigError: An update would be larger than `wire.max_update_mib`.
         ProtocolError: Too few sites, or none evaluates.
         StorageError: Disk full or not writable.
@@ -70,19 +75,37 @@ def execute(
     manifest = RunManifest(settings, engine.base_sha256, engine.tensor_specs)
     _check_size(manifest)
     fed = Federation(manifest, fleet, table.find(settings.aggregation.method), folder, log)
-    fed.offer = make_offer(manifest) if make_offer else None
+    if operator:
+        fed.offer, fed.trail = operator.make_offer(manifest), operator.trail
     first = _start(manifest, engine, folder, resume=resume)
     fed.memory = first.memory
     storage.write_atomic(folder / MANIFEST_FILE, manifest.to_bytes())
     fed.own_rows = read_own_rows(settings, engine)
     log.append("run_started", **plan(manifest, engine), first_round=first.num_rounds)
-    federation.wait_for_sites(fed)
-    tensors = rounds.run(fed, first.tensors, first_round=first.num_rounds)
+    with _recorded(fed, first.tensors, first_round=first.num_rounds):
+        federation.wait_for_sites(fed)
+        tensors = rounds.run(fed, first.tensors, first_round=first.num_rounds)
     num_rounds = settings.federation.num_rounds
     sites = trained_sites(events.read(log.path), num_rounds=num_rounds)
     export.save_adapter(folder / EXPORT_FOLDER, tensors, run_manifest=manifest, num_rounds=num_rounds, sites=sites)
     log.append("run_finished", adapter=EXPORT_FOLDER, num_rounds=num_rounds)
     return Outcome(tensors, sites, folder)
+
+
+@contextmanager
+def _recorded(fed: Federation, start: Tensors, *, first_round: int) -> Iterator[None]:
+    """Write offer and end of a run into the audit log; what it starts from tells how an interrupted round ended."""
+    if fed.offer and fed.offer.signature:
+        made = {name: value for name, value in to_head(fed.offer.signature).items() if name != "signature"}
+        made |= {"name": fed.manifest.run.name, "first_round": first_round}
+        fed.record("offered", adapter_sha256=sha256(adapter.encode(start, dtype="float32")).hexdigest(), **made)
+    try:
+        yield
+    except BaseException as error:
+        with suppress(SilotuneError):  # the run's own error is the one to tell
+            fed.record("ended", outcome="failed", **trail.of_error(error))
+        raise
+    fed.record("ended", outcome="finished", num_rounds=fed.manifest.run.federation.num_rounds)
 
 
 def trained_sites(log: Sequence[Event], *, num_rounds: int) -> dict[str, int]:
@@ -206,7 +229,21 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
         "bytes_down_per_site": down,
         "bytes_up_per_site": up,
         "gap_warning": settings.aggregation.gap_warning,
+        **_privacy(settings),
         "without_gap": compatibility.without_gap(settings),
+    }
+
+
+def _privacy(settings: config.RunConfig) -> dict[str, object]:
+    """What the run promises to a unit: the planned curve, never the whole over the number of rounds."""
+    if not privacy_plan.is_private(settings):
+        return {}
+    return {
+        "epsilon_planned": [round(value, 4) for value in privacy_plan.curve(settings)],
+        "dp_delta": settings.privacy.dp_delta,
+        "noise_multiplier": settings.privacy.noise_multiplier,
+        "clip_norm": settings.privacy.clip_norm,
+        "privacy_wording": privacy_plan.FIXED_WORDING,
     }
 
 

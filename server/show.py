@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
+from common import privacy_plan
 from common.events import Event
 
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
@@ -74,6 +75,13 @@ class Screen:
         self._print(f"  traffic   {size(down)} down and {size(up)} up, a site and round; evaluation {size(down)} down")
         if event["privacy"] == "none":
             self._print("  privacy   [yellow]none: updates leave the sites unprotected[/]")
+        else:
+            curve, noise = event["epsilon_planned"], event["noise_multiplier"]
+            self._print(
+                f"  privacy   epsilon {curve[-1]:.2f} at delta {event['dp_delta']:g} after the last round, "
+                f"{curve[0]:.2f} after the first; noise multiplier {noise:.3f}"
+            )
+            self._print(f"            {privacy_plan.FIXED_WORDING}")
 
     def _on_site_joined(self, event: Event) -> None:
         """A site and its rows."""

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from common import cli, config, store
+from common import cli, config, privacy_plan, store
 from common.errors import ConfigError
 from common.events import EventLog
 from server import report
@@ -44,7 +44,7 @@ class Order:
         """The run file with the command line's settings."""
         named = {"model.base": self.model, "data.source": self.data}
         given = {key: json.dumps(value, ensure_ascii=False) for key, value in named.items() if value}
-        return config.load(self.run_file, overrides={**given, **self.overrides})
+        return privacy_plan.resolve(config.load(self.run_file, overrides={**given, **self.overrides}))
 
     def folder(self, settings: config.RunConfig) -> Path:
         """`--output`, or a new folder."""

@@ -118,7 +118,7 @@ def wait(running: Federation, run_id: int, *, timeout_s: float) -> RunState:
     Raises:
         TransportError: A process ended, or the time is over.
     """
-    _until(
+    until(
         lambda: running.link.state(run_id).is_finished,
         what="the run to end",
         timeout_s=timeout_s,
@@ -159,7 +159,7 @@ def federation(
     """
     logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        stack.enter_context(_unwinding_on_sigterm())
+        stack.enter_context(unwinding_on_sigterm())
         keys = Path(stack.enter_context(TemporaryDirectory(prefix="silotune-keys-", ignore_cleanup_errors=True)))
         loopback_keys.write_certificates(keys)
         env = environment(flwr_home=keys / "flower", num_threads=num_threads)
@@ -168,19 +168,19 @@ def federation(
         stack.callback(stop, processes)
         processes.append(start("superlink", superlink_command(address, keys=keys), logs=logs, env=env))
         processes.extend(start(f"{site.name}-agent", site.command, logs=logs, env=env) for site in sites)
-        _until(lambda: _accepts(address), what="the SuperLink", timeout_s=start_timeout_s, watched=processes)
+        until(lambda: accepts(address), what="the SuperLink", timeout_s=start_timeout_s, watched=processes)
         connected = stack.enter_context(link.connect(address, ca_file=keys / "ca.pem"))
         running = Federation(link=connected, address=address, keys=keys, processes=processes)
         for site in sites:
             connected.register(loopback_keys.write_node_key(keys / f"{site.name}.key"), name=site.name)
             command = supernode_command(running, site=site)
             processes.append(start(f"{site.name}-supernode", command, logs=logs, env=env))
-        _until(lambda: _all_there(running, sites), what="all sites", timeout_s=start_timeout_s, watched=processes)
+        until(lambda: _all_there(running, sites), what="all sites", timeout_s=start_timeout_s, watched=processes)
         yield running
 
 
 @contextmanager
-def _unwinding_on_sigterm() -> Iterator[None]:
+def unwinding_on_sigterm() -> Iterator[None]:
     """Let SIGTERM end this process as an exception does, so that it does not leave the others behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -202,10 +202,16 @@ def superlink_command(address: str, *, keys: Path) -> list[str]:
 
 
 def supernode_command(running: Federation, *, site: Site) -> list[str]:
-    """The command of one SuperNode; it finds its agent by a socket path of its own configuration."""
+    """The command of one SuperNode of this federation."""
+    key_file = running.keys / f"{site.name}.key"
+    return courier_command(running.address, ca_file=running.keys / "ca.pem", key_file=key_file, site=site)
+
+
+def courier_command(address: str, *, ca_file: Path, key_file: Path, site: Site) -> list[str]:
+    """The command of a SuperNode; it finds its agent by a socket path of its own configuration."""
     return [
-        *("flower-supernode", "--superlink", running.address, "--root-certificates", str(running.keys / "ca.pem")),
-        *("--auth-supernode-private-key", str(running.keys / f"{site.name}.key")),
+        *("flower-supernode", "--superlink", address, "--root-certificates", str(ca_file)),
+        *("--auth-supernode-private-key", str(key_file)),
         *("--node-config", f'agent-socket="{site.socket_path.absolute()}"'),
         *("--host", HOST, "--port", str(free_port())),
     ]
@@ -274,7 +280,7 @@ def _signal(process: Process, number: signal.Signals) -> None:
         return
 
 
-def _until(is_done: Callable[[], bool], *, what: str, timeout_s: float, watched: Sequence[Process]) -> None:
+def until(is_done: Callable[[], bool], *, what: str, timeout_s: float, watched: Sequence[Process]) -> None:
     """Poll until something holds; fail when time is over or a process ends meanwhile."""
     end = time.monotonic() + timeout_s
     while not is_done():
@@ -290,7 +296,7 @@ def _check(watched: Sequence[Process], *, what: str, end: float, timeout_s: floa
         raise TransportError(f"waited {timeout_s:g} s for {what}; see the logs in {watched[0].log_path.parent}")
 
 
-def _accepts(address: str) -> bool:
+def accepts(address: str) -> bool:
     """Whether somebody listens there."""
     host, port = address.split(":")
     with socket.socket() as probe:
@@ -299,10 +305,10 @@ def _accepts(address: str) -> bool:
 
 def _all_there(running: Federation, sites: Sequence[Site]) -> bool:
     """Whether every agent answers and every node is connected."""
-    return len(running.link.online_node_ids()) == len(sites) and all(_agent_answers(site) for site in sites)
+    return len(running.link.online_node_ids()) == len(sites) and all(agent_answers(site) for site in sites)
 
 
-def _agent_answers(site: Site) -> bool:
+def agent_answers(site: Site) -> bool:
     """Whether a site's agent is there."""
     try:
         line.hello(site.socket_path, timeout_s=1.0)

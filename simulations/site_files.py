@@ -9,6 +9,8 @@ from typing import Any
 from common import config, storage
 from simulations.deployment import Site
 
+_NONE: Mapping[str, Sequence[str]] = {}
+
 
 def write(
     tables: Mapping[str, Sequence[Mapping[str, Any]]],
@@ -18,6 +20,7 @@ def write(
     base_folder: Path,
     log_folder: Path,
     num_threads: int,
+    agent_lines: Mapping[str, Sequence[str]] = _NONE,
 ) -> list[Site]:
     """Write every site's rows and own file.
 
@@ -28,6 +31,7 @@ def write(
         base_folder: The base model's folder.
         log_folder: A folder for each agent's own log is made in it.
         num_threads: CPU threads of each agent.
+        agent_lines: More lines for the `[agent]` section of a site, by its name.
 
     Returns:
         The sites, with the command that starts each one's agent.
@@ -37,7 +41,7 @@ def write(
     """
     return [
         _write_site(name, rows, settings=settings, folder=folder / str(number), lines=_shared(base_folder, num_threads),
-                    log_folder=log_folder / name)
+                    log_folder=log_folder / name, agent_lines=agent_lines.get(name, ()))
         for number, (name, rows) in enumerate(sorted(tables.items()))
     ]  # fmt: skip
 
@@ -50,6 +54,7 @@ def _write_site(
     folder: Path,
     lines: Sequence[str],
     log_folder: Path,
+    agent_lines: Sequence[str],
 ) -> Site:
     """One site's folder: `rows.jsonl`, `node.toml` and the place of the agent's socket."""
     data, rows_file, socket_path = settings.data, folder / "rows.jsonl", folder / "agent.sock"
@@ -58,6 +63,7 @@ def _write_site(
     text = [
         *("[site]", f"name = {_quoted(name)}", "[data]", f"path = {_quoted(rows_file)}", *named, *lines),
         *("[agent]", f"socket = {_quoted(socket_path)}", f"log_folder = {_quoted(log_folder)}"),
+        *agent_lines,
     ]
     storage.write_atomic(rows_file, "".join(json.dumps(row, default=str) + "\n" for row in rows).encode())
     storage.write_atomic(folder / "node.toml", "\n".join([*text, ""]).encode())

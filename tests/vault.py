@@ -1,23 +1,28 @@
 """A site with a policy, on the tiny base: what it is asked, what it answers and what its audit log says of it."""
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from client import policy_file
 from client.agent import Agent, SiteData
 from client.gatekeeper import Gatekeeper
 from client.history import AUDIT_FILE
-from common import adapter, audit, config, identity, manifest, wire
-from common.audit import AuditLog, Entry
+from common import adapter, audit, audit_heads, config, identity, manifest, wire
+from common.audit import AuditLog, Entry, Head
 from common.manifest import Offer, RunManifest
-from common.records import RoundPlan, to_head
+from common.records import HEADS, LINKS, RoundPlan, to_head
 from common.wire import Frame
+from server import trail
+from server.offer import Operator
 from tests import tiny
 
 OPERATOR, ADMIN, SITE, STRANGER = (Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2, 3, 4))
 NOW = 1_800_000_000.0
+SERVER_LOG = audit_heads.operator(identity.public_hex(OPERATOR))
 MAX = 1 << 24
 POLICY = """
 version = 1
@@ -83,6 +88,25 @@ approval = "every_run"
 """
 
 
+def links(num_lines: int) -> list[str]:
+    """Hashes of the lines of a coordinator's log."""
+    return [hashlib.sha256(bytes([number])).hexdigest() for number in range(num_lines)]
+
+
+def server_head(sequence: int = 7) -> Head:
+    """The head of that log at one of its lines, of which one comes a second."""
+    return Head(sequence, audit.follow(audit.GENESIS, links(sequence + 1)), NOW - 60 + sequence)
+
+
+def told(head: Head | None = None, **others: Head) -> dict[str, list]:
+    """What a coordinator says of the logs beside a plan; an honest one gives no head of its own log."""
+    server = head or server_head()
+    return {HEADS: audit_heads.to_list({SERVER_LOG: server, **others}), LINKS: links(server.sequence + 1)}
+
+
+TOLD = told()
+
+
 def policy_text(base_sha256: str, **changes: str) -> str:
     """The policy with lines changed: `learning_rate="[1e-6, 1]"`; a key that is there once."""
     text = POLICY.format(operator=identity.public_hex(OPERATOR), base=base_sha256)
@@ -93,9 +117,28 @@ def policy_text(base_sha256: str, **changes: str) -> str:
     return text
 
 
-def node(folder: Path, name: str) -> config.NodeConfig:
+def operator(folder: Path) -> Operator:
+    """The operator with a key file, and the audit log beside it; offers are for the sites' clock."""
+    path = folder / "op.pem"
+    if not path.exists():
+        write_key(path, OPERATOR)
+    day = int(NOW + 86_400)
+    return Operator(
+        lambda run: manifest.sign(run, OPERATOR, federation="onco-eu", not_after=day), trail.open_trail(path)
+    )
+
+
+def write_key(path: Path, key: Ed25519PrivateKey) -> None:
+    """A key file as `new-key` makes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(0o600)
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+
+
+def node(folder: Path, name: str, *, roster_folder: Path | None = None) -> config.NodeConfig:
     """The site's own file."""
-    agent = {"log_folder": str(folder)}
+    agent = {"log_folder": str(folder), "policy": "p", "policy_signer": "ab" * 32, "identity_key": "k"}
+    agent |= {"roster_folder": str(roster_folder)} if roster_folder else {}
     return config.NodeConfig.model_validate({"site": {"name": name}, "data": {"path": "rows.jsonl"}, "agent": agent})
 
 
@@ -108,6 +151,7 @@ class Vault:
     data: SiteData
     policy: str
     name: str = "north"
+    roster_folder: Path | None = None
     now: float = NOW
     errors: list[Exception] = field(default_factory=list)
     num_reads: int = 0
@@ -122,7 +166,8 @@ class Vault:
         path.write_text(self.policy)
         policy_file.sign(path, ADMIN)
         signed = policy_file.load(path, signer=identity.public_hex(ADMIN))
-        self.gate = Gatekeeper(signed, node=node(self.folder, self.name), key=SITE, clock=lambda: self.now)
+        own = node(self.folder, self.name, roster_folder=self.roster_folder)
+        self.gate = Gatekeeper(signed, node=own, key=SITE, clock=lambda: self.now)
         self.agent = Agent(
             self.name,
             load_data=lambda _: self._read(),
@@ -165,7 +210,7 @@ class Vault:
     def step(self, kind: str = "train", run: RunManifest | None = None, state=None, **plan: object) -> Frame:
         """A step of a run."""
         run = run or self.manifest()
-        head = {**to_head(RoundPlan(run.sha256, 0)), **plan}
+        head = {**to_head(RoundPlan(run.sha256, 0)), **TOLD, **plan}
         body = state if isinstance(state, bytes) else adapter.encode(state or self.engine.initial, dtype="float32")
         return self.ask(Frame(kind, head, body))
 
@@ -186,8 +231,10 @@ class Vault:
         return [(entry.facts["step"], entry.facts["round_index"]) for entry in self.log() if entry.kind == "left"]
 
 
-def make(folder: Path, engine, *, name: str = "north", count: int = 12, **policy: str) -> Vault:
+def make(
+    folder: Path, engine, *, name: str = "north", count: int = 12, roster_folder: Path | None = None, **policy: str
+) -> Vault:
     """A site with `count` rows; three quarters train."""
     folder.mkdir(exist_ok=True)
     text = policy_text(engine.base_sha256, **policy)
-    return Vault(folder, engine, tiny.site_data(name, count), text, name=name)
+    return Vault(folder, engine, tiny.site_data(name, count), text, name=name, roster_folder=roster_folder)

@@ -27,8 +27,7 @@ def evaluate(federation: Federation, state: State, *, num_rounds: int, generate:
         ProtocolError: No site has ever answered.
     """
     plan = RoundPlan(federation.manifest.sha256, num_rounds, generate)
-    nodes = federation.present()
-    frames = dict.fromkeys(nodes, federation.frame("evaluate", plan, state))
+    frames = federation.request("evaluate", plan, state, nodes=federation.present())
     fresh = set()
     for answer in federation.ask(frames, kind="evaluate"):
         metrics = _read(federation, answer, plan)
@@ -63,6 +62,7 @@ def _read(federation: Federation, answer: collect.Answer, plan: RoundPlan) -> Si
     except SilotuneError as error:
         federation.fail(answer, error, step="evaluate")
         return None
+    federation.record_received(answer, plan, step="evaluate")
     return metrics
 
 

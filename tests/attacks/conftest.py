@@ -1,8 +1,25 @@
 """Sites under attack."""
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import pytest
 
 from tests import vault
+
+if TYPE_CHECKING:
+    from tests.attacks.world import World
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> "Iterator[World]":
+    """A SuperLink with the gateway before it."""
+    from tests.attacks import world as worlds  # Flower, for those who need it only
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", worlds.PATHS)
+        with worlds.running(tmp_path_factory.mktemp("k"), tmp_path_factory.mktemp("logs")) as running:
+            yield running
 
 
 @pytest.fixture

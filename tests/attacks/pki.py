@@ -15,7 +15,7 @@ from cryptography.x509.oid import NameOID
 
 from common import identity, roster
 from common.governance import Governance
-from common.roster import PeerEntry, Roster, SiteEntry
+from common.roster import OperatorEntry, Roster, SiteEntry
 
 DAY = datetime.timedelta(days=1)
 
@@ -109,14 +109,17 @@ class Pki:
             quorum=2,
             governance=pinned.keys,
             sites=tuple(self._entry(name) for name in sites),
-            operators=tuple(PeerEntry(name, fingerprint(self.tls[name])) for name in operators),
+            operators=tuple(OperatorEntry(name, fingerprint(self.tls[name]), new_identity()) for name in operators),
         )
         (self.folder / "governance.json").write_bytes(pinned.to_bytes())
         (self.folder / "roster.json").write_bytes(roster.signed_bytes(made, governors[:2], pinned=pinned))
 
     def _entry(self, name: str) -> SiteEntry:
-        own = identity.public_hex(Ed25519PrivateKey.generate())
-        return SiteEntry(name, own, self.node_key(name).decode(), fingerprint(self.tls[name]))
+        return SiteEntry(name, new_identity(), self.node_key(name).decode(), fingerprint(self.tls[name]))
+
+
+def new_identity() -> str:
+    return identity.public_hex(Ed25519PrivateKey.generate())
 
 
 def write_private(path: Path, key, form: PrivateFormat) -> None:

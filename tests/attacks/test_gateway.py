@@ -2,7 +2,6 @@
 
 import random
 import ssl
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,22 +12,12 @@ from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
 from flwr.proto.fab_pb2 import Fab
 
 from server import link
-from simulations import deployment
-from simulations.deployment import HOST
 from tests.attacks import world as worlds
 from tests.attacks.world import ECHO_BUNDLE, HEARTBEAT, LIST_NODES, World
 
 MIB = 1 << 20
 CUT = (httpx.TransportError, ssl.SSLError, ConnectionError)
 START_RUN = "/v1/control/start-run"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Iterator[World]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", worlds.PATHS)
-        with worlds.running(tmp_path_factory.mktemp("k"), tmp_path_factory.mktemp("logs")) as running:
-            yield running
 
 
 def status_of(connection: ssl.SSLSocket, head: str, body: bytes = b"") -> int:
@@ -346,26 +335,3 @@ def test_g17_mutated_requests(world):
     assert seen & {400, 403, 404}
     assert worlds.memory_bytes(pid, "VmHWM") - before < 64 * MIB
     assert world.beat("alder").status_code == 200
-
-
-def test_a_supernode_through_tunnel_and_gateway_answers_a_message(world, tmp_path):
-    tmp_path.chmod(0o700)
-    keys, socket_path, state = world.keys, tmp_path / "agent.sock", tmp_path / "link"
-    options = {"gateway": world.address("fleet"), "ca": keys / "root-ca.pem", "state": state}
-    options |= {"certificate": keys / "gorse.pem", "key": keys / "gorse.key", "port": world.ports["link"]}
-    given = [item for name, value in options.items() for item in (f"--{name}", str(value))]
-    world.start("link", [sys.executable, "-m", "client.cli", "link", *given])
-    world.start("agent", [sys.executable, str(worlds.APPS / "loopback_apps.py"), str(socket_path)])
-    world.wait_for(lambda: world.is_open("link"))
-    node = ["--superlink", world.address("link"), "--root-certificates", str(state / "link.pem")]
-    node += ["--auth-supernode-private-key", str(keys / "gorse.node"), "--host", HOST]
-    node += ["--port", str(deployment.free_port()), "--node-config", f'agent-socket="{socket_path}"']
-    world.start("supernode", ["flower-supernode", *node])
-    identity = link.Identity(keys / "olga.pem", keys / "olga.key")
-    with link.connect(world.address("control"), ca_file=keys / "root-ca.pem", identity=identity) as connected:
-        world.wait_for(lambda: "SuperNode ID:" in (world.logs / "supernode.log").read_text())
-        (tmp_path / "node").write_text(str(world.node_ids["gorse"]))
-        run_id = connected.start_run({"run-folder": str(tmp_path)}, bundle=ECHO_BUNDLE)
-        world.wait_for(lambda: connected.state(run_id).is_finished)
-        assert connected.state(run_id).is_completed, connected.log_of(run_id)
-    assert (tmp_path / "told.json").read_text() == '"right"'

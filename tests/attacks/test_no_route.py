@@ -100,7 +100,11 @@ def test_an_agent_without_any_route_plays_a_round(agent, folder, engine):
     offer = sign(run, vault.OPERATOR, federation="onco-eu", not_after=int(time.time()) + 3600)
     requests = {
         "open": offer.to_frame(),
-        "train": Frame("train", to_head(RoundPlan(run.sha256, 0)), adapter.encode(engine.initial, dtype="float32")),
+        "train": Frame(
+            "train",
+            {**to_head(RoundPlan(run.sha256, 0)), **vault.TOLD},
+            adapter.encode(engine.initial, dtype="float32"),
+        ),
     }
     for kind, request in requests.items():
         answer = line.call(folder / "agent.sock", kind, wire.pack(request), 60.0)

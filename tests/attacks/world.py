@@ -144,13 +144,18 @@ class World:
         self.processes.append(process)
         return process
 
-    def wait_for(self, condition, *, timeout_s: float = 60.0) -> None:
+    def stop_since(self, count: int) -> None:
+        """Stop all processes but the first ones, and forget them."""
+        deployment.stop(self.processes[count:])
+        del self.processes[count:]
+
+    def wait_for(self, condition, *, timeout_s: float = 60.0, poll_s: float = 0.1) -> None:
         end = time.monotonic() + timeout_s
         while not condition():
             for process in self.processes:
                 process.check()
             assert time.monotonic() < end
-            time.sleep(0.1)
+            time.sleep(poll_s)
 
     def is_open(self, door: str) -> bool:
         with socket.socket() as probe:

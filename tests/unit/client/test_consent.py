@@ -8,7 +8,8 @@ from rich.console import Console
 
 from client import cli as client_cli
 from client import consent, review
-from common import cli, identity
+from common import audit_heads, cli, identity
+from common.audit_heads import Heads
 from common.errors import AuditError, ConfigError, DataError
 from server import cli as server_cli
 from tests import vault
@@ -27,7 +28,7 @@ def node_file(site):
     """The site's own file on disk, with its keys."""
     folder = site.folder
     for name, key in (("site.pem", vault.SITE), ("admin.pem", vault.ADMIN)):
-        write_key(folder / name, key)
+        vault.write_key(folder / name, key)
     path = folder / "node.toml"
     path.write_text(
         f'[site]\nname = "north"\n[data]\npath = "rows.jsonl"\n[agent]\nlog_folder = "{folder}"\n'
@@ -35,13 +36,6 @@ def node_file(site):
         f'identity_key = "{folder / "site.pem"}"\n'
     )
     return path
-
-
-def write_key(path, key) -> None:
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-
-    path.touch(0o600)
-    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
 
 def ask(site, run=None, **offer) -> str:
@@ -212,10 +206,8 @@ def test_the_commands_for_people(site, node_file, capsys):
 
 
 def test_the_audit_commands(site, node_file, capsys, tmp_path):
-    from common import audit_heads
-
     heads = tmp_path / "heads.jsonl"
-    audit_heads.keep(heads, "north", site.gate._log.head)
+    Heads(heads).keep({"north": site.gate._log.head})
     code, found = command(client_cli, "audit", "verify", str(node_file), "--heads", str(heads), capsys=capsys)
     assert (code, found["num_entries"], found["num_heads_checked"]) == (0, 2, 1)
     log, key = site.folder / "audit.jsonl", identity.public_hex(vault.SITE)
@@ -225,6 +217,25 @@ def test_the_audit_commands(site, node_file, capsys, tmp_path):
     assert command(server_cli, *outside, capsys=capsys)[0] == 6
     assert command(client_cli, "audit", "verify", str(node_file), "--heads", str(heads), capsys=capsys)[0] == 6
     assert command(client_cli, "audit", "verify", str(node_file), capsys=capsys)[0] == 0  # alone it looks whole
+
+
+def test_heads_of_others_prove_nothing_about_this_site(site, node_file, capsys, tmp_path):
+    Heads(tmp_path / "heads.jsonl").keep({"south": site.gate._log.head})
+    given = ["audit", "verify", str(node_file), "--heads", str(tmp_path / "heads.jsonl")]
+    assert command(client_cli, *given, capsys=capsys)[0] == 6
+
+
+def test_a_site_shows_and_exports_the_heads_that_it_keeps(site, node_file, capsys, tmp_path):
+    out = tmp_path / "out.jsonl"
+    listed = ["audit", "heads", str(node_file)]
+    assert command(client_cli, *listed, capsys=capsys) == (0, {"heads": []})  # none was handed on yet
+    assert site.open().kind == "opened"
+    assert site.step(**vault.TOLD).kind == "update"
+    _, found = command(client_cli, *listed, "--out", str(out), capsys=capsys)
+    assert [(head["owner"], head["sequence"]) for head in found["heads"]] == [(vault.SERVER_LOG, 7)]
+    assert [head.sequence for head in audit_heads.of(out, vault.SERVER_LOG)] == [7]
+    client_cli.app(listed, standalone_mode=False)
+    assert vault.SERVER_LOG[:16] in capsys.readouterr().out
 
 
 def test_keys_and_signature_by_command(tmp_path, site, capsys):

@@ -188,6 +188,7 @@ def test_policy_key_and_signer_belong_together():
 def test_the_policy_of_a_startup_kit_is_valid_and_allows_nothing():
     template = Path(__file__).parents[3] / "server" / "kit" / "policy.toml.j2"
     text = template.read_text().replace("{{ name }}", "alder").replace("{{ federation_id }}", "onco-eu")
+    text = text.replace("{{ epoch }}", "2")
     site_rules = policy_file.parse(text, name="policy.toml")
     assert refused(site_rules, run()).rule == "models.allow"
     assert set(site_rules.egress.metrics) == set(egress.RANGES)

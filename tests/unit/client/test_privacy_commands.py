@@ -12,7 +12,6 @@ from common import cli, config, identity
 from common.accounting import Event
 from common.errors import ConfigError, LedgerError
 from tests import tiny, vault
-from tests.unit.client.test_consent import write_key
 
 ROUND = Event(0.0256, 0.9, 40)
 OTHER = "cd" * 32
@@ -24,7 +23,7 @@ def site(tmp_path, engine, monkeypatch):
     made = vault.make(tmp_path / "site", engine)
     tiny.write_table(made.folder / "rows.jsonl")
     monkeypatch.chdir(made.folder)
-    write_key(made.folder / "site.pem", vault.SITE)
+    vault.write_key(made.folder / "site.pem", vault.SITE)
     (made.folder / "node.toml").write_text(
         f'[site]\nname = "north"\n[data]\npath = "rows.jsonl"\n[agent]\nlog_folder = "{made.folder}"\n'
         f'policy = "policy.toml"\npolicy_signer = "{identity.public_hex(vault.ADMIN)}"\nidentity_key = "site.pem"\n'

@@ -52,3 +52,24 @@ def test_a_log_that_cannot_be_written_is_a_storage_error(tmp_path):
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(StorageError):
         sitelog.report(tmp_path / "taken" / "log", "1", raised(DataError("x")))
+
+
+def test_a_flood_of_failures_is_counted_and_not_written(tmp_path):
+    now = [1000.0]
+    report = sitelog.reporter(tmp_path / "log", clock=lambda: now[0])
+    for number in range(sitelog.MAX_A_MINUTE + 500):
+        report(f"{number:04x}", raised(DataError("x")))
+    found = entries(tmp_path / "log")
+    assert len(found) == sitelog.MAX_A_MINUTE + 1
+    assert "suppressing" in found[-1]
+    now[0] += 60
+    report("after", raised(DataError("x")))
+    *_, counted, last = entries(tmp_path / "log")
+    assert (counted["num_suppressed"], last["reference"]) == (500, "after")
+
+
+def test_control_few_failures_are_all_written(tmp_path):
+    report = sitelog.reporter(tmp_path / "log", clock=lambda: 1000.0)
+    for number in range(sitelog.MAX_A_MINUTE):
+        report(str(number), raised(DataError("x")))
+    assert [entry["reference"] for entry in entries(tmp_path / "log")] == [str(n) for n in range(sitelog.MAX_A_MINUTE)]

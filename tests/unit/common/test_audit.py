@@ -1,5 +1,6 @@
 """What is written into an audit log cannot be changed, moved or removed unnoticed."""
 
+import hashlib
 import json
 import random
 
@@ -7,7 +8,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common import audit, identity
-from common.audit import AuditLog, Head
+from common.audit import GENESIS, AuditLog, Head
 from common.errors import AuditError, StorageError
 
 KEY, OTHER = (Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in (1, 2))
@@ -169,6 +170,22 @@ def test_an_entry_on_a_full_disk_leaves_the_log_as_it_was(path, monkeypatch):
     with pytest.raises(StorageError):
         log.append("left")
     assert path.read_bytes() == before
+
+
+def test_links_lead_from_any_head_to_any_later_one_and_nowhere_else(path):
+    log, heads = open_log(path), [entry.head for entry in audit.read(path, PUBLIC)]
+    assert log.links == [hashlib.sha256(line[:-1]).hexdigest() for line in lines(path)]
+    for start, end in ((-1, 5), (0, 5), (2, 4), (3, 3)):
+        before = heads[start].sha256 if start >= 0 else GENESIS
+        between = log.links[start + 1 : end + 1]
+        assert audit.follow(before, between) == heads[end].sha256
+        assert audit.follow(before, [*between, "00" * 32]) != heads[end].sha256
+        assert audit.follow("00" * 31 + "01", between) != heads[end].sha256
+
+
+def test_only_the_last_links_are_held(path, monkeypatch):
+    monkeypatch.setattr(audit, "MAX_LINKS", 4)
+    assert open_log(path).links == [hashlib.sha256(line[:-1]).hexdigest() for line in lines(path)[-4:]]
 
 
 def test_an_empty_log_has_the_empty_head(tmp_path):

@@ -22,6 +22,13 @@ EXPECTED = {
 ASKING = {
     "quantised base": {"model.quantization": "nf4"},
     "server optimizer": {"aggregation.server_optimizer": "fedavgm"},
+    "record DP": {
+        "privacy.mode": "unit",
+        "privacy.sampling_prob": "0.1",
+        "privacy.noise_multiplier": "1.0",
+        "training.local_steps": "2",
+        "training.local_epochs": "0.0",
+    },
 }
 SIDE = {name: {"aggregation.residual_rank": "8"} for name, facts in FACTS.items() if facts.base_delta == "residual"}
 CELLS = [pytest.param(feature, cell, id=f"{cell.method}-{feature.name}") for feature, cell in compatibility.cells()]

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from common import governance, identity, roster, wire
 from common.errors import AuthError, ConfigError
 from common.governance import Governance
-from common.roster import PeerEntry, Roster, SiteEntry
+from common.roster import OperatorEntry, PeerEntry, Roster, SiteEntry
 
 KEYS = [Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in range(1, 6)]
 MEMBERS, STRANGER = KEYS[:3], KEYS[3]
@@ -37,7 +37,7 @@ ROSTER = Roster(
     governance=PINNED.keys,
     sites=(site(0), site(1)),
     servers=(PeerEntry("gateway", "aa" * 32),),
-    operators=(PeerEntry("operator", "bb" * 32),),
+    operators=(OperatorEntry("operator", "bb" * 32, "dd" * 32),),
 )
 
 
@@ -82,7 +82,8 @@ def test_one_member_counts_once_however_often_it_is_written(tmp_path):
         {"sites": ROSTER.sites[:1]},
         {"sites": (site(0), site(1, identity_key="cc" * 32))},
         {"sites": (site(0), site(1, tls_fingerprint="cc" * 32))},
-        {"operators": (PeerEntry("operator", "cc" * 32),)},
+        {"operators": (OperatorEntry("operator", "cc" * 32, "dd" * 32),)},
+        {"operators": (OperatorEntry("operator", "bb" * 32, "cc" * 32),)},
     ],
 )
 def test_a_roster_that_was_altered_after_signing_is_refused(tmp_path, changed):
@@ -147,7 +148,8 @@ def test_a_pinned_governance_that_contradicts_itself_is_refused(pinned):
         ({"sites": (site(0), site(1, tls_fingerprint=site(0).tls_fingerprint))}, "TLS key"),
         ({"sites": (site(0), site(1, tls_fingerprint="aa" * 32))}, "TLS key"),
         ({"sites": (site(0), site(1, retiring_tls_fingerprint="bb" * 32, retires_at=9))}, "TLS key"),
-        ({"operators": (PeerEntry("gateway", "bb" * 32),)}, "server or operator name"),
+        ({"operators": (OperatorEntry("gateway", "bb" * 32, "dd" * 32),)}, "server or operator name"),
+        ({"operators": (OperatorEntry("operator", "bb" * 32, site(0).identity_key),)}, "identity key"),
     ],
 )
 def test_a_roster_with_the_same_name_or_key_twice_is_refused(tmp_path, changed, what):

@@ -35,7 +35,7 @@ def test_the_templates_are_what_their_readers_expect(joined):
     node = config.load_node(folder / "node.toml")
     assert (node.site.name, node.agent.courier_group) == ("alder", "silotune")
     policy = tomllib.loads((folder / "policy.toml").read_text())
-    assert policy["federation"] == {"id": "onco-eu", "operators": []}
+    assert policy["federation"] == {"id": "onco-eu", "operators": [], "roster_epoch_min": 2}
     assert (policy["lora"]["targets"], policy["models"]["allow"]) == ([], [])
     agent = (folder / "silotune-agent.service").read_text()
     for line in ("PrivateNetwork=yes", "ProtectSystem=strict", "NoNewPrivileges=yes", "LimitCORE=0"):

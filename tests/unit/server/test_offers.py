@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from client.history import AUDIT_FILE
-from common import audit, audit_heads, events, identity
-from common.audit import Head
-from common.errors import AuditError, ConfigError, TooFewSitesError
-from server import federation, offer, rounds
+from common import identity
+from common.errors import ConfigError, TooFewSitesError
+from server import federation, offer
 from server import run as server_run
 from server.aggregate import table
 from server.federation import Federation
@@ -56,48 +54,23 @@ def fed(sites, tmp_path, clock):
     return made
 
 
-def run_of(agents, tmp_path, engine, *, make_offer=None):
+def run_of(agents, tmp_path, engine, *, operator=None):
     """A whole run over sites; its adapter."""
     settings = tiny.settings("tiny")
     log = server_run.prepare(settings, tmp_path)
     fleet = GridFleet(InProcessGrid({number: agent.answer for number, agent in enumerate(agents, start=1)}))
-    done = server_run.execute(settings, fleet=fleet, engine=engine, folder=tmp_path, log=log, make_offer=make_offer)
+    done = server_run.execute(settings, fleet=fleet, engine=engine, folder=tmp_path, log=log, operator=operator)
     return done.tensors
 
 
 def test_a_signed_run_over_sites_with_a_policy_gives_the_adapter_of_sites_without(sites, tmp_path, engine):
     for site in sites:
         site.approve(site.manifest())
-    guarded = run_of([site.agent for site in sites], tmp_path / "guarded", engine, make_offer=sites[0].offer)
+    operator = vault.operator(tmp_path)
+    guarded = run_of([site.agent for site in sites], tmp_path / "guarded", engine, operator=operator)
     plain = run_of([tiny.make_agent(name, engine) for name in SITES], tmp_path / "plain", engine)
     assert all(torch.equal(guarded[name], plain[name]) for name in plain)
     assert [len(site.sent()) for site in sites] == [6, 6, 6]
-
-
-def test_the_coordinator_keeps_where_each_sites_audit_log_stands(sites, tmp_path, engine):
-    for site in sites:
-        site.approve(site.manifest())
-    run_of([site.agent for site in sites], tmp_path / "run", engine, make_offer=sites[0].offer)
-    for site in sites:
-        heads = audit_heads.of(tmp_path / "run" / rounds.AUDIT_HEADS_FILE, site.name)
-        log, key = site.folder / AUDIT_FILE, identity.public_hex(vault.SITE)
-        assert len(heads) == 2  # one a round
-        audit.verify(log, key, heads=heads)
-        whole = log.read_bytes().splitlines(keepends=True)
-        log.write_bytes(b"".join(whole[: heads[1].sequence]))
-        audit.verify(log, key)  # alone it looks whole
-        with pytest.raises(AuditError, match="tail was cut"):
-            audit.verify(log, key, heads=heads)
-
-
-def test_a_site_whose_audit_log_went_back_does_not_count(fed, sites, engine, clock):
-    for site in sites:
-        site.approve(fed.manifest)
-    federation.wait_for_sites(fed)
-    audit_heads.keep(fed.folder / rounds.AUDIT_HEADS_FILE, "south", Head(10**6, "ab" * 32))
-    rounds.play(fed, engine.initial, round_index=0)
-    failed = [event for event in events.read(fed.log.path) if event["kind"] == "site_failed"]
-    assert [(event["site"], event["reason"].split(":")[0]) for event in failed] == [("south", "AuditError")]
 
 
 def test_an_unsigned_run_gets_no_site_with_a_policy(sites, tmp_path, engine):
@@ -134,15 +107,16 @@ def test_a_site_that_denies_is_not_asked_again_and_receives_no_round(fed, sites,
 
 
 def test_a_run_without_key_is_not_signed():
-    assert offer.maker("", federation="", days=30) is None
+    assert offer.operator("", federation="", days=30) is None
 
 
 def test_an_operators_key_signs_for_one_federation_and_some_days(tmp_path, sites):
     identity.create(tmp_path / "op.pem")
     with pytest.raises(ConfigError, match="--federation"):
-        offer.maker(str(tmp_path / "op.pem"), federation="", days=30)
-    make = offer.maker(str(tmp_path / "op.pem"), federation="onco-eu", days=30)
-    assert make is not None
-    signature = make(sites[0].manifest()).signature
+        offer.operator(str(tmp_path / "op.pem"), federation="", days=30)
+    assert not (tmp_path / "op-audit").exists()
+    operator = offer.operator(str(tmp_path / "op.pem"), federation="onco-eu", days=30)
+    assert operator is not None
+    signature = operator.make_offer(sites[0].manifest()).signature
     assert signature is not None
     assert signature.signer == identity.public_hex(identity.load(tmp_path / "op.pem"))

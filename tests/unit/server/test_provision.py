@@ -47,6 +47,8 @@ def test_a_federation_starts_with_epoch_1_and_no_sites(founded):
     assert (first.epoch, first.sites, first.quorum, len(first.governance)) == (1, (), 2, 3)
     assert [peer.name for peer in first.servers] == ["gateway"]
     assert [peer.name for peer in first.operators] == ["operator", "night"]
+    signing = [identity.load(founded.folder / "operators" / f"{peer.name}.signing.key") for peer in first.operators]
+    assert [peer.identity_key for peer in first.operators] == [identity.public_hex(key) for key in signing]
     assert governance.load(founded.folder / "federation.json") == dataclasses.replace(
         founded.pinned, keys=tuple(sorted(founded.pinned.keys))
     )
@@ -54,7 +56,7 @@ def test_a_federation_starts_with_epoch_1_and_no_sites(founded):
 
 def test_every_private_key_is_0600_in_folders_of_0700(founded):
     files = [path for path in founded.folder.rglob("*") if path.is_file() and b"PRIVATE KEY" in path.read_bytes()]
-    assert len(files) == 1 + 3 + 3 + 1 + 2
+    assert len(files) == 1 + 3 + 3 + 1 + 2 * 2
     assert {path.stat().st_mode & 0o7777 for path in files} == {0o600}
     assert {path.parent.stat().st_mode & 0o7777 for path in files} == {0o700}
     assert {path.suffix for path in files} == {".key"}

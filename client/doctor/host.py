@@ -1,0 +1,267 @@
+"""The site's machine and its way out: socket, core dumps, Flower's reporting, the agent, and the gateway."""
+
+import base64
+import grp
+import os
+import pwd
+import shlex
+import socket
+import stat
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from client import enroll, line, link, service
+from common import certs, kit, probe, quiet, wire
+from common.doctor import Result, check, failed, ok, skipped, warning
+from common.errors import ConfigError, SilotuneError
+from common.probe import Answer
+
+AGENT_UNIT: Final = "silotune-agent.service"
+COURIER_UNIT: Final = "silotune-courier.service"
+SWITCHES: Final = ("FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK")
+CORE_PATTERN: Final = Path("/proc/sys/kernel/core_pattern")
+DRY_PATH: Final = "/v1/fleet/get-run"  # without a signature the SuperLink answers 401 and does nothing
+UNAUTHENTICATED: Final = 401
+_ASK: Final = "ask the coordinator"
+_REFUSALS: Final = {
+    "not_in_roster": (
+        "its roster does not have this certificate's key",
+        "install the newest kit; if that is done, the coordinator must copy the newest roster to the gateway",
+    ),
+    "revoked": ("this certificate was revoked", f"{_ASK}; a revoked site enrols anew, in a new folder"),
+    "expired": ("this certificate has ended", "run: silotune-client renew KEYS"),
+    "node_key_other": ("node.key is not that of the certificate's site", "use keys of one folder"),
+    "path": ("it does not know Flower's paths: another version", "install the coordinator's release"),
+    "superlink": ("the SuperLink behind it does not answer", f"{_ASK} to start it"),
+    "members_unreadable": ("it cannot read its roster, so it lets nobody in", f"{_ASK}; the gateway's stderr says why"),
+    "rate": ("this site asks too often", "wait a minute; if it lasts, look for a second SuperNode"),
+}
+
+
+def other_user(key_file: str) -> str:
+    """Whose the agent's files are, by the site's identity key; empty if they are this user's, or there is no key."""
+    try:
+        owner = Path(key_file).stat().st_uid if key_file else os.geteuid()
+    except PermissionError:
+        return "the agent's user"
+    except OSError:
+        return ""  # the check of key files tells it
+    try:
+        return "" if owner == os.geteuid() else pwd.getpwuid(owner).pw_name
+    except KeyError:
+        return f"'#{owner}'"
+
+
+@check("agent's files", remedy="")
+def of_another(user: str) -> Result:
+    """Say who must look at what the agent alone may read."""
+    what = "policy, audit log, rows, bases, memory, disk and socket"
+    return skipped(f"{what} are {user}'s to look at", f"run: sudo -u {user} silotune-client doctor NODE.toml")
+
+
+@check("agent's socket", remedy="make the folder for the agent's user alone: install -d -m 700 FOLDER")
+def socket_folder(path: Path, *, courier_group: str) -> Result:
+    """Check that nobody else can put a socket there, and that the courier's group may reach it."""
+    folder = path.absolute().parent
+    if not folder.is_dir() and folder.parent == Path("/run"):
+        return warning(f"{folder} is not there yet", f"start {AGENT_UNIT}, which makes it, and look again")
+    service.check_folder(path)
+    mode = f"{folder}: mode {stat.S_IMODE(folder.stat().st_mode):04o}"
+    return _group(folder, courier_group) if courier_group else ok(f"{mode}; for a courier of this user")
+
+
+def _group(folder: Path, courier_group: str) -> Result:
+    """Whether the agent can give its socket to the courier's group, and the group can enter the folder."""
+    try:
+        group = grp.getgrnam(courier_group).gr_gid
+    except KeyError:
+        return failed(f"there is no group {courier_group}", f"run: groupadd --system {courier_group}")
+    if group not in (os.getegid(), *os.getgroups()) and os.geteuid() != 0:
+        return failed(f"this user is not in group {courier_group}", f"run: usermod -aG {courier_group} USER")
+    facts = folder.stat()
+    mode = f"{folder}: mode {stat.S_IMODE(facts.st_mode):04o}"
+    if not (facts.st_mode & stat.S_IXOTH or (facts.st_gid == group and facts.st_mode & stat.S_IXGRP)):
+        return failed(f"{mode}: group {courier_group} cannot enter", f"run: chgrp {courier_group} {folder}; chmod 750")
+    return ok(f"{mode}; group {courier_group} may enter")
+
+
+@check("agent", remedy="read the agent's log; start it with: silotune-client serve NODE.toml")
+def agent(path: Path) -> Result:
+    """Say hello to the agent."""
+    if not path.exists():
+        return skipped(f"no agent runs at {path}", "start it with: silotune-client serve NODE.toml")
+    hello = line.hello(path)
+    if hello.wire_version != wire.VERSION:
+        found = f"the agent speaks version {hello.wire_version} of the frames, this release {wire.VERSION}"
+        return failed(found, "restart agent and courier with the same release")
+    return ok(f"answers at {path}, {'at work' if hello.is_busy else 'idle'}")
+
+
+@check("core dumps", remedy="set LimitCORE=0 in silotune-agent.service, and restart it")
+def core_dumps(limit: str | None, *, unit: str | None, pattern: str) -> Result:
+    """Check that the agent's memory, which holds rows, cannot end up in a file.
+
+    Args:
+        limit: The running agent's largest core file; None: no agent runs.
+        unit: Text of the agent's unit; None: there is none.
+        pattern: The kernel's core pattern: a pipe gets a dump whatever the limit is.
+    """
+    handler = pattern.removeprefix("|").split()[0] if pattern.startswith("|") else ""
+    if limit is None and unit is None:
+        return skipped("no agent runs, and no unit is there to read", "start the agent, or give --units DIR")
+    if limit not in (None, "0"):
+        return failed(
+            f"the running agent may write a core file of {limit} bytes", "start it with silotune-client serve"
+        )
+    if limit is None and _settings(unit or "").get("LimitCORE") != "0":
+        return warning(f"{AGENT_UNIT} does not set LimitCORE=0")
+    if handler and Path(handler).name != "systemd-coredump":  # which keeps nothing where the limit is 0
+        remedy = "run: sysctl kernel.core_pattern=core, or let that program keep nothing"
+        return warning(f"the limit is 0, but the kernel pipes dumps to {handler}, which may ignore it", remedy)
+    return ok("the running agent's limit is 0" if limit == "0" else f"{AGENT_UNIT} sets LimitCORE=0")
+
+
+@check("Flower's reporting", remedy="add to the unit: Environment=FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1")
+def reporting(units: Mapping[str, str]) -> Result:
+    """Check that the units turn off what Flower tells its makers.
+
+    Args:
+        units: Text of each unit, its drop-ins at the end, by file name.
+    """
+    ours = {name: text for name, text in units.items() if name in (AGENT_UNIT, COURIER_UNIT)}
+    if not ours:
+        return skipped("no unit of ours is there to read", "give --units DIR; containers: see compose.yaml")
+    problems = [
+        f"{name} does not set {switch}={quiet.SWITCHES[switch]}"
+        for name, text in ours.items()
+        for switch in SWITCHES
+        if environment(text).get(switch) != quiet.SWITCHES[switch]
+    ]
+    return failed("\n".join(problems)) if problems else ok(f"off in {', '.join(sorted(ours))}")
+
+
+@check("gateway", remedy="check the address; a proxy between here and there must not open TLS")
+def gateway(outcome: Answer | SilotuneError | None) -> Result:
+    """Judge how the gateway answered the dry handshake.
+
+    Args:
+        outcome: From `shake_hands`.
+
+    Raises:
+        SilotuneError: There was no answer.
+    """
+    if outcome is None:
+        return skipped("not asked", "give --gateway HOST:PORT and --keys DIR")
+    if isinstance(outcome, SilotuneError):
+        raise outcome
+    start = f"{outcome.tls} with this site's certificate"
+    if outcome.reason == "node_key_missing":
+        return ok(f"{start}, which is in the roster; without a node.key that can be used the SuperLink is not reached")
+    if outcome.reason in _REFUSALS:
+        what, remedy = _REFUSALS[outcome.reason]
+        return failed(f"{start}; then {outcome.status}: {what}", remedy)
+    if outcome.status == UNAUTHENTICATED and not outcome.reason:
+        return ok(f"{start} and node key; the SuperLink behind it answers (401, as this request is not signed)")
+    return failed(f"{start}; then {outcome.status}, which is no answer of our gateway", f"{_ASK} for its address")
+
+
+def shake_hands(address: str, folder: Path | None, *, clock: Callable[[], float]) -> Answer | SilotuneError | None:
+    """Try the way of the link and the courier, up to a request that nobody signed and that changes nothing.
+
+    Args:
+        address: `host:port` of the gateway's listener for sites; empty: nobody is asked.
+        folder: Where certificate, TLS key and node key lie.
+        clock: Unix seconds.
+
+    Returns:
+        The answer, or why there is none; None where nobody was asked.
+    """
+    if not address or folder is None:
+        return None
+    try:
+        context = link.outward_context(
+            ca_file=folder / kit.CA,
+            certificate_file=folder / kit.CERTIFICATE,
+            key_file=folder / enroll.TLS_KEY,
+        )
+        headers = {"content-type": "application/protobuf", **_node_header(folder / enroll.NODE_KEY)}
+        return probe.ask(address, context=context, path=DRY_PATH, headers=headers, clock=clock)
+    except SilotuneError as error:
+        return error
+
+
+def units_of(*folders: Path | None) -> dict[str, str]:
+    """Our units in the first folder that has any, each with its drop-ins, by file name."""
+    for folder in filter(None, folders):
+        names = [name for name in (AGENT_UNIT, COURIER_UNIT) if (folder / name).is_file()]
+        if names:
+            return {name: _unit_text(folder / name) for name in names}
+    return {}
+
+
+def agent_pid(path: Path) -> int | None:
+    """The process that listens on a socket; None if nobody does."""
+    with socket.socket(socket.AF_UNIX) as probe_socket:
+        try:
+            probe_socket.connect(str(path))
+        except OSError:
+            return None
+        credentials = probe_socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[0])
+
+
+def core_limit(pid: int | None) -> str | None:
+    """The largest core file of a process, as the kernel tells it; None without a process that can be seen."""
+    try:
+        lines = Path(f"/proc/{pid}/limits").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.split()[4] for line in lines if line.startswith("Max core file size")), None)
+
+
+def core_pattern() -> str:
+    """Where the kernel puts core dumps."""
+    try:
+        return CORE_PATTERN.read_text().strip()
+    except OSError:
+        return ""
+
+
+def environment(unit: str) -> dict[str, str]:
+    """The variables that a unit sets; a later line wins.
+
+    Example:
+        >>> environment("Environment=A=1 'B=2 3'")
+        {'A': '1', 'B': '2 3'}
+    """
+    lines = (line.partition("=")[2] for line in unit.splitlines() if line.startswith("Environment="))
+    try:
+        pairs = [pair.partition("=") for line in lines for pair in shlex.split(line)]
+    except ValueError as error:
+        raise ConfigError("a unit has an Environment line with an open quote; correct it") from error
+    return {name: value for name, _, value in pairs}
+
+
+def _settings(unit: str) -> dict[str, str]:
+    """A unit's settings of one value; a later line wins."""
+    pairs = (line.partition("=") for line in unit.splitlines() if not line.startswith("#"))
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _unit_text(path: Path) -> str:
+    """A unit and its drop-ins, in systemd's order."""
+    drop_ins = sorted(path.with_name(f"{path.name}.d").glob("*.conf"))
+    return "\n".join(file.read_text("utf-8", errors="replace") for file in (path, *drop_ins))
+
+
+def _node_header(key_file: Path) -> dict[str, str]:
+    """The header by which a SuperNode names its key; none where the key is not here."""
+    if not key_file.exists():
+        return {}
+    try:
+        key = certs.load_key(key_file)
+    except ConfigError:
+        return {}  # the check of key files tells it
+    return {"flwr-public-key": base64.b64encode(certs.public_pem(key).encode("ascii")).decode("ascii")}

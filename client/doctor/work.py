@@ -1,0 +1,275 @@
+"""What a run needs at a site: policy, base, memory, rows, disk and an audit log that is whole."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from client import consent, gatekeeper, history, policy, policy_file, serve
+from client.data import check as data_check
+from client.policy_file import Policy
+from common import audit, base_size, config, doctor_checks, governance, identity, kit, manifest
+from common.base_size import Memory, Work
+from common.doctor import Result, check, count, failed, ok, size, skipped, warning
+from common.errors import ConfigError, DataError, ModelError, SilotuneError
+from common.manifest import RunManifest
+
+LOG_BYTES: Final = 256 << 20  # offers of up to 4 MiB, and both logs
+RUNTIME_BYTES: Final = 1 << 30  # torch and, on a GPU, its context
+DEFAULTS: Final = 'version = 1\nmodel.base = "any"\nprivacy.mode = "none"'
+MEMINFO: Final = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What is trained on.
+
+    Attributes:
+        name: Such as `cpu` or `cuda (NVIDIA T4)`.
+        is_cuda: Whether it is a GPU.
+        free_bytes: Memory that a run may use.
+    """
+
+    name: str
+    is_cuda: bool
+    free_bytes: int
+
+
+@check(
+    "policy", remedy="correct the policy, raise its serial and sign it: silotune-client sign-policy POLICY --key KEY"
+)
+def rules(node: config.NodeConfig, folder: Path | None) -> Result:
+    """Check the policy's form and signature, and that it fits the pinned federation and the site's own file.
+
+    Args:
+        node: The site's own file.
+        folder: Of the pinned governance.
+    """
+    if not node.agent.policy:
+        remedy = "edit policy.toml, sign it, and set agent.policy, policy_signer and identity_key"
+        return warning("none: every run is taken that a SuperLink sends", remedy)
+    signed = policy_file.load(Path(node.agent.policy), signer=node.agent.policy_signer)
+    pinned = folder / kit.PINNED if folder is not None else None
+    if pinned is not None and pinned.exists():
+        federation_id = governance.load(pinned).federation_id
+        if signed.rules.federation.id != federation_id:
+            return failed(f"it is for federation {signed.rules.federation.id}, this site is in {federation_id}")
+    policy.check_node(signed.rules, node.data)
+    return ok(f"serial {signed.rules.serial}, signed by {node.agent.policy_signer[:12]}, allows the site's own file")
+
+
+@check("audit log", remedy="find out who changed it; restore the log from a backup, and tell the coordinator")
+def audit_log(node: config.NodeConfig) -> Result:
+    """Check every line of the audit log, and that the policy is no older than one that was in force."""
+    if not node.agent.identity_key:
+        return skipped("none is kept: the site has no policy", "set agent.policy and agent.identity_key")
+    past, num_entries = read_history(node)
+    if not num_entries:
+        return ok("none yet; the agent begins it at its first start")
+    with suppress(ConfigError):  # the policy's own check tells it
+        gatekeeper.check_serial(policy_file.load(Path(node.agent.policy), signer=node.agent.policy_signer), past)
+    return ok(f"entries: {num_entries:,}, whole; {count(len(past.runs), 'run')}")
+
+
+@check("data", remedy="correct the file; silotune-client check NODE.toml names every problem")
+def rows(node: config.NodeConfig, allowed: Policy | None) -> Result:
+    """Count the rows, and hold the counts against the policy; text of a row is never told."""
+    paths = [path for path in (node.data.path, node.data.held_out_path) if path]
+    for path in paths:
+        if not Path(path).expanduser().exists():  # else it would be taken for the name of a data set
+            raise DataError(f"{path}: no such file or folder; correct data.path")
+    report = data_check.check([row for path in paths for row in serve.read_rows(node, path)])
+    text = f"{count(report.num_rows, 'row')} of {count(report.num_units, 'unit')}"
+    text += f"; {count(report.num_duplicates, 'duplicate')}"
+    if allowed is None:
+        return ok(text)
+    limits = policy.check_node(allowed, node.data)
+    if report.num_rows > limits.max_rows:
+        return failed(f"{text}; the policy allows {limits.max_rows:,}", "raise max_rows in the policy, or remove rows")
+    if report.num_rows < allowed.train.min_records:
+        least = f"the policy's train.min_records is {allowed.train.min_records:,}"
+        return failed(f"{text}; {least}", "every run will be refused: add rows, or lower it and sign the policy again")
+    return ok(f"{text}; columns and number as the policy allows")
+
+
+@check("base models", remedy="copy the base into the store, or fetch it: silotune-sim base NAME --store STORE")
+def bases(found: Mapping[str, Path], allowed: Policy | None, *, store: str) -> Result:
+    """Hold the bases that are here against the policy, by the hash of their files.
+
+    Args:
+        found: Hash to folder.
+        allowed: The policy; None: any base.
+        store: Where they were looked for.
+    """
+    here = ", ".join(f"{folder.name} ({sha256[:12]})" for sha256, folder in found.items())
+    if not found:
+        return failed(f"no base model in {store}")
+    if allowed is None:
+        return ok(f"{here} in {store}")
+    if not allowed.models.allow:
+        return warning(f"{here} here; the policy allows none", "list one under models.allow, and sign the policy again")
+    missing = [f"{base.name} ({base.sha256[:12]})" for base in allowed.models.allow if base.sha256 not in found]
+    text = f"{here} here; the policy allows {', '.join(f'{b.name} ({b.sha256[:12]})' for b in allowed.models.allow)}"
+    if len(missing) == len(allowed.models.allow):
+        return failed(text)
+    return warning(f"{text}; {', '.join(missing)} is not here") if missing else ok(text)
+
+
+@check("memory", remedy="use a smaller base or a machine with more memory")
+def memory(folder: Path | None, work: Work, device: Device) -> Result:
+    """Estimate what training needs, and compare it with what is free.
+
+    Args:
+        folder: The base's; None: there is none to look at.
+        work: What is done with it.
+        device: Where.
+    """
+    if folder is None:
+        return skipped("there is no base to estimate it for")
+    shape = base_size.read(folder)
+    most = base_size.estimate(shape, work)
+    least = base_size.estimate(shape, replace(work, num_rows=1, is_checkpointing=True)).total + RUNTIME_BYTES
+    text = f"{folder.name}: {_told(most, work, device)}"
+    if least > device.free_bytes:
+        return failed(f"{text}. Even one row with checkpointing needs {size(least)}")
+    if most.total + RUNTIME_BYTES > device.free_bytes:
+        remedy = "the run must set training.micro_batch_size = 1 and gradient_checkpointing = true, or shorter rows"
+        return warning(f"{text}. One row with checkpointing needs {size(least)}", remedy)
+    return ok(text)
+
+
+def _told(most: Memory, work: Work, device: Device) -> str:
+    """An estimate for people, and how it was made."""
+    need = f"about {size(most.total + RUNTIME_BYTES)} of {size(device.free_bytes)} on {device.name}"
+    parts = f"base {size(most.base)} ({work.quantization}), adapter {size(most.adapter)} (rank {work.r})"
+    rest = f"activations {size(most.activations)}, runtime {size(RUNTIME_BYTES)}"
+    how = "Estimated from the shapes in its safetensors files"
+    slow = "" if device.is_cuda else ". No GPU is used: that works, and is slow"
+    return f"{need} for {work.num_rows} rows of {work.num_tokens} tokens: {parts}, {rest}. {how}{slow}"
+
+
+def disk(node: config.NodeConfig) -> Result:
+    """Tell whether offers and logs can be written."""
+    return doctor_checks.disk(Path(node.agent.log_folder), need_bytes=LOG_BYTES, what="offers and logs")
+
+
+@check("disk of bases", remedy="free space, or set model.store to a folder on another disk")
+def store_disk(found: Mapping[str, Path], store: Path) -> Result:
+    """Tell whether another base as large as the largest one here has room; a warning only, as none may be needed."""
+    if not found:
+        return skipped("there is no base to go by")
+    sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in found.values()]
+    result = doctor_checks.disk(store, need_bytes=max(sizes), what="another base like the largest here")
+    status = "warning" if result.status == "failed" else result.status
+    return replace(result, status=status)
+
+
+def load_policy(node: config.NodeConfig) -> Policy | None:
+    """The policy, if there is one that can be used."""
+    if not node.agent.policy:
+        return None
+    with suppress(SilotuneError):  # the policy's own check tells it
+        return policy_file.load(Path(node.agent.policy), signer=node.agent.policy_signer).rules
+    return None
+
+
+def read_history(node: config.NodeConfig) -> tuple[history.History, int]:
+    """Fold the audit log without touching it; the number of its entries, too.
+
+    Raises:
+        AuditError: The log is not whole.
+        ConfigError: The key cannot be read.
+    """
+    past, num_entries = history.History(), 0
+    path = Path(node.agent.log_folder) / history.AUDIT_FILE
+    public = identity.public_hex(identity.load(Path(node.agent.identity_key)))
+    if path.exists():
+        for entry in audit.read(path, public):
+            past.take(entry)
+            num_entries += 1
+    return past, num_entries
+
+
+def offered(node: config.NodeConfig, name: str) -> RunManifest:
+    """The manifest of a run that was offered.
+
+    Raises:
+        ConfigError: The site keeps no audit log.
+        DataError: No such run.
+    """
+    if not node.agent.identity_key:
+        raise ConfigError("--run: without a policy no offer is kept; leave it out")
+    past, _ = read_history(node)
+    return manifest.parse(consent.load(Path(node.agent.log_folder), consent.find(past, name)).manifest)
+
+
+def find_bases(node: config.NodeConfig) -> dict[str, Path]:
+    """The bases here, by the hash of their files; what is no whole base is left out."""
+    from common.model import hash_base  # loads torch
+
+    found: dict[str, Path] = {}
+    for folder in serve.base_folders(node):
+        with suppress(ModelError):
+            found[hash_base(folder)] = folder
+    return found
+
+
+def device_of(node: config.NodeConfig, *, agent_pid: int | None) -> Device:
+    """What the site trains on.
+
+    Args:
+        node: The site's own file.
+        agent_pid: The running agent; it may hold a base, so its memory counts as free, and a GPU's is counted whole.
+
+    Raises:
+        ModelError: CUDA was asked for by name and is not there.
+    """
+    import torch
+
+    from common.model import choose_device
+
+    if choose_device(node.hardware.device).type == "cpu":
+        return Device("cpu", False, _kib(MEMINFO, "MemAvailable:") + _kib(Path(f"/proc/{agent_pid}/status"), "VmRSS:"))
+    free, whole = torch.cuda.mem_get_info()
+    return Device(f"cuda ({torch.cuda.get_device_name()})", True, free if agent_pid is None else whole)
+
+
+def work_of(run: config.RunConfig, device: Device) -> Work:
+    """What a run does with its base."""
+    automatic = "bfloat16" if device.is_cuda else "float32"
+    return Work(
+        quantization=run.model.quantization,
+        double_quantization=run.model.double_quantization,
+        dtype=automatic if run.model.dtype == "auto" else run.model.dtype,
+        targets=run.adapter.target_names,
+        r=run.adapter.r,
+        num_rows=run.training.micro_batch_size or run.training.batch_size,
+        num_tokens=run.data.max_length_tokens,
+        is_checkpointing=run.training.gradient_checkpointing,
+        is_adam=run.training.optimizer == "adamw",
+    )
+
+
+def largest_work(allowed: Policy | None, device: Device) -> Work:
+    """What the policy allows at most, at the run file's default batch; without a policy, the defaults."""
+    work = work_of(config.parse(DEFAULTS, name="the defaults"), device)
+    if allowed is None:
+        return work
+    listed = [quantization for base in allowed.models.allow for quantization in base.quantization]
+    return replace(
+        work,
+        quantization=next((name for name in ("nf4", "int8") if name in listed), "none"),
+        targets=allowed.lora.targets,
+        r=allowed.lora.r[1],
+        num_tokens=allowed.train.max_length_tokens,
+    )
+
+
+def _kib(path: Path, field: str) -> int:
+    """A figure of the kernel's in KiB, as bytes; 0 where there is no such process."""
+    try:
+        fields = (line.split() for line in path.read_text().splitlines())
+    except OSError:
+        return 0
+    return next((int(words[1]) << 10 for words in fields if words and words[0] == field), 0)

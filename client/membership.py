@@ -1,0 +1,85 @@
+"""What the federation's signed roster says about this site and its operators; read anew whenever somebody asks."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from client.history import RosterSeen
+from client.policy_file import FederationRules
+from common import governance, kit, roster
+from common.errors import AuthError, ConfigError, PolicyRefusedError
+from common.roster import Roster
+
+RULE: Final = "roster"
+
+
+@dataclass(frozen=True)
+class Membership:
+    """A roster that was believed.
+
+    Attributes:
+        seen: What the site remembers of it.
+        operators: Public keys, hex, of those who may sign runs; none where the federation names no operator.
+        num_sites: Sites in the federation, this one included.
+    """
+
+    seen: RosterSeen
+    operators: frozenset[str]
+    num_sites: int
+
+
+def check(folder: str, *, rules: FederationRules, seen: RosterSeen, site: str, identity_key: str) -> Membership | None:
+    """Read the roster; believe it only if it is the newest that this site knows of and has this very site in it.
+
+    Args:
+        folder: Where `silotune-client install` left `federation.json` and `roster.json`; empty: the site reads none.
+        rules: The policy's.
+        seen: The roster that was accepted last, by the site's audit log.
+        site: The site's name.
+        identity_key: Its own public key, hex.
+
+    Returns:
+        What it says; None where the site reads no roster and its policy asks for none.
+
+    Raises:
+        PolicyRefusedError: By rule `roster`: a file is missing or altered, too few signatures of the pinned governance,
+            another federation or governance than before, an older roster or another one of the same epoch, or one
+            without this site.
+    """
+    try:
+        if not folder:
+            _check_without(rules)
+            return None
+        return _read(Path(folder), rules=rules, seen=seen, site=site, identity_key=identity_key)
+    except (AuthError, ConfigError) as error:
+        raise PolicyRefusedError(f"{RULE}: {error}", rule=RULE) from error
+
+
+def _check_without(rules: FederationRules) -> None:
+    """A policy that asks for a roster is not kept by an agent that reads none."""
+    if rules.roster_epoch_min:
+        raise ConfigError("the policy asks for one; set agent.roster_folder in this site's own file")
+
+
+def _read(folder: Path, *, rules: FederationRules, seen: RosterSeen, site: str, identity_key: str) -> Membership:
+    """The roster against what is pinned, what was seen and what this site is."""
+    pinned = governance.load(folder / kit.PINNED)
+    pinned_sha256 = hashlib.sha256(pinned.to_bytes()).hexdigest()
+    if pinned.federation_id != rules.id or seen.governance_sha256 not in ("", pinned_sha256):
+        raise AuthError(f"{folder / kit.PINNED} is of another federation or governance than this site is in; ask why")
+    path = folder / kit.ROSTER
+    found = roster.load(path, governance=pinned, epoch_min=max(1, seen.epoch))
+    if found.epoch < rules.roster_epoch_min:
+        raise AuthError(f"{path} has epoch {found.epoch}, the policy asks for {rules.roster_epoch_min}; fetch it anew")
+    if found.epoch == seen.epoch and found.sha256 != seen.sha256:
+        raise AuthError(f"{path} differs from the roster of epoch {seen.epoch} seen before; tell the other sites")
+    _check_own(found, site=site, identity_key=identity_key)
+    now = RosterSeen(found.epoch, found.sha256, pinned_sha256)
+    return Membership(now, frozenset(peer.identity_key for peer in found.operators), len(found.sites))
+
+
+def _check_own(found: Roster, *, site: str, identity_key: str) -> None:
+    """A site that was revoked, or whose key was replaced, takes part in nothing."""
+    if found.site(site).identity_key != identity_key:
+        raise AuthError(f"epoch {found.epoch} has another key for {site} than this site's own; ask the coordinator")

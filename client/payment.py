@@ -1,0 +1,104 @@
+"""What a private round costs its site, paid before a row is read; and the one answer that was paid for.
+
+Training again would draw other noise, and be another release: a round that was answered is answered with the kept
+bytes or not at all.
+"""
+
+from pathlib import Path
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from client import site_ledger
+from client.history import History
+from client.ledger import Ledger
+from client.policy_file import Policy
+from common import config, privacy_plan, storage, wire
+from common.audit import AuditLog
+from common.errors import PolicyRefusedError, WireError
+from common.manifest import RunManifest
+from common.wire import Frame
+
+ANSWERS_FOLDER: Final = "answers"
+MAX_ANSWER_BYTES: Final = 2047 << 20
+
+
+class Payment:
+    """The ledger of a site's data set, as the gatekeeper uses it.
+
+    Args:
+        node: The site's own file.
+        rules: Its policy.
+        key: Its identity.
+        history: What its audit log says.
+        log: That log, where the ledger is mirrored.
+    """
+
+    def __init__(
+        self, node: config.NodeConfig, *, rules: Policy, key: Ed25519PrivateKey, history: History, log: AuditLog
+    ) -> None:
+        self._node, self._rules, self._key, self._history, self._log = node, rules, key, history, log
+        self._folder = Path(node.agent.log_folder) / ANSWERS_FOLDER
+
+    def check(self, run: RunManifest) -> None:
+        """The rounds that are left of a run must fit what is left of the budget.
+
+        Raises:
+            BudgetExhausted: They do not; tells what remains.
+            LedgerError: The ledger is missing or not what the audit log knows.
+        """
+        if privacy_plan.is_private(run.run):
+            steps = self._history.run(run.sha256).steps
+            num_done = sum(kind == "train" for kind, _ in steps)
+            num_left = run.run.federation.num_rounds - num_done
+            if num_left > 0:
+                self._open().check_plan(privacy_plan.event_per_round(run.run), num_left)
+
+    def answered(self, run: RunManifest, round_index: int) -> Frame | None:
+        """The answer that a round was given; None if it was given none.
+
+        Raises:
+            PolicyRefusedError: It was given one that is not kept any more.
+        """
+        if ("train", round_index) not in self._history.run(run.sha256).steps:
+            return None
+        try:
+            return wire.unpack(self._place(run, round_index).read_bytes(), max_body_bytes=MAX_ANSWER_BYTES)
+        except (OSError, WireError) as error:
+            raise PolicyRefusedError(
+                f"rounds: round {round_index} was answered, and its answer is not kept any more; going on needs the "
+                "next round",
+                rule="rounds",
+            ) from error
+
+    def pay(self, run: RunManifest, round_index: int) -> None:
+        """Charge a round; on the disk, and in the audit log, when this returns.
+
+        Raises:
+            BudgetExhausted: It would pass the budget; nothing was charged.
+            LedgerError: The ledger is missing or not what the audit log knows.
+        """
+        ledger = self._open()
+        ledger.reserve(run.sha256, round_index, privacy_plan.event_per_round(run.run))
+        site_ledger.mirror(self._log, ledger)
+
+    def keep(self, run: RunManifest, round_index: int, reply: Frame) -> None:
+        """Keep an answer until the next one of the run; it is as protected as what leaves.
+
+        Raises:
+            StorageError: It cannot be written; it must not leave then.
+        """
+        place = self._place(run, round_index)
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        storage.write_atomic(place, wire.pack(reply))
+        for old in self._folder.glob(f"{run.sha256}-*"):
+            if old != place:
+                old.unlink()
+
+    def _open(self) -> Ledger:
+        """The ledger as it is now: people may have lowered it meanwhile."""
+        return site_ledger.open_site(self._node, rules=self._rules, key=self._key, history=self._history)
+
+    def _place(self, run: RunManifest, round_index: int) -> Path:
+        """Where an answer is kept."""
+        return self._folder / f"{run.sha256}-{round_index}"

@@ -1,0 +1,276 @@
+"""A federation as in earnest, on one machine: provisioned, with a gateway before the SuperLink, a signed policy at each
+site, and agent, courier and link as processes.
+
+What a coordinator and a site do by commands is done here by the functions behind them. `simulations.deployment` is the
+same without gateway, links, roster and policies.
+"""
+
+import datetime
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+from client import enroll, install, policy_file
+from client.link import CERTIFICATE
+from common import config, identity, kit
+from common.governance import Governance
+from server import admit, link, provision
+from server.link import Identity
+from simulations import deployment, loopback_keys, site_files
+from simulations.deployment import HOST, Process, Site
+
+FEDERATION: Final = "loopback"
+OPERATOR: Final = "operator"
+_START_S: Final = 180.0
+_FEDERATION_FILE: Final = """version = 1
+[federation]
+id = "{federation}"
+host_names = "{host}"
+fleet_port = {port}
+operator_names = "{operator}"
+"""
+_GATEWAY_FILE: Final = """[superlink]
+address = "{superlink}"
+ca_file = "{keys}/ca.pem"
+[fleet]
+listen = "{fleet}"
+certificate_file = "{federation}/servers/gateway.pem"
+key_file = "{federation}/servers/gateway.key"
+ca_file = "{federation}/ca/sites.pem"
+[control]
+listen = "{control}"
+certificate_file = "{federation}/servers/gateway.pem"
+key_file = "{federation}/servers/gateway.key"
+ca_file = "{federation}/ca/operators.pem"
+[members]
+roster_file = "{federation}/roster.json"
+governance_file = "{federation}/federation.json"
+watermark_file = "{keys}/gateway-epoch.json"
+revoked_file = "{federation}/revoked.txt"
+[log]
+file = "{refusals}"
+"""
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A running federation.
+
+    Attributes:
+        folder: The coordinator's folder of the federation.
+        control: The gateway's listener for operators, `host:port`.
+        superlink: The SuperLink behind it, `host:port`.
+        refusals: What the gateway refused, one JSON line each.
+        nodes: Each site's own file, by name.
+        processes: All that were started.
+    """
+
+    folder: Path
+    control: str
+    superlink: str
+    refusals: Path
+    nodes: Mapping[str, Path]
+    processes: list[Process]
+
+    @property
+    def ca_file(self) -> Path:
+        """The root certificate."""
+        return self.folder / "ca" / "root.pem"
+
+    @property
+    def operator(self) -> Identity:
+        """The operator's certificate and key, for the gateway."""
+        folder = self.folder / "operators"
+        return Identity(folder / f"{OPERATOR}.pem", folder / f"{OPERATOR}.key")
+
+    @property
+    def operator_key(self) -> Path:
+        """The operator's key that signs runs."""
+        return self.folder / "operators" / f"{OPERATOR}{provision.SIGNING_SUFFIX}"
+
+    def process(self, name: str) -> Process:
+        """One of the processes, such as `alder-agent`."""
+        return next(process for process in self.processes if process.name == name)
+
+
+def found(folder: Path, names: Sequence[str], *, fleet_port: int) -> Path:
+    """Provision a federation and let its sites enrol, be admitted and install their kits.
+
+    Args:
+        folder: Made with a folder `federation` of the coordinator, and `keys/NAME` of each site.
+        names: The sites'.
+        fleet_port: Of the gateway's listener for sites.
+
+    Returns:
+        The coordinator's folder.
+
+    Raises:
+        SilotuneError: As the commands.
+    """
+    now = datetime.datetime.now(datetime.UTC)
+    text = _FEDERATION_FILE.format(federation=FEDERATION, host=HOST, port=fleet_port, operator=OPERATOR)
+    (folder / "federation.toml").write_text(text)
+    made = folder / "federation"
+    pinned = provision.provision(folder / "federation.toml", folder=made, now=now)
+    for name in names:
+        _join(name, made=made, keys=folder / "keys" / name, pinned=pinned, now=now)
+    for name in names:
+        install.update_roster(made / kit.ROSTER, keys=folder / "keys" / name)
+    return made
+
+
+def _join(name: str, *, made: Path, keys: Path, pinned: Governance, now: datetime.datetime) -> None:
+    """One site from its request to its installed kit."""
+    keys.parent.mkdir(mode=0o700, exist_ok=True)
+    words = enroll.enroll(keys, federation_id=FEDERATION, name=name).words
+    members = sorted((made / "governance").iterdir())[: pinned.quorum]
+    admit.admit(made, request_file=keys / enroll.REQUEST, words=words, governance_files=members, now=now)
+    install.install(made / "kits" / name, keys=keys, words=pinned.words, now=now)
+
+
+@contextmanager
+def federation(
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    settings: config.RunConfig,
+    base_folder: Path,
+    policy: Callable[[Path], str],
+    logs: Path,
+    prefixes: Mapping[str, Sequence[str]],
+) -> Iterator[Guarded]:
+    """Start everything, wait until all nodes are connected; stop everything on leaving.
+
+    Args:
+        tables: Rows by site.
+        settings: The run; the sites' column names are taken from it.
+        base_folder: The base model's folder.
+        policy: Path of a site's rows to the text of its policy; it is signed here.
+        logs: Folder for one log file a process, the gateway's refusals, and the sites' own logs.
+        prefixes: What a site's agent is started under, by the site's name, such as `unshare --net`.
+
+    Raises:
+        TransportError: Something did not start; the message names its log.
+        SilotuneError: As the commands.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stack.enter_context(deployment.unwinding_on_sigterm())
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="silotune-", ignore_cleanup_errors=True)))
+        ports = {name: deployment.free_port() for name in ("superlink", "fleet", "control", *tables)}
+        made = found(folder, list(tables), fleet_port=ports["fleet"])
+        sites = _write_sites(tables, folder=folder, settings=settings, base_folder=base_folder, logs=logs)
+        _write_policies(sites, folder=folder, policy=policy)
+        at = {name: f"{HOST}:{port}" for name, port in ports.items()}
+        nodes = {site.name: site.socket_path.parent / "node.toml" for site in sites}
+        running = Guarded(made, at["control"], at["superlink"], logs / "refusals.jsonl", nodes, [])
+        stack.callback(deployment.stop, running.processes)
+        _start(running, sites, folder=folder, at=at, logs=logs, prefixes=prefixes)
+        yield running
+
+
+def _write_sites(
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    folder: Path,
+    settings: config.RunConfig,
+    base_folder: Path,
+    logs: Path,
+) -> list[Site]:
+    """Rows and own file of each site; roster and identity key are those of its kit."""
+    admin = identity.public_hex(identity.create(folder / "admin.pem"))
+    lines = {}
+    for name in tables:
+        keys = folder / "keys" / name
+        named = {"policy": keys / kit.POLICY, "policy_signer": admin, "identity_key": keys / enroll.IDENTITY_KEY}
+        lines[name] = [f"{key} = {json.dumps(str(value))}" for key, value in {**named, "roster_folder": keys}.items()]
+    return site_files.write(
+        tables,
+        settings=settings,
+        folder=folder,
+        base_folder=base_folder.absolute(),
+        log_folder=logs.absolute() / "sites",
+        num_threads=1,
+        agent_lines=lines,
+    )
+
+
+def _write_policies(sites: Sequence[Site], *, folder: Path, policy: Callable[[Path], str]) -> None:
+    """Each site's policy in the place of its kit's template, signed by one admin."""
+    admin = identity.load(folder / "admin.pem")
+    for site in sites:
+        path = folder / "keys" / site.name / kit.POLICY
+        path.write_text(policy(site.socket_path.parent / "rows.jsonl"))
+        policy_file.sign(path, admin)
+
+
+def _start(
+    running: Guarded,
+    sites: Sequence[Site],
+    *,
+    folder: Path,
+    at: Mapping[str, str],
+    logs: Path,
+    prefixes: Mapping[str, Sequence[str]],
+) -> None:
+    """SuperLink, gateway and agents; then registration through the gateway; then links and couriers."""
+    env = deployment.environment(flwr_home=folder / "flower", num_threads=1)
+
+    def start(name: str, command: Sequence[str]) -> None:
+        running.processes.append(deployment.start(name, command, logs=logs, env=env))
+
+    def wait(is_done: Callable[[], bool], what: str) -> None:
+        deployment.until(is_done, what=what, timeout_s=_START_S, watched=running.processes)
+
+    loopback_keys.write_certificates(folder)
+    start("superlink", deployment.superlink_command(running.superlink, keys=folder))
+    gateway_file = _write_gateway(running, folder=folder, fleet=at["fleet"])
+    start("gateway", [sys.executable, "-m", "server.cli", "gateway", str(gateway_file)])
+    for site in sites:
+        start(f"{site.name}-agent", [*prefixes.get(site.name, ()), *site.command])
+    wait(lambda: all(map(deployment.accepts, (running.superlink, running.control))), "SuperLink and gateway")
+    with link.connect(running.control, ca_file=running.ca_file, identity=running.operator) as connected:
+        for site in sites:
+            connected.register((running.folder / "nodes" / f"{site.name}.pub").read_bytes(), name=site.name)
+            start(f"{site.name}-link", _link_command(folder, site, gateway=at["fleet"], address=at[site.name]))
+            wait(partial(deployment.accepts, at[site.name]), "a link")
+            keys, ca_file = folder / "keys" / site.name, site.socket_path.parent / "link" / CERTIFICATE
+            key_file = keys / enroll.NODE_KEY
+            command = deployment.courier_command(at[site.name], ca_file=ca_file, key_file=key_file, site=site)
+            start(f"{site.name}-courier", command)
+        wait(lambda: len(connected.online_node_ids()) == len(sites), "all couriers")
+    wait(lambda: all(map(deployment.agent_answers, sites)), "all agents")
+
+
+def _write_gateway(running: Guarded, *, folder: Path, fleet: str) -> Path:
+    """The gateway's own file."""
+    text = _GATEWAY_FILE.format(
+        superlink=running.superlink,
+        control=running.control,
+        fleet=fleet,
+        keys=folder,
+        federation=running.folder,
+        refusals=running.refusals.absolute(),
+    )
+    (folder / "gateway.toml").write_text(text)
+    return folder / "gateway.toml"
+
+
+def _link_command(folder: Path, site: Site, *, gateway: str, address: str) -> list[str]:
+    """The command of one site's link."""
+    keys = folder / "keys" / site.name
+    options = {
+        "gateway": gateway,
+        "port": address.rpartition(":")[2],
+        "state": site.socket_path.parent / "link",
+        "ca": keys / kit.CA,
+        "certificate": keys / kit.CERTIFICATE,
+        "key": keys / enroll.TLS_KEY,
+    }
+    given = [f"--{name}={value}" for name, value in options.items()]
+    return [sys.executable, "-m", "client.cli", "link", *given]

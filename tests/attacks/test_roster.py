@@ -1,0 +1,204 @@
+"""A9 and its neighbours: a roster that is old, forged, doubled or without this site, against a site that reads it.
+
+Each is refused by rule `roster` at the next step, logged, and refused again by a fresh start. The control is the same
+site with the right roster.
+"""
+
+import dataclasses
+import json
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from client.gatekeeper import Gatekeeper
+from common import identity, kit, wire
+from common.errors import PolicyRefusedError
+from common.governance import Governance
+from common.roster import OperatorEntry, Roster, SiteEntry
+from tests import vault
+
+POLICY = "PolicyRefusedError"
+BY_ROSTER = (POLICY, "roster")
+MEMBERS = [Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in (11, 12, 13)]
+PINNED = Governance("onco-eu", 2, tuple(map(identity.public_hex, MEMBERS)), "ee" * 32)
+
+
+def site(name: str, number: int, **changes) -> SiteEntry:
+    key = ec.derive_private_key(number, ec.SECP384R1()).public_key()
+    pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+    entry = SiteEntry(name, f"{number:064x}", pem, f"{100 + number:064x}")
+    return dataclasses.replace(entry, **changes)
+
+
+NORTH = site("north", 5, identity_key=identity.public_hex(vault.SITE))
+GOOD = Roster(
+    version=1,
+    federation_id="onco-eu",
+    epoch=4,
+    quorum=2,
+    governance=PINNED.keys,
+    sites=(NORTH, site("south", 6)),
+    operators=(OperatorEntry("olga", "bb" * 32, identity.public_hex(vault.OPERATOR)),),
+)
+
+
+def changed(**changes) -> Roster:
+    return dataclasses.replace(GOOD, **{"epoch": 5, **changes})
+
+
+def signed(found: Roster, keys=tuple(MEMBERS[:2])) -> bytes:
+    """A roster file as anybody could make it, without the checks of those who sign."""
+    signatures = {identity.public_hex(key): identity.sign(key, found.to_bytes(), purpose="roster") for key in keys}
+    return wire.canonical_json({"roster": dataclasses.asdict(found), "signatures": signatures})
+
+
+def altered() -> bytes:
+    """The right signatures, and one more operator."""
+    file = json.loads(signed(changed()))
+    file["roster"]["operators"].append(dataclasses.asdict(OperatorEntry("eve", "cc" * 32, "dd" * 32)))
+    return wire.canonical_json(file)
+
+
+def put(member: vault.Vault, data: bytes) -> None:
+    (member.roster_folder / kit.ROSTER).write_bytes(data)
+
+
+@pytest.fixture
+def join(make, tmp_path):
+    """Sites that read a roster; arguments change lines of the policy."""
+    folder = tmp_path / "kit"
+    folder.mkdir()
+    (folder / kit.PINNED).write_bytes(PINNED.to_bytes())
+    (folder / kit.ROSTER).write_bytes(signed(GOOD))
+    return lambda **changes: make(roster_folder=folder, **changes)
+
+
+@pytest.fixture
+def member(join):
+    """A site that takes part in a run."""
+    found = join()
+    assert found.open().kind == "opened"
+    return found
+
+
+FORGED = {
+    "signed by strangers": signed(changed(), (vault.STRANGER, vault.OPERATOR)),
+    "altered after signing": altered(),
+    "one signature too few": signed(changed(), MEMBERS[:1]),
+    "a quorum of its own": signed(changed(quorum=1), MEMBERS[:1]),
+    "a governance of its own": signed(changed(governance=(identity.public_hex(vault.STRANGER),)), MEMBERS),
+    "another federation": signed(changed(federation_id="onco-us")),
+    "a Sybil member that one member of the governance signed": signed(
+        changed(sites=(*GOOD.sites, site("south-2", 7))), MEMBERS[:1]
+    ),
+    "a Sybil member with another site's key": signed(
+        changed(sites=(*GOOD.sites, site("south-2", 7, identity_key=GOOD.sites[1].identity_key)))
+    ),
+    "a Sybil member under this site's name": signed(changed(sites=(*GOOD.sites, site("north", 7)))),
+    "a governance member as a site": signed(
+        changed(sites=(*GOOD.sites, site("south-2", 7, identity_key=PINNED.keys[0])))
+    ),
+    "an older epoch": signed(dataclasses.replace(GOOD, epoch=3)),
+    "another roster of the same epoch": signed(dataclasses.replace(GOOD, sites=(NORTH, site("west", 8)))),
+    "this site revoked": signed(changed(sites=GOOD.sites[1:])),
+    "another key under this site's name": signed(changed(sites=(site("north", 9), GOOD.sites[1]))),
+    "no roster at all": b"",
+}
+
+
+@pytest.mark.parametrize("data", FORGED.values(), ids=FORGED.keys())
+def test_a09_roster_that_is_not_the_federations_newest(member, data):
+    assert member.step().kind == "update"
+    put(member, data)
+    assert member.refused(member.step(round_index=1)) == BY_ROSTER
+    assert member.refused(member.ask(member.offer().to_frame())) == BY_ROSTER
+    with pytest.raises(PolicyRefusedError, match="roster: ") as caught:
+        member.start()
+    last = member.log()[-1]
+    assert caught.value.rule == last.facts["rule"] == "roster"
+    assert (last.kind, last.facts["step"]) == ("refused", "start")
+    put(member, signed(GOOD))
+    member.start()
+    assert member.open(approve=False).kind == "opened"
+    assert member.step(round_index=1).kind == "update"
+
+
+def test_a09_roster_of_the_next_epoch_is_taken_and_the_one_before_never_again(member):
+    put(member, signed(changed()))
+    assert member.step().kind == "update"
+    noted = [entry.facts["epoch"] for entry in member.log() if entry.kind == "roster"]
+    assert noted == [4, 5]
+    put(member, signed(GOOD))
+    assert member.refused(member.step(round_index=1)) == BY_ROSTER
+    with pytest.raises(PolicyRefusedError, match="5 was seen before"):  # also after a restart
+        member.start()
+
+
+def test_a09_other_governance_beside_a_roster_that_it_signed(member):
+    strangers = [Ed25519PrivateKey.generate() for _ in range(2)]
+    other = Governance("onco-eu", 2, tuple(map(identity.public_hex, strangers)), "ee" * 32)
+    (member.roster_folder / kit.PINNED).write_bytes(other.to_bytes())
+    put(member, signed(changed(governance=other.keys), strangers))
+    assert member.refused(member.step()) == BY_ROSTER
+    (member.roster_folder / kit.PINNED).write_bytes(PINNED.to_bytes())
+    put(member, signed(GOOD))
+    assert member.step().kind == "update"
+
+
+def test_a09_roster_below_the_policys_epoch(join):
+    with pytest.raises(PolicyRefusedError, match="the policy asks for 5") as caught:
+        join(operators=f'["{identity.public_hex(vault.OPERATOR)}"]\nroster_epoch_min = 5')
+    assert caught.value.rule == "roster"
+    assert join(operators="[]\nroster_epoch_min = 4").open().kind == "opened"
+
+
+def test_a09_policy_that_asks_for_a_roster_at_an_agent_that_reads_none(make):
+    with pytest.raises(PolicyRefusedError, match=r"agent\.roster_folder"):
+        make(operators="[]\nroster_epoch_min = 1")
+    assert make().open().kind == "opened"
+
+
+def test_a02_run_of_somebody_whom_the_roster_does_not_name(join):
+    member = join(operators="[]")
+    member.approve(member.manifest())
+    assert member.refused(member.ask(member.offer(key=vault.STRANGER).to_frame())) == BY_ROSTER
+    assert member.ask(member.offer().to_frame()).kind == "opened"
+
+
+def test_a02_operator_who_left_the_roster_but_not_the_policy(join):
+    member = join()
+    put(member, signed(changed(operators=(OperatorEntry("oscar", "bb" * 32, "dd" * 32),))))
+    assert member.refused(member.open()) == BY_ROSTER
+    put(member, signed(changed(epoch=6)))
+    assert member.open(approve=False).kind == "opened"
+
+
+def test_a02_operator_whom_the_policy_does_not_list(join):
+    member = join(operators=f'["{"dd" * 32}"]')
+    assert member.refused(member.open()) == (POLICY, "federation.operators")
+    assert join(operators="[]").open().kind == "opened"
+
+
+def test_a02_without_operators_in_the_roster_the_policys_list_decides(join):
+    member = join()
+    put(member, signed(changed(operators=())))
+    assert member.refused(member.ask(member.offer(key=vault.STRANGER).to_frame())) == (POLICY, "federation.operators")
+    assert member.open().kind == "opened"
+    nobody = join(operators="[]")
+    assert nobody.refused(nobody.open()) == (POLICY, "federation.operators")
+
+
+def test_a08_federation_with_fewer_sites_than_an_aggregate_must_come_from(join):
+    member = join()
+    put(member, signed(changed(sites=(NORTH,))))
+    assert member.refused(member.open()) == (POLICY, "cohort.min_sites")
+    put(member, signed(changed(epoch=6)))
+    assert member.open(approve=False).kind == "opened"
+
+
+def test_control_without_the_check_a_forged_roster_is_not_noticed(member, monkeypatch):
+    put(member, FORGED["signed by strangers"])
+    monkeypatch.setattr(Gatekeeper, "_check_roster", lambda _: None)
+    assert member.step().kind == "update"

@@ -1,0 +1,229 @@
+"""A federation as in earnest: provisioned, gateway, links, couriers and agents as processes, policies on.
+
+It trains the adapter of the simulation of the same run file, byte for byte. In the gate it has one site, whose policy
+lets runs pass without a person; the slow one has three, each of which approves, and one agent has no network at all.
+"""
+
+import datetime
+import hashlib
+import json
+import re
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from client import consent, line, review
+from client.history import AUDIT_FILE
+from common import audit, config, identity, kit, wire
+from common.errors import SilotuneError
+from common.wire import Frame
+from server import admit, launch
+from server import run as server_run
+from simulations import guarded, run, world
+from simulations.guarded import FEDERATION, Guarded
+from tests import tiny, vault
+from tests.attacks.test_no_route import UNSHARE, can_unshare
+
+SITES = ("alder", "birch", "cedar")
+TIMEOUT_S = 240.0
+CHANGES = {
+    "model.quantization": '"nf4"',
+    "training.local_epochs": "0.0",
+    "training.local_steps": "3",
+    "federation.num_rounds": "1",
+    "federation.round_timeout_s": "120.0",
+}
+
+
+@dataclass
+class Case:
+    """A run and where it goes."""
+
+    folder: Path
+    base: Path
+    settings: config.RunConfig
+
+    @property
+    def names(self) -> list[str]:
+        return list(world.load_tables(self.settings))
+
+    def simulate(self, name: str = "simulated", **changes) -> tuple[str, str]:
+        """Play it in this process; hashes of the adapter and of the base."""
+        settings, folder = self.settings.model_copy(update=changes), self.folder / name
+        engine, log = world.load_engine(settings, num_threads=1), server_run.prepare(settings, folder)
+        run.in_process(settings, sites=world.load_sites(settings), engine=engine, folder=folder, log=log)
+        return digest(folder), engine.base_sha256
+
+    @contextmanager
+    def federation(self, base_sha256: str, *, prefixes=None, **policy: str):
+        """The processes, each site with a policy for this base."""
+        epoch = len(self.names) + 1
+        rules = {"id": f'"{FEDERATION}"', "operators": f"[]\nroster_epoch_min = {epoch}", **policy}
+        started = guarded.federation(
+            world.load_tables(self.settings),
+            settings=self.settings,
+            base_folder=self.base,
+            policy=lambda rows: vault.policy_text(base_sha256, path=f'"{rows}"', **rules),
+            logs=self.folder / "logs",
+            prefixes=prefixes or {},
+        )
+        with started as running:
+            yield running
+
+    def launch(self, running: Guarded) -> None:
+        """What `silotune-server run` does, by the operator's certificate and key."""
+        launch.run(
+            self.settings,
+            address=running.control,
+            ca_file=running.ca_file,
+            identity=running.operator,
+            folder=self.folder / "run",
+            base=self.base,
+            resume=False,
+            is_quiet=True,
+            operator_key=running.operator_key,
+            federation=FEDERATION,
+        )
+
+
+def make_case(folder: Path, base: Path, sites: Sequence[str]) -> Case:
+    """One round of three QLoRA steps."""
+    table = [
+        {"site": site, "patient_id": f"{site}-{number // 2}", "instruction": "Code it.", "output": f"{number * 7 % 5}"}
+        for site in sites
+        for number in range(24)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    count = {"federation.min_sites": str(len(sites)), "federation.num_sites": str(len(sites))}
+    changes = {**CHANGES, **count, "data.source": f'"{folder / "rows.jsonl"}"'}
+    return Case(folder, base, tiny.settings(base, changes))
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def approve(node_file: Path) -> None:
+    """What somebody at a site does when a run waits."""
+    node, end = config.load_node(node_file), time.monotonic() + TIMEOUT_S
+    while time.monotonic() < end:
+        try:
+            desk = review.open_desk(node)
+        except SilotuneError:
+            desk = None  # the agent has not begun its log
+        if desk and desk.history.runs:
+            review.decide(desk, "tiny", is_approved=True, by="tester")
+            return
+        time.sleep(0.2)
+
+
+def entries(node_file: Path) -> list[audit.Entry]:
+    """A site's audit log, which must be whole."""
+    agent = config.load_node(node_file).agent
+    key = identity.public_hex(identity.load(Path(agent.identity_key)))
+    return list(audit.read(Path(agent.log_folder) / AUDIT_FILE, key))
+
+
+def check_log(node_file: Path, run_folder: Path, decided: list[str]) -> None:
+    """Offer, decision, roster and all that left are in a site's log, about this very run."""
+    log = entries(node_file)
+    run_sha256 = hashlib.sha256((run_folder / "manifest.json").read_bytes()).hexdigest()
+    assert [entry.kind for entry in log if entry.kind not in ("started", "roster", "left")] == decided
+    left = [(entry.facts["step"], entry.facts["round_index"]) for entry in log if entry.kind == "left"]
+    assert left == [("open", 0), ("evaluate", 0), ("train", 0), ("evaluate", 1)]
+    assert {entry.facts["run"] for entry in log if "run" in entry.facts} == {run_sha256}
+
+
+def check_revocation(running: Guarded, name: str) -> None:
+    """A revoked site's agent refuses what it took before, by the roster; the gateway turns its courier away."""
+    agent = config.load_node(running.nodes[name]).agent
+    (offer,) = (path.read_bytes() for path in (Path(agent.log_folder) / consent.FOLDER).iterdir())
+    assert ask(agent, offer).kind == "opened"
+    members = sorted((running.folder / "governance").iterdir())[:2]
+    admit.revoke(running.folder, name, governance_files=members, now=datetime.datetime.now(datetime.UTC))
+    shutil.copy(running.folder / kit.ROSTER, Path(agent.roster_folder) / kit.ROSTER)
+    assert ask(agent, offer).head["code"] == "PolicyRefusedError"
+    last = entries(running.nodes[name])[-1]
+    assert (last.kind, last.facts["rule"]) == ("refused", "roster")
+    end = time.monotonic() + 60
+    while '"revoked"' not in running.refusals.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def ask(agent: config.AgentConfig, frame: bytes) -> Frame:
+    """What a courier does with a frame of the kind `open`."""
+    return wire.unpack(line.call(Path(agent.socket), "open", frame, 60.0), max_body_bytes=1 << 20)
+
+
+def test_one_site_behind_gateway_and_link_trains_the_simulations_adapter(tiny_base, tmp_path):
+    case = make_case(tmp_path, tiny_base, SITES[:1])
+    adapter, base_sha256 = case.simulate()
+    with case.federation(base_sha256, min_sites="1", approval='"none"') as running:
+        case.launch(running)
+        check_log(running.nodes[SITES[0]], tmp_path / "run", ["offered", "opened"])
+        check_revocation(running, SITES[0])
+    assert digest(tmp_path / "run") == adapter
+    assert case.simulate("other", seed=6)[0] != adapter  # control: the adapter depends on the seed
+
+
+@pytest.fixture(scope="module")
+def case(tiny_base, tmp_path_factory) -> Case:
+    return make_case(tmp_path_factory.mktemp("three"), tiny_base, SITES)
+
+
+@pytest.fixture(scope="module")
+def expected(case) -> tuple[str, str]:
+    return case.simulate()
+
+
+@pytest.fixture(scope="module")
+def played(case, expected):
+    """Three sites, still running, after the run."""
+    prefixes = {SITES[0]: UNSHARE} if can_unshare() else {}
+    with case.federation(expected[1], prefixes=prefixes, min_sites="3") as running:
+        approving = threading.Thread(target=lambda: [approve(node) for node in running.nodes.values()], daemon=True)
+        approving.start()
+        case.launch(running)
+        approving.join(1)
+        yield running
+
+
+@pytest.mark.slow
+def test_the_federation_trains_the_simulations_adapter_byte_for_byte(case, played, expected):
+    assert digest(case.folder / "run") == expected[0]
+    assert case.simulate("other", seed=6)[0] != expected[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_unshare(), reason="this user may not make a network namespace")
+def test_one_agent_had_no_route_and_the_others_had(played):
+    routes, devices = {}, {}
+    for name in SITES:
+        proc = Path(f"/proc/{played.process(f'{name}-agent').popen.pid}/net")
+        routes[name] = (proc / "route").read_text().splitlines()[1:]
+        devices[name] = re.findall(r"^\s*(\S+):", (proc / "dev").read_text(), re.MULTILINE)
+    assert (routes[SITES[0]], devices[SITES[0]]) == ([], ["lo"])
+    own = Path("/proc/self/net/dev").read_text()
+    assert devices[SITES[1]] == re.findall(r"^\s*(\S+):", own, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_every_site_logged_offer_approval_roster_and_all_that_left(case, played):
+    for node_file in played.nodes.values():
+        check_log(node_file, case.folder / "run", ["offered", "approved", "opened"])
+        assert [entry.facts["epoch"] for entry in entries(node_file) if entry.kind == "roster"] == [4]
+
+
+@pytest.mark.slow
+def test_nothing_went_past_the_gateway_and_nothing_was_refused_there(played):
+    assert played.refusals.read_text() == ""
+    for name in SITES:
+        command = Path(f"/proc/{played.process(f'{name}-courier').popen.pid}/cmdline").read_bytes().decode()
+        assert played.superlink not in command

@@ -1,0 +1,126 @@
+"""One site in this process, behind its socket, with a relay before it; and what a courier gets there."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from client import line, serve, service
+from client.agent import Agent
+from common import adapter, config, identity, manifest, wire
+from common.config import RunConfig
+from common.errors import SilotuneError
+from common.manifest import RunManifest
+from common.model import Engine
+from common.records import RoundPlan, to_head
+from common.wire import Frame
+from tests.leaks import captures, faults, relays, world
+from tests.leaks.relays import Record
+
+KINDS = ("open", "evaluate", "train")
+DAY_S = 86_400
+Answer = Callable[[bytes], bytes]
+
+
+@dataclass
+class Bench:
+    """A site that can be asked.
+
+    Attributes:
+        agent: The product's own.
+        answer: Who answers behind the socket; at first the agent.
+        requests: A frame of each kind.
+        door: The socket that a courier knows.
+        record: What passed.
+        logs: Folder of the site's own logs.
+        told: What the courier's side was told of failures.
+    """
+
+    agent: Agent
+    answer: Answer
+    requests: Mapping[str, bytes]
+    door: Path
+    record: Record
+    logs: Path
+    told: list[str]
+
+    def ask(self, kind: str) -> Frame | None:
+        """What a courier gets; None if the call fails."""
+        try:
+            reply = line.call(self.door, kind, self.requests[kind], 60.0)
+        except SilotuneError as error:
+            self.told.append(f"{type(error).__name__} {error} {error.__cause__} {error.__context__}")
+            return None
+        return wire.unpack(reply, max_body_bytes=1 << 28)
+
+    def at_socket(self) -> list[bytes]:
+        """All that passed, and what the courier made of it."""
+        told = "\n".join(self.told).encode()
+        return [told, *(part for one in self.record.all() for part in captures.of_grpc(one))]
+
+
+@contextmanager
+def running(
+    settings: RunConfig, rows: Sequence[Mapping[str, str]], *, folder: Path, base: Path, engine: Engine, policy: str
+) -> Iterator[Bench]:
+    """Serve a site's agent, made from files as in production; see `world.play` for the arguments."""
+    site = world.write_sites(settings, {"north": rows}, folder=folder, base=base, policy=policy)["north"]
+    agent = serve.make_agent(config.load_node(site.socket_path.with_name("node.toml")))
+    door = site.socket_path.with_name("courier.sock")
+    with relays.before_socket(door, site.socket_path) as record:
+        asked = requests(settings, engine=engine, operator=folder / world.OPERATOR_KEY)
+        bench = Bench(agent, agent.answer, asked, door, record, folder / "logs", [])
+        server = service.serve(
+            lambda frame: bench.answer(frame), socket_path=site.socket_path, max_message_bytes=1 << 28
+        )
+        yield bench
+        server.stop(None).wait()
+
+
+def requests(settings: RunConfig, *, engine: Engine, operator: Path) -> dict[str, bytes]:
+    """A signed offer, and both steps of the first round."""
+    run = RunManifest(settings, engine.base_sha256, engine.tensor_specs)
+    not_after = int(time.time()) + DAY_S
+    offer = manifest.sign(run, identity.load(operator), federation=world.FEDERATION, not_after=not_after)
+    body = adapter.encode(engine.initial, dtype="float32")
+    evaluate = Frame("evaluate", to_head(RoundPlan(run.sha256, 0, generate=True)), body)
+    train = Frame("train", to_head(RoundPlan(run.sha256, 0)), body)
+    return {"open": wire.pack(offer.to_frame()), "evaluate": wire.pack(evaluate), "train": wire.pack(train)}
+
+
+def raise_points(bench: Bench, kind: str) -> list[str]:
+    """Functions that a request passes; each is a place to fail."""
+    ready(bench, kind)
+    return faults.passed_by(bench.agent.answer, bench.requests[kind])
+
+
+def fail(bench: Bench, kind: str, *, at: str, error: Callable[[], Exception]) -> bool:
+    """Ask with an error at this function; whether it was raised."""
+    ready(bench, kind)
+    raised: list[Exception] = []
+
+    def make() -> Exception:
+        raised.append(error())
+        return raised[-1]
+
+    bench.answer = faults.failing_at(bench.agent.answer, at, make)
+    bench.ask(kind)
+    bench.answer = bench.agent.answer
+    return bool(raised)
+
+
+def ready(bench: Bench, kind: str) -> None:
+    """Bring the agent to where it answers this kind of request in full."""
+    bench.ask("open")  # the first offer passes functions that no other does
+    if kind == "open":
+        bench.agent._run = None  # so that rows and base are read again
+
+
+def refuse(bench: Bench, kind: str, error: Callable[[], Exception]) -> None:
+    """Let the agent fail at every request of a kind, so that what is passed is the way of a refusal."""
+
+    def step(_: Frame) -> Frame:
+        raise error()
+
+    bench.agent._steps[kind] = step
