@@ -90,9 +90,9 @@ def _split(left_dm: Tensor, right_mk: Tensor, *, rank: int) -> tuple[Tensor, Ten
     return left_dm @ (c_mp @ y_pr).to(left_dm.dtype), ((q_mp / root_m) @ y_pr).T.to(right_mk.dtype) @ right_mk
 
 
-def _gram(rows: Tensor) -> Tensor:
+def _gram(rows_mn: Tensor) -> Tensor:
     """X X^T in float64; numpy notices the symmetry and does half of the work."""
-    values = rows.double().numpy()
+    values = rows_mn.double().numpy()
     return torch.from_numpy(values @ values.T)
 
 
