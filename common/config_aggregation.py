@@ -11,7 +11,9 @@ from common.methods import MethodName
 class AggregationConfig(Section):
     """How the sites' updates become one."""
 
-    method: MethodName = Field(default="fedavg", description="Aggregation method; `fedsvd` for a private run that names none.")
+    method: MethodName = Field(
+        default="fedavg", description="Aggregation method; `fedsvd` for a private run that names none."
+    )
     weighting: Literal["examples", "uniform"] = Field(
         default="examples", description="A site's weight: its number of training rows, or the same for all."
     )
@@ -20,6 +22,12 @@ class AggregationConfig(Section):
         ge=0,
         le=1_000_000,
         description="Warn when averaging the factors is off by more than this share of the mean update.",
+    )
+    proximal: float = Field(
+        default=0.0,
+        ge=0,
+        le=1_000_000,
+        description="FedProx's mu: each local step goes this times the learning rate back to the global adapter.",
     )
     residual_rank: int = Field(
         default=0,

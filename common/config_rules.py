@@ -176,6 +176,11 @@ RUN_RULES = (
     ),
     *_unused_server_settings(),
     Rule(
+        ("aggregation.proximal", "training.learning_rate"),
+        lambda c: c.aggregation.proximal * c.training.learning_rate >= 1,
+        "a step would go all the way back, or beyond; their product must be below 1",
+    ),
+    Rule(
         ("model.revision", "model.base"),
         _has_revision_without_hub,
         "a revision belongs to a hub id, and this base is not one; remove it",

@@ -45,7 +45,7 @@ def apply(state: State, combined: State) -> State:
     """The next global adapter, its side adapter included."""
     after: dict[str, Tensor] = dict(mean.add(state, combined))
     stacked, beside = products.pairs(combined), factored.side(state)
-    for module, (b_dr, a_rk) in factored.modules(after).items():
+    for module, (_, a_rk) in factored.modules(after).items():
         left_dm, right_mk = stacked[module]
         apart_mk = right_mk - a_rk.repeat(len(right_mk) // len(a_rk), 1)
         lefts, rights = [beside[module][0], left_dm], [beside[module][1], apart_mk]

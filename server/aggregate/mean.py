@@ -53,8 +53,8 @@ class WeightedMean:
         weights_u = torch.tensor([weight for weight, _ in self._waiting], dtype=torch.float64)
         rows_uc = torch.empty(len(self._waiting), CHUNK, dtype=torch.float64)
         for name, total in self._sums.items():
-            pieces = [upload[name].flatten().split(CHUNK) for _, upload in self._waiting]
-            for sum_c, *values in zip(total.view(-1).split(CHUNK), *pieces, strict=True):
+            pieces = [torch.split(upload[name].flatten(), CHUNK) for _, upload in self._waiting]
+            for sum_c, *values in zip(torch.split(total.view(-1), CHUNK), *pieces, strict=True):
                 for row_c, value_c in zip(rows_uc, values, strict=True):
                     row_c[: len(value_c)].copy_(value_c)
                 sum_c.addmv_(rows_uc[:, : len(sum_c)].T, weights_u)

@@ -1,4 +1,4 @@
-"""What a round's updates cost the coordinator: linear methods against memory bandwidth, factored ones in CPU seconds."""
+"""What a round's updates cost the coordinator: linear methods against memory bandwidth, factored ones in CPU time."""
 
 from collections.abc import Mapping
 from typing import Any, Final

@@ -172,6 +172,7 @@ BROKEN_RULES = [
     ("aggregation.server_learning_rate", 7, ["aggregation.server_learning_rate = 0.5"]),
     ("aggregation.server_beta1", 7, ["aggregation.server_beta1 = 0.5"]),
     ("aggregation.server_beta2", 8, ["aggregation.server_optimizer = 'fedavgm'", "aggregation.server_beta2 = 0.5"]),
+    ("aggregation.proximal", 8, ["training.learning_rate = 0.1", "aggregation.proximal = 10.0"]),
     ("aggregation.server_tau", 7, ["aggregation.server_tau = 0.5"]),
 ]
 
