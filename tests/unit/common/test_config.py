@@ -149,6 +149,7 @@ def test_unbuilt_privacy_is_refused(mode: str):
     assert f'(you wrote "{mode}"); differential privacy is not built in this version' in message
 
 
+KRUM = ["aggregation.robust = 'krum'", "aggregation.num_bad_sites = 1"]
 BROKEN_RULES = [
     ("model.revision", 4, ["model.revision = 'main'"]),
     ("data.output_column", 7, ["data.output_column = 'input'"]),
@@ -172,7 +173,10 @@ BROKEN_RULES = [
     ("aggregation.server_learning_rate", 7, ["aggregation.server_learning_rate = 0.5"]),
     ("aggregation.server_beta1", 7, ["aggregation.server_beta1 = 0.5"]),
     ("aggregation.server_beta2", 8, ["aggregation.server_optimizer = 'fedavgm'", "aggregation.server_beta2 = 0.5"]),
-    ("aggregation.proximal", 8, ["training.learning_rate = 0.1", "aggregation.proximal = 10.0"]),
+    ("aggregation.proximal", 9, ["training.learning_rate = 0.1", "aggregation.proximal = 10.0"]),
+    ("aggregation.num_bad_sites", 7, ["aggregation.num_bad_sites = 1"]),
+    ("aggregation.weighting", 7, [*KRUM, "federation.min_sites = 5"]),
+    ("federation.min_sites", 11, [*KRUM, "aggregation.weighting = 'uniform'", "federation.min_sites = 4"]),
     ("aggregation.server_tau", 7, ["aggregation.server_tau = 0.5"]),
 ]
 
@@ -310,7 +314,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "f3eba32f32a9c30f0cd1fcc61b487f20ad9b6e624edd6daf6efd57df3d0925f8"
+        "9630d1693a260c5041732a92243320a90c2dfc09d906b92150079ef19d9b9c91"
     )
 
 
