@@ -13,7 +13,6 @@ from simulations.attacks import run
 from simulations.compare import World
 
 GUARDS: Final = ("none", "norm bound", "median", "trimmed_mean", "krum", "multi_krum", "bulyan")
-
 TITLES: Final = {"held_out_loss": "held-out loss of honest sites", "trigger_loss": "loss of the attacker's answer"}
 
 

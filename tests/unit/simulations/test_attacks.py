@@ -104,7 +104,7 @@ def test_the_bound_of_the_table_is_the_median_norm_of_the_control(world):
 
 @pytest.mark.parametrize(("name", "num_bad"), [("steal", 1), ("scaled", 3), ("scaled", 0)])
 def test_an_unknown_attack_and_too_few_honest_sites_are_refused(world, name, num_bad):
-    with pytest.raises(ConfigError, match="--attack steal: choose one of none, label-flip|--bad"):
+    with pytest.raises(ConfigError, match=r"--attack steal: choose one of none, label-flip|--bad"):
         run.play(world, name, num_bad=num_bad, log=None)
 
 
@@ -115,7 +115,6 @@ def test_the_command_ends_with_one_json_line_of_the_figures(tiny_base, tmp_path,
     arguments = ["attack", path, "--attack", "backdoor", "--output", tmp_path / "out", "--threads", 1, "--json"]
     with pytest.raises(SystemExit) as end:
         cli.run(app, [str(argument) for argument in arguments])
-        raise SystemExit(0)
     assert end.value.code == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["attack"] == "backdoor"
