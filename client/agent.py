@@ -165,6 +165,7 @@ class Agent:
                 num_rounds=settings.federation.num_rounds,
                 seed=schedule.derive_seed(settings.seed, self.site),
                 source=self._make_noise(run.manifest, plan.round_index),
+                proximal=settings.aggregation.proximal,
             )
         raw_delta = protect.subtract(adapter.read(run.engine.model), {name: before[name] for name in names})
         outgoing = protect.protect(

@@ -25,7 +25,8 @@ KNOWN: Final = {
     "weight_decay adam_beta1 adam_beta2 adam_epsilon momentum max_grad_norm gradient_checkpointing",
     "federation": "num_rounds sites_per_round min_sites round_timeout_s join_timeout_s num_sites",
     "aggregation": "method weighting gap_warning residual_rank residual_max_lost server_optimizer server_learning_rate "
-    "server_beta1 server_beta2 server_tau",
+    "server_beta1 server_beta2 server_tau proximal robust num_bad_sites "
+    "max_update_norm",
     "privacy": "mode epsilon dp_delta sampling_prob noise_multiplier clip_norm max_rows_per_unit clipping "
     "adaptive_clipping clip_quantile clip_learning_rate",
     "wire": "dtype max_update_mib",
@@ -199,6 +200,7 @@ def _check_training(policy: Policy, run: config.RunConfig) -> None:
     if training.local_steps:
         _at_least("train.min_local_steps", training.local_steps, rules.min_local_steps)
     _at_most("train.max_warmup_fraction", training.warmup_fraction, rules.max_warmup_fraction)
+    _at_most("train.max_pull", run.aggregation.proximal * training.learning_rate, rules.max_pull)
     _at_most("train.max_rounds", run.federation.num_rounds, rules.max_rounds)
     _at_most("train.max_length_tokens", run.data.max_length_tokens, rules.max_length_tokens)
 

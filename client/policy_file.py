@@ -101,6 +101,13 @@ class TrainRules(Section):
     max_rounds: PositiveCount
     max_length_tokens: PositiveCount
     max_warmup_fraction: float = Field(default=0.2, ge=0, lt=1, description="A warm-up is a rate near 0.")
+    max_pull: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Share of the way back that a step may go under `aggregation.proximal`; near 1 only the last "
+        "step's gradient would leave.",
+    )
     max_tensor_norm: float = Field(default=1000.0, gt=0, description="Of each tensor of the global adapter.")
     optimizers: tuple[Literal["adamw", "sgd"], ...] = Field(default=("adamw",))
     methods: tuple[MethodName, ...] = Field(

@@ -14,7 +14,7 @@ from rich.text import Text
 from client import consent, policy, policy_file, site_ledger
 from client.history import AUDIT_FILE, History
 from client.policy_file import Policy
-from common import config, identity, manifest, privacy_plan, trainable
+from common import config, guarding, identity, manifest, privacy_plan, trainable
 from common.audit import AuditLog
 from common.errors import AccountingUnsupported, ConfigError, LedgerError, PolicyRefusedError
 from common.manifest import Offer, RunManifest
@@ -182,6 +182,7 @@ def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
         "training": f"{num_rounds} rounds, {_length(settings.training)}, batches of {settings.training.batch_size}, "
         f"learning rate {settings.training.learning_rate:g}, at least {settings.federation.min_sites} sites",
         "aggregation": f"{settings.aggregation.method}; a site trains and sends {_factors(run)}",
+        "who sees this update": guarding.in_words(settings.aggregation),
         "texts of the coordinator": settings.data.system_prompt or "none",
     }
 

@@ -101,6 +101,14 @@ def _polishing(facts: Facts) -> str:
     return "there is no global model to polish" if facts.client_state else ""
 
 
+def _robust(facts: Facts) -> str:
+    return "" if facts.is_linear else "it stands in the place of the factors' mean, which this method does not take"
+
+
+def _robust_remark(facts: Facts) -> str:
+    return "each factor by itself, and the gap is not measured" if "AB" in facts.trains else ""
+
+
 SERVER_OPTIMIZER: Final = "server optimizer"
 FEATURES: Final = (
     Feature("secure aggregation", _in_the_clear),
@@ -128,6 +136,13 @@ FEATURES: Final = (
         is_asked=lambda run: run.aggregation.server_optimizer != "none",
     ),
     Feature("central polishing", _polishing),
+    Feature(
+        "robust aggregation",
+        _robust,
+        _robust_remark,
+        keys=("aggregation.robust",),
+        is_asked=lambda run: run.aggregation.robust != "none",
+    ),
 )
 
 

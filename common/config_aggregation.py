@@ -23,6 +23,24 @@ class AggregationConfig(Section):
         le=1_000_000,
         description="Warn when averaging the factors is off by more than this share of the mean update.",
     )
+    proximal: float = Field(
+        default=0.0,
+        ge=0,
+        le=1_000_000,
+        description="FedProx's mu: each local step goes this times the learning rate back to the global adapter.",
+    )
+    robust: Literal["none", "median", "trimmed_mean", "krum", "multi_krum", "bulyan"] = Field(
+        default="none", description="What stands in the place of the mean where some sites may be bad."
+    )
+    num_bad_sites: int = Field(
+        default=0, ge=0, le=1_000_000, description="Sites of a round that `robust` must withstand, at most."
+    )
+    max_update_norm: float = Field(
+        default=0.0,
+        ge=0,
+        le=1_000_000,
+        description="Scale a longer update down to this L2 norm, over all its tensors. 0: take it as it is.",
+    )
     residual_rank: int = Field(
         default=0,
         ge=0,

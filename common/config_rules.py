@@ -153,6 +153,16 @@ def _refused_combinations() -> tuple[Rule, ...]:
     )
 
 
+_SITES_FOR_BAD = {"median": (2, 1), "trimmed_mean": (2, 1), "krum": (2, 3), "multi_krum": (2, 3), "bulyan": (4, 3)}
+
+
+def _has_too_few_good_sites(config: RunConfig) -> bool:
+    if config.aggregation.robust == "none":
+        return False
+    a_bad_one, more = _SITES_FOR_BAD[config.aggregation.robust]
+    return config.federation.min_sites < a_bad_one * config.aggregation.num_bad_sites + more
+
+
 def _keeps_residual(config: RunConfig) -> bool:
     return FACTS[config.aggregation.method].base_delta == "residual"
 
@@ -175,6 +185,27 @@ RUN_RULES = (
         "this method keeps no side adapter; remove it",
     ),
     *_unused_server_settings(),
+    Rule(
+        ("aggregation.num_bad_sites", "aggregation.robust"),
+        lambda c: (c.aggregation.robust != "none") != (c.aggregation.num_bad_sites > 0),
+        "robust aggregation and the number of bad sites that it must withstand belong together; set both, or none",
+    ),
+    Rule(
+        ("aggregation.weighting", "aggregation.robust"),
+        lambda c: c.aggregation.robust != "none" and c.aggregation.weighting != "uniform",
+        "under robust aggregation all sites weigh the same, as a number of rows is a site's own claim; set 'uniform'",
+    ),
+    Rule(
+        ("federation.min_sites", "aggregation.robust", "aggregation.num_bad_sites"),
+        _has_too_few_good_sites,
+        "too few sites for so many bad ones; with f of them median and trimmed_mean need 2 f + 1 sites, krum and "
+        "multi_krum 2 f + 3, bulyan 4 f + 3",
+    ),
+    Rule(
+        ("aggregation.proximal", "training.learning_rate"),
+        lambda c: c.aggregation.proximal * c.training.learning_rate >= 1,
+        "a step would go all the way back, or beyond; their product must be below 1",
+    ),
     Rule(
         ("model.revision", "model.base"),
         _has_revision_without_hub,

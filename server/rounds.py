@@ -6,7 +6,7 @@ from typing import Any
 from common.errors import ConfigError, ProtocolError, SilotuneError, TooFewSitesError, WireError
 from common.records import RoundPlan, UpdateHead
 from server import checkpoint, collect, federation, sampling
-from server.aggregate import gap, optimizer, products
+from server.aggregate import bound, gap, optimizer, products, robust
 from server.aggregate.method import State, Sum
 from server.evaluate import answers, held_out
 from server.federation import Federation
@@ -127,8 +127,12 @@ def _collect(fed: Federation, state: State, plan: RoundPlan, frames: dict[int, b
     """Take updates as they come; one that is missing or wrong is logged and left out."""
     names = [spec.name for spec in collect.update_specs(fed.manifest, plan)]
     facts = fed.method.facts
-    meter = gap.GapMeter(state) if facts.is_linear and not facts.is_exact else None
-    tally = Tally(fed.method.start(state, trained=names), meter)
+    settings = fed.manifest.run.aggregation
+    if settings.robust == "none":
+        meter = gap.GapMeter(state) if facts.is_linear and not facts.is_exact else None
+        tally = Tally(fed.method.start(state, trained=names), meter)
+    else:
+        tally = Tally(robust.start(names, rule=settings.robust, num_bad=settings.num_bad_sites), None)
     for answer in fed.ask(frames, kind="train"):
         tally.bytes_up += len(answer.frame or b"")
         try:
@@ -137,8 +141,8 @@ def _collect(fed: Federation, state: State, plan: RoundPlan, frames: dict[int, b
             fed.fail(answer, error, step="train")
         else:
             fed.record_received(answer, plan, step="train")
-            _take(fed, tally, head, change)
-            fed.log.append("site_trained", **_of_training(head), bytes_up=len(answer.frame or b""))
+            length = _take(fed, tally, head, change)
+            fed.log.append("site_trained", **_of_training(head), update_norm=length, bytes_up=len(answer.frame or b""))
     return tally
 
 
@@ -154,13 +158,15 @@ def _read(fed: Federation, answer: collect.Answer, plan: RoundPlan) -> tuple[Upd
     return head, change
 
 
-def _take(fed: Federation, tally: Tally, head: UpdateHead, change: State) -> None:
-    """Add one update to the round."""
+def _take(fed: Federation, tally: Tally, head: UpdateHead, change: State) -> float:
+    """Add one update to the round, no longer than the run allows; its norm as it came."""
+    change, length = bound.scaled(change, fed.manifest.run.aggregation.max_update_norm)
     weight = float(head.num_examples) if fed.manifest.run.aggregation.weighting == "examples" else 1.0
     tally.combined.add(change, weight=weight)
     if tally.gap_meter:
         tally.gap_meter.add(change, weight=weight)
     tally.heads.append(head)
+    return length
 
 
 def _of_training(head: UpdateHead) -> dict[str, Any]:

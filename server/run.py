@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from common import adapter, compatibility, config, events, model, privacy_plan, start, storage, trainable
+from common import adapter, compatibility, config, events, guarding, model, privacy_plan, start, storage, trainable
 from common.adapter import Tensors
 from common.data import read
 from common.errors import ConfigError, DataError, SilotuneError, StorageError
@@ -233,6 +233,7 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
         "num_tensors": len(trained),
         "bytes_down_per_site": down,
         "bytes_up_per_site": up,
+        "guarding": guarding.in_words(settings.aggregation),
         "gap_warning": settings.aggregation.gap_warning,
         **_privacy(settings),
         "without_gap": compatibility.without_gap(settings),

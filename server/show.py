@@ -84,6 +84,7 @@ class Screen:
                 f"{curve[0]:.2f} after the first; noise multiplier {noise:.3f}"
             )
             self._print(f"            {privacy_plan.FIXED_WORDING}")
+        self._print(f"  bad sites {event['guarding']}")
 
     def _on_site_joined(self, event: Event) -> None:
         """A site and its rows."""

@@ -99,6 +99,36 @@ def run(
 
 
 @app.command()
+def attack(
+    run_file: RunFile,
+    attack: Annotated[str, typer.Option(help="What the bad sites do; none is the control.")] = "none",
+    bad: Annotated[int, typer.Option(min=1, help="How many sites are bad: the last by name.")] = 1,
+    table: Annotated[bool, typer.Option("--table", help="Every attack against every robust aggregation.")] = False,
+    output: OutputOption = None,
+    model: ModelOption = "",
+    data: DataOption = "",
+    store: StoreOption = None,
+    threads: ThreadsOption = 0,
+    set_: cli.SetOption = None,
+    json: cli.JsonOption = False,
+) -> None:
+    """Some sites cheat: what that does to the honest ones.
+
+    label-flip, backdoor, sign-flip, scaled, free-rider or lazy-copy, judged on the honest sites' held-out rows.
+
+    \b
+    Examples:
+      silotune-sim attack RUN.toml --attack sign-flip --bad 2
+      silotune-sim attack RUN.toml --table --bad 2 --json
+    """
+    from simulations import commands
+
+    order = commands.Order(run_file, output, model, data, store, cli.overrides(set_), json, threads)
+    result = commands.attack(order, name=attack, num_bad=bad, is_table=table)
+    cli.emit(result, as_json=json, show=lambda: cli.show(*commands.attack_tables(result)))
+
+
+@app.command()
 def base(
     name: Annotated[str, typer.Argument(help="smollm2, embedded, or a hub id such as org/name.")],
     store: StoreOption = None,

@@ -23,6 +23,8 @@ from server.show import Screen, percent
 from simulations import compare as comparing
 from simulations import run as running
 from simulations import world
+from simulations.attacks import run as attacks
+from simulations.attacks import table as attack_table
 from simulations.compare import World
 
 ENGINES = ("in-process", "flower", "deployment")
@@ -121,6 +123,32 @@ def audited(order: Order) -> Iterator[tuple[World, EventLog]]:
     log = order.log(shared)
     with _ending_told(log):
         yield shared, log
+
+
+def attack(order: Order, *, name: str, num_bad: int, is_table: bool) -> dict[str, Any]:
+    """One run with bad sites, or the table of all attacks and guards.
+
+    Raises:
+        ConfigError: No such attack, or too few honest sites.
+        SilotuneError: As the step that failed.
+    """
+    shared = order.world()
+    if is_table:
+        return {**attack_table.play(shared, num_bad=num_bad), "folder": str(shared.folder)}
+    log = order.log(shared)
+    with _ending_told(log):
+        harm = attacks.play(shared, name, num_bad=num_bad, log=log)
+    return {"attack": name, "num_bad": num_bad, **harm, "folder": str(shared.folder)}
+
+
+def attack_tables(result: Mapping[str, Any]) -> list[Table]:
+    """The figures of one run, or the tables."""
+    if "guards" in result:
+        return list(attack_table.render(result))
+    table = Table("figure", "value", box=None, pad_edge=False)
+    for name, value in result.items():
+        table.add_row(name.replace("_", " "), f"{value:.3f}" if isinstance(value, float) else str(value))
+    return [table]
 
 
 @contextmanager

@@ -1,14 +1,16 @@
 """Virtual sites as files on disk, as real sites have them: rows, and a site's own file that says where they are."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from common import config, storage
 from simulations.deployment import Site
 
+UNGUARDED: Final = "--without-policy"
 _NONE: Mapping[str, Sequence[str]] = {}
 
 
@@ -68,8 +70,15 @@ def _write_site(
     storage.write_atomic(rows_file, "".join(json.dumps(row, default=str) + "\n" for row in rows).encode())
     storage.write_atomic(folder / "node.toml", "\n".join([*text, ""]).encode())
     folder.chmod(0o700)
-    command = (sys.executable, "-m", "client.cli", "serve", str(folder / "node.toml"), "--without-policy")
+    has_policy = any(line.startswith("policy = ") for line in agent_lines)
+    switches = () if has_policy else (UNGUARDED,)
+    command = (sys.executable, "-m", "client.cli", "serve", *switches, str(folder / "node.toml"))
     return Site(name=name, command=command, socket_path=socket_path)
+
+
+def guarded(site: Site) -> Site:
+    """The site, started with the policy that its file names by now."""
+    return dataclasses.replace(site, command=tuple(part for part in site.command if part != UNGUARDED))
 
 
 def _shared(base_folder: Path, num_threads: int) -> list[str]:

@@ -14,6 +14,7 @@ PLAN = {
     "num_tensors": 28,
     "bytes_down_per_site": 4096,
     "bytes_up_per_site": 2048,
+    "guarding": "secure aggregation: off; robust aggregation: krum against 1 bad site",
     "gap_warning": 0.1,
     "without_gap": "rolora",
 }

@@ -12,6 +12,7 @@ import torch
 from client.train import private, proof, schedule
 from client.train.gradients import mean_gradient
 from common import adapter, config
+from common.adapter import Tensors
 from common.config_privacy import PrivacyConfig, Protection
 from common.errors import ModelError
 from common.model import Engine
@@ -42,6 +43,7 @@ def train(
     num_rounds: int,
     seed: int,
     source: Noise,
+    proximal: float = 0.0,
 ) -> LocalResult:
     """Train the adapter in `engine` in place.
 
@@ -54,6 +56,7 @@ def train(
         num_rounds: Of the run; the learning-rate schedule spans them all.
         seed: Of this run and site.
         source: Of the draws and the noise where training is private.
+        proximal: FedProx's mu.
 
     Raises:
         ModelError: The loss is not finite, or the adapter did not move.
@@ -74,12 +77,14 @@ def train(
                 engine, rows, privacy=privacy, num_steps=num_steps, max_rows=max_rows, source=source
             )
             with contextlib.closing(private_ones) as gradients:
-                _steps(engine, gradients, rates, training=training, max_grad_norm=0.0)
+                _steps(engine, gradients, rates, training=training, max_grad_norm=0.0, proximal=proximal)
             proof.check_reload(engine)
             return LocalResult(num_steps, None, None, None, protection="unit")
         batches = _batches(rows, training=training, first_step=first_step, num_steps=num_steps, seed=seed)
         plain = (mean_gradient(engine, batch, micro_batch_size=max_rows) for batch in batches)
-        losses = _steps(engine, plain, rates, training=training, max_grad_norm=training.max_grad_norm)
+        losses = _steps(
+            engine, plain, rates, training=training, max_grad_norm=training.max_grad_norm, proximal=proximal
+        )
     proof.check_reload(engine)
     num_tokens = sum(len(row.input_ids) for batch in batches for row in batch)
     mean_loss = sum(losses) / len(losses)
@@ -118,6 +123,7 @@ def _steps(
     *,
     training: config.TrainingConfig,
     max_grad_norm: float,
+    proximal: float,
 ) -> list[float]:
     """One optimiser step for each gradient that is set; the losses that came with them, which private ones do not."""
     optimizer = make_optimizer(engine, training)
@@ -130,6 +136,7 @@ def _steps(
         if loss is not None:
             losses.append(_finite(loss, step=len(losses)))
         _clip(optimizer, max_grad_norm)
+        _pull(engine, before, rate * proximal)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -149,3 +156,17 @@ def _clip(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
     """Scale the whole gradient to at most `max_grad_norm`; 0 leaves it alone."""
     if max_grad_norm:
         torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+
+
+@torch.no_grad()
+def _pull(engine: Engine, origin: Tensors, share: float) -> None:
+    """Go a share of the way back to where the round began, before the step along a gradient that is there already.
+
+    With plain SGD both together are a step on FedProx's loss, f + mu/2 || w - w_t ||^2; the pull depends on no row, so
+    that neither clipping nor noise has to see it.
+
+    Source: Li et al. 2020, arXiv:1812.06127, equation 2.
+    """
+    if share:
+        for name, parameter in adapter.parameters(engine.model).items():
+            parameter.lerp_(origin[name].to(parameter), share)

@@ -1,14 +1,16 @@
-"""Products of thin matrices, factored: QR and the SVD of a small matrix, never a d x k one.
+"""Products of thin matrices, factored: eigenvalues of small Gram matrices, never a d x k one.
 
 d and k: output and input width of a module, m: columns of a pair, r: rank.
 """
 
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
 
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
+DEAD: Final = 1e-14  # of the largest eigenvalue of R R^T; float64 knows no direction of R below
 SIDE_A_SUFFIX, SIDE_B_SUFFIX = ".residual_A.weight", ".residual_B.weight"
 
 
@@ -39,7 +41,7 @@ def effective(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]
 
 def cut_side(module: str, left_dm: Tensor, right_mk: Tensor, *, like: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """A product as a module's side adapter, cut to the rank of the one that it has."""
-    u_dr, v_rk = truncate(left_dm.double(), right_mk.double(), rank=like[1].shape[0])
+    u_dr, v_rk = truncate(left_dm, right_mk, rank=like[1].shape[0])
     return {module + SIDE_A_SUFFIX: v_rk.to(torch.float32), module + SIDE_B_SUFFIX: u_dr.to(torch.float32)}
 
 
@@ -49,29 +51,49 @@ def named(module: str, b_dr: Tensor, a_rk: Tensor) -> dict[str, Tensor]:
 
 
 def norm(left_dm: Tensor, right_mk: Tensor) -> float:
-    """Frobenius norm of a product, in float64, by two QR factorisations."""
-    r_left = torch.linalg.qr(left_dm.double(), mode="r")[1]
-    r_right = torch.linalg.qr(right_mk.double().T, mode="r")[1]
-    return float(torch.linalg.matrix_norm(r_left @ r_right.T))
+    """Frobenius norm of a product, in float64: || L R ||^2 = <L^T L, R R^T>, exact to 1e-8 of || L || || R ||."""
+    return float((_gram(left_dm.T) * _gram(right_mk)).sum().clamp_min(0.0).sqrt())
 
 
 def svd(left_dm: Tensor, right_mk: Tensor, *, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The largest `rank` singular values of a product, descending, and their vectors: U (d x r), S (r), V^T (r x k).
 
     A product that has fewer gets zeros in S and U for the rest; V^T always has `rank` rows of length one,
-    orthonormal as long as `rank` is at most k.
+    orthonormal as long as `rank` is at most k. Values are exact to 1e-7 of the largest.
     """
-    q_left, r_left = torch.linalg.qr(left_dm)
-    q_right, r_right = torch.linalg.qr(right_mk.T)
-    u_pp, s, vh_qq = torch.linalg.svd(r_left @ r_right.T)
-    u_dr = _padded(q_left @ u_pp[:, :rank], rank)
-    return u_dr, _padded(s[:rank], rank), _repeated(vh_qq[:rank] @ q_right.T, rank)
+    scaled_dr, vh_rk = _split(left_dm, right_mk, rank=rank)
+    s_r = torch.linalg.vector_norm(scaled_dr, dim=0)
+    u_dr = torch.where(s_r > 0, scaled_dr / s_r, 0.0)
+    return _padded(u_dr, rank), _padded(s_r, rank), _repeated(vh_rk, rank)
 
 
 def truncate(left_dm: Tensor, right_mk: Tensor, *, rank: int) -> tuple[Tensor, Tensor]:
     """Best approximation of a product at a lower rank (Eckart and Young 1936)."""
-    u_dr, s_r, vh_rk = svd(left_dm, right_mk, rank=rank)
-    return u_dr * s_r, vh_rk
+    scaled_dr, vh_rk = _split(left_dm, right_mk, rank=rank)
+    return _padded(scaled_dr, rank), _repeated(vh_rk, rank)
+
+
+def _split(left_dm: Tensor, right_mk: Tensor, *, rank: int) -> tuple[Tensor, Tensor]:
+    """U S and V^T of the largest singular values, by the small matrices L^T L and R R^T instead of QR.
+
+    With R R^T = Q W Q^T and C = Q W^1/2, the right singular vectors of L R are R^T C^-T Y, where Y diagonalises
+    C^T L^T L C. Then U S = L C Y, so that U S V^T is L R itself whatever rounding does to Y. Small matrices are
+    float64; products with thin ones have the thin one's type, whose rounding they would get anyway.
+    """
+    w_m, q_mm = torch.linalg.eigh(_gram(right_mk))
+    is_used_m = w_m > DEAD * w_m[-1]
+    root_m, q_mp = w_m[is_used_m].sqrt(), q_mm[:, is_used_m]
+    if not len(root_m):  # R is zero: any direction will do, as U S is zero
+        return left_dm[:, :0], torch.eye(min(rank, right_mk.shape[1]), right_mk.shape[1], dtype=right_mk.dtype)
+    c_mp = q_mp * root_m
+    y_pr = torch.linalg.eigh(c_mp.T @ _gram(left_dm.T) @ c_mp)[1].flip(1)[:, :rank]
+    return left_dm @ (c_mp @ y_pr).to(left_dm.dtype), ((q_mp / root_m) @ y_pr).T.to(right_mk.dtype) @ right_mk
+
+
+def _gram(rows_mn: Tensor) -> Tensor:
+    """X X^T in float64; numpy notices the symmetry and does half of the work."""
+    values = rows_mn.double().numpy()
+    return torch.from_numpy(values @ values.T)
 
 
 def _padded(values: Tensor, size: int) -> Tensor:

@@ -2,6 +2,7 @@
 
     A <- sum_i p_i A_i,   B <- sum_i p_i B_i,   U V <- U V + (sum_i p_i B_i A_i - B A)
 
+What goes into U V is formed as sum_i p_i B_i (A_i - A), the same and without B A to cancel.
 The side adapter U V is the sum over all rounds, so that a site that missed some is sent all of it. Its
 rank is capped.
 """
@@ -44,8 +45,9 @@ def apply(state: State, combined: State) -> State:
     """The next global adapter, its side adapter included."""
     after: dict[str, Tensor] = dict(mean.add(state, combined))
     stacked, beside = products.pairs(combined), factored.side(state)
-    for module, (b_dr, a_rk) in factored.modules(after).items():
-        lefts = [beside[module][0], stacked[module][0], -b_dr]
-        rights = [beside[module][1], stacked[module][1], a_rk]
+    for module, (_, a_rk) in factored.modules(after).items():
+        left_dm, right_mk = stacked[module]
+        apart_mk = right_mk - a_rk.repeat(len(right_mk) // len(a_rk), 1)
+        lefts, rights = [beside[module][0], left_dm], [beside[module][1], apart_mk]
         after |= factored.cut_side(module, torch.cat(lefts, dim=1), torch.cat(rights), like=beside[module])
     return after

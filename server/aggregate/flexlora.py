@@ -25,7 +25,7 @@ def apply(state: State, combined: State) -> State:
     stacked = products.pairs(combined)
     for module, (_, a_rk) in factored.modules(state).items():
         left_dm, right_mk = stacked[module]
-        u_dr, s_r, vh_rk = factored.svd(left_dm.double(), right_mk.double(), rank=a_rk.shape[0])
+        u_dr, s_r, vh_rk = factored.svd(left_dm, right_mk, rank=a_rk.shape[0])
         after |= factored.named(module, *_balanced(u_dr, s_r, vh_rk))
     return after
 

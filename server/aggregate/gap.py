@@ -90,12 +90,13 @@ def of_products(
         mean: Of the products of each module.
         after: The new global adapter.
     """
-    old, new, beside = factored.effective(before), factored.effective(after), factored.side(before)
+    old, new, beside = factored.modules(before), factored.effective(after), factored.side(before)
     norms = {}
     for name, (left_dm, right_mk) in mean.items():
         u_dm, v_mk = beside.get(name, (left_dm[:, :0], right_mk[:0]))
         ideal = torch.cat([left_dm, u_dm], dim=1), torch.cat([right_mk, v_mk])
-        norms[name] = _distances(ideal, old[name], new[name])
+        bias, step = _apart(ideal, new[name]), _apart((left_dm, right_mk), old[name])  # the old side is in both
+        norms[name] = _told(bias, step, new[name])
     return norms
 
 
@@ -103,13 +104,18 @@ def _distances(
     ideal: tuple[Tensor, Tensor], old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
 ) -> tuple[float, float]:
     """|| ideal - new || and || ideal - old ||; what float32 cannot tell from 0 is 0."""
-    norms = [
-        factored.norm(torch.cat([ideal[0], -b_dr], dim=1), torch.cat([ideal[1], a_rk], dim=0))
-        for b_dr, a_rk in (new, old)
-    ]
+    return _told(_apart(ideal, new), _apart(ideal, old), new)
+
+
+def _apart(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+    """Distance of two products."""
+    return factored.norm(torch.cat([one[0], -other[0]], dim=1), torch.cat([one[1], other[1]]))
+
+
+def _told(bias: float, step: float, new: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """Both norms, 0 where they are below float32's rounding of the new product."""
     smallest = ROUNDING * factored.norm(*new)
-    bias, step = (norm if norm > smallest else 0.0 for norm in norms)
-    return bias, step
+    return bias if bias > smallest else 0.0, step if step > smallest else 0.0
 
 
 def whole(norms: Iterable[tuple[float, float]]) -> float:

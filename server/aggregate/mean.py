@@ -1,15 +1,19 @@
-"""The weighted mean of uploads: all that a linear method uses of them."""
+"""The weighted mean of uploads: all that a linear method uses of them. U uploads, C values of a chunk."""
 
 from collections.abc import Collection
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from server.aggregate.method import State, Sum
 
+BATCH: Final = 4  # uploads that are added at once: the float64 sums then cross memory a quarter as often
+CHUNK: Final = 1 << 17  # values, so that what is made of them stays in the processor's cache
+
 
 class WeightedMean:
-    """Mean of uploads in float64, one upload at a time.
+    """Mean of uploads in float64, a few at a time, so that memory does not grow with their number.
 
     Float64 leaves 29 bits beyond float32's precision, so the rounded result does not depend on the order of arrival but
     for a chance of about 2^-29 a value.
@@ -18,6 +22,7 @@ class WeightedMean:
     def __init__(self, state: State) -> None:
         self._sums = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in state.items()}
         self._total = 0.0
+        self._waiting: list[tuple[float, State]] = []
 
     def add(self, upload: State, *, weight: float) -> None:
         """Add `weight` times an upload.
@@ -28,8 +33,9 @@ class WeightedMean:
         if not weight > 0:
             raise ValueError(f"weight {weight} is not positive")
         self._total += weight
-        for name, total in self._sums.items():
-            total.add_(upload[name].to(torch.float64), alpha=weight)
+        self._waiting.append((weight, upload))
+        if len(self._waiting) == BATCH:
+            self._flush()
 
     def result(self) -> dict[str, Tensor]:
         """The mean, float32.
@@ -39,7 +45,20 @@ class WeightedMean:
         """
         if not self._total:
             raise ValueError("no upload was added")
+        self._flush()
         return {name: (total / self._total).to(torch.float32) for name, total in self._sums.items()}
+
+    def _flush(self) -> None:
+        """Add the uploads that wait to the sums."""
+        weights_u = torch.tensor([weight for weight, _ in self._waiting], dtype=torch.float64)
+        rows_uc = torch.empty(len(self._waiting), CHUNK, dtype=torch.float64)
+        for name, total in self._sums.items():
+            pieces = [torch.split(upload[name].flatten(), CHUNK) for _, upload in self._waiting]
+            for sum_c, *values in zip(torch.split(total.view(-1), CHUNK), *pieces, strict=True):
+                for row_c, value_c in zip(rows_uc, values, strict=True):
+                    row_c[: len(value_c)].copy_(value_c)
+                sum_c.addmv_(rows_uc[:, : len(sum_c)].T, weights_u)
+        self._waiting.clear()
 
 
 def start(state: State, *, trained: Collection[str]) -> Sum:

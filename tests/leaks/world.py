@@ -119,7 +119,7 @@ def write_sites(
     )
     for site in written if policy else ():
         _give_policy(site.socket_path.parent, policy)
-    return {site.name: site for site in written}
+    return {site.name: site_files.guarded(site) if policy else site for site in written}
 
 
 def _give_policy(folder: Path, policy: str) -> None:

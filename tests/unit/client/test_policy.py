@@ -86,6 +86,12 @@ def test_a_rate_that_is_no_number_cannot_pass():
     assert refused(rules(), RunManifest(other, BASE, SPECS)).rule == "train.learning_rate"
 
 
+def test_a_step_may_not_go_back_so_far_that_only_the_last_gradient_leaves():
+    pulled = run({"aggregation.proximal": "100.0", "training.learning_rate": "0.001"})
+    policy.check(rules(), pulled, Usage())
+    assert refused(rules(max_rounds="4\nmax_pull = 0.09"), pulled).rule == "train.max_pull"
+
+
 def test_runs_of_the_day_are_counted():
     policy.check(rules(max_per_day="2"), run(), Usage(num_runs_today=1))
     assert refused(rules(max_per_day="2"), run(), Usage(num_runs_today=2)).rule == "runs.max_per_day"

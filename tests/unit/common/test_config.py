@@ -156,6 +156,7 @@ def test_other_names_of_privacy_are_led_to_ours_or_refused(mode: str, remedy: st
 
 UNIT = "privacy.mode = 'unit'"
 PRIVATE = [UNIT, "privacy.sampling_prob = 0.1", "privacy.epsilon = 8", "training.local_steps = 5"]
+KRUM = ["aggregation.robust = 'krum'", "aggregation.num_bad_sites = 1"]
 BROKEN_RULES = [
     ("model.revision", 4, ["model.revision = 'main'"]),
     ("data.output_column", 7, ["data.output_column = 'input'"]),
@@ -179,6 +180,10 @@ BROKEN_RULES = [
     ("aggregation.server_learning_rate", 7, ["aggregation.server_learning_rate = 0.5"]),
     ("aggregation.server_beta1", 7, ["aggregation.server_beta1 = 0.5"]),
     ("aggregation.server_beta2", 8, ["aggregation.server_optimizer = 'fedavgm'", "aggregation.server_beta2 = 0.5"]),
+    ("aggregation.proximal", 9, ["training.learning_rate = 0.1", "aggregation.proximal = 10.0"]),
+    ("aggregation.num_bad_sites", 7, ["aggregation.num_bad_sites = 1"]),
+    ("aggregation.weighting", 7, [*KRUM, "federation.min_sites = 5"]),
+    ("federation.min_sites", 11, [*KRUM, "aggregation.weighting = 'uniform'", "federation.min_sites = 4"]),
     ("aggregation.server_tau", 7, ["aggregation.server_tau = 0.5"]),
     ("privacy.mode", 5, ["privacy.clip_norm = 2.0"]),
     ("privacy.clip_quantile", 8, [*PRIVATE, "privacy.clip_quantile = 0.3"]),

@@ -2,6 +2,7 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,6 +55,15 @@ def test_control_in_float32_the_order_of_arrival_does():
 
     given = uploads(5)
     assert not all(torch.equal(naive(order), naive(given)) for order in itertools.permutations(given))
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 9])
+def test_the_mean_is_that_of_float64_however_many_updates_wait(count, monkeypatch):
+    """By numpy; a chunk of seven values, so that the last of each tensor is cut."""
+    monkeypatch.setattr("server.aggregate.mean.CHUNK", 7)
+    given = uploads(count)
+    wanted = np.average([upload["w"].double() for upload, _ in given], axis=0, weights=[w for _, w in given])
+    assert np.allclose(mean(given)["w"].double(), wanted, rtol=1e-7, atol=1e-9)
 
 
 def test_one_site_alone_gets_its_own_change():

@@ -10,7 +10,19 @@ from rich.console import Console
 from client.train import local
 from common import adapter, config
 from common.errors import ConfigError, ModelError, SilotuneError
-from simulations.bench import dp, dp_arm, figures, process, scale, scale_arm, table, tax, tax_silotune
+from simulations.bench import (
+    aggregate,
+    aggregate_arm,
+    dp,
+    dp_arm,
+    figures,
+    process,
+    scale,
+    scale_arm,
+    table,
+    tax,
+    tax_silotune,
+)
 from simulations.bench.figures import Figure
 
 
@@ -124,6 +136,38 @@ def test_tax_goes_by_a_run_with_two_sites_and_no_evaluation_between_rounds():
     settings = config.load(tax_silotune.RUN_FILE)
     assert settings.federation.num_sites == 2
     assert settings.evaluation.every_rounds == settings.federation.num_rounds
+
+
+def linear(*, combine: float = 2.0, peak: float = 900.0) -> dict:
+    return {"num_parameters": 4e7, "combine_cpu_s": combine, "stream_cpu_s": 1.1, "peak_rss_mib": peak}
+
+
+FACTORED = {"flexlora": {"cpu_s": 0.03, "gap_cpu_s": 0.03}, "fedex": {"cpu_s": 0.09, "gap_cpu_s": 0.2}}
+
+
+def test_aggregate_within_its_goals():
+    shown = aggregate.judge(linear(), linear(peak=949.0), FACTORED)
+    assert all(figure.ok for figure in shown)
+    assert {figure.name: figure.value for figure in shown}["silotune / float32 additions"] == pytest.approx(2.0 / 1.1)
+
+
+@pytest.mark.parametrize(
+    ("many", "factored", "missed"),
+    [
+        (linear(combine=2.3), FACTORED, "float32"),
+        (linear(peak=951.0), FACTORED, "memory"),
+        (linear(), {"fedex": {"cpu_s": 0.11, "gap_cpu_s": 0.0}}, "fedex"),
+    ],
+)
+def test_each_goal_of_aggregate_can_be_missed(many, factored, missed):
+    [figure] = [figure for figure in aggregate.judge(linear(), many, factored) if not figure.ok]
+    assert missed in figure.name
+
+
+def test_an_arm_of_aggregate_has_the_module_and_the_sites_that_its_figures_name():
+    drawn = aggregate_arm._draw(aggregate_arm.MODULE, seed=1, std=1.0)
+    assert {tuple(tensor.shape) for tensor in drawn.values()} == {(16, 11008), (4096, 16)}
+    assert aggregate_arm.NUM_SITES == 10
 
 
 def test_an_arm_that_fails_says_why():

@@ -1,0 +1,75 @@
+"""Every way to aggregate against every attack, one run each."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from statistics import median
+from typing import Any, Final
+
+from rich.table import Table
+
+from common import config, events
+from server import run as server_run
+from simulations.attacks import run
+from simulations.compare import World
+
+GUARDS: Final = ("none", "norm bound", "median", "trimmed_mean", "krum", "multi_krum", "bulyan")
+TITLES: Final = {"held_out_loss": "held-out loss of honest sites", "trigger_loss": "loss of the attacker's answer"}
+
+
+def play(shared: World, *, num_bad: int) -> dict[str, Any]:
+    """All runs, the control without any guard first: the bound on norms comes from it.
+
+    Args:
+        shared: Settings without a guard, base, sites and the folder for all runs.
+        num_bad: Bad sites, and how many each rule is told of.
+
+    Returns:
+        `before`, and by guard and attack the figures of `run.Harm`; the bound as `max_update_norm`.
+    """
+    first = _one(shared, "none", "none", num_bad=num_bad, max_norm=0.0)
+    max_norm = usual_norm(shared)
+    cells: dict[str, dict[str, Any]] = {}
+    for guard in GUARDS:
+        for attack in run.ATTACKS:
+            is_first = (guard, attack) == ("none", "none")
+            found = first if is_first else _one(shared, guard, attack, num_bad=num_bad, max_norm=max_norm)
+            cells.setdefault(guard, {})[attack] = found
+    return {"before": run.before(shared, num_bad=num_bad), "max_update_norm": max_norm, "guards": cells}
+
+
+def usual_norm(shared: World) -> float:
+    """The median norm of the updates of the run without guard and attack."""
+
+    log = events.read(shared.folder / "none-none" / server_run.EVENTS_FILE)
+    return float(median(event["update_norm"] for event in log if event["kind"] == "site_trained"))
+
+
+def guarded(settings: config.RunConfig, guard: str, *, num_bad: int, max_norm: float) -> config.RunConfig:
+    """The run under one guard; all sites weigh the same in every one, so that they can be compared."""
+    changes: dict[str, Any] = {"weighting": "uniform"}
+    if guard == "norm bound":
+        changes["max_update_norm"] = max_norm
+    elif guard != "none":
+        changes |= {"robust": guard, "num_bad_sites": num_bad}
+    given = settings.model_dump()
+    return config.RunConfig.model_validate({**given, "aggregation": {**given["aggregation"], **changes}})
+
+
+def render(result: Mapping[str, Any]) -> Iterator[Table]:
+    """Held-out loss and that of the attacker's answer, guards by attacks."""
+    for figure, title in (
+        ("held_out_loss", "held-out loss of honest sites"),
+        ("trigger_loss", "loss of the attacker's answer"),
+    ):
+        table = Table("", *run.ATTACKS, title=title, box=None)
+        for guard, cells in result["guards"].items():
+            table.add_row(guard, *(f"{cells[attack][figure]:.3f}" for attack in run.ATTACKS))
+        yield table
+
+
+def _one(shared: World, guard: str, attack: str, *, num_bad: int, max_norm: float) -> dict[str, Any]:
+    """One cell."""
+    settings = guarded(shared.settings, guard, num_bad=num_bad, max_norm=max_norm)
+    folder = shared.folder / f"{guard}-{attack}".replace(" ", "-")
+    own = replace(shared, settings=settings, folder=folder)
+    return run.play(own, attack, num_bad=num_bad, log=server_run.prepare(settings, folder))

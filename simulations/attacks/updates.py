@@ -1,0 +1,92 @@
+"""Attacks by a site's update: the agent answers as it should, and what goes out in its place is something else."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+
+from client.agent import Agent
+from client.train import schedule
+from common import adapter, trainable, wire
+from common.adapter import Tensors
+from common.manifest import RunManifest
+
+SCALE: Final = 10.0
+FREE_RIDER_STD: Final = 1e-3  # about what a value of an honest update is
+MAX_BYTES: Final = 1 << 30
+
+
+@dataclass(frozen=True)
+class Cheat:
+    """What an attacker has at hand.
+
+    Attributes:
+        own: Its update, honestly trained.
+        copied: The honest update of another site in the same round.
+        seed: Of the attacker and round.
+    """
+
+    own: Tensors
+    copied: Callable[[], Tensors]
+    seed: int
+
+
+def sign_flip(cheat: Cheat) -> Tensors:
+    """The opposite way (Li et al. 2019, arXiv:1811.03761)."""
+    return {name: -tensor for name, tensor in cheat.own.items()}
+
+
+def scaled(cheat: Cheat) -> Tensors:
+    """Ten times the opposite way (the factor of Bagdasaryan et al. 2020, arXiv:1807.00459, with another aim)."""
+    return {name: -SCALE * tensor for name, tensor in cheat.own.items()}
+
+
+def free_rider(cheat: Cheat) -> Tensors:
+    """No training, only noise that looks like some (Fraboni et al. 2021, arXiv:2006.11901)."""
+    generator = torch.Generator().manual_seed(cheat.seed)
+    return {name: FREE_RIDER_STD * torch.randn(t.shape, generator=generator) for name, t in cheat.own.items()}
+
+
+def lazy_copy(cheat: Cheat) -> Tensors:
+    """Another site's update as one's own (Ma et al. 2020, arXiv:2012.02044)."""
+    return cheat.copied()
+
+
+@dataclass(frozen=True)
+class CheatingSite:
+    """An agent whose updates are replaced on their way out.
+
+    Attributes:
+        agent: The site's own, which does all that an honest one does.
+        victim: An honest site's, for those who copy; trained from the same frame it gives the very update it sends.
+        manifest: Of the run.
+        change: The attack.
+    """
+
+    agent: Agent
+    victim: Agent
+    manifest: RunManifest
+    change: Callable[[Cheat], Tensors]
+
+    def answer(self, frame: bytes) -> bytes:
+        """The agent's answer, its update replaced."""
+        reply = wire.unpack(self.agent.answer(frame), max_body_bytes=MAX_BYTES)
+        if reply.kind != "update":
+            return wire.pack(reply)
+        round_index = reply.head["round_index"]
+        cheat = Cheat(
+            own=self._decode(reply),
+            copied=lambda: self._decode(wire.unpack(self.victim.answer(frame), max_body_bytes=MAX_BYTES)),
+            seed=schedule.derive_seed(self.manifest.run.seed, self.agent.site, round_index, "attack"),
+        )
+        body = adapter.encode(self.change(cheat), dtype=self.manifest.run.wire.dtype)
+        return wire.pack(replace(reply, body=body))
+
+    def _decode(self, reply: wire.Frame) -> Tensors:
+        """The tensors of an update."""
+        run = self.manifest.run
+        specs = trainable.trained_specs(
+            run.aggregation.method, self.manifest.tensor_specs, round_index=reply.head["round_index"]
+        )
+        return adapter.decode(reply.body, specs, dtype=run.wire.dtype)
