@@ -330,7 +330,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "87979f419d57b3927b17f2a790aea5e5872cc97eaf2eb532a089726c3e2200cc"
+        "d0df4c6a0b0e2271e1373d28e46c24a5947a54a4131aae5fa13b39abff994670"
     )
 
 
