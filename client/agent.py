@@ -13,7 +13,7 @@ from client import protect
 from client.guard import Guard, Permissive
 from client.train import local, schedule
 from common import adapter, evaluation, manifest, model, start, trainable, wire
-from common.errors import ProtocolError, SilotuneError
+from common.errors import AuthError, ProtocolError, SilotuneError
 from common.manifest import RunManifest
 from common.model import Engine
 from common.noise import Noise, SystemNoise
@@ -104,6 +104,10 @@ class Agent:
             return self._guard.outgoing(request, reply, run=self._open_run().manifest)
         except Exception as error:  # noqa: BLE001  the site's edge: no text of any error may cross
             return wire.pack(self._refuse(error, request))
+
+    def sent_away(self, user_id: int) -> None:
+        """Another local user was at the socket; nothing of theirs was read."""
+        self._refuse(AuthError(f"user id {user_id} may not use the agent's socket"), None)
 
     def _refuse(self, error: Exception, request: Frame | None) -> Frame:
         """Code and reference cross; the text stays in the site's log, and if that cannot be written, nowhere."""

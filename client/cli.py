@@ -93,11 +93,13 @@ def serve(
     serving.harden()
     node = config.load_node(node_file)
     serving.check_policy(node, without_policy=without_policy)
+    agent = serving.make_agent(node)
     server = service.serve(
-        serving.make_agent(node).answer,
+        agent.answer,
         socket_path=Path(node.agent.socket),
         max_message_bytes=node.agent.max_message_mib << 20,
         courier_group=node.agent.courier_group,
+        on_stranger=agent.sent_away,
     )
     typer.echo(f"{node.site.name}: agent listens on {node.agent.socket}; stop it with Ctrl-C")
     service.wait(server)

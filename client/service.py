@@ -1,5 +1,6 @@
 """The agent's door: a gRPC server on a Unix domain socket. The size limit holds before anything is parsed."""
 
+import grp
 import logging
 import os
 import shutil
@@ -9,6 +10,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -16,6 +18,7 @@ from typing import Any, Final
 import grpc
 
 from client import sitelog
+from client.doorkeeper import Doorkeeper
 from client.line import OPTIONS, join, pieces
 from common import wire
 from common.agent_pb2 import Chunk, HelloReply, HelloRequest
@@ -23,14 +26,36 @@ from common.agent_pb2_grpc import AgentServicer, add_AgentServicer_to_server
 from common.errors import ConfigError, WireError
 
 MAX_CALLS: Final = 8  # at once, those that wait included
+INNER_SUFFIX: Final = ".in"  # gRPC's own socket, mode 0600, behind the one that is knocked at
 MAX_PATH_BYTES: Final = 107  # Linux, unix(7)
 _POLL_S: Final = 0.2
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Service:
+    """A running door."""
+
+    server: grpc.Server
+    keeper: Doorkeeper
+    socket_path: Path
+
+    def stop(self, grace_s: float | None) -> threading.Event:
+        """Let nobody in any more, and end the running call within `grace_s`; the event is set once that is done."""
+        self.keeper.close()
+        self.socket_path.unlink(missing_ok=True)
+        stopped: threading.Event = self.server.stop(grace_s)
+        return stopped
+
+
 def serve(
-    answer: Callable[[bytes], bytes], *, socket_path: Path, max_message_bytes: int, courier_group: str = ""
-) -> grpc.Server:
+    answer: Callable[[bytes], bytes],
+    *,
+    socket_path: Path,
+    max_message_bytes: int,
+    courier_group: str = "",
+    on_stranger: Callable[[int], None] = lambda user_id: None,
+) -> Service:
     """Open the agent's door and return; the calls run in threads.
 
     Args:
@@ -39,26 +64,30 @@ def serve(
         max_message_bytes: Largest frame that is taken. A longer one is refused before it has come.
         courier_group: Unix group whose members may open the socket too, for a courier under another user; empty: only
             this user may.
+        on_stranger: Told the user id of everybody who was sent away.
 
     Returns:
-        The running server: `wait(server)` until a signal, or `server.stop(grace)`.
+        The running door: `wait(service)` until a signal, or `service.stop(grace)`.
 
     Raises:
         ConfigError: The folder is missing or open to others, the path is too long or taken, an agent listens there, or
             there is no such group.
     """
-    check_folder(socket_path)
-    _clear(socket_path)
+    inner = socket_path.with_name(socket_path.name + INNER_SUFFIX)
+    check_folder(inner)
+    for path in (socket_path, inner):
+        _clear(path)
     server = grpc.server(ThreadPoolExecutor(MAX_CALLS), options=OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
     add_AgentServicer_to_server(_Door(answer, max_message_bytes=max_message_bytes), server)
-    _bind(server, socket_path)
+    _bind(server, inner)
+    server.start()
+    keeper = Doorkeeper(socket_path, inner=inner, group_id=_group_id(courier_group), on_stranger=on_stranger)
     if courier_group:
         _admit(courier_group, socket_path)
-    server.start()
-    return server
+    return Service(server, keeper, socket_path)
 
 
-def wait(server: grpc.Server, *, grace_s: float = 5.0) -> None:
+def wait(running: Service, *, grace_s: float = 5.0) -> None:
     """Sleep until SIGTERM or SIGINT, then let the running call end within `grace_s` and close the door."""
     stopped = threading.Event()
 
@@ -68,7 +97,7 @@ def wait(server: grpc.Server, *, grace_s: float = 5.0) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     stopped.wait()
-    server.stop(grace_s).wait()
+    running.stop(grace_s).wait()
 
 
 class _Door(AgentServicer):
@@ -171,6 +200,16 @@ def _bind(server: grpc.Server, socket_path: Path) -> None:
         raise ConfigError(f"cannot listen on {socket_path}; see the permissions of its folder") from error
     finally:
         os.umask(umask)
+
+
+def _group_id(group: str) -> int | None:
+    """A group's number."""
+    if not group:
+        return None
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError as error:
+        raise ConfigError(f"there is no group {group!r}; create it, or remove agent.courier_group") from error
 
 
 def _admit(group: str, socket_path: Path) -> None:

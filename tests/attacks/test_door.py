@@ -1,15 +1,17 @@
 """A18 and A25: bytes and callers at the agent's door, before anything is computed."""
 
+import grp
 import os
 import random
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
-from client import line, service
+from client import doorkeeper, line, service
 from common import adapter, wire
 from common.errors import ConfigError, ModelError, WireError
 
@@ -18,7 +20,13 @@ CONNECT = """
 import os, pwd, socket, sys
 nobody = pwd.getpwnam("nobody")
 os.setgroups([]), os.setgid(nobody.pw_gid), os.setuid(nobody.pw_uid)
-socket.socket(socket.AF_UNIX).connect(sys.argv[1])
+door = socket.socket(socket.AF_UNIX)
+door.connect(sys.argv[1])
+door.settimeout(2)
+try:
+    print("closed" if not door.recv(1) else "open", end="")
+except TimeoutError:
+    print("open", end="")
 """
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may act as another user")
 
@@ -64,7 +72,8 @@ def door(open_site):
     """The socket of a site that takes part in a run."""
     with tempfile.TemporaryDirectory(prefix="silotune-", dir="/tmp") as folder:
         path = Path(folder) / "agent.sock"
-        server = service.serve(open_site.agent.answer, socket_path=path, max_message_bytes=1 << 20)
+        agent = open_site.agent
+        server = service.serve(agent.answer, socket_path=path, max_message_bytes=1 << 20, on_stranger=agent.sent_away)
         yield path
         server.stop(0).wait()
 
@@ -81,9 +90,34 @@ def test_a25_another_local_user_at_the_agents_socket(door, folder_mode):
     door.parent.chmod(folder_mode)
     assert "PermissionError" in knock(door).stderr
     assert line.hello(door).wire_version == wire.VERSION
+
+
+@needs_root
+def test_a25_another_local_user_where_the_modes_let_everybody_in(door, open_site, monkeypatch):
     door.parent.chmod(0o755)
     door.chmod(0o666)
-    assert knock(door).returncode == 0  # control: the mode of the socket is what keeps others out
+    assert knock(door).stdout == "closed"
+    wait_until(lambda: open_site.log()[-1].kind == "refused")
+    assert open_site.log()[-1].facts["rule"] == "AuthError"
+    assert line.hello(door).wire_version == wire.VERSION
+    monkeypatch.setattr(doorkeeper, "credentials", lambda caller: (os.getuid(), set()))
+    assert knock(door).stdout == "open"  # control: it is the kernel's word that keeps others out
+
+
+@needs_root
+def test_a25_grpcs_own_socket_is_for_the_agents_user_alone(door):
+    door.parent.chmod(0o755)
+    inner = door.with_name(door.name + service.INNER_SUFFIX)
+    assert inner.stat().st_mode & 0o777 == 0o600
+    assert "PermissionError" in knock(inner).stderr
+
+
+def wait_until(holds, *, timeout_s: float = 10.0) -> None:
+    """The doorkeeper works in a thread of its own."""
+    end = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_a25_a_folder_in_which_others_may_write_is_no_place_for_the_socket(tmp_path):
@@ -104,3 +138,19 @@ def test_a25_oversized_call_is_refused_before_it_is_parsed(door, open_site, capl
     line.call(door, "train", bytes(1 << 20), 5.0)  # control: at the limit it is looked at, and is no frame
     assert seen == [1 << 20]
     assert open_site.log()[-1].facts["rule"] == "WireError"
+
+
+@needs_root
+@pytest.mark.parametrize(("groups", "expected"), [("[1]", "open"), ("[2]", "closed")])
+def test_a25_the_couriers_group_comes_in_and_no_other(open_site, groups, expected):
+    """A courier under another user, whose supplementary groups the kernel tells."""
+    with tempfile.TemporaryDirectory(prefix="silotune-", dir="/tmp") as folder:
+        path = Path(folder) / "agent.sock"
+        group = grp.getgrgid(1).gr_name
+        server = service.serve(open_site.agent.answer, socket_path=path, max_message_bytes=1 << 20, courier_group=group)
+        Path(folder).chmod(0o755)
+        path.chmod(0o666)
+        command = [sys.executable, "-I", "-S", "-c", CONNECT.replace("os.setgroups([])", f"os.setgroups({groups})")]
+        told = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False).stdout
+        server.stop(0).wait()
+    assert told == expected
