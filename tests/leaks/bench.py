@@ -8,7 +8,10 @@ from pathlib import Path
 
 from client import line, serve, service
 from client.agent import Agent
+from client.gatekeeper import Gatekeeper
+from client.pressure import Limit
 from common import adapter, audit_heads, config, identity, manifest, wire
+from common.audit_heads import Heads
 from common.config import RunConfig
 from common.errors import SilotuneError
 from common.manifest import RunManifest
@@ -21,6 +24,7 @@ from tests.leaks.relays import Record
 
 KINDS = ("open", "evaluate", "train")
 DAY_S = 86_400
+ANY_NUMBER = 1_000_000
 Answer = Callable[[bytes], bytes]
 
 
@@ -114,7 +118,12 @@ def fail(bench: Bench, kind: str, *, at: str, error: Callable[[], Exception]) ->
 
 
 def ready(bench: Bench, kind: str) -> None:
-    """Bring the agent to where it answers this kind of request in full."""
+    """Bring the agent to where it answers this kind of request in full: no quota is used up, no news is old."""
+    guard = bench.agent._guard
+    if isinstance(guard, Gatekeeper):
+        guard._opens = guard._refusals = Limit(ANY_NUMBER)
+        guard._heads.path.unlink(missing_ok=True)
+        guard._heads = Heads(guard._heads.path)
     bench.ask("open")  # the first offer passes functions that no other does
     if kind == "open":
         bench.agent._run = None  # so that rows and base are read again

@@ -158,7 +158,7 @@ def _start(
     processes += [deployment.start(name, site.command, logs=folder / "logs", env=env) for name, site in sites.items()]
     connected = stack.enter_context(link.connect(address, ca_file=keys / "ca.pem"))
     running = Federation(link=connected, address=address, keys=keys, processes=processes)
-    _wait(lambda: deployment._accepts(address) and all(site.socket_path.exists() for site in sites.values()), processes)
+    _wait(lambda: deployment.accepts(address) and all(site.socket_path.exists() for site in sites.values()), processes)
     sockets, egress = {}, {}
     for name, site in sites.items():
         door = dataclasses.replace(site, socket_path=site.socket_path.with_name("courier.sock"))
