@@ -152,7 +152,7 @@ def inversion(
     from simulations.audit import inversion as auditing
 
     order = commands.Order(run_file, None, model, data, store, cli.overrides(set_), json, threads)
-    shared = commands.resolved_world(order)
+    shared = order.world()
     rows = auditing.choose(shared.sites, notes)
     sources = [SystemNoise() for _ in rows]
     _tell(auditing.audit(shared.engine, rows, settings=shared.settings, sources=sources), as_json=json)

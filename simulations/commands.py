@@ -1,6 +1,5 @@
 """What the commands of `silotune-sim` do, between options and printing."""
 
-import dataclasses
 import json
 import os
 import sys
@@ -44,7 +43,7 @@ class Order:
     num_threads: int = 0
 
     def settings(self) -> config.RunConfig:
-        """The run file with the command line's settings."""
+        """The run file with the command line's settings, and its noise chosen."""
         named = {"model.base": self.model, "data.source": self.data}
         given = {key: json.dumps(value, ensure_ascii=False) for key, value in named.items() if value}
         return privacy_plan.resolve(config.load(self.run_file, overrides={**given, **self.overrides}))
@@ -106,20 +105,10 @@ def run(order: Order, *, engine: str, resume: bool) -> dict[str, Any]:
     return {"adapter": str(outcome.folder / server_run.EXPORT_FOLDER), **_places(order, shared)}
 
 
-def resolved_world(order: Order) -> World:
-    """Settings with their noise chosen, base and sites.
-
-    Raises:
-        SilotuneError: As the step that failed.
-    """
-    shared = order.world()
-    return dataclasses.replace(shared, settings=privacy_plan.resolve(shared.settings))
-
-
 @contextmanager
 def audited(order: Order) -> Iterator[tuple[World, EventLog]]:
     """A run for an audit that trains it."""
-    shared = resolved_world(order)
+    shared = order.world()
     log = order.log(shared)
     with _ending_told(log):
         yield shared, log
