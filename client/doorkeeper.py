@@ -9,8 +9,8 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -92,30 +92,53 @@ class Doorkeeper:
             self._places.release()
 
 
+def process(peer: socket.socket) -> tuple[int, int, int]:
+    """Process, user and group id at the other end of a Unix socket, as they were when it connected or listened.
+
+    Source: unix(7), SO_PEERCRED.
+    """
+    found: tuple[int, int, int] = _CREDENTIALS.unpack(
+        peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    )
+    return found
+
+
 def credentials(caller: socket.socket) -> tuple[int, set[int]]:
     """User id and group ids of the process that connected, as they were then.
 
-    Source: socket(7) and unix(7), SO_PEERCRED and SO_PEERGROUPS.
+    Source: socket(7), SO_PEERGROUPS.
     """
-    _, user_id, group_id = _CREDENTIALS.unpack(
-        caller.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    )
+    _, user_id, group_id = process(caller)
     groups = caller.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, MAX_GROUPS * _GROUP.size)
     return user_id, {group_id, *(found[0] for found in _GROUP.iter_unpack(groups))}
 
 
-def _listen(path: Path) -> socket.socket:
-    """Listen with mode 0600 from the first moment: the umask holds while the socket is made."""
-    listener = socket.socket(socket.AF_UNIX)
+@contextmanager
+def making_socket(path: Path) -> Iterator[None]:
+    """Make a socket that has mode 0600 from the first moment: the umask holds meanwhile.
+
+    Raises:
+        ConfigError: It cannot be made there.
+    """
     umask = os.umask(0o177)
     try:
-        listener.bind(str(path.absolute()))
-        listener.listen()
-    except OSError as error:
-        listener.close()
+        yield
+    except (OSError, RuntimeError) as error:  # the latter is gRPC's
         raise ConfigError(f"cannot listen on {path}; see the permissions of its folder") from error
     finally:
         os.umask(umask)
+
+
+def _listen(path: Path) -> socket.socket:
+    """Listen with mode 0600."""
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        with making_socket(path):
+            listener.bind(str(path.absolute()))
+            listener.listen()
+    except ConfigError:
+        listener.close()
+        raise
     return listener
 
 

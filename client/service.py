@@ -3,7 +3,6 @@
 import grp
 import logging
 import os
-import shutil
 import signal
 import socket
 import stat
@@ -18,7 +17,7 @@ from typing import Any, Final
 import grpc
 
 from client import sitelog
-from client.doorkeeper import Doorkeeper
+from client.doorkeeper import Doorkeeper, making_socket
 from client.line import OPTIONS, join, pieces
 from common import wire
 from common.agent_pb2 import Chunk, HelloReply, HelloRequest
@@ -73,6 +72,7 @@ def serve(
         ConfigError: The folder is missing or open to others, the path is too long or taken, an agent listens there, or
             there is no such group.
     """
+    group_id = _group_id(courier_group)
     inner = socket_path.with_name(socket_path.name + INNER_SUFFIX)
     check_folder(inner)
     for path in (socket_path, inner):
@@ -81,9 +81,9 @@ def serve(
     add_AgentServicer_to_server(_Door(answer, max_message_bytes=max_message_bytes), server)
     _bind(server, inner)
     server.start()
-    keeper = Doorkeeper(socket_path, inner=inner, group_id=_group_id(courier_group), on_stranger=on_stranger)
-    if courier_group:
-        _admit(courier_group, socket_path)
+    keeper = Doorkeeper(socket_path, inner=inner, group_id=group_id, on_stranger=on_stranger)
+    if group_id is not None:
+        _admit(courier_group, group_id, socket_path)
     return Service(server, keeper, socket_path)
 
 
@@ -191,15 +191,10 @@ def _clear(socket_path: Path) -> None:
 
 
 def _bind(server: grpc.Server, socket_path: Path) -> None:
-    """Listen with mode 0600 from the first moment: the umask holds while the socket is made."""
+    """Listen with mode 0600."""
     credentials = grpc.local_server_credentials(grpc.LocalConnectionType.UDS)
-    umask = os.umask(0o177)
-    try:
+    with making_socket(socket_path):
         server.add_secure_port(f"unix:{socket_path.absolute()}", credentials)
-    except RuntimeError as error:
-        raise ConfigError(f"cannot listen on {socket_path}; see the permissions of its folder") from error
-    finally:
-        os.umask(umask)
 
 
 def _group_id(group: str) -> int | None:
@@ -212,10 +207,10 @@ def _group_id(group: str) -> int | None:
         raise ConfigError(f"there is no group {group!r}; create it, or remove agent.courier_group") from error
 
 
-def _admit(group: str, socket_path: Path) -> None:
+def _admit(group: str, group_id: int, socket_path: Path) -> None:
     """Let a group open the socket."""
     try:
-        shutil.chown(socket_path, group=group)
-    except (LookupError, OSError) as error:
+        os.chown(socket_path, -1, group_id)
+    except OSError as error:
         raise ConfigError(f"cannot give {socket_path} to group {group!r}; is this user a member of it?") from error
     socket_path.chmod(0o660)

@@ -7,12 +7,11 @@ import pwd
 import shlex
 import socket
 import stat
-import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from client import enroll, line, link, service
+from client import doorkeeper, enroll, line, link, service
 from common import certs, kit, probe, quiet, wire
 from common.doctor import Result, check, failed, ok, skipped, warning
 from common.errors import ConfigError, SilotuneError
@@ -208,8 +207,7 @@ def agent_pid(path: Path) -> int | None:
             probe_socket.connect(str(path))
         except OSError:
             return None
-        credentials = probe_socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", credentials)[0])
+        return doorkeeper.process(probe_socket)[0]
 
 
 def core_limit(pid: int | None) -> str | None:
