@@ -1,28 +1,24 @@
 """The weighted mean of the sites' products B_i A_i, as one pair of thin matrices; what non-linear methods rest on."""
 
-import hashlib
 from collections.abc import Collection
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from common import adapter
 from server.aggregate import factored
+from server.aggregate.kept import Kept
 from server.aggregate.method import State, Sum
 
 _STACKED: Final = "stacked/"  # before a module's name, apart from the module's own factors
 
 
 class MeanOfProducts:
-    """Keeps every upload of a round: the products of a sum are not the sum of the products.
-
-    At the end uploads are put into an order of their own, so that the result does not depend on that of arrival.
-    """
+    """Keeps every upload of a round: the products of a sum are not the sum of the products."""
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._uploads: list[tuple[float, str, State]] = []
+        self._kept = Kept()
 
     def add(self, upload: State, *, weight: float) -> None:
         """Keep an upload.
@@ -30,10 +26,7 @@ class MeanOfProducts:
         Raises:
             ValueError: The weight is not positive.
         """
-        if not weight > 0:
-            raise ValueError(f"weight {weight} is not positive")
-        digest = hashlib.sha256(adapter.encode(upload, dtype="float32")).hexdigest()
-        self._uploads.append((weight, digest, upload))
+        self._kept.add(upload, weight=weight)
 
     def result(self) -> dict[str, Tensor]:
         """Of each module `[p_1 B_1, ..., p_K B_K]` and `[A_1; ...; A_K]`: rank K r, product the mean; see `pairs`.
@@ -41,11 +34,9 @@ class MeanOfProducts:
         Raises:
             ValueError: Nothing was added.
         """
-        if not self._uploads:
-            raise ValueError("no upload was added")
-        total = sum(weight for weight, _, _ in self._uploads)
-        ordered = sorted(self._uploads, key=lambda kept: kept[:2])
-        shares = [(weight / total, factored.modules(self._local(upload))) for weight, _, upload in ordered]
+        ordered = sorted(self._kept.ordered(), key=lambda kept: kept[0])
+        total = sum(weight for weight, _ in ordered)
+        shares = [(weight / total, factored.modules(self._local(upload))) for weight, upload in ordered]
         stacked: dict[str, Tensor] = {}
         for module in factored.modules(self._state):
             left_dm = torch.cat([share * pairs[module][0] for share, pairs in shares], dim=1)

@@ -10,7 +10,6 @@
 n updates, f of them bad at most. All sites weigh the same, since a site's number of rows is its own claim. K updates.
 """
 
-import hashlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
@@ -22,7 +21,7 @@ from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
 from flwr.serverapp.strategy.multikrum import select_multikrum
 from numpy.typing import NDArray
 
-from common import adapter
+from server.aggregate.kept import Kept
 from server.aggregate.method import State, Sum
 
 Values = NDArray[np.float64]
@@ -31,14 +30,11 @@ _RECORD: Final = "update"
 
 
 class RobustMean:
-    """Keeps every update of a round: no sum could tell a bad one.
-
-    At the end updates are put into an order of their own, so that the result does not depend on that of arrival.
-    """
+    """Keeps every update of a round: no sum could tell a bad one."""
 
     def __init__(self, names: Collection[str], *, rule: str, num_bad: int) -> None:
         self._names, self._rule, self._num_bad = sorted(names), rule, num_bad
-        self._kept: list[tuple[str, State]] = []
+        self._kept = Kept()
 
     def add(self, upload: State, *, weight: float) -> None:
         """Keep an upload, whatever its weight.
@@ -46,10 +42,7 @@ class RobustMean:
         Raises:
             ValueError: The weight is not positive.
         """
-        if not weight > 0:
-            raise ValueError(f"weight {weight} is not positive")
-        digest = hashlib.sha256(adapter.encode(upload, dtype="float32")).hexdigest()
-        self._kept.append((digest, upload))
+        self._kept.add(upload, weight=weight)
 
     def result(self) -> State:
         """What the updates agree on, float32.
@@ -57,10 +50,8 @@ class RobustMean:
         Raises:
             ValueError: Nothing was added.
         """
-        if not self._kept:
-            raise ValueError("no upload was added")
-        ordered = [upload for _, upload in sorted(self._kept, key=lambda kept: kept[0])]
-        updates: list[Update] = [{name: upload[name].double().numpy() for name in self._names} for upload in ordered]
+        uploads = [upload for _, upload in self._kept.ordered()]
+        updates: list[Update] = [{name: upload[name].double().numpy() for name in self._names} for upload in uploads]
         found = RULES[self._rule](updates, self._num_bad)
         return {name: torch.from_numpy(np.asarray(found[name], dtype=np.float32)) for name in self._names}
 
