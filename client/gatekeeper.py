@@ -18,7 +18,7 @@ from client.membership import Membership
 from client.payment import Payment
 from client.policy_file import DatasetRules, SignedPolicy
 from client.pressure import Limit
-from common import config, egress, identity, manifest, privacy_plan, wire
+from common import config, egress, identity, manifest, wire
 from common.adapter import Tensors
 from common.audit import AuditLog, Head
 from common.audit_heads import Heads
@@ -119,7 +119,7 @@ class Gatekeeper:
 
     def before_training(self, request: Frame, plan: RoundPlan, *, run: RunManifest) -> Frame | None:
         """A private round is paid for once, and its answer given again if it is asked for again."""
-        if not privacy_plan.is_private(run.run):
+        if not run.run.privacy.is_private:
             return None
         kept = self._payment.answered(run, plan.round_index)
         if kept is None:
@@ -133,7 +133,7 @@ class Gatekeeper:
         rounded = outgoing.rounded(reply, digits=self.policy.evaluation.round_metrics_to)
         names = {"site": self._site, "run_sha256": run.sha256, "round_index": request.head.get("round_index")}
         outgoing.check(self.policy, run, rounded, names=names)
-        if reply.kind == "update" and privacy_plan.is_private(run.run):
+        if reply.kind == "update" and run.run.privacy.is_private:
             self._payment.keep(run, int(rounded.head["round_index"]), rounded)
         rounded = self._with_audit_head(rounded)
         data = wire.pack(rounded)

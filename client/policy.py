@@ -209,11 +209,11 @@ def _check_privacy(policy: Policy, run: config.RunConfig) -> None:
     """Protection that the site requires, and how many sites an aggregate comes from."""
     protection = policy.privacy
     _require(
-        protection.mode == "none" or run.privacy.mode != "none",
+        protection.mode == "none" or run.privacy.is_private,
         "privacy.mode",
         f"differential privacy is required, the run has privacy.mode = '{run.privacy.mode}'",
     )
-    if privacy_plan.is_private(run):
+    if run.privacy.is_private:
         _at_least("privacy.min_noise_multiplier", run.privacy.noise_multiplier, protection.min_noise_multiplier)
         _at_most("privacy.max_clip_norm", run.privacy.clip_norm, protection.max_clip_norm)
         _at_most("privacy.dp_delta", run.privacy.dp_delta, protection.dp_delta)

@@ -190,7 +190,7 @@ def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
 def _epsilon(desk: Desk, run: RunManifest) -> str:
     """What the run would cost, and what the ledger has left."""
     settings = run.run
-    if not privacy_plan.is_private(settings):
+    if not settings.privacy.is_private:
         return NO_EPSILON
     dp_delta = desk.policy.privacy.dp_delta
     key = identity.load(Path(desk.node.agent.identity_key))

@@ -55,3 +55,8 @@ class PrivacyConfig(Section):
     )
     clip_quantile: float = Field(default=0.5, gt=0, lt=1, description="Share of units that should not be clipped.")
     clip_learning_rate: float = Field(default=0.2, gt=0, le=1, description="How fast the clip norm follows, per step.")
+
+    @property
+    def is_private(self) -> bool:
+        """Whether updates are differentially private."""
+        return self.mode != "none"

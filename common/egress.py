@@ -87,7 +87,7 @@ def figures(kind: str) -> list[str]:
 
 def told(kind: str, run: config.RunConfig) -> list[str]:
     """Names of the figures that a reply of this run tells; the others are None in it."""
-    hidden = UNTOLD if run.privacy.mode != "none" and kind == "update" else ()
+    hidden = UNTOLD if run.privacy.is_private and kind == "update" else ()
     return [name for name in figures(kind) if name not in hidden]
 
 

@@ -14,11 +14,6 @@ FIXED_WORDING = (
 )
 
 
-def is_private(run: config.RunConfig) -> bool:
-    """Whether updates are differentially private."""
-    return run.privacy.mode != "none"
-
-
 def event_per_round(run: config.RunConfig) -> Event:
     """What one round does to a site's units.
 
@@ -42,7 +37,7 @@ def resolve(run: config.RunConfig) -> config.RunConfig:
         FloorRefused: The noise that the file names costs more than its epsilon.
     """
     privacy = run.privacy
-    if not is_private(run):
+    if not privacy.is_private:
         return run
     num_steps = run.training.local_steps * run.federation.num_rounds
     if not privacy.noise_multiplier:

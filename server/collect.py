@@ -80,7 +80,7 @@ def read_update(data: bytes, manifest: RunManifest, plan: RoundPlan) -> tuple[Up
     check_round(head.run_sha256, head.round_index, plan)
     if not head.num_examples:
         raise WireError("update claims to rest on no rows")
-    if (head.train_loss is None) != (manifest.run.privacy.mode != "none"):
+    if (head.train_loss is None) != manifest.run.privacy.is_private:
         raise WireError("update tells a training loss where the run's privacy forbids it, or none where it is due")
     return head, adapter.decode(frame.body, update_specs(manifest, plan), dtype=manifest.run.wire.dtype)
 

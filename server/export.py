@@ -89,7 +89,7 @@ def card(
         base=base_name(settings.model.base), is_path=is_path(settings.model.base),
         before=evaluated.get(0), after=evaluated.get(num_rounds), kind=kind, licence=licence, formats=formats,
         scored_before=scored.get(0), scored=scored.get(num_rounds), privacy_wording=privacy_plan.FIXED_WORDING,
-        epsilon=privacy_plan.epsilon(settings) if privacy_plan.is_private(settings) else None,
+        epsilon=privacy_plan.epsilon(settings) if settings.privacy.is_private else None,
     )  # fmt: skip
     return text
 

@@ -242,7 +242,7 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
 
 def _privacy(settings: config.RunConfig) -> dict[str, object]:
     """What the run promises to a unit: the planned curve, never the whole over the number of rounds."""
-    if not privacy_plan.is_private(settings):
+    if not settings.privacy.is_private:
         return {}
     return {
         "epsilon_planned": [round(value, 4) for value in privacy_plan.curve(settings)],

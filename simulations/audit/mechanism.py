@@ -27,7 +27,7 @@ def settings_of(run: config.RunConfig) -> tuple[PrivacyConfig, int]:
     Raises:
         ConfigError: The run is not private.
     """
-    if not privacy_plan.is_private(run):
+    if not run.privacy.is_private:
         raise ConfigError("privacy.mode = 'none': there is no mechanism to audit; set privacy.mode = 'unit'")
     return privacy_plan.resolve(run).privacy, run.training.local_steps * run.federation.num_rounds
 
