@@ -1,0 +1,31 @@
+"""Section `[evaluation]` of the run file."""
+
+from pydantic import Field
+
+from common.config_types import METRICS, Count, Line, PositiveCount, Section
+
+
+class EvaluationConfig(Section):
+    """What is measured on held-out rows, and how often."""
+
+    every_rounds: PositiveCount = Field(default=1, description="Evaluate after every so many rounds.")
+    server_data: Line = Field(default="", description="Path of the coordinator's own held-out rows. Empty: none.")
+    batch_size: int = Field(default=16, ge=1, le=65536, description="Rows in memory at once in evaluation.")
+    exact_match_rows: Count = Field(
+        default=0, description="Held-out rows per site that are answered by generation at the end. 0: none."
+    )
+    max_new_tokens: int = Field(default=32, ge=1, le=65536, description="Longest generated answer, in tokens.")
+    metrics: str = Field(
+        default="",
+        pattern=METRICS,
+        max_length=4096,
+        description="Figures of generated answers to `server_data`, before the first round and after the last: "
+        "`exact_match`, `f1` (SQuAD's), `rouge1`, `rouge2`, `rougeL`, `number` (the last, as in GSM8K), `json` (meets "
+        "`json_schema`). Empty: none.",
+    )
+    json_schema: Line = Field(default="", description="Path of the JSON schema that `json` asks for. Empty: none.")
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The names in `metrics`, each once, in the order written."""
+        return tuple(dict.fromkeys(name.strip() for name in self.metrics.split(",") if name.strip()))

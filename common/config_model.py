@@ -1,0 +1,55 @@
+"""Sections `[model]` and `[adapter]` of the run file."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from common.config_types import TARGETS, Line, RequiredLine, Section, Sha256
+
+
+class ModelConfig(Section):
+    """The base model that every site must hold, and the precision in which it is used."""
+
+    base: RequiredLine = Field(
+        description="The base model: a folder, a name in the local store such as `smollm2`, `embedded`, or a hub id."
+    )
+    revision: Line = Field(default="", description="Commit or tag; only for a hub id. Empty: the newest.")
+    sha256: Sha256 = Field(default="", description="Expected SHA-256 of the base's files. Empty: any.")
+    quantization: Literal["none", "int8", "nf4"] = Field(
+        default="nf4", description="Storage of the frozen base's weights: as they are, 8-bit or 4-bit NormalFloat."
+    )
+    double_quantization: bool = Field(default=True, description="Quantise the quantiser's scales too; `nf4` only.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Compute type. `auto`: bfloat16 on CUDA, float32 on CPU."
+    )
+    chat_template: Literal["tokenizer", "chatml", "alpaca"] = Field(
+        default="tokenizer", description="How a row becomes a prompt. `tokenizer`: the template that the base brings."
+    )
+
+
+class AdapterConfig(Section):
+    """The low-rank adapter: all that is trained and all that travels."""
+
+    kind: Literal["lora"] = Field(default="lora", description="Kind of adapter.")
+    r: int = Field(default=16, ge=1, le=512, description="Rank of the adapter's two factors.")
+    alpha: float = Field(
+        default=32.0, gt=0, le=65536, description="Scale: the factors' product is multiplied by `alpha / r`."
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of the adapter's inputs zeroed in training.")
+    targets: str = Field(
+        default="all-linear",
+        pattern=TARGETS,
+        max_length=4096,
+        description="Layers that get an adapter: `all-linear` (all but the output head) or module names with commas.",
+    )
+    use_rslora: bool = Field(default=False, description="Multiply by `alpha / sqrt(r)` instead of `alpha / r`.")
+
+    @property
+    def scale(self) -> float:
+        """What the factors' product is multiplied by."""
+        return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """The module names in `targets`, in the order written; `("all-linear",)` for the default."""
+        return tuple(name.strip() for name in self.targets.split(","))
