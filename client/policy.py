@@ -26,7 +26,7 @@ KNOWN: Final = {
     "federation": "num_rounds sites_per_round min_sites round_timeout_s join_timeout_s num_sites",
     "aggregation": "method weighting gap_warning residual_rank residual_max_lost server_optimizer server_learning_rate "
     "server_beta1 server_beta2 server_tau proximal robust num_bad_sites "
-    "max_update_norm",
+    "max_update_norm screening screening_threshold",
     "privacy": "mode epsilon dp_delta sampling_prob noise_multiplier clip_norm max_rows_per_unit clipping "
     "adaptive_clipping clip_quantile clip_learning_rate",
     "wire": "dtype max_update_mib",

@@ -41,6 +41,14 @@ class AggregationConfig(Section):
         le=1_000_000,
         description="Scale a longer update down to this L2 norm, over all its tensors. 0: take it as it is.",
     )
+    screening: Literal["off", "report", "drop"] = Field(
+        default="off",
+        description="Look for updates unlike the round's others or the site's own of late, and say so (`report`) or "
+        "leave them out too (`drop`).",
+    )
+    screening_threshold: float = Field(
+        default=4.0, gt=0, le=1000, description="Distance from the median, in spreads, that `screening` calls too far."
+    )
     residual_rank: int = Field(
         default=0,
         ge=0,

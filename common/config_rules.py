@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 ADAM_DEFAULTS = (0.9, 0.999, 1e-8)
 RESIDUAL_MAX_LOST = 0.05
+SCREENING_THRESHOLD = 4.0
+MIN_SCREENED = 4
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,16 @@ RUN_RULES = (
         _has_too_few_good_sites,
         "too few sites for so many bad ones; with f of them median and trimmed_mean need 2 f + 1 sites, krum and "
         "multi_krum 2 f + 3, bulyan 4 f + 3",
+    ),
+    Rule(
+        ("aggregation.screening_threshold", "aggregation.screening"),
+        lambda c: c.aggregation.screening == "off" and c.aggregation.screening_threshold != SCREENING_THRESHOLD,
+        "screening is off; remove the threshold, or set screening to 'report' or 'drop'",
+    ),
+    Rule(
+        ("federation.min_sites", "aggregation.screening"),
+        lambda c: c.aggregation.screening != "off" and c.federation.min_sites < MIN_SCREENED,
+        f"screening holds sites against each other and needs {MIN_SCREENED} of them at least; raise min_sites",
     ),
     Rule(
         ("aggregation.proximal", "training.learning_rate"),

@@ -4,6 +4,11 @@ from typing import Final
 
 from common.config_aggregation import AggregationConfig
 
+SCREENED: Final = {
+    "off": "",
+    "report": "an update unlike the others is reported",
+    "drop": "an update unlike the others is left out",
+}
 NO_SECURE_SUM: Final = "secure aggregation: off, so the coordinator sees each site's own update"
 
 
@@ -16,8 +21,9 @@ def in_words(settings: AggregationConfig) -> str:
     """
     bound = settings.max_update_norm
     bounded = f"an update is scaled down to norm {bound:g}" if bound else ""
+    others = " and ".join(filter(None, (bounded, SCREENED[settings.screening])))
     if settings.robust == "none":
-        off = f"off, but {bounded}" if bounded else "off, so one bad site can move the adapter where it likes"
+        off = f"off, but {others}" if others else "off, so one bad site can move the adapter where it likes"
         return f"{NO_SECURE_SUM}; robust aggregation: {off}"
     rule = f"{settings.robust} against {settings.num_bad_sites} bad site{'s' * (settings.num_bad_sites > 1)}"
-    return f"{NO_SECURE_SUM}; robust aggregation: {', and '.join(filter(None, (rule, bounded)))}"
+    return f"{NO_SECURE_SUM}; robust aggregation: {', and '.join(filter(None, (rule, others)))}"

@@ -66,7 +66,7 @@ def render(log: Sequence[Event]) -> str:
         sites=sorted({event["site"] for event in _of(log, "site_trained")}),
         chart=chart(evaluated) if evaluated else None,
         comparison=_bars(_of(log, "compared")),
-        troubles=_of(log, "site_failed") + _of(log, "site_refused"),
+        troubles=_of(log, "site_failed") + _of(log, "site_refused") + _flagged(log),
         percent=percent,
         size=size,
     )
@@ -141,6 +141,17 @@ def _bars(compared: Sequence[Event]) -> list[dict[str, Any]]:
 def _of(log: Sequence[Event], kind: str) -> list[Event]:
     """Events of one kind."""
     return [event for event in log if event["kind"] == kind]
+
+
+def _flagged(log: Sequence[Event]) -> list[Event]:
+    """What screening found, as troubles of the sites."""
+    troubles = []
+    for event in _of(log, "screened"):
+        for site, seen in event["sites"].items():
+            did = "left out" if seen["is_left_out"] else "kept"
+            reason = f"screening, round {event['round'] + 1}, {did}: {'; '.join(seen['reasons'])}"
+            troubles += [{"kind": "site_failed", "site": site, "reason": reason}] if seen["reasons"] else []
+    return troubles
 
 
 def _colour(index: int, num_sites: int) -> str:

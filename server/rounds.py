@@ -1,11 +1,12 @@
 """The round loop: sample, send, collect, aggregate, checkpoint, evaluate. Read this file first."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from common.errors import ConfigError, ProtocolError, SilotuneError, TooFewSitesError, WireError
 from common.records import RoundPlan, UpdateHead
-from server import checkpoint, collect, federation, sampling
+from server import checkpoint, collect, federation, sampling, screening
 from server.aggregate import bound, gap, optimizer, products, robust
 from server.aggregate.method import State, Sum
 from server.evaluate import answers, held_out
@@ -124,7 +125,7 @@ def _choose(fed: Federation, round_index: int) -> list[int]:
 
 
 def _collect(fed: Federation, state: State, plan: RoundPlan, frames: dict[int, bytes]) -> Tally:
-    """Take updates as they come; one that is missing or wrong is logged and left out."""
+    """Add up the updates that count."""
     names = [spec.name for spec in collect.update_specs(fed.manifest, plan)]
     facts = fed.method.facts
     settings = fed.manifest.run.aggregation
@@ -133,17 +134,25 @@ def _collect(fed: Federation, state: State, plan: RoundPlan, frames: dict[int, b
         tally = Tally(fed.method.start(state, trained=names), meter)
     else:
         tally = Tally(robust.start(names, rule=settings.robust, num_bad=settings.num_bad_sites), None)
+    arrived = _arriving(fed, tally, plan, frames)
+    for head, change, num_bytes in screening.passed(fed, arrived, round_index=plan.round_index):
+        length = _take(fed, tally, head, change)
+        fed.log.append("site_trained", **_of_training(head), update_norm=length, bytes_up=num_bytes)
+    return tally
+
+
+def _arriving(fed: Federation, tally: Tally, plan: RoundPlan, frames: dict[int, bytes]) -> Iterator[screening.Update]:
+    """Updates as they come; one that is missing or wrong is logged and left out."""
     for answer in fed.ask(frames, kind="train"):
-        tally.bytes_up += len(answer.frame or b"")
+        num_bytes = len(answer.frame or b"")
+        tally.bytes_up += num_bytes
         try:
             head, change = _read(fed, answer, plan)
         except SilotuneError as error:
             fed.fail(answer, error, step="train")
         else:
             fed.record_received(answer, plan, step="train")
-            length = _take(fed, tally, head, change)
-            fed.log.append("site_trained", **_of_training(head), update_norm=length, bytes_up=len(answer.frame or b""))
-    return tally
+            yield head, change, num_bytes
 
 
 def _read(fed: Federation, answer: collect.Answer, plan: RoundPlan) -> tuple[UpdateHead, State]:

@@ -115,6 +115,13 @@ class Screen:
         """An answer that does not count."""
         self._print(f"  [red]{_escape(event['site'])}[/] {event['step']}: {_escape(event['reason'])}")
 
+    def _on_screened(self, event: Event) -> None:
+        """Updates that do not look like the others."""
+        for site, seen in event["sites"].items():
+            if seen["reasons"]:
+                did = "left out" if seen["is_left_out"] else "kept"
+                self._print(f"  [red]{_escape(site)}[/] screening, {did}: {_escape('; '.join(seen['reasons']))}")
+
     def _on_round_finished(self, event: Event) -> None:
         """Keep the round's figures until its held-out loss is there."""
         self._round = event

@@ -8,11 +8,12 @@ from typing import Any, Final
 from rich.table import Table
 
 from common import config, events
+from common.config_rules import MIN_SCREENED
 from server import run as server_run
 from simulations.attacks import run
 from simulations.compare import World
 
-GUARDS: Final = ("none", "norm bound", "median", "trimmed_mean", "krum", "multi_krum", "bulyan")
+GUARDS: Final = ("none", "screening", "norm bound", "median", "trimmed_mean", "krum", "multi_krum", "bulyan")
 TITLES: Final = {"held_out_loss": "held-out loss of honest sites", "trigger_loss": "loss of the attacker's answer"}
 
 
@@ -47,11 +48,14 @@ def usual_norm(shared: World) -> float:
 def guarded(settings: config.RunConfig, guard: str, *, num_bad: int, max_norm: float) -> config.RunConfig:
     """The run under one guard; all sites weigh the same in every one, so that they can be compared."""
     changes: dict[str, Any] = {"weighting": "uniform"}
+    given = settings.model_dump()
     if guard == "norm bound":
         changes["max_update_norm"] = max_norm
+    elif guard == "screening":  # which leaves sites out, so that fewer must do
+        changes["screening"] = "drop"
+        given["federation"]["min_sites"] = max(settings.federation.min_sites - num_bad, MIN_SCREENED)
     elif guard != "none":
         changes |= {"robust": guard, "num_bad_sites": num_bad}
-    given = settings.model_dump()
     return config.RunConfig.model_validate({**given, "aggregation": {**given["aggregation"], **changes}})
 
 

@@ -184,6 +184,8 @@ BROKEN_RULES = [
     ("aggregation.num_bad_sites", 7, ["aggregation.num_bad_sites = 1"]),
     ("aggregation.weighting", 7, [*KRUM, "federation.min_sites = 5"]),
     ("federation.min_sites", 11, [*KRUM, "aggregation.weighting = 'uniform'", "federation.min_sites = 4"]),
+    ("aggregation.screening_threshold", 7, ["aggregation.screening_threshold = 9.0"]),
+    ("federation.min_sites", 9, ["aggregation.screening = 'drop'", "federation.min_sites = 3"]),
     ("aggregation.server_tau", 7, ["aggregation.server_tau = 0.5"]),
     ("privacy.mode", 5, ["privacy.clip_norm = 2.0"]),
     ("privacy.clip_quantile", 8, [*PRIVATE, "privacy.clip_quantile = 0.3"]),
@@ -330,7 +332,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "d0df4c6a0b0e2271e1373d28e46c24a5947a54a4131aae5fa13b39abff994670"
+        "4be3be9bafe54687ccb097eea55f62ac29e5f5482efe06aad2d0677404fb29a3"
     )
 
 
