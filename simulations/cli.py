@@ -129,6 +129,28 @@ def attack(
 
 
 @app.command()
+def sweep(
+    sweep_file: Annotated[Path, typer.Argument(help="The sweep file.", metavar="SWEEP.toml")],
+    output: Annotated[Path, typer.Option(help="Folder of all runs; what is finished in it is not run again.")],
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, one thread each.")] = 1,
+    model: ModelOption = "",
+    data: DataOption = "",
+    json: cli.JsonOption = False,
+) -> None:
+    """Compare settings over seeds: every combination, with intervals.
+
+    \b
+    Examples:
+      silotune-sim sweep simulations/configs/sweep-methods.toml --output runs/methods --jobs 8
+      silotune-sim sweep SWEEP.toml --output runs/mine --json
+    """
+    from simulations import sweep as sweeping
+
+    result = sweeping.play(sweep_file, output=output, jobs=jobs, data=data, model=model)
+    cli.emit(result, as_json=json, show=lambda: cli.show(*sweeping.render(result)))
+
+
+@app.command()
 def base(
     name: Annotated[str, typer.Argument(help="smollm2, embedded, or a hub id such as org/name.")],
     store: StoreOption = None,
