@@ -218,8 +218,8 @@ def _scaled(
 ) -> dict[str, Tensor]:
     """Integers times their rows' scales."""
     bits = np.frombuffer(scale_bytes, "<u2")
-    if (bits >= 0x7F80).any():
-        raise WireError("compressed update has a scale that is negative, NaN or infinite")
+    if (bits > _scale_bits(np.float32([adapter.MAX_VALUE]))).any():  # as bits: negative and NaN are above, too
+        raise WireError("compressed update has a scale that is negative, NaN or too large")
     tensors, row, start = {}, 0, 0
     for spec in ordered:
         shape = packing.matrix_shape(spec.shape)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from flwr.app import Message
+from flwr.common.serde import message_to_proto
 from torch import Tensor
 
 from common import adapter, trainable, wire
@@ -16,20 +18,16 @@ from common.manifest import RunManifest
 from server import run as server_run
 from server.grid import GridFleet
 from simulations import commands, world
-from simulations.grids import InProcessGrid, answer
+from simulations.grids import Answer, InProcessGrid
 from simulations.world import Failures
 
 RUN_FILE: Final = Path(__file__).parents[1] / "configs" / "bench-bytes.toml"
 MAX_BYTES: Final = 1 << 30
 BLOCK_VALUES: Final = 64  # NVFLARE's 4-bit filter calls bitsandbytes with its default
 ARMS: Final = {
-    "float32": {"wire.dtype": '"float32"'},
-    "nvflare": {"wire.dtype": '"float32"'},
-    "default": {},
-    "int8": {"wire.dtype": '"int8"', "wire.down": '"int8"'},
-    "int4": {"wire.dtype": '"int4"', "wire.down": '"int4"'},
-    "int3": {"wire.dtype": '"int3"', "wire.down": '"int3"'},
-    "sparse": {"wire.dtype": '"int4"', "wire.density": "0.25", "wire.down": '"int4"'},
+    "float32": {"wire.dtype": "float32"},
+    "nvflare": {"wire.dtype": "float32"},
+    "int3": {"wire.dtype": "int3", "wire.down": "int3"},
 }
 
 
@@ -40,12 +38,10 @@ class Counter:
     Attributes:
         training: Of requests to train and their answers, frames whole.
         evaluation: Of requests to evaluate and their answers.
-        messages: Of all Flower messages with those frames in, as gRPC would carry them.
     """
 
     training: int = 0
     evaluation: int = 0
-    messages: int = 0
 
     def add(self, kind: str, num_bytes: int) -> None:
         """Count one exchange."""
@@ -55,12 +51,34 @@ class Counter:
             self.evaluation += num_bytes
 
 
+class CountingGrid(InProcessGrid):
+    """Counts the bytes of Flower's own messages, as they are serialised for gRPC."""
+
+    def __init__(self, answers: Mapping[int, Answer]) -> None:
+        super().__init__(answers)
+        self.num_bytes = 0
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Count what goes down."""
+        return super().push_messages([self._count(message) for message in messages])
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Count what comes up."""
+        return [self._count(message) for message in super().pull_messages(message_ids)]
+
+    def _count(self, message: Message) -> Message:
+        """One message; those that open the run are left out, as their frames are."""
+        if message.metadata.message_type != "query.open":
+            self.num_bytes += message_to_proto(message).ByteSize()
+        return message
+
+
 def main(name: str) -> dict[str, Any]:
     """Run one arm of `ARMS`.
 
     Returns:
         `losses`, held-out, after each round, the base's first; `training` and `evaluation`, bytes of all sites by then;
-        `num_values`, parameters of the adapter.
+        `num_values`, parameters of the adapter; `num_sites`; `messages`, bytes of Flower's messages at the end.
     """
     counter, losses, training, evaluation = Counter(), [], [], []
 
@@ -81,14 +99,15 @@ def main(name: str) -> dict[str, Any]:
             number: _counted(world.make_agent(site, data, shared.engine, failures).answer, counter, run, name=name)
             for number, (site, data) in enumerate(sorted(shared.sites.items()), start=1)
         }
-        fleet = GridFleet(InProcessGrid(nodes))
-        server_run.execute(shared.settings, fleet=fleet, engine=shared.engine, folder=shared.folder, log=log)
+        grid = CountingGrid(nodes)
+        server_run.execute(shared.settings, fleet=GridFleet(grid), engine=shared.engine, folder=shared.folder, log=log)
     return {
         "losses": losses,
         "training": training,
         "evaluation": evaluation,
         "num_values": adapter.num_parameters(run.tensor_specs),
         "num_sites": len(nodes),
+        "messages": grid.num_bytes,
     }
 
 

@@ -157,6 +157,7 @@ def test_other_names_of_privacy_are_led_to_ours_or_refused(mode: str, remedy: st
 UNIT = "privacy.mode = 'unit'"
 PRIVATE = [UNIT, "privacy.sampling_prob = 0.1", "privacy.epsilon = 8", "training.local_steps = 5"]
 KRUM = ["aggregation.robust = 'krum'", "aggregation.num_bad_sites = 1"]
+UNIFORM = "aggregation.weighting = 'uniform'"
 BROKEN_RULES = [
     ("model.revision", 4, ["model.revision = 'main'"]),
     ("data.output_column", 7, ["data.output_column = 'input'"]),
@@ -192,6 +193,9 @@ BROKEN_RULES = [
     ("privacy.sampling_prob", 5, [UNIT, *PRIVATE[2:]]),
     ("privacy.epsilon", 5, [UNIT, PRIVATE[1], PRIVATE[3]]),
     ("training.local_steps", 5, PRIVATE[:3]),
+    ("wire.density", 5, [*PRIVATE, "wire.density = 0.1"]),
+    ("wire.density", 11, [*KRUM, UNIFORM, "federation.min_sites = 5", "wire.density = 0.1"]),
+    ("wire.error_feedback", 7, ["wire.error_feedback = false"]),
     ("evaluation.metrics", 7, ["evaluation.metrics = 'f1'"]),
     ("evaluation.json_schema", 7, ["evaluation.json_schema = 'schema.json'"]),
 ]
