@@ -193,8 +193,8 @@ BROKEN_RULES = [
     ("privacy.sampling_prob", 5, [UNIT, *PRIVATE[2:]]),
     ("privacy.epsilon", 5, [UNIT, PRIVATE[1], PRIVATE[3]]),
     ("training.local_steps", 5, PRIVATE[:3]),
-    ("wire.density", 5, [*PRIVATE, "wire.density = 0.1"]),
-    ("wire.density", 11, [*KRUM, UNIFORM, "federation.min_sites = 5", "wire.density = 0.1"]),
+    ("wire.density", 11, [*PRIVATE, "wire.density = 0.1"]),
+    ("wire.density", 13, [*KRUM, UNIFORM, "federation.min_sites = 5", "wire.density = 0.1"]),
     ("wire.error_feedback", 7, ["wire.error_feedback = false"]),
     ("evaluation.metrics", 7, ["evaluation.metrics = 'f1'"]),
     ("evaluation.json_schema", 7, ["evaluation.json_schema = 'schema.json'"]),
@@ -334,7 +334,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "d0df4c6a0b0e2271e1373d28e46c24a5947a54a4131aae5fa13b39abff994670"
+        "0177fc97b8e0a12cdaf2ffea7afbd71915c4916b889c9853d2641eebca0290f1"
     )
 
 
