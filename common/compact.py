@@ -218,9 +218,7 @@ def _scaled(
 ) -> dict[str, Tensor]:
     """Integers times their rows' scales."""
     bits = np.frombuffer(scale_bytes, "<u2")
-    if (
-        bits > _scale_bits(np.array([adapter.MAX_VALUE], np.float32))
-    ).any():  # as bits: negative and NaN are above, too
+    if (bits > _scale_bits(np.array([adapter.MAX_VALUE], np.float32))).any():  # negative and NaN too
         raise WireError("compressed update has a scale that is negative, NaN or too large")
     tensors, row, start = {}, 0, 0
     for spec in ordered:
