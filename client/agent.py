@@ -7,13 +7,16 @@ import dataclasses
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
-from client import protect
+from client import protect, residual
 from client.guard import Guard, Permissive
 from client.train import local, schedule
-from common import adapter, evaluation, manifest, model, start, trainable, wire
-from common.errors import AuthError, ProtocolError, SilotuneError
+from common import adapter, broadcast, compact, evaluation, manifest, model, start, trainable, wire
+from common.broadcast import Held
+from common.config_privacy import Protection
+from common.errors import AuthError, ConfigError, ProtocolError, SilotuneError
 from common.manifest import RunManifest
 from common.model import Engine
 from common.noise import Noise, SystemNoise
@@ -42,7 +45,10 @@ class SiteData:
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run that this site takes part in; `fixed` are the adapter's tensors that it makes itself and is never sent."""
+    """A run that this site takes part in; `fixed` are the adapter's tensors that it makes itself and is never sent.
+
+    `start` is the adapter that a run begins with, where the adapter goes down as steps.
+    """
 
     manifest: RunManifest
     opened: OpenedHead
@@ -51,6 +57,7 @@ class OpenRun:
     held_out: Sequence[Encoded]
     held_out_rows: Sequence[Row]
     fixed: adapter.Tensors
+    start: Held | None
 
     @property
     def sha256(self) -> str:
@@ -70,6 +77,7 @@ class Agent:
         max_body_bytes: Largest adapter or manifest that is taken.
         make_noise: Source of draws and noise of one round; a seeded one is for simulations only.
         guard: Asked before the agent acts and before it answers.
+        state_folder: Where what sparse updates left out is kept; None takes no run that needs it.
     """
 
     def __init__(
@@ -82,6 +90,7 @@ class Agent:
         max_body_bytes: int = MAX_BODY_BYTES,
         guard: Guard = PERMISSIVE,
         make_noise: Callable[[RunManifest, int], Noise] = fresh_noise,
+        state_folder: Path | None = None,
     ) -> None:
         self.site = site
         self._load_data = load_data
@@ -90,7 +99,9 @@ class Agent:
         self._max_body_bytes = max_body_bytes
         self._guard = guard
         self._make_noise = make_noise
+        self._state_folder = state_folder
         self._run: OpenRun | None = None
+        self._held: Held | None = None
         self._steps = {"open": self._open, "train": self._train, "evaluate": self._evaluate}
 
     def answer(self, frame: bytes) -> bytes:
@@ -126,7 +137,7 @@ class Agent:
         self._guard.before_open(offer)
         run_manifest = manifest.parse(offer.manifest)
         if self._run is None or self._run.sha256 != run_manifest.sha256:
-            self._run = None  # lets go of its base, of which two may not fit into memory
+            self._run = self._held = None  # lets go of its base, of which two may not fit into memory
             self._run = self._prepare(run_manifest)
         return Frame("opened", to_head(self._run.opened))
 
@@ -134,7 +145,7 @@ class Agent:
         """Check the base against the manifest, then turn rows into tokens once for the whole run."""
         engine = self._load_engine(run_manifest)
         adapter.check_specs(engine.tensor_specs, run_manifest.tensor_specs)
-        fixed = start.fixed(run_manifest)
+        fixed, begun = start.fixed(run_manifest), _start(run_manifest, engine)
         data = self._load_data(run_manifest)
         train, train_report = model.encode(engine, data.train, run_manifest.run.data)
         held_out, held_out_report = model.encode(engine, data.held_out, run_manifest.run.data)
@@ -146,8 +157,9 @@ class Agent:
             num_truncated=train_report.num_truncated + held_out_report.num_truncated,
             num_dropped=train_report.num_dropped + held_out_report.num_dropped,
             num_steps=schedule.num_local_steps(len(train), run_manifest.run.training),
+            adapter_sha256=begun.sha256 if begun else "",
         )
-        return OpenRun(run_manifest, opened, engine, train, held_out, data.held_out, fixed)
+        return OpenRun(run_manifest, opened, engine, train, held_out, data.held_out, fixed, begun)
 
     def _train(self, request: Frame) -> Frame:
         """Train from the global adapter that came; answer with the protected delta."""
@@ -172,9 +184,7 @@ class Agent:
                 proximal=settings.aggregation.proximal,
             )
         raw_delta = protect.subtract(adapter.read(run.engine.model), {name: before[name] for name in names})
-        outgoing = protect.protect(
-            raw_delta, privacy=settings.privacy, trained_with=result.protection, dtype=settings.wire.dtype
-        )
+        body = self._protect(run, plan, raw_delta, trained_with=result.protection)
         head = UpdateHead(
             site=self.site,
             run_sha256=run.sha256,
@@ -185,7 +195,36 @@ class Agent:
             train_loss=result.train_loss,
             seconds=result.seconds,
         )
-        return Frame("update", to_head(head), outgoing.body)
+        return Frame("update", to_head(head), body)
+
+    def _protect(
+        self, run: OpenRun, plan: RoundPlan, raw_delta: protect.RawDelta, *, trained_with: Protection
+    ) -> bytes:
+        """The update's body; what a sparse one leaves out is on the disk before it leaves."""
+        settings, folder = run.manifest.run, self._residual_folder(run)
+        specs = trainable.leaving_specs(settings.aggregation.method, run.manifest.tensor_specs)
+        left_out = residual.load(folder, run.sha256, plan.round_index, specs) if folder else None
+        outgoing = protect.protect(
+            raw_delta,
+            privacy=settings.privacy,
+            trained_with=trained_with,
+            settings=settings.wire,
+            draws=compact.dice(run.sha256, self.site, plan.round_index),
+            left_out=left_out,
+        )
+        if folder:
+            residual.save(folder, run.sha256, plan.round_index, outgoing.left_out)
+        return outgoing.body
+
+    def _residual_folder(self, run: OpenRun) -> Path | None:
+        """Where a run's residuals are kept; None for a run that has none."""
+        if not run.manifest.run.wire.keeps_residual:
+            return None
+        if self._state_folder is None:
+            raise ConfigError(
+                "this run's sparse updates need a folder at the site for what they leave out; it has none"
+            )
+        return self._state_folder
 
     def _evaluate(self, request: Frame) -> Frame:
         """Score the global adapter that came on this site's held-out rows."""
@@ -220,7 +259,10 @@ class Agent:
         if plan.round_index > last:
             raise ProtocolError(f"round {plan.round_index} is beyond the manifest's last, {last}")
         specs = trainable.received_specs(run.manifest.run.aggregation.method, run.manifest.tensor_specs)
-        tensors = {**run.fixed, **adapter.decode(request.body, specs, dtype="float32")}
+        settings = run.manifest.run.wire
+        received = broadcast.receive(request, specs, settings=settings, held=(self._held, run.start))
+        self._held = received if settings.down != "float32" else None
+        tensors = {**run.fixed, **received.tensors}
         self._guard.before_step(request, plan, tensors, run=run.manifest)
         return run, plan, tensors
 
@@ -229,3 +271,13 @@ class Agent:
         if self._run is None:
             raise ProtocolError(NOT_OPEN)
         return self._run
+
+
+def _start(run_manifest: RunManifest, engine: Engine) -> Held | None:
+    """What a site would be sent first, made from the seed; None where the adapter goes down whole."""
+    if run_manifest.run.wire.down == "float32":
+        return None
+    tensors = start.initial(run_manifest, engine.initial)
+    specs = trainable.received_specs(run_manifest.run.aggregation.method, run_manifest.tensor_specs)
+    sent = {spec.name: tensors[spec.name] for spec in specs}
+    return Held(broadcast.digest(sent), sent)

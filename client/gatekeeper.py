@@ -18,7 +18,7 @@ from client.membership import Membership
 from client.payment import Payment
 from client.policy_file import DatasetRules, SignedPolicy
 from client.pressure import Limit
-from common import config, egress, identity, manifest, wire
+from common import broadcast, config, egress, identity, manifest, wire
 from common.adapter import Tensors
 from common.audit import AuditLog, Head
 from common.audit_heads import Heads
@@ -216,7 +216,7 @@ class Gatekeeper:
         """Rounds go forward; one that was answered is answered again only for the very same adapter."""
         steps = self.history.run(plan.run_sha256).steps
         known = steps.get((request.kind, plan.round_index))
-        if known is not None and known.request_sha256 != _sha256(request.body):
+        if known is not None and known.request_sha256 != broadcast.adapter_sha256(request):
             raise PolicyRefusedError(
                 f"rounds: {request.kind} of round {plan.round_index} came again with another adapter", rule="rounds"
             )
@@ -257,7 +257,7 @@ class Gatekeeper:
             "round_index": place[1],
             "num_bytes": len(data),
             "sha256": _sha256(data),
-            "request_sha256": _sha256(request.body),
+            "request_sha256": broadcast.adapter_sha256(request),
             "content_sha256": content,
         }
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from client.policy_file import Policy
-from common import adapter, egress, trainable
+from common import compact, egress, trainable
 from common.errors import ModelError, PolicyRefusedError, WireError
 from common.manifest import RunManifest
 from common.records import SiteMetrics, from_head
@@ -100,7 +100,7 @@ def _check_body(run_manifest: RunManifest, reply: Frame) -> None:
         run.aggregation.method, run_manifest.tensor_specs, round_index=reply.head["round_index"]
     )
     try:
-        adapter.decode(reply.body, specs, dtype=run.wire.dtype)
+        compact.decode_update(reply.body, specs, run.wire)
     except (WireError, ModelError) as error:
         raise PolicyRefusedError(f"egress: {error}", rule="egress") from error
 

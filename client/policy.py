@@ -29,7 +29,7 @@ KNOWN: Final = {
     "max_update_norm screening screening_threshold",
     "privacy": "mode epsilon dp_delta sampling_prob noise_multiplier clip_norm max_rows_per_unit clipping "
     "adaptive_clipping clip_quantile clip_learning_rate",
-    "wire": "dtype max_update_mib",
+    "wire": "dtype density error_feedback down max_update_mib",
     "evaluation": "every_rounds server_data batch_size exact_match_rows max_new_tokens metrics json_schema",
     "output": "folder keep_checkpoints",
 }

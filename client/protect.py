@@ -1,10 +1,15 @@
 """The only way out: a raw delta becomes bytes that may be sent, as the run's `[privacy]` says."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from common import adapter
-from common.adapter import Tensors, WireDtype
+import numpy as np
+from torch import Tensor
+
+from common import adapter, compact
+from common.adapter import Tensors
 from common.config_privacy import PrivacyConfig, Protection
+from common.config_wire import WireConfig
 from common.errors import PrivacyError
 
 
@@ -20,12 +25,14 @@ class OutgoingUpdate:
     """Bytes that may leave the site.
 
     Attributes:
-        body: Safetensors bytes.
+        body: What `common.compact.decode_update` reads.
         protection: What was done to them; `none` says that the update is unprotected.
+        left_out: What a sparse update left out; stays at the site. Empty without error feedback.
     """
 
     body: bytes
     protection: Protection
+    left_out: Tensors
 
 
 def subtract(after: Tensors, before: Tensors) -> RawDelta:
@@ -40,7 +47,13 @@ def subtract(after: Tensors, before: Tensors) -> RawDelta:
 
 
 def protect(
-    raw_delta: RawDelta, *, privacy: PrivacyConfig, trained_with: Protection, dtype: WireDtype
+    raw_delta: RawDelta,
+    *,
+    privacy: PrivacyConfig,
+    trained_with: Protection,
+    settings: WireConfig,
+    draws: np.random.Generator,
+    left_out: Tensors | None = None,
 ) -> OutgoingUpdate:
     """Prepare an update for sending.
 
@@ -48,7 +61,9 @@ def protect(
         raw_delta: What training changed.
         privacy: What the run promises.
         trained_with: What the training really did; gradients are noised there, where units can be told apart.
-        dtype: Of the values that travel.
+        settings: The run's `[wire]`.
+        draws: Of stochastic rounding.
+        left_out: What the site's earlier updates left out; None without error feedback.
 
     Raises:
         PrivacyError: The training did not do what the run promises.
@@ -57,4 +72,14 @@ def protect(
         raise PrivacyError(
             f"privacy.mode = '{privacy.mode}' and the training was done with '{trained_with}'; nothing was sent"
         )
-    return OutgoingUpdate(adapter.encode(raw_delta.tensors, dtype=dtype), protection=trained_with)
+    whole = raw_delta.tensors if left_out is None else _added(raw_delta.tensors, left_out)
+    body = compact.encode_update(whole, settings, draws=draws)
+    if left_out is None:
+        return OutgoingUpdate(body, trained_with, {})
+    sent = compact.decode_update(body, adapter.specs(whole), settings)
+    return OutgoingUpdate(body, trained_with, {**left_out, **{name: whole[name] - sent[name] for name in whole}})
+
+
+def _added(tensors: Tensors, left_out: Tensors) -> Mapping[str, Tensor]:
+    """A change and what is still to be sent."""
+    return {name: tensor + left_out[name] if name in left_out else tensor for name, tensor in tensors.items()}

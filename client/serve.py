@@ -17,6 +17,7 @@ from common.model import Engine
 from common.rows import Columns, Row
 
 LOG_FILE = "agent.jsonl"
+RESIDUALS = "residuals"
 
 
 def harden() -> None:
@@ -46,6 +47,7 @@ def make_agent(node: config.NodeConfig) -> Agent:
         report=sitelog.reporter(log),
         max_body_bytes=node.agent.max_message_mib << 20,
         guard=make_guard(node) if node.agent.policy else PERMISSIVE,
+        state_folder=Path(node.agent.log_folder) / RESIDUALS,
     )
 
 

@@ -109,6 +109,18 @@ def _robust_remark(facts: Facts) -> str:
     return "each factor by itself, and the gap is not measured" if "AB" in facts.trains else ""
 
 
+def _sparse(facts: Facts) -> str:
+    if facts.refreshes:
+        return "what a site keeps of a sparse update does not fit the new coordinates that the factors get every round"
+    return ""
+
+
+def _steps(facts: Facts) -> str:
+    if facts.refreshes:
+        return "the factors get new coordinates every round, so that a step is as large as the adapter itself"
+    return "" if facts.base_delta == "none" else "the side adapter is factored anew every round, and has no small step"
+
+
 SERVER_OPTIMIZER: Final = "server optimizer"
 FEATURES: Final = (
     Feature("secure aggregation", _in_the_clear),
@@ -142,6 +154,47 @@ FEATURES: Final = (
         _robust_remark,
         keys=("aggregation.robust",),
         is_asked=lambda run: run.aggregation.robust != "none",
+    ),
+    Feature("sparse updates", _sparse, keys=("wire.density",), is_asked=lambda run: run.wire.density < 1),
+    Feature("steps down", _steps, keys=("wire.down",), is_asked=lambda run: run.wire.down != "float32"),
+)
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Two settings of the wire, or of the wire and another section, that do not go together under any method.
+
+    Attributes:
+        keys: The settings; the first names the problem.
+        is_asked: Whether a run asks for both.
+        reason: Why not.
+        nearest: What to set instead.
+    """
+
+    keys: tuple[str, ...]
+    is_asked: Callable[["RunConfig"], bool]
+    reason: str
+    nearest: str
+
+
+WIRE_CONFLICTS: Final = (
+    Conflict(
+        ("wire.density", "privacy.mode"),
+        lambda run: run.wire.density < 1 and run.privacy.is_private,
+        "the largest values of a noised update are mostly its noise",
+        'wire.dtype = "int4", which rounds after the noise',
+    ),
+    Conflict(
+        ("wire.density", "aggregation.robust"),
+        lambda run: run.wire.density < 1 and run.aggregation.robust != "none",
+        "sites send different values, and where most send none the robust rule sees zeros",
+        'wire.dtype = "int4" with density 1',
+    ),
+    Conflict(
+        ("wire.error_feedback", "wire.density"),
+        lambda run: run.wire.density == 1 and not run.wire.error_feedback,
+        "nothing is left out of an update that is whole, and the setting has no effect",
+        "a density below 1, or leave it out",
     ),
 )
 

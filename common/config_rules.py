@@ -155,6 +155,14 @@ def _refused_combinations() -> tuple[Rule, ...]:
     )
 
 
+def _wire_conflicts() -> tuple[Rule, ...]:
+    """One rule for each pair of settings that the wire does not allow."""
+    return tuple(
+        Rule(conflict.keys, conflict.is_asked, f"{conflict.reason}; the nearest that is allowed is {conflict.nearest}")
+        for conflict in compatibility.WIRE_CONFLICTS
+    )
+
+
 _SITES_FOR_BAD = {"median": (2, 1), "trimmed_mean": (2, 1), "krum": (2, 3), "multi_krum": (2, 3), "bulyan": (4, 3)}
 
 
@@ -171,6 +179,7 @@ def _keeps_residual(config: RunConfig) -> bool:
 
 RUN_RULES = (
     *_refused_combinations(),
+    *_wire_conflicts(),
     Rule(
         ("aggregation.residual_rank", "aggregation.method"),
         lambda c: _keeps_residual(c) and not c.aggregation.residual_rank,

@@ -1,21 +1,19 @@
 """What may leave a site in a run: each figure with its range, the tensors' type, bytes a round. Loads no torch."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from common import config, trainable
+from common import config, packing, trainable
 from common.methods import FACTS
 from common.records import OpenedHead, SiteMetrics, TensorSpec, UpdateHead
 
 HEAD_BYTES: Final = 4096  # more than any head and a frame's own bytes
 ENTRY_BYTES: Final = 128  # of a safetensors header, besides the tensor's name
-VALUE_BYTES: Final = {"float32": 4, "bfloat16": 2}
 REPLIES: Final[Mapping[str, type]] = {"opened": OpenedHead, "update": UpdateHead, "metrics": SiteMetrics}
 AUDIT: Final = ("num_audit_entries", "audit_sha256", "audit_time")  # head of the site's audit log; nothing of rows
-NAMES: Final = ("site", "run_sha256", "round_index", *AUDIT)  # no figures; site, run and round are known already
+NAMES: Final = ("site", "run_sha256", "round_index", "adapter_sha256", *AUDIT)  # no figures, and known already
 
 UNTOLD: Final = ("num_tokens", "train_loss", "seconds")  # of drawn rows: no noise covers them
 
@@ -70,7 +68,7 @@ def declare(run: config.RunConfig, tensor_specs: Sequence[TensorSpec]) -> Egress
     """
     method = run.aggregation.method
     turns = trainable.all_turns(method, tensor_specs)
-    update = max(num_update_bytes(specs, dtype=run.wire.dtype) for specs in turns)
+    update = max(num_update_bytes(specs, dtype=run.wire.dtype, density=run.wire.density) for specs in turns)
     return Egress(
         dtype=run.wire.dtype,
         factors=FACTS[method].trains,
@@ -91,8 +89,8 @@ def told(kind: str, run: config.RunConfig) -> list[str]:
     return [name for name in figures(kind) if name not in hidden]
 
 
-def num_update_bytes(tensor_specs: Sequence[TensorSpec], *, dtype: str) -> int:
+def num_update_bytes(tensor_specs: Sequence[TensorSpec], *, dtype: str, density: float = 1.0) -> int:
     """Most bytes that an update of these tensors can have, its frame included."""
-    num_values = sum(math.prod(spec.shape) for spec in tensor_specs)
-    header = sum(len(spec.name.encode()) + ENTRY_BYTES for spec in tensor_specs)
-    return num_values * VALUE_BYTES[dtype] + header + HEAD_BYTES
+    names = sum(len(spec.name.encode()) + ENTRY_BYTES for spec in tensor_specs)
+    header = names if packing.is_plain(dtype, density) else 0
+    return packing.body_bytes(tensor_specs, dtype=dtype, density=density) + header + HEAD_BYTES

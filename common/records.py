@@ -13,6 +13,7 @@ MAX_NUMBER: Final = 2**53
 MAX_CHARACTERS: Final = 256
 HEADS: Final = "heads"  # beside a plan: where the audit logs of the others stand
 LINKS: Final = "links"  # and that the coordinator's own log continues what it was
+ADAPTER: Final = "adapter"  # in which form the adapter comes (`common.broadcast`)
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class OpenedHead:
         num_truncated: Of both, cut at `data.max_length_tokens`.
         num_dropped: Of both, left out because they are too long.
         num_steps: Optimiser steps that a round will take here.
+        adapter_sha256: Of the adapter that the run starts from, as this site made it from the seed; empty where the
+            adapter goes down whole.
     """
 
     site: str
@@ -44,6 +47,7 @@ class OpenedHead:
     num_truncated: int
     num_dropped: int
     num_steps: int
+    adapter_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,12 +125,12 @@ class SiteMetrics:
 
 
 def read_plan(head: dict[str, Any]) -> RoundPlan:
-    """The plan in a request's head; the heads of audit logs beside it are for the site's guard.
+    """The plan in a request's head; beside it stand heads of audit logs, and the form of the adapter.
 
     Raises:
         WireError: See `from_head`.
     """
-    return from_head(RoundPlan, {name: value for name, value in head.items() if name not in (HEADS, LINKS)})
+    return from_head(RoundPlan, {name: value for name, value in head.items() if name not in (HEADS, LINKS, ADAPTER)})
 
 
 def to_head(record: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from common import adapter, trainable, wire
+from common import adapter, compact, packing, trainable, wire
 from common.adapter import Tensors
 from common.errors import RemoteError, SilotuneError, WireError
 from common.manifest import RunManifest
@@ -82,7 +82,7 @@ def read_update(data: bytes, manifest: RunManifest, plan: RoundPlan) -> tuple[Up
         raise WireError("update claims to rest on no rows")
     if (head.train_loss is None) != manifest.run.privacy.is_private:
         raise WireError("update tells a training loss where the run's privacy forbids it, or none where it is due")
-    return head, adapter.decode(frame.body, update_specs(manifest, plan), dtype=manifest.run.wire.dtype)
+    return head, compact.decode_update(frame.body, update_specs(manifest, plan), manifest.run.wire)
 
 
 def check_round(run_sha256: str, round_index: int, plan: RoundPlan) -> None:
@@ -104,8 +104,9 @@ def update_specs(manifest: RunManifest, plan: RoundPlan) -> tuple[TensorSpec, ..
 def max_update_bytes(manifest: RunManifest) -> int:
     """What an update of this run can weigh: its tensors and a header, and never more than `wire.max_update_mib`."""
     turns = trainable.all_turns(manifest.run.aggregation.method, manifest.tensor_specs)
-    largest = max(adapter.encoded_size(specs, dtype=manifest.run.wire.dtype) for specs in turns)
-    exact = largest + adapter.MAX_HEADER_BYTES
+    dtype, density = manifest.run.wire.dtype, manifest.run.wire.density
+    largest = max(packing.body_bytes(specs, dtype=dtype, density=density) for specs in turns)
+    exact = largest + (adapter.MAX_HEADER_BYTES if packing.is_plain(dtype, density) else 0)
     return min(exact, manifest.run.wire.max_update_mib << 20)
 
 

@@ -17,12 +17,13 @@ from common.events import EventLog
 from common.manifest import Offer, RunManifest
 from common.model import Engine
 from common.prompts import Encoded
-from common.records import OpenedHead, RoundPlan, SiteMetrics, from_head, to_head
+from common.records import ADAPTER, OpenedHead, RoundPlan, SiteMetrics, from_head, to_head
 from common.rows import Row
 from common.wire import Frame
-from server import collect
+from server import broadcast, collect
 from server.aggregate.method import Method, State
 from server.aggregate.optimizer import Memory
+from server.broadcast import Step
 from server.fleet import Fleet
 from server.trail import Trail, of_error, of_frame
 
@@ -63,7 +64,10 @@ class Federation:
         trail: The coordinator's audit log; None where nobody signs the run.
         asked_at: When nodes said that a person has to decide, by `clock`.
         own_rows: The coordinator's own held-out rows, and the engine that scores them; None without any.
-        memory: What the coordinator's optimizer remembers from round to round.
+        memory: What the coordinator remembers from round to round.
+        step: To the newest adapter, where it goes down as steps.
+        sent_sha256: Hash of the adapter in the last requests.
+        held: Hash of the adapter that each node answered for last.
         clock: Seconds, monotonic.
         sleep: Waits between looks.
     """
@@ -85,6 +89,9 @@ class Federation:
     asked_at: dict[int, float] = field(default_factory=dict)
     own_rows: OwnRows | None = None
     memory: Memory = field(default_factory=dict)
+    step: Step | None = None
+    sent_sha256: str = ""
+    held: dict[int, str] = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
@@ -107,6 +114,7 @@ class Federation:
 
         One that is merely late is not doubted: to offer it the run again would cost a second wait.
         """
+        self.held.pop(answer.node_id, None)
         if not answer.is_late:
             self.doubtful.add(answer.node_id)
         reason = collect.reason_of(error)
@@ -124,25 +132,38 @@ class Federation:
             self.trail.log.append(kind, run=self.manifest.sha256, **facts)
 
     def record_received(self, answer: collect.Answer, plan: RoundPlan, *, step: str) -> None:
-        """Write down an answer that counts, before it is used."""
+        """Write down an answer that counts, before it is used; the node holds the adapter that it was sent."""
+        self.held[answer.node_id] = self.sent_sha256
         if self.trail and answer.frame is not None:
             facts = {"round_index": plan.round_index, "site": self.name(answer.node_id), **of_frame(answer.frame)}
             self.record("received", step=step, **facts)
 
     def request(self, kind: str, plan: RoundPlan, state: State, *, nodes: Sequence[int]) -> dict[int, bytes]:
-        """A request that carries the global adapter without what sites make themselves, one frame for all nodes.
+        """A request that brings the global adapter without what sites make themselves, one frame for all nodes alike.
 
         It is in the audit log before it is sent.
         """
         sent = trainable.received_specs(self.manifest.run.aggregation.method, self.manifest.tensor_specs)
-        body = encode({spec.name: state[spec.name] for spec in sent}, dtype="float32")
-        heads = self.trail.told() if self.trail else {}
-        frame = wire.pack(Frame(kind, {**to_head(plan), **heads}, body))
+        tensors = {spec.name: state[spec.name] for spec in sent}
+        heads = {**to_head(plan), **(self.trail.told() if self.trail else {})}
+        if self.manifest.run.wire.down == "float32":
+            body = encode(tensors, dtype="float32")
+            self.sent_sha256 = sha256(body).hexdigest()
+            return self._recorded(Frame(kind, heads, body), plan, nodes=nodes)
+        frames: dict[int, bytes] = {}
+        for form, body, group in broadcast.forms(tensors, nodes=nodes, held=self.held, step=self.step):
+            self.sent_sha256 = form.sha256
+            frames |= self._recorded(Frame(kind, {**heads, ADAPTER: to_head(form)}, body), plan, nodes=group)
+        return frames
+
+    def _recorded(self, request: Frame, plan: RoundPlan, *, nodes: Sequence[int]) -> dict[int, bytes]:
+        """One frame for these nodes, written down."""
+        frame = wire.pack(request)
         if self.trail:
-            facts = {"round_index": plan.round_index, "adapter_sha256": sha256(body).hexdigest(), **of_frame(frame)}
+            facts = {"round_index": plan.round_index, "adapter_sha256": self.sent_sha256, **of_frame(frame)}
             names = sorted(self.name(node_id) for node_id in nodes)
             for start in range(0, len(names), NAMES_AN_ENTRY):
-                self.record("sent", step=kind, sites=names[start : start + NAMES_AN_ENTRY], **facts)
+                self.record("sent", step=request.kind, sites=names[start : start + NAMES_AN_ENTRY], **facts)
         return dict.fromkeys(nodes, frame)
 
 
@@ -207,6 +228,7 @@ def _admit(federation: Federation, answer: collect.Answer) -> None:
     told = {"site": head.site, "num_examples": head.num_examples, **of_frame(answer.frame)}
     federation.record("opened", node=str(answer.node_id), **told)
     federation.sites[answer.node_id] = head
+    federation.held[answer.node_id] = head.adapter_sha256
     federation.log.append("site_joined", node=answer.node_id, **_without_run(head))
 
 
@@ -259,4 +281,4 @@ def _who_is_missing(federation: Federation, wanted: int) -> str:
 
 def _without_run(head: OpenedHead) -> dict[str, Any]:
     """An opened head for the events."""
-    return {name: value for name, value in to_head(head).items() if name != "run_sha256"}
+    return {name: value for name, value in to_head(head).items() if name not in ("run_sha256", "adapter_sha256")}

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from common import trainable
 from common.errors import ConfigError, ProtocolError, SilotuneError, TooFewSitesError, WireError
 from common.records import RoundPlan, UpdateHead
-from server import checkpoint, collect, federation, sampling, screening
+from server import broadcast, checkpoint, collect, federation, sampling, screening
 from server.aggregate import bound, gap, optimizer, products, robust
 from server.aggregate.method import State, Sum
 from server.evaluate import answers, held_out
@@ -69,7 +70,7 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
     combined = tally.combined.result()
     averaged = fed.method.apply(state, combined)
     step, fed.memory = optimizer.step(combined, fed.memory, settings=fed.manifest.run.aggregation)
-    after = averaged if step is combined else fed.method.apply(state, step)
+    after = _settle(fed, state, averaged if step is combined else fed.method.apply(state, step))
     norms = _gap(tally, state, averaged, combined)
     _require_rank(fed, norms)
     digest = checkpoint.save(
@@ -90,6 +91,16 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
         seconds=round(fed.clock() - started, 3),
     )
     return after
+
+
+def _settle(fed: Federation, before: State, after: State) -> State:
+    """The next global adapter exactly as sites will hold it."""
+    settings = fed.manifest.run
+    if settings.wire.down == "float32":
+        return after
+    sent = trainable.received_specs(settings.aggregation.method, fed.manifest.tensor_specs)
+    held, fed.memory, fed.step = broadcast.settle(before, after, fed.memory, sent=sent, dtype=settings.wire.down)
+    return held
 
 
 def _gap(tally: Tally, before: State, after: State, combined: State) -> dict[str, tuple[float, float]]:

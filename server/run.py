@@ -7,7 +7,19 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from common import adapter, compatibility, config, events, guarding, model, privacy_plan, start, storage, trainable
+from common import (
+    adapter,
+    compatibility,
+    config,
+    events,
+    guarding,
+    model,
+    packing,
+    privacy_plan,
+    start,
+    storage,
+    trainable,
+)
 from common.adapter import Tensors
 from common.data import read
 from common.errors import ConfigError, DataError, SilotuneError, StorageError
@@ -217,7 +229,8 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
     method = settings.aggregation.method
     down = adapter.encoded_size(trainable.received_specs(method, manifest.tensor_specs), dtype="float32")
     turns = trainable.all_turns(method, manifest.tensor_specs)
-    up = max(adapter.encoded_size(specs, dtype=settings.wire.dtype) for specs in turns)
+    wire = settings.wire
+    up = max(packing.body_bytes(specs, dtype=wire.dtype, density=wire.density) for specs in turns)
     trained = trainable.leaving_specs(method, manifest.tensor_specs)
     return {
         "name": settings.name,

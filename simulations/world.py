@@ -123,6 +123,7 @@ def make_agent(site: str, data: SiteData, engine: Engine, failures: Failures) ->
         load_engine=lambda _: engine,
         report=failures.reporter(site),
         make_noise=lambda run, round_index: seeded_noise(run, site=site, round_index=round_index),
+        state_folder=failures.folder / site,
     )
 
 

@@ -8,7 +8,7 @@ import torch
 
 from client.agent import Agent
 from client.train import schedule
-from common import adapter, trainable, wire
+from common import compact, trainable, wire
 from common.adapter import Tensors
 from common.manifest import RunManifest
 
@@ -80,7 +80,8 @@ class CheatingSite:
             copied=lambda: self._decode(wire.unpack(self.victim.answer(frame), max_body_bytes=MAX_BYTES)),
             seed=schedule.derive_seed(self.manifest.run.seed, self.agent.site, round_index, "attack"),
         )
-        body = adapter.encode(self.change(cheat), dtype=self.manifest.run.wire.dtype)
+        draws = compact.dice(self.manifest.sha256, self.agent.site, round_index)
+        body = compact.encode_update(self.change(cheat), self.manifest.run.wire, draws=draws)
         return wire.pack(replace(reply, body=body))
 
     def _decode(self, reply: wire.Frame) -> Tensors:
@@ -89,4 +90,4 @@ class CheatingSite:
         specs = trainable.trained_specs(
             run.aggregation.method, self.manifest.tensor_specs, round_index=reply.head["round_index"]
         )
-        return adapter.decode(reply.body, specs, dtype=run.wire.dtype)
+        return compact.decode_update(reply.body, specs, run.wire)

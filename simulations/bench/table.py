@@ -11,6 +11,7 @@ from common.errors import ConfigError
 BENCHES: Final[Mapping[str, str]] = {
     "tax": "start-up, cost of a round and memory, against a plain transformers and peft loop; about 10 minutes",
     "dp": "time and memory of a private training step against a plain one; on a GPU if there is one; about 10 minutes",
+    "bytes": "bytes to a held-out loss, against float32 both ways and 4-bit messages; about 10 minutes",
     "scale": "cost and memory a site, from 1 to 1,000 virtual sites; about 15 minutes",
     "aggregate": "what updates of 100 sites cost the coordinator, against memory bandwidth; 1 minute",
 }

@@ -157,6 +157,7 @@ def test_other_names_of_privacy_are_led_to_ours_or_refused(mode: str, remedy: st
 UNIT = "privacy.mode = 'unit'"
 PRIVATE = [UNIT, "privacy.sampling_prob = 0.1", "privacy.epsilon = 8", "training.local_steps = 5"]
 KRUM = ["aggregation.robust = 'krum'", "aggregation.num_bad_sites = 1"]
+UNIFORM = "aggregation.weighting = 'uniform'"
 BROKEN_RULES = [
     ("model.revision", 4, ["model.revision = 'main'"]),
     ("data.output_column", 7, ["data.output_column = 'input'"]),
@@ -194,6 +195,9 @@ BROKEN_RULES = [
     ("privacy.sampling_prob", 5, [UNIT, *PRIVATE[2:]]),
     ("privacy.epsilon", 5, [UNIT, PRIVATE[1], PRIVATE[3]]),
     ("training.local_steps", 5, PRIVATE[:3]),
+    ("wire.density", 11, [*PRIVATE, "wire.density = 0.1"]),
+    ("wire.density", 13, [*KRUM, UNIFORM, "federation.min_sites = 5", "wire.density = 0.1"]),
+    ("wire.error_feedback", 7, ["wire.error_feedback = false"]),
     ("evaluation.metrics", 7, ["evaluation.metrics = 'f1'"]),
     ("evaluation.json_schema", 7, ["evaluation.json_schema = 'schema.json'"]),
 ]
@@ -332,7 +336,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "4be3be9bafe54687ccb097eea55f62ac29e5f5482efe06aad2d0677404fb29a3"
+        "25c36af254a9a7f425ff58c7cc751a55b173908f95c2b86cd60d464d03eb7c5a"
     )
 
 

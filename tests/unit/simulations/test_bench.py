@@ -13,6 +13,7 @@ from common.errors import ConfigError, ModelError, SilotuneError
 from simulations.bench import (
     aggregate,
     aggregate_arm,
+    bytes_arm,
     dp,
     dp_arm,
     figures,
@@ -23,6 +24,7 @@ from simulations.bench import (
     tax,
     tax_silotune,
 )
+from simulations.bench import bytes as bytes_bench
 from simulations.bench.figures import Figure
 
 
@@ -199,3 +201,39 @@ def test_ratios_of_private_steps_have_their_goals():
     plain, ratio = dp._times("8b", found, goal=1.05)
     assert (plain.value, plain.goal) == (2.0, None)
     assert (ratio.value, ratio.goal, ratio.ok) == (1.05, 1.05, True)
+
+
+def arms(**changes):
+    """Runs of `bench bytes` that meet every goal; 4 sites."""
+    ours = {"losses": [3.0, 1.01], "training": [0, 400], "evaluation": [40, 440], "num_sites": 4, "messages": 900}
+    theirs = {"losses": [3.0, 1.0], "training": [0, 8000], "evaluation": [4000, 8000], "num_sites": 4}
+    return {"int3": ours, "float32": theirs, "nvflare": {**theirs, "training": [0, 1200]}} | changes
+
+
+def test_bytes_of_ours_hold_evaluations_and_those_of_the_baselines_do_not():
+    found = {figure.name: figure.value for figure in bytes_bench.judge(arms())}
+    assert found["silotune, int3 both ways: a site"] == 210
+    assert found["float32 both ways: a site"] == 2000
+    assert found["bytes, silotune / 4-bit messages"] == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(
+    ("arm", "field", "value", "missed"),
+    [
+        ("float32", "training", [0, 6000], "bytes, silotune / float32 both ways"),
+        ("nvflare", "training", [0, 1000], "bytes, silotune / 4-bit messages"),
+        ("nvflare", "losses", [3.0, 2.0], "bytes, silotune / 4-bit messages"),
+    ],
+)
+def test_each_goal_of_bytes_can_be_missed(arm, field, value, missed):
+    assert all(figure.ok for figure in bytes_bench.judge(arms()))
+    spoilt = arms(**{arm: {**arms()[arm], field: value}})
+    assert [figure.name for figure in bytes_bench.judge(spoilt) if not figure.ok] == [missed]
+
+
+def test_four_bit_messages_are_what_bitsandbytes_makes_of_them():
+    """Half a byte a value, 4 bytes a block of 64 and a table of 16: as NVFLARE's log counts them."""
+    tensor = torch.randn(16, 256, generator=torch.Generator().manual_seed(1))
+    found, num_bytes = bytes_arm.filtered({"a": tensor})
+    assert num_bytes == 2048 + 64 * 4 + 16 * 4
+    assert 0.02 < float((found["a"] - tensor).norm() / tensor.norm()) < 0.12
