@@ -12,7 +12,7 @@ from typing import Final
 from client import protect
 from client.guard import Guard, Permissive
 from client.train import local, schedule
-from common import adapter, evaluation, manifest, model, start, trainable, wire
+from common import adapter, codes, evaluation, manifest, model, start, trainable, wire
 from common.errors import AuthError, ProtocolError, SilotuneError
 from common.manifest import RunManifest
 from common.model import Engine
@@ -133,6 +133,7 @@ class Agent:
     def _prepare(self, run_manifest: RunManifest) -> OpenRun:
         """Check the base against the manifest, then turn rows into tokens once for the whole run."""
         engine = self._load_engine(run_manifest)
+        codes.check(engine.codes_sha256, run_manifest.codes_sha256)
         adapter.check_specs(engine.tensor_specs, run_manifest.tensor_specs)
         fixed = start.fixed(run_manifest)
         data = self._load_data(run_manifest)
