@@ -71,7 +71,7 @@ def test_one_changed_code_changes_the_hash(load_tiny, engine):
 def test_a_review_shows_the_codes_and_that_they_changed(make, engine):
     site = make()
     run = site.manifest(model__quantization="nf4")
-    assert site.open(run).kind == "opened"
+    assert site.open(run, approve=False).head["code"] == "ApprovalRequired"
     differing = consent.differences(run, dataclasses.replace(run, codes_sha256="ab" * 32))
     assert differing == {"codes_sha256": (engine.codes_sha256, "ab" * 32)}
     desk = review.Desk(
