@@ -13,7 +13,7 @@ from typing import Final
 from client import protect, residual
 from client.guard import Guard, Permissive
 from client.train import local, schedule
-from common import adapter, broadcast, compact, evaluation, manifest, model, start, trainable, wire
+from common import adapter, broadcast, codes, compact, evaluation, manifest, model, start, trainable, wire
 from common.broadcast import Held
 from common.config_privacy import Protection
 from common.errors import AuthError, ConfigError, ProtocolError, SilotuneError
@@ -144,6 +144,7 @@ class Agent:
     def _prepare(self, run_manifest: RunManifest) -> OpenRun:
         """Check the base against the manifest, then turn rows into tokens once for the whole run."""
         engine = self._load_engine(run_manifest)
+        codes.check(engine.codes_sha256, run_manifest.codes_sha256)
         adapter.check_specs(engine.tensor_specs, run_manifest.tensor_specs)
         fixed, begun = start.fixed(run_manifest), _start(run_manifest, engine)
         data = self._load_data(run_manifest)

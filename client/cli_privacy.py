@@ -78,15 +78,10 @@ def ledger_lower(node_file: NodeFile, json: cli.JsonOption = False) -> None:
 
 def _parts(opened: Any) -> dict[str, Any]:
     """What a site's ledger is made of."""
-    from pathlib import Path
-
-    from common import identity
-
-    key = identity.load(Path(opened.node.agent.identity_key))
     return {
         "node": opened.node,
         "rules": opened.policy,
-        "key": key,
+        "key": opened.key,
         "history": opened.history,
         "log": opened.log,
     }

@@ -118,6 +118,7 @@ def _flat(run_manifest: RunManifest) -> dict[str, Any]:
     """A manifest as dotted keys; the tensors count as one."""
     run = json.loads(config.resolved_json(manifest.public_part(run_manifest.run)))
     flat: dict[str, Any] = {"base_sha256": run_manifest.base_sha256, "tensors": run_manifest.tensor_specs}
+    flat |= {"codes_sha256": run_manifest.codes_sha256}
     for name, value in run.items():
         flat.update(
             {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}

@@ -27,6 +27,7 @@ from common.errors import (
     ApprovalRequired,
     AuditError,
     BudgetExhausted,
+    CodesDifferError,
     LedgerError,
     PolicyRefusedError,
     ProtocolError,
@@ -41,6 +42,7 @@ MAX_OPENS_A_MINUTE: Final = 60  # that are answered; the same offer may come aga
 RULES: Final[dict[type[Exception], str]] = {
     ApprovalDenied: "runs.approval",
     BudgetExhausted: "privacy.max_epsilon",
+    CodesDifferError: "model.codes",
     LedgerError: "privacy.ledger",
 }
 REPLY_OF: Final = {"open": "opened", "train": "update", "evaluate": "metrics"}

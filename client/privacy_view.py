@@ -6,7 +6,6 @@ The wording of what is covered is fixed here, so that page, review and documenta
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Group, RenderableType
@@ -16,7 +15,7 @@ from rich.text import Text
 from client import consent, site_ledger
 from client.budget import MAX_ROUNDS, Budget, Reservation
 from client.review import Desk
-from common import identity, manifest
+from common import manifest
 from common.accounting import Event
 from common.errors import DataError
 
@@ -82,8 +81,7 @@ def page(desk: Desk, run: str = "") -> Page:
         LedgerError: The ledger cannot be trusted.
         DataError: No such run, or it was never charged.
     """
-    key = identity.load(Path(desk.node.agent.identity_key))
-    found = site_ledger.open_site(desk.node, rules=desk.policy, key=key, history=desk.history)
+    found = site_ledger.open_site(desk.node, rules=desk.policy, key=desk.key, history=desk.history)
     budget = found.budget()
     charged = _chosen(desk, budget, run)
     header, data = budget.header, desk.node.data

@@ -3,10 +3,11 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -27,12 +28,19 @@ NO_EPSILON: Final = (
 )
 
 
+QUANTISED: Final = {
+    "none": "not quantised; the hash of its files says all",
+    "int8": "to 8 bits, whose codes differ between processors; only its files are hashed",
+}
+
+
 @dataclass(frozen=True)
 class Desk:
-    """What a person decides with: the site's own file, policy, log and what the log says."""
+    """What a person decides with: the site's own file, policy, identity key, log and what the log says."""
 
     node: config.NodeConfig
     policy: Policy
+    key: Ed25519PrivateKey = field(repr=False)
     log: AuditLog
     history: History
 
@@ -83,7 +91,7 @@ def open_desk(node: config.NodeConfig) -> Desk:
     key = identity.load(Path(node.agent.identity_key))
     history = History()
     log = AuditLog(Path(node.agent.log_folder) / AUDIT_FILE, key=key, on_entry=history.take)
-    return Desk(node, signed.rules, log, history)
+    return Desk(node, signed.rules, key, log, history)
 
 
 def runs(desk: Desk) -> list[dict[str, Any]]:
@@ -161,7 +169,7 @@ def render_runs(table: Sequence[dict[str, Any]]) -> RenderableType:
 def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
     """Questions and answers."""
     settings, declared, made = run.run, run.egress, offer.signature
-    num_rounds, data = settings.federation.num_rounds, desk.node.data
+    num_rounds, data, model = settings.federation.num_rounds, desk.node.data, settings.model
     columns = ", ".join(filter(None, (data.instruction_column, data.input_column, data.output_column)))
     unit = f"; {data.unit_column} only to keep a unit's rows together" if data.unit_column else ""
     base = next((base.name for base in desk.policy.models.allow if base.sha256 == run.base_sha256), "not listed")
@@ -179,6 +187,7 @@ def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
         "rows that are read": f"all of {data.path}" + (f" and {data.held_out_path}" if data.held_out_path else ""),
         "columns that are read": columns + unit,
         "base": f"{base}, {run.base_sha256}",
+        "base as quantised": f"4-bit codes {run.codes_sha256}" if run.codes_sha256 else QUANTISED[model.quantization],
         "training": f"{num_rounds} rounds, {_length(settings.training)}, batches of {settings.training.batch_size}, "
         f"learning rate {settings.training.learning_rate:g}, at least {settings.federation.min_sites} sites",
         "aggregation": f"{settings.aggregation.method}; a site trains and sends {_factors(run)}",
@@ -193,10 +202,9 @@ def _epsilon(desk: Desk, run: RunManifest) -> str:
     if not settings.privacy.is_private:
         return NO_EPSILON
     dp_delta = desk.policy.privacy.dp_delta
-    key = identity.load(Path(desk.node.agent.identity_key))
     try:
         whole = privacy_plan.epsilon(settings, dp_delta=dp_delta)
-        paid = site_ledger.open_site(desk.node, rules=desk.policy, key=key, history=desk.history)
+        paid = site_ledger.open_site(desk.node, rules=desk.policy, key=desk.key, history=desk.history)
         left = f"spent {paid.spent():.3f}, left {paid.remaining:.3f} of {desk.policy.privacy.max_epsilon:g}"
     except (AccountingUnsupported, ConfigError, LedgerError) as error:
         return f"not known: {error}"

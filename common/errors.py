@@ -34,6 +34,10 @@ class ModelError(SilotuneError):
     exit_code = 4
 
 
+class CodesDifferError(ModelError):
+    """The quantised base here is not the one that the run's manifest names."""
+
+
 class PrivacyError(SilotuneError):
     """A privacy rule refuses."""
 

@@ -72,15 +72,32 @@ class Governance:
         Raises:
             ConfigError: A key is no member's, or they are fewer different ones than the quorum.
         """
-        named = {identity.public_hex(key): key for key in keys}
-        if strangers := named.keys() - set(self.keys):
-            raise ConfigError(f"key {min(strangers)[:16]} does not govern {self.federation_id}; give a governance key")
+        return {identity.public_hex(key): identity.sign(key, data, purpose=purpose) for key in self.members(keys)}
+
+    def members(self, keys: Sequence[Ed25519PrivateKey]) -> list[Ed25519PrivateKey]:
+        """The different keys among these, which must all be members' and a quorum.
+
+        Raises:
+            ConfigError: A key is no member's, or they are fewer different ones than the quorum.
+        """
+        named = {self.member(key): key for key in keys}
         if len(named) < self.quorum:
             raise ConfigError(
                 f"{len(named)} governance keys given, {self.federation_id} needs {self.quorum} different ones; "
-                "repeat --governance KEYFILE"
+                "repeat --governance KEYFILE, or collect signatures one by one with --propose FILE"
             )
-        return {public: identity.sign(key, data, purpose=purpose) for public, key in named.items()}
+        return list(named.values())
+
+    def member(self, key: Ed25519PrivateKey) -> str:
+        """The public half of a member's key.
+
+        Raises:
+            ConfigError: It is no member's.
+        """
+        public = identity.public_hex(key)
+        if public not in self.keys:
+            raise ConfigError(f"key {public[:16]} does not govern {self.federation_id}; give a governance key")
+        return public
 
 
 def check(found: Governance) -> Governance:

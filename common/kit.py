@@ -1,4 +1,7 @@
-"""A startup kit: a folder whose every file is listed in SHA256SUMS, which the governance signed."""
+"""A startup kit: a folder whose files are listed in SHA256SUMS, which the governance signed.
+
+The roster is not listed: it carries signatures of its own, which need not be there yet when the sums are signed.
+"""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -24,8 +27,25 @@ PURPOSE: Final = "startup kit"
 MAX_FILES: Final = 64
 
 
+def sums(files: Mapping[str, bytes]) -> bytes:
+    """Checksums as `sha256sum -c` reads them, of all files but the roster: what the governance signs."""
+    listed = sorted((name, data) for name, data in files.items() if name != ROSTER)
+    return "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in listed).encode()
+
+
+def close(files: Mapping[str, bytes], signatures: Mapping[str, str], *, pinned: Governance) -> dict[str, bytes]:
+    """Add the checksums and the signatures of them that were collected.
+
+    Raises:
+        AuthError: They are not a quorum's.
+    """
+    listed = sums(files)
+    pinned.verify(listed, signatures, purpose=PURPOSE)
+    return {**files, SUMS: listed, SIGNATURES: wire.canonical_json(dict(signatures))}
+
+
 def seal(files: Mapping[str, bytes], keys: Sequence[Ed25519PrivateKey], *, pinned: Governance) -> dict[str, bytes]:
-    """Add checksums, as `sha256sum -c` reads them, and the governance's signatures of them.
+    """Add checksums and the governance's signatures of them.
 
     Args:
         files: Name to content; no folders.
@@ -38,34 +58,32 @@ def seal(files: Mapping[str, bytes], keys: Sequence[Ed25519PrivateKey], *, pinne
     Raises:
         ConfigError: Too few governance keys, or a key that is none.
     """
-    sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in sorted(files.items())).encode()
-    signatures = pinned.sign(sums, keys, purpose=PURPOSE)
-    return {**files, SUMS: sums, SIGNATURES: wire.canonical_json(signatures)}
+    return close(files, pinned.sign(sums(files), keys, purpose=PURPOSE), pinned=pinned)
 
 
 def verify(folder: Path, *, pinned: Governance) -> dict[str, bytes]:
-    """Check a kit and read it; what is returned is what was checked.
+    """Check a kit and read it; what is returned is what was checked, but for the roster, which `roster.parse` checks.
 
     Args:
         folder: The kit, unpacked.
         pinned: The governance, known from elsewhere than the kit.
 
     Returns:
-        Name to content of every listed file.
+        Name to content of every listed file, and of the roster.
 
     Raises:
         ConfigError: It is not a folder, or a file cannot be read.
         AuthError: The sums are not signed; a file was altered, added or removed.
     """
-    sums, signatures = (governance.read(folder / name) for name in (SUMS, SIGNATURES))
-    pinned.verify(sums, governance.parse(signatures, TypeAdapter(dict[str, str]), name=SIGNATURES), purpose=PURPOSE)
-    listed = _listed(sums)
-    if missing := sorted(REQUIRED - listed.keys()):
+    data, signatures = (governance.read(folder / name) for name in (SUMS, SIGNATURES))
+    pinned.verify(data, governance.parse(signatures, TypeAdapter(dict[str, str]), name=SIGNATURES), purpose=PURPOSE)
+    listed = _listed(data)
+    if missing := sorted(REQUIRED - listed.keys() - {ROSTER}):
         raise AuthError(f"{folder} is no startup kit: {missing[0]} is not in its {SUMS}")
-    _check_names(folder, {*listed, SUMS, SIGNATURES})
-    files = {name: governance.read(folder / name) for name in listed}
-    for name, data in files.items():
-        if hashlib.sha256(data).hexdigest() != listed[name]:
+    _check_names(folder, {*listed, ROSTER, SUMS, SIGNATURES})
+    files = {name: governance.read(folder / name) for name in {*listed, ROSTER}}
+    for name, digest in listed.items():
+        if hashlib.sha256(files[name]).hexdigest() != digest:
             raise AuthError(f"{folder / name} was altered after the kit was signed; fetch the kit again")
     return files
 

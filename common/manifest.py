@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,9 +15,10 @@ from common.errors import AuthError, ConfigError, WireError
 from common.records import TensorSpec, from_head, to_head
 from common.wire import Frame
 
-VERSION: Final = 2
+VERSION: Final = 3
 MAX_BYTES: Final = 4 << 20
 PURPOSE: Final = "manifest"
+_CODES: Final = {True: re.compile("[0-9a-f]{64}"), False: re.compile("")}  # by whether weights are 4-bit codes
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,13 @@ class RunManifest:
         run: The resolved run file without what is the coordinator's own affair.
         base_sha256: Hash of the base model's files.
         tensor_specs: The adapter's tensors: exactly these go down and come back.
+        codes_sha256: Hash of the base's 4-bit codes (`common.codes`); empty unless `model.quantization` is `nf4`.
     """
 
     run: config.RunConfig
     base_sha256: str
     tensor_specs: tuple[TensorSpec, ...]
+    codes_sha256: str = ""
 
     def to_bytes(self) -> bytes:
         """Canonical bytes; the same manifest always gives the same."""
@@ -42,6 +46,7 @@ class RunManifest:
                 "version": VERSION,
                 "run": run,
                 "base_sha256": self.base_sha256,
+                "codes_sha256": self.codes_sha256,
                 "tensors": tensors,
                 "egress": self.egress.as_dict(),
             }
@@ -174,4 +179,7 @@ def _from_fields(fields: dict[str, Any]) -> RunManifest:
     if fields["version"] != VERSION:
         raise ValueError("version")
     specs = tuple(TensorSpec(str(name), tuple(int(size) for size in shape)) for name, shape in fields["tensors"])
-    return RunManifest(config.RunConfig.model_validate(fields["run"]), str(fields["base_sha256"]), specs)
+    run, digest = config.RunConfig.model_validate(fields["run"]), str(fields["codes_sha256"])
+    if not _CODES[run.model.quantization == "nf4"].fullmatch(digest):
+        raise ValueError("codes_sha256")
+    return RunManifest(run, str(fields["base_sha256"]), specs, digest)

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from common import adapter, config, prompts, quiet
+from common import adapter, codes, config, prompts, quiet
 from common.errors import ModelError
 from common.records import TensorSpec
 from common.rows import Row
@@ -41,6 +41,7 @@ class Engine:
         base_sha256: Hash of the base's files.
         tensor_specs: The adapter's tensors.
         initial: The adapter as attached: A from the seed, B zero.
+        codes_sha256: Hash of the base's 4-bit codes; empty where it has none.
     """
 
     model: nn.Module
@@ -49,6 +50,7 @@ class Engine:
     base_sha256: str
     tensor_specs: tuple[TensorSpec, ...]
     initial: adapter.Tensors
+    codes_sha256: str = ""
 
     @property
     def pad_id(self) -> int:
@@ -97,13 +99,14 @@ def load(
     device = choose_device(device_name)
     tokenizer = prompts.use_template(load_tokenizer(folder), model.chat_template)
     base = load_base(folder, model, device)
+    codes_sha256 = codes.sha256_of(base)
     peft_model = _attach(base, adapter_settings, seed=seed)
     if residual_rank:
         _attach_side(peft_model, adapter_settings, rank=residual_rank)
     if gradient_checkpointing:
         checkpoint(base)
     initial = adapter.read(peft_model)
-    return Engine(peft_model, tokenizer, device, base_sha256, adapter.specs(initial), initial)
+    return Engine(peft_model, tokenizer, device, base_sha256, adapter.specs(initial), initial, codes_sha256)
 
 
 def checkpoint(base: Any) -> None:

@@ -6,7 +6,7 @@ seen, so neither a coordinator nor a restored backup can bring a revoked site ba
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -154,9 +154,19 @@ def signed_bytes(roster: Roster, keys: Sequence[Ed25519PrivateKey], *, pinned: G
         AuthError: The roster contradicts itself or the pinned governance.
         ConfigError: Too few governance keys, or a key that is none.
     """
-    _check(roster, pinned)
-    signatures = pinned.sign(roster.to_bytes(), keys, purpose=PURPOSE)
-    return wire.canonical_json({"roster": dataclasses.asdict(roster), "signatures": signatures})
+    check(roster, pinned)
+    return with_signatures(roster, pinned.sign(roster.to_bytes(), keys, purpose=PURPOSE), pinned=pinned)
+
+
+def with_signatures(roster: Roster, signatures: Mapping[str, str], *, pinned: Governance) -> bytes:
+    """A roster file of signatures that were collected.
+
+    Raises:
+        AuthError: They are not a quorum's; or the roster contradicts itself or the pinned governance.
+    """
+    check(roster, pinned)
+    pinned.verify(roster.to_bytes(), signatures, purpose=PURPOSE)
+    return wire.canonical_json({"roster": dataclasses.asdict(roster), "signatures": dict(signatures)})
 
 
 def load(path: Path, *, governance: Governance, epoch_min: int) -> Roster:
@@ -227,14 +237,18 @@ def _verified(data: bytes, *, governance: Governance, epoch_min: int, name: str)
     signed = _parse(data, name)
     roster = signed.roster
     governance.verify(roster.to_bytes(), signed.signatures, purpose=PURPOSE)
-    _check(roster, governance)
+    check(roster, governance)
     if roster.epoch < epoch_min:
         raise AuthError(f"{name} is of epoch {roster.epoch}, {epoch_min} was seen before; fetch the newest roster")
     return roster
 
 
-def _check(roster: Roster, pinned: Governance) -> None:
-    """Refuse a roster that contradicts itself or what is pinned."""
+def check(roster: Roster, pinned: Governance) -> None:
+    """Refuse a roster that contradicts itself or what is pinned; signatures are not looked at.
+
+    Raises:
+        AuthError: It does.
+    """
     governance.check(pinned)
     if (roster.federation_id, roster.quorum) != (pinned.federation_id, pinned.quorum):
         raise AuthError(f"the roster is of {roster.federation_id}, quorum {roster.quorum}: not what this site pinned")

@@ -1,15 +1,14 @@
 """`silotune-server`: what a coordinator runs."""
 
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from common import cli, quiet
-from server import cli_audit, cli_doctor
-
-if TYPE_CHECKING:
-    from server.admit import Change
+from server import cli_audit, cli_doctor, cli_roster
+from server.cli_roster import FederationFolder, GovernanceFiles, ProposeFile
 
 app = cli.make(
     "silotune-server",
@@ -26,12 +25,9 @@ CertificateOption = Annotated[
 KeyOption = Annotated[Path | None, typer.Option(help="Its private key, PEM, mode 0600.")]
 app.command()(cli_doctor.doctor)
 app.add_typer(cli_audit.app, name="audit", help="Show and check audit logs, a site's too.")
+app.add_typer(cli_roster.app, name="roster", help="Sign and publish changes of the roster, one member at a time.")
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN_FOLDER")]
-FederationFolder = Annotated[Path, typer.Option(help="The folder that provision made.", metavar="DIR")]
 RequestFile = Annotated[Path, typer.Argument(help="What the site sent.", metavar="REQUEST.json")]
-GovernanceFiles = Annotated[
-    list[Path], typer.Option(help="A governance key; repeat it for each of the quorum.", metavar="KEYFILE")
-]
 
 
 @app.command()
@@ -264,7 +260,8 @@ def admit(
     request_file: RequestFile,
     federation: FederationFolder,
     words: Annotated[str, typer.Option(help="The six words that the site's admin reads out.")],
-    governance: GovernanceFiles,
+    governance: GovernanceFiles = None,
+    propose: ProposeFile = None,
     json: cli.JsonOption = False,
 ) -> None:
     """Admit a site: certificate, next roster, startup kit.
@@ -275,19 +272,30 @@ def admit(
     Examples:
       silotune-server admit request.json --federation onco-eu --governance 1.key --governance 2.key
           --words "lusab babad gutih tugad bisog mofip"
+      silotune-server admit request.json --federation onco-eu --propose admit-alder.json --words "lusab babad ..."
     """
     import datetime
 
     from server import admit as members
 
     now = datetime.datetime.now(datetime.UTC)
-    change = members.admit(federation, request_file=request_file, words=words, governance_files=governance, now=now)
-    _show_change(change, f"next: send {change.kit}, and tell the site the words of the federation", as_json=json)
+    cli_roster.decide(
+        functools.partial(members.admission, request_file=request_file, words=words, now=now),
+        federation=federation,
+        governance=governance,
+        propose=propose,
+        told=lambda change: f"next: send {change.kit}, and tell the site the words of the federation",
+        as_json=json,
+    )
 
 
 @app.command()
 def rotate(
-    request_file: RequestFile, federation: FederationFolder, governance: GovernanceFiles, json: cli.JsonOption = False
+    request_file: RequestFile,
+    federation: FederationFolder,
+    governance: GovernanceFiles = None,
+    propose: ProposeFile = None,
+    json: cli.JsonOption = False,
 ) -> None:
     """Give a site its next certificate.
 
@@ -296,14 +304,20 @@ def rotate(
     \b
     Examples:
       silotune-server rotate renewal.json --federation onco-eu --governance 1.key --governance 2.key
+      silotune-server rotate renewal.json --federation onco-eu --propose rotate-alder.json
     """
     import datetime
 
     from server import admit as members
 
-    now = datetime.datetime.now(datetime.UTC)
-    change = members.rotate(federation, request_file=request_file, governance_files=governance, now=now)
-    _show_change(change, f"next: send {change.kit} to the site", as_json=json)
+    cli_roster.decide(
+        functools.partial(members.renewal, request_file=request_file, now=datetime.datetime.now(datetime.UTC)),
+        federation=federation,
+        governance=governance,
+        propose=propose,
+        told=lambda change: f"next: send {change.kit} to the site",
+        as_json=json,
+    )
 
 
 @app.command()
@@ -331,7 +345,8 @@ def reissue(federation: FederationFolder, json: cli.JsonOption = False) -> None:
 def revoke(
     name: Annotated[str, typer.Argument(help="The site's name.")],
     federation: FederationFolder,
-    governance: GovernanceFiles,
+    governance: GovernanceFiles = None,
+    propose: ProposeFile = None,
     json: cli.JsonOption = False,
 ) -> None:
     """Take a site out of the federation for good.
@@ -341,22 +356,18 @@ def revoke(
     \b
     Examples:
       silotune-server revoke alder --federation onco-eu --governance 1.key --governance 2.key
+      silotune-server revoke alder --federation onco-eu --propose revoke-alder.json
     """
-    import datetime
-
     from server import admit as members
 
-    change = members.revoke(federation, name, governance_files=governance, now=datetime.datetime.now(datetime.UTC))
-    told = f"next: copy {federation}/roster.json and {federation}/revoked.txt to the gateway"
-    _show_change(change, told, as_json=json)
-
-
-def _show_change(change: "Change", next_step: str, *, as_json: bool) -> None:
-    """Print a change of the roster."""
-    result = {"name": change.name, "epoch": change.epoch}
-    if change.kit and change.expires_at:
-        result |= {"kit": str(change.kit), "expires_at": change.expires_at.isoformat()}
-    cli.emit(result, as_json=as_json, show=lambda: cli.show(f"{change.name}: roster epoch {change.epoch}", next_step))
+    cli_roster.decide(
+        functools.partial(members.revocation, name=name),
+        federation=federation,
+        governance=governance,
+        propose=propose,
+        told=lambda _: f"next: copy {federation}/roster.json and {federation}/revoked.txt to the gateway",
+        as_json=json,
+    )
 
 
 def main() -> None:

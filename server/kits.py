@@ -2,12 +2,11 @@
 
 import io
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 import jinja2
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common import governance, kit
 from server import registry
@@ -17,32 +16,23 @@ TEMPLATES: Final = Path(__file__).with_name("kit")
 LINK_PORT: Final = 9092
 
 
-def make(
-    held: Registry, *, name: str, chain: bytes, roster_bytes: bytes, keys: Sequence[Ed25519PrivateKey]
-) -> dict[str, bytes]:
-    """Make a site's kit. It holds no secret: the private keys are at the site already.
+def make(held: Registry, *, name: str, chain: bytes) -> dict[str, bytes]:
+    """Make a site's kit, without roster and checksums. It holds no secret: the private keys are at the site already.
 
     Args:
         held: The federation.
         name: The site's.
         chain: Its certificate and the issuer's, PEM.
-        roster_bytes: The signed roster that has the site.
-        keys: Governance keys that are at hand.
 
     Returns:
-        File name to content, checksums and their signatures included.
-
-    Raises:
-        ConfigError: Too few governance keys.
+        File name to content.
     """
-    files = {
+    return {
         kit.PINNED: held.pinned.to_bytes(),
         kit.CA: governance.read(held.folder / registry.ISSUERS / "root.pem"),
         kit.CERTIFICATE: chain,
-        kit.ROSTER: roster_bytes,
         **render(held, name=name),
     }
-    return kit.seal(files, keys, pinned=held.pinned)
 
 
 def render(held: Registry, *, name: str) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""A federation's first day: root, issuers, governance keys, gateway and operators, and a roster without sites."""
+"""A federation's first day: root, issuers, governance keys, gateway, SuperLink, operators, a roster without sites."""
 
 import contextlib
 import datetime
@@ -21,6 +21,8 @@ from server import ca, registry
 from server.ca import Issuer, Span
 
 GATEWAY: Final = "gateway"
+SUPERLINK: Final = "superlink"
+LOOPBACK: Final = "127.0.0.1"  # the only address of a SuperLink: the gateway is before it
 SIGNING_SUFFIX: Final = ".signing.key"
 UNITS: Final = Path(__file__).with_name("units")
 
@@ -59,7 +61,7 @@ def provision(config_path: Path, *, folder: Path, now: datetime.datetime) -> Gov
 
 
 def reissue(folder: Path, *, now: datetime.datetime) -> dict[str, datetime.datetime]:
-    """Issue new certificates for the present keys of the gateway and the operators; the roster stays as it is.
+    """Issue new certificates for the present keys of gateway, SuperLink and operators; the roster stays as it is.
 
     Args:
         folder: The federation's.
@@ -110,7 +112,7 @@ def _make_authorities(
     keyfile.folder(folder)
     storage.write_atomic(folder / "root.pem", root.pem)
     names = {
-        ca.SERVERS: config.federation.hosts,
+        ca.SERVERS: tuple(dict.fromkeys((*config.federation.hosts, LOOPBACK))),
         **{role: (f"{role}.{name}.{certs.SUFFIX}",) for role in (certs.SITES, certs.OPERATORS)},
     }
     span = Span.of_days(now, validity.intermediate_days)
@@ -130,6 +132,7 @@ def _peers(config: FederationConfig) -> list[tuple[str, str, tuple[str, ...]]]:
     }
     return [
         (GATEWAY, ca.SERVERS, federation.hosts),
+        (SUPERLINK, ca.SERVERS, (LOOPBACK,)),
         *((name, certs.OPERATORS, (host,)) for name, host in hosts.items()),
     ]
 
@@ -137,12 +140,13 @@ def _peers(config: FederationConfig) -> list[tuple[str, str, tuple[str, ...]]]:
 def _make_peers(
     config: FederationConfig, folder: Path, *, issuers: dict[str, Issuer], now: datetime.datetime
 ) -> dict[str, list[PeerEntry]]:
-    """Make keys and certificates of the gateway and the operators; returns the roster's entries by role."""
+    """Make keys and certificates; returns the roster's entries by role: nobody meets the SuperLink but the gateway."""
     entries: dict[str, list[PeerEntry]] = {ca.SERVERS: [], certs.OPERATORS: []}
     for name, role, names in _peers(config):
         certs.create_tls_key(folder / role / f"{name}.key")
         entry, _ = _certify(config, folder, name=name, role=role, names=names, issuer=issuers[role], now=now)
-        entries[role].append(entry)
+        if name != SUPERLINK:
+            entries[role].append(entry)
     return entries
 
 

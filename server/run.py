@@ -85,7 +85,7 @@ def execute(
         ProtocolError: Too few sites, or none evaluates.
         StorageError: Disk full or not writable.
     """
-    manifest = RunManifest(settings, engine.base_sha256, engine.tensor_specs)
+    manifest = RunManifest(settings, engine.base_sha256, engine.tensor_specs, engine.codes_sha256)
     _check_size(manifest)
     fed = Federation(manifest, fleet, table.find(settings.aggregation.method), folder, log)
     if operator:
@@ -220,7 +220,7 @@ def stored_manifest(folder: Path) -> RunManifest:
         public = parse((folder / MANIFEST_FILE).read_bytes())
     except OSError as error:
         raise DataError(f"{folder}: the run has not begun (no {MANIFEST_FILE})") from error
-    return RunManifest(stored_settings(folder), public.base_sha256, public.tensor_specs)
+    return RunManifest(stored_settings(folder), public.base_sha256, public.tensor_specs, public.codes_sha256)
 
 
 def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:

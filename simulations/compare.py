@@ -69,7 +69,9 @@ class Judge:
     def __init__(self, shared: World) -> None:
         failures = Failures(shared.folder / "sites")
         agents = {site: world.make_agent(site, data, shared.engine, failures) for site, data in shared.sites.items()}
-        manifest = RunManifest(shared.settings, shared.engine.base_sha256, shared.engine.tensor_specs)
+        manifest = RunManifest(
+            shared.settings, shared.engine.base_sha256, shared.engine.tensor_specs, shared.engine.codes_sha256
+        )
         log = EventLog(shared.folder / "arms" / "judge" / server_run.EVENTS_FILE)
         method = table.find(shared.settings.aggregation.method)
         self._federation = Federation(manifest, run.fleet_of(agents), method, shared.folder, log)

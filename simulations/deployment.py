@@ -166,7 +166,14 @@ def federation(
         address = f"{HOST}:{free_port()}"
         processes: list[Process] = []
         stack.callback(stop, processes)
-        processes.append(start("superlink", superlink_command(address, keys=keys), logs=logs, env=env))
+        processes.append(
+            start(
+                "superlink",
+                superlink_command(address, ca_file=keys / "ca.pem", certificate=keys / "server.pem"),
+                logs=logs,
+                env=env,
+            )
+        )
         processes.extend(start(f"{site.name}-agent", site.command, logs=logs, env=env) for site in sites)
         until(lambda: accepts(address), what="the SuperLink", timeout_s=start_timeout_s, watched=processes)
         connected = stack.enter_context(link.connect(address, ca_file=keys / "ca.pem"))
@@ -192,11 +199,17 @@ def unwinding_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def superlink_command(address: str, *, keys: Path) -> list[str]:
-    """The command of a SuperLink that checks node keys and installs nothing."""
+def superlink_command(address: str, *, ca_file: Path, certificate: Path) -> list[str]:
+    """The command of a SuperLink that checks node keys and installs nothing; its key lies beside its certificate."""
     host, port = address.split(":")
-    files = ["--ssl-ca-certfile", keys / "ca.pem", "--ssl-certfile", keys / "server.pem"]
-    files += ["--ssl-keyfile", keys / "server.key"]
+    files = [
+        "--ssl-ca-certfile",
+        ca_file,
+        "--ssl-certfile",
+        certificate,
+        "--ssl-keyfile",
+        certificate.with_suffix(".key"),
+    ]
     switches = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
     return ["flower-superlink", "--host", host, "--port", port, *map(str, files), *switches]
 

@@ -118,7 +118,7 @@ def deployed(
 
 def _outcome(settings: config.RunConfig, engine: Engine, folder: Path) -> Outcome:
     """The end of a run that another process did, read from its folder."""
-    manifest = RunManifest(settings, engine.base_sha256, engine.tensor_specs)
+    manifest = RunManifest(settings, engine.base_sha256, engine.tensor_specs, engine.codes_sha256)
     last = settings.federation.num_rounds
     found = checkpoint.load(folder, engine.tensor_specs, num_rounds=last, run_sha256=manifest.sha256)
     joined = [event for event in events.read(folder / server_run.EVENTS_FILE) if event["kind"] == "site_joined"]
@@ -148,7 +148,11 @@ def _world(sites: Sites) -> tuple[RunManifest, Engine, dict[str, SiteData]]:
     settings = config.RunConfig.model_validate_json(sites.settings)
     found_here = settings.model.model_copy(update={"base": sites.base_folder})
     engine = world.load_engine(settings.model_copy(update={"model": found_here}), num_threads=sites.num_threads)
-    return RunManifest(settings, engine.base_sha256, engine.tensor_specs), engine, world.load_sites(settings)
+    return (
+        RunManifest(settings, engine.base_sha256, engine.tensor_specs, engine.codes_sha256),
+        engine,
+        world.load_sites(settings),
+    )
 
 
 @functools.cache

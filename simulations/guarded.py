@@ -22,7 +22,7 @@ from common import config, identity, kit
 from common.governance import Governance
 from server import admit, link, provision
 from server.link import Identity
-from simulations import deployment, loopback_keys, site_files
+from simulations import deployment, site_files
 from simulations.deployment import HOST, Process, Site
 
 FEDERATION: Final = "loopback"
@@ -37,7 +37,7 @@ operator_names = "{operator}"
 """
 _GATEWAY_FILE: Final = """[superlink]
 address = "{superlink}"
-ca_file = "{keys}/ca.pem"
+ca_file = "{federation}/ca/root.pem"
 [fleet]
 listen = "{fleet}"
 certificate_file = "{federation}/servers/gateway.pem"
@@ -227,8 +227,10 @@ def _start(
     def wait(is_done: Callable[[], bool], what: str) -> None:
         deployment.until(is_done, what=what, timeout_s=_START_S, watched=running.processes)
 
-    loopback_keys.write_certificates(folder)
-    start("superlink", deployment.superlink_command(running.superlink, keys=folder))
+    certificate = running.folder / "servers" / f"{provision.SUPERLINK}.pem"
+    start(
+        "superlink", deployment.superlink_command(running.superlink, ca_file=running.ca_file, certificate=certificate)
+    )
     gateway_file = _write_gateway(running, folder=folder, fleet=at["fleet"])
     start("gateway", [sys.executable, "-m", "server.cli", "gateway", str(gateway_file)])
     for site in sites:

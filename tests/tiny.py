@@ -210,7 +210,7 @@ def federation(engine, folder: Path, nodes, settings: config.RunConfig):
 
     clock, sleep = fake_time()
     return Federation(
-        RunManifest(settings, engine.base_sha256, engine.tensor_specs),
+        RunManifest(settings, engine.base_sha256, engine.tensor_specs, engine.codes_sha256),
         fleet(nodes),
         table.find(settings.aggregation.method),
         folder,

@@ -184,7 +184,7 @@ class Vault:
     def manifest(self, **changes: str) -> RunManifest:
         """The run; `federation__num_rounds="3"` changes a setting."""
         settings = tiny.settings("tiny", {key.replace("__", "."): value for key, value in changes.items()})
-        return RunManifest(settings, self.engine.base_sha256, self.engine.tensor_specs)
+        return RunManifest(settings, self.engine.base_sha256, self.engine.tensor_specs, self.engine.codes_sha256)
 
     def offer(self, run: RunManifest | None = None, *, key=OPERATOR, federation="onco-eu", days=1.0) -> Offer:
         """A signed offer."""

@@ -9,14 +9,13 @@ from cryptography import x509
 from common import certs, doctor_checks, governance
 from common.doctor import Result, check, count, failed, ok, warning
 from common.errors import SilotuneError
-from common.roster import OperatorEntry, PeerEntry, Roster
-from server import ca, registry
+from server import ca, provision, registry
 from server.gateway import members
 from server.registry import Registry
 
 ROLES: Final = (ca.SERVERS, certs.SITES, certs.OPERATORS)
 _RESTORE: Final = "restore the federation's folder from one backup"
-_REISSUE: Final = "run: silotune-server reissue --federation DIR; copy servers/ to the gateway, and restart it"
+_REISSUE: Final = "run: silotune-server reissue --federation DIR; copy servers/ to gateway and SuperLink, restart both"
 _ROTATE: Final = "ask the site to run silotune-client renew KEYS; then: silotune-server rotate renewal.json"
 _AUTHORITIES: Final = "found the federation anew in time; issuers cannot be renewed under the same root"
 _CARRY_AWAY: Final = "give each member one key, put the root's in a safe, and delete both folders here"
@@ -57,18 +56,18 @@ def authorities(held: Registry, *, now: datetime.datetime) -> Result:
 
 @check("own certificates", remedy=_REISSUE)
 def own_certificates(held: Registry, *, now: datetime.datetime) -> Result:
-    """Check the certificates of the gateway and the operators: for their keys, under the root, in the roster."""
-    root, known = _root(held), held.roster
-    for role, entry in _own(known):
-        chain = _chain(held, role, entry)
-        certs.check_chain(chain, root, name=f"{role}/{entry.name}.pem", now=now)
-        key = certs.load_key(held.folder / role / f"{entry.name}.key")
+    """Check the certificates of gateway, SuperLink and operators: for their keys, under the root, in the roster."""
+    root, own = _root(held), _own(held)
+    for (role, name), listed in own.items():
+        chain = _chain(held, role, name)
+        certs.check_chain(chain, root, name=f"{role}/{name}.pem", now=now)
+        key = certs.load_key(held.folder / role / f"{name}.key")
         fingerprint = certs.fingerprint(chain[0].public_key())
         if fingerprint != certs.fingerprint(key.public_key()):
-            return failed(f"{role}/{entry.name}.pem is not for {entry.name}.key", _RESTORE)
-        if fingerprint != entry.tls_fingerprint:
-            return failed(f"{role}/{entry.name}.pem has another key than the roster", _RESTORE)
-    return ok(", ".join(entry.name for _, entry in _own(known)))
+            return failed(f"{role}/{name}.pem is not for {name}.key", _RESTORE)
+        if fingerprint != listed and name != provision.SUPERLINK:
+            return failed(f"{role}/{name}.pem has another key than the roster", _RESTORE)
+    return ok(", ".join(name for _, name in own))
 
 
 @check("authorities' end", remedy=_AUTHORITIES)
@@ -80,8 +79,8 @@ def authorities_end(held: Registry, *, now: datetime.datetime) -> Result:
 
 @check("own certificates' end", remedy=_REISSUE)
 def own_end(held: Registry, *, now: datetime.datetime) -> Result:
-    """Tell how long the certificates of the gateway and the operators are good."""
-    ends = {entry.name: _chain(held, role, entry)[0].not_valid_after_utc for role, entry in _own(held.roster)}
+    """Tell how long the certificates of gateway, SuperLink and operators are good."""
+    ends = {name: _chain(held, role, name)[0].not_valid_after_utc for role, name in _own(held)}
     return doctor_checks.expiry(ends, now=now, remedy=_REISSUE)
 
 
@@ -137,13 +136,14 @@ def _root(held: Registry) -> x509.Certificate:
     return certs.parse_chain(governance.read(path), name=str(path))[0]
 
 
-def _own(known: Roster) -> list[tuple[str, PeerEntry | OperatorEntry]]:
-    """The gateway's and the operators' entries, each with its role."""
-    servers: list[tuple[str, PeerEntry | OperatorEntry]] = [(ca.SERVERS, entry) for entry in known.servers]
-    return servers + [(certs.OPERATORS, entry) for entry in known.operators]
+def _own(held: Registry) -> dict[tuple[str, str], str]:
+    """Role and name of the coordinator's own to the key that the roster lists; it does not list the SuperLink."""
+    servers = {(ca.SERVERS, entry.name): entry.tls_fingerprint for entry in held.roster.servers}
+    operators = {(certs.OPERATORS, entry.name): entry.tls_fingerprint for entry in held.roster.operators}
+    return {**servers, (ca.SERVERS, provision.SUPERLINK): "", **operators}
 
 
-def _chain(held: Registry, role: str, entry: PeerEntry | OperatorEntry) -> list[x509.Certificate]:
-    """The certificate of the gateway or an operator, and its issuer's."""
-    path = held.folder / role / f"{entry.name}.pem"
+def _chain(held: Registry, role: str, name: str) -> list[x509.Certificate]:
+    """A certificate of the coordinator's own, and its issuer's."""
+    path = held.folder / role / f"{name}.pem"
     return certs.parse_chain(governance.read(path), name=str(path))

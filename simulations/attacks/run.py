@@ -98,7 +98,9 @@ def before(shared: World, *, num_bad: int) -> dict[str, Any]:
 
 def _fleet(shared: World, attack: Attack, honest: list[str], failures: Failures) -> GridFleet:
     """All sites as nodes, in the order of their names."""
-    manifest = RunManifest(shared.settings, shared.engine.base_sha256, shared.engine.tensor_specs)
+    manifest = RunManifest(
+        shared.settings, shared.engine.base_sha256, shared.engine.tensor_specs, shared.engine.codes_sha256
+    )
     agents = {
         site: world.make_agent(site, data if site in honest else attack.rows(data), shared.engine, failures)
         for site, data in sorted(shared.sites.items())

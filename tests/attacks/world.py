@@ -53,9 +53,9 @@ watermark_file = "{keys}/watermark.json"
 revoked_file = "{keys}/revoked.txt"
 check_every_s = 0.5
 [limits]
-requests_per_s = 1
-burst = 100
-connections = 16
+requests_per_s = {requests_per_s}
+burst = {burst}
+connections = {connections}
 header_timeout_s = 3
 body_timeout_s = 1
 [log]
@@ -120,10 +120,10 @@ class World:
             body = content or ListNodesRequest().SerializeToString()
             return client.post(path, content=body, headers={"content-type": PROTOBUF})
 
-    def raw(self, name: str = "elm", *, door: str = "fleet") -> ssl.SSLSocket:
+    def raw(self, name: str = "elm", *, door: str = "fleet", context: ssl.SSLContext | None = None) -> ssl.SSLSocket:
         """A TLS connection on which a test writes what it likes."""
         plain = socket.create_connection((HOST, self.ports[door]), timeout=20)
-        return self.context(name).wrap_socket(plain, server_hostname=HOST)
+        return (context or self.context(name)).wrap_socket(plain, server_hostname=HOST)
 
     def refusals(self) -> list[dict]:
         return [json.loads(line) for line in (self.keys / "refusals.jsonl").read_text().splitlines()]
@@ -193,8 +193,10 @@ def make_pki(folder: Path) -> Pki:
 
 
 @contextmanager
-def running(keys: Path, logs: Path) -> Iterator[World]:
-    """Start a SuperLink and the gateway; stop both on leaving."""
+def running(
+    keys: Path, logs: Path, *, requests_per_s: int = 1, burst: int = 100, connections: int = 16
+) -> Iterator[World]:
+    """Start a SuperLink and the gateway, with limits of one certificate; stop both on leaving."""
     world = World(make_pki(keys), logs)
     bundles = hashlib.sha256(ECHO_BUNDLE).hexdigest()
     (keys / "gateway.toml").write_text(
@@ -203,11 +205,19 @@ def running(keys: Path, logs: Path) -> Iterator[World]:
             superlink=world.address("superlink"),
             keys=keys,
             bundles=bundles,
+            requests_per_s=requests_per_s,
+            burst=burst,
+            connections=connections,
         )
     )
     with ExitStack() as stack:
         stack.callback(lambda: deployment.stop(world.processes))
-        world.start("superlink", deployment.superlink_command(world.address("superlink"), keys=keys))
+        world.start(
+            "superlink",
+            deployment.superlink_command(
+                world.address("superlink"), ca_file=keys / "ca.pem", certificate=keys / "server.pem"
+            ),
+        )
         world.start("gateway", [sys.executable, "-m", "server.cli", "gateway", str(keys / "gateway.toml")])
         world.wait_for(lambda: all(world.is_open(door) for door in ("superlink", "fleet", "control")))
         for name in SITES:

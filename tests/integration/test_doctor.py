@@ -50,7 +50,9 @@ class World:
 
     def start(self, name: str) -> None:
         commands = {
-            "superlink": deployment.superlink_command(self.address("superlink"), keys=self.keys),
+            "superlink": deployment.superlink_command(
+                self.address("superlink"), ca_file=self.keys / "ca.pem", certificate=self.keys / "server.pem"
+            ),
             "gateway": [sys.executable, "-m", "server.cli", "gateway", str(self.gateway_file)],
         }
         env = deployment.environment(flwr_home=self.keys / "flower", num_threads=1)

@@ -85,7 +85,7 @@ def running(
 
 def requests(settings: RunConfig, *, engine: Engine, operator: Path) -> dict[str, bytes]:
     """A signed offer, and both steps of the first round."""
-    run = RunManifest(settings, engine.base_sha256, engine.tensor_specs)
+    run = RunManifest(settings, engine.base_sha256, engine.tensor_specs, engine.codes_sha256)
     not_after = int(time.time()) + DAY_S
     key = identity.load(operator)
     told = vault.told(log=audit_heads.operator(identity.public_hex(key)))

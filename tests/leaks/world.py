@@ -152,7 +152,11 @@ def _start(
     address, processes = f"{HOST}:{deployment.free_port()}", list[Process]()
     stack.callback(deployment.stop, processes)
     env = deployment.environment(flwr_home=server / "flower", num_threads=1) | {"TMPDIR": str(server / "tmp")}
-    command = [*deployment.superlink_command(address, keys=keys), "--database", str(server / "superlink.db")]
+    command = [
+        *deployment.superlink_command(address, ca_file=keys / "ca.pem", certificate=keys / "server.pem"),
+        "--database",
+        str(server / "superlink.db"),
+    ]
     processes.append(deployment.start("superlink", command, logs=server / "logs", env=env))
     env = deployment.environment(flwr_home=folder / "couriers" / "flower", num_threads=1)
     processes += [deployment.start(name, site.command, logs=folder / "logs", env=env) for name, site in sites.items()]

@@ -140,6 +140,7 @@ def test_a_review_says_what_leaves_and_what_is_read(site, node_file):
     assert found.facts["rows that are read"] == "all of rows.jsonl"
     assert "instruction, input, output" in found.facts["columns that are read"]
     assert found.facts["base"].startswith("tiny, ")
+    assert found.facts["base as quantised"] == "not quantised; the hash of its files says all"
     assert "robust aggregation: off, so one bad site can move the adapter" in found.facts["who sees this update"]
     assert found.facts["aggregation"] == "fedavg; a site trains and sends A and B"
     assert found.tensors == {spec.name: list(spec.shape) for spec in site.manifest().tensor_specs}

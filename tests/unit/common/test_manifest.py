@@ -61,7 +61,7 @@ def test_the_bytes_of_this_version_are_fixed():
     data = RunManifest(config.parse(text, name="run.toml"), HASH, SPECS).to_bytes()
     assert json.loads(data)["tensors"] == [["a.lora_A.weight", [4, 32]], ["a.lora_B.weight", [32, 4]]]
     assert wire.canonical_json(json.loads(data)) == data
-    assert sorted(json.loads(data)) == ["base_sha256", "egress", "run", "tensors", "version"]
+    assert sorted(json.loads(data)) == ["base_sha256", "codes_sha256", "egress", "run", "tensors", "version"]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +103,9 @@ def test_what_is_the_coordinators_own_affair_does_not_cross():
         altered(version=True),
         altered(extra=1),
         altered(base_sha256=7),
+        altered(codes_sha256="ab" * 32),
+        altered(codes_sha256=None),
+        with_setting("model", "quantization", "nf4"),
         altered(tensors=[["a", [4, 32]], ["a"]]),
         altered(tensors=[["a", ["4", 32]]]),
         altered(tensors=[["a", [4.5, 32]]]),

@@ -93,5 +93,5 @@ def test_commands_tell_people_and_programs(tmp_path, capsys):
     renewal = told(client_cli.app, "renew", keys)["request"]
     assert told(cli.app, "rotate", renewal, "--federation", folder, *signers)["epoch"] == 3
     assert told(client_cli.app, "install", kit_folder, "--keys", keys)["epoch"] == 3
-    assert told(cli.app, "reissue", "--federation", folder).keys() == {"gateway", "operator", "night"}
+    assert told(cli.app, "reissue", "--federation", folder).keys() == {"gateway", "superlink", "operator", "night"}
     assert told(cli.app, "revoke", "alder", "--federation", folder, *signers) == {"name": "alder", "epoch": 4}

@@ -56,7 +56,7 @@ def test_a_federation_starts_with_epoch_1_and_no_sites(founded):
 
 def test_every_private_key_is_0600_in_folders_of_0700(founded):
     files = [path for path in founded.folder.rglob("*") if path.is_file() and b"PRIVATE KEY" in path.read_bytes()]
-    assert len(files) == 1 + 3 + 3 + 1 + 2 * 2
+    assert len(files) == 1 + 3 + 3 + 2 + 2 * 2
     assert {path.stat().st_mode & 0o7777 for path in files} == {0o600}
     assert {path.parent.stat().st_mode & 0o7777 for path in files} == {0o700}
     assert {path.suffix for path in files} == {".key"}
@@ -330,7 +330,7 @@ def test_own_certificates_are_issued_anew_for_the_same_keys(tmp_path):
     with pytest.raises(ssl.SSLError):
         shake_hands(control(federation), dial(federation, *operator_pair(federation)))
     before = newest(federation)
-    assert list(provision.reissue(federation.folder, now=NOW)) == ["gateway", "operator", "night"]
+    assert list(provision.reissue(federation.folder, now=NOW)) == ["gateway", "superlink", "operator", "night"]
     assert newest(federation) == before
     _, shown, _ = shake_hands(control(federation), dial(federation, *operator_pair(federation)))
     found = certs.fingerprint(x509.load_der_x509_certificate(shown).public_key())
@@ -344,3 +344,20 @@ def test_one_command_at_a_time_changes_a_federation(founded):
     founded.admit("alder", words)
     with pytest.raises(ConfigError, match="silotune-server provision"):
         registry.load(founded.folder.parent)
+
+
+def test_the_superlinks_certificate_is_for_loopback_alone(founded, tmp_path):
+    """Who holds its key passes for no gateway, whatever else of the federation trusts the root."""
+    root, servers = founded.folder / "ca" / "root.pem", founded.folder / "servers"
+    plain = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    plain.verify_flags |= ssl.VERIFY_X509_STRICT
+    plain.load_verify_locations(root)
+    far = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    far.load_cert_chain(servers / "superlink.pem", servers / "superlink.key")
+    assert shake_hands(far, plain, host="127.0.0.1")[0] == "TLSv1.3"
+    for host in ("gateway.onco.example", "localhost"):
+        with pytest.raises(ssl.SSLCertVerificationError, match="mismatch"):
+            shake_hands(far, plain, host=host)
+    far.load_cert_chain(servers / "gateway.pem", servers / "gateway.key")
+    assert shake_hands(far, plain, host="gateway.onco.example")[0] == "TLSv1.3"  # control
+    assert "superlink" not in [peer.name for peer in newest(founded).servers]
