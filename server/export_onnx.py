@@ -37,7 +37,9 @@ def require() -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ConfigError(f"onnx needs the package {name}; install the extra: pip install 'silotune[onnx]'") from error
+            raise ConfigError(
+                f"onnx needs the package {name}; install the extra: pip install 'silotune[onnx]'"
+            ) from error
 
 
 class _Logits(torch.nn.Module):
@@ -97,7 +99,7 @@ def _load(merged: Path) -> Any:
 
 
 def _exported(network: Any) -> Any:
-    """torch's exporter, without its warnings: they are about its own insides, and about packages that are not needed."""
+    """torch's exporter, without its warnings about its own insides and about packages that are not needed."""
     ids_bt = torch.ones((2, 8), dtype=torch.int64)
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     logger = logging.getLogger("torch.onnx")

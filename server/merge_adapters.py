@@ -2,8 +2,8 @@
 
 The mean of B and the mean of A do not multiply to the mean of B A; peft's `linear`, `ties` and `dare_*` on factors
 are that approximation. Here linear and slerp are exact, as sums of products are products of what is put side by side:
-w1 B1 A1 + w2 B2 A2 = [w1 B1, w2 B2] [A1; A2]. TIES and DARE act on each value of a product (peft's own functions, as its
-`ties_svd` and `dare_*_svd`), and what comes out has full rank; it is cut to the nearest one of the rank asked for.
+w1 B1 A1 + w2 B2 A2 = [w1 B1, w2 B2] [A1; A2]. TIES and DARE act on each value of a product (peft's own functions, as
+its `ties_svd` and `dare_*_svd`), and what comes out has full rank; it is cut to the nearest one of the rank asked for.
 
 d and k: output and input width of a module, r: rank.
 """
@@ -37,7 +37,7 @@ class Recipe:
     Attributes:
         how: The method.
         weights: One for each adapter, in their order.
-        rank: Of the result before it is padded to a listed one; 0: exact for linear and slerp, else the inputs' largest.
+        rank: Of the result before it is padded to a listed one; 0: the inputs' largest (linear and slerp: exact).
         density: Share of values that TIES keeps and DARE does not drop.
         seed: Of DARE's choice.
     """
@@ -65,7 +65,9 @@ def check(recipe: Recipe, num_adapters: int) -> None:
     if not any(weights):
         raise ConfigError("--weights: all are zero, and so would be the result")
     if how == "slerp" and (num_adapters != 2 or min(weights) < 0 or abs(sum(weights) - 1) > 1e-6):
-        raise ConfigError("--how slerp goes from one adapter to one other: give two folders and --weights 1-t,t of 0 to 1")
+        raise ConfigError(
+            "--how slerp goes from one adapter to one other: give two folders and --weights 1-t,t of 0 to 1"
+        )
     if (how in DENSE) != bool(recipe.density) or not 0 <= recipe.density <= 1:
         raise ConfigError(f"--density, above 0 and up to 1, is for {', '.join(sorted(DENSE))} and needed there")
     if recipe.seed and not how.startswith("dare"):

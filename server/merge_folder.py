@@ -126,7 +126,7 @@ def _checked_name(name: str) -> str:
     try:
         return TypeAdapter(config.Slug).validate_python(name)
     except ValidationError as error:
-        raise ConfigError(f"--name {wire.shown(name)}: begin with a letter or digit, then letters, digits, . _ -") from error
+        raise ConfigError(f"--name {wire.shown(name)}: 1 to 64 of a-z, 0-9 and -, with no - at either end") from error
 
 
 def _check_alike(folders: Sequence[Path], inputs: Sequence[Input]) -> None:

@@ -95,7 +95,11 @@ def _check_kind(folder: Path, path: str) -> None:
     with file.open("rb") as opened:
         start = opened.read(4096)
     has_reader = kind in (".safetensors", ".gguf") or path == _ONNX_WEIGHTS  # strict; theirs could look like a pickle
-    if (kind not in KINDS and path != _ONNX_WEIGHTS) or zipfile.is_zipfile(file) or (_is_pickle(start) and not has_reader):
+    if (
+        (kind not in KINDS and path != _ONNX_WEIGHTS)
+        or zipfile.is_zipfile(file)
+        or (_is_pickle(start) and not has_reader)
+    ):
         raise ModelError(
             f"{folder}: {wire.shown(path, limit=200)} is, or may be, a pickle or a program; do not load it"
         )

@@ -86,4 +86,6 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}); export it again") from error
+        raise ModelError(
+            f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}); export it again"
+        ) from error

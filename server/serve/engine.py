@@ -148,7 +148,10 @@ class Models:
     def _tokens(self, name: str, ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """Up to `max_tokens` tokens under one adapter, or under none."""
         generator = torch.Generator()
-        generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
+        if sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(sampling.seed)
         step: Any = torch.tensor([list(ids)], device=self._network.device)
         past = None
         for _ in range(sampling.max_tokens):
@@ -165,7 +168,8 @@ class Models:
             return nullcontext()
         if name == self.base:
             return self._network.disable_adapter()
-        self._network.set_adapter(_key(name))
+        if self._network.active_adapter != _key(name):
+            self._network.set_adapter(_key(name))
         return nullcontext()
 
 

@@ -1,13 +1,17 @@
 """What is served: exports that pass `verify`, all on one base."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from common import model, wire
 from common.errors import ConfigError, ModelError
 from common.prompts import TemplateName
 from server import merge_folder, seal, verify
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ def base_name(base: Path) -> str:
 def _verified(argument: str, base: Path, base_sha256: str, signer: str) -> Served:
     """One export."""
     given, _, path = argument.rpartition("=")
+    if given and not _NAME.fullmatch(given):
+        raise ConfigError(f"{wire.shown(given)}: no name for a model; 1 to 64 letters, digits, dots, - or _")
     folder = Path(path)
     verify.verify(folder, signer=signer)
     sealed = seal.read(folder)

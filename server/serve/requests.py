@@ -121,4 +121,6 @@ def parse(data: bytes, kind: type[Request]) -> Request:
     except ValidationError as error:
         first: Any = error.errors(include_input=False, include_url=False, include_context=False)[0]
         where = ".".join(str(step) for step in first["loc"])[:200] or "body"
-        raise Refused(f"{where}: {first['msg'] if first['type'] != 'extra_forbidden' else 'is not supported'}") from None
+        raise Refused(
+            f"{where}: {first['msg'] if first['type'] != 'extra_forbidden' else 'is not supported'}"
+        ) from None

@@ -127,7 +127,7 @@ def test_other_weights_are_found_on_the_base(folder, source, tiny_base, fault):
     assert rewrite(path, weights, fault(weights, base)) >= 1
     reseal(folder, source, tiny_base)
     verify.verify(folder)
-    with pytest.raises(ModelError, match="onnx: (logits differ|is not base plus|is nearer to)"):
+    with pytest.raises(ModelError, match=r"onnx: (logits differ|is not base plus|is nearer to)"):
         verify.verify(folder, base=tiny_base)
 
 

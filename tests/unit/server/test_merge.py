@@ -38,7 +38,9 @@ def write_input(folder, engine, base, *, seed, name, key=KEY, changes=None):
 def inputs(load_tiny, tiny_base, tmp_path_factory):
     """Two signed exports of one base."""
     engine, folder = load_tiny(), tmp_path_factory.mktemp("inputs")
-    return [write_input(folder / name, engine, tiny_base, seed=seed, name=name) for seed, name in ((1, "one"), (2, "two"))]
+    return [
+        write_input(folder / name, engine, tiny_base, seed=seed, name=name) for seed, name in ((1, "one"), (2, "two"))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +107,7 @@ def test_dare_keeps_its_share_and_rescales_it():
     kept = values.abs() > 1e-4
     assert 30 < int(kept.sum()) < 100  # of 256, mean 64, six standard deviations are 42
     assert torch.allclose(values[kept], torch.tensor(4.0), atol=1e-4)
-    again, other = (
-        products(merge_adapters.merge([full, zero], replace(recipe, seed=seed))[0])["q"] for seed in (4, 5)
-    )
+    again, other = (products(merge_adapters.merge([full, zero], replace(recipe, seed=seed))[0])["q"] for seed in (4, 5))
     assert torch.equal(values, again)
     assert not torch.allclose(values, other)
 
