@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from common.errors import ConfigError, ModelError
 
@@ -85,6 +86,7 @@ def convert(merged: Path, output: Path) -> None:
 
 def _load(merged: Path) -> Any:
     """In float32, with attention written out: the exporter knows each of its steps."""
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         return AutoModelForCausalLM.from_pretrained(
             merged,
@@ -93,7 +95,7 @@ def _load(merged: Path) -> Any:
             trust_remote_code=False,
             use_safetensors=True,
             attn_implementation="eager",
-        ).eval()
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"onnx: {merged} cannot be loaded ({type(error).__name__}); export it again") from error
 
@@ -186,13 +188,26 @@ class Session:
 
         Raises:
             ConfigError: The extra is not installed.
+            ModelError: ONNX Runtime cannot load it.
         """
         require()
-        import onnxruntime
-
+        runtime: Any = importlib.import_module("onnxruntime")  # it comes without types
         self.config = AutoConfig.from_pretrained(folder, local_files_only=True)
         self.device = torch.device("cpu")
-        self._session = onnxruntime.InferenceSession(str(folder / MODEL_FILE), providers=["CPUExecutionProvider"])
+        errors = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")  # none derives from another
+        known = (
+            errors.Fail,
+            errors.InvalidGraph,
+            errors.InvalidArgument,
+            errors.NotImplemented,
+            errors.RuntimeException,
+        )
+        try:
+            self._session = runtime.InferenceSession(str(folder / MODEL_FILE), providers=["CPUExecutionProvider"])
+        except known as error:
+            raise ModelError(
+                f"{folder}: ONNX Runtime cannot load it ({type(error).__name__}); export it again"
+            ) from error
 
     def eval(self) -> "Session":
         """It has no other mode."""

@@ -10,8 +10,9 @@ from typing import Final
 import jinja2
 from pydantic import TypeAdapter, ValidationError
 
-from common import adapter, config, identity, model, wire
+from common import adapter, identity, model, wire
 from common.adapter import Tensors
+from common.config_types import Slug
 from common.errors import ConfigError, ModelError
 from common.records import TensorSpec
 from server import export_canonical, export_folder, merge_adapters, seal, verify
@@ -124,7 +125,7 @@ def _checked_name(name: str) -> str:
         ConfigError: It breaks that rule.
     """
     try:
-        return TypeAdapter(config.Slug).validate_python(name)
+        return TypeAdapter(Slug).validate_python(name)
     except ValidationError as error:
         raise ConfigError(f"--name {wire.shown(name)}: 1 to 64 of a-z, 0-9 and -, with no - at either end") from error
 

@@ -113,7 +113,9 @@ def _loaded(folder: Path, base: Path, name: str, places: dict[str, Path]) -> Any
     if name == "gguf":
         file = {"gguf_file": export_gguf.MODEL_FILE, "quantization_config": GgufConfig(dequantize=True)}
         return _try(folder / name, lambda: _network(folder / name, **file))
-    return export_onnx.Session(folder / name) if name == "onnx" else _plain(folder / name)
+    if name == "onnx":
+        return _try(folder / name, lambda: export_onnx.Session(folder / name))
+    return _plain(folder / name)
 
 
 def _with_adapter(base: Path, place: Path) -> Any:

@@ -180,7 +180,8 @@ def draw(logits_v: torch.Tensor, sampling: Sampling, generator: torch.Generator)
     steps = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
     if sampling.top_p < 1:
         steps.append(TopPLogitsWarper(float(sampling.top_p)))
-    scores_1v = steps(torch.empty((1, 0), dtype=torch.int64), logits_v[None])
+    no_ids: Any = torch.empty((1, 0), dtype=torch.int64)  # which these two do not look at
+    scores_1v = steps(no_ids, logits_v[None])
     return int(torch.multinomial(scores_1v[0].softmax(-1), 1, generator=generator))
 
 

@@ -43,9 +43,7 @@ def write_export(folder, load_tiny, base, *, seed, template):
 def exports(load_tiny, tiny_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exports")
     return {
-        name: write_export(
-            folder / name, load_tiny, tiny_base, seed=seed, name=name.replace(".", "-"), template=template
-        )
+        name: write_export(folder / name, load_tiny, tiny_base, seed=seed, template=template)
         for name, seed, template in (("one", 1, "tokenizer"), ("v2.1", 2, "tokenizer"), ("alpaca", 3, "alpaca"))
     }
 
