@@ -13,6 +13,7 @@ import torch
 from jinja2 import TemplateError
 from peft import PeftModel
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.utils import logging as transformers_logging
 
 from common import config, model, prompts
 from server.serve.folders import Served, base_name
@@ -65,6 +66,7 @@ class Models:
         Raises:
             ModelError: Base or adapter cannot be loaded here.
         """
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         device = model.choose_device(device_name)
         self.base = base_name(base)
         network = model.load_base(base, settings, device)
