@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from common import cli, quiet
-from server import cli_audit, cli_doctor, cli_roster
+from server import cli_audit, cli_doctor, cli_export, cli_roster
 from server.cli_roster import FederationFolder, GovernanceFiles, ProposeFile
 
 app = cli.make(
@@ -166,10 +166,13 @@ def export(
     base: Annotated[Path | None, typer.Option(help="Folder of the base; default: model.base, in the store.")] = None,
     to: Annotated[Path | None, typer.Option(help="Instead: a new folder with all --formats, sealed.")] = None,
     formats: Annotated[
-        str, typer.Option(help="Of peft, vllm, merged, nf4, int8, gguf; with --to; default: peft.")
+        str, typer.Option(help="Of peft, vllm, merged, nf4, int8, gguf, onnx; with --to; default: peft.")
     ] = "",
     operator_key: Annotated[Path | None, typer.Option(help="Private key that signs the folder; with --to.")] = None,
     llama_cpp: Annotated[Path | None, typer.Option(help="A llama.cpp checkout whose converter writes gguf.")] = None,
+    gguf_type: Annotated[
+        str, typer.Option(help="bf16, or by that checkout's llama-quantize: q8_0, q6_k, q5_k_m, q4_k_m.")
+    ] = "",
     json: cli.JsonOption = False,
 ) -> None:
     """Write the adapter, the base with it merged in, or a sealed folder of several formats.
@@ -195,10 +198,11 @@ def export(
             base=base,
             llama_cpp=llama_cpp,
             sign_with=operator_key,
+            gguf_type=gguf_type,
         )
         told = (f"{to}: {sealed['formats']}", f"next: silotune-server verify {to} --signer {sealed['signer'] or 'KEY'}")
         return cli.emit(sealed, as_json=json, show=lambda: cli.show(*told))
-    finish.refuse_without_to(formats=formats, operator_key=operator_key, llama_cpp=llama_cpp)
+    finish.refuse_without_to(formats=formats, operator_key=operator_key, llama_cpp=llama_cpp, gguf_type=gguf_type)
     result = finish.export_run(run_folder, num_rounds=round_, output=output, merged=merged, base=base)
     return cli.emit(
         result, as_json=json, show=lambda: cli.show(*(f"{name:<9} {path}" for name, path in result.items()))
@@ -226,6 +230,10 @@ def verify(
 
     result = checks.verify(folder, signer=signer, base=base)
     cli.emit(result, as_json=json, show=lambda: cli.show(*checks.told(result)))
+
+
+app.command()(cli_export.merge)
+app.command()(cli_export.serve)
 
 
 @app.command()

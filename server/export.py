@@ -46,14 +46,8 @@ def save_adapter(
         StorageError: Disk full or not writable.
     """
     found = export_canonical.canonical(tensors, run_manifest.run.adapter)
-    storage.write_atomic(folder / "adapter_model.safetensors", adapter.encode(found, dtype="float32"))
-    base = run_manifest.run.model.base
-    modules = adapter.module_names(adapter.specs(found))
-    told = None if is_path(base) else base
-    rank = export_canonical.rank_of(found)
-    export_canonical.save_config(folder, export_canonical.lora_config(rank, modules, base=told))
     text = card(run_manifest, num_rounds=num_rounds, sites=sites, log=log, kind="adapter")
-    storage.write_atomic(folder / "README.md", text.encode())
+    export_canonical.save(folder, found, base=told_base(run_manifest.run.model.base), card=text)
 
 
 def card(
@@ -97,6 +91,11 @@ def card(
 def is_path(base: str) -> bool:
     """Whether `model.base` is a folder of this machine and no name in a store or on a hub."""
     return base.startswith(("/", ".", "~")) or Path(base).is_dir()
+
+
+def told_base(base: str) -> str:
+    """What peft is told of the base: a name that means the same elsewhere, or nothing."""
+    return "" if is_path(base) else base
 
 
 def base_name(base: str) -> str:

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.nn.functional import pad
 
-from common import adapter, config
+from common import adapter, config, storage
 from common.adapter import Tensors
 from common.records import TensorSpec
 from common.storage import storage_error
@@ -97,6 +97,29 @@ def settings_of(lora: LoraConfig) -> dict[str, Any]:
     """A configuration as its file has it, modules in order."""
     found: Mapping[str, Any] = lora.to_dict()  # type: ignore[no-untyped-call]
     return {key: sorted(value) if isinstance(value, set) else value for key, value in found.items()}
+
+
+def save(folder: Path, tensors: Tensors, *, base: str, card: str) -> None:
+    """Write a canonical adapter as a folder that plain peft loads.
+
+    Args:
+        folder: Where to.
+        tensors: What `canonical` gave.
+        base: What peft is told of the base; empty: nothing.
+        card: Text of its README.md.
+
+    Raises:
+        StorageError: Disk full or not writable.
+    """
+    storage.write_atomic(folder / "adapter_model.safetensors", encoded(tensors))
+    modules = adapter.module_names(adapter.specs(tensors))
+    save_config(folder, lora_config(rank_of(tensors), modules, base=base or None))
+    storage.write_atomic(folder / "README.md", card.encode())
+
+
+def encoded(tensors: Tensors) -> bytes:
+    """The bytes of a canonical adapter's file: the same for the same tensors."""
+    return adapter.encode(tensors, dtype="float32")
 
 
 def save_config(folder: Path, lora: LoraConfig) -> None:

@@ -1,5 +1,6 @@
 """A whole export: one folder with every form that was asked for, a model card, hashes of all files, and a signature."""
 
+import hashlib
 import re
 import shutil
 from collections.abc import Sequence
@@ -8,18 +9,19 @@ from pathlib import Path
 from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from common import config, model, storage
+from common import adapter, config, model, prompts, storage
 from common.adapter import Tensors
 from common.errors import ConfigError
 from common.events import Event
 from common.manifest import RunManifest
-from server import export, export_canonical, export_gguf, seal
+from server import export, export_canonical, export_gguf, export_onnx, seal
 from server.seal import FORMATS
 
-NEED_BASE: Final = frozenset({"merged", "nf4", "int8", "gguf"})
+NEED_BASE: Final = frozenset({"merged", "nf4", "int8", "gguf", "onnx"})
+TEMPLATE_FILE: Final = "chat_template.jinja"
 _LICENCE: Final = re.compile(r"^license:\s*([\w.+-]{1,64})\s*$", re.MULTILINE)
 
 
@@ -58,6 +60,23 @@ def parse_formats(text: str) -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in asked)
 
 
+@dataclass(frozen=True)
+class Content:
+    """All that goes into a folder, whatever it was made from.
+
+    Attributes:
+        facts: For the seal.
+        adapter: The canonical adapter.
+        adapter_card: Model card of a peft folder.
+        card: Model card of the whole.
+    """
+
+    facts: seal.Facts
+    adapter: Tensors
+    adapter_card: str
+    card: str
+
+
 def write(
     folder: Path,
     source: Exported,
@@ -66,33 +85,64 @@ def write(
     base: Path | None,
     llama_cpp: Path | None,
     key: Ed25519PrivateKey | None,
+    gguf_type: str = "bf16",
 ) -> None:
-    """Fill a new folder; it bears its name only when it is whole.
+    """Fill a new folder from a run; it bears its name only when it is whole.
 
     Args:
         folder: Must not exist, or be empty.
         source: What to export.
         formats: Some of `seal.FORMATS`.
-        base: The base's folder; only `peft` and `vllm` do without.
+        base: The base's folder; only `peft` and `vllm` do without, and then have no chat template beside them.
         llama_cpp: A checkout of llama.cpp whose converter writes the GGUF file; None: it is written here.
         key: The operator's; None leaves the folder unsigned.
+        gguf_type: Type of the GGUF file's matrices, one of `export_gguf.TYPES`.
 
     Raises:
-        ConfigError: The folder holds something, or a format is impossible for this base or rank.
+        ConfigError: The folder holds something, or a format is impossible for this base, rank or machine.
         ModelError: Base and adapter do not fit.
         StorageError: Disk full or not writable.
     """
+    content = content_of(source, formats=formats, base=base, gguf_type=gguf_type)
+    write_content(folder, content, base=base, llama_cpp=llama_cpp, key=key)
+
+
+def content_of(source: Exported, *, formats: Sequence[str], base: Path | None, gguf_type: str = "bf16") -> Content:
+    """A run's checkpoint as the content of a folder."""
+    found = source.run_manifest
+    tensors = export_canonical.canonical(source.tensors, found.run.adapter)
+    facts = seal.Facts(
+        name=found.run.name,
+        run_sha256=found.sha256,
+        base_sha256=found.base_sha256,
+        num_rounds=source.num_rounds,
+        formats=tuple(formats),
+        base=export.told_base(found.run.model.base),
+        adapter_sha256=hashlib.sha256(export_canonical.encoded(tensors)).hexdigest(),
+        chat_template=found.run.model.chat_template,
+        chat_template_sha256=template_sha256(base, found.run.model.chat_template) if base else "",
+        gguf_type=gguf_type,
+    )
+    told = {"num_rounds": source.num_rounds, "sites": source.sites, "log": source.log}
+    adapter_card = export.card(found, **told, kind="adapter")  # type: ignore[arg-type]
+    licence = licence_of(base) if base else ""
+    card = export.card(found, **told, kind="folder", licence=licence, formats=formats)  # type: ignore[arg-type]
+    return Content(facts, tensors, adapter_card, card)
+
+
+def write_content(
+    folder: Path, content: Content, *, base: Path | None, llama_cpp: Path | None, key: Ed25519PrivateKey | None
+) -> None:
+    """Fill a new folder and seal it; see `write`."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: holds files already; give another folder")
-    _check_possible(source, formats, base)
-    if base and "gguf" in formats and not llama_cpp:
-        export_gguf.check(base)
+    _check_possible(content, base, llama_cpp)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _fill(partial, source, formats=formats, base=base, llama_cpp=llama_cpp)
-        seal.write(partial, _facts(source, formats), run_manifest=source.run_manifest, key=key)
+        _fill(partial, content, base=base, llama_cpp=llama_cpp)
+        seal.write(partial, content.facts, specs=adapter.specs(content.adapter), key=key)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
@@ -102,79 +152,89 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_possible(source: Exported, formats: Sequence[str], base: Path | None) -> None:
+def _check_possible(content: Content, base: Path | None, llama_cpp: Path | None) -> None:
     """What is known to fail must not fail after minutes of merging."""
+    formats = content.facts.formats
     if base is None and (needing := sorted(NEED_BASE & set(formats))):
         raise ConfigError(f"--formats {needing[0]} needs the base; give its folder with --base")
-    rank = export_canonical.rank_of(export_canonical.canonical(source.tensors, source.run_manifest.run.adapter))
+    rank = export_canonical.rank_of(content.adapter)
     if "vllm" in formats and rank not in export_canonical.RANKS:
         raise ConfigError(
             f"--formats vllm: the adapter has rank {rank}, vLLM takes up to {export_canonical.RANKS[-1]}; "
             "export merged instead, or train with a smaller aggregation.residual_rank"
         )
+    if "onnx" in formats:
+        export_onnx.require()
+    if base and "gguf" in formats:
+        export_gguf.check_checkout(llama_cpp, content.facts.gguf_type)
+        if not llama_cpp:
+            export_gguf.check(base)
 
 
-def _facts(source: Exported, formats: Sequence[str]) -> seal.Facts:
-    """What `export.json` says beside the files."""
-    found = source.run_manifest
-    return seal.Facts(found.run.name, found.sha256, found.base_sha256, source.num_rounds, tuple(formats))
-
-
-def _fill(folder: Path, source: Exported, *, formats: Sequence[str], base: Path | None, llama_cpp: Path | None) -> None:
+def _fill(folder: Path, content: Content, *, base: Path | None, llama_cpp: Path | None) -> None:
     """Every format, then the card."""
-    licence = licence_of(base) if base else ""
-    name = source.run_manifest.run.name
+    formats, name = content.facts.formats, content.facts.name
+    template = template_of(base, content.facts.chat_template) if base else ""
     for target in [target for target in ("peft", f"vllm/{name}") if target.split("/")[0] in formats]:
-        _save_adapter(folder / target, source)
+        _save_adapter(folder / target, content)
+        if template:
+            storage.write_atomic(folder / target / TEMPLATE_FILE, template.encode())
     if base and NEED_BASE & set(formats):
-        _fill_merged(folder, source, formats=formats, base=base, llama_cpp=llama_cpp)
-    text = export.card(
-        source.run_manifest,
-        num_rounds=source.num_rounds,
-        sites=source.sites,
-        log=source.log,
-        kind="folder",
-        licence=licence,
-        formats=formats,
-    )
-    storage.write_atomic(folder / "README.md", text.encode())
+        _fill_merged(folder, content, base=base, llama_cpp=llama_cpp)
+    storage.write_atomic(folder / "README.md", content.card.encode())
 
 
-def _fill_merged(folder: Path, source: Exported, *, formats: Sequence[str], base: Path, llama_cpp: Path | None) -> None:
+def _fill_merged(folder: Path, content: Content, *, base: Path, llama_cpp: Path | None) -> None:
     """All that is made from the merged checkpoint, which goes again if nobody asked for it."""
-    scratch, merged = folder / ".adapter", folder / "merged"
-    _save_adapter(scratch, source)
-    export.merge(scratch, base, merged, chat_template=source.run_manifest.run.model.chat_template)
+    scratch, merged, formats = folder / ".adapter", folder / "merged", content.facts.formats
+    _save_adapter(scratch, content)
+    export.merge(scratch, base, merged, chat_template=content.facts.chat_template)
     shutil.rmtree(scratch)
     for kind in [kind for kind in ("nf4", "int8") if kind in formats]:
         quantise(merged, folder / kind, kind=kind)
     if "gguf" in formats:
-        _save_gguf(folder / "gguf", merged, name=source.run_manifest.run.name, llama_cpp=llama_cpp)
+        _save_gguf(folder / "gguf", merged, content.facts, llama_cpp=llama_cpp)
+    if "onnx" in formats:
+        export_onnx.convert(merged, folder / "onnx")
     if "merged" not in formats:
         shutil.rmtree(merged)
 
 
-def _save_adapter(folder: Path, source: Exported) -> None:
+def _save_adapter(folder: Path, content: Content) -> None:
     """A peft folder with its card."""
-    export.save_adapter(
-        folder,
-        source.tensors,
-        run_manifest=source.run_manifest,
-        num_rounds=source.num_rounds,
-        sites=source.sites,
-        log=source.log,
-    )
+    export_canonical.save(folder, content.adapter, base=content.facts.base, card=content.adapter_card)
 
 
-def _save_gguf(folder: Path, merged: Path, *, name: str, llama_cpp: Path | None) -> None:
+def _save_gguf(folder: Path, merged: Path, facts: seal.Facts, *, llama_cpp: Path | None) -> None:
     """Model and Modelfile."""
     folder.mkdir()
     output = folder / export_gguf.MODEL_FILE
     if llama_cpp:
         export_gguf.run_converter(llama_cpp, merged, output)
     else:
-        export_gguf.convert(merged, output, name=name)
+        export_gguf.convert(merged, output, name=facts.name)
+    if llama_cpp and facts.gguf_type != "bf16":
+        export_gguf.run_quantize(llama_cpp, output, kind=facts.gguf_type)
     storage.write_atomic(folder / "Modelfile", export_gguf.modelfile(merged).encode())
+
+
+def template_of(base: Path, name: prompts.TemplateName) -> str:
+    """The chat template that a run on this base was trained with.
+
+    Raises:
+        ModelError: The base has no tokenizer, or none that this template fits.
+    """
+    return str(tokenizer_of(base, name).chat_template)
+
+
+def tokenizer_of(base: Path, name: prompts.TemplateName) -> PreTrainedTokenizerBase:
+    """The base's tokenizer with that template."""
+    return prompts.use_template(model.load_tokenizer(base), name)
+
+
+def template_sha256(base: Path, name: prompts.TemplateName) -> str:
+    """Its hash, for the seal."""
+    return hashlib.sha256(template_of(base, name).encode()).hexdigest()
 
 
 def quantise(merged: Path, output: Path, *, kind: str) -> None:

@@ -24,6 +24,8 @@ from common.storage import storage_error
 
 MODEL_FILE: Final = "model.gguf"
 SCRIPT: Final = "convert_hf_to_gguf.py"
+TYPES: Final = ("bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
+_QUANTIZERS: Final = ("build/bin/llama-quantize", "llama-quantize")
 _REMEDY: Final = "give --llama-cpp DIR, a checkout of llama.cpp whose own converter is then run"
 _DIGITS: Final = ({"type": "Digits", "individual_digits": True}, {"type": "Split", "pattern": {"Regex": r"\d"}})
 _PLAIN: Final = {
@@ -37,6 +39,11 @@ _CHATML: Final = '''TEMPLATE """{{- range .Messages }}<|im_start|>{{ .Role }}
 {{ end }}<|im_start|>assistant
 """
 '''
+
+
+_NO_TEMPLATE: Final = (
+    f"# No TEMPLATE: the chat template is in {MODEL_FILE}; compare with: ollama show --template NAME\n"
+)
 
 
 def convert(merged: Path, output: Path, *, name: str) -> None:
@@ -76,9 +83,8 @@ def run_converter(llama_cpp: Path, merged: Path, output: Path) -> None:
         ConfigError: The folder is no checkout of llama.cpp.
         ModelError: The converter failed, or wrote nothing.
     """
+    check_checkout(llama_cpp, "bf16")
     script = llama_cpp / SCRIPT
-    if not script.is_file():
-        raise ConfigError(f"--llama-cpp {llama_cpp}: has no {SCRIPT}; give a checkout of llama.cpp")
     order = [sys.executable, str(script), str(merged), "--outfile", str(output), "--outtype", "bf16"]
     done = subprocess.run(order, stdout=2, check=False)
     if done.returncode or not output.is_file():
@@ -87,19 +93,67 @@ def run_converter(llama_cpp: Path, merged: Path, output: Path) -> None:
         )
 
 
+def check_checkout(llama_cpp: Path | None, kind: str) -> None:
+    """Whether a file of this type can be written; asked before anything is merged.
+
+    Args:
+        llama_cpp: A checkout of llama.cpp; None: there is none.
+        kind: One of `TYPES`.
+
+    Raises:
+        ConfigError: No checkout, no converter in it, or no llama-quantize; or there is no such type.
+    """
+    if kind not in TYPES:
+        raise ConfigError(f"--gguf-type {kind}: is none of {', '.join(TYPES)}")
+    if kind != "bf16" and not llama_cpp:
+        raise ConfigError(f"--gguf-type {kind} is written by llama-quantize; give --llama-cpp DIR, a checkout with it")
+    if llama_cpp and not (llama_cpp / SCRIPT).is_file():
+        raise ConfigError(f"--llama-cpp {llama_cpp}: has no {SCRIPT}; give a checkout of llama.cpp")
+    if llama_cpp and kind != "bf16":
+        _quantizer(llama_cpp)
+
+
+def _quantizer(llama_cpp: Path) -> Path:
+    """The built llama-quantize of a checkout."""
+    for name in _QUANTIZERS:
+        if (llama_cpp / name).is_file():
+            return llama_cpp / name
+    raise ConfigError(
+        f"--llama-cpp {llama_cpp}: has no {_QUANTIZERS[0]}; build it there: "
+        "cmake -B build && cmake --build build --target llama-quantize"
+    )
+
+
+def run_quantize(llama_cpp: Path, output: Path, *, kind: str) -> None:
+    """Let llama-quantize replace `output` by one of another type; its own words go to stderr.
+
+    Raises:
+        ConfigError: It is not built.
+        ModelError: It failed, or wrote nothing.
+    """
+    program, partial = _quantizer(llama_cpp), output.with_suffix(".partial")
+    done = subprocess.run([str(program), str(output), str(partial), kind.upper()], stdout=2, check=False)
+    if done.returncode or not partial.is_file():
+        raise ModelError(f"{program} could not write {kind} (its own words are above); export --gguf-type bf16 instead")
+    partial.replace(output)
+
+
 def modelfile(merged: Path) -> str:
+    """What `ollama create` reads, for a checkpoint in a folder."""
+    return modelfile_of(AutoTokenizer.from_pretrained(merged, local_files_only=True))
+
+
+def modelfile_of(tokenizer: Any) -> str:
     """What `ollama create` reads; the template is written where the model's is plain ChatML."""
-    tokenizer = AutoTokenizer.from_pretrained(merged, local_files_only=True)
-    lines = [f"FROM ./{MODEL_FILE}\n"]
-    if _is_chatml(tokenizer):
-        lines.append(_CHATML)
-    else:
-        lines.append(
-            f"# No TEMPLATE: the chat template is in {MODEL_FILE}; compare with: ollama show --template NAME\n"
-        )
-    if tokenizer.eos_token:
-        lines.append(f"PARAMETER stop {json.dumps(tokenizer.eos_token)}\n")
-    return "".join(lines)
+    stop = f"PARAMETER stop {json.dumps(tokenizer.eos_token)}\n" if tokenizer.eos_token else ""
+    return f"FROM ./{MODEL_FILE}\n{_CHATML if _is_chatml(tokenizer) else _NO_TEMPLATE}{stop}"
+
+
+def is_modelfile(text: str) -> bool:
+    """Whether `modelfile_of` may have written it: its file, its template or none, one word to stop at."""
+    start, _, stop = text.partition("PARAMETER stop ")
+    plain = not stop or (stop.count("\n") == 1 and stop.startswith('"') and stop.endswith('"\n'))
+    return plain and start in [f"FROM ./{MODEL_FILE}\n{told}" for told in (_CHATML, _NO_TEMPLATE)]
 
 
 def _is_chatml(tokenizer: Any) -> bool:

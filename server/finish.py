@@ -53,6 +53,7 @@ def export_to(
     base: Path | None,
     llama_cpp: Path | None,
     sign_with: Path | None,
+    gguf_type: str = "",
 ) -> dict[str, object]:
     """Export a checkpoint of a run as a sealed folder, which `verify` can check.
 
@@ -64,6 +65,7 @@ def export_to(
         base: The base's folder; None looks for the run's base in the store.
         llama_cpp: A checkout of llama.cpp that writes the GGUF file; None: it is written here.
         sign_with: The operator's key file; None leaves the folder unsigned.
+        gguf_type: One of `export_gguf.TYPES`; empty: bf16.
 
     Returns:
         The folder, its formats and the signer's public key, empty if there is none.
@@ -75,10 +77,14 @@ def export_to(
         StorageError: Disk full or not writable.
     """
     asked = export_folder.parse_formats(formats or "peft")
+    if gguf_type and "gguf" not in asked:
+        raise ConfigError("--gguf-type is for the format gguf; add it to --formats")
     key = identity.load(sign_with) if sign_with else None
     found = stored(run_folder, num_rounds=num_rounds)
-    base_folder = _base(found, base) if export_folder.NEED_BASE & set(asked) else None
-    export_folder.write(folder, found, formats=asked, base=base_folder, llama_cpp=llama_cpp, key=key)
+    base_folder = _base(found, base) if base or export_folder.NEED_BASE & set(asked) else None
+    export_folder.write(
+        folder, found, formats=asked, base=base_folder, llama_cpp=llama_cpp, key=key, gguf_type=gguf_type or "bf16"
+    )
     return {"folder": str(folder), "formats": ", ".join(asked), "signer": identity.public_hex(key) if key else ""}
 
 

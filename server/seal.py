@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,16 +11,15 @@ from typing import Any, Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors import SafetensorError, safe_open
 
-from common import identity, storage, wire
+from common import identity, prompts, storage, wire
 from common.errors import AuthError, ModelError
-from common.manifest import RunManifest
-from server import export_canonical
+from common.records import TensorSpec
 
 FILE: Final = "export.json"
 SIGNATURE_FILE: Final = "export.sig.json"
 PURPOSE: Final = "export"
-VERSION: Final = 1
-FORMATS: Final = ("peft", "vllm", "merged", "nf4", "int8", "gguf")
+VERSION: Final = 2
+FORMATS: Final = ("peft", "vllm", "merged", "nf4", "int8", "gguf", "onnx")
 MAX_BYTES: Final = 16 << 20
 
 
@@ -29,11 +28,17 @@ class Facts:
     """What an export is of.
 
     Attributes:
-        name: Of the run.
-        run_sha256: Its identity.
+        name: Of the run, or of the mixture.
+        run_sha256: Identity of the run, or of the recipe of a mixture.
         base_sha256: Of the base's files.
-        num_rounds: Rounds behind the adapter.
+        num_rounds: Rounds behind the adapter; 0 for a mixture.
         formats: The sub-folders.
+        base: What adapter_config.json tells of the base; empty: nothing.
+        adapter_sha256: Of the canonical adapter's file, taken before anything was written.
+        chat_template: `model.chat_template` of the run.
+        chat_template_sha256: Of the template's text; empty where no base was at hand, and so no format has one.
+        gguf_type: Type of the GGUF file's matrices, a name of `export_gguf.TYPES`.
+        inputs: SHA-256 of `export.json` of every export that was mixed into this one.
     """
 
     name: str
@@ -41,6 +46,12 @@ class Facts:
     base_sha256: str
     num_rounds: int
     formats: tuple[str, ...]
+    base: str = ""
+    adapter_sha256: str = ""
+    chat_template: prompts.TemplateName = "tokenizer"
+    chat_template_sha256: str = ""
+    gguf_type: str = "bf16"
+    inputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ class Seal:
 
     Attributes:
         facts: What it is of.
-        adapter: Names and shapes of the canonical adapter, from the run's manifest and not from a file.
+        adapter: Names and shapes of the canonical adapter, from the run's manifest (of a mixture: from what was mixed).
         files: SHA-256 of every file by its path in the folder.
         tensors: Of every safetensors file, type and shape of each tensor by name.
     """
@@ -60,14 +71,19 @@ class Seal:
     tensors: Mapping[str, Mapping[str, list[Any]]]
 
 
-def write(folder: Path, facts: Facts, *, run_manifest: RunManifest, key: Ed25519PrivateKey | None) -> None:
+def write(folder: Path, facts: Facts, *, specs: Sequence[TensorSpec], key: Ed25519PrivateKey | None) -> None:
     """Seal a folder that is whole.
+
+    Args:
+        folder: The export.
+        facts: What it is of.
+        specs: Names and shapes of the canonical adapter.
+        key: Who signs; None leaves it unsigned.
 
     Raises:
         StorageError: Disk full or not writable.
     """
     paths = listed(folder)
-    specs = export_canonical.specs(run_manifest.tensor_specs)
     found = {
         "version": VERSION,
         "facts": dataclasses.asdict(facts),
@@ -91,7 +107,8 @@ def read(folder: Path) -> Seal:
     try:
         data = _bytes(folder / FILE)
         found = json.loads(data, object_pairs_hook=wire.unique_pairs)
-        facts = Facts(**{**found["facts"], "formats": tuple(found["facts"]["formats"])})
+        lists = {key: tuple(found["facts"][key]) for key in ("formats", "inputs")}
+        facts = Facts(**{**found["facts"], **lists})
         sealed = Seal(facts, dict(found["adapter"]), dict(found["files"]), dict(found["tensors"]))
         if found["version"] != VERSION or wire.canonical_json(found) != data:
             raise ValueError("another version, or not canonical")

@@ -17,14 +17,16 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from common import adapter, wire
+from common import adapter, model, wire
 from common.errors import ModelError
 from common.records import TensorSpec
-from server import export_canonical, seal
+from server import export_canonical, export_gguf, export_onnx, seal, verify_template
 
-KINDS: Final = frozenset({".safetensors", ".json", ".jinja", ".md", ".gguf", ".txt", ".model", "Modelfile"})
+KINDS: Final = frozenset({".safetensors", ".json", ".jinja", ".md", ".gguf", ".txt", ".model", "Modelfile", ".onnx"})
+_ONNX: Final = f"onnx/{export_onnx.MODEL_FILE}"
+_ONNX_WEIGHTS: Final = f"onnx/{export_onnx.WEIGHTS_FILE}"
 _TEXT: Final = frozenset({".jinja", ".md", ".txt", "Modelfile"})
-_FREE: Final = frozenset({"base_model_name_or_path", "peft_version", "target_modules"})
+_FREE: Final = frozenset({"peft_version", "target_modules"})
 _ADAPTER: Final = re.compile(r"(peft|vllm/[^/]+)/adapter_config\.json")
 
 
@@ -55,6 +57,9 @@ def verify(folder: Path, *, signer: str = "", base: Path | None = None) -> dict[
     _check_facts(folder, sealed)
     _check_card(folder, sealed.facts)
     num_tensors = _check_adapters(folder, sealed) + _check_tensors(folder, sealed)
+    if base:
+        model.check_hash(base, sealed.facts.base_sha256)
+    verify_template.check(folder, sealed.facts, base=base)
     result = {
         "name": sealed.facts.name,
         "formats": list(sealed.facts.formats),
@@ -89,8 +94,12 @@ def _check_kind(folder: Path, path: str) -> None:
     kind = file.suffix or file.name
     with file.open("rb") as opened:
         start = opened.read(4096)
-    has_reader = kind in (".safetensors", ".gguf")  # strict ones, and a length of theirs could look like a pickle
-    if kind not in KINDS or zipfile.is_zipfile(file) or (_is_pickle(start) and not has_reader):
+    has_reader = kind in (".safetensors", ".gguf") or path == _ONNX_WEIGHTS  # strict; theirs could look like a pickle
+    if (
+        (kind not in KINDS and path != _ONNX_WEIGHTS)
+        or zipfile.is_zipfile(file)
+        or (_is_pickle(start) and not has_reader)
+    ):
         raise ModelError(
             f"{folder}: {wire.shown(path, limit=200)} is, or may be, a pickle or a program; do not load it"
         )
@@ -126,8 +135,13 @@ def _check_facts(folder: Path, sealed: seal.Seal) -> None:
     found = {path.split("/")[0] for path in sealed.files if "/" in path}
     odd = sorted((formats ^ found) | (formats - set(seal.FORMATS)))
     named = f"vllm/{sealed.facts.name}/adapter_config.json"
-    if odd or ("vllm" in formats and named not in sealed.files):
-        what = wire.shown(odd[0] if odd else named, limit=200)
+    needed = {"vllm": named, "onnx": _ONNX, "gguf": f"gguf/{export_gguf.MODEL_FILE}"}
+    odd += [path for name, path in needed.items() if name in formats and path not in sealed.files]
+    odd += sorted(path for path in sealed.files if path.endswith((".onnx", ".gguf")) and path not in needed.values())
+    if sealed.facts.gguf_type not in export_gguf.TYPES:
+        raise ModelError(f"{folder}: GGUF type {wire.shown(sealed.facts.gguf_type)} does not exist; export it again")
+    if odd:
+        what = wire.shown(odd[0], limit=200)
         raise ModelError(f"{folder}: {what} is promised and not there, or there and not promised; export it again")
 
 
@@ -137,7 +151,8 @@ def _check_card(folder: Path, facts: seal.Facts) -> None:
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     if not text:
         raise ModelError(f"{folder}: has no model card README.md; export it again")
-    for what, digest in (("base", facts.base_sha256), ("run", facts.run_sha256)):
+    named = [("base", facts.base_sha256), ("run", facts.run_sha256), *(("input", digest) for digest in facts.inputs)]
+    for what, digest in named:
         if digest not in text:
             raise ModelError(f"{card}: does not name the {what} {digest[:16]} that export.json names; export it again")
 
@@ -150,14 +165,16 @@ def _check_adapters(folder: Path, sealed: seal.Seal) -> int:
     if sorted(place.parts[0] for place in places) != promised:
         raise ModelError(f"{folder}: the adapters promised are {promised}, found {len(places)}; export it again")
     for place in places:
-        check_config(folder / place, specs)
-        data = (folder / place / "adapter_model.safetensors").read_bytes()
-        adapter.decode(data, specs, dtype="float32")
+        check_config(folder / place, specs, base=sealed.facts.base)
+        path = folder / place / "adapter_model.safetensors"
+        adapter.decode(path.read_bytes(), specs, dtype="float32")
+        if seal.sha256(path) != sealed.facts.adapter_sha256:
+            raise ModelError(f"{path}: holds other values than the adapter that was exported; export it again")
     return len(specs) * len(places)
 
 
-def check_config(folder: Path, specs: Sequence[TensorSpec]) -> None:
-    """`adapter_config.json` says what a canonical adapter of these tensors says, and nothing else.
+def check_config(folder: Path, specs: Sequence[TensorSpec], *, base: str) -> None:
+    """`adapter_config.json` says what a canonical adapter of these tensors on this base says, and nothing else.
 
     Raises:
         ModelError: Names the first key that differs.
@@ -167,7 +184,7 @@ def check_config(folder: Path, specs: Sequence[TensorSpec]) -> None:
     if not isinstance(found, dict):
         raise ModelError(f"{path}: is no object; export it again")
     rank = next(spec.shape[0] for spec in specs if spec.name.endswith(".lora_A.weight"))
-    lora = export_canonical.lora_config(rank, adapter.module_names(specs))
+    lora = export_canonical.lora_config(rank, adapter.module_names(specs), base=base or None)
     wanted = json.loads(json.dumps(export_canonical.settings_of(lora)))
     for key in sorted((found.keys() | wanted.keys()) - _FREE):
         if key not in found or key not in wanted or found[key] != wanted[key]:
@@ -193,7 +210,7 @@ def _check_tensors(folder: Path, sealed: seal.Seal) -> int:
         num_tensors += 0 if _ADAPTER.fullmatch(str(Path(path).with_name("adapter_config.json"))) else len(found)
     for path in sorted(path for path in sealed.files if path.endswith(".gguf")):
         num_tensors += _check_gguf(folder / path)
-    return num_tensors
+    return num_tensors + (export_onnx.check(folder / _ONNX) if _ONNX in sealed.files else 0)
 
 
 def _check_finite(path: Path) -> None:

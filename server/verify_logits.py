@@ -15,10 +15,11 @@ from transformers.utils import logging as transformers_logging
 
 from common import model
 from common.errors import ModelError
-from server import export_gguf
+from server import export_gguf, export_onnx
 from server.seal import Facts
 
-LIMITS: Final = {"peft": 1e-5, "vllm": 1e-5, "merged": 0.1, "gguf": 0.1, "int8": 0.2, "nf4": 0.8}
+LIMITS: Final = {"peft": 1e-5, "vllm": 1e-5, "merged": 0.1, "gguf": 0.1, "onnx": 0.1, "int8": 0.2, "nf4": 0.8}
+GGUF_LIMITS: Final = {"bf16": 0.1, "q8_0": 0.2, "q6_k": 0.4, "q5_k_m": 0.6, "q4_k_m": 0.8}
 ROUNDED: Final = 1e-4
 VISIBLE: Final = 0.3  # a smaller share of a format's own error cannot be told from it
 SHAPE_BT: Final = (4, 32)
@@ -34,7 +35,7 @@ def compare(folder: Path, base: Path, facts: Facts) -> dict[str, dict[str, float
 
     Args:
         folder: The export; it was checked.
-        base: The base's folder.
+        base: The base's folder; its hash was checked.
         facts: What the export is of.
 
     Returns:
@@ -42,9 +43,8 @@ def compare(folder: Path, base: Path, facts: Facts) -> dict[str, dict[str, float
         `difference`: how much the adapter does.
 
     Raises:
-        ModelError: Another base, no adapter in the export, a format that cannot be loaded, or a limit is passed.
+        ModelError: No adapter in the export, a format that cannot be loaded, or a limit is passed.
     """
-    model.check_hash(base, facts.base_sha256)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     places = {"peft": folder / "peft", "vllm": folder / "vllm" / facts.name}
     places = {name: place for name, place in places.items() if name in facts.formats}
@@ -55,8 +55,10 @@ def compare(folder: Path, base: Path, facts: Facts) -> dict[str, dict[str, float
     found = {"base": {"difference": _difference(alone, wanted)}}
     for name in facts.formats:
         given = logits(_loaded(folder, base, name, places))
-        found[name] = {"difference": _difference(given, wanted), "limit": LIMITS[name]}
-        if name in ("merged", "gguf"):
+        is_exact = name in ("merged", "onnx") or (name == "gguf" and facts.gguf_type == "bf16")
+        limit = GGUF_LIMITS[facts.gguf_type] if name == "gguf" else LIMITS[name]
+        found[name] = {"difference": _difference(given, wanted), "limit": limit}
+        if is_exact:
             found[name]["from_rounded"] = _difference(given, rounded)
         _check(folder / name, found[name])
         is_visible = (alone - wanted).norm() > VISIBLE * (given - wanted).norm()
@@ -111,6 +113,8 @@ def _loaded(folder: Path, base: Path, name: str, places: dict[str, Path]) -> Any
     if name == "gguf":
         file = {"gguf_file": export_gguf.MODEL_FILE, "quantization_config": GgufConfig(dequantize=True)}
         return _try(folder / name, lambda: _network(folder / name, **file))
+    if name == "onnx":
+        return _try(folder / name, lambda: export_onnx.Session(folder / name))
     return _plain(folder / name)
 
 

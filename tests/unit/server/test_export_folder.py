@@ -241,8 +241,8 @@ def test_what_needs_a_base_says_so(source, tmp_path):
 
 
 def test_a_format_that_does_not_exist_is_refused():
-    with pytest.raises(ConfigError, match="'onnx' is none of peft, vllm"):
-        export_folder.parse_formats("peft,onnx")
+    with pytest.raises(ConfigError, match="'ggml' is none of peft, vllm"):
+        export_folder.parse_formats("peft,ggml")
 
 
 def test_options_of_a_sealed_folder_need_one():

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import identity
+from common import adapter, identity
 from common.errors import AuthError, ModelError
 from common.manifest import RunManifest
-from server import cli, export_folder, seal, verify
+from server import cli, export_canonical, export_folder, seal, verify
 from server.export_folder import Exported
 from tests import tiny
 
@@ -51,9 +51,12 @@ def reseal(folder, source):
     """As an exporter with a fault would: hashes and signature are right, the content is not."""
     (folder / seal.FILE).unlink()
     (folder / seal.SIGNATURE_FILE).unlink()
-    found = source.run_manifest
-    facts = seal.Facts(found.run.name, found.sha256, found.base_sha256, 2, ("peft", "vllm", "merged", "gguf"))
-    seal.write(folder, facts, run_manifest=found, key=KEY)
+    content = export_folder.content_of(source, formats=("peft", "vllm", "merged", "gguf"), base=source_base(source))
+    seal.write(folder, content.facts, specs=adapter.specs(content.adapter), key=KEY)
+
+
+def source_base(source):
+    return Path(source.run_manifest.run.model.base)
 
 
 def change_json(path, **changes):
@@ -181,12 +184,11 @@ def other_function(tensors):
     return {**tensors, name: 2 * tensors[name]}
 
 
-def test_formats_that_are_not_the_same_function_are_found_with_the_base(folder, source, tiny_base):
+def test_an_adapter_that_is_another_function_is_found(folder, source):
     change_tensors(folder / WEIGHTS, other_function)
     reseal(folder, source)
-    verify.verify(folder, signer=SIGNER)
-    with pytest.raises(ModelError, match=r"vllm.*logits differ"):
-        verify.verify(folder, signer=SIGNER, base=tiny_base)
+    with pytest.raises(ModelError, match=r"peft.*other values than the adapter that was exported"):
+        verify.verify(folder, signer=SIGNER)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-2])
@@ -198,7 +200,7 @@ def test_a_merge_without_the_adapter_is_found_however_little_it_does(source, tin
     base = load_file(tiny_base / "model.safetensors")
     save_file(in_half(base), whole / "merged/model.safetensors", metadata={"format": "pt"})
     facts = seal.read(whole).facts
-    seal.write(whole, facts, run_manifest=source.run_manifest, key=None)
+    seal.write(whole, facts, specs=export_canonical.specs(source.run_manifest.tensor_specs), key=None)
     with pytest.raises(ModelError, match="merged"):
         verify.verify(whole, base=tiny_base)
 

@@ -1,0 +1,150 @@
+"""The commands for what was exported: merge several, serve them."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from common import cli
+
+SignerOption = Annotated[str, typer.Option(help="Public key that must have signed them, 64 hexadecimal digits.")]
+
+
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="What `export --to` wrote.", metavar="FOLDER FOLDER...")],
+    how: Annotated[str, typer.Option(help="linear, svd, ties, dare_ties, dare_linear or slerp.")],
+    weights: Annotated[str, typer.Option(help="One number for each folder, with commas.")],
+    to: Annotated[Path, typer.Option(help="For the result; a new folder.")],
+    name: Annotated[str, typer.Option(help="Of the result; default: the new folder's.")] = "",
+    rank: Annotated[int, typer.Option(min=0, help="To cut to; default: the largest there is. Not: linear, slerp.")] = 0,
+    density: Annotated[float, typer.Option(help="Share of values that TIES keeps and DARE does not drop.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of DARE's choice.")] = 0,
+    formats: Annotated[str, typer.Option(help="As of export; default: peft.")] = "",
+    base: Annotated[Path | None, typer.Option(help="The base's folder; all but peft and vllm need it.")] = None,
+    signer: SignerOption = "",
+    operator_key: Annotated[Path | None, typer.Option(help="Private key that signs the result.")] = None,
+    json: cli.JsonOption = False,
+) -> None:
+    """Merge the adapters of sealed exports into one.
+
+    Every folder is verified first. The arithmetic is on the products B A: linear and slerp are exact, the others are
+    cut to a rank, and it is told how much that loses. The result's card names what went in by its hashes.
+
+    \b
+    Examples:
+      silotune-server merge triage-1 triage-2 --how linear --weights 0.5,0.5 --to both
+      silotune-server merge triage-1 triage-2 --how ties --weights 1,1 --density 0.3 --rank 32 --to both
+      silotune-server merge triage-1 triage-2 --how slerp --weights 0.7,0.3 --to both --formats peft,gguf --base BASE
+    """
+    from server import merge_adapters, merge_folder
+
+    recipe = merge_adapters.Recipe(how, _numbers(weights), rank, density, seed)  # type: ignore[arg-type]
+    result = merge_folder.write(
+        folders, to, recipe, name=name or to.resolve().name, formats=formats, base=base, signer=signer,
+        sign_with=operator_key,
+    )  # fmt: skip
+    lost = f"the cut to its rank lost {result['lost']:.2%} of the norm" if result["lost"] else "exact"
+    told = (f"{to}: {result['formats']}, rank {result['rank']}; {lost}", f"next: silotune-server verify {to}")
+    cli.emit(result, as_json=json, show=lambda: cli.show(*told))
+
+
+def serve(
+    folders: Annotated[list[str], typer.Argument(help="What `export --to` wrote.", metavar="[NAME=]FOLDER...")],
+    base: Annotated[Path, typer.Option(help="Folder of the base that all were trained on.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine only with a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8080,
+    engine: Annotated[str, typer.Option(help="auto (vLLM where it is installed), vllm or transformers.")] = "auto",
+    signer: SignerOption = "",
+    api_key_file: Annotated[Path | None, typer.Option(help="File with the key that every request must bear.")] = None,
+    quantization: Annotated[str, typer.Option(help="Of the base: none, int8 or nf4; not for vLLM.")] = "none",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda; not for vLLM.")] = "auto",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer; not for vLLM.")] = 1024,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; not for vLLM.")] = 16,
+    body_kib: Annotated[int, typer.Option(min=1, help="Largest request; not for vLLM.")] = 1024,
+    show_command: Annotated[bool, typer.Option("--show-command", help="Print vLLM's command and end.")] = False,
+) -> None:
+    """Answer requests in OpenAI's form, with an adapter for each model name.
+
+    Every folder is verified before it is loaded. One base is in memory; a request's `model` chooses the adapter, and
+    the base's own name none. Listens on this machine only, unless told otherwise. Prompts and answers are not logged.
+
+    \b
+    Examples:
+      silotune-server serve triage-1 --base smollm2-folder
+      silotune-server serve old=triage-1 new=triage-2 --base smollm2-folder --signer 3b6a27bc...
+      curl http://127.0.0.1:8080/v1/chat/completions -H 'content-type: application/json' \\
+          -d '{"model": "new", "messages": [{"role": "user", "content": "Hello"}]}'
+    """
+    from server.serve import folders as served_folders
+    from server.serve import start
+
+    chosen = "vllm" if show_command else start.choose(engine)
+    place = start.Place(host, port, start.read_key(api_key_file))
+    start.check_place(place)
+    served = served_folders.verified(folders, base, signer=signer)
+    if chosen == "vllm":
+        refuse_for_vllm(quantization=quantization, device=device, max_tokens=max_tokens, queue=queue, body_kib=body_kib)
+        command = start.vllm_command(base, served, place)
+        if show_command:
+            return cli.show(_quoted(command))
+        raise typer.Exit(start.run_vllm(command, place))
+    options = {"quantization": quantization, "device": device, "limits": (max_tokens, queue, body_kib)}
+    return _serve_here(base, served, place, options)
+
+
+def refuse_for_vllm(**options: object) -> None:
+    """What vLLM would never hear of.
+
+    Raises:
+        ConfigError: An option of the small server was given.
+    """
+    from common.errors import ConfigError
+
+    defaults = {"quantization": "none", "device": "auto", "max_tokens": 1024, "queue": 16, "body_kib": 1024}
+    if given := [name.replace("_", "-") for name, value in options.items() if value != defaults[name]]:
+        raise ConfigError(f"--{given[0]} is for the small server; leave it out, or take --engine transformers")
+
+
+def _serve_here(base: Path, served: Any, place: Any, options: dict[str, Any]) -> None:
+    """The small server, with what it needs."""
+    from common import config
+    from common.errors import ConfigError
+    from server.serve import api, start
+
+    if options["quantization"] not in ("none", "int8", "nf4"):
+        raise ConfigError(f"--quantization {options['quantization']}: is none of none, int8, nf4")
+    if options["device"] not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {options['device']}: is none of auto, cpu, cuda")
+    max_tokens, queue, body_kib = options["limits"]
+    start.run_transformers(
+        base,
+        served,
+        place,
+        limits=api.Limits(max_tokens=max_tokens, queue=queue, body_kib=body_kib),
+        settings=config.ModelConfig(base=str(base), quantization=options["quantization"]),
+        device_name=options["device"],
+        ready=lambda address, names: cli.show(
+            f"http://{address[0]}:{address[1]}/v1    models: {', '.join(names)}", "stop it with Ctrl-C"
+        ),
+    )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """Weights as they are written.
+
+    Raises:
+        ConfigError: One is no number.
+    """
+    from common.errors import ConfigError
+
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError("--weights: give numbers with commas, such as 0.5,0.5") from error
+
+
+def _quoted(command: list[str]) -> str:
+    """A command that can be pasted."""
+    import shlex
+
+    return shlex.join(command)

@@ -1,0 +1,211 @@
+"""One base in memory, adapters beside it, and answers a token at a time.
+
+T tokens of a prompt, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from jinja2 import TemplateError
+from peft import PeftModel
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.utils import logging as transformers_logging
+
+from common import config, model, prompts
+from server.serve.folders import Served, base_name
+from server.serve.requests import Refused, Talk
+
+Finish = Literal["stop", "length"]
+_UNFINISHED: Final = "\ufffd"  # what a tokenizer makes of the first bytes of a character
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn.
+
+    Attributes:
+        max_tokens: Most tokens of it.
+        temperature: 0: always the likeliest token.
+        top_p: Only the likeliest tokens that together have this probability.
+        seed: Of the draw; None: from the system.
+        stops: Texts at which it ends, before them.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stops: Sequence[str] = ()
+
+
+@dataclass
+class Answer:
+    """An answer in the making.
+
+    Attributes:
+        num_prompt_tokens: Of the prompt.
+        num_tokens: Of the answer so far.
+        finish: Why it ended; None while it has not.
+    """
+
+    num_prompt_tokens: int
+    num_tokens: int = 0
+    finish: Finish | None = None
+
+
+class Models:
+    """The base and its adapters; not for two threads at once."""
+
+    def __init__(self, base: Path, served: Sequence[Served], *, settings: config.ModelConfig, device_name: str) -> None:
+        """Load all of it.
+
+        Raises:
+            ModelError: Base or adapter cannot be loaded here.
+        """
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        device = model.choose_device(device_name)
+        self.base = base_name(base)
+        network = model.load_base(base, settings, device)
+        self.max_tokens = int(network.config.max_position_embeddings)
+        self._ends = _end_ids(network)
+        self._tokenizers = {self.base: model.load_tokenizer(base)}
+        self._network: Any = network
+        for one in served:
+            self._attach(one)
+            self._tokenizers[one.name] = prompts.use_template(model.load_tokenizer(base), one.template)
+        self._network.eval()
+
+    def _attach(self, one: Served) -> None:
+        """Put an adapter beside those that are there; peft takes names without dots only."""
+        with model.quiet_peft():
+            if isinstance(self._network, PeftModel):
+                self._network.load_adapter(str(one.place), _key(one.name))
+            else:
+                self._network = PeftModel.from_pretrained(self._network, str(one.place), _key(one.name))
+
+    @property
+    def names(self) -> list[str]:
+        """All models, the base first."""
+        return list(self._tokenizers)
+
+    def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
+        """Of a model, with its own chat template.
+
+        Raises:
+            Refused: There is no such model.
+        """
+        if name not in self._tokenizers:
+            known = ", ".join(self._tokenizers)
+            raise Refused(f"model: there is none of that name; there are {known}", status=404, kind="not_found_error")
+        return self._tokenizers[name]
+
+    def chat_ids(self, name: str, messages: Sequence[Talk]) -> list[int]:
+        """A conversation as the model's run rendered it.
+
+        Raises:
+            Refused: No such model, no template, or one that refuses these roles.
+        """
+        tokenizer = self.tokenizer(name)
+        if not tokenizer.chat_template:
+            raise Refused(f"model: {name} has no chat template; use /v1/completions")
+        talk = [{"role": message.role, "content": message.text} for message in messages]
+        try:
+            text = str(tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True))
+        except (TemplateError, TypeError):  # whose text may quote a message
+            raise Refused("messages: the model's chat template refuses this order of roles") from None
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def text_ids(self, name: str, prompt: str) -> list[int]:
+        """A prompt as it is, with what the tokenizer puts before every text."""
+        return list(self.tokenizer(name)(prompt)["input_ids"])
+
+    def answer(self, name: str, ids: Sequence[int], sampling: Sampling, answer: Answer) -> Iterator[str]:
+        """Pieces of text, as soon as nothing that follows can change them; `answer` is kept up to date."""
+        tokenizer, found, told = self.tokenizer(name), [], ""
+        for token in self._tokens(name, ids, sampling):
+            answer.num_tokens += 1
+            if token in self._ends or token == tokenizer.eos_token_id:
+                answer.finish = "stop"
+                break
+            found.append(token)
+            text = str(tokenizer.decode(found, skip_special_tokens=True))
+            end = _first(text, sampling.stops)
+            if end is not None:
+                yield text[len(told) : end]
+                answer.finish = "stop"
+                return
+            safe = _safe(text, sampling.stops)
+            if len(safe) > len(told):
+                yield safe[len(told) :]
+                told = safe
+        rest = str(tokenizer.decode(found, skip_special_tokens=True))[len(told) :]
+        answer.finish = answer.finish or "length"
+        if rest:
+            yield rest
+
+    def _tokens(self, name: str, ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
+        """Up to `max_tokens` tokens under one adapter, or under none."""
+        generator = torch.Generator()
+        if sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(sampling.seed)
+        step: Any = torch.tensor([list(ids)], device=self._network.device)
+        past = None
+        for _ in range(sampling.max_tokens):
+            with torch.no_grad(), self._under(name):
+                out = self._network(input_ids=step, past_key_values=past, use_cache=True, logits_to_keep=1)
+            past = out.past_key_values
+            token = draw(out.logits[0, -1].float().cpu(), sampling, generator)
+            yield token
+            step = torch.tensor([[token]], device=self._network.device)
+
+    def _under(self, name: str) -> Any:
+        """The model's adapter for as long as a step lasts."""
+        if not isinstance(self._network, PeftModel):
+            return nullcontext()
+        if name == self.base:
+            return self._network.disable_adapter()
+        if self._network.active_adapter != _key(name):
+            self._network.set_adapter(_key(name))
+        return nullcontext()
+
+
+def draw(logits_v: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token."""
+    if sampling.temperature == 0:
+        return int(logits_v.argmax())
+    steps = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
+    if sampling.top_p < 1:
+        steps.append(TopPLogitsWarper(float(sampling.top_p)))
+    no_ids: Any = torch.empty((1, 0), dtype=torch.int64)  # which these two do not look at
+    scores_1v = steps(no_ids, logits_v[None])
+    return int(torch.multinomial(scores_1v[0].softmax(-1), 1, generator=generator))
+
+
+def _key(name: str) -> str:
+    """A name that torch takes for a module."""
+    return name.replace(".", "\u2024")
+
+
+def _end_ids(network: Any) -> set[int]:
+    """Every token that ends an answer, by the base's generation settings."""
+    found = network.generation_config.eos_token_id
+    return set(found) if isinstance(found, list) else {found} - {None}
+
+
+def _first(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first text to stop at begins."""
+    found = [place for place in (text.find(stop) for stop in stops) if place >= 0]
+    return min(found, default=None)
+
+
+def _safe(text: str, stops: Sequence[str]) -> str:
+    """A text without a tail that may become a text to stop at, or that is half a character."""
+    text = text.rstrip(_UNFINISHED)
+    tails = [size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])]
+    return text[: len(text) - max(tails, default=0)]

@@ -1,0 +1,79 @@
+"""What is served: exports that pass `verify`, all on one base."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from common import model, wire
+from common.errors import ConfigError, ModelError
+from common.prompts import TemplateName
+from server import merge_folder, seal, verify
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Served:
+    """One adapter under the name that requests choose it by.
+
+    Attributes:
+        name: Of the model in requests.
+        place: Its peft folder.
+        template: `model.chat_template` of its run.
+        template_file: Its chat template; None: it was exported without one.
+        rank: Of the adapter.
+    """
+
+    name: str
+    place: Path
+    template: TemplateName
+    template_file: Path | None
+    rank: int
+
+
+def verified(arguments: Sequence[str], base: Path, *, signer: str = "") -> list[Served]:
+    """Verify the exports, and hold their base against the one that is here.
+
+    Args:
+        arguments: Folders, each alone or as NAME=FOLDER.
+        base: The base's folder.
+        signer: Public key that must have signed them; empty: any, or none.
+
+    Raises:
+        AuthError: Not signed as demanded.
+        ConfigError: Two of one name, or a name that is the base's.
+        ModelError: A folder fails `verify`, holds no adapter, or is of another base.
+    """
+    base_sha256 = model.hash_base(base)
+    found = [_verified(argument, base, base_sha256, signer) for argument in arguments]
+    names = [base_name(base), *(one.name for one in found)]
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"two models would be called {wire.shown(doubled[0])}; name one of them: NAME=FOLDER")
+    return found
+
+
+def base_name(base: Path) -> str:
+    """The base's own name in requests."""
+    return base.resolve().name
+
+
+def _verified(argument: str, base: Path, base_sha256: str, signer: str) -> Served:
+    """One export."""
+    given, _, path = argument.rpartition("=")
+    if given and not _NAME.fullmatch(given):
+        raise ConfigError(f"{wire.shown(given)}: no name for a model; 1 to 64 letters, digits, dots, - or _")
+    folder = Path(path)
+    verify.verify(folder, signer=signer)
+    sealed = seal.read(folder)
+    if sealed.facts.base_sha256 != base_sha256:
+        raise ModelError(
+            f"{folder}: is of a base with hash {sealed.facts.base_sha256[:16]}, {base} has {base_sha256[:16]}; "
+            "give the base that it was trained on"
+        )
+    place = merge_folder.adapter_place(folder, sealed.facts)
+    template = place / "chat_template.jinja"
+    rank = next(shape[0] for name, shape in sealed.adapter.items() if name.endswith(".lora_A.weight"))
+    name = given or sealed.facts.name
+    return Served(name, place, sealed.facts.chat_template, template if template.is_file() else None, rank)

@@ -1,0 +1,177 @@
+"""Start the endpoint: vLLM where it is installed, a small server on transformers otherwise."""
+
+import asyncio
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+from common import config
+from common.errors import ConfigError, ModelError, TransportError
+from server import export_canonical
+from server.serve.folders import Served, base_name
+
+Engine = Literal["auto", "vllm", "transformers"]
+ENGINES: Final = get_args(Engine)
+_LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where it listens.
+
+    Attributes:
+        host: An address of this machine.
+        port: 0 takes a free one.
+        api_key: Bearer token of every request; empty: none, which only loopback allows.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    api_key: str = ""
+
+
+def read_key(file: Path | None) -> str:
+    """The API key in a file, without the end of its line.
+
+    Raises:
+        ConfigError: No such file, others may read it, or it is too short to be a secret.
+    """
+    if file is None:
+        return ""
+    try:
+        found, mode = file.read_text(encoding="utf-8").strip(), file.stat().st_mode
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {file}: cannot be read") from error
+    if mode & 0o077:
+        raise ConfigError(f"--api-key-file {file}: others may read it; chmod 600 {file}")
+    if len(found) < 16 or not found.isascii() or not found.isprintable():
+        raise ConfigError(f"--api-key-file {file}: needs 16 printable characters or more")
+    return found
+
+
+def check_place(place: Place) -> None:
+    """Beyond loopback only with a key.
+
+    Raises:
+        ConfigError: No key.
+    """
+    if place.host not in _LOOPBACK and not place.api_key:
+        raise ConfigError(
+            f"--host {place.host}: whoever reaches it could ask; give --api-key-file, and put TLS before it"
+        )
+
+
+def choose(engine: str) -> str:
+    """The engine that is meant.
+
+    Raises:
+        ConfigError: There is none of that name, or vLLM is not installed.
+    """
+    if engine not in ENGINES:
+        raise ConfigError(f"--engine {engine}: is none of {', '.join(ENGINES)}")
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    if engine == "vllm" and not has_vllm:
+        raise ConfigError("--engine vllm: vLLM is not installed here; pip install vllm, or --engine transformers")
+    return ("vllm" if has_vllm else "transformers") if engine == "auto" else engine
+
+
+def vllm_command(base: Path, served: Sequence[Served], place: Place) -> list[str]:
+    """The command line of vLLM's own server; its key goes by the environment, where no list of processes shows it.
+
+    Raises:
+        ModelError: A rank that vLLM does not take, or adapters of several chat templates, of which it takes one.
+    """
+    ranks = {one.rank for one in served}
+    if max(ranks) > export_canonical.RANKS[-1]:
+        raise ModelError(f"an adapter has rank {max(ranks)}, vLLM takes up to {export_canonical.RANKS[-1]}")
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(base),
+        "--served-model-name", base_name(base), "--host", place.host, "--port", str(place.port),
+        "--enable-lora", "--max-lora-rank", str(max(ranks)), "--max-loras", str(len(served)),
+        "--lora-modules", *(f"{one.name}={one.place}" for one in served),
+    ]  # fmt: skip
+    template = _template_file(served)
+    return [*command, "--chat-template", str(template)] if template else command
+
+
+def _template_file(served: Sequence[Served]) -> Path | None:
+    """The one chat template of all; None: the base's own."""
+    if len({one.template for one in served}) > 1:
+        raise ModelError(
+            "the adapters were trained with different chat templates, and vLLM takes one; serve them apart"
+        )
+    if served[0].template == "tokenizer":
+        return None
+    found = [one.template_file for one in served if one.template_file]
+    if not found:
+        raise ModelError(
+            f"{served[0].name} was trained with the template {served[0].template} and exported without it; "
+            "export it again with --base"
+        )
+    return found[0]
+
+
+def run_vllm(command: Sequence[str], place: Place) -> int:
+    """Run vLLM until it ends; returns its exit code."""
+    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+    if place.api_key:
+        environment["VLLM_API_KEY"] = place.api_key
+    return subprocess.run(list(command), env=environment, check=False).returncode
+
+
+def run_transformers(
+    base: Path,
+    served: Sequence[Served],
+    place: Place,
+    *,
+    limits: Any,
+    settings: config.ModelConfig,
+    device_name: str,
+    ready: Any,
+) -> None:
+    """Load everything and serve until stopped.
+
+    Args:
+        base: The base's folder.
+        served: Verified.
+        place: Where to listen.
+        limits: An `api.Limits`.
+        settings: Quantisation and type of the base.
+        device_name: `auto`, `cpu` or `cuda`.
+        ready: Called with the address and the models' names when it listens.
+
+    Raises:
+        ModelError: Base or adapter cannot be loaded here.
+        TransportError: The address cannot be used.
+    """
+    import uvicorn
+
+    from server.serve import api, engine
+
+    with _listening(place) as listener:
+        models = engine.Models(base, served, settings=settings, device_name=device_name)
+        hosts = api.LOOPBACK if place.host in _LOOPBACK else ("*",)
+        app = api.application(models, limits, api_key=place.api_key, hosts=hosts)
+        options = uvicorn.Config(
+            app, http="h11", ws="none", lifespan="off", access_log=False, log_level="error", server_header=False,
+            proxy_headers=False, limit_concurrency=limits.queue + 64, timeout_keep_alive=30,
+        )  # fmt: skip
+        ready(listener.getsockname()[:2], models.names)
+        asyncio.run(uvicorn.Server(options).serve(sockets=[listener]))
+
+
+def _listening(place: Place) -> socket.socket:
+    """Bound before minutes of loading, so that a taken port is known at once."""
+    try:
+        family = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((place.host, place.port), family=family)
+    except OSError as error:
+        raise TransportError(
+            f"cannot listen on {place.host}:{place.port} ({error.strerror}); give another --port"
+        ) from error

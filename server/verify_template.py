@@ -1,0 +1,91 @@
+"""Whether every format of an export speaks with the chat template that the adapter was trained on."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import gguf
+from transformers import AutoTokenizer
+
+from common import chat, wire
+from common.errors import ModelError
+from server import export_folder, export_gguf
+from server.seal import Facts
+
+_BUILT_IN: Final = {"chatml": chat.CHATML, "alpaca": chat.ALPACA}
+_FOLDERS: Final = ("merged", "nf4", "int8", "onnx")
+
+
+def check(folder: Path, facts: Facts, *, base: Path | None) -> None:
+    """Hold each format's template against the sealed hash, and that against what the run's setting stands for.
+
+    Args:
+        folder: The export; its files are those that were sealed.
+        facts: What it is of.
+        base: The base's folder; None: a template that came with the base is not recomputed.
+
+    Raises:
+        ModelError: A format has another template, none, or one where there should be none; or a Modelfile has another.
+    """
+    wanted = facts.chat_template_sha256
+    _check_hash(folder, facts, base)
+    for place, text in _templates(folder, facts):
+        found = hashlib.sha256(text.encode()).hexdigest() if text else ""
+        if found != wanted:
+            raise ModelError(
+                f"{place}: its chat template has hash {found[:16] or 'none'}, the adapter was trained on "
+                f"{wanted[:16] or 'one that was not at hand'}; export it again"
+            )
+    if "gguf" in facts.formats:
+        _check_modelfile(folder / "gguf" / "Modelfile", facts, base)
+
+
+def _check_hash(folder: Path, facts: Facts, base: Path | None) -> None:
+    """The sealed hash is that of a built-in template, or of the base's own."""
+    if facts.chat_template not in ("tokenizer", *_BUILT_IN):
+        raise ModelError(f"{folder}: chat template {wire.shown(facts.chat_template)} does not exist; export it again")
+    if not facts.chat_template_sha256:
+        return
+    if text := _BUILT_IN.get(facts.chat_template):
+        possible = {hashlib.sha256(found.encode()).hexdigest() for found in (text, "{{ bos_token }}" + text)}
+    else:
+        possible = {facts.chat_template_sha256}
+    if base:
+        possible &= {export_folder.template_sha256(base, facts.chat_template)}
+    if facts.chat_template_sha256 not in possible:
+        raise ModelError(f"{folder}: its chat template is not {wire.shown(facts.chat_template)}'s; export it again")
+
+
+def _templates(folder: Path, facts: Facts) -> Iterator[tuple[Path, str]]:
+    """Every place that has one, and its text as readers get it; empty where there is none."""
+    for place in (folder / "peft", folder / "vllm" / facts.name):
+        if place.relative_to(folder).parts[0] in facts.formats:
+            file = place / export_folder.TEMPLATE_FILE
+            yield place, file.read_text(encoding="utf-8") if file.is_file() else ""
+    for name in (name for name in _FOLDERS if name in facts.formats):
+        yield folder / name, str(_tokenizer(folder / name).chat_template or "")
+    if "gguf" in facts.formats:
+        field = gguf.GGUFReader(folder / "gguf" / export_gguf.MODEL_FILE).get_field(gguf.Keys.Tokenizer.CHAT_TEMPLATE)
+        yield folder / "gguf", str(field.contents()) if field else ""
+
+
+def _check_modelfile(path: Path, facts: Facts, base: Path | None) -> None:
+    """What we write and nothing else: with a base to the letter, without one whether it is of one of our two forms."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if base:
+        is_right = text == export_gguf.modelfile_of(export_folder.tokenizer_of(base, facts.chat_template))
+    else:
+        is_right = export_gguf.is_modelfile(text)
+    if not is_right:
+        raise ModelError(f"{path}: is not the Modelfile of this model; export it again")
+
+
+def _tokenizer(folder: Path) -> Any:
+    """As a user gets it."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}); export it again"
+        ) from error
