@@ -159,6 +159,7 @@ class Agent:
         settings = run.manifest.run
         method, specs = settings.aggregation.method, run.manifest.tensor_specs
         names = trainable.trained_names(method, specs, round_index=plan.round_index)
+        source = self._make_noise(run.manifest, plan.round_index)
         with adapter.training_only(run.engine.model, names):
             result = local.train(
                 run.engine,
@@ -168,12 +169,17 @@ class Agent:
                 round_index=plan.round_index,
                 num_rounds=settings.federation.num_rounds,
                 seed=schedule.derive_seed(settings.seed, self.site),
-                source=self._make_noise(run.manifest, plan.round_index),
+                source=source,
                 proximal=settings.aggregation.proximal,
             )
         raw_delta = protect.subtract(adapter.read(run.engine.model), {name: before[name] for name in names})
         outgoing = protect.protect(
-            raw_delta, privacy=settings.privacy, trained_with=result.protection, dtype=settings.wire.dtype
+            raw_delta,
+            privacy=settings.privacy,
+            trained_with=result.protection,
+            dtype=settings.wire.dtype,
+            num_shares=settings.federation.min_sites,
+            source=source,
         )
         head = UpdateHead(
             site=self.site,

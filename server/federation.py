@@ -16,6 +16,7 @@ from common.errors import ProtocolError, RemoteError, SilotuneError, TooFewSites
 from common.events import EventLog
 from common.manifest import Offer, RunManifest
 from common.model import Engine
+from common.noise import Noise, SystemNoise
 from common.prompts import Encoded
 from common.records import OpenedHead, RoundPlan, SiteMetrics, from_head, to_head
 from common.rows import Row
@@ -31,6 +32,11 @@ SECOND_WAIT_S: Final = 5.0  # for a node that was silent; one that was only slow
 APPROVAL_RETRY_S: Final = 15.0  # between offers to a node where a person has to decide
 NAMES_AN_ENTRY: Final = 500  # of 64 characters at most, so that an entry keeps within `audit.MAX_LINE_BYTES`
 WAITS: Final = "ApprovalRequired"  # the code of a site where nobody has decided yet
+
+
+def fresh_noise(round_index: int) -> Noise:
+    """Draws and noise that nobody can foresee, and that no other try of the round has."""
+    return SystemNoise()
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class Federation:
         asked_at: When nodes said that a person has to decide, by `clock`.
         own_rows: The coordinator's own held-out rows, and the engine that scores them; None without any.
         memory: What the coordinator's optimizer remembers from round to round.
+        make_noise: Source of a round's secret draws and noise, under differential privacy for sites as a whole.
         clock: Seconds, monotonic.
         sleep: Waits between looks.
     """
@@ -85,6 +92,7 @@ class Federation:
     asked_at: dict[int, float] = field(default_factory=dict)
     own_rows: OwnRows | None = None
     memory: Memory = field(default_factory=dict)
+    make_noise: Callable[[int], Noise] = fresh_noise
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 

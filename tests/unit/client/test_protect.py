@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 
@@ -5,8 +7,10 @@ from client import protect
 from client.protect import RawDelta
 from common import adapter, config_privacy
 from common.errors import ModelError, PrivacyError
+from common.noise import SeededNoise
 
 BEFORE = {"a": torch.tensor([1.0, 2.0]), "b": torch.zeros(1)}
+leave = functools.partial(protect.protect, num_shares=1, source=SeededNoise(1))
 NONE = config_privacy.PrivacyConfig(mode="none")
 
 
@@ -24,7 +28,7 @@ def test_a_delta_that_no_training_gives_is_refused(value):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_unprotected_update_says_so_and_has_the_runs_dtype(dtype):
-    outgoing = protect.protect(RawDelta(BEFORE), privacy=NONE, trained_with="none", dtype=dtype)
+    outgoing = leave(RawDelta(BEFORE), privacy=NONE, trained_with="none", dtype=dtype)
     assert outgoing.protection == "none"
     found = adapter.decode(outgoing.body, adapter.specs(BEFORE), dtype=dtype)
     assert torch.equal(found["a"], BEFORE["a"])
@@ -36,12 +40,12 @@ PRIVATE = config_privacy.PrivacyConfig(mode="unit", sampling_prob=0.1, noise_mul
 @pytest.mark.parametrize(("promised", "done"), [(PRIVATE, "none"), (NONE, "unit")])
 def test_training_that_was_not_what_the_run_promises_is_not_sent(promised, done):
     with pytest.raises(PrivacyError, match=rf"'{promised.mode}'.*'{done}'; nothing was sent") as caught:
-        protect.protect(RawDelta(BEFORE), privacy=promised, trained_with=done, dtype="float32")
+        leave(RawDelta(BEFORE), privacy=promised, trained_with=done, dtype="float32")
     assert caught.value.exit_code == 5
 
 
 def test_control_private_training_is_sent_and_says_so():
-    assert protect.protect(RawDelta(BEFORE), privacy=PRIVATE, trained_with="unit", dtype="float32").protection == "unit"
+    assert leave(RawDelta(BEFORE), privacy=PRIVATE, trained_with="unit", dtype="float32").protection == "unit"
 
 
 def test_a_raw_delta_is_not_what_can_be_sent():
