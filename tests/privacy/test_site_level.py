@@ -147,9 +147,7 @@ def test_more_sites_than_the_quorum_add_noise_and_that_is_what_is_accounted():
     at_quorum = site_privacy.spent(run, [least] * 20)
     assert at_quorum == pytest.approx(2.2581, abs=2e-4)  # the reference's q = 1, sigma = 8, T = 20
     assert site_privacy.spent(run, [None] * 20) == at_quorum
-    assert site_privacy.spent(run, [4 * least] * 20) == pytest.approx(
-        accounting.epsilon(sampling_prob=1.0, noise_multiplier=16.0, num_steps=20, dp_delta=1e-5)
-    )
+    assert site_privacy.spent(run, [4 * least] * 80) == pytest.approx(2.2581, abs=1e-3)  # twice the noise, four times T
 
 
 def settings(**changes):
@@ -214,14 +212,15 @@ def test_the_divisor_does_not_tell_how_many_came():
 
 
 def test_an_adaptive_clip_norm_falls_to_the_quantile_and_never_rises_above_its_start():
-    short = updates(40, scale=0.1 / math.sqrt(400))  # norms near 0.1, C from 0.5
+    short = updates(10, scale=0.1 / math.sqrt(400))  # norms near 0.1, C from 0.5
     memory: dict[str, torch.Tensor] = {}
     found = []
-    for _ in range(40):
-        _, made = step(short, memory=memory, adaptive_clipping=True, noise_multiplier=0.5)
+    for number in range(40):
+        source = SeededNoise(number)
+        _, made = step(short, source=source, memory=memory, adaptive_clipping=True, noise_multiplier=0.5)
         memory = dict(made.remembered(memory))
         found.append(made.clip_norm)
-    assert found[-1] == pytest.approx(0.1, rel=0.15)
+    assert found[-1] == pytest.approx(0.1, rel=0.2)
     long, memory = updates(40, scale=1.0), {}
     for _ in range(3):
         _, made = step(long, memory=memory, adaptive_clipping=True, noise_multiplier=0.5)
