@@ -219,11 +219,12 @@ def _require_quorum(fed: Federation, tally: Tally, round_index: int, *, num_draw
     """
     run = fed.manifest.run
     needed = run.federation.min_sites
+    limit = f"federation.min_sites is {needed}"
     if run.privacy.is_private_per_site and run.privacy.noise_at == "server":
-        needed = min(1, num_drawn)
+        needed, limit = min(1, num_drawn), f"{num_drawn} sites were drawn"
     if len(tally.heads) < needed:
         raise TooFewSitesError(
-            f"round {round_index + 1} got {len(tally.heads)} valid updates, {needed} needed (federation.min_sites); "
+            f"round {round_index + 1} got {len(tally.heads)} valid updates, {limit}; "
             f"the events say why the others failed; rounds up to {round_index} are on disk"
         )
 

@@ -176,7 +176,7 @@ def test_a_round_in_which_all_drawn_sites_fail_does_not_count(play, agents):
         number: tiny.spoilt(answer, "train", lambda _: wire.pack(wire.Frame("nonsense", {})))
         for number, answer in agents.items()
     }
-    with pytest.raises(TooFewSitesError, match="got 0 valid updates, 1 needed"):
+    with pytest.raises(TooFewSitesError, match="got 0 valid updates, 3 sites were drawn"):
         play({**AT_SITES, "privacy.noise_at": '"server"'}, agents=failing)
 
 
