@@ -172,6 +172,7 @@ class Agent:
         settings = run.manifest.run
         method, specs = settings.aggregation.method, run.manifest.tensor_specs
         names = trainable.trained_names(method, specs, round_index=plan.round_index)
+        source = self._make_noise(run.manifest, plan.round_index)
         with adapter.training_only(run.engine.model, names):
             result = local.train(
                 run.engine,
@@ -181,11 +182,11 @@ class Agent:
                 round_index=plan.round_index,
                 num_rounds=settings.federation.num_rounds,
                 seed=schedule.derive_seed(settings.seed, self.site),
-                source=self._make_noise(run.manifest, plan.round_index),
+                source=source,
                 proximal=settings.aggregation.proximal,
             )
         raw_delta = protect.subtract(adapter.read(run.engine.model), {name: before[name] for name in names})
-        body = self._protect(run, plan, raw_delta, trained_with=result.protection)
+        body = self._protect(run, plan, raw_delta, trained_with=result.protection, source=source)
         head = UpdateHead(
             site=self.site,
             run_sha256=run.sha256,
@@ -199,7 +200,7 @@ class Agent:
         return Frame("update", to_head(head), body)
 
     def _protect(
-        self, run: OpenRun, plan: RoundPlan, raw_delta: protect.RawDelta, *, trained_with: Protection
+        self, run: OpenRun, plan: RoundPlan, raw_delta: protect.RawDelta, *, trained_with: Protection, source: Noise
     ) -> bytes:
         """The update's body; what a sparse one leaves out is on the disk before it leaves."""
         settings, folder = run.manifest.run, self._residual_folder(run)
@@ -209,6 +210,8 @@ class Agent:
             raw_delta,
             privacy=settings.privacy,
             trained_with=trained_with,
+            num_shares=settings.federation.min_sites,
+            source=source,
             settings=settings.wire,
             draws=compact.dice(run.sha256, self.site, plan.round_index),
             left_out=left_out,

@@ -120,11 +120,11 @@ class Gatekeeper:
         replicas.keep(told, self._heads, site=self._site, line_hashes=self.history.line_hashes)
 
     def before_training(self, request: Frame, plan: RoundPlan, *, run: RunManifest) -> Frame | None:
-        """A private round is paid for once, and its answer given again if it is asked for again."""
+        """A round private for units is paid for once; a private answer is given again if it is asked for again."""
         if not run.run.privacy.is_private:
             return None
         kept = self._payment.answered(run, plan.round_index)
-        if kept is None:
+        if kept is None and run.run.privacy.is_private_per_unit:
             self._payment.pay(run, plan.round_index)
         return kept
 

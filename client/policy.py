@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from client.policy_file import FORBIDDEN, BaseRules, DatasetRules, Policy
-from common import config, egress, manifest, privacy_plan
+from common import config, egress, manifest, privacy_plan, site_privacy
 from common.errors import AccountingUnsupported, AuthError, PolicyRefusedError
 from common.manifest import Offer, RunManifest
 from common.records import OpenedHead
@@ -27,7 +27,7 @@ KNOWN: Final = {
     "aggregation": "method weighting gap_warning residual_rank residual_max_lost server_optimizer server_learning_rate "
     "server_beta1 server_beta2 server_tau proximal robust num_bad_sites "
     "max_update_norm screening screening_threshold",
-    "privacy": "mode epsilon dp_delta sampling_prob noise_multiplier clip_norm max_rows_per_unit clipping "
+    "privacy": "mode epsilon dp_delta sampling_prob noise_multiplier clip_norm noise_at max_rows_per_unit clipping "
     "adaptive_clipping clip_quantile clip_learning_rate",
     "wire": "dtype density error_feedback down max_update_mib",
     "evaluation": "every_rounds server_data batch_size exact_match_rows max_new_tokens metrics json_schema",
@@ -213,6 +213,14 @@ def _check_privacy(policy: Policy, run: config.RunConfig) -> None:
         "privacy.mode",
         f"differential privacy is required, the run has privacy.mode = '{run.privacy.mode}'",
     )
+    _require(
+        protection.mode == "none"
+        or not run.privacy.is_private_per_site
+        or run.privacy.noise_at in protection.site_level,
+        "privacy.site_level",
+        f"noise for whole sites, added at '{run.privacy.noise_at}', is no protection of a unit, and is not "
+        "allowed in its place",
+    )
     if run.privacy.is_private:
         _at_least("privacy.min_noise_multiplier", run.privacy.noise_multiplier, protection.min_noise_multiplier)
         _at_most("privacy.max_clip_norm", run.privacy.clip_norm, protection.max_clip_norm)
@@ -226,6 +234,8 @@ def _check_privacy(policy: Policy, run: config.RunConfig) -> None:
     )
     federation = run.federation
     _at_least("cohort.min_sites", federation.min_sites, policy.cohort.min_sites)
+    if run.privacy.is_private_per_site:
+        _at_least("cohort.min_sites", site_privacy.num_expected(run), policy.cohort.min_sites)
     if federation.sites_per_round:
         _at_least("cohort.min_sites", federation.sites_per_round, policy.cohort.min_sites)
 

@@ -121,6 +121,11 @@ class PrivacyRules(Section):
 
     mode: Demand = Field(description="Differential privacy.")
     secagg: Demand = Field(description="Secure aggregation.")
+    site_level: tuple[Literal["server", "sites"], ...] = Field(
+        default=(),
+        description="Where noise for whole sites (`privacy.mode = site`) may be added in the place of noise for units. "
+        "None: where `mode` is `required`, only noise for units will do.",
+    )
     max_epsilon: float = Field(default=8.0, gt=0)
     dp_delta: float = Field(default=1e-6, gt=0, lt=1)
     min_noise_multiplier: float = Field(default=0.8, gt=0)

@@ -1,16 +1,18 @@
 """The only way out: a raw delta becomes bytes that may be sent, as the run's `[privacy]` says."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-from common import adapter, compact
+from common import adapter, clipping, compact, noise
 from common.adapter import Tensors
 from common.config_privacy import PrivacyConfig, Protection
 from common.config_wire import WireConfig
 from common.errors import PrivacyError
+from common.noise import Noise
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def protect(
     *,
     privacy: PrivacyConfig,
     trained_with: Protection,
+    num_shares: int,
+    source: Noise,
     settings: WireConfig,
     draws: np.random.Generator,
     left_out: Tensors | None = None,
@@ -61,6 +65,8 @@ def protect(
         raw_delta: What training changed.
         privacy: What the run promises.
         trained_with: What the training really did; gradients are noised there, where units can be told apart.
+        num_shares: Sites whose shares of the noise must do, where sites add it.
+        source: Of that noise.
         settings: The run's `[wire]`.
         draws: Of stochastic rounding.
         left_out: What the site's earlier updates left out; None without error feedback.
@@ -68,6 +74,9 @@ def protect(
     Raises:
         PrivacyError: The training did not do what the run promises.
     """
+    if privacy.is_private_per_site and trained_with == "none":
+        tensors = _site_level(raw_delta.tensors, privacy=privacy, num_shares=num_shares, source=source)
+        return OutgoingUpdate(compact.encode_update(tensors, settings, draws=draws), "site", {})
     if trained_with != privacy.mode:
         raise PrivacyError(
             f"privacy.mode = '{privacy.mode}' and the training was done with '{trained_with}'; nothing was sent"
@@ -83,3 +92,16 @@ def protect(
 def _added(tensors: Tensors, left_out: Tensors) -> Mapping[str, Tensor]:
     """A change and what is still to be sent."""
     return {name: tensor + left_out[name] if name in left_out else tensor for name, tensor in tensors.items()}
+
+
+def _site_level(tensors: Tensors, *, privacy: PrivacyConfig, num_shares: int, source: Noise) -> Tensors:
+    """An update no longer than the clip norm over all its tensors, under this site's share of the noise if it adds one.
+
+    n shares of variance (sigma C)^2 / n add up to (sigma C)^2; more sites than n only add to it.
+    """
+    clipped, _ = clipping.scaled(tensors, privacy.clip_norm)
+    if privacy.noise_at == "server":
+        return clipped
+    noise_std = privacy.noise_multiplier * privacy.clip_norm / math.sqrt(num_shares)
+    noised = noise.added(clipped, noise_std=noise_std, clip_norm=privacy.clip_norm, source=source)
+    return {name: values.float() for name, values in noised.items()}

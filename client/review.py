@@ -201,6 +201,8 @@ def _epsilon(desk: Desk, run: RunManifest) -> str:
     settings = run.run
     if not settings.privacy.is_private:
         return NO_EPSILON
+    if settings.privacy.is_private_per_site:
+        return _site_level(settings)
     dp_delta = desk.policy.privacy.dp_delta
     try:
         whole = privacy_plan.epsilon(settings, dp_delta=dp_delta)
@@ -209,6 +211,15 @@ def _epsilon(desk: Desk, run: RunManifest) -> str:
     except (AccountingUnsupported, ConfigError, LedgerError) as error:
         return f"not known: {error}"
     return f"{whole:.3f} for the whole run at delta {dp_delta:g}, by itself; this data set: {left}"
+
+
+def _site_level(settings: config.RunConfig) -> str:
+    """What the run would cost a site as a whole; no ledger holds it, as it is no promise to a unit."""
+    try:
+        whole = f"{privacy_plan.epsilon(settings):.3f}"
+    except AccountingUnsupported as error:
+        whole = f"not known: {error}"
+    return f"none for a unit; {whole} at delta {settings.privacy.dp_delta:g} for {privacy_plan.wording(settings)}"
 
 
 def _factors(run: RunManifest) -> str:

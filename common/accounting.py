@@ -215,11 +215,11 @@ def gradient_noise_multiplier(noise_multiplier: float, *, count_noise_std: float
     return float(left**-0.5)
 
 
-def client_level_noise_ratio(*, num_sites: int, noise_multiplier: float, num_parameters: int) -> float:
+def client_level_noise_ratio(*, num_sites: float, noise_multiplier: float, num_parameters: int) -> float:
     """L2 norm of the noise on the mean of the sites' updates, in units of the clip norm; the signal is at most 1.
 
     Args:
-        num_sites: Sites in a round.
+        num_sites: Sites in a round, on average.
         noise_multiplier: Standard deviation of the noise on the sum over the clip norm.
         num_parameters: Values in an update.
 

@@ -18,6 +18,12 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a setting: --set training.learning_rate=1e-3", metavar="KEY=VALUE"),
 ]
+AcceptOption = Annotated[
+    bool,
+    typer.Option(
+        "--i-accept", help="Run though the noise for whole sites drowns what they have to say; resume needs it too."
+    ),
+]
 
 
 def make(name: str, summary: str, *, examples: Sequence[str]) -> typer.Typer:

@@ -131,7 +131,12 @@ FEATURES: Final = (
         keys=("privacy.mode",),
         is_asked=lambda run: run.privacy.mode == "unit",
     ),
-    Feature("central DP", _central_noise),
+    Feature(
+        "central DP",
+        _central_noise,
+        keys=("privacy.mode",),
+        is_asked=lambda run: run.privacy.mode == "site",
+    ),
     Feature(
         "quantised base",
         _quantised,
@@ -195,6 +200,77 @@ WIRE_CONFLICTS: Final = (
         lambda run: run.wire.density == 1 and not run.wire.error_feedback,
         "nothing is left out of an update that is whole, and the setting has no effect",
         "a density below 1, or leave it out",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class SiteLevel:
+    """What noise for sites as a whole (`privacy.mode = site`) goes together with, whatever the method.
+
+    Attributes:
+        key: The setting.
+        is_asked: Whether a run asks for what is refused, or allowed.
+        is_allowed: Whether they go together.
+        reason: Why, and what to do where they do not.
+    """
+
+    key: str
+    is_asked: Callable[["RunConfig"], bool]
+    is_allowed: bool
+    reason: str
+
+
+SITE_LEVEL: Final = (
+    SiteLevel(
+        "aggregation.weighting",
+        lambda run: run.aggregation.weighting != "uniform",
+        False,
+        "a weight by rows would let a site move the sum by more than the clip norm, and tells its rows; set 'uniform'",
+    ),
+    SiteLevel(
+        "aggregation.robust",
+        lambda run: run.aggregation.robust != "none",
+        False,
+        "a median or a choice of updates moves by more than the noise is made for when one site changes; the clip norm "
+        "already bounds what a bad site can do",
+    ),
+    SiteLevel(
+        "aggregation.max_update_norm",
+        lambda run: run.aggregation.max_update_norm > 0,
+        False,
+        "privacy.clip_norm bounds an update already; remove it",
+    ),
+    SiteLevel(
+        "aggregation.screening",
+        lambda run: run.aggregation.screening != "off",
+        False,
+        "leaving one update out for another's sake moves the sum by more than the noise is made for, and what is seen "
+        "of single updates is written down without noise",
+    ),
+    SiteLevel(
+        "federation.sites_per_round",
+        lambda run: run.federation.sites_per_round > 0,
+        False,
+        "the accountant is of sites that are drawn each for itself, not of a fixed number; set privacy.sampling_prob",
+    ),
+    SiteLevel(
+        "aggregation.server_optimizer",
+        lambda run: run.aggregation.server_optimizer != "none",
+        True,
+        "it sees the noised sum only, where the method allows it",
+    ),
+    SiteLevel(
+        "aggregation.proximal",
+        lambda run: run.aggregation.proximal > 0,
+        True,
+        "it is the site's own training, before the clip",
+    ),
+    SiteLevel(
+        "aggregation.gap_warning",
+        lambda run: False,
+        True,
+        "the gap of fedavg is not measured: it is a figure of single updates, which no noise would cover",
     ),
 )
 

@@ -185,8 +185,7 @@ _VALUE_GROUPS = (
     (
         "privacy.mode",
         "site_dp client_dp central_dp",
-        'noise for whole sites is not built in this version, and with few sites it would drown the update; "unit" '
-        "protects each patient",
+        'write "site" for whole sites, of which it takes a thousand or so; "unit" protects each patient',
     ),
     ("model.quantization", "4 4bit 4_bit int4 fp4 true qlora bnb_4bit bitsandbytes", 'write "nf4"'),
     ("model.quantization", "8 8bit 8_bit bnb_8bit llm.int8", 'write "int8"'),

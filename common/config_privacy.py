@@ -6,7 +6,7 @@ from pydantic import Field
 
 from common.config_types import PositiveCount, Section
 
-Protection = Literal["none", "unit"]
+Protection = Literal["none", "unit", "site"]
 
 
 class PrivacyConfig(Section):
@@ -14,8 +14,9 @@ class PrivacyConfig(Section):
 
     mode: Protection = Field(
         description="`unit`: each site's training is differentially private for each of its units, such as a patient, "
-        "against everybody outside the site. `none` states that updates leave unprotected; outside simulations every "
-        "site's policy must allow that by name."
+        "against everybody outside the site. `site`: what is released is differentially private for each site as a "
+        "whole, for federations of a thousand sites or so. `none` states that updates leave unprotected; outside "
+        "simulations every site's policy must allow that by name."
     )
     epsilon: float = Field(
         default=0.0,
@@ -31,7 +32,8 @@ class PrivacyConfig(Section):
         default=0.0,
         ge=0,
         le=1,
-        description="Probability with which a unit takes part in a step. `unit` needs it.",
+        description="Probability with which a unit takes part in a step, or under `site` a site in a round; both need "
+        "it.",
     )
     noise_multiplier: float = Field(
         default=0.0, ge=0, le=10_000, description="Standard deviation of the noise over `clip_norm`. 0: from `epsilon`."
@@ -40,7 +42,13 @@ class PrivacyConfig(Section):
         default=1.0,
         gt=0,
         le=1_000_000,
-        description="Largest L2 norm of a unit's gradient; a row's loss is the sum over its answer tokens, in nats.",
+        description="Largest L2 norm of a unit's gradient; a row's loss is the sum over its answer tokens, in nats. "
+        "Under `site`: of a site's update, over all its tensors.",
+    )
+    noise_at: Literal["server", "sites"] = Field(
+        default="server",
+        description="`site` only. `server`: the coordinator noises the sum, and is itself trusted. `sites`: each site "
+        "adds a share, enough with `federation.min_sites` of them.",
     )
     max_rows_per_unit: PositiveCount = Field(
         default=1, description="Most rows of a unit in one step, drawn anew each time and clipped together."
@@ -51,12 +59,28 @@ class PrivacyConfig(Section):
         "at a time, for any adapter. `opacus`: by Opacus' hooks. `auto`: `stacked` where possible, else `microbatch`.",
     )
     adaptive_clipping: bool = Field(
-        default=False, description="Let `clip_norm` follow a quantile of the norms; the noise of both is accounted."
+        default=False,
+        description="Let `clip_norm` follow a quantile of the norms; the noise of both is accounted. "
+        "Under `site` it never rises above its start.",
     )
-    clip_quantile: float = Field(default=0.5, gt=0, lt=1, description="Share of units that should not be clipped.")
-    clip_learning_rate: float = Field(default=0.2, gt=0, le=1, description="How fast the clip norm follows, per step.")
+    clip_quantile: float = Field(
+        default=0.5, gt=0, lt=1, description="Share of units, or of sites, that should not be clipped."
+    )
+    clip_learning_rate: float = Field(
+        default=0.2, gt=0, le=1, description="How fast the clip norm follows, per step or round."
+    )
 
     @property
     def is_private(self) -> bool:
         """Whether updates are differentially private."""
         return self.mode != "none"
+
+    @property
+    def is_private_per_unit(self) -> bool:
+        """Whether a site's updates are differentially private for each of its units."""
+        return self.mode == "unit"
+
+    @property
+    def is_private_per_site(self) -> bool:
+        """Whether what is released is differentially private for each site as a whole."""
+        return self.mode == "site"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from common import compatibility, config_hints
+from common import compatibility, config_hints, config_site_rules
 from common.methods import FACTS
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def is_positive(table: Mapping[str, object], key: str) -> bool:
 def is_private(table: Mapping[str, Any]) -> bool:
     """Whether an unchecked table of a run file asks for differential privacy."""
     privacy = table.get("privacy")
-    return isinstance(privacy, dict) and privacy.get("mode") == "unit"
+    return isinstance(privacy, dict) and privacy.get("mode") in ("unit", "site")
 
 
 def _has_same_columns(config: RunConfig | NodeConfig) -> bool:
@@ -298,14 +298,15 @@ RUN_RULES = (
         _has_idle_privacy,
         "other settings of [privacy] have no effect with this mode; remove them, or choose unit",
     ),
+    *(Rule(*contradiction) for contradiction in config_site_rules.contradictions()),
     Rule(
         ("privacy.sampling_prob", "privacy.mode"),
-        lambda c: c.privacy.mode == "unit" and not c.privacy.sampling_prob,
-        "set the probability with which a unit is in a step, such as 0.02",
+        lambda c: c.privacy.is_private and not c.privacy.sampling_prob,
+        "set the probability with which a unit is in a step, such as 0.02, or a site in a round",
     ),
     Rule(
         ("privacy.epsilon", "privacy.noise_multiplier", "privacy.mode"),
-        lambda c: c.privacy.mode == "unit" and not (c.privacy.epsilon or c.privacy.noise_multiplier),
+        lambda c: c.privacy.is_private and not (c.privacy.epsilon or c.privacy.noise_multiplier),
         "set the epsilon of the whole run, or the noise multiplier, or both",
     ),
     Rule(

@@ -7,7 +7,7 @@ protects nothing. Bits are made on the host and become normal values in float64 
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
 import numpy as np
@@ -179,6 +179,27 @@ def to_grid(values: Tensor, *, clip_norm: float) -> Tensor:
         raise ValueError("clip_norm must be above 0")
     step = clip_norm * 2.0**-GRID_BITS
     return (torch.round(values.double() / step) * step).to(values.dtype)
+
+
+def added(tensors: Mapping[str, Tensor], *, noise_std: float, clip_norm: float, source: Noise) -> dict[str, Tensor]:
+    """Independent noise on every value, rounded to the grid of the clip norm.
+
+    Args:
+        tensors: Sums of clipped values, any shapes.
+        noise_std: Standard deviation of the noise on each value.
+        clip_norm: The norm to which they were clipped.
+        source: Of the noise.
+
+    Returns:
+        New tensors, float64, by ascending name.
+    """
+    return {
+        name: to_grid(
+            source.normal(values.numel(), device=values.device).view(values.shape).mul_(noise_std).add_(values),
+            clip_norm=clip_norm,
+        )
+        for name, values in sorted(tensors.items())
+    }
 
 
 def _normal_bytes(size: int) -> int:

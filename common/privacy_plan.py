@@ -3,7 +3,7 @@
 A plan depends on the run file alone. What a site has spent is its own ledger's to say. Loads no torch.
 """
 
-from common import accounting, config
+from common import accounting, config, site_privacy
 from common.accounting import Event
 from common.errors import FloorRefused
 
@@ -14,12 +14,19 @@ FIXED_WORDING = (
 )
 
 
+def wording(run: config.RunConfig) -> str:
+    """What is protected and what is not, in the one wording that all pages show."""
+    return site_privacy.WORDING[run.privacy.noise_at] if run.privacy.is_private_per_site else FIXED_WORDING
+
+
 def event_per_round(run: config.RunConfig) -> Event:
-    """What one round does to a site's units.
+    """What one round does to a site's units, or to a site as a whole.
 
     Raises:
         ValueError: The run has no noise yet; see `resolve`.
     """
+    if run.privacy.is_private_per_site:
+        return site_privacy.event_per_round(run.privacy)
     return Event(run.privacy.sampling_prob, run.privacy.noise_multiplier, run.training.local_steps)
 
 
@@ -39,7 +46,7 @@ def resolve(run: config.RunConfig) -> config.RunConfig:
     privacy = run.privacy
     if not privacy.is_private:
         return run
-    num_steps = run.training.local_steps * run.federation.num_rounds
+    num_steps = run.federation.num_rounds * (1 if privacy.is_private_per_site else run.training.local_steps)
     if not privacy.noise_multiplier:
         noise = accounting.noise_multiplier(
             epsilon=privacy.epsilon,
@@ -59,7 +66,7 @@ def resolve(run: config.RunConfig) -> config.RunConfig:
 
 
 def epsilon(run: config.RunConfig, *, dp_delta: float | None = None) -> float:
-    """What the whole run costs a unit at a site that has not spent anything before.
+    """What the whole run costs a unit, or a site as a whole, at a site that has not spent anything before.
 
     Args:
         run: Resolved.

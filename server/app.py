@@ -3,7 +3,8 @@
 Flower's run config says where the run is: `run-folder` as `server.run.prepare` left it, `base-folder` of the base on
 this machine (empty: the store), `num-threads` for torch (0: all cores), `resume`, and who signs it: `operator-key` (a
 file on this machine; empty: nobody), `federation`, `offer-days`, and `audit-folder` for the log that the same key signs
-(empty: beside the key). Of the key Flower gets the path only.
+(empty: beside the key). `i-accept`: run though noise drowns what so few sites have to say. Of the key Flower gets the
+path only.
 """
 
 from pathlib import Path
@@ -59,4 +60,5 @@ def _execute(grid: Grid, log: EventLog, options: UserConfig) -> None:
         log=log,
         resume=bool(options["resume"]),
         operator=operator,
+        is_noise_accepted=bool(options["i-accept"]),
     )

@@ -50,6 +50,7 @@ def run(
     audit_folder: Annotated[
         Path | None, typer.Option(help="Folder of the operator's audit log; default: KEY-audit beside the key.")
     ] = None,
+    i_accept: cli.AcceptOption = False,
     set_: cli.SetOption = None,
     json: cli.JsonOption = False,
 ) -> None:
@@ -80,6 +81,7 @@ def run(
         federation=federation,
         offer_days=offer_days,
         audit_folder=audit_folder,
+        is_noise_accepted=i_accept,
     )
     cli.emit(result, as_json=json, show=lambda: cli.show(f"next: silotune-server export {folder} --merged DIR"))
 

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from common import adapter, model, privacy_plan, prompts, storage
+from common import adapter, config, model, privacy_plan, prompts, site_privacy, storage
 from common.adapter import Tensors
 from common.errors import ConfigError, ModelError
 from common.events import Event
@@ -82,10 +82,18 @@ def card(
         has_side=len(specs) < len(run_manifest.tensor_specs), num_parameters=adapter.num_parameters(specs),
         base=base_name(settings.model.base), is_path=is_path(settings.model.base),
         before=evaluated.get(0), after=evaluated.get(num_rounds), kind=kind, licence=licence, formats=formats,
-        scored_before=scored.get(0), scored=scored.get(num_rounds), privacy_wording=privacy_plan.FIXED_WORDING,
-        epsilon=privacy_plan.epsilon(settings) if settings.privacy.is_private else None,
+        scored_before=scored.get(0), scored=scored.get(num_rounds), privacy_wording=privacy_plan.wording(settings),
+        epsilon=privacy_plan.epsilon(settings) if settings.privacy.is_private_per_unit else None,
+        spent=_spent(settings, log, num_rounds=num_rounds),
     )  # fmt: skip
     return text
+
+
+def _spent(settings: config.RunConfig, log: Sequence[Event], *, num_rounds: int) -> dict[str, float | None] | None:
+    """What the rounds cost a site as a whole; None where the run promises nothing of that kind."""
+    if not settings.privacy.is_private_per_site:
+        return None
+    return site_privacy.spent_by(settings, log, num_rounds=num_rounds)
 
 
 def is_path(base: str) -> bool:

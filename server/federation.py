@@ -16,6 +16,7 @@ from common.errors import ProtocolError, RemoteError, SilotuneError, TooFewSites
 from common.events import EventLog
 from common.manifest import Offer, RunManifest
 from common.model import Engine
+from common.noise import Noise, SystemNoise
 from common.prompts import Encoded
 from common.records import ADAPTER, OpenedHead, RoundPlan, SiteMetrics, from_head, to_head
 from common.rows import Row
@@ -32,6 +33,11 @@ SECOND_WAIT_S: Final = 5.0  # for a node that was silent; one that was only slow
 APPROVAL_RETRY_S: Final = 15.0  # between offers to a node where a person has to decide
 NAMES_AN_ENTRY: Final = 500  # of 64 characters at most, so that an entry keeps within `audit.MAX_LINE_BYTES`
 WAITS: Final = "ApprovalRequired"  # the code of a site where nobody has decided yet
+
+
+def fresh_noise(round_index: int) -> Noise:
+    """Draws and noise that nobody can foresee, and that no other try of the round has."""
+    return SystemNoise()
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class Federation:
         step: To the newest adapter, where it goes down as steps.
         sent_sha256: Hash of the adapter in the last requests.
         held: Hash of the adapter that each node answered for last.
+        make_noise: Source of a round's secret draws and noise, under differential privacy for sites as a whole.
         clock: Seconds, monotonic.
         sleep: Waits between looks.
     """
@@ -92,6 +99,7 @@ class Federation:
     step: Step | None = None
     sent_sha256: str = ""
     held: dict[int, str] = field(default_factory=dict)
+    make_noise: Callable[[int], Noise] = fresh_noise
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 

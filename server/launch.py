@@ -29,6 +29,7 @@ def run(
     federation: str = "",
     offer_days: float = 30.0,
     audit_folder: Path | None = None,
+    is_noise_accepted: bool = False,
 ) -> dict[str, Any]:
     """Submit a run, show its events as they come and return how it ended.
 
@@ -47,6 +48,7 @@ def run(
         federation: Id of the federation whose sites are asked; with a key only.
         offer_days: How long sites may open a signed run.
         audit_folder: Of the operator's audit log; None: beside the key.
+        is_noise_accepted: Run though the noise for sites as a whole drowns what they have to say.
 
     Raises:
         ConfigError: The operator's key cannot be used, or no federation is named.
@@ -70,6 +72,7 @@ def run(
         "federation": federation,
         "offer-days": offer_days,
         "audit-folder": audit,
+        "i-accept": is_noise_accepted,
     }
     screen = Screen(Console(file=sys.stderr if is_quiet else sys.stdout, highlight=False))
     with link.connect(address, ca_file=ca_file, identity=identity) as connected:

@@ -62,7 +62,14 @@ def page() -> str:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701  Markdown
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     methods = list(FACTS.values())
-    return template.render(methods=methods, features=FEATURES, rows=rows(), reasons=reasons(), summary=_summary)
+    return template.render(
+        methods=methods,
+        features=FEATURES,
+        rows=rows(),
+        reasons=reasons(),
+        summary=_summary,
+        site_level=compatibility.SITE_LEVEL,
+    )
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -62,6 +62,7 @@ def render(log: Sequence[Event]) -> str:
         status=status(log),
         joined=list({event["site"]: event for event in _of(log, "site_joined")}.values()),
         rounds=rounds,
+        spent=rounds[-1] if rounds and "epsilon" in rounds[-1] else None,
         num_large_gaps=sum((row["gap"] or 0.0) > plans[-1]["gap_warning"] for row in rounds),
         sites=sorted({event["site"] for event in _of(log, "site_trained")}),
         chart=chart(evaluated) if evaluated else None,

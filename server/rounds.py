@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from common import trainable
+from common import clipping, events, site_privacy, trainable
 from common.errors import ConfigError, ProtocolError, SilotuneError, TooFewSitesError, WireError
+from common.noise import Noise
 from common.records import RoundPlan, UpdateHead
 from server import broadcast, checkpoint, collect, federation, sampling, screening
-from server.aggregate import bound, gap, optimizer, products, robust
+from server.aggregate import gap, noised, optimizer, products, robust
 from server.aggregate.method import State, Sum
+from server.aggregate.noised import NoisedSum
 from server.evaluate import answers, held_out
 from server.federation import Federation
 
@@ -61,15 +63,18 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
     """One round: from the global adapter to the next, which is on disk when this returns."""
     started = fed.clock()
     federation.rejoin(fed)
-    cohort = _choose(fed, round_index)
+    source = fed.make_noise(round_index)
+    cohort = _choose(fed, round_index, source)
     plan = RoundPlan(fed.manifest.sha256, round_index)
     fed.log.append("round_started", round=round_index, sites=[fed.name(node) for node in cohort])
     frames = fed.request("train", plan, state, nodes=cohort)
-    tally = _collect(fed, state, plan, frames)
-    _require_quorum(fed, tally, round_index)
+    tally = _collect(fed, state, plan, frames, source)
+    _require_quorum(fed, tally, round_index, num_drawn=len(cohort))
     combined = tally.combined.result()
     averaged = fed.method.apply(state, combined)
     step, fed.memory = optimizer.step(combined, fed.memory, settings=fed.manifest.run.aggregation)
+    if isinstance(tally.combined, NoisedSum):
+        fed.memory = tally.combined.remembered(fed.memory)
     after = _settle(fed, state, averaged if step is combined else fed.method.apply(state, step))
     norms = _gap(tally, state, averaged, combined)
     _require_rank(fed, norms)
@@ -89,6 +94,7 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
         bytes_down=sum(map(len, frames.values())),
         bytes_up=tally.bytes_up,
         seconds=round(fed.clock() - started, 3),
+        **_spent(fed, tally, round_index),
     )
     return after
 
@@ -101,6 +107,18 @@ def _settle(fed: Federation, before: State, after: State) -> State:
     sent = trainable.received_specs(settings.aggregation.method, fed.manifest.tensor_specs)
     held, fed.memory, fed.step = broadcast.settle(before, after, fed.memory, sent=sent, dtype=settings.wire.down)
     return held
+
+
+def _spent(fed: Federation, tally: Tally, round_index: int) -> dict[str, float | None]:
+    """What all rounds so far have cost a site as a whole; nothing in another run.
+
+    The event with these figures is written before the adapter goes out, and a resumed run looks for it.
+    """
+    if not fed.manifest.run.privacy.is_private_per_site:
+        return {}
+    this = {"kind": "round_finished", "round": round_index, "num_updates": len(tally.heads)}
+    log = [*events.read(fed.log.path), this]
+    return site_privacy.spent_by(fed.manifest.run, log, num_rounds=round_index + 1)
 
 
 def _gap(tally: Tally, before: State, after: State, combined: State) -> dict[str, tuple[float, float]]:
@@ -121,7 +139,7 @@ def _require_rank(fed: Federation, norms: dict[str, tuple[float, float]]) -> Non
         )
 
 
-def _choose(fed: Federation, round_index: int) -> list[int]:
+def _choose(fed: Federation, round_index: int, source: Noise) -> list[int]:
     """The nodes of the round's sites; drawn by name, since a node's number is the link's own."""
     settings = fed.manifest.run
     present = {fed.name(node_id): node_id for node_id in fed.present()}
@@ -130,21 +148,32 @@ def _choose(fed: Federation, round_index: int) -> list[int]:
             f"{len(present)} sites are connected, federation.min_sites is {settings.federation.min_sites}; "
             f"rounds up to {round_index} are on disk"
         )
+    if settings.privacy.is_private_per_site:
+        drawn = sampling.poisson(list(present), sampling_prob=settings.privacy.sampling_prob, source=source)
+        return [present[name] for name in drawn]
     num_sites = settings.federation.sites_per_round
     names = sampling.choose(list(present), num_sites=num_sites, seed=settings.seed, round_index=round_index)
     return [present[name] for name in names]
 
 
-def _collect(fed: Federation, state: State, plan: RoundPlan, frames: dict[int, bytes]) -> Tally:
+def _tally(fed: Federation, state: State, names: list[str], source: Noise) -> Tally:
+    """What takes a round's updates: the method's own sum, or what stands in its place."""
+    facts, run = fed.method.facts, fed.manifest.run
+    settings = run.aggregation
+    if run.privacy.is_private_per_site:  # and no meter, whose figure no noise would cover
+        expected = site_privacy.num_expected(run)
+        start = noised.start(state, names, privacy=run.privacy, expected=expected, source=source, memory=fed.memory)
+        return Tally(start, None)
+    if settings.robust != "none":
+        return Tally(robust.start(names, rule=settings.robust, num_bad=settings.num_bad_sites), None)
+    meter = gap.GapMeter(state) if facts.is_linear and not facts.is_exact else None
+    return Tally(fed.method.start(state, trained=names), meter)
+
+
+def _collect(fed: Federation, state: State, plan: RoundPlan, frames: dict[int, bytes], source: Noise) -> Tally:
     """Add up the updates that count."""
     names = [spec.name for spec in collect.update_specs(fed.manifest, plan)]
-    facts = fed.method.facts
-    settings = fed.manifest.run.aggregation
-    if settings.robust == "none":
-        meter = gap.GapMeter(state) if facts.is_linear and not facts.is_exact else None
-        tally = Tally(fed.method.start(state, trained=names), meter)
-    else:
-        tally = Tally(robust.start(names, rule=settings.robust, num_bad=settings.num_bad_sites), None)
+    tally = _tally(fed, state, names, source)
     arrived = _arriving(fed, tally, plan, frames)
     for head, change, num_bytes in screening.passed(fed, arrived, round_index=plan.round_index):
         length = _take(fed, tally, head, change)
@@ -178,15 +207,15 @@ def _read(fed: Federation, answer: collect.Answer, plan: RoundPlan) -> tuple[Upd
     return head, change
 
 
-def _take(fed: Federation, tally: Tally, head: UpdateHead, change: State) -> float:
-    """Add one update to the round, no longer than the run allows; its norm as it came."""
-    change, length = bound.scaled(change, fed.manifest.run.aggregation.max_update_norm)
+def _take(fed: Federation, tally: Tally, head: UpdateHead, change: State) -> float | None:
+    """Add one update to the round, no longer than the run allows; its norm as it came, if no noise is to cover it."""
+    change, length = clipping.scaled(change, fed.manifest.run.aggregation.max_update_norm)
     weight = float(head.num_examples) if fed.manifest.run.aggregation.weighting == "examples" else 1.0
     tally.combined.add(change, weight=weight)
     if tally.gap_meter:
         tally.gap_meter.add(change, weight=weight)
     tally.heads.append(head)
-    return length
+    return None if fed.manifest.run.privacy.is_private_per_site else length
 
 
 def _of_training(head: UpdateHead) -> dict[str, Any]:
@@ -201,12 +230,20 @@ def _of_training(head: UpdateHead) -> dict[str, Any]:
     }
 
 
-def _require_quorum(fed: Federation, tally: Tally, round_index: int) -> None:
-    """A round with too few updates does not count."""
-    needed = fed.manifest.run.federation.min_sites
+def _require_quorum(fed: Federation, tally: Tally, round_index: int, *, num_drawn: int) -> None:
+    """A round with too few updates does not count.
+
+    Where the coordinator noises the sum of sites that were drawn in secret, a round counts whoever was drawn, even
+    nobody; only one in which all of them failed does not.
+    """
+    run = fed.manifest.run
+    needed = run.federation.min_sites
+    limit = f"federation.min_sites is {needed}"
+    if run.privacy.is_private_per_site and run.privacy.noise_at == "server":
+        needed, limit = min(1, num_drawn), f"{num_drawn} sites were drawn"
     if len(tally.heads) < needed:
         raise TooFewSitesError(
-            f"round {round_index + 1} got {len(tally.heads)} valid updates, federation.min_sites is {needed}; "
+            f"round {round_index + 1} got {len(tally.heads)} valid updates, {limit}; "
             f"the events say why the others failed; rounds up to {round_index} are on disk"
         )
 

@@ -1,7 +1,7 @@
 """A whole run: manifest, sites, rounds, export. The same call under every grid."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -16,23 +16,26 @@ from common import (
     model,
     packing,
     privacy_plan,
+    site_privacy,
     start,
     storage,
     trainable,
 )
 from common.adapter import Tensors
+from common.clipping import ClipNorm
 from common.data import read
 from common.errors import ConfigError, DataError, SilotuneError, StorageError
 from common.events import Event, EventLog
 from common.manifest import RunManifest, parse
 from common.model import Engine
+from common.noise import Noise
 from common.records import to_head
 from common.rows import Columns
 from server import checkpoint, export, federation, rounds, trail
 from server.aggregate import table
 from server.checkpoint import Checkpoint
 from server.evaluate import answers
-from server.federation import Federation, OwnRows
+from server.federation import Federation, OwnRows, fresh_noise
 from server.fleet import Fleet
 from server.offer import Operator
 
@@ -66,6 +69,8 @@ def execute(
     log: EventLog,
     resume: bool = False,
     operator: Operator | None = None,
+    is_noise_accepted: bool = False,
+    make_noise: Callable[[int], Noise] = fresh_noise,
 ) -> Outcome:
     """Run federated training from the first to the last round and export the adapter.
 
@@ -78,8 +83,12 @@ def execute(
         resume: Go on after the newest whole checkpoint in `folder`.
         operator: Signs the manifest and keeps the audit log; None offers it unsigned, which only sites without a policy
             take, and keeps no log.
+        is_noise_accepted: Go on though the noise for sites as a whole drowns what they have to say.
+        make_noise: Of that noise and the draws of sites, by round; a seeded one is for simulations only.
 
     Raises:
+        FloorRefused: It does, and nobody accepted it.
+        PrivacyError: A round that was released would be played again.
         AuditError: The audit log was changed under the run.
         ConfigError: An update would be larger than `wire.max_update_mib`.
         ProtocolError: Too few sites, or none evaluates.
@@ -88,21 +97,23 @@ def execute(
     manifest = RunManifest(settings, engine.base_sha256, engine.tensor_specs, engine.codes_sha256)
     _check_size(manifest)
     fed = Federation(manifest, fleet, table.find(settings.aggregation.method), folder, log)
+    fed.make_noise = make_noise
     if operator:
         fed.offer, fed.trail = operator.make_offer(manifest), operator.trail
     first = _start(manifest, engine, folder, resume=resume)
+    told = _site_level(manifest, log, num_rounds=first.num_rounds, is_noise_accepted=is_noise_accepted)
     fed.memory = first.memory
     storage.write_atomic(folder / MANIFEST_FILE, manifest.to_bytes())
     fed.own_rows = read_own_rows(settings, engine)
-    log.append("run_started", **plan(manifest, engine), first_round=first.num_rounds)
+    log.append("run_started", **plan(manifest, engine), **told, first_round=first.num_rounds)
     with _recorded(fed, first.tensors, first_round=first.num_rounds):
         federation.wait_for_sites(fed)
         tensors = rounds.run(fed, first.tensors, first_round=first.num_rounds)
     num_rounds = settings.federation.num_rounds
-    told = events.read(log.path)
-    sites = trained_sites(told, num_rounds=num_rounds)
+    history = events.read(log.path)
+    sites = trained_sites(history, num_rounds=num_rounds)
     export.save_adapter(
-        folder / EXPORT_FOLDER, tensors, run_manifest=manifest, num_rounds=num_rounds, sites=sites, log=told
+        folder / EXPORT_FOLDER, tensors, run_manifest=manifest, num_rounds=num_rounds, sites=sites, log=history
     )
     log.append("run_finished", adapter=EXPORT_FOLDER, num_rounds=num_rounds)
     return Outcome(tensors, sites, folder)
@@ -254,7 +265,7 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
 
 
 def _privacy(settings: config.RunConfig) -> dict[str, object]:
-    """What the run promises to a unit: the planned curve, never the whole over the number of rounds."""
+    """What the run promises to a unit or a site: the planned curve, never the whole over the number of rounds."""
     if not settings.privacy.is_private:
         return {}
     return {
@@ -262,8 +273,22 @@ def _privacy(settings: config.RunConfig) -> dict[str, object]:
         "dp_delta": settings.privacy.dp_delta,
         "noise_multiplier": settings.privacy.noise_multiplier,
         "clip_norm": settings.privacy.clip_norm,
-        "privacy_wording": privacy_plan.FIXED_WORDING,
+        "privacy_wording": privacy_plan.wording(settings),
     }
+
+
+def _site_level(manifest: RunManifest, log: EventLog, *, num_rounds: int, is_noise_accepted: bool) -> dict[str, object]:
+    """Hold a run with noise for sites as a whole against its size and its past; what its first event tells of it."""
+    run = manifest.run
+    if not run.privacy.is_private_per_site:
+        return {}
+    turns = trainable.all_turns(run.aggregation.method, manifest.tensor_specs)
+    num_parameters = max(adapter.num_parameters(specs) for specs in turns)
+    site_privacy.require_signal(run, num_parameters, is_accepted=is_noise_accepted)
+    ClipNorm.of(run.privacy, site_privacy.num_expected(run))  # too few sites to let it follow are refused here
+    site_privacy.check_resume(events.read(log.path) if log.path.is_file() else [], num_rounds=num_rounds)
+    ratio = site_privacy.noise_ratio(run, num_parameters)
+    return {"noise_ratio": round(ratio, 3), "noise_accepted": is_noise_accepted, "noise_at": run.privacy.noise_at}
 
 
 def _check_size(manifest: RunManifest) -> None:

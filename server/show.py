@@ -7,7 +7,6 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from common import privacy_plan
 from common.events import Event
 
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
@@ -83,7 +82,10 @@ class Screen:
                 f"  privacy   epsilon {curve[-1]:.2f} at delta {event['dp_delta']:g} after the last round, "
                 f"{curve[0]:.2f} after the first; noise multiplier {noise:.3f}"
             )
-            self._print(f"            {privacy_plan.FIXED_WORDING}")
+            self._print(f"            {event['privacy_wording']}")
+            if "noise_ratio" in event:
+                accepted = ", which was accepted" if event["noise_accepted"] else ""
+                self._print(f"            noise to signal {event['noise_ratio']:.2f}{accepted}")
         self._print(f"  bad sites {event['guarding']}")
 
     def _on_site_joined(self, event: Event) -> None:
@@ -177,7 +179,7 @@ class Screen:
         """What a reader should not miss."""
         notes = []
         if finished and self._curve:
-            notes.append(f"epsilon {self._curve[event['num_rounds'] - 1]:.2f}")
+            notes.append(f"epsilon {finished.get('epsilon', self._curve[event['num_rounds'] - 1]):.2f}")
         if event["server_loss"] is not None:
             notes.append(f"coordinator's rows {event['server_loss']:.3f}")
         if event["stale"]:

@@ -26,8 +26,19 @@ def read(folder: Path) -> dict[str, Any]:
         "exact_match": last.get("exact_match"),
         "sites": last.get("sites", {}),
         "stale": last.get("stale", []),
+        "privacy": _privacy(log),
         "report": str(report.write(folder)),
     }
+
+
+def _privacy(log: list[events.Event]) -> dict[str, Any]:
+    """What the rounds so far have cost a site as a whole; empty for another run."""
+    plans = [event for event in log if event["kind"] == "run_started"]
+    done = [event for event in log if event["kind"] == "round_finished" and "epsilon" in event]
+    if not plans or not done:
+        return {}
+    told = {name: done[-1][name] for name in ("epsilon", "epsilon_insider")}
+    return {**told, "dp_delta": plans[-1]["dp_delta"], "wording": plans[-1]["privacy_wording"]}
 
 
 def render(result: dict[str, Any]) -> Table:
@@ -39,6 +50,11 @@ def render(result: dict[str, Any]) -> Table:
     table.add_row("checkpoints", f"{len(done)}, newest after round {done[-1]}" if done else "none")
     exact = percent(result["exact_match"])
     table.add_row("held-out", "-" if loss is None else f"{loss:.3f} nats a token, exact match {exact}")
+    if spent := result["privacy"]:
+        insider = spent["epsilon_insider"]
+        shown = "none worth the name" if insider is None else f"{insider:.3f}"
+        table.add_row("privacy", f"epsilon {spent['epsilon']:.3f} so far, against an insider {shown}")
+        table.add_row("", str(spent["wording"]))
     for site, figures in result["sites"].items():
         stale = " (stale)" if site in result["stale"] else ""
         table.add_row(f"  {site}", f"{figures['loss']:.3f} over {figures['num_rows']} rows{stale}")

@@ -75,6 +75,7 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after the newest finished round in --output.")
     ] = False,
+    i_accept: cli.AcceptOption = False,
     threads: ThreadsOption = 0,
     set_: cli.SetOption = None,
     json: cli.JsonOption = False,
@@ -92,7 +93,15 @@ def run(
     from simulations import commands
 
     order = commands.Order(
-        run_file, output, model, data, store, cli.overrides(set_), is_quiet=json, num_threads=threads
+        run_file,
+        output,
+        model,
+        data,
+        store,
+        cli.overrides(set_),
+        is_quiet=json,
+        num_threads=threads,
+        is_noise_accepted=i_accept,
     )
     result = commands.run(order, engine=engine, resume=resume)
     cli.emit(result, as_json=json, show=lambda: cli.show(commands.ending(result)))

@@ -41,6 +41,7 @@ class Order:
     overrides: Mapping[str, str]
     is_quiet: bool
     num_threads: int = 0
+    is_noise_accepted: bool = False
 
     def settings(self) -> config.RunConfig:
         """The run file with the command line's settings, and its noise chosen."""
@@ -76,9 +77,12 @@ def compare(order: Order) -> dict[str, Any]:
     """All arms, comparison and report.
 
     Raises:
+        ConfigError: The run's noise is for whole sites.
         SilotuneError: As the step that failed.
     """
     shared = order.world()
+    if shared.settings.privacy.is_private_per_site:
+        raise ConfigError("privacy.mode = 'site': an arm of one site has no sites to hide among; use silotune-sim run")
     log = order.log(shared)
     with _ending_told(log):
         results = comparing.compare(shared, log)
@@ -155,7 +159,13 @@ def _play(order: Order, shared: World, log: EventLog, *, engine: str, resume: bo
     settings = shared.settings
     if engine == "in-process":
         return running.in_process(
-            settings, sites=shared.sites, engine=shared.engine, folder=shared.folder, log=log, resume=resume
+            settings,
+            sites=shared.sites,
+            engine=shared.engine,
+            folder=shared.folder,
+            log=log,
+            resume=resume,
+            is_noise_accepted=order.is_noise_accepted,
         )
     from simulations import engines
 
@@ -164,6 +174,7 @@ def _play(order: Order, shared: World, log: EventLog, *, engine: str, resume: bo
         "base_folder": order.base_folder(settings),
         "log": log,
         "resume": resume,
+        "is_noise_accepted": order.is_noise_accepted,
     }
     num_threads = order.num_threads or 1
     if engine == "deployment":

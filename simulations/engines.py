@@ -38,6 +38,7 @@ def ray(
     num_threads: int,
     num_gpus_per_worker: float = 0.0,
     resume: bool = False,
+    is_noise_accepted: bool = False,
 ) -> Outcome:
     """Virtual sites in Ray workers, each of which loads the base once.
 
@@ -50,6 +51,7 @@ def ray(
         num_threads: CPU threads of torch in each; 0: all cores.
         num_gpus_per_worker: May be a fraction.
         resume: Go on after the newest whole checkpoint.
+        is_noise_accepted: See `server.run.execute`.
 
     Raises:
         TransportError: Ray or Flower's engine failed.
@@ -61,7 +63,16 @@ def ray(
 
     def main(grid: Grid) -> Outcome:
         fleet = GridFleet(grid)
-        return server_run.execute(settings, fleet=fleet, engine=engine, folder=folder, log=log, resume=resume)
+        return server_run.execute(
+            settings,
+            fleet=fleet,
+            engine=engine,
+            folder=folder,
+            log=log,
+            resume=resume,
+            is_noise_accepted=is_noise_accepted,
+            make_noise=world.server_noise(settings),
+        )
 
     sites = Sites(
         config.resolved_json(settings), str(base_folder.absolute()), num_threads, str(folder.absolute() / "sites")
@@ -83,6 +94,7 @@ def deployed(
     log: EventLog,
     num_threads: int,
     resume: bool = False,
+    is_noise_accepted: bool = False,
 ) -> Outcome:
     """SuperLink, SuperNodes, couriers and agents as processes of this machine.
 
@@ -95,6 +107,7 @@ def deployed(
         log: Events of a folder that `server.run.prepare` made.
         num_threads: CPU threads of torch in each process; 0: all cores.
         resume: Go on after the newest whole checkpoint.
+        is_noise_accepted: See `server.run.execute`.
 
     Raises:
         TransportError: A process did not start or ended early; the message names its log.
@@ -111,7 +124,11 @@ def deployed(
             num_threads=num_threads,
         )
         limit_s = times.join_timeout_s + (2 * times.num_rounds + 1) * times.round_timeout_s + SPARE_S
-        given: UserConfig = {"base-folder": str(base_folder.absolute()), "resume": resume}
+        given: UserConfig = {
+            "base-folder": str(base_folder.absolute()),
+            "resume": resume,
+            "i-accept": is_noise_accepted,
+        }
         deployment.run(sites, log=log, config=given, timeout_s=limit_s, num_threads=num_threads)
     return _outcome(settings, engine, folder)
 

@@ -24,6 +24,7 @@ def in_process(
     folder: Path,
     log: EventLog,
     resume: bool = False,
+    is_noise_accepted: bool = False,
 ) -> Outcome:
     """All sites in this process, on one base in memory.
 
@@ -34,7 +35,14 @@ def in_process(
     agents = {site: world.make_agent(site, data, engine, failures) for site, data in sites.items()}
     with explained(failures):
         return server_run.execute(
-            settings, fleet=fleet_of(agents), engine=engine, folder=folder, log=log, resume=resume
+            settings,
+            fleet=fleet_of(agents),
+            engine=engine,
+            folder=folder,
+            log=log,
+            resume=resume,
+            is_noise_accepted=is_noise_accepted,
+            make_noise=world.server_noise(settings),
         )
 
 

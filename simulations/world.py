@@ -127,6 +127,11 @@ def make_agent(site: str, data: SiteData, engine: Engine, failures: Failures) ->
     )
 
 
+def server_noise(settings: config.RunConfig) -> Callable[[int], Noise]:
+    """The coordinator's draws and noise by round, from the run's seed; they protect nobody."""
+    return lambda round_index: SeededNoise(schedule.derive_seed(settings.seed, "server", round_index, "noise"))
+
+
 def seeded_noise(run: RunManifest, *, site: str, round_index: int) -> Noise:
     """Noise that the run's seed gives; it protects nobody, as whoever knows the seed can take it off."""
     return SeededNoise(schedule.derive_seed(run.run.seed, site, round_index, "noise"))

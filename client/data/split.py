@@ -75,7 +75,7 @@ def for_run(rows: Sequence[Row], run: config.RunConfig) -> tuple[list[Row], list
     Raises:
         DataError: Too few units.
     """
-    how = split_each if run.privacy.is_private else split
+    how = split_each if run.privacy.is_private_per_unit else split
     return how(rows, held_out_fraction=run.data.held_out_fraction, seed=run.seed)
 
 

@@ -72,7 +72,7 @@ def train(
     max_rows = training.micro_batch_size or training.batch_size
     with torch.random.fork_rng():
         torch.manual_seed(schedule.derive_seed(seed, round_index))
-        if privacy.mode == "unit":
+        if privacy.is_private_per_unit:
             private_ones = private.gradients(
                 engine, rows, privacy=privacy, num_steps=num_steps, max_rows=max_rows, source=source
             )
@@ -86,6 +86,8 @@ def train(
             engine, plain, rates, training=training, max_grad_norm=training.max_grad_norm, proximal=proximal
         )
     proof.check_reload(engine)
+    if privacy.is_private:  # for the site as a whole: no noise covers these figures
+        return LocalResult(num_steps, None, None, None, protection="none")
     num_tokens = sum(len(row.input_ids) for batch in batches for row in batch)
     mean_loss = sum(losses) / len(losses)
     return LocalResult(num_steps, num_tokens, mean_loss, time.monotonic() - started, protection="none")

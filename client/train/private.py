@@ -3,9 +3,7 @@
 Source: Abadi et al. 2016, arXiv:1607.00133, algorithm 1, with the unit of a patient in the place of an example.
 """
 
-import math
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Final, Protocol
 
 import torch
@@ -13,15 +11,14 @@ from torch import Tensor, nn
 
 from client.train import unit_gradients, units
 from client.train.units import Unit
-from common import accounting, adapter, noise
+from common import adapter, noise
+from common.clipping import ClipNorm
 from common.config_privacy import PrivacyConfig
-from common.errors import PrivacyError
 from common.model import Engine
 from common.noise import Noise
 from common.prompts import Encoded
 
 TINY: Final = 1e-6  # added to norms, so that a zero gradient has a scale
-COUNT_NOISE_SHARE: Final = 20
 
 
 class Trained(Protocol):
@@ -34,53 +31,6 @@ class Trained(Protocol):
     @property
     def device(self) -> torch.device:
         """Where they are."""
-
-
-@dataclass
-class ClipNorm:
-    """C, which follows a quantile of the norms where that is asked for.
-
-    Attributes:
-        value: Largest norm that a unit's gradient may have now.
-        noise_multiplier: Of the gradient; larger than that of the step if counts are released, too.
-        count_noise_std: Of the noise on the count of units within C; 0 where C stays.
-    """
-
-    value: float
-    noise_multiplier: float
-    count_noise_std: float
-
-    @classmethod
-    def of(cls, privacy: PrivacyConfig, expected: float) -> "ClipNorm":
-        """As the run says; the noise of the count is a twentieth of the expected batch, as in the source.
-
-        Raises:
-            PrivacyError: The batch is too small for C to follow its units.
-        """
-        if not privacy.adaptive_clipping:
-            return cls(privacy.clip_norm, privacy.noise_multiplier, 0.0)
-        std = expected / COUNT_NOISE_SHARE
-        try:
-            left = accounting.gradient_noise_multiplier(privacy.noise_multiplier, count_noise_std=std)
-        except ValueError as error:
-            raise PrivacyError(
-                f"privacy.adaptive_clipping: {expected:.0f} units a step are too few to count them privately; "
-                "raise privacy.sampling_prob or keep clip_norm fixed"
-            ) from error
-        return cls(privacy.clip_norm, left, std)
-
-    def follow(self, norms_u: Tensor, *, privacy: PrivacyConfig, expected: float, source: Noise) -> None:
-        """Move C towards the wanted quantile by a noised count of the units within it.
-
-        Each unit adds +1/2 or -1/2, so the count's sensitivity is 1/2.
-
-        Source: Andrew et al. 2021, arXiv:1905.03871, algorithm 1.
-        """
-        if not self.count_noise_std:
-            return
-        count = float((norms_u <= self.value).double().sub(0.5).sum())
-        noised = count + self.count_noise_std * float(source.normal(1, device=torch.device("cpu")))
-        self.value *= math.exp(-privacy.clip_learning_rate * (noised / expected + 0.5 - privacy.clip_quantile))
 
 
 def gradients(

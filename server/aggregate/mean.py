@@ -45,11 +45,17 @@ class WeightedMean:
         """
         if not self._total:
             raise ValueError("no upload was added")
+        return {name: (total / self._total).to(torch.float32) for name, total in self.sums().items()}
+
+    def sums(self) -> State:
+        """The weighted sums so far, float64; zeros if nothing was added."""
         self._flush()
-        return {name: (total / self._total).to(torch.float32) for name, total in self._sums.items()}
+        return self._sums
 
     def _flush(self) -> None:
         """Add the uploads that wait to the sums."""
+        if not self._waiting:
+            return
         weights_u = torch.tensor([weight for weight, _ in self._waiting], dtype=torch.float64)
         rows_uc = torch.empty(len(self._waiting), CHUNK, dtype=torch.float64)
         for name, total in self._sums.items():

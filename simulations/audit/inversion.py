@@ -64,7 +64,7 @@ def audit(engine: Engine, rows: Sequence[Row], *, settings: config.RunConfig, so
     attacks = [
         attack(engine, note, settings=settings, source=source) for note, source in zip(notes, sources, strict=True)
     ]
-    is_private = settings.privacy.is_private
+    is_private = settings.privacy.is_private_per_unit
     return Finding(
         part="inversion",
         claimed_epsilon=privacy_plan.epsilon(settings) if is_private else math.inf,

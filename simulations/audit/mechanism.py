@@ -25,10 +25,12 @@ def settings_of(run: config.RunConfig) -> tuple[PrivacyConfig, int]:
     """Section `[privacy]` and the number of steps of a run.
 
     Raises:
-        ConfigError: The run is not private.
+        ConfigError: The run is not private for units.
     """
-    if not run.privacy.is_private:
-        raise ConfigError("privacy.mode = 'none': there is no mechanism to audit; set privacy.mode = 'unit'")
+    if not run.privacy.is_private_per_unit:
+        raise ConfigError(
+            f"privacy.mode = '{run.privacy.mode}': there is no mechanism for units to audit; set privacy.mode = 'unit'"
+        )
     return privacy_plan.resolve(run).privacy, run.training.local_steps * run.federation.num_rounds
 
 

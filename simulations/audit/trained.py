@@ -21,7 +21,7 @@ from simulations.compare import World
 
 def claim(settings: config.RunConfig) -> float:
     """What the run promises each unit; infinite if it promises nothing."""
-    return privacy_plan.epsilon(settings) if settings.privacy.is_private else math.inf
+    return privacy_plan.epsilon(settings) if settings.privacy.is_private_per_unit else math.inf
 
 
 def coins(count: int, *, seed: int, purpose: str) -> Tensor:

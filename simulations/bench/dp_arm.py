@@ -18,6 +18,7 @@ from client.train import local, private, unit_gradients
 from client.train.gradients import mean_gradient
 from client.train.units import Unit
 from common import adapter, config, model
+from common.clipping import ClipNorm
 from common.errors import ModelError
 from common.model import Engine
 from common.noise import SystemNoise
@@ -156,7 +157,7 @@ def _arm(
 
         yield plain
         return
-    limit, source = private.ClipNorm(0.1, 1.0, 0.0), SystemNoise()
+    limit, source = ClipNorm(0.1, 1.0, 0.0), SystemNoise()
     if name not in ("stacked", "microbatch", "opacus"):
         raise ModelError(f"no such arm: {name}")
     with unit_gradients.prepared(engine, method=name) as (take, is_many):  # type: ignore[arg-type]

@@ -179,3 +179,32 @@ def test_control_without_privacy_the_same_rows_give_the_same_update(make):
     sites = [make(), make()]
     assert all(site.open().kind == "opened" for site in sites)
     assert sites[0].step().body == sites[1].step().body
+
+
+AT_SITES = {
+    "privacy__mode": '"site"',
+    "privacy__noise_at": '"sites"',
+    "privacy__sampling_prob": "1.0",
+    "privacy__noise_multiplier": "4.0",
+    "aggregation__weighting": '"uniform"',
+}
+
+
+def test_a13_an_update_under_the_sites_own_share_of_the_noise_is_never_made_anew(make):
+    """Two draws of noise on one update would average out; no unit is promised anything, so no ledger is asked."""
+    site = make(mode='"required"\nsite_level = ["sites"]')
+    run = site.manifest(**AT_SITES)
+    assert site.open(run).kind == "opened"
+    first = site.step(run=run)
+    assert (first.kind, first.head["train_loss"]) == ("update", None)
+    site.start()  # another process
+    site.open(run, approve=False)
+    assert site.step(run=run).body == first.body
+    next((site.folder / "answers").iterdir()).unlink()
+    site.start()
+    site.open(run, approve=False)
+    assert site.refused(site.step(run=run)) == (POLICY, "rounds")
+
+
+def test_a07_noise_for_whole_sites_where_the_policy_demands_it_for_units(strict):
+    assert strict.refused(strict.open(strict.manifest(**AT_SITES))) == (POLICY, "privacy.site_level")

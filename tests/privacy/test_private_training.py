@@ -8,6 +8,7 @@ import torch
 
 from client.train import local, private, units
 from common import adapter, config, model
+from common.clipping import ClipNorm
 from common.config_privacy import PrivacyConfig
 from common.noise import SeededNoise
 from tests import tiny
@@ -157,7 +158,7 @@ def held_out(engine, rows) -> float:
 
 def test_the_clip_norm_follows_the_quantile_when_it_may():
     privacy = settings(adaptive_clipping=True, sampling_prob=1.0, clip_norm=100.0, noise_multiplier=0.1)
-    clip = private.ClipNorm.of(privacy, expected=12.0)
+    clip = ClipNorm.of(privacy, expected=12.0)
     assert clip.noise_multiplier > privacy.noise_multiplier  # the count has its share of the whole
     norms = torch.linspace(0.5, 1.5, 101)
     for _ in range(100):

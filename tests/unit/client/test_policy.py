@@ -200,3 +200,29 @@ def test_the_policy_of_a_startup_kit_is_valid_and_allows_nothing():
     assert set(site_rules.egress.metrics) == set(egress.RANGES)
     with pytest.raises(PolicyRefusedError):
         policy.check_node(site_rules, node())
+
+
+WHOLE_SITES = {
+    "privacy.mode": '"site"',
+    "privacy.sampling_prob": "0.5",
+    "privacy.noise_multiplier": "4.0",
+    "aggregation.weighting": '"uniform"',
+    "federation.num_sites": "20",
+}
+
+
+def test_noise_for_whole_sites_satisfies_a_site_that_requires_privacy_only_where_its_policy_says_so():
+    required = '"required"\nsite_level = '
+    assert refused(rules(mode='"required"'), run(WHOLE_SITES)).rule == "privacy.site_level"
+    assert refused(rules(mode=required + '["sites"]'), run(WHOLE_SITES)).rule == "privacy.site_level"
+    policy.check(rules(mode=required + '["server"]'), run(WHOLE_SITES), Usage())
+    policy.check(rules(), run(WHOLE_SITES), Usage())  # a site that requires nothing
+
+
+def test_noise_for_whole_sites_is_held_to_the_limits_of_privacy_and_to_the_cohort():
+    weak = run({**WHOLE_SITES, "privacy.noise_multiplier": "0.5"})
+    assert refused(rules(), weak).rule == "privacy.min_noise_multiplier"
+    long = run({**WHOLE_SITES, "privacy.clip_norm": "3.0"})
+    assert refused(rules(), long).rule == "privacy.max_clip_norm"
+    few = run({**WHOLE_SITES, "privacy.sampling_prob": "0.05"})
+    assert "1 is below 2" in str(refused(rules(), few))

@@ -6,6 +6,7 @@ from client.protect import RawDelta
 from common import adapter, compact, config_privacy
 from common.config_wire import WireConfig
 from common.errors import ModelError, PrivacyError
+from common.noise import SeededNoise
 
 BEFORE = {"a": torch.tensor([1.0, 2.0]), "b": torch.zeros(1)}
 NONE = config_privacy.PrivacyConfig(mode="none")
@@ -26,7 +27,13 @@ def test_a_delta_that_no_training_gives_is_refused(value):
 def send(privacy, trained_with, *, dtype: str = "float32"):
     settings = WireConfig(dtype=dtype)
     return protect.protect(
-        RawDelta(BEFORE), privacy=privacy, trained_with=trained_with, settings=settings, draws=compact.dice("run")
+        RawDelta(BEFORE),
+        privacy=privacy,
+        trained_with=trained_with,
+        num_shares=1,
+        source=SeededNoise(1),
+        settings=settings,
+        draws=compact.dice("run"),
     )
 
 

@@ -37,6 +37,12 @@ ASKING = {
         "training.local_steps": "2",
         "training.local_epochs": "0.0",
     },
+    "central DP": {
+        "privacy.mode": "site",
+        "privacy.sampling_prob": "0.1",
+        "privacy.noise_multiplier": "1.0",
+        "aggregation.weighting": "uniform",
+    },
 }
 SIDE = {name: {"aggregation.residual_rank": "8"} for name, facts in FACTS.items() if facts.base_delta == "residual"}
 CELLS = [pytest.param(feature, cell, id=f"{cell.method}-{feature.name}") for feature, cell in compatibility.cells()]
@@ -79,7 +85,7 @@ def test_control_no_feature_is_asked_for_by_itself(feature):
 def test_every_refusal_that_a_run_file_can_cause_is_a_rule():
     refused = [cell for feature, cell in compatibility.cells() if feature.keys and not cell.is_allowed]
     rules = [rule for rule in config_rules.RUN_RULES if "with this method" in rule.message]
-    assert len(rules) == len(refused) == 16
+    assert len(rules) == len(refused) == 19
 
 
 def test_a_side_adapter_needs_a_rank_and_only_methods_that_keep_one_take_it():

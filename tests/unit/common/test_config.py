@@ -146,7 +146,7 @@ def test_privacy_mode_has_no_default(text: str):
 
 
 @pytest.mark.parametrize(
-    ("mode", "remedy"), [("record-dp", 'write "unit"'), ("dp", 'write "unit"'), ("site-dp", "is not built")]
+    ("mode", "remedy"), [("record-dp", 'write "unit"'), ("dp", 'write "unit"'), ("site-dp", 'write "site"')]
 )
 def test_other_names_of_privacy_are_led_to_ours_or_refused(mode: str, remedy: str):
     message = problems(MINIMAL.replace('"none"', f'"{mode}"'))
@@ -156,6 +156,13 @@ def test_other_names_of_privacy_are_led_to_ours_or_refused(mode: str, remedy: st
 
 UNIT = "privacy.mode = 'unit'"
 PRIVATE = [UNIT, "privacy.sampling_prob = 0.1", "privacy.epsilon = 8", "training.local_steps = 5"]
+SITE = [
+    "privacy.mode = 'site'",
+    "privacy.sampling_prob = 0.1",
+    "privacy.noise_multiplier = 1",
+    "federation.num_sites = 100",
+    "aggregation.weighting = 'uniform'",
+]
 KRUM = ["aggregation.robust = 'krum'", "aggregation.num_bad_sites = 1"]
 UNIFORM = "aggregation.weighting = 'uniform'"
 BROKEN_RULES = [
@@ -198,6 +205,27 @@ BROKEN_RULES = [
     ("wire.density", 11, [*PRIVATE, "wire.density = 0.1"]),
     ("wire.density", 13, [*KRUM, UNIFORM, "federation.min_sites = 5", "wire.density = 0.1"]),
     ("wire.error_feedback", 7, ["wire.error_feedback = false"]),
+    ("aggregation.weighting", 5, SITE[:-1]),
+    ("aggregation.robust", 14, [*SITE, "federation.min_sites = 5", "aggregation.num_bad_sites = 1", KRUM[0]]),
+    ("aggregation.screening", 13, [*SITE, "federation.min_sites = 5", "aggregation.screening = 'drop'"]),
+    ("aggregation.max_update_norm", 12, [*SITE, "aggregation.max_update_norm = 1.0"]),
+    ("federation.sites_per_round", 10, [*SITE, "federation.sites_per_round = 5"]),
+    ("federation.num_sites", 5, [*SITE[:3], SITE[4]]),
+    ("privacy.dp_delta", 8, [*SITE, "privacy.dp_delta = 1e-4"]),
+    ("privacy.noise_at", 8, [*PRIVATE, "privacy.noise_at = 'sites'"]),
+    ("privacy.max_rows_per_unit", 8, [*SITE, "privacy.max_rows_per_unit = 2"]),
+    ("privacy.sampling_prob", 6, [*SITE, "privacy.noise_at = 'sites'"]),
+    (
+        "privacy.adaptive_clipping",
+        9,
+        [
+            SITE[0],
+            "privacy.sampling_prob = 1.0",
+            *SITE[2:],
+            "privacy.noise_at = 'sites'",
+            "privacy.adaptive_clipping = true",
+        ],
+    ),
     ("evaluation.metrics", 7, ["evaluation.metrics = 'f1'"]),
     ("evaluation.json_schema", 7, ["evaluation.json_schema = 'schema.json'"]),
 ]
@@ -336,7 +364,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "25c36af254a9a7f425ff58c7cc751a55b173908f95c2b86cd60d464d03eb7c5a"
+        "f5b1a9e0c5d7c49a52a5ae1781a084a67567a00064b20d48bb815a0888f7fdd3"
     )
 
 

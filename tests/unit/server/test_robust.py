@@ -8,9 +8,9 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Bulyan, FedMedian, FedTrimmedAvg, Krum, MultiKrum
 
-from common import guarding
+from common import clipping, guarding
 from common.config_aggregation import AggregationConfig
-from server.aggregate import bound, mean, robust
+from server.aggregate import mean, robust
 from simulations.grids import InProcessGrid
 
 SHAPES = {"m.lora_A.weight": (2, 5), "m.lora_B.weight": (4, 2)}
@@ -133,10 +133,10 @@ def test_a_weight_that_is_not_positive_and_a_round_of_nobody_are_refused():
 
 def test_a_long_update_is_scaled_down_and_a_short_one_is_not():
     change = {"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])}
-    shorter, length = bound.scaled(change, 2.5)
+    shorter, length = clipping.scaled(change, 2.5)
     assert (length, shorter["a"].tolist(), shorter["b"].tolist()) == (5.0, [1.5], [[2.0]])
-    assert bound.scaled(change, 5.0) == (change, 5.0)
-    assert bound.scaled(change, 0.0) == (change, 5.0)
+    assert clipping.scaled(change, 5.0) == (change, 5.0)
+    assert clipping.scaled(change, 0.0) == (change, 5.0)
 
 
 def test_both_protections_are_told_with_what_is_asked_for():

@@ -4,6 +4,7 @@ import re
 import pytest
 from rich.console import Console
 
+from common import privacy_plan
 from server.show import Screen, percent, size
 from tests.sample_events import HOSTILE, LOG, PLAN, evaluated, finished, joined, trained
 
@@ -121,6 +122,7 @@ def test_sizes_and_shares():
 
 def test_a_private_run_tells_what_it_has_cost_after_each_round_as_planned():
     private = {"privacy": "unit", "epsilon_planned": [4.82, 8.0], "dp_delta": 1e-6, "noise_multiplier": 0.7}
+    private["privacy_wording"] = privacy_plan.FIXED_WORDING
     shown = drawn([PLAN | private, *LOG[1:]])
     assert "epsilon 8.00 at delta 1e-06 after the last round, 4.82 after the first" in shown
     assert "A patient of two sites loses the sum" in " ".join(shown.split())

@@ -86,7 +86,7 @@ def test_a_run_of_too_few_sites_for_the_bad_ones_is_refused(tiny_base):
 
 
 def test_an_update_that_is_all_zero_has_no_norm_and_is_left_alone():
-    from server.aggregate import bound
+    from common import clipping
 
     change = {"b": torch.zeros(2)}
-    assert bound.scaled(change, 1.0) == (change, 0.0)
+    assert clipping.scaled(change, 1.0) == (change, 0.0)
