@@ -8,14 +8,14 @@ SLUG = r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$"
 SHA256 = r"^([0-9a-f]{64})?$"
 LINE = r"^[^\x00-\x1f\x7f]*$"
 TARGETS = r"^[A-Za-z0-9_.]+( *, *[A-Za-z0-9_.]+)*$|^all-linear$"
-_METRIC = "(exact_match|f1|rouge1|rouge2|rougeL|number|json)"
+_METRIC = "(exact_match|f1|rouge1|rouge2|rougeL|number|json|label_accuracy|macro_f1)"
 METRICS = rf"^({_METRIC}( *, *{_METRIC})*)?$"
 PATTERNS = {
     SLUG: "1 to 64 of a-z, 0-9 and -, with no - at either end",
     SHA256: "64 digits of 0-9 and a-f, or empty",
     LINE: "one line without control characters",
     TARGETS: '"all-linear", or module names with commas between them',
-    METRICS: "of exact_match, f1, rouge1, rouge2, rougeL, number and json, with commas "
+    METRICS: "of exact_match, f1, rouge1, rouge2, rougeL, number, json, label_accuracy and macro_f1, with commas "
     "between them, or empty",
 }
 

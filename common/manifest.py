@@ -3,20 +3,23 @@
 import functools
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common import config, egress, identity, wire
+from common.config_types import SHA256
 from common.egress import Egress
 from common.errors import AuthError, ConfigError, WireError
 from common.records import TensorSpec, from_head, to_head
 from common.wire import Frame
 
-VERSION: Final = 2
+VERSION: Final = 3
 MAX_BYTES: Final = 4 << 20
 PURPOSE: Final = "manifest"
+_UNTOLD: Final = {"server_data": "", "metrics": "", "json_schema": "", "tasks": (), "tasks_every_rounds": 0}
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,14 @@ class RunManifest:
         run: The resolved run file without what is the coordinator's own affair.
         base_sha256: Hash of the base model's files.
         tensor_specs: The adapter's tensors: exactly these go down and come back.
+        evaluation_sha256: Hash of what the coordinator measures, rows included (`server/evaluate/suite.py`), fixed
+            before training; empty where it measures nothing of its own.
     """
 
     run: config.RunConfig
     base_sha256: str
     tensor_specs: tuple[TensorSpec, ...]
+    evaluation_sha256: str = ""
 
     def to_bytes(self) -> bytes:
         """Canonical bytes; the same manifest always gives the same."""
@@ -44,6 +50,7 @@ class RunManifest:
                 "base_sha256": self.base_sha256,
                 "tensors": tensors,
                 "egress": self.egress.as_dict(),
+                "evaluation_sha256": self.evaluation_sha256,
             }
         )
 
@@ -144,7 +151,7 @@ def public_part(run: config.RunConfig) -> config.RunConfig:
         update={
             "model": run.model.model_copy(update={"base": "by-hash"}),
             "data": run.data.model_copy(update={"source": "site"}),
-            "evaluation": run.evaluation.model_copy(update={"server_data": "", "metrics": "", "json_schema": ""}),
+            "evaluation": run.evaluation.model_copy(update=_UNTOLD),
             "output": config.OutputConfig(),
         }
     )
@@ -174,4 +181,7 @@ def _from_fields(fields: dict[str, Any]) -> RunManifest:
     if fields["version"] != VERSION:
         raise ValueError("version")
     specs = tuple(TensorSpec(str(name), tuple(int(size) for size in shape)) for name, shape in fields["tensors"])
-    return RunManifest(config.RunConfig.model_validate(fields["run"]), str(fields["base_sha256"]), specs)
+    if not re.fullmatch(SHA256, fields["evaluation_sha256"]):
+        raise ValueError("evaluation_sha256")
+    run = config.RunConfig.model_validate(fields["run"])
+    return RunManifest(run, str(fields["base_sha256"]), specs, fields["evaluation_sha256"])

@@ -18,11 +18,11 @@ from common.manifest import Offer, RunManifest
 from common.model import Engine
 from common.prompts import Encoded
 from common.records import OpenedHead, RoundPlan, SiteMetrics, from_head, to_head
-from common.rows import Row
 from common.wire import Frame
 from server import collect
 from server.aggregate.method import Method, State
 from server.aggregate.optimizer import Memory
+from server.evaluate.suite import Suite
 from server.fleet import Fleet
 from server.trail import Trail, of_error, of_frame
 
@@ -39,7 +39,6 @@ class OwnRows:
 
     engine: Engine
     encoded: Sequence[Encoded]
-    rows: Sequence[Row] = ()
 
 
 @dataclass
@@ -63,6 +62,7 @@ class Federation:
         trail: The coordinator's audit log; None where nobody signs the run.
         asked_at: When nodes said that a person has to decide, by `clock`.
         own_rows: The coordinator's own held-out rows, and the engine that scores them; None without any.
+        suite: What the coordinator measures on its own rows; None: nothing.
         memory: What the coordinator's optimizer remembers from round to round.
         clock: Seconds, monotonic.
         sleep: Waits between looks.
@@ -84,6 +84,7 @@ class Federation:
     trail: Trail | None = None
     asked_at: dict[int, float] = field(default_factory=dict)
     own_rows: OwnRows | None = None
+    suite: Suite | None = None
     memory: Memory = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep

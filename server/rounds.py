@@ -8,7 +8,7 @@ from common.records import RoundPlan, UpdateHead
 from server import checkpoint, collect, federation, sampling
 from server.aggregate import bound, gap, optimizer, products, robust
 from server.aggregate.method import State, Sum
-from server.evaluate import answers, held_out
+from server.evaluate import held_out, measure
 from server.federation import Federation
 
 
@@ -51,8 +51,9 @@ def _evaluate(fed: Federation, state: State, *, num_rounds: int) -> None:
     settings = fed.manifest.run
     generate = num_rounds == settings.federation.num_rounds and settings.evaluation.exact_match_rows > 0
     held_out.evaluate(fed, state, num_rounds=num_rounds, generate=generate)
-    if num_rounds in (0, settings.federation.num_rounds):
-        answers.score(fed, state, num_rounds=num_rounds)
+    last, every = settings.federation.num_rounds, settings.evaluation.tasks_every_rounds
+    if fed.suite and (num_rounds in (0, last) or (every and num_rounds % every == 0)):
+        measure.measure(fed.suite, state, stage=measure.stage_of(num_rounds, last=last))
 
 
 def play(fed: Federation, state: State, *, round_index: int) -> State:

@@ -19,7 +19,7 @@ from common.rows import Columns
 from server import checkpoint, export, federation, rounds, trail
 from server.aggregate import table
 from server.checkpoint import Checkpoint
-from server.evaluate import answers
+from server.evaluate import suite
 from server.federation import Federation, OwnRows
 from server.fleet import Fleet
 from server.offer import Operator
@@ -69,13 +69,17 @@ def execute(
 
     Raises:
         AuditError: The audit log was changed under the run.
-        ConfigError: An update would be larger than `wire.max_update_mib`.
+        ConfigError: An update would be larger than `wire.max_update_mib`, or a task needs what is not installed.
+        DataError: The coordinator's rows are missing or unusable, or are not those that were fixed before training.
         ProtocolError: Too few sites, or none evaluates.
         StorageError: Disk full or not writable.
     """
-    manifest = RunManifest(settings, engine.base_sha256, engine.tensor_specs)
+    measured = suite.open_suite(settings, engine=engine, folder=folder, log=log)
+    manifest = RunManifest(settings, engine.base_sha256, engine.tensor_specs, measured.sha256)
     _check_size(manifest)
-    fed = Federation(manifest, fleet, table.find(settings.aggregation.method), folder, log)
+    if resume and (folder / MANIFEST_FILE).exists():
+        suite.require_same(measured.sha256, stored_manifest(folder).evaluation_sha256)
+    fed = Federation(manifest, fleet, table.find(settings.aggregation.method), folder, log, suite=measured)
     if operator:
         fed.offer, fed.trail = operator.make_offer(manifest), operator.trail
     first = _start(manifest, engine, folder, resume=resume)
@@ -186,15 +190,14 @@ def read_own_rows(settings: config.RunConfig, engine: Engine) -> OwnRows | None:
     """The coordinator's held-out rows as tokens; None if the run file names none.
 
     Raises:
-        DataError: The file, or the schema of its answers, is missing or unusable.
+        DataError: The file is missing or unusable.
     """
     if not settings.evaluation.server_data:
         return None
-    answers.chosen(settings.evaluation)
     data = settings.data
     columns = Columns(data.instruction_column, data.input_column, data.output_column)
     rows = read.read(settings.evaluation.server_data, columns=columns)
-    return OwnRows(engine, model.encode(engine, rows, data)[0], rows)
+    return OwnRows(engine, model.encode(engine, rows, data)[0])
 
 
 def stored_manifest(folder: Path) -> RunManifest:
@@ -208,7 +211,7 @@ def stored_manifest(folder: Path) -> RunManifest:
         public = parse((folder / MANIFEST_FILE).read_bytes())
     except OSError as error:
         raise DataError(f"{folder}: the run has not begun (no {MANIFEST_FILE})") from error
-    return RunManifest(stored_settings(folder), public.base_sha256, public.tensor_specs)
+    return RunManifest(stored_settings(folder), public.base_sha256, public.tensor_specs, public.evaluation_sha256)
 
 
 def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:

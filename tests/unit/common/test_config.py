@@ -157,6 +157,7 @@ def test_other_names_of_privacy_are_led_to_ours_or_refused(mode: str, remedy: st
 UNIT = "privacy.mode = 'unit'"
 PRIVATE = [UNIT, "privacy.sampling_prob = 0.1", "privacy.epsilon = 8", "training.local_steps = 5"]
 KRUM = ["aggregation.robust = 'krum'", "aggregation.num_bad_sites = 1"]
+TASK = "{name = 'a', kind = 'choice', data = 'rows.jsonl'}"
 BROKEN_RULES = [
     ("model.revision", 4, ["model.revision = 'main'"]),
     ("data.output_column", 7, ["data.output_column = 'input'"]),
@@ -194,6 +195,8 @@ BROKEN_RULES = [
     ("training.local_steps", 5, PRIVATE[:3]),
     ("evaluation.metrics", 7, ["evaluation.metrics = 'f1'"]),
     ("evaluation.json_schema", 7, ["evaluation.json_schema = 'schema.json'"]),
+    ("evaluation.tasks", 7, [f"evaluation.tasks = [{TASK}, {TASK}]"]),
+    ("evaluation.tasks_every_rounds", 7, ["evaluation.tasks_every_rounds = 2"]),
 ]
 
 
@@ -330,7 +333,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "d0df4c6a0b0e2271e1373d28e46c24a5947a54a4131aae5fa13b39abff994670"
+        "cb089b01c1cfdcdfb8f8a854d05dac53a58f733a4a3beb2eade27b96d2951c5f"
     )
 
 
@@ -349,10 +352,11 @@ def test_resolved_json_loads_again(settings: tuple[str, ...]):
     assert config.RunConfig.model_validate_json(config.resolved_json(run)) == run
 
 
-def test_all_leaves_are_single_values():
+def test_all_leaves_are_single_values_or_arrays_of_tables():
     for schema in (config.RunConfig, config.NodeConfig):
         definitions = schema.model_json_schema()["$defs"].values()
-        types = {field.get("type", "") for section in definitions for field in section["properties"].values()}
+        fields = [field for section in definitions for field in section["properties"].values()]
+        types = {field.get("type", "") for field in fields if "$ref" not in field.get("items", {})}
         assert types <= {"string", "integer", "number", "boolean"}
 
 
@@ -367,3 +371,25 @@ def test_import_is_light():
     heavy = "{'torch', 'transformers', 'flwr', 'numpy', 'datasets'}"
     code = f"import sys, common.config; assert not {heavy} & set(sys.modules), sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(config.__file__).parent.parent)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("kind = 'answers'", "kind answers needs metrics"),
+        ("kind = 'answers', metrics = 'f1', labels = 'yes, no'", "name one in metrics"),
+        ("kind = 'answers', metrics = 'f1', json_schema = 's.json'", "metric json and json_schema belong together"),
+        ("kind = 'answers', metrics = 'json'", "metric json and json_schema belong together"),
+        ("kind = 'json'", "kind json needs json_schema"),
+        ("kind = 'harness'", "kind harness needs harness_tasks"),
+        ("kind = 'choice', metrics = 'f1'", "metrics has no effect with kind choice; remove it (it is for answers)"),
+        ("kind = 'perplexity', baseline_prompt = 'p'", "baseline_prompt has no effect with kind perplexity"),
+        ("kind = 'choice', text_column = 'x'", "text_column has no effect"),
+        ("kind = 'choice', baseline_examples = 2", "baseline_examples and baseline_data belong together"),
+        ("kind = 'choice', baseline_examples = 2, baseline_data = 'rows.jsonl'", "the task's own file"),
+    ],
+)
+def test_a_task_takes_what_its_kind_uses(task: str, message: str):
+    text = f"[[evaluation.tasks]]\nname = 'a'\ndata = 'rows.jsonl'\n{task.replace(', ', chr(10))}\n"
+    text = text.replace(f"yes{chr(10)}no", "yes, no")
+    assert message in problems(f"{MINIMAL}{text}")
