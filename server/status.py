@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from common import events
+from common.events import Event
 from server import checkpoint, report
+from server.evaluate import view
 from server.show import percent
 
 
@@ -26,8 +29,20 @@ def read(folder: Path) -> dict[str, Any]:
         "exact_match": last.get("exact_match"),
         "sites": last.get("sites", {}),
         "stale": last.get("stale", []),
+        "fairness": last.get("fairness"),
+        "worse_than_base": last.get("worse_than_base", []),
+        "measured": {stage: event["figures"] for stage, event in view.stages(log).items()},
+        "in_words": _in_words(log, last),
         "report": str(report.write(folder)),
     }
+
+
+def _in_words(log: list[Event], last: Event) -> dict[str, list[str]]:
+    """Lines for people, by their head."""
+    measured = list(view.stages(log).values())[-1:]
+    told = {"sites": [view.evenness(last)], "worse than base": [view.worse(last)]} if last else {}
+    told |= {f"tasks, {event['stage']}": list(view.lines(event)) for event in measured}
+    return {head: texts for head, texts in told.items() if any(texts)}
 
 
 def render(result: dict[str, Any]) -> Table:
@@ -42,5 +57,8 @@ def render(result: dict[str, Any]) -> Table:
     for site, figures in result["sites"].items():
         stale = " (stale)" if site in result["stale"] else ""
         table.add_row(f"  {site}", f"{figures['loss']:.3f} over {figures['num_rows']} rows{stale}")
+    for head, texts in result["in_words"].items():
+        for place, text in enumerate(texts):
+            table.add_row("" if place else head, Text(text))
     table.add_row("report", str(result["report"]))
     return table

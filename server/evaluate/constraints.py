@@ -83,7 +83,8 @@ def check(constraint: object, *, where: str) -> dict[str, Any]:
         DataError: It is none that is known, or has another value than it needs.
     """
     known = ", ".join((*NUMBERS, *TEXTS, *PLAIN))
-    if not isinstance(constraint, dict) or not {"kind"} <= constraint.keys() <= {"kind", "value"}:
+    is_object = isinstance(constraint, dict) and {"kind"} <= constraint.keys() <= {"kind", "value"}
+    if not isinstance(constraint, dict) or not is_object or not isinstance(constraint["kind"], str):
         raise DataError(f"{where}: a constraint is an object with kind and value; the kinds are {known}")
     kind, value = constraint["kind"], constraint.get("value")
     is_right = (

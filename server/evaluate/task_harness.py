@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from jinja2 import TemplateError
+
 from common.config import RunConfig
 from common.config_tasks import TaskConfig, split_names
 from common.errors import ConfigError, DataError
@@ -19,7 +21,8 @@ from server.evaluate.task import Task, digest, file_hash
 
 _READERS: Final = ("json", "csv", "parquet", "text")
 _CODE: Final = ("include", "class", "custom_dataset")
-_ERRORS: Final = (
+_ERRORS: Final[tuple[type[Exception], ...]] = (
+    ArithmeticError,
     AssertionError,
     AttributeError,
     ImportError,
@@ -28,6 +31,7 @@ _ERRORS: Final = (
     RuntimeError,
     TypeError,
     ValueError,
+    TemplateError,
 )
 _FEWSHOT_SEED: Final = 1234  # the harness' own default
 _WEIGHTED: Final = {"word_perplexity": "perplexity", "byte_perplexity": "perplexity", "bits_per_byte": "bits"}
