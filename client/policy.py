@@ -30,7 +30,8 @@ KNOWN: Final = {
     "privacy": "mode epsilon dp_delta sampling_prob noise_multiplier clip_norm noise_at max_rows_per_unit clipping "
     "adaptive_clipping clip_quantile clip_learning_rate",
     "wire": "dtype density error_feedback down max_update_mib",
-    "evaluation": "every_rounds server_data batch_size exact_match_rows max_new_tokens metrics json_schema",
+    "evaluation": "every_rounds server_data batch_size exact_match_rows max_new_tokens metrics json_schema tasks "
+    "tasks_every_rounds",
     "output": "folder keep_checkpoints",
 }
 _FACTOR: Final = re.compile(r"(.+)\.(lora|residual)_(A|B)\.weight")

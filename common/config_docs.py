@@ -1,6 +1,7 @@
 """docs/config.md and the JSON Schemas, made from the schemas; run as `python -m common.config_docs`."""
 
 import argparse
+import inspect
 import json
 import sys
 import textwrap
@@ -128,9 +129,9 @@ def _write(path: Path) -> int:
 
 
 def _properties(schema: type[BaseModel]) -> dict[str, dict[str, Any]]:
-    """List a section's settings as JSON Schema describes them."""
+    """List a section's settings as JSON Schema describes them, without arrays of tables."""
     properties: dict[str, dict[str, Any]] = schema.model_json_schema()["properties"]
-    return properties
+    return {name: field for name, field in properties.items() if field.get("type") != "array"}
 
 
 def _tables(schema: type[BaseModel]) -> Iterator[str]:
@@ -140,7 +141,14 @@ def _tables(schema: type[BaseModel]) -> Iterator[str]:
     if tops:
         yield f"### Top of the file\n\n{_table(tops)}"
     for name, kind in sections.items():
-        yield f"### [{name}]\n\n{(kind.__doc__ or '').strip()}\n\n{_table(_properties(kind))}"
+        yield _described(f"[{name}]", kind)
+    for name, kind in config_file.arrays_of(schema).items():
+        yield _described(f"[[{name}]]", kind)
+
+
+def _described(head: str, kind: type[BaseModel]) -> str:
+    """Write the chapter of one table."""
+    return f"### {head}\n\n{inspect.cleandoc(kind.__doc__ or '')}\n\n{_table(_properties(kind))}"
 
 
 def _table(fields: dict[str, dict[str, Any]]) -> str:

@@ -1,8 +1,13 @@
 """Section `[evaluation]` of the run file."""
 
+from typing import Final
+
 from pydantic import Field
 
-from common.config_types import METRICS, Count, Line, PositiveCount, Section
+from common.config_tasks import TaskConfig, split_names
+from common.config_types import METRICS, Count, Line, PositiveCount, Section, Tables
+
+OWN_TASK: Final = "server-data"
 
 
 class EvaluationConfig(Section):
@@ -21,11 +26,27 @@ class EvaluationConfig(Section):
         max_length=4096,
         description="Figures of generated answers to `server_data`, before the first round and after the last: "
         "`exact_match`, `f1` (SQuAD's), `rouge1`, `rouge2`, `rougeL`, `number` (the last, as in GSM8K), `json` (meets "
-        "`json_schema`). Empty: none.",
+        "`json_schema`), `label_accuracy`, `macro_f1` (over the references as labels). Empty: none.",
     )
     json_schema: Line = Field(default="", description="Path of the JSON schema that `json` asks for. Empty: none.")
+    tasks: Tables[TaskConfig] = Field(
+        default=(), description="What the coordinator measures on its own rows, before the first round and at the end."
+    )
+    tasks_every_rounds: Count = Field(
+        default=0, description="Also measure tasks and metrics after every so many rounds. 0: only before and after."
+    )
 
     @property
     def metric_names(self) -> tuple[str, ...]:
         """The names in `metrics`, each once, in the order written."""
-        return tuple(dict.fromkeys(name.strip() for name in self.metrics.split(",") if name.strip()))
+        return split_names(self.metrics)
+
+    @property
+    def suite(self) -> tuple[TaskConfig, ...]:
+        """All tasks: `metrics` of `server_data` is one of them."""
+        if not (self.metrics and self.server_data):
+            return self.tasks
+        own = TaskConfig.model_construct(
+            name=OWN_TASK, kind="answers", data=self.server_data, metrics=self.metrics, json_schema=self.json_schema
+        )
+        return (own, *self.tasks)

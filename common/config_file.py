@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -129,11 +129,40 @@ def sections_of(schema: type[BaseModel]) -> dict[str, type[BaseModel]]:
     return {name: kind for name, kind in fields if isinstance(kind, type) and issubclass(kind, BaseModel)}
 
 
+def arrays_of(schema: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """List the arrays of tables of a schema and of its sections: dotted name to the schema of one table."""
+    inner = {f"{name}.{key}": row for name, kind in sections_of(schema).items() for key, row in _arrays(kind).items()}
+    return {**_arrays(schema), **inner}
+
+
 def keys_of(schema: type[BaseModel]) -> tuple[str, ...]:
-    """List the dotted keys of a schema, in its order."""
-    sections = sections_of(schema)
+    """List the dotted keys of a schema, in its order, without arrays of tables."""
+    sections, arrays = sections_of(schema), arrays_of(schema)
     tops = [name for name in schema.model_fields if name not in sections]
-    return (*tops, *(f"{name}.{key}" for name, kind in sections.items() for key in kind.model_fields))
+    keys = (*tops, *(f"{name}.{key}" for name, kind in sections.items() for key in kind.model_fields))
+    return tuple(key for key in keys if key not in arrays)
+
+
+def _arrays(schema: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """List the arrays of tables that stand directly in a schema."""
+    found = {name: get_args(field.annotation)[:1] for name, field in schema.model_fields.items()}
+    return {name: kinds[0] for name, kinds in found.items() if kinds and _is_table(kinds[0])}
+
+
+def _is_table(kind: object) -> bool:
+    """Whether a type is a table's."""
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _guide(form: Format[Config]) -> config_hints.Guide:
+    """Lead to all keys of a file, those of tables in arrays included."""
+    arrays = {name: tuple(kind.model_fields) for name, kind in arrays_of(form.schema).items()}
+    return config_hints.Guide(keys_of(form.schema), keys_of(form.other), form.other_name, arrays)
+
+
+def _path(loc: tuple[int | str, ...]) -> Key:
+    """Write a place as a key; the tables of an array are counted from 1."""
+    return tuple(str(part + 1) if isinstance(part, int) else part for part in loc)
 
 
 def _decode(content: bytes, shown: str) -> str:
@@ -183,11 +212,12 @@ def _with_sections(table: Table, schema: type[BaseModel]) -> Table:
 
 def _problems(error: ValidationError, table: Table, form: Format[Config]) -> Iterator[Problem]:
     """List what is wrong: single values first, then contradictions between the values that are right."""
-    guide = config_hints.Guide(keys_of(form.schema), keys_of(form.other), form.other_name)
+    guide = _guide(form)
+    arrays = arrays_of(form.schema)
     bad: set[str] = set()
     for detail in error.errors(include_url=False):
-        key = tuple(str(part) for part in detail["loc"])
-        bad.add(".".join(key))
+        key = _path(detail["loc"])
+        bad.update({".".join(key), *(".".join(key[:end]) for end in (1, 2) if ".".join(key[:end]) in arrays)})
         if detail["type"] == "extra_forbidden":
             yield from (Problem(leaf, partial(guide.unknown, leaf)) for leaf in _leaves(key, detail["input"]))
         elif key:

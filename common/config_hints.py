@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from common import config_foreign
@@ -46,15 +46,25 @@ class Guide:
         own: Dotted keys of this file.
         other: Dotted keys of the other file.
         other_name: What messages call the other file.
+        arrays: Keys of the tables of each array, by the array's dotted name.
     """
 
     own: tuple[str, ...]
     other: tuple[str, ...]
     other_name: str
+    arrays: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def unknown(self, key: Key) -> str:
         """Say what an unknown key should be."""
+        for name, known in self.arrays.items():
+            if key[: name.count(".") + 1] == tuple(name.split(".")):
+                return f"unknown setting; {self._in_table(key, known)}"
         return f"unknown setting; {self._foreign(key) or self._elsewhere(key) or self._near(key) or self._listed(key)}"
+
+    def _in_table(self, key: Key, known: tuple[str, ...]) -> str:
+        """Name the nearest key of a table in an array, or all of them."""
+        near = difflib.get_close_matches(_plain(key[-1]), known, n=1)
+        return f"did you mean {near[0]}?" if near else f"such a table has {', '.join(known)}"
 
     def _foreign(self, key: Key) -> str:
         """Translate a name that other tools use."""
@@ -103,7 +113,8 @@ class Guide:
 
     def _sections(self) -> list[str]:
         """List this file's sections."""
-        return list(dict.fromkeys(known.split(".")[0] for known in self.own if "." in known))
+        arrays = [f"[{name}]" for name in self.arrays if "." not in name]
+        return [*dict.fromkeys(known.split(".")[0] for known in self.own if "." in known), *arrays]
 
 
 def wrong(key: Key, detail: Mapping[str, Any], *, patterns: Mapping[str, str]) -> str:
@@ -120,6 +131,8 @@ def wrong(key: Key, detail: Mapping[str, Any], *, patterns: Mapping[str, str]) -
     if detail["type"] == "missing":
         return _MISSING.get(key, "must be set; it has no default")
     words = _limit(key, detail["type"], detail.get("ctx", {}), patterns) or detail["msg"]
+    if detail["type"] == "value_error" and isinstance(detail["input"], dict):
+        return words  # a whole table, whose values do not go together
     hint = config_foreign.VALUES.get((".".join(key), _plain(str(detail["input"]))), "")
     return f"{words} (you wrote {show_value(detail['input'])})" + (f"; {hint}" if hint else "")
 
@@ -127,7 +140,9 @@ def wrong(key: Key, detail: Mapping[str, Any], *, patterns: Mapping[str, str]) -
 def _limit(key: Key, kind: str, context: Mapping[str, Any], patterns: Mapping[str, str]) -> str:
     """Say what a value must be; nothing for a kind of error that is not known."""
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"must be a section, [{key[0]}]"
+        return f"must be a section, [{key[0]}]" if len(key) == 1 else "must be a table"
+    if kind == "tuple_type":
+        return f"must be an array of tables, [[{'.'.join(key)}]]"
     if kind == "literal_error":
         return f"must be {str(context['expected']).replace(chr(39), chr(34))}"
     if kind == "string_pattern_mismatch":

@@ -32,8 +32,9 @@ def key_lines(text: str) -> Lines:
         text: A valid TOML text.
 
     Returns:
-        The path of each key to its line, counted from 1. A section also stands under its own path; the keys of
-        tables inside an array stand under the array's path, and what is nested deeper than `MAX_DEPTH` is left out.
+        The path of each key to its line, counted from 1. A section also stands under its own path, and the second
+        table of an array `[[runs]]` under ("runs", "2"), its keys below. The keys of inline tables inside an array
+        stand under the array's path, and what is nested deeper than `MAX_DEPTH` is left out.
 
     Example:
         >>> key_lines('seed = 1\\n[model]\\nbase = "x"')
@@ -41,14 +42,25 @@ def key_lines(text: str) -> Lines:
     """
     lines: Lines = {}
     section: Key = ()
+    counts: dict[Key, int] = {}
     words = _words(text)
     for word, line in words:
         if word == "[":
-            section = split_key(_join_until("\n", words))
+            section = _section(_join_until("\n", words, keep="["), counts)
             _note(section, line, lines)
         elif word != "\n":
             _read_pair(word, line, words, section, lines)
     return lines
+
+
+def _section(head: str, counts: dict[Key, int]) -> Key:
+    """Read what follows the first bracket of a section's head; a table of an array bears its number too."""
+    path = split_key(head.lstrip("["))
+    within = next((path[:end] for end in range(len(path) - 1, 0, -1) if path[:end] in counts), ())
+    if head.startswith("["):
+        counts[path] = counts.get(path, 0) + 1
+        return (*path, str(counts[path]))
+    return (*within, str(counts[within]), *path[len(within) :]) if within else path
 
 
 def split_key(text: str) -> Key:
@@ -78,13 +90,13 @@ def _words(text: str) -> Words:
             yield match[0], line
 
 
-def _join_until(end: str, words: Words) -> str:
-    """Join the words before `end`, without brackets."""
+def _join_until(end: str, words: Words, *, keep: str = "") -> str:
+    """Join the words before `end`, without the brackets that are not in `keep`."""
     parts: list[str] = []
     for word, _ in words:
         if word == end:
             break
-        parts.append(word if word not in "[]" else "")
+        parts.append(word if word not in "[]" or word in keep else "")
     return "".join(parts)
 
 

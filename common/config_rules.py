@@ -52,8 +52,13 @@ def check(config: BaseModel, rules: tuple[Rule, ...]) -> None:
 
 def describe(config: BaseModel, rule: Rule) -> str:
     """Say what is wrong, with the values that take part."""
-    values = ", ".join(f"{key} = {config_hints.show_value(value_of(config, key))}" for key in rule.keys)
+    values = ", ".join(f"{key} = {_shown(value_of(config, key))}" for key in rule.keys)
     return f"{rule.message} ({values})"
+
+
+def _shown(value: Any) -> str:
+    """A value as it stands in the file; of an array of tables their number."""
+    return f"{len(value)} tables" if isinstance(value, tuple) else config_hints.show_value(value)
 
 
 def value_of(config: BaseModel, key: str) -> Any:
@@ -338,6 +343,16 @@ RUN_RULES = (
         ("evaluation.json_schema", "evaluation.metrics"),
         lambda c: ("json" in c.evaluation.metric_names) != (c.evaluation.json_schema != ""),
         "the metric json and the schema that it asks for belong together; set both, or none",
+    ),
+    Rule(
+        ("evaluation.tasks",),
+        lambda c: len({task.name for task in c.evaluation.suite}) < len(c.evaluation.suite),
+        "two tasks have one name (server-data is that of evaluation.metrics); give each its own",
+    ),
+    Rule(
+        ("evaluation.tasks_every_rounds", "evaluation.tasks"),
+        lambda c: c.evaluation.tasks_every_rounds > 0 and not c.evaluation.suite,
+        "there is nothing to measure; name tasks or evaluation.metrics, or remove it",
     ),
 )
 

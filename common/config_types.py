@@ -1,21 +1,22 @@
 """What the tables of all our files are made of: kinds of values, and a section that is frozen, strict and closed."""
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 SLUG = r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$"
 SHA256 = r"^([0-9a-f]{64})?$"
 LINE = r"^[^\x00-\x1f\x7f]*$"
 TARGETS = r"^[A-Za-z0-9_.]+( *, *[A-Za-z0-9_.]+)*$|^all-linear$"
-_METRIC = "(exact_match|f1|rouge1|rouge2|rougeL|number|json)"
+_METRIC = "(exact_match|f1|rouge1|rouge2|rougeL|number|json|label_accuracy|macro_f1)"
 METRICS = rf"^({_METRIC}( *, *{_METRIC})*)?$"
 PATTERNS = {
     SLUG: "1 to 64 of a-z, 0-9 and -, with no - at either end",
     SHA256: "64 digits of 0-9 and a-f, or empty",
     LINE: "one line without control characters",
     TARGETS: '"all-linear", or module names with commas between them',
-    METRICS: "of exact_match, f1, rouge1, rouge2, rougeL, number and json, with commas between them, or empty",
+    METRICS: "of exact_match, f1, rouge1, rouge2, rougeL, number, json, label_accuracy and macro_f1, with commas "
+    "between them, or empty",
 }
 
 Slug = Annotated[str, Field(pattern=SLUG)]
@@ -34,6 +35,15 @@ def refuse_look_alikes(value: object) -> object:
     if type(value) is not int:
         raise ValueError("must be the whole number 1")
     return value
+
+
+def _frozen(value: object) -> object:
+    """Let a TOML array be a tuple, so that a config can be hashed."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+T = TypeVar("T", bound=BaseModel)
+Tables = Annotated[tuple[T, ...], BeforeValidator(_frozen)]  # an array of tables: [[section.name]] in the file
 
 
 class Section(BaseModel):

@@ -10,15 +10,17 @@ from typing import Any, Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common import config, egress, identity, wire
+from common.config_types import SHA256
 from common.egress import Egress
 from common.errors import AuthError, ConfigError, WireError
 from common.records import TensorSpec, from_head, to_head
 from common.wire import Frame
 
-VERSION: Final = 3
+VERSION: Final = 4
 MAX_BYTES: Final = 4 << 20
 PURPOSE: Final = "manifest"
 _CODES: Final = {True: re.compile("[0-9a-f]{64}"), False: re.compile("")}  # by whether weights are 4-bit codes
+_UNTOLD: Final = {"server_data": "", "metrics": "", "json_schema": "", "tasks": (), "tasks_every_rounds": 0}
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,15 @@ class RunManifest:
         base_sha256: Hash of the base model's files.
         tensor_specs: The adapter's tensors: exactly these go down and come back.
         codes_sha256: Hash of the base's 4-bit codes (`common.codes`); empty unless `model.quantization` is `nf4`.
+        evaluation_sha256: Hash of what the coordinator measures, rows included (`server/evaluate/suite.py`), fixed
+            before training; empty where it measures nothing of its own.
     """
 
     run: config.RunConfig
     base_sha256: str
     tensor_specs: tuple[TensorSpec, ...]
     codes_sha256: str = ""
+    evaluation_sha256: str = ""
 
     def to_bytes(self) -> bytes:
         """Canonical bytes; the same manifest always gives the same."""
@@ -49,6 +54,7 @@ class RunManifest:
                 "codes_sha256": self.codes_sha256,
                 "tensors": tensors,
                 "egress": self.egress.as_dict(),
+                "evaluation_sha256": self.evaluation_sha256,
             }
         )
 
@@ -149,7 +155,7 @@ def public_part(run: config.RunConfig) -> config.RunConfig:
         update={
             "model": run.model.model_copy(update={"base": "by-hash"}),
             "data": run.data.model_copy(update={"source": "site"}),
-            "evaluation": run.evaluation.model_copy(update={"server_data": "", "metrics": "", "json_schema": ""}),
+            "evaluation": run.evaluation.model_copy(update=_UNTOLD),
             "output": config.OutputConfig(),
         }
     )
@@ -182,4 +188,6 @@ def _from_fields(fields: dict[str, Any]) -> RunManifest:
     run, digest = config.RunConfig.model_validate(fields["run"]), str(fields["codes_sha256"])
     if not _CODES[run.model.quantization == "nf4"].fullmatch(digest):
         raise ValueError("codes_sha256")
-    return RunManifest(run, str(fields["base_sha256"]), specs, digest)
+    if not re.fullmatch(SHA256, fields["evaluation_sha256"]):
+        raise ValueError("evaluation_sha256")
+    return RunManifest(run, str(fields["base_sha256"]), specs, digest, fields["evaluation_sha256"])

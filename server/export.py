@@ -17,6 +17,7 @@ from common.events import Event
 from common.manifest import RunManifest
 from server import export_canonical
 from server.aggregate import factored
+from server.evaluate import measure, view
 
 CARD_TEMPLATE = Path(__file__).with_name("card.md.j2")
 
@@ -74,7 +75,7 @@ def card(
     settings = run_manifest.run
     specs = export_canonical.specs(run_manifest.tensor_specs)
     evaluated = {event["num_rounds"]: event for event in log if event["kind"] == "evaluated"}
-    scored = {event["num_rounds"]: event for event in log if event["kind"] == "scored"}
+    stages = view.stages(log)
     template = jinja2.Template(CARD_TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
     text: str = template.render(
         run=settings, manifest=run_manifest, sites=sites, num_rows=sum(sites.values()), num_rounds=num_rounds,
@@ -82,7 +83,8 @@ def card(
         has_side=len(specs) < len(run_manifest.tensor_specs), num_parameters=adapter.num_parameters(specs),
         base=base_name(settings.model.base), is_path=is_path(settings.model.base),
         before=evaluated.get(0), after=evaluated.get(num_rounds), kind=kind, licence=licence, formats=formats,
-        scored_before=scored.get(0), scored=scored.get(num_rounds), privacy_wording=privacy_plan.wording(settings),
+        measured=stages.get(measure.stage_of(num_rounds, last=settings.federation.num_rounds)), view=view,
+        measured_before=stages.get(measure.BASE), privacy_wording=privacy_plan.wording(settings),
         epsilon=privacy_plan.epsilon(settings) if settings.privacy.is_private_per_unit else None,
         spent=_spent(settings, log, num_rounds=num_rounds),
     )  # fmt: skip

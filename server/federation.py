@@ -19,12 +19,12 @@ from common.model import Engine
 from common.noise import Noise, SystemNoise
 from common.prompts import Encoded
 from common.records import ADAPTER, OpenedHead, RoundPlan, SiteMetrics, from_head, to_head
-from common.rows import Row
 from common.wire import Frame
 from server import broadcast, collect
 from server.aggregate.method import Method, State
 from server.aggregate.optimizer import Memory
 from server.broadcast import Step
+from server.evaluate.suite import Suite
 from server.fleet import Fleet
 from server.trail import Trail, of_error, of_frame
 
@@ -46,7 +46,6 @@ class OwnRows:
 
     engine: Engine
     encoded: Sequence[Encoded]
-    rows: Sequence[Row] = ()
 
 
 @dataclass
@@ -70,6 +69,7 @@ class Federation:
         trail: The coordinator's audit log; None where nobody signs the run.
         asked_at: When nodes said that a person has to decide, by `clock`.
         own_rows: The coordinator's own held-out rows, and the engine that scores them; None without any.
+        suite: What the coordinator measures on its own rows; None: nothing.
         memory: What the coordinator remembers from round to round.
         step: To the newest adapter, where it goes down as steps.
         sent_sha256: Hash of the adapter in the last requests.
@@ -95,6 +95,7 @@ class Federation:
     trail: Trail | None = None
     asked_at: dict[int, float] = field(default_factory=dict)
     own_rows: OwnRows | None = None
+    suite: Suite | None = None
     memory: Memory = field(default_factory=dict)
     step: Step | None = None
     sent_sha256: str = ""

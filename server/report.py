@@ -9,6 +9,7 @@ import jinja2
 
 from common import events, storage
 from common.events import Event
+from server.evaluate import view
 from server.show import percent, size
 
 REPORT_FILE: Final = "report.html"
@@ -67,6 +68,10 @@ def render(log: Sequence[Event]) -> str:
         sites=sorted({event["site"] for event in _of(log, "site_trained")}),
         chart=chart(evaluated) if evaluated else None,
         comparison=_bars(_of(log, "compared")),
+        last=evaluated[-1] if evaluated else None,
+        evenness=view.evenness(evaluated[-1]) if evaluated else "",
+        worse=view.worse(evaluated[-1]) if evaluated else "",
+        measured=view.table(log),
         troubles=_of(log, "site_failed") + _of(log, "site_refused") + _flagged(log),
         percent=percent,
         size=size,

@@ -12,7 +12,7 @@ from server import broadcast, checkpoint, collect, federation, sampling, screeni
 from server.aggregate import gap, noised, optimizer, products, robust
 from server.aggregate.method import State, Sum
 from server.aggregate.noised import NoisedSum
-from server.evaluate import answers, held_out
+from server.evaluate import held_out, measure
 from server.federation import Federation
 
 
@@ -55,8 +55,9 @@ def _evaluate(fed: Federation, state: State, *, num_rounds: int) -> None:
     settings = fed.manifest.run
     generate = num_rounds == settings.federation.num_rounds and settings.evaluation.exact_match_rows > 0
     held_out.evaluate(fed, state, num_rounds=num_rounds, generate=generate)
-    if num_rounds in (0, settings.federation.num_rounds):
-        answers.score(fed, state, num_rounds=num_rounds)
+    last, every = settings.federation.num_rounds, settings.evaluation.tasks_every_rounds
+    if fed.suite and (num_rounds in (0, last) or (every and num_rounds % every == 0)):
+        measure.measure(fed.suite, state, stage=measure.stage_of(num_rounds, last=last))
 
 
 def play(fed: Federation, state: State, *, round_index: int) -> State:

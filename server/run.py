@@ -1,5 +1,6 @@
 """A whole run: manifest, sites, rounds, export. The same call under every grid."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -34,7 +35,7 @@ from common.rows import Columns
 from server import checkpoint, export, federation, rounds, trail
 from server.aggregate import table
 from server.checkpoint import Checkpoint
-from server.evaluate import answers
+from server.evaluate import suite
 from server.federation import Federation, OwnRows, fresh_noise
 from server.fleet import Fleet
 from server.offer import Operator
@@ -90,13 +91,19 @@ def execute(
         FloorRefused: It does, and nobody accepted it.
         PrivacyError: A round that was released would be played again.
         AuditError: The audit log was changed under the run.
-        ConfigError: An update would be larger than `wire.max_update_mib`.
+        ConfigError: An update would be larger than `wire.max_update_mib`, or a task needs what is not installed.
+        DataError: The coordinator's rows are missing or unusable, or are not those that were fixed before training.
         ProtocolError: Too few sites, or none evaluates.
         StorageError: Disk full or not writable.
     """
-    manifest = RunManifest(settings, engine.base_sha256, engine.tensor_specs, engine.codes_sha256)
+    measured = suite.open_suite(settings, engine=engine, folder=folder, log=log)
+    manifest = RunManifest(
+        settings, engine.base_sha256, engine.tensor_specs, engine.codes_sha256, evaluation_sha256=measured.sha256
+    )
     _check_size(manifest)
-    fed = Federation(manifest, fleet, table.find(settings.aggregation.method), folder, log)
+    if resume and (folder / MANIFEST_FILE).exists():
+        suite.require_same(measured.sha256, stored_manifest(folder).evaluation_sha256)
+    fed = Federation(manifest, fleet, table.find(settings.aggregation.method), folder, log, suite=measured)
     fed.make_noise = make_noise
     if operator:
         fed.offer, fed.trail = operator.make_offer(manifest), operator.trail
@@ -209,15 +216,14 @@ def read_own_rows(settings: config.RunConfig, engine: Engine) -> OwnRows | None:
     """The coordinator's held-out rows as tokens; None if the run file names none.
 
     Raises:
-        DataError: The file, or the schema of its answers, is missing or unusable.
+        DataError: The file is missing or unusable.
     """
     if not settings.evaluation.server_data:
         return None
-    answers.chosen(settings.evaluation)
     data = settings.data
     columns = Columns(data.instruction_column, data.input_column, data.output_column)
     rows = read.read(settings.evaluation.server_data, columns=columns)
-    return OwnRows(engine, model.encode(engine, rows, data)[0], rows)
+    return OwnRows(engine, model.encode(engine, rows, data)[0])
 
 
 def stored_manifest(folder: Path) -> RunManifest:
@@ -231,7 +237,7 @@ def stored_manifest(folder: Path) -> RunManifest:
         public = parse((folder / MANIFEST_FILE).read_bytes())
     except OSError as error:
         raise DataError(f"{folder}: the run has not begun (no {MANIFEST_FILE})") from error
-    return RunManifest(stored_settings(folder), public.base_sha256, public.tensor_specs, public.codes_sha256)
+    return dataclasses.replace(public, run=stored_settings(folder))
 
 
 def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:

@@ -8,6 +8,7 @@ from rich.status import Status
 from rich.text import Text
 
 from common.events import Event
+from server.evaluate import view
 
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 
@@ -138,13 +139,21 @@ class Screen:
         cells += _figures(finished)
         notes = self._notes(event, finished)
         self.console.print(Text("  ".join(cells)), Text.from_markup(notes), soft_wrap=True)
+        if event["num_rounds"] == self._num_rounds:
+            self._evenness(event)
 
-    def _on_scored(self, event: Event) -> None:
-        """The coordinator's metrics, and after the last round how far they rose."""
-        for name, mean in event["scores"].items():
-            gain = event["gains"].get(name)
-            risen = "" if gain is None else f"  {gain['mean']:+.3f}, 95 %: {gain['low']:+.3f} to {gain['high']:+.3f}"
-            self._print(f"  coordinator's rows, {name}: {mean:.3f}{risen}")
+    def _evenness(self, event: Event) -> None:
+        """How the sites fare at the end."""
+        if even := view.evenness(event):
+            self._print(f"  sites     {_escape(even)}")
+        if event["worse_than_base"]:
+            self._print(f"  [yellow]worse than the base: {_escape(view.worse(event))}[/]")
+
+    def _on_measured(self, event: Event) -> None:
+        """The coordinator's tasks at one stage, and how far they are from base and prompt-only."""
+        self._print(f"  [bold]{event['stage']}[/]")
+        for line in view.lines(event):
+            self._print(f"    {_escape(line)}")
 
     def _on_run_finished(self, event: Event) -> None:
         """The end."""
@@ -182,6 +191,8 @@ class Screen:
             notes.append(f"epsilon {finished.get('epsilon', self._curve[event['num_rounds'] - 1]):.2f}")
         if event["server_loss"] is not None:
             notes.append(f"coordinator's rows {event['server_loss']:.3f}")
+        if event["worse_than_base"]:
+            notes.append(f"[yellow]worse than the base: {len(event['worse_than_base'])} sites[/]")
         if event["stale"]:
             notes.append(f"[yellow]stale: {_escape(', '.join(event['stale']))}[/]")
         if finished and (finished["gap"] or 0.0) > self._gap_warning:

@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from common import events
+from common.events import Event
 from server import checkpoint, report
+from server.evaluate import view
 from server.show import percent
 
 
@@ -27,6 +30,10 @@ def read(folder: Path) -> dict[str, Any]:
         "sites": last.get("sites", {}),
         "stale": last.get("stale", []),
         "privacy": _privacy(log),
+        "fairness": last.get("fairness"),
+        "worse_than_base": last.get("worse_than_base", []),
+        "measured": {stage: event["figures"] for stage, event in view.stages(log).items()},
+        "in_words": _in_words(log, last),
         "report": str(report.write(folder)),
     }
 
@@ -39,6 +46,14 @@ def _privacy(log: list[events.Event]) -> dict[str, Any]:
         return {}
     told = {name: done[-1][name] for name in ("epsilon", "epsilon_insider")}
     return {**told, "dp_delta": plans[-1]["dp_delta"], "wording": plans[-1]["privacy_wording"]}
+
+
+def _in_words(log: list[Event], last: Event) -> dict[str, list[str]]:
+    """Lines for people, by their head."""
+    measured = list(view.stages(log).values())[-1:]
+    told = {"sites": [view.evenness(last)], "worse than base": [view.worse(last)]} if last else {}
+    told |= {f"tasks, {event['stage']}": list(view.lines(event)) for event in measured}
+    return {head: texts for head, texts in told.items() if any(texts)}
 
 
 def render(result: dict[str, Any]) -> Table:
@@ -58,5 +73,8 @@ def render(result: dict[str, Any]) -> Table:
     for site, figures in result["sites"].items():
         stale = " (stale)" if site in result["stale"] else ""
         table.add_row(f"  {site}", f"{figures['loss']:.3f} over {figures['num_rows']} rows{stale}")
+    for head, texts in result["in_words"].items():
+        for place, text in enumerate(texts):
+            table.add_row("" if place else head, Text(text))
     table.add_row("report", str(result["report"]))
     return table

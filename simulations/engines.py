@@ -20,6 +20,7 @@ from common.model import Engine
 from common.wire import Frame
 from server import checkpoint
 from server import run as server_run
+from server.evaluate import suite
 from server.grid import GridFleet
 from server.run import Outcome
 from simulations import deployment, site_files, world
@@ -75,7 +76,11 @@ def ray(
         )
 
     sites = Sites(
-        config.resolved_json(settings), str(base_folder.absolute()), num_threads, str(folder.absolute() / "sites")
+        config.resolved_json(settings),
+        str(base_folder.absolute()),
+        num_threads,
+        str(folder.absolute() / "sites"),
+        suite.hash_of(settings),
     )
     return flower_engine.run(
         main,
@@ -135,7 +140,7 @@ def deployed(
 
 def _outcome(settings: config.RunConfig, engine: Engine, folder: Path) -> Outcome:
     """The end of a run that another process did, read from its folder."""
-    manifest = RunManifest(settings, engine.base_sha256, engine.tensor_specs, engine.codes_sha256)
+    manifest = server_run.stored_manifest(folder)
     last = settings.federation.num_rounds
     found = checkpoint.load(folder, engine.tensor_specs, num_rounds=last, run_sha256=manifest.sha256)
     joined = [event for event in events.read(folder / server_run.EVENTS_FILE) if event["kind"] == "site_joined"]
@@ -151,12 +156,14 @@ class Sites:
         base_folder: Where the worker finds the base.
         num_threads: CPU threads of torch.
         log_folder: Of the sites' logs.
+        evaluation_sha256: Of the manifest.
     """
 
     settings: str
     base_folder: str
     num_threads: int
     log_folder: str
+    evaluation_sha256: str
 
 
 @functools.cache
@@ -165,11 +172,14 @@ def _world(sites: Sites) -> tuple[RunManifest, Engine, dict[str, SiteData]]:
     settings = config.RunConfig.model_validate_json(sites.settings)
     found_here = settings.model.model_copy(update={"base": sites.base_folder})
     engine = world.load_engine(settings.model_copy(update={"model": found_here}), num_threads=sites.num_threads)
-    return (
-        RunManifest(settings, engine.base_sha256, engine.tensor_specs, engine.codes_sha256),
-        engine,
-        world.load_sites(settings),
+    manifest = RunManifest(
+        settings,
+        engine.base_sha256,
+        engine.tensor_specs,
+        engine.codes_sha256,
+        evaluation_sha256=sites.evaluation_sha256,
     )
+    return manifest, engine, world.load_sites(settings)
 
 
 @functools.cache

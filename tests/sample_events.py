@@ -1,5 +1,7 @@
 """Events of a run of two sites, as its log holds them, for what is drawn from events."""
 
+from server.evaluate import fairness
+
 PLAN = {
     "kind": "run_started",
     "name": "tiny",
@@ -50,7 +52,9 @@ def finished(number: int, gap: float = 0.25) -> dict:
 
 
 def evaluated(number: int, loss: float, stale=(), **sites: float) -> dict:
-    figures = {site: {"loss": value, "num_rows": 5, "exact_match": None} for site, value in sites.items()}
+    figures = {
+        site: {"loss": value, "num_rows": 5, "exact_match": None, "change": None} for site, value in sites.items()
+    }
     return {
         "kind": "evaluated",
         "num_rounds": number,
@@ -59,7 +63,24 @@ def evaluated(number: int, loss: float, stale=(), **sites: float) -> dict:
         "server_loss": None,
         "stale": list(stale),
         "sites": figures,
+        "fairness": fairness.of_sites(sites, dict.fromkeys(sites)),
+        "worse_than_base": [],
     }
+
+
+def measured(stage: str, values: dict[str, float], gains: dict | None = None, higher_is_better: bool = True) -> dict:
+    figures = {
+        name: {
+            "value": value,
+            "low": value - 0.1,
+            "high": value + 0.1,
+            "num_rows": 9,
+            "higher_is_better": higher_is_better,
+            "kind": "answers",
+        }
+        for name, value in values.items()
+    }
+    return {"kind": "measured", "stage": stage, "figures": figures, "gains": gains or {}, "seconds": 1.5}
 
 
 LOG = [

@@ -1,10 +1,11 @@
 """The current global adapter on every site's held-out rows."""
 
-from common import adapter, evaluation, wire
+from common import adapter, evaluation, events, wire
 from common.errors import ProtocolError, SilotuneError
 from common.records import RoundPlan, SiteMetrics, from_head
 from server import collect
 from server.aggregate.method import State
+from server.evaluate import fairness
 from server.federation import Federation
 
 
@@ -82,6 +83,9 @@ def _log(federation: Federation, *, num_rounds: int, fresh: set[str], server_los
     if not federation.metrics:
         raise ProtocolError("no site answered an evaluation; see the sites' logs")
     metrics = [federation.metrics[site] for site in sorted(federation.metrics)]
+    losses, exact = {m.site: m.loss for m in metrics}, {m.site: exact_match([m]) for m in metrics}
+    past = events.read(federation.log.path) if num_rounds and federation.log.path.exists() else []
+    change = fairness.changes(losses, fairness.base_losses(past))
     federation.log.append(
         "evaluated",
         num_rounds=num_rounds,
@@ -89,6 +93,16 @@ def _log(federation: Federation, *, num_rounds: int, fresh: set[str], server_los
         exact_match=exact_match(metrics),
         server_loss=server_loss,
         stale=[m.site for m in metrics if m.site not in fresh],
-        sites={m.site: {"loss": m.loss, "num_rows": m.num_rows, "exact_match": exact_match([m])} for m in metrics},
+        sites={
+            m.site: {
+                "loss": m.loss,
+                "num_rows": m.num_rows,
+                "exact_match": exact[m.site],
+                "change": change.get(m.site),
+            }
+            for m in metrics
+        },
+        fairness=fairness.of_sites(losses, exact),
+        worse_than_base=[site for site, rise in change.items() if rise > 0],
     )
     return mean_loss(metrics)

@@ -35,13 +35,13 @@ def checker(path: Path) -> Callable[[str, str], float]:
 def _score(validator: Any, given: str, *, path: Path) -> float:
     """One answer."""
     try:
-        return float(validator.is_valid(json.loads(given, parse_constant=_refuse)))
+        return float(validator.is_valid(json.loads(given, parse_constant=refuse)))
     except (ValueError, RecursionError):
         return 0.0
     except Unresolvable as error:
         raise DataError(f"{path}: refers to a schema that is not in it; write that into the file") from error
 
 
-def _refuse(name: str) -> None:
+def refuse(name: str) -> None:
     """NaN and infinity are no JSON."""
     raise ValueError(name)

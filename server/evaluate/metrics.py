@@ -1,14 +1,11 @@
-"""What an answer is worth beside its reference; pure functions of two texts, 0 to 1, and how sure a comparison is."""
+"""What an answer is worth beside its reference; pure functions of two texts, 0 to 1."""
 
 import collections
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Final
-
-import numpy as np
 
 _ARTICLES: Final = re.compile(r"\b(a|an|the)\b")
 _NOT_WORD: Final = re.compile(r"[^a-z0-9]+")
@@ -106,44 +103,6 @@ PER_ROW: Final[Mapping[str, Callable[[str, str], float]]] = {
     "rougeL": rouge_l,
     "number": number,
 }
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A figure and where it may lie.
-
-    Attributes:
-        mean: Of the rows.
-        low: Lower end of the interval of 95 %.
-        high: Upper end.
-    """
-
-    mean: float
-    low: float
-    high: float
-
-
-def paired_bootstrap(
-    after: Sequence[float], before: Sequence[float], *, num_resamples: int = 2000, seed: int = 0
-) -> Interval:
-    """How much the mean rose from `before` to `after`, both of the same rows in the same order.
-
-    Rows are drawn anew with replacement, and both scores of a row are drawn together: what makes a row hard for both
-    does not widen the interval. The ends are the 2.5th and 97.5th percentile. It knows of no other chance than which
-    rows there were; under some 30 rows it is too narrow.
-
-    Raises:
-        ValueError: No rows, or not as many of both.
-
-    Source: Koehn 2004, aclanthology.org/W04-3250; Efron and Tibshirani 1993, the percentile method.
-    """
-    if not after or len(after) != len(before):
-        raise ValueError(f"{len(after)} and {len(before)} scores are not pairs")
-    gains_n = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    draws = np.random.default_rng(seed)
-    means = [gains_n[draws.integers(len(gains_n), size=len(gains_n))].mean() for _ in range(num_resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(gains_n.mean()), float(low), float(high))
 
 
 def _squad_words(text: str) -> list[str]:

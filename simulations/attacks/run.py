@@ -13,6 +13,7 @@ from common.manifest import RunManifest
 from common.model import Engine
 from common.rows import Row
 from server import run as server_run
+from server.evaluate import suite
 from server.grid import GridFleet
 from simulations import run as running
 from simulations import world
@@ -98,8 +99,13 @@ def before(shared: World, *, num_bad: int) -> dict[str, Any]:
 
 def _fleet(shared: World, attack: Attack, honest: list[str], failures: Failures) -> GridFleet:
     """All sites as nodes, in the order of their names."""
+    engine = shared.engine
     manifest = RunManifest(
-        shared.settings, shared.engine.base_sha256, shared.engine.tensor_specs, shared.engine.codes_sha256
+        shared.settings,
+        engine.base_sha256,
+        engine.tensor_specs,
+        engine.codes_sha256,
+        evaluation_sha256=suite.hash_of(shared.settings),
     )
     agents = {
         site: world.make_agent(site, data if site in honest else attack.rows(data), shared.engine, failures)

@@ -27,7 +27,11 @@ def changes(tmp_path_factory) -> dict[str, str]:
         for number in range(16)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in table))
+    choices = tmp_path_factory.mktemp("tasks") / "choices.jsonl"  # its hash must get to every site
+    choices.write_text('{"question": "north sees ache?", "choices": ["ACHE", "KNEE"], "answer": 0}\n')
+    task = f'{{name = "know", kind = "choice", data = "{choices}"}}'
     return {
+        "evaluation.tasks": f"[{task}]",
         "data.source": f'"{path}"',
         "model.quantization": '"nf4"',
         "training.local_epochs": "0.0",

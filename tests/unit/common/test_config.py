@@ -165,6 +165,7 @@ SITE = [
 ]
 KRUM = ["aggregation.robust = 'krum'", "aggregation.num_bad_sites = 1"]
 UNIFORM = "aggregation.weighting = 'uniform'"
+TASK = "{name = 'a', kind = 'choice', data = 'rows.jsonl'}"
 BROKEN_RULES = [
     ("model.revision", 4, ["model.revision = 'main'"]),
     ("data.output_column", 7, ["data.output_column = 'input'"]),
@@ -228,6 +229,8 @@ BROKEN_RULES = [
     ),
     ("evaluation.metrics", 7, ["evaluation.metrics = 'f1'"]),
     ("evaluation.json_schema", 7, ["evaluation.json_schema = 'schema.json'"]),
+    ("evaluation.tasks", 7, [f"evaluation.tasks = [{TASK}, {TASK}]"]),
+    ("evaluation.tasks_every_rounds", 7, ["evaluation.tasks_every_rounds = 2"]),
 ]
 
 
@@ -364,7 +367,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "f5b1a9e0c5d7c49a52a5ae1781a084a67567a00064b20d48bb815a0888f7fdd3"
+        "d8df3f124a68f66bf64c94f4cda91892fd5309e925079783aa7405bc92b007d6"
     )
 
 
@@ -383,10 +386,11 @@ def test_resolved_json_loads_again(settings: tuple[str, ...]):
     assert config.RunConfig.model_validate_json(config.resolved_json(run)) == run
 
 
-def test_all_leaves_are_single_values():
+def test_all_leaves_are_single_values_or_arrays_of_tables():
     for schema in (config.RunConfig, config.NodeConfig):
         definitions = schema.model_json_schema()["$defs"].values()
-        types = {field.get("type", "") for section in definitions for field in section["properties"].values()}
+        fields = [field for section in definitions for field in section["properties"].values()]
+        types = {field.get("type", "") for field in fields if "$ref" not in field.get("items", {})}
         assert types <= {"string", "integer", "number", "boolean"}
 
 
@@ -401,3 +405,25 @@ def test_import_is_light():
     heavy = "{'torch', 'transformers', 'flwr', 'numpy', 'datasets'}"
     code = f"import sys, common.config; assert not {heavy} & set(sys.modules), sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(config.__file__).parent.parent)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("kind = 'answers'", "kind answers needs metrics"),
+        ("kind = 'answers', metrics = 'f1', labels = 'yes, no'", "name one in metrics"),
+        ("kind = 'answers', metrics = 'f1', json_schema = 's.json'", "metric json and json_schema belong together"),
+        ("kind = 'answers', metrics = 'json'", "metric json and json_schema belong together"),
+        ("kind = 'json'", "kind json needs json_schema"),
+        ("kind = 'harness'", "kind harness needs harness_tasks"),
+        ("kind = 'choice', metrics = 'f1'", "metrics has no effect with kind choice; remove it (it is for answers)"),
+        ("kind = 'perplexity', baseline_prompt = 'p'", "baseline_prompt has no effect with kind perplexity"),
+        ("kind = 'choice', text_column = 'x'", "text_column has no effect"),
+        ("kind = 'choice', baseline_examples = 2", "baseline_examples and baseline_data belong together"),
+        ("kind = 'choice', baseline_examples = 2, baseline_data = 'rows.jsonl'", "the task's own file"),
+    ],
+)
+def test_a_task_takes_what_its_kind_uses(task: str, message: str):
+    text = f"[[evaluation.tasks]]\nname = 'a'\ndata = 'rows.jsonl'\n{task.replace(', ', chr(10))}\n"
+    text = text.replace(f"yes{chr(10)}no", "yes, no")
+    assert message in problems(f"{MINIMAL}{text}")

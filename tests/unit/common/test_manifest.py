@@ -18,6 +18,8 @@ PRIVATE = {
     "evaluation.server_data": "/srv/coordinator/held-out.jsonl",
     "evaluation.metrics": "f1,json",
     "evaluation.json_schema": "/srv/coordinator/schema.json",
+    "evaluation.tasks": "[{name = 'a', kind = 'choice', data = '/srv/coordinator/choices.jsonl'}]",
+    "evaluation.tasks_every_rounds": "2",
     "output.folder": "/srv/coordinator/runs",
     "output.keep_checkpoints": "3",
 }
@@ -47,6 +49,16 @@ def test_a_site_reads_the_same_manifest_that_the_server_wrote():
     assert found.run == manifest.public_part(written.run)
 
 
+def test_what_will_be_measured_is_told_by_its_hash_alone():
+    frozen = dataclasses.replace(make(PRIVATE), evaluation_sha256="cd" * 32)
+    assert frozen.sha256 != make(PRIVATE).sha256
+    assert manifest.parse(frozen.to_bytes()).evaluation_sha256 == "cd" * 32
+    assert manifest.parse(frozen.to_bytes()).run.evaluation.tasks == ()
+    for wrong in ("cd", 3, None):
+        with pytest.raises(WireError, match="not a run manifest"):
+            manifest.parse(altered(evaluation_sha256=wrong))
+
+
 def test_the_hash_does_not_depend_on_how_the_run_file_was_written():
     text = '[privacy]\nmode = "none"\n[model]\nbase = "org/base"\n[adapter]\nr = {r}\n'
     first, second = (
@@ -61,7 +73,8 @@ def test_the_bytes_of_this_version_are_fixed():
     data = RunManifest(config.parse(text, name="run.toml"), HASH, SPECS).to_bytes()
     assert json.loads(data)["tensors"] == [["a.lora_A.weight", [4, 32]], ["a.lora_B.weight", [32, 4]]]
     assert wire.canonical_json(json.loads(data)) == data
-    assert sorted(json.loads(data)) == ["base_sha256", "codes_sha256", "egress", "run", "tensors", "version"]
+    names = ["base_sha256", "codes_sha256", "egress", "evaluation_sha256", "run", "tensors", "version"]
+    assert sorted(json.loads(data)) == names
 
 
 @pytest.mark.parametrize(

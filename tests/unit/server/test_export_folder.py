@@ -18,6 +18,7 @@ from server import export_folder, export_gguf, finish, verify
 from server.export_folder import Exported
 from simulations.world import EMBEDDED_BASE
 from tests import tiny
+from tests.sample_events import evaluated
 
 IDS_BT = torch.arange(3, 43).reshape(2, 20)
 
@@ -27,8 +28,8 @@ def make_source(engine, settings, *, size=0.05):
     state = {name: size * torch.randn(tensor.shape, generator=generator) for name, tensor in engine.initial.items()}
     manifest = RunManifest(settings, engine.base_sha256, engine.tensor_specs)
     log = [
-        {"kind": "evaluated", "num_rounds": 0, "loss": 3.5, "exact_match": None, "server_loss": None},
-        {"kind": "evaluated", "num_rounds": 2, "loss": 1.25, "exact_match": 0.5, "server_loss": None},
+        evaluated(0, 3.5, north=3.5, south=3.5),
+        {**evaluated(2, 1.25, north=1.5, south=1.0), "exact_match": 0.5},
     ]
     return Exported(state, manifest, 2, {"north": 12, "south": 9}, log)
 

@@ -2,12 +2,10 @@
 
 import json
 
-import numpy as np
 import pytest
-import scipy.stats
 
 from common.errors import DataError
-from server.evaluate import answers, json_answers, metrics
+from server.evaluate import json_answers, metrics
 
 # F-measures by Google's rouge-score 0.1.2, use_stemmer=False.
 ROUGE = [
@@ -120,61 +118,13 @@ def test_a_schema_elsewhere_is_not_fetched(tmp_path):
     assert json_answers.checker(tmp_path / "schema.json")('"A41"', "") == 1.0
 
 
-def test_the_interval_is_that_of_scipy():
-    draws = np.random.default_rng(1)
-    before, after = draws.random(80), draws.random(80) + 0.1
-    found = metrics.paired_bootstrap(list(after), list(before), num_resamples=8000)
-    other = scipy.stats.bootstrap((after - before,), np.mean, n_resamples=8000, method="percentile", rng=2)
-    assert found.mean == pytest.approx((after - before).mean())
-    assert found.low == pytest.approx(other.confidence_interval.low, abs=4e-3)
-    assert found.high == pytest.approx(other.confidence_interval.high, abs=4e-3)
-
-
-def test_pairs_are_kept_together():
-    before = [float(number % 2) for number in range(40)]
-    after = [score + 0.25 for score in before]
-    found = metrics.paired_bootstrap(after, before)
-    assert (found.low, found.high) == (0.25, 0.25)
-    shuffled = metrics.paired_bootstrap(sorted(after), before)  # control: the same scores, not paired
-    assert shuffled.high - shuffled.low > 0.2
-
-
-def covered(rise: float, *, num_trials: int = 300) -> float:
-    """Share of trials whose interval holds 0, with a true rise of `rise` standard deviations."""
-    draws = np.random.default_rng(7)
-    trials = [draws.normal(rise, 1.0, size=60) for _ in range(num_trials)]
-    found = [
-        metrics.paired_bootstrap(list(gain), [0.0] * 60, num_resamples=1000, seed=number)
-        for number, gain in enumerate(trials)
-    ]
-    return float(np.mean([interval.low <= 0 <= interval.high for interval in found]))
-
-
-def test_the_interval_holds_the_truth_in_19_of_20_cases_and_not_a_falsehood():
-    assert 0.90 <= covered(0.0) <= 0.985
-    assert covered(0.7) < 0.2  # control
-
-
-def test_scores_that_are_not_pairs_are_refused():
-    with pytest.raises(ValueError, match="2 and 1"):
-        metrics.paired_bootstrap([1.0, 0.0], [1.0])
-    with pytest.raises(ValueError, match="0 and 0"):
-        metrics.paired_bootstrap([], [])
-
-
-def test_scores_of_other_rows_are_not_compared():
-    with pytest.raises(DataError, match="other rows or metrics"):
-        answers.gains({"f1": [1.0, 0.0]}, {"f1": [1.0]})
-    assert answers.gains({"f1": [1.0, 0.0]}, {}) == {}
-    assert answers.gains({"f1": [1.0, 0.0]}, {"f1": [0.0, 0.0]})["f1"]["mean"] == 0.5  # control
-
-
 def test_the_run_file_knows_the_metrics_that_there_are():
     import re
 
+    from common.config_tasks import LABEL_METRICS
     from common.config_types import METRICS
 
-    names = [*metrics.PER_ROW, "json"]
+    names = [*metrics.PER_ROW, "json", *sorted(LABEL_METRICS)]
     assert re.fullmatch(METRICS, ",".join(names))
     assert METRICS.count("|") == 2 * (len(names) - 1)
     assert not re.fullmatch(METRICS, "bleu")

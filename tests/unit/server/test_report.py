@@ -5,7 +5,7 @@ import pytest
 from common.errors import DataError
 from common.events import EventLog
 from server import report, status
-from tests.sample_events import HOSTILE, LOG, PLAN, evaluated, finished, joined, trained
+from tests.sample_events import HOSTILE, LOG, PLAN, evaluated, finished, joined, measured, trained
 
 
 def text_of(page: str) -> str:
@@ -97,7 +97,7 @@ def test_a_large_gap_names_a_method_without_it():
 
 
 def test_a_resumed_round_is_shown_once_with_its_last_figures():
-    log = [*LOG, PLAN, evaluated(1, 3.75, north=4.0, south=3.5), finished(0, gap=0.5)]
+    log = [*LOG, PLAN, evaluated(1, 3.75, north=4.125, south=3.5), finished(0, gap=0.5)]
     page = text_of(report.render(log))
     assert "3.750" in page
     assert "4.000" not in page
@@ -152,4 +152,39 @@ def test_status_tells_the_last_figures(tmp_path):
         log.append(**event)
     found = status.read(tmp_path)
     assert (found["held_out_loss"], found["stale"], found["finished_rounds"]) == (3.0, ["south"], [])
-    assert status.render(found).row_count == 6
+    assert status.render(found).row_count == 7
+    assert found["fairness"]["loss"]["worst_site"] == "south"
+
+
+def test_status_tells_tasks_and_sites_that_got_worse(tmp_path):
+    log = EventLog(tmp_path / "events.jsonl")
+    worse = {**evaluated(2, 3.0, north=3.0, south=3.5), "worse_than_base": ["south"]}
+    worse["sites"]["south"]["change"] = 0.5
+    for event in [*LOG, measured("base", {"notes.f1": 0.25}), worse, measured("final", {"notes.f1": 0.5}, GAINS)]:
+        log.append(**event)
+    found = status.read(tmp_path)
+    assert found["in_words"]["worse than base"] == ["south +0.500"]
+    assert list(found["in_words"])[-1] == "tasks, final"
+    assert found["measured"]["final"]["notes.f1"]["value"] == 0.5
+
+
+GAINS = {"base": {"notes.f1": {"mean": 0.25, "low": 0.125, "high": 0.375}}, "prompt-only": {}}
+
+
+def test_tasks_stand_side_by_side_and_against_the_base():
+    between = [measured(f"round-{number:05d}", {"notes.f1": 0.3}) for number in range(1, 9)]
+    first = measured("base", {"notes.f1": 0.25})
+    page = text_of(report.render([*LOG, first, *between, measured("final", {"notes.f1": 0.5}, GAINS)]))
+    assert "figure rows base round-00004" in page
+    assert "3 earlier stages" in page
+    assert "final over base over prompt-only notes.f1 +0.250 [+0.125, +0.375] better -" in page
+    assert "coordinator's tasks" not in text_of(report.render(LOG))  # control
+    hostile = measured("final", {f"notes.{HOSTILE}": 0.5})
+    assert HOSTILE not in report.render([*LOG, hostile])
+
+
+def test_sites_that_got_worse_are_named():
+    worse = {**evaluated(2, 3.0, north=3.0, south=3.5), "worse_than_base": ["south"]}
+    worse["sites"]["south"]["change"] = 0.5
+    assert "Worse than the base on their own rows: south +0.500" in text_of(report.render([*LOG, worse]))
+    assert "Worse than the base" not in text_of(report.render(LOG))  # control

@@ -245,7 +245,7 @@ def own_file(folder):
 def test_the_coordinators_own_rows_are_scored_every_round(play, nodes, tmp_path):
     _, log = play(nodes, {"evaluation.server_data": f'"{own_file(tmp_path)}"'})
     assert all(event["server_loss"] > 0 for event in log if event["kind"] == "evaluated")
-    assert not [event for event in log if event["kind"] == "scored"]
+    assert not [event for event in log if event["kind"] == "measured"]
 
 
 def test_metrics_are_of_the_base_and_of_the_last_adapter_and_in_the_card(play, nodes, tmp_path):
@@ -257,18 +257,58 @@ def test_metrics_are_of_the_base_and_of_the_last_adapter_and_in_the_card(play, n
     }
     (tmp_path / "schema.json").write_text('{"type": "object"}')
     outcome, log = play(nodes, changes)
-    base, last = [event for event in log if event["kind"] == "scored"]
-    assert (base["num_rounds"], base["num_rows"], base["gains"]) == (0, 4, {})
-    assert list(last["scores"]) == ["exact_match", "f1", "rougeL", "json"]
-    assert last["scores"]["json"] == 0.0
-    stored = [json.loads((outcome.folder / "scores" / f"{n:05d}.json").read_text()) for n in (0, last["num_rounds"])]
-    for name, gain in last["gains"].items():
+    base, last = [event for event in log if event["kind"] == "measured"]
+    assert (base["stage"], base["gains"], last["stage"], list(last["gains"])) == ("base", {}, "final", ["base"])
+    names = [f"server-data.{name}" for name in ("exact_match", "f1", "rougeL", "json")]
+    assert list(last["figures"]) == names
+    assert last["figures"]["server-data.json"]["value"] == 0.0
+    assert last["adapter_sha256"] == [event for event in log if event["kind"] == "round_finished"][-1]["adapter_sha256"]
+    stored = [json.loads((outcome.folder / "scores" / f"{stage}.json").read_text()) for stage in ("base", "final")]
+    for name in names:
+        figure, gain = last["figures"][name], last["gains"]["base"][name]
+        before, after = (sum(row[0] for row in one["scores"][name]["rows"]) / 4 for one in stored)
         assert gain["low"] <= gain["mean"] <= gain["high"]
-        assert gain["mean"] == pytest.approx((sum(stored[1][name]) - sum(stored[0][name])) / 4)
-        assert last["scores"][name] == pytest.approx(sum(stored[1][name]) / 4)
+        assert gain["mean"] == pytest.approx(after - before)
+        assert figure["value"] == pytest.approx(after)
+        assert figure["low"] <= figure["value"] <= figure["high"]
+        assert (figure["num_rows"], figure["kind"], figure["higher_is_better"]) == (4, "answers", True)
     card = (outcome.folder / "adapter" / "README.md").read_text()
-    assert "4 rows of the coordinator's own" in card
-    assert f"| f1 | {base['scores']['f1']:.3f} | {last['scores']['f1']:.3f} |" in card
+    before, after = (event["figures"]["server-data.f1"]["value"] for event in (base, last))
+    assert f"| server-data.f1 | 4 | {before:.3f} | {after:.3f} | " in card
+
+
+def task_file(folder, wrong: bool = False):
+    lines = [{"question": f"north sees {n}?", "choices": ["HEART", "KNEE"], "answer": n % 2} for n in range(6)]
+    lines[0]["answer"] = int(wrong)
+    path = folder / "choices.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_tasks_are_measured_at_base_and_end_and_between_if_told(play, nodes, tmp_path):
+    task = f'{{name = "know", kind = "probe", data = "{task_file(tmp_path)}", baseline_prompt = "Think."}}'
+    outcome, log = play(nodes, {"evaluation.tasks": f"[{task}]", "evaluation.tasks_every_rounds": "1"})
+    found = {event["stage"]: event for event in log if event["kind"] == "measured"}
+    assert list(found) == ["base", "prompt-only", "round-00001", "final"]
+    assert [list(event["gains"]) for event in found.values()] == [[], ["base"], *[["base", "prompt-only"]] * 2]
+    assert len({event["definition_sha256"] for event in found.values()}) == 1
+    frozen = run.stored_manifest(outcome.folder)
+    assert frozen.evaluation_sha256 == found["base"]["definition_sha256"]
+    assert str(tmp_path) not in (outcome.folder / "manifest.json").read_text()
+    for path in (outcome.folder / "scores").iterdir():  # figures only
+        assert "HEART" not in path.read_text()
+        assert "north" not in path.read_text()
+
+
+def test_a_resumed_run_measures_what_was_fixed_before_training(play, nodes, tmp_path):
+    task = f'{{name = "know", kind = "choice", data = "{task_file(tmp_path)}"}}'
+    changes = {"evaluation.tasks": f"[{task}]"}
+    play(nodes, changes)
+    again, _ = play(nodes, changes, resume=True)  # control
+    assert again.folder.is_dir()
+    task_file(tmp_path, wrong=True)
+    with pytest.raises(DataError, match="fixed before training"):
+        play(nodes, changes, resume=True)
 
 
 def test_a_schema_that_is_missing_is_found_before_the_run_starts(play, nodes, tmp_path):

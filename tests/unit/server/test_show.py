@@ -6,7 +6,7 @@ from rich.console import Console
 
 from common import privacy_plan
 from server.show import Screen, percent, size
-from tests.sample_events import HOSTILE, LOG, PLAN, evaluated, finished, joined, trained
+from tests.sample_events import HOSTILE, LOG, PLAN, evaluated, finished, joined, measured, trained
 
 FAILED = {"kind": "site_failed", "site": "west", "step": "train", "reason": "no answer within 60 s"}
 
@@ -84,12 +84,27 @@ def test_a_round_without_a_gap_is_shown_with_a_dash():
     assert " - " in drawn([*LOG, finished(1, gap=None), evaluated(2, 3.0, north=3.0)]).splitlines()[-1]
 
 
-def test_metrics_are_shown_with_how_far_they_rose():
-    base = {"kind": "scored", "num_rounds": 0, "num_rows": 9, "scores": {"f1": 0.25}, "gains": {}}
+def test_tasks_are_shown_with_how_far_they_are_from_the_base():
     gain = {"mean": 0.25, "low": 0.1, "high": 0.4}
-    shown = drawn([base, {**base, "num_rounds": 2, "scores": {"f1": 0.5}, "gains": {"f1": gain}}]).splitlines()
-    assert shown[0].strip() == "coordinator's rows, f1: 0.250"
-    assert shown[1].strip() == "coordinator's rows, f1: 0.500  +0.250, 95 %: +0.100 to +0.400"
+    gains = {"base": {"notes.f1": gain}, "prompt-only": {"notes.f1": {**gain, "low": -0.1}}}
+    shown = drawn([measured("base", {"notes.f1": 0.25}), measured("final", {"notes.f1": 0.5}, gains)]).splitlines()
+    assert [line.strip() for line in shown] == [
+        "base",
+        "notes.f1     0.250 [0.150, 0.350]",
+        "final",
+        "notes.f1     0.500 [0.400, 0.600]  base +0.250 better  prompt-only +0.250 unclear",
+    ]
+    lower = drawn([measured("final", {"notes.f1": 0.5}, gains, higher_is_better=False)])
+    assert "base +0.250 worse" in lower
+
+
+def test_sites_that_got_worse_are_named_at_the_end():
+    last = evaluated(2, 3.0, north=4.5, south=1.5)
+    last["sites"]["north"]["change"] = 0.25
+    shown = drawn([*LOG, finished(1), {**last, "worse_than_base": ["north"]}])
+    assert "worst north 4.500, mean 3.000, std 1.500, worst-best 3.000" in shown
+    assert "worse than the base: north +0.250" in shown
+    assert "worse than the base" not in drawn([*LOG, finished(1), last])  # control
 
 
 def test_text_from_elsewhere_is_not_markup():

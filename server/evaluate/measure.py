@@ -1,0 +1,167 @@
+"""The one way to measure an adapter on the coordinator's tasks.
+
+A stage is a label: `base`, `prompt-only`, `round-00003`, `final`, and whatever comes after the rounds, such as
+`polish-01-dpo`. `docs/evaluation.md` describes the event.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from common import adapter, storage, wire
+from common.errors import DataError
+from server.aggregate.method import State
+from server.evaluate import bootstrap
+from server.evaluate.bootstrap import Scores
+from server.evaluate.suite import Suite
+from server.evaluate.task import Task
+
+FOLDER: Final = "scores"
+BASE: Final = "base"
+PROMPT_ONLY: Final = "prompt-only"
+FINAL: Final = "final"
+_REFERENCES: Final = (BASE, PROMPT_ONLY)
+_STAGE: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+Figures = Mapping[str, Scores]
+
+
+def stage_of(num_rounds: int, *, last: int) -> str:
+    """The label of the adapter after so many of `last` rounds.
+
+    Example:
+        >>> stage_of(0, last=3), stage_of(2, last=3), stage_of(3, last=3)
+        ('base', 'round-00002', 'final')
+    """
+    if not num_rounds:
+        return BASE
+    return FINAL if num_rounds == last else f"round-{num_rounds:05d}"
+
+
+def measure(suite: Suite, state: State, *, stage: str) -> Mapping[str, Any]:
+    """Run every task on an adapter, keep each row's scores and log one event `measured`.
+
+    The base is also measured with the prompts of those tasks that have a baseline, as the stage `prompt-only`. Every
+    later stage is compared to both on the same rows, by the paired bootstrap. Texts are kept nowhere.
+
+    Args:
+        suite: What to measure.
+        state: The adapter, as `common.adapter` names its tensors.
+        stage: What the figures are called.
+
+    Returns:
+        The event; empty without tasks.
+
+    Raises:
+        DataError: A text is too long, or scores on disk are of other tasks or rows.
+        ModelError: The adapter has diverged.
+        StorageError: Disk full or not writable.
+        ValueError: The label is none of a-z, 0-9 and -.
+    """
+    if not _STAGE.fullmatch(stage):
+        raise ValueError(f"stage {stage!r} is no label of a-z, 0-9 and -")
+    if not suite.tasks:
+        return {}
+    adapter.write(suite.engine.model, state)
+    digest = hashlib.sha256(adapter.encode(state, dtype="float32")).hexdigest()
+    event = _measure(suite, stage, digest)
+    if stage == BASE and any(task.score_baseline for task in suite.tasks):
+        _measure(suite, PROMPT_ONLY, digest)
+    return event
+
+
+def _measure(suite: Suite, stage: str, adapter_sha256: str) -> Mapping[str, Any]:
+    """One stage: scores to disk, figures to the log."""
+    started = time.monotonic()
+    found = {task.name: _score(task, suite, stage) for task in suite.tasks}
+    scores = {f"{name}.{metric}": one for name, figures in found.items() for metric, one in figures.items()}
+    kinds = {task.name: task.settings.kind for task in suite.tasks}
+    _keep(suite, stage, scores)
+    references = {name: _stored(suite, name) for name in _compared(suite, stage)}
+    return suite.log.append(
+        "measured",
+        stage=stage,
+        definition_sha256=suite.sha256,
+        adapter_sha256=adapter_sha256,
+        figures={name: _figure(one, kinds[name.partition(".")[0]]) for name, one in scores.items()},
+        gains={name: gains(scores, before) for name, before in references.items()},
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def gains(after: Figures, before: Figures) -> dict[str, dict[str, float]]:
+    """How far each figure rose that both have, with its interval.
+
+    Raises:
+        DataError: Another number of rows.
+    """
+    try:
+        return {
+            name: dataclasses.asdict(bootstrap.gain(scores, before[name]))
+            for name, scores in after.items()
+            if name in before
+        }
+    except ValueError as error:
+        raise DataError(f"{FOLDER}/ holds scores of other rows ({error}); begin the run anew") from error
+
+
+def _score(task: Task, suite: Suite, stage: str) -> Figures:
+    """One task; in the stage prompt-only those without a baseline have no figures."""
+    if stage != PROMPT_ONLY:
+        return task.score(suite.engine)
+    return task.score_baseline(suite.engine) if task.score_baseline else {}
+
+
+def _figure(scores: Scores, kind: str) -> dict[str, Any]:
+    """A figure for the event."""
+    found = bootstrap.interval(scores)
+    return {
+        "value": found.mean,
+        "low": found.low,
+        "high": found.high,
+        "num_rows": len(scores.rows),
+        "higher_is_better": scores.higher_is_better,
+        "kind": kind,
+    }
+
+
+def _compared(suite: Suite, stage: str) -> list[str]:
+    """The stages that a stage is compared to."""
+    if stage == BASE:
+        return []
+    return [name for name in _REFERENCES if name != stage and _file(suite.folder, name).exists()]
+
+
+def _file(folder: Path, stage: str) -> Path:
+    """Scores of every row at a stage."""
+    return folder / FOLDER / f"{stage}.json"
+
+
+def _keep(suite: Suite, stage: str, scores: Figures) -> None:
+    """Write the scores row by row: numbers, no text."""
+    content = {"definition_sha256": suite.sha256, "scores": {name: vars(one) for name, one in scores.items()}}
+    storage.write_atomic(_file(suite.folder, stage), wire.canonical_json(content))
+
+
+def _stored(suite: Suite, stage: str) -> dict[str, Scores]:
+    """The scores of an earlier stage.
+
+    Raises:
+        DataError: They are unreadable, or of another definition.
+    """
+    path = _file(suite.folder, stage)
+    try:
+        content = json.loads(path.read_bytes())
+        found = {
+            name: Scores(tuple(map(tuple, one["rows"])), one["statistic"], one["higher_is_better"])
+            for name, one in content["scores"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: the scores cannot be read; begin the run anew") from error
+    if content["definition_sha256"] != suite.sha256:
+        raise DataError(f"{path}: the scores are of other tasks or rows; begin the run anew")
+    return found

@@ -1,0 +1,110 @@
+"""All tasks of a run, read and hashed before training begins."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from common import wire
+from common.config import RunConfig
+from common.config_tasks import TaskConfig
+from common.errors import DataError
+from common.events import EventLog
+from common.model import Engine
+from server.evaluate import task_answers, task_choice, task_harness, task_perplexity, task_probe
+from server.evaluate.task import Task
+
+# To add a kind: a file with such a function, a line here, and a line in `common.config_tasks.USES`.
+LOADERS: Final[Mapping[str, Callable[[TaskConfig, RunConfig], Task]]] = {
+    "answers": task_answers.load,
+    "number": task_answers.load,
+    "json": task_answers.load,
+    "choice": task_choice.load,
+    "perplexity": task_perplexity.load,
+    "probe": task_probe.load,
+    "harness": task_harness.load,
+}
+_PATHS: Final = frozenset({"data", "json_schema", "baseline_data"})
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What `measure` needs, and no federation.
+
+    Attributes:
+        engine: The base that adapters are put into.
+        tasks: In the order of the run file.
+        folder: The run's folder; scores go to `scores/` in it.
+        log: Its events.
+        sha256: What the tasks are, rows included and paths not; empty without tasks.
+    """
+
+    engine: Engine
+    tasks: tuple[Task, ...]
+    folder: Path
+    log: EventLog
+    sha256: str
+
+
+def open_suite(run: RunConfig, *, engine: Engine, folder: Path, log: EventLog) -> Suite:
+    """Read all that will be measured; nothing is read again later.
+
+    Raises:
+        ConfigError: A task needs what is not installed.
+        DataError: Rows, schemas or tasks are missing or unusable.
+    """
+    tasks = _tasks(run)
+    return Suite(engine, tasks, folder, log, _definition(tasks, run))
+
+
+def hash_of(run: RunConfig) -> str:
+    """SHA-256 of what is measured: tasks, metrics and rows, and how answers are asked for; no paths; empty: nothing.
+
+    Two runs with the same hash have comparable figures, if the base's tokenizer and template are the same too.
+
+    Raises:
+        ConfigError: A task needs what is not installed.
+        DataError: Rows, schemas or tasks are missing or unusable.
+    """
+    return _definition(_tasks(run), run)
+
+
+def _tasks(run: RunConfig) -> tuple[Task, ...]:
+    """The tasks of a run file, read."""
+    return tuple(LOADERS[task.kind](task, run) for task in run.evaluation.suite)
+
+
+def _definition(tasks: tuple[Task, ...], run: RunConfig) -> str:
+    """See `hash_of`."""
+    if not tasks:
+        return ""
+    told = {
+        "tasks": [_told(task) for task in tasks],
+        "max_new_tokens": run.evaluation.max_new_tokens,
+        "system_prompt": run.data.system_prompt,
+    }
+    return hashlib.sha256(wire.canonical_json(told)).hexdigest()
+
+
+def require_same(found: str, frozen: str) -> None:
+    """Refuse to go on with another evaluation than the one that was fixed before training.
+
+    Args:
+        found: The hash now.
+        frozen: The manifest's.
+
+    Raises:
+        DataError: They differ.
+    """
+    if found != frozen:
+        raise DataError(
+            "the evaluation was fixed before training, and now its tasks or the rows in their files are others; "
+            "restore the files, or begin a run under another name"
+        )
+
+
+def _told(task: Task) -> dict[str, object]:
+    """A task without paths; the hash of its rows stands for them."""
+    settings = task.settings.model_dump(mode="json", exclude=set(_PATHS))
+    return {**settings, "sha256": task.sha256}

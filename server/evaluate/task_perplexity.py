@@ -1,0 +1,53 @@
+"""Kind `perplexity`: how well a model foresees raw text, which no chat template touches."""
+
+import re
+from collections.abc import Mapping
+
+from common.config import RunConfig
+from common.config_tasks import TaskConfig
+from common.model import Engine
+from server.evaluate import likelihood
+from server.evaluate.bootstrap import Scores
+from server.evaluate.task import Task, digest, table_of, text_of
+
+
+def load(settings: TaskConfig, run: RunConfig) -> Task:
+    """Read the column `text_column`.
+
+    Raises:
+        DataError: The rows are missing or unusable.
+    """
+    texts = [
+        text_of(fields, settings.text_column, where=f"{settings.name}, row {number}")
+        for number, fields in enumerate(table_of(settings), start=1)
+    ]
+    return Task(
+        settings,
+        digest(texts),
+        len(texts),
+        lambda engine: score(engine, texts, batch_size=run.evaluation.batch_size),
+    )
+
+
+def score(engine: Engine, texts: list[str], *, batch_size: int) -> Mapping[str, Scores]:
+    """Perplexity a token (`perplexity`) and a word (`word_perplexity`), and bits a byte of UTF-8 (`bits_per_byte`).
+
+    Perplexities a token compare models of one tokenizer only; the others compare any.
+
+    Source: the last two as in lm-evaluation-harness 0.4.13, output type loglikelihood_rolling.
+    """
+    found = likelihood.rolling(engine, texts, batch_size=batch_size)
+    nats = [-total for total, _ in found]
+    sizes = {
+        "perplexity": [num_tokens for _, num_tokens in found],
+        "word_perplexity": [len(re.split(r"\s+", text)) for text in texts],
+        "bits_per_byte": [len(text.encode()) for text in texts],
+    }
+    return {
+        name: Scores(
+            tuple(zip(nats, map(float, counts), strict=True)),
+            "bits" if name == "bits_per_byte" else "perplexity",
+            higher_is_better=False,
+        )
+        for name, counts in sizes.items()
+    }
