@@ -11,9 +11,10 @@ from typing import Final
 
 from client import protect
 from client.guard import Guard, Permissive
+from client.personal import Shelf
 from client.train import local, schedule
 from common import adapter, evaluation, manifest, model, start, trainable, wire
-from common.errors import AuthError, ProtocolError, SilotuneError
+from common.errors import AuthError, ConfigError, ProtocolError, SilotuneError
 from common.manifest import RunManifest
 from common.model import Engine
 from common.noise import Noise, SystemNoise
@@ -70,6 +71,7 @@ class Agent:
         max_body_bytes: Largest adapter or manifest that is taken.
         make_noise: Source of draws and noise of one round; a seeded one is for simulations only.
         guard: Asked before the agent acts and before it answers.
+        shelf: Where tensors are kept that stay at the site; None: no run that needs it is opened.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Agent:
         max_body_bytes: int = MAX_BODY_BYTES,
         guard: Guard = PERMISSIVE,
         make_noise: Callable[[RunManifest, int], Noise] = fresh_noise,
+        shelf: Shelf | None = None,
     ) -> None:
         self.site = site
         self._load_data = load_data
@@ -90,6 +93,7 @@ class Agent:
         self._max_body_bytes = max_body_bytes
         self._guard = guard
         self._make_noise = make_noise
+        self._shelf = shelf
         self._run: OpenRun | None = None
         self._steps = {"open": self._open, "train": self._train, "evaluate": self._evaluate}
 
@@ -132,6 +136,8 @@ class Agent:
 
     def _prepare(self, run_manifest: RunManifest) -> OpenRun:
         """Check the base against the manifest, then turn rows into tokens once for the whole run."""
+        if self._shelf is None and self._kept_names(run_manifest):
+            raise ConfigError("this run keeps tensors at the site, and this agent was given no folder for them")
         engine = self._load_engine(run_manifest)
         adapter.check_specs(engine.tensor_specs, run_manifest.tensor_specs)
         fixed = start.fixed(run_manifest)
@@ -158,8 +164,9 @@ class Agent:
         adapter.write(run.engine.model, before)
         settings = run.manifest.run
         method, specs = settings.aggregation.method, run.manifest.tensor_specs
-        names = trainable.trained_names(method, specs, round_index=plan.round_index)
-        with adapter.training_only(run.engine.model, names):
+        trained = trainable.trained_names(method, specs, round_index=plan.round_index)
+        sent = trainable.sent_names(method, specs, round_index=plan.round_index)
+        with adapter.training_only(run.engine.model, trained):
             result = local.train(
                 run.engine,
                 run.train,
@@ -171,10 +178,13 @@ class Agent:
                 source=self._make_noise(run.manifest, plan.round_index),
                 proximal=settings.aggregation.proximal,
             )
-        raw_delta = protect.subtract(adapter.read(run.engine.model), {name: before[name] for name in names})
+        after = adapter.read(run.engine.model)
+        raw_delta = protect.subtract(after, {name: before[name] for name in sent})
         outgoing = protect.protect(
             raw_delta, privacy=settings.privacy, trained_with=result.protection, dtype=settings.wire.dtype
         )
+        if self._shelf and self._kept_names(run.manifest):
+            self._shelf.keep(run.manifest, plan.round_index, after)
         head = UpdateHead(
             site=self.site,
             run_sha256=run.sha256,
@@ -188,9 +198,11 @@ class Agent:
         return Frame("update", to_head(head), outgoing.body)
 
     def _evaluate(self, request: Frame) -> Frame:
-        """Score the global adapter that came on this site's held-out rows."""
+        """Score the global adapter that came, with what the site keeps of its own, on this site's held-out rows."""
         run, plan, tensors = self._receive(request)
         adapter.write(run.engine.model, tensors)
+        if self._shelf and self._kept_names(run.manifest):
+            self._shelf.note(run.manifest, plan.round_index, tensors)
         settings = run.manifest.run.evaluation
         score = evaluation.score(
             run.engine,
@@ -222,7 +234,14 @@ class Agent:
         specs = trainable.received_specs(run.manifest.run.aggregation.method, run.manifest.tensor_specs)
         tensors = {**run.fixed, **adapter.decode(request.body, specs, dtype="float32")}
         self._guard.before_step(request, plan, tensors, run=run.manifest)
+        if self._shelf and self._kept_names(run.manifest):
+            tensors |= self._shelf.before(run.manifest, plan.round_index)
         return run, plan, tensors
+
+    def _kept_names(self, run_manifest: RunManifest) -> list[str]:
+        """The tensors of a run that stay here."""
+        kept = trainable.kept_specs(run_manifest.run.aggregation.method, run_manifest.tensor_specs)
+        return [spec.name for spec in kept]
 
     def _open_run(self) -> OpenRun:
         """The run that was opened last."""

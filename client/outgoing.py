@@ -96,7 +96,7 @@ def _check_body(run_manifest: RunManifest, reply: Frame) -> None:
             raise PolicyRefusedError(f"egress: {len(reply.body)} bytes under '{reply.kind}'", rule="egress")
         return
     run = run_manifest.run
-    specs = trainable.trained_specs(
+    specs = trainable.sent_specs(
         run.aggregation.method, run_manifest.tensor_specs, round_index=reply.head["round_index"]
     )
     try:

@@ -207,7 +207,9 @@ def _factors(run: RunManifest) -> str:
     """What the method lets a site train, and what it puts beside that."""
     rank = run.run.aggregation.residual_rank
     beside = f", beside a frozen adapter of rank {rank} that the coordinator fills" if rank else ""
-    return trainable.in_words(run.egress.factors) + beside
+    kept = trainable.kept_specs(run.run.aggregation.method, run.tensor_specs)
+    own = f"; {len(kept)} more tensors are trained and stay here" if kept else ""
+    return trainable.in_words(run.egress.factors) + own + beside
 
 
 def _leaving(run: RunManifest) -> tuple[TensorSpec, ...]:

@@ -61,6 +61,8 @@ def _record_noise(facts: Facts) -> str:
 
 
 def _record_remark(facts: Facts) -> str:
+    if facts.is_personal:
+        return "what stays at a site is as noisy as what leaves it; no publication has tried it"
     noisy_factors = "both factors carry noise, and its product does not average out; fedsvd and ffa have none"
     return noisy_factors if "AB" in facts.trains else ""
 
@@ -94,6 +96,8 @@ def _momentum(facts: Facts) -> str:
 
 
 def _momentum_remark(facts: Facts) -> str:
+    if facts.is_personal:
+        return "of what is averaged; what stays at a site moves as the site trains it"
     return "each factor has its own state, which moves in its own rounds" if len(facts.trains) > 1 else ""
 
 
@@ -106,7 +110,11 @@ def _robust(facts: Facts) -> str:
 
 
 def _robust_remark(facts: Facts) -> str:
-    return "each factor by itself, and the gap is not measured" if "AB" in facts.trains else ""
+    return "each factor by itself, and the gap is not measured" if "AB" in facts.sends else ""
+
+
+def _at_the_coordinator(facts: Facts) -> str:
+    return "the sites' own factors are not there, and the others stand for nothing without them" * facts.is_personal
 
 
 SERVER_OPTIMIZER: Final = "server optimizer"
@@ -143,6 +151,12 @@ FEATURES: Final = (
         keys=("aggregation.robust",),
         is_asked=lambda run: run.aggregation.robust != "none",
     ),
+    Feature(
+        "coordinator's own rows",
+        _at_the_coordinator,
+        keys=("evaluation.server_data",),
+        is_asked=lambda run: bool(run.evaluation.server_data),
+    ),
 )
 
 
@@ -176,4 +190,4 @@ def without_gap(run: "RunConfig") -> str:
     asked = [feature for feature in FEATURES if feature.is_asked(run)]
     exact = (name for name in facts.nearest if FACTS[name].is_exact)
     allowed = (name for name in exact if not any(feature.why_not(FACTS[name]) for feature in asked))
-    return "" if facts.is_exact else next(allowed, "")
+    return "" if facts.is_exact or facts.is_personal else next(allowed, "")

@@ -98,7 +98,7 @@ def check_round(run_sha256: str, round_index: int, plan: RoundPlan) -> None:
 def update_specs(manifest: RunManifest, plan: RoundPlan) -> tuple[TensorSpec, ...]:
     """The tensors that an update of this round must hold, no more and no less."""
     method = manifest.run.aggregation.method
-    return trainable.trained_specs(method, manifest.tensor_specs, round_index=plan.round_index)
+    return trainable.sent_specs(method, manifest.tensor_specs, round_index=plan.round_index)
 
 
 def max_update_bytes(manifest: RunManifest) -> int:

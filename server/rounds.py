@@ -129,7 +129,7 @@ def _collect(fed: Federation, state: State, plan: RoundPlan, frames: dict[int, b
     facts = fed.method.facts
     settings = fed.manifest.run.aggregation
     if settings.robust == "none":
-        meter = gap.GapMeter(state) if facts.is_linear and not facts.is_exact else None
+        meter = gap.GapMeter(state) if facts.has_bias else None
         tally = Tally(fed.method.start(state, trained=names), meter)
     else:
         tally = Tally(robust.start(names, rule=settings.robust, num_bad=settings.num_bad_sites), None)

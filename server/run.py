@@ -35,7 +35,7 @@ class Outcome:
     """The end of a run.
 
     Attributes:
-        tensors: The global adapter after the last round.
+        tensors: The global adapter after the last round; where sites keep factors of their own, these are zero in it.
         sites: Names of the sites whose updates were used, with their rows.
         folder: The run's folder.
     """
@@ -89,10 +89,11 @@ def execute(
     num_rounds = settings.federation.num_rounds
     told = events.read(log.path)
     sites = trained_sites(told, num_rounds=num_rounds)
-    export.save_adapter(
-        folder / EXPORT_FOLDER, tensors, run_manifest=manifest, num_rounds=num_rounds, sites=sites, log=told
-    )
-    log.append("run_finished", adapter=EXPORT_FOLDER, num_rounds=num_rounds)
+    if not fed.method.facts.is_personal:
+        export.save_adapter(
+            folder / EXPORT_FOLDER, tensors, run_manifest=manifest, num_rounds=num_rounds, sites=sites, log=told
+        )
+    log.append("run_finished", adapter="" if fed.method.facts.is_personal else EXPORT_FOLDER, num_rounds=num_rounds)
     return Outcome(tensors, sites, folder)
 
 
@@ -218,7 +219,7 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
     down = adapter.encoded_size(trainable.received_specs(method, manifest.tensor_specs), dtype="float32")
     turns = trainable.all_turns(method, manifest.tensor_specs)
     up = max(adapter.encoded_size(specs, dtype=settings.wire.dtype) for specs in turns)
-    trained = trainable.leaving_specs(method, manifest.tensor_specs)
+    trained = trainable.ever_trained_specs(method, manifest.tensor_specs)
     return {
         "name": settings.name,
         "run_sha256": manifest.sha256,

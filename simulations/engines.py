@@ -66,13 +66,15 @@ def ray(
     sites = Sites(
         config.resolved_json(settings), str(base_folder.absolute()), num_threads, str(folder.absolute() / "sites")
     )
-    return flower_engine.run(
+    outcome = flower_engine.run(
         main,
         functools.partial(_answer_of, sites),
         num_sites=len(world.load_tables(settings)),
         num_workers=num_workers,
         num_gpus_per_worker=num_gpus_per_worker,
     )
+    world.export_personal(settings, folder)
+    return outcome
 
 
 def deployed(
@@ -113,6 +115,7 @@ def deployed(
         limit_s = times.join_timeout_s + (2 * times.num_rounds + 1) * times.round_timeout_s + SPARE_S
         given: UserConfig = {"base-folder": str(base_folder.absolute()), "resume": resume}
         deployment.run(sites, log=log, config=given, timeout_s=limit_s, num_threads=num_threads)
+    world.export_personal(settings, folder)
     return _outcome(settings, engine, folder)
 
 

@@ -33,9 +33,11 @@ def in_process(
     failures = Failures(folder / "sites")
     agents = {site: world.make_agent(site, data, engine, failures) for site, data in sites.items()}
     with explained(failures):
-        return server_run.execute(
+        outcome = server_run.execute(
             settings, fleet=fleet_of(agents), engine=engine, folder=folder, log=log, resume=resume
         )
+    world.export_personal(settings, folder)
+    return outcome
 
 
 def fleet_of(agents: Mapping[str, Agent]) -> GridFleet:

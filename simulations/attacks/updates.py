@@ -86,7 +86,7 @@ class CheatingSite:
     def _decode(self, reply: wire.Frame) -> Tensors:
         """The tensors of an update."""
         run = self.manifest.run
-        specs = trainable.trained_specs(
+        specs = trainable.sent_specs(
             run.aggregation.method, self.manifest.tensor_specs, round_index=reply.head["round_index"]
         )
         return adapter.decode(reply.body, specs, dtype=run.wire.dtype)

@@ -54,7 +54,7 @@ def weight_of(state, module: str) -> torch.Tensor:
 
 def play(method: str, state, specs, *, round_index: int, weights, generator):
     """One round of sites that move at random; the new state, and the mean of the sites' effective weights."""
-    names = trainable.trained_names(method, specs, round_index=round_index)
+    names = trainable.sent_names(method, specs, round_index=round_index)
     combined = table.find(method).start(state, trained=names)
     ideal = {module: torch.zeros(shape, dtype=torch.float64) for module, shape in MODULES.items()}
     for weight in weights:
@@ -123,7 +123,7 @@ def test_a_side_adapter_that_is_too_narrow_loses_what_it_must_and_the_loss_is_to
     generator = torch.Generator().manual_seed(2)
     specs = specs_of(method, 3, residual_rank=4)
     state = begin(method, specs, generator)
-    names = trainable.trained_names(method, specs, round_index=0)
+    names = trainable.sent_names(method, specs, round_index=0)
     combined = table.find(method).start(state, trained=names)
     ideal = {module: torch.zeros(shape, dtype=torch.float64) for module, shape in MODULES.items()}
     for _ in range(3):
@@ -168,7 +168,7 @@ def test_fedsvd_keeps_the_rows_of_a_orthonormal(case):
 def test_the_order_of_arrival_does_not_change_a_bit(method):
     specs = specs_of(method, 4)
     state = begin(method, specs, torch.Generator().manual_seed(1))
-    names = trainable.trained_names(method, specs, round_index=0)
+    names = trainable.sent_names(method, specs, round_index=0)
     changes = [
         {name: torch.randn(state[name].shape, generator=torch.Generator().manual_seed(site)) for name in names}
         for site in range(4)
@@ -186,7 +186,7 @@ def test_the_order_of_arrival_does_not_change_a_bit(method):
 def test_a_weight_that_is_not_positive_and_a_round_of_nobody_are_refused(method):
     specs = specs_of(method, 2)
     state = begin(method, specs, torch.Generator().manual_seed(1))
-    names = trainable.trained_names(method, specs, round_index=0)
+    names = trainable.sent_names(method, specs, round_index=0)
     combined = table.find(method).start(state, trained=names)
     with pytest.raises(ValueError, match="weight"):
         combined.add({name: state[name] for name in names}, weight=0.0)

@@ -9,15 +9,16 @@ from common.methods import FACTS
 from tests import tiny
 
 # Written down from the papers, not from the facts: secure aggregation, record DP, central DP, quantised base, mixed
-# ranks, server optimizer, central polishing, robust aggregation.
+# ranks, server optimizer, central polishing, robust aggregation, the coordinator's own rows.
 EXPECTED = {
-    "fedavg": "yes yes yes yes no yes yes yes",
-    "ffa": "yes yes yes yes no yes yes yes",
-    "fedsvd": "yes yes yes yes yes no yes yes",
-    "rolora": "yes yes yes yes no yes yes yes",
-    "flexlora": "no yes no yes yes no yes no",
-    "fedex": "no no no yes no no yes no",
-    "flora": "no no no yes yes no yes no",
+    "fedavg": "yes yes yes yes no yes yes yes yes",
+    "ffa": "yes yes yes yes no yes yes yes yes",
+    "fedsvd": "yes yes yes yes yes no yes yes yes",
+    "rolora": "yes yes yes yes no yes yes yes yes",
+    "flexlora": "no yes no yes yes no yes no yes",
+    "fedex": "no no no yes no no yes no yes",
+    "flora": "no no no yes yes no yes no yes",
+    "fedsa": "yes yes yes yes no yes no yes no",
 }
 ASKING = {
     "quantised base": {"model.quantization": "nf4"},
@@ -28,6 +29,7 @@ ASKING = {
         "aggregation.weighting": "uniform",
         "federation.min_sites": "3",
     },
+    "coordinator's own rows": {"evaluation.server_data": "rows.jsonl"},
     "record DP": {
         "privacy.mode": "unit",
         "privacy.sampling_prob": "0.1",
@@ -77,7 +79,7 @@ def test_control_no_feature_is_asked_for_by_itself(feature):
 def test_every_refusal_that_a_run_file_can_cause_is_a_rule():
     refused = [cell for feature, cell in compatibility.cells() if feature.keys and not cell.is_allowed]
     rules = [rule for rule in config_rules.RUN_RULES if "with this method" in rule.message]
-    assert len(rules) == len(refused) == 9
+    assert len(rules) == len(refused) == 10
 
 
 def test_a_side_adapter_needs_a_rank_and_only_methods_that_keep_one_take_it():
