@@ -13,13 +13,13 @@ from client import protect
 from client.guard import Guard, Permissive
 from client.personal import Shelf
 from client.train import local, schedule
-from common import adapter, evaluation, manifest, model, start, trainable, wire
+from common import adapter, evaluation, manifest, model, ranks, start, trainable, wire
 from common.errors import AuthError, ConfigError, ProtocolError, SilotuneError
 from common.manifest import RunManifest
 from common.model import Engine
 from common.noise import Noise, SystemNoise
 from common.prompts import Encoded
-from common.records import OpenedHead, RoundPlan, SiteMetrics, UpdateHead, read_plan, to_head
+from common.records import OpenedHead, RoundPlan, SiteMetrics, TensorSpec, UpdateHead, read_plan, to_head
 from common.rows import Row
 from common.wire import Frame
 
@@ -43,7 +43,7 @@ class SiteData:
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run that this site takes part in; `fixed` are the adapter's tensors that it makes itself and is never sent."""
+    """A run that this site takes part in; `fixed` are tensors that it makes itself, `specs` are all, at its rank."""
 
     manifest: RunManifest
     opened: OpenedHead
@@ -52,6 +52,7 @@ class OpenRun:
     held_out: Sequence[Encoded]
     held_out_rows: Sequence[Row]
     fixed: adapter.Tensors
+    specs: tuple[TensorSpec, ...]
 
     @property
     def sha256(self) -> str:
@@ -153,7 +154,8 @@ class Agent:
             num_dropped=train_report.num_dropped + held_out_report.num_dropped,
             num_steps=schedule.num_local_steps(len(train), run_manifest.run.training),
         )
-        return OpenRun(run_manifest, opened, engine, train, held_out, data.held_out, fixed)
+        specs = ranks.specs_of(run_manifest.run.adapter, run_manifest.tensor_specs, self.site)
+        return OpenRun(run_manifest, opened, engine, train, held_out, data.held_out, fixed, specs)
 
     def _train(self, request: Frame) -> Frame:
         """Train from the global adapter that came; answer with the protected delta."""
@@ -163,7 +165,7 @@ class Agent:
             return answered
         adapter.write(run.engine.model, before)
         settings = run.manifest.run
-        method, specs = settings.aggregation.method, run.manifest.tensor_specs
+        method, specs = settings.aggregation.method, run.specs
         trained = trainable.trained_names(method, specs, round_index=plan.round_index)
         sent = trainable.sent_names(method, specs, round_index=plan.round_index)
         with adapter.training_only(run.engine.model, trained):
@@ -231,7 +233,7 @@ class Agent:
         last = num_rounds - 1 if request.kind == "train" else num_rounds  # what the last round made is evaluated, too
         if plan.round_index > last:
             raise ProtocolError(f"round {plan.round_index} is beyond the manifest's last, {last}")
-        specs = trainable.received_specs(run.manifest.run.aggregation.method, run.manifest.tensor_specs)
+        specs = trainable.received_specs(run.manifest.run.aggregation.method, run.specs)
         tensors = {**run.fixed, **adapter.decode(request.body, specs, dtype="float32")}
         self._guard.before_step(request, plan, tensors, run=run.manifest)
         if self._shelf and self._kept_names(run.manifest):

@@ -84,7 +84,11 @@ def _mixed(facts: Facts) -> str:
 
 
 def _mixed_remark(facts: Facts) -> str:
-    return "a site of a smaller rank starts from a cut adapter" if facts.mixed_ranks == "truncate" else ""
+    if facts.mixed_ranks == "no":
+        return ""
+    if facts.base_delta == "residual":
+        return "exact at every rank, as a round starts from a product of zero"
+    return "a smaller site starts from an adapter that is cut to its rank, so that the mean is not exact"
 
 
 def _momentum(facts: Facts) -> str:
@@ -135,7 +139,13 @@ FEATURES: Final = (
         keys=("model.quantization",),
         is_asked=lambda run: run.model.quantization != "none",
     ),
-    Feature("mixed ranks", _mixed, _mixed_remark),
+    Feature(
+        "mixed ranks",
+        _mixed,
+        _mixed_remark,
+        keys=("adapter.site_ranks",),
+        is_asked=lambda run: run.adapter.site_ranks != "",
+    ),
     Feature(
         SERVER_OPTIMIZER,
         _momentum,

@@ -167,7 +167,22 @@ def _keeps_residual(config: RunConfig) -> bool:
     return FACTS[config.aggregation.method].base_delta == "residual"
 
 
+def _has_odd_site_ranks(config: RunConfig) -> bool:
+    given, ranks = config.adapter.site_ranks, config.adapter.rank_of_sites
+    return bool(given) and (len(ranks) < given.count("=") or max(ranks.values()) >= config.adapter.r)
+
+
 RUN_RULES = (
+    Rule(
+        ("adapter.site_ranks", "adapter.r"),
+        _has_odd_site_ranks,
+        "name each site once, and only those whose rank is below adapter.r, which all others have",
+    ),
+    Rule(
+        ("adapter.site_ranks", "aggregation.robust"),
+        lambda c: c.adapter.site_ranks != "" and c.aggregation.robust != "none",
+        "robust aggregation compares value by value, and a smaller site has none for some; remove one of the two",
+    ),
     *_refused_combinations(),
     Rule(
         ("aggregation.residual_rank", "aggregation.method"),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from common import trainable
 from common.errors import ConfigError, ProtocolError, SilotuneError, TooFewSitesError, WireError
 from common.records import RoundPlan, UpdateHead
 from server import checkpoint, collect, federation, sampling
@@ -125,7 +126,7 @@ def _choose(fed: Federation, round_index: int) -> list[int]:
 
 def _collect(fed: Federation, state: State, plan: RoundPlan, frames: dict[int, bytes]) -> Tally:
     """Take updates as they come; one that is missing or wrong is logged and left out."""
-    names = [spec.name for spec in collect.update_specs(fed.manifest, plan)]
+    names = trainable.sent_names(fed.method.facts.name, fed.manifest.tensor_specs, round_index=plan.round_index)
     facts = fed.method.facts
     settings = fed.manifest.run.aggregation
     if settings.robust == "none":
@@ -150,7 +151,7 @@ def _read(fed: Federation, answer: collect.Answer, plan: RoundPlan) -> tuple[Upd
     """One update, checked before a float of it is used."""
     if answer.frame is None:
         raise ProtocolError(answer.reason)
-    head, change = collect.read_update(answer.frame, fed.manifest, plan)
+    head, change = collect.read_update(answer.frame, fed.manifest, plan, site=fed.name(answer.node_id))
     if head.site != fed.name(answer.node_id) or head.num_examples != fed.sites[answer.node_id].num_examples:
         raise WireError("update is under another name, or claims another number of rows than the site opened with")
     if fed.trail:

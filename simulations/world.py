@@ -108,7 +108,13 @@ def split_site(table: list[dict[str, Any]], settings: config.RunConfig) -> SiteD
 
 
 def expect_all(settings: config.RunConfig, sites: Mapping[str, SiteData]) -> config.RunConfig:
-    """A simulation knows its sites: the run waits for all of them, and ends at once if one cannot take part."""
+    """A simulation knows its sites: the run waits for all of them, and ends at once if one cannot take part.
+
+    Raises:
+        ConfigError: `adapter.site_ranks` names a site that there is not.
+    """
+    if unknown := sorted(settings.adapter.rank_of_sites.keys() - sites.keys()):
+        raise ConfigError(f"adapter.site_ranks names {unknown[0]}, and the sites are {', '.join(sorted(sites))}")
     if settings.federation.num_sites:
         return settings
     federation = settings.federation.model_copy(update={"num_sites": len(sites)})

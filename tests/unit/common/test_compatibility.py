@@ -22,6 +22,7 @@ EXPECTED = {
 }
 ASKING = {
     "quantised base": {"model.quantization": "nf4"},
+    "mixed ranks": {"adapter.site_ranks": "north = 2"},
     "server optimizer": {"aggregation.server_optimizer": "fedavgm"},
     "robust aggregation": {
         "aggregation.robust": "median",
@@ -79,7 +80,7 @@ def test_control_no_feature_is_asked_for_by_itself(feature):
 def test_every_refusal_that_a_run_file_can_cause_is_a_rule():
     refused = [cell for feature, cell in compatibility.cells() if feature.keys and not cell.is_allowed]
     rules = [rule for rule in config_rules.RUN_RULES if "with this method" in rule.message]
-    assert len(rules) == len(refused) == 10
+    assert len(rules) == len(refused) == 15
 
 
 def test_a_side_adapter_needs_a_rank_and_only_methods_that_keep_one_take_it():

@@ -158,6 +158,8 @@ UNIT = "privacy.mode = 'unit'"
 PRIVATE = [UNIT, "privacy.sampling_prob = 0.1", "privacy.epsilon = 8", "training.local_steps = 5"]
 KRUM = ["aggregation.robust = 'krum'", "aggregation.num_bad_sites = 1"]
 BROKEN_RULES = [
+    ("adapter.site_ranks", 7, ["adapter.site_ranks = 'north = 16'", "aggregation.method = 'fedsvd'"]),
+    ("adapter.site_ranks", 7, ["adapter.site_ranks = 'a = 2, a = 4'", "aggregation.method = 'flexlora'"]),
     ("model.revision", 4, ["model.revision = 'main'"]),
     ("data.output_column", 7, ["data.output_column = 'input'"]),
     ("data.site_column", 7, ["data.site_column = ''"]),
@@ -330,7 +332,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "d0df4c6a0b0e2271e1373d28e46c24a5947a54a4131aae5fa13b39abff994670"
+        "b7c0897cc19d3e4c5e161c400beb2b656c4103f010104f41a6461e08aeef3a35"
     )
 
 

@@ -54,6 +54,12 @@ def test_every_method_without_a_side_adapter_has_private_runs(play, method):
     assert all(bool(tensor.isfinite().all()) for tensor in outcome.tensors.values())
 
 
+def test_sites_of_different_ranks_have_private_runs(play):
+    _, outcome, log = play({"aggregation.method": '"flexlora"', "adapter.site_ranks": '"west = 1, south = 2"'})
+    assert sorted(outcome.sites) == ["north", "south", "west"]
+    assert not [event for event in log if event["kind"] == "site_failed"]
+
+
 def test_a_study_with_a_seed_can_be_repeated_and_gone_on_with(play):
     _, straight, _ = play({}, name="straight")
     _, again, _ = play({}, name="again")
