@@ -94,6 +94,8 @@ def _mixed_remark(facts: Facts) -> str:
 def _momentum(facts: Facts) -> str:
     if facts.refreshes:
         return "the factors get new coordinates every round, and momentum of the old ones does not fit them"
+    if not facts.is_linear and facts.base_delta == "none":
+        return "the coordinator's step is more than the mean update, and nobody has tried the two together"
     if not facts.is_linear:
         return "what is kept beside the factors belongs to their mean, and not to another step"
     return ""

@@ -179,6 +179,11 @@ RUN_RULES = (
         "name each site once, and only those whose rank is below adapter.r, which all others have",
     ),
     Rule(
+        ("aggregation.weighting", "aggregation.method"),
+        lambda c: c.aggregation.method == "hetlora" and c.aggregation.weighting != "examples",
+        "has no effect here, as hetlora weighs a site by its product; remove it",
+    ),
+    Rule(
         ("adapter.site_ranks", "aggregation.robust"),
         lambda c: c.adapter.site_ranks != "" and c.aggregation.robust != "none",
         "robust aggregation compares value by value, and a smaller site has none for some; remove one of the two",

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-MethodName = Literal["fedavg", "ffa", "fedsvd", "rolora", "flexlora", "fedex", "flora", "fedsa"]
+MethodName = Literal[
+    "fedavg", "ffa", "fedsvd", "rolora", "flexlora", "fedex", "flora", "fedsa", "hetlora", "lora_fair", "fedrot"
+]
 Privacy = Literal["record", "central"]
 
 
@@ -30,6 +32,7 @@ class Facts:
         base_delta: What is left beside the two factors; `residual`: a frozen side adapter of capped rank.
         privacy: Differential privacy under which the method is sound: noise at the sites, or on the sum.
         nearest: Methods to take where this one is refused, nearest first.
+        is_experimental: Nobody but its authors has shown that it helps; a run says so when it starts.
     """
 
     name: MethodName
@@ -48,6 +51,7 @@ class Facts:
     base_delta: Literal["none", "residual"]
     privacy: tuple[Privacy, ...]
     nearest: tuple[MethodName, ...]
+    is_experimental: bool = False
 
     @property
     def is_personal(self) -> bool:
@@ -57,7 +61,7 @@ class Facts:
     @property
     def has_bias(self) -> bool:
         """Whether both factors are averaged, so that the mean of their products is another one."""
-        return self.is_linear and not self.is_exact and not self.is_personal
+        return "AB" in self.sends and not self.is_exact and not self.refreshes
 
     @property
     def sends(self) -> tuple[str, ...]:
@@ -209,6 +213,63 @@ _TABLE: Final = (
         base_delta="none",
         privacy=("record", "central"),
         nearest=("fedavg", "rolora", "fedsvd", "ffa", "flexlora"),
+    ),
+    Facts(
+        name="hetlora",
+        title="HetLoRA",
+        source="arXiv:2401.06432",
+        rule="the mean of A and the mean of B, in which a site weighs by the size of its product",
+        trains=("AB",),
+        fixed="",
+        is_linear=False,
+        is_exact=False,
+        has_orthonormal_start=False,
+        refreshes=False,
+        mixed_ranks="yes",
+        client_state=(),
+        stages=1,
+        base_delta="none",
+        privacy=("record",),
+        nearest=("flexlora", "fedsvd", "rolora", "fedavg", "ffa"),
+        is_experimental=True,
+    ),
+    Facts(
+        name="lora_fair",
+        title="LoRA-FAIR",
+        source="arXiv:2411.14961",
+        rule="the mean of A and the mean of B, which is corrected for what that leaves out",
+        trains=("AB",),
+        fixed="",
+        is_linear=False,
+        is_exact=False,
+        has_orthonormal_start=False,
+        refreshes=False,
+        mixed_ranks="no",
+        client_state=(),
+        stages=1,
+        base_delta="none",
+        privacy=("record",),
+        nearest=("rolora", "fedsvd", "flexlora", "fedavg", "ffa"),
+        is_experimental=True,
+    ),
+    Facts(
+        name="fedrot",
+        title="FedRot-LoRA",
+        source="arXiv:2602.23638",
+        rule="the mean of A and the mean of B, each site's turned towards the global ones",
+        trains=("AB",),
+        fixed="",
+        is_linear=False,
+        is_exact=False,
+        has_orthonormal_start=False,
+        refreshes=False,
+        mixed_ranks="no",
+        client_state=(),
+        stages=1,
+        base_delta="none",
+        privacy=("record",),
+        nearest=("rolora", "fedsvd", "flexlora", "fedavg", "ffa"),
+        is_experimental=True,
     ),
 )
 FACTS: Final[Mapping[str, Facts]] = {facts.name: facts for facts in _TABLE}

@@ -131,7 +131,7 @@ def _collect(fed: Federation, state: State, plan: RoundPlan, frames: dict[int, b
     settings = fed.manifest.run.aggregation
     if settings.robust == "none":
         meter = gap.GapMeter(state) if facts.has_bias else None
-        tally = Tally(fed.method.start(state, trained=names), meter)
+        tally = Tally(fed.method.start(state, trained=names, round_index=plan.round_index), meter)
     else:
         tally = Tally(robust.start(names, rule=settings.robust, num_bad=settings.num_bad_sites), None)
     for answer in fed.ask(frames, kind="train"):

@@ -28,6 +28,10 @@ RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.json"
 EVENTS_FILE = "events.jsonl"
 EXPORT_FOLDER = "adapter"
+EXPERIMENTAL = (
+    "aggregation.method = '{method}' is experimental: that it helps, only its authors have shown; "
+    "compare it with fedavg on these rows before relying on it"
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ def execute(
     storage.write_atomic(folder / MANIFEST_FILE, manifest.to_bytes())
     fed.own_rows = read_own_rows(settings, engine)
     log.append("run_started", **plan(manifest, engine), first_round=first.num_rounds)
+    if fed.method.facts.is_experimental:
+        log.append("warned", reason=EXPERIMENTAL.format(method=settings.aggregation.method))
     with _recorded(fed, first.tensors, first_round=first.num_rounds):
         federation.wait_for_sites(fed)
         tensors = rounds.run(fed, first.tensors, first_round=first.num_rounds)

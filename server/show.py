@@ -86,6 +86,10 @@ class Screen:
             self._print(f"            {privacy_plan.FIXED_WORDING}")
         self._print(f"  bad sites {event['guarding']}")
 
+    def _on_warned(self, event: Event) -> None:
+        """What to know before relying on the result."""
+        self._print(f"  [yellow]warning[/]   {_escape(event['reason'])}")
+
     def _on_site_joined(self, event: Event) -> None:
         """A site and its rows."""
         if event["site"] in self._sites:

@@ -188,6 +188,13 @@ def test_flexlora_is_the_best_adapter_of_its_rank(case):
         assert lost == pytest.approx(float(values[rank:].norm()), rel=1e-4, abs=1e-5 * float(values[0]))
 
 
+@given(case=rounds())
+def test_lora_fair_is_never_further_off_than_the_mean_of_both_factors(case):
+    """It is the least of the error plus lambda times the correction, which the plain mean has at zero correction."""
+    found = [max(errors(method, {**case, "cohorts": case["cohorts"][:1]})) for method in ("lora_fair", "fedavg")]
+    assert found[0] <= found[1] + 1e-5
+
+
 @pytest.mark.parametrize("method", ["fedex", "flora"])
 def test_a_side_adapter_that_is_too_narrow_loses_what_it_must_and_the_loss_is_told(method):
     generator = torch.Generator().manual_seed(2)

@@ -1,18 +1,21 @@
 """What a site keeps of a personalised run, and the adapter that it takes home."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
 
+from client import outgoing
 from client.cli import app
 from client.personal import ADAPTER_FILE, Shelf
 from common import adapter, cli, evaluation, model, trainable, wire
-from common.errors import ConfigError, DataError, ModelError, ProtocolError
+from common.errors import ConfigError, DataError, ModelError, PolicyRefusedError, ProtocolError
 from common.manifest import RunManifest
 from common.records import RoundPlan, to_head
 from common.wire import Frame
+from server import collect
 from tests import tiny
 
 MAX = 1 << 24
@@ -67,6 +70,19 @@ def test_only_a_leaves_and_b_goes_on_after_a_restart(engine, manifest, tmp_path)
     assert ask(restarted, manifest, "train", engine.initial, 0).body == first.body
     forgetful, _ = opened(engine, manifest, tmp_path / "two")  # the control: without its B it answers otherwise
     assert ask(forgetful, manifest, "train", engine.initial, 1).body != straight.body
+
+
+def test_an_update_with_b_in_it_is_refused_by_the_coordinator_and_held_back_by_the_site(engine, manifest, tmp_path):
+    agent, _ = opened(engine, manifest, tmp_path)
+    update = ask(agent, manifest, "train", engine.initial, 0)
+    plan = RoundPlan(manifest.sha256, 0)
+    assert collect.read_update(wire.pack(update), manifest, plan, site="north")[1]  # the control
+    whole = dataclasses.replace(update, body=adapter.encode(engine.initial, dtype="float32"))
+    with pytest.raises(ModelError, match=r"lora_B.*expected absent"):
+        collect.read_update(wire.pack(whole), manifest, plan, site="north")
+    with pytest.raises(PolicyRefusedError, match=r"lora_B.*expected absent"):
+        outgoing._check_body(manifest, whole)
+    outgoing._check_body(manifest, update)
 
 
 def test_a_site_is_scored_with_its_own_b(engine, manifest, tmp_path):

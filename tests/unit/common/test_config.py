@@ -158,6 +158,7 @@ UNIT = "privacy.mode = 'unit'"
 PRIVATE = [UNIT, "privacy.sampling_prob = 0.1", "privacy.epsilon = 8", "training.local_steps = 5"]
 KRUM = ["aggregation.robust = 'krum'", "aggregation.num_bad_sites = 1"]
 BROKEN_RULES = [
+    ("aggregation.weighting", 7, ["aggregation.weighting = 'uniform'", "aggregation.method = 'hetlora'"]),
     ("adapter.site_ranks", 7, ["adapter.site_ranks = 'north = 16'", "aggregation.method = 'fedsvd'"]),
     ("adapter.site_ranks", 7, ["adapter.site_ranks = 'a = 2, a = 4'", "aggregation.method = 'flexlora'"]),
     ("model.revision", 4, ["model.revision = 'main'"]),

@@ -104,7 +104,11 @@ def test_a_run_lowers_the_held_out_loss_and_only_the_methods_tensors_travel(play
     assert all(event["gap"] < 1e-4 for event in finished if FACTS[method].is_exact and has_gap)
 
 
-@pytest.mark.parametrize("method", METHODS)
+QUICK = [name for name in METHODS if not FACTS[name].is_experimental or name == "fedrot"]  # whose rounds differ
+RESUMED = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in METHODS]
+
+
+@pytest.mark.parametrize("method", RESUMED)
 def test_a_resumed_run_ends_with_the_same_adapter_to_the_bit(play, nodes, engine, tmp_path, method):
     expected, log = play(tiny.make_nodes(engine, tmp_path / "others"), method, name="whole")
     with pytest.raises(KeyboardInterrupt):

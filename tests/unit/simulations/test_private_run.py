@@ -48,7 +48,14 @@ def test_a_private_run_tells_its_curve_and_no_figure_of_drawn_rows(play):
     assert "A patient of two sites loses the sum" in card
 
 
-@pytest.mark.parametrize("method", [name for name, facts in FACTS.items() if facts.base_delta == "none"])
+METHODS = [
+    pytest.param(name, marks=pytest.mark.slow if facts.is_experimental else ())
+    for name, facts in FACTS.items()
+    if facts.base_delta == "none"
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_without_a_side_adapter_has_private_runs(play, method):
     _, outcome, _ = play({"aggregation.method": f'"{method}"'})
     assert all(bool(tensor.isfinite().all()) for tensor in outcome.tensors.values())
