@@ -200,6 +200,7 @@ def without_gap(run: "RunConfig") -> str:
     """
     facts = FACTS[run.aggregation.method]
     asked = [feature for feature in FEATURES if feature.is_asked(run)]
-    exact = (name for name in facts.nearest if FACTS[name].is_exact)
+    never_cuts = ("yes",) if run.adapter.site_ranks else ("no", "truncate", "yes")
+    exact = (name for name in facts.nearest if FACTS[name].is_exact and FACTS[name].mixed_ranks in never_cuts)
     allowed = (name for name in exact if not any(feature.why_not(FACTS[name]) for feature in asked))
     return "" if facts.is_exact or facts.is_personal else next(allowed, "")
