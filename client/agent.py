@@ -12,8 +12,9 @@ from typing import Final
 
 from client import protect, residual
 from client.guard import Guard, Permissive
+from client.personal import Shelf
 from client.train import local, schedule
-from common import adapter, broadcast, codes, compact, evaluation, manifest, model, start, trainable, wire
+from common import adapter, broadcast, codes, compact, evaluation, manifest, model, ranks, start, trainable, wire
 from common.broadcast import Held
 from common.config_privacy import Protection
 from common.errors import AuthError, ConfigError, ProtocolError, SilotuneError
@@ -21,7 +22,7 @@ from common.manifest import RunManifest
 from common.model import Engine
 from common.noise import Noise, SystemNoise
 from common.prompts import Encoded
-from common.records import OpenedHead, RoundPlan, SiteMetrics, UpdateHead, read_plan, to_head
+from common.records import OpenedHead, RoundPlan, SiteMetrics, TensorSpec, UpdateHead, read_plan, to_head
 from common.rows import Row
 from common.wire import Frame
 
@@ -45,9 +46,10 @@ class SiteData:
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run that this site takes part in; `fixed` are the adapter's tensors that it makes itself and is never sent.
+    """A run that this site takes part in.
 
-    `start` is the adapter that a run begins with, where the adapter goes down as steps.
+    `fixed` are tensors that it makes itself, `start` is what the run begins with where the adapter goes down as steps,
+    `specs` are all tensors, at its rank.
     """
 
     manifest: RunManifest
@@ -58,6 +60,7 @@ class OpenRun:
     held_out_rows: Sequence[Row]
     fixed: adapter.Tensors
     start: Held | None
+    specs: tuple[TensorSpec, ...]
 
     @property
     def sha256(self) -> str:
@@ -78,6 +81,7 @@ class Agent:
         make_noise: Source of draws and noise of one round; a seeded one is for simulations only.
         guard: Asked before the agent acts and before it answers.
         state_folder: Where what sparse updates left out is kept; None takes no run that needs it.
+        shelf: Where tensors are kept that stay at the site; None: no run that needs it is opened.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class Agent:
         guard: Guard = PERMISSIVE,
         make_noise: Callable[[RunManifest, int], Noise] = fresh_noise,
         state_folder: Path | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
         self.site = site
         self._load_data = load_data
@@ -100,6 +105,7 @@ class Agent:
         self._guard = guard
         self._make_noise = make_noise
         self._state_folder = state_folder
+        self._shelf = shelf
         self._run: OpenRun | None = None
         self._held: Held | None = None
         self._steps = {"open": self._open, "train": self._train, "evaluate": self._evaluate}
@@ -143,6 +149,8 @@ class Agent:
 
     def _prepare(self, run_manifest: RunManifest) -> OpenRun:
         """Check the base against the manifest, then turn rows into tokens once for the whole run."""
+        if self._shelf is None and self._kept_names(run_manifest):
+            raise ConfigError("this run keeps tensors at the site, and this agent was given no folder for them")
         engine = self._load_engine(run_manifest)
         codes.check(engine.codes_sha256, run_manifest.codes_sha256)
         adapter.check_specs(engine.tensor_specs, run_manifest.tensor_specs)
@@ -160,7 +168,8 @@ class Agent:
             num_steps=schedule.num_local_steps(len(train), run_manifest.run.training),
             adapter_sha256=begun.sha256 if begun else "",
         )
-        return OpenRun(run_manifest, opened, engine, train, held_out, data.held_out, fixed, begun)
+        specs = ranks.specs_of(run_manifest.run.adapter, run_manifest.tensor_specs, self.site)
+        return OpenRun(run_manifest, opened, engine, train, held_out, data.held_out, fixed, begun, specs)
 
     def _train(self, request: Frame) -> Frame:
         """Train from the global adapter that came; answer with the protected delta."""
@@ -170,10 +179,11 @@ class Agent:
             return answered
         adapter.write(run.engine.model, before)
         settings = run.manifest.run
-        method, specs = settings.aggregation.method, run.manifest.tensor_specs
-        names = trainable.trained_names(method, specs, round_index=plan.round_index)
+        method, specs = settings.aggregation.method, run.specs
+        trained = trainable.trained_names(method, specs, round_index=plan.round_index)
+        sent = trainable.sent_names(method, specs, round_index=plan.round_index)
         source = self._make_noise(run.manifest, plan.round_index)
-        with adapter.training_only(run.engine.model, names):
+        with adapter.training_only(run.engine.model, trained):
             result = local.train(
                 run.engine,
                 run.train,
@@ -185,8 +195,11 @@ class Agent:
                 source=source,
                 proximal=settings.aggregation.proximal,
             )
-        raw_delta = protect.subtract(adapter.read(run.engine.model), {name: before[name] for name in names})
+        after = adapter.read(run.engine.model)
+        raw_delta = protect.subtract(after, {name: before[name] for name in sent})
         body = self._protect(run, plan, raw_delta, trained_with=result.protection, source=source)
+        if self._shelf and self._kept_names(run.manifest):
+            self._shelf.keep(run.manifest, plan.round_index, after)
         head = UpdateHead(
             site=self.site,
             run_sha256=run.sha256,
@@ -204,7 +217,7 @@ class Agent:
     ) -> bytes:
         """The update's body; what a sparse one leaves out is on the disk before it leaves."""
         settings, folder = run.manifest.run, self._residual_folder(run)
-        specs = trainable.leaving_specs(settings.aggregation.method, run.manifest.tensor_specs)
+        specs = trainable.leaving_specs(settings.aggregation.method, run.specs)
         left_out = residual.load(folder, run.sha256, plan.round_index, specs) if folder else None
         outgoing = protect.protect(
             raw_delta,
@@ -231,9 +244,11 @@ class Agent:
         return self._state_folder
 
     def _evaluate(self, request: Frame) -> Frame:
-        """Score the global adapter that came on this site's held-out rows."""
+        """Score the global adapter that came, with what the site keeps of its own, on this site's held-out rows."""
         run, plan, tensors = self._receive(request)
         adapter.write(run.engine.model, tensors)
+        if self._shelf and self._kept_names(run.manifest):
+            self._shelf.note(run.manifest, plan.round_index, tensors)
         settings = run.manifest.run.evaluation
         score = evaluation.score(
             run.engine,
@@ -262,13 +277,20 @@ class Agent:
         last = num_rounds - 1 if request.kind == "train" else num_rounds  # what the last round made is evaluated, too
         if plan.round_index > last:
             raise ProtocolError(f"round {plan.round_index} is beyond the manifest's last, {last}")
-        specs = trainable.received_specs(run.manifest.run.aggregation.method, run.manifest.tensor_specs)
+        specs = trainable.received_specs(run.manifest.run.aggregation.method, run.specs)
         settings = run.manifest.run.wire
         received = broadcast.receive(request, specs, settings=settings, held=(self._held, run.start))
         self._held = received if settings.down != "float32" else None
         tensors = {**run.fixed, **received.tensors}
         self._guard.before_step(request, plan, tensors, run=run.manifest)
+        if self._shelf and self._kept_names(run.manifest):
+            tensors |= self._shelf.before(run.manifest, plan.round_index)
         return run, plan, tensors
+
+    def _kept_names(self, run_manifest: RunManifest) -> list[str]:
+        """The tensors of a run that stay here."""
+        kept = trainable.kept_specs(run_manifest.run.aggregation.method, run_manifest.tensor_specs)
+        return [spec.name for spec in kept]
 
     def _open_run(self) -> OpenRun:
         """The run that was opened last."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from client import cli_consent, cli_doctor, cli_join, cli_privacy
+from client import cli_consent, cli_doctor, cli_join, cli_personal, cli_privacy
 from client.cli_options import NodeFile
 from common import cli, quiet
 
@@ -113,6 +113,7 @@ for _command in (
     cli_consent.new_key,
     cli_consent.sign_policy,
     cli_privacy.privacy,
+    cli_personal.export_adapter,
     cli_join.enroll,
     cli_join.renew,
     cli_join.install,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from client.policy_file import Policy
-from common import compact, egress, trainable
+from common import compact, egress, ranks, trainable
 from common.errors import ModelError, PolicyRefusedError, WireError
 from common.manifest import RunManifest
 from common.records import SiteMetrics, from_head
@@ -96,9 +96,8 @@ def _check_body(run_manifest: RunManifest, reply: Frame) -> None:
             raise PolicyRefusedError(f"egress: {len(reply.body)} bytes under '{reply.kind}'", rule="egress")
         return
     run = run_manifest.run
-    specs = trainable.trained_specs(
-        run.aggregation.method, run_manifest.tensor_specs, round_index=reply.head["round_index"]
-    )
+    own = ranks.specs_of(run.adapter, run_manifest.tensor_specs, reply.head["site"])
+    specs = trainable.sent_specs(run.aggregation.method, own, round_index=reply.head["round_index"])
     try:
         compact.decode_update(reply.body, specs, run.wire)
     except (WireError, ModelError) as error:

@@ -18,7 +18,7 @@ from common.wire import shown
 KNOWN: Final = {
     "": "version name seed",
     "model": "base revision sha256 quantization double_quantization dtype chat_template",
-    "adapter": "kind r alpha dropout targets use_rslora",
+    "adapter": "kind r alpha dropout targets use_rslora site_ranks",
     "data": "source partition num_sites dirichlet_alpha site_column unit_column instruction_column input_column "
     "output_column held_out_fraction max_length_tokens too_long system_prompt",
     "training": "local_epochs local_steps batch_size micro_batch_size learning_rate schedule warmup_fraction optimizer "
@@ -181,7 +181,8 @@ def _check_adapter(policy: Policy, run_manifest: RunManifest) -> None:
         limits = policy.lora.r if kind == "lora" else (1, policy.lora.residual_r)
         _within("lora.r" if kind == "lora" else "lora.residual_r", rank, limits)
     _require(bool(run_manifest.tensor_specs), "lora.targets", "the run trains nothing")
-    _within("lora.r", adapter.r, policy.lora.r)
+    for rank in (adapter.r, *adapter.rank_of_sites.values()):
+        _within("lora.r", rank, policy.lora.r)
     _within("lora.alpha", adapter.alpha, policy.lora.alpha)
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from client import consent, policy, policy_file, site_ledger
 from client.history import AUDIT_FILE, History
 from client.policy_file import Policy
-from common import config, guarding, identity, manifest, privacy_plan, trainable
+from common import config, guarding, identity, manifest, privacy_plan, ranks, trainable
 from common.audit import AuditLog
 from common.errors import AccountingUnsupported, ConfigError, LedgerError, PolicyRefusedError
 from common.manifest import Offer, RunManifest
@@ -125,7 +125,7 @@ def review(desk: Desk, name: str) -> Review:
         run=sha256,
         facts=_facts(desk, offer, run),
         metrics={kind: sorted(own) for kind, own in run.egress.metrics.items()},
-        tensors={shown(spec.name, limit=200): list(spec.shape) for spec in _leaving(run)},
+        tensors={shown(spec.name, limit=200): list(spec.shape) for spec in _leaving(run, desk.node.site.name)},
         changes={key: [_value(old), _value(new)] for key, (old, new) in changes.items()},
         compared_with=before,
         refusal=_refusal(desk, run),
@@ -173,7 +173,7 @@ def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
     columns = ", ".join(filter(None, (data.instruction_column, data.input_column, data.output_column)))
     unit = f"; {data.unit_column} only to keep a unit's rows together" if data.unit_column else ""
     base = next((base.name for base in desk.policy.models.allow if base.sha256 == run.base_sha256), "not listed")
-    leaving = _leaving(run)
+    leaving = _leaving(run, desk.node.site.name)
     num_values = sum(math.prod(spec.shape) for spec in leaving)
     return {
         "name": settings.name,
@@ -190,7 +190,7 @@ def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
         "base as quantised": f"4-bit codes {run.codes_sha256}" if run.codes_sha256 else QUANTISED[model.quantization],
         "training": f"{num_rounds} rounds, {_length(settings.training)}, batches of {settings.training.batch_size}, "
         f"learning rate {settings.training.learning_rate:g}, at least {settings.federation.min_sites} sites",
-        "aggregation": f"{settings.aggregation.method}; a site trains and sends {_factors(run)}",
+        "aggregation": f"{settings.aggregation.method}; a site trains and sends {_factors(run, desk.node.site.name)}",
         "who sees this update": guarding.in_words(settings.aggregation),
         "texts of the coordinator": settings.data.system_prompt or "none",
     }
@@ -222,16 +222,20 @@ def _site_level(settings: config.RunConfig) -> str:
     return f"none for a unit; {whole} at delta {settings.privacy.dp_delta:g} for {privacy_plan.wording(settings)}"
 
 
-def _factors(run: RunManifest) -> str:
+def _factors(run: RunManifest, site: str) -> str:
     """What the method lets a site train, and what it puts beside that."""
     rank = run.run.aggregation.residual_rank
     beside = f", beside a frozen adapter of rank {rank} that the coordinator fills" if rank else ""
-    return trainable.in_words(run.egress.factors) + beside
+    kept = trainable.kept_specs(run.run.aggregation.method, run.tensor_specs)
+    own_rank = ranks.of_site(run.run.adapter, site)
+    smaller = f", at rank {own_rank} of {run.run.adapter.r}" if run.run.adapter.site_ranks else ""
+    own = f"{smaller}; {len(kept)} more tensors are trained and stay here" if kept else smaller
+    return trainable.in_words(run.egress.factors) + own + beside
 
 
-def _leaving(run: RunManifest) -> tuple[TensorSpec, ...]:
+def _leaving(run: RunManifest, site: str) -> tuple[TensorSpec, ...]:
     """The tensors that the run's method lets a site send."""
-    return trainable.leaving_specs(run.run.aggregation.method, run.tensor_specs)
+    return trainable.leaving_specs(run.run.aggregation.method, ranks.specs_of(run.run.adapter, run.tensor_specs, site))
 
 
 def _length(training: config.TrainingConfig) -> str:

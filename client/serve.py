@@ -5,10 +5,11 @@ import resource
 from collections.abc import Sequence
 from pathlib import Path
 
-from client import policy_file, self_test, sitelog
+from client import personal, policy_file, self_test, sitelog
 from client.agent import PERMISSIVE, Agent, SiteData
 from client.data import split
 from client.gatekeeper import Gatekeeper
+from client.personal import Shelf
 from common import config, identity, model, store
 from common.data import read
 from common.errors import ConfigError, DataError
@@ -48,7 +49,13 @@ def make_agent(node: config.NodeConfig) -> Agent:
         max_body_bytes=node.agent.max_message_mib << 20,
         guard=make_guard(node) if node.agent.policy else PERMISSIVE,
         state_folder=Path(node.agent.log_folder) / RESIDUALS,
+        shelf=make_shelf(node),
     )
+
+
+def make_shelf(node: config.NodeConfig) -> Shelf:
+    """Where this site keeps what stays with it, beside its logs."""
+    return Shelf(Path(node.agent.log_folder) / personal.FOLDER)
 
 
 def check_policy(node: config.NodeConfig, *, without_policy: bool) -> None:

@@ -11,9 +11,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from common import wire
+from common import ranks, wire
 from common.errors import ModelError, WireError
 from common.records import TensorSpec
+from common.trainable import factor_of
 
 Tensors = Mapping[str, Tensor]
 WireDtype = Literal["float32", "bfloat16"]
@@ -88,14 +89,20 @@ def read(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def write(model: nn.Module, tensors: Tensors) -> None:
-    """Put an adapter into a model.
+    """Put an adapter into a model; where it is of another rank than the model's, the model has that rank from then on.
+
+    The scale of the product stays what it was at the rank that the model was loaded with.
 
     Raises:
-        ModelError: Names or shapes differ from the model's adapter.
+        ModelError: Names or shapes differ from the model's adapter, ranks aside, or the modules' ranks differ.
     """
     own = parameters(model) | side_parameters(model)
-    check_specs(specs(tensors), specs(own))
+    found = {tensor.shape[0] for name, tensor in tensors.items() if factor_of(name) == "A"}
+    check_specs(specs(tensors), ranks.at_rank(specs(own), found.pop()) if len(found) == 1 else specs(own))
     for name, parameter in own.items():
+        if parameter.shape != tensors[name].shape:
+            parameter.grad = None
+            parameter.data = parameter.new_empty(tensors[name].shape)
         parameter.copy_(tensors[name])
 
 

@@ -61,6 +61,8 @@ def _record_noise(facts: Facts) -> str:
 
 
 def _record_remark(facts: Facts) -> str:
+    if facts.is_personal:
+        return "what stays at a site is as noisy as what leaves it; no publication has tried it"
     noisy_factors = "both factors carry noise, and its product does not average out; fedsvd and ffa have none"
     return noisy_factors if "AB" in facts.trains else ""
 
@@ -82,18 +84,26 @@ def _mixed(facts: Facts) -> str:
 
 
 def _mixed_remark(facts: Facts) -> str:
-    return "a site of a smaller rank starts from a cut adapter" if facts.mixed_ranks == "truncate" else ""
+    if facts.mixed_ranks == "no":
+        return ""
+    if facts.base_delta == "residual":
+        return "exact at every rank, as a round starts from a product of zero"
+    return "a smaller site starts from an adapter that is cut to its rank, so that the mean is not exact"
 
 
 def _momentum(facts: Facts) -> str:
     if facts.refreshes:
         return "the factors get new coordinates every round, and momentum of the old ones does not fit them"
+    if not facts.is_linear and facts.base_delta == "none":
+        return "the coordinator's step is more than the mean update, and nobody has tried the two together"
     if not facts.is_linear:
         return "what is kept beside the factors belongs to their mean, and not to another step"
     return ""
 
 
 def _momentum_remark(facts: Facts) -> str:
+    if facts.is_personal:
+        return "of what is averaged; what stays at a site moves as the site trains it"
     return "each factor has its own state, which moves in its own rounds" if len(facts.trains) > 1 else ""
 
 
@@ -106,22 +116,31 @@ def _robust(facts: Facts) -> str:
 
 
 def _robust_remark(facts: Facts) -> str:
-    return "each factor by itself, and the gap is not measured" if "AB" in facts.trains else ""
+    return "each factor by itself, and the gap is not measured" if "AB" in facts.sends else ""
+
+
+def _at_the_coordinator(facts: Facts) -> str:
+    return "the sites' own factors are not there, and the others stand for nothing without them" * facts.is_personal
 
 
 def _sparse(facts: Facts) -> str:
+    if facts.is_experimental:
+        return UNTRIED
     if facts.refreshes:
         return "what a site keeps of a sparse update does not fit the new coordinates that the factors get every round"
     return ""
 
 
 def _steps(facts: Facts) -> str:
+    if facts.is_experimental:
+        return UNTRIED
     if facts.refreshes:
         return "the factors get new coordinates every round, so that a step is as large as the adapter itself"
     return "" if facts.base_delta == "none" else "the side adapter is factored anew every round, and has no small step"
 
 
 SERVER_OPTIMIZER: Final = "server optimizer"
+UNTRIED: Final = "the coordinator's step is more than the mean update, and nobody has tried the two together"
 FEATURES: Final = (
     Feature("secure aggregation", _in_the_clear),
     Feature(
@@ -144,7 +163,13 @@ FEATURES: Final = (
         keys=("model.quantization",),
         is_asked=lambda run: run.model.quantization != "none",
     ),
-    Feature("mixed ranks", _mixed, _mixed_remark),
+    Feature(
+        "mixed ranks",
+        _mixed,
+        _mixed_remark,
+        keys=("adapter.site_ranks",),
+        is_asked=lambda run: run.adapter.site_ranks != "",
+    ),
     Feature(
         SERVER_OPTIMIZER,
         _momentum,
@@ -162,6 +187,12 @@ FEATURES: Final = (
     ),
     Feature("sparse updates", _sparse, keys=("wire.density",), is_asked=lambda run: run.wire.density < 1),
     Feature("steps down", _steps, keys=("wire.down",), is_asked=lambda run: run.wire.down != "float32"),
+    Feature(
+        "coordinator's own rows",
+        _at_the_coordinator,
+        keys=("evaluation.server_data",),
+        is_asked=lambda run: bool(run.evaluation.server_data),
+    ),
 )
 
 
@@ -249,6 +280,12 @@ SITE_LEVEL: Final = (
         "of single updates is written down without noise",
     ),
     SiteLevel(
+        "adapter.site_ranks",
+        lambda run: bool(run.adapter.site_ranks),
+        False,
+        "a smaller site would be clipped and noised over other values than the others; give all the same rank",
+    ),
+    SiteLevel(
         "federation.sites_per_round",
         lambda run: run.federation.sites_per_round > 0,
         False,
@@ -303,6 +340,7 @@ def without_gap(run: "RunConfig") -> str:
     """
     facts = FACTS[run.aggregation.method]
     asked = [feature for feature in FEATURES if feature.is_asked(run)]
-    exact = (name for name in facts.nearest if FACTS[name].is_exact)
+    never_cuts = ("yes",) if run.adapter.site_ranks else ("no", "truncate", "yes")
+    exact = (name for name in facts.nearest if FACTS[name].is_exact and FACTS[name].mixed_ranks in never_cuts)
     allowed = (name for name in exact if not any(feature.why_not(FACTS[name]) for feature in asked))
-    return "" if facts.is_exact else next(allowed, "")
+    return "" if facts.is_exact or facts.is_personal else next(allowed, "")

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from common.config_types import TARGETS, Line, RequiredLine, Section, Sha256
+from common.config_types import SITE_RANKS, TARGETS, Line, RequiredLine, Section, Sha256
 
 
 class ModelConfig(Section):
@@ -43,11 +43,28 @@ class AdapterConfig(Section):
         description="Layers that get an adapter: `all-linear` (all but the output head) or module names with commas.",
     )
     use_rslora: bool = Field(default=False, description="Multiply by `alpha / sqrt(r)` instead of `alpha / r`.")
+    site_ranks: str = Field(
+        default="",
+        pattern=SITE_RANKS,
+        max_length=65536,
+        description="Sites that hold fewer than `r` ranks: `north = 4, south = 8`. The others hold `r`.",
+    )
 
     @property
     def scale(self) -> float:
         """What the factors' product is multiplied by."""
         return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+    @property
+    def rank_of_sites(self) -> dict[str, int]:
+        """The ranks in `site_ranks`, by site; of a name that stands there twice, the last.
+
+        Example:
+            >>> AdapterConfig(site_ranks="north = 4, south=8").rank_of_sites
+            {'north': 4, 'south': 8}
+        """
+        pairs = (part.partition("=") for part in self.site_ranks.split(",") if part)
+        return {site.strip(): int(rank) for site, _, rank in pairs}
 
     @property
     def target_names(self) -> tuple[str, ...]:

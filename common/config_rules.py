@@ -182,7 +182,32 @@ def _keeps_residual(config: RunConfig) -> bool:
     return FACTS[config.aggregation.method].base_delta == "residual"
 
 
+def _has_odd_site_ranks(config: RunConfig) -> bool:
+    given, ranks = config.adapter.site_ranks, config.adapter.rank_of_sites
+    return bool(given) and (len(ranks) < given.count("=") or max(ranks.values()) >= config.adapter.r)
+
+
 RUN_RULES = (
+    Rule(
+        ("adapter.site_ranks", "adapter.r"),
+        _has_odd_site_ranks,
+        "name each site once, and only those whose rank is below adapter.r, which all others have",
+    ),
+    Rule(
+        ("aggregation.weighting", "aggregation.method"),
+        lambda c: c.aggregation.method == "hetlora" and c.aggregation.weighting != "examples",
+        "has no effect here, as hetlora weighs a site by its product; remove it",
+    ),
+    Rule(
+        ("adapter.site_ranks", "aggregation.robust"),
+        lambda c: c.adapter.site_ranks != "" and c.aggregation.robust != "none",
+        "robust aggregation compares value by value, and a smaller site has none for some; remove one of the two",
+    ),
+    Rule(
+        ("adapter.site_ranks", "aggregation.screening"),
+        lambda c: c.adapter.site_ranks != "" and c.aggregation.screening != "off",
+        "screening compares updates value by value, and a smaller site has none for some; remove one of the two",
+    ),
     *_refused_combinations(),
     *_wire_conflicts(),
     Rule(

@@ -8,6 +8,7 @@ SLUG = r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$"
 SHA256 = r"^([0-9a-f]{64})?$"
 LINE = r"^[^\x00-\x1f\x7f]*$"
 TARGETS = r"^[A-Za-z0-9_.]+( *, *[A-Za-z0-9_.]+)*$|^all-linear$"
+SITE_RANKS = r"^([a-z0-9-]{1,64} *= *[1-9][0-9]{0,3}( *, *[a-z0-9-]{1,64} *= *[1-9][0-9]{0,3})*)?$"
 _METRIC = "(exact_match|f1|rouge1|rouge2|rougeL|number|json|label_accuracy|macro_f1)"
 METRICS = rf"^({_METRIC}( *, *{_METRIC})*)?$"
 PATTERNS = {
@@ -15,6 +16,7 @@ PATTERNS = {
     SHA256: "64 digits of 0-9 and a-f, or empty",
     LINE: "one line without control characters",
     TARGETS: '"all-linear", or module names with commas between them',
+    SITE_RANKS: 'names of sites with their ranks, such as "north = 4, south = 8", or empty',
     METRICS: "of exact_match, f1, rouge1, rouge2, rougeL, number, json, label_accuracy and macro_f1, with commas "
     "between them, or empty",
 }

@@ -71,7 +71,7 @@ def declare(run: config.RunConfig, tensor_specs: Sequence[TensorSpec]) -> Egress
     update = max(num_update_bytes(specs, dtype=run.wire.dtype, density=run.wire.density) for specs in turns)
     return Egress(
         dtype=run.wire.dtype,
-        factors=FACTS[method].trains,
+        factors=FACTS[method].sends,
         metrics={kind: {name: RANGES[name] for name in told(kind, run)} for kind in REPLIES},
         bytes_per_message=update,
         bytes_per_round=update + 2 * HEAD_BYTES,

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-MethodName = Literal["fedavg", "ffa", "fedsvd", "rolora", "flexlora", "fedex", "flora"]
+MethodName = Literal[
+    "fedavg", "ffa", "fedsvd", "rolora", "flexlora", "fedex", "flora", "fedsa", "hetlora", "lora_fair", "fedrot"
+]
 Privacy = Literal["record", "central"]
 
 
@@ -17,18 +19,20 @@ class Facts:
         title: As in its paper.
         source: Paper.
         rule: What the coordinator does, in a line.
-        trains: Factors that a site trains and sends, one entry a round, in turn: `("B", "A")` alternates.
+        trains: Factors that a site trains, one entry a round, in turn: `("B", "A")` alternates. It sends them, but for
+            those of `client_state`.
         fixed: Factor that is made from the run's seed at both ends, and never trained or sent; empty: none.
         is_linear: Only the weighted sum of uploads is used, so that secure aggregation and central noise apply.
         is_exact: The new effective weight equals the weighted mean of the sites' effective weights.
         has_orthonormal_start: A begins with orthonormal rows; else it is drawn as peft draws it.
         refreshes: The coordinator gives the factors new coordinates each round, so that no momentum fits them.
         mixed_ranks: Whether sites of different ranks could take part; `truncate`: with an error at the smaller ones.
-        client_state: Tensors that would stay at a site from round to round.
+        client_state: Factors that stay at a site from round to round and never travel: there is no global adapter then.
         stages: Trips between coordinator and sites in a round.
         base_delta: What is left beside the two factors; `residual`: a frozen side adapter of capped rank.
         privacy: Differential privacy under which the method is sound: noise at the sites, or on the sum.
         nearest: Methods to take where this one is refused, nearest first.
+        is_experimental: Nobody but its authors has shown that it helps; a run says so when it starts.
     """
 
     name: MethodName
@@ -47,6 +51,22 @@ class Facts:
     base_delta: Literal["none", "residual"]
     privacy: tuple[Privacy, ...]
     nearest: tuple[MethodName, ...]
+    is_experimental: bool = False
+
+    @property
+    def is_personal(self) -> bool:
+        """Whether each site ends with an adapter of its own."""
+        return bool(self.client_state)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether both factors are averaged, so that the mean of their products is another one."""
+        return "AB" in self.sends and not self.is_exact and not self.refreshes
+
+    @property
+    def sends(self) -> tuple[str, ...]:
+        """Factors of an update, one entry a round, in turn."""
+        return tuple("".join(factor for factor in turn if factor not in self.client_state) for turn in self.trains)
 
 
 _TABLE: Final = (
@@ -175,6 +195,81 @@ _TABLE: Final = (
         base_delta="residual",
         privacy=(),
         nearest=("fedsvd", "rolora", "ffa", "fedavg", "flexlora"),
+    ),
+    Facts(
+        name="fedsa",
+        title="FedSA-LoRA",
+        source="arXiv:2410.01463",
+        rule="the mean of A; every site keeps its own B, so that there is no global adapter",
+        trains=("AB",),
+        fixed="",
+        is_linear=True,
+        is_exact=False,
+        has_orthonormal_start=False,
+        refreshes=False,
+        mixed_ranks="no",
+        client_state=("B",),
+        stages=1,
+        base_delta="none",
+        privacy=("record", "central"),
+        nearest=("fedavg", "rolora", "fedsvd", "ffa", "flexlora"),
+    ),
+    Facts(
+        name="hetlora",
+        title="HetLoRA",
+        source="arXiv:2401.06432",
+        rule="the mean of A and the mean of B, in which a site weighs by the size of its product",
+        trains=("AB",),
+        fixed="",
+        is_linear=False,
+        is_exact=False,
+        has_orthonormal_start=False,
+        refreshes=False,
+        mixed_ranks="yes",
+        client_state=(),
+        stages=1,
+        base_delta="none",
+        privacy=("record",),
+        nearest=("flexlora", "fedsvd", "rolora", "fedavg", "ffa"),
+        is_experimental=True,
+    ),
+    Facts(
+        name="lora_fair",
+        title="LoRA-FAIR",
+        source="arXiv:2411.14961",
+        rule="the mean of A and the mean of B, which is corrected for what that leaves out",
+        trains=("AB",),
+        fixed="",
+        is_linear=False,
+        is_exact=False,
+        has_orthonormal_start=False,
+        refreshes=False,
+        mixed_ranks="no",
+        client_state=(),
+        stages=1,
+        base_delta="none",
+        privacy=("record",),
+        nearest=("rolora", "fedsvd", "flexlora", "fedavg", "ffa"),
+        is_experimental=True,
+    ),
+    Facts(
+        name="fedrot",
+        title="FedRot-LoRA",
+        source="arXiv:2602.23638",
+        rule="the mean of A and the mean of B, each site's turned towards the global ones",
+        trains=("AB",),
+        fixed="",
+        is_linear=False,
+        is_exact=False,
+        has_orthonormal_start=False,
+        refreshes=False,
+        mixed_ranks="no",
+        client_state=(),
+        stages=1,
+        base_delta="none",
+        privacy=("record",),
+        nearest=("rolora", "fedsvd", "flexlora", "fedavg", "ffa"),
+        is_experimental=True,
     ),
 )
 FACTS: Final[Mapping[str, Facts]] = {facts.name: facts for facts in _TABLE}

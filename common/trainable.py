@@ -1,4 +1,4 @@
-"""Which of an adapter's tensors a site trains and sends in a round, and which it is sent; loads no torch.
+"""Which of an adapter's tensors a site trains, sends, keeps and is sent in a round; loads no torch.
 
 The one place where this is decided: training, the update, its declaration and its checks all ask here.
 """
@@ -21,16 +21,19 @@ def factor_of(name: str) -> str:
 
 
 def trained_specs(method: str, tensor_specs: Sequence[TensorSpec], *, round_index: int) -> tuple[TensorSpec, ...]:
-    """The tensors that a site trains in a round; exactly these are in its update.
+    """The tensors that a site trains in a round.
 
     Args:
         method: As in `aggregation.method`.
         tensor_specs: The whole adapter.
         round_index: From 0.
     """
-    turns = FACTS[method].trains
-    factors = turns[round_index % len(turns)]
-    return tuple(spec for spec in tensor_specs if factor_of(spec.name) in tuple(factors))
+    return _of_turn(FACTS[method].trains, tensor_specs, round_index=round_index)
+
+
+def sent_specs(method: str, tensor_specs: Sequence[TensorSpec], *, round_index: int) -> tuple[TensorSpec, ...]:
+    """The tensors of a round's update, exactly these: what was trained, without what stays at the site."""
+    return _of_turn(FACTS[method].sends, tensor_specs, round_index=round_index)
 
 
 def trained_names(method: str, tensor_specs: Sequence[TensorSpec], *, round_index: int) -> tuple[str, ...]:
@@ -44,9 +47,20 @@ def trained_names(method: str, tensor_specs: Sequence[TensorSpec], *, round_inde
     return tuple(spec.name for spec in trained_specs(method, tensor_specs, round_index=round_index))
 
 
+def sent_names(method: str, tensor_specs: Sequence[TensorSpec], *, round_index: int) -> tuple[str, ...]:
+    """Names of `sent_specs`.
+
+    Example:
+        >>> specs = [TensorSpec("q.lora_A.weight", (2, 8)), TensorSpec("q.lora_B.weight", (8, 2))]
+        >>> sent_names("fedsa", specs, round_index=0), len(trained_names("fedsa", specs, round_index=0))
+        (('q.lora_A.weight',), 2)
+    """
+    return tuple(spec.name for spec in sent_specs(method, tensor_specs, round_index=round_index))
+
+
 def all_turns(method: str, tensor_specs: Sequence[TensorSpec]) -> list[tuple[TensorSpec, ...]]:
     """The tensors of an update for every kind of round that the method has."""
-    return [trained_specs(method, tensor_specs, round_index=turn) for turn in range(len(FACTS[method].trains))]
+    return [sent_specs(method, tensor_specs, round_index=turn) for turn in range(len(FACTS[method].trains))]
 
 
 def leaving_specs(method: str, tensor_specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -55,10 +69,27 @@ def leaving_specs(method: str, tensor_specs: Sequence[TensorSpec]) -> tuple[Tens
     return tuple(spec for spec in tensor_specs if spec in names)
 
 
+def ever_trained_specs(method: str, tensor_specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The tensors that a site trains in some round of a run."""
+    factors = tuple("".join(FACTS[method].trains))
+    return tuple(spec for spec in tensor_specs if factor_of(spec.name) in factors)
+
+
+def kept_specs(method: str, tensor_specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The tensors that stay at a site from round to round, begin at zero and never travel."""
+    return tuple(spec for spec in tensor_specs if factor_of(spec.name) in FACTS[method].client_state)
+
+
 def received_specs(method: str, tensor_specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    """The tensors that a site is sent: all but those that it makes from the run's seed itself."""
-    fixed = FACTS[method].fixed
-    return tuple(spec for spec in tensor_specs if factor_of(spec.name) not in tuple(fixed))
+    """The tensors that a site is sent: all but those that it makes from the run's seed, or keeps, itself."""
+    own = (*FACTS[method].fixed, *FACTS[method].client_state)
+    return tuple(spec for spec in tensor_specs if factor_of(spec.name) not in own)
+
+
+def _of_turn(turns: Sequence[str], tensor_specs: Sequence[TensorSpec], *, round_index: int) -> tuple[TensorSpec, ...]:
+    """The tensors of a round's factors."""
+    factors = tuple(turns[round_index % len(turns)])
+    return tuple(spec for spec in tensor_specs if factor_of(spec.name) in factors)
 
 
 def in_words(turns: Sequence[str]) -> str:

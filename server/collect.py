@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from common import adapter, compact, packing, trainable, wire
+from common import adapter, compact, packing, ranks, trainable, wire
 from common.adapter import Tensors
 from common.errors import RemoteError, SilotuneError, WireError
 from common.manifest import RunManifest
@@ -67,8 +67,14 @@ def ask(
         yield Answer(node, None, f"no answer within {timeout_s:g} s", is_late=True)
 
 
-def read_update(data: bytes, manifest: RunManifest, plan: RoundPlan) -> tuple[UpdateHead, Tensors]:
+def read_update(data: bytes, manifest: RunManifest, plan: RoundPlan, *, site: str) -> tuple[UpdateHead, Tensors]:
     """An update whose frame, head, names, shapes, dtype, size and values were found right.
+
+    Args:
+        data: What arrived.
+        manifest: The run.
+        plan: What was asked.
+        site: Whose node it came from; the update has that site's rank.
 
     Raises:
         RemoteError: The site refused.
@@ -82,7 +88,7 @@ def read_update(data: bytes, manifest: RunManifest, plan: RoundPlan) -> tuple[Up
         raise WireError("update claims to rest on no rows")
     if (head.train_loss is None) != manifest.run.privacy.is_private:
         raise WireError("update tells a training loss where the run's privacy forbids it, or none where it is due")
-    return head, compact.decode_update(frame.body, update_specs(manifest, plan), manifest.run.wire)
+    return head, compact.decode_update(frame.body, update_specs(manifest, plan, site=site), manifest.run.wire)
 
 
 def check_round(run_sha256: str, round_index: int, plan: RoundPlan) -> None:
@@ -95,10 +101,10 @@ def check_round(run_sha256: str, round_index: int, plan: RoundPlan) -> None:
         raise WireError(f"answer is for another run, or for round {round_index} instead of {plan.round_index}")
 
 
-def update_specs(manifest: RunManifest, plan: RoundPlan) -> tuple[TensorSpec, ...]:
-    """The tensors that an update of this round must hold, no more and no less."""
-    method = manifest.run.aggregation.method
-    return trainable.trained_specs(method, manifest.tensor_specs, round_index=plan.round_index)
+def update_specs(manifest: RunManifest, plan: RoundPlan, *, site: str) -> tuple[TensorSpec, ...]:
+    """The tensors that a site's update of this round must hold, no more and no less."""
+    own = ranks.specs_of(manifest.run.adapter, manifest.tensor_specs, site)
+    return trainable.sent_specs(manifest.run.aggregation.method, own, round_index=plan.round_index)
 
 
 def max_update_bytes(manifest: RunManifest) -> int:

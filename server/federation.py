@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
-from common import trainable, wire
+from common import ranks, trainable, wire
 from common.adapter import encode
 from common.config_types import SLUG
 from common.errors import ProtocolError, RemoteError, SilotuneError, TooFewSitesError
@@ -152,8 +152,20 @@ class Federation:
 
         It is in the audit log before it is sent.
         """
-        sent = trainable.received_specs(self.manifest.run.aggregation.method, self.manifest.tensor_specs)
-        tensors = {spec.name: state[spec.name] for spec in sent}
+        by_rank: dict[int, list[int]] = {}
+        for node_id in nodes:
+            by_rank.setdefault(ranks.of_site(self.manifest.run.adapter, self.name(node_id)), []).append(node_id)
+        frames: dict[int, bytes] = {}
+        for rank, same in by_rank.items():
+            frames |= self._request(kind, plan, state, nodes=same, rank=rank)
+        return frames
+
+    def _request(
+        self, kind: str, plan: RoundPlan, state: State, *, nodes: Sequence[int], rank: int
+    ) -> dict[int, bytes]:
+        """Frames for nodes whose adapters have one rank."""
+        specs = ranks.at_rank(self.manifest.tensor_specs, rank)
+        tensors = ranks.cut(state, trainable.received_specs(self.manifest.run.aggregation.method, specs))
         heads = {**to_head(plan), **(self.trail.told() if self.trail else {})}
         if self.manifest.run.wire.down == "float32":
             body = encode(tensors, dtype="float32")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from common import events, identity, model, store
 from common.errors import ConfigError
+from common.methods import FACTS
 from server import checkpoint, export, export_folder, run
 from server.export_folder import Exported
 
@@ -112,10 +113,16 @@ def stored(run_folder: Path, *, num_rounds: int) -> Exported:
     """A checkpoint of a run; 0 is the newest.
 
     Raises:
+        ConfigError: The sites have adapters of their own, and the coordinator has none.
         DataError: No such checkpoint.
         ModelError: It is damaged.
     """
     found = run.stored_manifest(run_folder)
+    if FACTS[found.run.aggregation.method].is_personal:
+        raise ConfigError(
+            f"{run_folder}: under aggregation.method = '{found.run.aggregation.method}' each site has an adapter of "
+            "its own, and the coordinator none; at a site: silotune-client export-adapter NODE.toml RUN FOLDER"
+        )
     done = checkpoint.finished(run_folder)
     wanted = num_rounds or (done[-1] if done else 0)
     state = checkpoint.load(run_folder, found.tensor_specs, num_rounds=wanted, run_sha256=found.sha256)

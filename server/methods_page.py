@@ -85,8 +85,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _summary(facts: Facts) -> tuple[str, str, str, str, str]:
     """A method in a line."""
-    exact = "yes" if facts.is_exact else "no"
-    return facts.name, f"{facts.title}, {facts.source}", in_words(facts.trains), exact, facts.rule
+    exact = "-" if facts.is_personal else "yes" if facts.is_exact else "no"
+    paper = f"{facts.title}, {facts.source}" + ", experimental" * facts.is_experimental
+    return facts.name, paper, in_words(facts.sends), exact, facts.rule
 
 
 def _outcome(cell: Cell) -> dict[str, Any]:

@@ -157,24 +157,24 @@ def _choose(fed: Federation, round_index: int, source: Noise) -> list[int]:
     return [present[name] for name in names]
 
 
-def _tally(fed: Federation, state: State, names: list[str], source: Noise) -> Tally:
+def _tally(fed: Federation, state: State, source: Noise, *, round_index: int) -> Tally:
     """What takes a round's updates: the method's own sum, or what stands in its place."""
     facts, run = fed.method.facts, fed.manifest.run
     settings = run.aggregation
+    names = trainable.sent_names(facts.name, fed.manifest.tensor_specs, round_index=round_index)
     if run.privacy.is_private_per_site:  # and no meter, whose figure no noise would cover
         expected = site_privacy.num_expected(run)
         start = noised.start(state, names, privacy=run.privacy, expected=expected, source=source, memory=fed.memory)
         return Tally(start, None)
     if settings.robust != "none":
         return Tally(robust.start(names, rule=settings.robust, num_bad=settings.num_bad_sites), None)
-    meter = gap.GapMeter(state) if facts.is_linear and not facts.is_exact else None
-    return Tally(fed.method.start(state, trained=names), meter)
+    meter = gap.GapMeter(state) if facts.has_bias else None
+    return Tally(fed.method.start(state, trained=names, round_index=round_index), meter)
 
 
 def _collect(fed: Federation, state: State, plan: RoundPlan, frames: dict[int, bytes], source: Noise) -> Tally:
     """Add up the updates that count."""
-    names = [spec.name for spec in collect.update_specs(fed.manifest, plan)]
-    tally = _tally(fed, state, names, source)
+    tally = _tally(fed, state, source, round_index=plan.round_index)
     arrived = _arriving(fed, tally, plan, frames)
     for head, change, num_bytes in screening.passed(fed, arrived, round_index=plan.round_index):
         length = _take(fed, tally, head, change)
@@ -200,7 +200,7 @@ def _read(fed: Federation, answer: collect.Answer, plan: RoundPlan) -> tuple[Upd
     """One update, checked before a float of it is used."""
     if answer.frame is None:
         raise ProtocolError(answer.reason)
-    head, change = collect.read_update(answer.frame, fed.manifest, plan)
+    head, change = collect.read_update(answer.frame, fed.manifest, plan, site=fed.name(answer.node_id))
     if head.site != fed.name(answer.node_id) or head.num_examples != fed.sites[answer.node_id].num_examples:
         raise WireError("update is under another name, or claims another number of rows than the site opened with")
     if fed.trail:

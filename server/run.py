@@ -44,6 +44,10 @@ RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.json"
 EVENTS_FILE = "events.jsonl"
 EXPORT_FOLDER = "adapter"
+EXPERIMENTAL = (
+    "aggregation.method = '{method}' is experimental: that it helps, only its authors have shown; "
+    "compare it with fedavg on these rows before relying on it"
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Outcome:
     """The end of a run.
 
     Attributes:
-        tensors: The global adapter after the last round.
+        tensors: The global adapter after the last round; where sites keep factors of their own, these are zero in it.
         sites: Names of the sites whose updates were used, with their rows.
         folder: The run's folder.
     """
@@ -113,16 +117,19 @@ def execute(
     storage.write_atomic(folder / MANIFEST_FILE, manifest.to_bytes())
     fed.own_rows = read_own_rows(settings, engine)
     log.append("run_started", **plan(manifest, engine), **told, first_round=first.num_rounds)
+    if fed.method.facts.is_experimental:
+        log.append("warned", reason=EXPERIMENTAL.format(method=settings.aggregation.method))
     with _recorded(fed, first.tensors, first_round=first.num_rounds):
         federation.wait_for_sites(fed)
         tensors = rounds.run(fed, first.tensors, first_round=first.num_rounds)
     num_rounds = settings.federation.num_rounds
     history = events.read(log.path)
     sites = trained_sites(history, num_rounds=num_rounds)
-    export.save_adapter(
-        folder / EXPORT_FOLDER, tensors, run_manifest=manifest, num_rounds=num_rounds, sites=sites, log=history
-    )
-    log.append("run_finished", adapter=EXPORT_FOLDER, num_rounds=num_rounds)
+    if not fed.method.facts.is_personal:
+        export.save_adapter(
+            folder / EXPORT_FOLDER, tensors, run_manifest=manifest, num_rounds=num_rounds, sites=sites, log=history
+        )
+    log.append("run_finished", adapter="" if fed.method.facts.is_personal else EXPORT_FOLDER, num_rounds=num_rounds)
     return Outcome(tensors, sites, folder)
 
 
@@ -248,7 +255,7 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
     turns = trainable.all_turns(method, manifest.tensor_specs)
     wire = settings.wire
     up = max(packing.body_bytes(specs, dtype=wire.dtype, density=wire.density) for specs in turns)
-    trained = trainable.leaving_specs(method, manifest.tensor_specs)
+    trained = trainable.ever_trained_specs(method, manifest.tensor_specs)
     return {
         "name": settings.name,
         "run_sha256": manifest.sha256,

@@ -89,6 +89,10 @@ class Screen:
                 self._print(f"            noise to signal {event['noise_ratio']:.2f}{accepted}")
         self._print(f"  bad sites {event['guarding']}")
 
+    def _on_warned(self, event: Event) -> None:
+        """What to know before relying on the result."""
+        self._print(f"  [yellow]warning[/]   {_escape(event['reason'])}")
+
     def _on_site_joined(self, event: Event) -> None:
         """A site and its rows."""
         if event["site"] in self._sites:

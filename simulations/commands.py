@@ -15,6 +15,7 @@ from rich.table import Table
 from common import cli, config, privacy_plan, store
 from common.errors import ConfigError
 from common.events import EventLog
+from common.methods import FACTS
 from server import report
 from server import run as server_run
 from server.run import Outcome
@@ -83,6 +84,7 @@ def compare(order: Order) -> dict[str, Any]:
     shared = order.world()
     if shared.settings.privacy.is_private_per_site:
         raise ConfigError("privacy.mode = 'site': an arm of one site has no sites to hide among; use silotune-sim run")
+    world.require_global(shared.settings, what="a comparison with other arms")
     log = order.log(shared)
     with _ending_told(log):
         results = comparing.compare(shared, log)
@@ -106,13 +108,20 @@ def run(order: Order, *, engine: str, resume: bool) -> dict[str, Any]:
     log = order.log(shared, resume=resume)
     with _ending_told(log):
         outcome = _play(order, shared, log, engine=engine, resume=resume)
-    return {"adapter": str(outcome.folder / server_run.EXPORT_FOLDER), **_places(order, shared)}
+    return {"adapter": _adapters(shared.settings, outcome.folder), **_places(order, shared)}
+
+
+def _adapters(settings: config.RunConfig, folder: Path) -> str:
+    """Where the finished adapter is, or those of the sites."""
+    is_personal = FACTS[settings.aggregation.method].is_personal
+    return str(folder / "sites" / "*" / world.ADAPTER_FOLDER if is_personal else folder / server_run.EXPORT_FOLDER)
 
 
 @contextmanager
 def audited(order: Order) -> Iterator[tuple[World, EventLog]]:
     """A run for an audit that trains it."""
     shared = order.world()
+    world.require_global(shared.settings, what="an audit")
     log = order.log(shared)
     with _ending_told(log):
         yield shared, log
@@ -126,6 +135,7 @@ def attack(order: Order, *, name: str, num_bad: int, is_table: bool) -> dict[str
         SilotuneError: As the step that failed.
     """
     shared = order.world()
+    world.require_global(shared.settings, what="a study of attacks")
     if is_table:
         return {**attack_table.play(shared, num_bad=num_bad), "folder": str(shared.folder)}
     log = order.log(shared)
@@ -201,7 +211,8 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
 def ending(result: Mapping[str, Any]) -> str:
     """Where everything is and what to do next."""
     folder = result["folder"]
-    return f"""
-report    {result["report"]}
-adapter   {folder}/adapter
+    places = f"\nreport    {result['report']}\nadapter   {result.get('adapter', f'{folder}/adapter')}"
+    if "/sites/" in places:
+        return places
+    return f"""{places}
 next: silotune-server export {folder} --merged {folder}/merged --base {result["base"]}"""

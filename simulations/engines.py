@@ -82,13 +82,15 @@ def ray(
         str(folder.absolute() / "sites"),
         suite.hash_of(settings),
     )
-    return flower_engine.run(
+    outcome = flower_engine.run(
         main,
         functools.partial(_answer_of, sites),
         num_sites=len(world.load_tables(settings)),
         num_workers=num_workers,
         num_gpus_per_worker=num_gpus_per_worker,
     )
+    world.export_personal(settings, folder)
+    return outcome
 
 
 def deployed(
@@ -135,6 +137,7 @@ def deployed(
             "i-accept": is_noise_accepted,
         }
         deployment.run(sites, log=log, config=given, timeout_s=limit_s, num_threads=num_threads)
+    world.export_personal(settings, folder)
     return _outcome(settings, engine, folder)
 
 

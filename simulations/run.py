@@ -34,7 +34,7 @@ def in_process(
     failures = Failures(folder / "sites")
     agents = {site: world.make_agent(site, data, engine, failures) for site, data in sites.items()}
     with explained(failures):
-        return server_run.execute(
+        outcome = server_run.execute(
             settings,
             fleet=fleet_of(agents),
             engine=engine,
@@ -44,6 +44,8 @@ def in_process(
             is_noise_accepted=is_noise_accepted,
             make_noise=world.server_noise(settings),
         )
+    world.export_personal(settings, folder)
+    return outcome
 
 
 def fleet_of(agents: Mapping[str, Agent]) -> GridFleet:

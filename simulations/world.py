@@ -1,17 +1,21 @@
 """Virtual sites: the rows of a run file, split into agents that share one loaded base."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from client import sitelog
+from client import personal, sitelog
 from client.agent import Agent, SiteData
 from client.data import split
+from client.personal import Shelf
 from client.train import schedule
 from common import config, model, store
 from common.data import read
+from common.errors import ConfigError
 from common.manifest import RunManifest
+from common.methods import FACTS
 from common.model import Engine
 from common.noise import Noise, SeededNoise
 from common.rows import Columns
@@ -19,6 +23,7 @@ from simulations import partition
 from simulations.embedded import records
 
 EMBEDDED_BASE = Path(__file__).parent / "embedded" / "base"
+ADAPTER_FOLDER = "adapter"
 
 
 @dataclass
@@ -103,7 +108,13 @@ def split_site(table: list[dict[str, Any]], settings: config.RunConfig) -> SiteD
 
 
 def expect_all(settings: config.RunConfig, sites: Mapping[str, SiteData]) -> config.RunConfig:
-    """A simulation knows its sites: the run waits for all of them, and ends at once if one cannot take part."""
+    """A simulation knows its sites: the run waits for all of them, and ends at once if one cannot take part.
+
+    Raises:
+        ConfigError: `adapter.site_ranks` names a site that there is not.
+    """
+    if unknown := sorted(settings.adapter.rank_of_sites.keys() - sites.keys()):
+        raise ConfigError(f"adapter.site_ranks names {unknown[0]}, and the sites are {', '.join(sorted(sites))}")
     if settings.federation.num_sites:
         return settings
     federation = settings.federation.model_copy(update={"num_sites": len(sites)})
@@ -124,12 +135,44 @@ def make_agent(site: str, data: SiteData, engine: Engine, failures: Failures) ->
         report=failures.reporter(site),
         make_noise=lambda run, round_index: seeded_noise(run, site=site, round_index=round_index),
         state_folder=failures.folder / site,
+        shelf=Shelf(failures.folder / site / personal.FOLDER),
     )
 
 
 def server_noise(settings: config.RunConfig) -> Callable[[int], Noise]:
     """The coordinator's draws and noise by round, from the run's seed; they protect nobody."""
     return lambda round_index: SeededNoise(schedule.derive_seed(settings.seed, "server", round_index, "noise"))
+
+
+def export_personal(settings: config.RunConfig, folder: Path) -> None:
+    """Write every site's own adapter as a peft folder, `sites/NAME/adapter`, where the run's method leaves one there.
+
+    Raises:
+        ModelError: What a site kept is not what was written.
+        StorageError: Disk full or not writable.
+    """
+    if not FACTS[settings.aggregation.method].is_personal:
+        return
+    for path in sorted((folder / "sites").glob(f"*/{personal.FOLDER}")):
+        shelf, target = Shelf(path), path.with_name(ADAPTER_FOLDER)
+        if target.exists():
+            shutil.rmtree(target)  # of this run before it was resumed
+        for run_sha256 in shelf.runs():
+            shelf.export(run_sha256, target)
+
+
+def require_global(settings: config.RunConfig, *, what: str) -> None:
+    """Refuse a study that scores a global adapter where the method makes none.
+
+    Raises:
+        ConfigError: Names the nearest method that does.
+    """
+    facts = FACTS[settings.aggregation.method]
+    if facts.is_personal:
+        raise ConfigError(
+            f"{what} needs a global adapter, and under aggregation.method = '{facts.name}' each site has its own; "
+            f"the nearest method with one is '{facts.nearest[0]}'"
+        )
 
 
 def seeded_noise(run: RunManifest, *, site: str, round_index: int) -> Noise:

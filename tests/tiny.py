@@ -109,9 +109,10 @@ def site_data(site: str, count: int):
     return SiteData(table[:num_train], table[num_train:])
 
 
-def make_agent(site: str, engine, *, count: int = 12, errors: list[Exception] | None = None, data=None):
-    """A site on an engine that may be shared; what it could not do goes to `errors`."""
+def make_agent(site: str, engine, *, count: int = 12, errors: list[Exception] | None = None, data=None, folder=None):
+    """A site on an engine that may be shared; what it could not do goes to `errors`, what stays with it to `folder`."""
     from client.agent import Agent
+    from client.personal import Shelf
 
     told = [] if errors is None else errors
     found = data or site_data(site, count)
@@ -120,6 +121,7 @@ def make_agent(site: str, engine, *, count: int = 12, errors: list[Exception] | 
         load_data=lambda _: found,
         load_engine=lambda _: engine,
         report=lambda reference, error: told.append(error),
+        shelf=Shelf(folder) if folder else None,
     )
 
 
@@ -220,7 +222,8 @@ def federation(engine, folder: Path, nodes, settings: config.RunConfig):
     )
 
 
-def make_nodes(engine):
-    """North, south and west as nodes 1, 2 and 3."""
+def make_nodes(engine, folder: Path | None = None):
+    """North, south and west as nodes 1, 2 and 3; what stays with a site is in a folder of its name."""
+    places = {site: folder / site if folder else None for site in SITES}
     named = enumerate(SITES.items(), start=1)
-    return {number: make_agent(site, engine, count=count).answer for number, (site, count) in named}
+    return {n: make_agent(site, engine, count=count, folder=places[site]).answer for n, (site, count) in named}

@@ -2,7 +2,8 @@
 
     U S V^T = SVD(sum_i p_i B_i A_i) ;   B <- U_r S_r^1/2 ,   A <- S_r^1/2 V_r^T
 
-The best adapter of its rank, and not exact: what is cut is lost, and the gap says how much that is.
+The best adapter of its rank, and not exact: what is cut is lost, and the gap says how much that is. Sites of a smaller
+rank get the first columns of B and rows of A; the mean is then that of `products.start_partitioned`.
 """
 
 from typing import Final
@@ -16,7 +17,7 @@ from server.aggregate.method import State
 
 SMALLEST: Final = 1e-7  # of the largest singular value; float32 holds nothing below it
 facts: Final = FACTS["flexlora"]
-start = products.start
+start = products.start_partitioned
 
 
 def apply(state: State, combined: State) -> State:

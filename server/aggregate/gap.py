@@ -13,6 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from common import ranks
 from server.aggregate import factored
 
 RANK_FACTOR: Final = 16
@@ -59,7 +60,7 @@ class GapMeter:
     def add(self, change: Mapping[str, Tensor], *, weight: float) -> None:
         """Take one site's change to the global adapter."""
         self._total += weight
-        local = {name: tensor + change[name] for name, tensor in self.before.items()}
+        local = {name: tensor + change[name] for name, tensor in ranks.cut(self.before, change).items()}
         for name, (b_dr, a_rk) in factored.modules(local).items():
             product = self._products.setdefault(name, _empty(b_dr, a_rk))
             product.add(b_dr, a_rk, weight=weight)

@@ -1,4 +1,7 @@
-"""The weighted mean of uploads: all that a linear method uses of them. U uploads, C values of a chunk."""
+"""The weighted mean of uploads: all that a linear method uses of them. U uploads, C values of a chunk.
+
+A site of a smaller rank did not move what it does not hold: its upload counts as zero there.
+"""
 
 from collections.abc import Collection
 from typing import Final
@@ -6,6 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from common import ranks
 from server.aggregate.method import State, Sum
 
 BATCH: Final = 4  # uploads that are added at once: the float64 sums then cross memory a quarter as often
@@ -33,7 +37,7 @@ class WeightedMean:
         if not weight > 0:
             raise ValueError(f"weight {weight} is not positive")
         self._total += weight
-        self._waiting.append((weight, upload))
+        self._waiting.append((weight, ranks.padded(upload, self._sums)))
         if len(self._waiting) == BATCH:
             self._flush()
 
@@ -67,8 +71,8 @@ class WeightedMean:
         self._waiting.clear()
 
 
-def start(state: State, *, trained: Collection[str]) -> Sum:
-    """Begin a round."""
+def start(state: State, *, trained: Collection[str], round_index: int = 0) -> Sum:
+    """Begin a round; whatever its number, it is combined alike."""
     return WeightedMean({name: state[name] for name in trained})
 
 

@@ -6,6 +6,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from common import ranks
 from server.aggregate import factored
 from server.aggregate.kept import Kept
 from server.aggregate.method import State, Sum
@@ -16,8 +17,9 @@ _STACKED: Final = "stacked/"  # before a module's name, apart from the module's 
 class MeanOfProducts:
     """Keeps every upload of a round: the products of a sum are not the sum of the products."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, *, is_partitioned: bool = False) -> None:
         self._state = state
+        self._is_partitioned = is_partitioned
         self._kept = Kept()
 
     def add(self, upload: State, *, weight: float) -> None:
@@ -35,26 +37,50 @@ class MeanOfProducts:
             ValueError: Nothing was added.
         """
         ordered = sorted(self._kept.ordered(), key=lambda kept: kept[0])
-        total = sum(weight for weight, _ in ordered)
-        shares = [(weight / total, factored.modules(self._local(upload))) for weight, upload in ordered]
+        weights = [weight for weight, _ in ordered]
+        local = [factored.modules(self._local(upload)) for _, upload in ordered]
         stacked: dict[str, Tensor] = {}
         for module in factored.modules(self._state):
-            left_dm = torch.cat([share * pairs[module][0] for share, pairs in shares], dim=1)
-            right_mk = torch.cat([pairs[module][1] for _, pairs in shares], dim=0)
+            held = [site[module] for site in local]
+            shares = _shares(weights, [len(a_qk) for _, a_qk in held], is_partitioned=self._is_partitioned)
+            left_dm = torch.cat([share * b_dq for share, (b_dq, _) in zip(shares, held, strict=True)], dim=1)
+            right_mk = torch.cat([a_qk for _, a_qk in held], dim=0)
             stacked |= factored.named(_STACKED + module, left_dm, right_mk)
         return stacked
 
     def _local(self, upload: State) -> dict[str, Tensor]:
-        """A site's adapter after its training."""
-        return {name: tensor + upload[name] for name, tensor in self._state.items()}
+        """A site's adapter after its training, at its rank."""
+        return {name: tensor + upload[name] for name, tensor in ranks.cut(self._state, upload).items()}
 
 
-def start(state: State, *, trained: Collection[str]) -> Sum:
+def start(state: State, *, trained: Collection[str], round_index: int = 0) -> Sum:
     """Begin a round; both factors of every module are trained."""
     return MeanOfProducts({name: state[name] for name in trained})
+
+
+def start_partitioned(state: State, *, trained: Collection[str], round_index: int = 0) -> Sum:
+    """Begin a round in which component j of a product weighs among the sites that hold one, and not among all.
+
+    p_i^(j) = p_i 1[q_i >= j] / sum_l p_l 1[q_l >= j],   mean = sum_j sum_i p_i^(j) b_ij a_ij
+
+    Among all, what only larger sites hold would shrink every round, down to the smallest rank. With equal ranks it is
+    the plain mean.
+
+    Source: raFLoRA, arXiv:2602.13486.
+    """
+    return MeanOfProducts({name: state[name] for name in trained}, is_partitioned=True)
 
 
 def pairs(combined: State) -> dict[str, tuple[Tensor, Tensor]]:
     """The mean of the products of every module in a round's result; empty if it holds none."""
     found = {name: tensor for name, tensor in combined.items() if name.startswith(_STACKED)}
     return {name.removeprefix(_STACKED): pair for name, pair in factored.modules(found).items()}
+
+
+def _shares(weights: list[float], sizes: list[int], *, is_partitioned: bool) -> list[float | Tensor]:
+    """What each site's columns count; `sizes` are the sites' ranks."""
+    total = sum(weights)
+    if not is_partitioned or len(set(sizes)) == 1:
+        return [weight / total for weight in weights]
+    holding = [sum(w for w, q in zip(weights, sizes, strict=True) if q > j) for j in range(max(sizes))]
+    return [torch.tensor([weight / holding[j] for j in range(q)]) for weight, q in zip(weights, sizes, strict=True)]

@@ -3,7 +3,7 @@
 from typing import Final
 
 from common.errors import ConfigError
-from server.aggregate import fedavg, fedex, fedsvd, ffa, flexlora, flora, rolora
+from server.aggregate import fedavg, fedex, fedrot, fedsa, fedsvd, ffa, flexlora, flora, hetlora, lora_fair, rolora
 from server.aggregate.method import Method
 
 METHODS: Final[dict[str, Method]] = {
@@ -14,6 +14,10 @@ METHODS: Final[dict[str, Method]] = {
     "flexlora": flexlora,
     "fedex": fedex,
     "flora": flora,
+    "fedsa": fedsa,
+    "hetlora": hetlora,
+    "lora_fair": lora_fair,
+    "fedrot": fedrot,
 }
 
 

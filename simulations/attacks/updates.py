@@ -8,7 +8,7 @@ import torch
 
 from client.agent import Agent
 from client.train import schedule
-from common import compact, trainable, wire
+from common import compact, ranks, trainable, wire
 from common.adapter import Tensors
 from common.manifest import RunManifest
 
@@ -87,7 +87,6 @@ class CheatingSite:
     def _decode(self, reply: wire.Frame) -> Tensors:
         """The tensors of an update."""
         run = self.manifest.run
-        specs = trainable.trained_specs(
-            run.aggregation.method, self.manifest.tensor_specs, round_index=reply.head["round_index"]
-        )
+        own = ranks.specs_of(run.adapter, self.manifest.tensor_specs, reply.head["site"])
+        specs = trainable.sent_specs(run.aggregation.method, own, round_index=reply.head["round_index"])
         return compact.decode_update(reply.body, specs, run.wire)

@@ -1,16 +1,19 @@
 """Laws of the aggregation methods, against dense matrices that no method forms."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import orthonormal, trainable
+from common import orthonormal, ranks, trainable
 from common.methods import FACTS
 from common.records import TensorSpec
 from server.aggregate import factored, gap, products, table
 
 EXACT = sorted(name for name, facts in FACTS.items() if facts.is_exact)
+MIXED = sorted(name for name in EXACT if FACTS[name].mixed_ranks == "yes")
 MODULES = {"q_proj": (13, 9), "down_proj": (8, 21)}  # d x k
 
 
@@ -52,14 +55,15 @@ def weight_of(state, module: str) -> torch.Tensor:
     return b_dr.double() @ a_rk.double()
 
 
-def play(method: str, state, specs, *, round_index: int, weights, generator):
+def play(method: str, state, specs, *, round_index: int, weights, generator, site_ranks=()):
     """One round of sites that move at random; the new state, and the mean of the sites' effective weights."""
-    names = trainable.trained_names(method, specs, round_index=round_index)
+    names = trainable.sent_names(method, specs, round_index=round_index)
     combined = table.find(method).start(state, trained=names)
     ideal = {module: torch.zeros(shape, dtype=torch.float64) for module, shape in MODULES.items()}
-    for weight in weights:
-        change = {name: torch.randn(state[name].shape, generator=generator) for name in names}
-        local = {name: tensor + change.get(name, 0.0) for name, tensor in state.items()}
+    for weight, rank in itertools.zip_longest(weights, site_ranks):
+        received = ranks.cut(state, ranks.at_rank(specs, rank) if rank else specs)
+        change = {name: torch.randn(received[name].shape, generator=generator) for name in names}
+        local = {name: tensor + change.get(name, 0.0) for name, tensor in received.items()}
         for module, total in ideal.items():
             total += weight / sum(weights) * weight_of(local, module)
         combined.add(change, weight=weight)
@@ -74,7 +78,8 @@ def errors(method: str, case: dict) -> list[float]:
     found = []
     for round_index, cohort in enumerate(case["cohorts"]):
         weights = [case["weights"][site] for site in cohort]
-        after, ideal = play(method, state, specs, round_index=round_index, weights=weights, generator=generator)
+        held = {"site_ranks": [case["ranks"][site] for site in cohort]} if "ranks" in case else {}
+        after, ideal = play(method, state, specs, round_index=round_index, weights=weights, generator=generator, **held)
         assert {name: t.shape for name, t in after.items()} == {name: t.shape for name, t in state.items()}
         assert {tensor.dtype for tensor in after.values()} == {torch.float32}
         for module, wanted in ideal.items():
@@ -88,6 +93,71 @@ def errors(method: str, case: dict) -> list[float]:
 @given(case=rounds())
 def test_a_method_that_says_so_applies_the_mean_of_the_sites_effective_weights(method, case):
     assert max(errors(method, case)) < 1e-5
+
+
+@st.composite
+def mixed_rounds(draw) -> dict:
+    """Sites of ranks up to that of the global adapter."""
+    case = draw(rounds())
+    held = st.integers(1, case["rank"])
+    return {**case, "ranks": draw(st.lists(held, min_size=len(case["weights"]), max_size=len(case["weights"])))}
+
+
+@pytest.mark.parametrize("method", MIXED)
+@given(case=mixed_rounds())
+def test_a_method_that_says_so_is_exact_over_sites_of_different_ranks(method, case):
+    assert max(errors(method, case)) < 1e-5
+
+
+def test_control_one_that_cuts_for_smaller_sites_is_not():
+    case = {"rank": 4, "ranks": [1, 4, 2], "weights": [3, 1, 5], "cohorts": [[0, 1, 2]], "seed": 1}
+    assert MIXED == ["flora"]
+    assert max(errors("flora", case)) < 1e-5
+    assert min(errors("fedsvd", case)) > 0.1
+    assert max(errors("fedsvd", {**case, "ranks": [4, 4, 4]})) < 1e-5
+
+
+@given(case=mixed_rounds())
+def test_under_fedsvd_a_smaller_site_moves_what_it_holds_and_nothing_else(case):
+    """By numpy's padding: B A grows by the mean of the sites' changes, zero where a site holds nothing, times A."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    specs = specs_of("fedsvd", case["rank"])
+    state = begin("fedsvd", specs, generator)
+    combined = table.find("fedsvd").start(state, trained=[n for n in state if ".lora_B." in n])
+    moved = {module: torch.zeros(shape[0], case["rank"], dtype=torch.float64) for module, shape in MODULES.items()}
+    for weight, rank in zip(case["weights"], case["ranks"], strict=True):
+        change = {f"{m}.lora_B.weight": torch.randn(d, rank, generator=generator) for m, (d, _) in MODULES.items()}
+        combined.add(change, weight=weight)
+        for module, total in moved.items():
+            total[:, :rank] += weight / sum(case["weights"]) * change[f"{module}.lora_B.weight"].double()
+    after = table.find("fedsvd").apply(state, combined.result())
+    for module, (b_dr, a_rk) in factored.modules(state).items():
+        wanted = (b_dr.double() + moved[module]) @ a_rk.double()
+        assert float((weight_of(after, module) - wanted).norm()) < 1e-5 * float(wanted.norm())
+
+
+@given(case=mixed_rounds())
+def test_flexlora_weighs_each_component_among_the_sites_that_hold_it(case):
+    """raFLoRA's mean, component by component, on dense matrices; then cut as ever."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    specs, rank = specs_of("flexlora", case["rank"]), case["rank"]
+    state = begin("flexlora", specs, generator)
+    combined = table.find("flexlora").start(state, trained=list(state))
+    ideal = {module: torch.zeros(shape, dtype=torch.float64) for module, shape in MODULES.items()}
+    for weight, held in zip(case["weights"], case["ranks"], strict=True):
+        received = ranks.cut(state, ranks.at_rank(specs, held))
+        change = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in received.items()}
+        combined.add(change, weight=weight)
+        for module in MODULES:
+            b_dq, a_qk = (received[n] + change[n] for n in (f"{module}.lora_B.weight", f"{module}.lora_A.weight"))
+            for j in range(held):
+                among = sum(w for w, q in zip(case["weights"], case["ranks"], strict=True) if q > j)
+                ideal[module] += weight / among * torch.outer(b_dq[:, j].double(), a_qk[j].double())
+    after = table.find("flexlora").apply(state, combined.result())
+    for module, wanted in ideal.items():
+        values = torch.linalg.svdvals(wanted)
+        lost = float((weight_of(after, module) - wanted).norm())
+        assert lost == pytest.approx(float(values[rank:].norm()), rel=1e-4, abs=1e-5 * float(values[0]))
 
 
 def test_control_the_mean_of_both_factors_does_not():
@@ -118,12 +188,19 @@ def test_flexlora_is_the_best_adapter_of_its_rank(case):
         assert lost == pytest.approx(float(values[rank:].norm()), rel=1e-4, abs=1e-5 * float(values[0]))
 
 
+@given(case=rounds())
+def test_lora_fair_is_never_further_off_than_the_mean_of_both_factors(case):
+    """It is the least of the error plus lambda times the correction, which the plain mean has at zero correction."""
+    found = [max(errors(method, {**case, "cohorts": case["cohorts"][:1]})) for method in ("lora_fair", "fedavg")]
+    assert found[0] <= found[1] + 1e-5
+
+
 @pytest.mark.parametrize("method", ["fedex", "flora"])
 def test_a_side_adapter_that_is_too_narrow_loses_what_it_must_and_the_loss_is_told(method):
     generator = torch.Generator().manual_seed(2)
     specs = specs_of(method, 3, residual_rank=4)
     state = begin(method, specs, generator)
-    names = trainable.trained_names(method, specs, round_index=0)
+    names = trainable.sent_names(method, specs, round_index=0)
     combined = table.find(method).start(state, trained=names)
     ideal = {module: torch.zeros(shape, dtype=torch.float64) for module, shape in MODULES.items()}
     for _ in range(3):
@@ -168,7 +245,7 @@ def test_fedsvd_keeps_the_rows_of_a_orthonormal(case):
 def test_the_order_of_arrival_does_not_change_a_bit(method):
     specs = specs_of(method, 4)
     state = begin(method, specs, torch.Generator().manual_seed(1))
-    names = trainable.trained_names(method, specs, round_index=0)
+    names = trainable.sent_names(method, specs, round_index=0)
     changes = [
         {name: torch.randn(state[name].shape, generator=torch.Generator().manual_seed(site)) for name in names}
         for site in range(4)
@@ -186,7 +263,7 @@ def test_the_order_of_arrival_does_not_change_a_bit(method):
 def test_a_weight_that_is_not_positive_and_a_round_of_nobody_are_refused(method):
     specs = specs_of(method, 2)
     state = begin(method, specs, torch.Generator().manual_seed(1))
-    names = trainable.trained_names(method, specs, round_index=0)
+    names = trainable.sent_names(method, specs, round_index=0)
     combined = table.find(method).start(state, trained=names)
     with pytest.raises(ValueError, match="weight"):
         combined.add({name: state[name] for name in names}, weight=0.0)

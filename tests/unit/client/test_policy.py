@@ -106,6 +106,12 @@ def test_a_run_that_trains_nothing_is_refused():
     assert refused(rules(), RunManifest(run().run, BASE, ())).rule == "lora.targets"
 
 
+def test_every_rank_of_a_run_must_be_allowed():
+    mixed = {"aggregation.method": "fedsvd", "adapter.site_ranks": "south = 2"}
+    policy.check(rules(r="[2, 16]"), run(mixed), Usage())
+    assert refused(rules(r="[3, 16]"), run(mixed)).rule == "lora.r"
+
+
 def test_a_side_adapter_and_the_methods_that_keep_one_need_a_line_of_their_own():
     beside = (TensorSpec("m.q_proj.residual_A.weight", (8, 4)), TensorSpec("m.q_proj.residual_B.weight", (4, 8)))
     kept = run({"aggregation.method": "fedex", "aggregation.residual_rank": "8"})

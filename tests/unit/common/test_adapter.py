@@ -5,7 +5,7 @@ import struct
 import pytest
 import torch
 
-from common import adapter
+from common import adapter, ranks
 from common.errors import ModelError, WireError
 from common.records import TensorSpec
 
@@ -229,6 +229,26 @@ def test_write_refuses_an_adapter_of_another_shape_and_leaves_the_model_alone(en
     with pytest.raises(ModelError, match="found \\(1, 1\\)"):
         adapter.write(engine.model, {key: tensor + 1 for key, tensor in wrong.items()})
     assert torch.equal(adapter.read(engine.model)[name], engine.initial[name])
+
+
+def test_an_adapter_of_another_rank_takes_the_place_of_the_models_at_the_same_scale(engine):
+    generator = torch.Generator().manual_seed(1)
+    small = {
+        spec.name: 0.1 * torch.randn(spec.shape, generator=generator) for spec in ranks.at_rank(engine.tensor_specs, 2)
+    }
+    ids = torch.arange(12).unsqueeze(0) + 40
+    answers = []
+    for tensors in (small, ranks.padded(small, engine.initial), engine.initial):
+        adapter.write(engine.model, tensors)
+        engine.model.eval()
+        assert all(torch.equal(found, tensors[name]) for name, found in adapter.read(engine.model).items())
+        with torch.no_grad():
+            answers.append(engine.model(input_ids=ids).logits)
+    assert torch.allclose(answers[0], answers[1], atol=1e-4)
+    assert not torch.allclose(answers[0], answers[2], atol=1e-2)  # the control
+    name = engine.tensor_specs[0].name
+    with pytest.raises(ModelError, match="expected"):
+        adapter.write(engine.model, {**engine.initial, name: engine.initial[name][:1]})
 
 
 def test_names_are_those_under_which_peft_saves(engine, tmp_path):

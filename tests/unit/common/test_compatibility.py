@@ -9,18 +9,23 @@ from common.methods import FACTS
 from tests import tiny
 
 # Written down from the papers, not from the facts: secure aggregation, record DP, central DP, quantised base, mixed
-# ranks, server optimizer, central polishing, robust aggregation, sparse updates, steps down.
+# ranks, server optimizer, central polishing, robust aggregation, sparse updates, steps down, own rows.
 EXPECTED = {
-    "fedavg": "yes yes yes yes no yes yes yes yes yes",
-    "ffa": "yes yes yes yes no yes yes yes yes yes",
-    "fedsvd": "yes yes yes yes yes no yes yes no no",
-    "rolora": "yes yes yes yes no yes yes yes yes yes",
-    "flexlora": "no yes no yes yes no yes no no no",
-    "fedex": "no no no yes no no yes no yes no",
-    "flora": "no no no yes yes no yes no no no",
+    "fedavg": "yes yes yes yes no yes yes yes yes yes yes",
+    "ffa": "yes yes yes yes no yes yes yes yes yes yes",
+    "fedsvd": "yes yes yes yes yes no yes yes no no yes",
+    "rolora": "yes yes yes yes no yes yes yes yes yes yes",
+    "flexlora": "no yes no yes yes no yes no no no yes",
+    "fedex": "no no no yes no no yes no yes no yes",
+    "flora": "no no no yes yes no yes no no no yes",
+    "fedsa": "yes yes yes yes no yes no yes yes yes no",
+    "hetlora": "no yes no yes yes no yes no no no yes",
+    "lora_fair": "no yes no yes no no yes no no no yes",
+    "fedrot": "no yes no yes no no yes no no no yes",
 }
 ASKING = {
     "quantised base": {"model.quantization": "nf4"},
+    "mixed ranks": {"adapter.site_ranks": "north = 2"},
     "server optimizer": {"aggregation.server_optimizer": "fedavgm"},
     "robust aggregation": {
         "aggregation.robust": "median",
@@ -30,6 +35,7 @@ ASKING = {
     },
     "sparse updates": {"wire.density": "0.1"},
     "steps down": {"wire.down": "int4"},
+    "coordinator's own rows": {"evaluation.server_data": "rows.jsonl"},
     "record DP": {
         "privacy.mode": "unit",
         "privacy.sampling_prob": "0.1",
@@ -85,7 +91,7 @@ def test_control_no_feature_is_asked_for_by_itself(feature):
 def test_every_refusal_that_a_run_file_can_cause_is_a_rule():
     refused = [cell for feature, cell in compatibility.cells() if feature.keys and not cell.is_allowed]
     rules = [rule for rule in config_rules.RUN_RULES if "with this method" in rule.message]
-    assert len(rules) == len(refused) == 19
+    assert len(rules) == len(refused) == 42
 
 
 def test_a_side_adapter_needs_a_rank_and_only_methods_that_keep_one_take_it():
@@ -101,6 +107,8 @@ def test_a_large_gap_calls_for_the_nearest_exact_method():
     assert compatibility.without_gap(tiny.settings("tiny")) == "rolora"
     assert compatibility.without_gap(tiny.settings("tiny", {"aggregation.method": "flexlora"})) == "fedsvd"
     assert compatibility.without_gap(tiny.settings("tiny", {"aggregation.method": "ffa"})) == ""
+    mixed = {"aggregation.method": "flexlora", **ASKING["mixed ranks"]}
+    assert compatibility.without_gap(tiny.settings("tiny", mixed)) == ""  # fedsvd would cut for smaller sites
 
 
 def test_it_is_one_that_the_runs_other_settings_allow(monkeypatch):

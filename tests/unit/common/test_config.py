@@ -167,6 +167,9 @@ KRUM = ["aggregation.robust = 'krum'", "aggregation.num_bad_sites = 1"]
 UNIFORM = "aggregation.weighting = 'uniform'"
 TASK = "{name = 'a', kind = 'choice', data = 'rows.jsonl'}"
 BROKEN_RULES = [
+    ("aggregation.weighting", 7, ["aggregation.weighting = 'uniform'", "aggregation.method = 'hetlora'"]),
+    ("adapter.site_ranks", 7, ["adapter.site_ranks = 'north = 16'", "aggregation.method = 'fedsvd'"]),
+    ("adapter.site_ranks", 7, ["adapter.site_ranks = 'a = 2, a = 4'", "aggregation.method = 'flexlora'"]),
     ("model.revision", 4, ["model.revision = 'main'"]),
     ("data.output_column", 7, ["data.output_column = 'input'"]),
     ("data.site_column", 7, ["data.site_column = ''"]),
@@ -206,6 +209,16 @@ BROKEN_RULES = [
     ("wire.density", 11, [*PRIVATE, "wire.density = 0.1"]),
     ("wire.density", 13, [*KRUM, UNIFORM, "federation.min_sites = 5", "wire.density = 0.1"]),
     ("wire.error_feedback", 7, ["wire.error_feedback = false"]),
+    (
+        "adapter.site_ranks",
+        7,
+        [
+            "adapter.site_ranks = 'a = 2'",
+            "aggregation.method = 'fedsvd'",
+            "federation.min_sites = 4",
+            "aggregation.screening = 'drop'",
+        ],
+    ),
     ("aggregation.weighting", 5, SITE[:-1]),
     ("aggregation.robust", 14, [*SITE, "federation.min_sites = 5", "aggregation.num_bad_sites = 1", KRUM[0]]),
     ("aggregation.screening", 13, [*SITE, "federation.min_sites = 5", "aggregation.screening = 'drop'"]),
@@ -367,7 +380,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "d8df3f124a68f66bf64c94f4cda91892fd5309e925079783aa7405bc92b007d6"
+        "e9432e63cd2f5ff6096268911e77d6ce7463055203ec74ebc30ecbcc82b2eab2"
     )
 
 

@@ -46,13 +46,29 @@ def test_what_is_fixed_is_never_trained_and_what_is_trained_is_sent_down(method)
 
 
 @pytest.mark.parametrize("method", FACTS)
+def test_what_is_trained_is_sent_or_stays_and_nothing_else_does(method):
+    for number in range(3):
+        names = set(trained(method, number))
+        sent = set(trainable.sent_names(method, SPECS, round_index=number))
+        assert sent
+        assert names - sent == {spec.name for spec in trainable.kept_specs(method, SPECS)}
+
+
+def test_under_fedsa_the_up_projections_are_trained_and_never_travel():
+    assert trained("fedsa") == NAMES
+    downs = ("k_proj.lora_A.weight", "q_proj.lora_A.weight")
+    assert trainable.sent_names("fedsa", SPECS, round_index=0) == downs
+    assert tuple(spec.name for spec in trainable.received_specs("fedsa", SPECS)) == downs
+
+
+@pytest.mark.parametrize("method", FACTS)
 def test_the_declaration_allows_the_largest_update_and_not_a_whole_adapter_more(method):
     side = {"aggregation.residual_rank": "8"} if FACTS[method].base_delta == "residual" else {}
     run = tiny.settings("tiny", {"aggregation.method": method, **side})
     declared = egress.declare(run, SPECS)
     sizes = [egress.num_update_bytes(turn, dtype="float32") for turn in trainable.all_turns(method, SPECS)]
     assert declared.bytes_per_message == max(sizes)
-    assert declared.factors == FACTS[method].trains
+    assert declared.factors == FACTS[method].sends
 
 
 def test_training_only_freezes_the_others_and_gives_them_back(engine):

@@ -97,7 +97,7 @@ def update(manifest, engine):
 
 
 def read(data: bytes, manifest: RunManifest):
-    return collect.read_update(data, manifest, RoundPlan(manifest.sha256, 1))
+    return collect.read_update(data, manifest, RoundPlan(manifest.sha256, 1), site="north")
 
 
 def test_a_right_update_is_read(update, manifest, engine):

@@ -48,10 +48,23 @@ def test_a_private_run_tells_its_curve_and_no_figure_of_drawn_rows(play):
     assert "A patient of two sites loses the sum" in card
 
 
-@pytest.mark.parametrize("method", [name for name, facts in FACTS.items() if facts.base_delta == "none"])
+METHODS = [
+    pytest.param(name, marks=pytest.mark.slow if facts.is_experimental else ())
+    for name, facts in FACTS.items()
+    if facts.base_delta == "none"
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_without_a_side_adapter_has_private_runs(play, method):
     _, outcome, _ = play({"aggregation.method": f'"{method}"'})
     assert all(bool(tensor.isfinite().all()) for tensor in outcome.tensors.values())
+
+
+def test_sites_of_different_ranks_have_private_runs(play):
+    _, outcome, log = play({"aggregation.method": '"flexlora"', "adapter.site_ranks": '"west = 1, south = 2"'})
+    assert sorted(outcome.sites) == ["north", "south", "west"]
+    assert not [event for event in log if event["kind"] == "site_failed"]
 
 
 def test_a_study_with_a_seed_can_be_repeated_and_gone_on_with(play):

@@ -71,3 +71,36 @@ def test_rows_are_not_changed_by_a_run(play, sites):
     before = {site: dataclasses.replace(data, train=list(data.train)) for site, data in sites.items()}
     play(sites)
     assert sites == before
+
+
+def test_under_fedsa_every_site_ends_with_an_adapter_of_its_own_and_the_coordinator_with_none(play, sites, tmp_path):
+    from safetensors.torch import load_file
+
+    from common.errors import ConfigError
+    from server import finish
+
+    changes = {"aggregation.method": "fedsa", "training.local_epochs": "2"}
+    outcome = play(sites, changes)
+    files = {site: outcome.folder / "sites" / site / "adapter" / "adapter_model.safetensors" for site in sites}
+    taken = {site: load_file(path) for site, path in files.items()}
+    for name, tensor in outcome.tensors.items():
+        is_own = ".lora_B." in name
+        assert is_own == (not tensor.any())
+        assert all(torch.equal(taken[site][name], tensor) != is_own for site in sites)
+    assert not (outcome.folder / "adapter").exists()
+    log = events.read(outcome.folder / "events.jsonl")
+    assert log[-1]["adapter"] == ""
+    with pytest.raises(ConfigError, match="export-adapter"):
+        finish.stored(outcome.folder, num_rounds=0)
+    last = [event for event in log if event["kind"] == "evaluated"][-1]
+    first = next(event for event in log if event["kind"] == "evaluated")
+    assert all(last["sites"][site]["loss"] < first["sites"][site]["loss"] for site in sites)
+
+
+def test_a_study_that_scores_a_global_adapter_is_refused_where_there_is_none(tiny_base):
+    from common.errors import ConfigError
+
+    settings = tiny.settings(tiny_base, {"aggregation.method": "fedsa"})
+    with pytest.raises(ConfigError, match="each site has its own; the nearest method with one is 'fedavg'"):
+        world.require_global(settings, what="a comparison")
+    world.require_global(tiny.settings(tiny_base), what="a comparison")  # the control
