@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from common import compatibility, config_hints
+from common import compatibility, config_hints, kind_rules
+from common.kinds import DEFAULTS
 from common.methods import FACTS
 
 if TYPE_CHECKING:
@@ -153,6 +154,37 @@ def _refused_combinations() -> tuple[Rule, ...]:
     )
 
 
+def _is_combined_kind(config: RunConfig, kind: str, feature: kind_rules.KindFeature) -> bool:
+    return config.adapter.kind == kind and feature.is_asked(config)
+
+
+def _refused_kinds() -> tuple[Rule, ...]:
+    """One rule for each cell of the table of kinds that says no, and one for each setting that a kind may not use."""
+    refused = tuple(
+        Rule(
+            ("adapter.kind", *feature.keys),
+            functools.partial(_is_combined_kind, kind=cell.kind, feature=feature),
+            f"no {feature.name} with this kind: {cell.reason}; {feature.remedy}, or adapter.kind = '{cell.nearest}'",
+        )
+        for feature, cell in kind_rules.kind_cells()
+        if feature.keys and not cell.is_allowed
+    )
+    unused = tuple(
+        Rule(
+            (f"adapter.{key}", "adapter.kind"),
+            functools.partial(kind_rules.is_unused, key=key),
+            "this kind does not use it; remove it or choose another kind",
+        )
+        for key in DEFAULTS
+    )
+    too_high = Rule(
+        ("adapter.target_r", "adapter.r"),
+        lambda c: c.adapter.kind == "adalora" and c.adapter.target_r > c.adapter.r,
+        "ranks only fall; it must not be above r",
+    )
+    return (*refused, *unused, too_high)
+
+
 _SITES_FOR_BAD = {"median": (2, 1), "trimmed_mean": (2, 1), "krum": (2, 3), "multi_krum": (2, 3), "bulyan": (4, 3)}
 
 
@@ -169,6 +201,7 @@ def _keeps_residual(config: RunConfig) -> bool:
 
 RUN_RULES = (
     *_refused_combinations(),
+    *_refused_kinds(),
     Rule(
         ("aggregation.residual_rank", "aggregation.method"),
         lambda c: _keeps_residual(c) and not c.aggregation.residual_rank,

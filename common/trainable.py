@@ -10,7 +10,7 @@ from common.records import TensorSpec
 
 
 def factor_of(name: str) -> str:
-    """`A` or `B`, by a tensor's name; empty for a tensor of the side adapter, which nobody trains.
+    """`A` or `B`, by a tensor's name; empty for a tensor of the side adapter; of other kinds anything else.
 
     Example:
         >>> factor_of("base_model.model.q_proj.lora_A.weight"), factor_of("base_model.model.q_proj.residual_A.weight")
@@ -29,8 +29,13 @@ def trained_specs(method: str, tensor_specs: Sequence[TensorSpec], *, round_inde
         round_index: From 0.
     """
     turns = FACTS[method].trains
-    factors = turns[round_index % len(turns)]
-    return tuple(spec for spec in tensor_specs if factor_of(spec.name) in tuple(factors))
+    left_out = {"A", "B"} - set(turns[round_index % len(turns)])
+    return tuple(spec for spec in tensor_specs if factor_of(spec.name) not in left_out and not is_side(spec.name))
+
+
+def is_side(name: str) -> bool:
+    """Whether a tensor is of the side adapter, which nobody trains."""
+    return ".residual_" in name
 
 
 def trained_names(method: str, tensor_specs: Sequence[TensorSpec], *, round_index: int) -> tuple[str, ...]:

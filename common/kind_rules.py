@@ -1,0 +1,168 @@
+"""Which kind of adapter goes together with what: a table of cells, each derived from the kind's facts; loads no torch.
+
+A run file that combines what a cell refuses is an error (`common.config_rules`); `silotune-server methods` and
+docs/methods.md print the table. Cells without keys are what an export or a site's hardware asks for later.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from common.kinds import DEFAULTS, KINDS, Kind
+
+if TYPE_CHECKING:
+    from common.config import RunConfig
+
+NO_FACTORS: Final = "it has no plain pair A and B"
+
+
+@dataclass(frozen=True)
+class KindFeature:
+    """What a kind may or may not be combined with.
+
+    Attributes:
+        name: Column of the table.
+        why_not: Why a kind refuses it; empty where it does not.
+        remedy: What to set instead, beside another kind; may be empty.
+        keys: Settings that ask for it; none where no run file can.
+        is_asked: Whether a run asks for it.
+    """
+
+    name: str
+    why_not: Callable[[Kind], str]
+    remedy: str = ""
+    keys: tuple[str, ...] = ()
+    is_asked: Callable[["RunConfig"], bool] = lambda run: False
+
+
+@dataclass(frozen=True)
+class KindCell:
+    """One kind with one feature; `nearest` is the kind to take instead, empty where it is allowed."""
+
+    kind: str
+    feature: str
+    is_allowed: bool
+    reason: str = ""
+    nearest: str = ""
+
+
+def _unless_factors(kind: Kind) -> str:
+    return "" if kind.has_factors else NO_FACTORS
+
+
+def _not_on(quantization: str) -> Callable[[Kind], str]:
+    def why_not(kind: Kind) -> str:
+        if quantization in kind.bases:
+            return ""
+        return "it trains the weights themselves" if kind.name == "full" else "peft cannot read such weights for it"
+
+    return why_not
+
+
+def _half_precision(kind: Kind) -> str:
+    return "its float32 weights stand in the base's own path" if kind.float32_on else ""
+
+
+def _computes_in_half(run: "RunConfig") -> bool:
+    facts = KINDS[run.adapter.kind]
+    return run.model.dtype in ("bfloat16", "float16") and run.model.quantization in facts.float32_on
+
+
+def _checkpointing(kind: Kind) -> str:
+    return "keys and values that stand before the row are a cache, which checkpointing excludes" if (
+        kind.name == "prefix_tuning"
+    ) else ""
+
+
+def _server_optimizer(kind: Kind) -> str:
+    return "momentum would bring back what the coordinator has zeroed" if kind.name == "adalora" else ""
+
+
+def _merged(kind: Kind) -> str:
+    return "" if kind.is_mergeable else "virtual tokens are no part of any weight"
+
+
+def _gap(kind: Kind) -> str:
+    return "" if kind.has_factors else "the gap is measured on A and B; elsewhere the table says whether there is one"
+
+
+KIND_FEATURES: Final = (
+    KindFeature(
+        "methods beside fedavg",
+        _unless_factors,
+        "set aggregation.method = 'fedavg'",
+        ("aggregation.method",),
+        lambda run: run.aggregation.method != "fedavg",
+    ),
+    KindFeature(
+        "int8 base",
+        _not_on("int8"),
+        "set model.quantization to another",
+        ("model.quantization",),
+        lambda run: run.model.quantization == "int8",
+    ),
+    KindFeature(
+        "nf4 base",
+        _not_on("nf4"),
+        "set model.quantization to another",
+        ("model.quantization",),
+        lambda run: run.model.quantization == "nf4",
+    ),
+    KindFeature(
+        "16-bit compute",
+        _half_precision,
+        "set model.dtype = 'float32'",
+        ("model.dtype", "model.quantization"),
+        _computes_in_half,
+    ),
+    KindFeature(
+        "server optimizer",
+        _server_optimizer,
+        "set aggregation.server_optimizer = 'none'",
+        ("aggregation.server_optimizer",),
+        lambda run: run.aggregation.server_optimizer != "none",
+    ),
+    KindFeature(
+        "stacked clipping",
+        _unless_factors,
+        "set privacy.clipping = 'microbatch' or 'auto'",
+        ("privacy.clipping",),
+        lambda run: run.privacy.is_private and run.privacy.clipping == "stacked",
+    ),
+    KindFeature(
+        "opacus clipping",
+        _unless_factors,
+        "set privacy.clipping = 'microbatch' or 'auto'",
+        ("privacy.clipping",),
+        lambda run: run.privacy.is_private and run.privacy.clipping == "opacus",
+    ),
+    KindFeature(
+        "checkpointing",
+        _checkpointing,
+        "set training.gradient_checkpointing = false",
+        ("training.gradient_checkpointing",),
+        lambda run: run.training.gradient_checkpointing,
+    ),
+    KindFeature("gap shown", _gap),
+    KindFeature("sealed adapter, vLLM", _unless_factors, "export --output writes the peft folder of any kind"),
+    KindFeature("merged, nf4, int8, GGUF export", _merged, "export --output writes the peft folder of any kind"),
+)
+
+
+def kind_cell(kind: Kind, feature: KindFeature) -> KindCell:
+    """One cell of the table."""
+    reason = feature.why_not(kind)
+    nearest = next((name for name in (*kind.nearest, "lora") if not feature.why_not(KINDS[name])), "lora")
+    return KindCell(kind.name, feature.name, not reason, reason, nearest if reason else "")
+
+
+def kind_cells() -> Iterator[tuple[KindFeature, KindCell]]:
+    """The whole table, kinds in their order."""
+    for kind in KINDS.values():
+        for feature in KIND_FEATURES:
+            yield feature, kind_cell(kind, feature)
+
+
+def is_unused(run: "RunConfig", key: str) -> bool:
+    """Whether a setting of `[adapter]` was set that the run's kind does not look at."""
+    return key not in KINDS[run.adapter.kind].settings and getattr(run.adapter, key) != DEFAULTS[key]
