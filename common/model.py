@@ -60,7 +60,8 @@ class Engine:
     def num_base_parameters(self) -> int:
         """Parameters of the frozen base; packed 4-bit weights count as what they stand for."""
         num_trainable, num_all = self.model.get_nb_trainable_parameters()  # type: ignore[operator]
-        num_beside = sum(parameter.numel() for parameter in adapter.side_parameters(self.model).values())
+        beside = (p for name, p in self.model.named_parameters() if f".{adapter.SIDE}." in name or ".ranknum." in name)
+        num_beside = sum(parameter.numel() for parameter in beside)
         return int(num_all - num_trainable - num_beside)
 
 
@@ -251,10 +252,11 @@ def lora_config(settings: config.AdapterConfig) -> LoraConfig:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Without the warning that peft 0.21 asks transformers 5.23 for something by its old name."""
+    """Without what peft 0.21 warns of and what is meant or harmless here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        warnings.filterwarnings("ignore", message="Specified to not save vera_A", category=UserWarning)
+        for told in ("Specified to not (save|load) vera_A", "Unsupported layer type", "Position ids are not supported"):
+            warnings.filterwarnings("ignore", message=told, category=UserWarning)
         yield
 
 
@@ -372,15 +374,16 @@ def answer(engine: Engine, prompt_ids: Sequence[Sequence[int]], *, max_new_token
     padded = [[tokenizer.pad_token_id] * (width - len(ids)) + list(ids) for ids in prompt_ids]
     mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids]
     engine.model.eval()
-    output_bt = engine.model.generate(  # type: ignore[operator]
-        input_ids=torch.tensor(padded, device=engine.device),
-        attention_mask=torch.tensor(mask, device=engine.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=list(prompts.stop_ids(tokenizer)),
-    )
+    with quiet_peft():
+        output_bt = engine.model.generate(  # type: ignore[operator]
+            input_ids=torch.tensor(padded, device=engine.device),
+            attention_mask=torch.tensor(mask, device=engine.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=list(prompts.stop_ids(tokenizer)),
+        )
     return tokenizer.batch_decode(output_bt[:, width:], skip_special_tokens=True)
 
 

@@ -10,12 +10,13 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from common import adapter, model, privacy_plan, prompts, storage
+from common import adapter, config, model, privacy_plan, prompts, storage
 from common.adapter import Tensors
 from common.errors import ConfigError, ModelError
 from common.events import Event
+from common.kinds import KINDS
 from common.manifest import RunManifest
-from server import export_canonical
+from server import export_canonical, export_kind
 from server.aggregate import factored
 
 CARD_TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -32,7 +33,7 @@ def save_adapter(
 ) -> None:
     """Write `adapter_model.safetensors`, `adapter_config.json` and a model card that plain peft loads.
 
-    The adapter is canonical (`server/export_canonical.py`).
+    LoRA is written canonical (`server/export_canonical.py`), any other kind as peft saves it (`server/export_kind.py`).
 
     Args:
         folder: Where to.
@@ -45,13 +46,14 @@ def save_adapter(
     Raises:
         StorageError: Disk full or not writable.
     """
-    found = export_canonical.canonical(tensors, run_manifest.run.adapter)
-    storage.write_atomic(folder / "adapter_model.safetensors", adapter.encode(found, dtype="float32"))
     base = run_manifest.run.model.base
-    modules = adapter.module_names(adapter.specs(found))
     told = None if is_path(base) else base
-    rank = export_canonical.rank_of(found)
-    export_canonical.save_config(folder, export_canonical.lora_config(rank, modules, base=told))
+    if run_manifest.run.adapter.kind == "lora":
+        found, peft_config = export_canonical.parts(tensors, run_manifest.run.adapter, base=told)
+    else:
+        found, peft_config = export_kind.parts(tensors, run_manifest.run, base=told)
+    storage.write_atomic(folder / "adapter_model.safetensors", adapter.encode(found, dtype="float32"))
+    export_canonical.save_config(folder, peft_config)
     text = card(run_manifest, num_rounds=num_rounds, sites=sites, log=log, kind="adapter")
     storage.write_atomic(folder / "README.md", text.encode())
 
@@ -78,13 +80,15 @@ def card(
         formats: What an export holds.
     """
     settings = run_manifest.run
-    specs = export_canonical.specs(run_manifest.tensor_specs)
+    is_lora = settings.adapter.kind == "lora"
+    specs = export_canonical.specs(run_manifest.tensor_specs) if is_lora else run_manifest.tensor_specs
     evaluated = {event["num_rounds"]: event for event in log if event["kind"] == "evaluated"}
     scored = {event["num_rounds"]: event for event in log if event["kind"] == "scored"}
     template = jinja2.Template(CARD_TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
     text: str = template.render(
         run=settings, manifest=run_manifest, sites=sites, num_rows=sum(sites.values()), num_rounds=num_rounds,
-        rank=next(spec.shape[0] for spec in specs if spec.name.endswith(factored.A_SUFFIX)),
+        rank=next((spec.shape[0] for spec in specs if is_lora and spec.name.endswith(factored.A_SUFFIX)), 0),
+        title=KINDS[settings.adapter.kind].title, trained=_trained(settings.adapter),
         has_side=len(specs) < len(run_manifest.tensor_specs), num_parameters=adapter.num_parameters(specs),
         base=base_name(settings.model.base), is_path=is_path(settings.model.base),
         before=evaluated.get(0), after=evaluated.get(num_rounds), kind=kind, licence=licence, formats=formats,
@@ -92,6 +96,15 @@ def card(
         epsilon=privacy_plan.epsilon(settings) if settings.privacy.is_private else None,
     )  # fmt: skip
     return text
+
+
+def _trained(settings: config.AdapterConfig) -> str:
+    """Kind and settings of the adapter, for people."""
+    if settings.kind == "lora":
+        title = f"LoRA r = {settings.r}, alpha = {settings.alpha}, {settings.targets}"
+        return title + (", rsLoRA" if settings.use_rslora else "")
+    kind = KINDS[settings.kind]
+    return ", ".join([kind.title, *(f"{key} = {getattr(settings, key)}" for key in kind.settings)])
 
 
 def is_path(base: str) -> bool:

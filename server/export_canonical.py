@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -58,6 +58,14 @@ def canonical(tensors: Tensors, settings: config.AdapterConfig) -> dict[str, Ten
     return found
 
 
+def parts(
+    tensors: Tensors, settings: config.AdapterConfig, *, base: str | None
+) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Tensors and configuration of a run's adapter in the canonical form; `base` is what peft is told of it."""
+    found = canonical(tensors, settings)
+    return found, lora_config(rank_of(found), adapter.module_names(adapter.specs(found)), base=base)
+
+
 def rank_of(tensors: Tensors) -> int:
     """The rank of a canonical adapter.
 
@@ -99,13 +107,13 @@ def settings_of(lora: LoraConfig) -> dict[str, Any]:
     return {key: sorted(value) if isinstance(value, set) else value for key, value in found.items()}
 
 
-def save_config(folder: Path, lora: LoraConfig) -> None:
+def save_config(folder: Path, made: PeftConfig) -> None:
     """Write `adapter_config.json`.
 
     Raises:
         StorageError: Disk full or not writable.
     """
     try:
-        lora.save_pretrained(str(folder))
+        made.save_pretrained(str(folder))
     except OSError as error:
         raise storage_error(folder, error) from error

@@ -15,6 +15,7 @@ from common import config, model, storage
 from common.adapter import Tensors
 from common.errors import ConfigError
 from common.events import Event
+from common.kinds import KINDS
 from common.manifest import RunManifest
 from server import export, export_canonical, export_gguf, seal
 from server.seal import FORMATS
@@ -106,11 +107,29 @@ def _check_possible(source: Exported, formats: Sequence[str], base: Path | None)
     """What is known to fail must not fail after minutes of merging."""
     if base is None and (needing := sorted(NEED_BASE & set(formats))):
         raise ConfigError(f"--formats {needing[0]} needs the base; give its folder with --base")
+    _check_kind(source.run_manifest.run.adapter.kind, formats)
+    if source.run_manifest.run.adapter.kind != "lora":
+        return
     rank = export_canonical.rank_of(export_canonical.canonical(source.tensors, source.run_manifest.run.adapter))
     if "vllm" in formats and rank not in export_canonical.RANKS:
         raise ConfigError(
             f"--formats vllm: the adapter has rank {rank}, vLLM takes up to {export_canonical.RANKS[-1]}; "
             "export merged instead, or train with a smaller aggregation.residual_rank"
+        )
+
+
+def _check_kind(kind: str, formats: Sequence[str]) -> None:
+    """What this kind of adapter can become."""
+    facts = KINDS[kind]
+    if not facts.has_factors and (plain := [name for name in ("peft", "vllm") if name in formats]):
+        raise ConfigError(
+            f"--formats {plain[0]}: a sealed adapter is plain LoRA, and this run trained '{kind}'; give --output for its "
+            "peft folder" + (", or export merged" if facts.is_mergeable else "")
+        )
+    if not facts.is_mergeable and (merged := sorted(NEED_BASE & set(formats))):
+        raise ConfigError(
+            f"--formats {merged[0]}: '{kind}' is virtual tokens and no part of any weight, so it cannot be merged; give "
+            "--output for its peft folder"
         )
 
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.errors import ConfigError, ProtocolError, SilotuneError, TooFewSitesError, WireError
+from common.kinds import KINDS
 from common.records import RoundPlan, UpdateHead
-from server import checkpoint, collect, federation, sampling
+from server import checkpoint, collect, federation, ranks, sampling
 from server.aggregate import bound, gap, optimizer, products, robust
 from server.aggregate.method import State, Sum
 from server.evaluate import answers, held_out
@@ -69,6 +70,7 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
     averaged = fed.method.apply(state, combined)
     step, fed.memory = optimizer.step(combined, fed.memory, settings=fed.manifest.run.aggregation)
     after = averaged if step is combined else fed.method.apply(state, step)
+    after = ranks.agree(after, combined, run=fed.manifest.run, num_done=round_index + 1)
     norms = _gap(tally, state, averaged, combined)
     _require_rank(fed, norms)
     digest = checkpoint.save(
@@ -83,6 +85,7 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
         num_updates=len(tally.heads),
         train_loss=_train_loss(tally.heads),
         gap=gap.whole(norms.values()) if norms else None,
+        **({} if (rank := ranks.left(after)) is None else {"rank": rank}),
         gap_modules={name: gap.whole([pair]) for name, pair in norms.items()},
         bytes_down=sum(map(len, frames.values())),
         bytes_up=tally.bytes_up,
@@ -129,7 +132,8 @@ def _collect(fed: Federation, state: State, plan: RoundPlan, frames: dict[int, b
     facts = fed.method.facts
     settings = fed.manifest.run.aggregation
     if settings.robust == "none":
-        meter = gap.GapMeter(state) if facts.is_linear and not facts.is_exact else None
+        has_gap = facts.is_linear and not facts.is_exact and KINDS[fed.manifest.run.adapter.kind].has_factors
+        meter = gap.GapMeter(state) if has_gap else None
         tally = Tally(fed.method.start(state, trained=names), meter)
     else:
         tally = Tally(robust.start(names, rule=settings.robust, num_bad=settings.num_bad_sites), None)

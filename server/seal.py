@@ -67,7 +67,8 @@ def write(folder: Path, facts: Facts, *, run_manifest: RunManifest, key: Ed25519
         StorageError: Disk full or not writable.
     """
     paths = listed(folder)
-    specs = export_canonical.specs(run_manifest.tensor_specs)
+    is_lora = run_manifest.run.adapter.kind == "lora"
+    specs = export_canonical.specs(run_manifest.tensor_specs) if is_lora else ()  # else no adapter is in the folder
     found = {
         "version": VERSION,
         "facts": dataclasses.asdict(facts),
