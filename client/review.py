@@ -17,6 +17,7 @@ from client.policy_file import Policy
 from common import config, guarding, identity, manifest, privacy_plan, trainable
 from common.audit import AuditLog
 from common.errors import AccountingUnsupported, ConfigError, LedgerError, PolicyRefusedError
+from common.kinds import KINDS
 from common.manifest import Offer, RunManifest
 from common.records import TensorSpec
 from common.wire import shown
@@ -205,7 +206,9 @@ def _epsilon(desk: Desk, run: RunManifest) -> str:
 
 def _factors(run: RunManifest) -> str:
     """What the method lets a site train, and what it puts beside that."""
-    rank = run.run.aggregation.residual_rank
+    kind, rank = run.run.adapter.kind, run.run.aggregation.residual_rank
+    if kind != "lora":
+        return f"all tensors of kind {kind}: {KINDS[kind].rule}"
     beside = f", beside a frozen adapter of rank {rank} that the coordinator fills" if rank else ""
     return trainable.in_words(run.egress.factors) + beside
 

@@ -69,9 +69,11 @@ def _computes_in_half(run: "RunConfig") -> bool:
 
 
 def _checkpointing(kind: Kind) -> str:
-    return "keys and values that stand before the row are a cache, which checkpointing excludes" if (
-        kind.name == "prefix_tuning"
-    ) else ""
+    return (
+        "keys and values that stand before the row are a cache, which checkpointing excludes"
+        if (kind.name == "prefix_tuning")
+        else ""
+    )
 
 
 def _server_optimizer(kind: Kind) -> str:

@@ -1,4 +1,4 @@
-"""What holds of each kind of adapter, as data: run file, server, sites, policy and pages read this one table; no torch."""
+"""What holds of each kind of adapter, as data: run file, server, sites, policy and pages read it; loads no torch."""
 
 import re
 from collections.abc import Mapping
@@ -88,7 +88,7 @@ _TABLE: Final = (
         name="adalora",
         title="AdaLoRA",
         source="arXiv:2303.10512",
-        rule="P diag(e) Q; after each round the coordinator zeroes the least important e, so that all sites agree on ranks",
+        rule="P diag(e) Q; each round the coordinator zeroes the least important e, so that all sites agree on ranks",
         settings=("r", "alpha", "dropout", "targets", "target_r"),
         tensors=r"lora_[ABE]",
         inexact="a product of three",

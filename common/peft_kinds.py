@@ -1,11 +1,12 @@
 """Kinds of adapters beside LoRA, as peft attaches them; `common.kinds` says what holds of each.
 
-Whatever is not sent follows from the run: names of layers from base and `[adapter]`, frozen parts from the seed, drawn on
-the CPU and so the same on every device.
+Whatever is not sent follows from the run: names of layers from base and `[adapter]`, frozen parts from the seed, drawn
+on the CPU and so the same on every device.
 """
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import peft
@@ -13,6 +14,7 @@ import torch
 from peft import PeftConfig, PeftType
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.config_model import AdapterConfig
 from common.errors import ModelError
@@ -20,7 +22,9 @@ from common.kinds import KINDS
 
 TASK: Final = "CAUSAL_LM"
 FEED_FORWARD: Final = frozenset(
-    name.rpartition(".")[2] for names in TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.values() for name in names
+    name.rpartition(".")[2]
+    for names in TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.values()
+    for name in names
 )
 
 
@@ -69,7 +73,8 @@ def configuration(
 
 def _makers(settings: AdapterConfig, modules: Sequence[str], *, seed: int) -> dict[str, Any]:
     """One constructor a kind, with the settings that are its own."""
-    made, low_rank = functools.partial, {"r": settings.r, "alpha": settings.alpha}
+    made: Any = functools.partial  # peft's configurations are told apart by nothing that a type checker sees
+    low_rank = {"r": settings.r, "alpha": settings.alpha}
     lora = {"lora_alpha": settings.alpha, "lora_dropout": settings.dropout, "bias": "none"}
     tokens = {"num_virtual_tokens": settings.num_virtual_tokens}
     feed_forward = [name for name in modules if name.rpartition(".")[2] in FEED_FORWARD]
@@ -174,3 +179,20 @@ def _found(names: list[str], what: str) -> list[str]:
     if not names:
         raise ModelError(f"this base has no {what}; choose another adapter.kind")
     return names
+
+
+def num_parameters(folder: Path, settings: AdapterConfig) -> int:
+    """Values of an adapter of any kind but LoRA on a base, by peft itself on shapes alone; no weight is read.
+
+    Raises:
+        ModelError: The base's configuration cannot be read, or the kind does not fit it.
+    """
+    try:
+        shape = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: no configuration that transformers can read; fetch the base again") from error
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)  # type: ignore[no-untyped-call]
+        base.requires_grad_(False)
+        model = attach(base, settings, seed=0)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

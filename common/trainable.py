@@ -3,6 +3,7 @@
 The one place where this is decided: training, the update, its declaration and its checks all ask here.
 """
 
+import math
 from collections.abc import Sequence
 
 from common.methods import FACTS
@@ -64,6 +65,11 @@ def received_specs(method: str, tensor_specs: Sequence[TensorSpec]) -> tuple[Ten
     """The tensors that a site is sent: all but those that it makes from the run's seed itself."""
     fixed = FACTS[method].fixed
     return tuple(spec for spec in tensor_specs if factor_of(spec.name) not in tuple(fixed))
+
+
+def num_values(tensor_specs: Sequence[TensorSpec]) -> int:
+    """Values in tensors of these shapes."""
+    return sum(math.prod(spec.shape) for spec in tensor_specs)
 
 
 def in_words(turns: Sequence[str]) -> str:

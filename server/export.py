@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jinja2
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -48,6 +48,7 @@ def save_adapter(
     """
     base = run_manifest.run.model.base
     told = None if is_path(base) else base
+    peft_config: PeftConfig
     if run_manifest.run.adapter.kind == "lora":
         found, peft_config = export_canonical.parts(tensors, run_manifest.run.adapter, base=told)
     else:

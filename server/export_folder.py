@@ -123,13 +123,13 @@ def _check_kind(kind: str, formats: Sequence[str]) -> None:
     facts = KINDS[kind]
     if not facts.has_factors and (plain := [name for name in ("peft", "vllm") if name in formats]):
         raise ConfigError(
-            f"--formats {plain[0]}: a sealed adapter is plain LoRA, and this run trained '{kind}'; give --output for its "
-            "peft folder" + (", or export merged" if facts.is_mergeable else "")
+            f"--formats {plain[0]}: a sealed adapter is plain LoRA, and this run trained '{kind}'; give --output for "
+            "its peft folder" + (", or export merged" if facts.is_mergeable else "")
         )
     if not facts.is_mergeable and (merged := sorted(NEED_BASE & set(formats))):
         raise ConfigError(
-            f"--formats {merged[0]}: '{kind}' is virtual tokens and no part of any weight, so it cannot be merged; give "
-            "--output for its peft folder"
+            f"--formats {merged[0]}: '{kind}' is virtual tokens and no part of any weight, so it cannot be merged; "
+            "give --output for its peft folder"
         )
 
 

@@ -1,9 +1,9 @@
-"""AdaLoRA's ranks, agreed once a round: the coordinator alone zeroes, so every site begins each round with the same ranks.
+"""AdaLoRA's ranks, agreed once a round: the coordinator alone zeroes, so all sites begin a round with the same.
 
 A site trains all of P diag(e) Q, zeroed e too, as in AdaLoRA a triplet may come back; after the mean the budget of the
 round is kept and the other e are zeroed. Importance and budget are peft's own (`RankAllocator`), with two differences
-that follow from federation: the mean change of a round stands in the place of minus the gradient, in |w dw|, and nothing
-is smoothed over rounds, so that a resumed run needs no memory of it.
+that follow from federation: the mean change of a round stands in the place of minus the gradient, in |w dw|, and
+nothing is smoothed over rounds, so that a resumed run needs no memory of it.
 
 Source: Zhang et al. 2023, arXiv:2303.10512, equations 8 to 12, and section 3.3 for the cubic budget.
 """

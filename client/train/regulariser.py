@@ -11,7 +11,7 @@ WEIGHT: Final = 0.5  # peft's default, `orth_reg_weight`
 
 
 def add_gradient(model: nn.Module) -> None:
-    """Add the gradient of the mean of || Q Q^T - I ||_F and || P^T P - I ||_F over all modules; nothing for other kinds.
+    """Add the gradient of the mean of || Q Q^T - I ||_F and || P^T P - I ||_F; nothing for other kinds.
 
     It depends on no row, so that neither clipping nor noise has to see it.
 

@@ -6,14 +6,19 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from common import adapter, events, model
-from common.errors import ConfigError
 from common.kinds import DEFAULTS, KINDS
-from server import export, finish, run
+from server import finish, run
 from tests import tiny
 
 IDS_BT = torch.arange(3, 43).reshape(2, 20)
 OWN = {"r": "4", "alpha": "8.0", "block_size": "16", "num_frequencies": "64", "num_virtual_tokens": "4"}
-RATES = {"full": "2e-3", "ln_tuning": "2e-2", "adalora": "5e-2", "vera": "1e-1", "fourierft": "1e-1", "p_tuning": "2e-2"}
+RATES = {
+    "full": "2e-3",
+    "ln_tuning": "2e-2",
+    "adalora": "5e-2",
+    "vera": "1e-1",
+    "fourierft": "1e-1",
+}
 CASES = [(kind, base) for kind in KINDS if kind != "lora" for base in ("none", "nf4") if base in KINDS[kind].bases]
 
 
