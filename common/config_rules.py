@@ -154,20 +154,20 @@ def _refused_combinations() -> tuple[Rule, ...]:
     )
 
 
-def _is_combined_kind(config: RunConfig, kind: str, feature: kind_rules.KindFeature) -> bool:
-    return config.adapter.kind == kind and feature.is_asked(config)
+def _is_combined_kind(config: RunConfig, kinds: tuple[str, ...], feature: kind_rules.KindFeature) -> bool:
+    return config.adapter.kind in kinds and feature.is_asked(config)
 
 
 def _refused_kinds() -> tuple[Rule, ...]:
-    """One rule for each cell of the table of kinds that says no, and one for each setting that a kind may not use."""
+    """One rule for the kinds that refuse a feature for the same reason, and one for each setting that not all use."""
     refused = tuple(
         Rule(
             ("adapter.kind", *feature.keys),
-            functools.partial(_is_combined_kind, kind=cell.kind, feature=feature),
-            f"no {feature.name} with this kind: {cell.reason}; {feature.remedy}, or adapter.kind = '{cell.nearest}'",
+            functools.partial(_is_combined_kind, kinds=kinds, feature=feature),
+            f"no {feature.name} with this kind: {reason}; {feature.remedy}, or adapter.kind = '{nearest}'",
         )
-        for feature, cell in kind_rules.kind_cells()
-        if feature.keys and not cell.is_allowed
+        for feature, kinds, reason, nearest in kind_rules.refusals()
+        if feature.keys
     )
     unused = tuple(
         Rule(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from common.kinds import DEFAULTS, KINDS, Kind
+from common.kinds import ALL, DEFAULTS, KINDS, Kind
 
 if TYPE_CHECKING:
     from common.config import RunConfig
@@ -60,7 +60,8 @@ def _not_on(quantization: str) -> Callable[[Kind], str]:
 
 
 def _half_precision(kind: Kind) -> str:
-    return "its float32 weights stand in the base's own path" if kind.float32_on else ""
+    where = "" if kind.float32_on == ALL else " on a quantised base"
+    return f"its float32 weights stand in the base's own path{where}" if kind.float32_on else ""
 
 
 def _computes_in_half(run: "RunConfig") -> bool:
@@ -163,6 +164,16 @@ def kind_cells() -> Iterator[tuple[KindFeature, KindCell]]:
     for kind in KINDS.values():
         for feature in KIND_FEATURES:
             yield feature, kind_cell(kind, feature)
+
+
+def refusals() -> Iterator[tuple[KindFeature, tuple[str, ...], str, str]]:
+    """Each feature with the kinds that refuse it for one reason and have one nearest, the reason, and that nearest."""
+    found: dict[tuple[int, str, str], list[str]] = {}
+    for feature, cell in kind_cells():
+        if not cell.is_allowed:
+            found.setdefault((KIND_FEATURES.index(feature), cell.reason, cell.nearest), []).append(cell.kind)
+    for (number, reason, nearest), kinds in sorted(found.items()):
+        yield KIND_FEATURES[number], tuple(kinds), reason, nearest
 
 
 def is_unused(run: "RunConfig", key: str) -> bool:

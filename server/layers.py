@@ -40,7 +40,8 @@ def snr(weight_dk: Tensor) -> float:
     """Sum of the singular values above the noise over that of the others, over the largest one.
 
     The noise ends at sigma (1 + sqrt(beta)), beta the ratio of the sides, and sigma is read off the interquartile range
-    of the singular values themselves.
+    of the singular values themselves. The ratio is not free of scale: of a layer twice as large it is half, as in the
+    source, which compares layers of one type.
 
     Returns:
         Infinity where nothing is below, 0 where nothing is above.

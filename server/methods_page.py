@@ -76,13 +76,9 @@ def kind_rows() -> list[tuple[str, list[KindCell]]]:
 
 def kind_reasons() -> list[str]:
     """Why each refused cell is refused, kinds with the same reason together, and the kind to take."""
-    found: dict[tuple[str, str], list[KindCell]] = {}
-    for _, cell in kind_rules.kind_cells():
-        if not cell.is_allowed:
-            found.setdefault((cell.feature, cell.reason), []).append(cell)
     return [
-        f"{feature}: {reason}; not with {', '.join(f'{cell.kind} (nearest: {cell.nearest})' for cell in cells)}"
-        for (feature, reason), cells in found.items()
+        f"{feature.name}: {reason}; not with {', '.join(kinds)} (nearest: {nearest})"
+        for feature, kinds, reason, nearest in kind_rules.refusals()
     ]
 
 

@@ -157,7 +157,20 @@ def test_other_names_of_privacy_are_led_to_ours_or_refused(mode: str, remedy: st
 UNIT = "privacy.mode = 'unit'"
 PRIVATE = [UNIT, "privacy.sampling_prob = 0.1", "privacy.epsilon = 8", "training.local_steps = 5"]
 KRUM = ["aggregation.robust = 'krum'", "aggregation.num_bad_sites = 1"]
+IA3 = "adapter.kind = 'ia3'"
 BROKEN_RULES = [
+    ("adapter.kind", 7, [IA3, "aggregation.method = 'ffa'"]),
+    ("adapter.kind", 7, ["adapter.kind = 'prefix_tuning'", "training.gradient_checkpointing = true"]),
+    ("adapter.r", 8, [IA3, "adapter.r = 4"]),
+    ("adapter.alpha", 8, [IA3, "adapter.alpha = 8"]),
+    ("adapter.dropout", 8, [IA3, "adapter.dropout = 0.1"]),
+    ("adapter.targets", 8, ["adapter.kind = 'ln_tuning'", "adapter.targets = 'q_proj'"]),
+    ("adapter.use_rslora", 8, [IA3, "adapter.use_rslora = true"]),
+    ("adapter.target_r", 7, ["adapter.target_r = 4"]),
+    ("adapter.target_r", 8, ["adapter.kind = 'adalora'", "adapter.target_r = 17"]),
+    ("adapter.num_virtual_tokens", 7, ["adapter.num_virtual_tokens = 4"]),
+    ("adapter.block_size", 7, ["adapter.block_size = 4"]),
+    ("adapter.num_frequencies", 7, ["adapter.num_frequencies = 4"]),
     ("model.revision", 4, ["model.revision = 'main'"]),
     ("data.output_column", 7, ["data.output_column = 'input'"]),
     ("data.site_column", 7, ["data.site_column = ''"]),
@@ -330,7 +343,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "d0df4c6a0b0e2271e1373d28e46c24a5947a54a4131aae5fa13b39abff994670"
+        "7947c3fe0531ab3429bb7a63f2b3f115c53e9603b7eab1981bd4fb4f6440b317"
     )
 
 
