@@ -17,7 +17,7 @@ from common.errors import ConfigError
 from common.events import Event
 from common.kinds import KINDS
 from common.manifest import RunManifest
-from server import export, export_canonical, export_gguf, seal
+from server import export, export_canonical, export_gguf, export_kind, seal
 from server.seal import FORMATS
 
 NEED_BASE: Final = frozenset({"merged", "nf4", "int8", "gguf"})
@@ -121,16 +121,14 @@ def _check_possible(source: Exported, formats: Sequence[str], base: Path | None)
 def _check_kind(kind: str, formats: Sequence[str]) -> None:
     """What this kind of adapter can become."""
     facts = KINDS[kind]
-    if not facts.has_factors and (plain := [name for name in ("peft", "vllm") if name in formats]):
+    plain = [name for name in ("peft", "vllm") if name in formats]
+    if plain and not facts.has_factors:
         raise ConfigError(
             f"--formats {plain[0]}: a sealed adapter is plain LoRA, and this run trained '{kind}'; give --output for "
             "its peft folder" + (", or export merged" if facts.is_mergeable else "")
         )
-    if not facts.is_mergeable and (merged := sorted(NEED_BASE & set(formats))):
-        raise ConfigError(
-            f"--formats {merged[0]}: '{kind}' is virtual tokens and no part of any weight, so it cannot be merged; "
-            "give --output for its peft folder"
-        )
+    if NEED_BASE & set(formats):
+        export_kind.check_mergeable(kind)
 
 
 def _facts(source: Exported, formats: Sequence[str]) -> seal.Facts:

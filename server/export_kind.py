@@ -9,6 +9,7 @@ from torch import Tensor
 
 from common import adapter, config, model, peft_kinds
 from common.adapter import Tensors
+from common.errors import ConfigError
 from common.kinds import KINDS
 
 _EMBEDDING = "prompt_encoder.embedding.weight"
@@ -32,6 +33,19 @@ def parts(tensors: Tensors, run: config.RunConfig, *, base: str | None) -> tuple
     if KINDS[settings.kind].layers == "input":
         return {_SAVED: tensors[_EMBEDDING]}, made
     return {_saved_name(name): tensor for name, tensor in tensors.items()}, made
+
+
+def check_mergeable(kind: str) -> None:
+    """Refuse to add to a base's weights what is no part of them.
+
+    Raises:
+        ConfigError: The kind is virtual tokens.
+    """
+    if not KINDS[kind].is_mergeable:
+        raise ConfigError(
+            f"'{kind}' is virtual tokens before the input and no part of any weight, so it cannot be merged; give "
+            "--output for its peft folder"
+        )
 
 
 def _saved_name(name: str) -> str:
