@@ -39,6 +39,7 @@ class Kind:
         inexact: Why the mean of its tensors is not the mean of what they do to the model; empty: it is, being linear.
         bases: Quantisations of the base that it is sound on.
         float32_on: Quantisations on which it computes in float32 only.
+        is_seeded: Whether it has parts that are drawn from the run's seed, never trained and never sent.
         is_mergeable: Whether it can be added to the base's weights, as merged, quantised and GGUF exports need.
         nearest: Kinds to take where this one is refused, nearest first.
     """
@@ -53,6 +54,7 @@ class Kind:
     inexact: str = ""
     bases: tuple[Quantization, ...] = ALL
     float32_on: tuple[Quantization, ...] = ()
+    is_seeded: bool = False
     is_mergeable: bool = True
     nearest: tuple[KindName, ...] = ("lora",)
 
@@ -124,6 +126,7 @@ _TABLE: Final = (
         settings=("r", "dropout", "targets"),
         tensors=r"vera_lambda_[bd]",
         inexact="a product of b and d",
+        is_seeded=True,
         nearest=("ia3", "lora"),
     ),
     Kind(
@@ -143,6 +146,7 @@ _TABLE: Final = (
         rule="W0 + the inverse Fourier transform of a few coefficients, at places drawn from the run's seed",
         settings=("num_frequencies", "targets"),
         tensors=r"fourierft_spectrum",
+        is_seeded=True,
         nearest=("miss", "lora"),
     ),
     Kind(

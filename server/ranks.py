@@ -54,8 +54,8 @@ def agree(after: State, change: State, *, run: RunConfig, num_done: int) -> Stat
         return after
     schedule = AdaLoraConfig(init_r=settings.r, target_r=settings.final_r, total_step=run.federation.num_rounds)
     named = _Named(after, change)
-    allocator = RankAllocator(named, schedule, _NAME)
-    budget, _ = allocator.budget_schedule(num_done)  # type: ignore[no-untyped-call]
+    allocator = RankAllocator(named, schedule, _NAME)  # type: ignore[no-untyped-call]
+    budget, _ = allocator.budget_schedule(num_done)
     if budget >= allocator.init_bgt:
         return after
     allocator.update_ipt(named)  # type: ignore[no-untyped-call]
