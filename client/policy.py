@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from typing import Final
 
 from client.policy_file import FORBIDDEN, BaseRules, DatasetRules, Policy
-from common import config, egress, manifest, privacy_plan, site_privacy
+from common import config, egress, kinds, manifest, privacy_plan, site_privacy, trainable
 from common.errors import AccountingUnsupported, AuthError, PolicyRefusedError
+from common.kinds import KINDS
 from common.manifest import Offer, RunManifest
-from common.records import OpenedHead
+from common.records import OpenedHead, TensorSpec
 from common.wire import shown
 
 KNOWN: Final = {
     "": "version name seed",
     "model": "base revision sha256 quantization double_quantization dtype chat_template",
-    "adapter": "kind r alpha dropout targets use_rslora site_ranks",
+    "adapter": "kind r alpha dropout targets use_rslora site_ranks target_r num_virtual_tokens block_size "
+    "num_frequencies",
     "data": "source partition num_sites dirichlet_alpha site_column unit_column instruction_column input_column "
     "output_column held_out_fraction max_length_tokens too_long system_prompt",
     "training": "local_epochs local_steps batch_size micro_batch_size learning_rate schedule warmup_fraction optimizer "
@@ -171,19 +173,47 @@ def _check_model(base: BaseRules, model: config.ModelConfig) -> None:
 def _check_adapter(policy: Policy, run_manifest: RunManifest) -> None:
     """Judge the tensors themselves, whatever the run's settings call them."""
     adapter = run_manifest.run.adapter
-    for spec in run_manifest.tensor_specs:
-        module, kind, factor = _parts(spec.name)
-        _require(bool(module), "lora.targets", f"{shown(spec.name, limit=200)} is no factor")
-        parts = module.split(".")
-        is_allowed = parts[-1] in policy.lora.targets and not set(parts) & set(FORBIDDEN)
-        _require(is_allowed, "lora.targets", f"{shown(module, limit=200)} is not one of them")
-        rank = spec.shape[0 if factor == "A" else -1] if len(spec.shape) == 2 else 0
-        limits = policy.lora.r if kind == "lora" else (1, policy.lora.residual_r)
-        _within("lora.r" if kind == "lora" else "lora.residual_r", rank, limits)
+    _one_of("adapter.kinds", adapter.kind, policy.adapter.kinds)
     _require(bool(run_manifest.tensor_specs), "lora.targets", "the run trains nothing")
-    for rank in (adapter.r, *adapter.rank_of_sites.values()):
-        _within("lora.r", rank, policy.lora.r)
-    _within("lora.alpha", adapter.alpha, policy.lora.alpha)
+    for spec in run_manifest.tensor_specs:
+        if adapter.kind == "lora":
+            _check_factor(policy, spec)
+        else:
+            _check_tensor(policy, spec, kind=adapter.kind)
+    if adapter.kind != "lora":
+        number = trainable.num_values(run_manifest.tensor_specs)
+        _at_most("adapter.max_parameters", number, policy.adapter.max_parameters)
+    used = KINDS[adapter.kind].settings
+    if "r" in used:
+        for rank in (adapter.r, *adapter.rank_of_sites.values()):
+            _within("lora.r", rank, policy.lora.r)
+    if "alpha" in used:
+        _within("lora.alpha", adapter.alpha, policy.lora.alpha)
+
+
+def _check_factor(policy: Policy, spec: TensorSpec) -> None:
+    """A factor of LoRA or of a side adapter, on a layer that may be trained and of a rank that is allowed."""
+    module, kind, factor = _parts(spec.name)
+    _require(bool(module), "lora.targets", f"{shown(spec.name, limit=200)} is no factor")
+    parts = module.split(".")
+    is_allowed = parts[-1] in policy.lora.targets and not set(parts) & set(FORBIDDEN)
+    _require(is_allowed, "lora.targets", f"{shown(module, limit=200)} is not one of them")
+    rank = spec.shape[0 if factor == "A" else -1] if len(spec.shape) == 2 else 0
+    limits = policy.lora.r if kind == "lora" else (1, policy.lora.residual_r)
+    _within("lora.r" if kind == "lora" else "lora.residual_r", rank, limits)
+
+
+def _check_tensor(policy: Policy, spec: TensorSpec, *, kind: str) -> None:
+    """A tensor of another kind: one that this kind has, on a layer that may be trained."""
+    name = shown(spec.name, limit=200)
+    _require(kinds.belongs(kind, spec.name), "adapter.kinds", f"{name} is no tensor of kind '{kind}'")
+    facts = KINDS[kind]
+    if facts.layers == "input":
+        return
+    parts = kinds.module_of(spec.name).split(".")
+    is_norm = facts.layers in ("norms", "both") and parts[-1].endswith("norm") and len(spec.shape) == 1
+    is_allowed = (is_norm or parts[-1] in policy.lora.targets) and not set(parts) & set(FORBIDDEN)
+    _require(is_allowed, "lora.targets", f"{shown('.'.join(parts), limit=200)} is not one of them")
 
 
 def _parts(name: str) -> tuple[str, str, str]:

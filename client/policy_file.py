@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from common import config_file, egress, identity, storage
 from common.config_types import Count, PositiveCount, RequiredLine, Section, Slug
 from common.errors import AuthError, ConfigError, PolicyRefusedError
+from common.kinds import KindName
 from common.methods import MethodName
 
 PURPOSE: Final = "policy"
@@ -89,6 +90,20 @@ class LoraRules(Section):
     r: CountRange = Field(description="Ranks, lowest and highest.")
     alpha: Range = Field(default=(1.0, 1024.0), description="Scales, lowest and highest.")
     residual_r: Count = Field(default=0, description="Highest rank of a side adapter, frozen here. 0: none.")
+
+
+class AdapterRules(Section):
+    """Kinds of adapters beside plain LoRA; `lora.targets` holds for all that stand on layers, norms aside."""
+
+    kinds: tuple[KindName, ...] = Field(
+        default=("lora",),
+        description="What may be trained. `full` and `ln_tuning` send changes of the base's own weights.",
+    )
+    max_parameters: int = Field(
+        default=0,
+        ge=0,
+        description="Most values of an adapter of another kind than `lora`. 0: none, so no such run can pass.",
+    )
 
 
 class TrainRules(Section):
@@ -188,6 +203,7 @@ class Policy(Section):
     federation: FederationRules
     models: ModelsRules
     lora: LoraRules
+    adapter: AdapterRules = Field(default_factory=AdapterRules)
     train: TrainRules
     privacy: PrivacyRules
     cohort: CohortRules

@@ -26,7 +26,7 @@ def check(tensors: Tensors, *, max_tensor_norm: float) -> None:
                 f"train.max_tensor_norm: tensor {name} of the adapter has a norm above {max_tensor_norm:g}",
                 rule="train.max_tensor_norm",
             )
-        if name.endswith(".lora_A.weight") and not _has_full_rank(tensor):
+        if name.endswith((".lora_A.weight", ".lora_A")) and not _has_full_rank(tensor):
             raise PolicyRefusedError(
                 f"train.adapter: rows of tensor {name} are zero or depend on each other", rule="train.adapter"
             )

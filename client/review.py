@@ -18,6 +18,7 @@ from client.policy_file import Policy
 from common import config, guarding, identity, manifest, privacy_plan, ranks, trainable
 from common.audit import AuditLog
 from common.errors import AccountingUnsupported, ConfigError, LedgerError, PolicyRefusedError
+from common.kinds import KINDS
 from common.manifest import Offer, RunManifest
 from common.records import TensorSpec
 from common.wire import shown
@@ -224,7 +225,9 @@ def _site_level(settings: config.RunConfig) -> str:
 
 def _factors(run: RunManifest, site: str) -> str:
     """What the method lets a site train, and what it puts beside that."""
-    rank = run.run.aggregation.residual_rank
+    kind, rank = run.run.adapter.kind, run.run.aggregation.residual_rank
+    if kind != "lora":
+        return f"all tensors of kind {kind}: {KINDS[kind].rule}"
     beside = f", beside a frozen adapter of rank {rank} that the coordinator fills" if rank else ""
     kept = trainable.kept_specs(run.run.aggregation.method, run.tensor_specs)
     own_rank = ranks.of_site(run.run.adapter, site)

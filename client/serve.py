@@ -13,6 +13,7 @@ from client.personal import Shelf
 from common import config, identity, model, store
 from common.data import read
 from common.errors import ConfigError, DataError
+from common.kinds import KINDS
 from common.manifest import RunManifest
 from common.model import Engine
 from common.rows import Columns, Row
@@ -129,7 +130,8 @@ class EngineLoader:
         """
         run = manifest.run
         residual_rank = run.aggregation.residual_rank
-        key = (manifest.base_sha256, run.model, run.adapter, run.training.gradient_checkpointing, residual_rank)
+        seed = run.seed if KINDS[run.adapter.kind].is_seeded else None
+        key = (manifest.base_sha256, run.model, run.adapter, run.training.gradient_checkpointing, residual_rank, seed)
         if self._engine is None or key != self._key:
             self._engine, self._key = None, key  # the old base's memory is free before the new one is loaded
             self._engine = self._load(manifest)

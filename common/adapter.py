@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from common import ranks, wire
+from common import kinds, ranks, wire
 from common.errors import ModelError, WireError
 from common.records import TensorSpec
 from common.trainable import factor_of
@@ -33,8 +33,8 @@ def specs(tensors: Tensors) -> tuple[TensorSpec, ...]:
 
 
 def module_names(tensor_specs: Sequence[TensorSpec]) -> list[str]:
-    """The modules that the adapter touches, each once."""
-    return sorted({spec.name.rpartition(".lora_")[0] for spec in tensor_specs if ".lora_" in spec.name})
+    """The modules that the adapter touches, each once; empty for what stands before the input."""
+    return sorted({kinds.module_of(spec.name) for spec in tensor_specs})
 
 
 def num_parameters(tensor_specs: Sequence[TensorSpec]) -> int:
@@ -45,7 +45,7 @@ def num_parameters(tensor_specs: Sequence[TensorSpec]) -> int:
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters under the names that peft saves them by."""
     return {
-        name.replace(".default.", "."): parameter
+        name.removesuffix(".default").replace(".default.", "."): parameter
         for name, parameter in sorted(model.named_parameters())
         if parameter.requires_grad
     }

@@ -70,6 +70,7 @@ class Work:
         num_tokens: Of a row.
         is_checkpointing: Whether activations are computed again.
         is_adam: Whether the optimizer keeps two moments.
+        num_trained: Values of the adapter where its tensors are known; 0: those of LoRA on the targets.
     """
 
     quantization: str
@@ -81,6 +82,7 @@ class Work:
     num_tokens: int
     is_checkpointing: bool
     is_adam: bool = True
+    num_trained: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def estimate(shape: BaseShape, work: Work) -> Memory:
     every token; with checkpointing those of one layer, and the residual stream at the others; and the logits with their
     gradient.
     """
-    num_parameters = shape.num_adapter_parameters(work.targets, r=work.r)
+    num_parameters = work.num_trained or shape.num_adapter_parameters(work.targets, r=work.r)
     copies = 4 if work.is_adam else 2
     return Memory(
         base=round(weight_bytes(shape, work)),

@@ -235,6 +235,13 @@ WIRE_CONFLICTS: Final = (
 )
 
 
+def wire_contradictions() -> Iterator[tuple[tuple[str, ...], Callable[["RunConfig"], bool], str]]:
+    """Keys, whether a run asks for both, and the message, of `WIRE_CONFLICTS`."""
+    for conflict in WIRE_CONFLICTS:
+        told = f"{conflict.reason}; the nearest that is allowed is {conflict.nearest}"
+        yield conflict.keys, conflict.is_asked, told
+
+
 @dataclass(frozen=True)
 class SiteLevel:
     """What noise for sites as a whole (`privacy.mode = site`) goes together with, whatever the method.

@@ -81,13 +81,14 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _private_runs_refactor(cls, table: Any) -> Any:
-        """Let a private run that names no method use `fedsvd`, whose product of factors carries no noise squared."""
+        """Let a private run of LoRA that names no method use `fedsvd`: its product carries no noise squared."""
         if not isinstance(table, dict) or not config_rules.is_private(table):
             return table
         aggregation = table.get("aggregation", {})
         if not isinstance(aggregation, dict) or "method" in aggregation:
             return table
-        return {**table, "aggregation": {**aggregation, "method": PRIVATE_METHOD}}
+        kind = table["adapter"].get("kind", "lora") if isinstance(table.get("adapter"), dict) else "lora"
+        return {**table, "aggregation": {**aggregation, "method": PRIVATE_METHOD if kind == "lora" else "fedavg"}}
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:

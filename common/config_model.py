@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from common.config_types import SITE_RANKS, TARGETS, Line, RequiredLine, Section, Sha256
+from common.kinds import KindName
 
 
 class ModelConfig(Section):
@@ -28,10 +29,10 @@ class ModelConfig(Section):
 
 
 class AdapterConfig(Section):
-    """The low-rank adapter: all that is trained and all that travels."""
+    """The adapter: all that is trained and all that travels. Which settings a kind uses is in docs/methods.md."""
 
-    kind: Literal["lora"] = Field(default="lora", description="Kind of adapter.")
-    r: int = Field(default=16, ge=1, le=512, description="Rank of the adapter's two factors.")
+    kind: KindName = Field(default="lora", description="Kind of adapter.")
+    r: int = Field(default=16, ge=1, le=512, description="Rank of the adapter's factors; of `adalora` at the start.")
     alpha: float = Field(
         default=32.0, gt=0, le=65536, description="Scale: the factors' product is multiplied by `alpha / r`."
     )
@@ -39,8 +40,9 @@ class AdapterConfig(Section):
     targets: str = Field(
         default="all-linear",
         pattern=TARGETS,
-        max_length=4096,
-        description="Layers that get an adapter: `all-linear` (all but the output head) or module names with commas.",
+        max_length=65536,
+        description="Layers that get an adapter: `all-linear` (all but the output head) or module names with commas. "
+        "`silotune-server layers` chooses them by the signal in their weights.",
     )
     use_rslora: bool = Field(default=False, description="Multiply by `alpha / sqrt(r)` instead of `alpha / r`.")
     site_ranks: str = Field(
@@ -48,6 +50,18 @@ class AdapterConfig(Section):
         pattern=SITE_RANKS,
         max_length=65536,
         description="Sites that hold fewer than `r` ranks: `north = 4, south = 8`. The others hold `r`.",
+    )
+    target_r: int = Field(
+        default=0, ge=0, le=512, description="Mean rank that `adalora` has left after the last round. 0: half of `r`."
+    )
+    num_virtual_tokens: int = Field(
+        default=16, ge=1, le=1024, description="Tokens that `prompt_tuning`, `prefix_tuning` and `p_tuning` put first."
+    )
+    block_size: int = Field(
+        default=32, ge=2, le=1024, description="Width of the blocks that `oft` rotates; must divide the layers' inputs."
+    )
+    num_frequencies: int = Field(
+        default=1000, ge=1, le=1_000_000, description="Coefficients that `fourierft` trains in each layer."
     )
 
     @property
@@ -65,6 +79,16 @@ class AdapterConfig(Section):
         """
         pairs = (part.partition("=") for part in self.site_ranks.split(",") if part)
         return {site.strip(): int(rank) for site, _, rank in pairs}
+
+    @property
+    def final_r(self) -> int:
+        """What `target_r` means."""
+        return self.target_r or max(1, self.r // 2)
+
+    @property
+    def num_prepended(self) -> int:
+        """Virtual tokens that stand before each row's own, so that its logits come later."""
+        return self.num_virtual_tokens if self.kind in ("prompt_tuning", "p_tuning") else 0
 
     @property
     def target_names(self) -> tuple[str, ...]:

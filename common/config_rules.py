@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from common import compatibility, config_hints, config_site_rules
+from common import compatibility, config_hints, config_site_rules, kind_rules
 from common.methods import FACTS
 
 if TYPE_CHECKING:
@@ -160,14 +160,6 @@ def _refused_combinations() -> tuple[Rule, ...]:
     )
 
 
-def _wire_conflicts() -> tuple[Rule, ...]:
-    """One rule for each pair of settings that the wire does not allow."""
-    return tuple(
-        Rule(conflict.keys, conflict.is_asked, f"{conflict.reason}; the nearest that is allowed is {conflict.nearest}")
-        for conflict in compatibility.WIRE_CONFLICTS
-    )
-
-
 _SITES_FOR_BAD = {"median": (2, 1), "trimmed_mean": (2, 1), "krum": (2, 3), "multi_krum": (2, 3), "bulyan": (4, 3)}
 
 
@@ -209,7 +201,8 @@ RUN_RULES = (
         "screening compares updates value by value, and a smaller site has none for some; remove one of the two",
     ),
     *_refused_combinations(),
-    *_wire_conflicts(),
+    *(Rule(*contradiction) for contradiction in compatibility.wire_contradictions()),
+    *(Rule(*contradiction) for contradiction in kind_rules.contradictions()),
     Rule(
         ("aggregation.residual_rank", "aggregation.method"),
         lambda c: _keeps_residual(c) and not c.aggregation.residual_rank,

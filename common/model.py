@@ -21,8 +21,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from common import adapter, codes, config, prompts, quiet
+from common import adapter, codes, config, peft_kinds, prompts, quiet
 from common.errors import ModelError
+from common.kinds import KINDS
 from common.records import TensorSpec
 from common.rows import Row
 
@@ -61,7 +62,8 @@ class Engine:
     def num_base_parameters(self) -> int:
         """Parameters of the frozen base; packed 4-bit weights count as what they stand for."""
         num_trainable, num_all = self.model.get_nb_trainable_parameters()  # type: ignore[operator]
-        num_beside = sum(parameter.numel() for parameter in adapter.side_parameters(self.model).values())
+        beside = (p for name, p in self.model.named_parameters() if f".{adapter.SIDE}." in name or ".ranknum." in name)
+        num_beside = sum(parameter.numel() for parameter in beside)
         return int(num_all - num_trainable - num_beside)
 
 
@@ -97,6 +99,7 @@ def load(
     torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
     base_sha256 = check_hash(folder, model.sha256)
     device = choose_device(device_name)
+    _check_dtype(model, adapter_settings, device)
     tokenizer = prompts.use_template(load_tokenizer(folder), model.chat_template)
     base = load_base(folder, model, device)
     codes_sha256 = codes.sha256_of(base)
@@ -252,14 +255,20 @@ def lora_config(settings: config.AdapterConfig) -> LoraConfig:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Without the warning that peft 0.21 asks transformers 5.23 for something by its old name."""
+    """Without what peft 0.21 warns of and what is meant or harmless here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        for told in ("Specified to not (save|load) vera_A", "Unsupported layer type", "Position ids are not supported"):
+            warnings.filterwarnings("ignore", message=told, category=UserWarning)
         yield
 
 
 def _attach(base: Any, settings: config.AdapterConfig, *, seed: int) -> nn.Module:
-    """Base with a float32 adapter; A from the seed, B zero."""
+    """Base with a float32 adapter; A from the seed, B zero. Other kinds than LoRA start as peft starts them."""
+    if settings.kind != "lora":
+        peft_kinds.check_blocks(base, settings)
+        with quiet_peft():
+            return peft_kinds.attach(base, settings, seed=seed)
     remedy = f"choose among the linear layers of this base: {', '.join(linear_names(base))}"
     with torch.random.fork_rng(), quiet_peft():
         try:
@@ -269,6 +278,16 @@ def _attach(base: Any, settings: config.AdapterConfig, *, seed: int) -> nn.Modul
     _check_targets(model, settings, remedy=remedy)
     _initialise(model, seed=seed)
     return model
+
+
+def _check_dtype(settings: config.ModelConfig, adapter_settings: config.AdapterConfig, device: torch.device) -> None:
+    """Some kinds put float32 weights into the base's own path, where 16-bit layers cannot follow."""
+    is_half = resolve_dtype(settings, device) != torch.float32
+    if is_half and settings.quantization in KINDS[adapter_settings.kind].float32_on:
+        raise ModelError(
+            f"adapter.kind = '{adapter_settings.kind}' computes in float32 only with model.quantization = "
+            f"'{settings.quantization}'; set model.dtype = 'float32'"
+        )
 
 
 def _attach_side(model: Any, settings: config.AdapterConfig, *, rank: int) -> None:
@@ -340,7 +359,9 @@ def answer_nll(model: nn.Module, batch: prompts.Batch) -> tuple[torch.Tensor, in
     is_target_bt = batch.is_answer_bt[:, 1:]
     positions_p = is_target_bt.any(dim=0).nonzero().squeeze(1)
     logits_bpv = model(
-        input_ids=batch.input_ids_bt, attention_mask=batch.attention_mask_bt, logits_to_keep=positions_p
+        input_ids=batch.input_ids_bt,
+        attention_mask=batch.attention_mask_bt,
+        logits_to_keep=positions_p + peft_kinds.num_prepended(model),
     ).logits
     is_target_bp = is_target_bt[:, positions_p]
     targets_n = batch.input_ids_bt[:, 1:][:, positions_p][is_target_bp]
@@ -356,15 +377,16 @@ def answer(engine: Engine, prompt_ids: Sequence[Sequence[int]], *, max_new_token
     padded = [[tokenizer.pad_token_id] * (width - len(ids)) + list(ids) for ids in prompt_ids]
     mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids]
     engine.model.eval()
-    output_bt = engine.model.generate(  # type: ignore[operator]
-        input_ids=torch.tensor(padded, device=engine.device),
-        attention_mask=torch.tensor(mask, device=engine.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=list(prompts.stop_ids(tokenizer)),
-    )
+    with quiet_peft():
+        output_bt = engine.model.generate(  # type: ignore[operator]
+            input_ids=torch.tensor(padded, device=engine.device),
+            attention_mask=torch.tensor(mask, device=engine.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=list(prompts.stop_ids(tokenizer)),
+        )
     return tokenizer.batch_decode(output_bt[:, width:], skip_special_tokens=True)
 
 

@@ -3,6 +3,7 @@
 The one place where this is decided: training, the update, its declaration and its checks all ask here.
 """
 
+import math
 from collections.abc import Sequence
 
 from common.methods import FACTS
@@ -10,7 +11,7 @@ from common.records import TensorSpec
 
 
 def factor_of(name: str) -> str:
-    """`A` or `B`, by a tensor's name; empty for a tensor of the side adapter, which nobody trains.
+    """`A` or `B`, by a tensor's name; empty for a tensor of the side adapter; of other kinds anything else.
 
     Example:
         >>> factor_of("base_model.model.q_proj.lora_A.weight"), factor_of("base_model.model.q_proj.residual_A.weight")
@@ -34,6 +35,11 @@ def trained_specs(method: str, tensor_specs: Sequence[TensorSpec], *, round_inde
 def sent_specs(method: str, tensor_specs: Sequence[TensorSpec], *, round_index: int) -> tuple[TensorSpec, ...]:
     """The tensors of a round's update, exactly these: what was trained, without what stays at the site."""
     return _of_turn(FACTS[method].sends, tensor_specs, round_index=round_index)
+
+
+def is_side(name: str) -> bool:
+    """Whether a tensor is of the side adapter, which nobody trains."""
+    return ".residual_" in name
 
 
 def trained_names(method: str, tensor_specs: Sequence[TensorSpec], *, round_index: int) -> tuple[str, ...]:
@@ -71,8 +77,7 @@ def leaving_specs(method: str, tensor_specs: Sequence[TensorSpec]) -> tuple[Tens
 
 def ever_trained_specs(method: str, tensor_specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
     """The tensors that a site trains in some round of a run."""
-    factors = tuple("".join(FACTS[method].trains))
-    return tuple(spec for spec in tensor_specs if factor_of(spec.name) in factors)
+    return _with("".join(FACTS[method].trains), tensor_specs)
 
 
 def kept_specs(method: str, tensor_specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -87,9 +92,19 @@ def received_specs(method: str, tensor_specs: Sequence[TensorSpec]) -> tuple[Ten
 
 
 def _of_turn(turns: Sequence[str], tensor_specs: Sequence[TensorSpec], *, round_index: int) -> tuple[TensorSpec, ...]:
-    """The tensors of a round's factors."""
-    factors = tuple(turns[round_index % len(turns)])
-    return tuple(spec for spec in tensor_specs if factor_of(spec.name) in factors)
+    """The tensors of a round."""
+    return _with(turns[round_index % len(turns)], tensor_specs)
+
+
+def _with(factors: str, tensor_specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """All tensors but the factors that are not named, and the side adapter."""
+    left_out = {"A", "B"} - set(factors)
+    return tuple(spec for spec in tensor_specs if factor_of(spec.name) not in left_out and not is_side(spec.name))
+
+
+def num_values(tensor_specs: Sequence[TensorSpec]) -> int:
+    """Values in tensors of these shapes."""
+    return sum(math.prod(spec.shape) for spec in tensor_specs)
 
 
 def in_words(turns: Sequence[str]) -> str:

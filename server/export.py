@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jinja2
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -14,8 +14,9 @@ from common import adapter, config, model, privacy_plan, prompts, site_privacy, 
 from common.adapter import Tensors
 from common.errors import ConfigError, ModelError
 from common.events import Event
+from common.kinds import KINDS
 from common.manifest import RunManifest
-from server import export_canonical
+from server import export_canonical, export_kind
 from server.aggregate import factored
 from server.evaluate import measure, view
 
@@ -33,7 +34,7 @@ def save_adapter(
 ) -> None:
     """Write `adapter_model.safetensors`, `adapter_config.json` and a model card that plain peft loads.
 
-    The adapter is canonical (`server/export_canonical.py`).
+    LoRA is written canonical (`server/export_canonical.py`), any other kind as peft saves it (`server/export_kind.py`).
 
     Args:
         folder: Where to.
@@ -46,9 +47,16 @@ def save_adapter(
     Raises:
         StorageError: Disk full or not writable.
     """
-    found = export_canonical.canonical(tensors, run_manifest.run.adapter)
+    found, made = finished(tensors, run_manifest.run)
     text = card(run_manifest, num_rounds=num_rounds, sites=sites, log=log, kind="adapter")
-    export_canonical.save(folder, found, base=told_base(run_manifest.run.model.base), card=text)
+    export_canonical.save(folder, found, base=told_base(run_manifest.run.model.base), card=text, made=made)
+
+
+def finished(tensors: Tensors, run: config.RunConfig) -> tuple[Tensors, PeftConfig | None]:
+    """An adapter as peft's files have it: LoRA canonical, any other kind with the configuration that it needs."""
+    if run.adapter.kind == "lora":
+        return export_canonical.canonical(tensors, run.adapter), None
+    return export_kind.parts(tensors, run, base=told_base(run.model.base) or None)
 
 
 def card(
@@ -73,13 +81,15 @@ def card(
         formats: What an export holds.
     """
     settings = run_manifest.run
-    specs = export_canonical.specs(run_manifest.tensor_specs)
+    is_lora = settings.adapter.kind == "lora"
+    specs = export_canonical.specs(run_manifest.tensor_specs) if is_lora else run_manifest.tensor_specs
     evaluated = {event["num_rounds"]: event for event in log if event["kind"] == "evaluated"}
     stages = view.stages(log)
     template = jinja2.Template(CARD_TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
     text: str = template.render(
         run=settings, manifest=run_manifest, sites=sites, num_rows=sum(sites.values()), num_rounds=num_rounds,
-        rank=next(spec.shape[0] for spec in specs if spec.name.endswith(factored.A_SUFFIX)),
+        rank=next((spec.shape[0] for spec in specs if is_lora and spec.name.endswith(factored.A_SUFFIX)), 0),
+        title=KINDS[settings.adapter.kind].title, trained=_trained(settings.adapter),
         has_side=len(specs) < len(run_manifest.tensor_specs), num_parameters=adapter.num_parameters(specs),
         base=base_name(settings.model.base), is_path=is_path(settings.model.base),
         before=evaluated.get(0), after=evaluated.get(num_rounds), kind=kind, licence=licence, formats=formats,
@@ -96,6 +106,15 @@ def _spent(settings: config.RunConfig, log: Sequence[Event], *, num_rounds: int)
     if not settings.privacy.is_private_per_site:
         return None
     return site_privacy.spent_by(settings, log, num_rounds=num_rounds)
+
+
+def _trained(settings: config.AdapterConfig) -> str:
+    """Kind and settings of the adapter, for people."""
+    if settings.kind == "lora":
+        title = f"LoRA r = {settings.r}, alpha = {settings.alpha}, {settings.targets}"
+        return title + (", rsLoRA" if settings.use_rslora else "")
+    kind = KINDS[settings.kind]
+    return ", ".join([kind.title, *(f"{key} = {getattr(settings, key)}" for key in kind.settings)])
 
 
 def is_path(base: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -99,21 +99,22 @@ def settings_of(lora: LoraConfig) -> dict[str, Any]:
     return {key: sorted(value) if isinstance(value, set) else value for key, value in found.items()}
 
 
-def save(folder: Path, tensors: Tensors, *, base: str, card: str) -> None:
-    """Write a canonical adapter as a folder that plain peft loads.
+def save(folder: Path, tensors: Tensors, *, base: str, card: str, made: PeftConfig | None = None) -> None:
+    """Write an adapter as a folder that plain peft loads.
 
     Args:
         folder: Where to.
-        tensors: What `canonical` gave.
+        tensors: What `canonical` gave, or another kind's under the names of peft's files.
         base: What peft is told of the base; empty: nothing.
         card: Text of its README.md.
+        made: Configuration of another kind; None: the canonical one.
 
     Raises:
         StorageError: Disk full or not writable.
     """
     storage.write_atomic(folder / "adapter_model.safetensors", encoded(tensors))
     modules = adapter.module_names(adapter.specs(tensors))
-    save_config(folder, lora_config(rank_of(tensors), modules, base=base or None))
+    save_config(folder, made or lora_config(rank_of(tensors), modules, base=base or None))
     storage.write_atomic(folder / "README.md", card.encode())
 
 
@@ -122,13 +123,13 @@ def encoded(tensors: Tensors) -> bytes:
     return adapter.encode(tensors, dtype="float32")
 
 
-def save_config(folder: Path, lora: LoraConfig) -> None:
+def save_config(folder: Path, made: PeftConfig) -> None:
     """Write `adapter_config.json`.
 
     Raises:
         StorageError: Disk full or not writable.
     """
     try:
-        lora.save_pretrained(str(folder))
+        made.save_pretrained(str(folder))
     except OSError as error:
         raise storage_error(folder, error) from error

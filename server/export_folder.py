@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from peft import PeftConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -16,8 +17,9 @@ from common import adapter, config, model, prompts, storage
 from common.adapter import Tensors
 from common.errors import ConfigError
 from common.events import Event
+from common.kinds import KINDS
 from common.manifest import RunManifest
-from server import export, export_canonical, export_gguf, export_onnx, seal
+from server import export, export_canonical, export_gguf, export_kind, export_onnx, seal
 from server.seal import FORMATS
 
 NEED_BASE: Final = frozenset({"merged", "nf4", "int8", "gguf", "onnx"})
@@ -66,15 +68,17 @@ class Content:
 
     Attributes:
         facts: For the seal.
-        adapter: The canonical adapter.
+        adapter: The canonical adapter, or one of another kind, which no format holds but merged into the base.
         adapter_card: Model card of a peft folder.
         card: Model card of the whole.
+        made: Configuration of another kind; None: the adapter is canonical.
     """
 
     facts: seal.Facts
     adapter: Tensors
     adapter_card: str
     card: str
+    made: PeftConfig | None = None
 
 
 def write(
@@ -110,7 +114,8 @@ def write(
 def content_of(source: Exported, *, formats: Sequence[str], base: Path | None, gguf_type: str = "bf16") -> Content:
     """A run's checkpoint as the content of a folder."""
     found = source.run_manifest
-    tensors = export_canonical.canonical(source.tensors, found.run.adapter)
+    _check_kind(found.run.adapter.kind, formats)
+    tensors, made = export.finished(source.tensors, found.run)
     facts = seal.Facts(
         name=found.run.name,
         run_sha256=found.sha256,
@@ -118,7 +123,7 @@ def content_of(source: Exported, *, formats: Sequence[str], base: Path | None, g
         num_rounds=source.num_rounds,
         formats=tuple(formats),
         base=export.told_base(found.run.model.base),
-        adapter_sha256=hashlib.sha256(export_canonical.encoded(tensors)).hexdigest(),
+        adapter_sha256="" if made else hashlib.sha256(export_canonical.encoded(tensors)).hexdigest(),
         chat_template=found.run.model.chat_template,
         chat_template_sha256=template_sha256(base, found.run.model.chat_template) if base else "",
         gguf_type=gguf_type,
@@ -127,7 +132,7 @@ def content_of(source: Exported, *, formats: Sequence[str], base: Path | None, g
     adapter_card = export.card(found, **told, kind="adapter")  # type: ignore[arg-type]
     licence = licence_of(base) if base else ""
     card = export.card(found, **told, kind="folder", licence=licence, formats=formats)  # type: ignore[arg-type]
-    return Content(facts, tensors, adapter_card, card)
+    return Content(facts, tensors, adapter_card, card, made)
 
 
 def write_content(
@@ -142,7 +147,7 @@ def write_content(
     try:
         partial.mkdir(parents=True)
         _fill(partial, content, base=base, llama_cpp=llama_cpp)
-        seal.write(partial, content.facts, specs=adapter.specs(content.adapter), key=key)
+        seal.write(partial, content.facts, specs=() if content.made else adapter.specs(content.adapter), key=key)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
@@ -157,7 +162,7 @@ def _check_possible(content: Content, base: Path | None, llama_cpp: Path | None)
     formats = content.facts.formats
     if base is None and (needing := sorted(NEED_BASE & set(formats))):
         raise ConfigError(f"--formats {needing[0]} needs the base; give its folder with --base")
-    rank = export_canonical.rank_of(content.adapter)
+    rank = export_canonical.rank_of(content.adapter) if content.made is None else 0
     if "vllm" in formats and rank not in export_canonical.RANKS:
         raise ConfigError(
             f"--formats vllm: the adapter has rank {rank}, vLLM takes up to {export_canonical.RANKS[-1]}; "
@@ -169,6 +174,19 @@ def _check_possible(content: Content, base: Path | None, llama_cpp: Path | None)
         export_gguf.check_checkout(llama_cpp, content.facts.gguf_type)
         if not llama_cpp:
             export_gguf.check(base)
+
+
+def _check_kind(kind: str, formats: Sequence[str]) -> None:
+    """What this kind of adapter can become."""
+    facts = KINDS[kind]
+    plain = [name for name in ("peft", "vllm") if name in formats]
+    if plain and not facts.has_factors:
+        raise ConfigError(
+            f"--formats {plain[0]}: a sealed adapter is plain LoRA, and this run trained '{kind}'; give --output for "
+            "its peft folder" + (", or export merged" if facts.is_mergeable else "")
+        )
+    if NEED_BASE & set(formats):
+        export_kind.check_mergeable(kind)
 
 
 def _fill(folder: Path, content: Content, *, base: Path | None, llama_cpp: Path | None) -> None:
@@ -202,7 +220,9 @@ def _fill_merged(folder: Path, content: Content, *, base: Path, llama_cpp: Path 
 
 def _save_adapter(folder: Path, content: Content) -> None:
     """A peft folder with its card."""
-    export_canonical.save(folder, content.adapter, base=content.facts.base, card=content.adapter_card)
+    export_canonical.save(
+        folder, content.adapter, base=content.facts.base, card=content.adapter_card, made=content.made
+    )
 
 
 def _save_gguf(folder: Path, merged: Path, facts: seal.Facts, *, llama_cpp: Path | None) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from common import events, identity, model, store
 from common.errors import ConfigError
 from common.methods import FACTS
-from server import checkpoint, export, export_folder, run
+from server import checkpoint, export, export_folder, export_kind, run
 from server.export_folder import Exported
 
 
@@ -26,11 +26,13 @@ def export_run(
 
     Raises:
         DataError: No such checkpoint.
-        ConfigError: The folder for the merged checkpoint holds something.
+        ConfigError: The folder for the merged checkpoint holds something, or this kind of adapter cannot be merged.
         ModelError: The checkpoint is damaged, or the base is not here or another one.
         StorageError: Disk full or not writable.
     """
     found = stored(run_folder, num_rounds=num_rounds)
+    if merged:
+        export_kind.check_mergeable(found.run_manifest.run.adapter.kind)
     adapter_folder = output or run_folder / run.EXPORT_FOLDER
     export.save_adapter(
         adapter_folder, found.tensors, run_manifest=found.run_manifest, num_rounds=found.num_rounds,

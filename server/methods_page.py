@@ -14,8 +14,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from common import compatibility
+from common import compatibility, kind_rules
 from common.compatibility import FEATURES, Cell
+from common.kind_rules import KIND_FEATURES, KindCell
+from common.kinds import KINDS, Kind
 from common.methods import FACTS, Facts
 from common.trainable import in_words
 
@@ -31,18 +33,27 @@ def as_dict() -> dict[str, Any]:
         "combinations": {
             name: {cell.feature: _outcome(cell) for cell in cells if cell.method == name} for name in FACTS
         },
+        "kinds": {name: dataclasses.asdict(kind) for name, kind in KINDS.items()},
+        "kind_combinations": {name: {cell.feature: _outcome(cell) for cell in own} for name, own in kind_rows()},
     }
 
 
 def render() -> RenderableType:
     """The table for a terminal, and why each refusal is one."""
+    kinds = Table("kind", "paper", "mean", "what is trained", "its settings", title="kinds of adapters")
+    for kind in KINDS.values():
+        kinds.add_row(*(Text(text) for text in _kind(kind)))
     facts = Table("method", "paper", "a site sends", "exact", "what the coordinator does", title="methods")
     for method in FACTS.values():
         facts.add_row(*(Text(text) for text in _summary(method)))
     features = Table("method", *(feature.name for feature in FEATURES), title="what they go together with")
     for name, row in rows():
         features.add_row(Text(name), *(Text("yes" if cell.is_allowed else "no") for cell in row))
-    return Group(facts, features, *(Text(line) for line in reasons()))
+    of_kinds = Table("kind", *(feature.name for feature in KIND_FEATURES), title="what they go together with")
+    for name, cells in kind_rows():
+        of_kinds.add_row(Text(name), *(Text("yes" if cell.is_allowed else "no") for cell in cells))
+    told = (Text(line) for line in (*reasons(), *kind_reasons()))
+    return Group(facts, features, kinds, of_kinds, *told)
 
 
 def rows() -> list[tuple[str, list[Cell]]]:
@@ -57,19 +68,30 @@ def reasons() -> list[str]:
     return [f"{cell.method}, {cell.feature}: {cell.reason}{_instead(cell)}" for cell in cells]
 
 
+def kind_rows() -> list[tuple[str, list[KindCell]]]:
+    """The cells of each kind, in the order of the features."""
+    cells = [cell for _, cell in kind_rules.kind_cells()]
+    return [(name, [cell for cell in cells if cell.kind == name]) for name in KINDS]
+
+
+def kind_reasons() -> list[str]:
+    """Why each refused cell is refused, kinds with the same reason together, and the kind to take."""
+    return [
+        f"{feature.name}: {reason}; not with {', '.join(kinds)} (nearest: {nearest})"
+        for feature, kinds, reason, nearest in kind_rules.refusals()
+    ]
+
+
 def page() -> str:
     """docs/methods.md."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701  Markdown
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     methods = list(FACTS.values())
     return template.render(
-        methods=methods,
-        features=FEATURES,
-        rows=rows(),
-        reasons=reasons(),
-        summary=_summary,
-        site_level=compatibility.SITE_LEVEL,
-    )
+        methods=methods, features=FEATURES, rows=rows(), reasons=reasons(), summary=_summary,
+        site_level=compatibility.SITE_LEVEL, kinds=[(kind, _kind(kind)) for kind in KINDS.values()],
+        kind_features=KIND_FEATURES, kind_rows=kind_rows(), kind_reasons=kind_reasons(),
+    )  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -90,7 +112,13 @@ def _summary(facts: Facts) -> tuple[str, str, str, str, str]:
     return facts.name, paper, in_words(facts.sends), exact, facts.rule
 
 
-def _outcome(cell: Cell) -> dict[str, Any]:
+def _kind(kind: Kind) -> tuple[str, str, str, str, str]:
+    """A kind in a line."""
+    mean = f"approximate: {kind.inexact}" if kind.inexact else "exact"
+    return kind.name, f"{kind.title}, {kind.source}", mean, kind.rule, ", ".join(kind.settings) or "none"
+
+
+def _outcome(cell: Cell | KindCell) -> dict[str, Any]:
     """A cell without its place."""
     return {"is_allowed": cell.is_allowed, "reason": cell.reason, "nearest": cell.nearest}
 

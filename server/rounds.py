@@ -6,9 +6,10 @@ from typing import Any
 
 from common import clipping, events, site_privacy, trainable
 from common.errors import ConfigError, ProtocolError, SilotuneError, TooFewSitesError, WireError
+from common.kinds import KINDS
 from common.noise import Noise
 from common.records import RoundPlan, UpdateHead
-from server import broadcast, checkpoint, collect, federation, sampling, screening
+from server import broadcast, checkpoint, collect, federation, ranks, sampling, screening
 from server.aggregate import gap, noised, optimizer, products, robust
 from server.aggregate.method import State, Sum
 from server.aggregate.noised import NoisedSum
@@ -76,7 +77,8 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
     step, fed.memory = optimizer.step(combined, fed.memory, settings=fed.manifest.run.aggregation)
     if isinstance(tally.combined, NoisedSum):
         fed.memory = tally.combined.remembered(fed.memory)
-    after = _settle(fed, state, averaged if step is combined else fed.method.apply(state, step))
+    after = averaged if step is combined else fed.method.apply(state, step)
+    after = _settle(fed, state, ranks.agree(after, combined, run=fed.manifest.run, num_done=round_index + 1))
     norms = _gap(tally, state, averaged, combined)
     _require_rank(fed, norms)
     digest = checkpoint.save(
@@ -91,6 +93,7 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
         num_updates=len(tally.heads),
         train_loss=_train_loss(tally.heads),
         gap=gap.whole(norms.values()) if norms else None,
+        **({} if (rank := ranks.left(after)) is None else {"rank": rank}),
         gap_modules={name: gap.whole([pair]) for name, pair in norms.items()},
         bytes_down=sum(map(len, frames.values())),
         bytes_up=tally.bytes_up,
@@ -168,7 +171,8 @@ def _tally(fed: Federation, state: State, source: Noise, *, round_index: int) ->
         return Tally(start, None)
     if settings.robust != "none":
         return Tally(robust.start(names, rule=settings.robust, num_bad=settings.num_bad_sites), None)
-    meter = gap.GapMeter(state) if facts.has_bias else None
+    has_gap = facts.has_bias and KINDS[run.adapter.kind].has_factors
+    meter = gap.GapMeter(state) if has_gap else None
     return Tally(fed.method.start(state, trained=names, round_index=round_index), meter)
 
 

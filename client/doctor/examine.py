@@ -3,13 +3,13 @@
 import datetime
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from client.doctor import host, keys, work
 from client.policy_file import Policy
-from common import config, doctor_checks, store
+from common import config, doctor_checks, store, trainable
 from common.doctor import Result, check, ok
 from common.errors import SilotuneError
 
@@ -106,7 +106,8 @@ def _memory(patient: Patient, node: config.NodeConfig, allowed: Policy | None, f
     device = work.device_of(node, agent_pid=host.agent_pid(Path(node.agent.socket)))
     if patient.run:
         run = work.offered(node, patient.run)
-        return work.memory(found.get(run.base_sha256), work.work_of(run.run, device), device)
+        asked = replace(work.work_of(run.run, device), num_trained=trainable.num_values(run.tensor_specs))
+        return work.memory(found.get(run.base_sha256), asked, device)
     listed = [base.sha256 for base in allowed.models.allow] if allowed else list(found)
     folders = [found[sha256] for sha256 in listed if sha256 in found]
     largest = max(folders, key=lambda folder: sum(f.stat().st_size for f in folder.glob("*.safetensors")), default=None)

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from client.policy_file import BaseRules, DatasetRules, Policy
+from common.kinds import KINDS
 
 MAY_RUN: Final = "May run"
 PROTECTED: Final = "Must protect it"
@@ -68,7 +69,14 @@ def _models(policy: Policy) -> list[str]:
     return [
         f"On these bases: {'; '.join(map(_base, policy.models.allow))}.",
         f"An adapter of rank {low} to {high} on {trained}. Embeddings and the output head are never trained.",
+        *_other_kinds(policy),
     ]
+
+
+def _other_kinds(policy: Policy) -> list[str]:
+    """Adapters of other kinds than LoRA, if any."""
+    others = [f"{name} ({KINDS[name].rule})" for name in policy.adapter.kinds if name != "lora"]
+    return [f"Also of at most {policy.adapter.max_parameters:,} values: {'; '.join(others)}."] if others else []
 
 
 def _base(base: BaseRules) -> str:

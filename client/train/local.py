@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-from client.train import private, proof, schedule
+from client.train import private, proof, regulariser, schedule
 from client.train.gradients import mean_gradient
 from common import adapter, config
 from common.adapter import Tensors
@@ -138,6 +138,7 @@ def _steps(
         if loss is not None:
             losses.append(_finite(loss, step=len(losses)))
         _clip(optimizer, max_grad_norm)
+        regulariser.add_gradient(engine.model)
         _pull(engine, before, rate * proximal)
         for group in optimizer.param_groups:
             group["lr"] = rate

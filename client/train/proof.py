@@ -6,7 +6,7 @@ Opacus issue 820 is such a case: 45 GPU-hours of models that had not moved, with
 import torch
 from torch import Tensor
 
-from common import adapter
+from common import adapter, kinds
 from common.adapter import Tensors
 from common.errors import ModelError
 from common.model import Engine
@@ -21,11 +21,8 @@ def check_moved(engine: Engine, before: Tensors) -> None:
         ModelError: Names the first that has not.
     """
     after = adapter.read(engine.model)
-    still = [
-        module
-        for module in adapter.module_names(adapter.specs(after))
-        if all(torch.equal(after[name], before[name]) for name in after if name.startswith(f"{module}.lora_"))
-    ]
+    moved = {kinds.module_of(name) for name in after if not torch.equal(after[name], before[name])}
+    still = [module for module in adapter.module_names(adapter.specs(after)) if module not in moved]
     if still:
         raise ModelError(
             f"training did not change the adapter of {still[0]} ({len(still)} such modules); nothing was sent. "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from client.train.units import Unit
-from common import adapter, prompts
+from common import adapter, prompts, trainable
 from common.errors import ModelError
 from common.model import Engine, answer_nll
 
@@ -54,13 +54,14 @@ def prepared(engine: Engine, *, method: Method) -> Iterator[tuple[Take, bool]]:
 
 
 def _factors(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers whose weights are what is trained; empty if anything else is trained, too."""
+    """The linear layers of LoRA whose weights are what is trained; empty if anything else is trained, too."""
     trained = {id(parameter): name for name, parameter in adapter.parameters(model).items()}
     found: dict[str, nn.Linear] = {}
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.bias is None and id(module.weight) in trained:
             found[trained[id(module.weight)]] = module
-    return found if len(found) == len(trained) else {}
+    is_whole = len(found) == len(trained) and all(trainable.factor_of(name) in ("A", "B") for name in found)
+    return found if is_whole else {}
 
 
 class _Sink:

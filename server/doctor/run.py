@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Final
 
-from common import base_size, config, doctor_checks, model, store
+from common import base_size, config, doctor_checks, model, peft_kinds, store
 from common.config import RunConfig
 from common.data import read
 from common.doctor import Result, check, count, failed, ok, skipped
@@ -33,19 +33,27 @@ def base(found: RunConfig, folder: Path | None) -> Result:
     for name in found.adapter.target_names:
         if not shape.targets([name]):
             return failed(f"{where} has no layer {name}", "correct adapter.targets")
-    number = shape.num_adapter_parameters(found.adapter.target_names, r=found.adapter.r)
+    number = _num_values(found, where, shape)
     pinned = "as model.sha256 says" if found.model.sha256 else "model.sha256 is empty, so any base would do"
     return ok(f"{where}: {sha256[:12]}, {pinned}; the adapter has {number:,} values")
+
+
+def _num_values(found: RunConfig, where: Path, shape: base_size.BaseShape) -> int:
+    """Values of the run's adapter; of other kinds than LoRA peft counts them."""
+    if found.adapter.kind == "lora":
+        return shape.num_adapter_parameters(found.adapter.target_names, r=found.adapter.r)
+    with model.quiet_peft():
+        return peft_kinds.num_parameters(where, found.adapter)
 
 
 @check("checkpoints", remedy=_LESS)
 def checkpoints(found: RunConfig, folder: Path | None) -> Result:
     """Tell whether all checkpoints of the run have room: one float32 adapter a round, and one more at the end."""
     try:
-        shape = base_size.read(folder or store.resolve(found.model.base))
+        where = folder or store.resolve(found.model.base)
+        number = _num_values(found, where, base_size.read(where))
     except SilotuneError:
         return skipped("the base is not known, nor the adapter's size")
-    number = shape.num_adapter_parameters(found.adapter.target_names, r=found.adapter.r)
     rounds = found.federation.num_rounds
     kept = min(rounds, found.output.keep_checkpoints or rounds) + 1
     need = kept * number * base_size.FLOAT32_BYTES + RECORDS_BYTES

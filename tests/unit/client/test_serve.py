@@ -93,6 +93,15 @@ def test_a_base_is_loaded_once_for_runs_that_want_the_same(node, manifest):
     assert loader.load(manifest({"adapter.r": "2"})) is not first
 
 
+@pytest.mark.parametrize(("kind", "is_kept"), [("vera", False), ("fourierft", False), ("miss", True)])
+def test_parts_that_are_drawn_from_a_runs_seed_are_drawn_anew_for_another(node, manifest, kind, is_kept):
+    loader = serve.EngineLoader(node())
+    asked = {"adapter.kind": kind, "adapter.alpha": "32.0", "adapter.r": "16"}
+    first = loader.load(manifest(asked))
+    assert loader.load(manifest({**asked, "training.learning_rate": "1e-3"})) is first
+    assert (loader.load(manifest({**asked, "seed": "9"})) is first) == is_kept
+
+
 def test_another_adapter_is_another_engine_and_the_old_one_goes(node, manifest):
     loader = serve.EngineLoader(node())
     first = weakref.ref(loader.load(manifest()).model)

@@ -166,10 +166,23 @@ SITE = [
 KRUM = ["aggregation.robust = 'krum'", "aggregation.num_bad_sites = 1"]
 UNIFORM = "aggregation.weighting = 'uniform'"
 TASK = "{name = 'a', kind = 'choice', data = 'rows.jsonl'}"
+IA3 = "adapter.kind = 'ia3'"
 BROKEN_RULES = [
     ("aggregation.weighting", 7, ["aggregation.weighting = 'uniform'", "aggregation.method = 'hetlora'"]),
     ("adapter.site_ranks", 7, ["adapter.site_ranks = 'north = 16'", "aggregation.method = 'fedsvd'"]),
     ("adapter.site_ranks", 7, ["adapter.site_ranks = 'a = 2, a = 4'", "aggregation.method = 'flexlora'"]),
+    ("adapter.kind", 7, [IA3, "aggregation.method = 'ffa'"]),
+    ("adapter.kind", 7, ["adapter.kind = 'prefix_tuning'", "training.gradient_checkpointing = true"]),
+    ("adapter.r", 8, [IA3, "adapter.r = 4"]),
+    ("adapter.alpha", 8, [IA3, "adapter.alpha = 8"]),
+    ("adapter.dropout", 8, [IA3, "adapter.dropout = 0.1"]),
+    ("adapter.targets", 8, ["adapter.kind = 'ln_tuning'", "adapter.targets = 'q_proj'"]),
+    ("adapter.use_rslora", 8, [IA3, "adapter.use_rslora = true"]),
+    ("adapter.target_r", 7, ["adapter.target_r = 4"]),
+    ("adapter.target_r", 8, ["adapter.kind = 'adalora'", "adapter.target_r = 17"]),
+    ("adapter.num_virtual_tokens", 7, ["adapter.num_virtual_tokens = 4"]),
+    ("adapter.block_size", 7, ["adapter.block_size = 4"]),
+    ("adapter.num_frequencies", 7, ["adapter.num_frequencies = 4"]),
     ("model.revision", 4, ["model.revision = 'main'"]),
     ("data.output_column", 7, ["data.output_column = 'input'"]),
     ("data.site_column", 7, ["data.site_column = ''"]),
@@ -380,7 +393,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "e9432e63cd2f5ff6096268911e77d6ce7463055203ec74ebc30ecbcc82b2eab2"
+        "ee91d01f72934b3388ee2acc3e2db58967853ca33d12f16a2bcbb56634eac46b"
     )
 
 

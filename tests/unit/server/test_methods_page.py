@@ -2,6 +2,7 @@ import json
 
 from typer.testing import CliRunner
 
+from common.kinds import KINDS
 from common.methods import FACTS
 from server import methods_page
 from server.cli import app
@@ -27,12 +28,16 @@ def test_the_command_prints_every_method_and_why_it_refuses():
     assert all(name in shown for name in FACTS)
     assert "fedsvd, server optimizer: the factors get new coordinates" in shown
     assert "(nearest: ffa)" in shown
+    assert all(name in shown for name in KINDS)
+    assert "nf4 base: peft cannot read such weights for it; not with loha, lokr (nearest: miss)" in shown
 
 
 def test_the_command_prints_json():
     found = json.loads(CliRunner().invoke(app, ["methods", "--json"]).stdout)
     assert set(found["methods"]) == set(found["combinations"]) == set(FACTS)
     assert found["methods"]["rolora"]["trains"] == ["B", "A"]
+    assert set(found["kinds"]) == set(found["kind_combinations"]) == set(KINDS)
+    assert found["kind_combinations"]["prefix_tuning"]["checkpointing"]["nearest"] == "prompt_tuning"
     refused = found["combinations"]["flexlora"]["secure aggregation"]
     assert refused == {
         "is_allowed": False,
