@@ -16,7 +16,7 @@ from common.records import OpenedHead
 from common.wire import shown
 
 KNOWN: Final = {
-    "": "version name seed",
+    "": "version name seed polish",
     "model": "base revision sha256 quantization double_quantization dtype chat_template",
     "adapter": "kind r alpha dropout targets use_rslora",
     "data": "source partition num_sites dirichlet_alpha site_column unit_column instruction_column input_column "

@@ -135,7 +135,7 @@ FEATURES: Final = (
         keys=("aggregation.server_optimizer",),
         is_asked=lambda run: run.aggregation.server_optimizer != "none",
     ),
-    Feature("central polishing", _polishing),
+    Feature("central polishing", _polishing, keys=("polish",), is_asked=lambda run: bool(run.polish)),
     Feature(
         "robust aggregation",
         _robust,

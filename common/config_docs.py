@@ -87,7 +87,7 @@ def render() -> str:
 def example(schema: type[BaseModel]) -> str:
     """Write a complete file: every setting with its default, or an example where there is none, and its meaning."""
     sections = config_file.sections_of(schema)
-    tops = {name: field for name, field in _properties(schema).items() if name not in sections}
+    tops = _tops(schema)
     parts = [_example_section("", tops)] if tops else []
     parts += [f"[{name}]\n{_example_section(name, _properties(kind))}" for name, kind in sections.items()]
     return "\n".join(parts)
@@ -136,11 +136,20 @@ def _properties(schema: type[BaseModel]) -> dict[str, dict[str, Any]]:
 def _tables(schema: type[BaseModel]) -> Iterator[str]:
     """Write one table a section."""
     sections = config_file.sections_of(schema)
-    tops = {name: field for name, field in _properties(schema).items() if name not in sections}
+    tops = _tops(schema)
     if tops:
         yield f"### Top of the file\n\n{_table(tops)}"
     for name, kind in sections.items():
         yield f"### [{name}]\n\n{(kind.__doc__ or '').strip()}\n\n{_table(_properties(kind))}"
+    for name, kind in config_file.tables_of(schema).items():
+        words = " ".join((kind.__doc__ or "").split())
+        yield f"### [[{name}]]\n\n{words}\n\n{_table(_properties(kind))}"
+
+
+def _tops(schema: type[BaseModel]) -> dict[str, dict[str, Any]]:
+    """List the settings at the top of the file."""
+    inner = config_file.sections_of(schema).keys() | config_file.tables_of(schema).keys()
+    return {name: field for name, field in _properties(schema).items() if name not in inner}
 
 
 def _table(fields: dict[str, dict[str, Any]]) -> str:

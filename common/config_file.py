@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeGuard, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -126,14 +126,30 @@ def parse_value(text: str) -> Any:
 def sections_of(schema: type[BaseModel]) -> dict[str, type[BaseModel]]:
     """List the tables of a schema: name to their own schema."""
     fields = ((name, field.annotation) for name, field in schema.model_fields.items())
-    return {name: kind for name, kind in fields if isinstance(kind, type) and issubclass(kind, BaseModel)}
+    return {name: kind for name, kind in fields if _is_schema(kind)}
+
+
+def tables_of(schema: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """List the arrays of tables of a schema, `[[name]]`: name to the schema of one table."""
+    fields = ((name, get_args(field.annotation)) for name, field in schema.model_fields.items())
+    return {name: kinds[0] for name, kinds in fields if kinds and _is_schema(kinds[0])}
+
+
+def table_keys_of(schema: type[BaseModel]) -> tuple[str, ...]:
+    """List the dotted keys of the arrays of tables, without the tables' numbers."""
+    return tuple(f"{name}.{key}" for name, kind in tables_of(schema).items() for key in kind.model_fields)
 
 
 def keys_of(schema: type[BaseModel]) -> tuple[str, ...]:
-    """List the dotted keys of a schema, in its order."""
-    sections = sections_of(schema)
-    tops = [name for name in schema.model_fields if name not in sections]
+    """List the dotted keys of a schema, in its order; arrays of tables are not among them."""
+    sections, tables = sections_of(schema), tables_of(schema)
+    tops = [name for name in schema.model_fields if name not in sections and name not in tables]
     return (*tops, *(f"{name}.{key}" for name, kind in sections.items() for key in kind.model_fields))
+
+
+def _is_schema(kind: object) -> TypeGuard[type[BaseModel]]:
+    """Whether a field's type is a table of its own."""
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _decode(content: bytes, shown: str) -> str:
@@ -168,12 +184,27 @@ def _describe_syntax(message: str, text: str, name: str) -> str:
 
 
 def _put(table: Table, key: Key, value: Any) -> None:
-    """Set a dotted key; a value where a section should be stays, for the schema to refuse."""
+    """Set a dotted key; a value where a section should be stays, for the schema to refuse.
+
+    Raises:
+        ConfigError: A table is asked for by a number that an array of tables does not have.
+    """
     for part in key[:-1]:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
+        inner = table.setdefault(part, {}) if isinstance(table, dict) else _numbered(table, part, key)
+        if not isinstance(inner, dict | list):
             return
+        table = inner
+    if isinstance(table, list):
+        raise errors.ConfigError(f"--set {config_hints.show_key(key)}: name a setting of one table, as in polish.0.steps")
     table[key[-1]] = value
+
+
+def _numbered(tables: list[Any], part: str, key: Key) -> Any:
+    """One table of an array, by its number."""
+    if not part.isdecimal() or int(part) >= len(tables):
+        count = f"[[{key[0]}]] has {len(tables)} tables, counted from 0"
+        raise errors.ConfigError(f"--set {config_hints.show_key(key)}: {count}; correct the number")
+    return tables[int(part)]
 
 
 def _with_sections(table: Table, schema: type[BaseModel]) -> Table:
@@ -183,13 +214,17 @@ def _with_sections(table: Table, schema: type[BaseModel]) -> Table:
 
 def _problems(error: ValidationError, table: Table, form: Format[Config]) -> Iterator[Problem]:
     """List what is wrong: single values first, then contradictions between the values that are right."""
-    guide = config_hints.Guide(keys_of(form.schema), keys_of(form.other), form.other_name)
+    own = (*keys_of(form.schema), *table_keys_of(form.schema))
+    guide = config_hints.Guide(own, keys_of(form.other), form.other_name)
     bad: set[str] = set()
     for detail in error.errors(include_url=False):
         key = tuple(str(part) for part in detail["loc"])
         bad.add(".".join(key))
         if detail["type"] == "extra_forbidden":
-            yield from (Problem(leaf, partial(guide.unknown, leaf)) for leaf in _leaves(key, detail["input"]))
+            numbered = {str(part) for part in detail["loc"] if isinstance(part, int)}
+            for leaf in _leaves(key, detail["input"]):
+                plain = tuple(part for part in leaf if part not in numbered)
+                yield Problem(leaf, partial(guide.unknown, plain))
         elif key:
             yield Problem(key, partial(config_hints.wrong, key, detail, patterns=form.patterns))
     config = _assume(table, form.schema, bad)
@@ -212,8 +247,16 @@ def _assume(table: Table, schema: type[Config], bad: set[str]) -> Config:
     """Build a config of the values that are right and the defaults of those that are not."""
     whole = _with_sections(table, schema)
     sections = {name: _assume_section(whole[name], name, kind, bad) for name, kind in sections_of(schema).items()}
+    tables = {name: _assume_tables(whole.get(name), name, kind, bad) for name, kind in tables_of(schema).items()}
     tops = {name: value for name, value in whole.items() if name in schema.model_fields and name not in bad}
-    return schema.model_construct(**{**tops, **sections})
+    return schema.model_construct(**{**tops, **sections, **tables})
+
+
+def _assume_tables(written: object, name: str, schema: type[BaseModel], bad: set[str]) -> tuple[BaseModel, ...]:
+    """The tables of an array; none if one of them is wrong."""
+    if not isinstance(written, list) or any(key == name or key.startswith(f"{name}.") for key in bad):
+        return ()
+    return tuple(schema.model_validate(table) for table in written)
 
 
 def _assume_section(table: object, name: str, schema: type[BaseModel], bad: set[str]) -> BaseModel:
@@ -231,7 +274,7 @@ class _Places:
 
     def __init__(self, name: str, text: str, overrides: Mapping[str, str]) -> None:
         self._name = name
-        self._lines = config_locate.key_lines(text)
+        self._lines = config_locate.table_lines(text) | config_locate.key_lines(text)
         self._overrides = {tuple(key.split(".")): key for key in overrides}
 
     def find(self, problem: Problem) -> tuple[float, str]:

@@ -120,6 +120,8 @@ def wrong(key: Key, detail: Mapping[str, Any], *, patterns: Mapping[str, str]) -
     if detail["type"] == "missing":
         return _MISSING.get(key, "must be set; it has no default")
     words = _limit(key, detail["type"], detail.get("ctx", {}), patterns) or detail["msg"]
+    if detail["type"] == "value_error" and isinstance(detail["input"], dict | list):
+        return words
     hint = config_foreign.VALUES.get((".".join(key), _plain(str(detail["input"]))), "")
     return f"{words} (you wrote {show_value(detail['input'])})" + (f"; {hint}" if hint else "")
 
@@ -127,7 +129,9 @@ def wrong(key: Key, detail: Mapping[str, Any], *, patterns: Mapping[str, str]) -
 def _limit(key: Key, kind: str, context: Mapping[str, Any], patterns: Mapping[str, str]) -> str:
     """Say what a value must be; nothing for a kind of error that is not known."""
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"must be a section, [{key[0]}]"
+        return f"must be a section, [{key[0]}]" if len(key) == 1 else f"must be a table, [[{key[0]}]]"
+    if kind == "tuple_type":
+        return f"must be tables, each under [[{key[0]}]]"
     if kind == "literal_error":
         return f"must be {str(context['expected']).replace(chr(39), chr(34))}"
     if kind == "string_pattern_mismatch":

@@ -51,6 +51,49 @@ def key_lines(text: str) -> Lines:
     return lines
 
 
+def table_lines(text: str) -> Lines:
+    """Find the line of every key in an array of tables, `[[name]]`, under the number of its table.
+
+    Args:
+        text: A valid TOML text.
+
+    Returns:
+        As `key_lines`, of those keys only; the tables' numbers count from 0.
+
+    Example:
+        >>> table_lines('[[polish]]\\nsteps = 1\\n[[polish]]\\nsteps = 2')[("polish", "1", "steps")]
+        4
+    """
+    lines: Lines = {}
+    counts: dict[Key, int] = {}
+    section: Key = ()
+    words = _words(text)
+    for word, line in words:
+        if word == "[":
+            section = _number(*_read_header(words), counts)
+            _note(section, line, lines)
+        elif word != "\n":
+            _read_pair(word, line, words, section, lines if section else {})
+    return lines
+
+
+def _read_header(words: Words) -> tuple[Key, bool]:
+    """Read a section's name after its first bracket, and whether it is one of an array of tables."""
+    first, _ = next(words)
+    rest = _join_until("\n", words)
+    return split_key(rest if first == "[" else first + rest), first == "["
+
+
+def _number(name: Key, is_array: bool, counts: dict[Key, int]) -> Key:
+    """A section's path with the number of the table that it is or belongs to; empty outside arrays of tables."""
+    if is_array:
+        counts[name] = counts.get(name, -1) + 1
+    for length in range(len(name), 0, -1):
+        if name[:length] in counts:
+            return (*name[:length], str(counts[name[:length]]), *name[length:])
+    return ()
+
+
 def split_key(text: str) -> Key:
     """Split a dotted key, quoted or not, into its parts.
 

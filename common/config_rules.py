@@ -57,7 +57,8 @@ def describe(config: BaseModel, rule: Rule) -> str:
 def value_of(config: BaseModel, key: str) -> Any:
     """Look up a dotted key."""
     section, _, name = key.partition(".")
-    return getattr(getattr(config, section), name)
+    found = getattr(config, section)
+    return getattr(found, name) if name else [table.name for table in found]
 
 
 def is_positive(table: Mapping[str, object], key: str) -> bool:
@@ -167,8 +168,18 @@ def _keeps_residual(config: RunConfig) -> bool:
     return FACTS[config.aggregation.method].base_delta == "residual"
 
 
+def _loses_side_adapter(config: RunConfig) -> bool:
+    return _keeps_residual(config) and any(stage.reference or stage.kind == "reward" for stage in config.polish)
+
+
 RUN_RULES = (
     *_refused_combinations(),
+    Rule(
+        ("polish", "aggregation.method"),
+        _loses_side_adapter,
+        "this method keeps a side adapter, which the reference model or the reward model of a stage would be without; "
+        "choose sft, cpt, orpo or simpo, grpo with beta = 0, or another aggregation.method",
+    ),
     Rule(
         ("aggregation.residual_rank", "aggregation.method"),
         lambda c: _keeps_residual(c) and not c.aggregation.residual_rank,

@@ -146,6 +146,7 @@ def public_part(run: config.RunConfig) -> config.RunConfig:
             "data": run.data.model_copy(update={"source": "site"}),
             "evaluation": run.evaluation.model_copy(update={"server_data": "", "metrics": "", "json_schema": ""}),
             "output": config.OutputConfig(),
+            "polish": (),
         }
     )
 
