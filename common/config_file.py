@@ -189,14 +189,16 @@ def _put(table: Table, key: Key, value: Any) -> None:
     Raises:
         ConfigError: A table is asked for by a number that an array of tables does not have.
     """
+    target: Table | list[Any] = table
     for part in key[:-1]:
-        inner = table.setdefault(part, {}) if isinstance(table, dict) else _numbered(table, part, key)
-        if not isinstance(inner, dict | list):
+        target = target.setdefault(part, {}) if isinstance(target, dict) else _numbered(target, part, key)
+        if not isinstance(target, dict | list):
             return
-        table = inner
-    if isinstance(table, list):
-        raise errors.ConfigError(f"--set {config_hints.show_key(key)}: name a setting of one table, as in polish.0.steps")
-    table[key[-1]] = value
+    if isinstance(target, list):
+        raise errors.ConfigError(
+            f"--set {config_hints.show_key(key)}: name a setting of one table, as in polish.0.steps"
+        )
+    target[key[-1]] = value
 
 
 def _numbered(tables: list[Any], part: str, key: Key) -> Any:

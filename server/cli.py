@@ -89,6 +89,30 @@ def run(
 
 
 @app.command()
+def polish(
+    run_folder: RunFolder,
+    base: Annotated[Path | None, typer.Option(help="Folder of the base; default: model.base, in the store.")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: every core.")] = 0,
+    json: cli.JsonOption = False,
+) -> None:
+    """Play the [[polish]] stages that a run has left.
+
+    \b
+    Examples:
+      silotune-server polish runs/triage
+    """
+    import sys
+
+    from rich.console import Console
+
+    from server.polish import command
+
+    console = Console(file=sys.stderr if json else sys.stdout, highlight=False)
+    result = command.polish(run_folder, base=base, num_threads=threads, console=console)
+    cli.emit(result, as_json=json, show=lambda: cli.show(f"adapter   {result['adapter']}"))
+
+
+@app.command()
 def register(
     public_key: Annotated[Path, typer.Argument(help="A node's public key, PEM.", metavar="NODE.pub")],
     name: Annotated[str, typer.Option(help="What to call the node.")],

@@ -17,6 +17,7 @@ from common.events import Event
 from common.manifest import RunManifest
 from server import export_canonical
 from server.aggregate import factored
+from server.polish import told
 
 CARD_TEMPLATE = Path(__file__).with_name("card.md.j2")
 
@@ -90,6 +91,7 @@ def card(
         before=evaluated.get(0), after=evaluated.get(num_rounds), kind=kind, licence=licence, formats=formats,
         scored_before=scored.get(0), scored=scored.get(num_rounds), privacy_wording=privacy_plan.FIXED_WORDING,
         epsilon=privacy_plan.epsilon(settings) if settings.privacy.is_private else None,
+        polish=told.stages(log), stage_kind=told.kind, polish_private=told.PRIVATE, polish_own=told.OWN_DATA,
     )  # fmt: skip
     return text
 

@@ -9,6 +9,7 @@ import jinja2
 
 from common import events, storage
 from common.events import Event
+from server.polish import told
 from server.show import percent, size
 
 REPORT_FILE: Final = "report.html"
@@ -66,6 +67,11 @@ def render(log: Sequence[Event]) -> str:
         sites=sorted({event["site"] for event in _of(log, "site_trained")}),
         chart=chart(evaluated) if evaluated else None,
         comparison=_bars(_of(log, "compared")),
+        polish=told.stages(log),
+        scored_after={event["stage"]: event for event in _of(log, "scored") if event.get("stage")},
+        polish_private=told.PRIVATE,
+        polish_own=told.OWN_DATA,
+        stage_kind=told.kind,
         troubles=_of(log, "site_failed") + _of(log, "site_refused"),
         percent=percent,
         size=size,
@@ -89,7 +95,9 @@ def status(log: Sequence[Event]) -> str:
         return f"failed: {failed[-1]['reason']}"
     done = max((event["round"] + 1 for event in _of(log, "round_finished")), default=0)
     planned = latest[0]["num_rounds"] if starts else "?"
-    return f"running, {done} of {planned} rounds"
+    stages = _of(latest, "polish_started")
+    stage = f", polish stage {stages[-1]['number']} of {stages[-1]['num_stages']}" if stages else ""
+    return f"running, {done} of {planned} rounds{stage}"
 
 
 def chart(evaluated: Sequence[Event]) -> Chart:

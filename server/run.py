@@ -23,6 +23,7 @@ from server.evaluate import answers
 from server.federation import Federation, OwnRows
 from server.fleet import Fleet
 from server.offer import Operator
+from server.polish import stages
 
 RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.json"
@@ -55,7 +56,7 @@ def execute(
     resume: bool = False,
     operator: Operator | None = None,
 ) -> Outcome:
-    """Run federated training from the first to the last round and export the adapter.
+    """Run federated training from the first to the last round, then the polish stages, and export the adapter.
 
     Args:
         settings: The run file.
@@ -69,7 +70,8 @@ def execute(
 
     Raises:
         AuditError: The audit log was changed under the run.
-        ConfigError: An update would be larger than `wire.max_update_mib`.
+        ConfigError: An update would be larger than `wire.max_update_mib`, or a stage cannot be played here.
+        DataError: The coordinator's own rows, or those of a stage, are missing or unusable.
         ProtocolError: Too few sites, or none evaluates.
         StorageError: Disk full or not writable.
     """
@@ -86,7 +88,14 @@ def execute(
     with _recorded(fed, first.tensors, first_round=first.num_rounds):
         federation.wait_for_sites(fed)
         tensors = rounds.run(fed, first.tensors, first_round=first.num_rounds)
-    num_rounds = settings.federation.num_rounds
+    tensors = stages.run(fed, tensors, engine=engine)
+    return finish(fed, tensors)
+
+
+def finish(fed: Federation, tensors: Tensors) -> Outcome:
+    """Export the adapter after the last round and the last stage, and say that the run has finished."""
+    manifest, folder, log = fed.manifest, fed.folder, fed.log
+    num_rounds = manifest.run.federation.num_rounds
     told = events.read(log.path)
     sites = trained_sites(told, num_rounds=num_rounds)
     export.save_adapter(
@@ -237,6 +246,7 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
         "gap_warning": settings.aggregation.gap_warning,
         **_privacy(settings),
         "without_gap": compatibility.without_gap(settings),
+        "polish": [stage.name for stage in settings.polish],
     }
 
 

@@ -15,11 +15,12 @@ from server.federation import Federation
 FOLDER: Final = "scores"
 
 
-def score(federation: Federation, state: State, *, num_rounds: int) -> None:
+def score(federation: Federation, state: State, *, num_rounds: int, stage: str = "") -> None:
     """Answer every row of `evaluation.server_data`, keep each row's scores and log their means.
 
     Without `evaluation.metrics` nothing is done. After the last round the event holds how far each mean rose from the
-    base's on the same rows, by the paired bootstrap. The texts are kept nowhere.
+    base's on the same rows, by the paired bootstrap. The texts are kept nowhere. `stage` names the polish stage that
+    the adapter went through last.
 
     Raises:
         DataError: The base's scores on disk are not of these rows.
@@ -38,11 +39,12 @@ def score(federation: Federation, state: State, *, num_rounds: int) -> None:
     )
     functions = chosen(settings.evaluation)
     found = {name: [function(*pair) for pair in pairs] for name, function in functions.items()}
-    storage.write_atomic(_file(federation.folder, num_rounds), wire.canonical_json(found))
+    storage.write_atomic(_file(federation.folder, num_rounds, stage), wire.canonical_json(found))
     before = _stored(_file(federation.folder, 0)) if num_rounds else {}
     federation.log.append(
         "scored",
         num_rounds=num_rounds,
+        stage=stage,
         num_rows=len(pairs),
         scores={name: sum(scores) / len(scores) for name, scores in found.items()},
         gains=gains(found, before),
@@ -73,9 +75,9 @@ def gains(after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[fl
     return {name: dataclasses.asdict(metrics.paired_bootstrap(after[name], scores)) for name, scores in before.items()}
 
 
-def _file(folder: Path, num_rounds: int) -> Path:
-    """Scores of every row after so many rounds."""
-    return folder / FOLDER / f"{num_rounds:05d}.json"
+def _file(folder: Path, num_rounds: int, stage: str = "") -> Path:
+    """Scores of every row after so many rounds, or after a stage that follows them."""
+    return folder / FOLDER / (f"{num_rounds:05d}-{stage}.json" if stage else f"{num_rounds:05d}.json")
 
 
 def _stored(path: Path) -> dict[str, list[float]]:

@@ -1,0 +1,285 @@
+"""The stages of `[[polish]]`, one after the other, each on the adapter that the one before has left.
+
+A stage that is done is a folder `polish/NN-NAME/` whose `stage.json` was written last; a run that goes on begins after
+the newest of them. A stage that was interrupted is played again from its beginning, and gives what it would have given.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from common import adapter, storage, wire
+from common.adapter import Tensors
+from common.config_polish import PolishStage
+from common.errors import ConfigError, DataError, ModelError
+from common.events import EventLog
+from common.manifest import RunManifest
+from common.model import Engine
+from common.records import TensorSpec
+from server.evaluate import answers
+from server.federation import Federation
+from server.polish import borrow, reward_model, rewards, rows
+from server.polish.rows import StageRows
+
+FOLDER: Final = "polish"
+ADAPTER_FILE: Final = "adapter_model.safetensors"
+RECORD_FILE: Final = "stage.json"
+
+
+@dataclass(frozen=True)
+class Played:
+    """What a stage did.
+
+    Attributes:
+        tensors: The adapter afterwards; as before, for a reward model.
+        before: The objective's figures on the held-out rows, by name.
+        after: The same afterwards.
+        reward: The reward model that was trained; None for other kinds.
+        num_steps: Optimizer steps.
+    """
+
+    tensors: Tensors
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    reward: reward_model.RewardModel | None = None
+    num_steps: int = 0
+
+
+@dataclass
+class _Teller:
+    """Turns a trainer's steps into events."""
+
+    log: EventLog
+    stage: str
+    num_steps: int
+    last: int = field(default=0)
+
+    def __call__(self, step: int, told: Mapping[str, float]) -> None:
+        """One step of a few."""
+        if step > self.last:
+            self.last = step
+            figures = {name: told[name] for name in ("loss", "reward", "rewards/margins", "kl") if name in told}
+            self.log.append(
+                "polish_step", stage=self.stage, step=step, num_steps=self.num_steps, figures=_rounded(figures)
+            )
+
+
+def run(fed: Federation, start: Tensors, *, engine: Engine) -> Tensors:
+    """Play the stages that are not on the disk yet.
+
+    Args:
+        fed: The run; its stages, folder and events.
+        start: The adapter after the last round.
+        engine: The coordinator's base.
+
+    Returns:
+        The adapter after the last stage.
+
+    Raises:
+        ConfigError: A stage cannot be played here.
+        DataError: A stage's data are missing or unusable.
+        ModelError: Training gave a value that is not finite, or a finished stage is of something else.
+        StorageError: Disk full or not writable.
+    """
+    stages, tensors = fed.manifest.run.polish, start
+    for number, stage in enumerate(stages, start=1):
+        folder = folder_of(fed.folder, number, stage)
+        if (folder / RECORD_FILE).is_file():
+            tensors = _stored(folder, stage, tensors, engine.tensor_specs)
+            continue
+        played = _play_told(fed, number, stage, tensors, engine=engine)
+        tensors = played.tensors
+        if played.reward is None:
+            # The coordinator's evaluation after a stage: this line alone knows how it is called.
+            answers.score(fed, tensors, num_rounds=fed.manifest.run.federation.num_rounds, stage=stage.name)
+    return tensors
+
+
+def newest(run_folder: Path, manifest: RunManifest, start: Tensors) -> tuple[Tensors, list[str]]:
+    """The adapter after the stages that are on the disk, and their names; `start` itself if there are none.
+
+    Raises:
+        DataError: A stage cannot be read.
+        ModelError: It is not what was written, or it began with another adapter.
+    """
+    tensors, names = start, []
+    for number, stage in enumerate(manifest.run.polish, start=1):
+        folder = folder_of(run_folder, number, stage)
+        if not (folder / RECORD_FILE).is_file():
+            break
+        tensors = _stored(folder, stage, tensors, manifest.tensor_specs)
+        names.append(stage.name)
+    return tensors, names
+
+
+def folder_of(run_folder: Path, number: int, stage: PolishStage) -> Path:
+    """Where a stage lies; numbers count from 1."""
+    return run_folder / FOLDER / f"{number:02d}-{stage.name}"
+
+
+def play(
+    stage: PolishStage,
+    start: Tensors,
+    *,
+    engine: Engine,
+    found: StageRows,
+    tell: Any,
+    judge: reward_model.RewardModel | None = None,
+) -> Played:
+    """Train one stage on the engine's base.
+
+    Args:
+        stage: What to train.
+        start: The adapter to start from; its side adapter, where there is one, stays as it is.
+        engine: The base; its adapter is overwritten.
+        found: The stage's data.
+        tell: Gets a step's number and figures.
+        judge: The reward model, for `rloo`.
+
+    Raises:
+        ConfigError: An adapter on the output layer, which TRL would not train.
+        ModelError: A value is not finite.
+    """
+    from server.polish import trainers  # loads TRL, which a run without stages does not need
+
+    _refuse_head(engine)
+    adapter.write(engine.model, start)
+    with tempfile.TemporaryDirectory(prefix="silotune-polish-") as scratch, borrow.lent(engine):
+        try:
+            model = reward_model.build(engine, seed=stage.seed) if stage.kind == "reward" else None
+            reward = _reward(stage, engine, judge)
+            trainer = trainers.make(stage, engine, found, scratch=scratch, tell=tell, model=model, reward=reward)
+            borrow.write_masters(engine, start)
+            borrow.set_reference(engine.model, start, reference=stage.reference)
+            before = trainers.figures(trainer, stage)
+            trainer.train()
+            after = trainers.figures(trainer, stage)
+        finally:
+            borrow.drop(engine.model, reward_model.JUDGE)
+        trained = reward_model.read(engine, model) if model is not None else None
+        result = adapter.read(engine.model)
+        _refuse_files(scratch)
+    adapter.check_values(result, what=f"polish stage '{stage.name}'")
+    engine.model.eval()
+    if trained:
+        adapter.write(engine.model, start)
+    return Played(start if trained else result, before, after, trained, int(trainer.state.global_step))
+
+
+def _play_told(fed: Federation, number: int, stage: PolishStage, start: Tensors, *, engine: Engine) -> Played:
+    """One stage, with its events and its files."""
+    stages = fed.manifest.run.polish
+    found = rows.load(stage, engine, fed.manifest.run.data)
+    began = fed.clock()
+    facts = {"stage": stage.name, "trainer": stage.kind, "number": number, "num_stages": len(stages)}
+    fed.log.append(
+        "polish_started",
+        **facts,
+        num_rows=len(found.train),
+        num_held_out=len(found.held_out),
+        num_truncated=found.num_truncated,
+        num_dropped=found.num_dropped,
+        reference=stage.reference,
+    )
+    teller = _Teller(fed.log, stage.name, rows.num_steps(stage, found))
+    played = play(stage, start, engine=engine, found=found, tell=teller, judge=_judge(fed, stage, engine))
+    record = _save(folder_of(fed.folder, number, stage), stage, start, played, engine)
+    fed.log.append(
+        "polish_finished",
+        **facts,
+        before=_rounded(played.before),
+        after=_rounded(played.after),
+        num_steps=played.num_steps,
+        num_rows=len(found.train),
+        num_held_out=len(found.held_out),
+        adapter_sha256=record["adapter_sha256"],
+        seconds=round(fed.clock() - began, 3),
+    )
+    return played
+
+
+def _reward(stage: PolishStage, engine: Engine, judge: reward_model.RewardModel | None) -> rewards.Reward | None:
+    """What scores the answers of a stage; None for kinds that sample none."""
+    if stage.kind == "grpo":
+        return rewards.Verified(stage)
+    if stage.kind == "rloo" and judge is not None:
+        return reward_model.Judge(engine, judge)
+    return None
+
+
+def _judge(fed: Federation, stage: PolishStage, engine: Engine) -> reward_model.RewardModel | None:
+    """The reward model that a stage names; None if it names none."""
+    for number, other in enumerate(fed.manifest.run.polish, start=1):
+        if stage.reward_stage and other.name == stage.reward_stage:
+            return reward_model.load(folder_of(fed.folder, number, other), engine)
+    return None
+
+
+def _save(folder: Path, stage: PolishStage, start: Tensors, played: Played, engine: Engine) -> dict[str, Any]:
+    """Write a finished stage, its record last."""
+    data = adapter.encode(played.tensors, dtype="float32")
+    if played.reward is not None:
+        reward_model.save(folder, played.reward, base_sha256=engine.base_sha256)
+    storage.write_atomic(folder / ADAPTER_FILE, data)
+    record = {
+        "stage": stage.model_dump(mode="json"),
+        "start_sha256": _digest(start),
+        "adapter_sha256": hashlib.sha256(data).hexdigest(),
+        "data_sha256": _hash_data(stage),
+        "before": dict(played.before),
+        "after": dict(played.after),
+    }
+    storage.write_atomic(folder / RECORD_FILE, wire.canonical_json(record) + b"\n")
+    return record
+
+
+def _stored(folder: Path, stage: PolishStage, start: Tensors, specs: tuple[TensorSpec, ...]) -> Tensors:
+    """The adapter of a finished stage, held against its record and against what it began with.
+
+    Raises:
+        DataError: It cannot be read.
+        ModelError: It is not what was written, or it began with another adapter or other settings.
+    """
+    try:
+        record = json.loads((folder / RECORD_FILE).read_bytes())
+        data = (folder / ADAPTER_FILE).read_bytes()
+        found = (record["stage"], record["start_sha256"], record["adapter_sha256"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{folder}: no whole stage; remove the folder, and it is played again") from error
+    if found != (stage.model_dump(mode="json"), _digest(start), hashlib.sha256(data).hexdigest()):
+        raise ModelError(
+            f"{folder}: was changed, or began with another adapter or other settings; remove it and the stages after it"
+        )
+    return adapter.decode(data, specs, dtype="float32")
+
+
+def _digest(tensors: Tensors) -> str:
+    """Hash of an adapter's bytes."""
+    return hashlib.sha256(adapter.encode(tensors, dtype="float32")).hexdigest()
+
+
+def _hash_data(stage: PolishStage) -> str:
+    """Hash of a stage's data file; empty for a folder or a data set's name."""
+    path = Path(stage.data).expanduser()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _rounded(figures: Mapping[str, float]) -> dict[str, float]:
+    """For events."""
+    return {name: round(value, 5) for name, value in figures.items()}
+
+
+def _refuse_head(engine: Engine) -> None:
+    """TRL computes log-probabilities from the output layer's own weights, so an adapter on it would be left out."""
+    if any(name.startswith("base_model.model.lm_head.") for name in adapter.parameters(engine.model)):
+        raise ConfigError("adapter.targets names the output layer, which no polish stage can train; leave lm_head out")
+
+
+def _refuse_files(scratch: str) -> None:
+    """Trainers of this kind like to leave pickles behind; ours were told not to write at all."""
+    if left := sorted(path.name for path in Path(scratch).rglob("*") if path.is_file()):
+        raise ModelError(f"a trainer wrote {left[0]}, which no stage may; check the version of trl in constraints.txt")
