@@ -84,6 +84,7 @@ def execute(
     fed.memory = first.memory
     storage.write_atomic(folder / MANIFEST_FILE, manifest.to_bytes())
     fed.own_rows = read_own_rows(settings, engine)
+    stages.check(settings, engine)
     log.append("run_started", **plan(manifest, engine), first_round=first.num_rounds)
     with _recorded(fed, first.tensors, first_round=first.num_rounds):
         federation.wait_for_sites(fed)

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from common import adapter, storage, wire
 from common.adapter import Tensors
+from common.config import RunConfig
 from common.config_polish import PolishStage
 from common.errors import ConfigError, DataError, ModelError
 from common.events import EventLog
@@ -97,6 +98,21 @@ def run(fed: Federation, start: Tensors, *, engine: Engine) -> Tensors:
             # The coordinator's evaluation after a stage: this line alone knows how it is called.
             answers.score(fed, tensors, num_rounds=fed.manifest.run.federation.num_rounds, stage=stage.name)
     return tensors
+
+
+def check(settings: RunConfig, engine: Engine) -> None:
+    """Find out before the first round what would end a stage after the last.
+
+    Raises:
+        ConfigError: A stage cannot be played here.
+        DataError: A stage's data are missing or unusable.
+    """
+    if settings.polish:
+        _refuse_head(engine)
+    for stage in settings.polish:
+        rows.load(stage, engine, settings.data)
+        if stage.kind == "grpo":
+            rewards.check_of(stage)
 
 
 def newest(run_folder: Path, manifest: RunManifest, start: Tensors) -> tuple[Tensors, list[str]]:
