@@ -101,6 +101,11 @@ def _polishing(facts: Facts) -> str:
     return "there is no global model to polish" if facts.client_state else ""
 
 
+def _polishing_remark(facts: Facts) -> str:
+    no_reference = "stages without a reference or a reward model, which would be without the side adapter"
+    return no_reference if facts.base_delta == "residual" else ""
+
+
 def _robust(facts: Facts) -> str:
     return "" if facts.is_linear else "it stands in the place of the factors' mean, which this method does not take"
 
@@ -135,7 +140,13 @@ FEATURES: Final = (
         keys=("aggregation.server_optimizer",),
         is_asked=lambda run: run.aggregation.server_optimizer != "none",
     ),
-    Feature("central polishing", _polishing, keys=("polish",), is_asked=lambda run: bool(run.polish)),
+    Feature(
+        "central polishing",
+        _polishing,
+        _polishing_remark,
+        keys=("polish",),
+        is_asked=lambda run: bool(run.polish),
+    ),
     Feature(
         "robust aggregation",
         _robust,

@@ -217,7 +217,7 @@ def _with_sections(table: Table, schema: type[BaseModel]) -> Table:
 def _problems(error: ValidationError, table: Table, form: Format[Config]) -> Iterator[Problem]:
     """List what is wrong: single values first, then contradictions between the values that are right."""
     own = (*keys_of(form.schema), *table_keys_of(form.schema))
-    guide = config_hints.Guide(own, keys_of(form.other), form.other_name)
+    guide = config_hints.Guide(own, keys_of(form.other), form.other_name, tuple(tables_of(form.schema)))
     bad: set[str] = set()
     for detail in error.errors(include_url=False):
         key = tuple(str(part) for part in detail["loc"])

@@ -28,6 +28,7 @@ ASKING = {
         "aggregation.weighting": "uniform",
         "federation.min_sites": "3",
     },
+    "central polishing": {"polish": '[{name = "teach", kind = "sft", data = "rows.jsonl"}]'},
     "record DP": {
         "privacy.mode": "unit",
         "privacy.sampling_prob": "0.1",

@@ -157,6 +157,7 @@ def test_other_names_of_privacy_are_led_to_ours_or_refused(mode: str, remedy: st
 UNIT = "privacy.mode = 'unit'"
 PRIVATE = [UNIT, "privacy.sampling_prob = 0.1", "privacy.epsilon = 8", "training.local_steps = 5"]
 KRUM = ["aggregation.robust = 'krum'", "aggregation.num_bad_sites = 1"]
+STAGE = 'polish = [{name = "align", kind = "dpo", data = "x"}]\n'
 BROKEN_RULES = [
     ("model.revision", 4, ["model.revision = 'main'"]),
     ("data.output_column", 7, ["data.output_column = 'input'"]),
@@ -204,8 +205,16 @@ def test_contradiction_is_refused(key: str, line: int, settings: list[str]):
     assert message.endswith(f"\n    run.toml:{line}")
 
 
+def test_a_stage_that_needs_a_reference_does_not_follow_a_method_with_a_side_adapter():
+    flora = with_settings("aggregation.method = 'flora'", "aggregation.residual_rank = 8")
+    message = problems(STAGE + flora)
+    assert message.startswith("1 problem in run.toml\n  polish  this method keeps a side adapter")
+    assert message.endswith("\n    run.toml:1")
+    config.parse(STAGE.replace("dpo", "sft") + flora, name="run.toml")  # the control
+
+
 def test_every_rule_is_broken_by_a_test():
-    assert {rule.keys[0] for rule in config_rules.RUN_RULES} == {key for key, _, _ in BROKEN_RULES}
+    assert {rule.keys[0] for rule in config_rules.RUN_RULES} == {key for key, _, _ in BROKEN_RULES} | {"polish"}
 
 
 @pytest.mark.parametrize(
@@ -330,7 +339,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "d0df4c6a0b0e2271e1373d28e46c24a5947a54a4131aae5fa13b39abff994670"
+        "3ddfffd67f8b80f1ab29f843599102fbea9a4619b9c6d253f1edf286ab023aa4"
     )
 
 
