@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from common import adapter, storage, wire
+from common import adapter, events, storage, wire
 from common.adapter import Tensors
 from common.config import RunConfig
 from common.config_polish import PolishStage
@@ -91,12 +91,19 @@ def run(fed: Federation, start: Tensors, *, engine: Engine) -> Tensors:
         folder = folder_of(fed.folder, number, stage)
         if (folder / RECORD_FILE).is_file():
             tensors = _stored(folder, stage, tensors, engine.tensor_specs)
+            _tell_again(fed, folder)
             continue
-        played = _play_told(fed, number, stage, tensors, engine=engine)
-        tensors = played.tensors
+        began = fed.clock()
+        found = _begin(fed, number, stage, engine)
+        teller = _Teller(fed.log, stage.name, rows.num_steps(stage, found))
+        played = play(stage, tensors, engine=engine, found=found, tell=teller, judge=_judge(fed, stage, engine))
         if played.reward is None:
             # The coordinator's evaluation after a stage: this line alone knows how it is called.
-            answers.score(fed, tensors, num_rounds=fed.manifest.run.federation.num_rounds, stage=stage.name)
+            answers.score(fed, played.tensors, num_rounds=fed.manifest.run.federation.num_rounds, stage=stage.name)
+        facts = _facts(fed, number, stage, found, played) | {"seconds": round(fed.clock() - began, 3)}
+        _save(folder, stage, tensors, played, engine=engine, facts=facts)
+        fed.log.append("polish_finished", **facts)
+        tensors = played.tensors
     return tensors
 
 
@@ -186,36 +193,47 @@ def play(
     return Played(start if trained else result, before, after, trained, int(trainer.state.global_step))
 
 
-def _play_told(fed: Federation, number: int, stage: PolishStage, start: Tensors, *, engine: Engine) -> Played:
-    """One stage, with its events and its files."""
-    stages = fed.manifest.run.polish
+def _begin(fed: Federation, number: int, stage: PolishStage, engine: Engine) -> StageRows:
+    """Read a stage's data and say that it begins."""
     found = rows.load(stage, engine, fed.manifest.run.data)
-    began = fed.clock()
-    facts = {"stage": stage.name, "trainer": stage.kind, "number": number, "num_stages": len(stages)}
     fed.log.append(
         "polish_started",
-        **facts,
+        stage=stage.name,
+        trainer=stage.kind,
+        number=number,
+        num_stages=len(fed.manifest.run.polish),
         num_rows=len(found.train),
         num_held_out=len(found.held_out),
         num_truncated=found.num_truncated,
         num_dropped=found.num_dropped,
         reference=stage.reference,
     )
-    teller = _Teller(fed.log, stage.name, rows.num_steps(stage, found))
-    played = play(stage, start, engine=engine, found=found, tell=teller, judge=_judge(fed, stage, engine))
-    record = _save(folder_of(fed.folder, number, stage), stage, start, played, engine)
-    fed.log.append(
-        "polish_finished",
-        **facts,
-        before=_rounded(played.before),
-        after=_rounded(played.after),
-        num_steps=played.num_steps,
-        num_rows=len(found.train),
-        num_held_out=len(found.held_out),
-        adapter_sha256=record["adapter_sha256"],
-        seconds=round(fed.clock() - began, 3),
-    )
-    return played
+    return found
+
+
+def _facts(fed: Federation, number: int, stage: PolishStage, found: StageRows, played: Played) -> dict[str, Any]:
+    """What is told of a finished stage."""
+    return {
+        "stage": stage.name,
+        "trainer": stage.kind,
+        "number": number,
+        "num_stages": len(fed.manifest.run.polish),
+        "before": _rounded(played.before),
+        "after": _rounded(played.after),
+        "num_steps": played.num_steps,
+        "num_rows": len(found.train),
+        "num_held_out": len(found.held_out),
+        "adapter_sha256": _digest(played.tensors),
+    }
+
+
+def _tell_again(fed: Federation, folder: Path) -> None:
+    """Say that a stage finished, if the process ended between its record and its event."""
+    facts = json.loads((folder / RECORD_FILE).read_bytes())["finished"]
+    log = events.read(fed.log.path) if fed.log.path.is_file() else []
+    told = [event["number"] for event in log if event["kind"] == "polish_finished"]
+    if facts["number"] not in told:
+        fed.log.append("polish_finished", **facts)
 
 
 def _reward(stage: PolishStage, engine: Engine, judge: reward_model.RewardModel | None) -> rewards.Reward | None:
@@ -235,22 +253,21 @@ def _judge(fed: Federation, stage: PolishStage, engine: Engine) -> reward_model.
     return None
 
 
-def _save(folder: Path, stage: PolishStage, start: Tensors, played: Played, engine: Engine) -> dict[str, Any]:
+def _save(
+    folder: Path, stage: PolishStage, start: Tensors, played: Played, *, engine: Engine, facts: Mapping[str, Any]
+) -> None:
     """Write a finished stage, its record last."""
-    data = adapter.encode(played.tensors, dtype="float32")
     if played.reward is not None:
         reward_model.save(folder, played.reward, base_sha256=engine.base_sha256)
-    storage.write_atomic(folder / ADAPTER_FILE, data)
+    storage.write_atomic(folder / ADAPTER_FILE, adapter.encode(played.tensors, dtype="float32"))
     record = {
         "stage": stage.model_dump(mode="json"),
         "start_sha256": _digest(start),
-        "adapter_sha256": hashlib.sha256(data).hexdigest(),
+        "adapter_sha256": _digest(played.tensors),
         "data_sha256": _hash_data(stage),
-        "before": dict(played.before),
-        "after": dict(played.after),
+        "finished": dict(facts),
     }
     storage.write_atomic(folder / RECORD_FILE, wire.canonical_json(record) + b"\n")
-    return record
 
 
 def _stored(folder: Path, stage: PolishStage, start: Tensors, specs: tuple[TensorSpec, ...]) -> Tensors:
@@ -264,6 +281,7 @@ def _stored(folder: Path, stage: PolishStage, start: Tensors, specs: tuple[Tenso
         record = json.loads((folder / RECORD_FILE).read_bytes())
         data = (folder / ADAPTER_FILE).read_bytes()
         found = (record["stage"], record["start_sha256"], record["adapter_sha256"])
+        record["finished"]["number"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{folder}: no whole stage; remove the folder, and it is played again") from error
     if found != (stage.model_dump(mode="json"), _digest(start), hashlib.sha256(data).hexdigest()):

@@ -13,6 +13,7 @@ PRIVATE: Final = (
 OWN_DATA: Final = (
     "What the coordinator trained on is not covered by any privacy guarantee: the adapter may have memorised it."
 )
+_ORDER: Final = ("loss", "margin", "accuracy", "reward", "length")
 _OF_STAGES: Final = ("polish_started", "polish_step", "polish_finished")
 
 
@@ -29,8 +30,8 @@ def figures(event: Mapping[str, Any]) -> list[tuple[str, float | None, float | N
         >>> figures({"before": {"margin": 0.0}, "after": {"margin": 1.5}})
         [('margin', 0.0, 1.5)]
     """
-    names = dict.fromkeys([*event["before"], *event["after"]])
-    return [(name, event["before"].get(name), event["after"].get(name)) for name in names]
+    before, after = event["before"], event["after"]
+    return [(name, before.get(name), after.get(name)) for name in _ORDER if name in before or name in after]
 
 
 def line(event: Mapping[str, Any]) -> str:

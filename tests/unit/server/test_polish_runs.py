@@ -133,6 +133,34 @@ def test_stages_can_be_played_later_without_the_sites(world, tiny_base, tmp_path
     assert not all(torch.equal(plain.tensors[name], last.tensors[name]) for name in plain.tensors)
 
 
+def test_a_stage_whose_last_event_was_lost_is_told_of_again(world, tiny_base, tmp_path):
+    folder = world.copy("untold")
+    path = folder / run.EVENTS_FILE
+    kept = [line for line in path.read_text().splitlines() if '"kind": "polish_finished"' not in line]
+    path.write_text("\n".join(kept) + "\n")
+    with (tmp_path / "screen").open("w") as screen:
+        command.polish(folder, base=tiny_base, num_threads=1, console=Console(file=screen))
+    assert [event["stage"] for event in of(folder, "polish_finished")] == ["teach", "judge", "align"]
+    assert "align (dpo): loss" in (tmp_path / "screen").read_text()
+
+
+def test_a_run_with_a_side_adapter_is_polished_with_it_in_place(load_tiny, tiny_base, tmp_path):
+    changes = {"aggregation.method": "flora", "aggregation.residual_rank": "8"}
+    engine = load_tiny(changes)
+    rows = stage_data.write(tmp_path / "rows.jsonl", stage_data.instructions(10))
+    tables = [{"name": "teach", "kind": "sft", "data": rows, **STAGE}]
+    plain = json.loads(config.resolved_json(tiny.settings(tiny_base, {**CHANGES, **changes})))
+    settings = config.RunConfig.model_validate({**plain, "polish": tables})
+    made = World(engine, settings, tmp_path)
+    folder = made.play("run")
+    before, after = finish.stored(folder, num_rounds=1).tensors, finish.stored(folder, num_rounds=0).tensors
+    side = [name for name in before if ".residual_" in name]
+    assert side
+    assert any(before[name].any() for name in side)
+    assert all(torch.equal(before[name], after[name]) for name in side)
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_a_stage_that_was_changed_on_disk_is_not_gone_on_from(world):
     folder = world.copy("changed")
     path = folder / "polish" / "01-teach" / stages.ADAPTER_FILE
