@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from common import adapter, events, storage, wire
 from common.adapter import Tensors
 from common.config import RunConfig
@@ -181,12 +183,17 @@ def play(
             before = trainers.figures(trainer, stage)
             trainer.train()
             after = trainers.figures(trainer, stage)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"polish stage '{stage.name}': out of memory; lower its micro_batch_size ({stage.micro_rows} rows now) "
+                "or max_length_tokens"
+            ) from error
         finally:
             borrow.drop(engine.model, reward_model.JUDGE)
         trained = reward_model.read(engine, model) if model is not None else None
         result = adapter.read(engine.model)
         _refuse_files(scratch)
-    adapter.check_values(result, what=f"polish stage '{stage.name}'")
+    _refuse_diverged(result, stage)
     engine.model.eval()
     if trained:
         adapter.write(engine.model, start)
@@ -311,6 +318,12 @@ def _refuse_head(engine: Engine) -> None:
     """TRL computes log-probabilities from the output layer's own weights, so an adapter on it would be left out."""
     if any(name.startswith("base_model.model.lm_head.") for name in adapter.parameters(engine.model)):
         raise ConfigError("adapter.targets names the output layer, which no polish stage can train; leave lm_head out")
+
+
+def _refuse_diverged(tensors: Tensors, stage: PolishStage) -> None:
+    """No adapter goes on that holds what no training should give."""
+    if not all(bool((tensor.abs() <= adapter.MAX_VALUE).all()) for tensor in tensors.values()):
+        raise ModelError(f"polish stage '{stage.name}': the adapter diverged; lower the stage's learning_rate")
 
 
 def _refuse_files(scratch: str) -> None:

@@ -120,9 +120,12 @@ def make(
     sources: dict[str, Any] = {"reward_funcs": [reward]} if stage.kind in SAMPLED else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of TRL's own defaults and plans; nothing that a reader could act on
+        args = config_class(**options, **own(stage))
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # one process on the engine's own device, however many the machine has
         trainer = trainer_class(
             model=model if model is not None else engine.model,
-            args=config_class(**options, **own(stage)),
+            args=args,
             train_dataset=Dataset.from_list(_form(rows.train, stage)),
             eval_dataset=Dataset.from_list(_form(rows.held_out, stage)),
             processing_class=engine.tokenizer,
