@@ -17,7 +17,7 @@ from common.records import OpenedHead, TensorSpec
 from common.wire import shown
 
 KNOWN: Final = {
-    "": "version name seed",
+    "": "version name seed polish",
     "model": "base revision sha256 quantization double_quantization dtype chat_template",
     "adapter": "kind r alpha dropout targets use_rslora site_ranks target_r num_virtual_tokens block_size "
     "num_frequencies",

@@ -111,6 +111,11 @@ def _polishing(facts: Facts) -> str:
     return "there is no global model to polish" if facts.client_state else ""
 
 
+def _polishing_remark(facts: Facts) -> str:
+    no_reference = "stages without a reference or a reward model, which would be without the side adapter"
+    return no_reference if facts.base_delta == "residual" else ""
+
+
 def _robust(facts: Facts) -> str:
     return "" if facts.is_linear else "it stands in the place of the factors' mean, which this method does not take"
 
@@ -177,7 +182,13 @@ FEATURES: Final = (
         keys=("aggregation.server_optimizer",),
         is_asked=lambda run: run.aggregation.server_optimizer != "none",
     ),
-    Feature("central polishing", _polishing),
+    Feature(
+        "central polishing",
+        _polishing,
+        _polishing_remark,
+        keys=("polish",),
+        is_asked=lambda run: bool(run.polish),
+    ),
     Feature(
         "robust aggregation",
         _robust,
@@ -240,6 +251,36 @@ def wire_contradictions() -> Iterator[tuple[tuple[str, ...], Callable[["RunConfi
     for conflict in WIRE_CONFLICTS:
         told = f"{conflict.reason}; the nearest that is allowed is {conflict.nearest}"
         yield conflict.keys, conflict.is_asked, told
+
+
+def rank_contradictions() -> Iterator[tuple[tuple[str, ...], Callable[["RunConfig"], bool], str]]:
+    """Keys, whether a run asks for both, and the message, of sites with ranks of their own."""
+    yield (
+        ("adapter.site_ranks", "adapter.r"),
+        _has_odd_site_ranks,
+        "name each site once, and only those whose rank is below adapter.r, which all others have",
+    )
+    yield (
+        ("aggregation.weighting", "aggregation.method"),
+        lambda run: run.aggregation.method == "hetlora" and run.aggregation.weighting != "examples",
+        "has no effect here, as hetlora weighs a site by its product; remove it",
+    )
+    compared = "compares value by value, and a smaller site has none for some; remove one of the two"
+    yield (
+        ("adapter.site_ranks", "aggregation.robust"),
+        lambda run: run.adapter.site_ranks != "" and run.aggregation.robust != "none",
+        f"robust aggregation {compared}",
+    )
+    yield (
+        ("adapter.site_ranks", "aggregation.screening"),
+        lambda run: run.adapter.site_ranks != "" and run.aggregation.screening != "off",
+        f"screening {compared}",
+    )
+
+
+def _has_odd_site_ranks(run: "RunConfig") -> bool:
+    given, ranks = run.adapter.site_ranks, run.adapter.rank_of_sites
+    return bool(given) and (len(ranks) < given.count("=") or max(ranks.values()) >= run.adapter.r)
 
 
 @dataclass(frozen=True)

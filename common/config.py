@@ -10,16 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from common import config_file, config_rules
 from common.config_aggregation import AggregationConfig
 from common.config_evaluation import EvaluationConfig
 from common.config_model import AdapterConfig, ModelConfig
 from common.config_node import AgentConfig, HardwareConfig, NodeDataConfig, NodeModelConfig, SiteConfig
+from common.config_polish import PolishStage, check_order
 from common.config_privacy import PrivacyConfig
 from common.config_training import DataConfig, FederationConfig, TrainingConfig
-from common.config_types import PATTERNS, Count, RequiredLine, Section, Slug, refuse_look_alikes
+from common.config_types import PATTERNS, Count, RequiredLine, Section, Slug, Tables, refuse_look_alikes
 from common.config_wire import WireConfig
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "NodeDataConfig",
     "NodeModelConfig",
     "OutputConfig",
+    "PolishStage",
     "PrivacyConfig",
     "RunConfig",
     "SiteConfig",
@@ -77,6 +79,7 @@ class RunConfig(Section):
     wire: WireConfig = Field(default_factory=WireConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     output: OutputConfig = Field(default_factory=OutputConfig)
+    polish: Annotated[Tables[PolishStage], AfterValidator(check_order)] = ()
 
     @model_validator(mode="before")
     @classmethod

@@ -88,7 +88,7 @@ def render() -> str:
 def example(schema: type[BaseModel]) -> str:
     """Write a complete file: every setting with its default, or an example where there is none, and its meaning."""
     sections = config_file.sections_of(schema)
-    tops = {name: field for name, field in _properties(schema).items() if name not in sections}
+    tops = _tops(schema)
     parts = [_example_section("", tops)] if tops else []
     parts += [f"[{name}]\n{_example_section(name, _properties(kind))}" for name, kind in sections.items()]
     return "\n".join(parts)
@@ -137,7 +137,7 @@ def _properties(schema: type[BaseModel]) -> dict[str, dict[str, Any]]:
 def _tables(schema: type[BaseModel]) -> Iterator[str]:
     """Write one table a section."""
     sections = config_file.sections_of(schema)
-    tops = {name: field for name, field in _properties(schema).items() if name not in sections}
+    tops = _tops(schema)
     if tops:
         yield f"### Top of the file\n\n{_table(tops)}"
     for name, kind in sections.items():
@@ -149,6 +149,12 @@ def _tables(schema: type[BaseModel]) -> Iterator[str]:
 def _described(head: str, kind: type[BaseModel]) -> str:
     """Write the chapter of one table."""
     return f"### {head}\n\n{inspect.cleandoc(kind.__doc__ or '')}\n\n{_table(_properties(kind))}"
+
+
+def _tops(schema: type[BaseModel]) -> dict[str, dict[str, Any]]:
+    """List the settings at the top of the file."""
+    inner = config_file.sections_of(schema).keys() | config_file.arrays_of(schema).keys()
+    return {name: field for name, field in _properties(schema).items() if name not in inner}
 
 
 def _table(fields: dict[str, dict[str, Any]]) -> str:

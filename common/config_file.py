@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args
+from typing import Any, Generic, TypeGuard, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -126,7 +126,7 @@ def parse_value(text: str) -> Any:
 def sections_of(schema: type[BaseModel]) -> dict[str, type[BaseModel]]:
     """List the tables of a schema: name to their own schema."""
     fields = ((name, field.annotation) for name, field in schema.model_fields.items())
-    return {name: kind for name, kind in fields if isinstance(kind, type) and issubclass(kind, BaseModel)}
+    return {name: kind for name, kind in fields if _is_table(kind)}
 
 
 def arrays_of(schema: type[BaseModel]) -> dict[str, type[BaseModel]]:
@@ -149,7 +149,7 @@ def _arrays(schema: type[BaseModel]) -> dict[str, type[BaseModel]]:
     return {name: kinds[0] for name, kinds in found.items() if kinds and _is_table(kinds[0])}
 
 
-def _is_table(kind: object) -> bool:
+def _is_table(kind: object) -> TypeGuard[type[BaseModel]]:
     """Whether a type is a table's."""
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
@@ -197,12 +197,29 @@ def _describe_syntax(message: str, text: str, name: str) -> str:
 
 
 def _put(table: Table, key: Key, value: Any) -> None:
-    """Set a dotted key; a value where a section should be stays, for the schema to refuse."""
+    """Set a dotted key; a value where a section should be stays, for the schema to refuse.
+
+    Raises:
+        ConfigError: A table is asked for by a number that an array of tables does not have.
+    """
+    target: Table | list[Any] = table
     for part in key[:-1]:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
+        target = target.setdefault(part, {}) if isinstance(target, dict) else _numbered(target, part, key)
+        if not isinstance(target, dict | list):
             return
-    table[key[-1]] = value
+    if isinstance(target, list):
+        raise errors.ConfigError(
+            f"--set {config_hints.show_key(key)}: name a setting of one table, as in polish.1.steps"
+        )
+    target[key[-1]] = value
+
+
+def _numbered(tables: list[Any], part: str, key: Key) -> Any:
+    """One table of an array, by its number."""
+    if not part.isdecimal() or not 1 <= int(part) <= len(tables):
+        count = f"[[{key[0]}]] has {len(tables)} tables, counted from 1"
+        raise errors.ConfigError(f"--set {config_hints.show_key(key)}: {count}; correct the number")
+    return tables[int(part) - 1]
 
 
 def _with_sections(table: Table, schema: type[BaseModel]) -> Table:
@@ -242,8 +259,16 @@ def _assume(table: Table, schema: type[Config], bad: set[str]) -> Config:
     """Build a config of the values that are right and the defaults of those that are not."""
     whole = _with_sections(table, schema)
     sections = {name: _assume_section(whole[name], name, kind, bad) for name, kind in sections_of(schema).items()}
+    tables = {name: _assume_tables(whole.get(name), name, kind, bad) for name, kind in _arrays(schema).items()}
     tops = {name: value for name, value in whole.items() if name in schema.model_fields and name not in bad}
-    return schema.model_construct(**{**tops, **sections})
+    return schema.model_construct(**{**tops, **sections, **tables})
+
+
+def _assume_tables(written: object, name: str, schema: type[BaseModel], bad: set[str]) -> tuple[BaseModel, ...]:
+    """The tables of an array; none if one of them is wrong."""
+    if not isinstance(written, list) or any(key == name or key.startswith(f"{name}.") for key in bad):
+        return ()
+    return tuple(schema.model_validate(table) for table in written)
 
 
 def _assume_section(table: object, name: str, schema: type[BaseModel], bad: set[str]) -> BaseModel:

@@ -86,14 +86,14 @@ class Guide:
         if homes and name != key[-1]:
             return f"did you mean {' or '.join(homes)}?"
         if homes:
-            return f"it belongs {_places(homes)}"
+            return f"it belongs {self._places(homes)}"
         others = [known for known in self.other if known.split(".")[-1] == name]
-        return f"it belongs {_places(others)} of {self.other_name}" if others else ""
+        return f"it belongs {self._places(others)} of {self.other_name}" if others else ""
 
     def _near(self, key: Key) -> str:
         """Name the key that is written almost like it, first of all in its own section."""
         siblings = {known.split(".")[-1]: known for known in self._siblings(key)}
-        sections = {section: f"[{section}]" for section in self._sections()} if len(key) == 1 else {}
+        sections = {section: self._brackets(section) for section in self._sections()} if len(key) == 1 else {}
         everything = {known.split(".")[-1]: known for known in self.own}
         for names in ({**siblings, **sections}, everything):
             if near := difflib.get_close_matches(_plain(key[-1]), names, n=1):
@@ -105,7 +105,16 @@ class Guide:
         siblings = self._siblings(key)
         if len(key) == 1 or not siblings:
             return f"the sections are {', '.join(self._sections())}"
-        return f"[{key[0]}] has {', '.join(known.split('.')[-1] for known in siblings)}"
+        return f"{self._brackets(key[0])} has {', '.join(known.split('.')[-1] for known in siblings)}"
+
+    def _brackets(self, section: str) -> str:
+        """A section as its header stands in the file."""
+        return f"[[{section}]]" if section in self.arrays else f"[{section}]"
+
+    def _places(self, keys: list[str]) -> str:
+        """Name the places of known keys."""
+        top = "at the top, before any section"
+        return " or ".join(f"in {self._brackets(key.split('.')[0])}" if "." in key else top for key in keys)
 
     def _siblings(self, key: Key) -> list[str]:
         """List the known keys of the section that a key stands in."""
@@ -196,8 +205,3 @@ def _cut(text: str) -> str:
 def _plain(name: str) -> str:
     """Write a name the way all names here are written."""
     return name.lower().replace("-", "_").replace(" ", "_")
-
-
-def _places(keys: list[str]) -> str:
-    """Name the places of known keys."""
-    return " or ".join(f"in [{key.split('.')[0]}]" if "." in key else "at the top, before any section" for key in keys)

@@ -64,7 +64,8 @@ def _shown(value: Any) -> str:
 def value_of(config: BaseModel, key: str) -> Any:
     """Look up a dotted key."""
     section, _, name = key.partition(".")
-    return getattr(getattr(config, section), name)
+    found = getattr(config, section)
+    return getattr(found, name) if name else [table.name for table in found]
 
 
 def is_positive(table: Mapping[str, object], key: str) -> bool:
@@ -174,35 +175,21 @@ def _keeps_residual(config: RunConfig) -> bool:
     return FACTS[config.aggregation.method].base_delta == "residual"
 
 
-def _has_odd_site_ranks(config: RunConfig) -> bool:
-    given, ranks = config.adapter.site_ranks, config.adapter.rank_of_sites
-    return bool(given) and (len(ranks) < given.count("=") or max(ranks.values()) >= config.adapter.r)
+def _loses_side_adapter(config: RunConfig) -> bool:
+    return _keeps_residual(config) and any(stage.reference or stage.kind == "reward" for stage in config.polish)
 
 
 RUN_RULES = (
-    Rule(
-        ("adapter.site_ranks", "adapter.r"),
-        _has_odd_site_ranks,
-        "name each site once, and only those whose rank is below adapter.r, which all others have",
-    ),
-    Rule(
-        ("aggregation.weighting", "aggregation.method"),
-        lambda c: c.aggregation.method == "hetlora" and c.aggregation.weighting != "examples",
-        "has no effect here, as hetlora weighs a site by its product; remove it",
-    ),
-    Rule(
-        ("adapter.site_ranks", "aggregation.robust"),
-        lambda c: c.adapter.site_ranks != "" and c.aggregation.robust != "none",
-        "robust aggregation compares value by value, and a smaller site has none for some; remove one of the two",
-    ),
-    Rule(
-        ("adapter.site_ranks", "aggregation.screening"),
-        lambda c: c.adapter.site_ranks != "" and c.aggregation.screening != "off",
-        "screening compares updates value by value, and a smaller site has none for some; remove one of the two",
-    ),
+    *(Rule(*contradiction) for contradiction in compatibility.rank_contradictions()),
     *_refused_combinations(),
     *(Rule(*contradiction) for contradiction in compatibility.wire_contradictions()),
     *(Rule(*contradiction) for contradiction in kind_rules.contradictions()),
+    Rule(
+        ("polish", "aggregation.method"),
+        _loses_side_adapter,
+        "this method keeps a side adapter, which the reference model or the reward model of a stage would be without; "
+        "choose sft, cpt, orpo or simpo, grpo with beta = 0, or another aggregation.method",
+    ),
     Rule(
         ("aggregation.residual_rank", "aggregation.method"),
         lambda c: _keeps_residual(c) and not c.aggregation.residual_rank,

@@ -157,6 +157,7 @@ def public_part(run: config.RunConfig) -> config.RunConfig:
             "data": run.data.model_copy(update={"source": "site"}),
             "evaluation": run.evaluation.model_copy(update=_UNTOLD),
             "output": config.OutputConfig(),
+            "polish": (),
         }
     )
 

@@ -19,6 +19,7 @@ from common.manifest import RunManifest
 from server import export_canonical, export_kind
 from server.aggregate import factored
 from server.evaluate import measure, view
+from server.polish import told
 
 CARD_TEMPLATE = Path(__file__).with_name("card.md.j2")
 
@@ -84,7 +85,9 @@ def card(
     is_lora = settings.adapter.kind == "lora"
     specs = export_canonical.specs(run_manifest.tensor_specs) if is_lora else run_manifest.tensor_specs
     evaluated = {event["num_rounds"]: event for event in log if event["kind"] == "evaluated"}
-    stages = view.stages(log)
+    stages, polish = view.stages(log), told.stages(log)
+    reached = measure.stage_of(num_rounds, last=settings.federation.num_rounds)
+    label = told.label(polish[-1]["number"], polish[-1]["stage"]) if polish else reached
     template = jinja2.Template(CARD_TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
     text: str = template.render(
         run=settings, manifest=run_manifest, sites=sites, num_rows=sum(sites.values()), num_rounds=num_rounds,
@@ -93,10 +96,11 @@ def card(
         has_side=len(specs) < len(run_manifest.tensor_specs), num_parameters=adapter.num_parameters(specs),
         base=base_name(settings.model.base), is_path=is_path(settings.model.base),
         before=evaluated.get(0), after=evaluated.get(num_rounds), kind=kind, licence=licence, formats=formats,
-        measured=stages.get(measure.stage_of(num_rounds, last=settings.federation.num_rounds)), view=view,
+        measured=stages.get(label) or stages.get(reached), view=view,
         measured_before=stages.get(measure.BASE), privacy_wording=privacy_plan.wording(settings),
         epsilon=privacy_plan.epsilon(settings) if settings.privacy.is_private_per_unit else None,
         spent=_spent(settings, log, num_rounds=num_rounds),
+        polish=polish, stage_kind=told.kind, polish_private=told.PRIVATE, polish_own=told.OWN_DATA,
     )  # fmt: skip
     return text
 

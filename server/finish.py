@@ -7,6 +7,7 @@ from common.errors import ConfigError
 from common.methods import FACTS
 from server import checkpoint, export, export_folder, export_kind, run
 from server.export_folder import Exported
+from server.polish import stages, told
 
 
 def export_run(
@@ -112,7 +113,7 @@ def refuse_without_to(**options: object) -> None:
 
 
 def stored(run_folder: Path, *, num_rounds: int) -> Exported:
-    """A checkpoint of a run; 0 is the newest.
+    """A checkpoint of a run; 0 is the newest, after the polish stages that are done.
 
     Raises:
         ConfigError: The sites have adapters of their own, and the coordinator has none.
@@ -129,7 +130,10 @@ def stored(run_folder: Path, *, num_rounds: int) -> Exported:
     wanted = num_rounds or (done[-1] if done else 0)
     state = checkpoint.load(run_folder, found.tensor_specs, num_rounds=wanted, run_sha256=found.sha256)
     log = events.read(run_folder / run.EVENTS_FILE)
-    return Exported(state.tensors, found, wanted, run.trained_sites(log, num_rounds=wanted), log)
+    is_last = not num_rounds and wanted == found.run.federation.num_rounds
+    tensors, names = stages.newest(run_folder, found, state.tensors) if is_last else (state.tensors, [])
+    sites = run.trained_sites(log, num_rounds=wanted)
+    return Exported(tensors, found, wanted, sites, told.of_export(log, names))
 
 
 def _base(found: Exported, given: Path | None) -> Path:

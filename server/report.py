@@ -10,6 +10,7 @@ import jinja2
 from common import events, storage
 from common.events import Event
 from server.evaluate import view
+from server.polish import told
 from server.show import percent, size
 
 REPORT_FILE: Final = "report.html"
@@ -72,6 +73,10 @@ def render(log: Sequence[Event]) -> str:
         evenness=view.evenness(evaluated[-1]) if evaluated else "",
         worse=view.worse(evaluated[-1]) if evaluated else "",
         measured=view.table(log),
+        polish=told.stages(log),
+        polish_private=told.PRIVATE,
+        polish_own=told.OWN_DATA,
+        stage_kind=told.kind,
         troubles=_of(log, "site_failed") + _of(log, "site_refused") + _flagged(log),
         percent=percent,
         size=size,
@@ -95,7 +100,9 @@ def status(log: Sequence[Event]) -> str:
         return f"failed: {failed[-1]['reason']}"
     done = max((event["round"] + 1 for event in _of(log, "round_finished")), default=0)
     planned = latest[0]["num_rounds"] if starts else "?"
-    return f"running, {done} of {planned} rounds"
+    stages = _of(latest, "polish_started")
+    stage = f", polish stage {stages[-1]['number']} of {stages[-1]['num_stages']}" if stages else ""
+    return f"running, {done} of {planned} rounds{stage}"
 
 
 def chart(evaluated: Sequence[Event]) -> Chart:

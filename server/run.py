@@ -39,6 +39,7 @@ from server.evaluate import suite
 from server.federation import Federation, OwnRows, fresh_noise
 from server.fleet import Fleet
 from server.offer import Operator
+from server.polish import stages
 
 RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.json"
@@ -77,7 +78,7 @@ def execute(
     is_noise_accepted: bool = False,
     make_noise: Callable[[int], Noise] = fresh_noise,
 ) -> Outcome:
-    """Run federated training from the first to the last round and export the adapter.
+    """Run federated training from the first to the last round, then the polish stages, and export the adapter.
 
     Args:
         settings: The run file.
@@ -95,8 +96,10 @@ def execute(
         FloorRefused: It does, and nobody accepted it.
         PrivacyError: A round that was released would be played again.
         AuditError: The audit log was changed under the run.
-        ConfigError: An update would be larger than `wire.max_update_mib`, or a task needs what is not installed.
-        DataError: The coordinator's rows are missing or unusable, or are not those that were fixed before training.
+        ConfigError: An update would be larger than `wire.max_update_mib`, a task needs what is not installed, or a
+            stage cannot be played here.
+        DataError: The coordinator's rows, or those of a stage, are missing or unusable, or are not those that were
+            fixed before training.
         ProtocolError: Too few sites, or none evaluates.
         StorageError: Disk full or not writable.
     """
@@ -116,13 +119,24 @@ def execute(
     fed.memory = first.memory
     storage.write_atomic(folder / MANIFEST_FILE, manifest.to_bytes())
     fed.own_rows = read_own_rows(settings, engine)
+    stages.check(settings, engine)
     log.append("run_started", **plan(manifest, engine), **told, first_round=first.num_rounds)
     if fed.method.facts.is_experimental:
         log.append("warned", reason=EXPERIMENTAL.format(method=settings.aggregation.method))
     with _recorded(fed, first.tensors, first_round=first.num_rounds):
         federation.wait_for_sites(fed)
         tensors = rounds.run(fed, first.tensors, first_round=first.num_rounds)
-    num_rounds = settings.federation.num_rounds
+    tensors = stages.run(fed, tensors, engine=engine)
+    return finish(fed, tensors)
+
+
+def finish(fed: Federation, tensors: Tensors) -> Outcome:
+    """Export the adapter after the last round and the last stage, and say that the run has finished.
+
+    Sites with adapters of their own leave none here.
+    """
+    manifest, folder, log = fed.manifest, fed.folder, fed.log
+    num_rounds = manifest.run.federation.num_rounds
     history = events.read(log.path)
     sites = trained_sites(history, num_rounds=num_rounds)
     if not fed.method.facts.is_personal:
@@ -274,6 +288,7 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
         "gap_warning": settings.aggregation.gap_warning,
         **_privacy(settings),
         "without_gap": compatibility.without_gap(settings),
+        "polish": [stage.name for stage in settings.polish],
     }
 
 

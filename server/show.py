@@ -9,6 +9,7 @@ from rich.text import Text
 
 from common.events import Event
 from server.evaluate import view
+from server.polish import told
 
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 
@@ -158,6 +159,23 @@ class Screen:
         self._print(f"  [bold]{event['stage']}[/]")
         for line in view.lines(event):
             self._print(f"    {_escape(line)}")
+
+    def _on_polish_started(self, event: Event) -> None:
+        """A stage and its rows."""
+        rows = f"{event['num_rows']:,} rows to train, {event['num_held_out']:,} held out"
+        self._print(
+            f"  polish    {event['number']}/{event['num_stages']} {event['stage']} ({told.kind(event)}): {rows}"
+        )
+        self._set_status(f"polish {event['stage']}")
+
+    def _on_polish_step(self, event: Event) -> None:
+        """Where a stage is."""
+        self._set_status(f"polish {event['stage']}: step {event['step']}/{event['num_steps']}")
+
+    def _on_polish_finished(self, event: Event) -> None:
+        """A stage's figures before and after."""
+        self._set_status("")
+        self._print(f"            {told.line(event)}, {event['num_steps']} steps, {event['seconds']:.1f} s")
 
     def _on_run_finished(self, event: Event) -> None:
         """The end."""

@@ -10,6 +10,7 @@ from common import events
 from common.events import Event
 from server import checkpoint, report
 from server.evaluate import view
+from server.polish import told
 from server.show import percent
 
 
@@ -25,6 +26,7 @@ def read(folder: Path) -> dict[str, Any]:
     return {
         "status": report.status(log),
         "finished_rounds": checkpoint.finished(folder),
+        "finished_stages": [told.line(stage) for stage in told.stages(log)],
         "held_out_loss": last.get("loss"),
         "exact_match": last.get("exact_match"),
         "sites": last.get("sites", {}),
@@ -63,6 +65,8 @@ def render(result: dict[str, Any]) -> Table:
     loss = result["held_out_loss"]
     table.add_row("status", str(result["status"]))
     table.add_row("checkpoints", f"{len(done)}, newest after round {done[-1]}" if done else "none")
+    for stage in result["finished_stages"]:
+        table.add_row("polish", stage)
     exact = percent(result["exact_match"])
     table.add_row("held-out", "-" if loss is None else f"{loss:.3f} nats a token, exact match {exact}")
     if spent := result["privacy"]:

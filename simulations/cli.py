@@ -150,7 +150,7 @@ def sweep(
 
     \b
     Examples:
-      silotune-sim sweep simulations/configs/sweep-methods.toml --output runs/methods --jobs 8
+      silotune-sim sweep simulations/sweeps/methods.toml --output runs/methods --jobs 8
       silotune-sim sweep SWEEP.toml --output runs/mine --json
     """
     from simulations import sweep as sweeping

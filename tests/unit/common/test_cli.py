@@ -13,6 +13,7 @@ EXIT_CODES = {
     "ConfigError": 2,
     "DataError": 3,
     "ModelError": 4,
+    "CodesDifferError": 4,
     "PrivacyError": 5,
     "AccountingUnsupported": 5,
     "FloorRefused": 5,

@@ -36,6 +36,7 @@ ASKING = {
     "sparse updates": {"wire.density": "0.1"},
     "steps down": {"wire.down": "int4"},
     "coordinator's own rows": {"evaluation.server_data": "rows.jsonl"},
+    "central polishing": {"polish": '[{name = "teach", kind = "sft", data = "rows.jsonl"}]'},
     "record DP": {
         "privacy.mode": "unit",
         "privacy.sampling_prob": "0.1",
@@ -91,7 +92,7 @@ def test_control_no_feature_is_asked_for_by_itself(feature):
 def test_every_refusal_that_a_run_file_can_cause_is_a_rule():
     refused = [cell for feature, cell in compatibility.cells() if feature.keys and not cell.is_allowed]
     rules = [rule for rule in config_rules.RUN_RULES if "with this method" in rule.message]
-    assert len(rules) == len(refused) == 42
+    assert len(rules) == len(refused) == 43
 
 
 def test_a_side_adapter_needs_a_rank_and_only_methods_that_keep_one_take_it():

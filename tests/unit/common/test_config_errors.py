@@ -119,7 +119,10 @@ def test_missing_key_points_at_its_section():
         ("[lora]\nr = 8", "it belongs in [adapter]"),
         ("[training]\nseed = 8", "it belongs at the top, before any section"),
         ("[adapter]\nbatch_size = 8", "it belongs in [training] or in [evaluation]"),
-        ("[adapter]\nbatch-size = 8", "did you mean training.batch_size or evaluation.batch_size?"),
+        (
+            "[adapter]\nbatch-size = 8",
+            "did you mean training.batch_size or evaluation.batch_size?",
+        ),
         ("[modell]", "did you mean [model]?"),
         ("[site]\nname = 'a'", "it belongs at the top, before any section"),
         ("[hardware]\ndevice = 'cpu'", "it belongs in [hardware] of a site's own file"),

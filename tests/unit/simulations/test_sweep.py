@@ -8,7 +8,7 @@ from common.errors import ConfigError, SilotuneError
 from simulations import sweep
 from tests import tiny
 
-CONFIGS = Path(sweep.__file__).parent / "configs"
+FOLDER = Path(sweep.__file__).parent / "sweeps"
 SWEEP = """
 version = 1
 run = "run.toml"
@@ -72,7 +72,7 @@ def test_a_file_that_is_no_sweep_is_refused(sweep_file, tmp_path, text, told):
         sweep.play(sweep_file, output=tmp_path / "out", jobs=1)
 
 
-SWEEPS = [path for path in sorted(CONFIGS.glob("sweep-*.toml")) if path.stem != "sweep-base"]
+SWEEPS = sorted(FOLDER.glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)

@@ -1,0 +1,32 @@
+"""`silotune-server polish`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common import cli
+
+RunFolder = Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN_FOLDER")]
+
+
+def polish(
+    run_folder: RunFolder,
+    base: Annotated[Path | None, typer.Option(help="Folder of the base; default: model.base, in the store.")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: every core.")] = 0,
+    json: cli.JsonOption = False,
+) -> None:
+    """Play the [[polish]] stages that a run has left.
+
+    \b
+    Examples:
+      silotune-server polish runs/triage
+    """
+    from rich.console import Console
+
+    from server.polish import command
+
+    console = Console(file=sys.stderr if json else sys.stdout, highlight=False)
+    result = command.polish(run_folder, base=base, num_threads=threads, console=console)
+    cli.emit(result, as_json=json, show=lambda: cli.show(f"adapter   {result['adapter']}"))

@@ -1,0 +1,1 @@
+"""After the last round: stages on the coordinator's own data, through TRL."""

@@ -1,0 +1,93 @@
+"""`silotune-server polish`: the stages of a run whose rounds are done, without its sites."""
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from common import events, model, store
+from common.errors import ConfigError, DataError, TransportError
+from common.events import EventLog
+from common.manifest import RunManifest
+from server import checkpoint, report, run
+from server.aggregate import table
+from server.evaluate import suite
+from server.federation import Federation
+from server.fleet import Reply
+from server.polish import stages
+from server.show import Screen
+
+
+class _Nobody:
+    """A fleet without nodes: the sites have no part in what follows the rounds."""
+
+    def node_ids(self) -> list[int]:
+        """Nobody is connected."""
+        return []
+
+    def send(self, node_id: int, frame: bytes, *, kind: str, ttl_s: float) -> str:
+        """Refused."""
+        raise TransportError(f"node {node_id} is not connected; polish asks no site")
+
+    def receive(self, tickets: Collection[str]) -> Iterator[Reply]:
+        """Nothing comes."""
+        return iter(())
+
+
+def polish(run_folder: Path, *, base: Path | None, num_threads: int, console: Console) -> dict[str, Any]:
+    """Play the stages that a run has left, and export its adapter anew.
+
+    Args:
+        run_folder: Its rounds must be done.
+        base: The base's folder; None looks for the run's base in the store.
+        num_threads: CPU threads of torch; 0: all cores.
+        console: Where progress is shown.
+
+    Raises:
+        ConfigError: The run names no stages, or a stage cannot be played here.
+        DataError: Not a run folder, its rounds are not done, a stage's data are unusable, or the coordinator's rows
+            are not those that were fixed before training.
+        ModelError: The base is not here or another one, or a stage failed.
+    """
+    manifest = run.stored_manifest(run_folder)
+    settings = manifest.run
+    if not settings.polish:
+        raise ConfigError(f"{run_folder}: its run file has no [[polish]] tables; add them and begin a new run")
+    wanted = settings.federation.num_rounds
+    if wanted not in checkpoint.finished(run_folder):
+        raise DataError(f"{run_folder}: round {wanted}, the last, is not done; go on with run --resume first")
+    last = checkpoint.load(run_folder, manifest.tensor_specs, num_rounds=wanted, run_sha256=manifest.sha256)
+    engine = _engine(manifest, base, num_threads)
+    log = EventLog(run_folder / run.EVENTS_FILE, [Screen(console)])
+    measured = suite.open_suite(settings, engine=engine, folder=run_folder, log=log)
+    suite.require_same(measured.sha256, manifest.evaluation_sha256)
+    fed = Federation(manifest, _Nobody(), table.find(settings.aggregation.method), run_folder, log, suite=measured)
+    fed.own_rows = run.read_own_rows(settings, engine)
+    try:
+        outcome = run.finish(fed, stages.run(fed, last.tensors, engine=engine))
+    except BaseException as error:
+        run.report_failure(log, error)
+        raise
+    page = report.write(run_folder)
+    done = [event["stage"] for event in events.read(log.path) if event["kind"] == "polish_finished"]
+    return {
+        "stages": list(dict.fromkeys(done)),
+        "adapter": str(outcome.folder / run.EXPORT_FOLDER),
+        "report": str(page),
+    }
+
+
+def _engine(manifest: RunManifest, base: Path | None, num_threads: int) -> model.Engine:
+    """The run's base, with an adapter of the run's shape."""
+    settings = manifest.run
+    folder = base or store.resolve(settings.model.base)
+    model.check_hash(folder, manifest.base_sha256)
+    return model.load(
+        folder,
+        model=settings.model,
+        adapter_settings=settings.adapter,
+        seed=settings.seed,
+        num_threads=num_threads,
+        residual_rank=settings.aggregation.residual_rank,
+    )

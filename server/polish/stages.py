@@ -1,0 +1,336 @@
+"""The stages of `[[polish]]`, one after the other, each on the adapter that the one before has left.
+
+A stage that is done is a folder `polish/NN-NAME/` whose `stage.json` was written last; a run that goes on begins after
+the newest of them. A stage that was interrupted is played again from its beginning, and gives what it would have given.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from common import adapter, events, storage, wire
+from common.adapter import Tensors
+from common.config import RunConfig
+from common.config_polish import PolishStage
+from common.errors import ConfigError, DataError, ModelError
+from common.events import EventLog
+from common.manifest import RunManifest
+from common.model import Engine
+from common.records import TensorSpec
+from server.evaluate import measure
+from server.federation import Federation
+from server.polish import borrow, reward_model, rewards, rows, told
+from server.polish.rows import StageRows
+
+FOLDER: Final = "polish"
+ADAPTER_FILE: Final = "adapter_model.safetensors"
+RECORD_FILE: Final = "stage.json"
+
+
+@dataclass(frozen=True)
+class Played:
+    """What a stage did.
+
+    Attributes:
+        tensors: The adapter afterwards; as before, for a reward model.
+        before: The objective's figures on the held-out rows, by name.
+        after: The same afterwards.
+        reward: The reward model that was trained; None for other kinds.
+        num_steps: Optimizer steps.
+    """
+
+    tensors: Tensors
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    reward: reward_model.RewardModel | None = None
+    num_steps: int = 0
+
+
+@dataclass
+class _Teller:
+    """Turns a trainer's steps into events."""
+
+    log: EventLog
+    stage: str
+    num_steps: int
+    last: int = field(default=0)
+
+    def __call__(self, step: int, told: Mapping[str, float]) -> None:
+        """One step of a few."""
+        if step > self.last:
+            self.last = step
+            figures = {name: told[name] for name in ("loss", "reward", "rewards/margins", "kl") if name in told}
+            self.log.append(
+                "polish_step", stage=self.stage, step=step, num_steps=self.num_steps, figures=_rounded(figures)
+            )
+
+
+def run(fed: Federation, start: Tensors, *, engine: Engine) -> Tensors:
+    """Play the stages that are not on the disk yet.
+
+    Args:
+        fed: The run; its stages, folder and events.
+        start: The adapter after the last round.
+        engine: The coordinator's base.
+
+    Returns:
+        The adapter after the last stage.
+
+    Raises:
+        ConfigError: A stage cannot be played here.
+        DataError: A stage's data are missing or unusable.
+        ModelError: Training gave a value that is not finite, or a finished stage is of something else.
+        StorageError: Disk full or not writable.
+    """
+    stages, tensors = fed.manifest.run.polish, start
+    for number, stage in enumerate(stages, start=1):
+        folder = folder_of(fed.folder, number, stage)
+        if (folder / RECORD_FILE).is_file():
+            tensors = _stored(folder, stage, tensors, engine.tensor_specs)
+            _tell_again(fed, folder)
+            continue
+        began = fed.clock()
+        found = _begin(fed, number, stage, engine)
+        teller = _Teller(fed.log, stage.name, rows.num_steps(stage, found))
+        played = play(stage, tensors, engine=engine, found=found, tell=teller, judge=_judge(fed, stage, engine))
+        if played.reward is None:
+            _measure(fed, played.tensors, stage=told.label(number, stage.name))
+        facts = _facts(fed, number, stage, found, played) | {"seconds": round(fed.clock() - began, 3)}
+        _save(folder, stage, tensors, played, engine=engine, facts=facts)
+        fed.log.append("polish_finished", **facts)
+        tensors = played.tensors
+    return tensors
+
+
+def _measure(fed: Federation, tensors: Tensors, *, stage: str) -> None:
+    """The coordinator's evaluation of what a stage has left."""
+    if fed.suite:
+        measure.measure(fed.suite, tensors, stage=stage)
+
+
+def check(settings: RunConfig, engine: Engine) -> None:
+    """Find out before the first round what would end a stage after the last.
+
+    Raises:
+        ConfigError: A stage cannot be played here.
+        DataError: A stage's data are missing or unusable.
+    """
+    if settings.polish:
+        _refuse_head(engine)
+    for stage in settings.polish:
+        rows.load(stage, engine, settings.data)
+        if stage.kind == "grpo":
+            rewards.check_of(stage)
+
+
+def newest(run_folder: Path, manifest: RunManifest, start: Tensors) -> tuple[Tensors, list[str]]:
+    """The adapter after the stages that are on the disk, and their names; `start` itself if there are none.
+
+    Raises:
+        DataError: A stage cannot be read.
+        ModelError: It is not what was written, or it began with another adapter.
+    """
+    tensors, names = start, []
+    for number, stage in enumerate(manifest.run.polish, start=1):
+        folder = folder_of(run_folder, number, stage)
+        if not (folder / RECORD_FILE).is_file():
+            break
+        tensors = _stored(folder, stage, tensors, manifest.tensor_specs)
+        names.append(stage.name)
+    return tensors, names
+
+
+def folder_of(run_folder: Path, number: int, stage: PolishStage) -> Path:
+    """Where a stage lies; numbers count from 1."""
+    return run_folder / FOLDER / f"{number:02d}-{stage.name}"
+
+
+def play(
+    stage: PolishStage,
+    start: Tensors,
+    *,
+    engine: Engine,
+    found: StageRows,
+    tell: Any,
+    judge: reward_model.RewardModel | None = None,
+) -> Played:
+    """Train one stage on the engine's base.
+
+    Args:
+        stage: What to train.
+        start: The adapter to start from; its side adapter, where there is one, stays as it is.
+        engine: The base; its adapter is overwritten.
+        found: The stage's data.
+        tell: Gets a step's number and figures.
+        judge: The reward model, for `rloo`.
+
+    Raises:
+        ConfigError: An adapter on the output layer, which TRL would not train.
+        ModelError: A value is not finite.
+    """
+    from server.polish import trainers  # loads TRL, which a run without stages does not need
+
+    _refuse_head(engine)
+    adapter.write(engine.model, start)
+    with tempfile.TemporaryDirectory(prefix="silotune-polish-") as scratch, borrow.lent(engine):
+        try:
+            model = reward_model.build(engine, seed=stage.seed) if stage.kind == "reward" else None
+            reward = _reward(stage, engine, judge)
+            trainer = trainers.make(stage, engine, found, scratch=scratch, tell=tell, model=model, reward=reward)
+            borrow.write_masters(engine, start)
+            borrow.set_reference(engine.model, start, reference=stage.reference)
+            before = trainers.figures(trainer, stage)
+            trainer.train()
+            after = trainers.figures(trainer, stage)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"polish stage '{stage.name}': out of memory; lower its micro_batch_size ({stage.micro_rows} rows now) "
+                "or max_length_tokens"
+            ) from error
+        finally:
+            borrow.drop(engine.model, reward_model.JUDGE)
+        trained = reward_model.read(engine, model) if model is not None else None
+        result = adapter.read(engine.model)
+        _refuse_files(scratch)
+    _refuse_diverged(result, stage)
+    engine.model.eval()
+    if trained:
+        adapter.write(engine.model, start)
+    return Played(start if trained else result, before, after, trained, int(trainer.state.global_step))
+
+
+def _begin(fed: Federation, number: int, stage: PolishStage, engine: Engine) -> StageRows:
+    """Read a stage's data and say that it begins."""
+    found = rows.load(stage, engine, fed.manifest.run.data)
+    fed.log.append(
+        "polish_started",
+        stage=stage.name,
+        trainer=stage.kind,
+        number=number,
+        num_stages=len(fed.manifest.run.polish),
+        num_rows=len(found.train),
+        num_held_out=len(found.held_out),
+        num_truncated=found.num_truncated,
+        num_dropped=found.num_dropped,
+        reference=stage.reference,
+    )
+    return found
+
+
+def _facts(fed: Federation, number: int, stage: PolishStage, found: StageRows, played: Played) -> dict[str, Any]:
+    """What is told of a finished stage."""
+    return {
+        "stage": stage.name,
+        "trainer": stage.kind,
+        "number": number,
+        "num_stages": len(fed.manifest.run.polish),
+        "before": _rounded(played.before),
+        "after": _rounded(played.after),
+        "num_steps": played.num_steps,
+        "num_rows": len(found.train),
+        "num_held_out": len(found.held_out),
+        "adapter_sha256": _digest(played.tensors),
+    }
+
+
+def _tell_again(fed: Federation, folder: Path) -> None:
+    """Say that a stage finished, if the process ended between its record and its event."""
+    facts = json.loads((folder / RECORD_FILE).read_bytes())["finished"]
+    log = events.read(fed.log.path) if fed.log.path.is_file() else []
+    if facts["number"] not in [event["number"] for event in log if event["kind"] == "polish_finished"]:
+        fed.log.append("polish_finished", **facts)
+
+
+def _reward(stage: PolishStage, engine: Engine, judge: reward_model.RewardModel | None) -> rewards.Reward | None:
+    """What scores the answers of a stage; None for kinds that sample none."""
+    if stage.kind == "grpo":
+        return rewards.Verified(stage)
+    if stage.kind == "rloo" and judge is not None:
+        return reward_model.Judge(engine, judge)
+    return None
+
+
+def _judge(fed: Federation, stage: PolishStage, engine: Engine) -> reward_model.RewardModel | None:
+    """The reward model that a stage names; None if it names none."""
+    for number, other in enumerate(fed.manifest.run.polish, start=1):
+        if stage.reward_stage and other.name == stage.reward_stage:
+            return reward_model.load(folder_of(fed.folder, number, other), engine)
+    return None
+
+
+def _save(
+    folder: Path, stage: PolishStage, start: Tensors, played: Played, *, engine: Engine, facts: Mapping[str, Any]
+) -> None:
+    """Write a finished stage, its record last."""
+    if played.reward is not None:
+        reward_model.save(folder, played.reward, base_sha256=engine.base_sha256)
+    storage.write_atomic(folder / ADAPTER_FILE, adapter.encode(played.tensors, dtype="float32"))
+    record = {
+        "stage": stage.model_dump(mode="json"),
+        "start_sha256": _digest(start),
+        "adapter_sha256": _digest(played.tensors),
+        "data_sha256": _hash_data(stage),
+        "finished": dict(facts),
+    }
+    storage.write_atomic(folder / RECORD_FILE, wire.canonical_json(record) + b"\n")
+
+
+def _stored(folder: Path, stage: PolishStage, start: Tensors, specs: tuple[TensorSpec, ...]) -> Tensors:
+    """The adapter of a finished stage, held against its record and against what it began with.
+
+    Raises:
+        DataError: It cannot be read.
+        ModelError: It is not what was written, or it began with another adapter or other settings.
+    """
+    try:
+        record = json.loads((folder / RECORD_FILE).read_bytes())
+        data = (folder / ADAPTER_FILE).read_bytes()
+        found = (record["stage"], record["start_sha256"], record["adapter_sha256"])
+        record["finished"]["number"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{folder}: no whole stage; remove the folder, and it is played again") from error
+    if found != (stage.model_dump(mode="json"), _digest(start), hashlib.sha256(data).hexdigest()):
+        raise ModelError(
+            f"{folder}: was changed, or began with another adapter or other settings; remove it and the stages after it"
+        )
+    return adapter.decode(data, specs, dtype="float32")
+
+
+def _digest(tensors: Tensors) -> str:
+    """Hash of an adapter's bytes."""
+    return hashlib.sha256(adapter.encode(tensors, dtype="float32")).hexdigest()
+
+
+def _hash_data(stage: PolishStage) -> str:
+    """Hash of a stage's data file; empty for a folder or a data set's name."""
+    path = Path(stage.data).expanduser()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _rounded(figures: Mapping[str, float]) -> dict[str, float]:
+    """For events."""
+    return {name: round(value, 5) for name, value in figures.items()}
+
+
+def _refuse_head(engine: Engine) -> None:
+    """TRL computes log-probabilities from the output layer's own weights, so an adapter on it would be left out."""
+    if any(name.startswith("base_model.model.lm_head.") for name in adapter.parameters(engine.model)):
+        raise ConfigError("adapter.targets names the output layer, which no polish stage can train; leave lm_head out")
+
+
+def _refuse_diverged(tensors: Tensors, stage: PolishStage) -> None:
+    """No adapter goes on that holds what no training should give."""
+    if not all(bool((tensor.abs() <= adapter.MAX_VALUE).all()) for tensor in tensors.values()):
+        raise ModelError(f"polish stage '{stage.name}': the adapter diverged; lower the stage's learning_rate")
+
+
+def _refuse_files(scratch: str) -> None:
+    """Trainers of this kind like to leave pickles behind; ours were told not to write at all."""
+    if left := sorted(path.name for path in Path(scratch).rglob("*") if path.is_file()):
+        raise ModelError(f"a trainer wrote {left[0]}, which no stage may; check the version of trl in constraints.txt")

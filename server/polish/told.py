@@ -1,0 +1,79 @@
+"""What people are told of a run's stages; drawn from its events."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Final
+
+from common.config_polish import EXPERIMENTAL
+from common.events import Event
+
+PRIVATE: Final = (
+    "Polish is post-processing of an adapter that is private already: it costs the sites' units nothing, as long as "
+    "the coordinator's data were not taken from the sites'."
+)
+OWN_DATA: Final = (
+    "What the coordinator trained on is not covered by any privacy guarantee: the adapter may have memorised it."
+)
+_ORDER: Final = ("loss", "margin", "accuracy", "reward", "length")
+_OF_STAGES: Final = ("polish_started", "polish_step", "polish_finished")
+
+
+def stages(log: Sequence[Event]) -> list[dict[str, Any]]:
+    """The stages that finished, in their order, each with its figures as (name, before, after)."""
+    done = {event["number"]: event for event in log if event["kind"] == "polish_finished"}
+    return [{**done[number], "figures": figures(done[number])} for number in sorted(done)]
+
+
+def label(number: int, name: str) -> str:
+    """What the coordinator's evaluation after a stage is called.
+
+    Example:
+        >>> label(1, "align")
+        'polish-01-align'
+    """
+    return f"polish-{number:02d}-{name}"[:63]
+
+
+def figures(event: Mapping[str, Any]) -> list[tuple[str, float | None, float | None]]:
+    """A stage's figures before and after.
+
+    Example:
+        >>> figures({"before": {"margin": 0.0}, "after": {"margin": 1.5}})
+        [('margin', 0.0, 1.5)]
+    """
+    before, after = event["before"], event["after"]
+    return [(name, before.get(name), after.get(name)) for name in _ORDER if name in before or name in after]
+
+
+def line(event: Mapping[str, Any]) -> str:
+    """A finished stage on one line.
+
+    Example:
+        >>> line({"stage": "align", "trainer": "dpo", "before": {"margin": 0.0}, "after": {"margin": 1.5}})
+        'align (dpo): margin 0.000 to 1.500'
+    """
+    parts = [f"{name} {_figure(before)} to {_figure(after)}" for name, before, after in figures(event)]
+    return f"{event['stage']} ({kind(event)}): {', '.join(parts)}"
+
+
+def kind(event: Mapping[str, Any]) -> str:
+    """A stage's kind, and whether TRL calls it experimental."""
+    return f"{event['trainer']}, experimental" if event["trainer"] in EXPERIMENTAL else str(event["trainer"])
+
+
+def of_export(log: Sequence[Event], names: Collection[str]) -> list[Event]:
+    """The events that belong to an adapter that went through these stages and no others."""
+    measured = {label(event["number"], event["stage"]) for event in log if event["kind"] == "polish_started"}
+    kept = {label(number, name) for number, name in enumerate(names, start=1)}
+    return [event for event in log if not _is_left_out(event, names, measured - kept)]
+
+
+def _is_left_out(event: Event, names: Collection[str], measured: Collection[str]) -> bool:
+    """Whether an event tells of another stage, or of figures after one."""
+    if event["kind"] in _OF_STAGES:
+        return event["stage"] not in names
+    return event["kind"] == "measured" and event["stage"] in measured
+
+
+def _figure(value: float | None) -> str:
+    """A figure, if there is one."""
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,268 @@
+"""One TRL trainer for each kind of stage, on tokens that are ready and on an adapter that stays float32.
+
+Each class overrides only where TRL would turn texts into tokens; the losses are TRL's own.
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # our docs and errors say which kinds are experimental
+
+from datasets import Dataset, disable_progress_bars  # type: ignore[import-untyped]
+from transformers import PrinterCallback, TrainerCallback
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.kto_config import KTOConfig
+from trl.trainer.kto_trainer import KTOTrainer
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.reward_trainer import RewardTrainer
+from trl.trainer.rloo_config import RLOOConfig
+from trl.trainer.rloo_trainer import RLOOTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from common.config_polish import SAMPLED, PolishStage
+from common.model import Engine
+from server.polish.rewards import Reward
+from server.polish.rows import StageRows, Tokens
+from server.polish.rows import num_steps as num_steps_of
+
+NUM_TOLD: Final = 10  # steps of a stage that become events
+_MARGINS: Final = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+FIGURES: Final[Mapping[str, Mapping[str, str]]] = {
+    "sft": {"loss": "loss"},
+    "cpt": {"loss": "loss"},
+    "dpo": _MARGINS,
+    "orpo": _MARGINS,
+    "simpo": _MARGINS,
+    "kto": {"loss": "loss", "margin": "rewards/margins"},
+    "reward": {"loss": "loss", "margin": "margin", "accuracy": "accuracy"},
+    "grpo": {"reward": "reward", "length": "completions/mean_length"},
+    "rloo": {"reward": "reward", "length": "completions/mean_length"},
+}
+
+
+class _Ready:
+    """For trainers that would tokenise in `_prepare_dataset`: the rows are tokens already."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+
+class _Dpo(_Ready, DPOTrainer):
+    """Rafailov et al. 2023, arXiv:2305.18290; Azar et al. 2023, arXiv:2310.12036 (ipo); arXiv:2403.00409 (robust)."""
+
+
+class _Kto(_Ready, KTOTrainer):
+    """Ethayarajh et al. 2024, arXiv:2402.01306."""
+
+
+class _Orpo(ORPOTrainer):
+    """Hong et al. 2024, arXiv:2403.07691."""
+
+    def tokenize_row(self, feature: Tokens, model: Any = None) -> Tokens:
+        return feature
+
+
+class _Simpo(CPOTrainer):
+    """Meng et al. 2024, arXiv:2405.14734: TRL's CPO trainer with that loss and no term for the chosen answer alone."""
+
+    def tokenize_row(self, feature: Tokens, model: Any = None) -> Tokens:
+        return feature
+
+
+class _Prompted:
+    """For trainers that sample: a prompt is a list of token ids."""
+
+    def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return prompts, None, {}
+
+
+class _Grpo(_Prompted, GRPOTrainer):
+    """Shao et al. 2024, arXiv:2402.03300."""
+
+
+class _Rloo(_Prompted, RLOOTrainer):
+    """Ahmadian et al. 2024, arXiv:2402.14740."""
+
+
+def make(
+    stage: PolishStage,
+    engine: Engine,
+    rows: StageRows,
+    *,
+    scratch: str,
+    tell: Callable[[int, Mapping[str, float]], None],
+    model: Any = None,
+    reward: Reward | None = None,
+) -> Any:
+    """A trainer that is ready to train and to evaluate on the held-out rows.
+
+    Args:
+        stage: What to train, and how.
+        engine: Base, adapter and tokenizer.
+        rows: The stage's data.
+        scratch: A folder that goes away; nothing is written there while all is well.
+        tell: Gets a step's number and its figures.
+        model: Trained in the place of the engine's model: the reward model.
+        reward: Scores answers, for kinds that sample.
+    """
+    trainer_class, config_class, own = _KINDS[stage.kind]
+    options = _common(stage, engine, rows, scratch)
+    disable_progress_bars()
+    sources: dict[str, Any] = {"reward_funcs": [reward]} if stage.kind in SAMPLED else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of TRL's own defaults and plans; nothing that a reader could act on
+        args = config_class(**options, **own(stage))
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # one process on the engine's own device, however many the machine has
+        trainer = trainer_class(
+            model=model if model is not None else engine.model,
+            args=args,
+            train_dataset=Dataset.from_list(_form(rows.train, stage)),
+            eval_dataset=Dataset.from_list(_form(rows.held_out, stage)),
+            processing_class=engine.tokenizer,
+            callbacks=[_Told(tell)],
+            **sources,
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def figures(trainer: Any, stage: PolishStage) -> dict[str, float]:
+    """The objective's figures on the held-out rows, as the adapter is now."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = trainer.evaluate()
+    named = {name: found.get(f"eval_{key}") for name, key in FIGURES[stage.kind].items()}
+    return {name: float(value) for name, value in named.items() if value is not None and math.isfinite(value)}
+
+
+class _Told(TrainerCallback):
+    """Passes a step's figures on."""
+
+    def __init__(self, tell: Callable[[int, Mapping[str, float]], None]) -> None:
+        self._tell = tell
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """What TRL logs of a step; its own summary at the end of training has no `loss`."""
+        if logs and "loss" in logs:
+            self._tell(state.global_step, {key: value for key, value in logs.items() if isinstance(value, float)})
+
+
+def _common(stage: PolishStage, engine: Engine, rows: StageRows, scratch: str) -> dict[str, Any]:
+    """What all kinds share: our settings, one process, no files, no reports, no mixed precision."""
+    num_steps = num_steps_of(stage, rows)
+    return {
+        "output_dir": scratch,
+        "save_strategy": "no",
+        "report_to": "none",
+        "push_to_hub": False,
+        "disable_tqdm": True,
+        "logging_steps": max(1, num_steps // NUM_TOLD),
+        "use_cpu": engine.device.type == "cpu",
+        "bf16": False,  # autocast; the base computes in its own type, the adapter in float32
+        "fp16": False,
+        "gradient_checkpointing": False,  # as the engine was loaded
+        "seed": stage.seed,
+        "max_steps": num_steps,
+        "per_device_train_batch_size": stage.micro_rows,
+        "per_device_eval_batch_size": stage.micro_rows,
+        "gradient_accumulation_steps": stage.batch_size // stage.micro_rows,
+        "learning_rate": stage.learning_rate,
+        "lr_scheduler_type": stage.schedule,
+        "warmup_steps": int(stage.warmup_fraction * num_steps),
+        "max_grad_norm": stage.max_grad_norm,
+        "optim": "adamw_torch",
+        "dataloader_pin_memory": False,
+    }
+
+
+def _form(rows: Sequence[Tokens], stage: PolishStage) -> list[Tokens]:
+    """Rows under the names that the kind's trainer reads."""
+    if stage.kind == "reward":
+        return [{name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")} for row in rows]
+    if stage.kind in ("orpo", "simpo"):
+        return [_labelled(row) for row in rows]
+    return _mismatched(rows, stage.micro_rows) if stage.kind == "kto" else list(rows)
+
+
+def _labelled(row: Tokens) -> Tokens:
+    """A pair as TRL's older trainers take it."""
+    prompt = row["prompt_ids"]
+    found: Tokens = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+    for name in ("chosen", "rejected"):
+        ids = prompt + row[f"{name}_ids"]
+        labels = [-100] * len(prompt) + row[f"{name}_ids"]
+        found |= {f"{name}_input_ids": ids, f"{name}_attention_mask": [1] * len(ids), f"{name}_labels": labels}
+    return found
+
+
+def _mismatched(rows: Sequence[Tokens], size: int) -> list[Tokens]:
+    """Give each row the answer of its neighbour within the batch, from which KTO estimates its KL term.
+
+    Source: Ethayarajh et al. 2024, section 4.1; TRL rotates within micro-batches too.
+    """
+    found = []
+    for start in range(0, len(rows), size):
+        batch = rows[start : start + size]
+        answers = [row["completion_ids"] for row in batch]
+        pairs = zip(batch, [answers[-1], *answers[:-1]], strict=True)
+        found += [{**row, "KL_completion_ids": other} for row, other in pairs]
+    return found
+
+
+def _sft(_: PolishStage) -> dict[str, Any]:
+    return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+
+
+def _dpo(stage: PolishStage) -> dict[str, Any]:
+    own = {"beta": stage.beta, "loss_type": [stage.loss], "label_smoothing": stage.label_smoothing}
+    return {**own, "max_length": None}
+
+
+def _kto(stage: PolishStage) -> dict[str, Any]:
+    weights = {"desirable_weight": stage.desirable_weight, "undesirable_weight": stage.undesirable_weight}
+    return {"beta": stage.beta, **weights, "max_length": None}
+
+
+def _orpo(stage: PolishStage) -> dict[str, Any]:
+    return {"beta": stage.beta, "max_length": stage.max_length_tokens, "remove_unused_columns": False}
+
+
+def _simpo(stage: PolishStage) -> dict[str, Any]:
+    own = {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": stage.margin}
+    return {**_orpo(stage), **own}
+
+
+def _reward(_: PolishStage) -> dict[str, Any]:
+    return {"max_length": None}
+
+
+def _sampled(stage: PolishStage) -> dict[str, Any]:
+    return {
+        "beta": stage.beta,
+        "num_generations": stage.num_generations,
+        "max_completion_length": stage.max_new_tokens,
+        "temperature": stage.temperature,
+    }
+
+
+_KINDS: Final[Mapping[str, tuple[Any, Any, Callable[[PolishStage], dict[str, Any]]]]] = {
+    "sft": (SFTTrainer, SFTConfig, _sft),
+    "cpt": (SFTTrainer, SFTConfig, _sft),
+    "dpo": (_Dpo, DPOConfig, _dpo),
+    "kto": (_Kto, KTOConfig, _kto),
+    "orpo": (_Orpo, ORPOConfig, _orpo),
+    "simpo": (_Simpo, CPOConfig, _simpo),
+    "reward": (RewardTrainer, RewardConfig, _reward),
+    "grpo": (_Grpo, GRPOConfig, _sampled),
+    "rloo": (_Rloo, RLOOConfig, _sampled),
+}

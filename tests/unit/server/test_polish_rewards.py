@@ -1,0 +1,111 @@
+"""Verifiable rewards, and the sandbox in which tests run."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common.config_polish import PolishStage
+from common.errors import ConfigError
+from server.polish import rewards, sandbox
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def shut_in():
+    """The sandbox, where this machine has one."""
+    try:
+        sandbox.require()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    return lambda code, tests="", timeout_s=10.0: sandbox.passes(code, tests, timeout_s=timeout_s)
+
+
+def check(reward: str, **settings):
+    return rewards.check_of(PolishStage(name="trial", kind="grpo", data="x", reward=reward, **settings))
+
+
+def test_rules_accept_what_they_should_and_nothing_else(tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps({"type": "object", "required": ["code"]}))
+    for score, good, bad in [
+        (check("exact"), " ACHE\n", "ache"),
+        (check("regex", pattern="[A-Z]+"), "ACHE ", "ACHE ache"),
+        (check("json", json_schema=str(schema)), '{"code": 1}', '{"cod": 1}'),
+    ]:
+        assert (score(good, "ACHE"), score(bad, "ACHE")) == (1.0, 0.0)
+
+
+def test_a_pattern_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match="pattern is no regular expression"):
+        check("regex", pattern="[")
+
+
+def test_rewards_take_each_row_s_own_reference():
+    reward = rewards.Verified(PolishStage(name="trial", kind="grpo", data="x", reward="exact"))
+    assert reward(prompts=[], completions=["A", "B"], wanted=["A", "A"], completion_ids=[]) == [1.0, 0.0]
+
+
+def test_code_that_meets_its_tests_earns_the_reward(shut_in):
+    score = check("unit_test")
+    tests = "assert double(2) == 4"
+    assert score("Sure:\n```python\ndef double(x):\n    return 2 * x\n```", tests) == 1.0
+    assert score("def double(x):\n    return x", tests) == 0.0
+    assert score("not Python at all", tests) == 0.0
+
+
+def test_code_that_ends_before_its_tests_earns_nothing(shut_in):
+    assert not shut_in("import os\nos._exit(0)", "assert False")
+    assert not shut_in("raise SystemExit(0)", "assert False")
+
+
+def test_code_reaches_no_network(shut_in):
+    program = "import socket\nsocket.create_connection(('127.0.0.1', {}), 2)"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        socket.create_connection(("127.0.0.1", port), 2).close()  # the control: somebody is there
+        assert not shut_in(program.format(port))
+
+
+def test_code_sees_no_files_of_ours_and_writes_none(shut_in, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    assert not shut_in(f"open({str(secret)!r}).read()")
+    assert not shut_in(f"import os\nos.listdir({str(REPOSITORY)!r})")
+    for place in ("/usr/hole", "/hole", sys.base_prefix + "/hole"):
+        assert not shut_in(f"open({place!r}, 'w')")
+        assert not os.path.exists(place)
+    assert shut_in("open('/tmp/own', 'w').write('x')")  # the control: a place of its own
+    assert not os.path.exists("/tmp/own")
+
+
+def test_code_has_no_rights_to_undo_the_walls(shut_in):
+    assert not shut_in("import os\nos.chroot('/tmp')")
+    assert not shut_in("import ctypes\nassert ctypes.CDLL(None).mount(0, b'/usr', 0, 0x1020, 0) == 0")
+    assert not shut_in(f"import os\nos.kill({os.getpid()}, 0)")
+    assert not shut_in("import os\nassert 'HOME' in os.environ")
+
+
+def test_code_that_takes_too_much_is_ended(shut_in):
+    began = time.monotonic()
+    assert not shut_in("import os\nos.fork()\nwhile True: pass", timeout_s=2.0)
+    assert time.monotonic() - began < 60
+    assert not shut_in("x = bytearray(2 << 30)")
+    assert not shut_in("open('/tmp/large', 'wb').write(bytes(2 << 20))")
+    assert not shut_in("while True: print('x' * 1000)")
+
+
+def test_without_a_sandbox_unit_tests_are_refused():
+    """The tools are looked for on the path; a child with an empty one has none."""
+    program = "from server.polish import sandbox; sandbox.require()"
+    found = subprocess.run(
+        [sys.executable, "-c", program], env={"PATH": "/nonexistent"}, cwd=REPOSITORY, capture_output=True, check=False
+    )
+    assert found.returncode == 1
+    assert b"the sandbox is not available here: unshare is missing; install util-linux" in found.stderr

@@ -1,0 +1,102 @@
+"""What a stage's data must look like, and into which tokens they become."""
+
+import pytest
+
+from common.config_polish import PolishStage
+from common.errors import DataError
+from server.polish import rows
+from tests import stage_data, tiny
+
+
+@pytest.fixture
+def load(engine, tiny_base, tmp_path):
+    def read(kind: str, table, **settings) -> rows.StageRows:
+        path = stage_data.write(tmp_path / "data.jsonl", table)
+        stage = PolishStage(name="trial", kind=kind, data=path, **{"max_length_tokens": 64, **settings})
+        return rows.load(stage, engine, tiny.settings(tiny_base).data)
+
+    return read
+
+
+def words(engine, ids) -> str:
+    return engine.tokenizer.decode(ids)
+
+
+def test_a_pair_shares_its_prompt_and_each_answer_ends_with_the_end_token(load, engine):
+    found = load("dpo", stage_data.pairs(10))
+    row = found.train[0]
+    assert words(engine, row["prompt_ids"]).endswith("<|im_start|>assistant\n")
+    answers = {words(engine, row[name]) for name in ("chosen_ids", "rejected_ids")}
+    assert all(answer.endswith("<|im_end|>") for answer in answers)
+    assert len(found.train) + len(found.held_out) == 10
+
+
+def test_a_conversation_as_prompt_is_only_context(load, engine):
+    prompt = [
+        {"role": "user", "content": "ache?"},
+        {"role": "assistant", "content": "ACHE"},
+        {"role": "user", "content": "cold?"},
+    ]
+    found = load("dpo", [{"prompt": prompt, "chosen": "COLD", "rejected": "cold"}] * 4)
+    assert words(engine, found.train[0]["chosen_ids"]) == "COLD<|im_end|>"
+
+
+def test_only_answers_have_labels(load, engine):
+    row = load("sft", stage_data.instructions(4)).train[0]
+    wanted = [label for label in row["labels"] if label >= 0]
+    assert words(engine, wanted).endswith("<|im_end|>")
+    assert len(wanted) < len(row["input_ids"]) == len(row["labels"])
+
+
+def test_raw_texts_are_cut_into_pieces_and_lose_nothing(load, engine):
+    table = [{"text": "ache burn cold dose ear fall gut heart itch jaw knee lung " * 3}] * 4
+    found = load("cpt", table, max_length_tokens=16)
+    pieces = [row["input_ids"] for row in found.train + found.held_out]
+    assert max(map(len, pieces)) == 16
+    ids = engine.tokenizer(table[0]["text"], add_special_tokens=False)["input_ids"]
+    assert sum(map(len, pieces)) in (4 * (len(ids) + 1), 4 * len(ids))  # a piece of one token teaches nothing
+
+
+def test_held_out_rows_are_other_rows_of_both_labels(load):
+    found = load("kto", stage_data.judged(20), held_out_fraction=0.2)
+    assert {row["label"] for row in found.held_out} == {True, False}
+    assert len(found.held_out) == 4
+    assert load("kto", stage_data.judged(20), held_out_fraction=0.2) == found
+    assert load("kto", stage_data.judged(20), held_out_fraction=0.2, seed=1) != found
+
+
+def test_a_prompt_keeps_what_its_answers_are_held_against(load):
+    found = load("grpo", stage_data.questions(10), reward="exact")
+    assert {row["wanted"] for row in found.train + found.held_out} == {stage_data.right(n) for n in range(10)}
+
+
+LONG = "ache " * 100
+
+
+@pytest.mark.parametrize(
+    ("kind", "table", "settings", "told"),
+    [
+        ("dpo", [{"prompt": "a", "chosen": "b"}], {}, "has no column 'rejected'; a dpo stage needs prompt, chosen"),
+        ("cpt", [{"words": "a"}], {}, "has no column 'text'"),
+        ("grpo", [{"prompt": "a"}], {"reward": "exact"}, "has no column 'answer'"),
+        ("grpo", [{"prompt": "a", "tests": " "}], {"reward": "unit_test"}, "row 1: reward 'unit_test' needs text"),
+        ("kto", [{"prompt": "a", "completion": "b", "label": 1}], {}, "row 1: 'label' is int; write true or false"),
+        ("dpo", [{"prompt": "a", "chosen": "b", "rejected": ""}], {}, "row 1: has no answer in 'rejected'"),
+        ("dpo", [{"prompt": "", "chosen": "b", "rejected": "c"}], {}, "row 1: has nothing in 'prompt'"),
+        ("dpo", [{"prompt": LONG, "chosen": "b", "rejected": "c"}], {}, "over the limit of 64"),
+        ("grpo", [{"prompt": LONG, "answer": "b"}], {"reward": "exact"}, "set its too_long to drop"),
+        ("dpo", stage_data.pairs(1), {}, "1 rows are too few"),
+        ("kto", stage_data.judged(3), {}, "1 rows with label false are too few"),
+    ],
+)
+def test_unusable_data_are_refused_with_a_remedy(load, kind: str, table, settings, told: str):
+    with pytest.raises(DataError) as caught:
+        load(kind, table, **settings)
+    assert told in str(caught.value)
+    assert LONG not in str(caught.value)
+
+
+def test_rows_that_are_too_long_are_dropped_or_cut_where_that_was_asked(load):
+    table = [*stage_data.pairs(6), {"prompt": "ache", "chosen": LONG, "rejected": "c"}]
+    assert load("dpo", table, too_long="drop").num_dropped == 1
+    assert load("dpo", table, too_long="truncate").num_truncated == 1

@@ -1,0 +1,204 @@
+"""Stages within a run: events, files, cards, resuming, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from common import adapter, config, events
+from common.errors import ConfigError, DataError, ModelError
+from common.model import Engine
+from server import export, finish, report, run, status
+from server.polish import command, stages
+from tests import stage_data, tiny
+
+CHANGES = {"training.batch_size": "12", "federation.num_rounds": "1"}
+STAGE = {"steps": 2, "batch_size": 4, "max_length_tokens": 64, "learning_rate": 1e-2}
+
+
+@dataclass(frozen=True)
+class World:
+    """Runs of one run file, with a reward model between two other stages, in one folder."""
+
+    engine: Engine
+    settings: config.RunConfig
+    folder: Path
+
+    def play(self, name: str, *, resume: bool = False, stop_at: str = "") -> Path:
+        """A run; `stop_at` names a stage in whose first step it is interrupted."""
+        adapter.write(self.engine.model, self.engine.initial)
+        folder = self.folder / name
+        log = run.prepare(self.settings, folder, resume=resume)
+
+        def listen(event: events.Event) -> None:
+            if event["kind"] == "polish_step" and event["stage"] == stop_at:
+                raise KeyboardInterrupt
+
+        log.listeners.append(listen)
+        fleet = tiny.fleet(tiny.make_nodes(self.engine))
+        run.execute(self.settings, fleet=fleet, engine=self.engine, folder=folder, log=log, resume=resume)
+        return folder
+
+    def copy(self, name: str) -> Path:
+        """A finished run that a test may spoil."""
+        return Path(shutil.copytree(self.folder / "whole", self.folder / name))
+
+
+@pytest.fixture(scope="module")
+def world(shared_engine, tiny_base, tmp_path_factory) -> World:
+    folder = tmp_path_factory.mktemp("polish")
+    pairs = stage_data.write(folder / "pairs.jsonl", stage_data.pairs(10))
+    rows = stage_data.write(folder / "rows.jsonl", stage_data.instructions(10))
+    kinds = [("teach", "sft", rows), ("judge", "reward", pairs), ("align", "dpo", pairs)]
+    tables = [{"name": name, "kind": kind, "data": data, **STAGE} for name, kind, data in kinds]
+    own = {"evaluation.server_data": rows, "evaluation.metrics": "exact_match", "evaluation.max_new_tokens": "2"}
+    plain = json.loads(config.resolved_json(tiny.settings(tiny_base, {**CHANGES, **own})))
+    made = World(shared_engine, config.RunConfig.model_validate({**plain, "polish": tables}), folder)
+    made.play("whole")
+    return made
+
+
+def of(folder, kind: str) -> list[events.Event]:
+    return [event for event in events.read(folder / run.EVENTS_FILE) if event["kind"] == kind]
+
+
+def exported(folder) -> bytes:
+    return (folder / run.EXPORT_FOLDER / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_goes_on_into_its_stages_and_tells_of_them(world):
+    folder = world.folder / "whole"
+    assert [event["stage"] for event in of(folder, "polish_started")] == ["teach", "judge", "align"]
+    assert [event["trainer"] for event in of(folder, "polish_finished")] == ["sft", "reward", "dpo"]
+    assert {event["step"] for event in of(folder, "polish_step")} == {1, 2}
+    assert of(folder, "polish_finished")[2]["before"]["margin"] == 0.0
+    assert [event["stage"] for event in of(folder, "measured")] == [
+        "base",
+        "final",
+        "polish-01-teach",
+        "polish-03-align",
+    ]
+    assert sorted(path.name for path in (folder / "polish").iterdir()) == ["01-teach", "02-judge", "03-align"]
+    assert [path.parent.name for path in folder.rglob("reward_model.safetensors")] == ["02-judge"]
+    card = (folder / run.EXPORT_FOLDER / "README.md").read_text()
+    assert "| polish | teach (sft, 2 steps), then judge (reward, 2 steps), then align (dpo, 2 steps) |" in card
+    assert "not covered by any privacy guarantee" in card
+    assert "costs the sites' units nothing" not in card  # this run's adapter was not private
+    page = report.render(events.read(folder / run.EVENTS_FILE))
+    assert "<h2>Polish</h2>" in page
+    assert "align (dpo): loss" in str(status.read(folder)["finished_stages"])
+    suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert suffixes <= {".json", ".jsonl", ".safetensors", ".md", ".html"}
+
+
+def test_a_private_run_s_card_says_what_polish_costs_and_what_is_not_covered(tiny_base, engine):
+    from common.manifest import RunManifest
+
+    private = {
+        "privacy.mode": "unit", "privacy.noise_multiplier": "1.0", "privacy.sampling_prob": "0.1",
+        "training.local_epochs": "0.0", "training.local_steps": "2",
+    }  # fmt: skip
+    manifest = RunManifest(tiny.settings(tiny_base, private), engine.base_sha256, engine.tensor_specs)
+    done = {
+        "kind": "polish_finished", "stage": "align", "trainer": "dpo", "number": 1, "num_stages": 1, "num_rows": 9,
+        "num_held_out": 1, "num_steps": 2, "before": {"margin": 0.0}, "after": {"margin": 1.0}, "seconds": 1.0,
+    }  # fmt: skip
+    text = export.card(manifest, num_rounds=1, sites={"north": 3}, log=[done], kind="adapter")
+    assert "it costs the sites' units nothing" in " ".join(text.split())
+    assert "not covered by any privacy guarantee" in text
+    without = export.card(manifest, num_rounds=1, sites={"north": 3}, log=[], kind="adapter")
+    assert "olish" not in without
+
+
+def test_an_interrupted_run_ends_with_the_adapter_it_would_have_had(world):
+    with pytest.raises(KeyboardInterrupt):
+        world.play("cut", stop_at="align")
+    assert not (world.folder / "cut" / "polish" / "03-align" / stages.RECORD_FILE).exists()
+    folder = world.play("cut", resume=True)
+    assert exported(folder) == exported(world.folder / "whole")
+    assert [event["stage"] for event in of(folder, "polish_finished")] == ["teach", "judge", "align"]
+
+
+def test_stages_can_be_played_later_without_the_sites(world, tiny_base, tmp_path):
+    folder = world.copy("later")
+    (folder / "polish" / "03-align" / stages.RECORD_FILE).unlink()
+    half = finish.stored(folder, num_rounds=0)
+    assert [event["stage"] for event in half.log if event["kind"] == "polish_finished"] == ["teach", "judge"]
+    with (tmp_path / "screen").open("w") as screen:
+        told = command.polish(folder, base=tiny_base, num_threads=1, console=Console(file=screen))
+    assert told["stages"] == ["teach", "judge", "align"]
+    assert exported(folder) == exported(world.folder / "whole")
+    plain, last = finish.stored(folder, num_rounds=1), finish.stored(folder, num_rounds=0)
+    assert not [event for event in plain.log if event["kind"].startswith("polish")]
+    assert not all(torch.equal(plain.tensors[name], last.tensors[name]) for name in plain.tensors)
+
+
+def test_a_stage_whose_last_event_was_lost_is_told_of_again(world, tiny_base, tmp_path):
+    folder = world.copy("untold")
+    path = folder / run.EVENTS_FILE
+    kept = [line for line in path.read_text().splitlines() if '"kind": "polish_finished"' not in line]
+    path.write_text("\n".join(kept) + "\n")
+    with (tmp_path / "screen").open("w") as screen:
+        command.polish(folder, base=tiny_base, num_threads=1, console=Console(file=screen))
+    assert [event["stage"] for event in of(folder, "polish_finished")] == ["teach", "judge", "align"]
+    assert "align (dpo): loss" in (tmp_path / "screen").read_text()
+
+
+def test_a_run_with_a_side_adapter_is_polished_with_it_in_place(load_tiny, tiny_base, tmp_path):
+    changes = {"aggregation.method": "flora", "aggregation.residual_rank": "8"}
+    engine = load_tiny(changes)
+    rows = stage_data.write(tmp_path / "rows.jsonl", stage_data.instructions(10))
+    tables = [{"name": "teach", "kind": "sft", "data": rows, **STAGE}]
+    plain = json.loads(config.resolved_json(tiny.settings(tiny_base, {**CHANGES, **changes})))
+    settings = config.RunConfig.model_validate({**plain, "polish": tables})
+    made = World(engine, settings, tmp_path)
+    folder = made.play("run")
+    before, after = finish.stored(folder, num_rounds=1).tensors, finish.stored(folder, num_rounds=0).tensors
+    side = [name for name in before if ".residual_" in name]
+    assert side
+    assert any(before[name].any() for name in side)
+    assert all(torch.equal(before[name], after[name]) for name in side)
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_stage_that_was_changed_on_disk_is_not_gone_on_from(world):
+    folder = world.copy("changed")
+    path = folder / "polish" / "01-teach" / stages.ADAPTER_FILE
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(ModelError, match="was changed, or began with another adapter"):
+        world.play("changed", resume=True)
+
+
+def test_data_of_a_late_stage_are_found_wrong_before_the_first_round(world):
+    spoilt = stage_data.write(world.folder / "spoilt.jsonl", [{"prompt": "a", "chosen": "b"}])
+    *others, last = world.settings.polish
+    tables = (*others, last.model_copy(update={"data": spoilt}))
+    other = dataclasses.replace(world, settings=world.settings.model_copy(update={"polish": tables}))
+    with pytest.raises(DataError, match="has no column 'rejected'"):
+        other.play("spoilt")
+    assert not (world.folder / "spoilt" / run.EVENTS_FILE).exists()
+
+
+def test_polish_refuses_what_it_cannot_do(engine, nodes, tiny_base, tmp_path):
+    settings = tiny.settings(tiny_base, CHANGES)
+    folder = tmp_path / "run"
+    log = run.prepare(settings, folder)
+    run.execute(settings, fleet=tiny.fleet(nodes), engine=engine, folder=folder, log=log)
+    with pytest.raises(ConfigError, match=r"no \[\[polish\]\] tables"):
+        command.polish(folder, base=tiny_base, num_threads=1, console=Console())
+
+
+def test_an_adapter_on_the_output_layer_is_refused(load_tiny):
+    from common.config_polish import PolishStage
+
+    engine = load_tiny({"adapter.targets": "lm_head"})
+    stage = PolishStage(name="teach", kind="sft", data="x")
+    with pytest.raises(ConfigError, match="leave lm_head out"):
+        stages.play(stage, engine.initial, engine=engine, found=None, tell=None)

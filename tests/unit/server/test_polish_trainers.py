@@ -1,0 +1,177 @@
+"""Every kind of stage moves its objective in 20 steps on a tiny model; data that say nothing do not move it."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from common import adapter
+from common.config_polish import PolishStage
+from common.errors import ModelError
+from server.polish import borrow, rows, stages
+from tests import stage_data, tiny
+
+COMMON = {"steps": 20, "batch_size": 4, "learning_rate": 1e-2, "max_length_tokens": 64, "held_out_fraction": 0.2}
+SAMPLED = {"batch_size": 8, "max_new_tokens": 4, "schedule": "constant", "held_out_fraction": 0.3}
+NO_CAPITALS = {"reward": "regex", "pattern": "[^A-Z]*", "learning_rate": 3e-2, **SAMPLED}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("stage-data")
+    tables = {
+        "pairs": stage_data.pairs(),
+        "equal_pairs": stage_data.pairs(20, is_both_ways=True),
+        "judged": stage_data.judged(),
+        "equal_judged": stage_data.judged(20, is_both_ways=True),
+        "instructions": stage_data.instructions(),
+        "texts": stage_data.texts(),
+        "questions": stage_data.questions(),
+    }
+    return {name: stage_data.write(folder / f"{name}.jsonl", table) for name, table in tables.items()}
+
+
+@pytest.fixture
+def play(engine, tiny_base, files):
+    """Play one stage from an adapter; gives what it did."""
+
+    def run(kind: str, data: str, *, start=None, judge=None, change=None, on=None, **settings) -> stages.Played:
+        target = on or engine
+        stage = PolishStage(name="trial", kind=kind, data=files[data], **{**COMMON, **settings})
+        found = rows.load(stage, target, tiny.settings(tiny_base).data)
+        found = change(found) if change else found
+        begin = target.initial if start is None else start
+        return stages.play(stage, begin, engine=target, found=found, tell=lambda *_: None, judge=judge)
+
+    return run
+
+
+def moved(played: stages.Played, name: str) -> float:
+    return played.after[name] - played.before[name]
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"), [("sft", "instructions"), pytest.param("cpt", "texts", marks=pytest.mark.slow)]
+)
+def test_imitation_lowers_the_loss_on_rows_it_has_not_seen(play, kind: str, data: str):
+    assert moved(play(kind, data), "loss") < -1.0
+
+
+def test_imitation_of_other_answers_does_not(play):
+    def spoil(found: rows.StageRows) -> rows.StageRows:
+        """Train on the words of everyday rows in the place of the answers that the held-out rows have."""
+        other = [{**row, "labels": [-100 if t < 0 else 3 + t % 7 for t in row["labels"]]} for row in found.train]
+        return dataclasses.replace(found, train=other)
+
+    assert moved(play("sft", "instructions", change=spoil), "loss") > 0.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "equal"),
+    [
+        ("dpo", "pairs", "equal_pairs"),
+        ("kto", "judged", "equal_judged"),
+        ("reward", "pairs", "equal_pairs"),
+        pytest.param("orpo", "pairs", "equal_pairs", marks=pytest.mark.slow),
+        pytest.param("simpo", "pairs", "equal_pairs", marks=pytest.mark.slow),
+    ],
+)
+def test_preferences_widen_the_margin_and_pairs_that_prefer_nothing_do_not(play, kind: str, data: str, equal: str):
+    real, control = moved(play(kind, data), "margin"), moved(play(kind, equal), "margin")
+    assert real > 0.03
+    assert control < real / 4
+
+
+@pytest.mark.parametrize("settings", [{"loss": "ipo"}, {"loss": "robust", "label_smoothing": 0.1}])
+@pytest.mark.slow
+def test_the_other_losses_of_dpo_widen_the_margin(play, settings):
+    assert moved(play("dpo", "pairs", **settings), "margin") > 0.03
+
+
+def test_a_verifiable_reward_rises_and_a_constant_one_teaches_nothing(play, engine):
+    assert moved(play("grpo", "questions", **NO_CAPITALS), "reward") > 0.1
+    control = play("grpo", "questions", **{**NO_CAPITALS, "pattern": "[^ÿ]*"})
+    assert control.before["reward"] == control.after["reward"] == 1.0
+    assert all(torch.equal(control.tensors[name], engine.initial[name]) for name in engine.initial)
+
+
+@pytest.mark.slow
+def test_a_reward_model_s_score_rises_and_a_model_that_scores_all_alike_teaches_nothing(play, engine):
+    judge = play("reward", "pairs").reward
+    settings = {"reward_stage": "judge", **SAMPLED}
+    assert moved(play("rloo", "questions", judge=judge, **settings), "reward") > 0.1
+    blind = dataclasses.replace(judge, head=torch.zeros_like(judge.head))
+    control = play("rloo", "questions", judge=blind, **settings)
+    assert control.after["reward"] == 0.0
+    gone = max(float((control.tensors[name] - engine.initial[name]).abs().max()) for name in engine.initial)
+    assert gone < 1e-6
+    assert set(engine.model.peft_config) == {"default"}
+
+
+def test_a_reward_model_is_something_of_its_own_and_leaves_the_adapter_alone(play, engine):
+    played = play("reward", "pairs", steps=3)
+    assert all(torch.equal(played.tensors[name], engine.initial[name]) for name in engine.initial)
+    assert played.reward.head.shape == (1, 64)
+    assert any(not torch.equal(played.reward.tensors[name], engine.initial[name]) for name in engine.initial)
+    now = adapter.read(engine.model)
+    assert all(torch.equal(now[name], engine.initial[name]) for name in now)
+
+
+def test_the_reference_is_the_start_or_the_base(play, engine):
+    start = play("sft", "instructions", steps=2).tensors
+    from_start = play("dpo", "pairs", start=start, steps=1, learning_rate=1e-12)
+    assert from_start.before["margin"] == 0.0
+    assert from_start.before["loss"] == pytest.approx(0.693147, abs=1e-5)
+    from_base = play("dpo", "pairs", start=start, steps=1, learning_rate=1e-12, reference="base")
+    assert abs(from_base.before["margin"]) > 1e-4
+
+
+def test_the_engine_comes_back_as_it_was(play, engine):
+    ids = torch.tensor([[5, 6, 7, 8]])
+    base = engine.model.get_base_model()
+    names, config = set(vars(base)), base.config.to_dict()
+    before = engine.model(input_ids=ids).logits
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    for kind, data in [("dpo", "pairs"), ("reward", "pairs")]:
+        play(kind, data, steps=1)
+    adapter.write(engine.model, engine.initial)
+    assert torch.equal(engine.model(input_ids=ids).logits, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert "forward" not in vars(base)
+    assert set(vars(base)) == names
+    assert base.config.to_dict() == config
+    assert set(engine.model.peft_config) == {"default"}
+    assert adapter.specs(adapter.read(engine.model)) == engine.tensor_specs
+
+
+@pytest.fixture(scope="module")
+def nf4(load_tiny):
+    return load_tiny({"model.quantization": "nf4"})
+
+
+@pytest.mark.parametrize(("kind", "data"), [("sft", "instructions"), ("dpo", "pairs")])
+def test_the_adapter_over_a_quantised_base_stays_float32(play, nf4, kind: str, data: str):
+    played = play(kind, data, steps=2, on=nf4)
+    assert set(borrow.dtypes(nf4).values()) == {torch.float32}
+    changed = [tensor for name, tensor in played.tensors.items() if not torch.equal(tensor, nf4.initial[name])]
+    assert changed
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in changed)
+
+
+def test_trl_alone_would_have_cast_it_to_bfloat16(nf4, files, tiny_base, tmp_path):
+    from server.polish import trainers
+
+    stage = PolishStage(name="trial", kind="dpo", data=files["pairs"], **COMMON)
+    found = rows.load(stage, nf4, tiny.settings(tiny_base).data)
+    with borrow.lent(nf4):
+        trainers.make(stage, nf4, found, scratch=str(tmp_path), tell=lambda *_: None)
+        assert torch.bfloat16 in borrow.dtypes(nf4).values()
+        borrow.write_masters(nf4, nf4.initial)
+        assert set(borrow.dtypes(nf4).values()) == {torch.float32}
+
+
+def test_an_adapter_that_diverged_goes_no_further(play, engine):
+    far = {name: torch.full_like(tensor, 2e6) for name, tensor in engine.initial.items()}
+    with pytest.raises(ModelError, match="diverged; lower the stage's learning_rate"):
+        play("sft", "instructions", start=far, steps=1, learning_rate=1e-12)
