@@ -14,7 +14,7 @@ from common.errors import AuthError
 
 PATH: Final = b"/v1/fleet/get-fab"
 MAX_BYTES: Final = 1 << 20
-SHA256: Final = "2b8bd2829794104cf639cb75602c8221e852fb3e1e6a721d25f720a64543338c"  # server.link.build_bundle()
+SHA256: Final = "7fad6b0caa67d7a30c227eca2642cfeeeb3bc34e12c2815fe02e058f3e3c1dcb"  # server.link.build_bundle()
 
 
 def check(answer: bytes, *, allowed: Collection[str]) -> bytes:

@@ -31,6 +31,7 @@ HEARTBEAT = "/v1/fleet/send-node-heartbeat"
 LIST_NODES = "/v1/control/list-nodes"
 PROTOBUF = "application/protobuf"
 ECHO_BUNDLE = link.build_bundle(server_app="gateway_apps:app")
+LIMITS = {"requests_per_s": 1, "burst": 100, "connections": 16}
 SETTINGS = """
 [superlink]
 address = "{superlink}"
@@ -193,9 +194,7 @@ def make_pki(folder: Path) -> Pki:
 
 
 @contextmanager
-def running(
-    keys: Path, logs: Path, *, requests_per_s: int = 1, burst: int = 100, connections: int = 16
-) -> Iterator[World]:
+def running(keys: Path, logs: Path, **limits: int) -> Iterator[World]:
     """Start a SuperLink and the gateway, with limits of one certificate; stop both on leaving."""
     world = World(make_pki(keys), logs)
     bundles = hashlib.sha256(ECHO_BUNDLE).hexdigest()
@@ -205,9 +204,7 @@ def running(
             superlink=world.address("superlink"),
             keys=keys,
             bundles=bundles,
-            requests_per_s=requests_per_s,
-            burst=burst,
-            connections=connections,
+            **{**LIMITS, **limits},
         )
     )
     with ExitStack() as stack:

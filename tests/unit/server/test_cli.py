@@ -81,7 +81,7 @@ def test_export_of_a_sealed_and_signed_folder_and_its_verification(folder, tmp_p
     [
         (["export", "{folder}", "--formats", "gguf"], 2, "give --to DIR"),
         (["export", "{folder}", "--to", "out", "--merged", "merged"], 2, "leave --merged out"),
-        (["export", "{folder}", "--to", "out", "--formats", "onnx"], 2, "'onnx' is none of"),
+        (["export", "{folder}", "--to", "out", "--formats", "torchscript"], 2, "'torchscript' is none of"),
         (["verify", "no-such-folder"], 4, "no such folder"),
         (["status", "no-such-run"], 3, "no-such-run"),
         (["export", "no-such-run"], 3, "no-such-run"),
