@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from common import cli, quiet
-from server import cli_audit, cli_doctor
+from server import cli_audit, cli_doctor, cli_preferences
 
 if TYPE_CHECKING:
     from server.admit import Change
@@ -26,6 +26,7 @@ CertificateOption = Annotated[
 KeyOption = Annotated[Path | None, typer.Option(help="Its private key, PEM, mode 0600.")]
 app.command()(cli_doctor.doctor)
 app.add_typer(cli_audit.app, name="audit", help="Show and check audit logs, a site's too.")
+app.add_typer(cli_preferences.app, name="preferences", help="Check, build, import and rank preference data.")
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN_FOLDER")]
 FederationFolder = Annotated[Path, typer.Option(help="The folder that provision made.", metavar="DIR")]
 RequestFile = Annotated[Path, typer.Argument(help="What the site sent.", metavar="REQUEST.json")]

@@ -145,9 +145,9 @@ def _length(pairs: Sequence[Pair]) -> Result:
         return Result("length bias", "skipped", "all pairs are of equal length")
     bias = length_bias(pairs)
     told = (
-        f"chosen is longer in {bias['share']:.1%} of unequal pairs ({bias['share_low']:.1%} to {bias['share_high']:.1%}, "
-        f"p = {bias['p_value']:.2g}), by {round(bias['mean_gain_chars'])} characters on average "
-        f"({round(bias['mean_gain_chars_low'])} to {round(bias['mean_gain_chars_high'])})"
+        f"chosen is longer in {bias['share']:.1%} of unequal pairs ({bias['share_low']:.1%} to "
+        f"{bias['share_high']:.1%}, p = {bias['p_value']:.2g}), by {round(bias['mean_gain_chars'])} characters on "
+        f"average ({round(bias['mean_gain_chars_low'])} to {round(bias['mean_gain_chars_high'])})"
     )
     if bias["share_low"] <= 0.5 <= bias["share_high"]:
         return Result("length bias", "ok", told)

@@ -19,6 +19,7 @@ from common.errors import DataError
 from common.rows import Columns, Message, Row
 
 Turns = tuple[Message, ...]
+Unusable = list[tuple[str, UnusableError]]
 T = TypeVar("T")
 PAIR: Final = ("prompt", "chosen", "rejected")
 RATED: Final = ("prompt", "completion", "label")
@@ -86,7 +87,7 @@ class Scan:
     kind: Literal["pairs", "ratings"]
     pairs: list[Pair]
     rated: list[Rated]
-    unusable: list[tuple[str, UnusableError]]
+    unusable: Unusable
 
 
 def read(path: str | Path, *, unit_column: str = "") -> list[Pair] | list[Rated]:
@@ -236,9 +237,7 @@ def _is_rated(names: set[str], path: str | Path) -> bool:
     return is_rated
 
 
-def _each(
-    located: Sequence[Located], convert: Callable[[Located], T]
-) -> tuple[list[T], list[tuple[str, UnusableError]]]:
+def _each(located: Sequence[Located], convert: Callable[[Located], T]) -> tuple[list[T], Unusable]:
     """Every row in normal form, and those that have none."""
     rows: list[T] = []
     unusable = []

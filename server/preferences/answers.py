@@ -1,4 +1,4 @@
-"""A rater's answers: one line each, on the disk before the next task is shown; a file that broke off is gone on with."""
+"""A rater's answers: one line each, on the disk before the next task is shown; a file that broke off is continued."""
 
 import fcntl
 import json
@@ -147,7 +147,8 @@ def read(path: Path) -> Answers:
     try:
         head, *events = [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
         rater, digest = str(head["rater"]), str(head["tasks_sha256"])
-        for number, event in enumerate(events, start=2):
+        for event in events:
+            number += 1
             _play(choices, event["task"], event["answer"])
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{path.name} line {number}: is not a rater's answer; restore the file from a copy") from None

@@ -90,6 +90,7 @@ def make(source: Path, *, between: Sequence[str], seed: int, tasks: Path, key: P
     build.write_lines(tasks, lines)
     made = Key(digest(tasks), (first, second), tuple(is_swapped), tuple(place + 1 for place in order), seed)
     storage.write_atomic(key, json.dumps({"version": VERSION, **vars(made)}, indent=1).encode())
+    key.chmod(0o600)
     return made
 
 

@@ -1,15 +1,15 @@
 """Exports of Argilla and Label Studio, as pairs.
 
-Argilla: what SDK 2.x writes with `dataset.records.to_json(path)`: a list of records with `id`, `fields`, `responses`
-(by question, a list of `value` and `user_id`). A ranking's value is a list of fields' names, best first; files of Argilla
-1.x have `{"value": name, "rank": number}` instead, where equal ranks are ties. A label's value is the preferred field's
-name. This form does not tell drafts from submitted responses: filter for submitted ones when exporting. The flattened
-form (`to_list(flatten=True)`, `to_datasets`) has `QUESTION.responses` and `QUESTION.responses.status`; of it only
-submitted responses are taken. Suggestions are a model's and are not taken.
+Argilla: what SDK 2.x writes with `dataset.records.to_json(path)`: a list of records with `id`, `fields` and `responses`
+(by question, a list of `value` and `user_id`). A ranking's value is a list of fields' names, best first; files of
+Argilla 1.x have `{"value": name, "rank": number}` instead, where equal ranks are ties. A label's value is the
+preferred field's name. This form does not tell drafts from submitted responses: filter for submitted ones when
+exporting. The flattened form (`to_list(flatten=True)`, `to_datasets`) has `QUESTION.responses` and
+`QUESTION.responses.status`; of it only submitted responses are taken. Suggestions are a model's and are not taken.
 
-Label Studio: export "JSON" (1.x): a list of tasks with `data` and `annotations`; of an annotation's `result`, the item of
-type `pairwise` with `{"selected": "left" | "right"}` counts. Left is the first name of its `to_name`, which names tags
-of the labelling interface; `--between` names the columns of `data` in that order (the template "Human Preference
+Label Studio: export "JSON" (1.x): a list of tasks with `data` and `annotations`; of an annotation's `result`, the item
+of type `pairwise` with `{"selected": "left" | "right"}` counts. Left is the first name of its `to_name`, which names
+tags of the labelling interface; `--between` names the columns of `data` in that order (the template "Human Preference
 collection for RLHF" has answer1 and answer2). "JSON-MIN" leaves out cancelled flags and types and is refused.
 """
 
@@ -21,7 +21,7 @@ from common.data import read as reading
 from common.data.files import Located
 from common.data.preferences import Pair
 from common.data.problems import UnusableError
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError
 from server.preferences import build
 from server.preferences.build import Built
 
@@ -125,12 +125,17 @@ def _ranks(value: Any, between: Sequence[str]) -> dict[str, int]:
         value = [{"value": name, "rank": 1 if name == value else 2} for name in between] if value in between else None
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         value = [{"value": name, "rank": place} for place, name in enumerate(value, start=1)]
-    if not isinstance(value, list) or not all(isinstance(i, dict) and isinstance(i.get("rank"), int) for i in value):
+    if not isinstance(value, list) or not all(map(_is_rank, value)):
         raise UnusableError("has a response that ranks none of the answers", AS_ARGILLA)
-    ranks = {item.get("value"): item["rank"] for item in value}
+    ranks = {item["value"]: item["rank"] for item in value}
     if set(ranks) != set(between) or len(ranks) != len(value):
         raise UnusableError(f"has a response that does not rank the {len(between)} answers of --between", AS_ARGILLA)
     return {name: ranks[name] for name in between}
+
+
+def _is_rank(item: Any) -> bool:
+    """Whether it is one answer's name and its rank."""
+    return isinstance(item, dict) and isinstance(item.get("value"), str) and type(item.get("rank")) is int
 
 
 def _label_studio_pairs(row: Located, prompt: str, between: Sequence[str], counts: dict[str, int]) -> list[Pair]:
@@ -169,8 +174,8 @@ def _selected(result: Sequence[Any]) -> str | None:
 
 def _pair(texts: Mapping[str, Any], prompt: str, better: str, worse: str, place: str) -> Pair:
     """A pair out of named columns."""
-    fields = {"prompt": texts.get(prompt), "better": texts.get(better), "worse": texts.get(worse)}
     missing = [name for name in (prompt, better, worse) if name not in texts]
     if missing:
-        raise DataError(f"{place}: has no field {missing[0]!r}: correct --prompt or --between")
-    return build.pair_of(fields, "worse", "better", place=place)
+        raise UnusableError(f"has no field {missing[0]!r}", "correct --prompt or --between")
+    fields = {better: texts[better], worse: texts[worse], "prompt": texts[prompt]}
+    return build.pair_of(fields, worse, better, place=place)
