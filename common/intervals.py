@@ -53,8 +53,8 @@ def sign_test(count: int, total: int) -> float:
     Source: Conover 1999, Practical Nonparametric Statistics, section 3.4.
 
     Example:
-        >>> sign_test(9, 10)
-        0.021484375
+        >>> round(sign_test(9, 10), 6)
+        0.021484
     """
     if not 0 <= count <= total:
         raise ValueError(f"{count} of {total} is no split")
@@ -67,12 +67,12 @@ def mean(values: Sequence[float]) -> Estimate:
     """The mean of paired differences, with the normal interval; under some 30 rows it is too narrow.
 
     Raises:
-        ValueError: No values.
+        ValueError: Fewer than two values.
     """
-    if not values:
-        raise ValueError("there are no values to take a mean of")
+    if len(values) < 2:
+        raise ValueError("there are not the two values that an interval of a mean needs")
     middle = statistics.fmean(values)
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    error = statistics.stdev(values) / math.sqrt(len(values))
     return Estimate(middle, middle - Z_95 * error, middle + Z_95 * error)
 
 

@@ -15,6 +15,7 @@ from common.errors import DataError
 
 MAX_LISTED: Final = 5
 MIN_LEAK_WORDS: Final = 5
+MIN_UNEQUAL: Final = 10
 MAX_IMBALANCE: Final = 4 / 3
 EXIT_WARNINGS: Final = 9
 EXIT_FAILED: Final = DataError.exit_code
@@ -76,14 +77,14 @@ def length_bias(pairs: Sequence[Pair]) -> dict[str, float]:
     """How often the better answer is the longer one, among pairs of unequal length, in characters.
 
     Args:
-        pairs: At least one of them has answers of unequal length.
+        pairs: At least two, and one of them has answers of unequal length.
 
     Returns:
         `share` with its Wilson interval, the p-value of the sign test against one half, and the mean of chosen less
         rejected in characters with its interval.
 
     Raises:
-        ValueError: All pairs are of equal length.
+        ValueError: There are fewer.
     """
     gains = [len(_text(pair.chosen)) - len(_text(pair.rejected)) for pair in pairs]
     unequal = [gain for gain in gains if gain]
@@ -112,7 +113,7 @@ def _figures(rows: Sequence[Pair | Rated], found: Scan) -> dict[str, Any]:
     for name, sides in answers.items():
         if sides:
             figures[f"{name}_chars_median"] = statistics.median(len(_text(turns)) for turns in sides)
-    if any(len(_text(pair.chosen)) != len(_text(pair.rejected)) for pair in found.pairs):
+    if _num_unequal(found.pairs) >= MIN_UNEQUAL:
         figures["length_bias"] = length_bias(found.pairs)
     if found.rated:
         figures["num_good"] = sum(row.label for row in found.rated)
@@ -141,8 +142,8 @@ def _identical(pairs: Sequence[Pair]) -> Result:
 
 def _length(pairs: Sequence[Pair]) -> Result:
     """Warn if length alone tells the better answer more often than a coin would."""
-    if all(len(_text(pair.chosen)) == len(_text(pair.rejected)) for pair in pairs):
-        return Result("length bias", "skipped", "all pairs are of equal length")
+    if _num_unequal(pairs) < MIN_UNEQUAL:
+        return Result("length bias", "skipped", f"fewer than {MIN_UNEQUAL} pairs are of unequal length")
     bias = length_bias(pairs)
     told = (
         f"chosen is longer in {bias['share']:.1%} of unequal pairs ({bias['share_low']:.1%} to "
@@ -154,6 +155,11 @@ def _length(pairs: Sequence[Pair]) -> Result:
     longer = "longer" if bias["share"] > 0.5 else "shorter"
     remedy = f"add pairs whose better answer is not {longer}, or use a loss that length does not move (SimPO), else "
     return Result("length bias", "warning", told, f"{remedy}the model learns to write {longer} answers")
+
+
+def _num_unequal(pairs: Sequence[Pair]) -> int:
+    """Pairs of unequal length."""
+    return sum(len(_text(pair.chosen)) != len(_text(pair.rejected)) for pair in pairs)
 
 
 def _duplicates(rows: Sequence[Pair | Rated]) -> Result:

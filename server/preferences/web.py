@@ -119,7 +119,9 @@ def make(session: Session, *, token: str, host: str = LOOPBACK) -> Starlette:
         Route("/{token}/undo", _guarded(undo, token), methods=["POST"]),
     ]
     hosts = ["*"] if host == "0.0.0.0" else [host, "localhost"] if is_loopback(host) else [host]  # noqa: S104
-    return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
+    app = Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
+    app.router.redirect_slashes = False  # a redirect would tell which addresses there are
+    return app
 
 
 def state_of(session: Session) -> dict[str, Any]:
