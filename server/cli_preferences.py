@@ -124,9 +124,7 @@ def import_(
     from server.preferences import imports
 
     if bool(question) != (from_ is Tool.ARGILLA):
-        raise ConfigError(
-            "--question and --from argilla go together; give both, or neither"
-        )
+        raise ConfigError("--question and --from argilla go together; give both, or neither")
     names = between.split(",")
     if from_ is Tool.ARGILLA:
         built = imports.argilla(file, question=question, prompt=prompt, between=names)
@@ -205,7 +203,7 @@ def unblind(
     tasks: Tasks,
     answers: Annotated[list[Path], typer.Argument(help="One file for each rater.", metavar="ANSWERS.jsonl...")],
     key: Annotated[Path, typer.Option(help="The key that `blind` wrote.", metavar="KEY.json")],
-    out: OutOption,
+    out: Annotated[Path | None, typer.Option(help="Write the decided tasks here.", metavar="PAIRS.jsonl")] = None,
     force: ForceOption = False,
     json: cli.JsonOption = False,
 ) -> None:
@@ -218,13 +216,18 @@ def unblind(
       silotune-server preferences unblind rate/tasks.jsonl rate/anna.jsonl rate/ben.jsonl --key key.json
           --out pairs.jsonl
     """
+    from common.errors import ConfigError
     from server.preferences import build as building
     from server.preferences import outcome
 
+    if force and out is None:
+        raise ConfigError("--force is for --out; add it, or leave --force out")
     found = outcome.unblind(tasks, key_file=key, answer_files=answers)
-    building.write(found.built, out, is_overwriting=force)
-    next_step = f"next: silotune-server preferences check {out}"
-    cli.emit({**found.as_dict(), "out": str(out)}, as_json=json, show=lambda: cli.show(*outcome.told(found), next_step))
+    if out:
+        building.write(found.built, out, is_overwriting=force)
+    next_step = f"next: silotune-server preferences check {out}" if out else "next: add --out PAIRS.jsonl"
+    result = {**found.as_dict(), "out": str(out or "")}
+    cli.emit(result, as_json=json, show=lambda: cli.show(*outcome.told(found), next_step))
 
 
 @app.command()

@@ -58,7 +58,8 @@ def check(path: str | Path, *, held_out: str | Path = "") -> Report:
         Counts and findings.
 
     Raises:
-        DataError: A file is missing or unreadable as a whole, or has the columns of neither form.
+        DataError: A file is missing or unreadable as a whole, or has the columns of neither form; or a row of
+            `held_out` is unusable.
     """
     found = preferences.scan(path)
     rows: Sequence[Pair | Rated] = found.pairs or found.rated
@@ -69,7 +70,7 @@ def check(path: str | Path, *, held_out: str | Path = "") -> Report:
         results.append(_labels(found.rated))
     results += [_duplicates(rows), _contradictions(rows), _leaks(rows)]
     if held_out:
-        results.append(_held_out(rows, preferences.scan(held_out)))
+        results.append(_held_out(rows, preferences.read(held_out)))
     return Report(found.kind, _figures(rows, found), results)
 
 
@@ -212,9 +213,8 @@ def _labels(rated: Sequence[Rated]) -> Result:
     )
 
 
-def _held_out(rows: Sequence[Pair | Rated], other: Scan) -> Result:
+def _held_out(rows: Sequence[Pair | Rated], kept: Sequence[Pair | Rated]) -> Result:
     """Held-out prompts that training has seen, word for word or nearly so."""
-    kept: Sequence[Pair | Rated] = other.pairs or other.rated
     trained = [_text(row.prompt) for row in rows]
     places = [kept[place].row_id for place in near.find([_text(row.prompt) for row in kept], trained)]
     exact = {_normal(row.prompt) for row in rows}

@@ -216,7 +216,7 @@ async def _json(request: Request) -> dict[str, Any]:
 
 
 def _changed(session: Session, change: Callable[[], None]) -> Response:
-    """Change the session and tell where it stands; 409 if the page showed something older, 507 if the disk is full."""
+    """Change the session and tell where it stands; 409 if the page was behind, 507 if the disk is full."""
     try:
         change()
     except ValueError:
@@ -235,8 +235,8 @@ def _policy(page: str) -> str:
     """Content security policy: the page's own style and script, by their hashes, and its own server."""
     style, script = (_hash(page, tag) for tag in ("style", "script"))
     return (
-        f"default-src 'none'; style-src {style}; script-src {script}; connect-src 'self'; img-src data:; base-uri 'none'; "
-        "form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; style-src {style}; script-src {script}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
 
