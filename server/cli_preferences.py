@@ -156,9 +156,13 @@ def blind(
 
     drawn = secrets.randbelow(1 << 32) if seed is None else seed
     made = blinding.make(file, between=between.split(","), seed=drawn, tasks=tasks, key=key)
-    result = {"num_tasks": len(made.rows), "tasks": str(tasks), "key": str(key), "tasks_sha256": made.tasks_sha256}
+    counts = {"num_tasks": len(made.rows), "num_identical": made.num_identical}
+    result = {**counts, "tasks": str(tasks), "key": str(key), "tasks_sha256": made.tasks_sha256}
+    told = (
+        f"{len(made.rows)} tasks; rows left out, both answers being equal: {made.num_identical}; keep {key} from raters"
+    )
     next_step = f"next: silotune-server preferences rank {tasks} --answers NAME.jsonl --rater NAME"
-    cli.emit(result, as_json=json, show=lambda: cli.show(f"{len(made.rows)} tasks; keep {key} from raters", next_step))
+    cli.emit(result, as_json=json, show=lambda: cli.show(told, next_step))
 
 
 @app.command()

@@ -49,6 +49,7 @@ class Key:
         names: The two candidates, first and second.
         is_swapped: For each task, whether the second candidate is on the left.
         rows: For each task, the row of the source that it was made of, from 1.
+        num_identical: Rows that were left out, since both candidates answered the same.
         seed: What sides and order were drawn with.
     """
 
@@ -56,11 +57,12 @@ class Key:
     names: tuple[str, str]
     is_swapped: tuple[bool, ...]
     rows: tuple[int, ...]
+    num_identical: int
     seed: int
 
 
 def make(source: Path, *, between: Sequence[str], seed: int, tasks: Path, key: Path) -> Key:
-    """Write tasks and key for a file of prompts with two candidates each.
+    """Write tasks and key for a file of prompts with two candidates each; rows where both are the same are left out.
 
     Args:
         source: Rows of `prompt` and two columns with the candidates' answers.
@@ -74,7 +76,7 @@ def make(source: Path, *, between: Sequence[str], seed: int, tasks: Path, key: P
 
     Raises:
         ConfigError: `between` does not name two columns, a file is there already, or both would share a folder.
-        DataError: The source cannot be read, or rows are unusable.
+        DataError: The source cannot be read, rows are unusable, or the candidates never differ.
         StorageError: A file cannot be written.
     """
     if len(between) != 2 or len(set(between)) < 2 or "" in between:
@@ -84,11 +86,15 @@ def make(source: Path, *, between: Sequence[str], seed: int, tasks: Path, key: P
     located = reading.locate(str(source))
     pairs = build.convert_all(located, lambda row: build.pair_of(row.fields, second, first, place=row.place))
     draws = random.Random(seed)  # noqa: S311 - an order, no secret
-    order = draws.sample(range(len(pairs)), len(pairs))
-    is_swapped = draws.sample([place % 2 == 1 for place in range(len(pairs))], len(pairs))
+    different = [place for place, pair in enumerate(pairs) if pair.chosen != pair.rejected]
+    if not different:
+        raise DataError(f"{source}: {first} and {second} are the same in every row: name other columns in --between")
+    order = draws.sample(different, len(different))
+    is_swapped = draws.sample([place % 2 == 1 for place in range(len(order))], len(order))
     lines = [_fields(pairs[place], swapped) for place, swapped in zip(order, is_swapped, strict=True)]
     build.write_lines(tasks, lines)
-    made = Key(digest(tasks), (first, second), tuple(is_swapped), tuple(place + 1 for place in order), seed)
+    rows, num_identical = tuple(place + 1 for place in order), len(pairs) - len(order)
+    made = Key(digest(tasks), (first, second), tuple(is_swapped), rows, num_identical, seed)
     storage.write_atomic(key, json.dumps({"version": VERSION, **vars(made)}, indent=1).encode())
     key.chmod(0o600)
     return made

@@ -56,6 +56,7 @@ class Outcome:
         by_rater: Of each rater alone.
         agreements: Of every two raters.
         left_right: How often left and right were preferred, over all raters.
+        num_identical: Rows that no rater was shown, since both candidates answered the same.
         built: Pairs of the tasks that were decided.
     """
 
@@ -64,6 +65,7 @@ class Outcome:
     by_rater: dict[str, Verdicts]
     agreements: list[dict[str, Any]]
     left_right: tuple[int, int]
+    num_identical: int
     built: Built
 
     def as_dict(self) -> dict[str, Any]:
@@ -73,6 +75,7 @@ class Outcome:
             **self.all_raters.as_dict(),
             "num_left": self.left_right[0],
             "num_right": self.left_right[1],
+            "num_identical": self.num_identical,
             "raters": {rater: verdicts.as_dict() for rater, verdicts in self.by_rater.items()},
             "agreements": self.agreements,
             **self.built.as_dict(),
@@ -107,7 +110,7 @@ def unblind(tasks_file: Path, *, key_file: Path, answer_files: Sequence[Path]) -
     left_out = {"ties": verdicts.num_ties, "skipped or not reached": verdicts.num_skipped}
     pairs = [_pair(task, winners[task.number], key) for task in tasks if winners.get(task.number) in (0, 1)]
     built = Built(pairs, len(tasks), left_out)
-    return Outcome(key.names, verdicts, by_rater, agreements, (sides["left"], sides["right"]), built)
+    return Outcome(key.names, verdicts, by_rater, agreements, (sides["left"], sides["right"]), key.num_identical, built)
 
 
 def told(outcome: Outcome) -> list[str]:
@@ -118,6 +121,8 @@ def told(outcome: Outcome) -> list[str]:
         f"{second} was preferred {verdicts.num_second} times, {first} {verdicts.num_first} times; {verdicts.num_ties} "
         f"ties, {verdicts.num_skipped} skipped or not reached"
     ]
+    if outcome.num_identical:
+        lines.append(f"rows that were not shown, both answers being equal: {outcome.num_identical}")
     if rate:
         is_clear = rate.low > 0.5 or rate.high < 0.5
         doubt = "" if is_clear else "; the interval holds 50 %, so neither is shown to be better"

@@ -36,6 +36,7 @@ from server.preferences.answers import CHOICES, Session
 PAGE: Final = Path(__file__).with_name("page.html")
 MAX_BODY_BYTES: Final = 1000
 LOOPBACK: Final = "127.0.0.1"
+EVERYWHERE: Final = "0.0.0.0"  # noqa: S104
 HEADERS: Final = {
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
@@ -118,7 +119,7 @@ def make(session: Session, *, token: str, host: str = LOOPBACK) -> Starlette:
         Route("/{token}/answer", _guarded(answer, token), methods=["POST"]),
         Route("/{token}/undo", _guarded(undo, token), methods=["POST"]),
     ]
-    hosts = ["*"] if host == "0.0.0.0" else [host, "localhost"] if is_loopback(host) else [host]  # noqa: S104
+    hosts = ["*"] if host == EVERYWHERE else [host, "localhost"] if is_loopback(host) else [host]
     app = Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
     app.router.redirect_slashes = False  # a redirect would tell which addresses there are
     return app
@@ -160,7 +161,8 @@ def serve(session: Session, *, door: Door, say: Callable[[str], None]) -> None:
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(f"{door.host}:{door.port}: cannot serve there ({error.strerror}); choose others") from error
     scheme = "https" if door.certificate else "http"
-    say(f"{scheme}://{door.host}:{listener.getsockname()[1]}/{token}/")
+    name = socket.gethostname() if door.host == EVERYWHERE else door.host
+    say(f"{scheme}://{name}:{listener.getsockname()[1]}/{token}/")
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
 

@@ -63,6 +63,23 @@ def test_tasks_tell_nothing_of_candidates(tmp_path):
     assert all(row.keys() == {"prompt", "left", "right"} for row in fields)
 
 
+def test_rows_with_two_equal_answers_are_not_shown_and_are_counted(tmp_path):
+    source = candidates(tmp_path, 5)
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    rows[1]["tuned"] = rows[1]["base"]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks, key = tmp_path / "rate" / "tasks.jsonl", tmp_path / "key.json"
+    made = blind.make(source, between=("base", "tuned"), seed=2, tasks=tasks, key=key)
+    assert (sorted(made.rows), made.num_identical) == ([1, 3, 4, 5], 1)
+    path = rate(tasks, tmp_path / "anna.jsonl", "anna", prefer("tuned"))
+    found = outcome.unblind(tasks, key_file=key, answer_files=[path])
+    assert (found.all_raters.num_second, found.num_identical) == (4, 1)
+    assert "both answers being equal: 1" in " ".join(outcome.told(found))
+    source.write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(DataError, match="the same in every row"):
+        blind.make(source, between=("base", "tuned"), seed=2, tasks=tmp_path / "b" / "t.jsonl", key=tmp_path / "b.json")
+
+
 def test_the_key_lies_apart_and_is_never_overwritten(tmp_path):
     source = candidates(tmp_path, 2)
     with pytest.raises(ConfigError, match="another folder"):
