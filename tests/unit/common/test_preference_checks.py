@@ -44,23 +44,21 @@ def test_a_clean_file_has_no_finding(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "name", "status", "exit_code"),
+    ("change", "name"),
     [
-        (lambda row: {**row, "rejected": row["chosen"] + "  "}, "identical pairs", "failed", 3),
-        (lambda row: {**row, "chosen": ""}, "empty sides", "failed", 3),
-        (lambda row: {**row, "chosen": 7}, "unusable rows", "failed", 3),
-        (lambda row: {**row, "prompt": row["prompt"] + " It is a b c d e."}, "leaked answers", "ok", 0),
+        (lambda row: {**row, "rejected": row["chosen"] + "  "}, "identical pairs"),
+        (lambda row: {**row, "chosen": ""}, "empty sides"),
+        (lambda row: {**row, "chosen": 7}, "unusable rows"),
     ],
 )
-def test_a_spoilt_row_is_found_and_named_without_its_text(tmp_path, change, name, status, exit_code):
+def test_a_spoilt_row_is_found_and_named_without_its_text(tmp_path, change, name):
     rows = list(pairs(8))
     rows[4] = change(rows[4])
     report = check(written(tmp_path, rows))
     result = found(report, name)
-    assert (result.status, report.exit_code) == (status, exit_code)
-    if status == "failed":
-        assert "pairs.jsonl line 5" in result.found
-        assert result.remedy
+    assert (result.status, report.exit_code) == ("failed", preference_checks.EXIT_FAILED)
+    assert "pairs.jsonl line 5" in result.found
+    assert result.remedy
     assert CANARY not in json.dumps(report.as_dict())
 
 

@@ -168,17 +168,13 @@ def test_only_submitted_responses_of_flattened_argilla_records_count(tmp_path):
         (argilla_record(["one", "three"]), "does not rank"),
         (argilla_record("three"), "ranks none"),
         (argilla_record(5), "ranks none"),
-        (argilla_record(["one", "two"], question="other", responses={"other": "x"}), "no responses|records"),
+        (argilla_record(responses={"preference": "x"}), "not a list of objects"),
         ({"id": 1, **ANSWERS}, "has no responses to the question"),
         (argilla_record(["one", "two"], fields={"prompt": "Why?", "one": "So."}), "has no field 'two'"),
     ],
 )
-def test_other_argilla_forms_are_refused_or_left_out(tmp_path, record, told):
+def test_other_argilla_forms_are_refused_by_row(tmp_path, record, told):
     path = written(tmp_path, [record], "records.json")
-    if "other" in record.get("responses", {}):
-        built = imports.argilla(path, question="preference", prompt="prompt", between=BETWEEN)
-        assert built.left_out["records without a response"] == 1
-        return
     with pytest.raises(DataError, match=told) as caught:
         imports.argilla(path, question="preference", prompt="prompt", between=BETWEEN)
     assert "records.json row 1" in str(caught.value)
