@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from common import cli, quiet
-from server import cli_audit, cli_doctor, cli_export, cli_layers, cli_polish, cli_roster
+from server import cli_audit, cli_doctor, cli_export, cli_layers, cli_polish, cli_preferences, cli_roster
 from server.cli_roster import FederationFolder, GovernanceFiles, ProposeFile
 
 app = cli.make(
@@ -28,6 +28,7 @@ app.command()(cli_layers.layers)
 app.command()(cli_polish.polish)
 app.add_typer(cli_audit.app, name="audit", help="Show and check audit logs, a site's too.")
 app.add_typer(cli_roster.app, name="roster", help="Sign and publish changes of the roster, one member at a time.")
+app.add_typer(cli_preferences.app, name="preferences", help="Check, build, import and rank preference data.")
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN_FOLDER")]
 RequestFile = Annotated[Path, typer.Argument(help="What the site sent.", metavar="REQUEST.json")]
 

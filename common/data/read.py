@@ -37,7 +37,7 @@ def read(source: str, *, columns: Columns, max_line_bytes: int = MAX_LINE_BYTES)
     Raises:
         DataError: The source is missing, empty or not readable, or rows are unusable: the first five are named.
     """
-    located = _locate(source, max_line_bytes)
+    located = locate(source, max_line_bytes)
     return _to_rows(located, columns, source=source)
 
 
@@ -57,7 +57,7 @@ def read_table(
     Raises:
         DataError: The source is missing, empty or not readable, or a row does not fit `columns`.
     """
-    located = _locate(source, max_line_bytes)
+    located = locate(source, max_line_bytes)
     if columns is not None:
         _to_rows(located, columns, source=source)
     return [row.fields for row in located]
@@ -80,8 +80,19 @@ def to_rows(table: Sequence[Mapping[str, Any]], columns: Columns) -> list[Row]:
     return _to_rows(located, columns, source="the data")
 
 
-def _locate(source: str, max_line_bytes: int) -> list[Located]:
-    """Rows with their places, from whatever the source is."""
+def locate(source: str, max_line_bytes: int = MAX_LINE_BYTES) -> list[Located]:
+    """Read a data set as it is, each row with its place; whether its columns fit a shape is not looked at.
+
+    Args:
+        source: As for `read`.
+        max_line_bytes: As for `read`.
+
+    Returns:
+        The rows in order, at least one.
+
+    Raises:
+        DataError: The source is missing, empty or not readable.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         rows = hub.load_folder(path) if hub.is_saved(path) else _read_folder(path, max_line_bytes)

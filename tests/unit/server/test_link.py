@@ -12,7 +12,7 @@ def test_a_bundle_holds_names_and_no_code():
         app = tomllib.loads(bundle.read("pyproject.toml").decode())["tool"]["flwr"]["app"]
     assert app["components"] == {"serverapp": "server.app:app", "clientapp": "client.app:app"}
     signing = {"operator-key", "federation", "offer-days", "audit-folder"}
-    assert set(app["config"]) == {"run-folder", "base-folder", "num-threads", "resume"} | signing
+    assert set(app["config"]) == {"run-folder", "base-folder", "num-threads", "resume", "i-accept"} | signing
 
 
 def test_the_same_bundle_every_time():

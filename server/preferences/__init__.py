@@ -1,0 +1,1 @@
+"""Preference data at the coordinator: built, imported from other tools, and ranked blind by people."""

@@ -1,0 +1,156 @@
+"""A blind comparison: tasks whose sides are shuffled, and the key that tells them apart, in a file of its own.
+
+Half of the tasks have the first candidate on the left, so that a rater who prefers a side prefers no candidate. Tasks
+and key never lie in one file; what a rater's page is served from is the tasks alone.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from common import storage
+from common.data import preferences
+from common.data import read as reading
+from common.data.preferences import Pair, Turns
+from common.errors import ConfigError, DataError
+from server.preferences import build
+
+VERSION: Final = 1
+MAKE_ANEW: Final = "make tasks and key anew with `silotune-server preferences blind`"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One comparison, as a rater sees it.
+
+    Attributes:
+        number: Its place in the tasks file, from 1.
+        prompt: The turns before the answers.
+        left: One answer.
+        right: The other.
+    """
+
+    number: int
+    prompt: Turns
+    left: Turns
+    right: Turns
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a rater must not see.
+
+    Attributes:
+        tasks_sha256: Of the tasks file that it belongs to.
+        names: The two candidates, first and second.
+        is_swapped: For each task, whether the second candidate is on the left.
+        rows: For each task, the row of the source that it was made of, from 1.
+        num_identical: Rows that were left out, since both candidates answered the same.
+        seed: What sides and order were drawn with.
+    """
+
+    tasks_sha256: str
+    names: tuple[str, str]
+    is_swapped: tuple[bool, ...]
+    rows: tuple[int, ...]
+    num_identical: int
+    seed: int
+
+
+def make(source: Path, *, between: Sequence[str], seed: int, tasks: Path, key: Path) -> Key:
+    """Write tasks and key for a file of prompts with two candidates each; rows where both are the same are left out.
+
+    Args:
+        source: Rows of `prompt` and two columns with the candidates' answers.
+        between: The two columns.
+        seed: Draws sides and order; recorded in the key.
+        tasks: New .jsonl file for raters.
+        key: New .json file, in another folder than the tasks.
+
+    Returns:
+        The key.
+
+    Raises:
+        ConfigError: `between` does not name two columns, a file is there already, or both would share a folder.
+        DataError: The source cannot be read, rows are unusable, or the candidates never differ.
+        StorageError: A file cannot be written.
+    """
+    if len(between) != 2 or len(set(between)) < 2 or "" in between:
+        raise ConfigError("--between must name two different columns, such as base,tuned")
+    _require_apart(tasks, key)
+    first, second = between
+    located = reading.locate(str(source))
+    pairs = build.convert_all(located, lambda row: build.pair_of(row.fields, second, first, place=row.place))
+    draws = random.Random(seed)  # noqa: S311 - an order, no secret
+    different = [place for place, pair in enumerate(pairs) if pair.chosen != pair.rejected]
+    if not different:
+        raise DataError(f"{source}: {first} and {second} are the same in every row: name other columns in --between")
+    order = draws.sample(different, len(different))
+    is_swapped = draws.sample([place % 2 == 1 for place in range(len(order))], len(order))
+    lines = [_fields(pairs[place], swapped) for place, swapped in zip(order, is_swapped, strict=True)]
+    build.write_lines(tasks, lines)
+    rows, num_identical = tuple(place + 1 for place in order), len(pairs) - len(order)
+    made = Key(digest(tasks), (first, second), tuple(is_swapped), rows, num_identical, seed)
+    storage.write_atomic(key, json.dumps({"version": VERSION, **vars(made)}, indent=1).encode())
+    key.chmod(0o600)
+    return made
+
+
+def read_tasks(path: Path) -> list[Task]:
+    """Read a tasks file.
+
+    Raises:
+        DataError: It is missing, unreadable or of another form.
+    """
+    located = reading.locate(str(path))
+    pairs = build.convert_all(located, lambda row: build.pair_of(row.fields, "right", "left", place=row.place))
+    return [Task(number, pair.prompt, pair.chosen, pair.rejected) for number, pair in enumerate(pairs, start=1)]
+
+
+def read_key(path: Path, tasks: Path) -> Key:
+    """Read the key of a tasks file.
+
+    Raises:
+        DataError: It is missing, damaged, or belongs to other tasks.
+    """
+    try:
+        fields: dict[str, Any] = json.loads(path.read_bytes())
+        version = fields.pop("version")
+        fields |= {name: tuple(fields[name]) for name in ("names", "is_swapped", "rows")}
+        key = Key(**fields)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{path}: is not a readable key: name the file of --key; else {MAKE_ANEW}") from None
+    if version != VERSION or key.tasks_sha256 != digest(tasks):
+        raise DataError(f"{path}: is not the key of {tasks.name}: name the key that was made with it; else {MAKE_ANEW}")
+    return key
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): check the file and its permissions") from error
+
+
+def _require_apart(tasks: Path, key: Path) -> None:
+    """Refuse a key where the tasks are, and files that are there already."""
+    if tasks.resolve().parent == key.resolve().parent:
+        raise ConfigError(f"{key}: lies in the folder of the tasks: give --key another folder, which no rater can read")
+    if key.exists():
+        raise ConfigError(f"{key}: exists already: give another name; a key is never overwritten")
+
+
+def _fields(pair: Pair, is_swapped: bool) -> dict[str, Any]:
+    """A line of the tasks file; holds nothing that tells the candidates apart."""
+    fields = preferences.as_fields(pair)
+    left, right = ("rejected", "chosen") if is_swapped else ("chosen", "rejected")
+    return {"prompt": fields["prompt"], "left": fields[left], "right": fields[right]}

@@ -1,0 +1,201 @@
+"""Pairs out of ratings and out of clinicians' edits, written as a preference file."""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from common import storage
+from common.data import preferences
+from common.data import read as reading
+from common.data.files import Located
+from common.data.preferences import Pair, Rated, Turns
+from common.data.problems import Problems, UnusableError
+from common.errors import ConfigError
+
+T = TypeVar("T")
+AS_RATINGS: Final = (
+    "write `prompt`, `completion` and `score` in each row, or `prompt` with lists `completions` and `scores`"
+)
+
+
+@dataclass(frozen=True)
+class Built:
+    """Pairs or ratings, and what was left out on the way.
+
+    Attributes:
+        rows: The preference data.
+        num_read: Rows of the source.
+        left_out: How many were left out, by reason.
+    """
+
+    rows: Sequence[Pair | Rated]
+    num_read: int
+    left_out: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the counts as JSON types."""
+        return {"num_read": self.num_read, "num_written": len(self.rows), "left_out": self.left_out}
+
+
+def from_ratings(path: Path, *, margin: float = 0.0) -> Built:
+    """Make pairs of every two answers to one prompt whose scores differ by more than `margin`.
+
+    An answer that several raters scored counts with its mean score.
+
+    Args:
+        path: Rows of `prompt`, `completion`, `score`, or of `prompt` with lists `completions` and `scores`.
+        margin: Scores that differ by this or less are a tie; at least 0.
+
+    Returns:
+        Pairs by prompt, in the file's order; ties are counted and left out.
+
+    Raises:
+        ConfigError: `margin` is negative or not finite.
+        DataError: The file cannot be read, or rows are unusable.
+    """
+    if not (math.isfinite(margin) and margin >= 0):
+        raise ConfigError("--margin must be 0 or more")
+    located = reading.locate(str(path))
+    scored = [item for found in convert_all(located, _scored) for item in found]
+    by_prompt: dict[Turns, dict[Turns, list[tuple[float, str]]]] = defaultdict(lambda: defaultdict(list))
+    for prompt, answer, score, place in scored:
+        by_prompt[prompt][answer].append((score, place))
+    pairs, num_ties, num_alone = [], 0, 0
+    for prompt, answers in by_prompt.items():
+        num_alone += len(answers) == 1
+        for one, other in combinations(answers, 2):
+            difference = _mean(answers[one]) - _mean(answers[other])
+            if abs(difference) <= margin:
+                num_ties += 1
+                continue
+            better, worse = (one, other) if difference > 0 else (other, one)
+            place = answers[better][0][1]
+            pairs.append(Pair(prompt, better, worse, unit=place, row_id=place))
+    return Built(pairs, len(located), {"ties": num_ties, "prompts with one answer": num_alone})
+
+
+def from_edits(path: Path, *, draft: str = "draft", edited: str = "edited") -> Built:
+    """Make pairs of a model's draft and what a clinician made of it: the edited text is preferred.
+
+    Args:
+        path: Rows of `prompt`, a draft and the edited text.
+        draft: Column of the draft.
+        edited: Column of the edited text.
+
+    Returns:
+        Pairs in the file's order; drafts that nobody changed, white space aside, are counted and left out.
+
+    Raises:
+        DataError: The file cannot be read, or rows are unusable.
+    """
+    located = reading.locate(str(path))
+    pairs = convert_all(located, lambda row: pair_of(row.fields, draft, edited, place=row.place))
+    changed = [pair for pair in pairs if _plain(pair.chosen) != _plain(pair.rejected)]
+    return Built(changed, len(located), {"unchanged drafts": len(pairs) - len(changed)})
+
+
+def write(built: Built, path: Path, *, is_overwriting: bool = False) -> None:
+    """Write a preference file, wholly or not at all.
+
+    Args:
+        built: Has at least one row.
+        path: A .jsonl file.
+        is_overwriting: Whether a file that is there may go.
+
+    Raises:
+        ConfigError: There is nothing to write, the name is not .jsonl, or the file is there already.
+        StorageError: It cannot be written.
+    """
+    if not built.rows:
+        raise ConfigError(f"{path}: nothing to write: all rows were left out ({_told(built.left_out)}); add others")
+    write_lines(path, map(preferences.as_fields, built.rows), is_overwriting=is_overwriting)
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]], *, is_overwriting: bool = False) -> None:
+    """Write JSON lines, wholly or not at all.
+
+    Raises:
+        ConfigError: The name is not .jsonl, or the file is there already.
+        StorageError: It cannot be written.
+    """
+    if path.suffix != ".jsonl":
+        raise ConfigError(f"{path}: give it a name that ends with .jsonl")
+    if path.exists() and not is_overwriting:
+        raise ConfigError(f"{path}: exists already: give another name, or --force")
+    storage.write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def pair_of(fields: dict[str, Any], rejected: str, chosen: str, *, place: str) -> Pair:
+    """A pair out of three columns.
+
+    Raises:
+        UnusableError: One of them is missing, empty or of the wrong type.
+    """
+    better = preferences.conversation(fields, answer=chosen, place=place)
+    worse = preferences.conversation(fields, answer=rejected, place=place)
+    (prompt, given), (_, refused) = preferences.split(better), preferences.split(worse)
+    return Pair(prompt, given, refused, unit=place, row_id=place)
+
+
+def convert_all(located: Sequence[Located], convert: Callable[[Located], T]) -> list[T]:
+    """Every row converted, or a refusal that names the first that cannot be.
+
+    Raises:
+        DataError: Some are unusable.
+    """
+    problems, rows = Problems(), []
+    for row in located:
+        try:
+            rows.append(convert(row))
+        except UnusableError as error:
+            problems.add(row.place, error)
+    problems.raise_if_any()
+    return rows
+
+
+def _scored(row: Located) -> list[tuple[Turns, Turns, float, str]]:
+    """Prompt, answer, score and place, of each answer in a row."""
+    completions, scores = row.fields.get("completions"), row.fields.get("scores")
+    if completions is None and scores is None:
+        completions, scores = [row.fields.get("completion")], [row.fields.get("score")]
+    if not isinstance(completions, list) or not isinstance(scores, list) or len(completions) != len(scores):
+        raise UnusableError("has not as many scores as completions", AS_RATINGS)
+    found = []
+    for completion, score in zip(completions, scores, strict=True):
+        fields = {"prompt": row.fields.get("prompt"), "completion": completion}
+        prompt, answer = preferences.split(preferences.conversation(fields, answer="completion", place=row.place))
+        found.append((prompt, answer, _number(score), row.place))
+    return found
+
+
+def _number(score: Any) -> float:
+    """A score; text that is a number too, as .csv files have no others."""
+    if isinstance(score, str):
+        try:
+            score = float(score)
+        except ValueError:
+            raise UnusableError("'score' is text that is no number", AS_RATINGS) from None
+    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        kind = "missing" if score is None else "no finite number"
+        raise UnusableError(f"'score' is {kind}", AS_RATINGS)
+    return float(score)
+
+
+def _mean(scores: Sequence[tuple[float, str]]) -> float:
+    """Mean score of one answer."""
+    return math.fsum(score for score, _ in scores) / len(scores)
+
+
+def _plain(turns: Turns) -> list[str]:
+    """Text without differences in white space."""
+    return [" ".join(turn.content.split()) for turn in turns]
+
+
+def _told(left_out: dict[str, int]) -> str:
+    """Why rows were left out."""
+    return ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"

@@ -1,0 +1,172 @@
+"""Answers and key together: which candidate won, and the preference file."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from common import intervals
+from common.data.preferences import Pair
+from common.errors import DataError
+from common.intervals import Estimate
+from server.preferences import agreement, answers, blind
+from server.preferences.answers import Answers, Choice
+from server.preferences.blind import Key, Task
+from server.preferences.build import Built
+
+MIN_DECIDED: Final = 30
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """How often each candidate was preferred.
+
+    Attributes:
+        num_first: Tasks in which the first candidate was.
+        num_second: Tasks in which the second was.
+        num_ties: Tasks in which neither was.
+        num_skipped: Tasks that were skipped or not reached.
+    """
+
+    num_first: int
+    num_second: int
+    num_ties: int
+    num_skipped: int
+
+    @property
+    def win_rate(self) -> Estimate | None:
+        """Share of the second candidate among decided tasks, with Wilson's interval; None without any."""
+        decided = self.num_first + self.num_second
+        return intervals.share(self.num_second, decided) if decided else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the counts as JSON types."""
+        rate = self.win_rate
+        return {**vars(self), "win_rate": vars(rate) if rate else None}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a blind comparison.
+
+    Attributes:
+        names: The candidates, first and second.
+        all_raters: By the majority of raters, task by task.
+        by_rater: Of each rater alone.
+        agreements: Of every two raters.
+        left_right: How often left and right were preferred, over all raters.
+        num_identical: Rows that no rater was shown, since both candidates answered the same.
+        built: Pairs of the tasks that were decided.
+    """
+
+    names: tuple[str, str]
+    all_raters: Verdicts
+    by_rater: dict[str, Verdicts]
+    agreements: list[dict[str, Any]]
+    left_right: tuple[int, int]
+    num_identical: int
+    built: Built
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the result as JSON types."""
+        return {
+            "names": list(self.names),
+            **self.all_raters.as_dict(),
+            "num_left": self.left_right[0],
+            "num_right": self.left_right[1],
+            "num_identical": self.num_identical,
+            "raters": {rater: verdicts.as_dict() for rater, verdicts in self.by_rater.items()},
+            "agreements": self.agreements,
+            **self.built.as_dict(),
+        }
+
+
+def unblind(tasks_file: Path, *, key_file: Path, answer_files: Sequence[Path]) -> Outcome:
+    """Put raters' answers and the key together.
+
+    Where several raters judged a task, the majority of those who preferred a side decides; as many votes for both is a
+    tie. So each task counts once, however many raters there are.
+
+    Args:
+        tasks_file: What raters were shown.
+        key_file: Its key.
+        answer_files: One for each rater.
+
+    Raises:
+        DataError: A file is unreadable, belongs to other tasks, or answers tasks that are not there.
+    """
+    key, tasks = blind.read_key(key_file, tasks_file), blind.read_tasks(tasks_file)
+    found = [answers.read(path) for path in answer_files]
+    if answers.of_same_tasks(found) != key.tasks_sha256:
+        raise DataError(f"{tasks_file}: is not what the raters answered; name the tasks file that they were given")
+    if any(number > len(tasks) or number < 1 for rater in found for number in rater.choices):
+        raise DataError(f"{tasks_file}: a rater answered a task that it does not have; restore the answers from a copy")
+    by_rater = {rater.rater: _verdicts(_majority([rater], key), tasks) for rater in found}
+    winners = _majority(found, key)
+    sides = Counter(choice for rater in found for choice in rater.choices.values())
+    agreements = agreement.compare(found) if len(found) > 1 else []
+    verdicts = _verdicts(winners, tasks)
+    left_out = {"ties": verdicts.num_ties, "skipped or not reached": verdicts.num_skipped}
+    pairs = [_pair(task, winners[task.number], key) for task in tasks if winners.get(task.number) in (0, 1)]
+    built = Built(pairs, len(tasks), left_out)
+    return Outcome(key.names, verdicts, by_rater, agreements, (sides["left"], sides["right"]), key.num_identical, built)
+
+
+def told(outcome: Outcome) -> list[str]:
+    """Lines for people."""
+    first, second = outcome.names
+    verdicts, rate = outcome.all_raters, outcome.all_raters.win_rate
+    lines = [
+        f"{second} was preferred {verdicts.num_second} times, {first} {verdicts.num_first} times; {verdicts.num_ties} "
+        f"ties, {verdicts.num_skipped} skipped or not reached"
+    ]
+    if outcome.num_identical:
+        lines.append(f"rows that were not shown, both answers being equal: {outcome.num_identical}")
+    if rate:
+        is_clear = rate.low > 0.5 or rate.high < 0.5
+        doubt = "" if is_clear else "; the interval holds 50 %, so neither is shown to be better"
+        lines.append(
+            f"{second} wins {rate.value:.1%} of decided tasks (95 % interval {rate.low:.1%} to {rate.high:.1%}){doubt}"
+        )
+    left, right = outcome.left_right
+    if left + right >= MIN_DECIDED and intervals.sign_test(left, left + right) < 0.05:
+        lines.append(f"left was preferred {left} times, right {right} times: more uneven than chance; ask the raters")
+    for rater, own in outcome.by_rater.items():
+        if len(outcome.by_rater) > 1 and own.win_rate:
+            decided = own.num_first + own.num_second
+            lines.append(f"{rater}: {second} wins {own.win_rate.value:.1%} of {decided} decided tasks")
+    return [*lines, *map(agreement.told, outcome.agreements)]
+
+
+def _winner(choice: Choice, key: Key, number: int) -> int | None:
+    """0 or 1 for the candidate that was preferred; -1 for a tie; None if the task was skipped."""
+    if choice in ("tie", "skip"):
+        return -1 if choice == "tie" else None
+    return int((choice == "right") != key.is_swapped[number - 1])
+
+
+def _majority(found: Sequence[Answers], key: Key) -> dict[int, int | None]:
+    """The winner of each task; tasks that all raters skipped are not there."""
+    winners: dict[int, int | None] = {}
+    for number in sorted({number for rater in found for number in rater.choices}):
+        votes = [_winner(rater.choices[number], key, number) for rater in found if number in rater.choices]
+        given = [vote for vote in votes if vote is not None]
+        if given:
+            lead = given.count(1) - given.count(0)
+            winners[number] = -1 if not lead else int(lead > 0)
+    return winners
+
+
+def _verdicts(winners: dict[int, int | None], tasks: Sequence[Task]) -> Verdicts:
+    """Count winners."""
+    counts = Counter(winners.get(task.number) for task in tasks)
+    return Verdicts(counts[0], counts[1], counts[-1], counts[None])
+
+
+def _pair(task: Task, winner: int | None, key: Key) -> Pair:
+    """The preferred answer and the other."""
+    is_left = winner == int(key.is_swapped[task.number - 1])
+    chosen, rejected = (task.left, task.right) if is_left else (task.right, task.left)
+    place = f"row {key.rows[task.number - 1]}"
+    return Pair(task.prompt, chosen, rejected, unit=place, row_id=place)

@@ -1,0 +1,248 @@
+"""Blind ranking in a browser: one page, its tasks one at a time, every answer on the disk before the next is sent.
+
+The page needs nothing but this server. Who has the address with its token may rank; without the token nothing is told.
+Texts are put into the page as text, never as markup. The key of the comparison is not known here.
+"""
+
+import base64
+import contextlib
+import hashlib
+import hmac
+import ipaddress
+import json
+import re
+import secrets
+import socket
+import ssl
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from common.data.preferences import Turns
+from common.errors import ConfigError, StorageError
+from server.preferences.answers import CHOICES, Session
+
+PAGE: Final = Path(__file__).with_name("page.html")
+MAX_BODY_BYTES: Final = 1000
+LOOPBACK: Final = "127.0.0.1"
+EVERYWHERE: Final = "0.0.0.0"  # noqa: S104
+HEADERS: Final = {
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+
+@dataclass(frozen=True)
+class Door:
+    """Where a page is served.
+
+    Attributes:
+        host: IPv4 address or name to listen on.
+        port: 0 takes a free one.
+        certificate: PEM file; needed where others than this machine can reach the host.
+        key: Its private key, PEM.
+    """
+
+    host: str = LOOPBACK
+    port: int = 0
+    certificate: Path | None = None
+    key: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise ConfigError("--certificate and --key go together; give both, or neither")
+        if not is_loopback(self.host) and self.certificate is None:
+            raise ConfigError(
+                f"--host {self.host}: others could read what is ranked on its way; give --certificate and --key, or "
+                f"leave it at {LOOPBACK} and reach it through an SSH tunnel"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`.
+
+    Example:
+        >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("0.0.0.0")
+        (True, True, False)
+    """
+    with contextlib.suppress(ValueError):
+        return ipaddress.IPv4Address(host).is_loopback
+    return host == "localhost"
+
+
+def make(session: Session, *, token: str, host: str = LOOPBACK) -> Starlette:
+    """Make the application of one rater's session.
+
+    Args:
+        session: Open; it is changed by the rater's answers.
+        token: Part of every address.
+        host: What the server listens on; requests that name another host are refused, so that no other site's page can
+            reach a rater's machine under its own name.
+    """
+    page = PAGE.read_text(encoding="utf-8")
+    policy = _policy(page)
+
+    async def show(request: Request) -> Response:
+        return HTMLResponse(page, headers={**HEADERS, "Content-Security-Policy": policy})
+
+    async def state(request: Request) -> Response:
+        return JSONResponse(state_of(session), headers=HEADERS)
+
+    async def answer(request: Request) -> Response:
+        given = await _json(request)
+        number, choice = given.get("task"), given.get("answer")
+        if type(number) is not int or choice not in CHOICES:
+            raise HTTPException(400)
+        return _changed(session, lambda: session.answer(number, choice))
+
+    async def undo(request: Request) -> Response:
+        if (await _json(request)).get("task") != session.last:
+            return JSONResponse(state_of(session), status_code=409, headers=HEADERS)
+        return _changed(session, session.undo)
+
+    routes = [
+        Route("/{token}/", _guarded(show, token)),
+        Route("/{token}/state", _guarded(state, token)),
+        Route("/{token}/answer", _guarded(answer, token), methods=["POST"]),
+        Route("/{token}/undo", _guarded(undo, token), methods=["POST"]),
+    ]
+    hosts = ["*"] if host == EVERYWHERE else [host, "localhost"] if is_loopback(host) else [host]
+    app = Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
+    app.router.redirect_slashes = False  # a redirect would tell which addresses there are
+    return app
+
+
+def state_of(session: Session) -> dict[str, Any]:
+    """What the page shows: progress and the current task, and nothing of candidates or key."""
+    task = session.current
+    return {
+        "num_tasks": len(session.tasks),
+        "num_done": session.num_done,
+        "last": session.last,
+        "task": task
+        and {
+            "number": task.number,
+            "prompt": _turns(task.prompt),
+            "left": _turns(task.left),
+            "right": _turns(task.right),
+        },
+    }
+
+
+def serve(session: Session, *, door: Door, say: Callable[[str], None]) -> None:
+    """Serve until stopped.
+
+    Args:
+        session: Open.
+        door: Where to listen.
+        say: Told the address, which holds the token.
+
+    Raises:
+        ConfigError: The address cannot be listened on, or the certificate cannot be used.
+    """
+    token = secrets.token_urlsafe(24)
+    try:
+        listener = socket.create_server((door.host, door.port))
+        config = _config(make(session, token=token, host=door.host), door)
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"{door.host}:{door.port}: cannot serve there ({error.strerror}); choose others") from error
+    scheme = "https" if door.certificate else "http"
+    name = socket.gethostname() if door.host == EVERYWHERE else door.host
+    say(f"{scheme}://{name}:{listener.getsockname()[1]}/{token}/")
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _config(app: Starlette, door: Door) -> uvicorn.Config:
+    """uvicorn without an access log, which would keep the token."""
+    return uvicorn.Config(
+        app,
+        access_log=False,
+        log_level="warning",
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=2,
+        ssl_certfile=door.certificate,
+        ssl_keyfile=door.key,
+    )
+
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def _guarded(endpoint: Endpoint, token: str) -> Endpoint:
+    """Let nobody through without the token, and no page of another origin."""
+
+    async def guard(request: Request) -> Response:
+        if not hmac.compare_digest(request.path_params["token"].encode(), token.encode()):
+            raise HTTPException(404)
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+            raise HTTPException(403)
+        return await endpoint(request)
+
+    return guard
+
+
+async def _json(request: Request) -> dict[str, Any]:
+    """A small JSON object; a form, which other sites' pages can send without being asked, is refused."""
+    if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+        raise HTTPException(415)
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise HTTPException(413)
+    try:
+        given = json.loads(body)
+    except (ValueError, RecursionError):
+        raise HTTPException(400) from None
+    if not isinstance(given, dict):
+        raise HTTPException(400)
+    return given
+
+
+def _changed(session: Session, change: Callable[[], None]) -> Response:
+    """Change the session and tell where it stands; 409 if the page was behind, 507 if the disk is full."""
+    try:
+        change()
+    except ValueError:
+        return JSONResponse(state_of(session), status_code=409, headers=HEADERS)
+    except StorageError:
+        raise HTTPException(507) from None
+    return JSONResponse(state_of(session), headers=HEADERS)
+
+
+def _turns(turns: Turns) -> list[dict[str, str]]:
+    """Turns as JSON types."""
+    return [{"role": turn.role, "content": turn.content} for turn in turns]
+
+
+def _policy(page: str) -> str:
+    """Content security policy: the page's own style and script, by their hashes, and its own server."""
+    style, script = (_hash(page, tag) for tag in ("style", "script"))
+    return (
+        f"default-src 'none'; style-src {style}; script-src {script}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _hash(page: str, tag: str) -> str:
+    """Hash of what stands in the page's one element of this name."""
+    [body] = re.findall(rf"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'"
