@@ -42,7 +42,7 @@ def compare(
     order = comparing.Order(str(rows), against, prompt, max_rows, seed)  # type: ignore[arg-type]
     result = comparing.compare(run_folder, order, out=out, key=key, num_rounds=round_, base=base)
     told = (
-        f"{result['pairs']}: {result['num_pairs']} pairs; {result['num_left_out']} rows left out (equal or no answer)",
+        f"{result['pairs']}: {result['num_pairs']} pairs; {result['num_left_out']} rows left out (equal answers)",
         f"{result['key']}: which side is which; keep it from raters",
     )
     cli.emit(result, as_json=json, show=lambda: cli.show(*told))

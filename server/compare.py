@@ -19,6 +19,7 @@ from server.evaluate.task import as_base
 VERSION: Final = 1
 KEY_FOLDER: Final = "compare-keys"
 ADAPTER: Final = "adapter"
+NO_ANSWER: Final = "[no answer]"  # an answer all the same: to leave it out would spare whoever gave none
 Against = Literal["base", "prompt-only"]
 
 
@@ -55,7 +56,7 @@ def compare(
         base: The base's folder; None looks for the run's base in the store.
 
     Returns:
-        Both paths, pairs, and rows that were left out since the answers are equal or one is empty.
+        Both paths, pairs, and rows that were left out since both answers are equal.
 
     Raises:
         ConfigError: A file is there already, both would share a folder, or prompt and `against` do not fit.
@@ -95,13 +96,11 @@ def shuffled(
     """Lines for raters in a random order, the adapter on the left of half of them, and what only the key may say.
 
     Raises:
-        DataError: All pairs are equal or lack an answer.
+        DataError: All pairs are equal.
     """
-    usable = [place for place, (other, own) in enumerate(pairs) if other.strip() != own.strip() and own and other]
+    usable = [place for place, (other, own) in enumerate(pairs) if other.strip() != own.strip()]
     if not usable:
-        raise DataError(
-            f"{order.rows}: all {len(rows)} pairs of answers are equal or lack one; there is nothing to rank"
-        )
+        raise DataError(f"{order.rows}: all {len(rows)} pairs of answers are equal; there is nothing to rank")
     draws = random.Random(order.seed)  # noqa: S311 - an order, no secret
     places = draws.sample(usable, len(usable))
     is_swapped = draws.sample([number % 2 == 1 for number in range(len(places))], len(places))
@@ -112,7 +111,8 @@ def shuffled(
 
 def _line(row: Row, pair: tuple[str, str], swapped: bool) -> dict[str, Any]:
     """A pair as a rater sees it."""
-    left, right = reversed(pair) if swapped else pair
+    shown = [text if text.strip() else NO_ANSWER for text in pair]
+    left, right = reversed(shown) if swapped else shown
     asked = row.messages[:-1]
     if len(asked) == 1:
         return {"prompt": asked[0].content, "left": left, "right": right}

@@ -5,7 +5,7 @@ prefers a place prefers no model.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from common.config import RunConfig
@@ -48,11 +48,13 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
     rows = task_answers.rows_of(settings.data, run)[: settings.max_rows or None]
     examples = task_answers.examples_of(settings, run)
     human = _human(settings)
+    server = judge_ask.of_server(settings) if settings.judge_url else None
     calibrated: list[Mapping[str, Scores]] = []  # the judge does not change from stage to stage
 
     def score(engine: Engine) -> Mapping[str, Scores]:
         pairs = _pairs(engine, rows, examples, settings, run)
-        with _asked(settings, engine, batch_size=run.evaluation.batch_size) as ask:
+        here = judge_ask.of_model(settings, engine, batch_size=run.evaluation.batch_size)
+        with contextlib.nullcontext(server) if server else here as ask:
             if not calibrated:
                 calibrated.append(calibration(ask, human, min_agreement=settings.min_agreement))
             return {**preferred(judge(ask, pairs)), **calibrated[0]}
@@ -131,15 +133,6 @@ def _pairs(
     return [
         (task_answers.shown(row), text, other) for row, (text, _), (other, _) in zip(rows, own, others, strict=True)
     ]
-
-
-def _asked(
-    settings: TaskConfig, engine: Engine, *, batch_size: int
-) -> contextlib.AbstractContextManager[Callable[[Sequence[str]], list[str | None]]]:
-    """The judge that the run file names."""
-    if settings.judge_url:
-        return contextlib.nullcontext(judge_ask.of_server(settings))
-    return judge_ask.of_model(settings, engine, batch_size=batch_size)
 
 
 def _human(settings: TaskConfig) -> list[tuple[str, str, str, str]]:
