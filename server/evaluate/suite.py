@@ -70,6 +70,7 @@ def open_suite(run: RunConfig, *, engine: Engine, folder: Path, log: EventLog) -
         DataError: Rows, schemas or tasks are missing or unusable.
     """
     tasks = _tasks(run)
+    task_judge.tell_where_rows_go(run.evaluation.suite)
     return Suite(engine, tasks, folder, log, _definition(tasks, run))
 
 

@@ -5,8 +5,10 @@ prefers a place prefers no model.
 """
 
 import contextlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from common.config import RunConfig
 from common.config_tasks import TaskConfig
@@ -61,6 +63,18 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
 
     told = [task_answers.content_of(row)[:-1] for row in rows], [task_answers.content_of(row) for row in examples]
     return Task(settings, digest(*told, human, QUESTION), len(rows), score)
+
+
+def tell_where_rows_go(tasks: Sequence[TaskConfig]) -> None:
+    """Say on stderr, for each judge on another machine, that rows will leave this one."""
+    for task in tasks:
+        if task.allow_remote:
+            host = urlsplit(task.judge_url).hostname
+            print(
+                f"WARNING: task {task.name} sends its rows and all answers to {host}, another machine, since "
+                "allow_remote = true; remove the task or let a model here judge (judge_base) if they may not leave",
+                file=sys.stderr,
+            )
 
 
 def judge(ask: Ask, pairs: Sequence[Pair]) -> list[tuple[int | None, int | None]]:

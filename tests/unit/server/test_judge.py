@@ -208,3 +208,10 @@ def test_keys_and_pairs_that_cannot_be_used_are_refused(opened, engine, other, s
     (tmp_path / "human.jsonl").write_text(json.dumps({"prompt": "q", "a": "x", "b": "y", "preferred": "x"}))
     with pytest.raises(DataError, match="must hold a, b or tie"):
         opened(**task, calibration_data=str(tmp_path / "human.jsonl"))
+
+
+def test_rows_that_will_leave_this_machine_are_announced(opened, capsys):
+    opened(judge_url="https://judge.example/v1", judge_model="m", allow_remote=True)
+    assert "sends its rows and all answers to judge.example, another machine" in capsys.readouterr().err
+    opened(judge_url="http://127.0.0.1:9/v1", judge_model="m")
+    assert capsys.readouterr().err == ""  # control
