@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from common import cli, quiet
-from server import cli_audit, cli_compare, cli_doctor, cli_export, cli_roster
+from server import cli_audit, cli_doctor, cli_export, cli_roster
 from server.cli_roster import FederationFolder, GovernanceFiles, ProposeFile
 
 app = cli.make(
@@ -236,7 +236,7 @@ def verify(
 
 app.command()(cli_export.merge)
 app.command()(cli_export.serve)
-app.command()(cli_compare.compare)
+app.command()(cli_export.compare)
 
 
 @app.command()
