@@ -1,4 +1,4 @@
-"""The commands for what was exported: merge several, serve them."""
+"""The commands for what a run made: compare its answers with the base's, merge several, serve them."""
 
 from pathlib import Path
 from typing import Annotated, Any

@@ -9,7 +9,7 @@ from typing import Any, Final
 import httpx
 import torch
 
-from common import config, model, prompts, store
+from common import config, model, prompts
 from common.config_tasks import TaskConfig
 from common.errors import ConfigError, TransportError
 from common.model import Engine
@@ -57,17 +57,22 @@ def of_server(settings: TaskConfig) -> Ask:
 
 
 @contextmanager
-def of_model(settings: TaskConfig, engine: Engine, *, batch_size: int) -> Iterator[Ask]:
+def of_model(folder: Path, engine: Engine, *, sha256: str, batch_size: int) -> Iterator[Ask]:
     """Ask a model of this process: the likeliest of the words, so that every question has a verdict.
 
     The run's own base is the one in the engine, with the adapter as it was attached; another is loaded on the CPU and
     let go at the end.
 
+    Args:
+        folder: The judge's.
+        engine: The run's.
+        sha256: Of the judge's files, as `model.hash_base` gives it.
+        batch_size: Texts in memory at once.
+
     Raises:
         ModelError: The folder cannot be loaded.
     """
-    folder = store.resolve(settings.judge_base)
-    if model.hash_base(folder) != engine.base_sha256:
+    if sha256 != engine.base_sha256:
         yield _by_likelihood(_load(folder), batch_size)
         return
     with as_base(engine):

@@ -7,9 +7,11 @@ prefers a place prefers no model.
 import contextlib
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from common import model, store
 from common.config import RunConfig
 from common.config_tasks import TaskConfig
 from common.data import read
@@ -46,23 +48,26 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
     Raises:
         DataError: Rows or pairs are missing or unusable.
         ConfigError: The key file cannot be used.
+        ModelError: The judge's folder is not on this machine.
     """
     rows = task_answers.rows_of(settings.data, run)[: settings.max_rows or None]
     examples = task_answers.examples_of(settings, run)
     human = _human(settings)
     server = judge_ask.of_server(settings) if settings.judge_url else None
+    folder = store.resolve(settings.judge_base) if settings.judge_base else Path()
+    sha256 = "" if server else model.hash_base(folder)
     calibrated: list[Mapping[str, Scores]] = []  # the judge does not change from stage to stage
 
     def score(engine: Engine) -> Mapping[str, Scores]:
         pairs = _pairs(engine, rows, examples, settings, run)
-        here = judge_ask.of_model(settings, engine, batch_size=run.evaluation.batch_size)
+        here = judge_ask.of_model(folder, engine, sha256=sha256, batch_size=run.evaluation.batch_size)
         with contextlib.nullcontext(server) if server else here as ask:
             if not calibrated:
                 calibrated.append(calibration(ask, human, min_agreement=settings.min_agreement))
             return {**preferred(judge(ask, pairs)), **calibrated[0]}
 
     told = [task_answers.content_of(row)[:-1] for row in rows], [task_answers.content_of(row) for row in examples]
-    return Task(settings, digest(*told, human, QUESTION), len(rows), score)
+    return Task(settings, digest(*told, human, QUESTION, sha256), len(rows), score)
 
 
 def tell_where_rows_go(tasks: Sequence[TaskConfig]) -> None:

@@ -77,7 +77,11 @@ def exposures(engine: Engine, canaries: Sequence[Canary], run: RunConfig) -> lis
     Raises:
         DataError: A text is longer than the model takes.
     """
-    pairs = [pair_of(engine, one, text, run) for one in canaries for text in (one.secret, *one.others)]
+    pairs = [
+        pair_of(engine, _before(engine, one, run), one.prefix + text)
+        for one in canaries
+        for text in (one.secret, *one.others)
+    ]
     found = iter(likelihood.log_likelihoods(engine, pairs, batch_size=run.evaluation.batch_size))
     sums = [[next(found)[0] for _ in range(len(one.others) + 1)] for one in canaries]
     return [roc.exposure_of(own, torch.tensor(others, dtype=torch.float64)) for own, *others in sums]
@@ -107,8 +111,8 @@ def of_members(engine: Engine, members: Sequence[Row], others: Sequence[Row], ru
 
 
 def _canary_drops(engine: Engine, canaries: Sequence[Canary], run: RunConfig) -> list[float]:
-    """How far the loss of each canary's text fell from the base to the adapter, nats a token."""
-    pairs = [pair_of(engine, one, one.secret, run) for one in canaries]
+    """How far the loss of each secret after its prefix fell from the base to the adapter, nats a token."""
+    pairs = [pair_of(engine, _before(engine, one, run) + one.prefix, one.secret) for one in canaries]
 
     def losses() -> list[float]:
         found = likelihood.log_likelihoods(engine, pairs, batch_size=run.evaluation.batch_size)
@@ -142,17 +146,15 @@ def _before(engine: Engine, canary: Canary, run: RunConfig) -> str:
     return chat.render_prompt(row, engine.tokenizer, system_prompt=run.data.system_prompt)
 
 
-def pair_of(engine: Engine, canary: Canary, secret: str, run: RunConfig) -> likelihood.Pair:
-    """Prompt, and prefix with a secret, as tokens of the whole text, as they are in training.
+def pair_of(engine: Engine, before: str, following: str) -> likelihood.Pair:
+    """A text and what follows it as tokens of the whole, as they are in training.
 
     Args:
         engine: Whose tokenizer.
-        canary: What stands before.
-        secret: The canary's own, or a candidate.
-        run: Its settings.
+        before: With its special tokens; a token that reaches beyond its end counts as following.
+        following: What is scored.
     """
-    before = _before(engine, canary, run)
-    asked, whole = _ids(engine, before), _ids(engine, before + canary.prefix + secret)
+    asked, whole = _ids(engine, before), _ids(engine, before + following)
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(asked, whole, strict=False)))
     return (whole[:same] or [likelihood.prefix_id(engine)]), whole[same:]
 

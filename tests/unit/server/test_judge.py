@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common import adapter
-from common.errors import ConfigError, DataError, TransportError
+from common.errors import ConfigError, DataError, ModelError, TransportError
 from common.events import EventLog
 from server.evaluate import judge_ask, measure, suite, task_judge
 from tests import tiny
@@ -215,3 +215,9 @@ def test_rows_that_will_leave_this_machine_are_announced(opened, capsys):
     assert "sends its rows and all answers to judge.example, another machine" in capsys.readouterr().err
     opened(judge_url="http://127.0.0.1:9/v1", judge_model="m")
     assert capsys.readouterr().err == ""  # control
+
+
+def test_another_judge_is_another_evaluation(opened, tiny_base, tmp_path):
+    assert opened(judge_base=str(tiny_base)).sha256 != opened(judge_base=str(roomy(tmp_path / "judge"))).sha256
+    with pytest.raises(ModelError):
+        opened(judge_base=str(tmp_path / "nowhere"))

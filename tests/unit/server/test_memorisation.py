@@ -214,10 +214,10 @@ def test_a_file_without_a_planted_canary_and_a_row_that_is_too_long_are_refused(
         measured(trained[0].initial, kind="memorisation", data=write(tmp_path / "d.jsonl", CANARIES[:1]), **both)
 
 
-def test_a_secret_behind_a_space_is_scored_as_tokens_of_the_whole_text(trained, tiny_base):
-    engine, settings = trained[0], tiny.settings(tiny_base, CHANGES)
-    one = canary_rows.read(CANARIES[0], num_candidates=4, where="row 1")
-    context, following = task_memorisation.pair_of(engine, one, one.secret, settings)
-    whole = engine.tokenizer(f"<|im_start|>user\ncase 0?<|im_end|>\n<|im_start|>assistant\nSSN {NUMBERS[0]}")
-    assert [*context, *following] == whole["input_ids"]
-    assert engine.tokenizer.decode(following) == f"SSN {NUMBERS[0]}"
+def test_a_secret_behind_a_space_is_scored_as_tokens_of_the_whole_text(trained):
+    engine = trained[0]
+    before, after = "<|im_start|>user\ncase 0?<|im_end|>\n<|im_start|>assistant\n", f"SSN {NUMBERS[0]}"
+    context, following = task_memorisation.pair_of(engine, before, after)
+    assert [*context, *following] == engine.tokenizer(before + after)["input_ids"]
+    assert engine.tokenizer.decode(following) == after
+    assert task_memorisation.pair_of(engine, "", after)[0] == [engine.tokenizer.eos_token_id]
