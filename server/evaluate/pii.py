@@ -178,7 +178,7 @@ def _phones(text: str) -> Iterable[tuple[int, int]]:
     for match in _PHONE.finditer(text):
         body = re.split(r"\s?(?:x|ext)", match[0], flags=re.IGNORECASE)[0]
         digits = re.sub(r"\D", "", body)
-        is_told = _PHONE_WORD.search(text, 0, match.start()) is not None
+        is_told = _PHONE_WORD.search(text, max(0, match.start() - 60), match.start()) is not None
         if 7 <= len(digits) <= 15 and (is_told or _is_grouped(body)) and not _NO_PHONE.match(body):
             yield match.span()
 
