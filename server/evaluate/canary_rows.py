@@ -15,7 +15,7 @@ from common.errors import DataError
 from server.evaluate.task import text_of
 
 _FREE: Final = {"#": string.digits, "@": string.ascii_lowercase, "^": string.ascii_uppercase}
-_COLUMNS: Final = frozenset({"id", "prompt", "prefix", "secret", "suffix", "candidates", "pattern", "trained"})
+_COLUMNS: Final = frozenset({"id", "prompt", "prefix", "secret", "candidates", "pattern", "trained"})
 
 
 @dataclass(frozen=True)
