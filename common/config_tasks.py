@@ -1,6 +1,8 @@
 """Array `[[evaluation.tasks]]` of the run file: what the coordinator measures on its own rows."""
 
+import ipaddress
 from typing import Final, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -8,6 +10,10 @@ from common.config_types import METRICS, Count, Line, RequiredLine, Section, Slu
 
 _GENERATES: Final = ("max_new_tokens",)
 _BASELINE: Final = ("baseline_prompt", "baseline_examples", "baseline_data")
+_JUDGE: Final = (
+    "judge_base", "judge_url", "judge_model", "judge_key_file", "allow_remote", "against", "calibration_data",
+    "min_agreement",
+)  # fmt: skip
 USES: Final[dict[str, tuple[str, ...]]] = {  # one line a kind: the settings that it takes besides the common ones
     "answers": ("metrics", "labels", "json_schema", *_GENERATES, *_BASELINE),
     "number": (*_GENERATES, *_BASELINE),
@@ -16,6 +22,9 @@ USES: Final[dict[str, tuple[str, ...]]] = {  # one line a kind: the settings tha
     "perplexity": ("text_column",),
     "probe": (*_GENERATES, *_BASELINE),
     "harness": ("harness_tasks",),
+    "memorisation": ("num_candidates", "members_data", "non_members_data"),
+    "pii": ("names_file", *_GENERATES),
+    "judge": (*_JUDGE, *_GENERATES, *_BASELINE),
 }
 _NEEDS: Final[dict[str, str]] = {"answers": "metrics", "json": "json_schema", "harness": "harness_tasks"}
 LABEL_METRICS: Final = frozenset({"label_accuracy", "macro_f1"})
@@ -25,10 +34,14 @@ class TaskConfig(Section):
     """One task of the coordinator's evaluation suite; see docs/evaluation.md. Sites are never told of it."""
 
     name: Slug = Field(description="What figures are called after: `NAME.METRIC`.")
-    kind: Literal["answers", "number", "json", "choice", "perplexity", "probe", "harness"] = Field(
+    kind: Literal[
+        "answers", "number", "json", "choice", "perplexity", "probe", "harness", "memorisation", "pii", "judge"
+    ] = Field(
         description="How it is measured: `answers`: generated text beside its reference; `number`: the final number, "
         "as in GSM8K; `json`: meets a schema; `choice`: the likeliest of several answers; `perplexity`: of raw text; "
-        "`probe`: what must not be forgotten; `harness`: tasks of lm-evaluation-harness."
+        "`probe`: what must not be forgotten; `harness`: tasks of lm-evaluation-harness; "
+        "`memorisation`: canaries and membership; `pii`: personal data in generated answers; `judge`: a model compares "
+        "answers with those of the base."
     )
     data: RequiredLine = Field(
         description="Path of the rows, a file or folder as for sites; with `harness` the folder of the tasks' files."
@@ -65,6 +78,59 @@ class TaskConfig(Section):
     )
     baseline_data: Line = Field(default="", description="Path of the rows that those examples are. Empty: none.")
 
+    num_candidates: int = Field(
+        default=256,
+        ge=2,
+        le=65536,
+        description="With `memorisation`: how many texts a secret is ranked among, itself included, where a row has a "
+        "`pattern`; the ceiling of its exposure is the logarithm of that to base 2.",
+    )
+    members_data: Line = Field(
+        default="",
+        description="With `memorisation`: path of rows that were trained on, in the run's columns, for `auc`. Empty: "
+        "`auc` is of the canaries.",
+    )
+    non_members_data: Line = Field(
+        default="", description="Path of rows of the same kind that were not; belongs to `members_data`."
+    )
+    names_file: Line = Field(
+        default="", description="With `pii`: path of a text file of names, one a line, to look for. Empty: none."
+    )
+    judge_base: Line = Field(
+        default="",
+        description="With `judge`: folder of the model that judges. The run's own base is not loaded twice. Empty: "
+        "`judge_url` judges.",
+    )
+    judge_url: Line = Field(
+        default="",
+        description="With `judge`: where an OpenAI-compatible server is, such as http://127.0.0.1:8000/v1. It is sent "
+        "the rows of this task.",
+    )
+    judge_model: Line = Field(default="", description="With `judge_url`: the name of the model there.")
+    judge_key_file: Line = Field(
+        default="", description="With `judge_url`: file with the key that it asks for, mode 0600. Empty: none."
+    )
+    allow_remote: bool = Field(
+        default=False,
+        description="With `judge_url`: let the rows of this task and all answers to them leave this machine.",
+    )
+    against: Literal["base", "prompt-only"] = Field(
+        default="base",
+        description="With `judge`: whose answers the adapter's are compared with; `prompt-only` is the base with "
+        "`baseline_prompt` or `baseline_examples`.",
+    )
+    calibration_data: Line = Field(
+        default="",
+        description="With `judge`: path of pairs that people judged (`prompt`, `a`, `b`, `preferred`: a, b or tie). "
+        "Empty: the judge counts as unreliable.",
+    )
+    min_agreement: float = Field(
+        default=0.7,
+        ge=0,
+        le=1,
+        description="With `calibration_data`: a judge that agrees with people on a smaller share is marked unreliable.",
+    )
+
     @property
     def metric_names(self) -> tuple[str, ...]:
         """The names in `metrics`, each once, in the order written."""
@@ -94,6 +160,24 @@ class TaskConfig(Section):
         _require(self.baseline_data != self.data, "baseline_data is the task's own file: examples would be its answers")
         return self
 
+    @model_validator(mode="after")
+    def _pairs_of_settings(self) -> Self:
+        """What the kinds `memorisation` and `judge` need together."""
+        _require(
+            (self.members_data != "") == (self.non_members_data != ""),
+            "members_data and non_members_data belong together; set both, or none",
+        )
+        if self.kind == "judge":
+            _require((self.judge_base != "") != (self.judge_url != ""), "set one of judge_base and judge_url")
+            _require((self.judge_url != "") == (self.judge_model != ""), "judge_url and judge_model belong together")
+            _require(self.judge_url != "" or not self.judge_key_file, "judge_key_file is for judge_url")
+            _require_place(self.judge_url, is_remote_allowed=self.allow_remote)
+            is_prompted = self.against == "prompt-only"
+            _require(is_prompted == self.has_baseline, 'against = "prompt-only" and a baseline_prompt belong together')
+            has_default = self.min_agreement == type(self).model_fields["min_agreement"].default
+            _require(self.calibration_data != "" or has_default, "min_agreement is for calibration_data")
+        return self
+
     def _require_use(self, key: str) -> None:
         """A setting of another kind would do nothing."""
         takers = [kind for kind, keys in USES.items() if key in keys]
@@ -110,6 +194,34 @@ def split_names(text: str) -> tuple[str, ...]:
         ('f1', 'json')
     """
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a URL's host is this machine; a name other than localhost is not looked up.
+
+    Example:
+        >>> is_loopback("http://127.0.0.1:8000/v1"), is_loopback("http://127.0.0.1.example.org/v1")
+        (True, False)
+    """
+    host = urlsplit(url).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _require_place(url: str, *, is_remote_allowed: bool) -> None:
+    """Rows leave this machine only where that was said."""
+    parts = urlsplit(url)
+    _require(not url or (parts.scheme in ("http", "https") and bool(parts.hostname)), "judge_url: give http(s)://HOST")
+    is_remote = url != "" and not is_loopback(url)
+    _require(
+        is_remote_allowed or not is_remote,
+        "judge_url is another machine: it would be sent this task's rows and all answers; let a model here judge "
+        "(judge_base), or set allow_remote = true if these rows may leave",
+    )
+    _require(not is_remote or parts.scheme == "https", "judge_url: to another machine only by https")
+    _require(is_remote or not is_remote_allowed, "allow_remote has no effect, as no row leaves this machine; remove it")
 
 
 def _require(holds: bool, message: str) -> None:

@@ -239,6 +239,7 @@ def verify(
 
 app.command()(cli_export.merge)
 app.command()(cli_export.serve)
+app.command()(cli_export.compare)
 
 
 @app.command()

@@ -42,7 +42,7 @@ def export_run(
     written = {"adapter": str(adapter_folder)}
     if merged:
         export.merge(
-            adapter_folder, _base(found, base), merged, chat_template=found.run_manifest.run.model.chat_template
+            adapter_folder, base_of(found, base), merged, chat_template=found.run_manifest.run.model.chat_template
         )
         written["merged"] = str(merged)
     return written
@@ -85,7 +85,7 @@ def export_to(
         raise ConfigError("--gguf-type is for the format gguf; add it to --formats")
     key = identity.load(sign_with) if sign_with else None
     found = stored(run_folder, num_rounds=num_rounds)
-    base_folder = _base(found, base) if base or export_folder.NEED_BASE & set(asked) else None
+    base_folder = base_of(found, base) if base or export_folder.NEED_BASE & set(asked) else None
     export_folder.write(
         folder, found, formats=asked, base=base_folder, llama_cpp=llama_cpp, key=key, gguf_type=gguf_type or "bf16"
     )
@@ -136,8 +136,16 @@ def stored(run_folder: Path, *, num_rounds: int) -> Exported:
     return Exported(tensors, found, wanted, sites, told.of_export(log, names))
 
 
-def _base(found: Exported, given: Path | None) -> Path:
-    """The run's base: the very files that it was trained on."""
+def base_of(found: Exported, given: Path | None) -> Path:
+    """The run's base: the very files that it was trained on.
+
+    Args:
+        found: A checkpoint.
+        given: The base's folder; None looks for it in the store.
+
+    Raises:
+        ModelError: The base is not here, or another one.
+    """
     folder = given or store.resolve(found.run_manifest.run.model.base)
     model.check_hash(folder, found.run_manifest.base_sha256)
     return folder

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from common import roc
 
 Table = NDArray[np.float64]
 NUM_RESAMPLES: Final = 2000
@@ -95,12 +98,59 @@ def macro_f1(rows_nk: Table) -> float:
     return float((2 * num_right[occurs] / (num_given + num_wanted)[occurs]).mean())
 
 
+def high(rows_nk: Table) -> float:
+    """The 90th percentile of the first column, between two rows by the straight line."""
+    return float(np.percentile(rows_nk[:, 0], 90))
+
+
+def largest(rows_nk: Table) -> float:
+    """The largest of the first column."""
+    return float(rows_nk[:, 0].max())
+
+
+def total(rows_nk: Table) -> float:
+    """Sum of the first column."""
+    return float(rows_nk[:, 0].sum())
+
+
+def auc(rows_nk: Table) -> float:
+    """Probability that a member (second column 1) has a higher first column than a non-member (0).
+
+    Rows of one side only say nothing, which is 0.5; a resample of few rows may be such.
+    """
+    is_in_n = rows_nk[:, 1] > 0
+    if is_in_n.all() or not is_in_n.any():
+        return 0.5
+    return roc.auc(torch.from_numpy(rows_nk[is_in_n, 0]), torch.from_numpy(rows_nk[~is_in_n, 0]))
+
+
+def kappa(rows_nk: Table) -> float:
+    """Cohen's kappa of two raters, whose labels, numbered from 0, are the columns; 0 where chance alone would agree.
+
+    Source: Cohen 1960, doi:10.1177/001316446002000104; scikit-learn's `cohen_kappa_score` gives no number there.
+
+    Example:
+        >>> kappa(np.array([[0, 0], [0, 1], [1, 1], [1, 1]], dtype=float))
+        0.5
+    """
+    first_n, second_n = rows_nk.astype(np.int64).T
+    size = int(rows_nk.max()) + 1
+    shares = [np.bincount(one, minlength=size) / len(rows_nk) for one in (first_n, second_n)]
+    by_chance = float(shares[0] @ shares[1])
+    return 0.0 if by_chance == 1 else float(((first_n == second_n).mean() - by_chance) / (1 - by_chance))
+
+
 STATISTICS: Final[Mapping[str, Callable[[Table], float]]] = {
     "mean": mean,
     "ratio": ratio,
     "perplexity": perplexity,
     "bits": bits,
     "macro_f1": macro_f1,
+    "high": high,
+    "largest": largest,
+    "total": total,
+    "auc": auc,
+    "kappa": kappa,
 }
 
 

@@ -12,7 +12,16 @@ from common.config_tasks import TaskConfig
 from common.errors import DataError
 from common.events import EventLog
 from common.model import Engine
-from server.evaluate import task_answers, task_choice, task_harness, task_perplexity, task_probe
+from server.evaluate import (
+    task_answers,
+    task_choice,
+    task_harness,
+    task_judge,
+    task_memorisation,
+    task_perplexity,
+    task_pii,
+    task_probe,
+)
 from server.evaluate.task import Task
 
 # To add a kind: a file with such a function, a line here, and a line in `common.config_tasks.USES`.
@@ -24,8 +33,14 @@ LOADERS: Final[Mapping[str, Callable[[TaskConfig, RunConfig], Task]]] = {
     "perplexity": task_perplexity.load,
     "probe": task_probe.load,
     "harness": task_harness.load,
+    "memorisation": task_memorisation.load,
+    "pii": task_pii.load,
+    "judge": task_judge.load,
 }
-_PATHS: Final = frozenset({"data", "json_schema", "baseline_data"})
+_PATHS: Final = frozenset(
+    {"data", "json_schema", "baseline_data", "members_data", "non_members_data", "names_file", "calibration_data",
+     "judge_base", "judge_url", "judge_key_file", "allow_remote"}
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,7 @@ def open_suite(run: RunConfig, *, engine: Engine, folder: Path, log: EventLog) -
         DataError: Rows, schemas or tasks are missing or unusable.
     """
     tasks = _tasks(run)
+    task_judge.tell_where_rows_go(run.evaluation.suite)
     return Suite(engine, tasks, folder, log, _definition(tasks, run))
 
 

@@ -1,12 +1,14 @@
 """A task of the evaluation suite: rows that were read once, and a function that scores them."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import adapter
 from common.config_tasks import TaskConfig
 from common.data import read
 from common.errors import DataError
@@ -83,6 +85,17 @@ def text_of(fields: Mapping[str, Any], column: str, *, where: str) -> str:
     if not isinstance(found, str) or not found.strip():
         raise DataError(f"{where}: column {column} must hold text that is not empty")
     return found
+
+
+@contextlib.contextmanager
+def as_base(engine: Engine) -> Iterator[None]:
+    """The base in the engine: the adapter as it was attached; afterwards the one that was there again."""
+    trained = adapter.read(engine.model)
+    adapter.write(engine.model, engine.initial)
+    try:
+        yield
+    finally:
+        adapter.write(engine.model, trained)
 
 
 def _row_hash(row: object) -> str:

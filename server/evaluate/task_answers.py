@@ -27,10 +27,10 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
     Raises:
         DataError: The rows, the schema or a baseline's examples are missing or unusable.
     """
-    rows = _rows(settings.data, run)[: settings.max_rows or None]
+    rows = rows_of(settings.data, run)[: settings.max_rows or None]
     names = _METRICS.get(settings.kind, settings.metric_names)
     scorers = {name: _scorer(name, settings, rows) for name in names}
-    examples = _examples(settings, run)
+    examples = examples_of(settings, run)
     schema = [file_hash(settings.json_schema)] if settings.json_schema else []
 
     def score(engine: Engine, shown: Sequence[Row] = rows) -> Mapping[str, Scores]:
@@ -42,7 +42,7 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
             engine, [with_prompt(row, settings.baseline_prompt or run.data.system_prompt, examples) for row in rows]
         )
 
-    sha256 = digest([_content(row) for row in rows], [_content(row) for row in examples], *schema)
+    sha256 = digest([content_of(row) for row in rows], [content_of(row) for row in examples], *schema)
     return Task(settings, sha256, len(rows), score, baseline if settings.has_baseline else None)
 
 
@@ -52,13 +52,29 @@ def generate(engine: Engine, rows: Sequence[Row], settings: TaskConfig, run: Run
     Raises:
         DataError: A prompt and its answer are longer than the model takes.
     """
-    max_new_tokens = settings.max_new_tokens or run.evaluation.max_new_tokens
+    return answered(engine, rows, run, what=f"task {settings.name}", max_new_tokens=settings.max_new_tokens)
+
+
+def answered(engine: Engine, rows: Sequence[Row], run: RunConfig, *, what: str, max_new_tokens: int = 0) -> Pairs:
+    """Greedy answers and references, as the run asks for answers.
+
+    Args:
+        engine: The model.
+        rows: What to ask.
+        run: Its settings.
+        what: What messages call it.
+        max_new_tokens: 0: the run's.
+
+    Raises:
+        DataError: A prompt and its answer are longer than the model takes.
+    """
+    max_new_tokens = max_new_tokens or run.evaluation.max_new_tokens
     limit = likelihood.max_length_tokens(engine)
     for row in rows:
         num_tokens = len(prompts.prompt_ids(row, engine.tokenizer, system_prompt=run.data.system_prompt)[0])
         if num_tokens + max_new_tokens > limit:
             raise DataError(
-                f"task {settings.name}, {row.row_id}: a prompt of {num_tokens} tokens and {max_new_tokens} new ones, "
+                f"{what}, {row.row_id}: a prompt of {num_tokens} tokens and {max_new_tokens} new ones, "
                 f"and the model takes {limit}; lower max_new_tokens or baseline_examples, or shorten the row"
             )
     return evaluation.generate(
@@ -80,15 +96,23 @@ def with_prompt(row: Row, prompt: str, examples: Sequence[Row]) -> Row:
     return dataclasses.replace(row, messages=(*first, *turns, *rest))
 
 
-def _rows(source: str, run: RunConfig) -> list[Row]:
-    """Rows in the run's columns."""
+def rows_of(source: str, run: RunConfig) -> list[Row]:
+    """Rows in the run's columns.
+
+    Raises:
+        DataError: The file is missing or unusable.
+    """
     data = run.data
     return read.read(source, columns=Columns(data.instruction_column, data.input_column, data.output_column))
 
 
-def _examples(settings: TaskConfig, run: RunConfig) -> list[Row]:
-    """The first rows of the baseline's own file."""
-    found = _rows(settings.baseline_data, run) if settings.baseline_data else []
+def examples_of(settings: TaskConfig, run: RunConfig) -> list[Row]:
+    """The first rows of the baseline's own file.
+
+    Raises:
+        DataError: It is missing or unusable, or has too few rows.
+    """
+    found = rows_of(settings.baseline_data, run) if settings.baseline_data else []
     if len(found) < settings.baseline_examples:
         raise DataError(
             f"{settings.baseline_data}: {len(found)} rows, and task {settings.name} asks for baseline_examples = "
@@ -130,6 +154,14 @@ def is_json(given: str, wanted: str) -> float:
     return 1.0
 
 
-def _content(row: Row) -> list[list[str]]:
+def shown(row: Row) -> str:
+    """What is asked in a row, for a reader: the question alone, or all turns with their roles."""
+    asked = [message for message in row.messages[:-1] if message.role != "system"]
+    if len(asked) == 1:
+        return asked[0].content
+    return "\n\n".join(f"{message.role}: {message.content}" for message in asked)
+
+
+def content_of(row: Row) -> list[list[str]]:
     """What a row says, without where it was read."""
     return [[message.role, message.content] for message in row.messages]

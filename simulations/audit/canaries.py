@@ -9,12 +9,12 @@ from transformers import PreTrainedTokenizerBase
 
 from client.agent import SiteData
 from client.train import schedule
-from common import privacy_bounds
+from common import membership, privacy_bounds, roc
 from common.errors import ConfigError
 from common.events import EventLog
 from common.model import Engine
 from common.rows import Message, Row
-from simulations.audit import roc, trained
+from simulations.audit import trained
 from simulations.audit.finding import Finding
 from simulations.compare import World
 
@@ -49,7 +49,7 @@ def audit(
     is_in_m = trained.coins(num_canaries, seed=seed, purpose="canaries")
     chosen = [row for row, is_in in zip(rows, is_in_m.tolist(), strict=True) if is_in]
     adapter = trained.train(shared, insert(shared.sites, chosen, seed=seed), log)
-    score_m = trained.loss_drops(shared, adapter, [[row] for row in rows])
+    score_m = membership.loss_drops(shared.engine, adapter, [[row] for row in rows], data=shared.settings.data)
     dp_delta = shared.settings.privacy.dp_delta
     bound = privacy_bounds.one_run(score_m, is_in_m, dp_delta=dp_delta)
     return Finding(

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from client.agent import SiteData
-from common import privacy_bounds
+from common import membership, privacy_bounds, roc
 from common.errors import DataError
 from common.events import EventLog
 from common.rows import Row
-from simulations.audit import roc, trained
+from simulations.audit import trained
 from simulations.audit.finding import Finding
 from simulations.compare import World
 
@@ -32,7 +32,7 @@ def audit(shared: World, log: EventLog, *, claimed_epsilon: float | None = None)
     """
     units, is_in_m, dealt = deal(shared.sites, seed=shared.settings.seed)
     adapter = trained.train(shared, dealt, log)
-    score_m = trained.loss_drops(shared, adapter, units)
+    score_m = membership.loss_drops(shared.engine, adapter, units, data=shared.settings.data)
     dp_delta = shared.settings.privacy.dp_delta
     bound = privacy_bounds.one_run(score_m, is_in_m, dp_delta=dp_delta)
     return Finding(

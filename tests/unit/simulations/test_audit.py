@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from common import privacy_plan
+from common import privacy_plan, roc
 from common.errors import ConfigError, DataError
 from common.noise import SeededNoise
 from server import run as server_run
-from simulations.audit import canaries, finding, inversion, mia, roc
+from simulations.audit import canaries, finding, inversion, mia
 from simulations.compare import World
 from tests import tiny
 

@@ -85,19 +85,31 @@ def tpr(inside_i: Tensor, outside_o: Tensor) -> float:
 
 
 def exposure(scores_m: Tensor, is_in_m: Tensor) -> float:
-    """Mean over the canaries that were used of log2(candidates) - log2(rank), in bits.
-
-    A canary's candidates are itself and all that were not used; one bit is chance, more or less.
-
-    Source: Carlini et al. 2019, arXiv:1802.08232, section 4.
+    """Mean exposure of the canaries that were used, in bits; the candidates of all are those that were not.
 
     Example:
         >>> exposure(torch.tensor([9.0, 1.0, 2.0, 3.0]), torch.tensor([True, False, False, False]))
         2.0
     """
     outside = scores_m[~is_in_m]
-    ranks_i = 1 + (outside[None] >= scores_m[is_in_m][:, None]).sum(1)
-    return float((math.log2(len(outside) + 1) - ranks_i.double().log2()).mean())
+    found = [exposure_of(score, outside) for score in scores_m[is_in_m].tolist()]
+    return math.fsum(found) / len(found)
+
+
+def exposure_of(score: float, others_o: Tensor) -> float:
+    """log2(candidates) - log2(rank) of one secret among itself and others that could have been it, in bits.
+
+    A tie counts against the secret. Of a secret that was never seen, the rank is any with the same probability, and so
+    the expectation is near log2(e) = 1.44 bits. The ceiling is log2(candidates).
+
+    Source: Carlini et al. 2019, arXiv:1802.08232, section 4.3, with the rank among sampled candidates.
+
+    Example:
+        >>> exposure_of(2.5, torch.tensor([1.0, 2.0, 3.0]))
+        1.0
+    """
+    rank = 1 + int((others_o >= score).sum())
+    return math.log2(len(others_o) + 1) - math.log2(rank)
 
 
 def _drawn(values: Tensor, generator: torch.Generator) -> Tensor:
