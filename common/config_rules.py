@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from common import compatibility, config_hints
+from common import compatibility, config_hints, config_objective
 from common.methods import FACTS
 
 if TYPE_CHECKING:
@@ -196,6 +196,7 @@ RUN_RULES = (
         "this method keeps no side adapter; remove it",
     ),
     *_unused_server_settings(),
+    *(Rule(*conflict) for conflict in config_objective.CONFLICTS),
     Rule(
         ("aggregation.num_bad_sites", "aggregation.robust"),
         lambda c: (c.aggregation.robust != "none") != (c.aggregation.num_bad_sites > 0),

@@ -27,6 +27,8 @@ class Score:
         num_generated: Rows answered greedily.
         num_exact: Of these, equal to the reference, white space at the ends aside.
         seconds: Wall time.
+        preference_loss_sum: Sum of the loss of preferences (`common.preference_score`); None where none are learnt.
+        num_preferred: Preferences that the adapter agrees with; None likewise.
     """
 
     nll_sum: float
@@ -34,6 +36,8 @@ class Score:
     num_generated: int
     num_exact: int
     seconds: float
+    preference_loss_sum: float | None = None
+    num_preferred: int | None = None
 
 
 def score(

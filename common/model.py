@@ -337,6 +337,15 @@ def answer_nll(model: nn.Module, batch: prompts.Batch) -> tuple[torch.Tensor, in
 
     Shape: `batch` holds (B, T) tensors; the logits of only those positions are formed that some row needs.
     """
+    logits_nv, targets_n, _ = answer_logits(model, batch)
+    return nn.functional.cross_entropy(logits_nv, targets_n, reduction="sum"), targets_n.numel()
+
+
+def answer_logits(model: nn.Module, batch: prompts.Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits of the answer tokens, row after row, what they should be, and where they are.
+
+    Shape: (N, V) float32, (N,), and (B, P) for the P positions at which some row has an answer token; N of them True.
+    """
     is_target_bt = batch.is_answer_bt[:, 1:]
     positions_p = is_target_bt.any(dim=0).nonzero().squeeze(1)
     logits_bpv = model(
@@ -344,8 +353,7 @@ def answer_nll(model: nn.Module, batch: prompts.Batch) -> tuple[torch.Tensor, in
     ).logits
     is_target_bp = is_target_bt[:, positions_p]
     targets_n = batch.input_ids_bt[:, 1:][:, positions_p][is_target_bp]
-    logits_nv = logits_bpv[is_target_bp].float()
-    return nn.functional.cross_entropy(logits_nv, targets_n, reduction="sum"), targets_n.numel()
+    return logits_bpv[is_target_bp].float(), targets_n, is_target_bp
 
 
 @torch.no_grad()
