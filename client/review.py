@@ -16,8 +16,8 @@ from client import consent, policy, policy_file, site_ledger
 from client.history import AUDIT_FILE, History
 from client.policy_file import Policy
 from common import config, guarding, identity, manifest, privacy_plan, trainable
-from common.data import preference_rows
 from common.audit import AuditLog
+from common.data import preference_rows
 from common.errors import AccountingUnsupported, ConfigError, LedgerError, PolicyRefusedError
 from common.manifest import Offer, RunManifest
 from common.records import TensorSpec

@@ -195,6 +195,13 @@ BROKEN_RULES = [
     ("privacy.sampling_prob", 5, [UNIT, *PRIVATE[2:]]),
     ("privacy.epsilon", 5, [UNIT, PRIVATE[1], PRIVATE[3]]),
     ("training.local_steps", 5, PRIVATE[:3]),
+    ("training.beta", 7, ["training.beta = 0.5"]),
+    ("training.label_smoothing", 8, ["training.objective = 'kto'", "training.label_smoothing = 0.1"]),
+    ("training.desirable_weight", 8, ["training.objective = 'dpo'", "training.desirable_weight = 2.0"]),
+    ("training.undesirable_weight", 7, ["training.undesirable_weight = 2.0"]),
+    ("training.reference_point", 8, ["training.objective = 'dpo'", "training.reference_point = 'zero'"]),
+    ("training.reference_point", 10, [*PRIVATE, "training.objective = 'kto'"]),
+    ("training.objective", 7, ["training.objective = 'dpo'", "evaluation.exact_match_rows = 5"]),
     ("wire.density", 11, [*PRIVATE, "wire.density = 0.1"]),
     ("wire.density", 13, [*KRUM, UNIFORM, "federation.min_sites = 5", "wire.density = 0.1"]),
     ("wire.error_feedback", 7, ["wire.error_feedback = false"]),
@@ -336,7 +343,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "25c36af254a9a7f425ff58c7cc751a55b173908f95c2b86cd60d464d03eb7c5a"
+        "1c10f6e07721b41d643c97d649cf64a6004051407a262f41ed3de95839fee237"
     )
 
 
