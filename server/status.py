@@ -24,6 +24,7 @@ def read(folder: Path) -> dict[str, Any]:
         "finished_rounds": checkpoint.finished(folder),
         "held_out_loss": last.get("loss"),
         "exact_match": last.get("exact_match"),
+        "accuracy": last.get("accuracy"),
         "sites": last.get("sites", {}),
         "stale": last.get("stale", []),
         "report": str(report.write(folder)),
@@ -37,8 +38,9 @@ def render(result: dict[str, Any]) -> Table:
     loss = result["held_out_loss"]
     table.add_row("status", str(result["status"]))
     table.add_row("checkpoints", f"{len(done)}, newest after round {done[-1]}" if done else "none")
-    exact = percent(result["exact_match"])
-    table.add_row("held-out", "-" if loss is None else f"{loss:.3f} nats a token, exact match {exact}")
+    exact, agreed = percent(result["exact_match"]), result["accuracy"]
+    told = f" nats a token, exact match {exact}" if agreed is None else f", agrees with {percent(agreed)}"
+    table.add_row("held-out", "-" if loss is None else f"{loss:.3f}{told}")
     for site, figures in result["sites"].items():
         stale = " (stale)" if site in result["stale"] else ""
         table.add_row(f"  {site}", f"{figures['loss']:.3f} over {figures['num_rows']} rows{stale}")
