@@ -54,6 +54,15 @@ def accuracy(metrics: list[SiteMetrics]) -> float | None:
     return sum(agreed) / sum(m.num_rows for m in metrics) if agreed else None
 
 
+def answer_loss(metrics: list[SiteMetrics]) -> float | None:
+    """Negative log-likelihood of chosen or rated answers, nats per token; None where that is the loss itself.
+
+    It rises where the answers of all pairs become less likely together, which a margin does not show.
+    """
+    told = [m for m in metrics if m.preference_loss_sum is not None]
+    return sum(m.nll_sum for m in told) / sum(m.num_answer_tokens for m in told) if told else None
+
+
 def _check_preferences(metrics: SiteMetrics, federation: Federation) -> None:
     """Figures of preferences are there if the run learns them, and only then."""
     wanted = federation.manifest.run.training.objective != "sft"
@@ -105,6 +114,7 @@ def _log(federation: Federation, *, num_rounds: int, fresh: set[str], server_los
         loss=mean_loss(metrics),
         exact_match=exact_match(metrics),
         accuracy=accuracy(metrics),
+        answer_loss=answer_loss(metrics),
         server_loss=server_loss,
         stale=[m.site for m in metrics if m.site not in fresh],
         sites={m.site: _figures(m) for m in metrics},

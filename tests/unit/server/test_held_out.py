@@ -97,7 +97,9 @@ def test_where_preferences_are_learnt_the_mean_is_over_rows_and_the_share_that_i
     assert held_out.mean_loss(both) == 0.65
     assert held_out.accuracy(both) == 0.5
     assert both[0].loss == 0.5
+    assert held_out.answer_loss(both) == 5.0
     assert held_out.accuracy([metrics("a", 1, 1)]) is None
+    assert held_out.answer_loss([metrics("a", 1, 1)]) is None
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """Federations that learn preferences: what they should prefer they do, and what was turned round they do not."""
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from client.agent import SiteData
 from common import config, events, privacy_plan
 from server import run as server_run
+from server import status
 from simulations import run, world
 from tests import tiny
 
@@ -41,13 +44,25 @@ def site_data(name: str, site: str, *, is_swapped: bool) -> SiteData:
 
 
 @pytest.mark.parametrize(("name", "loss_of_start"), [("dpo", 0.6931), ("kto", 0.5)])
-def test_a_federation_learns_what_its_sites_prefer(play, name, loss_of_start):
+def test_a_federation_learns_what_its_sites_prefer(play, tmp_path, name, loss_of_start):
     told = play(name)
+    card = (tmp_path / "run" / server_run.EXPORT_FOLDER / "README.md").read_text()
+    assert f"| objective | {name}, beta = 0.1, held against the base |" in card
+    assert "Preferences among answers of the sites" in card
+    assert f"| mean {name} loss of a preference |" in card
+    assert "agrees with" in status_of(tmp_path / "run")
     assert (told[0]["accuracy"], told[0]["loss"]) == (0.0, pytest.approx(loss_of_start, abs=1e-3))
     assert told[-1]["accuracy"] > 0.8
     assert told[-1]["loss"] < 0.9 * loss_of_start
     assert {figures["num_rows"] for figures in told[-1]["sites"].values()} == {12}
     assert all(figures["accuracy"] > 0.6 for figures in told[-1]["sites"].values())
+
+
+def status_of(folder: Path) -> str:
+    """What `status` says for people."""
+    screen = io.StringIO()
+    Console(file=screen, width=200).print(status.render(status.read(folder)))
+    return screen.getvalue()
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
