@@ -77,13 +77,18 @@ class OpenRun:
         """Hash of the manifest."""
         return self.opened.run_sha256
 
+    @property
+    def is_of_answers(self) -> bool:
+        """Whether rows are learnt as they are, with no reference beside them."""
+        return self.manifest.run.training.objective == "sft"
+
     @functools.cached_property
-    def train_examples(self) -> Sequence[Example]:
-        """`train`, preferences with their references; what is in the engine may be overwritten."""
+    def train_preferences(self) -> Sequence[Example]:
+        """`train` with references; what is in the engine is overwritten the first time."""
         return self._referenced(self.train)
 
     @functools.cached_property
-    def held_out_examples(self) -> Sequence[Example]:
+    def held_out_preferences(self) -> Sequence[Example]:
         """`held_out`, likewise."""
         return self._referenced(self.held_out)
 
@@ -197,7 +202,7 @@ class Agent:
         answered = self._guard.before_training(request, plan, run=run.manifest)
         if answered is not None:
             return answered
-        rows = run.train_examples
+        rows = run.train if run.is_of_answers else run.train_preferences
         adapter.write(run.engine.model, before)
         settings = run.manifest.run
         method, specs = settings.aggregation.method, run.manifest.tensor_specs
@@ -260,7 +265,7 @@ class Agent:
     def _evaluate(self, request: Frame) -> Frame:
         """Score the global adapter that came on this site's held-out rows."""
         run, plan, tensors = self._receive(request)
-        rows = run.held_out_examples
+        rows = run.held_out if run.is_of_answers else run.held_out_preferences
         adapter.write(run.engine.model, tensors)
         score = _score(run, rows, generate=plan.generate)
         metrics = SiteMetrics(

@@ -69,6 +69,6 @@ def test_the_reference_is_the_runs_start_whatever_adapter_is_sent_first(open_pre
         run = site.manifest(**DPO)
         site.open(run)
         site.step("evaluate", run, {name: tensor + shift for name, tensor in site.engine.initial.items()})
-        found.append([pair.reference for pair in site.agent._run.held_out_examples])
+        found.append([pair.reference for pair in site.agent._run.held_out_preferences])
     assert found[0] == found[1]
     assert all(len(reference) == 2 for reference in found[0])
