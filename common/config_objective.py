@@ -56,6 +56,12 @@ def _is_unused(config: RunConfig, name: str) -> bool:
     return getattr(training, name) != DEFAULTS[name] and name not in USES[training.objective]
 
 
+def _has_idle_columns(config: RunConfig) -> bool:
+    data = config.data
+    is_named = (data.instruction_column, data.input_column, data.output_column) != ("instruction", "input", "output")
+    return config.training.objective != "sft" and is_named and not config.evaluation.server_data
+
+
 Conflict = tuple[tuple[str, ...], Callable[[Any], bool], str]
 CONFLICTS: Final[tuple[Conflict, ...]] = (
     *(
@@ -75,5 +81,10 @@ CONFLICTS: Final[tuple[Conflict, ...]] = (
         ("training.objective", "evaluation.exact_match_rows"),
         lambda c: c.training.objective != "sft" and c.evaluation.exact_match_rows > 0,
         "held-out preferences are scored by their margins, none is answered by generation; remove exact_match_rows",
+    ),
+    (
+        ("training.objective", "data.instruction_column", "data.input_column", "data.output_column"),
+        _has_idle_columns,
+        "columns of preferences have fixed names, and there are no other rows (evaluation.server_data); remove these",
     ),
 )

@@ -202,6 +202,7 @@ BROKEN_RULES = [
     ("training.reference_point", 8, ["training.objective = 'dpo'", "training.reference_point = 'zero'"]),
     ("training.reference_point", 10, [*PRIVATE, "training.objective = 'kto'"]),
     ("training.objective", 7, ["training.objective = 'dpo'", "evaluation.exact_match_rows = 5"]),
+    ("training.objective", 7, ["training.objective = 'dpo'", "data.output_column = 'answer'"]),
     ("wire.density", 11, [*PRIVATE, "wire.density = 0.1"]),
     ("wire.density", 13, [*KRUM, UNIFORM, "federation.min_sites = 5", "wire.density = 0.1"]),
     ("wire.error_feedback", 7, ["wire.error_feedback = false"]),
