@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,14 +15,27 @@ from client import protect, residual
 from client.guard import Guard, Permissive
 from client.personal import Shelf
 from client.train import local, schedule
-from common import adapter, broadcast, codes, compact, evaluation, manifest, model, ranks, start, trainable, wire
+from common import (
+    adapter,
+    broadcast,
+    codes,
+    compact,
+    evaluation,
+    manifest,
+    objectives,
+    preference_score,
+    ranks,
+    start,
+    trainable,
+    wire,
+)
 from common.broadcast import Held
 from common.config_privacy import Protection
 from common.errors import AuthError, ConfigError, ProtocolError, SilotuneError
 from common.manifest import RunManifest
 from common.model import Engine
 from common.noise import Noise, SystemNoise
-from common.prompts import Encoded
+from common.objectives import Example, Objective
 from common.records import OpenedHead, RoundPlan, SiteMetrics, TensorSpec, UpdateHead, read_plan, to_head
 from common.rows import Row
 from common.wire import Frame
@@ -55,8 +69,8 @@ class OpenRun:
     manifest: RunManifest
     opened: OpenedHead
     engine: Engine
-    train: Sequence[Encoded]
-    held_out: Sequence[Encoded]
+    train: Sequence[Example]
+    held_out: Sequence[Example]
     held_out_rows: Sequence[Row]
     fixed: adapter.Tensors
     start: Held | None
@@ -66,6 +80,27 @@ class OpenRun:
     def sha256(self) -> str:
         """Hash of the manifest."""
         return self.opened.run_sha256
+
+    @property
+    def is_of_answers(self) -> bool:
+        """Whether rows are learnt as they are, with no reference beside them."""
+        return self.manifest.run.training.objective == "sft"
+
+    @functools.cached_property
+    def train_preferences(self) -> Sequence[Example]:
+        """`train` with references; what is in the engine is overwritten the first time."""
+        return self._referenced(self.train)
+
+    @functools.cached_property
+    def held_out_preferences(self) -> Sequence[Example]:
+        """`held_out`, likewise."""
+        return self._referenced(self.held_out)
+
+    def _referenced(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """Once a run; the start is made here, whatever adapter was sent."""
+        begun = start.initial(self.manifest, self.engine.initial)
+        batch_size = self.manifest.run.evaluation.batch_size
+        return preference_score.with_references(self.engine, examples, begun, batch_size=batch_size)
 
 
 class Agent:
@@ -156,8 +191,8 @@ class Agent:
         adapter.check_specs(engine.tensor_specs, run_manifest.tensor_specs)
         fixed, begun = start.fixed(run_manifest), _start(run_manifest, engine)
         data = self._load_data(run_manifest)
-        train, train_report = model.encode(engine, data.train, run_manifest.run.data)
-        held_out, held_out_report = model.encode(engine, data.held_out, run_manifest.run.data)
+        train, train_report = objectives.encode(engine, data.train, run_manifest.run)
+        held_out, held_out_report = objectives.encode(engine, data.held_out, run_manifest.run)
         opened = OpenedHead(
             site=self.site,
             run_sha256=run_manifest.sha256,
@@ -177,6 +212,7 @@ class Agent:
         answered = self._guard.before_training(request, plan, run=run.manifest)
         if answered is not None:
             return answered
+        rows = run.train if run.is_of_answers else run.train_preferences
         adapter.write(run.engine.model, before)
         settings = run.manifest.run
         method, specs = settings.aggregation.method, run.specs
@@ -186,7 +222,7 @@ class Agent:
         with adapter.training_only(run.engine.model, trained):
             result = local.train(
                 run.engine,
-                run.train,
+                rows,
                 training=settings.training,
                 privacy=settings.privacy,
                 round_index=plan.round_index,
@@ -246,18 +282,11 @@ class Agent:
     def _evaluate(self, request: Frame) -> Frame:
         """Score the global adapter that came, with what the site keeps of its own, on this site's held-out rows."""
         run, plan, tensors = self._receive(request)
+        rows = run.held_out if run.is_of_answers else run.held_out_preferences
         adapter.write(run.engine.model, tensors)
         if self._shelf and self._kept_names(run.manifest):
             self._shelf.note(run.manifest, plan.round_index, tensors)
-        settings = run.manifest.run.evaluation
-        score = evaluation.score(
-            run.engine,
-            run.held_out,
-            run.held_out_rows[: settings.exact_match_rows] if plan.generate else (),
-            batch_size=settings.batch_size,
-            max_new_tokens=settings.max_new_tokens,
-            system_prompt=run.manifest.run.data.system_prompt,
-        )
+        score = _score(run, rows, generate=plan.generate)
         metrics = SiteMetrics(
             site=self.site,
             run_sha256=run.sha256,
@@ -297,6 +326,21 @@ class Agent:
         if self._run is None:
             raise ProtocolError(NOT_OPEN)
         return self._run
+
+
+def _score(run: OpenRun, rows: Sequence[Example], *, generate: bool) -> evaluation.Score:
+    """Held-out figures of the adapter that is in the engine."""
+    settings, objective = run.manifest.run.evaluation, Objective.of(run.manifest.run.training)
+    if objective.name != "sft":
+        return preference_score.score(run.engine, rows, objective, batch_size=settings.batch_size)
+    return evaluation.score(
+        run.engine,
+        [row for example in rows for row in example.rows],
+        run.held_out_rows[: settings.exact_match_rows] if generate else (),
+        batch_size=settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        system_prompt=run.manifest.run.data.system_prompt,
+    )
 
 
 def _start(run_manifest: RunManifest, engine: Engine) -> Held | None:

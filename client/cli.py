@@ -19,12 +19,19 @@ app = cli.make(
     ),
 )
 BaseOption = Annotated[str, typer.Option(help="A base, to count and show tokens: a folder or a name in the store.")]
+ObjectiveOption = Annotated[
+    str, typer.Option(metavar="sft|dpo|kto", help="The run's training.objective: which columns are read.")
+]
 LengthOption = Annotated[int | None, typer.Option(help="The run's data.max_length_tokens.", min=8)]
 
 
 @app.command()
 def check(
-    node_file: NodeFile, base: BaseOption = "", max_length_tokens: LengthOption = None, json: cli.JsonOption = False
+    node_file: NodeFile,
+    base: BaseOption = "",
+    max_length_tokens: LengthOption = None,
+    objective: ObjectiveOption = "sft",
+    json: cli.JsonOption = False,
 ) -> None:
     """Count this site's rows and name every problem.
 
@@ -34,12 +41,14 @@ def check(
     Examples:
       silotune-client check node.toml
       silotune-client check node.toml --base smollm2 --max-length-tokens 512
+      silotune-client check node.toml --objective dpo
     """
     from client import rows
     from client.data.check import render
     from common import config
 
-    report = rows.check(config.load_node(node_file), base=base, max_length_tokens=max_length_tokens)
+    node = config.load_node(node_file)
+    report = rows.check(node, base=base, max_length_tokens=max_length_tokens, objective=objective)
     next_step = f"next: silotune-client preview {node_file} --base BASE"
     cli.emit(report.as_dict(), as_json=json, show=lambda: cli.show(render(report), next_step))
 
@@ -50,6 +59,7 @@ def preview(
     base: BaseOption = "",
     limit: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 3,
     max_length_tokens: LengthOption = None,
+    objective: ObjectiveOption = "sft",
     json: cli.JsonOption = False,
 ) -> None:
     """Show this site its rows as the model gets them.
@@ -64,7 +74,8 @@ def preview(
     from client.data.check import render_preview
     from common import config
 
-    shown = rows.preview(config.load_node(node_file), base=base, limit=limit, max_length_tokens=max_length_tokens)
+    node = config.load_node(node_file)
+    shown = rows.preview(node, base=base, limit=limit, max_length_tokens=max_length_tokens, objective=objective)
     next_step = f"next: silotune-client serve {node_file}"
     rows_found = {"rows": [item.as_dict() for item in shown]}
     cli.emit(rows_found, as_json=json, show=lambda: cli.show(render_preview(shown), next_step))

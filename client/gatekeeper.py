@@ -101,6 +101,7 @@ class Gatekeeper:
         run = manifest.parse(offer.manifest)
         self._signers[offer.sha256] = offer.signature.signer if offer.signature else ""
         policy.check(self.policy, run, self.history.usage(offer.sha256, now=self._clock()))
+        policy.check_columns(self._dataset, run.run)
         if offer.sha256 not in self.history.runs:
             consent.store(self._folder, offer)
             self._log.append("offered", run=offer.sha256, name=run.run.name, rule="runs.approval", **_who(offer))

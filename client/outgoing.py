@@ -13,7 +13,7 @@ from common.wire import Frame
 
 
 def rounded(reply: Frame, *, digits: int) -> Frame:
-    """Round every figure; a sum over tokens is rounded by its mean, which is what it is used for.
+    """Round every figure; a sum over tokens or rows is rounded by its mean, which is what it is used for.
 
     Example:
         >>> rounded(Frame("update", {"train_loss": 1.23456}), digits=3).head
@@ -22,6 +22,10 @@ def rounded(reply: Frame, *, digits: int) -> Frame:
     head = {name: round(value, digits) if isinstance(value, float) else value for name, value in reply.head.items()}
     if reply.kind == "metrics" and reply.head.get("num_answer_tokens"):
         head["nll_sum"] = _rounded_sum(reply.head["nll_sum"], reply.head["num_answer_tokens"], digits=digits)
+    if reply.head.get("preference_loss_sum") is not None:
+        head["preference_loss_sum"] = _rounded_sum(
+            reply.head["preference_loss_sum"], reply.head["num_rows"], digits=digits
+        )
     return dataclasses.replace(reply, head=head)
 
 
@@ -104,6 +108,6 @@ def _check_body(run_manifest: RunManifest, reply: Frame) -> None:
         raise PolicyRefusedError(f"egress: {error}", rule="egress") from error
 
 
-def _rounded_sum(nll_sum: float, num_tokens: int, *, digits: int) -> float:
+def _rounded_sum(total: float, num_terms: int, *, digits: int) -> float:
     """The sum whose mean is the rounded mean."""
-    return round(round(nll_sum / num_tokens, digits) * num_tokens, digits)
+    return round(round(total / num_terms, digits) * num_terms, digits)

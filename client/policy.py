@@ -10,6 +10,7 @@ from typing import Final
 
 from client.policy_file import FORBIDDEN, BaseRules, DatasetRules, Policy
 from common import config, egress, kinds, manifest, privacy_plan, site_privacy, trainable
+from common.data import preference_rows
 from common.errors import AccountingUnsupported, AuthError, PolicyRefusedError
 from common.kinds import KINDS
 from common.manifest import Offer, RunManifest
@@ -23,7 +24,8 @@ KNOWN: Final = {
     "num_frequencies",
     "data": "source partition num_sites dirichlet_alpha site_column unit_column instruction_column input_column "
     "output_column held_out_fraction max_length_tokens too_long system_prompt",
-    "training": "local_epochs local_steps batch_size micro_batch_size learning_rate schedule warmup_fraction optimizer "
+    "training": "objective beta label_smoothing desirable_weight undesirable_weight reference_point "
+    "local_epochs local_steps batch_size micro_batch_size learning_rate schedule warmup_fraction optimizer "
     "weight_decay adam_beta1 adam_beta2 adam_epsilon momentum max_grad_norm gradient_checkpointing",
     "federation": "num_rounds sites_per_round min_sites round_timeout_s join_timeout_s num_sites",
     "aggregation": "method weighting gap_warning residual_rank residual_max_lost server_optimizer server_learning_rate "
@@ -124,6 +126,17 @@ def check_node(policy: Policy, data: config.NodeDataConfig) -> DatasetRules:
     extra = sorted(named - set(found.columns))
     _require(not extra, "data.datasets.columns", f"{', '.join(extra)} not listed for {data.path}")
     return found
+
+
+def check_columns(dataset: DatasetRules, run: config.RunConfig) -> None:
+    """The columns that the run's objective reads beside those that the site's own file names.
+
+    Raises:
+        PolicyRefusedError: One of them is not listed.
+    """
+    extra = sorted({*preference_rows.COLUMNS.get(run.training.objective, ())} - set(dataset.columns))
+    told = f"training.objective = '{run.training.objective}' reads {', '.join(extra)}, not listed for {dataset.path}"
+    _require(not extra, "data.datasets.columns", told)
 
 
 def check_opened(policy: Policy, dataset: DatasetRules, head: OpenedHead) -> None:
@@ -227,6 +240,7 @@ def _check_training(policy: Policy, run: config.RunConfig) -> None:
     rules, training = policy.train, run.training
     _within("train.learning_rate", training.learning_rate, rules.learning_rate)
     _one_of("train.optimizers", training.optimizer, rules.optimizers)
+    _one_of("train.objectives", training.objective, rules.objectives)
     _one_of("train.methods", run.aggregation.method, rules.methods)
     _at_least("train.min_batch_size", training.batch_size, rules.min_batch_size)
     if training.local_steps:

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import AfterValidator, Field, ValidationError
 
 from common import config_file, egress, identity, storage
+from common.config_objective import ObjectiveName
 from common.config_types import Count, PositiveCount, RequiredLine, Section, Slug
 from common.errors import AuthError, ConfigError, PolicyRefusedError
 from common.kinds import KindName
@@ -125,6 +126,9 @@ class TrainRules(Section):
     )
     max_tensor_norm: float = Field(default=1000.0, gt=0, description="Of each tensor of the global adapter.")
     optimizers: tuple[Literal["adamw", "sgd"], ...] = Field(default=("adamw",))
+    objectives: tuple[ObjectiveName, ...] = Field(
+        default=("sft",), description="What may be learnt: answers (`sft`), or preferences among them (`dpo`, `kto`)."
+    )
     methods: tuple[MethodName, ...] = Field(
         default=("fedavg", "ffa", "fedsvd", "rolora", "flexlora"),
         description="How updates may be aggregated; the method says which factors leave.",

@@ -17,6 +17,7 @@ from client.history import AUDIT_FILE, History
 from client.policy_file import Policy
 from common import config, guarding, identity, manifest, privacy_plan, ranks, trainable
 from common.audit import AuditLog
+from common.data import preference_rows
 from common.errors import AccountingUnsupported, ConfigError, LedgerError, PolicyRefusedError
 from common.kinds import KINDS
 from common.manifest import Offer, RunManifest
@@ -32,6 +33,14 @@ NO_EPSILON: Final = (
 QUANTISED: Final = {
     "none": "not quantised; the hash of its files says all",
     "int8": "to 8 bits, whose codes differ between processors; only its files are hashed",
+}
+
+OBJECTIVES: Final = {
+    "sft": "to write the answers in the rows (sft)",
+    "dpo": "to prefer the chosen answer of each pair to the rejected one (dpo). Both are read; of neither does text "
+    "leave, but the update holds what this site's people prefer, and a pair is protected as its patient's row is",
+    "kto": "to write answers that were called good rather than those called bad (kto). Answers and labels are read; "
+    "neither leaves, but the update holds what this site's people think of answers",
 }
 
 
@@ -171,7 +180,8 @@ def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
     """Questions and answers."""
     settings, declared, made = run.run, run.egress, offer.signature
     num_rounds, data, model = settings.federation.num_rounds, desk.node.data, settings.model
-    columns = ", ".join(filter(None, (data.instruction_column, data.input_column, data.output_column)))
+    named = (data.instruction_column, data.input_column, data.output_column)
+    columns = ", ".join(preference_rows.COLUMNS.get(settings.training.objective, tuple(filter(None, named))))
     unit = f"; {data.unit_column} only to keep a unit's rows together" if data.unit_column else ""
     base = next((base.name for base in desk.policy.models.allow if base.sha256 == run.base_sha256), "not listed")
     leaving = _leaving(run, desk.node.site.name)
@@ -187,6 +197,7 @@ def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
         "epsilon": _epsilon(desk, run),
         "rows that are read": f"all of {data.path}" + (f" and {data.held_out_path}" if data.held_out_path else ""),
         "columns that are read": columns + unit,
+        "what is learnt": OBJECTIVES[settings.training.objective],
         "base": f"{base}, {run.base_sha256}",
         "base as quantised": f"4-bit codes {run.codes_sha256}" if run.codes_sha256 else QUANTISED[model.quantization],
         "training": f"{num_rounds} rounds, {_length(settings.training)}, batches of {settings.training.batch_size}, "

@@ -11,6 +11,7 @@ from client.data import split
 from client.gatekeeper import Gatekeeper
 from client.personal import Shelf
 from common import config, identity, model, store
+from common.config_objective import ObjectiveName
 from common.data import read
 from common.errors import ConfigError, DataError
 from common.kinds import KINDS
@@ -88,9 +89,10 @@ def load_data(node: config.NodeConfig, manifest: RunManifest) -> SiteData:
     Raises:
         DataError: Rows are missing or unusable, or a unit has rows on both sides.
     """
-    rows = read_rows(node, node.data.path)
+    objective = manifest.run.training.objective
+    rows = read_rows(node, node.data.path, objective=objective)
     if node.data.held_out_path:
-        held_out = read_rows(node, node.data.held_out_path)
+        held_out = read_rows(node, node.data.held_out_path, objective=objective)
         if node.data.unit_column:
             _check_apart(rows, held_out)
         return SiteData(rows, held_out)
@@ -107,10 +109,10 @@ def _check_apart(train: Sequence[Row], held_out: Sequence[Row]) -> None:
         )
 
 
-def read_rows(node: config.NodeConfig, path: str) -> Sequence[Row]:
-    """One of the site's files, by its own column names."""
+def read_rows(node: config.NodeConfig, path: str, *, objective: ObjectiveName = "sft") -> Sequence[Row]:
+    """One of the site's files, by its own column names; those of preferences have fixed names."""
     data = node.data
-    columns = Columns(data.instruction_column, data.input_column, data.output_column, data.unit_column)
+    columns = Columns(data.instruction_column, data.input_column, data.output_column, data.unit_column, objective)
     return read.read(path, columns=columns)
 
 

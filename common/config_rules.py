@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from common import compatibility, config_hints, config_site_rules, kind_rules
+from common import compatibility, config_hints, config_objective, config_site_rules, kind_rules
 from common.methods import FACTS
 
 if TYPE_CHECKING:
@@ -206,6 +206,7 @@ RUN_RULES = (
         "this method keeps no side adapter; remove it",
     ),
     *_unused_server_settings(),
+    *(Rule(*conflict) for conflict in config_objective.CONFLICTS),
     Rule(
         ("aggregation.num_bad_sites", "aggregation.robust"),
         lambda c: (c.aggregation.robust != "none") != (c.aggregation.num_bad_sites > 0),

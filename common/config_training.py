@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from common import config_rules
+from common.config_objective import ObjectiveSettings
 from common.config_types import Count, Decay, Line, PositiveCount, RequiredLine, Seconds, Section
 
 
@@ -49,7 +50,7 @@ class DataConfig(Section):
     system_prompt: str = Field(default="", max_length=65536, description="System message before every example.")
 
 
-class TrainingConfig(Section):
+class TrainingConfig(ObjectiveSettings):
     """What a site does in one round, and the optimizer that does it."""
 
     local_epochs: float = Field(
@@ -60,7 +61,9 @@ class TrainingConfig(Section):
         "where `local_steps` is set.",
     )
     local_steps: Count = Field(default=0, description="Optimizer steps per round. 0: `local_epochs` decides.")
-    batch_size: int = Field(default=8, ge=1, le=65536, description="Rows per optimizer step.")
+    batch_size: int = Field(
+        default=8, ge=1, le=65536, description="Rows per optimizer step; a pair of answers counts as one."
+    )
     micro_batch_size: int = Field(
         default=0, ge=0, le=65536, description="Rows in memory at once; divides `batch_size`. 0: `batch_size`."
     )

@@ -15,6 +15,7 @@ REPLIES: Final[Mapping[str, type]] = {"opened": OpenedHead, "update": UpdateHead
 AUDIT: Final = ("num_audit_entries", "audit_sha256", "audit_time")  # head of the site's audit log; nothing of rows
 NAMES: Final = ("site", "run_sha256", "round_index", "adapter_sha256", *AUDIT)  # no figures, and known already
 
+PREFERENCES: Final = ("preference_loss_sum", "num_preferred")  # told by runs that learn preferences
 UNTOLD: Final = ("num_tokens", "train_loss", "seconds")  # of drawn rows: no noise covers them
 
 Range = tuple[float, float]
@@ -32,6 +33,8 @@ RANGES: Final[Mapping[str, Range]] = {
     "num_rows": (0, 1e9),
     "num_generated": (0, 1e6),
     "num_exact": (0, 1e6),
+    "preference_loss_sum": (0, 1e12),
+    "num_preferred": (0, 1e9),
 }
 
 
@@ -85,7 +88,8 @@ def figures(kind: str) -> list[str]:
 
 def told(kind: str, run: config.RunConfig) -> list[str]:
     """Names of the figures that a reply of this run tells; the others are None in it."""
-    hidden = UNTOLD if run.privacy.is_private and kind == "update" else ()
+    hidden: tuple[str, ...] = UNTOLD if run.privacy.is_private and kind == "update" else ()
+    hidden += PREFERENCES if run.training.objective == "sft" else ()
     return [name for name in figures(kind) if name not in hidden]
 
 

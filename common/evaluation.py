@@ -10,7 +10,8 @@ import torch
 
 from common import prompts
 from common.errors import ModelError
-from common.model import Engine, answer, answer_nll
+from common.likelihood import answer_nll
+from common.model import Engine, answer
 from common.prompts import Encoded
 from common.rows import Row
 
@@ -27,6 +28,8 @@ class Score:
         num_generated: Rows answered greedily.
         num_exact: Of these, equal to the reference, white space at the ends aside.
         seconds: Wall time.
+        preference_loss_sum: Sum of the loss of preferences (`common.preference_score`); None where none are learnt.
+        num_preferred: Preferences that the adapter agrees with; None likewise.
     """
 
     nll_sum: float
@@ -34,6 +37,8 @@ class Score:
     num_generated: int
     num_exact: int
     seconds: float
+    preference_loss_sum: float | None = None
+    num_preferred: int | None = None
 
 
 def score(

@@ -346,29 +346,6 @@ def encode(
     )
 
 
-def answer_nll(model: nn.Module, batch: prompts.Batch) -> tuple[torch.Tensor, int]:
-    """Sum of the negative log-likelihood over the answer tokens of a batch.
-
-    Never the model's own `.loss`, whose normalisation couples the rows of a batch.
-
-    Returns:
-        The sum in nats, a float32 scalar that carries gradients, and the number of tokens in it.
-
-    Shape: `batch` holds (B, T) tensors; the logits of only those positions are formed that some row needs.
-    """
-    is_target_bt = batch.is_answer_bt[:, 1:]
-    positions_p = is_target_bt.any(dim=0).nonzero().squeeze(1)
-    logits_bpv = model(
-        input_ids=batch.input_ids_bt,
-        attention_mask=batch.attention_mask_bt,
-        logits_to_keep=positions_p + peft_kinds.num_prepended(model),
-    ).logits
-    is_target_bp = is_target_bt[:, positions_p]
-    targets_n = batch.input_ids_bt[:, 1:][:, positions_p][is_target_bp]
-    logits_nv = logits_bpv[is_target_bp].float()
-    return nn.functional.cross_entropy(logits_nv, targets_n, reduction="sum"), targets_n.numel()
-
-
 @torch.no_grad()
 def answer(engine: Engine, prompt_ids: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
     """Greedy answers to a batch of prompts, special tokens removed."""

@@ -35,6 +35,11 @@ class Encoded:
     unit: str
     num_truncated: int = 0
 
+    @property
+    def rows(self) -> "tuple[Encoded, ...]":
+        """What goes through the model together: the row itself; see `common.objectives` for examples that have two."""
+        return (self,)
+
 
 @dataclass(frozen=True)
 class EncodingReport:

@@ -106,6 +106,8 @@ class SiteMetrics:
         num_rows: Held-out rows scored.
         num_generated: Rows answered greedily; 0 if not asked.
         num_exact: Of these, equal to the reference after stripping white space.
+        preference_loss_sum: Sum of the objective's loss over the rows; None unless preferences are learnt.
+        num_preferred: Rows whose preference the adapter agrees with more than at the start; None likewise.
     """
 
     site: str
@@ -117,11 +119,23 @@ class SiteMetrics:
     num_generated: int
     num_exact: int
     seconds: float
+    preference_loss_sum: float | None = None
+    num_preferred: int | None = None
 
     @property
     def loss(self) -> float:
-        """Mean negative log-likelihood per answer token, nats."""
-        return self.nll_sum / self.num_answer_tokens
+        """Mean negative log-likelihood per answer token, nats; under preferences the objective's mean over rows."""
+        return self.loss_sum / self.num_terms
+
+    @property
+    def loss_sum(self) -> float:
+        """Sum of the loss that the run lowers."""
+        return self.nll_sum if self.preference_loss_sum is None else self.preference_loss_sum
+
+    @property
+    def num_terms(self) -> int:
+        """Terms in that sum: answer tokens, or rows with a preference."""
+        return self.num_answer_tokens if self.preference_loss_sum is None else self.num_rows
 
 
 def read_plan(head: dict[str, Any]) -> RoundPlan:

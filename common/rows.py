@@ -26,6 +26,8 @@ class Row:
         row_id: Where the row was read, such as "train.jsonl line 12"; holds no field value, so messages may name it.
         num_context: Leading messages that are given and never learned from; every assistant turn after them is.
         is_input_empty: Whether the row's shape has an input field that was empty here.
+        rejected: The conversation with the worse answer, where the row is a pair; `messages` then has the better one.
+        is_desirable: Whether the answer is wanted, where it was rated.
     """
 
     messages: tuple[Message, ...]
@@ -33,6 +35,8 @@ class Row:
     row_id: str
     num_context: int = 0
     is_input_empty: bool = False
+    rejected: tuple[Message, ...] = ()
+    is_desirable: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,12 @@ class Columns:
         input: Column of the text that the task is about; may be missing or empty.
         output: Column of the answer.
         unit: Column that names the privacy unit; "" makes every row a unit of its own.
+        objective: "dpo" reads `prompt`, `chosen` and `rejected`, "kto" `prompt`, `completion` and `label`, "sft" any
+            of the other shapes.
     """
 
     instruction: str = "instruction"
     input: str = "input"
     output: str = "output"
     unit: str = ""
+    objective: str = "sft"

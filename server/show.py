@@ -211,6 +211,8 @@ class Screen:
         notes = []
         if finished and self._curve:
             notes.append(f"epsilon {finished.get('epsilon', self._curve[event['num_rounds'] - 1]):.2f}")
+        if event.get("accuracy") is not None:
+            notes.append(f"agrees with {percent(event['accuracy'])}, answers {event['answer_loss']:.3f}")
         if event["server_loss"] is not None:
             notes.append(f"coordinator's rows {event['server_loss']:.3f}")
         if event["worse_than_base"]:

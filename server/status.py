@@ -29,6 +29,7 @@ def read(folder: Path) -> dict[str, Any]:
         "finished_stages": [told.line(stage) for stage in told.stages(log)],
         "held_out_loss": last.get("loss"),
         "exact_match": last.get("exact_match"),
+        "accuracy": last.get("accuracy"),
         "sites": last.get("sites", {}),
         "stale": last.get("stale", []),
         "privacy": _privacy(log),
@@ -67,8 +68,9 @@ def render(result: dict[str, Any]) -> Table:
     table.add_row("checkpoints", f"{len(done)}, newest after round {done[-1]}" if done else "none")
     for stage in result["finished_stages"]:
         table.add_row("polish", stage)
-    exact = percent(result["exact_match"])
-    table.add_row("held-out", "-" if loss is None else f"{loss:.3f} nats a token, exact match {exact}")
+    exact, agreed = percent(result["exact_match"]), result["accuracy"]
+    told_loss = f" nats a token, exact match {exact}" if agreed is None else f", agrees with {percent(agreed)}"
+    table.add_row("held-out", "-" if loss is None else f"{loss:.3f}{told_loss}")
     if spent := result["privacy"]:
         insider = spent["epsilon_insider"]
         shown = "none worth the name" if insider is None else f"{insider:.3f}"

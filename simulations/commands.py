@@ -122,6 +122,7 @@ def audited(order: Order) -> Iterator[tuple[World, EventLog]]:
     """A run for an audit that trains it."""
     shared = order.world()
     world.require_global(shared.settings, what="an audit")
+    _require_answers(shared.settings)
     log = order.log(shared)
     with _ending_told(log):
         yield shared, log
@@ -136,12 +137,26 @@ def attack(order: Order, *, name: str, num_bad: int, is_table: bool) -> dict[str
     """
     shared = order.world()
     world.require_global(shared.settings, what="a study of attacks")
+    _require_answers(shared.settings)
     if is_table:
         return {**attack_table.play(shared, num_bad=num_bad), "folder": str(shared.folder)}
     log = order.log(shared)
     with _ending_told(log):
         harm = attacks.play(shared, name, num_bad=num_bad, log=log)
     return {"attack": name, "num_bad": num_bad, **harm, "folder": str(shared.folder)}
+
+
+def _require_answers(settings: config.RunConfig) -> None:
+    """Canaries, attackers and their scores are rows with one answer.
+
+    Raises:
+        ConfigError: The run learns preferences.
+    """
+    objective = settings.training.objective
+    if objective != "sft":
+        raise ConfigError(
+            f"training.objective = '{objective}': audits and attacks are of runs that learn answers; set it to 'sft'"
+        )
 
 
 def attack_tables(result: Mapping[str, Any]) -> list[Table]:

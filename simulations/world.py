@@ -12,6 +12,7 @@ from client.data import split
 from client.personal import Shelf
 from client.train import schedule
 from common import config, model, store
+from common.config_objective import ObjectiveName
 from common.data import read
 from common.errors import ConfigError
 from common.manifest import RunManifest
@@ -20,7 +21,7 @@ from common.model import Engine
 from common.noise import Noise, SeededNoise
 from common.rows import Columns
 from simulations import partition
-from simulations.embedded import records
+from simulations.embedded import preferences, records
 
 EMBEDDED_BASE = Path(__file__).parent / "embedded" / "base"
 ADAPTER_FOLDER = "adapter"
@@ -86,9 +87,9 @@ def load_tables(settings: config.RunConfig) -> dict[str, list[dict[str, Any]]]:
     """
     data = settings.data
     if data.source == "embedded":
-        table: list[dict[str, Any]] = list(records.generate())
+        table = embedded_table(settings.training.objective)
     else:
-        table = read.read_table(data.source, columns=columns_of(data))
+        table = read.read_table(data.source, columns=columns_of(settings))
     parts = partition.partition(
         table,
         how=data.partition,
@@ -101,9 +102,17 @@ def load_tables(settings: config.RunConfig) -> dict[str, list[dict[str, Any]]]:
     return dict(sorted(parts.items()))
 
 
+def embedded_table(objective: ObjectiveName) -> list[dict[str, Any]]:
+    """The embedded records, in the form that an objective reads."""
+    made = records.generate()
+    if objective == "sft":
+        return list(made)
+    return preferences.pairs(made) if objective == "dpo" else preferences.ratings(made)
+
+
 def split_site(table: list[dict[str, Any]], settings: config.RunConfig) -> SiteData:
     """One site's rows, held-out units aside."""
-    rows = read.to_rows(table, columns_of(settings.data))
+    rows = read.to_rows(table, columns_of(settings))
     return SiteData(*split.for_run(rows, settings))
 
 
@@ -121,9 +130,10 @@ def expect_all(settings: config.RunConfig, sites: Mapping[str, SiteData]) -> con
     return settings.model_copy(update={"federation": federation})
 
 
-def columns_of(data: config.DataConfig) -> Columns:
+def columns_of(settings: config.RunConfig) -> Columns:
     """Which columns of a run's rows hold what."""
-    return Columns(data.instruction_column, data.input_column, data.output_column, data.unit_column)
+    data, objective = settings.data, settings.training.objective
+    return Columns(data.instruction_column, data.input_column, data.output_column, data.unit_column, objective)
 
 
 def make_agent(site: str, data: SiteData, engine: Engine, failures: Failures) -> Agent:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from common import config
@@ -39,6 +40,21 @@ def row(number: int, *, site: str = "north") -> Row:
     word = WORDS[number % len(WORDS)]
     question = Message("user", f"{site} sees {word} {number % 7}: code?")
     return Row((question, Message("assistant", word.upper())), unit=f"{site}-{number // 2}", row_id=f"row {number}")
+
+
+def pair(number: int, *, site: str = "north", is_swapped: bool = False) -> Row:
+    """The same question with the right answer preferred to that of the next word, or the other way round."""
+    right, wrong = row(number, site=site), row(number + 1, site=site)
+    both = (right.messages, (right.messages[0], wrong.messages[-1]))
+    chosen, rejected = both[::-1] if is_swapped else both
+    return replace(right, messages=chosen, rejected=rejected, num_context=1)
+
+
+def rated(number: int, *, site: str = "north", is_swapped: bool = False) -> Row:
+    """One of the two answers, and whether it is the right one; the other way round if swapped."""
+    both, is_right = pair(number, site=site), number % 3 != 0
+    messages = both.messages if is_right else both.rejected
+    return replace(both, messages=messages, rejected=(), is_desirable=is_right != is_swapped)
 
 
 def rows(count: int, *, site: str = "north") -> list[Row]:

@@ -75,7 +75,7 @@ def _taking(num_canaries: int, *, length: float) -> unit_gradients.Take:
     """Gradients of canaries: (U, P), `length` in the place that a unit's only token names."""
 
     def take(units: Sequence[Unit]) -> Tensor:
-        places_u = torch.tensor([unit[0].input_ids[0] for unit in units])
+        places_u = torch.tensor([unit[0].rows[0].input_ids[0] for unit in units])
         return torch.zeros(len(units), num_canaries).scatter_(1, places_u[:, None], length)
 
     return take

@@ -17,14 +17,14 @@ from common.config_privacy import PrivacyConfig, Protection
 from common.errors import ModelError
 from common.model import Engine
 from common.noise import Noise
-from common.prompts import Encoded
+from common.objectives import Example, Objective
 
 PROVEN_STEP: Final = 1  # after it the adapter must have moved; a failure costs two steps, not a night
 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What a round of training did; loss in nats per answer token. None: not to be told, as it would not be private."""
+    """What a round of training did; the loss as in `gradients`. None: not to be told, as it would not be private."""
 
     num_steps: int
     num_tokens: int | None
@@ -35,7 +35,7 @@ class LocalResult:
 
 def train(
     engine: Engine,
-    rows: Sequence[Encoded],
+    rows: Sequence[Example],
     *,
     training: config.TrainingConfig,
     privacy: PrivacyConfig,
@@ -49,7 +49,7 @@ def train(
 
     Args:
         engine: Holds the adapter to start from.
-        rows: The site's training rows.
+        rows: The site's training rows; preferences with their references.
         training: Section `[training]`.
         privacy: Section `[privacy]`, resolved.
         round_index: From 0.
@@ -70,32 +70,39 @@ def train(
         for step in range(first_step, first_step + num_steps)
     ]
     max_rows = training.micro_batch_size or training.batch_size
+    objective = Objective.of(training)
     with torch.random.fork_rng():
         torch.manual_seed(schedule.derive_seed(seed, round_index))
         if privacy.is_private_per_unit:
             private_ones = private.gradients(
-                engine, rows, privacy=privacy, num_steps=num_steps, max_rows=max_rows, source=source
+                engine,
+                rows,
+                privacy=privacy,
+                num_steps=num_steps,
+                max_rows=max_rows,
+                source=source,
+                objective=objective,
             )
             with contextlib.closing(private_ones) as gradients:
                 _steps(engine, gradients, rates, training=training, max_grad_norm=0.0, proximal=proximal)
             proof.check_reload(engine)
             return LocalResult(num_steps, None, None, None, protection="unit")
         batches = _batches(rows, training=training, first_step=first_step, num_steps=num_steps, seed=seed)
-        plain = (mean_gradient(engine, batch, micro_batch_size=max_rows) for batch in batches)
+        plain = (mean_gradient(engine, batch, micro_batch_size=max_rows, objective=objective) for batch in batches)
         losses = _steps(
             engine, plain, rates, training=training, max_grad_norm=training.max_grad_norm, proximal=proximal
         )
     proof.check_reload(engine)
     if privacy.is_private:  # for the site as a whole: no noise covers these figures
         return LocalResult(num_steps, None, None, None, protection="none")
-    num_tokens = sum(len(row.input_ids) for batch in batches for row in batch)
+    num_tokens = sum(len(row.input_ids) for batch in batches for example in batch for row in example.rows)
     mean_loss = sum(losses) / len(losses)
     return LocalResult(num_steps, num_tokens, mean_loss, time.monotonic() - started, protection="none")
 
 
 def _batches(
-    rows: Sequence[Encoded], *, training: config.TrainingConfig, first_step: int, num_steps: int, seed: int
-) -> list[list[Encoded]]:
+    rows: Sequence[Example], *, training: config.TrainingConfig, first_step: int, num_steps: int, seed: int
+) -> list[list[Example]]:
     """The rows of each step."""
     chosen = schedule.batches(
         num_rows=len(rows), batch_size=training.batch_size, first_step=first_step, num_steps=num_steps, seed=seed

@@ -16,7 +16,7 @@ from common.clipping import ClipNorm
 from common.config_privacy import PrivacyConfig
 from common.model import Engine
 from common.noise import Noise
-from common.prompts import Encoded
+from common.objectives import SFT, Example, Objective
 
 TINY: Final = 1e-6  # added to norms, so that a zero gradient has a scale
 
@@ -35,12 +35,13 @@ class Trained(Protocol):
 
 def gradients(
     engine: Engine,
-    rows: Sequence[Encoded],
+    rows: Sequence[Example],
     *,
     privacy: PrivacyConfig,
     num_steps: int,
     max_rows: int,
     source: Noise,
+    objective: Objective = SFT,
 ) -> Generator[None]:
     """Set every trainable parameter's `.grad` to a private one, once for each step.
 
@@ -48,16 +49,17 @@ def gradients(
 
     Args:
         engine: Model in training mode.
-        rows: The site's training rows; their units are told apart by `Encoded.unit`.
+        rows: The site's training rows; their units are told apart by `unit`.
         privacy: Section `[privacy]`, resolved.
         num_steps: Steps of this round.
         max_rows: Rows of a physical batch.
         source: Of noise and draws.
+        objective: What is lowered.
 
     Privacy: each step is a Poisson-sampled Gaussian mechanism with `privacy.sampling_prob` and
     `privacy.noise_multiplier` under adding or removing one unit; the number of units counts as public.
     """
-    with unit_gradients.prepared(engine, method=privacy.clipping) as (take, is_many):
+    with unit_gradients.prepared(engine, method=privacy.clipping, objective=objective) as (take, is_many):
         yield from steps(
             engine,
             units.group(rows),

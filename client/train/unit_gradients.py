@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from client.train.units import Unit
-from common import adapter, prompts, trainable
-from common.errors import ModelError
-from common.model import Engine, answer_nll
+from common import adapter, objectives, trainable
+from common.errors import ModelError, PrivacyError
+from common.model import Engine
+from common.objectives import SFT, Objective
 
 Method = Literal["auto", "stacked", "microbatch", "opacus"]
 Take = Callable[[Sequence[Unit]], Tensor]  # to (U, P), float32
@@ -25,31 +26,36 @@ ONE_BY_ONE: Final = "set privacy.clipping = 'microbatch'"
 
 
 @contextmanager
-def prepared(engine: Engine, *, method: Method) -> Iterator[tuple[Take, bool]]:
+def prepared(engine: Engine, *, method: Method, objective: Objective = SFT) -> Iterator[tuple[Take, bool]]:
     """Make the model's layers tell the gradients of units, until left.
 
-    The loss of a unit is the sum of the negative log-likelihood, in nats, over the answer tokens of its rows. No
+    The loss of a unit is the sum of the negative log-likelihood, in nats, over the answer tokens of its rows, or the
+    sum of the losses of its preferences: both answers of a pair are in the one gradient that is clipped. No
     unit's loss depends on another's: a divisor that counts the tokens of the batch, as that of a model's own `.loss`,
     would let one unit move the gradients of all others.
 
     Args:
         engine: In training mode.
         method: `auto` is `stacked` where it is possible, else `microbatch`.
+        objective: What is lowered.
 
     Yields:
         A function from units to their gradients, (U, P), and whether it takes several units at once.
 
     Raises:
         ModelError: The method cannot serve this adapter.
+        PrivacyError: The objective couples units.
     """
+    if objective.couples_examples:
+        raise PrivacyError("KTO's reference point over a batch couples units; set training.reference_point = 'zero'")
     factors = _factors(engine.model)
     chosen = method if method != "auto" else ("stacked" if factors else "microbatch")
     if chosen == "stacked" and not factors:
         raise ModelError(f"privacy.clipping = 'stacked': {WHOLE}; use 'auto'")
     if chosen == "microbatch":
-        yield lambda units: _one(engine, units), False
+        yield lambda units: _one(engine, units, objective), False
         return
-    with _stacked(engine, factors) if chosen == "stacked" else _opacus(engine) as take:
+    with _stacked(engine, factors, objective) if chosen == "stacked" else _opacus(engine, objective) as take:
         yield take, True
 
 
@@ -117,13 +123,13 @@ class _Linear(torch.autograd.Function):
 
 
 @contextmanager
-def _stacked(engine: Engine, factors: dict[str, nn.Linear]) -> Iterator[Take]:
+def _stacked(engine: Engine, factors: dict[str, nn.Linear], objective: Objective) -> Iterator[Take]:
     """One pass; all units of a physical batch at once."""
     sink = _Sink()
 
     def take(units: Sequence[Unit]) -> Tensor:
-        sink.start(num_rows=sum(map(len, units)))
-        _backward(engine, units)
+        sink.start(num_rows=sum(map(_num_rows, units)))
+        _backward(engine, units, objective)
         return _by_unit(_flat(sink.rows(), sorted(factors)), units)
 
     for name, module in factors.items():
@@ -140,20 +146,20 @@ def _telling(module: nn.Linear, sink: _Sink, name: str) -> Callable[[Tensor], Te
     return lambda x: _Linear.apply(x, module.weight, sink, name)  # type: ignore[no-untyped-call]
 
 
-def _one(engine: Engine, units: Sequence[Unit]) -> Tensor:
+def _one(engine: Engine, units: Sequence[Unit], objective: Objective) -> Tensor:
     """One unit by plain autograd."""
     if len(units) != 1:
         raise ValueError(f"{len(units)} units; this way takes one at a time")
     trained = adapter.parameters(engine.model)
     engine.model.zero_grad(set_to_none=True)
-    _backward(engine, units)
+    _backward(engine, units, objective)
     found = {name: parameter.grad[None] for name, parameter in trained.items() if parameter.grad is not None}
     engine.model.zero_grad(set_to_none=True)
     return _flat(found, sorted(trained))
 
 
 @contextmanager
-def _opacus(engine: Engine) -> Iterator[Take]:
+def _opacus(engine: Engine, objective: Objective) -> Iterator[Take]:
     """Opacus' hooks; they fail under gradient checkpointing without reentry, which then is an error."""
     from opacus.grad_sample import GradSampleHooks
 
@@ -163,7 +169,7 @@ def _opacus(engine: Engine) -> Iterator[Take]:
     def take(units: Sequence[Unit]) -> Tensor:
         with warnings.catch_warnings():  # of the first layer, whose input needs no gradient
             warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
-            _backward(engine, units)
+            _backward(engine, units, objective)
         told = {name: getattr(parameter, "grad_sample", None) for name, parameter in trained.items()}
         for parameter in trained.values():
             parameter.grad, parameter.grad_sample = None, None  # type: ignore[attr-defined]
@@ -178,12 +184,15 @@ def _opacus(engine: Engine) -> Iterator[Take]:
         hooks.cleanup()
 
 
-def _backward(engine: Engine, units: Sequence[Unit]) -> None:
+def _backward(engine: Engine, units: Sequence[Unit], objective: Objective) -> None:
     """One pass over the rows of some units."""
-    rows = [row for unit in units for row in unit]
-    batch = prompts.collate(rows, pad_id=engine.pad_id).to(engine.device)
-    nll, _ = answer_nll(engine.model, batch)
-    nll.backward()  # type: ignore[no-untyped-call]
+    loss = objectives.loss_sum(engine, [example for unit in units for example in unit], objective)
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _num_rows(unit: Unit) -> int:
+    """Rows that go through the model; a pair has two."""
+    return sum(len(example.rows) for example in unit)
 
 
 def _flat(found: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
@@ -200,7 +209,9 @@ def _flat(found: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
 
 def _by_unit(rows_bp: Tensor, units: Sequence[Unit]) -> Tensor:
     """Add up the rows of each unit."""
-    if all(len(unit) == 1 for unit in units):
+    if all(_num_rows(unit) == 1 for unit in units):
         return rows_bp
-    owners_b = torch.tensor([number for number, unit in enumerate(units) for _ in unit], device=rows_bp.device)
+    owners_b = torch.tensor(
+        [number for number, unit in enumerate(units) for _ in range(_num_rows(unit))], device=rows_bp.device
+    )
     return rows_bp.new_zeros((len(units), rows_bp.shape[1])).index_add_(0, owners_b, rows_bp)

@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 
+from common import objectives
 from common.noise import Noise
-from common.prompts import Encoded
+from common.objectives import Example
 
-Unit = Sequence[Encoded]
+Unit = Sequence[Example]
 
 
-def group(rows: Sequence[Encoded]) -> list[list[Encoded]]:
-    """The rows of each unit, units in the order of their first rows."""
-    found: dict[str, list[Encoded]] = {}
+def group(rows: Sequence[Example]) -> list[list[Example]]:
+    """The rows of each unit, units in the order of their first rows; a pair of answers counts as one row."""
+    found: dict[str, list[Example]] = {}
     for row in rows:
         found.setdefault(row.unit, []).append(row)
     return list(found.values())
@@ -46,7 +47,7 @@ def pack(units: Sequence[Unit], *, max_rows: int) -> Iterator[list[Unit]]:
         ValueError: A unit has more rows than a physical batch.
     """
     batch: list[Unit] = []
-    for unit in sorted(units, key=lambda unit: max(len(row.input_ids) for row in unit)):
+    for unit in sorted(units, key=lambda unit: max(map(objectives.length, unit))):
         if len(unit) > max_rows:
             raise ValueError(f"a unit of {len(unit)} rows does not fit into a physical batch of {max_rows}")
         if sum(map(len, batch)) + len(unit) > max_rows:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from common.data import files, hub, shapes
+from common.data import files, hub, preference_rows, shapes
 from common.data.files import Located
 from common.data.problems import Problems, UnusableError
 from common.errors import DataError
@@ -118,7 +118,8 @@ def _read_folder(folder: Path, max_line_bytes: int) -> list[Located]:
 def _to_rows(located: Sequence[Located], columns: Columns, *, source: str) -> list[Row]:
     """Normalise every row, or refuse the data set with its first problems."""
     names = {name for row in located for name in row.fields}
-    convert = shapes.choose(names, columns, source=source)
+    choose = shapes.choose if columns.objective == "sft" else preference_rows.choose
+    convert = choose(names, columns, source=source)
     problems, rows = Problems(), []
     for row in located:
         try:

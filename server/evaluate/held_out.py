@@ -22,7 +22,7 @@ def evaluate(federation: Federation, state: State, *, num_rounds: int, generate:
         generate: Also count exact matches.
 
     Returns:
-        Mean negative log-likelihood per answer token over all sites' held-out rows, nats.
+        Mean negative log-likelihood per answer token over all sites' held-out rows, nats; see `mean_loss`.
 
     Raises:
         ProtocolError: No site has ever answered.
@@ -39,14 +39,39 @@ def evaluate(federation: Federation, state: State, *, num_rounds: int, generate:
 
 
 def mean_loss(metrics: list[SiteMetrics]) -> float:
-    """Over all answer tokens of all sites, nats."""
-    return sum(m.nll_sum for m in metrics) / sum(m.num_answer_tokens for m in metrics)
+    """Over all answer tokens of all sites, nats; over all their rows where preferences are learnt."""
+    return sum(m.loss_sum for m in metrics) / sum(m.num_terms for m in metrics)
 
 
 def exact_match(metrics: list[SiteMetrics]) -> float | None:
     """Share of generated answers equal to the reference; None if none was generated."""
     num_generated = sum(m.num_generated for m in metrics)
     return sum(m.num_exact for m in metrics) / num_generated if num_generated else None
+
+
+def accuracy(metrics: list[SiteMetrics]) -> float | None:
+    """Share of held-out preferences that the adapter agrees with; None where none are learnt."""
+    agreed = [m.num_preferred for m in metrics if m.num_preferred is not None]
+    return sum(agreed) / sum(m.num_rows for m in metrics) if agreed else None
+
+
+def answer_loss(metrics: list[SiteMetrics]) -> float | None:
+    """Negative log-likelihood of chosen or rated answers, nats per token; None where that is the loss itself.
+
+    It rises where the answers of all pairs become less likely together, which a margin does not show.
+    """
+    told = [m for m in metrics if m.preference_loss_sum is not None]
+    return sum(m.nll_sum for m in told) / sum(m.num_answer_tokens for m in told) if told else None
+
+
+def _check_preferences(metrics: SiteMetrics, federation: Federation) -> None:
+    """Figures of preferences are there if the run learns them, and only then."""
+    wanted = federation.manifest.run.training.objective != "sft"
+    told = (metrics.preference_loss_sum, metrics.num_preferred)
+    if any((figure is not None) != wanted for figure in told):
+        raise ProtocolError("figures of preferences are missing, or told where the run learns none")
+    if wanted and not metrics.num_rows >= max(metrics.num_preferred or 0, 1):
+        raise ProtocolError(f"agrees with {metrics.num_preferred} of {metrics.num_rows} preferences")
 
 
 def _read(federation: Federation, answer: collect.Answer, plan: RoundPlan) -> SiteMetrics | None:
@@ -60,6 +85,7 @@ def _read(federation: Federation, answer: collect.Answer, plan: RoundPlan) -> Si
             raise ProtocolError("figures under another name, or over no tokens")
         if metrics.num_exact > metrics.num_generated:
             raise ProtocolError(f"{metrics.num_exact} of {metrics.num_generated} generated answers are exact")
+        _check_preferences(metrics, federation)
     except SilotuneError as error:
         federation.fail(answer, error, step="evaluate")
         return None
@@ -91,18 +117,19 @@ def _log(federation: Federation, *, num_rounds: int, fresh: set[str], server_los
         num_rounds=num_rounds,
         loss=mean_loss(metrics),
         exact_match=exact_match(metrics),
+        accuracy=accuracy(metrics),
+        answer_loss=answer_loss(metrics),
         server_loss=server_loss,
         stale=[m.site for m in metrics if m.site not in fresh],
-        sites={
-            m.site: {
-                "loss": m.loss,
-                "num_rows": m.num_rows,
-                "exact_match": exact[m.site],
-                "change": change.get(m.site),
-            }
-            for m in metrics
-        },
+        sites={m.site: _figures(m) | {"change": change.get(m.site)} for m in metrics},
         fairness=fairness.of_sites(losses, exact),
         worse_than_base=[site for site, rise in change.items() if rise > 0],
     )
     return mean_loss(metrics)
+
+
+def _figures(metrics: SiteMetrics) -> dict[str, object]:
+    """One site's, for the events."""
+    own = [metrics]
+    told = {"loss": metrics.loss, "num_rows": metrics.num_rows, "exact_match": exact_match(own)}
+    return {**told, "accuracy": accuracy(own)}

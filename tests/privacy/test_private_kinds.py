@@ -5,7 +5,7 @@ import torch
 
 from client.agent import SiteData
 from client.train import private, unit_gradients, units
-from common import adapter, events, model
+from common import adapter, events, likelihood, model
 from common.errors import ModelError
 from common.kinds import DEFAULTS
 from server import run
@@ -65,7 +65,7 @@ def test_a_private_step_is_that_of_a_naive_loop(load_tiny, kind):
     assert float((found - wanted).norm()) < 2e-5 * float(wanted.norm())
     own = adapter.parameters(engine.model)
     unclipped = torch.autograd.grad(
-        sum(model.answer_nll(engine.model, _batch(engine, [row]))[0] for row in rows),
+        sum(likelihood.answer_nll(engine.model, _batch(engine, [row]))[0] for row in rows),
         [own[name] for name in sorted(own)],
     )
     raw = torch.cat([one.flatten() for one in unclipped])

@@ -142,6 +142,7 @@ def test_a_review_says_what_leaves_and_what_is_read(site, node_file):
     assert found.facts["base"].startswith("tiny, ")
     assert found.facts["base as quantised"] == "not quantised; the hash of its files says all"
     assert "robust aggregation: off, so one bad site can move the adapter" in found.facts["who sees this update"]
+    assert found.facts["what is learnt"].startswith("to write the answers in the rows")
     assert found.facts["aggregation"] == "fedavg; a site trains and sends A and B"
     assert found.tensors == {spec.name: list(spec.shape) for spec in site.manifest().tensor_specs}
     for word in ("train_loss", "layers.*.self_attn.q_proj.lora_A.weight", "4 x 64", "nothing to compare with"):

@@ -92,6 +92,28 @@ def test_a_step_may_not_go_back_so_far_that_only_the_last_gradient_leaves():
     assert refused(rules(max_rounds="4\nmax_pull = 0.09"), pulled).rule == "train.max_pull"
 
 
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_preferences_are_learnt_only_where_the_policy_names_them(objective):
+    asked = run({"training.objective": f'"{objective}"'})
+    assert refused(rules(), asked).rule == "train.objectives"
+    assert "is not one of sft" in str(refused(rules(), asked))
+    assert refused(rules(max_rounds='4\nobjectives = ["sft"]'), asked).rule == "train.objectives"
+    allowed = {"max_rounds": f'4\nobjectives = ["{objective}"]'}
+    assert refused(rules(**allowed), asked).rule == "egress.metrics"
+    figures = "[0, 1e6]\npreference_loss_sum = [0, 1e9]\nnum_preferred = [0, 1e9]"
+    policy.check(rules(**allowed, num_exact=figures), asked, Usage())
+    assert refused(rules(**allowed), run()).rule == "train.objectives"
+
+
+def test_the_columns_of_preferences_must_be_listed_too():
+    dataset = policy_file.DatasetRules(path="rows.jsonl", columns=("prompt", "chosen"), max_rows=10)
+    policy.check_columns(dataset, run().run)
+    with pytest.raises(PolicyRefusedError, match=r"data\.datasets\.columns: .*'dpo' reads rejected, not listed"):
+        policy.check_columns(dataset, run({"training.objective": '"dpo"'}).run)
+    whole = dataset.model_copy(update={"columns": ("prompt", "chosen", "rejected")})
+    policy.check_columns(whole, run({"training.objective": '"dpo"'}).run)
+
+
 def test_runs_of_the_day_are_counted():
     policy.check(rules(max_per_day="2"), run(), Usage(num_runs_today=1))
     assert refused(rules(max_per_day="2"), run(), Usage(num_runs_today=2)).rule == "runs.max_per_day"

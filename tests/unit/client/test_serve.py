@@ -149,6 +149,25 @@ def test_preview_shows_the_first_rows(node, tiny_base):
     assert len(shown) == 2
 
 
+def test_a_sites_preferences_are_read_as_the_run_says_and_checked_by_both_answers(node, tmp_path, tiny_base):
+    path = tmp_path / "pairs.jsonl"
+    lines = [{"patient_id": n % 3, "prompt": f"Code {n}?", "chosen": "A", "rejected": "B B"} for n in range(6)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    own = node(data={"path": str(path)})
+    run = RunManifest(tiny.settings("tiny", {"training.objective": '"dpo"'}), "ab" * 32, ())
+    data = serve.load_data(own, run)
+    assert len(data.train) + len(data.held_out) == 6
+    assert all(row.rejected[-1].content == "B B" for row in data.train)
+    report = site_rows.check(own, base="", max_length_tokens=64, objective="dpo")
+    assert (report.num_rows, report.num_units) == (12, 3)
+    shown = site_rows.preview(own, base=str(tiny_base), limit=2, max_length_tokens=64, objective="dpo")
+    assert [("B B" in "".join(text for text, _ in row.segments)) for row in shown] == [False, True]
+    with pytest.raises(DataError, match="'output'"):
+        site_rows.check(own, base="", max_length_tokens=64)
+    with pytest.raises(ConfigError, match="choose one of sft, dpo, kto"):
+        site_rows.check(own, base="", max_length_tokens=64, objective="ppo")
+
+
 def test_preview_without_any_base_says_how_to_name_one(node):
     with pytest.raises(ModelError, match=r"--base"):
         site_rows.preview(node(model={}), base="", limit=2, max_length_tokens=64)

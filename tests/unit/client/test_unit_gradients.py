@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from client.train import private, unit_gradients
-from common import adapter, config, model, prompts
+from common import adapter, config, likelihood, model, prompts
 from common.errors import ModelError
 from tests import tiny
 
@@ -159,7 +159,7 @@ def test_dropout_has_one_mask_for_forward_and_clipping(tiny_base):
     with torch.random.fork_rng():
         torch.manual_seed(7)
         rows = [row for unit in units for row in unit]
-        nll, _ = model.answer_nll(engine.model, prompts.collate(rows, pad_id=engine.pad_id))
+        nll, _ = likelihood.answer_nll(engine.model, prompts.collate(rows, pad_id=engine.pad_id))
         nll.backward()
         expected = {name: p.grad.clone() for name, p in adapter.parameters(engine.model).items()}
         engine.model.zero_grad(set_to_none=True)

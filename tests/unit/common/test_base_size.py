@@ -9,7 +9,7 @@ import torch
 from common import adapter, base_size, prompts
 from common.base_size import BaseShape, Work
 from common.errors import ModelError
-from common.model import answer_nll
+from common.likelihood import answer_nll
 
 LLAMA_LAYER = {
     **{f"self_attn.{name}_proj": (4096, 4096) for name in "qkvo"},

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common import adapter, evaluation, model, prompts
+from common import adapter, evaluation, likelihood, model, prompts
 from common.errors import ModelError
 from common.rows import Message
 from tests import tiny
@@ -23,7 +23,7 @@ def score(engine, encoded, generated=(), *, batch_size=4):
 def test_the_sum_is_that_over_single_rows(engine, encoded):
     engine.model.eval()
     with torch.no_grad():
-        single = [model.answer_nll(engine.model, prompts.collate([row], pad_id=engine.pad_id)) for row in encoded]
+        single = [likelihood.answer_nll(engine.model, prompts.collate([row], pad_id=engine.pad_id)) for row in encoded]
     found = score(engine, encoded)
     assert found.nll_sum == pytest.approx(sum(float(nll) for nll, _ in single), rel=1e-5)
     assert found.num_answer_tokens == sum(count for _, count in single)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common import adapter, config_rules, kind_rules, model, peft_kinds, trainable
+from common import adapter, config_rules, kind_rules, likelihood, model, peft_kinds, trainable
 from common.errors import ConfigError, ModelError
 from common.kind_rules import KIND_FEATURES
 from common.kinds import DEFAULTS, KINDS, belongs
@@ -121,7 +121,7 @@ def test_virtual_tokens_do_not_move_the_loss_to_other_tokens(load_tiny):
 
     engine = load_tiny(changes("prompt_tuning"))
     rows = prompts.encode_all(tiny.rows(3), engine.tokenizer, max_length_tokens=64, too_long="error")[0]
-    together, _ = model.answer_nll(engine.model, prompts.collate(rows, pad_id=engine.pad_id))
+    together, _ = likelihood.answer_nll(engine.model, prompts.collate(rows, pad_id=engine.pad_id))
     apart = 0.0
     for row in rows:
         ids = torch.tensor([row.input_ids])

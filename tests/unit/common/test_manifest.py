@@ -225,7 +225,13 @@ def test_a_manifest_declares_every_figure_that_leaves_and_its_range():
     assert declared["metrics"]["update"]["train_loss"] == [0, 100]
     for kind, record in egress.REPLIES.items():
         names = {field.name for field in dataclasses.fields(record)}
-        assert names - set(egress.NAMES) == set(declared["metrics"][kind])
+        assert names - {*egress.NAMES, *egress.PREFERENCES} == set(declared["metrics"][kind])
+
+
+def test_a_manifest_declares_figures_of_preferences_only_where_it_learns_them():
+    run = tiny.settings("tiny", {"training.objective": '"dpo"'})
+    declared = RunManifest(run, make().base_sha256, make().tensor_specs).egress.metrics["metrics"]
+    assert declared.keys() - make().egress.metrics["metrics"].keys() == set(egress.PREFERENCES)
 
 
 def test_declared_bytes_hold_the_largest_update():

@@ -9,7 +9,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from safetensors.torch import load_file, save_file
 
 from client.train import local
-from common import adapter, config, model, prompts
+from common import adapter, config, likelihood, model, prompts
 from common.config_privacy import PrivacyConfig
 from common.errors import ModelError
 from common.noise import SeededNoise
@@ -25,7 +25,7 @@ def gradients(engine, rows) -> dict[str, torch.Tensor]:
     """Of the summed loss on some rows, in training mode."""
     engine.model.train()
     engine.model.zero_grad()
-    nll, _ = model.answer_nll(engine.model, prompts.collate(rows, pad_id=engine.pad_id))
+    nll, _ = likelihood.answer_nll(engine.model, prompts.collate(rows, pad_id=engine.pad_id))
     nll.backward()
     return {name: p.grad.clone() for name, p in adapter.parameters(engine.model).items()}
 
@@ -33,7 +33,7 @@ def gradients(engine, rows) -> dict[str, torch.Tensor]:
 def evaluate(engine, rows) -> float:
     engine.model.eval()
     with torch.no_grad():
-        return float(model.answer_nll(engine.model, prompts.collate(rows, pad_id=engine.pad_id))[0])
+        return float(likelihood.answer_nll(engine.model, prompts.collate(rows, pad_id=engine.pad_id))[0])
 
 
 def stirred(engine) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from client.agent import SiteData
 from common import model
 from common.errors import ProtocolError
 from common.records import SiteMetrics
@@ -75,6 +76,7 @@ def test_control_without_its_last_figures_the_mean_would_move(ready, nodes, engi
         {"nll_sum": -1.0},
         {"nll_sum": 1e300},
         {"num_exact": 5, "num_generated": 4},
+        {"preference_loss_sum": 1.0, "num_preferred": 1},
         {"extra": 1},
     ],
     ids=lambda changes: next(iter(changes)),
@@ -83,6 +85,45 @@ def test_wrong_figures_are_left_out_and_told(ready, nodes, engine, told, changes
     fed = ready({**nodes, 3: tiny.spoilt(nodes[3], "evaluate", tiny.with_head(**changes))})
     evaluate(fed, engine)
     assert sorted(told("evaluated")[0]["sites"]) == ["north", "south"]
+    assert [(event["site"], event["step"]) for event in told("site_failed")] == [("west", "evaluate")]
+
+
+def preferring(site: str, loss_sum: float, num_rows: int, num_preferred: int) -> SiteMetrics:
+    return SiteMetrics(site, "", 0, 50.0, 10, num_rows, 0, 0, 0.1, loss_sum, num_preferred)
+
+
+def test_where_preferences_are_learnt_the_mean_is_over_rows_and_the_share_that_is_agreed_with_is_told():
+    both = [preferring("a", 5.0, 10, 9), preferring("b", 21.0, 30, 11)]
+    assert held_out.mean_loss(both) == 0.65
+    assert held_out.accuracy(both) == 0.5
+    assert both[0].loss == 0.5
+    assert held_out.answer_loss(both) == 5.0
+    assert held_out.accuracy([metrics("a", 1, 1)]) is None
+    assert held_out.answer_loss([metrics("a", 1, 1)]) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"preference_loss_sum": None, "num_preferred": None},
+        {"num_preferred": None},
+        {"num_preferred": 7},
+        {"num_rows": 0, "num_preferred": 0},
+        {"preference_loss_sum": -1.0},
+    ],
+    ids=str,
+)
+def test_wrong_figures_of_preferences_are_left_out_and_told(ready, engine, told, changes):
+    sites = {
+        number: tiny.make_agent(
+            site, engine, data=SiteData(*([tiny.pair(place, site=site) for place in range(6)] for _ in range(2)))
+        ).answer
+        for number, site in enumerate(("north", "south", "west"), start=1)
+    }
+    spoilt = {**sites, 3: tiny.spoilt(sites[3], "evaluate", tiny.with_head(**changes))}
+    evaluate(ready(spoilt, {"training.objective": '"dpo"'}), engine)
+    assert sorted(told("evaluated")[0]["sites"]) == ["north", "south"]
+    assert told("evaluated")[0]["accuracy"] == 0.0
     assert [(event["site"], event["step"]) for event in told("site_failed")] == [("west", "evaluate")]
 
 

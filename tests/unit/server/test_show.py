@@ -60,6 +60,10 @@ def test_lines_are_never_wrapped():
         ([PLAN, joined("west"), FAILED], "west train: no answer within 60 s"),
         ([PLAN, {"kind": "site_refused", "node": 4, "reason": "DataError"}], "node 4: DataError"),
         ([*LOG, {**evaluated(1, 3.0, north=3.0), "server_loss": 2.125}], "coordinator's rows 2.125"),
+        (
+            [*LOG, {**evaluated(1, 0.5, north=0.5), "accuracy": 0.75, "answer_loss": 4.5}],
+            "agrees with 75.0 %, answers 4.500",
+        ),
     ],
 )
 def test_what_a_reader_should_not_miss(events, told):

@@ -108,6 +108,20 @@ def test_why_a_run_ended_is_an_event_and_its_status(run_file, tmp_path, capsys):
     assert report.status(log).startswith("failed: ")
 
 
+def test_attacks_and_audits_of_preferences_are_refused(run_file, tmp_path, capsys):
+    path = tmp_path / "pairs.jsonl"
+    lines = [
+        {"site": site, "patient_id": f"{site}-{n}", "prompt": f"Code {n}?", "chosen": "A", "rejected": "B"}
+        for site in ("north", "south", "west")
+        for n in range(6)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = ("--data", path, "--threads", 1, "--set", "training.objective=dpo", "--output", tmp_path / "out")
+    for arguments in (("audit", "mia", run_file), ("attack", run_file, "--attack", "label-flip", "--bad", 1)):
+        assert silotune_sim(*arguments, *given) == 2
+        assert "audits and attacks are of runs that learn answers" in capsys.readouterr().err
+
+
 def test_the_command_lines_settings_win_over_the_file(run_file, tiny_base):
     order = commands.Order(run_file, None, model="", data="", store=None, overrides={"adapter.r": "2"}, is_quiet=True)
     settings = order.settings()
