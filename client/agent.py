@@ -16,7 +16,7 @@ from client.train import local, schedule
 from common import adapter, broadcast, codes, compact, evaluation, manifest, model, start, trainable, wire
 from common.broadcast import Held
 from common.config_privacy import Protection
-from common.errors import AuthError, ConfigError, ProtocolError, SilotuneError
+from common.errors import AuthError, ConfigError, ProtocolError, SilotuneError, code_of
 from common.manifest import RunManifest
 from common.model import Engine
 from common.noise import Noise, SystemNoise
@@ -128,8 +128,7 @@ class Agent:
             self._guard.refused(reference, request, error)
         except SilotuneError as failure:
             error = failure
-        code = type(error).__name__ if isinstance(error, SilotuneError) else "InternalError"
-        return Frame("refused", {"code": code, "reference": reference})
+        return Frame("refused", {"code": code_of(error), "reference": reference})
 
     def _open(self, request: Frame) -> Frame:
         """Read the manifest, load base and rows, and say how many rows take part."""

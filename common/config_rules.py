@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from common import compatibility, config_hints, config_site_rules
+from common import compatibility, config_gate_rules, config_hints, config_site_rules
 from common.methods import FACTS
 
 if TYPE_CHECKING:
@@ -354,6 +354,7 @@ RUN_RULES = (
         lambda c: c.evaluation.tasks_every_rounds > 0 and not c.evaluation.suite,
         "there is nothing to measure; name tasks or evaluation.metrics, or remove it",
     ),
+    *(Rule(*contradiction) for contradiction in config_gate_rules.contradictions()),
 )
 
 NODE_RULES = (

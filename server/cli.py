@@ -234,6 +234,7 @@ def verify(
     cli.emit(result, as_json=json, show=lambda: cli.show(*checks.told(result)))
 
 
+app.command()(cli_export.gate)
 app.command()(cli_export.merge)
 app.command()(cli_export.serve)
 

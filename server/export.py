@@ -18,6 +18,7 @@ from common.manifest import RunManifest
 from server import export_canonical
 from server.aggregate import factored
 from server.evaluate import measure, view
+from server.gate import words
 
 CARD_TEMPLATE = Path(__file__).with_name("card.md.j2")
 
@@ -86,7 +87,7 @@ def card(
         measured=stages.get(measure.stage_of(num_rounds, last=settings.federation.num_rounds)), view=view,
         measured_before=stages.get(measure.BASE), privacy_wording=privacy_plan.wording(settings),
         epsilon=privacy_plan.epsilon(settings) if settings.privacy.is_private_per_unit else None,
-        spent=_spent(settings, log, num_rounds=num_rounds),
+        spent=_spent(settings, log, num_rounds=num_rounds), gated=words.of_export(log, num_rounds=num_rounds),
     )  # fmt: skip
     return text
 

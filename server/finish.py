@@ -6,6 +6,7 @@ from common import events, identity, model, store
 from common.errors import ConfigError
 from server import checkpoint, export, export_folder, run
 from server.export_folder import Exported
+from server.gate import decide
 
 
 def export_run(
@@ -109,17 +110,19 @@ def refuse_without_to(**options: object) -> None:
 
 
 def stored(run_folder: Path, *, num_rounds: int) -> Exported:
-    """A checkpoint of a run; 0 is the newest.
+    """A checkpoint of a run; 0 is the newest, of a run with a gate the newest that it let pass.
 
     Raises:
         DataError: No such checkpoint.
+        GateRefused: The run's gate did not let it pass.
         ModelError: It is damaged.
     """
     found = run.stored_manifest(run_folder)
     done = checkpoint.finished(run_folder)
-    wanted = num_rounds or (done[-1] if done else 0)
-    state = checkpoint.load(run_folder, found.tensor_specs, num_rounds=wanted, run_sha256=found.sha256)
     log = events.read(run_folder / run.EVENTS_FILE)
+    wanted = num_rounds or decide.exported_round(found.run, log) or (done[-1] if done else 0)
+    state = checkpoint.load(run_folder, found.tensor_specs, num_rounds=wanted, run_sha256=found.sha256)
+    decide.require(found.run, log, adapter_sha256=state.sha256)
     return Exported(state.tensors, found, wanted, run.trained_sites(log, num_rounds=wanted), log)
 
 

@@ -9,7 +9,9 @@ import jinja2
 
 from common import events, storage
 from common.events import Event
+from server import troubleshooting
 from server.evaluate import view
+from server.gate import words
 from server.show import percent, size
 
 REPORT_FILE: Final = "report.html"
@@ -72,6 +74,8 @@ def render(log: Sequence[Event]) -> str:
         evenness=view.evenness(evaluated[-1]) if evaluated else "",
         worse=view.worse(evaluated[-1]) if evaluated else "",
         measured=view.table(log),
+        gated=words.summary(log),
+        symptoms=troubleshooting.symptoms(log),
         troubles=_of(log, "site_failed") + _of(log, "site_refused") + _flagged(log),
         percent=percent,
         size=size,

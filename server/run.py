@@ -38,6 +38,7 @@ from server.checkpoint import Checkpoint
 from server.evaluate import suite
 from server.federation import Federation, OwnRows, fresh_noise
 from server.fleet import Fleet
+from server.gate import decide
 from server.offer import Operator
 
 RUN_FILE = "run.json"
@@ -51,7 +52,7 @@ class Outcome:
     """The end of a run.
 
     Attributes:
-        tensors: The global adapter after the last round.
+        tensors: The adapter that was exported: the global one after the last round, or what the gate went back to.
         sites: Names of the sites whose updates were used, with their rows.
         folder: The run's folder.
     """
@@ -73,7 +74,7 @@ def execute(
     is_noise_accepted: bool = False,
     make_noise: Callable[[int], Noise] = fresh_noise,
 ) -> Outcome:
-    """Run federated training from the first to the last round and export the adapter.
+    """Run federated training from the first to the last round and export the newest adapter that the gate lets pass.
 
     Args:
         settings: The run file.
@@ -89,6 +90,7 @@ def execute(
 
     Raises:
         FloorRefused: It does, and nobody accepted it.
+        GateRefused: No checkpoint shows what `[gate]` asks for; nothing is exported.
         PrivacyError: A round that was released would be played again.
         AuditError: The audit log was changed under the run.
         ConfigError: An update would be larger than `wire.max_update_mib`, or a task needs what is not installed.
@@ -115,14 +117,15 @@ def execute(
     log.append("run_started", **plan(manifest, engine), **told, first_round=first.num_rounds)
     with _recorded(fed, first.tensors, first_round=first.num_rounds):
         federation.wait_for_sites(fed)
-        tensors = rounds.run(fed, first.tensors, first_round=first.num_rounds)
-    num_rounds = settings.federation.num_rounds
+        rounds.run(fed, first.tensors, first_round=first.num_rounds)
+        chosen, tensors = decide.choose(settings, decide.of_rounds(folder, manifest), suite=measured)
+    num_rounds = chosen.num_rounds
     history = events.read(log.path)
     sites = trained_sites(history, num_rounds=num_rounds)
     export.save_adapter(
         folder / EXPORT_FOLDER, tensors, run_manifest=manifest, num_rounds=num_rounds, sites=sites, log=history
     )
-    log.append("run_finished", adapter=EXPORT_FOLDER, num_rounds=num_rounds)
+    log.append("run_finished", adapter=EXPORT_FOLDER, num_rounds=num_rounds, stage=chosen.stage)
     return Outcome(tensors, sites, folder)
 
 
@@ -139,7 +142,7 @@ def _recorded(fed: Federation, start: Tensors, *, first_round: int) -> Iterator[
         with suppress(SilotuneError):  # the run's own error is the one to tell
             fed.record("ended", outcome="failed", **trail.of_error(error))
         raise
-    fed.record("ended", outcome="finished", num_rounds=fed.manifest.run.federation.num_rounds)
+    fed.record("ended", outcome="finished", num_rounds=checkpoint.finished(fed.folder)[-1])
 
 
 def trained_sites(log: Sequence[Event], *, num_rounds: int) -> dict[str, int]:

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from common.events import Event
 from server.evaluate import view
+from server.gate import words
 
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 
@@ -154,6 +155,16 @@ class Screen:
         self._print(f"  [bold]{event['stage']}[/]")
         for line in view.lines(event):
             self._print(f"    {_escape(line)}")
+
+    def _on_gated(self, event: Event) -> None:
+        """What the gate says of one adapter."""
+        self._print(f"  [bold]gate, {event['stage']}: {'passed' if event['is_passed'] else '[red]refused[/]'}[/]")
+        for verdict in event["verdicts"]:
+            self._print(f"    {_escape(words.line(verdict))}")
+
+    def _on_stopped(self, event: Event) -> None:
+        """The rounds end early."""
+        self._print(f"[yellow]rounds end after {event['num_rounds']}: {_escape(event['reason'])}[/]")
 
     def _on_run_finished(self, event: Event) -> None:
         """The end."""
