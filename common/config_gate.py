@@ -63,7 +63,7 @@ class GateConfig(Section):
         default=0.99, description="With `schema`: the share of answers that meet their JSON schema must be above."
     )
     max_exposure: Annotated[float, Field(ge=0, le=64)] = Field(
-        default=4.0, description="With `exposure`: a figure `exposure` of canaries must be below, bits."
+        default=5.0, description="With `exposure`: a figure `exposure` of canaries must be below, bits."
     )
     max_extracted: Share = Field(
         default=0.0, description="With `extraction`: share of canaries that may be written out by the model."

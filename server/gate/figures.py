@@ -72,8 +72,9 @@ def gather(run: config.RunConfig, log: Sequence[Event], *, stage: str, num_round
     """
     told = view.stages(log).get(stage, {})
     sites = {event["num_rounds"]: event for event in log if event["kind"] == "evaluated"}
-    is_last = stage == measure.FINAL
-    compared = [event["comparison"] for event in log if event["kind"] == "compared"] if is_last else []
+    exported = [event.get("stage", measure.FINAL) for event in log if event["kind"] == "run_finished"]
+    is_compared = exported[-1:] == [stage]  # the federation's arm is what the run exported
+    compared = [event["comparison"] for event in log if event["kind"] == "compared"] if is_compared else []
     is_held = "audit" in run.gate.rule_names  # the accountant takes a second
     return Figures(
         stage=stage,

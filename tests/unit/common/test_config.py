@@ -385,7 +385,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "4791585888935bd665317edc4841efa0e9ac3a4baaac8ef21a0d87782db4bcbe"
+        "028d23b81925ddf3c4254f3e6d094167ca00290bf34a2692d28f0ce83a4ff4ad"
     )
 
 

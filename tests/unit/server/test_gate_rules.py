@@ -65,7 +65,7 @@ CASES = [  # rule, figures that meet it, figures that break it, the margin of th
         "exposure",
         Figures("final", {"c/exposure": figure(1.5), "c/exposure_ceiling": figure(10.0)}),
         Figures("final", {"c/exposure": figure(9.0), "c/exposure_ceiling": figure(10.0)}),
-        -5.0,
+        -4.0,
     ),
     (
         "extraction",
@@ -227,5 +227,8 @@ def test_evaluations_that_a_resumed_run_has_more_do_not_count():
 
 def test_figures_are_those_of_their_own_stage():
     run = tiny.settings("base", {"gate.rules": "loss"})
+    after = [{"kind": "run_finished", "stage": "round-00001"}, {"kind": "compared", "comparison": {"federated": {}}}]
+    for stage, arms in (("round-00001", {"federated": {}}), ("final", {})):
+        assert gather(run, [*losses(6.0, 5.0, 4.0), *after], stage=stage, num_rounds=1).compared == arms
     told = gather(run, losses(6.0, 5.0, 4.0), stage="round-00001", num_rounds=1)
     assert (told.evaluated["loss"], told.base["loss"], told.measured) == (5.0, 6.0, {})
