@@ -152,6 +152,8 @@ def audit(gate: GateConfig, figures: Figures) -> Verdict:
         return _missing("audit", found)
     if found.audited_epsilon is None:
         return _missing("audit", "this kind of audit bounds no epsilon; take mechanism, canaries or mia")
+    if math.isinf(found.audited_epsilon):
+        return _missing("audit", f"the audit refutes every epsilon, file {found.sha256}")
     is_same = math.isclose(found.claimed_epsilon, figures.claimed_epsilon, rel_tol=CLAIM_TOLERANCE)
     if not is_same or not math.isclose(found.dp_delta, figures.dp_delta, rel_tol=CLAIM_TOLERANCE):
         reason = (
@@ -211,7 +213,7 @@ def _above_by_gain(gate: GateConfig, figures: Figures, figure: str, *, over: str
     worse_end = gain["low"] if better else -gain["high"]
     value = worse_end if gate.evidence == "interval" else gain["mean"] if better else -gain["mean"]
     end = ", worse end of the interval" if gate.evidence == "interval" else ""
-    return _at_least(name, value, limit, f"{figure}, better than {over} by{end}")
+    return _at_least(name, value, limit, f"{figure}, gain over {over}{end}")
 
 
 def _few(gate: GateConfig, name: str, figure: str, told: Mapping[str, Any]) -> Verdict:

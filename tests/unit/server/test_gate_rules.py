@@ -186,6 +186,14 @@ def test_an_audit_is_read_with_its_hash_and_must_be_of_this_claim(tmp_path):
         assert "not what silotune-sim audit" in read_audit(str(path))
 
 
+def test_an_audit_that_refutes_every_claim_is_a_verdict_that_an_event_can_hold(tmp_path):
+    path = tmp_path / "audit.json"
+    path.write_text('{"claimed_epsilon": 8.0, "audited_epsilon": "infinite", "ceiling": null, "dp_delta": 1e-5}')
+    told = Figures("final", claimed_epsilon=8.0, dp_delta=1e-5, audit=read_audit(str(path)))
+    assert not verdict("audit", told).is_met
+    assert json.dumps(vars(verdict("audit", told)), allow_nan=False)
+
+
 def test_what_an_audit_writes_is_what_the_gate_reads(tmp_path):
     from simulations.audit.finding import Finding
 
