@@ -83,6 +83,14 @@ def test_the_figures_and_the_site_are_named():
     assert "rolora" in gap.remedy
 
 
+def test_figures_are_of_the_newest_adapter_and_not_of_one_that_a_gate_went_back_to():
+    older = measured("round-00001", {"a.f1": 0.5}, {"base": {"a.f1": {"mean": 0.0, "low": -0.1, "high": 0.1}}})
+    gated = [{"kind": "gated", "stage": stage, "is_passed": False} for stage in ("final", "round-00001")]
+    forgets = of_task(-0.2, kind="probe")
+    assert [one.name for one in troubleshooting.symptoms([*forgets, older, *gated])] == ["forgetting"]
+    assert troubleshooting.symptoms([*forgets, older]) == []  # control: the last stage is another
+
+
 def test_a_stale_site_or_a_log_of_an_earlier_kind_is_no_symptom():
     stale = [*DRIFTS[:3], evaluated(2, 4.0, stale=["north"], north=6.7, south=1.5)]
     assert troubleshooting.symptoms(stale) == []
