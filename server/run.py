@@ -117,8 +117,9 @@ def execute(
     log.append("run_started", **plan(manifest, engine), **told, first_round=first.num_rounds)
     with _recorded(fed, first.tensors, first_round=first.num_rounds):
         federation.wait_for_sites(fed)
-        rounds.run(fed, first.tensors, first_round=first.num_rounds)
-        chosen, tensors = decide.choose(settings, decide.of_rounds(folder, manifest), suite=measured)
+        tensors = rounds.run(fed, first.tensors, first_round=first.num_rounds)
+        candidates = decide.of_rounds(folder, manifest, newest=tensors)
+        chosen, tensors = decide.choose(settings, candidates, suite=measured)
     num_rounds = chosen.num_rounds
     history = events.read(log.path)
     sites = trained_sites(history, num_rounds=num_rounds)

@@ -32,16 +32,23 @@ class Candidate:
     load: Callable[[], Tensors]
 
 
-def of_rounds(folder: Path, run_manifest: RunManifest) -> Iterator[Candidate]:
+def of_rounds(folder: Path, run_manifest: RunManifest, *, newest: Tensors | None = None) -> Iterator[Candidate]:
     """The checkpoints of a run's folder, newest first; a stage after the rounds is a candidate of its own before them.
+
+    Args:
+        folder: The run's folder.
+        run_manifest: The run.
+        newest: The adapter of the newest checkpoint, where it is in memory; None reads it.
 
     Raises:
         ModelError: From `load`: the checkpoint is damaged.
     """
-    last = run_manifest.run.federation.num_rounds
-    for number in reversed(checkpoint.finished(folder)):
+    last, done = run_manifest.run.federation.num_rounds, checkpoint.finished(folder)
+    for number in reversed(done):
 
         def load(number: int = number) -> Tensors:
+            if newest is not None and number == done[-1]:
+                return newest
             specs, digest = run_manifest.tensor_specs, run_manifest.sha256
             return checkpoint.load(folder, specs, num_rounds=number, run_sha256=digest).tensors
 
