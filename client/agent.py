@@ -31,7 +31,7 @@ from common import (
 )
 from common.broadcast import Held
 from common.config_privacy import Protection
-from common.errors import AuthError, ConfigError, ProtocolError, SilotuneError
+from common.errors import AuthError, ConfigError, ProtocolError, SilotuneError, code_of
 from common.manifest import RunManifest
 from common.model import Engine
 from common.noise import Noise, SystemNoise
@@ -169,8 +169,7 @@ class Agent:
             self._guard.refused(reference, request, error)
         except SilotuneError as failure:
             error = failure
-        code = type(error).__name__ if isinstance(error, SilotuneError) else "InternalError"
-        return Frame("refused", {"code": code, "reference": reference})
+        return Frame("refused", {"code": code_of(error), "reference": reference})
 
     def _open(self, request: Frame) -> Frame:
         """Read the manifest, load base and rows, and say how many rows take part."""

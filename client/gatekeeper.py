@@ -31,7 +31,7 @@ from common.errors import (
     LedgerError,
     PolicyRefusedError,
     ProtocolError,
-    SilotuneError,
+    code_of,
 )
 from common.manifest import Offer, RunManifest
 from common.records import OpenedHead, RoundPlan, from_head
@@ -161,7 +161,7 @@ class Gatekeeper:
             return
         step = request.kind if request is not None and request.kind in REPLY_OF else "unknown"
         self._log.append(
-            "refused", step=step, code=_code(error), rule=_rule(error), reference=reference, **_run_of(request)
+            "refused", step=step, code=code_of(error), rule=_rule(error), reference=reference, **_run_of(request)
         )
 
     def _refresh(self) -> Head:
@@ -182,7 +182,7 @@ class Gatekeeper:
             self._check_roster()
             return policy.check_node(self.policy, node.data)
         except PolicyRefusedError as error:
-            self._log.append("refused", step="start", code=_code(error), rule=_rule(error))
+            self._log.append("refused", step="start", code=code_of(error), rule=_rule(error))
             raise
 
     def _check_roster(self) -> Membership | None:
@@ -289,12 +289,7 @@ def _rule(error: Exception) -> str:
     """The rule that refused; the error's class where it is a rule of the protocol."""
     if isinstance(error, PolicyRefusedError):
         return error.rule
-    return RULES.get(type(error), _code(error))
-
-
-def _code(error: Exception) -> str:
-    """What crosses, too."""
-    return type(error).__name__ if isinstance(error, SilotuneError) else "InternalError"
+    return RULES.get(type(error), code_of(error))
 
 
 def _run_of(request: Frame | None) -> dict[str, str]:

@@ -36,6 +36,8 @@ KNOWN: Final = {
     "wire": "dtype density error_feedback down max_update_mib",
     "evaluation": "every_rounds server_data batch_size exact_match_rows max_new_tokens metrics json_schema tasks "
     "tasks_every_rounds",
+    "gate": "rules evidence min_rows max_probe_drop min_baseline_gain max_site_rise min_loss_gain min_schema_valid "
+    "max_exposure max_extracted max_pii_emission audit_file stop_after figures",
     "output": "folder keep_checkpoints",
 }
 _FACTOR: Final = re.compile(r"(.+)\.(lora|residual)_(A|B)\.weight")

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from common import compatibility, config_hints, config_objective, config_site_rules, kind_rules
+from common import (
+    compatibility,
+    config_gate_rules,
+    config_hints,
+    config_objective,
+    config_site_rules,
+    kind_rules,
+)
 from common.methods import FACTS
 
 if TYPE_CHECKING:
@@ -360,6 +367,7 @@ RUN_RULES = (
         lambda c: c.evaluation.tasks_every_rounds > 0 and not c.evaluation.suite,
         "there is nothing to measure; name tasks or evaluation.metrics, or remove it",
     ),
+    *(Rule(*contradiction) for contradiction in config_gate_rules.contradictions()),
 )
 
 NODE_RULES = (

@@ -11,6 +11,8 @@ TARGETS = r"^[A-Za-z0-9_.]+( *, *[A-Za-z0-9_.]+)*$|^all-linear$"
 SITE_RANKS = r"^([a-z0-9-]{1,64} *= *[1-9][0-9]{0,3}( *, *[a-z0-9-]{1,64} *= *[1-9][0-9]{0,3})*)?$"
 _METRIC = "(exact_match|f1|rouge1|rouge2|rougeL|number|json|label_accuracy|macro_f1)"
 METRICS = rf"^({_METRIC}( *, *{_METRIC})*)?$"
+_RULE = "(probes|baseline|sites|loss|schema|exposure|extraction|pii|audit)"
+GATE_RULES = rf"^({_RULE}( *, *{_RULE})*)?$"
 PATTERNS = {
     SLUG: "1 to 64 of a-z, 0-9 and -, with no - at either end",
     SHA256: "64 digits of 0-9 and a-f, or empty",
@@ -19,6 +21,8 @@ PATTERNS = {
     SITE_RANKS: 'names of sites with their ranks, such as "north = 4, south = 8", or empty',
     METRICS: "of exact_match, f1, rouge1, rouge2, rougeL, number, json, label_accuracy and macro_f1, with commas "
     "between them, or empty",
+    GATE_RULES: "of probes, baseline, sites, loss, schema, exposure, extraction, pii and audit, with commas between "
+    "them, or empty",
 }
 
 Slug = Annotated[str, Field(pattern=SLUG)]

@@ -126,3 +126,22 @@ class StorageError(SilotuneError):
     """A result could not be written: full disk, missing permission."""
 
     exit_code = 8
+
+
+class GateRefused(SilotuneError):
+    """An adapter does not show what the run file's `[gate]` asks for, so it is not exported."""
+
+    exit_code = 9
+
+
+def code_of(error: BaseException) -> str:
+    """All that a peer is told of an error: its class if it is of our tree; else whether memory ran out, and no more.
+
+    Example:
+        >>> code_of(DataError("no rows")), code_of(KeyError("name")), code_of(MemoryError())
+        ('DataError', 'InternalError', 'OutOfMemory')
+    """
+    if isinstance(error, SilotuneError):
+        return type(error).__name__
+    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+    return "OutOfMemory" if is_memory else "InternalError"

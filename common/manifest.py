@@ -156,6 +156,7 @@ def public_part(run: config.RunConfig) -> config.RunConfig:
             "model": run.model.model_copy(update={"base": "by-hash"}),
             "data": run.data.model_copy(update={"source": "site"}),
             "evaluation": run.evaluation.model_copy(update=_UNTOLD),
+            "gate": config.GateConfig(),
             "output": config.OutputConfig(),
             "polish": (),
         }

@@ -237,6 +237,7 @@ def verify(
     cli.emit(result, as_json=json, show=lambda: cli.show(*checks.told(result)))
 
 
+app.command()(cli_export.gate)
 app.command()(cli_export.merge)
 app.command()(cli_export.serve)
 app.command()(cli_export.compare)

@@ -1,4 +1,4 @@
-"""The commands for what a run made: compare its answers with the base's, merge several, serve them."""
+"""The commands for what a run made: judge it, compare its answers with the base's, merge several, serve them."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +8,32 @@ import typer
 from common import cli
 
 SignerOption = Annotated[str, typer.Option(help="Public key that must have signed them, 64 hexadecimal digits.")]
+
+
+def gate(
+    run_folder: Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN_FOLDER")],
+    json: cli.JsonOption = False,
+) -> None:
+    """Judge a run's checkpoints anew by its own gate, newest first until one passes.
+
+    From the run's figures alone: for an audit or a comparison that came after the end. Nothing is measured, and no
+    limit can be given here. Exit code 9: none passes.
+
+    \b
+    Examples:
+      silotune-server gate runs/triage
+    """
+    from common.errors import ConfigError, GateRefused
+    from server import run as server_run
+    from server.gate import decide, words
+
+    told = decide.judge_again(run_folder, server_run.stored_manifest(run_folder))
+    if not told:
+        raise ConfigError(f"{run_folder}: the run has no gate or no checkpoint; [gate] of a run file begins one")
+    result = {"passed": told[-1]["stage"] if told[-1]["is_passed"] else "", "gated": told}
+    cli.emit(result, as_json=json, show=lambda: cli.show(*words.summary(told)))
+    if not told[-1]["is_passed"]:
+        raise typer.Exit(GateRefused.exit_code)
 
 
 def merge(

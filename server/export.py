@@ -19,6 +19,7 @@ from common.manifest import RunManifest
 from server import export_canonical, export_kind
 from server.aggregate import factored
 from server.evaluate import measure, view
+from server.gate import words
 from server.polish import told
 
 CARD_TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -99,7 +100,7 @@ def card(
         measured=stages.get(label) or stages.get(reached), view=view,
         measured_before=stages.get(measure.BASE), privacy_wording=privacy_plan.wording(settings),
         epsilon=privacy_plan.epsilon(settings) if settings.privacy.is_private_per_unit else None,
-        spent=_spent(settings, log, num_rounds=num_rounds),
+        spent=_spent(settings, log, num_rounds=num_rounds), gated=words.of_export(log, stage=label),
         polish=polish, stage_kind=told.kind, polish_private=told.PRIVATE, polish_own=told.OWN_DATA,
     )  # fmt: skip
     return text

@@ -7,6 +7,7 @@ from common.errors import ConfigError
 from common.methods import FACTS
 from server import checkpoint, export, export_folder, export_kind, run
 from server.export_folder import Exported
+from server.gate import decide
 from server.polish import stages, told
 
 
@@ -113,11 +114,12 @@ def refuse_without_to(**options: object) -> None:
 
 
 def stored(run_folder: Path, *, num_rounds: int) -> Exported:
-    """A checkpoint of a run; 0 is the newest, after the polish stages that are done.
+    """A checkpoint of a run; 0 is the newest, polish stages included, and of a run with a gate the newest that passed.
 
     Raises:
         ConfigError: The sites have adapters of their own, and the coordinator has none.
         DataError: No such checkpoint.
+        GateRefused: The run's gate did not let it pass.
         ModelError: It is damaged.
     """
     found = run.stored_manifest(run_folder)
@@ -127,11 +129,15 @@ def stored(run_folder: Path, *, num_rounds: int) -> Exported:
             "its own, and the coordinator none; at a site: silotune-client export-adapter NODE.toml RUN FOLDER"
         )
     done = checkpoint.finished(run_folder)
-    wanted = num_rounds or (done[-1] if done else 0)
-    state = checkpoint.load(run_folder, found.tensor_specs, num_rounds=wanted, run_sha256=found.sha256)
     log = events.read(run_folder / run.EVENTS_FILE)
-    is_last = not num_rounds and wanted == found.run.federation.num_rounds
-    tensors, names = stages.newest(run_folder, found, state.tensors) if is_last else (state.tensors, [])
+    passed = None if num_rounds else decide.exported(found.run, log)
+    wanted = num_rounds or (passed["num_rounds"] if passed else done[-1] if done else 0)
+    state = checkpoint.load(run_folder, found.tensor_specs, num_rounds=wanted, run_sha256=found.sha256)
+    tensors, names = state.tensors, tuple[str, ...]()
+    for stage in stages.finished(run_folder, found, state.tensors) if not num_rounds and wanted == done[-1] else ():
+        if passed is None or stage.label <= passed["stage"]:
+            tensors, names = stage.tensors, stage.names
+    decide.require(found.run, log, adapter_sha256=decide.digest(tensors))
     sites = run.trained_sites(log, num_rounds=wanted)
     return Exported(tensors, found, wanted, sites, told.of_export(log, names))
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from common import config, events, privacy_plan
-from common.errors import ProtocolError
+from common.errors import GateRefused, ProtocolError
 from common.events import Event
 from server import link, offer, report, status
 from server import run as server_run
@@ -81,6 +81,8 @@ def run(
     report.write(folder)
     if last.get("kind") != "run_finished":
         reason = last.get("reason", "its server process ended")
+        if last.get("error") == GateRefused.__name__:
+            raise GateRefused(f"{folder}: {reason}")
         raise ProtocolError(f"{folder}: the run failed: {reason}")
     return {**status.read(folder), "folder": str(folder)}
 

@@ -9,7 +9,9 @@ import jinja2
 
 from common import events, storage
 from common.events import Event
+from server import troubleshooting
 from server.evaluate import view
+from server.gate import words
 from server.polish import told
 from server.show import percent, size
 
@@ -77,6 +79,8 @@ def render(log: Sequence[Event]) -> str:
         polish_private=told.PRIVATE,
         polish_own=told.OWN_DATA,
         stage_kind=told.kind,
+        gated=words.summary(log),
+        symptoms=troubleshooting.symptoms(log),
         troubles=_of(log, "site_failed") + _of(log, "site_refused") + _flagged(log),
         percent=percent,
         size=size,

@@ -15,6 +15,7 @@ from server.aggregate.method import State, Sum
 from server.aggregate.noised import NoisedSum
 from server.evaluate import held_out, measure
 from server.federation import Federation
+from server.gate import stopping
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Tally:
 
 
 def run(fed: Federation, state: State, *, first_round: int = 0) -> State:
-    """Play all rounds from `first_round`; every finished round is on disk before the next begins.
+    """Play all rounds from `first_round`, fewer if `gate.stop_after` ends them; each is on disk before the next begins.
 
     Raises:
         TooFewSitesError: A round got fewer valid updates than `federation.min_sites`.
@@ -45,6 +46,8 @@ def run(fed: Federation, state: State, *, first_round: int = 0) -> State:
     settings = fed.manifest.run
     _evaluate(fed, state, num_rounds=first_round)  # after an interruption too: the last figures may be missing
     for num_rounds in range(first_round + 1, settings.federation.num_rounds + 1):
+        if stopping.ends(settings, fed.log, num_rounds=num_rounds - 1):
+            break
         state = play(fed, state, round_index=num_rounds - 1)
         if num_rounds == settings.federation.num_rounds or num_rounds % settings.evaluation.every_rounds == 0:
             _evaluate(fed, state, num_rounds=num_rounds)

@@ -35,11 +35,13 @@ from common.rows import Columns
 from server import checkpoint, export, federation, rounds, trail
 from server.aggregate import table
 from server.checkpoint import Checkpoint
-from server.evaluate import suite
+from server.evaluate import measure, suite
 from server.federation import Federation, OwnRows, fresh_noise
 from server.fleet import Fleet
+from server.gate import decide
 from server.offer import Operator
 from server.polish import stages
+from server.polish import told as polish_told
 
 RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.json"
@@ -56,7 +58,8 @@ class Outcome:
     """The end of a run.
 
     Attributes:
-        tensors: The global adapter after the last round; where sites keep factors of their own, these are zero in it.
+        tensors: The adapter that was exported: the newest that the gate lets pass. Where sites keep factors of their
+            own, the global one after the last round, in which these are zero.
         sites: Names of the sites whose updates were used, with their rows.
         folder: The run's folder.
     """
@@ -78,7 +81,8 @@ def execute(
     is_noise_accepted: bool = False,
     make_noise: Callable[[int], Noise] = fresh_noise,
 ) -> Outcome:
-    """Run federated training from the first to the last round, then the polish stages, and export the adapter.
+    """Run federated training from the first to the last round, then the polish stages, and export the newest adapter
+    that the gate lets pass.
 
     Args:
         settings: The run file.
@@ -94,6 +98,7 @@ def execute(
 
     Raises:
         FloorRefused: It does, and nobody accepted it.
+        GateRefused: No checkpoint shows what `[gate]` asks for; nothing is exported.
         PrivacyError: A round that was released would be played again.
         AuditError: The audit log was changed under the run.
         ConfigError: An update would be larger than `wire.max_update_mib`, a task needs what is not installed, or a
@@ -126,24 +131,34 @@ def execute(
     with _recorded(fed, first.tensors, first_round=first.num_rounds):
         federation.wait_for_sites(fed)
         tensors = rounds.run(fed, first.tensors, first_round=first.num_rounds)
-    tensors = stages.run(fed, tensors, engine=engine)
-    return finish(fed, tensors)
+        tensors = stages.run(fed, tensors, engine=engine)
+        return finish(fed, tensors)
 
 
 def finish(fed: Federation, tensors: Tensors) -> Outcome:
-    """Export the adapter after the last round and the last stage, and say that the run has finished.
+    """Export the newest adapter that the gate lets pass, and say that the run has finished.
 
-    Sites with adapters of their own leave none here.
+    Args:
+        fed: The run; its rounds and stages are done.
+        tensors: After the last round and stage. Where sites have adapters of their own it is not exported.
+
+    Raises:
+        GateRefused: None passes.
     """
     manifest, folder, log = fed.manifest, fed.folder, fed.log
-    num_rounds = manifest.run.federation.num_rounds
+    if fed.method.facts.is_personal or fed.suite is None:
+        num_rounds = checkpoint.finished(folder)[-1]
+        sites = trained_sites(events.read(log.path), num_rounds=num_rounds)
+        log.append("run_finished", adapter="", num_rounds=num_rounds, stage=measure.FINAL)
+        return Outcome(tensors, sites, folder)
+    chosen, tensors = decide.choose(manifest.run, decide.of_run(folder, manifest), suite=fed.suite)
     history = events.read(log.path)
-    sites = trained_sites(history, num_rounds=num_rounds)
-    if not fed.method.facts.is_personal:
-        export.save_adapter(
-            folder / EXPORT_FOLDER, tensors, run_manifest=manifest, num_rounds=num_rounds, sites=sites, log=history
-        )
-    log.append("run_finished", adapter="" if fed.method.facts.is_personal else EXPORT_FOLDER, num_rounds=num_rounds)
+    sites = trained_sites(history, num_rounds=chosen.num_rounds)
+    export.save_adapter(
+        folder / EXPORT_FOLDER, tensors, run_manifest=manifest, num_rounds=chosen.num_rounds, sites=sites,
+        log=polish_told.of_export(history, chosen.names),
+    )  # fmt: skip
+    log.append("run_finished", adapter=EXPORT_FOLDER, num_rounds=chosen.num_rounds, stage=chosen.stage)
     return Outcome(tensors, sites, folder)
 
 
@@ -160,7 +175,7 @@ def _recorded(fed: Federation, start: Tensors, *, first_round: int) -> Iterator[
         with suppress(SilotuneError):  # the run's own error is the one to tell
             fed.record("ended", outcome="failed", **trail.of_error(error))
         raise
-    fed.record("ended", outcome="finished", num_rounds=fed.manifest.run.federation.num_rounds)
+    fed.record("ended", outcome="finished", num_rounds=checkpoint.finished(fed.folder)[-1])
 
 
 def trained_sites(log: Sequence[Event], *, num_rounds: int) -> dict[str, int]:

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from common.events import Event
 from server.evaluate import view
+from server.gate import words
 from server.polish import told
 
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
@@ -176,6 +177,16 @@ class Screen:
         """A stage's figures before and after."""
         self._set_status("")
         self._print(f"            {told.line(event)}, {event['num_steps']} steps, {event['seconds']:.1f} s")
+
+    def _on_gated(self, event: Event) -> None:
+        """What the gate says of one adapter."""
+        self._print(f"  [bold]gate, {event['stage']}: {'passed' if event['is_passed'] else '[red]refused[/]'}[/]")
+        for verdict in event["verdicts"]:
+            self._print(f"    {_escape(words.line(verdict))}")
+
+    def _on_stopped(self, event: Event) -> None:
+        """The rounds end early."""
+        self._print(f"[yellow]rounds end after {event['num_rounds']}: {_escape(event['reason'])}[/]")
 
     def _on_run_finished(self, event: Event) -> None:
         """The end."""

@@ -8,8 +8,9 @@ from rich.text import Text
 
 from common import events
 from common.events import Event
-from server import checkpoint, report
+from server import checkpoint, report, troubleshooting
 from server.evaluate import view
+from server.gate import words
 from server.polish import told
 from server.show import percent
 
@@ -36,6 +37,8 @@ def read(folder: Path) -> dict[str, Any]:
         "fairness": last.get("fairness"),
         "worse_than_base": last.get("worse_than_base", []),
         "measured": {stage: event["figures"] for stage, event in view.stages(log).items()},
+        "gated": {event["stage"]: event["verdicts"] for event in words.of_log(log)},
+        "symptoms": [vars(one) for one in troubleshooting.symptoms(log)],
         "in_words": _in_words(log, last),
         "report": str(report.write(folder)),
     }
@@ -56,6 +59,8 @@ def _in_words(log: list[Event], last: Event) -> dict[str, list[str]]:
     measured = list(view.stages(log).values())[-1:]
     told = {"sites": [view.evenness(last)], "worse than base": [view.worse(last)]} if last else {}
     told |= {f"tasks, {event['stage']}": list(view.lines(event)) for event in measured}
+    symptoms = [f"{one.name}: {one.evidence}. {one.remedy}" for one in troubleshooting.symptoms(log)]
+    told |= {"gate": words.summary(log), "What the numbers say": symptoms}
     return {head: texts for head, texts in told.items() if any(texts)}
 
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from common import adapter, model, wire
 from common.errors import ModelError
 from common.records import TensorSpec
-from server import export_canonical, export_gguf, export_onnx, seal, verify_template
+from server import export_canonical, export_gguf, export_onnx, seal, troubleshooting, verify_template
 
 KINDS: Final = frozenset({".safetensors", ".json", ".jinja", ".md", ".gguf", ".txt", ".model", "Modelfile", ".onnx"})
 _ONNX: Final = f"onnx/{export_onnx.MODEL_FILE}"
@@ -85,7 +85,8 @@ def told(result: Mapping[str, Any]) -> list[str]:
     ]
     if lines:
         lines.append(f"base    differs from the adapter by {result['logits']['base']['difference']:.2e}: what it does")
-    return [whole, *lines]
+    symptoms = troubleshooting.of_formats(result.get("logits", {}))
+    return [whole, *lines, *(f"{one.name}: {one.evidence}. {one.remedy}" for one in symptoms)]
 
 
 def _check_kind(folder: Path, path: str) -> None:

@@ -127,5 +127,6 @@ def alone(settings: config.RunConfig) -> config.RunConfig:
         update={
             "federation": settings.federation.model_copy(update=one),
             "evaluation": settings.evaluation.model_copy(update=quick),
+            "gate": config.GateConfig(),  # of the federation's adapter
         }
     )

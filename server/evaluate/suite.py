@@ -52,7 +52,7 @@ class Suite:
         tasks: In the order of the run file.
         folder: The run's folder; scores go to `scores/` in it.
         log: Its events.
-        sha256: What the tasks are, rows included and paths not; empty without tasks.
+        sha256: What the tasks and the gate are, rows included and paths not; empty without either.
     """
 
     engine: Engine
@@ -75,7 +75,9 @@ def open_suite(run: RunConfig, *, engine: Engine, folder: Path, log: EventLog) -
 
 
 def hash_of(run: RunConfig) -> str:
-    """SHA-256 of what is measured: tasks, metrics and rows, and how answers are asked for; no paths; empty: nothing.
+    """SHA-256 of what is measured: tasks, metrics and rows, how answers are asked for, and the gate; no paths.
+
+    Empty where nothing is measured and there is no gate.
 
     Two runs with the same hash have comparable figures, if the base's tokenizer and template are the same too.
 
@@ -93,13 +95,15 @@ def _tasks(run: RunConfig) -> tuple[Task, ...]:
 
 def _definition(tasks: tuple[Task, ...], run: RunConfig) -> str:
     """See `hash_of`."""
-    if not tasks:
+    if not tasks and run.gate == type(run.gate)():
         return ""
-    told = {
+    told: dict[str, object] = {
         "tasks": [_told(task) for task in tasks],
         "max_new_tokens": run.evaluation.max_new_tokens,
         "system_prompt": run.data.system_prompt,
     }
+    if run.gate != type(run.gate)():
+        told["gate"] = run.gate.model_dump(mode="json", exclude={"audit_file"})
     return hashlib.sha256(wire.canonical_json(told)).hexdigest()
 
 
@@ -115,8 +119,8 @@ def require_same(found: str, frozen: str) -> None:
     """
     if found != frozen:
         raise DataError(
-            "the evaluation was fixed before training, and now its tasks or the rows in their files are others; "
-            "restore the files, or begin a run under another name"
+            "the evaluation was fixed before training, and now its tasks, the rows in their files or the gate are "
+            "others; restore them, or begin a run under another name"
         )
 
 

@@ -54,9 +54,7 @@ def polish(run_folder: Path, *, base: Path | None, num_threads: int, console: Co
     settings = manifest.run
     if not settings.polish:
         raise ConfigError(f"{run_folder}: its run file has no [[polish]] tables; add them and begin a new run")
-    wanted = settings.federation.num_rounds
-    if wanted not in checkpoint.finished(run_folder):
-        raise DataError(f"{run_folder}: round {wanted}, the last, is not done; go on with run --resume first")
+    wanted = _last_round(run_folder, settings.federation.num_rounds)
     last = checkpoint.load(run_folder, manifest.tensor_specs, num_rounds=wanted, run_sha256=manifest.sha256)
     engine = _engine(manifest, base, num_threads)
     log = EventLog(run_folder / run.EVENTS_FILE, [Screen(console)])
@@ -76,6 +74,16 @@ def polish(run_folder: Path, *, base: Path | None, num_threads: int, console: Co
         "adapter": str(outcome.folder / run.EXPORT_FOLDER),
         "report": str(page),
     }
+
+
+def _last_round(run_folder: Path, num_rounds: int) -> int:
+    """The round after which the stages begin: the run's last, or the one at which its gate ended the rounds."""
+    done = checkpoint.finished(run_folder)
+    told = events.read(run_folder / run.EVENTS_FILE)
+    ended = [event["num_rounds"] for event in told if event["kind"] == "stopped"][-1:] or [num_rounds]
+    if ended[0] not in done:
+        raise DataError(f"{run_folder}: round {ended[0]}, the last, is not done; go on with run --resume first")
+    return int(ended[0])
 
 
 def _engine(manifest: RunManifest, base: Path | None, num_threads: int) -> model.Engine:

@@ -129,21 +129,42 @@ def check(settings: RunConfig, engine: Engine) -> None:
             rewards.check_of(stage)
 
 
-def newest(run_folder: Path, manifest: RunManifest, start: Tensors) -> tuple[Tensors, list[str]]:
-    """The adapter after the stages that are on the disk, and their names; `start` itself if there are none.
+@dataclass(frozen=True)
+class Finished:
+    """A stage that is on the disk.
+
+    Attributes:
+        label: Of the coordinator's figures after it.
+        names: Of the stages up to it.
+        tensors: The adapter after it.
+    """
+
+    label: str
+    names: tuple[str, ...]
+    tensors: Tensors
+
+
+def finished(run_folder: Path, manifest: RunManifest, start: Tensors) -> list[Finished]:
+    """The stages that are on the disk, in their order.
+
+    Args:
+        run_folder: The run's folder.
+        manifest: The run.
+        start: The adapter after its last round.
 
     Raises:
         DataError: A stage cannot be read.
         ModelError: It is not what was written, or it began with another adapter.
     """
-    tensors, names = start, []
+    found: list[Finished] = []
     for number, stage in enumerate(manifest.run.polish, start=1):
         folder = folder_of(run_folder, number, stage)
         if not (folder / RECORD_FILE).is_file():
             break
-        tensors = _stored(folder, stage, tensors, manifest.tensor_specs)
-        names.append(stage.name)
-    return tensors, names
+        before, names = (found[-1].tensors, found[-1].names) if found else (start, ())
+        tensors = _stored(folder, stage, before, manifest.tensor_specs)
+        found.append(Finished(told.label(number, stage.name), (*names, stage.name), tensors))
+    return found
 
 
 def folder_of(run_folder: Path, number: int, stage: PolishStage) -> Path:

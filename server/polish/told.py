@@ -13,7 +13,7 @@ PRIVATE: Final = (
 OWN_DATA: Final = (
     "What the coordinator trained on is not covered by any privacy guarantee: the adapter may have memorised it."
 )
-_ORDER: Final = ("loss", "margin", "accuracy", "reward", "length")
+_ORDER: Final = ("loss", "margin", "accuracy", "logp_chosen", "logp_rejected", "reward", "length")
 _OF_STAGES: Final = ("polish_started", "polish_step", "polish_finished")
 
 

@@ -39,7 +39,7 @@ _MARGINS: Final = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rew
 FIGURES: Final[Mapping[str, Mapping[str, str]]] = {
     "sft": {"loss": "loss"},
     "cpt": {"loss": "loss"},
-    "dpo": _MARGINS,
+    "dpo": {**_MARGINS, "logp_chosen": "logps/chosen", "logp_rejected": "logps/rejected"},
     "orpo": _MARGINS,
     "simpo": _MARGINS,
     "kto": {"loss": "loss", "margin": "rewards/margins"},

@@ -30,6 +30,7 @@ EXIT_CODES = {
     "RemoteError": 6,
     "TransportError": 7,
     "StorageError": 8,
+    "GateRefused": 9,
 }
 CANARY = "patient Ada Lovelace has a rare disease"
 

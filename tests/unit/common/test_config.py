@@ -245,7 +245,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "2f314d200a2a7d9701713ce6cf7cb1b650b0d286fed7a9d200ce2f74bcc4577c"
+        "2d77b1ac3493313e2698e53e51d243ba694c3bd01082edaa2d0085cf42654d3d"
     )
 
 

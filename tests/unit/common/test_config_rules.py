@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from common import config, config_rules
+from tests import broken_gate
 from tests.unit.common.test_config import MINIMAL, problems, with_settings
 
 UNIT = "privacy.mode = 'unit'"
@@ -120,6 +121,7 @@ BROKEN_RULES = [
     ("evaluation.json_schema", 7, ["evaluation.json_schema = 'schema.json'"]),
     ("evaluation.tasks", 7, [f"evaluation.tasks = [{TASK}, {TASK}]"]),
     ("evaluation.tasks_every_rounds", 7, ["evaluation.tasks_every_rounds = 2"]),
+    *broken_gate.rules(TASK, PRIVATE),
 ]
 
 
@@ -136,6 +138,11 @@ def test_a_stage_that_needs_a_reference_does_not_follow_a_method_with_a_side_ada
     assert message.startswith("1 problem in run.toml\n  polish  this method keeps a side adapter")
     assert message.endswith("\n    run.toml:1")
     config.parse(STAGE.replace("dpo", "sft") + flora, name="run.toml")  # the control
+
+
+def test_a_gate_that_asks_sites_does_not_go_with_polish():
+    message = problems(STAGE + with_settings("gate.rules = 'sites, loss'"))
+    assert message.startswith("1 problem in run.toml\n  gate.rules  sites are not asked after polish")
 
 
 def test_every_rule_is_broken_by_a_test():

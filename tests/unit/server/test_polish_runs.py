@@ -11,9 +11,11 @@ import torch
 from rich.console import Console
 
 from common import adapter, config, events
-from common.errors import ConfigError, DataError, ModelError
+from common.config_gate import GateConfig
+from common.errors import ConfigError, DataError, GateRefused, ModelError
 from common.model import Engine
 from server import export, finish, report, run, status
+from server.gate import decide
 from server.polish import command, stages
 from tests import stage_data, tiny
 
@@ -136,6 +138,28 @@ def test_stages_can_be_played_later_without_the_sites(world, tiny_base, tmp_path
     plain, last = finish.stored(folder, num_rounds=1), finish.stored(folder, num_rounds=0)
     assert not [event for event in plain.log if event["kind"].startswith("polish")]
     assert not all(torch.equal(plain.tensors[name], last.tensors[name]) for name in plain.tensors)
+
+
+def test_stages_that_changed_the_adapter_come_before_rounds_where_one_is_chosen_for_export(world):
+    folder = world.folder / "whole"
+    found = list(decide.of_run(folder, run.stored_manifest(folder)))
+    assert [one.stage for one in found] == ["polish-03-align", "polish-01-teach", "final"]
+    assert [one.names for one in found] == [("teach", "judge", "align"), ("teach",), ()]
+    finished = {event["stage"]: event["adapter_sha256"] for event in of(folder, "polish_finished")}
+    assert [decide.digest(one.load()) for one in found[:2]] == [finished["align"], finished["teach"]]
+
+
+def test_a_stage_that_the_gate_refuses_gives_way_to_the_one_before(world):
+    def gated(stage: str) -> events.Event:
+        told = {"kind": "gated", "stage": stage, "num_rounds": 1, "adapter_sha256": stage, "verdicts": []}
+        return {**told, "is_passed": stage != "polish-03-align"}
+
+    log = [gated(stage) for stage in ("polish-03-align", "polish-01-teach", "final")]
+    run_with_gate = world.settings.model_copy(update={"gate": GateConfig(rules="schema")})
+    assert decide.exported(run_with_gate, log)["stage"] == "polish-01-teach"
+    assert decide.exported(run_with_gate, log[2:])["stage"] == "final"
+    with pytest.raises(GateRefused):
+        decide.exported(run_with_gate, log[:1])
 
 
 def test_a_stage_whose_last_event_was_lost_is_told_of_again(world, tiny_base, tmp_path):

@@ -1,0 +1,94 @@
+"""Contradictions of `[gate]`; `config_rules` adds them to its table."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from common import config_gate
+
+if TYPE_CHECKING:
+    from common.config import RunConfig
+
+Contradiction = tuple[tuple[str, ...], Callable[[Any], bool], str]
+
+
+def contradictions() -> Iterator[Contradiction]:
+    """Keys, whether a run is in it, and the message: limits of rules that are not named, then rules without figures."""
+    for rule, keys in config_gate.LIMITS.items():
+        for key in keys:
+            is_idle = functools.partial(_is_idle, key=key)
+            yield (
+                (f"gate.{key}", "gate.rules"),
+                is_idle,
+                f"has no effect without the rule {rule}; name it, or remove it",
+            )
+    for key in ("evidence", "min_rows"):
+        yield (f"gate.{key}", "gate.rules"), functools.partial(_is_idle, key=key), "has no effect without a rule"
+    yield from _OTHERS
+
+
+def _is_idle(config: RunConfig, *, key: str) -> bool:
+    return key in config.gate.idle
+
+
+def _lacks(config: RunConfig, rule: str, has_figure: Callable[[Any], bool]) -> bool:
+    return rule in config.gate.rule_names and not any(has_figure(task) for task in config.evaluation.suite)
+
+
+def _has_figures_of_nothing(config: RunConfig) -> bool:
+    names = [task.name for task in config.evaluation.suite]
+    asked = [limit.figure for limit in config.gate.figures]
+    return any(not any(figure.startswith((f"{name}.", f"{name}/")) for name in names) for figure in asked)
+
+
+def _lacks_tasks(config: RunConfig) -> bool:
+    asked = {"exposure", "extraction", "pii"} & set(config.gate.rule_names)
+    return bool(asked) and not config.evaluation.suite
+
+
+def _audits_nothing(config: RunConfig) -> bool:
+    return "audit" in config.gate.rule_names and not config.privacy.is_private
+
+
+def _lacks_audit(config: RunConfig) -> bool:
+    return "audit" in config.gate.rule_names and not config.gate.audit_file
+
+
+def _asks_sites_after_polish(config: RunConfig) -> bool:
+    return bool(config.polish) and bool({"sites", "loss"} & set(config.gate.rule_names))
+
+
+_TASKS = ("gate.rules", "evaluation.tasks")
+_OTHERS: tuple[Contradiction, ...] = (
+    (
+        ("gate.rules", "polish"),
+        _asks_sites_after_polish,
+        "sites are not asked after polish, so that no stage could meet these; leave `sites` and `loss` out",
+    ),
+    (
+        _TASKS,
+        lambda c: _lacks(c, "probes", lambda task: task.kind == "probe"),
+        "the rule probes needs a task of kind probe; add one, or remove the rule",
+    ),
+    (
+        _TASKS,
+        lambda c: _lacks(c, "baseline", lambda task: task.has_baseline and task.kind != "probe"),
+        "the rule baseline needs a task with baseline_prompt or baseline_examples that is no probe; add one, or remove "
+        "the rule",
+    ),
+    (
+        _TASKS,
+        lambda c: _lacks(c, "schema", lambda task: task.json_schema != ""),
+        "the rule schema needs a task with json_schema; add one, or remove the rule",
+    ),
+    (_TASKS, _lacks_tasks, "exposure, extraction and pii are figures of tasks; add one that has them"),
+    (("gate.figures", "evaluation.tasks"), _has_figures_of_nothing, "a figure is TASK.METRIC; no task has that name"),
+    (
+        ("gate.rules", "privacy.mode"),
+        _audits_nothing,
+        "an audit is held against a claimed epsilon, and this run claims none; remove the rule audit",
+    ),
+    (("gate.audit_file", "gate.rules"), _lacks_audit, "the rule audit needs the file that an audit wrote; name it"),
+)

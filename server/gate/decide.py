@@ -1,0 +1,201 @@
+"""Which adapter of a run may be exported: the newest that the gate lets pass."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import adapter, config, events
+from common.adapter import Tensors
+from common.errors import GateRefused
+from common.events import Event, EventLog
+from common.manifest import RunManifest
+from server import checkpoint
+from server.evaluate import measure
+from server.evaluate.suite import Suite
+from server.gate import figures, rules, words
+from server.polish import stages
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An adapter that could be exported.
+
+    Attributes:
+        stage: Label of its figures.
+        num_rounds: Rounds behind it.
+        load: Gives its tensors.
+        names: Of the polish stages behind it, which sites are not asked about.
+    """
+
+    stage: str
+    num_rounds: int
+    load: Callable[[], Tensors]
+    names: tuple[str, ...] = ()
+
+
+def of_run(folder: Path, run_manifest: RunManifest) -> Iterator[Candidate]:
+    """The adapters of a run's folder, newest first: polish stages that changed it, then rounds.
+
+    Raises:
+        DataError: A stage cannot be read.
+        ModelError: A stage is not what was written; from `load`: the checkpoint is damaged.
+    """
+    last, done = run_manifest.run.federation.num_rounds, checkpoint.finished(folder)
+    if done and run_manifest.run.polish:
+        yield from _of_stages(folder, run_manifest, num_rounds=done[-1])
+    for number in reversed(done):
+        load = functools.partial(_checkpoint, folder, run_manifest, number)
+        yield Candidate(measure.stage_of(number, last=last), number, load)
+
+
+def _of_stages(folder: Path, run_manifest: RunManifest, *, num_rounds: int) -> Iterator[Candidate]:
+    """What each stage left; a reward model leaves the adapter as it was."""
+    before = _checkpoint(folder, run_manifest, num_rounds)
+    found = stages.finished(folder, run_manifest, before)
+    earlier = [before, *(stage.tensors for stage in found)]
+    for stage, was in reversed(list(zip(found, earlier, strict=False))):
+        if digest(stage.tensors) != digest(was):
+            yield Candidate(stage.label, num_rounds, functools.partial(_itself, stage.tensors), stage.names)
+
+
+def _checkpoint(folder: Path, run_manifest: RunManifest, num_rounds: int) -> Tensors:
+    """The adapter after so many rounds."""
+    specs, run_sha256 = run_manifest.tensor_specs, run_manifest.sha256
+    return checkpoint.load(folder, specs, num_rounds=num_rounds, run_sha256=run_sha256).tensors
+
+
+def _itself(tensors: Tensors) -> Tensors:
+    """An adapter that is in memory."""
+    return tensors
+
+
+def choose(run: config.RunConfig, candidates: Iterator[Candidate], *, suite: Suite) -> tuple[Candidate, Tensors]:
+    """Judge candidates one by one until one passes; each that has no figures yet is measured. One event `gated` each.
+
+    The sites are not asked again: a rule about sites holds for an adapter after which they were asked.
+
+    Args:
+        run: The run file; without a gate the first candidate is taken and nothing is logged.
+        candidates: Newest first; at least one.
+        suite: What the coordinator measures.
+
+    Raises:
+        GateRefused: None passes. The message names each rule that the newest breaks, and by how much.
+        DataError: Scores on disk are of other tasks.
+        ModelError: A checkpoint is damaged.
+        StorageError: Disk full or not writable.
+    """
+    failed: list[Event] = []
+    for candidate in candidates:
+        tensors = candidate.load()
+        if not run.gate.is_on:
+            return candidate, tensors
+        found = digest(tensors)
+        _require_measured(suite, candidate, tensors, found)
+        event = _judge(run, suite.log, candidate, found, definition=suite.sha256)
+        if event["is_passed"]:
+            return candidate, tensors
+        failed.append(event)
+    raise GateRefused(_refusal(failed))
+
+
+def judge_again(run_folder: Path, run_manifest: RunManifest) -> list[Event]:
+    """Judge a run's checkpoints from its events, newest first until one passes; nothing is measured.
+
+    For a run whose audit or comparison came after its end.
+
+    Returns:
+        The events `gated` that were logged; none without a gate.
+    """
+    log = EventLog(run_folder / "events.jsonl")
+    told: list[Event] = []
+    for candidate in of_run(run_folder, run_manifest) if run_manifest.run.gate.is_on else ():
+        found, definition = digest(candidate.load()), run_manifest.evaluation_sha256
+        told.append(_judge(run_manifest.run, log, candidate, found, definition=definition))
+        if told[-1]["is_passed"]:
+            break
+    return told
+
+
+def exported(run: config.RunConfig, log: Sequence[Event]) -> Event | None:
+    """The event `gated` of the newest adapter that the gate lets pass; None without a gate.
+
+    Raises:
+        GateRefused: It has let none pass, or the run has not come to its end.
+    """
+    if not run.gate.is_on:
+        return None
+    passed = [event for event in verdicts(log).values() if event["is_passed"]]
+    if not passed:
+        raise GateRefused(_refusal(list(verdicts(log).values())))
+    return max(passed, key=lambda event: (event["num_rounds"], event["stage"].startswith("polish-"), event["stage"]))
+
+
+def require(run: config.RunConfig, log: Sequence[Event], *, adapter_sha256: str) -> None:
+    """Nothing is exported that the gate has not let pass.
+
+    Args:
+        run: The run file.
+        log: The run's events.
+        adapter_sha256: Of the adapter as its checkpoint holds it.
+
+    Raises:
+        GateRefused: The gate has refused this adapter, or has not judged it.
+    """
+    if not run.gate.is_on:
+        return
+    found = verdicts(log).get(adapter_sha256)
+    if found is None or not found["is_passed"]:
+        raise GateRefused(_refusal([found] if found else []))
+
+
+def verdicts(log: Sequence[Event]) -> dict[str, Event]:
+    """The last event `gated` of each adapter, by its hash, in the order of the first."""
+    return {event["adapter_sha256"]: event for event in log if event["kind"] == "gated"}
+
+
+def _judge(
+    run: config.RunConfig, log: EventLog, candidate: Candidate, adapter_sha256: str, *, definition: str
+) -> Event:
+    """Judge one adapter and log it."""
+    stage, num_rounds = candidate.stage, candidate.num_rounds
+    asked = None if candidate.names else num_rounds  # sites are not asked after polish
+    told = figures.gather(run, events.read(log.path), stage=stage, num_rounds=asked)
+    found = rules.judge(run.gate, told)
+    return log.append(
+        "gated",
+        stage=stage,
+        num_rounds=num_rounds,
+        adapter_sha256=adapter_sha256,
+        definition_sha256=definition,
+        is_passed=all(verdict.is_met for verdict in found),
+        verdicts=[dataclasses.asdict(verdict) for verdict in found],
+    )
+
+
+def _require_measured(suite: Suite, candidate: Candidate, tensors: Tensors, adapter_sha256: str) -> None:
+    """Measure an adapter, unless the newest figures of its stage are its own."""
+    past = [event for event in events.read(suite.log.path) if event["kind"] == "measured"]
+    own = [event for event in past if event["stage"] == candidate.stage]
+    if not own or (own[-1]["adapter_sha256"], own[-1]["definition_sha256"]) != (adapter_sha256, suite.sha256):
+        measure.measure(suite, tensors, stage=candidate.stage)
+
+
+def digest(tensors: Tensors) -> str:
+    """Hash of an adapter's bytes, as checkpoints and events have it."""
+    return hashlib.sha256(adapter.encode(tensors, dtype="float32")).hexdigest()
+
+
+def _refusal(failed: Sequence[Event]) -> str:
+    """What is told to who wanted to export."""
+    if not failed:
+        return (
+            "the gate has not judged this adapter; let the run come to its end, or have its checkpoints judged by "
+            "silotune-server gate"
+        )
+    broken = "; ".join(words.line(verdict) for verdict in failed[0]["verdicts"] if not verdict["is_met"])
+    others = f" ({', '.join(event['stage'] for event in failed[1:])} fail too)" if failed[1:] else ""
+    return f"the gate refuses {failed[0]['stage']}{others}: {broken}; train otherwise, or begin a run with another gate"

@@ -1,0 +1,259 @@
+"""The gate's rules: pure functions from figures to a verdict. A figure that is missing is never in its favour."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from common.config_gate import FigureLimit, GateConfig
+from server.evaluate import measure
+from server.gate.figures import Figures
+
+CLAIM_TOLERANCE: Final = 1e-2  # an audit names its claim by two digits more than this
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule says of an adapter.
+
+    Attributes:
+        name: The rule.
+        is_met: Whether it holds.
+        value: What was found, the worst of several; None if it is missing.
+        limit: What it is held against; None if it is missing.
+        margin: How far on the right side of the limit, in the figure's unit; below 0 on the wrong one.
+        reason: Which figure, in words.
+    """
+
+    name: str
+    is_met: bool
+    value: float | None
+    limit: float | None
+    margin: float | None
+    reason: str
+
+
+Rule = Callable[[GateConfig, Figures], Verdict]
+
+
+def judge(gate: GateConfig, figures: Figures) -> list[Verdict]:
+    """Every rule that the run file names, in its order, then the limits of `figures`."""
+    named = [RULES[name](gate, figures) for name in gate.rule_names]
+    return named + [_of_limit(gate, figures, limit) for limit in gate.figures]
+
+
+def probes(gate: GateConfig, figures: Figures) -> Verdict:
+    """No probe falls by more than `max_probe_drop` below the base on the same rows."""
+    names = _of_kind(figures, "probe")
+    found = [
+        _above_by_gain(gate, figures, name, over=measure.BASE, limit=-gate.max_probe_drop, name="probes")
+        for name in names
+    ]
+    return _worst("probes", found, missing="no figure of a task of kind probe")
+
+
+def baseline(gate: GateConfig, figures: Figures) -> Verdict:
+    """Every task with a prompt-only baseline, probes aside, beats it: no figure is worse, one better by enough."""
+    probing = set(_of_kind(figures, "probe"))
+    tasks: dict[str, list[Verdict]] = {}
+    for figure in figures.gains.get(measure.PROMPT_ONLY, {}):
+        if figure not in probing:
+            told = _above_by_gain(gate, figures, figure, over=measure.PROMPT_ONLY, limit=0.0, name="baseline")
+            tasks.setdefault(figure.partition(".")[0], []).append(told)
+    found = [_beats(told, gate.min_baseline_gain) for told in tasks.values()]
+    return _worst("baseline", found, missing="no figure that prompt-only has too")
+
+
+def _beats(found: Sequence[Verdict], limit: float) -> Verdict:
+    """Of one task's figures the one that decides: one that is worse or missing, or else the best."""
+    worst = _worst("baseline", found, missing="")
+    if not worst.is_met:
+        return worst
+    best = max(found, key=lambda one: one.margin or 0.0)
+    return _strictly(_at_least("baseline", best.value or 0.0, limit, best.reason))
+
+
+def sites(gate: GateConfig, figures: Figures) -> Verdict:
+    """No site's held-out loss is above the base's there, nor above its own alone where that was compared."""
+    if not figures.evaluated:
+        return _missing("sites", f"the sites were not asked after {figures.stage}")
+    stale = figures.evaluated["stale"]
+    found = []
+    for site, told in figures.evaluated["sites"].items():
+        if site in stale or told["change"] is None:
+            found.append(_missing("sites", f"{site}: no figure of this adapter beside the base's"))
+        else:
+            found.append(_at_most("sites", told["change"], gate.max_site_rise, f"{site}, loss minus the base's"))
+    found += list(_beside_alone(gate, figures.compared))
+    return _worst("sites", found, missing="no site answered")
+
+
+def _beside_alone(gate: GateConfig, compared: Mapping[str, Any]) -> Iterator[Verdict]:
+    """Each site's loss with this adapter minus its loss with the one that it trained alone."""
+    federated = compared.get("federated", {}).get("sites", {})
+    for site, told in federated.items():
+        alone = compared.get(f"site-{site}", {}).get("sites", {}).get(site)
+        if alone is not None:
+            rise = told["held_out_loss"] - alone["held_out_loss"]
+            yield _at_most("sites", rise, gate.max_site_rise, f"{site}, loss minus its own alone")
+
+
+def loss(gate: GateConfig, figures: Figures) -> Verdict:
+    """The held-out loss over all sites is below the base's by more than `min_loss_gain`, nats a token."""
+    if not figures.evaluated or not figures.base:
+        return _missing("loss", f"no held-out loss of both the base and {figures.stage}")
+    gained = figures.base["loss"] - figures.evaluated["loss"]
+    return _strictly(_at_least("loss", gained, gate.min_loss_gain, "held-out loss below the base's"))
+
+
+def schema(gate: GateConfig, figures: Figures) -> Verdict:
+    """More than `min_schema_valid` of the answers meet their schema."""
+    found = [_of_value(gate, figures, name, "schema", low=gate.min_schema_valid) for name in _called(figures, "json")]
+    return _worst("schema", [_strictly(one) for one in found], missing="no figure called json")
+
+
+def exposure(gate: GateConfig, figures: Figures) -> Verdict:
+    """Exposure of canaries is below `max_exposure` bits, by a measure that could have shown more.
+
+    Source: Carlini et al. 2019, arXiv:1802.08232, definition 5: log2 of the number of candidates minus log2 of the
+    canary's rank among them, so that few candidates cannot show a large exposure.
+    """
+    found = []
+    for name in _called(figures, "exposure"):
+        ceiling = figures.measured.get(f"{name}_ceiling")
+        told = _strictly(_of_value(gate, figures, name, "exposure", high=gate.max_exposure))
+        if ceiling is None:
+            told = _missing("exposure", f"no figure {name}_ceiling, so nobody knows what {name} could have shown")
+        elif ceiling["value"] <= gate.max_exposure:
+            reason = f"{name} cannot pass {ceiling['value']:.2f}, so it shows nothing at this limit; more candidates"
+            told = Verdict("exposure", False, told.value, gate.max_exposure, None, reason)
+        found.append(told)
+    return _worst("exposure", found, missing="no figure called exposure")
+
+
+def extraction(gate: GateConfig, figures: Figures) -> Verdict:
+    """At most `max_extracted` of the canaries are written out by the model."""
+    names = _called(figures, "extracted")
+    found = [_of_value(gate, figures, name, "extraction", high=gate.max_extracted) for name in names]
+    return _worst("extraction", found, missing="no figure called extracted")
+
+
+def pii(gate: GateConfig, figures: Figures) -> Verdict:
+    """At most `max_pii_emission` of the answers hold personal data."""
+    found = [_of_value(gate, figures, name, "pii", high=gate.max_pii_emission) for name in _called(figures, "emission")]
+    return _worst("pii", found, missing="no figure called emission")
+
+
+def audit(gate: GateConfig, figures: Figures) -> Verdict:
+    """The audited lower bound of epsilon is not above the claim, of an audit of this very claim."""
+    found = figures.audit
+    if isinstance(found, str):
+        return _missing("audit", found)
+    if found.audited_epsilon is None:
+        return _missing("audit", "this kind of audit bounds no epsilon; take mechanism, canaries or mia")
+    if math.isinf(found.audited_epsilon):
+        return _missing("audit", f"the audit refutes every epsilon, file {found.sha256}")
+    is_same = math.isclose(found.claimed_epsilon, figures.claimed_epsilon, rel_tol=CLAIM_TOLERANCE)
+    if not is_same or not math.isclose(found.dp_delta, figures.dp_delta, rel_tol=CLAIM_TOLERANCE):
+        reason = (
+            f"the audit is of epsilon {found.claimed_epsilon:.3f} at delta {found.dp_delta:g}, the run claims "
+            f"{figures.claimed_epsilon:.3f} at {figures.dp_delta:g}"
+        )
+        return Verdict("audit", False, found.audited_epsilon, figures.claimed_epsilon, None, reason)
+    ceiling = "" if found.ceiling is None else f", ceiling {found.ceiling:.2f}"
+    reason = f"audited epsilon{ceiling}, file {found.sha256}"
+    return _at_most("audit", found.audited_epsilon, figures.claimed_epsilon, reason)
+
+
+RULES: Final[Mapping[str, Rule]] = {
+    "probes": probes,
+    "baseline": baseline,
+    "sites": sites,
+    "loss": loss,
+    "schema": schema,
+    "exposure": exposure,
+    "extraction": extraction,
+    "pii": pii,
+    "audit": audit,
+}
+HARMS: Final = frozenset({"probes", "sites", "exposure", "extraction", "pii"})  # what more training does not mend
+
+
+def _of_limit(gate: GateConfig, figures: Figures, limit: FigureLimit) -> Verdict:
+    """One entry of `[[gate.figures]]`."""
+    low, high = (limit.limit, None) if limit.bound == "min" else (None, limit.limit)
+    return _of_value(gate, figures, limit.figure, limit.figure, low=low, high=high)
+
+
+def _of_value(
+    gate: GateConfig, figures: Figures, figure: str, name: str, *, low: float | None = None, high: float | None = None
+) -> Verdict:
+    """A figure against its lowest or highest value."""
+    told = figures.measured.get(figure)
+    if told is None:
+        return _missing(name, f"no figure {figure} at {figures.stage}")
+    if told["num_rows"] < gate.min_rows:
+        return _few(gate, name, figure, told)
+    end = "value" if gate.evidence == "estimate" else "low" if low is not None else "high"
+    what = figure if end == "value" else f"{figure}, {end} end of its interval"
+    if low is not None:
+        return _at_least(name, told[end], low, what)
+    return _at_most(name, told[end], math.inf if high is None else high, what)
+
+
+def _above_by_gain(gate: GateConfig, figures: Figures, figure: str, *, over: str, limit: float, name: str) -> Verdict:
+    """How much better a figure is than another stage's on the same rows; turned so that more is better."""
+    told, gain = figures.measured[figure], figures.gains.get(over, {}).get(figure)
+    if gain is None:
+        return _missing(name, f"no difference of {figure} to {over}")
+    if told["num_rows"] < gate.min_rows:
+        return _few(gate, name, figure, told)
+    better = told["higher_is_better"]
+    worse_end = gain["low"] if better else -gain["high"]
+    value = worse_end if gate.evidence == "interval" else gain["mean"] if better else -gain["mean"]
+    end = ", worse end of the interval" if gate.evidence == "interval" else ""
+    return _at_least(name, value, limit, f"{figure}, gain over {over}{end}")
+
+
+def _few(gate: GateConfig, name: str, figure: str, told: Mapping[str, Any]) -> Verdict:
+    """Too few rows to say anything."""
+    return _missing(name, f"{figure} is of {told['num_rows']} rows, gate.min_rows is {gate.min_rows}")
+
+
+def _of_kind(figures: Figures, kind: str) -> list[str]:
+    """Figures of a kind of task."""
+    return [name for name, told in figures.measured.items() if told["kind"] == kind]
+
+
+def _called(figures: Figures, metric: str) -> list[str]:
+    """Figures TASK.METRIC or TASK/METRIC of any task."""
+    return [name for name in figures.measured if name.endswith((f".{metric}", f"/{metric}"))]
+
+
+def _at_least(name: str, value: float, limit: float, reason: str) -> Verdict:
+    """Met on the limit."""
+    return Verdict(name, value >= limit, value, limit, value - limit, reason)
+
+
+def _at_most(name: str, value: float, limit: float, reason: str) -> Verdict:
+    """Met on the limit."""
+    return Verdict(name, value <= limit, value, limit, limit - value, reason)
+
+
+def _strictly(verdict: Verdict) -> Verdict:
+    """Not met on the limit itself."""
+    is_met = verdict.is_met and verdict.margin is not None and verdict.margin > 0
+    return dataclasses.replace(verdict, is_met=is_met)
+
+
+def _missing(name: str, reason: str) -> Verdict:
+    """Not met, since nothing shows it."""
+    return Verdict(name, False, None, None, None, reason)
+
+
+def _worst(name: str, found: Sequence[Verdict], *, missing: str) -> Verdict:
+    """The one that is furthest from being met; one that is not met by a value before one that is missing."""
+    if not found:
+        return _missing(name, missing)
+    return min(found, key=lambda one: (one.is_met, one.margin is None, one.margin or 0.0))
