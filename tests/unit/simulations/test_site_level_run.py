@@ -98,7 +98,7 @@ def test_a_study_can_be_repeated_with_its_draws(play):
 
 
 def test_a_round_without_any_site_is_noised_and_charged_like_every_other(play, agents):
-    nobody = {"privacy.sampling_prob": "1e-9", "federation.num_rounds": "1"}
+    nobody = {"privacy.sampling_prob": "1e-4", "federation.num_rounds": "1"}
     outcome, log = play(nobody, agents=agents)
     assert of(log, "round_started")[0]["sites"] == []
     assert of(log, "round_finished")[0]["num_updates"] == 0
