@@ -99,11 +99,28 @@ def write(model: nn.Module, tensors: Tensors) -> None:
     own = parameters(model) | side_parameters(model)
     found = {tensor.shape[0] for name, tensor in tensors.items() if factor_of(name) == "A"}
     check_specs(specs(tensors), ranks.at_rank(specs(own), found.pop()) if len(found) == 1 else specs(own))
+    if any(parameter.shape != tensors[name].shape for name, parameter in own.items()):
+        own = _resized(model, own, tensors)
     for name, parameter in own.items():
-        if parameter.shape != tensors[name].shape:
-            parameter.grad = None
-            parameter.data = parameter.new_empty(tensors[name].shape)
         parameter.copy_(tensors[name])
+
+
+def _resized(model: nn.Module, own: Mapping[str, nn.Parameter], like: Tensors) -> dict[str, nn.Parameter]:
+    """New parameters in place of those of another shape.
+
+    Not new `.data`: autograd keeps a node per parameter while any graph that used it lives, and that node goes on
+    expecting gradients of the old shape.
+    """
+    owners = {
+        id(parameter): (module, name)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    for name, old in own.items():
+        if old.shape != like[name].shape:
+            new = nn.Parameter(old.new_empty(like[name].shape), requires_grad=old.requires_grad)
+            setattr(*owners[id(old)], new)
+    return parameters(model) | side_parameters(model)
 
 
 def check_specs(found: Sequence[TensorSpec], expected: Sequence[TensorSpec]) -> None:

@@ -231,6 +231,20 @@ def test_write_refuses_an_adapter_of_another_shape_and_leaves_the_model_alone(en
     assert torch.equal(adapter.read(engine.model)[name], engine.initial[name])
 
 
+def test_gradients_have_the_new_rank_while_a_graph_of_the_old_one_is_alive(engine):
+    tokens = torch.tensor([[5, 6, 7]])
+    graphs = []
+    for rank in (4, 2, 1, 4):
+        tensors = ranks.cut(engine.initial, ranks.at_rank(engine.tensor_specs, rank))
+        adapter.write(engine.model, tensors)
+        held = engine.model(input_ids=tokens).logits.sum()
+        torch.autograd.backward(held, retain_graph=True)
+        found = {name: parameter.grad.shape for name, parameter in adapter.parameters(engine.model).items()}
+        assert found == {name: tensor.shape for name, tensor in tensors.items()}
+        graphs.append(held)
+    engine.model.zero_grad()
+
+
 def test_an_adapter_of_another_rank_takes_the_place_of_the_models_at_the_same_scale(engine):
     generator = torch.Generator().manual_seed(1)
     small = {
