@@ -1,5 +1,6 @@
 """An adapter as named tensors, its shape list, and strict safetensors bytes."""
 
+import hashlib
 import json
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -155,6 +156,11 @@ def encode(tensors: Tensors, *, dtype: WireDtype) -> bytes:
     """Tensors to safetensors bytes, rounded to `dtype`."""
     rounded = {name: tensors[name].to(_TORCH[dtype]).contiguous() for name in sorted(tensors)}
     return safetensors.torch.save(rounded)
+
+
+def digest(tensors: Tensors) -> str:
+    """SHA-256 of an adapter's float32 bytes: the name that logs and records know it by."""
+    return hashlib.sha256(encode(tensors, dtype="float32")).hexdigest()
 
 
 def encoded_size(tensor_specs: Sequence[TensorSpec], *, dtype: WireDtype) -> int:

@@ -48,7 +48,7 @@ class Held:
 
 def digest(tensors: Tensors) -> str:
     """SHA-256 of an adapter's canonical float32 bytes."""
-    return hashlib.sha256(adapter.encode(tensors, dtype="float32")).hexdigest()
+    return adapter.digest(tensors)
 
 
 def stepped(base: Tensors, step: Tensors) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from common import events, identity, model, store
+from common import adapter, events, identity, model, store
 from common.errors import ConfigError
 from common.methods import FACTS
 from server import checkpoint, export, export_folder, export_kind, run
@@ -137,7 +137,7 @@ def stored(run_folder: Path, *, num_rounds: int) -> Exported:
     for stage in stages.finished(run_folder, found, state.tensors) if not num_rounds and wanted == done[-1] else ():
         if passed is None or stage.label <= passed["stage"]:
             tensors, names = stage.tensors, stage.names
-    decide.require(found.run, log, adapter_sha256=decide.digest(tensors))
+    decide.require(found.run, log, adapter_sha256=adapter.digest(tensors))
     sites = run.trained_sites(log, num_rounds=wanted)
     return Exported(tensors, found, wanted, sites, told.of_export(log, names))
 

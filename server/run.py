@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 from common import (
@@ -168,7 +167,7 @@ def _recorded(fed: Federation, start: Tensors, *, first_round: int) -> Iterator[
     if fed.offer and fed.offer.signature:
         made = {name: value for name, value in to_head(fed.offer.signature).items() if name != "signature"}
         made |= {"name": fed.manifest.run.name, "first_round": first_round}
-        fed.record("offered", adapter_sha256=sha256(adapter.encode(start, dtype="float32")).hexdigest(), **made)
+        fed.record("offered", adapter_sha256=adapter.digest(start), **made)
     try:
         yield
     except BaseException as error:

@@ -1,7 +1,5 @@
 """All uploads of a round, for methods whose result no running sum gives."""
 
-import hashlib
-
 from common import adapter
 from server.aggregate.method import State
 
@@ -20,7 +18,7 @@ class Kept:
         """
         if not weight > 0:
             raise ValueError(f"weight {weight} is not positive")
-        digest = hashlib.sha256(adapter.encode(upload, dtype="float32")).hexdigest()
+        digest = adapter.digest(upload)
         self._uploads.append((digest, weight, upload))
 
     def ordered(self) -> list[tuple[float, State]]:

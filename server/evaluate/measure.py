@@ -5,7 +5,6 @@ A stage is a label: `base`, `prompt-only`, `round-00003`, `final`, and whatever 
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 import time
@@ -67,7 +66,7 @@ def measure(suite: Suite, state: State, *, stage: str) -> Mapping[str, Any]:
     if not suite.tasks:
         return {}
     adapter.write(suite.engine.model, state)
-    digest = hashlib.sha256(adapter.encode(state, dtype="float32")).hexdigest()
+    digest = adapter.digest(state)
     event = _measure(suite, stage, digest)
     if stage == BASE and any(task.score_baseline for task in suite.tasks):
         _measure(suite, PROMPT_ONLY, digest)

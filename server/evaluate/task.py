@@ -25,14 +25,12 @@ class Task:
     Attributes:
         settings: Its table in the run file.
         sha256: Hash of all rows and files that it uses; no path is in it.
-        num_rows: Rows that are scored.
         score: Gives the scores of the adapter that is in the engine, by metric.
         score_baseline: The same for the base with the task's prompt; None without one.
     """
 
     settings: TaskConfig
     sha256: str
-    num_rows: int
     score: Score
     score_baseline: Score | None = None
 

@@ -43,7 +43,7 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
         )
 
     sha256 = digest([content_of(row) for row in rows], [content_of(row) for row in examples], *schema)
-    return Task(settings, sha256, len(rows), score, baseline if settings.has_baseline else None)
+    return Task(settings, sha256, score, baseline if settings.has_baseline else None)
 
 
 def generate(engine: Engine, rows: Sequence[Row], settings: TaskConfig, run: RunConfig) -> Pairs:

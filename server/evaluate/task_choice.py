@@ -53,7 +53,6 @@ def of_table(settings: TaskConfig, table: Sequence[Mapping[str, Any]], run: RunC
     return Task(
         settings,
         digest([vars(row) for row in rows], [vars(one) for one in examples]),
-        len(rows),
         lambda engine: score(engine, rows, batch_size=batch_size),
         baseline if settings.has_baseline else None,
     )

@@ -48,13 +48,12 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
     plain = {name: _plain(manager, name, settings) for name in split_names(settings.harness_tasks)}
     loaded = _load(manager, plain)
     limit = settings.max_rows or None
-    num_rows = sum(min(len(task.eval_docs), limit or len(task.eval_docs)) for task in loaded["tasks"].values())
     sha256 = digest(*(_content(config) for config in plain.values()))
 
     def score(engine: Engine) -> Mapping[str, Scores]:
         return _score(engine, loaded, limit=limit, batch_size=run.evaluation.batch_size)
 
-    return Task(settings, sha256, num_rows, score)
+    return Task(settings, sha256, score)
 
 
 def _manager(folder: Path) -> Any:

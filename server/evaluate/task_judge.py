@@ -67,7 +67,7 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
             return {**preferred(judge(ask, pairs)), **calibrated[0]}
 
     told = [task_answers.content_of(row)[:-1] for row in rows], [task_answers.content_of(row) for row in examples]
-    return Task(settings, digest(*told, human, QUESTION, sha256), len(rows), score)
+    return Task(settings, digest(*told, human, QUESTION, sha256), score)
 
 
 def tell_where_rows_go(tasks: Sequence[TaskConfig]) -> None:

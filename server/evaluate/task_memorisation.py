@@ -43,7 +43,7 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
 
     rows = [[dataclasses.replace(row, row_id="", unit="") for row in side] for side in sides or ()]
     told = [dataclasses.asdict(canary) | {"name": ""} for canary in canaries]
-    return Task(settings, digest(told, *([str(row) for row in side] for side in rows)), len(canaries), score)
+    return Task(settings, digest(told, *([str(row) for row in side] for side in rows)), score)
 
 
 def of_canaries(engine: Engine, canaries: Sequence[Canary], run: RunConfig) -> dict[str, Scores]:

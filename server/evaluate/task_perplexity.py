@@ -24,7 +24,6 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
     return Task(
         settings,
         digest(texts),
-        len(texts),
         lambda engine: score(engine, texts, batch_size=run.evaluation.batch_size),
     )
 

@@ -28,7 +28,7 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
         return scores(answers, [_asked(row, run.data.system_prompt) for row in rows], names=names)
 
     told = [task_answers.content_of(row)[:-1] for row in rows]
-    return Task(settings, digest(told, sorted(names)), len(rows), score)
+    return Task(settings, digest(told, sorted(names)), score)
 
 
 def scores(answers: Sequence[str], prompts: Sequence[str], *, names: Sequence[str]) -> Mapping[str, Scores]:

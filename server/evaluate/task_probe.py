@@ -47,7 +47,7 @@ def _of_instructions(settings: TaskConfig, table: Sequence[Mapping[str, Any]], r
         return score(engine, [task_answers.with_prompt(row, settings.baseline_prompt, ()) for row in asked])
 
     sha256 = digest([[row.messages[0].content, wanted] for row, wanted in rows])
-    return Task(settings, sha256, len(rows), score, baseline if settings.has_baseline else None)
+    return Task(settings, sha256, score, baseline if settings.has_baseline else None)
 
 
 def scores(answers: Sequence[str], wanted: Sequence[Constraints]) -> Mapping[str, Scores]:

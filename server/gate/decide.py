@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +56,7 @@ def _of_stages(folder: Path, run_manifest: RunManifest, *, num_rounds: int) -> I
     found = stages.finished(folder, run_manifest, before)
     earlier = [before, *(stage.tensors for stage in found)]
     for stage, was in reversed(list(zip(found, earlier, strict=False))):
-        if digest(stage.tensors) != digest(was):
+        if adapter.digest(stage.tensors) != adapter.digest(was):
             yield Candidate(stage.label, num_rounds, functools.partial(_itself, stage.tensors), stage.names)
 
 
@@ -93,7 +92,7 @@ def choose(run: config.RunConfig, candidates: Iterator[Candidate], *, suite: Sui
         tensors = candidate.load()
         if not run.gate.is_on:
             return candidate, tensors
-        found = digest(tensors)
+        found = adapter.digest(tensors)
         _require_measured(suite, candidate, tensors, found)
         event = _judge(run, suite.log, candidate, found, definition=suite.sha256)
         if event["is_passed"]:
@@ -113,7 +112,7 @@ def judge_again(run_folder: Path, run_manifest: RunManifest) -> list[Event]:
     log = EventLog(run_folder / "events.jsonl")
     told: list[Event] = []
     for candidate in of_run(run_folder, run_manifest) if run_manifest.run.gate.is_on else ():
-        found, definition = digest(candidate.load()), run_manifest.evaluation_sha256
+        found, definition = adapter.digest(candidate.load()), run_manifest.evaluation_sha256
         told.append(_judge(run_manifest.run, log, candidate, found, definition=definition))
         if told[-1]["is_passed"]:
             break
@@ -182,11 +181,6 @@ def _require_measured(suite: Suite, candidate: Candidate, tensors: Tensors, adap
     own = [event for event in past if event["stage"] == candidate.stage]
     if not own or (own[-1]["adapter_sha256"], own[-1]["definition_sha256"]) != (adapter_sha256, suite.sha256):
         measure.measure(suite, tensors, stage=candidate.stage)
-
-
-def digest(tensors: Tensors) -> str:
-    """Hash of an adapter's bytes, as checkpoints and events have it."""
-    return hashlib.sha256(adapter.encode(tensors, dtype="float32")).hexdigest()
 
 
 def _refusal(failed: Sequence[Event]) -> str:

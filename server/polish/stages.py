@@ -256,7 +256,7 @@ def _facts(fed: Federation, number: int, stage: PolishStage, found: StageRows, p
         "num_steps": played.num_steps,
         "num_rows": len(found.train),
         "num_held_out": len(found.held_out),
-        "adapter_sha256": _digest(played.tensors),
+        "adapter_sha256": adapter.digest(played.tensors),
     }
 
 
@@ -294,8 +294,8 @@ def _save(
     storage.write_atomic(folder / ADAPTER_FILE, adapter.encode(played.tensors, dtype="float32"))
     record = {
         "stage": stage.model_dump(mode="json"),
-        "start_sha256": _digest(start),
-        "adapter_sha256": _digest(played.tensors),
+        "start_sha256": adapter.digest(start),
+        "adapter_sha256": adapter.digest(played.tensors),
         "data_sha256": _hash_data(stage),
         "finished": dict(facts),
     }
@@ -316,16 +316,11 @@ def _stored(folder: Path, stage: PolishStage, start: Tensors, specs: tuple[Tenso
         record["finished"]["number"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{folder}: no whole stage; remove the folder, and it is played again") from error
-    if found != (stage.model_dump(mode="json"), _digest(start), hashlib.sha256(data).hexdigest()):
+    if found != (stage.model_dump(mode="json"), adapter.digest(start), hashlib.sha256(data).hexdigest()):
         raise ModelError(
             f"{folder}: was changed, or began with another adapter or other settings; remove it and the stages after it"
         )
     return adapter.decode(data, specs, dtype="float32")
-
-
-def _digest(tensors: Tensors) -> str:
-    """Hash of an adapter's bytes."""
-    return hashlib.sha256(adapter.encode(tensors, dtype="float32")).hexdigest()
 
 
 def _hash_data(stage: PolishStage) -> str:

@@ -40,7 +40,6 @@ def play(shared: World, *, num_bad: int) -> dict[str, Any]:
 
 def usual_norm(shared: World) -> float:
     """The median norm of the updates of the run without guard and attack."""
-
     log = events.read(shared.folder / "none-none" / server_run.EVENTS_FILE)
     return float(median(event["update_norm"] for event in log if event["kind"] == "site_trained"))
 
@@ -61,10 +60,7 @@ def guarded(settings: config.RunConfig, guard: str, *, num_bad: int, max_norm: f
 
 def render(result: Mapping[str, Any]) -> Iterator[Table]:
     """Held-out loss and that of the attacker's answer, guards by attacks."""
-    for figure, title in (
-        ("held_out_loss", "held-out loss of honest sites"),
-        ("trigger_loss", "loss of the attacker's answer"),
-    ):
+    for figure, title in TITLES.items():
         table = Table("", *run.ATTACKS, title=title, box=None)
         for guard, cells in result["guards"].items():
             table.add_row(guard, *(f"{cells[attack][figure]:.3f}" for attack in run.ATTACKS))
