@@ -211,28 +211,10 @@ class Agent:
         answered = self._guard.before_training(request, plan, run=run.manifest)
         if answered is not None:
             return answered
-        rows = run.train if run.is_of_answers else run.train_preferences
-        adapter.write(run.engine.model, before)
-        settings = run.manifest.run
-        method, specs = settings.aggregation.method, run.specs
-        trained = trainable.trained_names(method, specs, round_index=plan.round_index)
-        sent = trainable.sent_names(method, specs, round_index=plan.round_index)
         source = self._make_noise(run.manifest, plan.round_index)
-        with adapter.training_only(run.engine.model, trained):
-            result = local.train(
-                run.engine,
-                rows,
-                training=settings.training,
-                privacy=settings.privacy,
-                round_index=plan.round_index,
-                num_rounds=settings.federation.num_rounds,
-                seed=schedule.derive_seed(settings.seed, self.site),
-                source=source,
-                proximal=settings.aggregation.proximal,
-            )
+        result = self._fit(run, plan, before, source)
         after = adapter.read(run.engine.model)
-        raw_delta = protect.subtract(after, {name: before[name] for name in sent})
-        body = self._protect(run, plan, raw_delta, trained_with=result.protection, source=source)
+        body = self._protect(run, plan, before, after, trained_with=result.protection, source=source)
         if self._shelf and self._kept_names(run.manifest):
             self._shelf.keep(run.manifest, plan.round_index, after)
         head = UpdateHead(
@@ -247,11 +229,38 @@ class Agent:
         )
         return Frame("update", to_head(head), body)
 
+    def _fit(self, run: OpenRun, plan: RoundPlan, start: adapter.Tensors, source: Noise) -> local.LocalResult:
+        """Local training from an adapter; what it became is in the engine."""
+        settings = run.manifest.run
+        adapter.write(run.engine.model, start)
+        trained = trainable.trained_names(settings.aggregation.method, run.specs, round_index=plan.round_index)
+        with adapter.training_only(run.engine.model, trained):
+            return local.train(
+                run.engine,
+                run.train if run.is_of_answers else run.train_preferences,
+                training=settings.training,
+                privacy=settings.privacy,
+                round_index=plan.round_index,
+                num_rounds=settings.federation.num_rounds,
+                seed=schedule.derive_seed(settings.seed, self.site),
+                source=source,
+                proximal=settings.aggregation.proximal,
+            )
+
     def _protect(
-        self, run: OpenRun, plan: RoundPlan, raw_delta: protect.RawDelta, *, trained_with: Protection, source: Noise
+        self,
+        run: OpenRun,
+        plan: RoundPlan,
+        before: adapter.Tensors,
+        after: adapter.Tensors,
+        *,
+        trained_with: Protection,
+        source: Noise,
     ) -> bytes:
         """The update's body; what a sparse one leaves out is on the disk before it leaves."""
         settings, folder = run.manifest.run, self._residual_folder(run)
+        sent = trainable.sent_names(settings.aggregation.method, run.specs, round_index=plan.round_index)
+        raw_delta = protect.subtract(after, {name: before[name] for name in sent})
         specs = trainable.leaving_specs(settings.aggregation.method, run.specs)
         left_out = residual.load(folder, run.sha256, plan.round_index, specs) if folder else None
         outgoing = protect.protect(

@@ -17,6 +17,8 @@ from server.evaluate import held_out, measure
 from server.federation import Federation
 from server.gate import stopping
 
+Norms = dict[str, tuple[float, float]]  # by module: of what the new adapter misses, and of the step
+
 
 @dataclass
 class Tally:
@@ -67,23 +69,8 @@ def _evaluate(fed: Federation, state: State, *, num_rounds: int) -> None:
 def play(fed: Federation, state: State, *, round_index: int) -> State:
     """One round: from the global adapter to the next, which is on disk when this returns."""
     started = fed.clock()
-    federation.rejoin(fed)
-    source = fed.make_noise(round_index)
-    cohort = _choose(fed, round_index, source)
-    plan = RoundPlan(fed.manifest.sha256, round_index)
-    fed.log.append("round_started", round=round_index, sites=[fed.name(node) for node in cohort])
-    frames = fed.request("train", plan, state, nodes=cohort)
-    tally = _collect(fed, state, plan, frames, source)
-    _require_quorum(fed, tally, round_index, num_drawn=len(cohort))
-    combined = tally.combined.result()
-    averaged = fed.method.apply(state, combined)
-    step, fed.memory = optimizer.step(combined, fed.memory, settings=fed.manifest.run.aggregation)
-    if isinstance(tally.combined, NoisedSum):
-        fed.memory = tally.combined.remembered(fed.memory)
-    after = averaged if step is combined else fed.method.apply(state, step)
-    after = _settle(fed, state, ranks.agree(after, combined, run=fed.manifest.run, num_done=round_index + 1))
-    norms = _gap(tally, state, averaged, combined)
-    _require_rank(fed, norms)
+    tally, bytes_down = _gather(fed, state, round_index=round_index)
+    after, norms = _advance(fed, state, tally, round_index=round_index)
     digest = checkpoint.save(
         fed.folder, after, memory=fed.memory, num_rounds=round_index + 1, run_sha256=fed.manifest.sha256
     )
@@ -95,15 +82,41 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
         adapter_sha256=digest,
         num_updates=len(tally.heads),
         train_loss=_train_loss(tally.heads),
-        gap=gap.whole(norms.values()) if norms else None,
+        **_of_gap(norms),
         **({} if (rank := ranks.left(after)) is None else {"rank": rank}),
-        gap_modules={name: gap.whole([pair]) for name, pair in norms.items()},
-        bytes_down=sum(map(len, frames.values())),
+        bytes_down=bytes_down,
         bytes_up=tally.bytes_up,
         seconds=round(fed.clock() - started, 3),
         **_spent(fed, tally, round_index),
     )
     return after
+
+
+def _gather(fed: Federation, state: State, *, round_index: int) -> tuple[Tally, int]:
+    """The updates of the round's sites, enough of them, and how many bytes went out for them."""
+    federation.rejoin(fed)
+    source = fed.make_noise(round_index)
+    cohort = _choose(fed, round_index, source)
+    plan = RoundPlan(fed.manifest.sha256, round_index)
+    fed.log.append("round_started", round=round_index, sites=[fed.name(node) for node in cohort])
+    frames = fed.request("train", plan, state, nodes=cohort)
+    tally = _collect(fed, state, plan, frames, source)
+    _require_quorum(fed, tally, round_index, num_drawn=len(cohort))
+    return tally, sum(map(len, frames.values()))
+
+
+def _advance(fed: Federation, state: State, tally: Tally, *, round_index: int) -> tuple[State, Norms]:
+    """The next global adapter, and how much of the step it misses."""
+    combined = tally.combined.result()
+    averaged = fed.method.apply(state, combined)
+    step, fed.memory = optimizer.step(combined, fed.memory, settings=fed.manifest.run.aggregation)
+    if isinstance(tally.combined, NoisedSum):
+        fed.memory = tally.combined.remembered(fed.memory)
+    after = averaged if step is combined else fed.method.apply(state, step)
+    after = _settle(fed, state, ranks.agree(after, combined, run=fed.manifest.run, num_done=round_index + 1))
+    norms = _gap(tally, state, averaged, combined)
+    _require_rank(fed, norms)
+    return after, norms
 
 
 def _settle(fed: Federation, before: State, after: State) -> State:
@@ -128,14 +141,22 @@ def _spent(fed: Federation, tally: Tally, round_index: int) -> dict[str, float |
     return site_privacy.spent_by(fed.manifest.run, log, num_rounds=round_index + 1)
 
 
-def _gap(tally: Tally, before: State, after: State, combined: State) -> dict[str, tuple[float, float]]:
+def _gap(tally: Tally, before: State, after: State, combined: State) -> Norms:
     """Norms of what the new adapter misses, and of the step, by module; empty for a method that misses nothing."""
     if tally.gap_meter:
         return tally.gap_meter.per_module(after)
     return gap.of_products(before, products.pairs(combined), after)
 
 
-def _require_rank(fed: Federation, norms: dict[str, tuple[float, float]]) -> None:
+def _of_gap(norms: Norms) -> dict[str, Any]:
+    """The gap of a round, whole and by module; None where there is none."""
+    return {
+        "gap": gap.whole(norms.values()) if norms else None,
+        "gap_modules": {name: gap.whole([pair]) for name, pair in norms.items()},
+    }
+
+
+def _require_rank(fed: Federation, norms: Norms) -> None:
     """A side adapter that is too narrow for what it must hold ends the run; the finished rounds are on disk."""
     settings = fed.manifest.run.aggregation
     lost = gap.whole(norms.values())
