@@ -95,6 +95,7 @@ def check(policy: Policy, run_manifest: RunManifest, usage: Usage) -> None:
     _check_adapter(policy, run_manifest)
     _check_training(policy, run_manifest.run)
     _check_privacy(policy, run_manifest.run)
+    _check_cohort(policy, run_manifest.run)
     _check_texts(policy, run_manifest.run)
     _check_egress(policy, run_manifest, usage)
     _at_most("runs.max_per_day", usage.num_runs_today + 1, policy.runs.max_per_day)
@@ -254,7 +255,7 @@ def _check_training(policy: Policy, run: config.RunConfig) -> None:
 
 
 def _check_privacy(policy: Policy, run: config.RunConfig) -> None:
-    """Protection that the site requires, and how many sites an aggregate comes from."""
+    """Protection that the site requires."""
     protection = policy.privacy
     _require(
         protection.mode == "none" or run.privacy.is_private,
@@ -280,6 +281,10 @@ def _check_privacy(policy: Policy, run: config.RunConfig) -> None:
         "privacy.secagg",
         "secure aggregation is required, and this version has none",
     )
+
+
+def _check_cohort(policy: Policy, run: config.RunConfig) -> None:
+    """How many sites an aggregate comes from."""
     federation = run.federation
     _at_least("cohort.min_sites", federation.min_sites, policy.cohort.min_sites)
     if run.privacy.is_private_per_site:

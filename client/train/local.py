@@ -65,39 +65,62 @@ def train(
     started = time.monotonic()
     num_steps = schedule.num_local_steps(len(rows), training)
     first_step = round_index * num_steps
-    rates = [
-        schedule.learning_rate(step / (num_rounds * num_steps), training)
-        for step in range(first_step, first_step + num_steps)
-    ]
-    max_rows = training.micro_batch_size or training.batch_size
-    objective = Objective.of(training)
+    steps = range(first_step, first_step + num_steps)
+    rates = [schedule.learning_rate(step / (num_rounds * num_steps), training) for step in steps]
     with torch.random.fork_rng():
         torch.manual_seed(schedule.derive_seed(seed, round_index))
         if privacy.is_private_per_unit:
-            private_ones = private.gradients(
-                engine,
-                rows,
-                privacy=privacy,
-                num_steps=num_steps,
-                max_rows=max_rows,
-                source=source,
-                objective=objective,
-            )
-            with contextlib.closing(private_ones) as gradients:
-                _steps(engine, gradients, rates, training=training, max_grad_norm=0.0, proximal=proximal)
-            proof.check_reload(engine)
-            return LocalResult(num_steps, None, None, None, protection="unit")
-        batches = _batches(rows, training=training, first_step=first_step, num_steps=num_steps, seed=seed)
-        plain = (mean_gradient(engine, batch, micro_batch_size=max_rows, objective=objective) for batch in batches)
-        losses = _steps(
-            engine, plain, rates, training=training, max_grad_norm=training.max_grad_norm, proximal=proximal
-        )
+            _fit_privately(engine, rows, rates, training=training, privacy=privacy, source=source, proximal=proximal)
+            told = None
+        else:
+            batches = _batches(rows, training=training, first_step=first_step, num_steps=num_steps, seed=seed)
+            told = _fit(engine, batches, rates, training=training, proximal=proximal)
     proof.check_reload(engine)
-    if privacy.is_private:  # for the site as a whole: no noise covers these figures
-        return LocalResult(num_steps, None, None, None, protection="none")
+    protection: Protection = "unit" if privacy.is_private_per_unit else "none"
+    if told is None or privacy.is_private:  # for the site as a whole too: no noise covers these figures
+        return LocalResult(num_steps, None, None, None, protection)
+    return LocalResult(num_steps, *told, time.monotonic() - started, protection)
+
+
+def _fit_privately(
+    engine: Engine,
+    rows: Sequence[Example],
+    rates: Sequence[float],
+    *,
+    training: config.TrainingConfig,
+    privacy: PrivacyConfig,
+    source: Noise,
+    proximal: float,
+) -> None:
+    """One noised step for each rate."""
+    gradients = private.gradients(
+        engine,
+        rows,
+        privacy=privacy,
+        num_steps=len(rates),
+        max_rows=training.micro_batch_size or training.batch_size,
+        source=source,
+        objective=Objective.of(training),
+    )
+    with contextlib.closing(gradients):
+        _steps(engine, gradients, rates, training=training, max_grad_norm=0.0, proximal=proximal)
+
+
+def _fit(
+    engine: Engine,
+    batches: Sequence[Sequence[Example]],
+    rates: Sequence[float],
+    *,
+    training: config.TrainingConfig,
+    proximal: float,
+) -> tuple[int, float]:
+    """One step for each batch; how many tokens it read, and the mean of its losses."""
+    size, objective = training.micro_batch_size or training.batch_size, Objective.of(training)
+    gradients = (mean_gradient(engine, batch, micro_batch_size=size, objective=objective) for batch in batches)
+    max_norm = training.max_grad_norm
+    losses = _steps(engine, gradients, rates, training=training, max_grad_norm=max_norm, proximal=proximal)
     num_tokens = sum(len(row.input_ids) for batch in batches for example in batch for row in example.rows)
-    mean_loss = sum(losses) / len(losses)
-    return LocalResult(num_steps, num_tokens, mean_loss, time.monotonic() - started, protection="none")
+    return num_tokens, sum(losses) / len(losses)
 
 
 def _batches(
