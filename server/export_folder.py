@@ -230,7 +230,7 @@ def _save_gguf(folder: Path, merged: Path, facts: seal.Facts, *, llama_cpp: Path
     folder.mkdir()
     output = folder / export_gguf.MODEL_FILE
     if llama_cpp:
-        export_gguf.run_converter(llama_cpp, merged, output)
+        export_gguf.run_converter(llama_cpp, merged, output, name=facts.name)
     else:
         export_gguf.convert(merged, output, name=facts.name)
     if llama_cpp and facts.gguf_type != "bf16":

@@ -4,10 +4,13 @@ Written here: Llama with plain rotary positions and a byte-level BPE tokenizer t
 for the converter in a llama.cpp checkout of the user's own, which is run as it is.
 """
 
+import itertools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +27,7 @@ from common.storage import storage_error
 
 MODEL_FILE: Final = "model.gguf"
 SCRIPT: Final = "convert_hf_to_gguf.py"
+REQUIREMENTS: Final = "requirements/requirements-convert_hf_to_gguf.txt"
 TYPES: Final = ("bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 _QUANTIZERS: Final = ("build/bin/llama-quantize", "llama-quantize")
 _REMEDY: Final = "give --llama-cpp DIR, a checkout of llama.cpp whose own converter is then run"
@@ -76,7 +80,7 @@ def convert(merged: Path, output: Path, *, name: str) -> None:
         writer.close()
 
 
-def run_converter(llama_cpp: Path, merged: Path, output: Path) -> None:
+def run_converter(llama_cpp: Path, merged: Path, output: Path, *, name: str) -> None:
     """Let the converter of a llama.cpp checkout write `output`; its own words go to stderr.
 
     Raises:
@@ -85,7 +89,17 @@ def run_converter(llama_cpp: Path, merged: Path, output: Path) -> None:
     """
     check_checkout(llama_cpp, "bf16")
     script = llama_cpp / SCRIPT
-    order = [sys.executable, str(script), str(merged), "--outfile", str(output), "--outtype", "bf16"]
+    order = [
+        sys.executable,
+        str(script),
+        str(merged),
+        "--outfile",
+        str(output),
+        "--outtype",
+        "bf16",
+        "--model-name",
+        name,
+    ]
     done = subprocess.run(order, stdout=2, check=False)
     if done.returncode or not output.is_file():
         raise ModelError(
@@ -101,7 +115,7 @@ def check_checkout(llama_cpp: Path | None, kind: str) -> None:
         kind: One of `TYPES`.
 
     Raises:
-        ConfigError: No checkout, no converter in it, or no llama-quantize; or there is no such type.
+        ConfigError: No checkout, no converter in it or a package that it needs, or no llama-quantize; or no such type.
     """
     if kind not in TYPES:
         raise ConfigError(f"--gguf-type {kind}: is none of {', '.join(TYPES)}")
@@ -109,8 +123,29 @@ def check_checkout(llama_cpp: Path | None, kind: str) -> None:
         raise ConfigError(f"--gguf-type {kind} is written by llama-quantize; give --llama-cpp DIR, a checkout with it")
     if llama_cpp and not (llama_cpp / SCRIPT).is_file():
         raise ConfigError(f"--llama-cpp {llama_cpp}: has no {SCRIPT}; give a checkout of llama.cpp")
+    if llama_cpp and (missing := _missing(llama_cpp / REQUIREMENTS)):
+        raise ConfigError(f"{SCRIPT} there needs {', '.join(missing)}, which this Python has not; install it here")
     if llama_cpp and kind != "bf16":
         _quantizer(llama_cpp)
+
+
+def _missing(requirements: Path) -> list[str]:
+    """Packages named by a requirements file, and by those that it includes, that are not installed; versions aside."""
+    if not requirements.is_file():
+        return []
+    lines = [line.split("#")[0].split() for line in requirements.read_text(encoding="utf-8").splitlines()]
+    included = [_missing(requirements.parent / words[1]) for words in lines if words[:1] == ["-r"] and len(words) > 1]
+    named = [match[0] for words in lines if words and (match := re.match(r"\w[\w.-]*", words[0]))]
+    return sorted({*(name for name in named if not _is_installed(name)), *itertools.chain.from_iterable(included)})
+
+
+def _is_installed(name: str) -> bool:
+    """Whether this Python has a package."""
+    try:
+        metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _quantizer(llama_cpp: Path) -> Path:

@@ -135,8 +135,8 @@ def test_a_modelfile_has_a_template_only_where_it_is_chatml(tmp_path):
 
 CONVERTER = """
 import pathlib, sys
-merged, _, outfile, _, outtype = sys.argv[1:]
-assert outtype == "bf16" and (pathlib.Path(merged) / "config.json").is_file()
+merged, _, outfile, _, outtype, _, name = sys.argv[1:]
+assert name and outtype == "bf16" and (pathlib.Path(merged) / "config.json").is_file()
 {body}
 """
 
@@ -159,6 +159,19 @@ def test_a_checkout_that_cannot_convert_leaves_nothing(source, tiny_base, tmp_pa
     with pytest.raises(ModelError, match="could not convert"):
         write(tmp_path / "export", source, tiny_base, "gguf", llama_cpp=checkout(tmp_path / "llama.cpp", body))
     assert [path.name for path in tmp_path.iterdir()] == ["llama.cpp"]
+
+
+def test_a_package_that_the_converter_needs_is_named_before_anything_is_merged(source, tiny_base, tmp_path):
+    found = checkout(tmp_path / "llama.cpp", "sys.exit(3)")
+    (found / "requirements").mkdir()
+    (found / "requirements" / "other.txt").write_text("numpy~=1.0  # any\nno-such-package-here>=0.1,<1\n")
+    named = found / "requirements" / "requirements-convert_hf_to_gguf.txt"
+    named.write_text("-r ./other.txt\n--extra-index-url somewhere\n\n## why\ntorch==1.0\n")
+    with pytest.raises(ConfigError, match="needs no-such-package-here, which"):
+        write(tmp_path / "export", source, tiny_base, "gguf", llama_cpp=found)
+    named.write_text("torch==1.0\n")
+    with pytest.raises(ModelError, match="could not convert"):  # the control: the converter was asked
+        write(tmp_path / "export", source, tiny_base, "gguf", llama_cpp=found)
 
 
 def test_a_folder_that_is_no_checkout_is_refused(source, tiny_base, tmp_path):
