@@ -3,7 +3,7 @@
 from typing import Final
 
 from common.errors import ConfigError
-from server.aggregate import fedavg, fedex, fedrot, fedsa, fedsvd, ffa, flexlora, flora, hetlora, lora_fair, rolora
+from server.aggregate import fedavg, fedex, fedrot, fedsa, fedsvd, ffa, flexlora, flora, hetlora, lora_fair, ravan, rolora
 from server.aggregate.method import Method
 
 METHODS: Final[dict[str, Method]] = {
@@ -18,6 +18,7 @@ METHODS: Final[dict[str, Method]] = {
     "hetlora": hetlora,
     "lora_fair": lora_fair,
     "fedrot": fedrot,
+    "ravan": ravan,
 }
 
 
