@@ -207,7 +207,7 @@ def _check_adapter(policy: Policy, run_manifest: RunManifest) -> None:
 
 
 def _check_factor(policy: Policy, spec: TensorSpec) -> None:
-    """A factor or core of LoRA, or a factor of a side adapter, on a layer that may be trained and of a rank that is allowed."""
+    """A factor or core of LoRA, or of a side adapter, on a layer that may be trained, of a rank that is allowed."""
     module, kind, factor = _parts(spec.name)
     _require(bool(module), "lora.targets", f"{shown(spec.name, limit=200)} is no factor")
     parts = module.split(".")

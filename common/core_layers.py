@@ -34,8 +34,9 @@ class Core(nn.Module):
 
         Shape: (..., r) to (..., r).
         """
-        heads_mnn = cores.scaled(self.weight, self.scale).unflatten(0, (len(self.scale), -1))
-        return torch.einsum("...mi,moi->...mo", x.unflatten(-1, (len(self.scale), -1)), heads_mnn).flatten(-2)
+        size = self.weight.shape[1]
+        heads_mnn = cores.scaled(self.weight, self.scale).view(-1, size, size)
+        return torch.einsum("...mi,moi->...mo", x.view(*x.shape[:-1], -1, size), heads_mnn).flatten(-2)
 
 
 class Cored(LoraVariant):
@@ -45,8 +46,8 @@ class Cored(LoraVariant):
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """The base's output and the adapter's."""
         down = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
-        up = module.lora_B[active_adapter](module.lora_H[active_adapter](down))
-        return result + (up * module.scaling[active_adapter]).to(result.dtype)
+        up: Tensor = module.lora_B[active_adapter](module.lora_H[active_adapter](down)) * module.scaling[active_adapter]
+        return result + up.to(result.dtype)
 
     @staticmethod
     def _refuse(*given: Any, **named: Any) -> NoReturn:
@@ -63,7 +64,7 @@ def attach(model: nn.Module, *, num_heads: int) -> None:
         num_heads: m.
     """
     for module in [module for module in model.modules() if isinstance(module, LoraLayer)]:
-        a_rk = module.lora_A[_ADAPTER].weight
+        a_rk: Any = module.lora_A[_ADAPTER].weight
         module.lora_H = nn.ModuleDict({_ADAPTER: Core(len(a_rk), num_heads, device=a_rk.device)})
         module.adapter_layer_names = (*module.adapter_layer_names, "lora_H")
         module.lora_variant[_ADAPTER] = Cored()

@@ -60,8 +60,8 @@ def down(core_rn: Tensor, a_rk: Tensor) -> Tensor:
 
     Shape: (r, n) and (r, k) to (r, k).
     """
-    size = core_rn.shape[1]
-    return torch.bmm(core_rn.unflatten(0, (-1, size)), a_rk.unflatten(0, (-1, size))).flatten(0, 1)
+    heads = a_rk.shape[0] // core_rn.shape[1]
+    return torch.bmm(core_rn.view(heads, -1, core_rn.shape[1]), a_rk.view(heads, -1, a_rk.shape[1])).flatten(0, 1)
 
 
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 MethodName = Literal[
-    "fedavg", "ffa", "fedsvd", "rolora", "flexlora", "fedex", "flora", "fedsa", "hetlora", "lora_fair", "fedrot", "ravan"
-]
+    "fedavg", "ffa", "fedsvd", "rolora", "flexlora", "fedex", "flora", "fedsa", "hetlora", "lora_fair", "fedrot",
+    "ravan",
+]  # fmt: skip
 Privacy = Literal["record", "central"]
 
 

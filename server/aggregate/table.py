@@ -3,7 +3,20 @@
 from typing import Final
 
 from common.errors import ConfigError
-from server.aggregate import fedavg, fedex, fedrot, fedsa, fedsvd, ffa, flexlora, flora, hetlora, lora_fair, ravan, rolora
+from server.aggregate import (
+    fedavg,
+    fedex,
+    fedrot,
+    fedsa,
+    fedsvd,
+    ffa,
+    flexlora,
+    flora,
+    hetlora,
+    lora_fair,
+    ravan,
+    rolora,
+)
 from server.aggregate.method import Method
 
 METHODS: Final[dict[str, Method]] = {
