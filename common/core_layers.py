@@ -46,7 +46,7 @@ class Cored(LoraVariant):
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """The base's output and the adapter's."""
         down = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
-        up: Tensor = module.lora_B[active_adapter](module.lora_H[active_adapter](down)) * module.scaling[active_adapter]
+        up: Tensor = module.lora_B[active_adapter](module.lora_H(down)) * module.scaling[active_adapter]
         return result + up.to(result.dtype)
 
     @staticmethod
@@ -59,12 +59,13 @@ class Cored(LoraVariant):
 def attach(model: nn.Module, *, num_heads: int) -> None:
     """Put a core between A and B of every LoRA layer, float32; the model then changes nothing whatever A and B are.
 
+    It stands outside peft's dictionaries of adapters: another one beside, such as a reference, is a plain pair.
+
     Args:
         model: With LoRA's layers, of a rank that `num_heads` divides.
         num_heads: m.
     """
     for module in [module for module in model.modules() if isinstance(module, LoraLayer)]:
         a_rk: Any = module.lora_A[_ADAPTER].weight
-        module.lora_H = nn.ModuleDict({_ADAPTER: Core(len(a_rk), num_heads, device=a_rk.device)})
-        module.adapter_layer_names = (*module.adapter_layer_names, "lora_H")
+        module.lora_H = Core(len(a_rk), num_heads, device=a_rk.device)
         module.lora_variant[_ADAPTER] = Cored()
