@@ -32,8 +32,7 @@ def logits(network) -> torch.Tensor:
 
 def stirred(engine):
     generator = torch.Generator().manual_seed(8)
-    has_cores = any(".lora_H." in name for name in engine.initial)  # a product of three, each larger for the same effect
-    size = 0.3 if has_cores else 0.05
+    size = 0.3 if any(".lora_H." in name for name in engine.initial) else 0.05  # products of three are smaller
     state = {name: size * torch.randn(tensor.shape, generator=generator) for name, tensor in engine.initial.items()}
     adapter.write(engine.model, state)
     return state
