@@ -5,6 +5,7 @@ import torch
 
 from client.train import private, unit_gradients
 from common import adapter, config, cores, likelihood, model, orthonormal, prompts, start
+from common.errors import ModelError
 from common.manifest import RunManifest
 from common.trainable import factor_of
 from server.aggregate import factored
@@ -166,3 +167,9 @@ def test_a_unit_is_clipped_over_its_cores_and_scales_together(begun):
 def test_heads_are_the_runs_own_setting():
     assert config.AggregationConfig().num_core_heads == 0
     assert config.AggregationConfig(method="ravan", num_heads=2).num_core_heads == 2
+
+
+def test_a_layer_that_is_narrower_than_the_rank_is_refused(load_begun):
+    """The tiny base's values and keys have 32 outputs: 48 columns of B cannot be orthonormal, though A's rows can."""
+    with pytest.raises(ModelError, match=r"k_proj\.lora_B\.weight: 48 rows of 32 values .* lower adapter\.r"):
+        load_begun(**{"adapter.r": "48"})
