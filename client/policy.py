@@ -28,8 +28,8 @@ KNOWN: Final = {
     "local_epochs local_steps batch_size micro_batch_size learning_rate schedule warmup_fraction optimizer "
     "weight_decay adam_beta1 adam_beta2 adam_epsilon momentum max_grad_norm gradient_checkpointing",
     "federation": "num_rounds sites_per_round min_sites round_timeout_s join_timeout_s num_sites",
-    "aggregation": "method weighting gap_warning residual_rank residual_max_lost server_optimizer server_learning_rate "
-    "server_beta1 server_beta2 server_tau proximal robust num_bad_sites "
+    "aggregation": "method weighting gap_warning residual_rank residual_max_lost num_heads server_optimizer "
+    "server_learning_rate server_beta1 server_beta2 server_tau proximal robust num_bad_sites "
     "max_update_norm screening screening_threshold",
     "privacy": "mode epsilon dp_delta sampling_prob noise_multiplier clip_norm noise_at max_rows_per_unit clipping "
     "adaptive_clipping clip_quantile clip_learning_rate",
@@ -40,7 +40,7 @@ KNOWN: Final = {
     "max_exposure max_extracted max_pii_emission audit_file stop_after figures",
     "output": "folder keep_checkpoints",
 }
-_FACTOR: Final = re.compile(r"(.+)\.(lora|residual)_(A|B)\.weight")
+_FACTOR: Final = re.compile(r"(.+)\.(lora|residual)_(A|B|(?<=lora_)H)\.weight")
 
 
 @dataclass(frozen=True)
@@ -208,13 +208,13 @@ def _check_adapter(policy: Policy, run_manifest: RunManifest) -> None:
 
 
 def _check_factor(policy: Policy, spec: TensorSpec) -> None:
-    """A factor of LoRA or of a side adapter, on a layer that may be trained and of a rank that is allowed."""
+    """A factor or core of LoRA, or of a side adapter, on a layer that may be trained, of a rank that is allowed."""
     module, kind, factor = _parts(spec.name)
     _require(bool(module), "lora.targets", f"{shown(spec.name, limit=200)} is no factor")
     parts = module.split(".")
     is_allowed = parts[-1] in policy.lora.targets and not set(parts) & set(FORBIDDEN)
     _require(is_allowed, "lora.targets", f"{shown(module, limit=200)} is not one of them")
-    rank = spec.shape[0 if factor == "A" else -1] if len(spec.shape) == 2 else 0
+    rank = spec.shape[-1 if factor == "B" else 0] if len(spec.shape) == 2 else 0
     limits = policy.lora.r if kind == "lora" else (1, policy.lora.residual_r)
     _within("lora.r" if kind == "lora" else "lora.residual_r", rank, limits)
 

@@ -133,7 +133,8 @@ class EngineLoader:
         run = manifest.run
         residual_rank = run.aggregation.residual_rank
         seed = run.seed if KINDS[run.adapter.kind].is_seeded else None
-        key = (manifest.base_sha256, run.model, run.adapter, run.training.gradient_checkpointing, residual_rank, seed)
+        beside = (run.training.gradient_checkpointing, residual_rank, run.aggregation.num_core_heads, seed)
+        key = (manifest.base_sha256, run.model, run.adapter, *beside)
         if self._engine is None or key != self._key:
             self._engine, self._key = None, key  # the old base's memory is free before the new one is loaded
             self._engine = self._load(manifest)
@@ -151,6 +152,7 @@ class EngineLoader:
             num_threads=hardware.num_threads,
             gradient_checkpointing=run.training.gradient_checkpointing,
             residual_rank=run.aggregation.residual_rank,
+            num_heads=run.aggregation.num_core_heads,
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from common import kinds, ranks, wire
+from common import cores, kinds, ranks, wire
 from common.errors import ModelError, WireError
 from common.records import TensorSpec
 from common.trainable import factor_of
@@ -44,7 +44,7 @@ def num_parameters(tensor_specs: Sequence[TensorSpec]) -> int:
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters under the names that peft saves them by."""
+    """The trainable parameters under the names that peft saves them by; those of a core with its scales."""
     return {
         name.removesuffix(".default").replace(".default.", "."): parameter
         for name, parameter in sorted(model.named_parameters())
@@ -62,7 +62,8 @@ def training_only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     own = parameters(model)
     if missing := sorted(set(names) - own.keys()):
         raise ModelError(f"the adapter has no tensor {wire.shown(missing[0], limit=200)} that could be trained")
-    frozen = [parameter for name, parameter in own.items() if name not in names]
+    wanted = {*names, *map(cores.scale_beside, names)}
+    frozen = [parameter for name, parameter in own.items() if name not in wanted]
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -83,27 +84,36 @@ def side_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def read(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the adapter in a model, its side adapter included, float32 on the CPU."""
+    """A copy of the adapter in a model, its side adapter included, float32 on the CPU; cores times their scales."""
     own = parameters(model) | side_parameters(model)
-    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in own.items()}
+    return cores.folded({name: p.detach().to("cpu", torch.float32, copy=True) for name, p in own.items()})
 
 
 @torch.no_grad()
 def write(model: nn.Module, tensors: Tensors) -> None:
     """Put an adapter into a model; where it is of another rank than the model's, the model has that rank from then on.
 
-    The scale of the product stays what it was at the rank that the model was loaded with.
+    The scale of the product stays what it was at the rank that the model was loaded with. Scales of cores are 1 then.
 
     Raises:
         ModelError: Names or shapes differ from the model's adapter, ranks aside, or the modules' ranks differ.
     """
-    own = parameters(model) | side_parameters(model)
+    own = _stored(model)
     found = {tensor.shape[0] for name, tensor in tensors.items() if factor_of(name) == "A"}
     check_specs(specs(tensors), ranks.at_rank(specs(own), found.pop()) if len(found) == 1 else specs(own))
     if any(parameter.shape != tensors[name].shape for name, parameter in own.items()):
         own = _resized(model, own, tensors)
     for name, parameter in own.items():
         parameter.copy_(tensors[name])
+    for name, parameter in parameters(model).items():
+        if cores.is_scale(name):
+            parameter.fill_(1.0)
+
+
+def _stored(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All that an adapter consists of once it is read."""
+    own = parameters(model) | side_parameters(model)
+    return {name: parameter for name, parameter in own.items() if not cores.is_scale(name)}
 
 
 def _resized(model: nn.Module, own: Mapping[str, nn.Parameter], like: Tensors) -> dict[str, nn.Parameter]:
@@ -121,7 +131,7 @@ def _resized(model: nn.Module, own: Mapping[str, nn.Parameter], like: Tensors) -
         if old.shape != like[name].shape:
             new = nn.Parameter(old.new_empty(like[name].shape), requires_grad=old.requires_grad)
             setattr(*owners[id(old)], new)
-    return parameters(model) | side_parameters(model)
+    return _stored(model)
 
 
 def check_specs(found: Sequence[TensorSpec], expected: Sequence[TensorSpec]) -> None:

@@ -129,7 +129,7 @@ def _at_the_coordinator(facts: Facts) -> str:
 
 
 def _sparse(facts: Facts) -> str:
-    if facts.is_experimental:
+    if facts.is_experimental and not facts.is_linear:
         return UNTRIED
     if facts.refreshes:
         return "what a site keeps of a sparse update does not fit the new coordinates that the factors get every round"
@@ -137,7 +137,7 @@ def _sparse(facts: Facts) -> str:
 
 
 def _steps(facts: Facts) -> str:
-    if facts.is_experimental:
+    if facts.is_experimental and not facts.is_linear:
         return UNTRIED
     if facts.refreshes:
         return "the factors get new coordinates every round, so that a step is as large as the adapter itself"

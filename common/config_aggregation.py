@@ -5,7 +5,8 @@ from typing import Literal
 from pydantic import Field
 
 from common.config_types import Decay, Section
-from common.methods import MethodName
+from common.core_rules import NUM_HEADS
+from common.methods import FACTS, MethodName
 
 
 class AggregationConfig(Section):
@@ -61,6 +62,12 @@ class AggregationConfig(Section):
         le=1,
         description="Such a method only: share of a round's step that `residual_rank` may cut; more ends the run.",
     )
+    num_heads: int = Field(
+        default=NUM_HEADS,
+        ge=1,
+        le=512,
+        description="Heads of `ravan`, which share the rank: each has a core of `adapter.r / num_heads` squared.",
+    )
     server_optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi", "fedadagrad"] = Field(
         default="none", description="What the coordinator makes of the mean update. `none`: adds it."
     )
@@ -77,3 +84,8 @@ class AggregationConfig(Section):
     server_tau: float = Field(
         default=1e-3, gt=0, le=1, description="Added to the denominator; not under `fedavgm`. Smaller adapts more."
     )
+
+    @property
+    def num_core_heads(self) -> int:
+        """Heads of the adapter's cores; 0 under a method that has none."""
+        return self.num_heads if FACTS[self.method].has_cores else 0

@@ -218,7 +218,6 @@ _VALUE_GROUPS = (
     ("aggregation.method", "fedmedian fedtrimmedavg krum multikrum bulyan", "set aggregation.robust beside a method"),
     ("aggregation.method", "ffa_lora ffalora", 'write "ffa"'),
     ("aggregation.method", "fedit", 'write "fedavg"'),
-    ("aggregation.method", "ravan", _UNBUILT),
     ("aggregation.method", "fedsa_lora fedsalora", 'write "fedsa"'),
     ("aggregation.weighting", "num_examples num_samples rows samples", 'write "examples"'),
     ("data.partition", "natural natural_id by_column", 'write "column"'),

@@ -18,6 +18,7 @@ from common import (
     config_hints,
     config_objective,
     config_site_rules,
+    core_rules,
     kind_rules,
 )
 from common.methods import FACTS
@@ -212,6 +213,7 @@ RUN_RULES = (
         lambda c: not _keeps_residual(c) and c.aggregation.residual_max_lost != RESIDUAL_MAX_LOST,
         "this method keeps no side adapter; remove it",
     ),
+    *(Rule(*conflict) for conflict in core_rules.CONFLICTS),
     *_unused_server_settings(),
     *(Rule(*conflict) for conflict in config_objective.CONFLICTS),
     Rule(

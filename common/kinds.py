@@ -71,7 +71,7 @@ _TABLE: Final = (
         source="arXiv:2106.09685",
         rule="W0 + s B A",
         settings=("r", "alpha", "dropout", "targets", "use_rslora"),
-        tensors=r"(lora|residual)_[AB]\.weight",
+        tensors=r"(lora_[ABH]|residual_[AB])\.weight",
         inexact="the product of the means is not the mean of the products; the gap is shown, and exact methods exist",
         nearest=("lora",),
     ),

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 MethodName = Literal[
-    "fedavg", "ffa", "fedsvd", "rolora", "flexlora", "fedex", "flora", "fedsa", "hetlora", "lora_fair", "fedrot"
-]
+    "fedavg", "ffa", "fedsvd", "rolora", "flexlora", "fedex", "flora", "fedsa", "hetlora", "lora_fair", "fedrot",
+    "ravan",
+]  # fmt: skip
 Privacy = Literal["record", "central"]
 
 
@@ -20,11 +21,12 @@ class Facts:
         source: Paper.
         rule: What the coordinator does, in a line.
         trains: Factors that a site trains, one entry a round, in turn: `("B", "A")` alternates. It sends them, but for
-            those of `client_state`.
-        fixed: Factor that is made from the run's seed at both ends, and never trained or sent; empty: none.
+            those of `client_state`. H is a core between A and B (`common.cores`).
+        fixed: Factors that are made from the run's seed at both ends, and never trained or sent; empty: none.
         is_linear: Only the weighted sum of uploads is used, so that secure aggregation and central noise apply.
         is_exact: The new effective weight equals the weighted mean of the sites' effective weights.
-        has_orthonormal_start: A begins with orthonormal rows; else it is drawn as peft draws it.
+        has_orthonormal_start: A begins with orthonormal rows, else it is drawn as peft draws it; B with orthonormal
+            columns where it is fixed, else with zeros.
         refreshes: The coordinator gives the factors new coordinates each round, so that no momentum fits them.
         mixed_ranks: Whether sites of different ranks could take part; `truncate`: with an error at the smaller ones.
         client_state: Factors that stay at a site from round to round and never travel: there is no global adapter then.
@@ -57,6 +59,11 @@ class Facts:
     def is_personal(self) -> bool:
         """Whether each site ends with an adapter of its own."""
         return bool(self.client_state)
+
+    @property
+    def has_cores(self) -> bool:
+        """Whether a core stands between the two factors."""
+        return "H" in "".join(self.trains)
 
     @property
     def has_bias(self) -> bool:
@@ -269,6 +276,25 @@ _TABLE: Final = (
         base_delta="none",
         privacy=("record",),
         nearest=("rolora", "fedsvd", "flexlora", "fedavg", "ffa"),
+        is_experimental=True,
+    ),
+    Facts(
+        name="ravan",
+        title="RAVAN",
+        source="arXiv:2506.05568",
+        rule="A and B fixed, in heads; the mean of the cores H between them",
+        trains=("H",),
+        fixed="AB",
+        is_linear=True,
+        is_exact=True,
+        has_orthonormal_start=True,
+        refreshes=False,
+        mixed_ranks="no",
+        client_state=(),
+        stages=1,
+        base_delta="none",
+        privacy=("record", "central"),
+        nearest=("ffa", "fedsvd", "rolora", "fedavg", "flexlora"),
         is_experimental=True,
     ),
 )

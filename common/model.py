@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from common import adapter, codes, config, peft_kinds, prompts, quiet
+from common import adapter, codes, config, core_layers, peft_kinds, prompts, quiet
 from common.errors import ModelError
 from common.kinds import KINDS
 from common.records import TensorSpec
@@ -77,8 +77,9 @@ def load(
     num_threads: int = 0,
     gradient_checkpointing: bool = False,
     residual_rank: int = 0,
+    num_heads: int = 0,
 ) -> Engine:
-    """Load a base and attach a fresh adapter (B = 0).
+    """Load a base and attach a fresh adapter (B = 0, and cores of zero).
 
     Args:
         folder: The base's files.
@@ -89,6 +90,7 @@ def load(
         num_threads: CPU threads of torch; 0 = every core that this process may use.
         gradient_checkpointing: Trade time for memory.
         residual_rank: Rank of the frozen side adapter (zero at first); 0: none.
+        num_heads: Heads of the cores between A and B; 0: no cores.
 
     Raises:
         ModelError: Files missing, hash differs, precision impossible here, targets match nothing.
@@ -106,6 +108,8 @@ def load(
     peft_model = _attach(base, adapter_settings, seed=seed)
     if residual_rank:
         _attach_side(peft_model, adapter_settings, rank=residual_rank)
+    if num_heads:
+        core_layers.attach(peft_model, num_heads=num_heads)
     if gradient_checkpointing:
         checkpoint(base)
     initial = adapter.read(peft_model)

@@ -1,9 +1,9 @@
-"""Factors A with orthonormal rows, the same bytes on every machine.
+"""Factors A with orthonormal rows, and B with orthonormal columns, the same bytes on every machine.
 
 A library's QR differs in the last bits from processor to processor. Here every step is one that IEEE 754 rounds in one
 way only (add, subtract, multiply, divide, square root, in a fixed order), on draws that are whole numbers.
 
-r: rank, k: input width of a module.
+r: rank, k: input width of a module; of a B its output width.
 """
 
 import hashlib
@@ -19,20 +19,22 @@ from common.trainable import factor_of
 _PASSES = 2  # the second removes what rounding left of the first (Giraud et al. 2005: twice is enough)
 
 
-def factors(tensor_specs: Sequence[TensorSpec], *, seed: int) -> dict[str, Tensor]:
-    """Every A of an adapter; a function of names, shapes and the run's seed alone.
+def factors(tensor_specs: Sequence[TensorSpec], *, seed: int, which: str = "A") -> dict[str, Tensor]:
+    """Every A of an adapter, every B, or both (`AB`); a function of names, shapes and the run's seed alone.
 
     Raises:
-        ModelError: A module's input is narrower than the rank.
+        ModelError: A module is narrower than the rank.
 
     Source: frozen A as in arXiv:2403.12313; orthonormal as in arXiv:2505.12805.
     """
-    wanted = [spec for spec in tensor_specs if factor_of(spec.name) == "A"]
-    return {spec.name: _factor(spec, seed=seed) for spec in wanted}
+    named = {factor: [spec for spec in tensor_specs if factor_of(spec.name) == factor] for factor in which}
+    turned = [TensorSpec(spec.name, spec.shape[::-1]) for spec in named.get("B", [])]
+    found = {spec.name: _factor(spec, seed=seed) for spec in named.get("A", [])}
+    return found | {spec.name: _factor(spec, seed=seed).T.contiguous() for spec in turned}
 
 
 def _factor(spec: TensorSpec, *, seed: int) -> Tensor:
-    """One A, from a stream of its own."""
+    """One A, or B transposed, from a stream of its own."""
     rank, width = spec.shape
     if rank > width:
         raise ModelError(f"tensor {spec.name}: {rank} rows of {width} values cannot be orthonormal; lower adapter.r")

@@ -13,13 +13,12 @@ def fixed(run_manifest: RunManifest) -> Tensors:
         ModelError: A module is too narrow for the rank.
     """
     run = run_manifest.run
-    if not FACTS[run.aggregation.method].fixed:
-        return {}
-    return orthonormal.factors(run_manifest.tensor_specs, seed=run.seed)
+    fixed = FACTS[run.aggregation.method].fixed
+    return orthonormal.factors(run_manifest.tensor_specs, seed=run.seed, which=fixed)
 
 
 def initial(run_manifest: RunManifest, attached: Tensors) -> Tensors:
-    """The global adapter before the first round: no change to the base, B being zero.
+    """The global adapter before the first round: no change to the base, B or the core being zero.
 
     Args:
         run_manifest: The run.
@@ -29,6 +28,8 @@ def initial(run_manifest: RunManifest, attached: Tensors) -> Tensors:
         ModelError: A module is too narrow for the rank.
     """
     run = run_manifest.run
-    if not FACTS[run.aggregation.method].has_orthonormal_start:
+    facts = FACTS[run.aggregation.method]
+    if not facts.has_orthonormal_start:
         return attached
-    return {**attached, **orthonormal.factors(run_manifest.tensor_specs, seed=run.seed)}
+    which = facts.fixed or "A"
+    return {**attached, **orthonormal.factors(run_manifest.tensor_specs, seed=run.seed, which=which)}

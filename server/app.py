@@ -51,6 +51,7 @@ def _execute(grid: Grid, log: EventLog, options: UserConfig) -> None:
         seed=settings.seed,
         num_threads=int(options["num-threads"]),
         residual_rank=settings.aggregation.residual_rank,
+        num_heads=settings.aggregation.num_core_heads,
     )
     run.execute(
         settings,

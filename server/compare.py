@@ -138,6 +138,7 @@ def _engine(settings: config.RunConfig, folder: Path) -> Engine:
         adapter_settings=settings.adapter,
         seed=settings.seed,
         residual_rank=settings.aggregation.residual_rank,
+        num_heads=settings.aggregation.num_core_heads,
     )
 
 

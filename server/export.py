@@ -16,6 +16,7 @@ from common.errors import ConfigError, ModelError
 from common.events import Event
 from common.kinds import KINDS
 from common.manifest import RunManifest
+from common.trainable import is_side
 from server import export_canonical, export_kind
 from server.aggregate import factored
 from server.evaluate import measure, view
@@ -94,7 +95,8 @@ def card(
         run=settings, manifest=run_manifest, sites=sites, num_rows=sum(sites.values()), num_rounds=num_rounds,
         rank=next((spec.shape[0] for spec in specs if is_lora and spec.name.endswith(factored.A_SUFFIX)), 0),
         title=KINDS[settings.adapter.kind].title, trained=_trained(settings.adapter),
-        has_side=len(specs) < len(run_manifest.tensor_specs), num_parameters=adapter.num_parameters(specs),
+        has_side=any(is_side(spec.name) for spec in run_manifest.tensor_specs),
+        num_parameters=adapter.num_parameters(specs),
         base=base_name(settings.model.base), is_path=is_path(settings.model.base),
         before=evaluated.get(0), after=evaluated.get(num_rounds), kind=kind, licence=licence, formats=formats,
         measured=stages.get(label) or stages.get(reached), view=view,

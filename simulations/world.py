@@ -67,6 +67,7 @@ def load_engine(
         num_threads=num_threads,
         gradient_checkpointing=settings.training.gradient_checkpointing,
         residual_rank=settings.aggregation.residual_rank,
+        num_heads=settings.aggregation.num_core_heads,
     )
 
 

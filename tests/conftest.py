@@ -46,6 +46,7 @@ def load_tiny(tiny_base: Path) -> Callable[..., "Engine"]:
             num_threads=1,
             gradient_checkpointing=settings.training.gradient_checkpointing,
             residual_rank=settings.aggregation.residual_rank,
+            num_heads=settings.aggregation.num_core_heads,
         )
 
     return load

@@ -160,6 +160,7 @@ def _steps(
     """One optimiser step for each gradient that is set; the losses that came with them, which private ones do not."""
     optimizer = make_optimizer(engine, training)
     before = adapter.read(engine.model)
+    origin = {name: p.detach().clone() for name, p in adapter.parameters(engine.model).items()} if proximal else {}
     engine.model.train()
     losses: list[float] = []
     for number, rate in enumerate(rates):
@@ -169,7 +170,7 @@ def _steps(
             losses.append(_finite(loss, step=len(losses)))
         _clip(optimizer, max_grad_norm)
         regulariser.add_gradient(engine.model)
-        _pull(engine, before, rate * proximal)
+        _pull(engine, origin, rate * proximal)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -202,4 +203,4 @@ def _pull(engine: Engine, origin: Tensors, share: float) -> None:
     """
     if share:
         for name, parameter in adapter.parameters(engine.model).items():
-            parameter.lerp_(origin[name].to(parameter), share)
+            parameter.lerp_(origin[name], share)

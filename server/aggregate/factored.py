@@ -9,6 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from common import cores
+
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 DEAD: Final = 1e-14  # of the largest eigenvalue of R R^T; float64 knows no direction of R below
 SIDE_A_SUFFIX, SIDE_B_SUFFIX = ".residual_A.weight", ".residual_B.weight"
@@ -17,10 +19,11 @@ SIDE_A_SUFFIX, SIDE_B_SUFFIX = ".residual_A.weight", ".residual_B.weight"
 def modules(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """The pair (B, A) of every module that an adapter touches, by the module's name.
 
-    The effective change of the module's weight is `scale * B A`.
+    The effective change of the module's weight is `scale * B A`; a core between the two is part of A here.
     """
     names = [name.removesuffix(A_SUFFIX) for name in tensors if name.endswith(A_SUFFIX)]
-    return {name: (tensors[name + B_SUFFIX], tensors[name + A_SUFFIX]) for name in sorted(names)}
+    found = cores.plain(tensors)
+    return {name: (found[name + B_SUFFIX], found[name + A_SUFFIX]) for name in sorted(names)}
 
 
 def side(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

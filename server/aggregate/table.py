@@ -3,7 +3,20 @@
 from typing import Final
 
 from common.errors import ConfigError
-from server.aggregate import fedavg, fedex, fedrot, fedsa, fedsvd, ffa, flexlora, flora, hetlora, lora_fair, rolora
+from server.aggregate import (
+    fedavg,
+    fedex,
+    fedrot,
+    fedsa,
+    fedsvd,
+    ffa,
+    flexlora,
+    flora,
+    hetlora,
+    lora_fair,
+    ravan,
+    rolora,
+)
 from server.aggregate.method import Method
 
 METHODS: Final[dict[str, Method]] = {
@@ -18,6 +31,7 @@ METHODS: Final[dict[str, Method]] = {
     "hetlora": hetlora,
     "lora_fair": lora_fair,
     "fedrot": fedrot,
+    "ravan": ravan,
 }
 
 

@@ -41,7 +41,9 @@ def base(found: RunConfig, folder: Path | None) -> Result:
 def _num_values(found: RunConfig, where: Path, shape: base_size.BaseShape) -> int:
     """Values of the run's adapter; of other kinds than LoRA peft counts them."""
     if found.adapter.kind == "lora":
-        return shape.num_adapter_parameters(found.adapter.target_names, r=found.adapter.r)
+        names, rank, num_heads = found.adapter.target_names, found.adapter.r, found.aggregation.num_core_heads
+        in_cores = len(shape.targets(names)) * rank * rank // num_heads if num_heads else 0
+        return shape.num_adapter_parameters(names, r=rank) + in_cores
     with model.quiet_peft():
         return peft_kinds.num_parameters(where, found.adapter)
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import adapter, model, prompts
+from common import adapter, cores, model, prompts
 from common.adapter import Tensors
 from common.model import Engine
 
@@ -55,8 +55,8 @@ def lent(engine: Engine) -> Iterator[None]:
 def write_masters(engine: Engine, tensors: Tensors) -> None:
     """Put an adapter into the model as float32, whatever its parameters were cast to."""
     for name, parameter in adapter.parameters(engine.model).items():
-        if name in tensors:
-            parameter.data = tensors[name].to(engine.device, torch.float32, copy=True)
+        if name in tensors or cores.is_scale(name):
+            parameter.data = tensors.get(name, parameter).to(engine.device, torch.float32, copy=True)
 
 
 @torch.no_grad()
@@ -73,12 +73,13 @@ def set_reference(peft_model: Any, tensors: Tensors, *, reference: str) -> None:
 
 @torch.no_grad()
 def add_frozen(peft_model: Any, name: str, tensors: Tensors) -> None:
-    """A second adapter of the same shape beside the one that is trained; float32, frozen and not active."""
+    """A second adapter beside the one that is trained, as a plain pair of its rank; float32, frozen and not active."""
+    plain = cores.plain(tensors)
     with torch.random.fork_rng():
         peft_model.add_adapter(name, peft_model.peft_config["default"])
     for full_name, parameter in peft_model.named_parameters():
         if f".{name}." in full_name:
-            parameter.data = tensors[full_name.replace(f".{name}.", ".")].to(parameter.device, torch.float32, copy=True)
+            parameter.data = plain[full_name.replace(f".{name}.", ".")].to(parameter.device, torch.float32, copy=True)
             parameter.requires_grad_(False)
 
 

@@ -98,4 +98,5 @@ def _engine(manifest: RunManifest, base: Path | None, num_threads: int) -> model
         seed=settings.seed,
         num_threads=num_threads,
         residual_rank=settings.aggregation.residual_rank,
+        num_heads=settings.aggregation.num_core_heads,
     )

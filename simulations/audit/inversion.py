@@ -17,7 +17,7 @@ from torch import Tensor
 
 from client.agent import SiteData
 from client.train import local
-from common import adapter, config, model, privacy_plan
+from common import adapter, config, cores, model, privacy_plan
 from common.adapter import Tensors
 from common.errors import ConfigError, DataError
 from common.model import Engine
@@ -95,6 +95,8 @@ def choose(sites: Mapping[str, SiteData], count: int) -> list[Row]:
 
 def attack(engine: Engine, note: Encoded, *, settings: config.RunConfig, source: Noise) -> Attack:
     """Train on one note from the adapter as attached, and rank the vocabulary by its distance to the update's span."""
+    if any(name.endswith(cores.WEIGHT) for name in engine.initial):
+        raise ConfigError("this attack reads the span of A and B, which ravan never trains; set another method")
     adapter.write(engine.model, engine.initial)
     local.train(
         engine,

@@ -39,13 +39,16 @@ def specs_of(method: str, rank: int, *, residual_rank: int = 9) -> tuple[TensorS
         for kind, r in ranks.items()
         for factor in "AB"
     }
+    if FACTS[method].has_cores:  # of two heads where the rank is even, else of one
+        shapes |= {f"{module}.lora_H.weight": (rank, rank // (2 - rank % 2)) for module in MODULES}
     return tuple(TensorSpec(name, shapes[name]) for name in sorted(shapes))
 
 
 def begin(method: str, specs, generator) -> dict[str, torch.Tensor]:
     """The middle of a run: both factors at work; A as the method starts it."""
     state = {spec.name: torch.randn(spec.shape, generator=generator) for spec in specs}
-    made = orthonormal.factors(specs, seed=3) if FACTS[method].has_orthonormal_start else {}
+    which = FACTS[method].fixed or "A"
+    made = orthonormal.factors(specs, seed=3, which=which) if FACTS[method].has_orthonormal_start else {}
     return {**state, **made}
 
 

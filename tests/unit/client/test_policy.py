@@ -146,6 +146,17 @@ def test_a_side_adapter_and_the_methods_that_keep_one_need_a_line_of_their_own()
     assert refused(rules(r="[2, 16]\nresidual_r = 8"), elsewhere).rule == "lora.targets"
 
 
+def test_cores_are_judged_by_the_rank_of_their_factors_and_their_method_needs_a_line():
+    settings = run({"aggregation.method": "ravan"}).run
+    cored = RunManifest(settings, BASE, (*SPECS, TensorSpec("m.q_proj.lora_H.weight", (4, 1))))
+    assert refused(rules(), cored).rule == "train.methods"
+    policy.check(rules(max_rounds='4\nmethods = ["ravan"]'), cored, Usage())
+    wide = RunManifest(settings, BASE, (*SPECS, TensorSpec("m.q_proj.lora_H.weight", (400, 1))))
+    assert refused(rules(), wide).rule == "lora.r"
+    odd = RunManifest(settings, BASE, (*SPECS, TensorSpec("m.q_proj.residual_H.weight", (4, 1))))
+    assert refused(rules(), odd).rule == "lora.targets"
+
+
 @pytest.mark.parametrize("shape", [(), (4,), (4, 4, 4)])
 def test_a_tensor_that_is_no_matrix_is_refused(shape):
     odd = RunManifest(run().run, BASE, (*SPECS, TensorSpec("m.k_proj.lora_A.weight", shape)))

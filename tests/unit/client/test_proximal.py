@@ -86,6 +86,13 @@ def test_a_pull_that_is_stronger_ends_nearer_to_where_the_round_began(engine):
     assert nearest < near < far
 
 
+def test_a_core_is_pulled_back_together_with_its_scales(load_tiny):
+    engine = load_tiny({"aggregation.method": "ravan", "aggregation.num_heads": "2"})
+    origin = stirred(engine)
+    far, near, nearest = (apart(trained(engine, mu), origin) for mu in (0.0, 5.0, 15.0))
+    assert nearest < near < far
+
+
 def test_the_pull_is_the_same_under_adamw_which_does_not_scale_it(engine):
     """One step moves nothing to pull back; the second is pulled by exactly rate * mu * (w - w_t)."""
     after = {

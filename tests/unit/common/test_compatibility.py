@@ -22,6 +22,7 @@ EXPECTED = {
     "hetlora": "no yes no yes yes no yes no no no yes",
     "lora_fair": "no yes no yes no no yes no no no yes",
     "fedrot": "no yes no yes no no yes no no no yes",
+    "ravan": "yes yes yes yes no yes yes yes yes yes yes",
 }
 ASKING = {
     "quantised base": {"model.quantization": "nf4"},
@@ -92,7 +93,7 @@ def test_control_no_feature_is_asked_for_by_itself(feature):
 def test_every_refusal_that_a_run_file_can_cause_is_a_rule():
     refused = [cell for feature, cell in compatibility.cells() if feature.keys and not cell.is_allowed]
     rules = [rule for rule in config_rules.RUN_RULES if "with this method" in rule.message]
-    assert len(rules) == len(refused) == 43
+    assert len(rules) == len(refused) == 44
 
 
 def test_a_side_adapter_needs_a_rank_and_only_methods_that_keep_one_take_it():

@@ -13,10 +13,16 @@ SPECS = tuple(
     for factor in "AB"
 )
 NAMES = [spec.name for spec in SPECS]
+CORES = tuple(TensorSpec(f"{module}.lora_H.weight", (2, 1)) for module in ("k_proj", "q_proj"))
+
+
+def specs_of(method: str) -> tuple[TensorSpec, ...]:
+    """The adapter of a method."""
+    return tuple(sorted(SPECS + CORES, key=lambda spec: spec.name)) if FACTS[method].has_cores else SPECS
 
 
 def trained(method: str, round_index: int = 0) -> list[str]:
-    return list(trainable.trained_names(method, SPECS, round_index=round_index))
+    return list(trainable.trained_names(method, specs_of(method), round_index=round_index))
 
 
 def test_fedavg_trains_and_moves_everything():
@@ -37,21 +43,27 @@ def test_a_side_adapter_goes_down_and_is_never_trained():
         assert trainable.leaving_specs(method, SPECS + beside) == SPECS
 
 
+def test_under_ravan_the_cores_alone_are_trained_and_travel():
+    assert trained("ravan") == trained("ravan", 1) == [spec.name for spec in CORES]
+    assert trainable.received_specs("ravan", specs_of("ravan")) == CORES
+
+
 @pytest.mark.parametrize("method", FACTS)
 def test_what_is_fixed_is_never_trained_and_what_is_trained_is_sent_down(method):
-    leaving = trainable.leaving_specs(method, SPECS)
+    specs = specs_of(method)
+    leaving = trainable.leaving_specs(method, specs)
     assert leaving
-    assert set(leaving) <= set(trainable.received_specs(method, SPECS))
-    assert {spec for turn in trainable.all_turns(method, SPECS) for spec in turn} == set(leaving)
+    assert set(leaving) <= set(trainable.received_specs(method, specs))
+    assert {spec for turn in trainable.all_turns(method, specs) for spec in turn} == set(leaving)
 
 
 @pytest.mark.parametrize("method", FACTS)
 def test_what_is_trained_is_sent_or_stays_and_nothing_else_does(method):
     for number in range(3):
         names = set(trained(method, number))
-        sent = set(trainable.sent_names(method, SPECS, round_index=number))
+        sent = set(trainable.sent_names(method, specs_of(method), round_index=number))
         assert sent
-        assert names - sent == {spec.name for spec in trainable.kept_specs(method, SPECS)}
+        assert names - sent == {spec.name for spec in trainable.kept_specs(method, specs_of(method))}
 
 
 def test_under_fedsa_the_up_projections_are_trained_and_never_travel():
@@ -65,8 +77,9 @@ def test_under_fedsa_the_up_projections_are_trained_and_never_travel():
 def test_the_declaration_allows_the_largest_update_and_not_a_whole_adapter_more(method):
     side = {"aggregation.residual_rank": "8"} if FACTS[method].base_delta == "residual" else {}
     run = tiny.settings("tiny", {"aggregation.method": method, **side})
-    declared = egress.declare(run, SPECS)
-    sizes = [egress.num_update_bytes(turn, dtype="float32") for turn in trainable.all_turns(method, SPECS)]
+    specs = specs_of(method)
+    declared = egress.declare(run, specs)
+    sizes = [egress.num_update_bytes(turn, dtype="float32") for turn in trainable.all_turns(method, specs)]
     assert declared.bytes_per_message == max(sizes)
     assert declared.factors == FACTS[method].sends
 

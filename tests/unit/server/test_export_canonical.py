@@ -19,6 +19,8 @@ CASES = {
     "r 70": {"adapter.r": "70"},
     "rslora": {"adapter.use_rslora": "true", "adapter.r": "5"},
     "some modules": {"adapter.targets": '"q_proj,down_proj"'},
+    "cores": {"aggregation.method": '"ravan"', "aggregation.num_heads": "3", "adapter.r": "6"},
+    "one core": {"aggregation.method": '"ravan"', "aggregation.num_heads": "1", "adapter.use_rslora": "true"},
     "one layer": {"adapter.targets": '"layers.1.self_attn.q_proj"'},
 }
 
@@ -30,7 +32,8 @@ def logits(network) -> torch.Tensor:
 
 def stirred(engine):
     generator = torch.Generator().manual_seed(8)
-    state = {name: 0.05 * torch.randn(tensor.shape, generator=generator) for name, tensor in engine.initial.items()}
+    size = 0.3 if any(".lora_H." in name for name in engine.initial) else 0.05  # products of three are smaller
+    state = {name: size * torch.randn(tensor.shape, generator=generator) for name, tensor in engine.initial.items()}
     adapter.write(engine.model, state)
     return state
 

@@ -126,6 +126,18 @@ def test_the_reference_is_the_start_or_the_base(play, engine):
     assert abs(from_base.before["margin"]) > 1e-4
 
 
+def test_the_reference_of_an_adapter_with_cores_is_the_same_function(play, load_tiny):
+    cored = load_tiny({"aggregation.method": "ravan", "aggregation.num_heads": "2"})
+    generator = torch.Generator().manual_seed(3)
+    start = {name: 0.3 * torch.randn(tensor.shape, generator=generator) for name, tensor in cored.initial.items()}
+    played = play("dpo", "pairs", start=start, on=cored, steps=1)
+    assert played.before["margin"] == pytest.approx(0.0, abs=1e-4)
+    assert played.before["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert not any(torch.equal(played.tensors[name], start[name]) for name in start)
+    from_base = play("dpo", "pairs", start=start, on=cored, steps=1, learning_rate=1e-12, reference="base")
+    assert abs(from_base.before["margin"]) > 1e-2  # control
+
+
 def test_the_engine_comes_back_as_it_was(play, engine):
     ids = torch.tensor([[5, 6, 7, 8]])
     base = engine.model.get_base_model()

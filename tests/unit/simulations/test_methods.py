@@ -15,7 +15,16 @@ from tests import tiny
 CHANGES = {"training.batch_size": "4", "training.local_epochs": "2", "federation.num_rounds": "3"}
 METHODS = sorted(FACTS)
 SIDE = {"aggregation.residual_rank": "36"}  # three rounds of three sites at rank 4
-OWN = {name: {"aggregation.method": name, **(SIDE if FACTS[name].base_delta == "residual" else {})} for name in FACTS}
+HEADS = {"aggregation.num_heads": "2"}
+
+
+def own(name: str) -> dict[str, str]:
+    """What a method cannot do without."""
+    beside = SIDE if FACTS[name].base_delta == "residual" else HEADS if FACTS[name].has_cores else {}
+    return {"aggregation.method": name, **beside}
+
+
+OWN = {name: own(name) for name in FACTS}
 
 
 def settings(base, method: str, changes=None):
@@ -28,14 +37,21 @@ def wide_engine(load_tiny):
     return load_tiny(OWN["fedex"])
 
 
+@pytest.fixture(scope="module")
+def cored_engine(load_tiny):
+    """The tiny base with cores, loaded once."""
+    return load_tiny(OWN["ravan"])
+
+
 @pytest.fixture
-def engine(request, engine, wide_engine):
+def engine(request, engine, wide_engine, cored_engine):
     """The base as the test's method needs it."""
     method = request.node.callspec.params.get("method", "") if hasattr(request.node, "callspec") else ""
-    if method not in FACTS or FACTS[method].base_delta == "none":
+    if method not in FACTS or not (FACTS[method].base_delta == "residual" or FACTS[method].has_cores):
         return engine
-    adapter.write(wide_engine.model, wide_engine.initial)
-    return wide_engine
+    found = cored_engine if FACTS[method].has_cores else wide_engine
+    adapter.write(found.model, found.initial)
+    return found
 
 
 @pytest.fixture

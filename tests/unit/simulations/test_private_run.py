@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common import accounting, events, privacy_plan
+from common import accounting, events, privacy_plan, trainable
 from common.errors import FloorRefused
 from common.methods import FACTS
 from server import report
@@ -55,10 +55,20 @@ METHODS = [
 ]
 
 
+@pytest.fixture
+def engine(request, engine, load_tiny):
+    """The tiny base, with cores where the test's method trains them."""
+    method = request.node.callspec.params.get("method", "") if hasattr(request.node, "callspec") else ""
+    return load_tiny({"aggregation.method": method}) if method and FACTS[method].has_cores else engine
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_without_a_side_adapter_has_private_runs(play, method):
-    _, outcome, _ = play({"aggregation.method": f'"{method}"'})
+def test_every_method_without_a_side_adapter_has_private_runs(play, engine, method):
+    _, outcome, log = play({"aggregation.method": f'"{method}"'})
     assert all(bool(tensor.isfinite().all()) for tensor in outcome.tensors.values())
+    assert not [event for event in log if event["kind"] == "site_failed"]
+    sent = trainable.leaving_specs(method, engine.tensor_specs)
+    assert all(not torch.equal(outcome.tensors[spec.name], engine.initial[spec.name]) for spec in sent)
 
 
 def test_sites_of_different_ranks_have_private_runs(play):

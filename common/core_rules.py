@@ -1,0 +1,40 @@
+"""Contradictions of a run whose method trains cores; `config_rules` adds them to its table. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from common.methods import FACTS
+
+if TYPE_CHECKING:
+    from common.config import RunConfig
+
+NUM_HEADS: Final = 4
+
+
+def _has_cores(config: RunConfig) -> bool:
+    return FACTS[config.aggregation.method].has_cores
+
+
+def _reads_layers(config: RunConfig) -> bool:
+    return config.privacy.is_private_per_unit and config.privacy.clipping in ("stacked", "opacus")
+
+
+CONFLICTS: Final[tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...]] = (
+    (
+        ("aggregation.num_heads", "aggregation.method"),
+        lambda c: not _has_cores(c) and c.aggregation.num_heads != NUM_HEADS,
+        "has no effect, as only ravan has heads; remove it",
+    ),
+    (
+        ("aggregation.num_heads", "adapter.r"),
+        lambda c: _has_cores(c) and c.adapter.r % c.aggregation.num_heads > 0,
+        "all heads have the same share of the rank; choose a number that divides adapter.r",
+    ),
+    (
+        ("privacy.clipping", "aggregation.method"),
+        lambda c: _has_cores(c) and _reads_layers(c),
+        "reads gradients of units off the weights of linear layers, and a core is none; set 'microbatch' or 'auto'",
+    ),
+)
