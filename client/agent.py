@@ -23,6 +23,7 @@ from common import (
     evaluation,
     manifest,
     objectives,
+    precisions,
     preference_score,
     ranks,
     start,
@@ -186,7 +187,8 @@ class Agent:
         if self._shelf is None and self._kept_names(run_manifest):
             raise ConfigError("this run keeps tensors at the site, and this agent was given no folder for them")
         engine = self._load_engine(run_manifest)
-        codes.check(engine.codes_sha256, run_manifest.codes_sha256)
+        codes.check_quantization(engine.quantization, precisions.of_site(run_manifest.run.model, self.site))
+        codes.check(engine.codes_sha256, precisions.codes_at_site(run_manifest, self.site))
         adapter.check_specs(engine.tensor_specs, run_manifest.tensor_specs)
         fixed, begun = start.fixed(run_manifest), _start(run_manifest, engine)
         data = self._load_data(run_manifest)

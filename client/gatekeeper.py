@@ -100,7 +100,7 @@ class Gatekeeper:
             policy.check_members(self.policy, member.num_sites)
         run = manifest.parse(offer.manifest)
         self._signers[offer.sha256] = offer.signature.signer if offer.signature else ""
-        policy.check(self.policy, run, self.history.usage(offer.sha256, now=self._clock()))
+        policy.check(self.policy, run, self.history.usage(offer.sha256, now=self._clock()), site=self._site)
         policy.check_columns(self._dataset, run.run)
         if offer.sha256 not in self.history.runs:
             consent.store(self._folder, offer)

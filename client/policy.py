@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from client.policy_file import FORBIDDEN, BaseRules, DatasetRules, Policy
-from common import config, egress, kinds, manifest, privacy_plan, site_privacy, trainable
+from common import config, egress, kinds, manifest, precisions, privacy_plan, site_privacy, trainable
 from common.data import preference_rows
 from common.errors import AccountingUnsupported, AuthError, PolicyRefusedError
 from common.kinds import KINDS
@@ -19,7 +19,7 @@ from common.wire import shown
 
 KNOWN: Final = {
     "": "version name seed polish",
-    "model": "base revision sha256 quantization double_quantization dtype chat_template",
+    "model": "base revision sha256 quantization site_quantization double_quantization dtype chat_template",
     "adapter": "kind r alpha dropout targets use_rslora site_ranks target_r num_virtual_tokens block_size "
     "num_frequencies",
     "data": "source partition num_sites dirichlet_alpha site_column unit_column instruction_column input_column "
@@ -83,15 +83,21 @@ def check_signature(policy: Policy, offer: Offer, *, now: float, operators: Coll
     _require(now <= made.not_after, "federation.not_after", f"the offer ended at {made.not_after}, it is {now:.0f}")
 
 
-def check(policy: Policy, run_manifest: RunManifest, usage: Usage) -> None:
+def check(policy: Policy, run_manifest: RunManifest, usage: Usage, *, site: str = "") -> None:
     """Everything about a run that can be judged before a row is read.
+
+    Args:
+        policy: What the site allows.
+        run_manifest: What came.
+        usage: What the site has done so far.
+        site: Its name, by which a run may give it a precision of its own.
 
     Raises:
         PolicyRefusedError: Names the first rule that is broken.
     """
     _check_settings(run_manifest)
     base = _check_base(policy, run_manifest)
-    _check_model(base, run_manifest.run.model)
+    _check_model(base, precisions.at_site(run_manifest.run.model, site))
     _check_adapter(policy, run_manifest)
     _check_training(policy, run_manifest.run)
     _check_privacy(policy, run_manifest.run)

@@ -15,7 +15,7 @@ from rich.text import Text
 from client import consent, policy, policy_file, site_ledger
 from client.history import AUDIT_FILE, History
 from client.policy_file import Policy
-from common import config, guarding, identity, manifest, privacy_plan, ranks, trainable
+from common import config, guarding, identity, manifest, precisions, privacy_plan, ranks, trainable
 from common.audit import AuditLog
 from common.data import preference_rows
 from common.errors import AccountingUnsupported, ConfigError, LedgerError, PolicyRefusedError
@@ -179,7 +179,7 @@ def render_runs(table: Sequence[dict[str, Any]]) -> RenderableType:
 def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
     """Questions and answers."""
     settings, declared, made = run.run, run.egress, offer.signature
-    num_rounds, data, model = settings.federation.num_rounds, desk.node.data, settings.model
+    num_rounds, data = settings.federation.num_rounds, desk.node.data
     named = (data.instruction_column, data.input_column, data.output_column)
     columns = ", ".join(preference_rows.COLUMNS.get(settings.training.objective, tuple(filter(None, named))))
     unit = f"; {data.unit_column} only to keep a unit's rows together" if data.unit_column else ""
@@ -199,7 +199,7 @@ def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
         "columns that are read": columns + unit,
         "what is learnt": OBJECTIVES[settings.training.objective],
         "base": f"{base}, {run.base_sha256}",
-        "base as quantised": f"4-bit codes {run.codes_sha256}" if run.codes_sha256 else QUANTISED[model.quantization],
+        "base as quantised": _quantised(run, desk.node.site.name),
         "training": f"{num_rounds} rounds, {_length(settings.training)}, batches of {settings.training.batch_size}, "
         f"learning rate {settings.training.learning_rate:g}, at least {settings.federation.min_sites} sites",
         "aggregation": f"{settings.aggregation.method}; a site trains and sends {_factors(run, desk.node.site.name)}",
@@ -247,6 +247,14 @@ def _factors(run: RunManifest, site: str) -> str:
     return trainable.in_words(run.egress.factors) + own + beside
 
 
+def _quantised(run: RunManifest, site: str) -> str:
+    """The precision of the base at this site, and that others have another."""
+    found = precisions.codes_at_site(run, site)
+    told = f"4-bit codes {found}" if found else QUANTISED[precisions.of_site(run.run.model, site)]
+    others = [name for name in precisions.used(run.run.model) if name != precisions.of_site(run.run.model, site)]
+    return f"{told}; other sites train beside it as {' or '.join(others)}" if others else told
+
+
 def _leaving(run: RunManifest, site: str) -> tuple[TensorSpec, ...]:
     """The tensors that the run's method lets a site send."""
     return trainable.leaving_specs(run.run.aggregation.method, ranks.specs_of(run.run.adapter, run.tensor_specs, site))
@@ -260,7 +268,8 @@ def _length(training: config.TrainingConfig) -> str:
 def _refusal(desk: Desk, run: RunManifest) -> str:
     """What the policy says."""
     try:
-        policy.check(desk.policy, run, desk.history.usage(run.sha256, now=time.time()))
+        usage = desk.history.usage(run.sha256, now=time.time())
+        policy.check(desk.policy, run, usage, site=desk.node.site.name)
     except PolicyRefusedError as error:
         return str(error)
     return ""

@@ -10,7 +10,7 @@ from client.agent import PERMISSIVE, Agent, SiteData
 from client.data import split
 from client.gatekeeper import Gatekeeper
 from client.personal import Shelf
-from common import config, identity, model, store
+from common import config, identity, model, precisions, store
 from common.config_objective import ObjectiveName
 from common.data import read
 from common.errors import ConfigError, DataError
@@ -131,10 +131,11 @@ class EngineLoader:
             ModelError: The base is not here, or is another one.
         """
         run = manifest.run
+        own = precisions.at_site(run.model, self._node.site.name)
         residual_rank = run.aggregation.residual_rank
         seed = run.seed if KINDS[run.adapter.kind].is_seeded else None
         beside = (run.training.gradient_checkpointing, residual_rank, run.aggregation.num_core_heads, seed)
-        key = (manifest.base_sha256, run.model, run.adapter, *beside)
+        key = (manifest.base_sha256, own, run.adapter, *beside)
         if self._engine is None or key != self._key:
             self._engine, self._key = None, key  # the old base's memory is free before the new one is loaded
             self._engine = self._load(manifest)
@@ -143,9 +144,10 @@ class EngineLoader:
     def _load(self, manifest: RunManifest) -> Engine:
         """From the site's own folders only, by hash."""
         run, hardware = manifest.run, self._node.hardware
+        own = precisions.at_site(run.model, self._node.site.name)
         return model.load(
             store.find_by_hash(manifest.base_sha256, base_folders(self._node)),
-            model=run.model.model_copy(update={"sha256": manifest.base_sha256}),
+            model=own.model_copy(update={"sha256": manifest.base_sha256}),
             adapter_settings=run.adapter,
             seed=run.seed,
             device_name=hardware.device,

@@ -6,14 +6,16 @@ the second level of double quantisation, nor on 8-bit codes, so that neither is 
 """
 
 import hashlib
+from collections.abc import Iterable
 from typing import Final
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit
-from torch import nn
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from torch import Tensor, nn
 
 from common import wire
 from common.errors import CodesDifferError
+from common.kinds import Quantization
 
 CHUNK_BYTES: Final = 16 << 20
 
@@ -30,14 +32,44 @@ def sha256_of(base: nn.Module) -> str:
         64 hexadecimal digits; empty for a base without 4-bit layers.
     """
     layers = sorted((name, module) for name, module in base.named_modules() if isinstance(module, Linear4bit))
-    digest = hashlib.sha256()
-    for name, layer in layers:
-        codes_n = layer.weight.data.view(torch.uint8).flatten()
-        shape = [layer.out_features, layer.in_features]
-        digest.update(wire.canonical_json({"name": name, "shape": shape, "num_bytes": codes_n.numel()}) + b"\n")
+    return digest((name, (layer.out_features, layer.in_features), layer.weight.data) for name, layer in layers)
+
+
+def digest(layers: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> str:
+    """The same hash, of names, shapes and packed codes; the names must come in order. Empty where there are none."""
+    hashed = hashlib.sha256()
+    nothing = hashed.hexdigest()
+    for name, shape, packed in layers:
+        codes_n = packed.view(torch.uint8).flatten()
+        head = {"name": name, "shape": list(shape), "num_bytes": codes_n.numel()}
+        hashed.update(wire.canonical_json(head) + b"\n")
         for start in range(0, codes_n.numel(), CHUNK_BYTES):
-            digest.update(codes_n[start : start + CHUNK_BYTES].cpu().numpy().data)
-    return digest.hexdigest() if layers else ""
+            hashed.update(codes_n[start : start + CHUNK_BYTES].cpu().numpy().data)
+    return "" if hashed.hexdigest() == nothing else hashed.hexdigest()
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a layer's weights are 4-bit or 8-bit codes."""
+    return isinstance(module, (Linear4bit, Linear8bitLt))
+
+
+def quantization_of(base: nn.Module) -> Quantization:
+    """The precision that a base really has, by its layers; an adapter on it makes no difference."""
+    kinds = {type(module) for module in base.modules() if is_quantised(module)}
+    return "none" if not kinds else "nf4" if any(issubclass(kind, Linear4bit) for kind in kinds) else "int8"
+
+
+def check_quantization(found: Quantization, expected: Quantization) -> None:
+    """The base that was loaded here has the precision that the run's manifest gives this site.
+
+    Raises:
+        CodesDifferError: It has not.
+    """
+    if found != expected:
+        raise CodesDifferError(
+            f"the base was loaded with quantisation '{found}' here, and the run's manifest gives this site "
+            f"'{expected}'; load it as model.site_quantization and model.quantization say"
+        )
 
 
 def check(found: str, expected: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from common import precisions
 from common.methods import FACTS, Facts
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ FEATURES: Final = (
         _quantised,
         _quantised_remark,
         keys=("model.quantization",),
-        is_asked=lambda run: run.model.quantization != "none",
+        is_asked=lambda run: precisions.used(run.model) != ["none"],
     ),
     Feature(
         "mixed ranks",

@@ -1,11 +1,11 @@
 """Sections `[model]` and `[adapter]` of the run file."""
 
-from typing import Literal
+from typing import Literal, cast
 
 from pydantic import Field
 
-from common.config_types import SITE_RANKS, TARGETS, Line, RequiredLine, Section, Sha256
-from common.kinds import KindName
+from common.config_types import SITE_QUANTIZATION, SITE_RANKS, TARGETS, Line, RequiredLine, Section, Sha256
+from common.kinds import KindName, Quantization
 
 
 class ModelConfig(Section):
@@ -16,8 +16,15 @@ class ModelConfig(Section):
     )
     revision: Line = Field(default="", description="Commit or tag; only for a hub id. Empty: the newest.")
     sha256: Sha256 = Field(default="", description="Expected SHA-256 of the base's files. Empty: any.")
-    quantization: Literal["none", "int8", "nf4"] = Field(
+    quantization: Quantization = Field(
         default="nf4", description="Storage of the frozen base's weights: as they are, 8-bit or 4-bit NormalFloat."
+    )
+    site_quantization: str = Field(
+        default="",
+        pattern=SITE_QUANTIZATION,
+        max_length=65536,
+        description="Sites that hold the base in another precision: `north = none, south = int8`. The others, and the "
+        "coordinator, have `quantization`.",
     )
     double_quantization: bool = Field(default=True, description="Quantise the quantiser's scales too; `nf4` only.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -26,6 +33,17 @@ class ModelConfig(Section):
     chat_template: Literal["tokenizer", "chatml", "alpaca"] = Field(
         default="tokenizer", description="How a row becomes a prompt. `tokenizer`: the template that the base brings."
     )
+
+    @property
+    def quantization_of_sites(self) -> dict[str, Quantization]:
+        """The precisions in `site_quantization`, by site; of a name that stands there twice, the last.
+
+        Example:
+            >>> ModelConfig(base="b", site_quantization="north = none, south=int8").quantization_of_sites
+            {'north': 'none', 'south': 'int8'}
+        """
+        pairs = (part.partition("=") for part in self.site_quantization.split(",") if part)
+        return {site.strip(): cast(Quantization, found.strip()) for site, _, found in pairs}
 
 
 class AdapterConfig(Section):

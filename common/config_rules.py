@@ -20,6 +20,7 @@ from common import (
     config_site_rules,
     core_rules,
     kind_rules,
+    precisions,
 )
 from common.methods import FACTS
 
@@ -189,6 +190,7 @@ def _loses_side_adapter(config: RunConfig) -> bool:
 
 RUN_RULES = (
     *(Rule(*contradiction) for contradiction in compatibility.rank_contradictions()),
+    *(Rule(*contradiction) for contradiction in precisions.contradictions()),
     *_refused_combinations(),
     *(Rule(*contradiction) for contradiction in compatibility.wire_contradictions()),
     *(Rule(*contradiction) for contradiction in kind_rules.contradictions()),

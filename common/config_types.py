@@ -10,6 +10,7 @@ LINE = r"^[^\x00-\x1f\x7f]*$"
 TARGETS = r"^[A-Za-z0-9_.]+( *, *[A-Za-z0-9_.]+)*$|^all-linear$"
 SITE_RANKS = r"^([a-z0-9-]{1,64} *= *[1-9][0-9]{0,3}( *, *[a-z0-9-]{1,64} *= *[1-9][0-9]{0,3})*)?$"
 _METRIC = "(exact_match|f1|rouge1|rouge2|rougeL|number|json|label_accuracy|macro_f1)"
+SITE_QUANTIZATION = r"^([a-z0-9-]{1,64} *= *(none|int8|nf4)( *, *[a-z0-9-]{1,64} *= *(none|int8|nf4))*)?$"
 METRICS = rf"^({_METRIC}( *, *{_METRIC})*)?$"
 _RULE = "(probes|baseline|sites|loss|schema|exposure|extraction|pii|audit)"
 GATE_RULES = rf"^({_RULE}( *, *{_RULE})*)?$"
@@ -19,6 +20,7 @@ PATTERNS = {
     LINE: "one line without control characters",
     TARGETS: '"all-linear", or module names with commas between them',
     SITE_RANKS: 'names of sites with their ranks, such as "north = 4, south = 8", or empty',
+    SITE_QUANTIZATION: 'names of sites with none, int8 or nf4, such as "north = none, south = int8", or empty',
     METRICS: "of exact_match, f1, rouge1, rouge2, rougeL, number, json, label_accuracy and macro_f1, with commas "
     "between them, or empty",
     GATE_RULES: "of probes, baseline, sites, loss, schema, exposure, extraction, pii and audit, with commas between "

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from common import precisions
 from common.kinds import ALL, DEFAULTS, KINDS, Kind
 
 if TYPE_CHECKING:
     from common.config import RunConfig
 
+QUANTIZATION: Final = ("model.quantization", "model.site_quantization")
 NO_FACTORS: Final = "it has no plain pair A and B"
 
 
@@ -67,7 +69,7 @@ def _half_precision(kind: Kind) -> str:
 
 def _computes_in_half(run: "RunConfig") -> bool:
     facts = KINDS[run.adapter.kind]
-    return run.model.dtype in ("bfloat16", "float16") and run.model.quantization in facts.float32_on
+    return run.model.dtype in ("bfloat16", "float16") and any(q in facts.float32_on for q in precisions.used(run.model))
 
 
 def _checkpointing(kind: Kind) -> str:
@@ -101,22 +103,29 @@ KIND_FEATURES: Final = (
     KindFeature(
         "int8 base",
         _not_on("int8"),
-        "set model.quantization to another",
-        ("model.quantization",),
-        lambda run: run.model.quantization == "int8",
+        "set another precision",
+        QUANTIZATION,
+        lambda run: "int8" in precisions.used(run.model),
     ),
     KindFeature(
         "nf4 base",
         _not_on("nf4"),
-        "set model.quantization to another",
-        ("model.quantization",),
-        lambda run: run.model.quantization == "nf4",
+        "set another precision",
+        QUANTIZATION,
+        lambda run: "nf4" in precisions.used(run.model),
+    ),
+    KindFeature(
+        "sites of different precision",
+        lambda kind: "it starts from the base's weights, which differ between the sites" * kind.starts_from_base,
+        "remove model.site_quantization",
+        ("model.site_quantization",),
+        lambda run: bool(run.model.site_quantization),
     ),
     KindFeature(
         "16-bit compute",
         _half_precision,
         "set model.dtype = 'float32'",
-        ("model.dtype", "model.quantization"),
+        ("model.dtype", *QUANTIZATION),
         _computes_in_half,
     ),
     KindFeature(

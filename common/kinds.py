@@ -39,6 +39,7 @@ class Kind:
         inexact: Why the mean of its tensors is not the mean of what they do to the model; empty: it is, being linear.
         bases: Quantisations of the base that it is sound on.
         float32_on: Quantisations on which it computes in float32 only.
+        starts_from_base: Whether its start is read off the base's weights, and so differs between precisions of it.
         is_seeded: Whether it has parts that are drawn from the run's seed, never trained and never sent.
         is_mergeable: Whether it can be added to the base's weights, as merged, quantised and GGUF exports need.
         nearest: Kinds to take where this one is refused, nearest first.
@@ -54,6 +55,7 @@ class Kind:
     inexact: str = ""
     bases: tuple[Quantization, ...] = ALL
     float32_on: tuple[Quantization, ...] = ()
+    starts_from_base: bool = False
     is_seeded: bool = False
     is_mergeable: bool = True
     nearest: tuple[KindName, ...] = ("lora",)
@@ -83,6 +85,7 @@ _TABLE: Final = (
         settings=("r", "alpha", "dropout", "targets", "use_rslora"),
         tensors=r"lora_([AB]|magnitude_vector)\.weight",
         inexact="the weight is a product, divided by its own length",
+        starts_from_base=True,
         bases=("none", "nf4"),
         nearest=("lora",),
     ),

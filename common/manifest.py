@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from common import config, egress, identity, wire
+from common import config, egress, identity, precisions, wire
 from common.config_types import SHA256
 from common.egress import Egress
 from common.errors import AuthError, ConfigError, WireError
@@ -31,7 +31,8 @@ class RunManifest:
         run: The resolved run file without what is the coordinator's own affair.
         base_sha256: Hash of the base model's files.
         tensor_specs: The adapter's tensors: exactly these go down and come back.
-        codes_sha256: Hash of the base's 4-bit codes (`common.codes`); empty unless `model.quantization` is `nf4`.
+        codes_sha256: Hash of the base's 4-bit codes (`common.codes`), of the sites that hold it so; empty where nobody
+            does.
         evaluation_sha256: Hash of what the coordinator measures, rows included (`server/evaluate/suite.py`), fixed
             before training; empty where it measures nothing of its own.
     """
@@ -188,7 +189,7 @@ def _from_fields(fields: dict[str, Any]) -> RunManifest:
         raise ValueError("version")
     specs = tuple(TensorSpec(str(name), tuple(int(size) for size in shape)) for name, shape in fields["tensors"])
     run, digest = config.RunConfig.model_validate(fields["run"]), str(fields["codes_sha256"])
-    if not _CODES[run.model.quantization == "nf4"].fullmatch(digest):
+    if not _CODES["nf4" in precisions.used(run.model)].fullmatch(digest):
         raise ValueError("codes_sha256")
     if not re.fullmatch(SHA256, fields["evaluation_sha256"]):
         raise ValueError("evaluation_sha256")

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from common import adapter, codes, config, core_layers, peft_kinds, prompts, quiet
 from common.errors import ModelError
-from common.kinds import KINDS
+from common.kinds import KINDS, Quantization
 from common.records import TensorSpec
 from common.rows import Row
 
@@ -43,6 +43,7 @@ class Engine:
         tensor_specs: The adapter's tensors.
         initial: The adapter as attached: A from the seed, B zero.
         codes_sha256: Hash of the base's 4-bit codes; empty where it has none.
+        folder: Where the base's files are.
     """
 
     model: nn.Module
@@ -52,6 +53,12 @@ class Engine:
     tensor_specs: tuple[TensorSpec, ...]
     initial: adapter.Tensors
     codes_sha256: str = ""
+    folder: Path = Path()
+
+    @property
+    def quantization(self) -> Quantization:
+        """The precision that the base really has."""
+        return codes.quantization_of(self.model)
 
     @property
     def pad_id(self) -> int:
@@ -113,7 +120,7 @@ def load(
     if gradient_checkpointing:
         checkpoint(base)
     initial = adapter.read(peft_model)
-    return Engine(peft_model, tokenizer, device, base_sha256, adapter.specs(initial), initial, codes_sha256)
+    return Engine(peft_model, tokenizer, device, base_sha256, adapter.specs(initial), initial, codes_sha256, folder)
 
 
 def checkpoint(base: Any) -> None:
@@ -193,7 +200,7 @@ def load_base(folder: Path, settings: config.ModelConfig, device: torch.device) 
             folder,
             dtype=dtype,
             device_map={"": device},
-            quantization_config=_quantization(settings, dtype),
+            quantization_config=quantization_config(settings, dtype),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -227,7 +234,7 @@ def _keep_layout(base: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _quantization(settings: config.ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def quantization_config(settings: config.ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """bitsandbytes settings; QLoRA's NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314)."""
     if settings.quantization == "none":
         return None

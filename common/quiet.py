@@ -17,7 +17,12 @@ SWITCHES: Final[Mapping[str, str]] = {
 }
 OFFLINE: Final[Mapping[str, str]] = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 SHARED_CORES: Final[Mapping[str, str]] = {"GOMP_SPINCOUNT": "1000"}
-_MISSING_KERNEL: Final = "Failed to load CPU gemm_4bit_forward from kernels-community"
+NOISE: Final[Mapping[str, str]] = {
+    # an optional kernel that would come from a hub is absent, and the built-in one is used
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+    # what LLM.int8 does with every input of another type, told at every layer of every step
+    "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
+}
 
 
 def hush(environ: MutableMapping[str, str] | None = None, *, allow_hub: bool = False) -> None:
@@ -44,9 +49,10 @@ def hush(environ: MutableMapping[str, str] | None = None, *, allow_hub: bool = F
         target.setdefault(name, value)
     if not allow_hub:
         target.update(OFFLINE)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_worth_reading)
+    for name in NOISE:
+        logging.getLogger(name).addFilter(_is_worth_reading)
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
-    """Drop one warning: an optional kernel that would come from a hub is absent, and the built-in one is used."""
-    return not str(record.msg).startswith(_MISSING_KERNEL)
+    """Drop what a library says in `NOISE`, and nothing else of it."""
+    return not str(record.msg).startswith(NOISE[record.name])

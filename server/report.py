@@ -10,7 +10,7 @@ import jinja2
 from common import events, storage
 from common.events import Event
 from server import troubleshooting
-from server.evaluate import view
+from server.evaluate import by_precision, view
 from server.gate import words
 from server.polish import told
 from server.show import percent, size
@@ -74,6 +74,8 @@ def render(log: Sequence[Event]) -> str:
         last=evaluated[-1] if evaluated else None,
         evenness=view.evenness(evaluated[-1]) if evaluated else "",
         worse=view.worse(evaluated[-1]) if evaluated else "",
+        precisions=by_precision.table(log),
+        quantization=by_precision.quantization,
         measured=view.table(log),
         polish=told.stages(log),
         polish_private=told.PRIVATE,

@@ -13,6 +13,7 @@ from common import (
     config,
     events,
     guarding,
+    layerwise,
     model,
     packing,
     privacy_plan,
@@ -31,7 +32,7 @@ from common.model import Engine
 from common.noise import Noise
 from common.records import to_head
 from common.rows import Columns
-from server import checkpoint, export, federation, rounds, trail
+from server import base_noise, checkpoint, export, federation, rounds, trail
 from server.aggregate import table
 from server.checkpoint import Checkpoint
 from server.evaluate import measure, suite
@@ -109,7 +110,11 @@ def execute(
     """
     measured = suite.open_suite(settings, engine=engine, folder=folder, log=log)
     manifest = RunManifest(
-        settings, engine.base_sha256, engine.tensor_specs, engine.codes_sha256, evaluation_sha256=measured.sha256
+        settings,
+        engine.base_sha256,
+        engine.tensor_specs,
+        layerwise.codes_of_run(engine, settings.model),
+        evaluation_sha256=measured.sha256,
     )
     _check_size(manifest)
     if resume and (folder / MANIFEST_FILE).exists():
@@ -125,6 +130,8 @@ def execute(
     fed.own_rows = read_own_rows(settings, engine)
     stages.check(settings, engine)
     log.append("run_started", **plan(manifest, engine), **told, first_round=first.num_rounds)
+    if settings.model.site_quantization:
+        log.append("base_noise", **base_noise.as_event(settings.model, base_noise.measure(engine, settings.model)))
     if fed.method.facts.is_experimental:
         log.append("warned", reason=EXPERIMENTAL.format(method=settings.aggregation.method))
     with _recorded(fed, first.tensors, first_round=first.num_rounds):
@@ -290,6 +297,7 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
         "base_sha256": manifest.base_sha256,
         "base": settings.model.base,
         "quantization": settings.model.quantization,
+        "site_quantization": settings.model.site_quantization,
         "method": method,
         "privacy": settings.privacy.mode,
         "num_rounds": settings.federation.num_rounds,

@@ -8,7 +8,7 @@ from rich.status import Status
 from rich.text import Text
 
 from common.events import Event
-from server.evaluate import view
+from server.evaluate import by_precision, view
 from server.gate import words
 from server.polish import told
 
@@ -57,6 +57,7 @@ class Screen:
     _has_header: bool = False
     _num_large_gaps: int = 0
     _curve: list[float] = field(default_factory=list)
+    _precisions: list[Event] = field(default_factory=list)
 
     def __call__(self, event: Event) -> None:
         """Take one event; kinds without a method of their own are not shown."""
@@ -71,7 +72,8 @@ class Screen:
         trained, base = event["num_trained_parameters"], event["num_base_parameters"]
         run = event["run_sha256"][:12]
         self._print(f"[bold]{event['name']}[/]  {event['num_rounds']} rounds, {event['method']}, run {run}")
-        self._print(f"  base      {_escape(event['base'])}, {base:,} parameters, {event['quantization']}")
+        precision = _escape(by_precision.quantization(event))
+        self._print(f"  base      {_escape(event['base'])}, {base:,} parameters, {precision}")
         share = percent(trained / base)
         self._print(f"  adapter   {trained:,} parameters trained ({share}), {event['num_tensors']} tensors")
         down, up = event["bytes_down_per_site"], event["bytes_up_per_site"]
@@ -136,8 +138,13 @@ class Screen:
         self._round = event
         self._set_status(f"round {event['round'] + 1}/{self._num_rounds}: evaluating")
 
+    def _on_base_noise(self, event: Event) -> None:
+        """How far each precision is from the files; shown with the losses at the end."""
+        self._precisions = [event]
+
     def _on_evaluated(self, event: Event) -> None:
         """One line of the table."""
+        self._precisions += [event]
         self._header()
         finished = self._round if event["num_rounds"] else {}
         cells = [f"{event['num_rounds']:>6}", f"{event['loss']:>9.3f}"]
@@ -152,6 +159,8 @@ class Screen:
         """How the sites fare at the end."""
         if even := view.evenness(event):
             self._print(f"  sites     {_escape(even)}")
+        for row in by_precision.table(self._precisions):
+            self._print(f"  precision {_escape(by_precision.line(row))}")
         if event["worse_than_base"]:
             self._print(f"  [yellow]worse than the base: {_escape(view.worse(event))}[/]")
 

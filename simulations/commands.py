@@ -191,6 +191,7 @@ def _play(order: Order, shared: World, log: EventLog, *, engine: str, resume: bo
             log=log,
             resume=resume,
             is_noise_accepted=order.is_noise_accepted,
+            engines=shared.engines,
         )
     from simulations import engines
 

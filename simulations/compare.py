@@ -4,13 +4,14 @@ Arms: the base as it is, every site alone, the federation, and one site that hol
 through the same round loop with the same settings, and all are scored on every site's held-out rows.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from client.agent import SiteData
-from common import config, storage, wire
+from common import config, layerwise, storage, wire
 from common.adapter import Tensors
 from common.events import Event, EventLog
 from common.manifest import RunManifest
@@ -21,7 +22,7 @@ from server.aggregate import table
 from server.evaluate import held_out
 from server.federation import Federation
 from simulations import run, world
-from simulations.world import Failures
+from simulations.world import Engines, Failures
 
 COMPARISON_FILE = "comparison.json"
 
@@ -34,6 +35,11 @@ class World:
     engine: Engine
     sites: Mapping[str, SiteData]
     folder: Path
+
+    @functools.cached_property
+    def engines(self) -> Engines:
+        """The base at each precision that sites have."""
+        return Engines(self.settings, self.engine)
 
 
 def compare(shared: World, log: EventLog) -> dict[str, Event]:
@@ -51,8 +57,13 @@ def compare(shared: World, log: EventLog) -> dict[str, Event]:
     arms = {"base": shared.engine.initial}
     results = {"base": _scored(judge, "base", arms["base"], log)}
     outcome = run.in_process(
-        shared.settings, sites=shared.sites, engine=shared.engine, folder=shared.folder, log=log
-    )  # fmt: skip
+        shared.settings,
+        sites=shared.sites,
+        engine=shared.engine,
+        folder=shared.folder,
+        log=log,
+        engines=shared.engines,
+    )
     results["federated"] = _scored(judge, "federated", outcome.tensors, log)
     for name, data in {**_alone(shared), "centralised": _pooled(shared)}.items():
         log.append("arm_started", arm=name)
@@ -68,10 +79,10 @@ class Judge:
 
     def __init__(self, shared: World) -> None:
         failures = Failures(shared.folder / "sites")
-        agents = {site: world.make_agent(site, data, shared.engine, failures) for site, data in shared.sites.items()}
-        manifest = RunManifest(
-            shared.settings, shared.engine.base_sha256, shared.engine.tensor_specs, shared.engine.codes_sha256
-        )
+        loaded = shared.engines
+        agents = {site: world.make_agent(site, data, loaded.at(site), failures) for site, data in shared.sites.items()}
+        codes_sha256 = layerwise.codes_of_run(shared.engine, shared.settings.model)
+        manifest = RunManifest(shared.settings, shared.engine.base_sha256, shared.engine.tensor_specs, codes_sha256)
         log = EventLog(shared.folder / "arms" / "judge" / server_run.EVENTS_FILE)
         method = table.find(shared.settings.aggregation.method)
         self._federation = Federation(manifest, run.fleet_of(agents), method, shared.folder, log)
@@ -115,7 +126,9 @@ def _train_alone(shared: World, name: str, data: SiteData) -> Tensors:
     folder = shared.folder / "arms" / name
     log = server_run.prepare(settings, folder)
     site = name.removeprefix("site-")
-    outcome = run.in_process(settings, sites={site: data}, engine=shared.engine, folder=folder, log=log)
+    outcome = run.in_process(
+        settings, sites={site: data}, engine=shared.engine, folder=folder, log=log, engines=shared.engines
+    )
     return outcome.tensors
 
 

@@ -13,7 +13,7 @@ from flwr.app.user_config import UserConfig
 from flwr.serverapp import Grid
 
 from client.agent import SiteData
-from common import config, events, wire
+from common import config, events, layerwise, wire
 from common.events import EventLog
 from common.manifest import RunManifest
 from common.model import Engine
@@ -24,7 +24,7 @@ from server.evaluate import suite
 from server.grid import GridFleet
 from server.run import Outcome
 from simulations import deployment, site_files, world
-from simulations.world import Failures
+from simulations.world import Engines, Failures
 
 SPARE_S = 300.0  # of a deployed run beyond its own time limits: starting processes, loading the base, export
 
@@ -170,8 +170,8 @@ class Sites:
 
 
 @functools.cache
-def _world(sites: Sites) -> tuple[RunManifest, Engine, dict[str, SiteData]]:
-    """Manifest, base and rows of a run, once a worker process."""
+def _world(sites: Sites) -> tuple[RunManifest, Engines, dict[str, SiteData]]:
+    """Manifest, bases and rows of a run, once a worker process."""
     settings = config.RunConfig.model_validate_json(sites.settings)
     found_here = settings.model.model_copy(update={"base": sites.base_folder})
     engine = world.load_engine(settings.model_copy(update={"model": found_here}), num_threads=sites.num_threads)
@@ -179,10 +179,10 @@ def _world(sites: Sites) -> tuple[RunManifest, Engine, dict[str, SiteData]]:
         settings,
         engine.base_sha256,
         engine.tensor_specs,
-        engine.codes_sha256,
+        layerwise.codes_of_run(engine, settings.model),
         evaluation_sha256=sites.evaluation_sha256,
     )
-    return manifest, engine, world.load_sites(settings)
+    return manifest, Engines(settings, engine), world.load_sites(settings)
 
 
 @functools.cache
@@ -191,8 +191,8 @@ def _answer_of(sites: Sites, site_index: int) -> Callable[[bytes], bytes]:
 
     The run is opened at once: a site's next message may come to another worker than its first.
     """
-    manifest, engine, data = _world(sites)
+    manifest, loaded, data = _world(sites)
     name = sorted(data)[site_index]
-    agent = world.make_agent(name, data[name], engine, Failures(Path(sites.log_folder)))
+    agent = world.make_agent(name, data[name], loaded.at(name), Failures(Path(sites.log_folder)))
     agent.answer(wire.pack(Frame("open", body=manifest.to_bytes())))
     return agent.answer

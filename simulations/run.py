@@ -13,7 +13,7 @@ from server.grid import GridFleet
 from server.run import Outcome
 from simulations import world
 from simulations.grids import InProcessGrid
-from simulations.world import Failures
+from simulations.world import Engines, Failures
 
 
 def in_process(
@@ -25,14 +25,16 @@ def in_process(
     log: EventLog,
     resume: bool = False,
     is_noise_accepted: bool = False,
+    engines: Engines | None = None,
 ) -> Outcome:
-    """All sites in this process, on one base in memory.
+    """All sites in this process, on one base in memory for each precision that they have; `engines` are those loaded.
 
     Raises:
         SilotuneError: What a virtual site could not do, where that ended the run; else as `server.run.execute`.
     """
     failures = Failures(folder / "sites")
-    agents = {site: world.make_agent(site, data, engine, failures) for site, data in sites.items()}
+    loaded = engines or Engines(settings, engine)
+    agents = {site: world.make_agent(site, data, loaded.at(site), failures) for site, data in sites.items()}
     with explained(failures):
         outcome = server_run.execute(
             settings,

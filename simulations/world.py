@@ -1,4 +1,4 @@
-"""Virtual sites: the rows of a run file, split into agents that share one loaded base."""
+"""Virtual sites: the rows of a run file, split into agents that share one loaded base, or one for each precision."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from client import personal, sitelog
 from client.agent import Agent, SiteData
 from client.data import split
 from client.personal import Shelf
 from client.train import schedule
-from common import config, model, store
+from common import config, model, precisions, store
 from common.config_objective import ObjectiveName
 from common.data import read
 from common.errors import ConfigError
@@ -71,6 +73,35 @@ def load_engine(
     )
 
 
+@dataclass
+class Engines:
+    """One loaded base for each precision that sites have, however many sites; the run's own is the coordinator's too.
+
+    Attributes:
+        settings: The run file.
+        own: The base at the run's own precision.
+    """
+
+    settings: config.RunConfig
+    own: Engine
+    _others: dict[str, Engine] = field(default_factory=dict)
+
+    def at(self, site: str) -> Engine:
+        """The base at a site's precision, loaded when the first site asks for it.
+
+        Raises:
+            ModelError: This precision is impossible here.
+        """
+        wanted = precisions.at_site(self.settings.model, site)
+        if wanted.quantization == self.settings.model.quantization:
+            return self.own
+        if wanted.quantization not in self._others:
+            here = self.settings.model_copy(update={"model": wanted.model_copy(update={"base": str(self.own.folder)})})
+            threads, device = torch.get_num_threads(), self.own.device.type
+            self._others[wanted.quantization] = load_engine(here, device=device, num_threads=threads)
+        return self._others[wanted.quantization]
+
+
 def load_sites(settings: config.RunConfig) -> dict[str, SiteData]:
     """Read, partition and split; a function of the run file alone.
 
@@ -121,10 +152,15 @@ def expect_all(settings: config.RunConfig, sites: Mapping[str, SiteData]) -> con
     """A simulation knows its sites: the run waits for all of them, and ends at once if one cannot take part.
 
     Raises:
-        ConfigError: `adapter.site_ranks` names a site that there is not.
+        ConfigError: `adapter.site_ranks` or `model.site_quantization` names a site that there is not.
     """
-    if unknown := sorted(settings.adapter.rank_of_sites.keys() - sites.keys()):
-        raise ConfigError(f"adapter.site_ranks names {unknown[0]}, and the sites are {', '.join(sorted(sites))}")
+    named: dict[str, Mapping[str, object]] = {
+        "adapter.site_ranks": settings.adapter.rank_of_sites,
+        "model.site_quantization": settings.model.quantization_of_sites,
+    }
+    for key, table in named.items():
+        if unknown := sorted(table.keys() - sites.keys()):
+            raise ConfigError(f"{key} names {unknown[0]}, and the sites are {', '.join(sorted(sites))}")
     if settings.federation.num_sites:
         return settings
     federation = settings.federation.model_copy(update={"num_sites": len(sites)})

@@ -106,7 +106,8 @@ def _memory(patient: Patient, node: config.NodeConfig, allowed: Policy | None, f
     device = work.device_of(node, agent_pid=host.agent_pid(Path(node.agent.socket)))
     if patient.run:
         run = work.offered(node, patient.run)
-        asked = replace(work.work_of(run.run, device), num_trained=trainable.num_values(run.tensor_specs))
+        planned = work.work_of(run.run, device, site=node.site.name)
+        asked = replace(planned, num_trained=trainable.num_values(run.tensor_specs))
         return work.memory(found.get(run.base_sha256), asked, device)
     listed = [base.sha256 for base in allowed.models.allow] if allowed else list(found)
     folders = [found[sha256] for sha256 in listed if sha256 in found]

@@ -9,7 +9,7 @@ from typing import Final
 from client import consent, gatekeeper, history, policy, policy_file, serve
 from client.data import check as data_check
 from client.policy_file import Policy
-from common import audit, base_size, config, doctor_checks, governance, identity, kit, manifest
+from common import audit, base_size, config, doctor_checks, governance, identity, kit, manifest, precisions
 from common.base_size import Memory, Work
 from common.doctor import Result, check, count, failed, ok, size, skipped, warning
 from common.errors import ConfigError, DataError, ModelError, SilotuneError
@@ -235,11 +235,11 @@ def device_of(node: config.NodeConfig, *, agent_pid: int | None) -> Device:
     return Device(f"cuda ({torch.cuda.get_device_name()})", True, free if agent_pid is None else whole)
 
 
-def work_of(run: config.RunConfig, device: Device) -> Work:
-    """What a run does with its base."""
+def work_of(run: config.RunConfig, device: Device, *, site: str = "") -> Work:
+    """What a run does with its base, at a site of this name."""
     automatic = "bfloat16" if device.is_cuda else "float32"
     return Work(
-        quantization=run.model.quantization,
+        quantization=precisions.of_site(run.model, site),
         double_quantization=run.model.double_quantization,
         dtype=automatic if run.model.dtype == "auto" else run.model.dtype,
         targets=run.adapter.target_names,

@@ -5,7 +5,7 @@ from common.errors import ProtocolError, SilotuneError
 from common.records import RoundPlan, SiteMetrics, from_head
 from server import collect
 from server.aggregate.method import State
-from server.evaluate import fairness
+from server.evaluate import by_precision, fairness
 from server.federation import Federation
 
 
@@ -123,6 +123,7 @@ def _log(federation: Federation, *, num_rounds: int, fresh: set[str], server_los
         stale=[m.site for m in metrics if m.site not in fresh],
         sites={m.site: _figures(m) | {"change": change.get(m.site)} for m in metrics},
         fairness=fairness.of_sites(losses, exact),
+        **by_precision.losses(federation.manifest.run.model, metrics),
         worse_than_base=[site for site, rise in change.items() if rise > 0],
     )
     return mean_loss(metrics)

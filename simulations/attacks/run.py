@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from client.agent import SiteData
-from common import adapter, config, evaluation, model
+from common import adapter, config, evaluation, layerwise, model
 from common.adapter import Tensors
 from common.errors import ConfigError
 from common.events import EventLog
@@ -104,11 +104,11 @@ def _fleet(shared: World, attack: Attack, honest: list[str], failures: Failures)
         shared.settings,
         engine.base_sha256,
         engine.tensor_specs,
-        engine.codes_sha256,
+        layerwise.codes_of_run(engine, shared.settings.model),
         evaluation_sha256=suite.hash_of(shared.settings),
     )
     agents = {
-        site: world.make_agent(site, data if site in honest else attack.rows(data), shared.engine, failures)
+        site: world.make_agent(site, data if site in honest else attack.rows(data), shared.engines.at(site), failures)
         for site, data in sorted(shared.sites.items())
     }
     answers = {site: agent.answer for site, agent in agents.items()}

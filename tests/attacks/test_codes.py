@@ -68,6 +68,47 @@ def test_one_changed_code_changes_the_hash(load_tiny, engine):
     assert (changed != before, codes.sha256_of(base)) == (True, before)  # control: flipped back, it is the same
 
 
+MIXED = {"model__quantization": "nf4", "model__site_quantization": "north = int8"}
+
+
+def test_a_policy_judges_the_precision_of_its_own_site(make, load_tiny, engine):
+    allowed = f'"{engine.base_sha256}"\nquantization = '
+    own, others = (make(sha256=allowed + names) for names in ('["int8"]', '["nf4", "none"]'))
+    run = own.manifest(**MIXED)
+    assert others.refused(others.open(run)) == ("PolicyRefusedError", "models.allow.quantization")
+    own.engine = load_tiny({"model.quantization": "int8"})
+    assert own.open(run).kind == "opened"
+    alike = make(sha256=allowed + '["int8"]')  # control: the same policy, and a run that leaves the site at nf4
+    elsewhere = alike.manifest(**{**MIXED, "model__site_quantization": "south = int8"})
+    assert alike.refused(alike.open(elsewhere)) == ("PolicyRefusedError", "models.allow.quantization")
+
+
+def test_a_site_that_loaded_another_precision_than_its_own_reads_no_row(make, load_tiny, engine):
+    site = make()
+    run = site.manifest(**MIXED)
+    for wrong in (engine, load_tiny()):  # the run's own precision; and one that no hash tells from 8 bits
+        site.engine = wrong
+        assert site.refused(site.open(run)) == ("CodesDifferError", "model.codes")
+    assert (site.num_reads, site.sent()) == (0, [])
+    site.engine = load_tiny({"model.quantization": "int8"})
+    assert site.open(run).kind == "opened"  # control
+
+
+def test_a_review_shows_the_sites_own_precision_and_that_others_differ(make):
+    site = make()
+    run = site.manifest(**MIXED)
+    assert site.open(run, approve=False).head["code"] == "ApprovalRequired"
+    pages = {}
+    for name in ("north", "south"):
+        desk = review.Desk(
+            vault.node(site.folder, name), site.gate.policy, vault.SITE, site.gate._log, site.gate.history
+        )
+        pages[name] = review.review(desk, run.sha256).facts["base as quantised"]
+    assert pages["north"].startswith("to 8 bits")
+    assert pages["north"].endswith("; other sites train beside it as nf4")
+    assert pages["south"] == f"4-bit codes {run.codes_sha256}; other sites train beside it as int8"
+
+
 def test_a_review_shows_the_codes_and_that_they_changed(make, engine):
     site = make()
     run = site.manifest(model__quantization="nf4")

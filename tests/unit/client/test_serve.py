@@ -93,6 +93,14 @@ def test_a_base_is_loaded_once_for_runs_that_want_the_same(node, manifest):
     assert loader.load(manifest({"adapter.r": "2"})) is not first
 
 
+def test_a_site_loads_the_precision_that_a_run_gives_it_and_keeps_it_whatever_others_have(node, manifest):
+    loader = serve.EngineLoader(node())
+    first = loader.load(manifest({"model.site_quantization": "north = int8, south = nf4"}))
+    assert first.quantization == "int8"
+    assert loader.load(manifest({"model.site_quantization": "north = int8"})) is first
+    assert loader.load(manifest({"model.site_quantization": "south = int8"})).quantization == "none"  # control
+
+
 @pytest.mark.parametrize(("kind", "is_kept"), [("vera", False), ("fourierft", False), ("miss", True)])
 def test_parts_that_are_drawn_from_a_runs_seed_are_drawn_anew_for_another(node, manifest, kind, is_kept):
     loader = serve.EngineLoader(node())

@@ -245,7 +245,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "459761177d774a03c5758ccca5f3e876f856c36230497675676bb39e6b8c6de9"
+        "d9cf257153e288708481a522bd9805d59fd08b27343a384b25d053ddf6a88a54"
     )
 
 

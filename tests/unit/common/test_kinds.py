@@ -22,6 +22,7 @@ ASKING = {
     "methods beside fedavg": {"aggregation.method": "rolora"},
     "int8 base": {"model.quantization": "int8"},
     "nf4 base": {"model.quantization": "nf4"},
+    "sites of different precision": {"model.site_quantization": "north = nf4"},
     "16-bit compute": {"model.dtype": "bfloat16", "model.quantization": "int8"},
     "server optimizer": {"aggregation.server_optimizer": "fedavgm"},
     "stacked clipping": {**PRIVATE, "privacy.clipping": "stacked"},
