@@ -84,7 +84,7 @@ def make(source: Path, *, between: Sequence[str], seed: int, tasks: Path, key: P
     _require_apart(tasks, key)
     first, second = between
     located = reading.locate(str(source))
-    pairs = build.convert_all(located, lambda row: build.pair_of(row.fields, second, first, place=row.place))
+    pairs = reading.convert_all(located, lambda row: build.pair_of(row.fields, second, first, place=row.place))
     draws = random.Random(seed)  # noqa: S311 - an order, no secret
     different = [place for place, pair in enumerate(pairs) if pair.chosen != pair.rejected]
     if not different:
@@ -107,7 +107,7 @@ def read_tasks(path: Path) -> list[Task]:
         DataError: It is missing, unreadable or of another form.
     """
     located = reading.locate(str(path))
-    pairs = build.convert_all(located, lambda row: build.pair_of(row.fields, "right", "left", place=row.place))
+    pairs = reading.convert_all(located, lambda row: build.pair_of(row.fields, "right", "left", place=row.place))
     return [Task(number, pair.prompt, pair.chosen, pair.rejected) for number, pair in enumerate(pairs, start=1)]
 
 

@@ -3,21 +3,20 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from common import storage
-from common.data import preferences
+from common.data import preference_rows, preferences
 from common.data import read as reading
 from common.data.files import Located
 from common.data.preferences import Pair, Rated, Turns
-from common.data.problems import Problems, UnusableError
+from common.data.problems import UnusableError
 from common.errors import ConfigError
 
-T = TypeVar("T")
 AS_RATINGS: Final = (
     "write `prompt`, `completion` and `score` in each row, or `prompt` with lists `completions` and `scores`"
 )
@@ -61,7 +60,7 @@ def from_ratings(path: Path, *, margin: float = 0.0) -> Built:
     if not (math.isfinite(margin) and margin >= 0):
         raise ConfigError("--margin must be 0 or more")
     located = reading.locate(str(path))
-    scored = [item for found in convert_all(located, _scored) for item in found]
+    scored = [item for found in reading.convert_all(located, _scored) for item in found]
     by_prompt: dict[Turns, dict[Turns, list[tuple[float, str]]]] = defaultdict(lambda: defaultdict(list))
     for prompt, answer, score, place in scored:
         by_prompt[prompt][answer].append((score, place))
@@ -75,7 +74,7 @@ def from_ratings(path: Path, *, margin: float = 0.0) -> Built:
                 continue
             better, worse = (one, other) if difference > 0 else (other, one)
             place = answers[better][0][1]
-            pairs.append(Pair(prompt, better, worse, unit=place, row_id=place))
+            pairs.append(Pair(prompt, better, worse, row_id=place))
     return Built(pairs, len(located), {"ties": num_ties, "prompts with one answer": num_alone})
 
 
@@ -94,7 +93,7 @@ def from_edits(path: Path, *, draft: str = "draft", edited: str = "edited") -> B
         DataError: The file cannot be read, or rows are unusable.
     """
     located = reading.locate(str(path))
-    pairs = convert_all(located, lambda row: pair_of(row.fields, draft, edited, place=row.place))
+    pairs = reading.convert_all(located, lambda row: pair_of(row.fields, draft, edited, place=row.place))
     changed = [pair for pair in pairs if _plain(pair.chosen) != _plain(pair.rejected)]
     return Built(changed, len(located), {"unchanged drafts": len(pairs) - len(changed)})
 
@@ -136,26 +135,9 @@ def pair_of(fields: dict[str, Any], rejected: str, chosen: str, *, place: str) -
     Raises:
         UnusableError: One of them is missing, empty or of the wrong type.
     """
-    better = preferences.conversation(fields, answer=chosen, place=place)
-    worse = preferences.conversation(fields, answer=rejected, place=place)
-    (prompt, given), (_, refused) = preferences.split(better), preferences.split(worse)
-    return Pair(prompt, given, refused, unit=place, row_id=place)
-
-
-def convert_all(located: Sequence[Located], convert: Callable[[Located], T]) -> list[T]:
-    """Every row converted, or a refusal that names the first that cannot be.
-
-    Raises:
-        DataError: Some are unusable.
-    """
-    problems, rows = Problems(), []
-    for row in located:
-        try:
-            rows.append(convert(row))
-        except UnusableError as error:
-            problems.add(row.place, error)
-    problems.raise_if_any()
-    return rows
+    better = preference_rows.conversation(fields, answer=chosen, place=place)
+    worse = preference_rows.conversation(fields, answer=rejected, place=place)
+    return preferences.pair_of(replace(better, rejected=worse.messages))
 
 
 def _scored(row: Located) -> list[tuple[Turns, Turns, float, str]]:
@@ -168,7 +150,7 @@ def _scored(row: Located) -> list[tuple[Turns, Turns, float, str]]:
     found = []
     for completion, score in zip(completions, scores, strict=True):
         fields = {"prompt": row.fields.get("prompt"), "completion": completion}
-        prompt, answer = preferences.split(preferences.conversation(fields, answer="completion", place=row.place))
+        prompt, answer = preferences.split(preference_rows.conversation(fields, answer="completion", place=row.place))
         found.append((prompt, answer, _number(score), row.place))
     return found
 

@@ -168,5 +168,4 @@ def _pair(task: Task, winner: int | None, key: Key) -> Pair:
     """The preferred answer and the other."""
     is_left = winner == int(key.is_swapped[task.number - 1])
     chosen, rejected = (task.left, task.right) if is_left else (task.right, task.left)
-    place = f"row {key.rows[task.number - 1]}"
-    return Pair(task.prompt, chosen, rejected, unit=place, row_id=place)
+    return Pair(task.prompt, chosen, rejected, row_id=f"row {key.rows[task.number - 1]}")

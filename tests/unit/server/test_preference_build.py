@@ -95,7 +95,7 @@ def test_columns_of_edits_can_be_named(tmp_path):
 def test_a_file_is_written_once_whole_and_readable(tmp_path):
     built = build.from_ratings(written(tmp_path, scores(1, 2)))
     build.write(built, out := tmp_path / "pairs.jsonl")
-    assert [preferences.as_fields(row) for row in preferences.read_pairs(out)] == [
+    assert [preferences.as_fields(row) for row in preferences.read(out)] == [
         preferences.as_fields(row) for row in built.rows
     ]
     with pytest.raises(ConfigError, match="exists already"):

@@ -55,7 +55,7 @@ def test_from_candidates_to_a_preference_file(tasks, tmp_path, capsys):
     out = tmp_path / "pairs.jsonl"
     assert silotune_server("unblind", tasks, *files, "--key", tmp_path / "key.json", "--out", out) == 0
     assert "tuned wins 100.0% of decided tasks (95 % interval 61.0% to 100.0%)" in capsys.readouterr().out
-    assert {pair.chosen[0].content.split()[0] for pair in preferences.read_pairs(out)} == {"tuned"}
+    assert {pair.chosen[0].content.split()[0] for pair in preferences.read(out)} == {"tuned"}
     assert silotune_server("check", out, "--json") == 0
     assert json.loads(capsys.readouterr().out)["is_healthy"] is True
 
@@ -94,7 +94,7 @@ def test_building_and_importing_write_pairs(tmp_path, capsys):
     (export := tmp_path / "project.json").write_text(json.dumps([task]))
     given = ("import", export, "--from", "label-studio", "--between", "answer1,answer2", "--out", out, "--force")
     assert silotune_server(*given) == 0
-    assert preferences.read_pairs(out)[0].chosen[0].content == "No."
+    assert preferences.read(out)[0].chosen[0].content == "No."
 
 
 @pytest.mark.parametrize(
