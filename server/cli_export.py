@@ -154,6 +154,7 @@ def compare(
     told = (
         f"{result['pairs']}: {result['num_pairs']} pairs; {result['num_left_out']} rows left out (equal answers)",
         f"{result['key']}: which side is which; keep it from raters",
+        f"next: silotune-server preferences rank {out} --answers NAME.jsonl --rater NAME",
     )
     cli.emit(result, as_json=json, show=lambda: cli.show(*told))
 
