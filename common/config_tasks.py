@@ -1,11 +1,11 @@
 """Array `[[evaluation.tasks]]` of the run file: what the coordinator measures on its own rows."""
 
-import ipaddress
 from typing import Final, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from common import hosts
 from common.config_types import METRICS, Count, Line, RequiredLine, Section, Slug
 
 _GENERATES: Final = ("max_new_tokens",)
@@ -196,25 +196,11 @@ def split_names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-def is_loopback(url: str) -> bool:
-    """Whether a URL's host is this machine; a name other than localhost is not looked up.
-
-    Example:
-        >>> is_loopback("http://127.0.0.1:8000/v1"), is_loopback("http://127.0.0.1.example.org/v1")
-        (True, False)
-    """
-    host = urlsplit(url).hostname or ""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _require_place(url: str, *, is_remote_allowed: bool) -> None:
     """Rows leave this machine only where that was said."""
     parts = urlsplit(url)
     _require(not url or (parts.scheme in ("http", "https") and bool(parts.hostname)), "judge_url: give http(s)://HOST")
-    is_remote = url != "" and not is_loopback(url)
+    is_remote = url != "" and not hosts.is_loopback(parts.hostname or "")
     _require(
         is_remote_allowed or not is_remote,
         "judge_url is another machine: it would be sent this task's rows and all answers; let a model here judge "

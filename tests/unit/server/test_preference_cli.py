@@ -9,10 +9,11 @@ import sys
 import httpx
 import pytest
 
-from common import cli
+from common import cli, hosts
 from common.data import preferences
 from server.cli import app
 from server.preferences import answers
+from tests.hosts import NEEDS_IPV6
 
 
 def silotune_server(*arguments: object) -> int:
@@ -116,12 +117,16 @@ def test_ranking_without_a_terminal_names_the_page(tasks, tmp_path, capsys):
     assert "--web" in capsys.readouterr().err
 
 
-def test_a_page_that_is_killed_has_kept_every_answer(tasks, tmp_path):
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=NEEDS_IPV6)])
+def test_a_page_that_is_killed_has_kept_every_answer(tasks, tmp_path, host):
     command = [sys.executable, "-u", "-m", "server.cli", "preferences", "rank", str(tasks), "--rater", "anna", "--web"]
     path = tmp_path / "anna.jsonl"
-    with subprocess.Popen([*command, "--answers", str(path)], stdout=subprocess.PIPE, text=True) as served:
+    command += ["--answers", str(path), "--host", host]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as served:
         try:
-            address = re.fullmatch(r"open (http://127\.0\.0\.1:\d+/\S+/)\n", served.stdout.readline())[1]
+            address = re.fullmatch(
+                rf"open (http://{re.escape(hosts.in_url(host))}:\d+/\S+/)\n", served.stdout.readline()
+            )[1]
             with httpx.Client(base_url=address, trust_env=False) as client:
                 assert client.get("").status_code == 200
                 for number in (1, 2):

@@ -157,5 +157,5 @@ def test_others_reach_the_page_only_through_tls(host, tmp_path):
 def test_a_port_that_is_taken_is_named(session):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}"):
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port} .*; choose another with --host or --port"):
             web.serve(session, door=web.Door(port=port), say=print)
