@@ -23,7 +23,7 @@ USES: Final[dict[str, tuple[str, ...]]] = {  # one line a kind: the settings tha
     "probe": (*_GENERATES, *_BASELINE),
     "harness": ("harness_tasks",),
     "memorisation": ("num_candidates", "members_data", "non_members_data"),
-    "pii": ("names_file", *_GENERATES),
+    "pii": ("names_file", "phone_regions", *_GENERATES),
     "judge": (*_JUDGE, *_GENERATES, *_BASELINE),
 }
 _NEEDS: Final[dict[str, str]] = {"answers": "metrics", "json": "json_schema", "harness": "harness_tasks"}
@@ -95,6 +95,13 @@ class TaskConfig(Section):
     )
     names_file: Line = Field(
         default="", description="With `pii`: path of a text file of names, one a line, to look for. Empty: none."
+    )
+    phone_regions: str = Field(
+        default="",
+        pattern=r"^([A-Z]{2}( ?, ?[A-Z]{2})*)?$",
+        max_length=1024,
+        description="With `pii`: countries (ISO 3166-1, such as `DE, AT`) whose telephone numbers are also found where "
+        "they are written without a country code, as people there write them. Empty: by general patterns alone.",
     )
     judge_base: Line = Field(
         default="",
