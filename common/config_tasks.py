@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, model_validator
 
 from common import hosts
-from common.config_types import METRICS, Count, Line, RequiredLine, Section, Slug
+from common.config_types import METRICS, REGIONS, Count, Line, RequiredLine, Section, Slug
 
 _GENERATES: Final = ("max_new_tokens",)
 _BASELINE: Final = ("baseline_prompt", "baseline_examples", "baseline_data")
@@ -98,7 +98,7 @@ class TaskConfig(Section):
     )
     phone_regions: str = Field(
         default="",
-        pattern=r"^([A-Z]{2}( ?, ?[A-Z]{2})*)?$",
+        pattern=REGIONS,
         max_length=1024,
         description="With `pii`: countries (ISO 3166-1, such as `DE, AT`) whose telephone numbers are also found where "
         "they are written without a country code, as people there write them. Empty: by general patterns alone.",

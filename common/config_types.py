@@ -13,6 +13,7 @@ _METRIC = "(exact_match|f1|rouge1|rouge2|rougeL|number|json|label_accuracy|macro
 METRICS = rf"^({_METRIC}( *, *{_METRIC})*)?$"
 _RULE = "(probes|baseline|sites|loss|schema|exposure|extraction|pii|audit)"
 GATE_RULES = rf"^({_RULE}( *, *{_RULE})*)?$"
+REGIONS = r"^([A-Z]{2}( *, *[A-Z]{2})*)?$"
 PATTERNS = {
     SLUG: "1 to 64 of a-z, 0-9 and -, with no - at either end",
     SHA256: "64 digits of 0-9 and a-f, or empty",
@@ -23,6 +24,7 @@ PATTERNS = {
     "between them, or empty",
     GATE_RULES: "of probes, baseline, sites, loss, schema, exposure, extraction, pii and audit, with commas between "
     "them, or empty",
+    REGIONS: 'countries of two capitals with commas between them, such as "DE, AT", or empty',
 }
 
 Slug = Annotated[str, Field(pattern=SLUG)]

@@ -21,7 +21,7 @@ def problems(text: str) -> str:
         ("kind = 'choice', num_candidates = 64", "num_candidates has no effect with kind choice"),
         ("kind = 'json', json_schema = 's', names_file = 'n.txt'", "names_file has no effect"),
         ("kind = 'json', json_schema = 's', phone_regions = 'DE'", "phone_regions has no effect"),
-        ("kind = 'pii', phone_regions = 'Germany'", "phone_regions"),
+        ("kind = 'pii', phone_regions = 'Germany'", "countries of two capitals"),
         ("kind = 'judge'", "set one of judge_base and judge_url"),
         ("kind = 'judge', judge_base = 'b', judge_url = 'http://127.0.0.1:1'", "set one of judge_base and judge_url"),
         ("kind = 'judge', judge_url = 'http://127.0.0.1:1'", "judge_url and judge_model belong together"),
