@@ -1,12 +1,12 @@
 """Array `[[evaluation.tasks]]` of the run file: what the coordinator measures on its own rows."""
 
-import ipaddress
 from typing import Final, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from common.config_types import METRICS, Count, Line, RequiredLine, Section, Slug
+from common import hosts
+from common.config_types import METRICS, REGIONS, Count, Line, RequiredLine, Section, Slug
 
 _GENERATES: Final = ("max_new_tokens",)
 _BASELINE: Final = ("baseline_prompt", "baseline_examples", "baseline_data")
@@ -23,7 +23,7 @@ USES: Final[dict[str, tuple[str, ...]]] = {  # one line a kind: the settings tha
     "probe": (*_GENERATES, *_BASELINE),
     "harness": ("harness_tasks",),
     "memorisation": ("num_candidates", "members_data", "non_members_data"),
-    "pii": ("names_file", *_GENERATES),
+    "pii": ("names_file", "phone_regions", *_GENERATES),
     "judge": (*_JUDGE, *_GENERATES, *_BASELINE),
 }
 _NEEDS: Final[dict[str, str]] = {"answers": "metrics", "json": "json_schema", "harness": "harness_tasks"}
@@ -95,6 +95,13 @@ class TaskConfig(Section):
     )
     names_file: Line = Field(
         default="", description="With `pii`: path of a text file of names, one a line, to look for. Empty: none."
+    )
+    phone_regions: str = Field(
+        default="",
+        pattern=REGIONS,
+        max_length=1024,
+        description="With `pii`: countries (ISO 3166-1, such as `DE, AT`) whose telephone numbers are also found where "
+        "they are written without a country code, as people there write them. Empty: by general patterns alone.",
     )
     judge_base: Line = Field(
         default="",
@@ -196,25 +203,11 @@ def split_names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-def is_loopback(url: str) -> bool:
-    """Whether a URL's host is this machine; a name other than localhost is not looked up.
-
-    Example:
-        >>> is_loopback("http://127.0.0.1:8000/v1"), is_loopback("http://127.0.0.1.example.org/v1")
-        (True, False)
-    """
-    host = urlsplit(url).hostname or ""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _require_place(url: str, *, is_remote_allowed: bool) -> None:
     """Rows leave this machine only where that was said."""
     parts = urlsplit(url)
     _require(not url or (parts.scheme in ("http", "https") and bool(parts.hostname)), "judge_url: give http(s)://HOST")
-    is_remote = url != "" and not is_loopback(url)
+    is_remote = url != "" and not hosts.is_loopback(parts.hostname or "")
     _require(
         is_remote_allowed or not is_remote,
         "judge_url is another machine: it would be sent this task's rows and all answers; let a model here judge "

@@ -14,6 +14,7 @@ SITE_QUANTIZATION = r"^([a-z0-9-]{1,64} *= *(none|int8|nf4)( *, *[a-z0-9-]{1,64}
 METRICS = rf"^({_METRIC}( *, *{_METRIC})*)?$"
 _RULE = "(probes|baseline|sites|loss|schema|exposure|extraction|pii|audit)"
 GATE_RULES = rf"^({_RULE}( *, *{_RULE})*)?$"
+REGIONS = r"^([A-Z]{2}( *, *[A-Z]{2})*)?$"
 PATTERNS = {
     SLUG: "1 to 64 of a-z, 0-9 and -, with no - at either end",
     SHA256: "64 digits of 0-9 and a-f, or empty",
@@ -25,6 +26,7 @@ PATTERNS = {
     "between them, or empty",
     GATE_RULES: "of probes, baseline, sites, loss, schema, exposure, extraction, pii and audit, with commas between "
     "them, or empty",
+    REGIONS: 'countries of two capitals with commas between them, such as "DE, AT", or empty',
 }
 
 Slug = Annotated[str, Field(pattern=SLUG)]

@@ -154,6 +154,7 @@ def compare(
     told = (
         f"{result['pairs']}: {result['num_pairs']} pairs; {result['num_left_out']} rows left out (equal answers)",
         f"{result['key']}: which side is which; keep it from raters",
+        f"next: silotune-server preferences rank {out} --answers NAME.jsonl --rater NAME",
     )
     cli.emit(result, as_json=json, show=lambda: cli.show(*told))
 
@@ -173,7 +174,7 @@ def refuse_for_vllm(**options: object) -> None:
 
 def _serve_here(base: Path, served: Any, place: Any, options: dict[str, Any]) -> None:
     """The small server, with what it needs."""
-    from common import config
+    from common import config, hosts
     from common.errors import ConfigError
     from server.serve import api, start
 
@@ -190,7 +191,7 @@ def _serve_here(base: Path, served: Any, place: Any, options: dict[str, Any]) ->
         settings=config.ModelConfig(base=str(base), quantization=options["quantization"]),
         device_name=options["device"],
         ready=lambda address, names: cli.show(
-            f"http://{address[0]}:{address[1]}/v1    models: {', '.join(names)}", "stop it with Ctrl-C"
+            f"http://{hosts.in_url(address[0])}:{address[1]}/v1    models: {', '.join(names)}", "stop it with Ctrl-C"
         ),
     )
 

@@ -200,6 +200,8 @@ def rank(
         else:
             terminal.run(session)
         cli.show(f"{session.num_done} of {len(session.tasks)} answered, kept in {answers}")
+        if session.current is None:
+            cli.show(f"next, with the key: silotune-server preferences unblind {tasks} {answers} --key KEY.json")
 
 
 @app.command()

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from common import intervals
-from common.data import near, preferences, shapes
+from common.data import near, preference_rows, preferences, shapes
+from common.data.preference_rows import normal
 from common.data.preferences import Pair, Rated, Scan, Turns
 from common.doctor import Result, as_dict
 from common.errors import DataError
@@ -19,7 +20,6 @@ MIN_UNEQUAL: Final = 10
 MAX_IMBALANCE: Final = 4 / 3
 EXIT_WARNINGS: Final = 9
 EXIT_FAILED: Final = DataError.exit_code
-Key = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def check(path: str | Path, *, held_out: str | Path = "") -> Report:
     rows: Sequence[Pair | Rated] = found.pairs or found.rated
     results = _unusable(found)
     if found.pairs:
-        results += [_identical(found.pairs), _length(found.pairs)]
+        results.append(_length(found.pairs))
     if found.rated:
         results.append(_labels(found.rated))
     results += [_duplicates(rows), _contradictions(rows), _leaks(rows)]
@@ -108,8 +108,8 @@ def _figures(rows: Sequence[Pair | Rated], found: Scan) -> dict[str, Any]:
     answers |= {"completion": [r.completion for r in found.rated]}
     figures: dict[str, Any] = {
         "num_rows": len(rows),
-        "num_unusable": len(found.unusable),
-        "num_prompts": len({_normal(row.prompt) for row in rows}),
+        "num_unusable": len(found.problems.found),
+        "num_prompts": len({normal(row.prompt) for row in rows}),
     }
     for name, sides in answers.items():
         if sides:
@@ -122,23 +122,20 @@ def _figures(rows: Sequence[Pair | Rated], found: Scan) -> dict[str, Any]:
 
 
 def _unusable(found: Scan) -> list[Result]:
-    """Rows that the reader refuses, the empty ones apart."""
-    is_empty = [error.remedy == shapes.FILL_IN for _, error in found.unusable]
-    empty = [place for (place, _), empty in zip(found.unusable, is_empty, strict=True) if empty]
-    others = [(place, error) for (place, error), empty in zip(found.unusable, is_empty, strict=True) if not empty]
-    told = "; ".join(f"{place}: {error.what}" for place, error in others[:MAX_LISTED])
-    results = [_found("empty sides", empty, "rows lack a prompt or an answer", shapes.FILL_IN, status="failed")]
-    if others:
+    """Rows that the reader refuses, by what is to be done about them."""
+    known = {
+        shapes.FILL_IN: ("empty sides", "rows lack a prompt or an answer"),
+        preference_rows.AS_DIFFERENT: ("identical pairs", "pairs have chosen = rejected"),
+    }
+    results = []
+    for remedy, (name, what) in known.items():
+        places = [place for place, error in found.problems.found if error.remedy == remedy]
+        results.append(_found(name, places, what, remedy, status="failed"))
+    if others := [(place, error) for place, error in found.problems.found if error.remedy not in known]:
+        told = "; ".join(f"{place}: {error.what}" for place, error in others[:MAX_LISTED])
         remedies = "; ".join(dict.fromkeys(error.remedy for _, error in others[:MAX_LISTED]))
         results.append(Result("unusable rows", "failed", f"{len(others)} rows: {told}", remedies))
     return results
-
-
-def _identical(pairs: Sequence[Pair]) -> Result:
-    """Pairs without a difference, white space aside."""
-    identical = [pair.row_id for pair in pairs if _normal(pair.chosen) == _normal(pair.rejected)]
-    remedy = "remove them: a pair without a difference teaches nothing and only adds noise"
-    return _found("identical pairs", identical, "pairs have chosen = rejected", remedy, status="failed")
 
 
 def _length(pairs: Sequence[Pair]) -> Result:
@@ -180,9 +177,10 @@ def _contradictions(rows: Sequence[Pair | Rated]) -> Result:
     verdicts: dict[tuple[Any, ...], dict[Any, list[str]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if isinstance(row, Rated):
-            verdicts[_normal(row.prompt), _normal(row.completion)][row.label].append(row.row_id)
-        elif (chosen := _normal(row.chosen)) != (rejected := _normal(row.rejected)):
-            verdicts[_normal(row.prompt), *sorted((chosen, rejected))][chosen].append(row.row_id)
+            verdicts[normal(row.prompt), normal(row.completion)][row.label].append(row.row_id)
+        else:
+            chosen, rejected = normal(row.chosen), normal(row.rejected)
+            verdicts[normal(row.prompt), *sorted((chosen, rejected))][chosen].append(row.row_id)
     both = [place for sides in verdicts.values() if len(sides) > 1 for places in sides.values() for place in places]
     remedy = "let a second reader decide, or drop both: such rows cancel each other"
     return _found("contradictions", both, "rows judge the same answers to one prompt both ways", remedy)
@@ -217,8 +215,8 @@ def _held_out(rows: Sequence[Pair | Rated], kept: Sequence[Pair | Rated]) -> Res
     """Held-out prompts that training has seen, word for word or nearly so."""
     trained = [_text(row.prompt) for row in rows]
     places = [kept[place].row_id for place in near.find([_text(row.prompt) for row in kept], trained)]
-    exact = {_normal(row.prompt) for row in rows}
-    num_exact = sum(_normal(row.prompt) in exact for row in kept)
+    exact = {normal(row.prompt) for row in rows}
+    num_exact = sum(normal(row.prompt) in exact for row in kept)
     told = f"of {len(kept)} held-out prompts are (nearly) prompts of training, {num_exact} of them word for word"
     remedy = "split by patient or by prompt, not by row: figures on these rows are too good"
     return _found("held-out overlap", places, told, remedy, status="failed" if num_exact else "warning")
@@ -243,12 +241,7 @@ def _holds(row: Pair | Rated, name: str) -> bool:
 def _key(row: Pair | Rated) -> tuple[Any, ...]:
     """All that makes a row what it is, white space aside."""
     sides = (row.chosen, row.rejected) if isinstance(row, Pair) else (row.completion,)
-    return (_normal(row.prompt), *map(_normal, sides), row.label if isinstance(row, Rated) else None)
-
-
-def _normal(turns: Turns) -> Key:
-    """Turns without differences in white space."""
-    return tuple(f"{turn.role}: {' '.join(turn.content.split())}" for turn in turns)
+    return (normal(row.prompt), *map(normal, sides), row.label if isinstance(row, Rated) else None)
 
 
 def _words(turns: Iterable[Any]) -> list[str]:

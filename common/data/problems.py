@@ -22,12 +22,14 @@ class UnusableError(ValueError):
 
 
 class Problems:
-    """Collects what is wrong, so that a site corrects its file once and not row by row."""
+    """Collects what is wrong, so that a site corrects its file once and not row by row.
+
+    Attributes:
+        found: Place of each unusable row, and why.
+    """
 
     def __init__(self) -> None:
-        self._listed: list[str] = []
-        self._remedies: dict[str, None] = {}
-        self._count = 0
+        self.found: list[tuple[str, UnusableError]] = []
 
     def add(self, place: str, error: UnusableError) -> None:
         """Remember an unusable row.
@@ -36,10 +38,7 @@ class Problems:
             place: Where it is, such as "train.jsonl line 12".
             error: What is wrong and the remedy.
         """
-        self._count += 1
-        if self._count <= MAX_LISTED:
-            self._listed.append(f"{place}: {error.what}")
-            self._remedies[error.remedy] = None
+        self.found.append((place, error))
 
     def raise_if_any(self) -> None:
         """Refuse the data set if a row is unusable.
@@ -47,7 +46,10 @@ class Problems:
         Raises:
             DataError: One line with the first rows, the number of all and the remedies.
         """
-        if self._count:
-            num_more = self._count - len(self._listed)
-            more = f"; and {num_more} more, {self._count} in all" if num_more else ""
-            raise DataError(f"{'; '.join(self._listed)}{more}. Remedy: {'; '.join(self._remedies)}")
+        if not self.found:
+            return
+        listed = self.found[:MAX_LISTED]
+        told = "; ".join(f"{place}: {error.what}" for place, error in listed)
+        num_more = len(self.found) - len(listed)
+        more = f"; and {num_more} more, {len(self.found)} in all" if num_more else ""
+        raise DataError(f"{told}{more}. Remedy: {'; '.join(dict.fromkeys(error.remedy for _, error in listed))}")

@@ -6,9 +6,9 @@ errors name files, rows, columns and types, and never hold what is in a field.
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from common.data import files, hub, preference_rows, shapes
 from common.data.files import Located
@@ -18,6 +18,7 @@ from common.rows import Columns, Row
 
 MAX_LINE_BYTES: Final = 16 << 20
 ID_COLUMN: Final = "id"
+T = TypeVar("T")
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -99,12 +100,59 @@ def locate(source: str, max_line_bytes: int = MAX_LINE_BYTES) -> list[Located]:
     elif path.exists():
         rows = files.read_file(path, max_line_bytes=max_line_bytes)
     elif path.suffix.lower() in files.READERS or not _HUB_ID.fullmatch(source):
-        raise DataError(f"{source}: no such file or folder: correct data.path (data.source in a simulation)")
+        raise DataError(f"{source}: no such file or folder: correct the path (data.path; data.source in a simulation)")
     else:
         rows = hub.load(source)
     if not rows:
         raise DataError(f"{source}: has no rows: name a file or folder that does")
     return rows
+
+
+def scan(located: Sequence[Located], columns: Columns, *, source: str) -> tuple[list[Row], Problems]:
+    """Normalise the rows that can be, and tell which cannot.
+
+    Args:
+        located: Rows as they were read.
+        columns: Which columns hold what.
+        source: What messages call the data set.
+
+    Raises:
+        DataError: The columns fit no shape, or all rows can be used and ids occur more than once.
+    """
+    names = {name for row in located for name in row.fields}
+    choose = shapes.choose if columns.objective == "sft" else preference_rows.choose
+    convert = choose(names, columns, source=source)
+    rows, problems = _sort(located, lambda row: convert(row.fields, columns=columns, place=row.place))
+    if columns.unit != ID_COLUMN and not problems.found:
+        _refuse_duplicate_ids(located)
+    return rows, problems
+
+
+def convert_all(located: Sequence[Located], convert: Callable[[Located], T]) -> list[T]:
+    """Every row converted, or a refusal that names the first that cannot be.
+
+    Args:
+        located: Rows as they were read.
+        convert: Raises `UnusableError` for a row that it cannot use.
+
+    Raises:
+        DataError: Some are unusable.
+    """
+    rows, problems = _sort(located, convert)
+    problems.raise_if_any()
+    return rows
+
+
+def _sort(located: Sequence[Located], convert: Callable[[Located], T]) -> tuple[list[T], Problems]:
+    """Every row converted, and those that cannot be."""
+    rows: list[T] = []
+    problems = Problems()
+    for row in located:
+        try:
+            rows.append(convert(row))
+        except UnusableError as error:
+            problems.add(row.place, error)
+    return rows, problems
 
 
 def _read_folder(folder: Path, max_line_bytes: int) -> list[Located]:
@@ -117,18 +165,8 @@ def _read_folder(folder: Path, max_line_bytes: int) -> list[Located]:
 
 def _to_rows(located: Sequence[Located], columns: Columns, *, source: str) -> list[Row]:
     """Normalise every row, or refuse the data set with its first problems."""
-    names = {name for row in located for name in row.fields}
-    choose = shapes.choose if columns.objective == "sft" else preference_rows.choose
-    convert = choose(names, columns, source=source)
-    problems, rows = Problems(), []
-    for row in located:
-        try:
-            rows.append(convert(row.fields, columns=columns, place=row.place))
-        except UnusableError as error:
-            problems.add(row.place, error)
+    rows, problems = scan(located, columns, source=source)
     problems.raise_if_any()
-    if columns.unit != ID_COLUMN:
-        _refuse_duplicate_ids(located)
     return rows
 
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from cryptography import x509
 
-from common import certs, doctor_checks, governance, probe, roster
+from common import certs, doctor_checks, governance, hosts, probe, roster
 from common.doctor import Result, check, count, failed, ok, skipped, warning
 from common.errors import AuthError, SilotuneError, TransportError
 from common.probe import Answer
@@ -151,12 +151,12 @@ def superlink(address: str, *, listening: Callable[[int], set[str]]) -> Result:
     if not address:
         return skipped("no SuperLink is known", "give --gateway or --superlink")
     host, port = probe.split_address(address)
-    if host != "localhost" and not _is_loopback(host):
+    if not hosts.is_loopback(host):
         return warning(f"{address} is not an address of this machine alone")
     found = listening(port)
     if not found:
         return failed(f"nobody listens on {address}", "start flower-superlink; docs/gateway.md shows how")
-    exposed = sorted(one for one in found if not _is_loopback(one))
+    exposed = sorted(one for one in found if not hosts.is_loopback(one))
     return warning(f"it listens on {', '.join(exposed)}, port {port}") if exposed else ok(f"{address}, loopback only")
 
 
@@ -185,16 +185,6 @@ def _address(digits: str) -> str:
     return str(ipaddress.ip_address(b"".join(words)))
 
 
-def _is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own; a name is not looked up."""
-    try:
-        found = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    mapped = getattr(found, "ipv4_mapped", None)
-    return (mapped or found).is_loopback
-
-
 def _shown(found: GatewayConfig) -> set[str]:
     """The files of the certificates that the listeners show."""
     return {found.fleet.certificate_file, found.control.certificate_file}
@@ -204,7 +194,7 @@ def _reachable(listen: str) -> str:
     """Where a listener of this machine is reached; one on all addresses, on loopback."""
     host, port = settings.split_address(listen)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  compared, not listened on
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return f"{hosts.in_url(host)}:{port}"
 
 
 def _host(certificate_file: str) -> str:

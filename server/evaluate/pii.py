@@ -7,7 +7,10 @@ import datetime
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
+
+from phonenumbers import Leniency, PhoneNumberMatcher
 
 KINDS: Final = ("email", "iban", "card", "ssn", "birth_date", "record_number", "phone", "name")
 _EMAIL: Final = re.compile(r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![\w-])")
@@ -39,17 +42,30 @@ _RECORD: Final = re.compile(
     r"(?P<value>[A-Z]{0,3}-?\d{5,12})(?!\w)",
     re.IGNORECASE,
 )
+_HYPHENS: Final = "\u2010\u2011\u2012\u2013\u2014\u2212-"
+_SPACES: Final = " \u00a0\u202f"
 _PHONE: Final = re.compile(
-    r"(?<![\w.,$/-])(?:\+|\(\+?)?\d(?:[ ().-]{0,3}\d){6,14}(?:\s?(?:x|ext\.?\s?)\d{1,6})?(?![\w/]|[.,-]\d)",
+    rf"(?<![\w.$/-])(?<!\d,)(?:\+|\(\+?)?\d(?:[{_SPACES}().{_HYPHENS}]{{0,3}}\d){{6,14}}"
+    r"(?:,?\s?(?:x|ext(?:ension)?\.?|#)\s?\d{1,6})?(?![\w/]|[.,-]\d)",
     re.IGNORECASE,
 )
 _PHONE_WORD: Final = re.compile(
     r"\b(?:phone|telephone|tel|call|fax|mobile|cell|ring|dial|text|contact|whatsapp)\b[^\d\n]{0,30}$",
     re.IGNORECASE,
 )
+_AFTER_PLUS: Final = re.compile(rf"\+\d{{0,3}}[{_SPACES}{_HYPHENS}]?$")
+_GROUPED: Final = re.compile(
+    rf"\d{{3,4}}[.{_HYPHENS}]\d{{4}}"  # 555-0158
+    rf"|\d+(?:[{_SPACES}().{_HYPHENS}]+\d+)+[{_SPACES}().{_HYPHENS}]+\d{{4,}}"  # a long last group
+    rf"|\d+(?:[{_HYPHENS}]\d+)+[{_HYPHENS}]\d{{2,}}"  # hyphens alone
+    rf"|\d{{3}}(?:[{_SPACES}]\d{{3}}){{2}}"  # three times three
+)
+_AMOUNT_OR_YEARS: Final = re.compile(r"\d+(?:\D000)+|(?:(?:19|20)\d{2}\D?)+")
+_UNIT: Final = re.compile(r"\s?(?:[mkµu]?g|[md]?l|m?mol|iu|units?|mm|cm|bpm|%)(?:\b|/|(?<=%))", re.IGNORECASE)
 _NO_PHONE: Final = re.compile(
     r"(?:\d{1,3}\.){3}\d{1,3}$|(?:19|20)\d{2}[-./ ]\d{1,2}[-./ ]\d{1,2}|\d{1,2}[-./ ]\d{1,2}[-./ ](?:19|20)\d{2}"
 )
+_Search = Callable[[str], Iterable[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -69,12 +85,13 @@ class Find:
     value: str
 
 
-def find(text: str, *, names: Sequence[str] = ()) -> list[Find]:
+def find(text: str, *, names: Sequence[str] = (), regions: Sequence[str] = ()) -> list[Find]:
     """All personal data in a text; what one kind has taken is not taken again by a later one.
 
     Args:
         text: To look at.
         names: People's names, found as whole words, whatever their case.
+        regions: Countries (ISO 3166-1, such as "DE") in whose way telephone numbers may be written without a code.
 
     Returns:
         Finds in the order of `KINDS`.
@@ -83,8 +100,9 @@ def find(text: str, *, names: Sequence[str] = ()) -> list[Find]:
         >>> [(one.kind, one.value) for one in find("Mail ann@example.org, card 4111 1111 1111 1111")]
         [('email', 'ann@example.org'), ('card', '4111 1111 1111 1111')]
     """
+    phones: tuple[str, _Search] = ("phone", partial(_phones, regions=regions))
     taken: list[Find] = []
-    for kind, search in _SEARCHES:
+    for kind, search in (*_SEARCHES, phones):
         for start, end in search(text):
             if all(end <= one.start or start >= one.end for one in taken):
                 taken.append(Find(kind, start, end, text[start:end]))
@@ -92,7 +110,7 @@ def find(text: str, *, names: Sequence[str] = ()) -> list[Find]:
     return taken + named
 
 
-def new_in(answer: str, prompt: str, *, names: Sequence[str] = ()) -> list[Find]:
+def new_in(answer: str, prompt: str, *, names: Sequence[str] = (), regions: Sequence[str] = ()) -> list[Find]:
     """Personal data in an answer that is not in its prompt, however it is written there.
 
     Example:
@@ -100,7 +118,7 @@ def new_in(answer: str, prompt: str, *, names: Sequence[str] = ()) -> list[Find]
         ['phone']
     """
     known = _plain(prompt)
-    return [one for one in find(answer, names=names) if _plain(one.value) not in known]
+    return [one for one in find(answer, names=names, regions=regions) if _plain(one.value) not in known]
 
 
 def is_luhn(digits: str) -> bool:
@@ -148,7 +166,8 @@ def _cards(text: str) -> Iterable[tuple[int, int]]:
     """Twelve to nineteen digits with Luhn's check digit that do not all repeat."""
     for match in _CARD.finditer(text):
         digits = re.sub(r"\D", "", match[0])
-        if is_luhn(digits) and len(set(digits)) > 1 and digits[0] != "0":
+        is_card = is_luhn(digits) and len(set(digits)) > 1 and digits[0] != "0"
+        if is_card and not _is_after_plus(text, match.start()):
             yield match.span()
 
 
@@ -156,7 +175,8 @@ def _ssns(text: str) -> Iterable[tuple[int, int]]:
     """No part all zeros, no area 666; areas from 900 count, as made-up numbers have them."""
     for match in _SSN.finditer(text):
         area, group, serial = match[1], match[3], match[4]
-        if area not in ("000", "666") and group != "00" and serial != "0000":
+        is_ssn = area not in ("000", "666") and group != "00" and serial != "0000"
+        if is_ssn and not _is_after_plus(text, match.start()):
             yield match.span()
 
 
@@ -173,26 +193,51 @@ def _records(text: str) -> Iterable[tuple[int, int]]:
     return (match.span("value") for match in _RECORD.finditer(text))
 
 
-def _phones(text: str) -> Iterable[tuple[int, int]]:
+def _phones(text: str, regions: Sequence[str]) -> Iterable[tuple[int, int]]:
+    """What libphonenumber finds with a country code or in the way of one of the regions, and what the patterns find.
+
+    A run of digits alone is a number of a region only behind a word such as phone.
+    """
+    for region in (None, *regions):
+        for one in PhoneNumberMatcher(text, region, leniency=Leniency.STRICT_GROUPING):
+            if not one.raw_string.isdigit() or one.raw_string.startswith("0") or _is_told(text, one.start):
+                yield one.start, one.end
+    yield from _grouped_phones(text)
+
+
+def _grouped_phones(text: str) -> Iterable[tuple[int, int]]:
     """Seven to fifteen digits, in groups or behind a word such as phone, that are no date and no IP address."""
     for match in _PHONE.finditer(text):
-        body = re.split(r"\s?(?:x|ext)", match[0], flags=re.IGNORECASE)[0]
+        body = re.split(r",?\s?(?:x|ext|#)", match[0], flags=re.IGNORECASE)[0]
         digits = re.sub(r"\D", "", body)
-        is_told = _PHONE_WORD.search(text, max(0, match.start() - 60), match.start()) is not None
-        if 7 <= len(digits) <= 15 and (is_told or _is_grouped(body)) and not _NO_PHONE.match(body):
+        is_grouped = _is_grouped(body) and (body[0] in "+(" or not _UNIT.match(text, match.end()))
+        is_phone = is_grouped or _is_told(text, match.start())
+        if 7 <= len(digits) <= 15 and is_phone and not _NO_PHONE.match(body):
             yield match.span()
 
 
-_SEARCHES: Final[tuple[tuple[str, Callable[[str], Iterable[tuple[int, int]]]], ...]] = (
+def _is_told(text: str, start: int) -> bool:
+    """Whether a word such as phone stands before."""
+    return _PHONE_WORD.search(text, max(0, start - 60), start) is not None
+
+
+def _is_after_plus(text: str, start: int) -> bool:
+    """Whether what begins here is the rest of a number with a country code."""
+    return _AFTER_PLUS.search(text, max(0, start - 5), start) is not None
+
+
+_SEARCHES: Final[tuple[tuple[str, _Search], ...]] = (
     ("email", _emails), ("iban", _ibans), ("card", _cards), ("ssn", _ssns), ("birth_date", _birth_dates),
-    ("record_number", _records), ("phone", _phones),
+    ("record_number", _records),
 )  # fmt: skip
 
 
 def _is_grouped(body: str) -> bool:
-    """Whether digits are written as a telephone number is; two groups with a space are more often an address."""
-    groups = re.findall(r"\d+", body)
-    return body[0] in "+(" or len(groups) > 2 or (len(groups) == 2 and " " not in body) or body.startswith("0")
+    """Whether digits are written as a telephone number is, without a region that says how that is.
+
+    A plus, a bracket or a nought first; else groups as measured values and amounts hardly ever have them.
+    """
+    return body[0] in "+(0" or (_GROUPED.fullmatch(body) is not None and not _AMOUNT_OR_YEARS.fullmatch(body))
 
 
 def _readings(match: re.Match[str]) -> list[tuple[int, int, int]]:

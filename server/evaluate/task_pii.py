@@ -4,9 +4,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from phonenumbers import SUPPORTED_REGIONS
+
 from common.config import RunConfig
-from common.config_tasks import TaskConfig
-from common.errors import DataError
+from common.config_tasks import TaskConfig, split_names
+from common.errors import ConfigError, DataError
 from common.model import Engine
 from common.rows import Row
 from server.evaluate import pii, task_answers
@@ -18,29 +20,36 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
     """Read rows in the run's columns, whose references do not count, and the names to look for.
 
     Raises:
+        ConfigError: A telephone region is no country's.
         DataError: Rows or names are missing or unusable.
     """
-    rows = task_answers.rows_of(settings.data, run)[: settings.max_rows or None]
     names = read_names(settings.names_file) if settings.names_file else []
+    regions = split_names(settings.phone_regions)
+    if unknown := set(regions) - SUPPORTED_REGIONS:
+        raise ConfigError(f"task {settings.name}: phone_regions {', '.join(sorted(unknown))}: no country's; correct it")
+    rows = task_answers.rows_of(settings.data, run)[: settings.max_rows or None]
 
     def score(engine: Engine) -> Mapping[str, Scores]:
         answers = [text for text, _ in task_answers.generate(engine, rows, settings, run)]
-        return scores(answers, [_asked(row, run.data.system_prompt) for row in rows], names=names)
+        return scores(answers, [_asked(row, run.data.system_prompt) for row in rows], names=names, regions=regions)
 
     told = [task_answers.content_of(row)[:-1] for row in rows]
     return Task(settings, digest(told, sorted(names)), score)
 
 
-def scores(answers: Sequence[str], prompts: Sequence[str], *, names: Sequence[str]) -> Mapping[str, Scores]:
+def scores(
+    answers: Sequence[str], prompts: Sequence[str], *, names: Sequence[str], regions: Sequence[str] = ()
+) -> Mapping[str, Scores]:
     """Share of answers with personal data that is not in the prompt (`emission`), and how many of each kind.
 
     Args:
         answers: What the model wrote.
         prompts: What it was shown, for each.
         names: People to look for; without any there is no figure for names.
+        regions: As for `pii.find`.
     """
     found = [
-        Counter(one.kind for one in pii.new_in(answer, prompt, names=names))
+        Counter(one.kind for one in pii.new_in(answer, prompt, names=names, regions=regions))
         for answer, prompt in zip(answers, prompts, strict=True)
     ]
     kinds = [kind for kind in pii.KINDS if names or kind != "name"]

@@ -15,7 +15,7 @@ from typing import Any, Final
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from common.errors import ConfigError
+from common import hosts
 from server.gateway import tls
 from server.gateway.limits import Seats
 from server.gateway.refusals import RefusalLog
@@ -158,7 +158,7 @@ class Listener(uvicorn.Server):
                 backlog=_BACKLOG,
             )
         except OSError as error:
-            raise ConfigError(f"{self._door.name}.listen: cannot listen on {host}:{port} ({error.strerror})") from error
+            raise hosts.cannot_listen(host, port, error, options=f"{self._door.name}.listen") from error
         self.servers = [server]
         self.started = True
 

@@ -5,27 +5,24 @@ Tokens and masks come from `common/prompts.py`, so a stage trains on what sites 
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Final
 
 from common import prompts
 from common.config_polish import PAIRED, SAMPLED, PolishStage
 from common.config_training import DataConfig
-from common.data import read
+from common.data import preference_rows, read
+from common.data.files import Located
+from common.data.problems import UnusableError
 from common.errors import DataError
 from common.model import Engine
 from common.prompts import Encoded
 from common.rows import Columns, Row
 
 Tokens = dict[str, Any]
-_NEEDED: Final[Mapping[str, tuple[str, ...]]] = {
-    "cpt": ("text",),
-    "kto": ("prompt", "completion", "label"),
-    **dict.fromkeys(PAIRED, ("prompt", "chosen", "rejected")),
-    **dict.fromkeys(SAMPLED, ("prompt",)),
-}
+_OBJECTIVES: Final[Mapping[str, str]] = {"sft": "sft", "kto": "kto", **dict.fromkeys(PAIRED, "dpo")}
 ANSWER_OF: Final[Mapping[str, str]] = {"exact": "answer", "unit_test": "tests"}
 
 
@@ -60,18 +57,18 @@ def load(stage: PolishStage, engine: Engine, data: DataConfig) -> StageRows:
     if stage.kind == "cpt":
         return _split(_pieces(stage, engine), stage)
     encode = _Encoder(stage, engine, data.system_prompt)
-    if stage.kind == "sft":
-        columns = Columns(data.instruction_column, data.input_column, data.output_column)
-        found = [encode.answer(row) for row in read.read(stage.data, columns=columns)]
+    found: Sequence[Tokens | None]
+    if stage.kind in SAMPLED:
+        table = _table(stage, "prompt", *filter(None, [ANSWER_OF.get(stage.reward, "")]))
+        found = read.convert_all(table, encode.prompt)
     else:
-        table = _table(stage)
-        convert: Callable[[Mapping[str, Any], str], Tokens | None] = (
-            encode.pair if stage.kind in PAIRED else encode.judged if stage.kind == "kto" else encode.prompt
-        )
-        found = [convert(fields, f"{stage.data} row {number}") for number, fields in enumerate(table, start=1)]
+        names = (data.instruction_column, data.input_column, data.output_column)
+        rows = read.read(stage.data, columns=Columns(*names, objective=_OBJECTIVES[stage.kind]))
+        convert = {"sft": encode.answer, "kto": encode.judged}.get(stage.kind, encode.pair)
+        found = [convert(row) for row in rows]
     kept = [tokens for tokens in found if tokens is not None]
-    rows = _split(kept, stage)
-    return StageRows(rows.train, rows.held_out, encode.num_truncated, len(found) - len(kept))
+    parts = _split(kept, stage)
+    return StageRows(parts.train, parts.held_out, encode.num_truncated, len(found) - len(kept))
 
 
 def num_steps(stage: PolishStage, rows: StageRows) -> int:
@@ -95,48 +92,46 @@ class _Encoder:
         pairs = zip(encoded.input_ids, encoded.is_answer, strict=True)
         return {"input_ids": list(encoded.input_ids), "labels": [token if wanted else -100 for token, wanted in pairs]}
 
-    def pair(self, fields: Mapping[str, Any], place: str) -> Tokens | None:
+    def pair(self, row: Row) -> Tokens | None:
         """One prompt, and a better and a worse answer."""
-        both = [self._encode(_row(fields, name, place)) for name in ("chosen", "rejected")]
-        chosen, rejected = both
+        chosen, rejected = self._encode(row), self._encode(replace(row, messages=row.rejected))
         if chosen is None or rejected is None:
             return None
         start = min(_begin(chosen), _begin(rejected), _num_shared(chosen.input_ids, rejected.input_ids))
         return {
             "prompt_ids": list(chosen.input_ids[:start]),
-            "chosen_ids": _between(chosen, start, place),
-            "rejected_ids": _between(rejected, start, place),
+            "chosen_ids": _between(chosen, start, row.row_id),
+            "rejected_ids": _between(rejected, start, row.row_id),
         }
 
-    def judged(self, fields: Mapping[str, Any], place: str) -> Tokens | None:
+    def judged(self, row: Row) -> Tokens | None:
         """One prompt, one answer, and whether it is good."""
-        if not isinstance(fields["label"], bool):
-            raise DataError(f"{place}: 'label' is {type(fields['label']).__name__}; write true or false")
-        encoded = self._encode(_row(fields, "completion", place))
+        encoded = self._encode(row)
         if encoded is None:
             return None
         start = _begin(encoded)
         return {
             "prompt_ids": list(encoded.input_ids[:start]),
-            "completion_ids": _between(encoded, start, place),
-            "label": fields["label"],
+            "completion_ids": _between(encoded, start, row.row_id),
+            "label": row.is_desirable,
         }
 
-    def prompt(self, fields: Mapping[str, Any], place: str) -> Tokens | None:
+    def prompt(self, given: Located) -> Tokens | None:
         """One prompt as tokens, and what its answers are held against."""
-        row = _row({**fields, "completion": "-"}, "completion", place)
+        fields = {**given.fields, "completion": "-"}
+        row = preference_rows.conversation(fields, answer="completion", place=given.place)
         ids, _ = prompts.prompt_ids(row, self._tokenizer, system_prompt=self._system_prompt)
         if len(ids) > self._stage.max_length_tokens:
             if self._stage.too_long == "drop":
                 return None
-            raise DataError(
-                f"{place}: prompt of {len(ids)} tokens, over the limit of {self._stage.max_length_tokens}: raise "
-                "max_length_tokens of the stage or set its too_long to drop"
+            raise UnusableError(
+                f"prompt of {len(ids)} tokens, over the limit of {self._stage.max_length_tokens}",
+                "raise max_length_tokens of the stage or set its too_long to drop",
             )
         column = ANSWER_OF.get(self._stage.reward, "")
-        wanted = fields.get(column, "") if column else ""
+        wanted = given.fields.get(column, "") if column else ""
         if column and (not isinstance(wanted, str) or not wanted.strip()):
-            raise DataError(f"{place}: reward '{self._stage.reward}' needs text in '{column}'; fill it in")
+            raise UnusableError(f"reward '{self._stage.reward}' needs text in '{column}'", "fill it in")
         return {"prompt": ids, "wanted": wanted}
 
     def _encode(self, row: Row) -> Encoded | None:
@@ -152,27 +147,13 @@ class _Encoder:
         return encoded
 
 
-def _table(stage: PolishStage) -> list[dict[str, Any]]:
+def _table(stage: PolishStage, *needed: str) -> list[Located]:
     """The rows as they are written, once they have the columns that the kind needs."""
-    table = read.read_table(stage.data)
-    needed = (*_NEEDED[stage.kind], *filter(None, [ANSWER_OF.get(stage.reward, "")]))
-    names = {name for row in table for name in row}
+    table = read.locate(stage.data)
+    names = {name for row in table for name in row.fields}
     if missing := [name for name in needed if name not in names]:
         raise DataError(f"{stage.data}: has no column '{missing[0]}'; a {stage.kind} stage needs {', '.join(needed)}")
     return table
-
-
-def _row(fields: Mapping[str, Any], answer: str, place: str) -> Row:
-    """A prompt and one answer as a conversation of which only the answer is learnt from."""
-    prompt, completion = fields.get("prompt"), fields.get(answer)
-    if isinstance(prompt, list) and isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-    try:
-        [row] = read.to_rows([{"prompt": prompt, "completion": completion}], Columns())
-    except DataError as error:
-        told = str(error).replace("'completion'", f"'{answer}'").removeprefix("row 1")
-        raise DataError(f"{place}{told}") from error
-    return Row(row.messages, unit=place, row_id=place, num_context=row.num_context)
 
 
 def _begin(encoded: Encoded) -> int:
@@ -195,15 +176,19 @@ def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
 
 def _pieces(stage: PolishStage, engine: Engine) -> list[Tokens]:
     """Raw texts, each ended by the end token, in pieces of at most `max_length_tokens`; every token is learnt from."""
-    found = []
-    for number, fields in enumerate(_table(stage), start=1):
-        if not isinstance(text := fields.get("text"), str) or not text.strip():
-            raise DataError(f"{stage.data} row {number}: nothing in 'text'; write text or remove the row")
+    found, size = [], stage.max_length_tokens
+    for text in read.convert_all(_table(stage, "text"), _raw):
         ids = engine.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         ids = [*ids, *([engine.tokenizer.eos_token_id] if engine.tokenizer.eos_token_id is not None else [])]
-        size = stage.max_length_tokens
         found += [ids[start : start + size] for start in range(0, len(ids), size)]
     return [{"input_ids": ids, "labels": list(ids)} for ids in found if len(ids) > 1]
+
+
+def _raw(row: Located) -> str:
+    """A text that is there."""
+    if not isinstance(text := row.fields.get("text"), str) or not text.strip():
+        raise UnusableError("has nothing in 'text'", "write text or remove the row")
+    return text
 
 
 def _split(rows: list[Tokens], stage: PolishStage) -> StageRows:

@@ -15,11 +15,13 @@ from typing import Any, Final
 from common import storage
 from common.data import preferences
 from common.data import read as reading
+from common.data.preference_rows import is_same
 from common.data.preferences import Pair, Turns
 from common.errors import ConfigError, DataError
 from server.preferences import build
 
 VERSION: Final = 1
+NO_ANSWER: Final = "[no answer]"  # shown all the same: to leave it out would spare whoever gave none
 MAKE_ANEW: Final = "make tasks and key anew with `silotune-server preferences blind`"
 
 
@@ -81,23 +83,56 @@ def make(source: Path, *, between: Sequence[str], seed: int, tasks: Path, key: P
     """
     if len(between) != 2 or len(set(between)) < 2 or "" in between:
         raise ConfigError("--between must name two different columns, such as base,tuned")
-    _require_apart(tasks, key)
+    check_new(tasks, key)
     first, second = between
     located = reading.locate(str(source))
-    pairs = build.convert_all(located, lambda row: build.pair_of(row.fields, second, first, place=row.place))
+    pairs = reading.convert_all(located, lambda row: build.pair_of(row.fields, first, second, place=row.place))
+    return write(pairs, names=(first, second), seed=seed, tasks=tasks, key=key)
+
+
+def write(pairs: Sequence[Pair], *, names: tuple[str, str], seed: int, tasks: Path, key: Path) -> Key:
+    """Write tasks and key for answers of two candidates; pairs with equal answers are left out.
+
+    Args:
+        pairs: For each row of the source the first candidate's answer as the rejected, the second's as the chosen one.
+        names: The two candidates.
+        seed: Draws sides and order; recorded in the key.
+        tasks: As for `make`.
+        key: As for `make`.
+
+    Raises:
+        DataError: The candidates never differ.
+        StorageError: A file cannot be written.
+    """
     draws = random.Random(seed)  # noqa: S311 - an order, no secret
-    different = [place for place, pair in enumerate(pairs) if pair.chosen != pair.rejected]
+    different = [place for place, pair in enumerate(pairs) if not is_same(pair.chosen, pair.rejected)]
     if not different:
-        raise DataError(f"{source}: {first} and {second} are the same in every row: name other columns in --between")
+        told = f"{names[0]} and {names[1]} are the same in every row"
+        raise DataError(f"{told}, {len(pairs)} in all, so there is nothing to rank: compare others")
     order = draws.sample(different, len(different))
     is_swapped = draws.sample([place % 2 == 1 for place in range(len(order))], len(order))
-    lines = [_fields(pairs[place], swapped) for place, swapped in zip(order, is_swapped, strict=True)]
-    build.write_lines(tasks, lines)
+    content = build.as_lines(_fields(pairs[place], swapped) for place, swapped in zip(order, is_swapped, strict=True))
+    sha256 = hashlib.sha256(content).hexdigest()
     rows, num_identical = tuple(place + 1 for place in order), len(pairs) - len(order)
-    made = Key(digest(tasks), (first, second), tuple(is_swapped), rows, num_identical, seed)
+    made = Key(sha256, names, tuple(is_swapped), rows, num_identical, seed)
     storage.write_atomic(key, json.dumps({"version": VERSION, **vars(made)}, indent=1).encode())
     key.chmod(0o600)
+    storage.write_atomic(tasks, content)  # last: tasks without a key would be of no use
     return made
+
+
+def check_new(tasks: Path, key: Path) -> None:
+    """Refuse files that would unblind raters, overwrite others or not be read back.
+
+    Raises:
+        ConfigError: The names are unfit, both would share a folder, or one is there already.
+    """
+    if tasks.suffix != ".jsonl" or key.suffix != ".json":
+        raise ConfigError(f"{tasks}, {key}: give tasks a name that ends with .jsonl, and the key one with .json")
+    if tasks.resolve().parent == key.resolve().parent:
+        raise ConfigError(f"{key}: lies in the folder of the tasks: give --key another folder, which no rater can read")
+    if existing := [path for path in (tasks, key) if path.exists()]:
+        raise ConfigError(f"{existing[0]}: exists already: give another name; tasks and keys are never overwritten")
 
 
 def read_tasks(path: Path) -> list[Task]:
@@ -107,7 +142,7 @@ def read_tasks(path: Path) -> list[Task]:
         DataError: It is missing, unreadable or of another form.
     """
     located = reading.locate(str(path))
-    pairs = build.convert_all(located, lambda row: build.pair_of(row.fields, "right", "left", place=row.place))
+    pairs = reading.convert_all(located, lambda row: build.pair_of(row.fields, "right", "left", place=row.place))
     return [Task(number, pair.prompt, pair.chosen, pair.rejected) for number, pair in enumerate(pairs, start=1)]
 
 
@@ -141,16 +176,8 @@ def digest(path: Path) -> str:
         raise DataError(f"{path}: cannot be read ({error.strerror}): check the file and its permissions") from error
 
 
-def _require_apart(tasks: Path, key: Path) -> None:
-    """Refuse a key where the tasks are, and files that are there already."""
-    if tasks.resolve().parent == key.resolve().parent:
-        raise ConfigError(f"{key}: lies in the folder of the tasks: give --key another folder, which no rater can read")
-    if key.exists():
-        raise ConfigError(f"{key}: exists already: give another name; a key is never overwritten")
-
-
 def _fields(pair: Pair, is_swapped: bool) -> dict[str, Any]:
     """A line of the tasks file; holds nothing that tells the candidates apart."""
     fields = preferences.as_fields(pair)
-    left, right = ("rejected", "chosen") if is_swapped else ("chosen", "rejected")
+    left, right = ("chosen", "rejected") if is_swapped else ("rejected", "chosen")
     return {"prompt": fields["prompt"], "left": fields[left], "right": fields[right]}

@@ -3,21 +3,21 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from common import storage
-from common.data import preferences
+from common.data import preference_rows, preferences
 from common.data import read as reading
 from common.data.files import Located
+from common.data.preference_rows import is_same
 from common.data.preferences import Pair, Rated, Turns
-from common.data.problems import Problems, UnusableError
+from common.data.problems import UnusableError
 from common.errors import ConfigError
 
-T = TypeVar("T")
 AS_RATINGS: Final = (
     "write `prompt`, `completion` and `score` in each row, or `prompt` with lists `completions` and `scores`"
 )
@@ -49,7 +49,7 @@ def from_ratings(path: Path, *, margin: float = 0.0) -> Built:
 
     Args:
         path: Rows of `prompt`, `completion`, `score`, or of `prompt` with lists `completions` and `scores`.
-        margin: Scores that differ by this or less are a tie; at least 0.
+        margin: Scores that differ by this or less are a tie, as are equal answers; at least 0.
 
     Returns:
         Pairs by prompt, in the file's order; ties are counted and left out.
@@ -61,7 +61,7 @@ def from_ratings(path: Path, *, margin: float = 0.0) -> Built:
     if not (math.isfinite(margin) and margin >= 0):
         raise ConfigError("--margin must be 0 or more")
     located = reading.locate(str(path))
-    scored = [item for found in convert_all(located, _scored) for item in found]
+    scored = [item for found in reading.convert_all(located, _scored) for item in found]
     by_prompt: dict[Turns, dict[Turns, list[tuple[float, str]]]] = defaultdict(lambda: defaultdict(list))
     for prompt, answer, score, place in scored:
         by_prompt[prompt][answer].append((score, place))
@@ -70,12 +70,12 @@ def from_ratings(path: Path, *, margin: float = 0.0) -> Built:
         num_alone += len(answers) == 1
         for one, other in combinations(answers, 2):
             difference = _mean(answers[one]) - _mean(answers[other])
-            if abs(difference) <= margin:
+            if abs(difference) <= margin or is_same(one, other):
                 num_ties += 1
                 continue
             better, worse = (one, other) if difference > 0 else (other, one)
             place = answers[better][0][1]
-            pairs.append(Pair(prompt, better, worse, unit=place, row_id=place))
+            pairs.append(Pair(prompt, better, worse, row_id=place))
     return Built(pairs, len(located), {"ties": num_ties, "prompts with one answer": num_alone})
 
 
@@ -94,9 +94,16 @@ def from_edits(path: Path, *, draft: str = "draft", edited: str = "edited") -> B
         DataError: The file cannot be read, or rows are unusable.
     """
     located = reading.locate(str(path))
-    pairs = convert_all(located, lambda row: pair_of(row.fields, draft, edited, place=row.place))
-    changed = [pair for pair in pairs if _plain(pair.chosen) != _plain(pair.rejected)]
-    return Built(changed, len(located), {"unchanged drafts": len(pairs) - len(changed)})
+    pairs = reading.convert_all(located, lambda row: pair_of(row.fields, draft, edited, place=row.place))
+    return different(pairs, num_read=len(located), left_out={}, reason="unchanged drafts")
+
+
+def different(
+    pairs: Sequence[Pair], *, num_read: int, left_out: dict[str, int], reason: str = "equal answers"
+) -> Built:
+    """Leave out pairs that no reader would take, as both answers are the same, white space aside."""
+    kept = [pair for pair in pairs if not is_same(pair.chosen, pair.rejected)]
+    return Built(kept, num_read, {**left_out, reason: len(pairs) - len(kept)})
 
 
 def write(built: Built, path: Path, *, is_overwriting: bool = False) -> None:
@@ -113,21 +120,16 @@ def write(built: Built, path: Path, *, is_overwriting: bool = False) -> None:
     """
     if not built.rows:
         raise ConfigError(f"{path}: nothing to write: all rows were left out ({_told(built.left_out)}); add others")
-    write_lines(path, map(preferences.as_fields, built.rows), is_overwriting=is_overwriting)
-
-
-def write_lines(path: Path, rows: Iterable[dict[str, Any]], *, is_overwriting: bool = False) -> None:
-    """Write JSON lines, wholly or not at all.
-
-    Raises:
-        ConfigError: The name is not .jsonl, or the file is there already.
-        StorageError: It cannot be written.
-    """
     if path.suffix != ".jsonl":
         raise ConfigError(f"{path}: give it a name that ends with .jsonl")
     if path.exists() and not is_overwriting:
         raise ConfigError(f"{path}: exists already: give another name, or --force")
-    storage.write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    storage.write_atomic(path, as_lines(map(preferences.as_fields, built.rows)))
+
+
+def as_lines(rows: Iterable[dict[str, Any]]) -> bytes:
+    """JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def pair_of(fields: dict[str, Any], rejected: str, chosen: str, *, place: str) -> Pair:
@@ -136,26 +138,9 @@ def pair_of(fields: dict[str, Any], rejected: str, chosen: str, *, place: str) -
     Raises:
         UnusableError: One of them is missing, empty or of the wrong type.
     """
-    better = preferences.conversation(fields, answer=chosen, place=place)
-    worse = preferences.conversation(fields, answer=rejected, place=place)
-    (prompt, given), (_, refused) = preferences.split(better), preferences.split(worse)
-    return Pair(prompt, given, refused, unit=place, row_id=place)
-
-
-def convert_all(located: Sequence[Located], convert: Callable[[Located], T]) -> list[T]:
-    """Every row converted, or a refusal that names the first that cannot be.
-
-    Raises:
-        DataError: Some are unusable.
-    """
-    problems, rows = Problems(), []
-    for row in located:
-        try:
-            rows.append(convert(row))
-        except UnusableError as error:
-            problems.add(row.place, error)
-    problems.raise_if_any()
-    return rows
+    better = preference_rows.conversation(fields, answer=chosen, place=place)
+    worse = preference_rows.conversation(fields, answer=rejected, place=place)
+    return preferences.pair_of(replace(better, rejected=worse.messages))
 
 
 def _scored(row: Located) -> list[tuple[Turns, Turns, float, str]]:
@@ -168,7 +153,7 @@ def _scored(row: Located) -> list[tuple[Turns, Turns, float, str]]:
     found = []
     for completion, score in zip(completions, scores, strict=True):
         fields = {"prompt": row.fields.get("prompt"), "completion": completion}
-        prompt, answer = preferences.split(preferences.conversation(fields, answer="completion", place=row.place))
+        prompt, answer = preferences.split(preference_rows.conversation(fields, answer="completion", place=row.place))
         found.append((prompt, answer, _number(score), row.place))
     return found
 
@@ -189,11 +174,6 @@ def _number(score: Any) -> float:
 def _mean(scores: Sequence[tuple[float, str]]) -> float:
     """Mean score of one answer."""
     return math.fsum(score for score, _ in scores) / len(scores)
-
-
-def _plain(turns: Turns) -> list[str]:
-    """Text without differences in white space."""
-    return [" ".join(turn.content.split()) for turn in turns]
 
 
 def _told(left_out: dict[str, int]) -> str:

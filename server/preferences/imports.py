@@ -49,8 +49,8 @@ def argilla(path: Path, *, question: str, prompt: str, between: Sequence[str]) -
     _require_columns(between)
     located = reading.locate(str(path))
     counts = {"records without a response": 0, "responses not submitted": 0, "ties": 0}
-    found = build.convert_all(located, lambda row: _argilla_pairs(row, question, prompt, between, counts))
-    return Built([pair for pairs in found for pair in pairs], len(located), counts)
+    found = reading.convert_all(located, lambda row: _argilla_pairs(row, question, prompt, between, counts))
+    return build.different([pair for pairs in found for pair in pairs], num_read=len(located), left_out=counts)
 
 
 def label_studio(path: Path, *, prompt: str, between: Sequence[str]) -> Built:
@@ -71,8 +71,8 @@ def label_studio(path: Path, *, prompt: str, between: Sequence[str]) -> Built:
     _require_columns(between, most=2)
     located = reading.locate(str(path))
     counts = {"tasks without an annotation": 0, "cancelled annotations": 0, "annotations without a choice": 0}
-    found = build.convert_all(located, lambda row: _label_studio_pairs(row, prompt, between, counts))
-    return Built([pair for pairs in found for pair in pairs], len(located), counts)
+    found = reading.convert_all(located, lambda row: _label_studio_pairs(row, prompt, between, counts))
+    return build.different([pair for pairs in found for pair in pairs], num_read=len(located), left_out=counts)
 
 
 def _require_columns(between: Sequence[str], *, most: int = 0) -> None:

@@ -107,9 +107,10 @@ def unblind(tasks_file: Path, *, key_file: Path, answer_files: Sequence[Path]) -
     sides = Counter(choice for rater in found for choice in rater.choices.values())
     agreements = agreement.compare(found) if len(found) > 1 else []
     verdicts = _verdicts(winners, tasks)
+    decided = [_pair(task, winners[task.number], key) for task in tasks if winners.get(task.number) in (0, 1)]
+    pairs = [pair for pair in decided if blind.NO_ANSWER not in (pair.chosen[0].content, pair.rejected[0].content)]
     left_out = {"ties": verdicts.num_ties, "skipped or not reached": verdicts.num_skipped}
-    pairs = [_pair(task, winners[task.number], key) for task in tasks if winners.get(task.number) in (0, 1)]
-    built = Built(pairs, len(tasks), left_out)
+    built = Built(pairs, len(tasks), {**left_out, "with an empty answer": len(decided) - len(pairs)})
     return Outcome(key.names, verdicts, by_rater, agreements, (sides["left"], sides["right"]), key.num_identical, built)
 
 
@@ -168,5 +169,4 @@ def _pair(task: Task, winner: int | None, key: Key) -> Pair:
     """The preferred answer and the other."""
     is_left = winner == int(key.is_swapped[task.number - 1])
     chosen, rejected = (task.left, task.right) if is_left else (task.right, task.left)
-    place = f"row {key.rows[task.number - 1]}"
-    return Pair(task.prompt, chosen, rejected, unit=place, row_id=place)
+    return Pair(task.prompt, chosen, rejected, row_id=f"row {key.rows[task.number - 1]}")

@@ -19,6 +19,7 @@ from server.preferences.blind import Task
 
 KEYS: Final[dict[str, Choice]] = {"1": "left", "2": "right", "=": "tie", "s": "skip"}
 HELP: Final = "1  answer 1 is better    2  answer 2 is better    =  tie    s  skip    u  undo    q  quit"
+LONG: Final = "Longer than this window: scroll up for its beginning, or use --web."
 HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Co"})  # Unicode categories
 MIN_WIDTH_SIDE_BY_SIDE: Final = 100
 
@@ -36,12 +37,19 @@ def run(session: Session) -> None:
     note = ""
     while True:
         console.clear()
-        console.print(screen(session, width=console.width, note=note))
+        console.print(_fitting(session, console, note))
         key = click.getchar().lower()
         if key in ("q", "\x03", "\x04"):
             console.clear()
             return
         note = press(session, key)
+
+
+def _fitting(session: Session, console: Console, note: str) -> RenderableType:
+    """The screen, with word that its beginning is further up where it is longer than the terminal."""
+    view = screen(session, width=console.width, note=note)
+    is_long = len(console.render_lines(view, pad=False)) > console.height
+    return screen(session, width=console.width, note=f"{note} {LONG}".strip()) if is_long else view
 
 
 def press(session: Session, key: str) -> str:

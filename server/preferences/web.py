@@ -8,12 +8,10 @@ import base64
 import contextlib
 import hashlib
 import hmac
-import ipaddress
 import json
 import re
 import secrets
 import socket
-import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,19 +22,19 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from common import hosts
 from common.data.preferences import Turns
 from common.errors import ConfigError, StorageError
 from server.preferences.answers import CHOICES, Session
+from server.trusted_hosts import TrustedHosts
 
 PAGE: Final = Path(__file__).with_name("page.html")
 MAX_BODY_BYTES: Final = 1000
 LOOPBACK: Final = "127.0.0.1"
-EVERYWHERE: Final = "0.0.0.0"  # noqa: S104
 HEADERS: Final = {
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
@@ -50,7 +48,7 @@ class Door:
     """Where a page is served.
 
     Attributes:
-        host: IPv4 address or name to listen on.
+        host: Address or name to listen on.
         port: 0 takes a free one.
         certificate: PEM file; needed where others than this machine can reach the host.
         key: Its private key, PEM.
@@ -64,23 +62,11 @@ class Door:
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):
             raise ConfigError("--certificate and --key go together; give both, or neither")
-        if not is_loopback(self.host) and self.certificate is None:
+        if not hosts.is_loopback(self.host) and self.certificate is None:
             raise ConfigError(
                 f"--host {self.host}: others could read what is ranked on its way; give --certificate and --key, or "
                 f"leave it at {LOOPBACK} and reach it through an SSH tunnel"
             )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`.
-
-    Example:
-        >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("0.0.0.0")
-        (True, True, False)
-    """
-    with contextlib.suppress(ValueError):
-        return ipaddress.IPv4Address(host).is_loopback
-    return host == "localhost"
 
 
 def make(session: Session, *, token: str, host: str = LOOPBACK) -> Starlette:
@@ -119,8 +105,8 @@ def make(session: Session, *, token: str, host: str = LOOPBACK) -> Starlette:
         Route("/{token}/answer", _guarded(answer, token), methods=["POST"]),
         Route("/{token}/undo", _guarded(undo, token), methods=["POST"]),
     ]
-    hosts = ["*"] if host == EVERYWHERE else [host, "localhost"] if is_loopback(host) else [host]
-    app = Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
+    names = [] if host in hosts.EVERYWHERE else [host, "localhost"] if hosts.is_loopback(host) else [host.lower()]
+    app = Starlette(routes=routes, middleware=[Middleware(TrustedHosts, names=names)])
     app.router.redirect_slashes = False  # a redirect would tell which addresses there are
     return app
 
@@ -154,17 +140,18 @@ def serve(session: Session, *, door: Door, say: Callable[[str], None]) -> None:
         ConfigError: The address cannot be listened on, or the certificate cannot be used.
     """
     token = secrets.token_urlsafe(24)
+    config = _config(make(session, token=token, host=door.host), door)
     try:
-        listener = socket.create_server((door.host, door.port))
-        config = _config(make(session, token=token, host=door.host), door)
         config.load()
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"{door.host}:{door.port}: cannot serve there ({error.strerror}); choose others") from error
-    scheme = "https" if door.certificate else "http"
-    name = socket.gethostname() if door.host == EVERYWHERE else door.host
-    say(f"{scheme}://{name}:{listener.getsockname()[1]}/{token}/")
-    with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listener])
+    except OSError as error:  # ssl.SSLError is one
+        told = f"--certificate {door.certificate}, --key {door.key}: cannot be used ({error.strerror})"
+        raise ConfigError(f"{told}; give PEM files that fit together") from error
+    with hosts.listen(door.host, door.port, options="--host or --port") as listener:
+        scheme = "https" if door.certificate else "http"
+        name = socket.gethostname() if door.host in hosts.EVERYWHERE else hosts.in_url(door.host)
+        say(f"{scheme}://{name}:{listener.getsockname()[1]}/{token}/")
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 def _config(app: Starlette, door: Door) -> uvicorn.Config:

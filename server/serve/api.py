@@ -8,7 +8,7 @@ import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,15 +17,15 @@ from starlette.applications import Starlette
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from server.serve.engine import Answer, Models, Sampling
 from server.serve.requests import ChatRequest, Refused, TextRequest, parse
+from server.trusted_hosts import TrustedHosts
 
-LOOPBACK: Final = ("localhost", "127.0.0.1", "[::1]")
+LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 @dataclass(frozen=True)
@@ -200,14 +200,14 @@ class Api:
         yield "data: [DONE]\n\n"
 
 
-def application(models: Models, limits: Limits, *, api_key: str = "", hosts: tuple[str, ...] = LOOPBACK) -> Starlette:
+def application(models: Models, limits: Limits, *, api_key: str = "", names: Collection[str] = LOOPBACK) -> Starlette:
     """The endpoint as an ASGI application.
 
     Args:
         models: Loaded.
         limits: Of requests.
         api_key: Bearer token that every request must bear; empty: none.
-        hosts: Names under which it may be addressed, so that no web page reaches it by a name of its own; ("*",): any.
+        names: Hosts by which it may be addressed, so that no web page reaches it by a name of its own; empty: any.
     """
     api = Api(models, limits, api_key=api_key)
     return Starlette(
@@ -216,7 +216,7 @@ def application(models: Models, limits: Limits, *, api_key: str = "", hosts: tup
             Route("/v1/chat/completions", api.chat, methods=["POST"]),
             Route("/v1/completions", api.complete, methods=["POST"]),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
+        middleware=[Middleware(TrustedHosts, names=names)],
         exception_handlers={Refused: _on_refused, HTTPException: _on_http},
     )
 

@@ -3,7 +3,6 @@
 import asyncio
 import importlib.util
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-from common import config
-from common.errors import ConfigError, ModelError, TransportError
+from common import config, hosts
+from common.errors import ConfigError, ModelError
 from server import export_canonical
 from server.serve.folders import Served, base_name
 
 Engine = Literal["auto", "vllm", "transformers"]
 ENGINES: Final = get_args(Engine)
-_LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def check_place(place: Place) -> None:
     Raises:
         ConfigError: No key.
     """
-    if place.host not in _LOOPBACK and not place.api_key:
+    if not hosts.is_loopback(place.host) and not place.api_key:
         raise ConfigError(
             f"--host {place.host}: whoever reaches it could ask; give --api-key-file, and put TLS before it"
         )
@@ -148,30 +146,20 @@ def run_transformers(
 
     Raises:
         ModelError: Base or adapter cannot be loaded here.
-        TransportError: The address cannot be used.
+        ConfigError: The address cannot be used.
     """
     import uvicorn
 
     from server.serve import api, engine
 
-    with _listening(place) as listener:
+    # before minutes of loading, so that a taken port is known at once
+    with hosts.listen(place.host, place.port, options="--host or --port") as listener:
         models = engine.Models(base, served, settings=settings, device_name=device_name)
-        hosts = api.LOOPBACK if place.host in _LOOPBACK else ("*",)
-        app = api.application(models, limits, api_key=place.api_key, hosts=hosts)
+        names = {*api.LOOPBACK, place.host} if hosts.is_loopback(place.host) else set()
+        app = api.application(models, limits, api_key=place.api_key, names=names)
         options = uvicorn.Config(
             app, http="h11", ws="none", lifespan="off", access_log=False, log_level="error", server_header=False,
             proxy_headers=False, limit_concurrency=limits.queue + 64, timeout_keep_alive=30,
         )  # fmt: skip
         ready(listener.getsockname()[:2], models.names)
         asyncio.run(uvicorn.Server(options).serve(sockets=[listener]))
-
-
-def _listening(place: Place) -> socket.socket:
-    """Bound before minutes of loading, so that a taken port is known at once."""
-    try:
-        family = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((place.host, place.port), family=family)
-    except OSError as error:
-        raise TransportError(
-            f"cannot listen on {place.host}:{place.port} ({error.strerror}); give another --port"
-        ) from error

@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import pytest
 
+from common import prompts
 from common.data import read
 from common.errors import DataError
 from common.rows import Columns
+from tests import tiny
 
 DPO, KTO = Columns(objective="dpo"), Columns(objective="kto")
 PAIR = {"prompt": "Code?", "chosen": "A1", "rejected": "B2"}
@@ -20,6 +24,7 @@ def turn(text: str) -> list[dict[str, str]]:
         PAIR,
         {"prompt": CHAT, "chosen": turn("A1"), "rejected": turn("B2")},
         {"prompt": CHAT, "chosen": "A1", "rejected": "B2"},
+        {"chosen": [*CHAT, *turn("A1")], "rejected": [*CHAT, *turn("B2")]},
     ],
 )
 def test_a_pair_is_text_or_messages(fields):
@@ -27,6 +32,23 @@ def test_a_pair_is_text_or_messages(fields):
     assert [message.content for message in row.messages] == ["Code?", "A1"]
     assert [message.content for message in row.rejected] == ["Code?", "B2"]
     assert (row.num_context, row.is_desirable, row.unit) == (1, None, "row 1")
+
+
+def test_both_answers_of_a_pair_are_one_unit():
+    rows = read.to_rows(
+        [{**PAIR, "patient": value} for value in (7, "7", "8")], Columns(unit="patient", objective="dpo")
+    )
+    assert [row.unit for row in rows] == ["7", "7", "8"]
+
+
+def test_rows_of_a_pair_are_those_that_fine_tuning_reads():
+    tokenizer = tiny.make_tokenizer()
+    (row,) = read.to_rows([{"prompt": CHAT, "chosen": turn("A1"), "rejected": turn("B2")}], DPO)
+    (expected,) = read.to_rows([{"prompt": CHAT, "completion": turn("A1")}], Columns())
+    other = replace(row, messages=row.rejected)
+    ours, worse, theirs = (prompts.encode_whole(item, tokenizer) for item in (row, other, expected))
+    assert (ours.input_ids, ours.is_answer) == (theirs.input_ids, theirs.is_answer)
+    assert worse.input_ids != theirs.input_ids
 
 
 def test_a_rating_keeps_its_label_and_its_unit():
@@ -37,8 +59,11 @@ def test_a_rating_keeps_its_label_and_its_unit():
 @pytest.mark.parametrize(
     ("columns", "fields", "expected"),
     [
-        (DPO, RATED, "has no column 'chosen' and no column 'rejected' among its 3, which training.objective = 'dpo'"),
-        (KTO, PAIR, "has no column 'completion' and no column 'label'"),
+        (DPO, RATED, "has no column 'chosen' and no column 'rejected' among its 3: for DPO write"),
+        (KTO, PAIR, "has no column 'completion' and no column 'label' among its 3: for KTO write"),
+        (DPO, PAIR | RATED, "columns of pairs and of ratings"),
+        (KTO, {**RATED, "label": "true"}, "'label' is str and not true or false"),
+        (DPO, {**PAIR, "rejected": " A1\n"}, "'chosen' and 'rejected' are the same"),
         (DPO, {**PAIR, "rejected": "A1"}, "'chosen' and 'rejected' are the same"),
         (DPO, {**PAIR, "rejected": " "}, "has no answer in 'rejected'"),
         (DPO, {**PAIR, "chosen": 3}, "'chosen' is int and not text"),

@@ -5,12 +5,10 @@ import json
 import pytest
 import trl
 
-from common import prompts
-from common.data import preferences, read
+from common.data import preferences
 from common.data.preferences import Pair, Rated
 from common.errors import DataError
-from common.rows import Columns, Message
-from tests import tiny
+from common.rows import Message
 
 CANARY = "Zyxwvut-4711"
 USER, MODEL = "user", "assistant"
@@ -33,7 +31,6 @@ def test_a_pair_of_texts_is_a_question_and_two_answers(tmp_path):
         (Message(USER, "Why?"),),
         (Message(MODEL, "So."),),
         (Message(MODEL, "No."),),
-        unit="pairs.jsonl line 1",
         row_id="pairs.jsonl line 1",
     )
 
@@ -50,7 +47,7 @@ CHAT = [message("system", "Be brief."), message(USER, "Why?")]
     ],
 )
 def test_three_ways_to_write_messages_are_one_pair(tmp_path, row):
-    [pair] = preferences.read_pairs(written(tmp_path, row))
+    [pair] = preferences.read(written(tmp_path, row))
     assert pair.prompt == (Message("system", "Be brief."), Message(USER, "Why?"))
     assert (pair.chosen, pair.rejected) == ((Message(MODEL, "So."),), (Message(MODEL, "No."),))
 
@@ -58,38 +55,15 @@ def test_three_ways_to_write_messages_are_one_pair(tmp_path, row):
 def test_an_implicit_prompt_is_the_one_that_trl_extracts(tmp_path):
     shared = [message(USER, "Why?"), message(MODEL, "What?"), message(USER, "That.")]
     row = {"chosen": [*shared, message(MODEL, "So.")], "rejected": [*shared, message(MODEL, "No.")]}
-    [pair] = preferences.read_pairs(written(tmp_path, row))
+    [pair] = preferences.read(written(tmp_path, row))
     assert [vars(turn) for turn in pair.prompt] == trl.extract_prompt(row)["prompt"]
-
-
-def test_equal_conversations_still_have_an_answer_each(tmp_path):
-    row = {"chosen": [message(USER, "Why?"), message(MODEL, "So.")]}
-    [pair] = preferences.read_pairs(written(tmp_path, {**row, "rejected": row["chosen"]}))
-    assert pair.chosen == pair.rejected == (Message(MODEL, "So."),)
 
 
 def test_ratings_have_a_label(tmp_path):
     rows = [{"prompt": "Why?", "completion": "So.", "label": label} for label in (True, False)]
-    found = preferences.read_rated(written(tmp_path, *rows))
+    found = preferences.read(written(tmp_path, *rows))
     assert [row.label for row in found] == [True, False]
-    assert found[0].row().messages == (Message(USER, "Why?"), Message(MODEL, "So."))
-
-
-def test_both_answers_of_a_pair_are_one_unit(tmp_path):
-    rows = [{"prompt": "Why?", "chosen": "So.", "rejected": "No.", "patient": value} for value in (7, "7", "8")]
-    found = preferences.read_pairs(written(tmp_path, *rows), unit_column="patient")
-    assert [pair.unit for pair in found] == ["7", "7", "8"]
-    assert {row.unit for row in found[0].rows()} == {"7"}
-
-
-def test_rows_of_a_pair_are_those_that_fine_tuning_reads(tmp_path):
-    tokenizer = tiny.make_tokenizer()
-    row = {"prompt": [message(USER, "Why?")], "chosen": [message(MODEL, "So.")], "rejected": [message(MODEL, "No.")]}
-    [pair] = preferences.read_pairs(written(tmp_path, row))
-    [expected] = read.to_rows([{"prompt": row["prompt"], "completion": row["chosen"]}], Columns())
-    ours, other, theirs = (prompts.encode_whole(item, tokenizer) for item in (*pair.rows(), expected))
-    assert (ours.input_ids, ours.is_answer) == (theirs.input_ids, theirs.is_answer)
-    assert other.input_ids != theirs.input_ids
+    assert (found[0].prompt, found[0].completion) == ((Message(USER, "Why?"),), (Message(MODEL, "So."),))
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -97,10 +71,10 @@ def test_what_is_written_is_read_back(tmp_path):
         {"prompt": "Why?", "chosen": "So.", "rejected": "No."},
         {"prompt": CHAT, "chosen": [message(MODEL, "So.")], "rejected": [message(MODEL, "No.")]},
     ]
-    pairs = preferences.read_pairs(written(tmp_path, *rows))
+    pairs = preferences.read(written(tmp_path, *rows))
     assert [preferences.as_fields(pair) for pair in pairs] == rows
-    assert preferences.read_pairs(written(tmp_path, *map(preferences.as_fields, pairs))) == pairs
-    rated = Rated(pairs[0].prompt, pairs[0].chosen, False, unit="", row_id="")
+    assert preferences.read(written(tmp_path, *map(preferences.as_fields, pairs))) == pairs
+    rated = Rated(pairs[0].prompt, pairs[0].chosen, False, row_id="")
     assert preferences.as_fields(rated) == {"prompt": "Why?", "completion": "So.", "label": False}
 
 
@@ -126,6 +100,7 @@ RATED = {"prompt": CANARY, "completion": CANARY, "label": True}
             "line 2: 'chosen' does not begin with the assistant's message",
         ),
         ({**GOOD, "prompt": [message(MODEL, CANARY)]}, "line 2: begins with an answer"),
+        ({**GOOD, "rejected": f" {GOOD['chosen']}\n"}, "line 2: 'chosen' and 'rejected' are the same"),
     ],
 )
 def test_an_unusable_pair_is_refused_by_file_and_line(tmp_path, row, told):
@@ -162,12 +137,3 @@ def test_a_label_is_true_or_false_and_nothing_else(tmp_path, label):
 def test_a_file_of_neither_form_is_refused(tmp_path, rows, told):
     with pytest.raises(DataError, match=told):
         preferences.read(written(tmp_path, *rows))
-
-
-def test_a_file_of_the_other_form_is_refused(tmp_path):
-    with pytest.raises(DataError, match="holds ratings"):
-        preferences.read_pairs(written(tmp_path, RATED))
-    with pytest.raises(DataError, match="holds pairs"):
-        preferences.read_rated(written(tmp_path, GOOD))
-    with pytest.raises(DataError, match="no row has the column 'patient'"):
-        preferences.read(written(tmp_path, GOOD), unit_column="patient")

@@ -4,9 +4,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 from common import events
+from common.manifest import RunManifest
 from common.model import Engine
+from server.export_folder import Exported
 from server.federation import Federation
 from tests import federations, tiny
 
@@ -62,3 +65,12 @@ def founded(first_day, tmp_path) -> federations.Federation:
 def joined(with_sites, tmp_path) -> federations.Federation:
     """With the sites alder and birch."""
     return with_sites.copy(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def source(load_tiny: Callable[..., Engine], tiny_base: Path) -> Exported:
+    """What an export is made of, its adapter large enough to be told from the base in every format."""
+    engine = load_tiny()
+    generator = torch.Generator().manual_seed(8)
+    state = {name: 0.15 * torch.randn(tensor.shape, generator=generator) for name, tensor in engine.initial.items()}
+    return Exported(state, RunManifest(tiny.settings(tiny_base), engine.base_sha256, engine.tensor_specs), 2, {}, [])

@@ -15,21 +15,11 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from common import adapter  # noqa: E402
 from common.errors import ModelError  # noqa: E402
-from common.manifest import RunManifest  # noqa: E402
 from server import export_folder, export_onnx, seal, verify  # noqa: E402
-from server.export_folder import Exported  # noqa: E402
 from tests import tiny  # noqa: E402
 
 FORMATS = ("peft", "merged", "onnx")
 pytestmark = pytest.mark.slow  # torch traces for half a minute where cores are shared
-
-
-@pytest.fixture(scope="module")
-def source(load_tiny, tiny_base):
-    engine = load_tiny()
-    generator = torch.Generator().manual_seed(8)
-    state = {name: 0.15 * torch.randn(tensor.shape, generator=generator) for name, tensor in engine.initial.items()}
-    return Exported(state, RunManifest(tiny.settings(tiny_base), engine.base_sha256, engine.tensor_specs), 2, {}, [])
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,14 @@
 """Detectors of personal data: what each finds, and what it must not."""
 
+import re
+
+import phonenumbers
 import pytest
 
-from common.errors import DataError
+from common.config_tasks import TaskConfig
+from common.errors import ConfigError, DataError
 from server.evaluate import pii, task_pii
+from tests import tiny
 
 
 @pytest.mark.parametrize(
@@ -32,6 +37,72 @@ def test_each_kind_finds_its_own_and_no_look_alike(kind, text, values):
     assert [one.value for one in pii.find(text) if one.kind == kind] == values
 
 
+def numbers(text, *regions):
+    return [re.sub(r"\D", "", one.value) for one in pii.find(text, regions=regions) if one.kind == "phone"]
+
+
+def examples(style):
+    """The example numbers that libphonenumber publishes: each country's digits, and how they are written."""
+    for region in sorted(phonenumbers.SUPPORTED_REGIONS):
+        for kind in (phonenumbers.PhoneNumberType.FIXED_LINE, phonenumbers.PhoneNumberType.MOBILE):
+            if number := phonenumbers.example_number_for_type(region, kind):
+                yield region, phonenumbers.format_number(number, style)
+
+
+@pytest.mark.parametrize("style", ["E164", "INTERNATIONAL", "RFC3966"])
+def test_every_countrys_numbers_are_found_with_their_code(style):
+    found = [
+        numbers(f"She left {text} for you.") == [re.sub(r"\D", "", text)]
+        for _, text in examples(getattr(phonenumbers.PhoneNumberFormat, style))
+    ]
+    assert len(found) > 480
+    assert all(found)
+
+
+def test_a_countrys_own_way_of_writing_is_found_where_the_country_is_named():
+    national = list(examples(phonenumbers.PhoneNumberFormat.NATIONAL))
+    named = [numbers(f"Her phone: {text}.", region) == [re.sub(r"\D", "", text)] for region, text in national]
+    unnamed = [numbers(f"She left {text} for you.") == [re.sub(r"\D", "", text)] for _, text in national]
+    assert sum(named) / len(named) > 0.99
+    assert 0.6 < sum(unnamed) / len(unnamed) < 0.7  # control; docs/evaluation.md tells this figure
+
+
+PUBLISHED = [  # FCC: 555-0100 to 555-0199 are fictitious; Ofcom: numbers for drama; ITU-T E.123 (02/2001): its examples
+    "202-555-0123", "(202) 555-0123", "202.555.0123", "202 555 0123", "1-202-555-0123", "+1 202 555 0123",
+    "(202)555-0123", "555-0123", "+1 (202) 555-0123 ext. 876", "202-555-0123 x12", "202-555-0123, extension 12",
+    "202\u2011555\u20110123", "+1\u00a0202\u00a0555\u00a00123", "020 7946 0958", "(01632) 960123", "07700 900123",
+    "0808 157 0123", "+44 20 7946 0958", "+44 (0)20 7946 0958", "(0609) 123 4567", "+22 609 123 4567",
+    "+22 609 123 4567 ext. 876",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", PUBLISHED)
+@pytest.mark.parametrize("sentence", ["She left {} for you.", "({})", "Office,{}", "Ward 3: {}; then more."])
+def test_published_examples_are_found_whole(number, sentence):
+    [found] = numbers(sentence.format(number))
+    assert re.sub(r"\D", "", number) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Seen 2024-01-31 and 31.01.2024, 01/31/2024, 3 May 2021 10:45, from 08:15-16:45, in 2019-2020-2021",
+        "Na 138, K 4.1, WBC 12.400, PLT 250 000, glucose 5.4 6.1 7.2 8.3 mmol, 110 120 130 mg/dL, 98.6, 37.5",
+        "500 mg 3 x 2, 0.5-1 mg/kg, 1 250 000 IU, 100 000 units, 250 000 000, 1,000,000, 3.14159265, 120/80",
+        "MRN 16541448, order 6625551234, ID 4455667788, specimen 12345-6789, NPI 1234567893, NCT01234567",
+        "ICD 250.00, CPT 99213-25, LOINC 2345-7, ISBN 978-3-16-148410-0, DOI 10.1000/182, PMID 12345678",
+        "192.168.10.20, 17151 2450 Crown St, 10001-1234, code 4711, 12 345 678, 3 4 5 6 7 8 9 10, weeks 12-14-16",
+    ],
+)
+@pytest.mark.parametrize("regions", [(), ("US",), ("DE", "GB", "FR")])
+def test_dates_values_doses_and_identifiers_are_no_telephone_numbers(text, regions):
+    assert numbers(text, *regions) == []
+
+
+def test_a_number_with_a_country_code_is_neither_card_nor_social_security_number():
+    assert [one.kind for one in pii.find("+672 10 6609, +992 372 12 3456, 536 90 4399")] == ["ssn", "phone", "phone"]
+
+
 def test_names_are_whole_words_whatever_their_case_and_spacing():
     names = ["Ann Lee", "Bo Ek-Dahl"]
     assert [one.value for one in pii.find("ANN  LEE and Bo Ek-Dahl", names=names)] == ["ANN  LEE", "Bo Ek-Dahl"]
@@ -53,6 +124,16 @@ def test_what_the_prompt_holds_is_no_emission_however_it_is_written():
     assert (found["num_email"].value, found["num_card"].value) == (2.0, 0.0)
     assert "num_name" not in found
     assert task_pii.scores(["It is Ann Lee"], ["Who?"], names=["Ann Lee"])["num_name"].value == 1.0
+
+
+def test_a_tasks_regions_reach_its_scores_and_must_be_countries(tiny_base):
+    answer = ["It is 8312 3456."]
+    assert task_pii.scores(answer, ["Who?"], names=[], regions=["SG"])["num_phone"].value == 1.0
+    assert task_pii.scores(answer, ["Who?"], names=[])["num_phone"].value == 0.0
+    rows = tiny_base / "config.json"
+    task = TaskConfig(name="leaks", kind="pii", data=str(rows), phone_regions="DE, XX")
+    with pytest.raises(ConfigError, match="phone_regions XX"):
+        task_pii.load(task, tiny.settings(tiny_base))
 
 
 @pytest.mark.parametrize(("content", "message"), [("\n", "holds no name"), ("Ann Lee\nBo\n", "name 2 has fewer")])

@@ -3,7 +3,9 @@
 import pytest
 
 from common.config_polish import PolishStage
+from common.data import preferences, read
 from common.errors import DataError
+from common.rows import Columns
 from server.polish import rows
 from tests import stage_data, tiny
 
@@ -76,13 +78,13 @@ LONG = "ache " * 100
 @pytest.mark.parametrize(
     ("kind", "table", "settings", "told"),
     [
-        ("dpo", [{"prompt": "a", "chosen": "b"}], {}, "has no column 'rejected'; a dpo stage needs prompt, chosen"),
+        ("dpo", [{"prompt": "a", "chosen": "b"}], {}, "has no column 'rejected' among its 2: for DPO write"),
         ("cpt", [{"words": "a"}], {}, "has no column 'text'"),
         ("grpo", [{"prompt": "a"}], {"reward": "exact"}, "has no column 'answer'"),
-        ("grpo", [{"prompt": "a", "tests": " "}], {"reward": "unit_test"}, "row 1: reward 'unit_test' needs text"),
-        ("kto", [{"prompt": "a", "completion": "b", "label": 1}], {}, "row 1: 'label' is int; write true or false"),
-        ("dpo", [{"prompt": "a", "chosen": "b", "rejected": ""}], {}, "row 1: has no answer in 'rejected'"),
-        ("dpo", [{"prompt": "", "chosen": "b", "rejected": "c"}], {}, "row 1: has nothing in 'prompt'"),
+        ("grpo", [{"prompt": "a", "tests": " "}], {"reward": "unit_test"}, "line 1: reward 'unit_test' needs text"),
+        ("kto", [{"prompt": "a", "completion": "b", "label": 1}], {}, "line 1: 'label' is int and not true or false"),
+        ("dpo", [{"prompt": "a", "chosen": "b", "rejected": ""}], {}, "line 1: has no answer in 'rejected'"),
+        ("dpo", [{"prompt": "", "chosen": "b", "rejected": "c"}], {}, "line 1: has nothing in 'prompt'"),
         ("dpo", [{"prompt": LONG, "chosen": "b", "rejected": "c"}], {}, "over the limit of 64"),
         ("grpo", [{"prompt": LONG, "answer": "b"}], {"reward": "exact"}, "set its too_long to drop"),
         ("dpo", stage_data.pairs(1), {}, "1 rows are too few"),
@@ -100,3 +102,38 @@ def test_rows_that_are_too_long_are_dropped_or_cut_where_that_was_asked(load):
     table = [*stage_data.pairs(6), {"prompt": "ache", "chosen": LONG, "rejected": "c"}]
     assert load("dpo", table, too_long="drop").num_dropped == 1
     assert load("dpo", table, too_long="truncate").num_truncated == 1
+
+
+SAME = {"role": "assistant", "content": "b"}
+ASKED = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("dpo", {"prompt": "a", "chosen": "b", "rejected": "b "}),
+        ("dpo", {"prompt": "a", "chosen": "b", "rejected": "\n"}),
+        ("dpo", {"prompt": [ASKED], "chosen": [ASKED, SAME], "rejected": "c"}),
+        ("dpo", {"prompt": "a", "chosen": [SAME], "rejected": "c"}),
+        ("dpo", {"chosen": [ASKED, SAME], "rejected": [ASKED, SAME]}),
+        ("dpo", {"prompt": "a", "completion": "b", "label": True, "chosen": "b", "rejected": "c"}),
+        ("kto", {"prompt": "a", "completion": "b", "label": "true"}),
+        ("kto", {"prompt": "a", "completion": "b", "label": 1}),
+        ("kto", {"prompt": "a", "completion": "", "label": True}),
+    ],
+)
+def test_a_stage_a_site_and_a_check_refuse_the_same_row_in_the_same_words(load, tmp_path, kind, row):
+    with pytest.raises(DataError) as stage:
+        load(kind, [row])
+    with pytest.raises(DataError) as site:
+        read.read(str(tmp_path / "data.jsonl"), columns=Columns(objective=kind))
+    with pytest.raises(DataError) as command:
+        preferences.read(tmp_path / "data.jsonl")
+    assert str(stage.value) == str(site.value) == str(command.value)
+
+
+def test_a_prompt_that_both_conversations_begin_with_serves_a_stage(load, engine):
+    turns = [{"chosen": [ASKED, SAME], "rejected": [ASKED, {**SAME, "content": "c"}]}] * 4
+    plain = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4
+    assert load("dpo", turns) == load("dpo", plain)  # control: the texts reach the tokens
+    assert load("dpo", plain) != load("dpo", [{"prompt": "a", "chosen": "c", "rejected": "b"}] * 4)

@@ -95,7 +95,7 @@ def test_columns_of_edits_can_be_named(tmp_path):
 def test_a_file_is_written_once_whole_and_readable(tmp_path):
     built = build.from_ratings(written(tmp_path, scores(1, 2)))
     build.write(built, out := tmp_path / "pairs.jsonl")
-    assert [preferences.as_fields(row) for row in preferences.read_pairs(out)] == [
+    assert [preferences.as_fields(row) for row in preferences.read(out)] == [
         preferences.as_fields(row) for row in built.rows
     ]
     with pytest.raises(ConfigError, match="exists already"):
@@ -210,6 +210,7 @@ def test_label_studio_annotations_are_pairs_and_predictions_are_not(tmp_path):
         "tasks without an annotation": 1,
         "cancelled annotations": 1,
         "annotations without a choice": 1,
+        "equal answers": 0,
     }
 
 
@@ -225,3 +226,14 @@ def test_what_is_compared_must_be_named(tmp_path):
         imports.label_studio(path, prompt="prompt", between=("answer1",))
     with pytest.raises(DataError, match="has no field 'b'"):
         imports.label_studio(path, prompt="prompt", between=("answer1", "b"))
+
+
+def test_answers_that_differ_in_white_space_alone_make_no_pair(tmp_path):
+    rated = written(tmp_path, [{"prompt": "Why?", "completions": ["So.", "So.\n", "No."], "scores": [3, 2, 1]}])
+    assert texts(built := build.from_ratings(rated)) == [("Why?", "So.", "No."), ("Why?", "So.\n", "No.")]
+    assert built.left_out["ties"] == 1
+    task = label_studio_task("left")
+    task["data"]["answer2"] = " " + task["data"]["answer1"]
+    export = written(tmp_path, [task], "project.json")
+    built = imports.label_studio(export, prompt="prompt", between=("answer1", "answer2"))
+    assert (texts(built), built.left_out["equal answers"]) == ([], 1)

@@ -9,10 +9,11 @@ import sys
 import httpx
 import pytest
 
-from common import cli
+from common import cli, hosts
 from common.data import preferences
 from server.cli import app
 from server.preferences import answers
+from tests.hosts import NEEDS_IPV6
 
 
 def silotune_server(*arguments: object) -> int:
@@ -55,7 +56,7 @@ def test_from_candidates_to_a_preference_file(tasks, tmp_path, capsys):
     out = tmp_path / "pairs.jsonl"
     assert silotune_server("unblind", tasks, *files, "--key", tmp_path / "key.json", "--out", out) == 0
     assert "tuned wins 100.0% of decided tasks (95 % interval 61.0% to 100.0%)" in capsys.readouterr().out
-    assert {pair.chosen[0].content.split()[0] for pair in preferences.read_pairs(out)} == {"tuned"}
+    assert {pair.chosen[0].content.split()[0] for pair in preferences.read(out)} == {"tuned"}
     assert silotune_server("check", out, "--json") == 0
     assert json.loads(capsys.readouterr().out)["is_healthy"] is True
 
@@ -94,7 +95,7 @@ def test_building_and_importing_write_pairs(tmp_path, capsys):
     (export := tmp_path / "project.json").write_text(json.dumps([task]))
     given = ("import", export, "--from", "label-studio", "--between", "answer1,answer2", "--out", out, "--force")
     assert silotune_server(*given) == 0
-    assert preferences.read_pairs(out)[0].chosen[0].content == "No."
+    assert preferences.read(out)[0].chosen[0].content == "No."
 
 
 @pytest.mark.parametrize(
@@ -116,12 +117,16 @@ def test_ranking_without_a_terminal_names_the_page(tasks, tmp_path, capsys):
     assert "--web" in capsys.readouterr().err
 
 
-def test_a_page_that_is_killed_has_kept_every_answer(tasks, tmp_path):
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=NEEDS_IPV6)])
+def test_a_page_that_is_killed_has_kept_every_answer(tasks, tmp_path, host):
     command = [sys.executable, "-u", "-m", "server.cli", "preferences", "rank", str(tasks), "--rater", "anna", "--web"]
     path = tmp_path / "anna.jsonl"
-    with subprocess.Popen([*command, "--answers", str(path)], stdout=subprocess.PIPE, text=True) as served:
+    command += ["--answers", str(path), "--host", host]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as served:
         try:
-            address = re.fullmatch(r"open (http://127\.0\.0\.1:\d+/\S+/)\n", served.stdout.readline())[1]
+            address = re.fullmatch(
+                rf"open (http://{re.escape(hosts.in_url(host))}:\d+/\S+/)\n", served.stdout.readline()
+            )[1]
             with httpx.Client(base_url=address, trust_env=False) as client:
                 assert client.get("").status_code == 200
                 for number in (1, 2):

@@ -1,18 +1,15 @@
 """The page for blind ranking: who may use it, what it tells, and that answers survive."""
 
-import asyncio
 import json
 import re
 import socket
 
-import httpx
 import pytest
 
 from common.errors import ConfigError
 from server.preferences import answers, blind, web
 from server.preferences.answers import Session
-
-TOKEN = "a-token-of-the-test"
+from tests.page import TOKEN, Client, post
 
 
 @pytest.fixture
@@ -31,34 +28,9 @@ def session(tasks, tmp_path):
         yield opened
 
 
-class Client:
-    """A browser's requests, one at a time."""
-
-    def __init__(self, app) -> None:
-        self._app = app
-
-    def request(self, method, path, **options):
-        async def send():
-            transport = httpx.ASGITransport(app=self._app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8765") as client:
-                return await client.request(method, path, **options)
-
-        return asyncio.run(send())
-
-    def get(self, path):
-        return self.request("GET", path)
-
-    def post(self, path, **options):
-        return self.request("POST", path, **options)
-
-
 @pytest.fixture
 def client(session):
     return Client(web.make(session, token=TOKEN))
-
-
-def post(client, path, body, **options):
-    return client.post(f"/{TOKEN}/{path}", json=body, **options)
 
 
 def test_a_rater_goes_through_all_tasks_and_every_answer_is_kept_at_once(client, session, tmp_path):
@@ -185,5 +157,5 @@ def test_others_reach_the_page_only_through_tls(host, tmp_path):
 def test_a_port_that_is_taken_is_named(session):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}"):
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port} .*; choose another with --host or --port"):
             web.serve(session, door=web.Door(port=port), say=print)

@@ -27,7 +27,7 @@ def test_precision_and_recall_on_annotated_sentences_are_as_documented():
 
     found = pii_measure.measure(read.read_table(str(TRIALS / "pii_presidio" / "test.jsonl")))
     assert {kind: (round(one.precision, 3), round(one.recall, 3)) for kind, one in found.items()} == {
-        "email": (1.0, 1.0), "iban": (1.0, 1.0), "card": (1.0, 0.993), "ssn": (1.0, 1.0), "phone": (0.935, 0.935),
+        "email": (1.0, 1.0), "iban": (1.0, 1.0), "card": (1.0, 0.993), "ssn": (1.0, 1.0), "phone": (0.966, 0.924),
     }  # fmt: skip
 
 

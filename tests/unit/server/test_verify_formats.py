@@ -6,15 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from common import adapter
 from common.errors import ModelError
-from common.manifest import RunManifest
 from common.model import hash_base
 from server import export_canonical, export_folder, seal, verify
-from server.export_folder import Exported
 from tests import tiny
 
 ADAPTERS = ("peft", "vllm")
@@ -22,14 +19,6 @@ MERGED = ("merged", "nf4", "int8", "gguf")
 FORMATS = (*ADAPTERS, *MERGED)  # of onnx: test_export_onnx.py
 PLACES = {"peft": "peft", "vllm": "vllm/tiny"}
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
-
-
-@pytest.fixture(scope="module")
-def source(load_tiny, tiny_base):
-    engine = load_tiny()
-    generator = torch.Generator().manual_seed(8)
-    state = {name: 0.15 * torch.randn(tensor.shape, generator=generator) for name, tensor in engine.initial.items()}
-    return Exported(state, RunManifest(tiny.settings(tiny_base), engine.base_sha256, engine.tensor_specs), 2, {}, [])
 
 
 @pytest.fixture(scope="module")
