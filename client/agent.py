@@ -234,12 +234,13 @@ class Agent:
     def _fit(self, run: OpenRun, plan: RoundPlan, start: adapter.Tensors, source: Noise) -> local.LocalResult:
         """Local training from an adapter; what it became is in the engine."""
         settings = run.manifest.run
+        rows = run.train if run.is_of_answers else run.train_preferences  # scored by the whole adapter, so beforehand
         adapter.write(run.engine.model, start)
         trained = trainable.trained_names(settings.aggregation.method, run.specs, round_index=plan.round_index)
         with adapter.training_only(run.engine.model, trained):
             return local.train(
                 run.engine,
-                run.train if run.is_of_answers else run.train_preferences,
+                rows,
                 training=settings.training,
                 privacy=settings.privacy,
                 round_index=plan.round_index,
