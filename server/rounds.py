@@ -9,7 +9,7 @@ from common.errors import ConfigError, ProtocolError, SilotuneError, TooFewSites
 from common.kinds import KINDS
 from common.noise import Noise
 from common.records import RoundPlan, UpdateHead
-from server import broadcast, checkpoint, collect, federation, ranks, sampling, screening
+from server import adalora, broadcast, checkpoint, collect, federation, sampling, screening
 from server.aggregate import gap, noised, optimizer, products, robust
 from server.aggregate.method import State, Sum
 from server.aggregate.noised import NoisedSum
@@ -81,7 +81,7 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
     if isinstance(tally.combined, NoisedSum):
         fed.memory = tally.combined.remembered(fed.memory)
     after = averaged if step is combined else fed.method.apply(state, step)
-    after = _settle(fed, state, ranks.agree(after, combined, run=fed.manifest.run, num_done=round_index + 1))
+    after = _settle(fed, state, adalora.agree(after, combined, run=fed.manifest.run, num_done=round_index + 1))
     norms = _gap(tally, state, averaged, combined)
     _require_rank(fed, norms)
     digest = checkpoint.save(
@@ -96,7 +96,7 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
         num_updates=len(tally.heads),
         train_loss=_train_loss(tally.heads),
         gap=gap.whole(norms.values()) if norms else None,
-        **({} if (rank := ranks.left(after)) is None else {"rank": rank}),
+        **({} if (rank := adalora.left(after)) is None else {"rank": rank}),
         gap_modules={name: gap.whole([pair]) for name, pair in norms.items()},
         bytes_down=sum(map(len, frames.values())),
         bytes_up=tally.bytes_up,
