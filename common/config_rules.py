@@ -19,6 +19,7 @@ from common import (
     config_objective,
     config_site_rules,
     kind_rules,
+    wire_rules,
 )
 from common.methods import FACTS
 
@@ -189,7 +190,7 @@ def _loses_side_adapter(config: RunConfig) -> bool:
 RUN_RULES = (
     *(Rule(*contradiction) for contradiction in compatibility.rank_contradictions()),
     *_refused_combinations(),
-    *(Rule(*contradiction) for contradiction in compatibility.wire_contradictions()),
+    *(Rule(*contradiction) for contradiction in wire_rules.contradictions()),
     *(Rule(*contradiction) for contradiction in kind_rules.contradictions()),
     Rule(
         ("polish", "aggregation.method"),

@@ -82,6 +82,10 @@ def _server_optimizer(kind: Kind) -> str:
     return "momentum would bring back what the coordinator has zeroed" if kind.name == "adalora" else ""
 
 
+def _sparse_down(kind: Kind) -> str:
+    return "" if kind.has_factors else "a value that is not sent counts as zero, which this kind cannot do without"
+
+
 def _merged(kind: Kind) -> str:
     return "" if kind.is_mergeable else "virtual tokens are no part of any weight"
 
@@ -146,6 +150,13 @@ KIND_FEATURES: Final = (
         "set training.gradient_checkpointing = false",
         ("training.gradient_checkpointing",),
         lambda run: run.training.gradient_checkpointing,
+    ),
+    KindFeature(
+        "sparse download",
+        _sparse_down,
+        "set wire.down to integers, whose steps may be sparse for any kind, or wire.down_density = 1",
+        ("wire.down_density",),
+        lambda run: run.wire.is_adapter_sparse,
     ),
     KindFeature("gap shown", _gap),
     KindFeature("sealed adapter, vLLM", _unless_factors, "export --output writes the peft folder of any kind"),

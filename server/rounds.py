@@ -108,11 +108,13 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
 
 def _settle(fed: Federation, before: State, after: State) -> State:
     """The next global adapter exactly as sites will hold it."""
-    settings = fed.manifest.run
-    if settings.wire.down == "float32":
+    settings, wire = fed.manifest.run, fed.manifest.run.wire
+    if wire.down == "float32":
         return after
     sent = trainable.received_specs(settings.aggregation.method, fed.manifest.tensor_specs)
-    held, fed.memory, fed.step = broadcast.settle(before, after, fed.memory, sent=sent, dtype=settings.wire.down)
+    held, fed.memory, fed.step = broadcast.settle(
+        before, after, fed.memory, sent=sent, dtype=wire.down, density=wire.down_density
+    )
     return held
 
 
