@@ -82,6 +82,10 @@ def _server_optimizer(kind: Kind) -> str:
     return "momentum would bring back what the coordinator has zeroed" if kind.name == "adalora" else ""
 
 
+def _steps(kind: Kind) -> str:
+    return "what the coordinator zeroes would come down as a rounded step, and not be zero" * (kind.name == "adalora")
+
+
 def _sparse_down(kind: Kind) -> str:
     return "" if kind.has_factors else "a value that is not sent counts as zero, which this kind cannot do without"
 
@@ -150,6 +154,13 @@ KIND_FEATURES: Final = (
         "set training.gradient_checkpointing = false",
         ("training.gradient_checkpointing",),
         lambda run: run.training.gradient_checkpointing,
+    ),
+    KindFeature(
+        "steps down",
+        _steps,
+        "set wire.down = 'float32'",
+        ("wire.down",),
+        lambda run: run.wire.down != "float32",
     ),
     KindFeature(
         "sparse download",

@@ -27,6 +27,7 @@ ASKING = {
     "stacked clipping": {**PRIVATE, "privacy.clipping": "stacked"},
     "opacus clipping": {**PRIVATE, "privacy.clipping": "opacus"},
     "checkpointing": {"training.gradient_checkpointing": "true"},
+    "steps down": {"wire.down": "int8"},
     "sparse download": {"wire.down_density": "0.25"},
 }
 CELLS = [pytest.param(feature, cell, id=f"{cell.kind}-{feature.name}") for feature, cell in kind_rules.kind_cells()]
