@@ -33,7 +33,7 @@ KNOWN: Final = {
     "max_update_norm screening screening_threshold",
     "privacy": "mode epsilon dp_delta sampling_prob noise_multiplier clip_norm noise_at max_rows_per_unit clipping "
     "adaptive_clipping clip_quantile clip_learning_rate",
-    "wire": "dtype density error_feedback down max_update_mib",
+    "wire": "dtype density error_feedback down down_density max_update_mib",
     "evaluation": "every_rounds server_data batch_size exact_match_rows max_new_tokens metrics json_schema tasks "
     "tasks_every_rounds",
     "gate": "rules evidence min_rows max_probe_drop min_baseline_gain max_site_rise min_loss_gain min_schema_valid "

@@ -2,6 +2,13 @@
 
 Where `wire.down` is not float32 a request's head says which under `adapter`, with the hash of what the site must then
 hold; a site that comes to another hash does nothing. So coordinator and site hold the same adapter, bit by bit.
+
+Where `wire.down` is float32 and `wire.down_density` below 1, a request to train brings the adapter's largest values
+alone and zeros for the others, and the site's update is the change to that; a request to evaluate brings all of it.
+The coordinator keeps every value, so that it forgets nothing and needs no error feedback. A value counts as large by
+its share of the largest in its rank direction: by size alone B, which starts at zero, would hardly travel beside A,
+and a module with many inputs, whose A is small, would be sent zeros for both factors and could not train at all.
+Source: Kuo et al. 2024, arXiv:2406.05233 (FLASC), the download, which takes the largest of all values.
 """
 
 import hashlib
@@ -56,6 +63,20 @@ def stepped(base: Tensors, step: Tensors) -> dict[str, Tensor]:
     return {name: tensor + step[name] for name, tensor in base.items()}
 
 
+def plain_body(kind: str, tensors: Tensors, settings: WireConfig) -> bytes:
+    """The adapter as the body of a request, where it does not go down as steps."""
+    if kind == "train" and settings.is_adapter_sparse:
+        return compact.encode(tensors, dtype="float32", density=settings.down_density, draws=None, is_relative=True)
+    return adapter.encode(tensors, dtype="float32")
+
+
+def _read_plain(request: Frame, tensor_specs: Sequence[TensorSpec], settings: WireConfig) -> dict[str, Tensor]:
+    """The way back."""
+    if request.kind == "train" and settings.is_adapter_sparse:
+        return compact.decode(request.body, tensor_specs, dtype="float32", density=settings.down_density)
+    return adapter.decode(request.body, tensor_specs, dtype="float32")
+
+
 def adapter_sha256(request: Frame) -> str:
     """Hash of the adapter that a request is about; of the body where that is the adapter, or a manifest."""
     told = request.head.get(ADAPTER)
@@ -81,19 +102,19 @@ def receive(
     if settings.down == "float32":
         if ADAPTER in request.head:
             raise WireError("the adapter comes as a step, and this run's wire.down is float32")
-        return Held(adapter_sha256(request), adapter.decode(request.body, tensor_specs, dtype="float32"))
+        return Held(adapter_sha256(request), _read_plain(request, tensor_specs, settings))
     told = request.head.get(ADAPTER)
     if not isinstance(told, dict):
         raise WireError("the request does not say in which form the adapter comes")
     form = from_head(Form, told)
-    tensors = _take(form, request.body, tensor_specs, dtype=settings.down, held=held)
+    tensors = _take(form, request.body, tensor_specs, settings=settings, held=held)
     if digest(tensors) != form.sha256:
         raise ModelError("the adapter that results is not the one that the coordinator holds")
     return Held(form.sha256, tensors)
 
 
 def _take(
-    form: Form, body: bytes, tensor_specs: Sequence[TensorSpec], *, dtype: str, held: Sequence[Held | None]
+    form: Form, body: bytes, tensor_specs: Sequence[TensorSpec], *, settings: WireConfig, held: Sequence[Held | None]
 ) -> dict[str, Tensor]:
     """The adapter by one of the three forms."""
     if form.form == WHOLE:
@@ -106,7 +127,8 @@ def _take(
     if base is None:
         raise ProtocolError("the adapter comes as a step from one that this site does not hold; send it whole")
     if form.form == STEP:
-        return stepped(base.tensors, compact.decode(body, tensor_specs, dtype=dtype))
+        step = compact.decode(body, tensor_specs, dtype=settings.down, density=settings.down_density)
+        return stepped(base.tensors, step)
     if body:
         raise WireError(f"{len(body)} bytes where the adapter is the one that the site holds")
     return dict(base.tensors)

@@ -55,7 +55,14 @@ def decode_update(data: bytes, tensor_specs: Sequence[TensorSpec], settings: Wir
     return decode(data, tensor_specs, dtype=settings.dtype, density=settings.density)
 
 
-def encode(tensors: Tensors, *, dtype: str, density: float = 1.0, draws: np.random.Generator | None) -> bytes:
+def encode(
+    tensors: Tensors,
+    *,
+    dtype: str,
+    density: float = 1.0,
+    draws: np.random.Generator | None,
+    is_relative: bool = False,
+) -> bytes:
     """Tensors as a compressed body.
 
     Args:
@@ -63,9 +70,10 @@ def encode(tensors: Tensors, *, dtype: str, density: float = 1.0, draws: np.rand
         dtype: `float32`, `bfloat16`, `int8`, `int4` or `int3`.
         density: Share of the values that travel, the largest of all tensors together.
         draws: Of stochastic rounding; None rounds to nearest, which is biased.
+        is_relative: Whether a value is large by its share of the largest in its rank direction, not by itself.
     """
     rows = [_rows(tensors[name]) for name in sorted(tensors)]
-    is_sent = _largest(rows, density)
+    is_sent = _largest([_relative(matrix) for matrix in rows] if is_relative else rows, density)
     mask = np.packbits(is_sent).tobytes() if density < 1 else b""
     if dtype in packing.FLOAT_BYTES:
         return mask + _float_bytes(_flat(rows)[is_sent], dtype)
@@ -121,6 +129,14 @@ def _largest(rows: list[Vector], density: float) -> NDArray[np.bool_]:
     num_left = num_values - packing.num_sent(num_values, density)
     is_sent[np.argpartition(np.abs(_flat(rows)), num_left)[num_left:]] = True
     return is_sent
+
+
+def _relative(matrix: Vector) -> Vector:
+    """Sizes as shares of their row's largest."""
+    sizes: Vector = np.abs(matrix)
+    largest = sizes.max(axis=1, keepdims=True)
+    shares: Vector = np.divide(sizes, largest, out=np.zeros_like(sizes), where=largest > 0)
+    return shares
 
 
 def _quantise(

@@ -145,6 +145,20 @@ def _steps(facts: Facts) -> str:
     return "" if facts.base_delta == "none" else "the side adapter is factored anew every round, and has no small step"
 
 
+def _sparse_down(facts: Facts) -> str:
+    if facts.is_experimental:
+        return "nobody has tried the two together" if facts.is_linear else UNTRIED
+    if facts.refreshes:
+        return "the factors get new coordinates every round, in which a small value is no less needed than a large one"
+    if facts.is_personal:
+        return "what a site keeps is trained beside sparse factors, and would be used beside the whole ones"
+    return "" if facts.base_delta == "none" else "the side adapter belongs to the whole factors"
+
+
+def _sparse_down_remark(facts: Facts) -> str:
+    return "with wire.down = 'float32' the mean is not exact, as sites start from fewer values" * facts.is_exact
+
+
 SERVER_OPTIMIZER: Final = "server optimizer"
 UNTRIED: Final = "the coordinator's step is more than the mean update, and nobody has tried the two together"
 FEATURES: Final = (
@@ -200,58 +214,19 @@ FEATURES: Final = (
     Feature("sparse updates", _sparse, keys=("wire.density",), is_asked=lambda run: run.wire.density < 1),
     Feature("steps down", _steps, keys=("wire.down",), is_asked=lambda run: run.wire.down != "float32"),
     Feature(
+        "sparse download",
+        _sparse_down,
+        _sparse_down_remark,
+        keys=("wire.down_density",),
+        is_asked=lambda run: run.wire.down_density < 1,
+    ),
+    Feature(
         "coordinator's own rows",
         _at_the_coordinator,
         keys=("evaluation.server_data",),
         is_asked=lambda run: bool(run.evaluation.server_data),
     ),
 )
-
-
-@dataclass(frozen=True)
-class Conflict:
-    """Two settings of the wire, or of the wire and another section, that do not go together under any method.
-
-    Attributes:
-        keys: The settings; the first names the problem.
-        is_asked: Whether a run asks for both.
-        reason: Why not.
-        nearest: What to set instead.
-    """
-
-    keys: tuple[str, ...]
-    is_asked: Callable[["RunConfig"], bool]
-    reason: str
-    nearest: str
-
-
-WIRE_CONFLICTS: Final = (
-    Conflict(
-        ("wire.density", "privacy.mode"),
-        lambda run: run.wire.density < 1 and run.privacy.is_private,
-        "the largest values of a noised update are mostly its noise",
-        'wire.dtype = "int4", which rounds after the noise',
-    ),
-    Conflict(
-        ("wire.density", "aggregation.robust"),
-        lambda run: run.wire.density < 1 and run.aggregation.robust != "none",
-        "sites send different values, and where most send none the robust rule sees zeros",
-        'wire.dtype = "int4" with density 1',
-    ),
-    Conflict(
-        ("wire.error_feedback", "wire.density"),
-        lambda run: run.wire.density == 1 and not run.wire.error_feedback,
-        "nothing is left out of an update that is whole, and the setting has no effect",
-        "a density below 1, or leave it out",
-    ),
-)
-
-
-def wire_contradictions() -> Iterator[tuple[tuple[str, ...], Callable[["RunConfig"], bool], str]]:
-    """Keys, whether a run asks for both, and the message, of `WIRE_CONFLICTS`."""
-    for conflict in WIRE_CONFLICTS:
-        told = f"{conflict.reason}; the nearest that is allowed is {conflict.nearest}"
-        yield conflict.keys, conflict.is_asked, told
 
 
 def rank_contradictions() -> Iterator[tuple[tuple[str, ...], Callable[["RunConfig"], bool], str]]:
@@ -351,6 +326,12 @@ SITE_LEVEL: Final = (
         lambda run: run.aggregation.proximal > 0,
         True,
         "it is the site's own training, before the clip",
+    ),
+    SiteLevel(
+        "wire.down_density",
+        lambda run: run.wire.down_density < 1,
+        True,
+        "it chooses among values that are released already",
     ),
     SiteLevel(
         "aggregation.gap_warning",

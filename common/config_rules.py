@@ -21,6 +21,7 @@ from common import (
     core_rules,
     kind_rules,
     precisions,
+    wire_rules,
 )
 from common.methods import FACTS
 
@@ -192,7 +193,7 @@ RUN_RULES = (
     *(Rule(*contradiction) for contradiction in compatibility.rank_contradictions()),
     *(Rule(*contradiction) for contradiction in precisions.contradictions()),
     *_refused_combinations(),
-    *(Rule(*contradiction) for contradiction in compatibility.wire_contradictions()),
+    *(Rule(*contradiction) for contradiction in wire_rules.contradictions()),
     *(Rule(*contradiction) for contradiction in kind_rules.contradictions()),
     Rule(
         ("polish", "aggregation.method"),

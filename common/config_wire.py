@@ -31,9 +31,20 @@ class WireConfig(Section):
         "as integers. What rounding leaves out of a step goes into the next, and coordinator and sites hold the same "
         "adapter, bit by bit.",
     )
+    down_density: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0,
+        description="Share of the values that go down to be trained from, the largest. With down as integers: of each "
+        "step, and what a step leaves out goes into the next. With float32: of the adapter itself, as in FLASC; sites "
+        "train all values from there, and the coordinator adds their changes to the whole adapter. 1 is all.",
+    )
     max_update_mib: Mebibytes = Field(default=600, description="Largest update that is accepted, in MiB.")
 
     @property
     def keeps_residual(self) -> bool:
         """Whether a site keeps what its sparse updates left out."""
         return self.density < 1 and self.error_feedback
+
+    @property
+    def is_adapter_sparse(self) -> bool:
+        """Whether the adapter that goes down to be trained is cut to its largest values (FLASC)."""
+        return self.down == "float32" and self.down_density < 1

@@ -84,6 +84,14 @@ def _server_optimizer(kind: Kind) -> str:
     return "momentum would bring back what the coordinator has zeroed" if kind.name == "adalora" else ""
 
 
+def _steps(kind: Kind) -> str:
+    return "what the coordinator zeroes would come down as a rounded step, and not be zero" * (kind.name == "adalora")
+
+
+def _sparse_down(kind: Kind) -> str:
+    return "" if kind.has_factors else "a value that is not sent counts as zero, which this kind cannot do without"
+
+
 def _merged(kind: Kind) -> str:
     return "" if kind.is_mergeable else "virtual tokens are no part of any weight"
 
@@ -155,6 +163,20 @@ KIND_FEATURES: Final = (
         "set training.gradient_checkpointing = false",
         ("training.gradient_checkpointing",),
         lambda run: run.training.gradient_checkpointing,
+    ),
+    KindFeature(
+        "steps down",
+        _steps,
+        "set wire.down = 'float32'",
+        ("wire.down",),
+        lambda run: run.wire.down != "float32",
+    ),
+    KindFeature(
+        "sparse download",
+        _sparse_down,
+        "set wire.down to integers, whose steps may be sparse for any kind, or wire.down_density = 1",
+        ("wire.down_density",),
+        lambda run: run.wire.is_adapter_sparse,
     ),
     KindFeature("gap shown", _gap),
     KindFeature("sealed adapter, vLLM", _unless_factors, "export --output writes the peft folder of any kind"),

@@ -82,7 +82,7 @@ def _makers(settings: AdapterConfig, modules: Sequence[str], *, seed: int) -> di
         "dora": made(peft.LoraConfig, use_dora=True, r=settings.r, use_rslora=settings.use_rslora, **lora),
         "adalora": made(
             peft.AdaLoraConfig, init_r=settings.r, target_r=settings.final_r, total_step=1, **lora
-        ),  # the schedule is the coordinator's, in rounds (`server.ranks`)
+        ),  # the schedule is the coordinator's, in rounds (`server.adalora`)
         "loha": made(peft.LoHaConfig, **low_rank),
         "lokr": made(peft.LoKrConfig, **low_rank),
         "vera": made(

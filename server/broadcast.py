@@ -11,7 +11,7 @@ from common.records import TensorSpec
 from server.aggregate.method import State
 from server.aggregate.optimizer import Memory
 
-LEFT_OUT = "down/"  # in the coordinator's memory: what rounding left out of the steps so far
+LEFT_OUT = "down/"  # in the coordinator's memory: what the steps so far left out
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,13 @@ class Step:
 
 
 def settle(
-    before: State, after: State, memory: Memory, *, sent: Sequence[TensorSpec], dtype: str
+    before: State, after: State, memory: Memory, *, sent: Sequence[TensorSpec], dtype: str, density: float = 1.0
 ) -> tuple[State, Memory, Step]:
     """The next global adapter as sites will hold it: the one before, and the step as it is sent.
 
-    What rounding to nearest leaves out of a step is remembered and added to the next (error feedback), so that the
-    errors do not add up over the rounds. Source: Tang et al. 2019, arXiv:1905.05957, the server's half.
+    What rounding to nearest and a density below 1 leave out of a step is remembered and added to the next (error
+    feedback), so that the errors do not add up over the rounds. Source: Tang et al. 2019, arXiv:1905.05957, the
+    server's half.
 
     Args:
         before: What sites hold.
@@ -37,11 +38,12 @@ def settle(
         memory: The coordinator's; kept with the checkpoint.
         sent: The tensors that sites are sent.
         dtype: `wire.down`.
+        density: `wire.down_density`.
     """
     base = {spec.name: before[spec.name] for spec in sent}
     wanted = {name: after[name] - tensor + _left_out(memory, name, tensor) for name, tensor in base.items()}
-    body = compact.encode(wanted, dtype=dtype, draws=None)
-    step = compact.decode(body, sent, dtype=dtype)
+    body = compact.encode(wanted, dtype=dtype, density=density, draws=None)
+    step = compact.decode(body, sent, dtype=dtype, density=density)
     held = broadcast.stepped(base, step)
     left_out = {LEFT_OUT + name: tensor - step[name] for name, tensor in wanted.items()}
     made = Step(broadcast.digest(base), broadcast.digest(held), body)
@@ -78,5 +80,5 @@ def _form(held: str, sha256: str, step: Step | None) -> str:
 
 
 def _left_out(memory: Memory, name: str, like: Tensor) -> Tensor:
-    """What rounding left out of this tensor's steps so far."""
+    """What this tensor's steps so far left out."""
     return memory.get(LEFT_OUT + name, like.new_zeros(like.shape))

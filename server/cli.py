@@ -178,6 +178,10 @@ def export(
     gguf_type: Annotated[
         str, typer.Option(help="bf16, or by that checkout's llama-quantize: q8_0, q6_k, q5_k_m, q4_k_m.")
     ] = "",
+    rows: Annotated[
+        Path | None,
+        typer.Option(help="Rows for merged against side by side; with --to; default: evaluation.server_data."),
+    ] = None,
     json: cli.JsonOption = False,
 ) -> None:
     """Write the adapter, the base with it merged in, or a sealed folder of several formats.
@@ -204,39 +208,20 @@ def export(
             llama_cpp=llama_cpp,
             sign_with=operator_key,
             gguf_type=gguf_type,
+            rows=rows,
         )
         told = (f"{to}: {sealed['formats']}", f"next: silotune-server verify {to} --signer {sealed['signer'] or 'KEY'}")
         return cli.emit(sealed, as_json=json, show=lambda: cli.show(*told))
-    finish.refuse_without_to(formats=formats, operator_key=operator_key, llama_cpp=llama_cpp, gguf_type=gguf_type)
+    finish.refuse_without_to(
+        formats=formats, operator_key=operator_key, llama_cpp=llama_cpp, gguf_type=gguf_type, rows=rows
+    )
     result = finish.export_run(run_folder, num_rounds=round_, output=output, merged=merged, base=base)
     return cli.emit(
         result, as_json=json, show=lambda: cli.show(*(f"{name:<9} {path}" for name, path in result.items()))
     )
 
 
-@app.command()
-def verify(
-    folder: Annotated[Path, typer.Argument(help="What `export --to` wrote.", metavar="FOLDER")],
-    signer: Annotated[str, typer.Option(help="Public key that must have signed, 64 hexadecimal digits.")] = "",
-    base: Annotated[Path | None, typer.Option(help="Also compare the formats' logits on this base.")] = None,
-    json: cli.JsonOption = False,
-) -> None:
-    """Check an exported folder; needs no network.
-
-    Files, hashes and signature; the adapter's form; tensors' names, shapes, types and values; no pickle.
-    With --base every format is loaded, and its logits are held against the adapter's.
-
-    \b
-    Examples:
-      silotune-server verify triage-1 --signer 3b6a27bc...
-      silotune-server verify triage-1 --base smollm2-folder
-    """
-    from server import verify as checks
-
-    result = checks.verify(folder, signer=signer, base=base)
-    cli.emit(result, as_json=json, show=lambda: cli.show(*checks.told(result)))
-
-
+app.command()(cli_export.verify)
 app.command()(cli_export.gate)
 app.command()(cli_export.merge)
 app.command()(cli_export.serve)

@@ -1,4 +1,4 @@
-"""The commands for what a run made: judge it, compare its answers with the base's, merge several, serve them."""
+"""The commands for what a run made: verify, judge it, compare its answers with the base's, merge several, serve."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +8,28 @@ import typer
 from common import cli
 
 SignerOption = Annotated[str, typer.Option(help="Public key that must have signed them, 64 hexadecimal digits.")]
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="What `export --to` wrote.", metavar="FOLDER")],
+    signer: Annotated[str, typer.Option(help="Public key that must have signed, 64 hexadecimal digits.")] = "",
+    base: Annotated[Path | None, typer.Option(help="Also compare the formats' logits on this base.")] = None,
+    json: cli.JsonOption = False,
+) -> None:
+    """Check an exported folder; needs no network.
+
+    Files, hashes and signature; the adapter's form; tensors' names, shapes, types and values; no pickle.
+    With --base every format is loaded, and its logits are held against the adapter's.
+
+    \b
+    Examples:
+      silotune-server verify triage-1 --signer 3b6a27bc...
+      silotune-server verify triage-1 --base smollm2-folder
+    """
+    from server import verify as checks
+
+    result = checks.verify(folder, signer=signer, base=base)
+    cli.emit(result, as_json=json, show=lambda: cli.show(*checks.told(result)))
 
 
 def gate(

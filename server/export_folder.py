@@ -1,9 +1,11 @@
 """A whole export: one folder with every form that was asked for, a model card, hashes of all files, and a signature."""
 
+import dataclasses
+import functools
 import hashlib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,7 +21,8 @@ from common.errors import ConfigError
 from common.events import Event
 from common.kinds import KINDS
 from common.manifest import RunManifest
-from server import export, export_canonical, export_gguf, export_kind, export_onnx, seal
+from server import export, export_canonical, export_gguf, export_kind, export_onnx, export_perplexity, seal
+from server.export_perplexity import Perplexity
 from server.seal import FORMATS
 
 NEED_BASE: Final = frozenset({"merged", "nf4", "int8", "gguf", "onnx"})
@@ -72,6 +75,8 @@ class Content:
         adapter_card: Model card of a peft folder.
         card: Model card of the whole.
         made: Configuration of another kind; None: the adapter is canonical.
+        measure: Gives the perplexity of a merged checkpoint and of what it was merged from; None: there are no rows.
+        quantization: Of the base during training, for the card.
     """
 
     facts: seal.Facts
@@ -79,6 +84,8 @@ class Content:
     adapter_card: str
     card: str
     made: PeftConfig | None = None
+    measure: Callable[[Path], Perplexity] | None = None
+    quantization: str = "none"
 
 
 def write(
@@ -90,6 +97,7 @@ def write(
     llama_cpp: Path | None,
     key: Ed25519PrivateKey | None,
     gguf_type: str = "bf16",
+    rows: Path | None = None,
 ) -> None:
     """Fill a new folder from a run; it bears its name only when it is whole.
 
@@ -101,13 +109,19 @@ def write(
         llama_cpp: A checkout of llama.cpp whose converter writes the GGUF file; None: it is written here.
         key: The operator's; None leaves the folder unsigned.
         gguf_type: Type of the GGUF file's matrices, one of `export_gguf.TYPES`.
+        rows: A file on which merged weights are held against base and adapters side by side; None: they are not.
 
     Raises:
         ConfigError: The folder holds something, or a format is impossible for this base, rank or machine.
-        ModelError: Base and adapter do not fit.
+        DataError: The rows are missing or unusable.
+        ModelError: Base and adapter do not fit, or the merged weights are not as good as side by side.
         StorageError: Disk full or not writable.
     """
     content = content_of(source, formats=formats, base=base, gguf_type=gguf_type)
+    if rows and base:
+        run = source.run_manifest.run
+        compare = functools.partial(_compared, rows=rows, tensors=source.tensors, run=run, base=base)
+        content = dataclasses.replace(content, measure=compare)
     write_content(folder, content, base=base, llama_cpp=llama_cpp, key=key)
 
 
@@ -132,7 +146,14 @@ def content_of(source: Exported, *, formats: Sequence[str], base: Path | None, g
     adapter_card = export.card(found, **told, kind="adapter")  # type: ignore[arg-type]
     licence = licence_of(base) if base else ""
     card = export.card(found, **told, kind="folder", licence=licence, formats=formats)  # type: ignore[arg-type]
-    return Content(facts, tensors, adapter_card, card, made)
+    return Content(facts, tensors, adapter_card, card, made, quantization=found.run.model.quantization)
+
+
+def _compared(merged: Path, *, rows: Path, tensors: Tensors, run: config.RunConfig, base: Path) -> Perplexity:
+    """A merged checkpoint that may be exported, with its figures."""
+    found = export_perplexity.measure(rows, tensors, run=run, base=base, merged=merged)
+    found.check(run.name)
+    return found
 
 
 def write_content(
@@ -146,8 +167,8 @@ def write_content(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _fill(partial, content, base=base, llama_cpp=llama_cpp)
-        seal.write(partial, content.facts, specs=() if content.made else adapter.specs(content.adapter), key=key)
+        facts = _fill(partial, content, base=base, llama_cpp=llama_cpp)
+        seal.write(partial, facts, specs=() if content.made else adapter.specs(content.adapter), key=key)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
@@ -189,25 +210,30 @@ def _check_kind(kind: str, formats: Sequence[str]) -> None:
         export_kind.check_mergeable(kind)
 
 
-def _fill(folder: Path, content: Content, *, base: Path | None, llama_cpp: Path | None) -> None:
-    """Every format, then the card."""
+def _fill(folder: Path, content: Content, *, base: Path | None, llama_cpp: Path | None) -> seal.Facts:
+    """Every format, then the card; what is known then."""
     formats, name = content.facts.formats, content.facts.name
     template = template_of(base, content.facts.chat_template) if base else ""
     for target in [target for target in ("peft", f"vllm/{name}") if target.split("/")[0] in formats]:
         _save_adapter(folder / target, content)
         if template:
             storage.write_atomic(folder / target / TEMPLATE_FILE, template.encode())
+    facts, card = content.facts, content.card
     if base and NEED_BASE & set(formats):
-        _fill_merged(folder, content, base=base, llama_cpp=llama_cpp)
-    storage.write_atomic(folder / "README.md", content.card.encode())
+        measured = _fill_merged(folder, content, base=base, llama_cpp=llama_cpp)
+        facts = dataclasses.replace(facts, perplexity=dataclasses.asdict(measured) if measured else {})
+        card = f"{card}\n{export_perplexity.in_words(measured, quantization=content.quantization)}"
+    storage.write_atomic(folder / "README.md", card.encode())
+    return facts
 
 
-def _fill_merged(folder: Path, content: Content, *, base: Path, llama_cpp: Path | None) -> None:
-    """All that is made from the merged checkpoint, which goes again if nobody asked for it."""
+def _fill_merged(folder: Path, content: Content, *, base: Path, llama_cpp: Path | None) -> Perplexity | None:
+    """All that is made from the merged checkpoint, which goes again if nobody asked for it; its perplexity."""
     scratch, merged, formats = folder / ".adapter", folder / "merged", content.facts.formats
     _save_adapter(scratch, content)
     export.merge(scratch, base, merged, chat_template=content.facts.chat_template)
     shutil.rmtree(scratch)
+    measured = content.measure(merged) if content.measure else None
     for kind in [kind for kind in ("nf4", "int8") if kind in formats]:
         quantise(merged, folder / kind, kind=kind)
     if "gguf" in formats:
@@ -216,6 +242,7 @@ def _fill_merged(folder: Path, content: Content, *, base: Path, llama_cpp: Path 
         export_onnx.convert(merged, folder / "onnx")
     if "merged" not in formats:
         shutil.rmtree(merged)
+    return measured
 
 
 def _save_adapter(folder: Path, content: Content) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from common import ranks, trainable, wire
-from common.adapter import encode
+from common.broadcast import plain_body
 from common.config_types import SLUG
 from common.errors import ProtocolError, RemoteError, SilotuneError, TooFewSitesError
 from common.events import EventLog
@@ -168,7 +168,7 @@ class Federation:
         tensors = ranks.cut(state, trainable.received_specs(self.manifest.run.aggregation.method, specs))
         heads = {**to_head(plan), **(self.trail.told() if self.trail else {})}
         if self.manifest.run.wire.down == "float32":
-            body = encode(tensors, dtype="float32")
+            body = plain_body(kind, tensors, self.manifest.run.wire)
             self.sent_sha256 = sha256(body).hexdigest()
             return self._recorded(Frame(kind, heads, body), plan, nodes=nodes)
         frames: dict[int, bytes] = {}

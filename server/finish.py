@@ -59,6 +59,7 @@ def export_to(
     llama_cpp: Path | None,
     sign_with: Path | None,
     gguf_type: str = "",
+    rows: Path | None = None,
 ) -> dict[str, object]:
     """Export a checkpoint of a run as a sealed folder, which `verify` can check.
 
@@ -71,9 +72,11 @@ def export_to(
         llama_cpp: A checkout of llama.cpp that writes the GGUF file; None: it is written here.
         sign_with: The operator's key file; None leaves the folder unsigned.
         gguf_type: One of `export_gguf.TYPES`; empty: bf16.
+        rows: A file on which merged weights are held against base and adapters side by side; None takes the run's
+            `evaluation.server_data` where it is still there.
 
     Returns:
-        The folder, its formats and the signer's public key, empty if there is none.
+        The folder, its formats, the signer's public key, empty if there is none, and the file of rows, likewise.
 
     Raises:
         DataError: No such checkpoint.
@@ -84,13 +87,25 @@ def export_to(
     asked = export_folder.parse_formats(formats or "peft")
     if gguf_type and "gguf" not in asked:
         raise ConfigError("--gguf-type is for the format gguf; add it to --formats")
+    is_merged = bool(export_folder.NEED_BASE & set(asked))
+    if rows and not is_merged:
+        raise ConfigError("--rows is for merged weights; add merged, nf4, int8, gguf or onnx to --formats")
     key = identity.load(sign_with) if sign_with else None
     found = stored(run_folder, num_rounds=num_rounds)
-    base_folder = base_of(found, base) if base or export_folder.NEED_BASE & set(asked) else None
+    base_folder = base_of(found, base) if base or is_merged else None
+    taken = (rows or _own_rows(found)) if is_merged else None
     export_folder.write(
-        folder, found, formats=asked, base=base_folder, llama_cpp=llama_cpp, key=key, gguf_type=gguf_type or "bf16"
-    )
-    return {"folder": str(folder), "formats": ", ".join(asked), "signer": identity.public_hex(key) if key else ""}
+        folder, found, formats=asked, base=base_folder, llama_cpp=llama_cpp, key=key, gguf_type=gguf_type or "bf16",
+        rows=taken,
+    )  # fmt: skip
+    signer = identity.public_hex(key) if key else ""
+    return {"folder": str(folder), "formats": ", ".join(asked), "signer": signer, "rows": str(taken or "")}
+
+
+def _own_rows(found: Exported) -> Path | None:
+    """The coordinator's held-out rows of the run, where they are still there."""
+    named = found.run_manifest.run.evaluation.server_data
+    return Path(named) if named and Path(named).exists() else None
 
 
 def refuse_beside_to(**options: Path | None) -> None:

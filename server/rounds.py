@@ -9,7 +9,7 @@ from common.errors import ConfigError, ProtocolError, SilotuneError, TooFewSites
 from common.kinds import KINDS
 from common.noise import Noise
 from common.records import RoundPlan, UpdateHead
-from server import broadcast, checkpoint, collect, federation, ranks, sampling, screening
+from server import adalora, broadcast, checkpoint, collect, federation, sampling, screening
 from server.aggregate import gap, noised, optimizer, products, robust
 from server.aggregate.method import State, Sum
 from server.aggregate.noised import NoisedSum
@@ -83,7 +83,7 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
         num_updates=len(tally.heads),
         train_loss=_train_loss(tally.heads),
         **_of_gap(norms),
-        **({} if (rank := ranks.left(after)) is None else {"rank": rank}),
+        **({} if (rank := adalora.left(after)) is None else {"rank": rank}),
         bytes_down=bytes_down,
         bytes_up=tally.bytes_up,
         seconds=round(fed.clock() - started, 3),
@@ -113,7 +113,7 @@ def _advance(fed: Federation, state: State, tally: Tally, *, round_index: int) -
     if isinstance(tally.combined, NoisedSum):
         fed.memory = tally.combined.remembered(fed.memory)
     after = averaged if step is combined else fed.method.apply(state, step)
-    after = _settle(fed, state, ranks.agree(after, combined, run=fed.manifest.run, num_done=round_index + 1))
+    after = _settle(fed, state, adalora.agree(after, combined, run=fed.manifest.run, num_done=round_index + 1))
     norms = _gap(tally, state, averaged, combined)
     _require_rank(fed, norms)
     return after, norms
@@ -121,11 +121,13 @@ def _advance(fed: Federation, state: State, tally: Tally, *, round_index: int) -
 
 def _settle(fed: Federation, before: State, after: State) -> State:
     """The next global adapter exactly as sites will hold it."""
-    settings = fed.manifest.run
-    if settings.wire.down == "float32":
+    settings, wire = fed.manifest.run, fed.manifest.run.wire
+    if wire.down == "float32":
         return after
     sent = trainable.received_specs(settings.aggregation.method, fed.manifest.tensor_specs)
-    held, fed.memory, fed.step = broadcast.settle(before, after, fed.memory, sent=sent, dtype=settings.wire.down)
+    held, fed.memory, fed.step = broadcast.settle(
+        before, after, fed.memory, sent=sent, dtype=wire.down, density=wire.down_density
+    )
     return held
 
 

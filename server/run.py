@@ -286,9 +286,11 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
     """What the run will do, in figures, for the first event."""
     settings = manifest.run
     method = settings.aggregation.method
-    down = adapter.encoded_size(trainable.received_specs(method, manifest.tensor_specs), dtype="float32")
+    wire, received = settings.wire, trainable.received_specs(method, manifest.tensor_specs)
+    down = adapter.encoded_size(received, dtype="float32")
+    if wire.is_adapter_sparse:
+        down = packing.body_bytes(received, dtype="float32", density=wire.down_density)
     turns = trainable.all_turns(method, manifest.tensor_specs)
-    wire = settings.wire
     up = max(packing.body_bytes(specs, dtype=wire.dtype, density=wire.density) for specs in turns)
     trained = trainable.ever_trained_specs(method, manifest.tensor_specs)
     return {

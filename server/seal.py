@@ -39,6 +39,8 @@ class Facts:
         chat_template_sha256: Of the template's text; empty where no base was at hand, and so no format has one.
         gguf_type: Type of the GGUF file's matrices, a name of `export_gguf.TYPES`.
         inputs: SHA-256 of `export.json` of every export that was mixed into this one.
+        perplexity: Of the merged weights against base and adapters side by side, `server/export_perplexity.py`; empty
+            where no rows were given, or nothing was merged.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Facts:
     chat_template_sha256: str = ""
     gguf_type: str = "bf16"
     inputs: tuple[str, ...] = ()
+    perplexity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)

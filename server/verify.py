@@ -4,6 +4,7 @@ The seal alone would pass a folder that was broken before it was sealed, so the 
 checked for themselves.
 """
 
+import dataclasses
 import json
 import pickletools
 import re
@@ -20,7 +21,15 @@ from safetensors import safe_open
 from common import adapter, model, wire
 from common.errors import ModelError
 from common.records import TensorSpec
-from server import export_canonical, export_gguf, export_onnx, seal, troubleshooting, verify_template
+from server import (
+    export_canonical,
+    export_gguf,
+    export_onnx,
+    export_perplexity,
+    seal,
+    troubleshooting,
+    verify_template,
+)
 
 KINDS: Final = frozenset({".safetensors", ".json", ".jinja", ".md", ".gguf", ".txt", ".model", "Modelfile", ".onnx"})
 _ONNX: Final = f"onnx/{export_onnx.MODEL_FILE}"
@@ -39,8 +48,9 @@ def verify(folder: Path, *, signer: str = "", base: Path | None = None) -> dict[
         base: The base's folder; None compares no logits.
 
     Returns:
-        `name`, `formats`, `signer` (empty if unsigned), `num_files`, `num_tensors`, and with a base `logits`: of each
-        format the figures of `server/verify_logits.py`.
+        `name`, `formats`, `signer` (empty if unsigned), `num_files`, `num_tensors`, `perplexity` as it was measured
+        when it was merged (empty: it was not, or nothing was merged), and with a base `logits`: of each format the
+        figures of `server/verify_logits.py`.
 
     Raises:
         AuthError: Not signed as demanded, or the signature is not valid.
@@ -56,6 +66,7 @@ def verify(folder: Path, *, signer: str = "", base: Path | None = None) -> dict[
     _check_files(folder, paths, sealed.files)
     _check_facts(folder, sealed)
     _check_card(folder, sealed.facts)
+    perplexity = _check_perplexity(folder, sealed.facts)
     num_tensors = _check_adapters(folder, sealed) + _check_tensors(folder, sealed)
     if base:
         model.check_hash(base, sealed.facts.base_sha256)
@@ -66,6 +77,7 @@ def verify(folder: Path, *, signer: str = "", base: Path | None = None) -> dict[
         "signer": found_signer,
         "num_files": len(paths),
         "num_tensors": num_tensors,
+        "perplexity": perplexity,
     }
     if base:
         from server import verify_logits
@@ -85,6 +97,11 @@ def told(result: Mapping[str, Any]) -> list[str]:
     ]
     if lines:
         lines.append(f"base    differs from the adapter by {result['logits']['base']['difference']:.2e}: what it does")
+    if found := result.get("perplexity"):
+        lines.append(
+            f"merged  perplexity {found['merged']:.4f}, side by side {found['side_by_side']:.4f}, base "
+            f"{found['base']:.4f}, on {found['num_rows']} rows when it was exported"
+        )
     symptoms = troubleshooting.of_formats(result.get("logits", {}))
     return [whole, *lines, *(f"{one.name}: {one.evidence}. {one.remedy}" for one in symptoms)]
 
@@ -156,6 +173,18 @@ def _check_card(folder: Path, facts: seal.Facts) -> None:
     for what, digest in named:
         if digest not in text:
             raise ModelError(f"{card}: does not name the {what} {digest[:16]} that export.json names; export it again")
+
+
+def _check_perplexity(folder: Path, facts: seal.Facts) -> dict[str, Any]:
+    """What was measured when it was merged is within its limit, and the card says it."""
+    if not facts.perplexity:
+        return {}
+    found = export_perplexity.stored(facts.perplexity)
+    found.check(str(folder))
+    card = folder / "README.md"
+    if f"{found.merged:.4f}" not in card.read_text(encoding="utf-8"):
+        raise ModelError(f"{card}: does not tell the perplexity that export.json tells; export it again")
+    return dataclasses.asdict(found)
 
 
 def _check_adapters(folder: Path, sealed: seal.Seal) -> int:

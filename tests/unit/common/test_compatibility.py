@@ -9,20 +9,21 @@ from common.methods import FACTS
 from tests import tiny
 
 # Written down from the papers, not from the facts: secure aggregation, record DP, central DP, quantised base, mixed
-# ranks, server optimizer, central polishing, robust aggregation, sparse updates, steps down, own rows.
+# ranks, server optimizer, central polishing, robust aggregation, sparse updates, steps down, sparse download, own
+# rows.
 EXPECTED = {
-    "fedavg": "yes yes yes yes no yes yes yes yes yes yes",
-    "ffa": "yes yes yes yes no yes yes yes yes yes yes",
-    "fedsvd": "yes yes yes yes yes no yes yes no no yes",
-    "rolora": "yes yes yes yes no yes yes yes yes yes yes",
-    "flexlora": "no yes no yes yes no yes no no no yes",
-    "fedex": "no no no yes no no yes no yes no yes",
-    "flora": "no no no yes yes no yes no no no yes",
-    "fedsa": "yes yes yes yes no yes no yes yes yes no",
-    "hetlora": "no yes no yes yes no yes no no no yes",
-    "lora_fair": "no yes no yes no no yes no no no yes",
-    "fedrot": "no yes no yes no no yes no no no yes",
-    "ravan": "yes yes yes yes no yes yes yes yes yes yes",
+    "fedavg": "yes yes yes yes no yes yes yes yes yes yes yes",
+    "ffa": "yes yes yes yes no yes yes yes yes yes yes yes",
+    "fedsvd": "yes yes yes yes yes no yes yes no no no yes",
+    "rolora": "yes yes yes yes no yes yes yes yes yes yes yes",
+    "flexlora": "no yes no yes yes no yes no no no no yes",
+    "fedex": "no no no yes no no yes no yes no no yes",
+    "flora": "no no no yes yes no yes no no no no yes",
+    "fedsa": "yes yes yes yes no yes no yes yes yes no no",
+    "hetlora": "no yes no yes yes no yes no no no no yes",
+    "lora_fair": "no yes no yes no no yes no no no no yes",
+    "fedrot": "no yes no yes no no yes no no no no yes",
+    "ravan": "yes yes yes yes no yes yes yes yes yes no yes",
 }
 ASKING = {
     "quantised base": {"model.quantization": "nf4"},
@@ -36,6 +37,7 @@ ASKING = {
     },
     "sparse updates": {"wire.density": "0.1"},
     "steps down": {"wire.down": "int4"},
+    "sparse download": {"wire.down_density": "0.25"},
     "coordinator's own rows": {"evaluation.server_data": "rows.jsonl"},
     "central polishing": {"polish": '[{name = "teach", kind = "sft", data = "rows.jsonl"}]'},
     "record DP": {
@@ -93,7 +95,7 @@ def test_control_no_feature_is_asked_for_by_itself(feature):
 def test_every_refusal_that_a_run_file_can_cause_is_a_rule():
     refused = [cell for feature, cell in compatibility.cells() if feature.keys and not cell.is_allowed]
     rules = [rule for rule in config_rules.RUN_RULES if "with this method" in rule.message]
-    assert len(rules) == len(refused) == 44
+    assert len(rules) == len(refused) == 53
 
 
 def test_a_side_adapter_needs_a_rank_and_only_methods_that_keep_one_take_it():

@@ -245,7 +245,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "d9cf257153e288708481a522bd9805d59fd08b27343a384b25d053ddf6a88a54"
+        "5a93e05a31a2cb43ad97fd19127d07d6f3b0fc7aba37b58ea8f6d40ff5e089d9"
     )
 
 

@@ -28,6 +28,8 @@ ASKING = {
     "stacked clipping": {**PRIVATE, "privacy.clipping": "stacked"},
     "opacus clipping": {**PRIVATE, "privacy.clipping": "opacus"},
     "checkpointing": {"training.gradient_checkpointing": "true"},
+    "steps down": {"wire.down": "int8"},
+    "sparse download": {"wire.down_density": "0.25"},
 }
 CELLS = [pytest.param(feature, cell, id=f"{cell.kind}-{feature.name}") for feature, cell in kind_rules.kind_cells()]
 OWN = {"r": "4", "alpha": "8.0", "block_size": "16", "num_frequencies": "64", "num_virtual_tokens": "4"}

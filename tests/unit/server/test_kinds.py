@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from common import adapter, events, model
 from common.errors import ConfigError
 from common.kinds import DEFAULTS, KINDS
-from server import finish, ranks, run, verify
+from server import adalora, finish, run, verify
 from tests import tiny
 
 IDS_BT = torch.arange(3, 43).reshape(2, 20)
@@ -108,7 +108,7 @@ def test_ranks_fall_in_every_round_and_a_resumed_run_ends_with_the_same_adapter(
     told = [event["rank"] for event in events.read(whole.folder / run.EVENTS_FILE) if event["kind"] == "round_finished"]
     assert told == sorted(told, reverse=True)
     assert told[-1] <= 4  # two modules in each of two layers, rank 1 on average
-    assert ranks.left(whole.tensors) == told[-1]
+    assert adalora.left(whole.tensors) == told[-1]
     shutil.copytree(whole.folder, tmp_path / "run", ignore=shutil.ignore_patterns("00002", "00003"))
     settings = tiny.settings(tiny_base, given)
     log = run.prepare(settings, tmp_path / "run", resume=True)

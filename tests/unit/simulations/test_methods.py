@@ -199,6 +199,35 @@ def test_a_side_adapter_that_is_too_narrow_ends_the_run_before_the_round_counts(
     assert all(0 < gap < 1 for gap in gaps)
 
 
+def away(answer, *, rounds: set[int]):
+    """A node that never hears what it is asked to train in these rounds; all that comes back is an empty frame."""
+    asked: list[int] = []
+
+    def node(frame: bytes) -> bytes:
+        if wire.unpack(frame, max_body_bytes=1 << 24).kind != "train":
+            return answer(frame)
+        asked.append(len(asked))
+        return b"" if asked[-1] in rounds else answer(frame)
+
+    return node
+
+
+@pytest.mark.parametrize("method", ["fedex", "flora"])
+def test_a_site_that_was_away_is_sent_all_that_it_missed(play, nodes, engine, method):
+    """It misses a round, and holds the sum of all rounds' residuals from the next request on, as the others do."""
+    heard: dict[int, list] = {1: [], 2: []}
+    late = away(listening(nodes[1], heard[1]), rounds={0})
+    outcome, log = play({**nodes, 1: late, 2: listening(nodes[2], heard[2])}, method)
+    assert [event["num_updates"] for event in log if event["kind"] == "round_finished"][:2] == [2, 3]
+    last = [[one.body for one, _ in heard[node] if one.kind == "evaluate"][-1] for node in (1, 2)]
+    assert last[0] == last[1]
+    found = adapter.decode(last[0], engine.tensor_specs, dtype="float32")
+    assert all(torch.equal(found[name], tensor) for name, tensor in outcome.tensors.items())
+    trained = [one.body for one, _ in heard[1] if one.kind == "train"]
+    sent = adapter.decode(trained[0], engine.tensor_specs, dtype="float32")  # of the second round
+    assert any(bool(tensor.any()) for name, tensor in sent.items() if "residual_B" in name)
+
+
 @pytest.mark.parametrize("method", ["fedex", "flora"])
 def test_the_exported_adapter_is_one_that_plain_peft_loads_with_the_same_loss(play, nodes, engine, tiny_base, method):
     from peft import PeftModel
