@@ -1,11 +1,13 @@
 """Sections `[model]` and `[adapter]` of the run file."""
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field
 
 from common.config_types import SITE_RANKS, TARGETS, Line, RequiredLine, Section, Sha256
 from common.kinds import KindName
+
+BY_HASH: Final = "by-hash"  # a base in a manifest, where its hash is all that names it
 
 
 class ModelConfig(Section):

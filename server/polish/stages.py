@@ -7,7 +7,7 @@ the newest of them. A stage that was interrupted is played again from its beginn
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -52,6 +52,21 @@ class Played:
     num_steps: int = 0
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A stage that is on the disk.
+
+    Attributes:
+        label: Of the coordinator's figures after it.
+        names: Of the stages up to it.
+        tensors: The adapter after it.
+    """
+
+    label: str
+    names: tuple[str, ...]
+    tensors: Tensors
+
+
 @dataclass
 class _Teller:
     """Turns a trainer's steps into events."""
@@ -71,7 +86,7 @@ class _Teller:
             )
 
 
-def run(fed: Federation, start: Tensors, *, engine: Engine) -> Tensors:
+def run(fed: Federation, start: Tensors, *, engine: Engine) -> list[Finished]:
     """Play the stages that are not on the disk yet.
 
     Args:
@@ -80,7 +95,7 @@ def run(fed: Federation, start: Tensors, *, engine: Engine) -> Tensors:
         engine: The coordinator's base.
 
     Returns:
-        The adapter after the last stage.
+        All stages, in their order.
 
     Raises:
         ConfigError: A stage cannot be played here.
@@ -88,24 +103,37 @@ def run(fed: Federation, start: Tensors, *, engine: Engine) -> Tensors:
         ModelError: Training gave a value that is not finite, or a finished stage is of something else.
         StorageError: Disk full or not writable.
     """
-    stages, tensors = fed.manifest.run.polish, start
-    for number, stage in enumerate(stages, start=1):
+    done: list[Finished] = []
+    for number, stage in enumerate(fed.manifest.run.polish, start=1):
+        before = done[-1].tensors if done else start
         folder = folder_of(fed.folder, number, stage)
         if (folder / RECORD_FILE).is_file():
-            tensors = _stored(folder, stage, tensors, engine.tensor_specs)
+            after = _stored(folder, stage, before, engine.tensor_specs)
             _tell_again(fed, folder)
-            continue
-        began = fed.clock()
-        found = _begin(fed, number, stage, engine)
-        teller = _Teller(fed.log, stage.name, rows.num_steps(stage, found))
-        played = play(stage, tensors, engine=engine, found=found, tell=teller, judge=_judge(fed, stage, engine))
-        if played.reward is None:
-            _measure(fed, played.tensors, stage=told.label(number, stage.name))
-        facts = _facts(fed, number, stage, found, played) | {"seconds": round(fed.clock() - began, 3)}
-        _save(folder, stage, tensors, played, engine=engine, facts=facts)
-        fed.log.append("polish_finished", **facts)
-        tensors = played.tensors
-    return tensors
+        else:
+            after = _play_and_keep(fed, number, stage, before, engine=engine)
+        done.append(_finished(done, number, stage, after))
+    return done
+
+
+def _play_and_keep(fed: Federation, number: int, stage: PolishStage, before: Tensors, *, engine: Engine) -> Tensors:
+    """One stage from its data to its record on the disk; the adapter that it leaves."""
+    began = fed.clock()
+    found = _begin(fed, number, stage, engine)
+    teller = _Teller(fed.log, stage.name, rows.num_steps(stage, found))
+    played = play(stage, before, engine=engine, found=found, tell=teller, judge=_judge(fed, stage, engine))
+    if played.reward is None:
+        _measure(fed, played.tensors, stage=told.label(number, stage.name))
+    facts = _facts(fed, number, stage, found, played) | {"seconds": round(fed.clock() - began, 3)}
+    _save(folder_of(fed.folder, number, stage), stage, before, played, engine=engine, facts=facts)
+    fed.log.append("polish_finished", **facts)
+    return played.tensors
+
+
+def _finished(before: Sequence[Finished], number: int, stage: PolishStage, tensors: Tensors) -> Finished:
+    """A stage after those before it."""
+    names = before[-1].names if before else ()
+    return Finished(told.label(number, stage.name), (*names, stage.name), tensors)
 
 
 def _measure(fed: Federation, tensors: Tensors, *, stage: str) -> None:
@@ -129,21 +157,6 @@ def check(settings: RunConfig, engine: Engine) -> None:
             rewards.check_of(stage)
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A stage that is on the disk.
-
-    Attributes:
-        label: Of the coordinator's figures after it.
-        names: Of the stages up to it.
-        tensors: The adapter after it.
-    """
-
-    label: str
-    names: tuple[str, ...]
-    tensors: Tensors
-
-
 def finished(run_folder: Path, manifest: RunManifest, start: Tensors) -> list[Finished]:
     """The stages that are on the disk, in their order.
 
@@ -161,9 +174,8 @@ def finished(run_folder: Path, manifest: RunManifest, start: Tensors) -> list[Fi
         folder = folder_of(run_folder, number, stage)
         if not (folder / RECORD_FILE).is_file():
             break
-        before, names = (found[-1].tensors, found[-1].names) if found else (start, ())
-        tensors = _stored(folder, stage, before, manifest.tensor_specs)
-        found.append(Finished(told.label(number, stage.name), (*names, stage.name), tensors))
+        tensors = _stored(folder, stage, found[-1].tensors if found else start, manifest.tensor_specs)
+        found.append(_finished(found, number, stage, tensors))
     return found
 
 
