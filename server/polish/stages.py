@@ -1,11 +1,13 @@
 """The stages of `[[polish]]`, one after the other, each on the adapter that the one before has left.
 
 A stage that is done is a folder `polish/NN-NAME/` whose `stage.json` was written last; a run that goes on begins after
-the newest of them. A stage that was interrupted is played again from its beginning, and gives what it would have given.
+the newest of them. A stage that was interrupted goes on from its newest checkpoint (`unfinished.py`), and gives what it
+would have given.
 """
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,12 +27,13 @@ from common.model import Engine
 from common.records import TensorSpec
 from server.evaluate import measure
 from server.federation import Federation
-from server.polish import borrow, reward_model, rewards, rows, told
+from server.polish import borrow, reward_model, rewards, rows, told, unfinished
 from server.polish.rows import StageRows
 
 FOLDER: Final = "polish"
 ADAPTER_FILE: Final = "adapter_model.safetensors"
 RECORD_FILE: Final = "stage.json"
+UNFINISHED: Final = "unfinished"  # folder of a stage's checkpoints while it is played
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def run(fed: Federation, start: Tensors, *, engine: Engine) -> list[Finished]:
         folder = folder_of(fed.folder, number, stage)
         if (folder / RECORD_FILE).is_file():
             after = _stored(folder, stage, before, engine.tensor_specs)
+            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
             _tell_again(fed, folder)
         else:
             after = _play_and_keep(fed, number, stage, before, engine=engine)
@@ -119,13 +123,18 @@ def run(fed: Federation, start: Tensors, *, engine: Engine) -> list[Finished]:
 def _play_and_keep(fed: Federation, number: int, stage: PolishStage, before: Tensors, *, engine: Engine) -> Tensors:
     """One stage from its data to its record on the disk; the adapter that it leaves."""
     began = fed.clock()
-    found = _begin(fed, number, stage, engine)
+    found = rows.load(stage, engine, fed.manifest.run.data)
+    place = folder_of(fed.folder, number, stage) / UNFINISHED
+    num_done = unfinished.begin(place, _origin(stage, before, found))
+    _tell_begin(fed, number, stage, found, num_done=num_done)
     teller = _Teller(fed.log, stage.name, rows.num_steps(stage, found))
-    played = play(stage, before, engine=engine, found=found, tell=teller, judge=_judge(fed, stage, engine))
+    judge = _judge(fed, stage, engine)
+    played = play(stage, before, engine=engine, found=found, tell=teller, judge=judge, unfinished_in=place)
     if played.reward is None:
         _measure(fed, played.tensors, stage=told.label(number, stage.name))
     facts = _facts(fed, number, stage, found, played) | {"seconds": round(fed.clock() - began, 3)}
     _save(folder_of(fed.folder, number, stage), stage, before, played, engine=engine, facts=facts)
+    shutil.rmtree(place)
     fed.log.append("polish_finished", **facts)
     return played.tensors
 
@@ -192,6 +201,7 @@ def play(
     found: StageRows,
     tell: Any,
     judge: reward_model.RewardModel | None = None,
+    unfinished_in: Path | None = None,
 ) -> Played:
     """Train one stage on the engine's base.
 
@@ -202,6 +212,7 @@ def play(
         found: The stage's data.
         tell: Gets a step's number and figures.
         judge: The reward model, for `rloo`.
+        unfinished_in: Where checkpoints are left, and the newest gone on from (`unfinished.begin`); None: nowhere.
 
     Raises:
         ConfigError: An adapter on the output layer, which TRL would not train.
@@ -211,15 +222,18 @@ def play(
 
     _refuse_head(engine)
     adapter.write(engine.model, start)
-    with tempfile.TemporaryDirectory(prefix="silotune-polish-") as scratch, borrow.lent(engine):
+    with tempfile.TemporaryDirectory(prefix="silotune-polish-") as temporary, borrow.lent(engine):
+        scratch, keeps = unfinished_in or Path(temporary), unfinished_in is not None
         try:
             model = reward_model.build(engine, seed=stage.seed) if stage.kind == "reward" else None
             reward = _reward(stage, engine, judge)
-            trainer = trainers.make(stage, engine, found, scratch=scratch, tell=tell, model=model, reward=reward)
+            trainer = trainers.make(
+                stage, engine, found, scratch=str(scratch), keeps=keeps, tell=tell, model=model, reward=reward
+            )
             borrow.write_masters(engine, start)
             borrow.set_reference(engine.model, start, reference=stage.reference)
             before = trainers.figures(trainer, stage)
-            trainer.train()
+            trainer.train(resume_from_checkpoint=str(newest) if (newest := unfinished.newest(scratch)) else None)
             after = trainers.figures(trainer, stage)
         except torch.OutOfMemoryError as error:
             raise ModelError(
@@ -238,9 +252,15 @@ def play(
     return Played(start if trained else result, before, after, trained, int(trainer.state.global_step))
 
 
-def _begin(fed: Federation, number: int, stage: PolishStage, engine: Engine) -> StageRows:
-    """Read a stage's data and say that it begins."""
-    found = rows.load(stage, engine, fed.manifest.run.data)
+def _origin(stage: PolishStage, start: Tensors, found: StageRows) -> dict[str, Any]:
+    """On what a stage's result depends."""
+    digest = hashlib.sha256(wire.canonical_json({"train": list(found.train), "held_out": list(found.held_out)}))
+    settings = stage.model_dump(mode="json")
+    return {"stage": settings, "start_sha256": adapter.digest(start), "rows_sha256": digest.hexdigest()}
+
+
+def _tell_begin(fed: Federation, number: int, stage: PolishStage, found: StageRows, *, num_done: int) -> None:
+    """Say that a stage begins, or goes on."""
     fed.log.append(
         "polish_started",
         stage=stage.name,
@@ -252,8 +272,8 @@ def _begin(fed: Federation, number: int, stage: PolishStage, engine: Engine) -> 
         num_truncated=found.num_truncated,
         num_dropped=found.num_dropped,
         reference=stage.reference,
+        num_steps_done=num_done,
     )
-    return found
 
 
 def _facts(fed: Federation, number: int, stage: PolishStage, found: StageRows, played: Played) -> dict[str, Any]:
@@ -358,7 +378,7 @@ def _refuse_diverged(tensors: Tensors, stage: PolishStage) -> None:
         raise ModelError(f"polish stage '{stage.name}': the adapter diverged; lower the stage's learning_rate")
 
 
-def _refuse_files(scratch: str) -> None:
-    """Trainers of this kind like to leave pickles behind; ours were told not to write at all."""
-    if left := sorted(path.name for path in Path(scratch).rglob("*") if path.is_file()):
+def _refuse_files(scratch: Path) -> None:
+    """Trainers of this kind like to leave pickles behind; ours were told to write nothing but their checkpoints."""
+    if left := sorted(path.name for path in scratch.rglob("*") if path.is_file() and path.name not in unfinished.FILES):
         raise ModelError(f"a trainer wrote {left[0]}, which no stage may; check the version of trl in constraints.txt")
