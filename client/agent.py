@@ -313,14 +313,15 @@ class Agent:
         run = self._open_run()
         if plan.run_sha256 != run.sha256:
             raise ProtocolError(NOT_OPEN)
-        num_rounds = run.manifest.run.federation.num_rounds
-        last = num_rounds - 1 if request.kind == "train" else num_rounds  # what the last round made is evaluated, too
+        settings = run.manifest.run
+        num_rounds = settings.federation.num_rounds
+        num_scored = num_rounds + settings.evaluation.num_polish_stages  # what the last round and polish made, too
+        last = num_rounds - 1 if request.kind == "train" else num_scored
         if plan.round_index > last:
             raise ProtocolError(f"round {plan.round_index} is beyond the manifest's last, {last}")
-        specs = trainable.received_specs(run.manifest.run.aggregation.method, run.specs)
-        settings = run.manifest.run.wire
-        received = broadcast.receive(request, specs, settings=settings, held=(self._held, run.start))
-        self._held = received if settings.down != "float32" else None
+        specs = trainable.down_specs(settings, run.specs, round_index=plan.round_index)
+        received = broadcast.receive(request, specs, settings=settings.wire, held=(self._held, run.start))
+        self._held = received if settings.wire.down != "float32" else None
         tensors = {**run.fixed, **received.tensors}
         self._guard.before_step(request, plan, tensors, run=run.manifest)
         if self._shelf and self._kept_names(run.manifest):

@@ -35,7 +35,7 @@ KNOWN: Final = {
     "adaptive_clipping clip_quantile clip_learning_rate",
     "wire": "dtype density error_feedback down down_density max_update_mib",
     "evaluation": "every_rounds server_data batch_size exact_match_rows max_new_tokens metrics json_schema tasks "
-    "tasks_every_rounds",
+    "tasks_every_rounds num_polish_stages",
     "gate": "rules evidence min_rows max_probe_drop min_baseline_gain max_site_rise min_loss_gain min_schema_valid "
     "max_exposure max_extracted max_pii_emission audit_file stop_after figures",
     "output": "folder keep_checkpoints",
@@ -257,6 +257,10 @@ def _check_training(policy: Policy, run: config.RunConfig) -> None:
     _at_most("train.max_warmup_fraction", training.warmup_fraction, rules.max_warmup_fraction)
     _at_most("train.max_pull", run.aggregation.proximal * training.learning_rate, rules.max_pull)
     _at_most("train.max_rounds", run.federation.num_rounds, rules.max_rounds)
+    num_rounds, num_polished = run.federation.num_rounds, run.evaluation.num_polish_stages
+    is_within = num_rounds + num_polished <= rules.max_rounds  # each is one more adapter that the site scores
+    told = f"{num_rounds} rounds and {num_polished} adapters after polish are together above {rules.max_rounds}"
+    _require(is_within, "train.max_rounds", told)
     _at_most("train.max_length_tokens", run.data.max_length_tokens, rules.max_length_tokens)
 
 
@@ -322,7 +326,7 @@ def _check_egress(policy: Policy, run_manifest: RunManifest, usage: Usage) -> No
         for name in own:
             _require(name in rules.metrics, "egress.metrics", f"{kind} would tell {name}, which is not listed")
     _at_most("egress.max_bytes_per_message", declared.bytes_per_message, rules.max_bytes_per_message)
-    whole = declared.bytes_per_round * run_manifest.run.federation.num_rounds + egress.HEAD_BYTES
+    whole = egress.bytes_per_run(declared, run_manifest.run)
     _at_most("egress.max_bytes_per_run", max(whole, usage.bytes_of_run), rules.max_bytes_per_run)
 
 

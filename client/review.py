@@ -15,7 +15,7 @@ from rich.text import Text
 from client import consent, policy, policy_file, site_ledger
 from client.history import AUDIT_FILE, History
 from client.policy_file import Policy
-from common import config, guarding, identity, manifest, precisions, privacy_plan, ranks, trainable
+from common import config, egress, guarding, identity, manifest, precisions, privacy_plan, ranks, trainable
 from common.audit import AuditLog
 from common.data import preference_rows
 from common.errors import AccountingUnsupported, ConfigError, LedgerError, PolicyRefusedError
@@ -193,7 +193,7 @@ def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
         "what leaves": f"{len(leaving)} tensors with {num_values:,} values as {declared.dtype}, and the "
         "figures below, rounded; no row, no text",
         "bytes that leave": f"at most {declared.bytes_per_round:,} a round, "
-        f"{declared.bytes_per_round * num_rounds:,} in {num_rounds} rounds",
+        f"{declared.bytes_per_round * num_rounds:,} in {num_rounds} rounds{_after_rounds(settings)}",
         "epsilon": _epsilon(desk, run),
         "rows that are read": f"all of {data.path}" + (f" and {data.held_out_path}" if data.held_out_path else ""),
         "columns that are read": columns + unit,
@@ -206,6 +206,12 @@ def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
         "who sees this update": guarding.in_words(settings.aggregation),
         "texts of the coordinator": settings.data.system_prompt or "none",
     }
+
+
+def _after_rounds(run: config.RunConfig) -> str:
+    """What the site is asked after the last round."""
+    count = run.evaluation.num_polish_stages
+    return f", then at most {count * egress.HEAD_BYTES:,} for figures of {count} polished adapters" if count else ""
 
 
 def _epsilon(desk: Desk, run: RunManifest) -> str:

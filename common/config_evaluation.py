@@ -36,6 +36,12 @@ class EvaluationConfig(Section):
         default=0, description="Also measure tasks and metrics after every so many rounds. 0: only before and after."
     )
 
+    num_polish_stages: Count = Field(
+        default=0,
+        description="The sites also score the adapter after each of the last so many stages of `[[polish]]` that "
+        "change it; of the stages they are told this number only. 0: they are not asked after polish.",
+    )
+
     @property
     def metric_names(self) -> tuple[str, ...]:
         """The names in `metrics`, each once, in the order written."""

@@ -57,15 +57,17 @@ def _lacks_audit(config: RunConfig) -> bool:
 
 
 def _asks_sites_after_polish(config: RunConfig) -> bool:
-    return bool(config.polish) and bool({"sites", "loss"} & set(config.gate.rule_names))
+    is_asked = not config.polish or config.evaluation.num_polish_stages > 0
+    return not is_asked and bool({"sites", "loss"} & set(config.gate.rule_names))
 
 
 _TASKS = ("gate.rules", "evaluation.tasks")
 _OTHERS: tuple[Contradiction, ...] = (
     (
-        ("gate.rules", "polish"),
+        ("gate.rules", "polish", "evaluation.num_polish_stages"),
         _asks_sites_after_polish,
-        "sites are not asked after polish, so that no stage could meet these; leave `sites` and `loss` out",
+        "sites are not asked after polish, so that no stage could meet `sites` or `loss`; set "
+        "evaluation.num_polish_stages, or leave the rules out",
     ),
     (
         _TASKS,

@@ -1,11 +1,13 @@
 """Sections `[model]` and `[adapter]` of the run file."""
 
-from typing import Literal, cast
+from typing import Final, Literal, cast
 
 from pydantic import Field
 
 from common.config_types import SITE_QUANTIZATION, SITE_RANKS, TARGETS, Line, RequiredLine, Section, Sha256
 from common.kinds import KindName, Quantization
+
+BY_HASH: Final = "by-hash"  # a base in a manifest, where its hash is all that names it
 
 
 class ModelConfig(Section):

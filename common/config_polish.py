@@ -197,6 +197,11 @@ class PolishStage(Section):
         )
 
     @property
+    def changes_adapter(self) -> bool:
+        """Whether the run's adapter is trained; a reward model is another one."""
+        return self.kind != "reward"
+
+    @property
     def micro_rows(self) -> int:
         """Rows in memory at once."""
         return self.micro_batch_size or self.batch_size

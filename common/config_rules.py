@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from common import (
     compatibility,
+    config_evaluation_rules,
     config_gate_rules,
     config_hints,
     config_objective,
@@ -372,6 +373,7 @@ RUN_RULES = (
         lambda c: c.evaluation.tasks_every_rounds > 0 and not c.evaluation.suite,
         "there is nothing to measure; name tasks or evaluation.metrics, or remove it",
     ),
+    *(Rule(*contradiction) for contradiction in config_evaluation_rules.CONTRADICTIONS),
     *(Rule(*contradiction) for contradiction in config_gate_rules.contradictions()),
 )
 

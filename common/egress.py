@@ -81,6 +81,11 @@ def declare(run: config.RunConfig, tensor_specs: Sequence[TensorSpec]) -> Egress
     )
 
 
+def bytes_per_run(declared: Egress, run: config.RunConfig) -> int:
+    """Most bytes that leave in a whole run: its rounds, what is told when it opens, and the scores after polish."""
+    return declared.bytes_per_round * run.federation.num_rounds + HEAD_BYTES * (1 + run.evaluation.num_polish_stages)
+
+
 def figures(kind: str) -> list[str]:
     """Names of the figures in a kind of reply."""
     return [field.name for field in dataclasses.fields(REPLIES[kind]) if field.name not in NAMES]

@@ -10,6 +10,7 @@ from typing import Any, Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common import config, egress, identity, precisions, wire
+from common.config_model import BY_HASH
 from common.config_types import SHA256
 from common.egress import Egress
 from common.errors import AuthError, ConfigError, WireError
@@ -154,7 +155,7 @@ def public_part(run: config.RunConfig) -> config.RunConfig:
     """The run file with paths of the coordinator's machine left out."""
     return run.model_copy(
         update={
-            "model": run.model.model_copy(update={"base": "by-hash"}),
+            "model": run.model.model_copy(update={"base": BY_HASH}),
             "data": run.data.model_copy(update={"source": "site"}),
             "evaluation": run.evaluation.model_copy(update=_UNTOLD),
             "gate": config.GateConfig(),

@@ -56,7 +56,8 @@ class RoundPlan:
 
     Attributes:
         run_sha256: Hash of the manifest that the site opened.
-        round_index: From 0; the global adapter that comes along is the state before this round.
+        round_index: From 0; the global adapter that comes along is the state before this round. For `evaluate` also
+            `num_rounds` and beyond: what the last round has left, then the polished adapters in their order.
         generate: For `evaluate`: also answer held-out rows greedily and count exact matches.
     """
 

@@ -3,11 +3,17 @@
 The one place where this is decided: training, the update, its declaration and its checks all ask here.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from common.methods import FACTS
 from common.records import TensorSpec
+
+if TYPE_CHECKING:
+    from common.config import RunConfig
 
 
 def factor_of(name: str) -> str:
@@ -89,6 +95,13 @@ def received_specs(method: str, tensor_specs: Sequence[TensorSpec]) -> tuple[Ten
     """The tensors that a site is sent: all but those that it makes from the run's seed, or keeps, itself."""
     own = (*FACTS[method].fixed, *FACTS[method].client_state)
     return tuple(spec for spec in tensor_specs if factor_of(spec.name) not in own)
+
+
+def down_specs(run: RunConfig, tensor_specs: Sequence[TensorSpec], *, round_index: int) -> tuple[TensorSpec, ...]:
+    """The tensors that come with a request of a round; after polish all, since it trains also what sites make."""
+    if round_index > run.federation.num_rounds:
+        return tuple(tensor_specs)
+    return received_specs(run.aggregation.method, tensor_specs)
 
 
 def _of_turn(turns: Sequence[str], tensor_specs: Sequence[TensorSpec], *, round_index: int) -> tuple[TensorSpec, ...]:

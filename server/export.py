@@ -88,6 +88,7 @@ def card(
     specs = export_canonical.specs(run_manifest.tensor_specs) if is_lora else run_manifest.tensor_specs
     evaluated = {event["num_rounds"]: event for event in log if event["kind"] == "evaluated"}
     stages, polish = view.stages(log), told.stages(log)
+    asked = told.at_sites(log).get(polish[-1]["number"]) if polish else None
     reached = measure.stage_of(num_rounds, last=settings.federation.num_rounds)
     label = told.label(polish[-1]["number"], polish[-1]["stage"]) if polish else reached
     template = jinja2.Template(CARD_TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
@@ -98,7 +99,8 @@ def card(
         has_side=any(is_side(spec.name) for spec in run_manifest.tensor_specs),
         num_parameters=adapter.num_parameters(specs),
         base=base_name(settings.model.base), is_path=is_path(settings.model.base),
-        before=evaluated.get(0), after=evaluated.get(num_rounds), kind=kind, licence=licence, formats=formats,
+        before=evaluated.get(0), after=asked or evaluated.get(num_rounds), is_asked=asked is not None,
+        kind=kind, licence=licence, formats=formats,
         measured=stages.get(label) or stages.get(reached), view=view,
         measured_before=stages.get(measure.BASE), privacy_wording=privacy_plan.wording(settings),
         epsilon=privacy_plan.epsilon(settings) if settings.privacy.is_private_per_unit else None,

@@ -165,7 +165,7 @@ class Federation:
     ) -> dict[int, bytes]:
         """Frames for nodes whose adapters have one rank."""
         specs = ranks.at_rank(self.manifest.tensor_specs, rank)
-        tensors = ranks.cut(state, trainable.received_specs(self.manifest.run.aggregation.method, specs))
+        tensors = ranks.cut(state, trainable.down_specs(self.manifest.run, specs, round_index=plan.round_index))
         heads = {**to_head(plan), **(self.trail.told() if self.trail else {})}
         if self.manifest.run.wire.down == "float32":
             body = plain_body(kind, tensors, self.manifest.run.wire)

@@ -61,6 +61,7 @@ def render(log: Sequence[Event]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     plans, evaluated, rounds = _of(log, "run_started"), _of(log, "evaluated"), _rounds(log)
+    last = view.last_at_sites(log)
     return template.render(
         plan=plans[-1] if plans else None,
         status=status(log),
@@ -71,13 +72,15 @@ def render(log: Sequence[Event]) -> str:
         sites=sorted({event["site"] for event in _of(log, "site_trained")}),
         chart=chart(evaluated) if evaluated else None,
         comparison=_bars(_of(log, "compared")),
-        last=evaluated[-1] if evaluated else None,
-        evenness=view.evenness(evaluated[-1]) if evaluated else "",
-        worse=view.worse(evaluated[-1]) if evaluated else "",
+        last=last,
+        last_stage=view.stage_at_sites(last) if last else "",
+        evenness=view.evenness(last) if last else "",
+        worse=view.worse(last) if last else "",
         precisions=by_precision.table(log),
         quantization=by_precision.quantization,
         measured=view.table(log),
         polish=told.stages(log),
+        is_asked=bool(told.at_sites(log)),
         polish_private=told.PRIVATE,
         polish_own=told.OWN_DATA,
         stage_kind=told.kind,

@@ -40,7 +40,7 @@ from server.federation import Federation, OwnRows, fresh_noise
 from server.fleet import Fleet
 from server.gate import decide
 from server.offer import Operator
-from server.polish import stages
+from server.polish import at_sites, stages
 from server.polish import told as polish_told
 
 RUN_FILE = "run.json"
@@ -137,16 +137,18 @@ def execute(
     with _recorded(fed, first.tensors, first_round=first.num_rounds):
         federation.wait_for_sites(fed)
         tensors = rounds.run(fed, first.tensors, first_round=first.num_rounds)
-        tensors = stages.run(fed, tensors, engine=engine)
-        return finish(fed, tensors)
+        played = stages.run(fed, tensors, engine=engine)
+        at_sites.ask(fed, played)
+        return finish(fed, tensors, played)
 
 
-def finish(fed: Federation, tensors: Tensors) -> Outcome:
+def finish(fed: Federation, tensors: Tensors, played: Sequence[stages.Finished]) -> Outcome:
     """Export the newest adapter that the gate lets pass, and say that the run has finished.
 
     Args:
         fed: The run; its rounds and stages are done.
-        tensors: After the last round and stage. Where sites have adapters of their own it is not exported.
+        tensors: After the last round. Where sites have adapters of their own it is not exported.
+        played: The stages after it.
 
     Raises:
         GateRefused: None passes.
@@ -157,15 +159,15 @@ def finish(fed: Federation, tensors: Tensors) -> Outcome:
         sites = trained_sites(events.read(log.path), num_rounds=num_rounds)
         log.append("run_finished", adapter="", num_rounds=num_rounds, stage=measure.FINAL)
         return Outcome(tensors, sites, folder)
-    chosen, tensors = decide.choose(manifest.run, decide.of_run(folder, manifest), suite=fed.suite)
+    chosen = decide.choose(manifest.run, decide.of_end(folder, manifest, tensors, played), suite=fed.suite)
     history = events.read(log.path)
     sites = trained_sites(history, num_rounds=chosen.num_rounds)
     export.save_adapter(
-        folder / EXPORT_FOLDER, tensors, run_manifest=manifest, num_rounds=chosen.num_rounds, sites=sites,
+        folder / EXPORT_FOLDER, chosen.tensors, run_manifest=manifest, num_rounds=chosen.num_rounds, sites=sites,
         log=polish_told.of_export(history, chosen.names),
     )  # fmt: skip
     log.append("run_finished", adapter=EXPORT_FOLDER, num_rounds=chosen.num_rounds, stage=chosen.stage)
-    return Outcome(tensors, sites, folder)
+    return Outcome(chosen.tensors, sites, folder)
 
 
 @contextmanager

@@ -187,6 +187,12 @@ class Screen:
         self._set_status("")
         self._print(f"            {told.line(event)}, {event['num_steps']} steps, {event['seconds']:.1f} s")
 
+    def _on_polish_evaluated(self, event: Event) -> None:
+        """What the sites say of a stage's adapter."""
+        notes = self._notes(event, {})
+        self._print(f"  sites     after {_escape(event['stage'])}: held-out {event['loss']:.3f}  {notes}")
+        self._evenness(event)
+
     def _on_gated(self, event: Event) -> None:
         """What the gate says of one adapter."""
         self._print(f"  [bold]gate, {event['stage']}: {'passed' if event['is_passed'] else '[red]refused[/]'}[/]")

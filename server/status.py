@@ -22,13 +22,13 @@ def read(folder: Path) -> dict[str, Any]:
         DataError: Not a run folder.
     """
     log = events.read(folder / "events.jsonl")
-    evaluated = [event for event in log if event["kind"] == "evaluated"]
-    last = evaluated[-1] if evaluated else {}
+    last = view.last_at_sites(log) or {}
     return {
         "status": report.status(log),
         "finished_rounds": checkpoint.finished(folder),
         "finished_stages": [told.line(stage) for stage in told.stages(log)],
         "held_out_loss": last.get("loss"),
+        "held_out_after": view.stage_at_sites(last) if last else "",
         "exact_match": last.get("exact_match"),
         "accuracy": last.get("accuracy"),
         "sites": last.get("sites", {}),
@@ -75,7 +75,7 @@ def render(result: dict[str, Any]) -> Table:
         table.add_row("polish", stage)
     exact, agreed = percent(result["exact_match"]), result["accuracy"]
     told_loss = f" nats a token, exact match {exact}" if agreed is None else f", agrees with {percent(agreed)}"
-    table.add_row("held-out", "-" if loss is None else f"{loss:.3f}{told_loss}")
+    table.add_row("held-out", "-" if loss is None else f"{loss:.3f}{told_loss}, after {result['held_out_after']}")
     if spent := result["privacy"]:
         insider = spent["epsilon_insider"]
         shown = "none worth the name" if insider is None else f"{insider:.3f}"

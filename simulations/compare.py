@@ -135,7 +135,7 @@ def _train_alone(shared: World, name: str, data: SiteData) -> Tensors:
 def alone(settings: config.RunConfig) -> config.RunConfig:
     """The same run for a single site, evaluated only where it must be."""
     one = {"min_sites": 1, "sites_per_round": 0, "num_sites": 1}
-    quick = {"exact_match_rows": 0, "every_rounds": settings.federation.num_rounds}
+    quick = {"exact_match_rows": 0, "every_rounds": settings.federation.num_rounds, "num_polish_stages": 0}
     return settings.model_copy(
         update={
             "federation": settings.federation.model_copy(update=one),

@@ -130,7 +130,8 @@ def deployed(
             log_folder=folder.absolute() / "sites",
             num_threads=num_threads,
         )
-        limit_s = times.join_timeout_s + (2 * times.num_rounds + 1) * times.round_timeout_s + SPARE_S
+        num_waits = 2 * times.num_rounds + 1 + settings.evaluation.num_polish_stages
+        limit_s = times.join_timeout_s + num_waits * times.round_timeout_s + SPARE_S
         given: UserConfig = {
             "base-folder": str(base_folder.absolute()),
             "resume": resume,

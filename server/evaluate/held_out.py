@@ -1,5 +1,7 @@
 """The current global adapter on every site's held-out rows."""
 
+from typing import Any
+
 from common import adapter, evaluation, events, wire
 from common.errors import ProtocolError, SilotuneError
 from common.records import RoundPlan, SiteMetrics, from_head
@@ -28,6 +30,25 @@ def evaluate(federation: Federation, state: State, *, num_rounds: int, generate:
         ProtocolError: No site has ever answered.
     """
     plan = RoundPlan(federation.manifest.sha256, num_rounds, generate)
+    told = ask(federation, state, plan)
+    federation.log.append("evaluated", num_rounds=num_rounds, **told)
+    return float(told["loss"])
+
+
+def ask(federation: Federation, state: State, plan: RoundPlan) -> dict[str, Any]:
+    """Ask every site that is there about an adapter; see `evaluate`.
+
+    Args:
+        federation: The run.
+        state: The adapter.
+        plan: Whose place in the run it has; 0 is the base.
+
+    Returns:
+        What an event tells of it.
+
+    Raises:
+        ProtocolError: No site has ever answered.
+    """
     frames = federation.request("evaluate", plan, state, nodes=federation.present())
     fresh = set()
     for answer in federation.ask(frames, kind="evaluate"):
@@ -35,7 +56,7 @@ def evaluate(federation: Federation, state: State, *, num_rounds: int, generate:
         if metrics is not None:
             federation.metrics[metrics.site] = metrics
             fresh.add(metrics.site)
-    return _log(federation, num_rounds=num_rounds, fresh=fresh, server_loss=_own_loss(federation, state))
+    return _told(federation, is_base=not plan.round_index, fresh=fresh, server_loss=_own_loss(federation, state))
 
 
 def mean_loss(metrics: list[SiteMetrics]) -> float:
@@ -104,29 +125,26 @@ def _own_loss(federation: Federation, state: State) -> float | None:
     return nll_sum / num_tokens
 
 
-def _log(federation: Federation, *, num_rounds: int, fresh: set[str], server_loss: float | None) -> float:
-    """Write the `evaluated` event and return the mean loss."""
+def _told(federation: Federation, *, is_base: bool, fresh: set[str], server_loss: float | None) -> dict[str, Any]:
+    """The figures of an event: over all sites, by site, and how evenly they fare."""
     if not federation.metrics:
         raise ProtocolError("no site answered an evaluation; see the sites' logs")
     metrics = [federation.metrics[site] for site in sorted(federation.metrics)]
     losses, exact = {m.site: m.loss for m in metrics}, {m.site: exact_match([m]) for m in metrics}
-    past = events.read(federation.log.path) if num_rounds and federation.log.path.exists() else []
+    past = events.read(federation.log.path) if not is_base and federation.log.path.exists() else []
     change = fairness.changes(losses, fairness.base_losses(past))
-    federation.log.append(
-        "evaluated",
-        num_rounds=num_rounds,
-        loss=mean_loss(metrics),
-        exact_match=exact_match(metrics),
-        accuracy=accuracy(metrics),
-        answer_loss=answer_loss(metrics),
-        server_loss=server_loss,
-        stale=[m.site for m in metrics if m.site not in fresh],
-        sites={m.site: _figures(m) | {"change": change.get(m.site)} for m in metrics},
-        fairness=fairness.of_sites(losses, exact),
+    return {
+        "loss": mean_loss(metrics),
+        "exact_match": exact_match(metrics),
+        "accuracy": accuracy(metrics),
+        "answer_loss": answer_loss(metrics),
+        "server_loss": server_loss,
+        "stale": [m.site for m in metrics if m.site not in fresh],
+        "sites": {m.site: _figures(m) | {"change": change.get(m.site)} for m in metrics},
+        "fairness": fairness.of_sites(losses, exact),
         **by_precision.losses(federation.manifest.run.model, metrics),
-        worse_than_base=[site for site, rise in change.items() if rise > 0],
-    )
-    return mean_loss(metrics)
+        "worse_than_base": [site for site, rise in change.items() if rise > 0],
+    }
 
 
 def _figures(metrics: SiteMetrics) -> dict[str, object]:

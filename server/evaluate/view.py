@@ -96,6 +96,24 @@ def _row(name: str, found: Mapping[str, Event], shown: list[str], last: Event) -
     }
 
 
+def last_at_sites(log: Sequence[Event]) -> Event | None:
+    """What the sites said last: after a round, or of a polished adapter."""
+    found = [event for event in log if event["kind"] in ("evaluated", "polish_evaluated")]
+    return found[-1] if found else None
+
+
+def stage_at_sites(event: Event) -> str:
+    """After what the sites said it.
+
+    Example:
+        >>> stage_at_sites({"kind": "evaluated", "num_rounds": 3})
+        '3 rounds'
+        >>> stage_at_sites({"kind": "polish_evaluated", "stage": "align"})
+        'polish, stage align'
+    """
+    return f"{event['num_rounds']} rounds" if event["kind"] == "evaluated" else f"polish, stage {event['stage']}"
+
+
 def evenness(event: Event) -> str:
     """How evenly the sites fare, in a line; empty for one site."""
     found = event["fairness"]["loss"]

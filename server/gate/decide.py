@@ -1,8 +1,7 @@
 """Which adapter of a run may be exported: the newest that the gate lets pass."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,39 +24,51 @@ class Candidate:
     Attributes:
         stage: Label of its figures.
         num_rounds: Rounds behind it.
-        load: Gives its tensors.
-        names: Of the polish stages behind it, which sites are not asked about.
+        tensors: It.
+        names: Of the polish stages behind it.
     """
 
     stage: str
     num_rounds: int
-    load: Callable[[], Tensors]
+    tensors: Tensors
     names: tuple[str, ...] = ()
 
 
 def of_run(folder: Path, run_manifest: RunManifest) -> Iterator[Candidate]:
-    """The adapters of a run's folder, newest first: polish stages that changed it, then rounds.
+    """The adapters in a run's folder, newest first; see `of_end`.
 
     Raises:
         DataError: A stage cannot be read.
-        ModelError: A stage is not what was written; from `load`: the checkpoint is damaged.
+        ModelError: A stage or a checkpoint is not what was written.
     """
-    last, done = run_manifest.run.federation.num_rounds, checkpoint.finished(folder)
-    if done and run_manifest.run.polish:
-        yield from _of_stages(folder, run_manifest, num_rounds=done[-1])
-    for number in reversed(done):
-        load = functools.partial(_checkpoint, folder, run_manifest, number)
-        yield Candidate(measure.stage_of(number, last=last), number, load)
+    if done := checkpoint.finished(folder):
+        last = _checkpoint(folder, run_manifest, done[-1])
+        yield from of_end(folder, run_manifest, last, stages.finished(folder, run_manifest, last))
 
 
-def _of_stages(folder: Path, run_manifest: RunManifest, *, num_rounds: int) -> Iterator[Candidate]:
-    """What each stage left; a reward model leaves the adapter as it was."""
-    before = _checkpoint(folder, run_manifest, num_rounds)
-    found = stages.finished(folder, run_manifest, before)
-    earlier = [before, *(stage.tensors for stage in found)]
-    for stage, was in reversed(list(zip(found, earlier, strict=False))):
+def of_end(
+    folder: Path, run_manifest: RunManifest, last: Tensors, played: Sequence[stages.Finished]
+) -> Iterator[Candidate]:
+    """The adapters of a run, newest first: polish stages that changed it, then rounds, each read when its turn comes.
+
+    Args:
+        folder: The run's.
+        run_manifest: The run.
+        last: After the last round.
+        played: The stages, in their order; a reward model leaves the adapter as it was.
+
+    Raises:
+        ModelError: A checkpoint is damaged.
+    """
+    *earlier, newest = checkpoint.finished(folder)
+    for stage, was in reversed(list(zip(played, [last, *(one.tensors for one in played)], strict=False))):
         if adapter.digest(stage.tensors) != adapter.digest(was):
-            yield Candidate(stage.label, num_rounds, functools.partial(_itself, stage.tensors), stage.names)
+            yield Candidate(stage.label, newest, stage.tensors, stage.names)
+    num_rounds = run_manifest.run.federation.num_rounds
+    yield Candidate(measure.stage_of(newest, last=num_rounds), newest, last)
+    for number in reversed(earlier):
+        tensors = _checkpoint(folder, run_manifest, number)
+        yield Candidate(measure.stage_of(number, last=num_rounds), number, tensors)
 
 
 def _checkpoint(folder: Path, run_manifest: RunManifest, num_rounds: int) -> Tensors:
@@ -66,15 +77,10 @@ def _checkpoint(folder: Path, run_manifest: RunManifest, num_rounds: int) -> Ten
     return checkpoint.load(folder, specs, num_rounds=num_rounds, run_sha256=run_sha256).tensors
 
 
-def _itself(tensors: Tensors) -> Tensors:
-    """An adapter that is in memory."""
-    return tensors
-
-
-def choose(run: config.RunConfig, candidates: Iterator[Candidate], *, suite: Suite) -> tuple[Candidate, Tensors]:
+def choose(run: config.RunConfig, candidates: Iterator[Candidate], *, suite: Suite) -> Candidate:
     """Judge candidates one by one until one passes; each that has no figures yet is measured. One event `gated` each.
 
-    The sites are not asked again: a rule about sites holds for an adapter after which they were asked.
+    The sites are not asked: a rule about sites holds for an adapter after which they were asked.
 
     Args:
         run: The run file; without a gate the first candidate is taken and nothing is logged.
@@ -89,14 +95,13 @@ def choose(run: config.RunConfig, candidates: Iterator[Candidate], *, suite: Sui
     """
     failed: list[Event] = []
     for candidate in candidates:
-        tensors = candidate.load()
         if not run.gate.is_on:
-            return candidate, tensors
-        found = adapter.digest(tensors)
-        _require_measured(suite, candidate, tensors, found)
+            return candidate
+        found = adapter.digest(candidate.tensors)
+        _require_measured(suite, candidate, found)
         event = _judge(run, suite.log, candidate, found, definition=suite.sha256)
         if event["is_passed"]:
-            return candidate, tensors
+            return candidate
         failed.append(event)
     raise GateRefused(_refusal(failed))
 
@@ -112,7 +117,7 @@ def judge_again(run_folder: Path, run_manifest: RunManifest) -> list[Event]:
     log = EventLog(run_folder / "events.jsonl")
     told: list[Event] = []
     for candidate in of_run(run_folder, run_manifest) if run_manifest.run.gate.is_on else ():
-        found, definition = adapter.digest(candidate.load()), run_manifest.evaluation_sha256
+        found, definition = adapter.digest(candidate.tensors), run_manifest.evaluation_sha256
         told.append(_judge(run_manifest.run, log, candidate, found, definition=definition))
         if told[-1]["is_passed"]:
             break
@@ -161,8 +166,8 @@ def _judge(
 ) -> Event:
     """Judge one adapter and log it."""
     stage, num_rounds = candidate.stage, candidate.num_rounds
-    asked = None if candidate.names else num_rounds  # sites are not asked after polish
-    told = figures.gather(run, events.read(log.path), stage=stage, num_rounds=asked)
+    polished = adapter_sha256 if candidate.names else ""
+    told = figures.gather(run, events.read(log.path), stage=stage, num_rounds=num_rounds, polished=polished)
     found = rules.judge(run.gate, told)
     return log.append(
         "gated",
@@ -175,12 +180,12 @@ def _judge(
     )
 
 
-def _require_measured(suite: Suite, candidate: Candidate, tensors: Tensors, adapter_sha256: str) -> None:
+def _require_measured(suite: Suite, candidate: Candidate, adapter_sha256: str) -> None:
     """Measure an adapter, unless the newest figures of its stage are its own."""
     past = [event for event in events.read(suite.log.path) if event["kind"] == "measured"]
     own = [event for event in past if event["stage"] == candidate.stage]
     if not own or (own[-1]["adapter_sha256"], own[-1]["definition_sha256"]) != (adapter_sha256, suite.sha256):
-        measure.measure(suite, tensors, stage=candidate.stage)
+        measure.measure(suite, candidate.tensors, stage=candidate.stage)
 
 
 def _refusal(failed: Sequence[Event]) -> str:

@@ -61,16 +61,17 @@ class Figures:
     audit: Audit | str = "no audit is named"
 
 
-def gather(run: config.RunConfig, log: Sequence[Event], *, stage: str, num_rounds: int | None) -> Figures:
+def gather(run: config.RunConfig, log: Sequence[Event], *, stage: str, num_rounds: int, polished: str = "") -> Figures:
     """Figures of one adapter of a run.
 
     Args:
         run: The run file.
         log: The run's events.
         stage: Label of the adapter's figures.
-        num_rounds: Rounds behind it; None: the sites were not asked about it.
+        num_rounds: Rounds behind it.
+        polished: Its hash, if there are stages of polish behind it too.
     """
-    told = view.stages(log).get(stage, {})
+    measured = view.stages(log).get(stage, {})
     sites = {event["num_rounds"]: event for event in log if event["kind"] == "evaluated"}
     exported = [event.get("stage", measure.FINAL) for event in log if event["kind"] == "run_finished"]
     is_compared = exported[-1:] == [stage]  # the federation's arm is what the run exported
@@ -78,15 +79,20 @@ def gather(run: config.RunConfig, log: Sequence[Event], *, stage: str, num_round
     is_held = "audit" in run.gate.rule_names  # the accountant takes a second
     return Figures(
         stage=stage,
-        measured=told.get("figures", {}),
-        gains=told.get("gains", {}),
-        evaluated={} if num_rounds is None else sites.get(num_rounds, {}),
+        measured=measured.get("figures", {}),
+        gains=measured.get("gains", {}),
+        evaluated=polished_at_sites(log).get(polished, {}) if polished else sites.get(num_rounds, {}),
         base=sites.get(0, {}),
         compared=compared[-1] if compared else {},
         claimed_epsilon=privacy_plan.epsilon(privacy_plan.resolve(run)) if is_held else math.inf,
         dp_delta=run.privacy.dp_delta if is_held else 0.0,
         audit=read_audit(run.gate.audit_file),
     )
+
+
+def polished_at_sites(log: Sequence[Event]) -> dict[str, Event]:
+    """What the sites said of each polished adapter, by its hash."""
+    return {event["adapter_sha256"]: event for event in log if event["kind"] == "polish_evaluated"}
 
 
 def read_audit(path: str) -> Audit | str:

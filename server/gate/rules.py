@@ -103,6 +103,8 @@ def loss(gate: GateConfig, figures: Figures) -> Verdict:
     """The held-out loss over all sites is below the base's by more than `min_loss_gain`, nats a token."""
     if not figures.evaluated or not figures.base:
         return _missing("loss", f"no held-out loss of both the base and {figures.stage}")
+    if stale := figures.evaluated["stale"]:
+        return _missing("loss", f"no figure of this adapter from {', '.join(stale)}")
     gained = figures.base["loss"] - figures.evaluated["loss"]
     return _strictly(_at_least("loss", gained, gate.min_loss_gain, "held-out loss below the base's"))
 

@@ -45,7 +45,7 @@ def polish(run_folder: Path, *, base: Path | None, num_threads: int, console: Co
         console: Where progress is shown.
 
     Raises:
-        ConfigError: The run names no stages, or a stage cannot be played here.
+        ConfigError: The run names no stages, a stage cannot be played here, or the sites are to be asked after it.
         DataError: Not a run folder, its rounds are not done, a stage's data are unusable, or the coordinator's rows
             are not those that were fixed before training.
         ModelError: The base is not here or another one, or a stage failed.
@@ -54,6 +54,11 @@ def polish(run_folder: Path, *, base: Path | None, num_threads: int, console: Co
     settings = manifest.run
     if not settings.polish:
         raise ConfigError(f"{run_folder}: its run file has no [[polish]] tables; add them and begin a new run")
+    if count := settings.evaluation.num_polish_stages:
+        raise ConfigError(
+            f"{run_folder}: evaluation.num_polish_stages = {count}: the sites score what polish leaves, and here there "
+            "are none; go on with silotune-server run RUN_FILE --resume"
+        )
     wanted = _last_round(run_folder, settings.federation.num_rounds)
     last = checkpoint.load(run_folder, manifest.tensor_specs, num_rounds=wanted, run_sha256=manifest.sha256)
     engine = _engine(manifest, base, num_threads)
@@ -63,7 +68,7 @@ def polish(run_folder: Path, *, base: Path | None, num_threads: int, console: Co
     fed = Federation(manifest, _Nobody(), table.find(settings.aggregation.method), run_folder, log, suite=measured)
     fed.own_rows = run.read_own_rows(settings, engine)
     try:
-        outcome = run.finish(fed, stages.run(fed, last.tensors, engine=engine))
+        outcome = run.finish(fed, last.tensors, stages.run(fed, last.tensors, engine=engine))
     except BaseException as error:
         run.report_failure(log, error)
         raise

@@ -1,13 +1,15 @@
 """The stages of `[[polish]]`, one after the other, each on the adapter that the one before has left.
 
 A stage that is done is a folder `polish/NN-NAME/` whose `stage.json` was written last; a run that goes on begins after
-the newest of them. A stage that was interrupted is played again from its beginning, and gives what it would have given.
+the newest of them. A stage that was interrupted goes on from its newest checkpoint (`unfinished.py`), and gives what it
+would have given.
 """
 
 import hashlib
 import json
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -25,12 +27,13 @@ from common.model import Engine
 from common.records import TensorSpec
 from server.evaluate import measure
 from server.federation import Federation
-from server.polish import borrow, reward_model, rewards, rows, told
+from server.polish import borrow, reward_model, rewards, rows, told, unfinished
 from server.polish.rows import StageRows
 
 FOLDER: Final = "polish"
 ADAPTER_FILE: Final = "adapter_model.safetensors"
 RECORD_FILE: Final = "stage.json"
+UNFINISHED: Final = "unfinished"  # folder of a stage's checkpoints while it is played
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,21 @@ class Played:
     num_steps: int = 0
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A stage that is on the disk.
+
+    Attributes:
+        label: Of the coordinator's figures after it.
+        names: Of the stages up to it.
+        tensors: The adapter after it.
+    """
+
+    label: str
+    names: tuple[str, ...]
+    tensors: Tensors
+
+
 @dataclass
 class _Teller:
     """Turns a trainer's steps into events."""
@@ -71,7 +89,7 @@ class _Teller:
             )
 
 
-def run(fed: Federation, start: Tensors, *, engine: Engine) -> Tensors:
+def run(fed: Federation, start: Tensors, *, engine: Engine) -> list[Finished]:
     """Play the stages that are not on the disk yet.
 
     Args:
@@ -80,7 +98,7 @@ def run(fed: Federation, start: Tensors, *, engine: Engine) -> Tensors:
         engine: The coordinator's base.
 
     Returns:
-        The adapter after the last stage.
+        All stages, in their order.
 
     Raises:
         ConfigError: A stage cannot be played here.
@@ -88,24 +106,43 @@ def run(fed: Federation, start: Tensors, *, engine: Engine) -> Tensors:
         ModelError: Training gave a value that is not finite, or a finished stage is of something else.
         StorageError: Disk full or not writable.
     """
-    stages, tensors = fed.manifest.run.polish, start
-    for number, stage in enumerate(stages, start=1):
+    done: list[Finished] = []
+    for number, stage in enumerate(fed.manifest.run.polish, start=1):
+        before = done[-1].tensors if done else start
         folder = folder_of(fed.folder, number, stage)
         if (folder / RECORD_FILE).is_file():
-            tensors = _stored(folder, stage, tensors, engine.tensor_specs)
+            after = _stored(folder, stage, before, engine.tensor_specs)
+            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
             _tell_again(fed, folder)
-            continue
-        began = fed.clock()
-        found = _begin(fed, number, stage, engine)
-        teller = _Teller(fed.log, stage.name, rows.num_steps(stage, found))
-        played = play(stage, tensors, engine=engine, found=found, tell=teller, judge=_judge(fed, stage, engine))
-        if played.reward is None:
-            _measure(fed, played.tensors, stage=told.label(number, stage.name))
-        facts = _facts(fed, number, stage, found, played) | {"seconds": round(fed.clock() - began, 3)}
-        _save(folder, stage, tensors, played, engine=engine, facts=facts)
-        fed.log.append("polish_finished", **facts)
-        tensors = played.tensors
-    return tensors
+        else:
+            after = _play_and_keep(fed, number, stage, before, engine=engine)
+        done.append(_finished(done, number, stage, after))
+    return done
+
+
+def _play_and_keep(fed: Federation, number: int, stage: PolishStage, before: Tensors, *, engine: Engine) -> Tensors:
+    """One stage from its data to its record on the disk; the adapter that it leaves."""
+    began = fed.clock()
+    found = rows.load(stage, engine, fed.manifest.run.data)
+    place = folder_of(fed.folder, number, stage) / UNFINISHED
+    num_done = unfinished.begin(place, _origin(stage, before, found))
+    _tell_begin(fed, number, stage, found, num_done=num_done)
+    teller = _Teller(fed.log, stage.name, rows.num_steps(stage, found))
+    judge = _judge(fed, stage, engine)
+    played = play(stage, before, engine=engine, found=found, tell=teller, judge=judge, unfinished_in=place)
+    if played.reward is None:
+        _measure(fed, played.tensors, stage=told.label(number, stage.name))
+    facts = _facts(fed, number, stage, found, played) | {"seconds": round(fed.clock() - began, 3)}
+    _save(folder_of(fed.folder, number, stage), stage, before, played, engine=engine, facts=facts)
+    shutil.rmtree(place)
+    fed.log.append("polish_finished", **facts)
+    return played.tensors
+
+
+def _finished(before: Sequence[Finished], number: int, stage: PolishStage, tensors: Tensors) -> Finished:
+    """A stage after those before it."""
+    names = before[-1].names if before else ()
+    return Finished(told.label(number, stage.name), (*names, stage.name), tensors)
 
 
 def _measure(fed: Federation, tensors: Tensors, *, stage: str) -> None:
@@ -129,21 +166,6 @@ def check(settings: RunConfig, engine: Engine) -> None:
             rewards.check_of(stage)
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A stage that is on the disk.
-
-    Attributes:
-        label: Of the coordinator's figures after it.
-        names: Of the stages up to it.
-        tensors: The adapter after it.
-    """
-
-    label: str
-    names: tuple[str, ...]
-    tensors: Tensors
-
-
 def finished(run_folder: Path, manifest: RunManifest, start: Tensors) -> list[Finished]:
     """The stages that are on the disk, in their order.
 
@@ -161,9 +183,8 @@ def finished(run_folder: Path, manifest: RunManifest, start: Tensors) -> list[Fi
         folder = folder_of(run_folder, number, stage)
         if not (folder / RECORD_FILE).is_file():
             break
-        before, names = (found[-1].tensors, found[-1].names) if found else (start, ())
-        tensors = _stored(folder, stage, before, manifest.tensor_specs)
-        found.append(Finished(told.label(number, stage.name), (*names, stage.name), tensors))
+        tensors = _stored(folder, stage, found[-1].tensors if found else start, manifest.tensor_specs)
+        found.append(_finished(found, number, stage, tensors))
     return found
 
 
@@ -180,6 +201,7 @@ def play(
     found: StageRows,
     tell: Any,
     judge: reward_model.RewardModel | None = None,
+    unfinished_in: Path | None = None,
 ) -> Played:
     """Train one stage on the engine's base.
 
@@ -190,6 +212,7 @@ def play(
         found: The stage's data.
         tell: Gets a step's number and figures.
         judge: The reward model, for `rloo`.
+        unfinished_in: Where checkpoints are left, and the newest gone on from (`unfinished.begin`); None: nowhere.
 
     Raises:
         ConfigError: An adapter on the output layer, which TRL would not train.
@@ -199,15 +222,18 @@ def play(
 
     _refuse_head(engine)
     adapter.write(engine.model, start)
-    with tempfile.TemporaryDirectory(prefix="silotune-polish-") as scratch, borrow.lent(engine):
+    with tempfile.TemporaryDirectory(prefix="silotune-polish-") as temporary, borrow.lent(engine):
+        scratch, keeps = unfinished_in or Path(temporary), unfinished_in is not None
         try:
             model = reward_model.build(engine, seed=stage.seed) if stage.kind == "reward" else None
             reward = _reward(stage, engine, judge)
-            trainer = trainers.make(stage, engine, found, scratch=scratch, tell=tell, model=model, reward=reward)
+            trainer = trainers.make(
+                stage, engine, found, scratch=str(scratch), keeps=keeps, tell=tell, model=model, reward=reward
+            )
             borrow.write_masters(engine, start)
             borrow.set_reference(engine.model, start, reference=stage.reference)
             before = trainers.figures(trainer, stage)
-            trainer.train()
+            trainer.train(resume_from_checkpoint=str(newest) if (newest := unfinished.newest(scratch)) else None)
             after = trainers.figures(trainer, stage)
         except torch.OutOfMemoryError as error:
             raise ModelError(
@@ -226,9 +252,15 @@ def play(
     return Played(start if trained else result, before, after, trained, int(trainer.state.global_step))
 
 
-def _begin(fed: Federation, number: int, stage: PolishStage, engine: Engine) -> StageRows:
-    """Read a stage's data and say that it begins."""
-    found = rows.load(stage, engine, fed.manifest.run.data)
+def _origin(stage: PolishStage, start: Tensors, found: StageRows) -> dict[str, Any]:
+    """On what a stage's result depends."""
+    digest = hashlib.sha256(wire.canonical_json({"train": list(found.train), "held_out": list(found.held_out)}))
+    settings = stage.model_dump(mode="json")
+    return {"stage": settings, "start_sha256": adapter.digest(start), "rows_sha256": digest.hexdigest()}
+
+
+def _tell_begin(fed: Federation, number: int, stage: PolishStage, found: StageRows, *, num_done: int) -> None:
+    """Say that a stage begins, or goes on."""
     fed.log.append(
         "polish_started",
         stage=stage.name,
@@ -240,8 +272,8 @@ def _begin(fed: Federation, number: int, stage: PolishStage, engine: Engine) -> 
         num_truncated=found.num_truncated,
         num_dropped=found.num_dropped,
         reference=stage.reference,
+        num_steps_done=num_done,
     )
-    return found
 
 
 def _facts(fed: Federation, number: int, stage: PolishStage, found: StageRows, played: Played) -> dict[str, Any]:
@@ -346,7 +378,7 @@ def _refuse_diverged(tensors: Tensors, stage: PolishStage) -> None:
         raise ModelError(f"polish stage '{stage.name}': the adapter diverged; lower the stage's learning_rate")
 
 
-def _refuse_files(scratch: str) -> None:
-    """Trainers of this kind like to leave pickles behind; ours were told not to write at all."""
-    if left := sorted(path.name for path in Path(scratch).rglob("*") if path.is_file()):
+def _refuse_files(scratch: Path) -> None:
+    """Trainers of this kind like to leave pickles behind; ours were told to write nothing but their checkpoints."""
+    if left := sorted(path.name for path in scratch.rglob("*") if path.is_file() and path.name not in unfinished.FILES):
         raise ModelError(f"a trainer wrote {left[0]}, which no stage may; check the version of trl in constraints.txt")

@@ -13,14 +13,29 @@ PRIVATE: Final = (
 OWN_DATA: Final = (
     "What the coordinator trained on is not covered by any privacy guarantee: the adapter may have memorised it."
 )
+AT_SITES: Final = "held-out loss at the sites"
 _ORDER: Final = ("loss", "margin", "accuracy", "logp_chosen", "logp_rejected", "reward", "length")
-_OF_STAGES: Final = ("polish_started", "polish_step", "polish_finished")
+_OF_STAGES: Final = ("polish_started", "polish_step", "polish_finished", "polish_evaluated")
 
 
 def stages(log: Sequence[Event]) -> list[dict[str, Any]]:
     """The stages that finished, in their order, each with its figures as (name, before, after)."""
     done = {event["number"]: event for event in log if event["kind"] == "polish_finished"}
-    return [{**done[number], "figures": figures(done[number])} for number in sorted(done)]
+    asked, losses = at_sites(log), [event["loss"] for event in log if event["kind"] == "evaluated"][-1:]
+    told = []
+    for number in sorted(done):
+        event, found = done[number], figures(done[number])
+        if event["trainer"] != "reward":  # which leaves the adapter as it was
+            before = losses[-1] if losses else None
+            losses = [asked[number]["loss"]] if number in asked else []
+            found += [(AT_SITES, before, loss) for loss in losses]
+        told.append({**event, "figures": found})
+    return told
+
+
+def at_sites(log: Sequence[Event]) -> dict[int, Event]:
+    """What the sites said of the adapter after a stage, by the stage's number."""
+    return {event["number"]: event for event in log if event["kind"] == "polish_evaluated"}
 
 
 def label(number: int, name: str) -> str:
@@ -51,7 +66,8 @@ def line(event: Mapping[str, Any]) -> str:
         >>> line({"stage": "align", "trainer": "dpo", "before": {"margin": 0.0}, "after": {"margin": 1.5}})
         'align (dpo): margin 0.000 to 1.500'
     """
-    parts = [f"{name} {_figure(before)} to {_figure(after)}" for name, before, after in figures(event)]
+    found = event.get("figures") or figures(event)
+    parts = [f"{name} {_figure(before)} to {_figure(after)}" for name, before, after in found]
     return f"{event['stage']} ({kind(event)}): {', '.join(parts)}"
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # our docs and errors say which kinds are experimental
 
+import torch
 from datasets import Dataset, disable_progress_bars  # type: ignore[import-untyped]
 from transformers import PrinterCallback, TrainerCallback
 from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -33,6 +34,7 @@ from common.model import Engine
 from server.polish.rewards import Reward
 from server.polish.rows import StageRows, Tokens
 from server.polish.rows import num_steps as num_steps_of
+from server.polish.unfinished import Kept
 
 NUM_TOLD: Final = 10  # steps of a stage that become events
 _MARGINS: Final = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
@@ -49,6 +51,14 @@ FIGURES: Final[Mapping[str, Mapping[str, str]]] = {
 }
 
 
+class _Sft(Kept, SFTTrainer):
+    """Imitation, and continued pre-training."""
+
+
+class _Reward(Kept, RewardTrainer):
+    """A score of answers (Bradley and Terry 1952, as in arXiv:2203.02155)."""
+
+
 class _Ready:
     """For trainers that would tokenise in `_prepare_dataset`: the rows are tokens already."""
 
@@ -56,22 +66,22 @@ class _Ready:
         return dataset
 
 
-class _Dpo(_Ready, DPOTrainer):
+class _Dpo(Kept, _Ready, DPOTrainer):
     """Rafailov et al. 2023, arXiv:2305.18290; Azar et al. 2023, arXiv:2310.12036 (ipo); arXiv:2403.00409 (robust)."""
 
 
-class _Kto(_Ready, KTOTrainer):
+class _Kto(Kept, _Ready, KTOTrainer):
     """Ethayarajh et al. 2024, arXiv:2402.01306."""
 
 
-class _Orpo(ORPOTrainer):
+class _Orpo(Kept, ORPOTrainer):
     """Hong et al. 2024, arXiv:2403.07691."""
 
     def tokenize_row(self, feature: Tokens, model: Any = None) -> Tokens:
         return feature
 
 
-class _Simpo(CPOTrainer):
+class _Simpo(Kept, CPOTrainer):
     """Meng et al. 2024, arXiv:2405.14734: TRL's CPO trainer with that loss and no term for the chosen answer alone."""
 
     def tokenize_row(self, feature: Tokens, model: Any = None) -> Tokens:
@@ -81,15 +91,24 @@ class _Simpo(CPOTrainer):
 class _Prompted:
     """For trainers that sample: a prompt is a list of token ids."""
 
+    num_epochs_done: int
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """TRL's sampler draws each epoch's order from one generator, which a checkpoint does not hold."""
+        sampler = super()._get_train_sampler(dataset)  # type: ignore[misc]
+        for _ in range(self.num_epochs_done):
+            torch.randperm(sampler.num_samples, generator=sampler.generator)
+        return sampler
+
     def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return prompts, None, {}
 
 
-class _Grpo(_Prompted, GRPOTrainer):
+class _Grpo(Kept, _Prompted, GRPOTrainer):
     """Shao et al. 2024, arXiv:2402.03300."""
 
 
-class _Rloo(_Prompted, RLOOTrainer):
+class _Rloo(Kept, _Prompted, RLOOTrainer):
     """Ahmadian et al. 2024, arXiv:2402.14740."""
 
 
@@ -99,6 +118,7 @@ def make(
     rows: StageRows,
     *,
     scratch: str,
+    keeps: bool = False,
     tell: Callable[[int, Mapping[str, float]], None],
     model: Any = None,
     reward: Reward | None = None,
@@ -109,13 +129,14 @@ def make(
         stage: What to train, and how.
         engine: Base, adapter and tokenizer.
         rows: The stage's data.
-        scratch: A folder that goes away; nothing is written there while all is well.
+        scratch: A folder that goes away.
+        keeps: Leave a checkpoint there after each tenth of the stage; else nothing is written while all is well.
         tell: Gets a step's number and its figures.
         model: Trained in the place of the engine's model: the reward model.
         reward: Scores answers, for kinds that sample.
     """
     trainer_class, config_class, own = _KINDS[stage.kind]
-    options = _common(stage, engine, rows, scratch)
+    options = _common(stage, engine, rows, scratch) | _keeping(stage, rows, keeps=keeps)
     disable_progress_bars()
     sources: dict[str, Any] = {"reward_funcs": [reward]} if stage.kind in SAMPLED else {}
     with warnings.catch_warnings():
@@ -162,11 +183,10 @@ def _common(stage: PolishStage, engine: Engine, rows: StageRows, scratch: str) -
     num_steps = num_steps_of(stage, rows)
     return {
         "output_dir": scratch,
-        "save_strategy": "no",
         "report_to": "none",
         "push_to_hub": False,
         "disable_tqdm": True,
-        "logging_steps": max(1, num_steps // NUM_TOLD),
+        "logging_steps": _interval(num_steps),
         "use_cpu": engine.device.type == "cpu",
         "bf16": False,  # autocast; the base computes in its own type, the adapter in float32
         "fp16": False,
@@ -183,6 +203,18 @@ def _common(stage: PolishStage, engine: Engine, rows: StageRows, scratch: str) -
         "optim": "adamw_torch",
         "dataloader_pin_memory": False,
     }
+
+
+def _keeping(stage: PolishStage, rows: StageRows, *, keeps: bool) -> dict[str, Any]:
+    """How often a checkpoint is left; the one before stays until the next is whole."""
+    if not keeps:
+        return {"save_strategy": "no"}
+    return {"save_strategy": "steps", "save_steps": _interval(num_steps_of(stage, rows)), "save_total_limit": 2}
+
+
+def _interval(num_steps: int) -> int:
+    """A tenth of a stage, in steps."""
+    return max(1, num_steps // NUM_TOLD)
 
 
 def _form(rows: Sequence[Tokens], stage: PolishStage) -> list[Tokens]:
@@ -256,13 +288,13 @@ def _sampled(stage: PolishStage) -> dict[str, Any]:
 
 
 _KINDS: Final[Mapping[str, tuple[Any, Any, Callable[[PolishStage], dict[str, Any]]]]] = {
-    "sft": (SFTTrainer, SFTConfig, _sft),
-    "cpt": (SFTTrainer, SFTConfig, _sft),
+    "sft": (_Sft, SFTConfig, _sft),
+    "cpt": (_Sft, SFTConfig, _sft),
     "dpo": (_Dpo, DPOConfig, _dpo),
     "kto": (_Kto, KTOConfig, _kto),
     "orpo": (_Orpo, ORPOConfig, _orpo),
     "simpo": (_Simpo, CPOConfig, _simpo),
-    "reward": (RewardTrainer, RewardConfig, _reward),
+    "reward": (_Reward, RewardConfig, _reward),
     "grpo": (_Grpo, GRPOConfig, _sampled),
     "rloo": (_Rloo, RLOOConfig, _sampled),
 }

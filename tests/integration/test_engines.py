@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from common import events
 from server import run as server_run
 from simulations import engines, run, world
-from tests import tiny
+from tests import stage_data, tiny
 
 ROOT = Path(__file__).parents[2]
 SITES = ["alder", "birch"]
@@ -93,3 +94,27 @@ def test_deployment_gives_the_same_adapter_by_other_methods(tiny_base, changes, 
     engine, log = world.load_engine(settings, num_threads=1), server_run.prepare(settings, tmp_path / "far")
     engines.deployed(settings, engine=engine, base_folder=tiny_base, log=log, num_threads=1)
     assert digest(tmp_path / "far") == expected
+
+
+@pytest.mark.slow
+def test_sites_of_a_deployment_score_the_polished_adapter(tiny_base, changes, tmp_path):
+    data = stage_data.write(tmp_path / "own.jsonl", stage_data.instructions(10))
+    stage = f'{{name = "teach", kind = "sft", data = "{data}", steps = 2, batch_size = 4, max_length_tokens = 64}}'
+    changes = {**changes, "polish": f"[{stage}]", "evaluation.num_polish_stages": "1", "gate.rules": "sites"}
+    changes |= {"gate.max_site_rise": "5.0"}
+    expected = in_process(tiny_base, changes, tmp_path / "in-process")
+    settings = tiny.settings(tiny_base, changes)
+    engine, log = world.load_engine(settings, num_threads=1), server_run.prepare(settings, tmp_path / "far")
+    engines.deployed(settings, engine=engine, base_folder=tiny_base, log=log, num_threads=1)
+    found = {name: said_after_polish(tmp_path / name) for name in ("in-process", "far")}
+    assert found["far"] == found["in-process"]
+    assert [digest(tmp_path / name) for name in found] == [expected] * 2
+
+
+def said_after_polish(folder: Path) -> tuple:
+    """What the sites told, and what the gate made of it."""
+    log = events.read(folder / "events.jsonl")
+    (asked,) = [event for event in log if event["kind"] == "polish_evaluated"]
+    (gated,) = [event for event in log if event["kind"] == "gated"]
+    assert (asked["stale"], gated["stage"], gated["is_passed"]) == ([], "polish-01-teach", True)
+    return asked["adapter_sha256"], asked["sites"]

@@ -245,7 +245,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "5a93e05a31a2cb43ad97fd19127d07d6f3b0fc7aba37b58ea8f6d40ff5e089d9"
+        "3943ff8a1e1eb40cdf701913ca4a9a1b6d1fbb559a29cf8c0f218c9e4c2ee758"
     )
 
 

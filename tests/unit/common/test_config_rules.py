@@ -127,6 +127,7 @@ BROKEN_RULES = [
     ("evaluation.json_schema", 7, ["evaluation.json_schema = 'schema.json'"]),
     ("evaluation.tasks", 7, [f"evaluation.tasks = [{TASK}, {TASK}]"]),
     ("evaluation.tasks_every_rounds", 7, ["evaluation.tasks_every_rounds = 2"]),
+    ("evaluation.num_polish_stages", 7, ["evaluation.num_polish_stages = 1"]),
     *broken_gate.rules(TASK, PRIVATE),
 ]
 
@@ -146,9 +147,27 @@ def test_a_stage_that_needs_a_reference_does_not_follow_a_method_with_a_side_ada
     config.parse(STAGE.replace("dpo", "sft") + flora, name="run.toml")  # the control
 
 
-def test_a_gate_that_asks_sites_does_not_go_with_polish():
+def test_a_gate_that_asks_sites_goes_with_polish_only_if_they_are_asked_after_it():
     message = problems(STAGE + with_settings("gate.rules = 'sites, loss'"))
     assert message.startswith("1 problem in run.toml\n  gate.rules  sites are not asked after polish")
+    asked = with_settings("gate.rules = 'sites, loss'", "evaluation.num_polish_stages = 1")
+    config.parse(STAGE + asked, name="run.toml")  # the control
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["evaluation.num_polish_stages = 2"], "there are fewer stages"),
+        (["aggregation.method = 'flexlora'", "adapter.site_ranks = 'north = 4'"], "would score a part of"),
+        (["aggregation.method = 'fedsa'"], "with factors of their own in the place of its"),
+    ],
+)
+def test_sites_do_not_score_after_polish_what_is_not_the_adapter(settings, message):
+    asked = "evaluation.num_polish_stages = 1"
+    assert message in problems(
+        STAGE + with_settings(*{line.partition(" =")[0]: line for line in (asked, *settings)}.values())
+    )
+    config.parse(STAGE + with_settings(asked), name="run.toml")  # the control
 
 
 def test_every_rule_is_broken_by_a_test():

@@ -51,8 +51,8 @@ CASES = [  # rule, figures that meet it, figures that break it, the margin of th
     ("sites", Figures("final", evaluated=sites(north=0.0)), Figures("final", evaluated=sites(north=0.25)), -0.25),
     (
         "loss",
-        Figures("final", evaluated={"loss": 1.0}, base={"loss": 1.5}),
-        Figures("final", evaluated={"loss": 1.5}, base={"loss": 1.0}),
+        Figures("final", evaluated={"loss": 1.0, "stale": []}, base={"loss": 1.5}),
+        Figures("final", evaluated={"loss": 1.5, "stale": []}, base={"loss": 1.0}),
         -0.5,
     ),
     (
@@ -114,6 +114,8 @@ def test_the_worst_of_several_figures_decides():
     assert verdict("sites", missing).value is None
     stale = Figures("final", evaluated={**sites(north=-0.5), "stale": ["north"]})
     assert not verdict("sites", stale).is_met
+    one_stale = Figures("final", evaluated={"loss": 1.0, "stale": ["north"]}, base={"loss": 1.5})
+    assert "no figure of this adapter from north" in verdict("loss", one_stale).reason
 
 
 def test_too_few_rows_show_nothing():

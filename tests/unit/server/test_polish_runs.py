@@ -146,7 +146,7 @@ def test_stages_that_changed_the_adapter_come_before_rounds_where_one_is_chosen_
     assert [one.stage for one in found] == ["polish-03-align", "polish-01-teach", "final"]
     assert [one.names for one in found] == [("teach", "judge", "align"), ("teach",), ()]
     finished = {event["stage"]: event["adapter_sha256"] for event in of(folder, "polish_finished")}
-    assert [adapter.digest(one.load()) for one in found[:2]] == [finished["align"], finished["teach"]]
+    assert [adapter.digest(one.tensors) for one in found[:2]] == [finished["align"], finished["teach"]]
 
 
 def test_a_stage_that_the_gate_refuses_gives_way_to_the_one_before(world):

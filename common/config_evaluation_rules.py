@@ -1,0 +1,44 @@
+"""Contradictions of what the sites score after polish; `config_rules` adds them to its table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from common.config_model import BY_HASH
+from common.methods import FACTS
+
+if TYPE_CHECKING:
+    from common.config import RunConfig
+
+Contradiction = tuple[tuple[str, ...], Callable[[Any], bool], str]
+
+
+def _has_fewer_stages(config: RunConfig) -> bool:
+    """A manifest names no stages, so this is for the coordinator's own file; it may lack a base yet."""
+    if getattr(config.model, "base", BY_HASH) == BY_HASH:
+        return False
+    return config.evaluation.num_polish_stages > sum(stage.changes_adapter for stage in config.polish)
+
+
+def _asks(config: RunConfig) -> bool:
+    return config.evaluation.num_polish_stages > 0
+
+
+CONTRADICTIONS: Final[tuple[Contradiction, ...]] = (
+    (
+        ("evaluation.num_polish_stages", "polish"),
+        _has_fewer_stages,
+        "there are fewer stages of [[polish]] that change the adapter; add stages, or lower it",
+    ),
+    (
+        ("evaluation.num_polish_stages", "adapter.site_ranks"),
+        lambda c: _asks(c) and c.adapter.site_ranks != "",
+        "a site of a lower rank would score a part of the polished adapter only; remove one of the two",
+    ),
+    (
+        ("evaluation.num_polish_stages", "aggregation.method"),
+        lambda c: _asks(c) and FACTS[c.aggregation.method].is_personal,
+        "sites would score the adapter with factors of their own in the place of its; choose another method",
+    ),
+)

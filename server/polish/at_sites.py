@@ -1,0 +1,49 @@
+"""The polished adapters on the sites' held-out rows, by the same request as after a round."""
+
+from collections.abc import Sequence
+
+from common import adapter
+from common.config import RunConfig
+from common.records import RoundPlan
+from server import federation
+from server.evaluate import held_out
+from server.federation import Federation
+from server.polish.stages import Finished
+
+
+def ask(fed: Federation, played: Sequence[Finished]) -> None:
+    """Have the sites score what the last stages have left; one event `polish_evaluated` each.
+
+    A run that goes on asks again, as after a round: a site gives the same answer to the same adapter.
+
+    Args:
+        fed: The run; its stages are done.
+        played: Its stages, in their order.
+
+    Raises:
+        ProtocolError: No site has ever answered.
+        StorageError: An event could not be written.
+    """
+    asked = numbers(fed.manifest.run)
+    for place, number in enumerate(asked, start=1):
+        federation.rejoin(fed)  # polish may have taken hours
+        tensors, is_last = played[number - 1].tensors, number == asked[-1]
+        told = held_out.ask(fed, tensors, plan_of(fed, place=place, is_last=is_last))
+        digest = adapter.digest(tensors)
+        fed.log.append(
+            "polish_evaluated", stage=played[number - 1].names[-1], number=number, adapter_sha256=digest, **told
+        )
+
+
+def numbers(run: RunConfig) -> list[int]:
+    """The stages, from 1, after which the sites are asked: the last `evaluation.num_polish_stages` that train."""
+    training = [number for number, stage in enumerate(run.polish, start=1) if stage.changes_adapter]
+    count = run.evaluation.num_polish_stages
+    return training[-count:] if count else []
+
+
+def plan_of(fed: Federation, *, place: int, is_last: bool) -> RoundPlan:
+    """The request for the adapter that is at this place after the last planned round; answers are generated once."""
+    settings = fed.manifest.run
+    generate = is_last and settings.evaluation.exact_match_rows > 0
+    return RoundPlan(fed.manifest.sha256, settings.federation.num_rounds + place, generate)

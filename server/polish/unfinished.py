@@ -1,0 +1,114 @@
+"""A stage in the middle: what its trainer leaves on the disk from time to time, and from where it goes on.
+
+A checkpoint holds what is trained (safetensors), and what transformers keeps of optimizer, schedule and random numbers.
+These are pickles, which transformers loads with `weights_only`; here only files are looked at whose hashes were written
+down by this run. The folder goes when its stage is done, and nothing of it is ever exported.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import safetensors.torch
+import torch
+
+from common import storage, wire
+
+BEGUN_FILE: Final = "begun.json"
+WHOLE_FILE: Final = "whole.json"
+TRAINED_FILE: Final = "trained.safetensors"
+FILES: Final = frozenset(
+    {BEGUN_FILE, WHOLE_FILE, TRAINED_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+)
+_PREFIX: Final = "checkpoint-"  # transformers' own
+
+
+class Kept:
+    """For a trainer, before its class: checkpoints of what is trained alone, and none of TRL's other files."""
+
+    model: Any
+    state: Any
+    num_epochs_done = 0
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """TRL would write one beside each checkpoint."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """In the place of peft's folder, the tokenizer and `training_args.bin`."""
+        if output_dir is None:
+            raise ValueError("a checkpoint needs a folder")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _trained(self.model).items()}
+        storage.write_atomic(Path(output_dir) / TRAINED_FILE, safetensors.torch.save(tensors))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """What transformers writes, then the hashes, so that half a checkpoint is none."""
+        if self.state.global_step >= self.state.max_steps:
+            return  # from the last step transformers would go on with one too many
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        folder = Path(self._get_output_dir(trial=trial)) / f"{_PREFIX}{self.state.global_step}"  # type: ignore[attr-defined]
+        storage.write_atomic(folder / WHOLE_FILE, wire.canonical_json(_hashes(folder)))
+
+    @torch.no_grad()
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Values into the parameters that are there, whose type stays."""
+        folder = Path(resume_from_checkpoint)
+        self.num_epochs_done = int(json.loads((folder / "trainer_state.json").read_bytes())["epoch"] + 1e-6)
+        found = safetensors.torch.load((folder / TRAINED_FILE).read_bytes())
+        for name, parameter in _trained(self.model).items():
+            parameter.data.copy_(found[name])
+
+
+def begin(folder: Path, facts: Mapping[str, Any]) -> int:
+    """Make a stage's folder ready; what another start, other settings or other rows have left is removed.
+
+    Args:
+        folder: Of the checkpoints of one stage.
+        facts: On what the stage's result depends, as JSON.
+
+    Returns:
+        Steps that are done already.
+
+    Raises:
+        StorageError: Disk full or not writable.
+    """
+    told = wire.canonical_json(dict(facts))
+    path = folder / BEGUN_FILE
+    if not path.is_file() or path.read_bytes() != told:
+        shutil.rmtree(folder, ignore_errors=True)
+        storage.write_atomic(path, told)
+    for place in folder.glob(f"{_PREFIX}*"):
+        if not _is_whole(place):
+            shutil.rmtree(place)
+    return _step(newest(folder))
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint from which the stage goes on; None: from its beginning."""
+    return max(folder.glob(f"{_PREFIX}*"), key=_step, default=None)
+
+
+def _step(place: Path | None) -> int:
+    """Steps behind a checkpoint."""
+    return int(place.name.removeprefix(_PREFIX)) if place else 0
+
+
+def _trained(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Parameters that training changes, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a checkpoint."""
+    files = sorted(path for path in folder.iterdir() if path.name != WHOLE_FILE)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a checkpoint holds the very files that were written."""
+    try:
+        return bool(json.loads((folder / WHOLE_FILE).read_bytes()) == _hashes(folder))
+    except (OSError, ValueError):
+        return False
