@@ -215,3 +215,29 @@ def test_the_mirror_is_an_entry_of_the_signed_log(site):
     assert [entry.facts["counter"] for entry in entries] == [0, 1]
     head = site_ledger.open_site(**parts()).head()
     assert ledger_file.Head(1, entries[-1].facts["ledger_sha256"]) == head
+
+
+PRIVATE = {
+    "privacy__mode": '"unit"',
+    "privacy__sampling_prob": "0.25",
+    "privacy__noise_multiplier": "2.0",
+    "privacy__dp_delta": "1e-6",
+    "training__local_steps": "10",
+    "training__local_epochs": "0.0",
+    "federation__num_rounds": "5",
+}
+
+
+def test_a_review_shows_the_planned_curve_and_never_budget_over_rounds(site):
+    """4.4403 is dp-accounting's own figure for these 50 steps at delta 1e-5, which is the site's."""
+    budget(site, dp_delta=1e-5)
+    silotune_client("ledger", "create", "node.toml")
+    run = site.manifest(**PRIVATE)
+    site.ask(site.offer(run).to_frame())
+    told = review.review(desk(), run.sha256).facts["epsilon"]
+    assert told.startswith("4.440 for the whole run (after round 1: 1.")
+    assert "at delta 1e-05, by itself; this data set: spent 0.000, left 8.000 of 8" in told
+    curve = [float(part) for part in re.findall(r"\d: (\d\.\d+)", told)]
+    assert len(curve) == 3
+    assert curve == sorted(curve)
+    assert curve[0] > 1.5 * 4.44 / 5
