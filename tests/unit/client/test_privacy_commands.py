@@ -219,25 +219,24 @@ def test_the_mirror_is_an_entry_of_the_signed_log(site):
 
 PRIVATE = {
     "privacy__mode": '"unit"',
-    "privacy__sampling_prob": "0.25",
-    "privacy__noise_multiplier": "2.0",
+    "privacy__sampling_prob": "0.0256",
+    "privacy__noise_multiplier": "0.9",
     "privacy__dp_delta": "1e-6",
-    "training__local_steps": "10",
+    "training__local_steps": "300",
     "training__local_epochs": "0.0",
-    "federation__num_rounds": "5",
+    "federation__num_rounds": "4",
 }
 
 
 def test_a_review_shows_the_planned_curve_and_never_budget_over_rounds(site):
-    """4.4403 is dp-accounting's own figure for these 50 steps at delta 1e-5, which is the site's."""
-    budget(site, dp_delta=1e-5)
+    """7.924 is dp-accounting's own figure for these 1,200 steps."""
     silotune_client("ledger", "create", "node.toml")
     run = site.manifest(**PRIVATE)
-    site.ask(site.offer(run).to_frame())
+    assert site.ask(site.offer(run).to_frame()).head["code"] == "ApprovalRequired"
     told = review.review(desk(), run.sha256).facts["epsilon"]
-    assert told.startswith("4.440 for the whole run (after round 1: 1.")
-    assert "at delta 1e-05, by itself; this data set: spent 0.000, left 8.000 of 8" in told
-    curve = [float(part) for part in re.findall(r"\d: (\d\.\d+)", told)]
-    assert len(curve) == 3
-    assert curve == sorted(curve)
-    assert curve[0] > 1.5 * 4.44 / 5
+    assert told.startswith("7.924 for the whole run (after round 1: ")
+    assert told.endswith("at delta 1e-06, by itself; this data set: spent 0.000, left 8.000 of 8")
+    curve = {int(number): float(cost) for number, cost in re.findall(r"(\d+): (\d\.\d+)", told)}
+    assert list(curve) == [1, 2, 3]
+    assert list(curve.values()) == sorted(curve.values())
+    assert curve[1] > 1.5 * 7.924 / 4
