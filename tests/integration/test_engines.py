@@ -69,7 +69,7 @@ def under_ray(base: Path, changes: dict[str, str], folder: Path) -> str:
     script = Path(__file__).parent / "apps" / "ray_run.py"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])}
     command = [sys.executable, script, base, folder, json.dumps(changes)]
-    told = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
+    told = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert told.returncode == 0, told.stderr
     assert told.stdout.split() == SITES
     return digest(folder)
