@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -223,18 +223,25 @@ def _epsilon(desk: Desk, run: RunManifest) -> str:
         return _site_level(settings)
     dp_delta = desk.policy.privacy.dp_delta
     try:
-        whole = privacy_plan.epsilon(settings, dp_delta=dp_delta)
+        plan = privacy_plan.milestones(settings, dp_delta=dp_delta)
         paid = site_ledger.open_site(desk.node, rules=desk.policy, key=desk.key, history=desk.history)
         left = f"spent {paid.spent():.3f}, left {paid.remaining:.3f} of {desk.policy.privacy.max_epsilon:g}"
     except (AccountingUnsupported, ConfigError, LedgerError) as error:
         return f"not known: {error}"
-    return f"{whole:.3f} for the whole run at delta {dp_delta:g}, by itself; this data set: {left}"
+    return f"{_planned(plan)} at delta {dp_delta:g}, by itself; this data set: {left}"
+
+
+def _planned(plan: Mapping[int, float]) -> str:
+    """Epsilon of the whole run, and the curve to it, which is steep at first."""
+    *before, whole = plan.values()
+    shown_rounds = ", ".join(f"{number}: {value:.3f}" for number, value in zip(plan, before, strict=False))
+    return f"{whole:.3f} for the whole run" + (f" (after round {shown_rounds})" if before else "")
 
 
 def _site_level(settings: config.RunConfig) -> str:
     """What the run would cost a site as a whole; no ledger holds it, as it is no promise to a unit."""
     try:
-        whole = f"{privacy_plan.epsilon(settings):.3f}"
+        whole = _planned(privacy_plan.milestones(settings))
     except AccountingUnsupported as error:
         whole = f"not known: {error}"
     return f"none for a unit; {whole} at delta {settings.privacy.dp_delta:g} for {privacy_plan.wording(settings)}"

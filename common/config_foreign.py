@@ -25,6 +25,7 @@ _MEMORY = "rows in memory at once; training.batch_size is the rows of one optimi
 _COUNT = "a number of sites, not a share"
 _ANSWERS = "only the answer's tokens are trained on, always; remove it"
 _SINKS = "results are files in the run's folder; remove it"
+_PACKING = "each example stays by itself: a packed row would mix units, which could not be clipped apart; remove it"
 _ALWAYS = "a checkpoint is written after every round; remove it"
 _DEVICE = "how a site uses its own hardware is the site's matter; remove it"
 
@@ -100,8 +101,10 @@ FOREIGN: dict[str, Hint] = {
     "val_size": Hint("data.held_out_fraction", "a share of the units", "L"),
     "test_size": Hint("data.held_out_fraction", "a share of the units", ""),
     "max_samples": Hint("", "all rows are used; give fewer rows", "L"),
-    "packing": Hint("", "each example stays by itself; remove it", "TLU"),
-    "sample_packing": Hint("", "each example stays by itself; remove it", "A"),
+    "packing": Hint("", _PACKING, "TLU"),
+    "sample_packing": Hint("", _PACKING, "A"),
+    "eval_sample_packing": Hint("", _PACKING, "A"),
+    "neat_packing": Hint("", _PACKING, "L"),
     "train_on_inputs": Hint("", _ANSWERS, "A"),
     "completion_only_loss": Hint("", _ANSWERS, "T"),
     "assistant_only_loss": Hint("", _ANSWERS, "T"),

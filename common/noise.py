@@ -7,6 +7,7 @@ protects nothing. Bits are made on the host and become normal values in float64 
 import hashlib
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
@@ -78,18 +79,15 @@ class Stream:
         self._made = self._buffer[:num_bytes]
 
 
-class SystemNoise:
-    """Noise that nobody can predict: a fresh key from the operating system for every instance and every process.
+class _FromStream(ABC):
+    """Noise out of a stream of random bytes."""
 
-    No noise comes twice, for then it could be cancelled: a copy goes on with the same stream, a forked process takes a
-    key of its own, and it cannot be pickled.
-    """
-
-    def __init__(self) -> None:
-        self._renew()
+    @abstractmethod
+    def _own(self) -> Stream:
+        """The stream to read next."""
 
     def normal(self, size: int, *, device: torch.device) -> Tensor:
-        """See `Noise.normal`."""
+        """See `Noise.normal`; the same on every device, to the rounding of its logarithm and cosine."""
         return _normal(self._own(), size, device)
 
     def uniform(self, size: int) -> np.ndarray:
@@ -99,6 +97,17 @@ class SystemNoise:
     def prepare(self, size: int, *, device: torch.device) -> None:
         """See `Noise.prepare`."""
         self._own().prepare(_normal_bytes(size), is_pinned=device.type == "cuda")
+
+
+class SystemNoise(_FromStream):
+    """Noise that nobody can predict: a fresh key from the operating system for every instance and every process.
+
+    No noise comes twice, for then it could be cancelled: a copy goes on with the same stream, a forked process takes a
+    key of its own, and it cannot be pickled.
+    """
+
+    def __init__(self) -> None:
+        self._renew()
 
     def _renew(self) -> None:
         """Take a new key."""
@@ -112,7 +121,7 @@ class SystemNoise:
         return self._read
 
 
-class SeededNoise:
+class SeededNoise(_FromStream):
     """The same generator with a key that a seed gives: for tests and simulations, where nobody is to be protected.
 
     Args:
@@ -122,17 +131,9 @@ class SeededNoise:
     def __init__(self, seed: int) -> None:
         self._read = stream(hashlib.sha256(b"silotune/v1/seeded-noise\0%d" % seed).digest())
 
-    def normal(self, size: int, *, device: torch.device) -> Tensor:
-        """See `Noise.normal`; the same on every device, to the rounding of its logarithm and cosine."""
-        return _normal(self._read, size, device)
-
-    def uniform(self, size: int) -> np.ndarray:
-        """See `Noise.uniform`."""
-        return _uniform(self._read, size)
-
-    def prepare(self, size: int, *, device: torch.device) -> None:
-        """See `Noise.prepare`."""
-        self._read.prepare(_normal_bytes(size), is_pinned=device.type == "cuda")
+    def _own(self) -> Stream:
+        """The one stream."""
+        return self._read
 
 
 def stream(key: bytes, *, counter: bytes = bytes(_BLOCK_BYTES)) -> Stream:

@@ -77,6 +77,21 @@ def epsilon(run: config.RunConfig, *, dp_delta: float | None = None) -> float:
     return accounting.compose([whole], dp_delta=dp_delta or run.privacy.dp_delta)
 
 
+def milestones(run: config.RunConfig, *, dp_delta: float | None = None) -> dict[int, float]:
+    """Epsilon after the first round and after each quarter of the rounds, for who decides on a plan.
+
+    Args:
+        run: Resolved.
+        dp_delta: The site's own; None: the run's.
+
+    Returns:
+        Number of rounds to epsilon, the last one that of `epsilon`.
+    """
+    event, num_rounds = event_per_round(run), run.federation.num_rounds
+    ends = sorted({1, *(max(1, num_rounds * quarter // 4) for quarter in range(1, 5))})
+    return {end: accounting.compose([event.times(end)], dp_delta=dp_delta or run.privacy.dp_delta) for end in ends}
+
+
 def curve(run: config.RunConfig) -> list[float]:
     """Epsilon after each round; steep at first, never the whole over the number of rounds."""
     return accounting.planned_curve(event_per_round(run), run.federation.num_rounds, dp_delta=run.privacy.dp_delta)

@@ -4,6 +4,7 @@ A sweep file names a run file beside it and axes; a point of an axis is a name a
 combination and seed is a run in a process of its own, with a folder of its own; what is finished is not run again.
 """
 
+import contextlib
 import itertools
 import os
 import subprocess
@@ -21,9 +22,9 @@ from rich.progress import Progress
 from rich.table import Table
 from scipy import stats
 
-from common import config, config_file, events, privacy_plan
+from common import accounting, config, config_file, events, privacy_plan
 from common.config_types import RequiredLine, Section, Slug, refuse_look_alikes
-from common.errors import ConfigError, DataError, SilotuneError
+from common.errors import AccountingUnsupported, ConfigError, DataError, SilotuneError
 from server import run as server_run
 from simulations.bench.process import ONE_THREAD
 
@@ -110,7 +111,8 @@ def play(path: Path, *, output: Path, jobs: int, data: str = "", model: str = ""
         model: Another base.
 
     Returns:
-        `cells`: the points of each with its intervals, or with why its settings are refused.
+        `cells`: the points of each with its intervals; `refused`: the others with the reason; `privacy`: what all
+        runs together cost a unit, None where no run is private.
 
     Raises:
         ConfigError: The sweep file is none, or every combination is refused.
@@ -118,7 +120,8 @@ def play(path: Path, *, output: Path, jobs: int, data: str = "", model: str = ""
     """
     sweep = load(path)
     run_file = path.parent / sweep.run
-    refused, allowed = _sorted_out(run_file, cells(sweep))
+    refused, plans = _sorted_out(run_file, cells(sweep))
+    allowed = [cell for cell, _ in plans]
     waiting = [
         (cell, seed) for cell in allowed for seed in sweep.seeds if not _is_finished(_folder(output, cell, seed))
     ]
@@ -131,6 +134,7 @@ def play(path: Path, *, output: Path, jobs: int, data: str = "", model: str = ""
         "axes": list(sweep.axis),
         "num_seeds": len(sweep.seeds),
         "cells": found,
+        "privacy": _together([settings for _, settings in plans], len(sweep.seeds)),
         "refused": [{"points": list(cell.points), "reason": reason} for cell, reason in refused],
     }
 
@@ -143,6 +147,8 @@ def render(result: Mapping[str, Any]) -> Iterator[Table | str]:
         shown = [str(Interval(**cell["figures"][name])) for name in names]
         table.add_row(*cell["points"], *shown)
     yield table
+    if result["privacy"]:
+        yield _told(result["privacy"])
     for cell in result["refused"]:
         yield f"refused: {', '.join(cell['points'])}: {cell['reason']}"
 
@@ -160,16 +166,50 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean(values), quantile * stdev(values) / len(values) ** 0.5)
 
 
-def _sorted_out(run_file: Path, found: Sequence[Cell]) -> tuple[list[tuple[Cell, str]], list[Cell]]:
-    """Combinations that the run file's own rules refuse, with the reason, and the others."""
-    refused, allowed = [], []
+def _together(plans: Sequence[config.RunConfig], num_seeds: int) -> dict[str, Any] | None:
+    """What a search costs: a unit is in every run, and the best of the runs is chosen by all of them.
+
+    No ledger is charged, as a simulation has none; at a site each run is charged to the site's.
+    """
+    protections = {plan.privacy.mode for plan in plans}
+    if protections == {"none"}:
+        return None
+    dp_delta = min(plan.privacy.dp_delta for plan in plans)
+    epsilon = None
+    if len(protections) == 1:
+        rounds = [privacy_plan.event_per_round(plan).times(plan.federation.num_rounds * num_seeds) for plan in plans]
+        with contextlib.suppress(AccountingUnsupported):
+            epsilon = round(accounting.compose(rounds, dp_delta=dp_delta), 4)
+    return {"num_runs": len(plans) * num_seeds, "epsilon": epsilon, "dp_delta": dp_delta, "modes": sorted(protections)}
+
+
+def _told(privacy: Mapping[str, Any]) -> str:
+    """The cost of a search in words."""
+    whose = "a site" if privacy["modes"] == ["site"] else "a unit"
+    runs, dp_delta = f"these {privacy['num_runs']} runs together", privacy["dp_delta"]
+    if len(privacy["modes"]) > 1:
+        return f"{runs} promise nothing: they are not all private in the same way ({', '.join(privacy['modes'])})"
+    if privacy["epsilon"] is None:
+        return f"{runs} promise {whose} nothing: their epsilon is above {accounting.MAX_EPSILON:g}"
+    return (
+        f"{runs} cost {whose} epsilon {privacy['epsilon']:.2f} at delta {dp_delta:g}: whoever chooses among them on "
+        "private rows has spent that much"
+    )
+
+
+def _sorted_out(
+    run_file: Path, found: Sequence[Cell]
+) -> tuple[list[tuple[Cell, str]], list[tuple[Cell, config.RunConfig]]]:
+    """Combinations that the run file's own rules refuse, with the reason, and the others, resolved."""
+    refused: list[tuple[Cell, str]] = []
+    allowed: list[tuple[Cell, config.RunConfig]] = []
     for cell in found:
         try:
-            privacy_plan.resolve(config.load(run_file, overrides=cell.overrides))
+            settings = privacy_plan.resolve(config.load(run_file, overrides=cell.overrides))
         except ConfigError as error:
             refused.append((cell, " ".join(str(error).split())))
         else:
-            allowed.append(cell)
+            allowed.append((cell, settings))
     if not allowed:
         raise ConfigError(f"no combination is allowed; the first: {refused[0][1]}")
     return refused, allowed

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from client.train import unit_gradients, units
 from client.train.units import Unit
-from common import adapter, noise
+from common import accounting, adapter, noise
 from common.clipping import ClipNorm
 from common.config_privacy import PrivacyConfig
+from common.errors import PrivacyError
 from common.model import Engine
 from common.noise import Noise
 from common.objectives import SFT, Example, Objective
@@ -56,18 +57,37 @@ def gradients(
         source: Of noise and draws.
         objective: What is lowered.
 
+    Raises:
+        PrivacyError: Delta is too large for so many units.
+
     Privacy: each step is a Poisson-sampled Gaussian mechanism with `privacy.sampling_prob` and
     `privacy.noise_multiplier` under adding or removing one unit; the number of units counts as public.
     """
+    population = units.group(rows)
+    _check_delta(privacy.dp_delta, len(population))
     with unit_gradients.prepared(engine, method=privacy.clipping, objective=objective) as (take, is_many):
         yield from steps(
             engine,
-            units.group(rows),
+            population,
             take=take,
             max_rows=max_rows if is_many else 0,
             privacy=privacy,
             num_steps=num_steps,
             source=source,
+        )
+
+
+def _check_delta(dp_delta: float, num_units: int) -> None:
+    """A delta near one in the number of units would allow to tell a whole unit's rows.
+
+    Raises:
+        PrivacyError: See `gradients`.
+    """
+    largest = accounting.largest_delta(num_units)
+    if not dp_delta <= largest:
+        raise PrivacyError(
+            f"privacy.dp_delta = {dp_delta:g} is too large for the {num_units} units of this site, above "
+            f"1 / (n ln n) = {largest:.3g}; lower it"
         )
 
 

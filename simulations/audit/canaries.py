@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from client.agent import SiteData
 from client.train import schedule
-from common import membership, privacy_bounds, roc
+from common import membership, roc
 from common.errors import ConfigError
 from common.events import EventLog
 from common.model import Engine
@@ -50,23 +50,13 @@ def audit(
     chosen = [row for row, is_in in zip(rows, is_in_m.tolist(), strict=True) if is_in]
     adapter = trained.train(shared, insert(shared.sites, chosen, seed=seed), log)
     score_m = membership.loss_drops(shared.engine, adapter, [[row] for row in rows], data=shared.settings.data)
-    dp_delta = shared.settings.privacy.dp_delta
-    bound = privacy_bounds.one_run(score_m, is_in_m, dp_delta=dp_delta)
-    return Finding(
-        part="canaries",
-        claimed_epsilon=trained.claim(shared.settings) if claimed_epsilon is None else claimed_epsilon,
-        audited_epsilon=bound.epsilon,
-        ceiling=bound.ceiling,
-        num_canaries=num_canaries,
-        dp_delta=dp_delta,
-        figures={
-            "guesses": bound.num_guesses,
-            "right_guesses": bound.num_right,
-            **roc.rates(score_m, is_in_m).figures(),
-            "exposure_bits": roc.exposure(score_m, is_in_m),
-            "exposure_bits_at_most": float(np.log2(1 + int((~is_in_m).sum()))),
-        },
-    )
+    figures = {
+        "exposure_bits": roc.exposure(score_m, is_in_m),
+        "exposure_bits_at_most": float(np.log2(1 + int((~is_in_m).sum()))),
+    }
+    return trained.found(
+        "canaries", shared.settings, score_m, is_in_m, claimed_epsilon=claimed_epsilon, figures=figures
+    )  # fmt: skip
 
 
 def make(engine: Engine, count: int, *, seed: int) -> list[Row]:

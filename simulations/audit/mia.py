@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from client.agent import SiteData
-from common import membership, privacy_bounds, roc
+from common import membership
 from common.errors import DataError
 from common.events import EventLog
 from common.rows import Row
@@ -33,22 +33,10 @@ def audit(shared: World, log: EventLog, *, claimed_epsilon: float | None = None)
     units, is_in_m, dealt = deal(shared.sites, seed=shared.settings.seed)
     adapter = trained.train(shared, dealt, log)
     score_m = membership.loss_drops(shared.engine, adapter, units, data=shared.settings.data)
-    dp_delta = shared.settings.privacy.dp_delta
-    bound = privacy_bounds.one_run(score_m, is_in_m, dp_delta=dp_delta)
-    return Finding(
-        part="mia",
-        claimed_epsilon=trained.claim(shared.settings) if claimed_epsilon is None else claimed_epsilon,
-        audited_epsilon=bound.epsilon,
-        ceiling=bound.ceiling,
-        num_canaries=len(units),
-        dp_delta=dp_delta,
-        figures={
-            "guesses": bound.num_guesses,
-            "right_guesses": bound.num_right,
-            "members": int(is_in_m.sum()),
-            **roc.rates(score_m, is_in_m).figures(),
-        },
-    )
+    figures = {"members": int(is_in_m.sum())}
+    return trained.found(
+        "mia", shared.settings, score_m, is_in_m, claimed_epsilon=claimed_epsilon, figures=figures
+    )  # fmt: skip
 
 
 def deal(sites: Mapping[str, SiteData], *, seed: int) -> tuple[list[list[Row]], Tensor, dict[str, SiteData]]:

@@ -1,4 +1,4 @@
-"""What the two audits of a trained adapter share: coins, the federation's own training, and the score of a unit."""
+"""What the two audits of a trained adapter share: coins, the federation's own training, and what scores say."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -8,12 +8,13 @@ from torch import Tensor
 
 from client.agent import SiteData
 from client.train import schedule
-from common import config, privacy_plan
+from common import config, privacy_bounds, privacy_plan, roc
 from common.adapter import Tensors
 from common.events import EventLog
 from common.noise import SeededNoise
 from common.rows import Row
 from simulations import run
+from simulations.audit.finding import Finding, Part
 from simulations.compare import World
 
 
@@ -32,6 +33,43 @@ def train(shared: World, sites: Mapping[str, SiteData], log: EventLog) -> Tensor
     settings = shared.settings.model_copy(update={"gate": config.GateConfig()})  # what a gate refuses is attacked too
     outcome = run.in_process(settings, sites=sites, engine=shared.engine, folder=shared.folder, log=log)
     return outcome.tensors
+
+
+def found(
+    part: Part,
+    settings: config.RunConfig,
+    score_m: Tensor,
+    is_in_m: Tensor,
+    *,
+    claimed_epsilon: float | None,
+    figures: Mapping[str, float],
+) -> Finding:
+    """What the scores of m units say against the claim, by the one-run bound.
+
+    Args:
+        part: Which audit.
+        settings: The resolved run that was trained.
+        score_m: Of each unit; higher where it is thought to have trained.
+        is_in_m: Whether it has.
+        claimed_epsilon: Another claim than the run's own.
+        figures: What this part tells beside the rates.
+    """
+    dp_delta = settings.privacy.dp_delta
+    bound = privacy_bounds.one_run(score_m, is_in_m, dp_delta=dp_delta)
+    return Finding(
+        part=part,
+        claimed_epsilon=claim(settings) if claimed_epsilon is None else claimed_epsilon,
+        audited_epsilon=bound.epsilon,
+        ceiling=bound.ceiling,
+        num_canaries=len(score_m),
+        dp_delta=dp_delta,
+        figures={
+            "guesses": bound.num_guesses,
+            "right_guesses": bound.num_right,
+            **roc.rates(score_m, is_in_m).figures(),
+            **figures,
+        },
+    )
 
 
 def by_unit(rows: Iterable[Row]) -> list[list[Row]]:

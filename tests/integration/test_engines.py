@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from common import events
+from common import events, privacy_plan
+from common.errors import RemoteError
 from server import run as server_run
 from simulations import engines, run, world
 from tests import stage_data, tiny
@@ -50,7 +51,8 @@ def expected(tiny_base, changes, tmp_path) -> str:
 def in_process(base: Path, changes: dict[str, str], folder: Path) -> str:
     settings = tiny.settings(base, changes)
     engine, log = world.load_engine(settings, num_threads=1), server_run.prepare(settings, folder)
-    run.in_process(settings, sites=world.load_sites(settings), engine=engine, folder=folder, log=log)
+    given = {"engine": engine, "folder": folder, "log": log}
+    run.in_process(settings, sites=world.load_sites(settings), is_noise_accepted=True, **given)
     return digest(folder)
 
 
@@ -63,14 +65,18 @@ def test_control_the_adapter_depends_on_the_seed(tiny_base, changes, expected, t
     assert in_process(tiny_base, {**changes, "seed": "6"}, tmp_path / "other") != expected
 
 
-def test_ray_gives_the_same_adapter(tiny_base, changes, expected, tmp_path):
+def under_ray(base: Path, changes: dict[str, str], folder: Path) -> str:
     script = Path(__file__).parent / "apps" / "ray_run.py"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])}
-    command = [sys.executable, script, tiny_base, tmp_path / "ray", json.dumps(changes)]
-    told = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
+    command = [sys.executable, script, base, folder, json.dumps(changes)]
+    told = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert told.returncode == 0, told.stderr
     assert told.stdout.split() == SITES
-    assert digest(tmp_path / "ray") == expected
+    return digest(folder)
+
+
+def test_ray_gives_the_same_adapter(tiny_base, changes, expected, tmp_path):
+    assert under_ray(tiny_base, changes, tmp_path / "ray") == expected
 
 
 def test_deployment_gives_the_same_adapter(tiny_base, changes, expected, tmp_path):
@@ -118,3 +124,64 @@ def said_after_polish(folder: Path) -> tuple:
     (gated,) = [event for event in log if event["kind"] == "gated"]
     assert (asked["stale"], gated["stage"], gated["is_passed"]) == ([], "polish-01-teach", True)
     return asked["adapter_sha256"], asked["sites"]
+
+
+UNIT = {
+    "privacy.mode": '"unit"',
+    "privacy.sampling_prob": "0.5",
+    "privacy.noise_multiplier": "1.0",
+    "privacy.dp_delta": "1e-5",
+    "federation.num_rounds": "2",
+}
+AT_SERVER = {
+    **UNIT,
+    "privacy.mode": '"site"',
+    "privacy.noise_at": '"server"',
+    "privacy.clip_norm": "0.1",
+    "aggregation.weighting": '"uniform"',
+}
+AT_SITES = {**AT_SERVER, "privacy.noise_at": '"sites"', "privacy.sampling_prob": "1.0"}
+PRIVATE = pytest.mark.parametrize("private", [UNIT, AT_SERVER, AT_SITES], ids=["unit", "server", "sites"])
+
+
+@pytest.mark.slow
+@PRIVATE
+def test_private_runs_under_ray_draw_and_charge_as_in_process(tiny_base, changes, tmp_path, private):
+    given = {**changes, **private}
+    expected = in_process(tiny_base, given, tmp_path / "in-process")
+    assert under_ray(tiny_base, given, tmp_path / "ray") == expected
+    assert charged(tmp_path / "ray") == charged(tmp_path / "in-process")
+
+
+@pytest.mark.slow
+@PRIVATE
+def test_private_runs_of_real_processes_charge_as_planned_and_have_noise_that_no_seed_gives(
+    tiny_base, changes, tmp_path, private
+):
+    given = {**changes, **private}
+    expected = in_process(tiny_base, given, tmp_path / "in-process")
+    settings = tiny.settings(tiny_base, given)
+    engine, log = world.load_engine(settings, num_threads=1), server_run.prepare(settings, tmp_path / "far")
+    order = {"engine": engine, "base_folder": tiny_base, "log": log, "num_threads": 1}
+    engines.deployed(settings, is_noise_accepted=True, **order)
+    assert digest(tmp_path / "far") != expected  # without noise they agree: see above
+    plan, spent = charged(tmp_path / "far")
+    assert plan == charged(tmp_path / "in-process")[0] == pytest.approx(privacy_plan.curve(settings), abs=1e-4)
+    if settings.privacy.is_private_per_site:
+        assert len(spent) == 2
+        assert all(cost <= planned + 1e-4 for cost, planned in zip(spent, plan, strict=True))
+
+
+@pytest.mark.slow
+def test_real_processes_refuse_noise_that_drowns_few_sites_unless_told(tiny_base, changes, tmp_path):
+    settings = tiny.settings(tiny_base, {**changes, **AT_SERVER})
+    engine, log = world.load_engine(settings, num_threads=1), server_run.prepare(settings, tmp_path / "far")
+    with pytest.raises(RemoteError, match="noise to signal"):
+        engines.deployed(settings, engine=engine, base_folder=tiny_base, log=log, num_threads=1)
+
+
+def charged(folder: Path) -> tuple[list[float], list[float]]:
+    """Epsilon by round: planned, and of what was done (for whole sites only: units have their site's ledger)."""
+    log = events.read(folder / server_run.EVENTS_FILE)
+    (plan,) = [event["epsilon_planned"] for event in log if event["kind"] == "run_started"]
+    return plan, [event["epsilon"] for event in log if event["kind"] == "round_finished" and "epsilon" in event]

@@ -252,13 +252,35 @@ def test_most_of_a_plan_is_spent_in_its_first_round():
     assert accounting.planned_curve(steps, 1, dp_delta=delta, spent=[Event(8 / 4120, 0.7, 950)])[0] == curve[-1]
 
 
-def test_the_plan_that_reads_3_04_after_round_one_does_so_by_rdp():
+PLAN = {"sampling_prob": 8 / 4120, "dp_delta": 1e-5}  # 4,120 units, batches of 8, 20 rounds of 50 steps, epsilon 4
+
+
+def curve(sigma: float, epsilon) -> list[float]:
+    """Epsilon of that plan after rounds 1, 5, 10 and 20."""
+    return [epsilon(Event(PLAN["sampling_prob"], sigma, 50 * rounds)) for rounds in (1, 5, 10, 20)]
+
+
+def test_the_plan_that_reads_3_04_after_round_one_does_so_by_rdp_and_1_68_by_pld():
     sigma = _rdp_noise(4.0, 8 / 4120, 1000)
-    curve = [
-        accounting.epsilon_rdp([Event(8 / 4120, sigma, 50 * rounds)], dp_delta=accounting.largest_delta(4120))
-        for rounds in (1, 5, 10, 20)
-    ]
-    assert curve == pytest.approx([3.04, 3.42, 3.68, 4.00], abs=0.015)
+    by_rdp = curve(sigma, lambda event: accounting.epsilon_rdp([event], dp_delta=1e-5))
+    assert by_rdp == pytest.approx([3.04, 3.42, 3.68, 4.00], abs=0.015)
+    by_pld = curve(sigma, lambda event: accounting.compose([event], dp_delta=1e-5))
+    assert by_pld == pytest.approx([1.68, 2.33, 2.65, 3.01], abs=0.005)
+
+
+@pytest.mark.filterwarnings("ignore:Optimal order is the largest:UserWarning", "ignore:divide by zero:RuntimeWarning")
+def test_a_plan_of_epsilon_4_by_the_number_of_record_reads_2_36_after_round_one_and_opacus_agrees():
+    from opacus.accountants import PRVAccountant
+
+    def by_prv(event: Event) -> float:
+        accountant = PRVAccountant()
+        accountant.history = [(event.noise_multiplier, event.sampling_prob, event.num_steps)]
+        return float(accountant.get_epsilon(1e-5))
+
+    sigma = accounting.noise_multiplier(epsilon=4.0, num_steps=1000, **PLAN)
+    ours = [accounting.planned_curve(Event(8 / 4120, sigma, 50), 20, dp_delta=1e-5)[at] for at in (0, 4, 9, 19)]
+    assert ours == pytest.approx([2.36, 3.15, 3.53, 4.00], abs=0.005)
+    assert all(0 < other - own < 0.012 for own, other in zip(ours, curve(sigma, by_prv), strict=True))
 
 
 def test_clipping_by_a_noised_count_leaves_the_total_as_it_was():

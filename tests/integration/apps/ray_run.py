@@ -13,7 +13,8 @@ def main(base: Path, folder: Path, changes: dict[str, str]) -> None:
     """Do it; print the sites."""
     settings = tiny.settings(base, changes)
     engine, log = world.load_engine(settings, num_threads=1), server_run.prepare(settings, folder)
-    outcome = engines.ray(settings, engine=engine, base_folder=base, log=log, num_workers=2, num_threads=1)
+    given = {"num_workers": 2, "num_threads": 1, "is_noise_accepted": settings.privacy.is_private_per_site}
+    outcome = engines.ray(settings, engine=engine, base_folder=base, log=log, **given)
     print(*outcome.sites)
 
 

@@ -215,3 +215,28 @@ def test_the_mirror_is_an_entry_of_the_signed_log(site):
     assert [entry.facts["counter"] for entry in entries] == [0, 1]
     head = site_ledger.open_site(**parts()).head()
     assert ledger_file.Head(1, entries[-1].facts["ledger_sha256"]) == head
+
+
+PRIVATE = {
+    "privacy__mode": '"unit"',
+    "privacy__sampling_prob": "0.0256",
+    "privacy__noise_multiplier": "0.9",
+    "privacy__dp_delta": "1e-6",
+    "training__local_steps": "300",
+    "training__local_epochs": "0.0",
+    "federation__num_rounds": "4",
+}
+
+
+def test_a_review_shows_the_planned_curve_and_never_budget_over_rounds(site):
+    """7.924 is dp-accounting's own figure for these 1,200 steps."""
+    silotune_client("ledger", "create", "node.toml")
+    run = site.manifest(**PRIVATE)
+    assert site.ask(site.offer(run).to_frame()).head["code"] == "ApprovalRequired"
+    told = review.review(desk(), run.sha256).facts["epsilon"]
+    assert told.startswith("7.924 for the whole run (after round 1: ")
+    assert told.endswith("at delta 1e-06, by itself; this data set: spent 0.000, left 8.000 of 8")
+    curve = {int(number): float(cost) for number, cost in re.findall(r"(\d+): (\d\.\d+)", told)}
+    assert list(curve) == [1, 2, 3]
+    assert list(curve.values()) == sorted(curve.values())
+    assert curve[1] > 1.5 * 7.924 / 4

@@ -212,6 +212,8 @@ def test_a_run_that_was_stopped_before_the_question_goes_on_and_a_silent_site_ke
     [
         {"aggregation.method": "ffa"},  # sites make A themselves, and polish trains it
         {"wire.down": "int8"},  # the adapter goes down as steps
+        {"aggregation.method": "ravan"},  # sites train cores, and polish trains what is beside them
+        {"wire.down_density": "0.5"},  # what goes down to be trained is not whole
         {"adapter.kind": "ia3", "adapter.r": "16", "adapter.alpha": "32"},
         {"adapter.kind": "adalora"},
     ],

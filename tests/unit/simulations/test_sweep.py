@@ -44,6 +44,7 @@ def test_a_sweep_runs_every_seed_once_and_says_what_is_refused(sweep_file, tmp_p
     (refused,) = result["refused"]
     assert refused["points"] == ["fedsvd adam"]
     assert "aggregation.server_optimizer" in refused["reason"]
+    assert result["privacy"] is None  # no run is private
     shown = list(sweep.render(result))
     assert "fedsvd adam" in shown[1]
     (out / "ffa" / "seed-1" / "run.json").unlink()  # would be in the way of a run that goes on
@@ -72,6 +73,30 @@ def test_a_file_that_is_no_sweep_is_refused(sweep_file, tmp_path, text, told):
         sweep.play(sweep_file, output=tmp_path / "out", jobs=1)
 
 
+PRIVATE = {
+    "privacy.mode": '"unit"',
+    "privacy.sampling_prob": "0.25",
+    "privacy.noise_multiplier": "2.0",
+    "privacy.dp_delta": "1e-5",
+    "training.local_epochs": "0.0",
+    "training.local_steps": "5",
+    "federation.num_rounds": "5",
+}
+
+
+def test_a_search_costs_what_all_its_runs_cost_together():
+    """A known answer of dp-accounting for 50 such steps: 4.4403."""
+    one = tiny.settings("tiny", PRIVATE)
+    found = sweep._together([one], num_seeds=2)
+    assert (found["num_runs"], found["epsilon"]) == (2, pytest.approx(4.4403, abs=1e-3))
+    assert sweep._together([one, one], num_seeds=1)["epsilon"] == found["epsilon"]
+    assert "these 2 runs together cost a unit epsilon 4.44 at delta 1e-05" in sweep._told(found)
+    assert sweep._together([one], num_seeds=1)["epsilon"] < 4.0
+    open_one = tiny.settings("tiny")
+    assert sweep._together([open_one], num_seeds=2) is None
+    assert "promise nothing" in sweep._told(sweep._together([one, open_one], num_seeds=1))
+
+
 SWEEPS = sorted(FOLDER.glob("*.toml"))
 
 
@@ -80,7 +105,7 @@ def test_every_combination_of_the_shipped_sweeps_is_allowed(path):
     found = sweep.load(path)
     refused, allowed = sweep._sorted_out(path.parent / found.run, sweep.cells(found))
     assert refused == []
-    assert len({cell.name for cell in allowed}) == len(allowed)
+    assert len({cell.name for cell, _ in allowed}) == len(allowed)
 
 
 def test_the_interval_is_students():
