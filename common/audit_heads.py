@@ -115,7 +115,7 @@ def from_list(items: object, *, federation: str) -> dict[str, SignedHead]:
     if not isinstance(items, list) or len(items) > MAX_OWNERS:
         raise WireError(f"heads of audit logs are not a list of at most {MAX_OWNERS}")
     try:
-        heads = dict(_checked(*item, federation=federation) for item in items)
+        heads = dict(_checked(*[*item, federation]) for item in items)
     except (TypeError, ValueError) as error:
         raise WireError("a head of an audit log is not owner, place, hash, time, key and signature") from error
     if len(heads) != len(items):
