@@ -216,8 +216,7 @@ def test_every_site_holds_the_heads_of_all_the_others(play, sites, tmp_path):
         assert sorted(kept) == sorted([vault.SERVER_LOG, *(other.name for other in others)])
         for other in others:
             audit.verify(other.folder / AUDIT_FILE, SITE_KEY, heads=[one.head for one in kept[other.name]])
-        heads = [one.head for one in kept[vault.SERVER_LOG]]
-        audit.verify(tmp_path / "op-audit" / trail.AUDIT_FILE, PUBLIC, heads=heads)
+        audit.verify(tmp_path / "op-audit" / "audit.jsonl", PUBLIC, heads=[one.head for one in kept[vault.SERVER_LOG]])
         assert len(kept[vault.SERVER_LOG]) == 5  # one a request
     kept = audit_heads.read(tmp_path / "op-audit" / trail.HEADS_FILE)
     assert {name: len(found) for name, found in kept.items()} == dict.fromkeys(SITES, 2)  # one a round
@@ -331,9 +330,7 @@ def test_a_coordinator_that_writes_its_log_anew_is_noticed_by_the_sites(
     for site, answer in zip(sites, answers, strict=True):
         assert site.refused(answer) == ("PolicyRefusedError", "audit.heads")
         with pytest.raises(AuditError, match="known elsewhere"):
-            audit.verify(
-                anew.path, PUBLIC, heads=audit_heads.of(site.folder / HEADS_FILE, vault.SERVER_LOG, signer=PUBLIC)
-            )
+            audit.verify(anew.path, PUBLIC, heads=site.gate._heads.of(vault.SERVER_LOG))
     assert [site.step(state=state, round_index=1, **fed.trail.told()).kind for site in sites] == ["update"] * 3
 
 
@@ -364,8 +361,7 @@ def test_the_log_of_another_key_is_not_gone_on_with(tmp_path):
     vault.write_key(tmp_path / "other.pem", vault.STRANGER)
     with pytest.raises(AuditError, match="signature"):
         trail.open_trail(tmp_path / "other.pem", federation=vault.FEDERATION, folder=tmp_path / "op-audit")
-    other = trail.open_trail(tmp_path / "other.pem", federation=vault.FEDERATION)
-    assert other.log.path == tmp_path / "other-audit" / trail.AUDIT_FILE
+    assert trail.open_trail(tmp_path / "other.pem", federation="x").log.path == tmp_path / "other-audit" / "audit.jsonl"
 
 
 def command(*arguments: object, capsys) -> tuple[int, dict]:
