@@ -6,7 +6,8 @@ An answer is in the audit log, on the disk, before its bytes leave; a log that c
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ from client.membership import Membership
 from client.payment import Payment
 from client.policy_file import DatasetRules, SignedPolicy
 from client.pressure import Limit
-from common import broadcast, config, egress, identity, manifest, wire
+from common import audit_heads, broadcast, config, egress, identity, manifest, wire
 from common.adapter import Tensors
 from common.audit import AuditLog, Head
 from common.audit_heads import Heads
@@ -79,7 +80,9 @@ class Gatekeeper:
         self._clock = clock
         self._admitted: set[str] = set()
         self._signers: dict[str, str] = {}
-        self._heads = Heads(self._folder / replicas.HEADS_FILE)
+        federation = self.policy.federation.id
+        self._heads = Heads(self._folder / replicas.HEADS_FILE, federation)
+        self._vouch = partial(audit_heads.sign, owner=node.site.name, federation=federation, key=key)
         self._refusals = Limit(MAX_REFUSALS_A_MINUTE, clock=clock)
         self._opens = Limit(MAX_OPENS_A_MINUTE, clock=clock)
         self._log = AuditLog(self._folder / AUDIT_FILE, key=key, on_entry=self.history.take, clock=clock)
@@ -113,12 +116,11 @@ class Gatekeeper:
         if plan.run_sha256 not in self._admitted:
             raise ProtocolError("this run is not open at this site; the server must send its manifest first")
         self._refresh()
-        self._check_roster()
+        member = self._check_roster()
         consent.require(self.policy, self.history, run, folder=self._folder)
         self._check_order(request, plan)
         probes.check(tensors, max_tensor_norm=self.policy.train.max_tensor_norm)
-        told = replicas.read(request, signer=self._signers[plan.run_sha256])
-        replicas.keep(told, self._heads, site=self._site, line_hashes=self.history.line_hashes)
+        self._keep_heads(request, signer=self._signers[plan.run_sha256], keys=member.site_keys if member else None)
 
     def before_training(self, request: Frame, plan: RoundPlan, *, run: RunManifest) -> Frame | None:
         """A round private for units is paid for once; a private answer is given again if it is asked for again."""
@@ -199,13 +201,20 @@ class Gatekeeper:
             self._log.append("roster", **dataclasses.asdict(found.seen))
         return found
 
+    def _keep_heads(self, request: Frame, *, signer: str, keys: Mapping[str, str] | None) -> None:
+        """Where the logs of the others stand; `keys` are the sites' by the roster, None where this site reads none."""
+        told = replicas.read(request, signer=signer, federation=self.policy.federation.id)
+        own = replicas.Own(self._site, self._identity_key, self.history.line_hashes)
+        replicas.keep(told, self._heads, own=own, keys=keys)
+
     def _with_audit_head(self, reply: Frame) -> Frame:
         """Tell where this log stands with every update, so that the coordinator can notice a cut tail."""
         if reply.kind != "update":
             return reply
         head = self._refresh()
-        told = {"num_audit_entries": head.sequence + 1, "audit_sha256": head.sha256, "audit_time": head.time}
-        return dataclasses.replace(reply, head={**reply.head, **told})
+        vouched = self._vouch(head)
+        told = (head.sequence + 1, head.sha256, head.time, vouched.signer, vouched.signature)
+        return dataclasses.replace(reply, head={**reply.head, **dict(zip(egress.AUDIT, told, strict=True))})
 
     def _admit(self, run: RunManifest, reply: Frame) -> None:
         """The rows are read: only with enough of them does the run begin, and count as one of the day's."""

@@ -1,6 +1,7 @@
 """What the federation's signed roster says about this site and its operators; read anew whenever somebody asks."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,11 +23,13 @@ class Membership:
         seen: What the site remembers of it.
         operators: Public keys, hex, of those who may sign runs; none where the federation names no operator.
         num_sites: Sites in the federation, this one included.
+        site_keys: Public identity key of each, hex, by its name.
     """
 
     seen: RosterSeen
     operators: frozenset[str]
     num_sites: int
+    site_keys: Mapping[str, str]
 
 
 def check(folder: str, *, rules: FederationRules, seen: RosterSeen, site: str, identity_key: str) -> Membership | None:
@@ -76,7 +79,8 @@ def _read(folder: Path, *, rules: FederationRules, seen: RosterSeen, site: str, 
         raise AuthError(f"{path} differs from the roster of epoch {seen.epoch} seen before; tell the other sites")
     _check_own(found, site=site, identity_key=identity_key)
     now = RosterSeen(found.epoch, found.sha256, pinned_sha256)
-    return Membership(now, frozenset(peer.identity_key for peer in found.operators), len(found.sites))
+    operators = frozenset(peer.identity_key for peer in found.operators)
+    return Membership(now, operators, len(found.sites), {one.name: one.identity_key for one in found.sites})
 
 
 def _check_own(found: Roster, *, site: str, identity_key: str) -> None:

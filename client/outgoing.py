@@ -8,7 +8,7 @@ from client.policy_file import Policy
 from common import compact, egress, ranks, trainable
 from common.errors import ModelError, PolicyRefusedError, WireError
 from common.manifest import RunManifest
-from common.records import SiteMetrics, from_head
+from common.records import from_head
 from common.wire import Frame
 
 
@@ -52,7 +52,7 @@ def check(policy: Policy, run_manifest: RunManifest, reply: Frame, *, names: Map
     for name, limits in declared.items():
         _check_range(name, reply.head[name], limits)
         _check_range(name, reply.head[name], policy.egress.metrics.get(name, (0, -1)))
-    _check_slices(policy, reply)
+    _check_slices(policy, run_manifest, reply)
     _check_body(run_manifest, reply)
 
 
@@ -80,12 +80,16 @@ def _check_range(name: str, value: float, limits: tuple[float, float]) -> None:
         )
 
 
-def _check_slices(policy: Policy, reply: Frame) -> None:
-    """No figure over fewer rows than the policy's slice."""
-    if reply.kind != "metrics":
+def _check_slices(policy: Policy, run_manifest: RunManifest, reply: Frame) -> None:
+    """No figure over fewer rows than the policy's slice: held-out ones, or those that the training loss is of."""
+    head = reply.head
+    if reply.kind == "metrics":
+        counts = head["num_rows"], head["num_generated"]
+    elif reply.kind == "update" and head["train_loss"] is not None:
+        counts = head["num_examples"], head["num_steps"] * run_manifest.run.training.batch_size
+    else:
         return
-    head = from_head(SiteMetrics, reply.head)
-    smallest = min(filter(None, (head.num_rows, head.num_generated)), default=0)
+    smallest = min(filter(None, counts), default=0)
     if smallest < policy.evaluation.min_slice:
         raise PolicyRefusedError(
             f"evaluation.min_slice: a figure over {smallest} rows; the smallest slice is {policy.evaluation.min_slice}",

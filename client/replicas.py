@@ -1,16 +1,17 @@
 """Heads of the other parties' audit logs, as every request hands them on: kept here, so that nobody cuts a log unseen.
 
 A request names the newest heads that the coordinator knows: of the sites' logs, and of its own, for which it also shows
-that it continues the head that was told before.
+that it continues the head that was told before. Each is signed by its log's key, so the coordinator can leave a head
+out, or tell an old one again, and can make none up.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from common import audit, audit_heads
 from common.audit import Head
-from common.audit_heads import Heads
+from common.audit_heads import Heads, SignedHead
 from common.errors import AuditError, PolicyRefusedError
 from common.records import HEADS, LINKS
 from common.wire import Frame
@@ -24,61 +25,100 @@ class Told:
     """What a request says of the audit logs.
 
     Attributes:
-        heads: By owner.
+        heads: By owner; their signatures are not looked at yet.
         coordinator: The owner of the log of whoever signed the run.
         links: Hashes of the lines of that log, up to its head.
     """
 
-    heads: dict[str, Head]
+    heads: dict[str, SignedHead]
     coordinator: str
     links: list[str]
 
 
-def read(request: Frame, *, signer: str) -> Told:
+def read(request: Frame, *, signer: str, federation: str) -> Told:
     """The heads in a request; the log of whoever signed the run must be among them.
 
     Args:
         request: To train or to evaluate.
         signer: The operator's public key under the run's manifest.
+        federation: Id of this site's federation, for which they must be signed.
 
     Raises:
         WireError: They are malformed, or too many.
         PolicyRefusedError: The coordinator does not tell where its own log stands.
     """
-    heads, coordinator = audit_heads.from_list(request.head.get(HEADS, [])), audit_heads.operator(signer)
+    heads = audit_heads.from_list(request.head.get(HEADS, []), federation=federation)
+    coordinator = audit_heads.operator(signer)
     if coordinator not in heads:
         raise PolicyRefusedError(
             f"{RULE}: the coordinator does not tell where the audit log of operator {signer[:16]} stands", rule=RULE
         )
-    links = audit_heads.links_from(request.head.get(LINKS), sequence=heads[coordinator].sequence)
+    links = audit_heads.links_from(request.head.get(LINKS), sequence=heads[coordinator].head.sequence)
     return Told(heads, coordinator, links)
 
 
-def keep(told: Told, heads: Heads, *, site: str, line_hashes: Sequence[bytes]) -> None:
-    """Hold what is told against what is known, and keep what is news.
+@dataclass(frozen=True)
+class Own:
+    """This site's own log.
+
+    Attributes:
+        site: Its name.
+        key: Its public identity key, hex.
+        line_hashes: Hash of the head at every entry, by its place.
+    """
+
+    site: str
+    key: str
+    line_hashes: Sequence[bytes]
+
+
+def keep(told: Told, heads: Heads, *, own: Own, keys: Mapping[str, str] | None) -> None:
+    """Hold what is told against signatures and against what is known, and keep what is news.
+
+    Heads of sites that the roster here does not name (admitted since, or revoked) and of other operators are left out.
 
     Args:
         told: As `read` gives it.
         heads: Those of the others, kept here.
-        site: This site's name.
-        line_hashes: Of every entry of this site's own log, by its place.
+        own: This site's log, which is held against what it is said to have told.
+        keys: Public keys of all sites by the roster; None where this site reads none: then a log keeps the key of its
+            first head.
 
     Raises:
-        PolicyRefusedError: A log went back or was written anew, this site's own included; or no more heads can be kept.
+        PolicyRefusedError: A head that its owner did not sign for this federation; a log that went back or was written
+            anew, this site's own included; or no more heads can be kept.
         StorageError: They cannot be written.
     """
-    own = told.heads.get(site)
-    if own and (own.sequence >= len(line_hashes) or line_hashes[own.sequence].hex() != own.sha256):
-        raise PolicyRefusedError(
-            f"{RULE}: this site's own log lacks entry {own.sequence} ({own.sha256}), of which it told the coordinator: "
-            "its tail was cut or an older copy was restored",
-            rule=RULE,
-        )
     try:
+        if own.site in told.heads:
+            _check_own(told.heads[own.site], own)
         _check_continues(told, heads)
-        heads.keep({owner: head for owner, head in told.heads.items() if owner != site})
+        counted = {owner: one for owner, one in told.heads.items() if _counts(owner, told, own.site, keys)}
+        heads.keep(counted, keys=keys)
     except AuditError as error:
         raise PolicyRefusedError(f"{RULE}: {error}", rule=RULE) from error
+
+
+def _counts(owner: str, told: Told, site: str, keys: Mapping[str, str] | None) -> bool:
+    """Whether a log is the coordinator's or another member's."""
+    if owner == told.coordinator:
+        return True
+    return owner != site and not owner.startswith(audit_heads.OPERATOR) and (keys is None or owner in keys)
+
+
+def _check_own(told: SignedHead, own: Own) -> None:
+    """What this site is said to have told must be in its log.
+
+    Raises:
+        AuditError: It is not, or this site never signed it.
+    """
+    audit_heads.verify(own.site, told, key=own.key)
+    head = told.head
+    if head.sequence >= len(own.line_hashes) or own.line_hashes[head.sequence].hex() != head.sha256:
+        raise AuditError(
+            f"this site's own log lacks entry {head.sequence} ({head.sha256}), of which it told the coordinator: "
+            "its tail was cut or an older copy was restored"
+        )
 
 
 def _check_continues(told: Told, heads: Heads) -> None:
@@ -87,7 +127,8 @@ def _check_continues(told: Told, heads: Heads) -> None:
     Raises:
         AuditError: It does not: a line before the kept head was changed, or the log is another one.
     """
-    now, kept = told.heads[told.coordinator], heads.newest().get(told.coordinator, Head())
+    known = heads.newest().get(told.coordinator)
+    now, kept = told.heads[told.coordinator].head, known.head if known else Head()
     num_lines = now.sequence - kept.sequence
     if not 0 <= num_lines <= len(told.links):
         return  # it went back, which `Heads.keep` finds; or this site has not heard of it for too long

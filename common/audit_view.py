@@ -39,9 +39,9 @@ def verify(log: Path, public_key: str, *, heads: Path | None, owner: str) -> dic
         owner: Whose log it is, as that party calls it.
 
     Raises:
-        AuditError: The log is not whole, the message says where; or the file has no head of it.
+        AuditError: The log is not whole, the message says where; or the file has no head of it that its key signed.
     """
-    known = audit_heads.of(heads, owner) if heads else []
+    known = audit_heads.of(heads, owner, signer=public_key) if heads else []
     head = audit.verify(log, public_key, heads=known)
     return {"num_entries": head.sequence + 1, "sha256": head.sha256, "num_heads_checked": len(known)}
 
@@ -54,7 +54,7 @@ def kept(heads: Path, *, out: Path | None) -> dict[str, Any]:
         out: Where to copy all heads, for another party's `audit verify --heads`; None: nowhere.
 
     Raises:
-        AuditError: It is no file of heads.
+        AuditError: It is no file of heads, or holds one that its signer did not sign.
         StorageError: The copy cannot be written.
     """
     found = audit_heads.read(heads) if heads.exists() else {}
@@ -65,9 +65,11 @@ def kept(heads: Path, *, out: Path | None) -> dict[str, Any]:
             {
                 "owner": owner,
                 "num_kept": len(of_owner),
-                "sequence": last.sequence,
-                "time": last.time,
-                "sha256": last.sha256,
+                "federation": last.federation,
+                "signer": last.signer,
+                "sequence": last.head.sequence,
+                "time": last.head.time,
+                "sha256": last.head.sha256,
             }
             for owner, of_owner in sorted(found.items())
             for last in of_owner[-1:]

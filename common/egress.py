@@ -12,7 +12,13 @@ from common.records import OpenedHead, SiteMetrics, TensorSpec, UpdateHead
 HEAD_BYTES: Final = 4096  # more than any head and a frame's own bytes
 ENTRY_BYTES: Final = 128  # of a safetensors header, besides the tensor's name
 REPLIES: Final[Mapping[str, type]] = {"opened": OpenedHead, "update": UpdateHead, "metrics": SiteMetrics}
-AUDIT: Final = ("num_audit_entries", "audit_sha256", "audit_time")  # head of the site's audit log; nothing of rows
+AUDIT: Final = (  # head of the site's audit log, signed; nothing of rows
+    "num_audit_entries",
+    "audit_sha256",
+    "audit_time",
+    "audit_signer",
+    "audit_signature",
+)
 NAMES: Final = ("site", "run_sha256", "round_index", "adapter_sha256", *AUDIT)  # no figures, and known already
 
 PREFERENCES: Final = ("preference_loss_sum", "num_preferred")  # told by runs that learn preferences

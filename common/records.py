@@ -82,6 +82,8 @@ class UpdateHead:
         num_audit_entries: Lines in the site's audit log before this answer; 0 where it keeps none.
         audit_sha256: Hash of the last of them; empty where there is none.
         audit_time: When it was written, Unix seconds.
+        audit_signer: Public key of that log, which is the site's identity; empty likewise.
+        audit_signature: By that key; see `common.audit_heads`.
     """
 
     site: str
@@ -95,6 +97,8 @@ class UpdateHead:
     num_audit_entries: int = 0
     audit_sha256: str = ""
     audit_time: float = 0.0
+    audit_signer: str = ""
+    audit_signature: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 Flower's run config says where the run is: `run-folder` as `server.run.prepare` left it, `base-folder` of the base on
 this machine (empty: the store), `num-threads` for torch (0: all cores), `resume`, and who signs it: `operator-key` (a
-file on this machine; empty: nobody), `federation`, `offer-days`, and `audit-folder` for the log that the same key signs
-(empty: beside the key). `i-accept`: run though noise drowns what so few sites have to say. Of the key Flower gets the
-path only.
+file on this machine; empty: nobody), `federation`, `offer-days`, `audit-folder` for the log that the same key signs
+(empty: beside the key) and `roster-folder`, by which sites are known (empty: by the keys that they tell first).
+`i-accept`: run though noise drowns what so few sites have to say. Of the key Flower gets the path only.
 """
 
 from pathlib import Path
@@ -41,8 +41,14 @@ def _execute(grid: Grid, log: EventLog, options: UserConfig) -> None:
     folder = log.path.parent
     settings = run.stored_settings(folder)
     key_file, federation = str(options["operator-key"]), str(options["federation"])
-    days, audit_folder = float(options["offer-days"]), str(options["audit-folder"])
-    operator = offer.operator(key_file, federation=federation, days=days, audit_folder=audit_folder)
+    days, audit_folder, roster_folder = (options[key] for key in ("offer-days", "audit-folder", "roster-folder"))
+    operator = offer.operator(
+        key_file,
+        federation=federation,
+        days=float(days),
+        audit_folder=str(audit_folder),
+        roster_folder=str(roster_folder),
+    )
     base_folder = str(options["base-folder"])
     engine = model.load(
         Path(base_folder) if base_folder else store.resolve(settings.model.base),

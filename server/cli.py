@@ -53,6 +53,9 @@ def run(
     audit_folder: Annotated[
         Path | None, typer.Option(help="Folder of the operator's audit log; default: KEY-audit beside the key.")
     ] = None,
+    roster: Annotated[
+        Path | None, typer.Option(help="Folder of federation.json and roster.json: sites' keys, by which they sign.")
+    ] = None,
     i_accept: cli.AcceptOption = False,
     set_: cli.SetOption = None,
     json: cli.JsonOption = False,
@@ -84,6 +87,7 @@ def run(
         federation=federation,
         offer_days=offer_days,
         audit_folder=audit_folder,
+        roster_folder=roster,
         is_noise_accepted=i_accept,
     )
     cli.emit(result, as_json=json, show=lambda: cli.show(f"next: silotune-server export {folder} --merged DIR"))

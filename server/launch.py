@@ -29,6 +29,7 @@ def run(
     federation: str = "",
     offer_days: float = 30.0,
     audit_folder: Path | None = None,
+    roster_folder: Path | None = None,
     is_noise_accepted: bool = False,
 ) -> dict[str, Any]:
     """Submit a run, show its events as they come and return how it ended.
@@ -48,18 +49,21 @@ def run(
         federation: Id of the federation whose sites are asked; with a key only.
         offer_days: How long sites may open a signed run.
         audit_folder: Of the operator's audit log; None: beside the key.
+        roster_folder: Of the federation's signed roster; None: sites are known by the keys that they tell first.
         is_noise_accepted: Run though the noise for sites as a whole drowns what they have to say.
 
     Raises:
-        ConfigError: The operator's key cannot be used, or no federation is named.
+        ConfigError: The operator's key or the roster cannot be used, or no federation is named.
+        AuthError: The roster is not the federation's.
         AuditError: The operator's audit log is not whole.
         TransportError: The SuperLink did not take the run.
         ProtocolError: The run failed; the message says why.
     """
     key_file = str(operator_key.absolute()) if operator_key else ""
     audit = str(audit_folder.absolute()) if audit_folder else ""
-    # a wrong key or a broken log is told here, before anything starts
-    offer.operator(key_file, federation=federation, days=offer_days, audit_folder=audit)
+    roster = str(roster_folder.absolute()) if roster_folder else ""
+    # a wrong key, an old roster or a broken log is told here, before anything starts
+    offer.operator(key_file, federation=federation, days=offer_days, audit_folder=audit, roster_folder=roster)
     settings = privacy_plan.resolve(settings)
     log = server_run.prepare(settings, folder, resume=resume)
     num_old = len(events.read(log.path)) if log.path.is_file() else 0
@@ -72,6 +76,7 @@ def run(
         "federation": federation,
         "offer-days": offer_days,
         "audit-folder": audit,
+        "roster-folder": roster,
         "i-accept": is_noise_accepted,
     }
     screen = Screen(Console(file=sys.stderr if is_quiet else sys.stdout, highlight=False))

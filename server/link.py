@@ -53,6 +53,7 @@ operator-key = ""
 federation = ""
 offer-days = 30.0
 audit-folder = ""
+roster-folder = ""
 i-accept = false
 """
 

@@ -28,7 +28,9 @@ class Operator:
     trail: Trail
 
 
-def operator(key_file: str, *, federation: str, days: float, audit_folder: str = "") -> Operator | None:
+def operator(
+    key_file: str, *, federation: str, days: float, audit_folder: str = "", roster_folder: str = ""
+) -> Operator | None:
     """What signs a run's manifest and keeps its log.
 
     Args:
@@ -37,13 +39,17 @@ def operator(key_file: str, *, federation: str, days: float, audit_folder: str =
         federation: Id of the federation whose sites are asked.
         days: How long sites may open the run, from now.
         audit_folder: Of the log; empty: see `trail.folder_of`.
+        roster_folder: Of the federation's signed roster; empty: sites are known by the keys that they tell first.
 
     Raises:
-        ConfigError: The key cannot be used, or there is one and no federation.
+        ConfigError: The key or the roster cannot be used, there is a key and no federation, or a roster and no key.
+        AuthError: The roster is not the federation's.
         AuditError: The log is not whole, or is another key's.
         StorageError: The log cannot be written.
     """
     if not key_file:
+        if roster_folder:
+            raise ConfigError("--roster is for a signed run, whose sites sign where their logs stand; give a key")
         return None
     if not federation:
         raise ConfigError("a signed run is for one federation; give its id with --federation")
@@ -51,5 +57,12 @@ def operator(key_file: str, *, federation: str, days: float, audit_folder: str =
     not_after = int(time.time() + days * DAY_S)
     return Operator(
         lambda run_manifest: manifest.sign(run_manifest, key, federation=federation, not_after=not_after),
-        trail.open_trail(Path(key_file), Path(audit_folder) if audit_folder else None),
+        trail.open_trail(
+            Path(key_file), federation=federation, folder=_path(audit_folder), roster_folder=_path(roster_folder)
+        ),
     )
+
+
+def _path(text: str) -> Path | None:
+    """A path that was given, or none."""
+    return Path(text) if text else None

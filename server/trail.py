@@ -4,15 +4,18 @@ Both lie in one folder a key, over all its runs: the log is this key's, and site
 """
 
 import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from common import audit_heads, identity
 from common.audit import AuditLog, Head
-from common.audit_heads import Heads
+from common.audit_heads import Heads, SignedHead
 from common.errors import AuditError, RemoteError, SilotuneError
 from common.records import HEADS, LINKS, UpdateHead
+from server.site_keys import SiteKeys
 
 AUDIT_FILE: Final = "audit.jsonl"
 HEADS_FILE: Final = "audit-heads.jsonl"
@@ -26,33 +29,47 @@ class Trail:
         owner: What heads of this log are kept under.
         log: The coordinator's own.
         heads: Of the sites' logs.
+        vouch: Signs a head of this log for the federation.
+        site_keys: The sites' keys by the roster; None: a log keeps the key of its first head.
     """
 
     owner: str
     log: AuditLog
     heads: Heads
+    vouch: Callable[[Head], SignedHead]
+    site_keys: SiteKeys | None = None
 
     def told(self) -> dict[str, Any]:
         """Where all logs stand, for the head of a request, and the hashes by which this one continues what it was.
 
         Of more than `audit_heads.MAX_OWNERS` logs those are told that were heard of last.
         """
-        own = self.log.refresh()
-        known = sorted(self.heads.newest().items(), key=lambda item: item[1].time)[1 - audit_heads.MAX_OWNERS :]
+        own = self.vouch(self.log.refresh())
+        kept, keys = self.heads.newest(), self._keys()
+        members = [(owner, one) for owner, one in kept.items() if keys is None or owner in keys]
+        known = sorted(members, key=lambda item: item[1].head.time)[1 - audit_heads.MAX_OWNERS :]
         return {HEADS: audit_heads.to_list({**dict(known), self.owner: own}), LINKS: self.log.links}
 
     def keep(self, head: UpdateHead) -> None:
         """Remember where a site's log stands.
 
         Raises:
-            AuditError: It went back, or the site told of its log before and does not now.
+            AuditError: The site's key did not sign it for this federation, or the roster does not name the site; the
+                log went back; or the site told of its log before and does not now.
+            AuthError: The roster cannot be believed.
             StorageError: It cannot be written.
         """
+        keys = self._keys()
         if head.num_audit_entries:
             now = Head(head.num_audit_entries - 1, head.audit_sha256, head.audit_time)
-            self.heads.keep({head.site: now})
-        elif head.site in self.heads.newest():
-            raise AuditError(f"{head.site} told of an audit log before, and tells of none now")
+            told = SignedHead(now, head.audit_signer, head.audit_signature, self.heads.federation)
+            self.heads.keep({head.site: told}, keys=keys)
+        elif keys is not None or head.site in self.heads.newest():
+            raise AuditError(f"{head.site} tells of no audit log, as every site of the roster or with a policy does")
+
+    def _keys(self) -> Mapping[str, str] | None:
+        """The sites' keys now."""
+        return self.site_keys.now() if self.site_keys else None
 
 
 def folder_of(key_file: Path) -> Path:
@@ -60,21 +77,29 @@ def folder_of(key_file: Path) -> Path:
     return key_file.with_name(f"{key_file.stem}-audit")
 
 
-def open_trail(key_file: Path, folder: Path | None = None) -> Trail:
+def open_trail(
+    key_file: Path, *, federation: str, folder: Path | None = None, roster_folder: Path | None = None
+) -> Trail:
     """The log of one operator's key.
 
     Args:
         key_file: The private key, which signs every entry.
+        federation: Id of the federation that is told of this log.
         folder: Where the log lies; None: `folder_of(key_file)`.
+        roster_folder: Where `federation.json` and `roster.json` lie; None: sites are known by the keys that they tell.
 
     Raises:
-        ConfigError: The key cannot be used.
+        ConfigError: The key or the roster cannot be used.
+        AuthError: The roster is not the federation's.
         AuditError: What is there is not whole, or is another key's.
         StorageError: It cannot be written.
     """
     key, place = identity.load(key_file), folder or folder_of(key_file)
+    site_keys = SiteKeys(roster_folder, federation) if roster_folder else None
+    owner = audit_heads.operator(identity.public_hex(key))
     log = AuditLog(place / AUDIT_FILE, key=key)
-    return Trail(audit_heads.operator(identity.public_hex(key)), log, Heads(place / HEADS_FILE))
+    vouch = partial(audit_heads.sign, owner=owner, federation=federation, key=key)
+    return Trail(owner, log, Heads(place / HEADS_FILE, federation), vouch, site_keys)
 
 
 def of_frame(frame: bytes) -> dict[str, Any]:

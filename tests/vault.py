@@ -13,6 +13,7 @@ from client.gatekeeper import Gatekeeper
 from client.history import AUDIT_FILE
 from common import adapter, audit, audit_heads, config, identity, manifest, wire
 from common.audit import AuditLog, Entry, Head
+from common.audit_heads import SignedHead
 from common.manifest import Offer, RunManifest
 from common.records import HEADS, LINKS, RoundPlan, to_head
 from common.wire import Frame
@@ -22,6 +23,7 @@ from tests import tiny
 
 OPERATOR, ADMIN, SITE, STRANGER = (Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2, 3, 4))
 NOW = 1_800_000_000.0
+FEDERATION = "onco-eu"
 SERVER_LOG = audit_heads.operator(identity.public_hex(OPERATOR))
 MAX = 1 << 24
 POLICY = """
@@ -98,10 +100,25 @@ def server_head(sequence: int = 7) -> Head:
     return Head(sequence, audit.follow(audit.GENESIS, links(sequence + 1)), NOW - 60 + sequence)
 
 
-def told(head: Head | None = None, *, log: str = SERVER_LOG, **others: Head) -> dict[str, list]:
-    """What a coordinator says of the logs beside a plan; `log` is its own."""
-    server = head or server_head()
-    return {HEADS: audit_heads.to_list({log: server, **others}), LINKS: links(server.sequence + 1)}
+def signed(
+    head: Head, owner: str = "south", *, key: Ed25519PrivateKey = SITE, federation: str = FEDERATION
+) -> SignedHead:
+    """A head as its owner tells it; all sites have one key here."""
+    return audit_heads.sign(head, owner=owner, federation=federation, key=key)
+
+
+def told(
+    head: Head | None = None,
+    *,
+    key: Ed25519PrivateKey = OPERATOR,
+    federation: str = FEDERATION,
+    **others: Head | SignedHead,
+) -> dict[str, list]:
+    """What a coordinator with this key says of the logs beside a plan; sites' heads are signed by `SITE`."""
+    server, own = head or server_head(), audit_heads.operator(identity.public_hex(key))
+    heads = {own: signed(server, own, key=key, federation=federation)}
+    heads |= {name: signed(one, name) if isinstance(one, Head) else one for name, one in others.items()}
+    return {HEADS: audit_heads.to_list(heads), LINKS: links(server.sequence + 1)}
 
 
 TOLD = told()
@@ -117,14 +134,15 @@ def policy_text(base_sha256: str, **changes: str) -> str:
     return text
 
 
-def operator(folder: Path) -> Operator:
+def operator(folder: Path, *, roster_folder: Path | None = None) -> Operator:
     """The operator with a key file, and the audit log beside it; offers are for the sites' clock."""
     path = folder / "op.pem"
     if not path.exists():
         write_key(path, OPERATOR)
     day = int(NOW + 86_400)
     return Operator(
-        lambda run: manifest.sign(run, OPERATOR, federation="onco-eu", not_after=day), trail.open_trail(path)
+        lambda run: manifest.sign(run, OPERATOR, federation=FEDERATION, not_after=day),
+        trail.open_trail(path, federation=FEDERATION, roster_folder=roster_folder),
     )
 
 

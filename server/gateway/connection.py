@@ -7,6 +7,7 @@ is over and put into `scope["state"]`, so that it belongs to the connection and 
 import asyncio
 import socket
 import ssl
+from asyncio import sslproto
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from server.gateway.tls import Peer
 PEER: Final = "silotune_peer"
 _STOP_S: Final = 3
 _BACKLOG: Final = 256
+_READ_BYTES: Final = 32 << 10  # of asyncio's 256 KiB, which a connection that was cut holds until the collector comes
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ class Listener(uvicorn.Server):
             ConfigError: The address cannot be used.
         """
         host, port = self._door.address
+        sslproto.SSLProtocol.max_size = _READ_BYTES
         try:
             server = await asyncio.get_running_loop().create_server(
                 self._accept,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests import vault
+from tests.attacks import rosters
 
 if TYPE_CHECKING:
     from tests.attacks.world import World
@@ -44,3 +45,18 @@ def open_site(site):
     """A site that takes part in the run."""
     assert site.open().kind == "opened"
     return site
+
+
+@pytest.fixture
+def join(make, tmp_path):
+    """Sites that read a roster; arguments change lines of the policy."""
+    folder = rosters.write(tmp_path / "kit")
+    return lambda **changes: make(roster_folder=folder, **changes)
+
+
+@pytest.fixture
+def member(join):
+    """A site that takes part in a run."""
+    found = join()
+    assert found.open().kind == "opened"
+    return found

@@ -18,7 +18,8 @@ SERVER = vault.server_head()
 
 
 def kept(site) -> dict[str, list[Head]]:
-    return audit_heads.read(site.folder / replicas.HEADS_FILE)
+    found = audit_heads.read(site.folder / replicas.HEADS_FILE)
+    return {owner: [told.head for told in heads] for owner, heads in found.items()}
 
 
 def flood(site, num_frames: int, *, frame: bytes = b"x") -> int:
@@ -32,14 +33,24 @@ def flood(site, num_frames: int, *, frame: bytes = b"x") -> int:
 @pytest.mark.parametrize("kind", ["train", "evaluate"])
 def test_a_coordinator_that_does_not_tell_where_its_log_stands(open_site, kind):
     another = audit_heads.operator(identity.public_hex(vault.STRANGER))
-    for heads in ([], audit_heads.to_list({"south": SERVER}), audit_heads.to_list({another: SERVER})):
+    theirs = vault.signed(SERVER, another, key=vault.STRANGER)
+    south = vault.signed(SERVER)
+    for heads in ([], audit_heads.to_list({"south": south}), audit_heads.to_list({another: theirs})):
         assert open_site.refused(open_site.step(kind, heads=heads)) == RULE
     assert open_site.sent() == [("open", 0)]
     assert open_site.step(kind, **told()).kind in ("update", "metrics")
 
 
 @pytest.mark.parametrize(
-    "heads", [None, "x", {}, [["south", -1, "5e" * 32, 1.0]], [["south", 1, "5e", 1.0]], [[]] * 5000]
+    "heads",
+    [
+        None,
+        "x",
+        {},
+        [["south", -1, "5e" * 32, 1.0, "ab" * 32, "ab" * 64]],
+        [["south", 1, "5e" * 32, 1.0, "ab" * 32, "ab"]],
+        [[]] * 5000,
+    ],
 )
 def test_heads_that_are_none(open_site, heads):
     assert open_site.refused(open_site.step(heads=heads)) == ("WireError", "WireError")
@@ -157,9 +168,9 @@ def test_a_site_that_can_keep_no_more_heads_says_so_and_trains_nothing(open_site
 
 
 def test_another_operators_log_is_another_log(open_site):
-    Heads(open_site.folder / replicas.HEADS_FILE).keep(
-        {audit_heads.operator(identity.public_hex(vault.STRANGER)): Head(99, "cc" * 32, vault.NOW)}
-    )
+    theirs = audit_heads.operator(identity.public_hex(vault.STRANGER))
+    head = vault.signed(Head(99, "cc" * 32, vault.NOW), theirs, key=vault.STRANGER)
+    Heads(open_site.folder / replicas.HEADS_FILE, vault.FEDERATION).keep({theirs: head})
     assert open_site.step().kind == "update"
 
 

@@ -252,6 +252,14 @@ def test_a21_evaluation_on_a_slice_that_is_too_small(make):
     assert site.step("evaluate").kind == "metrics"
 
 
+@pytest.mark.parametrize("most", ["10", "13"])  # 9 rows train, in 3 steps of 4
+def test_a21_training_loss_of_a_slice_that_is_too_small(make, most):
+    strict, site = make(min_slice=most), make(min_slice="9")
+    assert [one.open().kind for one in (strict, site)] == ["opened"] * 2
+    assert strict.refused(strict.step()) == (POLICY, "evaluation.min_slice")
+    assert site.step().kind == "update"
+
+
 def test_a21_scores_leave_rounded(make):
     heads = {}
     for digits in (1, 3):

@@ -8,50 +8,18 @@ import dataclasses
 import json
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from client.gatekeeper import Gatekeeper
 from common import identity, kit, wire
 from common.errors import PolicyRefusedError
 from common.governance import Governance
-from common.roster import OperatorEntry, Roster, SiteEntry
+from common.roster import OperatorEntry
 from tests import vault
+from tests.attacks.rosters import GOOD, MEMBERS, NORTH, PINNED, changed, put, signed, site
 
 POLICY = "PolicyRefusedError"
 BY_ROSTER = (POLICY, "roster")
-MEMBERS = [Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in (11, 12, 13)]
-PINNED = Governance("onco-eu", 2, tuple(map(identity.public_hex, MEMBERS)), "ee" * 32)
-
-
-def site(name: str, number: int, **changes) -> SiteEntry:
-    key = ec.derive_private_key(number, ec.SECP384R1()).public_key()
-    pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
-    entry = SiteEntry(name, f"{number:064x}", pem, f"{100 + number:064x}")
-    return dataclasses.replace(entry, **changes)
-
-
-NORTH = site("north", 5, identity_key=identity.public_hex(vault.SITE))
-GOOD = Roster(
-    version=1,
-    federation_id="onco-eu",
-    epoch=4,
-    quorum=2,
-    governance=PINNED.keys,
-    sites=(NORTH, site("south", 6)),
-    operators=(OperatorEntry("olga", "bb" * 32, identity.public_hex(vault.OPERATOR)),),
-)
-
-
-def changed(**changes) -> Roster:
-    return dataclasses.replace(GOOD, **{"epoch": 5, **changes})
-
-
-def signed(found: Roster, keys=tuple(MEMBERS[:2])) -> bytes:
-    """A roster file as anybody could make it, without the checks of those who sign."""
-    signatures = {identity.public_hex(key): identity.sign(key, found.to_bytes(), purpose="roster") for key in keys}
-    return wire.canonical_json({"roster": dataclasses.asdict(found), "signatures": signatures})
 
 
 def altered() -> bytes:
@@ -59,28 +27,6 @@ def altered() -> bytes:
     file = json.loads(signed(changed()))
     file["roster"]["operators"].append(dataclasses.asdict(OperatorEntry("eve", "cc" * 32, "dd" * 32)))
     return wire.canonical_json(file)
-
-
-def put(member: vault.Vault, data: bytes) -> None:
-    (member.roster_folder / kit.ROSTER).write_bytes(data)
-
-
-@pytest.fixture
-def join(make, tmp_path):
-    """Sites that read a roster; arguments change lines of the policy."""
-    folder = tmp_path / "kit"
-    folder.mkdir()
-    (folder / kit.PINNED).write_bytes(PINNED.to_bytes())
-    (folder / kit.ROSTER).write_bytes(signed(GOOD))
-    return lambda **changes: make(roster_folder=folder, **changes)
-
-
-@pytest.fixture
-def member(join):
-    """A site that takes part in a run."""
-    found = join()
-    assert found.open().kind == "opened"
-    return found
 
 
 FORGED = {

@@ -65,6 +65,8 @@ def test_every_party_holds_the_heads_of_all_the_others(folder):
     for name, other in (SITES, SITES[::-1]):
         kept = audit_heads.read(folder / name / HEADS_FILE)
         assert sorted(kept) == sorted([audit_heads.operator(operator), other])
-        audit.verify(server_log, operator, heads=kept[audit_heads.operator(operator)])
-        audit.verify(folder / other / AUDIT_FILE, keys[other], heads=kept[other])
-        audit.verify(folder / name / AUDIT_FILE, keys[name], heads=audit_heads.of(server_heads, name))
+        audit.verify(server_log, operator, heads=[one.head for one in kept[audit_heads.operator(operator)]])
+        audit.verify(folder / other / AUDIT_FILE, keys[other], heads=[one.head for one in kept[other]])
+        audit.verify(
+            folder / name / AUDIT_FILE, keys[name], heads=audit_heads.of(server_heads, name, signer=keys[name])
+        )

@@ -89,6 +89,7 @@ class Case:
             is_quiet=True,
             operator_key=running.operator_key,
             federation=FEDERATION,
+            roster_folder=running.folder,
         )
 
 

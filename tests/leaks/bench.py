@@ -10,7 +10,7 @@ from client import line, serve, service
 from client.agent import Agent
 from client.gatekeeper import Gatekeeper
 from client.pressure import Limit
-from common import adapter, audit_heads, config, identity, manifest, wire
+from common import adapter, config, identity, manifest, wire
 from common.audit_heads import Heads
 from common.config import RunConfig
 from common.errors import SilotuneError
@@ -88,7 +88,7 @@ def requests(settings: RunConfig, *, engine: Engine, operator: Path) -> dict[str
     run = RunManifest(settings, engine.base_sha256, engine.tensor_specs, engine.codes_sha256)
     not_after = int(time.time()) + DAY_S
     key = identity.load(operator)
-    told = vault.told(log=audit_heads.operator(identity.public_hex(key)))
+    told = vault.told(key=key, federation=world.FEDERATION)
     offer = manifest.sign(run, key, federation=world.FEDERATION, not_after=not_after)
     body = adapter.encode(engine.initial, dtype="float32")
     evaluate = Frame("evaluate", to_head(RoundPlan(run.sha256, 0, generate=True)) | told, body)
@@ -123,7 +123,7 @@ def ready(bench: Bench, kind: str) -> None:
     if isinstance(guard, Gatekeeper):
         guard._opens = guard._refusals = Limit(ANY_NUMBER)
         guard._heads.path.unlink(missing_ok=True)
-        guard._heads = Heads(guard._heads.path)
+        guard._heads = Heads(guard._heads.path, world.FEDERATION)
     bench.ask("open")  # the first offer passes functions that no other does
     if kind == "open":
         bench.agent._run = None  # so that rows and base are read again

@@ -210,7 +210,7 @@ def test_the_commands_for_people(site, node_file, capsys):
 
 def test_the_audit_commands(site, node_file, capsys, tmp_path):
     heads = tmp_path / "heads.jsonl"
-    Heads(heads).keep({"north": site.gate._log.head})
+    Heads(heads, vault.FEDERATION).keep({"north": vault.signed(site.gate._log.head, "north")})
     code, found = command(client_cli, "audit", "verify", str(node_file), "--heads", str(heads), capsys=capsys)
     assert (code, found["num_entries"], found["num_heads_checked"]) == (0, 2, 1)
     log, key = site.folder / "audit.jsonl", identity.public_hex(vault.SITE)
@@ -223,20 +223,20 @@ def test_the_audit_commands(site, node_file, capsys, tmp_path):
 
 
 def test_heads_of_others_prove_nothing_about_this_site(site, node_file, capsys, tmp_path):
-    Heads(tmp_path / "heads.jsonl").keep({"south": site.gate._log.head})
+    Heads(tmp_path / "heads.jsonl", vault.FEDERATION).keep({"south": vault.signed(site.gate._log.head)})
     given = ["audit", "verify", str(node_file), "--heads", str(tmp_path / "heads.jsonl")]
     assert command(client_cli, *given, capsys=capsys)[0] == 6
 
 
 def test_a_site_shows_and_exports_the_heads_that_it_keeps(site, node_file, capsys, tmp_path):
-    out = tmp_path / "out.jsonl"
+    out, operator = tmp_path / "out.jsonl", identity.public_hex(vault.OPERATOR)
     listed = ["audit", "heads", str(node_file)]
     assert command(client_cli, *listed, capsys=capsys) == (0, {"heads": []})  # none was handed on yet
     assert site.open().kind == "opened"
     assert site.step(**vault.TOLD).kind == "update"
     _, found = command(client_cli, *listed, "--out", str(out), capsys=capsys)
     assert [(head["owner"], head["sequence"]) for head in found["heads"]] == [(vault.SERVER_LOG, 7)]
-    assert [head.sequence for head in audit_heads.of(out, vault.SERVER_LOG)] == [7]
+    assert [head.sequence for head in audit_heads.of(out, vault.SERVER_LOG, signer=operator)] == [7]
     client_cli.app(listed, standalone_mode=False)
     assert vault.SERVER_LOG[:16] in capsys.readouterr().out
 

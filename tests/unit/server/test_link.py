@@ -11,7 +11,7 @@ def test_a_bundle_holds_names_and_no_code():
         assert set(bundle.namelist()) == {"pyproject.toml", ".info/CONTENT"}
         app = tomllib.loads(bundle.read("pyproject.toml").decode())["tool"]["flwr"]["app"]
     assert app["components"] == {"serverapp": "server.app:app", "clientapp": "client.app:app"}
-    signing = {"operator-key", "federation", "offer-days", "audit-folder"}
+    signing = {"operator-key", "federation", "offer-days", "audit-folder", "roster-folder"}
     assert set(app["config"]) == {"run-folder", "base-folder", "num-threads", "resume", "i-accept"} | signing
 
 

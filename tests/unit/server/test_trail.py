@@ -17,6 +17,7 @@ from tests import tiny, vault
 
 SITES = ("north", "south", "west")
 PUBLIC = identity.public_hex(vault.OPERATOR)
+SITE_KEY = identity.public_hex(vault.SITE)
 
 
 @pytest.fixture
@@ -214,8 +215,8 @@ def test_every_site_holds_the_heads_of_all_the_others(play, sites, tmp_path):
         others = [other for other in sites if other is not site]
         assert sorted(kept) == sorted([vault.SERVER_LOG, *(other.name for other in others)])
         for other in others:
-            audit.verify(other.folder / AUDIT_FILE, identity.public_hex(vault.SITE), heads=kept[other.name])
-        audit.verify(tmp_path / "op-audit" / trail.AUDIT_FILE, PUBLIC, heads=kept[vault.SERVER_LOG])
+            audit.verify(other.folder / AUDIT_FILE, SITE_KEY, heads=[one.head for one in kept[other.name]])
+        audit.verify(tmp_path / "op-audit" / "audit.jsonl", PUBLIC, heads=[one.head for one in kept[vault.SERVER_LOG]])
         assert len(kept[vault.SERVER_LOG]) == 5  # one a request
     kept = audit_heads.read(tmp_path / "op-audit" / trail.HEADS_FILE)
     assert {name: len(found) for name, found in kept.items()} == dict.fromkeys(SITES, 2)  # one a round
@@ -266,7 +267,7 @@ def test_a_site_whose_log_was_rolled_back_is_noticed_by_the_coordinator(
     monkeypatch.setattr("client.replicas.keep", lambda *_, **__: None)  # the site itself is in on it
     if not are_heads_kept:
         fed.trail.heads.path.unlink()
-        fed.trail.heads.__init__(fed.trail.heads.path)
+        fed.trail.heads.__init__(fed.trail.heads.path, vault.FEDERATION)
     fed.doubtful.add(2)
     rounds.play(fed, state, round_index=1)
     assert failed(fed) == ([("south", "AuditError")] if are_heads_kept else [])
@@ -279,8 +280,8 @@ def test_a_site_whose_log_was_rolled_back_is_noticed_by_another_site(fed, sites,
     state = rounds.play(fed, state, round_index=1)  # tells the heads of round 1
     rolled_back(sites[1], num_kept=3)
     fed.trail.heads.path.unlink()  # the coordinator is in on it
-    fed.trail.heads.__init__(fed.trail.heads.path)
-    fed.trail.heads.keep({"south": sites[1].gate._log.head})
+    fed.trail.heads.__init__(fed.trail.heads.path, vault.FEDERATION)
+    fed.trail.heads.keep({"south": vault.signed(sites[1].gate._log.head)})
     if not are_heads_kept:
         monkeypatch.setattr("client.replicas.keep", lambda *_, **__: None)
     answer = sites[0].step("evaluate", run=fed.manifest, state=state, round_index=2, **fed.trail.told())
@@ -302,7 +303,8 @@ def without_south(fed, path) -> AuditLog:
 
 def told_by(log: AuditLog) -> dict[str, list]:
     """What a coordinator with this log says beside a plan."""
-    return {"heads": audit_heads.to_list({vault.SERVER_LOG: log.head}), "links": log.links}
+    own = vault.signed(log.head, vault.SERVER_LOG, key=vault.OPERATOR)
+    return {"heads": audit_heads.to_list({vault.SERVER_LOG: own}), "links": log.links}
 
 
 @pytest.mark.parametrize("are_heads_kept", [True, False])
@@ -328,7 +330,7 @@ def test_a_coordinator_that_writes_its_log_anew_is_noticed_by_the_sites(
     for site, answer in zip(sites, answers, strict=True):
         assert site.refused(answer) == ("PolicyRefusedError", "audit.heads")
         with pytest.raises(AuditError, match="known elsewhere"):
-            audit.verify(anew.path, PUBLIC, heads=audit_heads.of(site.folder / HEADS_FILE, vault.SERVER_LOG))
+            audit.verify(anew.path, PUBLIC, heads=site.gate._heads.of(vault.SERVER_LOG))
     assert [site.step(state=state, round_index=1, **fed.trail.told()).kind for site in sites] == ["update"] * 3
 
 
@@ -341,7 +343,7 @@ def test_a_log_that_changed_under_the_run_ends_it(fed, engine):
 
 
 def test_a_site_that_told_of_a_log_and_does_not_any_more_does_not_count(fed, sites, engine):
-    silent = tiny.with_head(num_audit_entries=0, audit_sha256="", audit_time=0.0)
+    silent = tiny.with_head(num_audit_entries=0, audit_sha256="", audit_time=0.0, audit_signer="", audit_signature="")
     is_silent = []
     honest = sites[2].agent.answer
     spoil = tiny.spoilt(honest, "train", lambda frame: silent(frame) if is_silent else frame)
@@ -358,8 +360,8 @@ def test_the_log_of_another_key_is_not_gone_on_with(tmp_path):
     vault.operator(tmp_path).trail.log.append("offered", run="ab" * 32)
     vault.write_key(tmp_path / "other.pem", vault.STRANGER)
     with pytest.raises(AuditError, match="signature"):
-        trail.open_trail(tmp_path / "other.pem", tmp_path / "op-audit")
-    assert trail.open_trail(tmp_path / "other.pem").log.path == tmp_path / "other-audit" / trail.AUDIT_FILE
+        trail.open_trail(tmp_path / "other.pem", federation=vault.FEDERATION, folder=tmp_path / "op-audit")
+    assert trail.open_trail(tmp_path / "other.pem", federation="x").log.path == tmp_path / "other-audit" / "audit.jsonl"
 
 
 def command(*arguments: object, capsys) -> tuple[int, dict]:
