@@ -172,6 +172,18 @@ def largest_delta(num_units: int) -> float:
     return MAX_DELTA if num_units < 3 else min(MAX_DELTA, 1 / (num_units * math.log(num_units)))
 
 
+def shown_largest_delta(num_units: int) -> str:
+    """The same with two digits, never rounded up.
+
+    Example:
+        >>> shown_largest_delta(50_000), shown_largest_delta(2_000)
+        ('1.8e-06', '1e-05')
+    """
+    largest = largest_delta(num_units)
+    step = 10.0 ** (math.floor(math.log10(largest)) - 1)
+    return f"{math.floor(largest / step * (1 + 1e-9)) * step:.2g}"
+
+
 def planned_curve(
     event_per_round: Event, num_rounds: int, *, dp_delta: float, spent: Sequence[Event] = ()
 ) -> list[float]:

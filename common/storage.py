@@ -7,8 +7,13 @@ from pathlib import Path
 from common.errors import StorageError
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Write, fsync and rename, so that a crash leaves the old file or the new one.
+
+    Args:
+        path: The file.
+        data: All of it.
+        mode: Who may read it, from the first moment on.
 
     Raises:
         StorageError: The disk is full, the folder is not writable, and the like. The old file is untouched.
@@ -21,7 +26,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:

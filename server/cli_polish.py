@@ -17,7 +17,7 @@ def polish(
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: every core.")] = 0,
     json: cli.JsonOption = False,
 ) -> None:
-    """Play the [[polish]] stages that a run has left.
+    """Play the stages of `polish` that a run has left.
 
     \b
     Examples:

@@ -12,6 +12,7 @@ from server.evaluate import by_precision, view
 from server.gate import words
 from server.polish import told
 
+MAX_COLUMNS: Final = 12  # sites of a run that have a column each
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -48,6 +49,7 @@ class Screen:
 
     console: Console
     _sites: list[str] = field(default_factory=list)
+    _columns: list[str] = field(default_factory=list)
     _losses: dict[str, float] = field(default_factory=dict)
     _round: Event = field(default_factory=dict)
     _num_rounds: int = 0
@@ -148,7 +150,7 @@ class Screen:
         self._header()
         finished = self._round if event["num_rounds"] else {}
         cells = [f"{event['num_rounds']:>6}", f"{event['loss']:>9.3f}"]
-        cells += [_cell(self._losses.get(site) if finished else None, width=_width(site)) for site in self._sites]
+        cells += [_cell(self._losses.get(site) if finished else None, width=_width(site)) for site in self._columns]
         cells += _figures(finished)
         notes = self._notes(event, finished)
         self.console.print(Text("  ".join(cells)), Text.from_markup(notes), soft_wrap=True)
@@ -227,7 +229,11 @@ class Screen:
             return
         self._has_header = True
         self._sites.sort()
-        names = [f"{'round':>6}", f"{'held-out':>9}", *(f"{site:>{_width(site)}}" for site in self._sites)]
+        if len(self._sites) <= MAX_COLUMNS:
+            self._columns = self._sites
+        else:
+            self._print(f"  {len(self._sites)} sites are too many for columns; the report has each")
+        names = [f"{'round':>6}", f"{'held-out':>9}", *(f"{site:>{_width(site)}}" for site in self._columns)]
         names += [f"{'gap':>7}", f"{'down':>9}", f"{'up':>9}", f"{'time':>8}"]
         self._print("")
         self.console.print(Text("  ".join(names), style="bold"), soft_wrap=True)

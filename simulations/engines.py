@@ -16,9 +16,10 @@ from client.agent import SiteData
 from common import config, events, layerwise, wire
 from common.events import EventLog
 from common.manifest import RunManifest
+from common.methods import FACTS
 from common.model import Engine
 from common.wire import Frame
-from server import checkpoint
+from server import checkpoint, finish
 from server import run as server_run
 from server.evaluate import suite
 from server.grid import GridFleet
@@ -139,16 +140,18 @@ def deployed(
         }
         deployment.run(sites, log=log, config=given, timeout_s=limit_s, num_threads=num_threads)
     world.export_personal(settings, folder)
-    return _outcome(settings, engine, folder)
+    return _outcome(folder)
 
 
-def _outcome(settings: config.RunConfig, engine: Engine, folder: Path) -> Outcome:
+def _outcome(folder: Path) -> Outcome:
     """The end of a run that another process did, read from its folder."""
     manifest = server_run.stored_manifest(folder)
-    last = settings.federation.num_rounds
-    found = checkpoint.load(folder, engine.tensor_specs, num_rounds=last, run_sha256=manifest.sha256)
-    joined = [event for event in events.read(folder / server_run.EVENTS_FILE) if event["kind"] == "site_joined"]
-    return Outcome(found.tensors, dict(sorted((event["site"], event["num_examples"]) for event in joined)), folder)
+    if not FACTS[manifest.run.aggregation.method].is_personal:
+        found = finish.stored(folder, num_rounds=0)
+        return Outcome(found.tensors, found.sites, folder)
+    newest, log = checkpoint.finished(folder)[-1], events.read(folder / server_run.EVENTS_FILE)
+    last = checkpoint.load(folder, manifest.tensor_specs, num_rounds=newest, run_sha256=manifest.sha256)
+    return Outcome(last.tensors, server_run.trained_sites(log, num_rounds=newest), folder)
 
 
 @dataclass(frozen=True)

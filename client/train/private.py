@@ -83,11 +83,10 @@ def _check_delta(dp_delta: float, num_units: int) -> None:
     Raises:
         PrivacyError: See `gradients`.
     """
-    largest = accounting.largest_delta(num_units)
-    if not dp_delta <= largest:
+    if not dp_delta <= accounting.largest_delta(num_units):
         raise PrivacyError(
             f"privacy.dp_delta = {dp_delta:g} is too large for the {num_units} units of this site, above "
-            f"1 / (n ln n) = {largest:.3g}; lower it"
+            f"1 / (n ln n); set at most {accounting.shown_largest_delta(num_units)}"
         )
 
 

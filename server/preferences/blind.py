@@ -115,8 +115,7 @@ def write(pairs: Sequence[Pair], *, names: tuple[str, str], seed: int, tasks: Pa
     sha256 = hashlib.sha256(content).hexdigest()
     rows, num_identical = tuple(place + 1 for place in order), len(pairs) - len(order)
     made = Key(sha256, names, tuple(is_swapped), rows, num_identical, seed)
-    storage.write_atomic(key, json.dumps({"version": VERSION, **vars(made)}, indent=1).encode())
-    key.chmod(0o600)
+    storage.write_atomic(key, json.dumps({"version": VERSION, **vars(made)}, indent=1).encode(), mode=0o600)
     storage.write_atomic(tasks, content)  # last: tasks without a key would be of no use
     return made
 

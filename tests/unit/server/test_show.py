@@ -48,6 +48,17 @@ def test_a_site_that_did_not_train_has_a_dash():
     assert shown.split()[2:4] == ["2.500", "-"]
 
 
+def test_many_sites_have_no_columns():
+    sites = [f"site-{number:02}" for number in range(13)]
+    few, many = (
+        drawn([PLAN, *map(joined, some), evaluated(0, 6.0, **dict.fromkeys(some, 6.0))]) for some in (sites[:12], sites)
+    )
+    assert re.findall(r"^ +0 .*", many, re.MULTILINE)[0].split() == ["0", "6.000", "-", "-", "-", "-"]
+    assert "13 sites are too many for columns" in many
+    assert "site-11" in re.findall(r"^ +round .*", few, re.MULTILINE)[0]  # the control
+    assert "too many" not in few
+
+
 def test_lines_are_never_wrapped():
     assert max(len(line) for line in drawn([{**PLAN, "base": "b" * 90}]).splitlines()) > 90
 
