@@ -133,7 +133,7 @@ def test_missing_key_points_at_its_section():
         ("[tool.flwr.app.config]\nnum-server-rounds = 3", "here it is federation.num_rounds"),
         ("[[datasets]]\npath = 'x'", "here it is data.source"),
         ("zzzzzz = 1", "the sections are model, adapter, data"),
-        ("[wire]\nzzzzzz = 1", "[wire] has dtype, density, error_feedback, down, max_update_mib"),
+        ("[wire]\nzzzzzz = 1", "[wire] has dtype, density, error_feedback, down, down_density, max_update_mib"),
     ],
 )
 def test_unknown_key_leads_to_the_right_one(text: str, expected: str):
