@@ -180,7 +180,7 @@ def parse(data: bytes) -> RunManifest:
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError, ConfigError) as error:
         raise WireError(f"not a run manifest of version {VERSION} ({type(error).__name__})") from error
     if manifest.to_bytes() != data:
-        raise WireError("run manifest is not in canonical form")
+        raise WireError("run manifest was changed, or is of another version of silotune; use the version that wrote it")
     return manifest
 
 
