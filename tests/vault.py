@@ -216,7 +216,11 @@ class Vault:
     def ask(self, frame: Frame | bytes) -> Frame:
         """One request."""
         data = frame if isinstance(frame, bytes) else wire.pack(frame)
-        return wire.unpack(self.agent.answer(data), max_body_bytes=MAX)
+        return wire.unpack(self.send(data), max_body_bytes=MAX)
+
+    def send(self, data: bytes) -> bytes:
+        """What the agent answers, asked in this thread."""
+        return self.agent.answer(data)
 
     def open(self, run: RunManifest | None = None, *, approve: bool = True) -> Frame:
         """Approve and open a run."""
@@ -250,9 +254,16 @@ class Vault:
 
 
 def make(
-    folder: Path, engine, *, name: str = "north", count: int = 12, roster_folder: Path | None = None, **policy: str
+    folder: Path,
+    engine,
+    *,
+    name: str = "north",
+    count: int = 12,
+    roster_folder: Path | None = None,
+    made_of: type[Vault] = Vault,
+    **policy: str,
 ) -> Vault:
     """A site with `count` rows; three quarters train."""
     folder.mkdir(exist_ok=True)
     text = policy_text(engine.base_sha256, **policy)
-    return Vault(folder, engine, tiny.site_data(name, count), text, name=name, roster_folder=roster_folder)
+    return made_of(folder, engine, tiny.site_data(name, count), text, name=name, roster_folder=roster_folder)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests import vault
-from tests.attacks import rosters
+from tests.attacks import rosters, running
 
 if TYPE_CHECKING:
     from tests.attacks.world import World
@@ -26,13 +26,15 @@ def world(tmp_path_factory) -> "Iterator[World]":
 @pytest.fixture
 def make(tmp_path, engine):
     """Sites, each with a folder of its own; arguments change lines of the policy."""
-    made = []
+    made: list[running.Running] = []
 
     def build(**changes) -> vault.Vault:
-        made.append(vault.make(tmp_path / str(len(made)), engine, **changes))
+        made.append(vault.make(tmp_path / str(len(made)), engine, made_of=running.Running, **changes))
         return made[-1]
 
-    return build
+    yield build
+    for one in made:
+        one.stop()
 
 
 @pytest.fixture
