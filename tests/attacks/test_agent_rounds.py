@@ -5,6 +5,8 @@ Names carry the numbers of the attack table; `test_agent.py` has the offers. Eac
 
 import dataclasses
 import hashlib
+import json
+import tomllib
 
 import pytest
 import safetensors.torch
@@ -149,6 +151,20 @@ def test_a16_a17_bytes_that_are_no_adapter(open_site):
     assert open_site.step(state=good).kind == "update"
 
 
+def test_a17_bytes_that_the_library_itself_reads(open_site):
+    good = adapter.encode(open_site.engine.initial, dtype="float32")
+    size = int.from_bytes(good[:8], "little")
+    header, values = good[8 : 8 + size].strip(), good[8 + size :]
+    noted = header.replace(b"{", b'{"__metadata__":{"x":"y"},', 1)
+    padded = header + b" " * (2 << 20)
+    other = header.replace(b'"F32"', b'"I32"')
+    for changed in (noted, padded, other):
+        body = len(changed).to_bytes(8, "little") + changed + values
+        assert safetensors.torch.load(body).keys() == open_site.engine.initial.keys()  # the control: a lenient reader
+        assert open_site.refused(open_site.step(state=body)) == ("WireError", "WireError")
+    assert open_site.step(state=good).kind == "update"
+
+
 def test_a16_message_that_is_declared_too_large(open_site):
     prefix = wire._PREFIX.pack(wire.MAGIC, wire.VERSION, 16, MAX_BODY_BYTES + 1)
     assert open_site.refused(open_site.ask(prefix + bytes(100))) == ("WireError", "WireError")
@@ -161,6 +177,7 @@ def test_a19_exception_that_carries_a_patients_row(site):
 
     load, site.agent._load_data = site.agent._load_data, fail
     assert site.refused(site.open()) == ("InternalError", "InternalError")
+    assert CANARY in str(site.errors[-1])  # the control: it was there to be sent
     assert b"Ada" not in (site.folder / AUDIT_FILE).read_bytes()
     site.agent._load_data = load
     assert site.open(approve=False).kind == "opened"
@@ -284,6 +301,7 @@ def test_a26_policy_that_was_edited_without_a_signature(site):
     admin = identity.public_hex(vault.ADMIN)
     policy_file.load(path, signer=admin)
     path.write_text(path.read_text().replace("min_records = 9", "min_records = 1"))
+    assert tomllib.loads(path.read_text())["train"]["min_records"] == 1  # the control: nothing else is wrong with it
     with pytest.raises(PolicyRefusedError, match="sign-policy") as caught:
         policy_file.load(path, signer=admin)
     assert caught.value.rule == "signature"
@@ -307,6 +325,7 @@ def test_a27_site_with_a_broken_audit_log_neither_starts_nor_answers(open_site):
     path = open_site.folder / AUDIT_FILE
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b'"serial"', b'"serjal"').replace(b'"policy_serial":3', b'"policy_serial":4'))
+    assert all(json.loads(line) for line in path.read_bytes().splitlines())  # the control: lines, and no chain
     with pytest.raises(AuditError):
         open_site.start()
     path.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
