@@ -199,7 +199,10 @@ class Heads:
         try:
             _checked(owner, *_values(told))
         except ValueError as error:
-            raise AuditError(f"{wire.shown(owner)} tells no signed place of an audit log ({error})") from error
+            raise AuditError(
+                f"{wire.shown(owner)} tells no signed place of an audit log: its place, hash, time, key or signature "
+                "has not its form"
+            ) from error
         if told.federation != self.federation:
             raise AuditError(f"{owner} tells federation {told.federation} of its log, not {self.federation}")
         is_site = not owner.startswith(OPERATOR)

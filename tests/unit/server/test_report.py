@@ -91,7 +91,7 @@ def test_how_a_run_stands(log, expected):
 
 def test_a_large_gap_names_a_method_without_it():
     page = text_of(report.render([*LOG, finished(0, gap=0.5)]))
-    assert "It passed 10.0 % in 1 rounds" in page
+    assert "It passed 10.0 % in 1 of the rounds" in page
     assert "aggregation.method = 'rolora' has none" in page
     assert "It passed" not in text_of(report.render([*LOG, finished(0, gap=None)]))
 
