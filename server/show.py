@@ -210,8 +210,9 @@ class Screen:
         self._set_status("")
         if self._num_large_gaps:
             self._print(
-                f"[yellow]The gap passed {percent(self._gap_warning)} in {self._num_large_gaps} of the rounds: the mean "
-                "of the factors was that far from the mean of the updates. Fewer local steps a round bring it down"
+                f"[yellow]The gap passed {percent(self._gap_warning)} in {self._num_large_gaps} of the rounds: "
+                "the mean of the factors was that far from the mean of the updates. Fewer local steps a round bring it "
+                "down"
                 f"{self._remedy()}.[/]"
             )
 
