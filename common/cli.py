@@ -29,6 +29,7 @@ AcceptOption = Annotated[
 def make(name: str, summary: str, *, examples: Sequence[str]) -> typer.Typer:
     """A command with sub-commands; its help ends with examples."""
     return typer.Typer(
+        suggest_commands=False,  # click does, and both would
         name=name,
         help=summary,
         epilog="\n\n".join(["Examples:", *examples]),

@@ -106,6 +106,15 @@ def test_wrong_usage_has_the_code_of_wrong_settings(arguments, capsys):
     assert capsys.readouterr().err
 
 
+def test_a_misspelt_command_is_told_the_nearest_once(capsys):
+    app = cli.make("trial", "A trial.", examples="")
+    app.command("export")(lambda: None)
+    app.callback()(lambda: None)
+    with pytest.raises(SystemExit):
+        cli.run(app, ["exprt"])
+    assert capsys.readouterr().err.count("Did you mean 'export'?") == 1
+
+
 def test_a_result_is_one_json_line_or_what_people_read(capsys):
     cli.emit({"loss": 1.5, "site": "zürich"}, as_json=True, show=lambda: print("never"))
     assert capsys.readouterr().out == '{"loss": 1.5, "site": "zürich"}\n'
