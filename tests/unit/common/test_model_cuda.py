@@ -1,6 +1,7 @@
 """The engine on a CUDA device: every precision loads, trains, and takes the adapter that the CPU has."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from client.train import local
 from common import adapter, model
 from common.model import Engine
+from common.noise import SeededNoise
 from tests import tiny
 
 pytestmark = [
@@ -38,10 +40,8 @@ def test_training_lowers_the_loss_on_cuda(load_cuda, tiny_base, quantization):
     engine = load_cuda(quantization)
     settings = tiny.settings(tiny_base, {"model.quantization": quantization, "training.local_epochs": "2.0"})
     rows, _ = model.encode(engine, tiny.rows(32), settings.data)
-    losses = [
-        local.train(engine, rows, training=settings.training, round_index=index, num_rounds=4, seed=1).train_loss
-        for index in range(4)
-    ]
+    train = partial(local.train, engine, rows, training=settings.training, privacy=settings.privacy)
+    losses = [train(round_index=index, num_rounds=4, seed=1, source=SeededNoise(0)).train_loss for index in range(4)]
     assert losses[-1] < 0.7 * losses[0]
     assert all(tensor.dtype == torch.float32 for tensor in adapter.parameters(engine.model).values())
 
