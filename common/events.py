@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 from common.errors import DataError
 from common.storage import storage_error
+
+FILE: Final = "events.jsonl"  # in a run's folder
 
 Event = dict[str, Any]
 

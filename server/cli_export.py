@@ -36,7 +36,7 @@ def gate(
     run_folder: Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN_FOLDER")],
     json: cli.JsonOption = False,
 ) -> None:
-    """Judge a run's checkpoints anew by its own gate, newest first until one passes.
+    """Judge a run's checkpoints anew by its own gate: the newest, then from the best on until one passes.
 
     From the run's figures alone: for an audit or a comparison that came after the end. Nothing is measured, and no
     limit can be given here. Exit code 9: none passes.

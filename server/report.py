@@ -52,7 +52,7 @@ def write(folder: Path) -> Path:
         StorageError: The page cannot be written.
     """
     page = folder / REPORT_FILE
-    storage.write_atomic(page, render(events.read(folder / "events.jsonl")).encode())
+    storage.write_atomic(page, render(events.read(folder / events.FILE)).encode())
     return page
 
 

@@ -45,7 +45,7 @@ from server.polish import told as polish_told
 
 RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.json"
-EVENTS_FILE = "events.jsonl"
+EVENTS_FILE = events.FILE
 EXPORT_FOLDER = "adapter"
 EXPERIMENTAL = (
     "aggregation.method = '{method}' is experimental: that it helps, only its authors have shown; "

@@ -21,7 +21,7 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: Not a run folder.
     """
-    log = events.read(folder / "events.jsonl")
+    log = events.read(folder / events.FILE)
     last = view.last_at_sites(log) or {}
     return {
         "status": report.status(log),

@@ -1,6 +1,7 @@
-"""Which adapter of a run may be exported: the newest that the gate lets pass."""
+"""Which adapter of a run may be exported: the newest, or else the best before it, that the gate lets pass."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class Candidate:
 
 
 def of_run(folder: Path, run_manifest: RunManifest) -> Iterator[Candidate]:
-    """The adapters in a run's folder, newest first; see `of_end`.
+    """The adapters in a run's folder, in the order of `of_end`.
 
     Raises:
         DataError: A stage cannot be read.
@@ -49,7 +50,11 @@ def of_run(folder: Path, run_manifest: RunManifest) -> Iterator[Candidate]:
 def of_end(
     folder: Path, run_manifest: RunManifest, last: Tensors, played: Sequence[stages.Finished]
 ) -> Iterator[Candidate]:
-    """The adapters of a run, newest first: polish stages that changed it, then rounds, each read when its turn comes.
+    """The adapters of a run, each read when its turn comes.
+
+    The newest first. Before it the polish stages that changed it, newer ones first, since each is after something else;
+    then the rounds, from the best on: the one with the lowest held-out loss at the sites. Rounds after which the sites
+    were not asked, or one was silent, come last, newer ones first.
 
     Args:
         folder: The run's.
@@ -60,15 +65,30 @@ def of_end(
     Raises:
         ModelError: A checkpoint is damaged.
     """
-    *earlier, newest = checkpoint.finished(folder)
-    for stage, was in reversed(list(zip(played, [last, *(one.tensors for one in played)], strict=False))):
-        if adapter.digest(stage.tensors) != adapter.digest(was):
-            yield Candidate(stage.label, newest, stage.tensors, stage.names)
-    num_rounds = run_manifest.run.federation.num_rounds
-    yield Candidate(measure.stage_of(newest, last=num_rounds), newest, last)
-    for number in reversed(earlier):
-        tensors = _checkpoint(folder, run_manifest, number)
-        yield Candidate(measure.stage_of(number, last=num_rounds), number, tensors)
+    done = checkpoint.finished(folder)
+    before = [last, *(stage.tensors for stage in played)]
+    changed = [stage for stage, was in zip(played, before, strict=False) if not _are_equal(stage.tensors, was)]
+    for stage in reversed(changed):
+        yield Candidate(stage.label, done[-1], stage.tensors, stage.names)
+    losses = _losses(events.read(folder / events.FILE))
+
+    def order(number: int) -> tuple[bool, float, int]:
+        is_newest = number == done[-1] and not changed
+        return not is_newest, losses.get(number, math.inf), -number
+
+    for number in sorted(done, key=order):
+        tensors = last if number == done[-1] else _checkpoint(folder, run_manifest, number)
+        yield Candidate(measure.stage_of(number, last=run_manifest.run.federation.num_rounds), number, tensors)
+
+
+def _are_equal(one: Tensors, other: Tensors) -> bool:
+    """Whether both are the same adapter."""
+    return adapter.digest(one) == adapter.digest(other)
+
+
+def _losses(log: Sequence[Event]) -> dict[int, float]:
+    """The sites' held-out loss after each number of rounds of which all of them told, nats an answer token."""
+    return {number: told["loss"] for number, told in figures.rounds_at_sites(log).items() if not told["stale"]}
 
 
 def _checkpoint(folder: Path, run_manifest: RunManifest, num_rounds: int) -> Tensors:
@@ -84,7 +104,7 @@ def choose(run: config.RunConfig, candidates: Iterator[Candidate], *, suite: Sui
 
     Args:
         run: The run file; without a gate the first candidate is taken and nothing is logged.
-        candidates: Newest first; at least one.
+        candidates: In the order in which they are tried; at least one.
         suite: What the coordinator measures.
 
     Raises:
@@ -107,14 +127,14 @@ def choose(run: config.RunConfig, candidates: Iterator[Candidate], *, suite: Sui
 
 
 def judge_again(run_folder: Path, run_manifest: RunManifest) -> list[Event]:
-    """Judge a run's checkpoints from its events, newest first until one passes; nothing is measured.
+    """Judge a run's checkpoints from its events, as at its end until one passes; nothing is measured.
 
     For a run whose audit or comparison came after its end.
 
     Returns:
         The events `gated` that were logged; none without a gate.
     """
-    log = EventLog(run_folder / "events.jsonl")
+    log = EventLog(run_folder / events.FILE)
     told: list[Event] = []
     for candidate in of_run(run_folder, run_manifest) if run_manifest.run.gate.is_on else ():
         found, definition = adapter.digest(candidate.tensors), run_manifest.evaluation_sha256
@@ -125,17 +145,19 @@ def judge_again(run_folder: Path, run_manifest: RunManifest) -> list[Event]:
 
 
 def exported(run: config.RunConfig, log: Sequence[Event]) -> Event | None:
-    """The event `gated` of the newest adapter that the gate lets pass; None without a gate.
+    """The event `gated` of the adapter that is exported: the last that the gate let pass; None without a gate.
 
     Raises:
         GateRefused: It has let none pass, or the run has not come to its end.
     """
     if not run.gate.is_on:
         return None
-    passed = [event for event in verdicts(log).values() if event["is_passed"]]
-    if not passed:
-        raise GateRefused(_refusal(list(verdicts(log).values())))
-    return max(passed, key=lambda event: (event["num_rounds"], event["stage"].startswith("polish-"), event["stage"]))
+    current = verdicts(log)
+    passed = [event for event in log if event["kind"] == "gated" and event["is_passed"]]
+    held = [event for event in passed if current[event["adapter_sha256"]]["is_passed"]]
+    if not held:
+        raise GateRefused(_refusal(list(current.values())))
+    return held[-1]
 
 
 def require(run: config.RunConfig, log: Sequence[Event], *, adapter_sha256: str) -> None:

@@ -72,7 +72,7 @@ def gather(run: config.RunConfig, log: Sequence[Event], *, stage: str, num_round
         polished: Its hash, if there are stages of polish behind it too.
     """
     measured = view.stages(log).get(stage, {})
-    sites = {event["num_rounds"]: event for event in log if event["kind"] == "evaluated"}
+    sites = rounds_at_sites(log)
     exported = [event.get("stage", measure.FINAL) for event in log if event["kind"] == "run_finished"]
     is_compared = exported[-1:] == [stage]  # the federation's arm is what the run exported
     compared = [event["comparison"] for event in log if event["kind"] == "compared"] if is_compared else []
@@ -88,6 +88,11 @@ def gather(run: config.RunConfig, log: Sequence[Event], *, stage: str, num_round
         dp_delta=run.privacy.dp_delta if is_held else 0.0,
         audit=read_audit(run.gate.audit_file),
     )
+
+
+def rounds_at_sites(log: Sequence[Event]) -> dict[int, Event]:
+    """What the sites said of the adapter after each number of rounds."""
+    return {event["num_rounds"]: event for event in log if event["kind"] == "evaluated"}
 
 
 def polished_at_sites(log: Sequence[Event]) -> dict[str, Event]:

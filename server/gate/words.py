@@ -38,8 +38,8 @@ def summary(log: Sequence[Event]) -> list[str]:
     if judged and not any(event["is_passed"] for event in judged):
         told.append("no checkpoint passes; nothing is exported")
     elif judged and not judged[0]["is_passed"]:
-        passed = next(event["stage"] for event in judged if event["is_passed"])
-        told.append(f"rolled back: {passed} is what is exported")
+        passed = [event["stage"] for event in judged if event["is_passed"]]
+        told.append(f"rolled back: {passed[-1]} is what is exported")
     return told
 
 

@@ -128,6 +128,31 @@ def test_a_failed_gate_goes_back_to_the_newest_checkpoint_that_passes(engine, ti
     assert finish.stored(outcome.folder, num_rounds=1).num_rounds == 1  # control
 
 
+def test_before_the_newest_round_the_best_is_judged_first(engine, tiny_base, tmp_path):
+    changes = {
+        "training.learning_rate": "0.2",
+        "federation.num_rounds": "5",
+        "gate.rules": "loss",
+        "gate.min_loss_gain": "99",
+    }
+    with pytest.raises(GateRefused):
+        played(engine, tmp_path / "run", tiny_base, changes)
+    losses = {event["num_rounds"]: event["loss"] for event in told(tmp_path / "run", "evaluated")}
+    best_first = sorted(range(1, 5), key=losses.__getitem__)
+    assert best_first != [4, 3, 2, 1]  # or the newest first would do
+    judged = [event["num_rounds"] for event in told(tmp_path / "run", "gated")]
+    assert judged == [5, *best_first]
+
+    path, best = tmp_path / "run" / events.FILE, f'"num_rounds": {best_first[0]}'
+    silent = [
+        line.replace('"stale": []', '"stale": ["north"]') if '"evaluated"' in line and best in line else line
+        for line in path.read_text().splitlines()
+    ]
+    path.write_text("\n".join(silent) + "\n")
+    again = [event["num_rounds"] for event in decide.judge_again(path.parent, run.stored_manifest(path.parent))]
+    assert again == [5, *best_first[1:], best_first[0]]
+
+
 def test_a_run_without_a_gate_is_exported_as_it_was(known):
     folder = known / "pilot"
     assert told(folder, "gated", "stopped") == []

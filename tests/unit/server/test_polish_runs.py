@@ -150,16 +150,19 @@ def test_stages_that_changed_the_adapter_come_before_rounds_where_one_is_chosen_
 
 
 def test_a_stage_that_the_gate_refuses_gives_way_to_the_one_before(world):
-    def gated(stage: str) -> events.Event:
+    def gated(stage: str, is_passed: bool) -> events.Event:
         told = {"kind": "gated", "stage": stage, "num_rounds": 1, "adapter_sha256": stage, "verdicts": []}
-        return {**told, "is_passed": stage != "polish-03-align"}
+        return {**told, "is_passed": is_passed}
 
-    log = [gated(stage) for stage in ("polish-03-align", "polish-01-teach", "final")]
+    log = [gated("polish-03-align", False), gated("polish-01-teach", True)]
     run_with_gate = world.settings.model_copy(update={"gate": GateConfig(rules="schema")})
     assert decide.exported(run_with_gate, log)["stage"] == "polish-01-teach"
-    assert decide.exported(run_with_gate, log[2:])["stage"] == "final"
+    audited = [*log, gated("polish-03-align", True)]  # judged anew
+    assert decide.exported(run_with_gate, audited)["stage"] == "polish-03-align"
+    compared = [*log, gated("polish-03-align", False), gated("polish-01-teach", False), gated("final", True)]
+    assert decide.exported(run_with_gate, compared)["stage"] == "final"
     with pytest.raises(GateRefused):
-        decide.exported(run_with_gate, log[:1])
+        decide.exported(run_with_gate, compared[:-1])
 
 
 def test_a_stage_whose_last_event_was_lost_is_told_of_again(world, tiny_base, tmp_path):
