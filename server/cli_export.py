@@ -109,6 +109,9 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer; not for vLLM.")] = 1024,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; not for vLLM.")] = 16,
     body_kib: Annotated[int, typer.Option(min=1, help="Largest request; not for vLLM.")] = 1024,
+    vllm_arg: Annotated[
+        list[str] | None, typer.Option(help="An argument for vLLM, as --vllm-arg=--dtype=half.")
+    ] = None,
     show_command: Annotated[bool, typer.Option("--show-command", help="Print vLLM's command and end.")] = False,
 ) -> None:
     """Answer requests in OpenAI's form, with an adapter for each model name.
@@ -120,6 +123,7 @@ def serve(
     Examples:
       silotune-server serve triage-1 --base smollm2-folder
       silotune-server serve old=triage-1 new=triage-2 --base smollm2-folder --signer 3b6a27bc...
+      silotune-server serve triage-1 --base llama-folder --engine vllm --vllm-arg=--tensor-parallel-size=2
       curl http://127.0.0.1:8080/v1/chat/completions -H 'content-type: application/json' \\
           -d '{"model": "new", "messages": [{"role": "user", "content": "Hello"}]}'
     """
@@ -132,11 +136,16 @@ def serve(
     served = served_folders.verified(folders, base, signer=signer)
     if chosen == "vllm":
         refuse_for_vllm(quantization=quantization, device=device, max_tokens=max_tokens, queue=queue, body_kib=body_kib)
-        command = start.vllm_command(base, served, place)
+        command = start.vllm_command(base, served, place, extra=vllm_arg or ())
         if show_command:
             return cli.show(_quoted(command))
         raise typer.Exit(start.run_vllm(command, place))
-    options = {"quantization": quantization, "device": device, "limits": (max_tokens, queue, body_kib)}
+    options = {
+        "vllm_arg": vllm_arg,
+        "quantization": quantization,
+        "device": device,
+        "limits": (max_tokens, queue, body_kib),
+    }
     return _serve_here(base, served, place, options)
 
 
@@ -200,6 +209,8 @@ def _serve_here(base: Path, served: Any, place: Any, options: dict[str, Any]) ->
     from common.errors import ConfigError
     from server.serve import api, start
 
+    if options["vllm_arg"]:
+        raise ConfigError("--vllm-arg is for vLLM; leave it out, or take --engine vllm")
     if options["quantization"] not in ("none", "int8", "nf4"):
         raise ConfigError(f"--quantization {options['quantization']}: is none of none, int8, nf4")
     if options["device"] not in ("auto", "cpu", "cuda"):

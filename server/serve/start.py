@@ -1,8 +1,8 @@
 """Start the endpoint: vLLM where it is installed, a small server on transformers otherwise."""
 
 import asyncio
-import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -73,14 +73,28 @@ def choose(engine: str) -> str:
     """
     if engine not in ENGINES:
         raise ConfigError(f"--engine {engine}: is none of {', '.join(ENGINES)}")
-    has_vllm = importlib.util.find_spec("vllm") is not None
-    if engine == "vllm" and not has_vllm:
-        raise ConfigError("--engine vllm: vLLM is not installed here; pip install vllm, or --engine transformers")
-    return ("vllm" if has_vllm else "transformers") if engine == "auto" else engine
+    if engine == "vllm" and not find_vllm():
+        raise ConfigError(
+            "--engine vllm: no program vllm is on the PATH; pip install vllm into an environment of its own, since its "
+            "needs differ from silotune's, and put its bin folder on the PATH, or take --engine transformers"
+        )
+    return ("vllm" if find_vllm() else "transformers") if engine == "auto" else engine
 
 
-def vllm_command(base: Path, served: Sequence[Served], place: Place) -> list[str]:
+def find_vllm() -> str | None:
+    """vLLM's program: on the PATH, or beside this Python; None where there is none."""
+    places = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
+    return shutil.which("vllm", path=places)
+
+
+def vllm_command(base: Path, served: Sequence[Served], place: Place, *, extra: Sequence[str] = ()) -> list[str]:
     """The command line of vLLM's own server; its key goes by the environment, where no list of processes shows it.
+
+    Args:
+        base: The base's folder.
+        served: Verified.
+        place: Where to listen.
+        extra: Arguments of vLLM's own, such as `--dtype=float32`.
 
     Raises:
         ModelError: A rank that vLLM does not take, or adapters of several chat templates, of which it takes one.
@@ -89,13 +103,13 @@ def vllm_command(base: Path, served: Sequence[Served], place: Place) -> list[str
     if max(ranks) > export_canonical.RANKS[-1]:
         raise ModelError(f"an adapter has rank {max(ranks)}, vLLM takes up to {export_canonical.RANKS[-1]}")
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(base),
+        find_vllm() or "vllm", "serve", str(base),
         "--served-model-name", base_name(base), "--host", place.host, "--port", str(place.port),
         "--enable-lora", "--max-lora-rank", str(max(ranks)), "--max-loras", str(len(served)),
         "--lora-modules", *(f"{one.name}={one.place}" for one in served),
     ]  # fmt: skip
     template = _template_file(served)
-    return [*command, "--chat-template", str(template)] if template else command
+    return [*command, *(["--chat-template", str(template)] if template else []), *extra]
 
 
 def _template_file(served: Sequence[Served]) -> Path | None:
@@ -116,8 +130,13 @@ def _template_file(served: Sequence[Served]) -> Path | None:
 
 
 def run_vllm(command: Sequence[str], place: Place) -> int:
-    """Run vLLM until it ends; returns its exit code."""
-    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+    """Run vLLM until it ends; returns its exit code.
+
+    It tells nobody of its use, asks no hub, and does not look for this machine's address by way of a public one, as it
+    does where `VLLM_HOST_IP` is not set.
+    """
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {"VLLM_HOST_IP": "127.0.0.1", **os.environ, **quiet}
     if place.api_key:
         environment["VLLM_API_KEY"] = place.api_key
     return subprocess.run(list(command), env=environment, check=False).returncode

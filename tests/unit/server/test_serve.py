@@ -18,32 +18,19 @@ from transformers import AutoModelForCausalLM
 
 from common import config, identity, model
 from common.errors import AuthError, ConfigError, ModelError
-from common.manifest import RunManifest
-from server import cli_export, export_folder
-from server.export_folder import Exported
+from server import cli_export
 from server.serve import api, engine, folders, start
 from server.serve.engine import Answer, Sampling
-from tests import tiny
+from tests import exports as drawn
 
 TALK = [{"role": "user", "content": "north sees ache 3: code?"}]
-KEY = identity.Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
-
-
-def write_export(folder, load_tiny, base, *, seed, template):
-    loaded, name = load_tiny(), folder.name.replace(".", "-")
-    generator = torch.Generator().manual_seed(seed)
-    state = {n: 0.2 * torch.randn(tensor.shape, generator=generator) for n, tensor in loaded.initial.items()}
-    settings = tiny.settings(base, {"name": f'"{name}"', "model.chat_template": f'"{template}"'})
-    source = Exported(state, RunManifest(settings, loaded.base_sha256, loaded.tensor_specs), 1, {"north": 5}, [])
-    export_folder.write(folder, source, formats=("peft", "vllm"), base=base, llama_cpp=None, key=KEY)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def exports(load_tiny, tiny_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exports")
     return {
-        name: write_export(folder / name, load_tiny, tiny_base, seed=seed, template=template)
+        name: drawn.write(folder / name, load_tiny(), tiny_base, seed=seed, template=template)
         for name, seed, template in (("one", 1, "tokenizer"), ("v2.1", 2, "tokenizer"), ("alpaca", 3, "alpaca"))
     }
 
@@ -272,7 +259,7 @@ def test_a_folder_that_fails_verify_is_not_served(exports, tiny_base, tmp_path):
         folders.verified([str(broken)], tiny_base)
     with pytest.raises(AuthError, match="demanded is"):
         folders.verified([str(exports["one"])], tiny_base, signer="00" * 32)
-    folders.verified([str(exports["one"])], tiny_base, signer=identity.public_hex(KEY))  # control
+    folders.verified([str(exports["one"])], tiny_base, signer=identity.public_hex(drawn.KEY))  # control
 
 
 def test_another_base_and_doubled_names_are_refused(exports, tiny_base, tmp_path):
@@ -291,7 +278,8 @@ def test_the_command_line_for_vllm(exports, tiny_base):
     served = folders.verified([str(exports["one"]), f"new={exports['v2.1']}"], tiny_base)
     command = start.vllm_command(tiny_base, served, start.Place(port=9000, api_key="secret-secret-secret"))
     told = " ".join(command)
-    assert "vllm.entrypoints.cli.main serve" in told
+    assert Path(command[0]).name == "vllm"
+    assert command[1:3] == ["serve", str(tiny_base)]
     assert (
         f"--max-lora-rank 8 --max-loras 2 --lora-modules one={exports['one']}/peft new={exports['v2.1']}/peft" in told
     )
@@ -299,8 +287,9 @@ def test_the_command_line_for_vllm(exports, tiny_base):
     assert "secret" not in told
     assert "--chat-template" not in told
     alpaca = folders.verified([str(exports["alpaca"])], tiny_base)
-    command = start.vllm_command(tiny_base, alpaca, start.Place())
-    assert command[-2:] == ["--chat-template", str(exports["alpaca"] / "peft" / "chat_template.jinja")]
+    command = start.vllm_command(tiny_base, alpaca, start.Place(), extra=["--dtype=half"])
+    template = exports["alpaca"] / "peft" / "chat_template.jinja"
+    assert command[-3:] == ["--chat-template", str(template), "--dtype=half"]
     with pytest.raises(ModelError, match="different chat templates"):
         start.vllm_command(tiny_base, [*served, *alpaca], start.Place())
 

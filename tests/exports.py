@@ -1,0 +1,25 @@
+"""Exports of adapters that were drawn, for whatever reads them."""
+
+from pathlib import Path
+
+import torch
+
+from common import identity
+from common.manifest import RunManifest
+from common.model import Engine
+from server import export_folder
+from server.export_folder import Exported
+from tests import tiny
+
+KEY = identity.Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+
+
+def write(folder: Path, engine: Engine, base: Path, *, seed: int, template: str) -> Path:
+    """A signed export whose name is the folder's."""
+    name = folder.name.replace(".", "-")
+    generator = torch.Generator().manual_seed(seed)
+    state = {n: 0.2 * torch.randn(tensor.shape, generator=generator) for n, tensor in engine.initial.items()}
+    settings = tiny.settings(base, {"name": f'"{name}"', "model.chat_template": f'"{template}"'})
+    source = Exported(state, RunManifest(settings, engine.base_sha256, engine.tensor_specs), 1, {"north": 5}, [])
+    export_folder.write(folder, source, formats=("peft", "vllm"), base=base, llama_cpp=None, key=KEY)
+    return folder
