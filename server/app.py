@@ -35,8 +35,8 @@ def main(grid: Grid, context: Context) -> None:
 
 def _execute(grid: Grid, log: EventLog, options: UserConfig) -> None:
     """Load the base and run."""
-    from common import model, store
-    from server import offer, run
+    from common import store
+    from server import loading, offer, run
 
     folder = log.path.parent
     settings = run.stored_settings(folder)
@@ -50,14 +50,10 @@ def _execute(grid: Grid, log: EventLog, options: UserConfig) -> None:
         roster_folder=str(roster_folder),
     )
     base_folder = str(options["base-folder"])
-    engine = model.load(
+    engine = loading.engine_of(
+        settings,
         Path(base_folder) if base_folder else store.resolve(settings.model.base),
-        model=settings.model,
-        adapter_settings=settings.adapter,
-        seed=settings.seed,
         num_threads=int(options["num-threads"]),
-        residual_rank=settings.aggregation.residual_rank,
-        num_heads=settings.aggregation.num_core_heads,
     )
     run.execute(
         settings,

@@ -24,15 +24,13 @@ from common import (
 )
 from common.adapter import Tensors
 from common.clipping import ClipNorm
-from common.data import read
 from common.errors import ConfigError, DataError, SilotuneError, StorageError
 from common.events import Event, EventLog
 from common.manifest import RunManifest, parse
 from common.model import Engine
 from common.noise import Noise
 from common.records import to_head
-from common.rows import Columns
-from server import base_noise, checkpoint, export, federation, rounds, trail
+from server import base_noise, checkpoint, export, federation, loading, rounds, trail
 from server.aggregate import table
 from server.checkpoint import Checkpoint
 from server.evaluate import measure, suite
@@ -264,10 +262,8 @@ def read_own_rows(settings: config.RunConfig, engine: Engine) -> OwnRows | None:
     """
     if not settings.evaluation.server_data:
         return None
-    data = settings.data
-    columns = Columns(data.instruction_column, data.input_column, data.output_column)
-    rows = read.read(settings.evaluation.server_data, columns=columns)
-    return OwnRows(engine, model.encode(engine, rows, data)[0])
+    rows = loading.rows_of(settings.evaluation.server_data, settings)
+    return OwnRows(engine, model.encode(engine, rows, settings.data)[0])
 
 
 def stored_manifest(folder: Path) -> RunManifest:

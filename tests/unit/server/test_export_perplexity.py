@@ -15,6 +15,7 @@ from server.export_folder import Exported
 from tests import tiny
 
 SIDE = {"aggregation.method": "fedex", "aggregation.residual_rank": "4"}
+CORED = {"aggregation.method": "ravan", "aggregation.num_heads": "2"}
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,19 @@ def test_the_figures_are_those_of_the_runs_own_model_and_of_the_merged_one(seale
     assert abs(math.log(found.ratio)) < export_perplexity.LIMIT / 2
     assert found.merged != found.side_by_side  # bf16 is another model, if hardly
     assert abs(math.log(found.base / found.side_by_side)) > 10 * export_perplexity.LIMIT
+
+
+def test_cores_are_measured_as_they_are_trained(load_tiny, tiny_base, rows, tmp_path):
+    settings = tiny.settings(tiny_base, CORED)
+    engine = load_tiny(CORED)
+    generator = torch.Generator().manual_seed(8)
+    state = {name: 0.2 * torch.randn(tensor.shape, generator=generator) for name, tensor in engine.initial.items()}
+    source = Exported(state, RunManifest(settings, engine.base_sha256, engine.tensor_specs), 2, {"north": 9}, [])
+    folder = tmp_path / "export"
+    export_folder.write(folder, source, formats=("merged",), base=tiny_base, llama_cpp=None, key=None, rows=rows)
+    found = export_perplexity.stored(seal.read(folder).facts.perplexity)
+    assert abs(math.log(found.ratio)) < export_perplexity.LIMIT / 2
+    assert abs(math.log(found.base / found.side_by_side)) > 5 * export_perplexity.LIMIT
 
 
 def test_card_and_verify_tell_them(sealed):
