@@ -85,20 +85,23 @@ class Screen:
         self._print(f"  adapter   {trained:,} parameters trained ({share}), {event['num_tensors']} tensors")
         down, up = event["bytes_down_per_site"], event["bytes_up_per_site"]
         self._print(f"  traffic   {size(down)} down and {size(up)} up, a site and round; evaluation {size(down)} down")
+        self._privacy(event)
+        self._print(f"  bad sites {event['guarding']}")
+
+    def _privacy(self, event: Event) -> None:
+        """What the plan promises to a unit or a site."""
         if event["privacy"] == "none":
             self._print("  privacy   [yellow]none: updates leave the sites unprotected[/]")
-        else:
-            self._curve = curve = event["epsilon_planned"]
-            noise = event["noise_multiplier"]
-            self._print(
-                f"  privacy   epsilon {curve[-1]:.2f} at delta {event['dp_delta']:g} after the last round, "
-                f"{curve[0]:.2f} after the first; noise multiplier {noise:.3f}"
-            )
-            self._print(f"            {event['privacy_wording']}")
-            if "noise_ratio" in event:
-                accepted = ", which was accepted" if event["noise_accepted"] else ""
-                self._print(f"            noise to signal {event['noise_ratio']:.2f}{accepted}")
-        self._print(f"  bad sites {event['guarding']}")
+            return
+        self._curve = curve = event["epsilon_planned"]
+        self._print(
+            f"  privacy   epsilon {curve[-1]:.2f} at delta {event['dp_delta']:g} after the last round, "
+            f"{curve[0]:.2f} after the first; noise multiplier {event['noise_multiplier']:.3f}"
+        )
+        self._print(f"            {event['privacy_wording']}")
+        if "noise_ratio" in event:
+            accepted = ", which was accepted" if event["noise_accepted"] else ""
+            self._print(f"            noise to signal {event['noise_ratio']:.2f}{accepted}")
 
     def _on_warned(self, event: Event) -> None:
         """What to know before relying on the result."""
