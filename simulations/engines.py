@@ -97,7 +97,6 @@ def ray(
 def deployed(
     settings: config.RunConfig,
     *,
-    engine: Engine,
     base_folder: Path,
     log: EventLog,
     num_threads: int,
@@ -110,7 +109,6 @@ def deployed(
 
     Args:
         settings: The run file.
-        engine: To know the run by its hash; the server's process loads its own.
         base_folder: Where all processes load the base from.
         log: Events of a folder that `server.run.prepare` made.
         num_threads: CPU threads of torch in each process; 0: all cores.
