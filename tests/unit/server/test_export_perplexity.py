@@ -111,6 +111,17 @@ def test_figures_beyond_the_limit_are_refused_however_they_were_sealed(sealed, t
         verify._check_perplexity(sealed, silent)
 
 
+def test_the_coordinators_own_rows_are_taken_where_the_run_file_names_them_by_a_home_folder(
+    engine_and_source, tiny_base, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.jsonl").write_text("{}\n")
+    for name, is_there in (("~/own.jsonl", True), ("~/other.jsonl", False), ("", False)):
+        run = tiny.settings(tiny_base, {**SIDE, "evaluation.server_data": f'"{name}"'})
+        source = replace(engine_and_source[1], run_manifest=replace(engine_and_source[1].run_manifest, run=run))
+        assert (finish._own_rows(source) is not None) is is_there
+
+
 def test_without_rows_the_card_says_that_nothing_was_measured(engine_and_source, tiny_base, tmp_path):
     folder = tmp_path / "export"
     export_folder.write(folder, engine_and_source[1], formats=("merged",), base=tiny_base, llama_cpp=None, key=None)
