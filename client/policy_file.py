@@ -23,7 +23,6 @@ from common.methods import MethodName
 PURPOSE: Final = "policy"
 SIGNATURE_SUFFIX: Final = ".sig"
 FORBIDDEN: Final = ("embed_tokens", "lm_head", "modules_to_save", "bias", "embed_in", "embed_out", "wte", "wpe")
-MAX_SIGNATURE_BYTES: Final = 1024
 
 
 def _ordered(limits: tuple[float, float]) -> tuple[float, float]:

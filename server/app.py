@@ -35,29 +35,22 @@ def main(grid: Grid, context: Context) -> None:
 
 def _execute(grid: Grid, log: EventLog, options: UserConfig) -> None:
     """Load the base and run."""
-    from common import model, store
-    from server import offer, run
+    from common import store
+    from server import loading, offer, run
 
-    folder = log.path.parent
+    folder, base_folder = log.path.parent, str(options["base-folder"])
     settings = run.stored_settings(folder)
-    key_file, federation = str(options["operator-key"]), str(options["federation"])
-    days, audit_folder, roster_folder = (options[key] for key in ("offer-days", "audit-folder", "roster-folder"))
     operator = offer.operator(
-        key_file,
-        federation=federation,
-        days=float(days),
-        audit_folder=str(audit_folder),
-        roster_folder=str(roster_folder),
+        str(options["operator-key"]),
+        federation=str(options["federation"]),
+        days=float(options["offer-days"]),
+        audit_folder=str(options["audit-folder"]),
+        roster_folder=str(options["roster-folder"]),
     )
-    base_folder = str(options["base-folder"])
-    engine = model.load(
+    engine = loading.engine_of(
+        settings,
         Path(base_folder) if base_folder else store.resolve(settings.model.base),
-        model=settings.model,
-        adapter_settings=settings.adapter,
-        seed=settings.seed,
         num_threads=int(options["num-threads"]),
-        residual_rank=settings.aggregation.residual_rank,
-        num_heads=settings.aggregation.num_core_heads,
     )
     run.execute(
         settings,

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from common import adapter, config, model
+from common import adapter, config
 from common.data.preferences import Pair
 from common.errors import ConfigError
 from common.model import Engine
 from common.rows import Message, Row
-from server import finish
+from server import finish, loading
 from server.evaluate import task_answers
 from server.evaluate.task import as_base
 from server.preferences import blind
@@ -67,8 +67,8 @@ def compare(
     blind.check_new(out, key)
     found = finish.stored(run_folder, num_rounds=num_rounds)
     settings = found.run_manifest.run
-    rows = task_answers.rows_of(order.rows, settings)[: order.max_rows or None]
-    engine = _engine(settings, finish.base_of(found, base))
+    rows = loading.rows_of(order.rows, settings)[: order.max_rows or None]
+    engine = loading.engine_of(settings, finish.base_of(found, base))
     adapter.write(engine.model, found.tensors)
     pairs = pairs_of(rows, answered(engine, rows, order, settings))
     made = blind.write(pairs, names=(order.against, ADAPTER), seed=order.seed, tasks=out, key=key)
@@ -102,15 +102,3 @@ def pairs_of(rows: Sequence[Row], answers: Sequence[tuple[str, str]]) -> list[Pa
 def _generate(engine: Engine, rows: Sequence[Row], run: config.RunConfig) -> list[str]:
     """Greedy answers."""
     return [text for text, _ in task_answers.answered(engine, rows, run, what="--rows")]
-
-
-def _engine(settings: config.RunConfig, folder: Path) -> Engine:
-    """The run's base with its adapter as attached."""
-    return model.load(
-        folder,
-        model=settings.model,
-        adapter_settings=settings.adapter,
-        seed=settings.seed,
-        residual_rank=settings.aggregation.residual_rank,
-        num_heads=settings.aggregation.num_core_heads,
-    )

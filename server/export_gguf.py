@@ -43,8 +43,6 @@ _CHATML: Final = '''TEMPLATE """{{- range .Messages }}<|im_start|>{{ .Role }}
 {{ end }}<|im_start|>assistant
 """
 '''
-
-
 _NO_TEMPLATE: Final = (
     f"# No TEMPLATE: the chat template is in {MODEL_FILE}; compare with: ollama show --template NAME\n"
 )
@@ -103,7 +101,7 @@ def run_converter(llama_cpp: Path, merged: Path, output: Path, *, name: str) -> 
     done = subprocess.run(order, stdout=2, check=False)
     if done.returncode or not output.is_file():
         raise ModelError(
-            f"{script} could not convert {merged} (its own words are above); install what its requirements.txt names"
+            f"{script} could not convert {merged} (its own words are above); install what {REQUIREMENTS} there names"
         )
 
 

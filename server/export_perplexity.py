@@ -11,11 +11,10 @@ import torch
 
 from common import adapter, config, evaluation, model
 from common.adapter import Tensors
-from common.data import read
 from common.errors import ModelError
 from common.model import Engine
 from common.prompts import Encoded
-from common.rows import Columns
+from server import loading
 
 LIMIT: Final = 0.01  # of the logarithm of merged over side by side, nats per answer token
 MAX_ROWS: Final = 256  # the first of a file; a float32 base on a CPU takes seconds a row
@@ -109,16 +108,9 @@ def _beside(
     rows: Path, tensors: Tensors, *, run: config.RunConfig, base: Path
 ) -> tuple[float, float, Sequence[Encoded]]:
     """Perplexity of the base alone and with its adapters, and the rows as tokens."""
-    engine = model.load(
-        base,
-        model=_plain(run, base),
-        adapter_settings=run.adapter,
-        seed=run.seed,
-        num_threads=torch.get_num_threads(),
-        residual_rank=run.aggregation.residual_rank,
-    )
-    columns = Columns(run.data.instruction_column, run.data.input_column, run.data.output_column)
-    encoded, _ = model.encode(engine, read.read(str(rows), columns=columns)[:MAX_ROWS], run.data)
+    plain = run.model_copy(update={"model": _plain(run, base)})
+    engine = loading.engine_of(plain, base, num_threads=torch.get_num_threads())
+    encoded, _ = model.encode(engine, loading.rows_of(str(rows), run)[:MAX_ROWS], run.data)
     alone, _ = _perplexity(engine, encoded)
     adapter.write(engine.model, tensors)
     return alone, _perplexity(engine, encoded)[0], encoded

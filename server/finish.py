@@ -105,7 +105,7 @@ def export_to(
 def _own_rows(found: Exported) -> Path | None:
     """The coordinator's held-out rows of the run, where they are still there."""
     named = found.run_manifest.run.evaluation.server_data
-    return Path(named) if named and Path(named).exists() else None
+    return Path(named) if named and Path(named).expanduser().exists() else None
 
 
 def refuse_beside_to(**options: Path | None) -> None:

@@ -59,9 +59,7 @@ def run(
         TransportError: The SuperLink did not take the run.
         ProtocolError: The run failed; the message says why.
     """
-    key_file = str(operator_key.absolute()) if operator_key else ""
-    audit = str(audit_folder.absolute()) if audit_folder else ""
-    roster = str(roster_folder.absolute()) if roster_folder else ""
+    key_file, audit, roster = (_absolute(path) for path in (operator_key, audit_folder, roster_folder))
     # a wrong key, an old roster or a broken log is told here, before anything starts
     offer.operator(key_file, federation=federation, days=offer_days, audit_folder=audit, roster_folder=roster)
     settings = privacy_plan.resolve(settings)
@@ -69,7 +67,7 @@ def run(
     num_old = len(events.read(log.path)) if log.path.is_file() else 0
     options: dict[str, bool | float | int | str] = {
         "run-folder": str(folder.absolute()),
-        "base-folder": str(base.absolute()) if base else "",
+        "base-folder": _absolute(base),
         "resume": resume,
         "num-threads": 0,
         "operator-key": key_file,
@@ -90,6 +88,11 @@ def run(
             raise GateRefused(f"{folder}: {reason}")
         raise ProtocolError(f"{folder}: the run failed: {reason}")
     return {**status.read(folder), "folder": str(folder)}
+
+
+def _absolute(path: Path | None) -> str:
+    """A path that a process with another working folder finds; empty: none."""
+    return str(path.absolute()) if path else ""
 
 
 def _watch(connected: Link, run_id: int, path: Path, screen: Screen, *, num_old: int) -> Event:

@@ -24,15 +24,13 @@ from common import (
 )
 from common.adapter import Tensors
 from common.clipping import ClipNorm
-from common.data import read
 from common.errors import ConfigError, DataError, SilotuneError, StorageError
 from common.events import Event, EventLog
 from common.manifest import RunManifest, parse
 from common.model import Engine
 from common.noise import Noise
 from common.records import to_head
-from common.rows import Columns
-from server import base_noise, checkpoint, export, federation, rounds, trail
+from server import base_noise, checkpoint, export, federation, loading, rounds, trail
 from server.aggregate import table
 from server.checkpoint import Checkpoint
 from server.evaluate import measure, suite
@@ -109,13 +107,7 @@ def execute(
         StorageError: Disk full or not writable.
     """
     measured = suite.open_suite(settings, engine=engine, folder=folder, log=log)
-    manifest = RunManifest(
-        settings,
-        engine.base_sha256,
-        engine.tensor_specs,
-        layerwise.codes_of_run(engine, settings.model),
-        evaluation_sha256=measured.sha256,
-    )
+    manifest = manifest_of(settings, engine, evaluation_sha256=measured.sha256)
     _check_size(manifest)
     if resume and (folder / MANIFEST_FILE).exists():
         suite.require_same(measured.sha256, stored_manifest(folder).evaluation_sha256)
@@ -130,16 +122,42 @@ def execute(
     fed.own_rows = read_own_rows(settings, engine)
     stages.check(settings, engine)
     log.append("run_started", **plan(manifest, engine), **told, first_round=first.num_rounds)
-    if settings.model.site_quantization:
-        log.append("base_noise", **base_noise.as_event(settings.model, base_noise.measure(engine, settings.model)))
-    if fed.method.facts.is_experimental:
-        log.append("warned", reason=EXPERIMENTAL.format(method=settings.aggregation.method))
+    _tell_beforehand(fed, engine)
     with _recorded(fed, first.tensors, first_round=first.num_rounds):
         federation.wait_for_sites(fed)
         tensors = rounds.run(fed, first.tensors, first_round=first.num_rounds)
         played = stages.run(fed, tensors, engine=engine)
         at_sites.ask(fed, played)
         return finish(fed, tensors, played)
+
+
+def manifest_of(settings: config.RunConfig, engine: Engine, *, evaluation_sha256: str = "") -> RunManifest:
+    """The manifest of a run on a base that is loaded.
+
+    Args:
+        settings: The run file.
+        engine: The coordinator's.
+        evaluation_sha256: Hash of what the coordinator measures (`suite`); empty: nothing.
+
+    Raises:
+        ModelError: Some sites are 4-bit and the coordinator is not, and the files' codes cannot be made here.
+    """
+    return RunManifest(
+        settings,
+        engine.base_sha256,
+        engine.tensor_specs,
+        layerwise.codes_of_run(engine, settings.model),
+        evaluation_sha256=evaluation_sha256,
+    )
+
+
+def _tell_beforehand(fed: Federation, engine: Engine) -> None:
+    """What a reader should know of base and method before the first round."""
+    settings = fed.manifest.run
+    if settings.model.site_quantization:
+        fed.log.append("base_noise", **base_noise.as_event(settings.model, base_noise.measure(engine, settings.model)))
+    if fed.method.facts.is_experimental:
+        fed.log.append("warned", reason=EXPERIMENTAL.format(method=settings.aggregation.method))
 
 
 def finish(fed: Federation, tensors: Tensors, played: Sequence[stages.Finished]) -> Outcome:
@@ -264,10 +282,8 @@ def read_own_rows(settings: config.RunConfig, engine: Engine) -> OwnRows | None:
     """
     if not settings.evaluation.server_data:
         return None
-    data = settings.data
-    columns = Columns(data.instruction_column, data.input_column, data.output_column)
-    rows = read.read(settings.evaluation.server_data, columns=columns)
-    return OwnRows(engine, model.encode(engine, rows, data)[0])
+    rows = loading.rows_of(settings.evaluation.server_data, settings)
+    return OwnRows(engine, model.encode(engine, rows, settings.data)[0])
 
 
 def stored_manifest(folder: Path) -> RunManifest:

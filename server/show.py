@@ -1,5 +1,6 @@
 """A run in the terminal, drawn from its events: the plan, one line a round, and what went wrong."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -12,7 +13,8 @@ from server.evaluate import by_precision, view
 from server.gate import words
 from server.polish import told
 
-MAX_COLUMNS: Final = 12  # sites of a run that have a column each
+MAX_NAMED: Final = 12  # sites of a run that are shown one by one; more are counted
+_JOINING: Final = ("site_joined", "site_refused")
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -48,7 +50,8 @@ class Screen:
     """
 
     console: Console
-    _sites: list[str] = field(default_factory=list)
+    _joined: dict[str, Event] = field(default_factory=dict)
+    _num_told: int = 0
     _columns: list[str] = field(default_factory=list)
     _losses: dict[str, float] = field(default_factory=dict)
     _round: Event = field(default_factory=dict)
@@ -63,6 +66,8 @@ class Screen:
 
     def __call__(self, event: Event) -> None:
         """Take one event; kinds without a method of their own are not shown."""
+        if event["kind"] not in _JOINING:
+            self._tell_joined()
         show = getattr(self, f"_on_{event['kind']}", None)
         if show:
             show(event)
@@ -80,34 +85,44 @@ class Screen:
         self._print(f"  adapter   {trained:,} parameters trained ({share}), {event['num_tensors']} tensors")
         down, up = event["bytes_down_per_site"], event["bytes_up_per_site"]
         self._print(f"  traffic   {size(down)} down and {size(up)} up, a site and round; evaluation {size(down)} down")
+        self._privacy(event)
+        self._print(f"  bad sites {event['guarding']}")
+
+    def _privacy(self, event: Event) -> None:
+        """What the plan promises to a unit or a site."""
         if event["privacy"] == "none":
             self._print("  privacy   [yellow]none: updates leave the sites unprotected[/]")
-        else:
-            self._curve = curve = event["epsilon_planned"]
-            noise = event["noise_multiplier"]
-            self._print(
-                f"  privacy   epsilon {curve[-1]:.2f} at delta {event['dp_delta']:g} after the last round, "
-                f"{curve[0]:.2f} after the first; noise multiplier {noise:.3f}"
-            )
-            self._print(f"            {event['privacy_wording']}")
-            if "noise_ratio" in event:
-                accepted = ", which was accepted" if event["noise_accepted"] else ""
-                self._print(f"            noise to signal {event['noise_ratio']:.2f}{accepted}")
-        self._print(f"  bad sites {event['guarding']}")
+            return
+        self._curve = curve = event["epsilon_planned"]
+        self._print(
+            f"  privacy   epsilon {curve[-1]:.2f} at delta {event['dp_delta']:g} after the last round, "
+            f"{curve[0]:.2f} after the first; noise multiplier {event['noise_multiplier']:.3f}"
+        )
+        self._print(f"            {event['privacy_wording']}")
+        if "noise_ratio" in event:
+            accepted = ", which was accepted" if event["noise_accepted"] else ""
+            self._print(f"            noise to signal {event['noise_ratio']:.2f}{accepted}")
 
     def _on_warned(self, event: Event) -> None:
         """What to know before relying on the result."""
         self._print(f"  [yellow]warning[/]   {_escape(event['reason'])}")
 
     def _on_site_joined(self, event: Event) -> None:
-        """A site and its rows."""
-        if event["site"] in self._sites:
+        """A site and its rows; of many sites, how many there are by now."""
+        if event["site"] in self._joined:
             return
-        self._sites.append(event["site"])
-        cut = f", {event['num_truncated']} cut, {event['num_dropped']} dropped as too long"
-        cut = cut if event["num_truncated"] or event["num_dropped"] else ""
-        rows = f"{event['num_examples']:,} rows to train, {event['num_held_out']:,} held out{cut}"
-        self._print(f"  site      {_escape(event['site'])}: {rows}, {event['num_steps']} steps a round")
+        self._joined[event["site"]] = event
+        if len(self._joined) > MAX_NAMED:
+            self._set_status(f"joined: {len(self._joined)} sites")
+            return
+        self._num_told += 1
+        self._print(f"  site      {_escape(event['site'])}: {_rows([event])}, {event['num_steps']} steps a round")
+
+    def _tell_joined(self) -> None:
+        """All sites in one line, once they are there, if some came that have no line of their own."""
+        if self._num_told < len(self._joined):
+            self._num_told = len(self._joined)
+            self._print(f"  joined    {self._num_told} sites: {_rows(self._joined.values())}")
 
     def _on_site_refused(self, event: Event) -> None:
         """A node that does not take part."""
@@ -116,13 +131,12 @@ class Screen:
     def _on_round_started(self, event: Event) -> None:
         """Who trains now."""
         self._losses = {}
-        self._set_status(f"round {event['round'] + 1}/{self._num_rounds}: training at {', '.join(event['sites'])}")
+        self._set_status(f"round {event['round'] + 1}/{self._num_rounds}: training at {_named(event['sites'])}")
 
     def _on_site_trained(self, event: Event) -> None:
         """One update is in."""
         self._losses[event["site"]] = event["train_loss"]
-        done = ", ".join(self._losses)
-        self._set_status(f"round {event['round'] + 1}/{self._num_rounds}: {done} done")
+        self._set_status(f"round {event['round'] + 1}/{self._num_rounds}: {_named(self._losses)} done")
 
     def _on_site_failed(self, event: Event) -> None:
         """An answer that does not count."""
@@ -229,11 +243,10 @@ class Screen:
         if self._has_header:
             return
         self._has_header = True
-        self._sites.sort()
-        if len(self._sites) <= MAX_COLUMNS:
-            self._columns = self._sites
+        if len(self._joined) <= MAX_NAMED:
+            self._columns = sorted(self._joined)
         else:
-            self._print(f"  {len(self._sites)} sites are too many for columns; the report has each")
+            self._print(f"  {len(self._joined)} sites are too many for columns; the report has each")
         names = [f"{'round':>6}", f"{'held-out':>9}", *(f"{site:>{_width(site)}}" for site in self._columns)]
         names += [f"{'gap':>7}", f"{'down':>9}", f"{'up':>9}", f"{'time':>8}"]
         self._print("")
@@ -265,12 +278,27 @@ class Screen:
         """The moving line, on a terminal only."""
         if not self.console.is_terminal:
             return
-        if self._status:
+        if self._status and text:
+            self._status.update(_escape(text))
+        elif self._status:
             self._status.stop()
             self._status = None
-        if text:
+        elif text:
             self._status = self.console.status(_escape(text))
             self._status.start()
+
+
+def _rows(joined: Collection[Event]) -> str:
+    """How many rows sites have together, and what did not fit."""
+    names = ("num_examples", "num_held_out", "num_truncated", "num_dropped")
+    train, held_out, cut, dropped = (sum(event[name] for event in joined) for name in names)
+    lost = f", {cut:,} cut, {dropped:,} dropped as too long" if cut or dropped else ""
+    return f"{train:,} rows to train, {held_out:,} held out{lost}"
+
+
+def _named(sites: Collection[str]) -> str:
+    """Sites by name; of many, their number."""
+    return ", ".join(sites) if len(sites) <= MAX_NAMED else f"{len(sites)} sites"
 
 
 def _figures(finished: Event) -> list[str]:

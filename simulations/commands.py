@@ -196,7 +196,6 @@ def _play(order: Order, shared: World, log: EventLog, *, engine: str, resume: bo
     from simulations import engines
 
     common_part: dict[str, Any] = {
-        "engine": shared.engine,
         "base_folder": order.base_folder(settings),
         "log": log,
         "resume": resume,
@@ -206,7 +205,9 @@ def _play(order: Order, shared: World, log: EventLog, *, engine: str, resume: bo
     if engine == "deployment":
         return engines.deployed(settings, num_threads=num_threads, **common_part)
     num_workers = min(len(shared.sites), len(os.sched_getaffinity(0)))
-    return engines.ray(settings, num_threads=num_threads, num_workers=num_workers, **common_part)
+    return engines.ray(
+        settings, engine=shared.engine, num_threads=num_threads, num_workers=num_workers, **common_part
+    )  # fmt: skip
 
 
 def _places(order: Order, shared: World) -> dict[str, str]:

@@ -4,7 +4,6 @@ A sweep file names a run file beside it and axes; a point of an axis is a name a
 combination and seed is a run in a process of its own, with a folder of its own; what is finished is not run again.
 """
 
-import contextlib
 import itertools
 import os
 import subprocess
@@ -171,29 +170,32 @@ def _together(plans: Sequence[config.RunConfig], num_seeds: int) -> dict[str, An
 
     No ledger is charged, as a simulation has none; at a site each run is charged to the site's.
     """
-    protections = {plan.privacy.mode for plan in plans}
-    if protections == {"none"}:
+    modes = sorted({plan.privacy.mode for plan in plans})
+    if modes == ["none"]:
         return None
     dp_delta = min(plan.privacy.dp_delta for plan in plans)
-    epsilon = None
-    if len(protections) == 1:
+    epsilon, reason = None, ""
+    if len(modes) > 1:
+        reason = f"they are not all private in the same way ({', '.join(modes)})"
+    else:
         rounds = [privacy_plan.event_per_round(plan).times(plan.federation.num_rounds * num_seeds) for plan in plans]
-        with contextlib.suppress(AccountingUnsupported):
+        try:
             epsilon = round(accounting.compose(rounds, dp_delta=dp_delta), 4)
-    return {"num_runs": len(plans) * num_seeds, "epsilon": epsilon, "dp_delta": dp_delta, "modes": sorted(protections)}
+        except AccountingUnsupported as error:
+            reason = str(error)
+    told = {"num_runs": len(plans) * num_seeds, "modes": modes, "dp_delta": dp_delta}
+    return {**told, "epsilon": epsilon, "reason": reason}
 
 
 def _told(privacy: Mapping[str, Any]) -> str:
     """The cost of a search in words."""
-    whose = "a site" if privacy["modes"] == ["site"] else "a unit"
-    runs, dp_delta = f"these {privacy['num_runs']} runs together", privacy["dp_delta"]
-    if len(privacy["modes"]) > 1:
-        return f"{runs} promise nothing: they are not all private in the same way ({', '.join(privacy['modes'])})"
+    runs = f"these {privacy['num_runs']} runs together"
     if privacy["epsilon"] is None:
-        return f"{runs} promise {whose} nothing: their epsilon is above {accounting.MAX_EPSILON:g}"
+        return f"{runs} promise nothing: {privacy['reason']}"
+    whose = "a site" if privacy["modes"] == ["site"] else "a unit"
     return (
-        f"{runs} cost {whose} epsilon {privacy['epsilon']:.2f} at delta {dp_delta:g}: whoever chooses among them on "
-        "private rows has spent that much"
+        f"{runs} cost {whose} epsilon {privacy['epsilon']:.2f} at delta {privacy['dp_delta']:g}: whoever chooses among "
+        "them on private rows has spent that much"
     )
 
 

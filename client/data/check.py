@@ -220,22 +220,6 @@ def render_preview(previews: Iterable[Preview]) -> Text:
     return shown
 
 
-def plain_preview(previews: Iterable[Preview]) -> str:
-    """Show previews without colours: answers stand between « and ».
-
-    Args:
-        previews: From `preview`.
-
-    Returns:
-        Text in which control characters of the data are spelled out.
-    """
-    blocks = []
-    for item in previews:
-        body = "".join(f"«{_visible(text)}»" if is_answer else _visible(text) for text, is_answer in item.segments)
-        blocks.append(f"{_headline(item)}\n{body}\n")
-    return "\n".join(blocks)
-
-
 def _count_tokens(whole: Sequence[Encoded], *, limit: int | None, too_long: TooLong, num_control: int) -> TokenCounts:
     """Lengths of whole rows, and what a limit does to them."""
     lengths = sorted(len(encoded.input_ids) for encoded in whole)

@@ -41,7 +41,7 @@ def ask(federation: Federation, state: State, plan: RoundPlan) -> dict[str, Any]
     Args:
         federation: The run.
         state: The adapter.
-        plan: Whose place in the run it has; 0 is the base.
+        plan: The adapter's place in the run: rounds before it, and stages after the last; 0 is the base.
 
     Returns:
         What an event tells of it.

@@ -9,10 +9,10 @@ from typing import Final
 from common import evaluation, prompts
 from common.config import RunConfig
 from common.config_tasks import TaskConfig
-from common.data import read
 from common.errors import DataError
 from common.model import Engine
-from common.rows import Columns, Message, Row
+from common.rows import Message, Row
+from server import loading
 from server.evaluate import json_answers, labels, likelihood, metrics
 from server.evaluate.bootstrap import Scores, of_rows
 from server.evaluate.task import Task, digest, file_hash
@@ -27,7 +27,7 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
     Raises:
         DataError: The rows, the schema or a baseline's examples are missing or unusable.
     """
-    rows = rows_of(settings.data, run)[: settings.max_rows or None]
+    rows = loading.rows_of(settings.data, run)[: settings.max_rows or None]
     names = _METRICS.get(settings.kind, settings.metric_names)
     scorers = {name: _scorer(name, settings, rows) for name in names}
     examples = examples_of(settings, run)
@@ -96,23 +96,13 @@ def with_prompt(row: Row, prompt: str, examples: Sequence[Row]) -> Row:
     return dataclasses.replace(row, messages=(*first, *turns, *rest))
 
 
-def rows_of(source: str, run: RunConfig) -> list[Row]:
-    """Rows in the run's columns.
-
-    Raises:
-        DataError: The file is missing or unusable.
-    """
-    data = run.data
-    return read.read(source, columns=Columns(data.instruction_column, data.input_column, data.output_column))
-
-
 def examples_of(settings: TaskConfig, run: RunConfig) -> list[Row]:
     """The first rows of the baseline's own file.
 
     Raises:
         DataError: It is missing or unusable, or has too few rows.
     """
-    found = rows_of(settings.baseline_data, run) if settings.baseline_data else []
+    found = loading.rows_of(settings.baseline_data, run) if settings.baseline_data else []
     if len(found) < settings.baseline_examples:
         raise DataError(
             f"{settings.baseline_data}: {len(found)} rows, and task {settings.name} asks for baseline_examples = "

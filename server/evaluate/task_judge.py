@@ -18,6 +18,7 @@ from common.data import read
 from common.errors import DataError
 from common.model import Engine
 from common.rows import Row
+from server import loading
 from server.evaluate import judge_ask, task_answers
 from server.evaluate.bootstrap import Scores, of_rows
 from server.evaluate.judge_ask import Ask
@@ -50,7 +51,7 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
         ConfigError: The key file cannot be used.
         ModelError: The judge's folder is not on this machine.
     """
-    rows = task_answers.rows_of(settings.data, run)[: settings.max_rows or None]
+    rows = loading.rows_of(settings.data, run)[: settings.max_rows or None]
     examples = task_answers.examples_of(settings, run)
     human = _human(settings)
     server = judge_ask.of_server(settings) if settings.judge_url else None

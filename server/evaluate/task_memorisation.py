@@ -11,10 +11,10 @@ import torch
 from common import adapter, chat, membership, model, roc
 from common.config import RunConfig
 from common.config_tasks import TaskConfig
-from common.data import read
 from common.errors import DataError
 from common.model import Engine
-from common.rows import Columns, Message, Row
+from common.rows import Message, Row
+from server import loading
 from server.evaluate import canary_rows, likelihood
 from server.evaluate.bootstrap import Scores, of_rows
 from server.evaluate.canary_rows import Canary
@@ -134,8 +134,7 @@ def _sides(settings: TaskConfig, run: RunConfig) -> tuple[list[Row], list[Row]] 
     """Members and non-members, in the run's columns; None if none are given."""
     if not settings.members_data:
         return None
-    columns = Columns(run.data.instruction_column, run.data.input_column, run.data.output_column)
-    return read.read(settings.members_data, columns=columns), read.read(settings.non_members_data, columns=columns)
+    return loading.rows_of(settings.members_data, run), loading.rows_of(settings.non_members_data, run)
 
 
 def _before(engine: Engine, canary: Canary, run: RunConfig) -> str:

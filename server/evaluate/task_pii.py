@@ -11,6 +11,7 @@ from common.config_tasks import TaskConfig, split_names
 from common.errors import ConfigError, DataError
 from common.model import Engine
 from common.rows import Row
+from server import loading
 from server.evaluate import pii, task_answers
 from server.evaluate.bootstrap import Scores, of_rows
 from server.evaluate.task import Task, digest
@@ -27,7 +28,7 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
     regions = split_names(settings.phone_regions)
     if unknown := set(regions) - SUPPORTED_REGIONS:
         raise ConfigError(f"task {settings.name}: phone_regions {', '.join(sorted(unknown))}: no country's; correct it")
-    rows = task_answers.rows_of(settings.data, run)[: settings.max_rows or None]
+    rows = loading.rows_of(settings.data, run)[: settings.max_rows or None]
 
     def score(engine: Engine) -> Mapping[str, Scores]:
         answers = [text for text, _ in task_answers.generate(engine, rows, settings, run)]

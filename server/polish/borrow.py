@@ -5,7 +5,7 @@ quantised base to bfloat16 and leave a copy of the adapter behind.
 """
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -87,11 +87,6 @@ def drop(peft_model: Any, name: str) -> None:
     """Remove an adapter that may be there."""
     if name in peft_model.peft_config:
         peft_model.delete_adapter(name)
-
-
-def dtypes(engine: Engine) -> Mapping[str, torch.dtype]:
-    """Of what is trained, by name."""
-    return {name: parameter.dtype for name, parameter in adapter.parameters(engine.model).items()}
 
 
 def _restore(owner: Any, name: str, value: object) -> None:

@@ -10,7 +10,7 @@ from common import events, model, store
 from common.errors import ConfigError, DataError, TransportError
 from common.events import EventLog
 from common.manifest import RunManifest
-from server import checkpoint, report, run
+from server import checkpoint, loading, report, run
 from server.aggregate import table
 from server.evaluate import suite
 from server.federation import Federation
@@ -96,12 +96,4 @@ def _engine(manifest: RunManifest, base: Path | None, num_threads: int) -> model
     settings = manifest.run
     folder = base or store.resolve(settings.model.base)
     model.check_hash(folder, manifest.base_sha256)
-    return model.load(
-        folder,
-        model=settings.model,
-        adapter_settings=settings.adapter,
-        seed=settings.seed,
-        num_threads=num_threads,
-        residual_rank=settings.aggregation.residual_rank,
-        num_heads=settings.aggregation.num_core_heads,
-    )
+    return loading.engine_of(settings, folder, num_threads=num_threads)

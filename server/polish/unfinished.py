@@ -55,7 +55,8 @@ class Kept:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Values into the parameters that are there, whose type stays."""
         folder = Path(resume_from_checkpoint)
-        self.num_epochs_done = int(json.loads((folder / "trainer_state.json").read_bytes())["epoch"] + 1e-6)
+        epochs = json.loads((folder / "trainer_state.json").read_bytes())["epoch"]
+        self.num_epochs_done = int(epochs + 1e-6)  # a sum of fractions may fall just short of a whole epoch
         found = safetensors.torch.load((folder / TRAINED_FILE).read_bytes())
         for name, parameter in _trained(self.model).items():
             parameter.data.copy_(found[name])

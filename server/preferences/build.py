@@ -61,12 +61,8 @@ def from_ratings(path: Path, *, margin: float = 0.0) -> Built:
     if not (math.isfinite(margin) and margin >= 0):
         raise ConfigError("--margin must be 0 or more")
     located = reading.locate(str(path))
-    scored = [item for found in reading.convert_all(located, _scored) for item in found]
-    by_prompt: dict[Turns, dict[Turns, list[tuple[float, str]]]] = defaultdict(lambda: defaultdict(list))
-    for prompt, answer, score, place in scored:
-        by_prompt[prompt][answer].append((score, place))
     pairs, num_ties, num_alone = [], 0, 0
-    for prompt, answers in by_prompt.items():
+    for prompt, answers in _by_prompt(located).items():
         num_alone += len(answers) == 1
         for one, other in combinations(answers, 2):
             difference = _mean(answers[one]) - _mean(answers[other])
@@ -141,6 +137,15 @@ def pair_of(fields: dict[str, Any], rejected: str, chosen: str, *, place: str) -
     better = preference_rows.conversation(fields, answer=chosen, place=place)
     worse = preference_rows.conversation(fields, answer=rejected, place=place)
     return preferences.pair_of(replace(better, rejected=worse.messages))
+
+
+def _by_prompt(located: Sequence[Located]) -> dict[Turns, dict[Turns, list[tuple[float, str]]]]:
+    """Every prompt's answers, each with its scores and their places; in the file's order."""
+    found: dict[Turns, dict[Turns, list[tuple[float, str]]]] = defaultdict(lambda: defaultdict(list))
+    for scored in reading.convert_all(located, _scored):
+        for prompt, answer, score, place in scored:
+            found[prompt][answer].append((score, place))
+    return found
 
 
 def _scored(row: Located) -> list[tuple[Turns, Turns, float, str]]:

@@ -81,12 +81,19 @@ def test_ray_gives_the_same_adapter(tiny_base, changes, expected, tmp_path):
 
 def test_deployment_gives_the_same_adapter(tiny_base, changes, expected, tmp_path):
     settings, heard = tiny.settings(tiny_base, changes), []
-    engine, log = world.load_engine(settings, num_threads=1), server_run.prepare(settings, tmp_path / "far")
+    log = server_run.prepare(settings, tmp_path / "far")
     log.listeners.append(lambda event: heard.append(event["kind"]))
-    outcome = engines.deployed(settings, engine=engine, base_folder=tiny_base, log=log, num_threads=1)
+    outcome = engines.deployed(settings, base_folder=tiny_base, log=log, num_threads=1)
     assert list(outcome.sites) == SITES
     assert digest(tmp_path / "far") == expected
     assert (heard[0], heard[-1]) == ("run_started", "run_finished")
+
+
+def deployed(base: Path, changes: dict[str, str], folder: Path) -> str:
+    settings = tiny.settings(base, changes)
+    log = server_run.prepare(settings, folder)
+    engines.deployed(settings, base_folder=base, log=log, num_threads=1)
+    return digest(folder)
 
 
 @pytest.mark.slow
@@ -96,25 +103,19 @@ def test_deployment_gives_the_same_adapter_by_other_methods(tiny_base, changes, 
     side = {"aggregation.residual_rank": "16"} if method == "fedex" else {}
     changes = {**changes, "federation.num_rounds": "2", "aggregation.method": method, **side}
     expected = in_process(tiny_base, changes, tmp_path / "in-process")
-    settings = tiny.settings(tiny_base, changes)
-    engine, log = world.load_engine(settings, num_threads=1), server_run.prepare(settings, tmp_path / "far")
-    engines.deployed(settings, engine=engine, base_folder=tiny_base, log=log, num_threads=1)
-    assert digest(tmp_path / "far") == expected
+    assert deployed(tiny_base, changes, tmp_path / "far") == expected
 
 
 @pytest.mark.slow
-def test_sites_of_a_deployment_score_the_polished_adapter(tiny_base, changes, tmp_path):
+@pytest.mark.parametrize("play", [deployed, under_ray])
+def test_sites_of_other_engines_score_the_polished_adapter(tiny_base, changes, tmp_path, play):
     data = stage_data.write(tmp_path / "own.jsonl", stage_data.instructions(10))
     stage = f'{{name = "teach", kind = "sft", data = "{data}", steps = 2, batch_size = 4, max_length_tokens = 64}}'
     changes = {**changes, "polish": f"[{stage}]", "evaluation.num_polish_stages": "1", "gate.rules": "sites"}
     changes |= {"gate.max_site_rise": "5.0"}
     expected = in_process(tiny_base, changes, tmp_path / "in-process")
-    settings = tiny.settings(tiny_base, changes)
-    engine, log = world.load_engine(settings, num_threads=1), server_run.prepare(settings, tmp_path / "far")
-    engines.deployed(settings, engine=engine, base_folder=tiny_base, log=log, num_threads=1)
-    found = {name: said_after_polish(tmp_path / name) for name in ("in-process", "far")}
-    assert found["far"] == found["in-process"]
-    assert [digest(tmp_path / name) for name in found] == [expected] * 2
+    assert play(tiny_base, changes, tmp_path / "far") == expected
+    assert said_after_polish(tmp_path / "far") == said_after_polish(tmp_path / "in-process")
 
 
 def said_after_polish(folder: Path) -> tuple:
@@ -161,9 +162,8 @@ def test_private_runs_of_real_processes_charge_as_planned_and_have_noise_that_no
     given = {**changes, **private}
     expected = in_process(tiny_base, given, tmp_path / "in-process")
     settings = tiny.settings(tiny_base, given)
-    engine, log = world.load_engine(settings, num_threads=1), server_run.prepare(settings, tmp_path / "far")
-    order = {"engine": engine, "base_folder": tiny_base, "log": log, "num_threads": 1}
-    engines.deployed(settings, is_noise_accepted=True, **order)
+    log = server_run.prepare(settings, tmp_path / "far")
+    engines.deployed(settings, base_folder=tiny_base, log=log, num_threads=1, is_noise_accepted=True)
     assert digest(tmp_path / "far") != expected  # without noise they agree: see above
     plan, spent = charged(tmp_path / "far")
     assert plan == charged(tmp_path / "in-process")[0] == pytest.approx(privacy_plan.curve(settings), abs=1e-4)
@@ -175,9 +175,9 @@ def test_private_runs_of_real_processes_charge_as_planned_and_have_noise_that_no
 @pytest.mark.slow
 def test_real_processes_refuse_noise_that_drowns_few_sites_unless_told(tiny_base, changes, tmp_path):
     settings = tiny.settings(tiny_base, {**changes, **AT_SERVER})
-    engine, log = world.load_engine(settings, num_threads=1), server_run.prepare(settings, tmp_path / "far")
+    log = server_run.prepare(settings, tmp_path / "far")
     with pytest.raises(RemoteError, match="noise to signal"):
-        engines.deployed(settings, engine=engine, base_folder=tiny_base, log=log, num_threads=1)
+        engines.deployed(settings, base_folder=tiny_base, log=log, num_threads=1)
 
 
 def charged(folder: Path) -> tuple[list[float], list[float]]:

@@ -100,21 +100,21 @@ def test_preview_marks_the_answer_and_nothing_else(tokenizer):
     assert json.loads(json.dumps(item.as_dict()))["tokens"][0] == {"id": 2, "text": "<|im_start|>", "is_answer": False}
 
 
-def test_preview_is_plain_or_coloured(tokenizer):
-    previews = check.preview(ROWS, tokenizer, limit=3)
-    assert check.plain_preview(previews).count("«") == 3
-    assert f"«{CANARY}<|im_end|>»" in check.plain_preview(previews)
-    assert "row 3: " in check.plain_preview(previews)
-    assert "\x1b[30;42m" + CANARY in screen(check.render_preview(previews))
+def test_a_terminal_shows_answers_in_colour_under_the_number_of_their_row(tokenizer):
+    shown = check.render_preview(check.preview(ROWS, tokenizer, limit=3))
+    assert "row 3: " in shown.plain
+    assert screen(shown).count("\x1b[30;42m") == 3
+    assert f"\x1b[30;42m{CANARY}<|im_end|>\x1b[0m" in screen(shown)
 
 
 def test_preview_tells_what_a_limit_does(tokenizer):
     limit = check.check(ROWS, tokenizer=tokenizer).tokens.quantiles["100%"] - 1
     options = {"limit": 4, "max_length_tokens": limit}
-    assert "1 tokens cut off" in check.plain_preview(check.preview(ROWS, tokenizer, **options, too_long="truncate"))
+    cut = check.preview(ROWS, tokenizer, **options, too_long="truncate")
+    assert "1 tokens cut off" in check.render_preview(cut).plain
     dropped = check.preview(ROWS, tokenizer, **options, too_long="drop")
     assert [item.is_dropped for item in dropped] == [False, False, False, True]
-    assert "would not be trained on" in check.plain_preview(dropped)
+    assert "would not be trained on" in check.render_preview(dropped).plain
 
 
 def test_markup_and_control_characters_of_the_data_have_no_effect(tokenizer):
@@ -126,5 +126,4 @@ def test_markup_and_control_characters_of_the_data_have_no_effect(tokenizer):
     shown = screen(check.render_preview(previews))
     assert "[bold red]x[/] [link=http://a]y" in shown
     assert "\x1b[2J" not in shown
-    for text in (shown, check.plain_preview(previews)):
-        assert "\\x1b[2J\\x9b1m\\u202eabc\\r" in text
+    assert "\\x1b[2J\\x9b1m\\u202eabc\\r" in shown

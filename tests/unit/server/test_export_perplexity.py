@@ -15,6 +15,7 @@ from server.export_folder import Exported
 from tests import tiny
 
 SIDE = {"aggregation.method": "fedex", "aggregation.residual_rank": "4"}
+CORED = {"aggregation.method": "ravan", "aggregation.num_heads": "2"}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,19 @@ def test_the_figures_are_those_of_the_runs_own_model_and_of_the_merged_one(seale
     assert abs(math.log(found.base / found.side_by_side)) > 10 * export_perplexity.LIMIT
 
 
+def test_cores_are_measured_as_they_are_trained(load_tiny, tiny_base, rows, tmp_path):
+    settings = tiny.settings(tiny_base, CORED)
+    engine = load_tiny(CORED)
+    generator = torch.Generator().manual_seed(8)
+    state = {name: 0.2 * torch.randn(tensor.shape, generator=generator) for name, tensor in engine.initial.items()}
+    source = Exported(state, RunManifest(settings, engine.base_sha256, engine.tensor_specs), 2, {"north": 9}, [])
+    folder = tmp_path / "export"
+    export_folder.write(folder, source, formats=("merged",), base=tiny_base, llama_cpp=None, key=None, rows=rows)
+    found = export_perplexity.stored(seal.read(folder).facts.perplexity)
+    assert abs(math.log(found.ratio)) < export_perplexity.LIMIT / 2
+    assert abs(math.log(found.base / found.side_by_side)) > 5 * export_perplexity.LIMIT
+
+
 def test_card_and_verify_tell_them(sealed):
     found = seal.read(sealed).facts.perplexity
     card = (sealed / "README.md").read_text()
@@ -95,6 +109,17 @@ def test_figures_beyond_the_limit_are_refused_however_they_were_sealed(sealed, t
     silent = replace(facts, perplexity=facts.perplexity | {"merged": facts.perplexity["merged"] * 1.001})
     with pytest.raises(ModelError, match="does not tell the perplexity"):
         verify._check_perplexity(sealed, silent)
+
+
+def test_the_coordinators_own_rows_are_taken_where_the_run_file_names_them_by_a_home_folder(
+    engine_and_source, tiny_base, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.jsonl").write_text("{}\n")
+    for name, is_there in (("~/own.jsonl", True), ("~/other.jsonl", False), ("", False)):
+        run = tiny.settings(tiny_base, {**SIDE, "evaluation.server_data": f'"{name}"'})
+        source = replace(engine_and_source[1], run_manifest=replace(engine_and_source[1].run_manifest, run=run))
+        assert (finish._own_rows(source) is not None) is is_there
 
 
 def test_without_rows_the_card_says_that_nothing_was_measured(engine_and_source, tiny_base, tmp_path):

@@ -34,6 +34,46 @@ def test_sites_are_shown_once_with_what_was_cut():
     assert shown.count("site      north: 1,200 rows to train, 30 held out, 1 cut, 0 dropped as too long") == 1
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_many_sites_are_counted_as_they_join_and_told_in_one_line(terminal):
+    sites = [f"site-{number:03}" for number in range(200)]
+    refused = {"kind": "site_refused", "node": 4, "reason": "DataError"}
+    shown = drawn(
+        [PLAN, *map(joined, sites[:150]), refused, *map(joined, sites[150:]), evaluated(0, 6.0)], terminal=terminal
+    )
+    assert re.findall(r"site-\d+", shown) == sites[:12]
+    assert shown.count("site      site-") == 12
+    assert shown.count("joined    ") == 1
+    assert "joined    200 sites: 240,000 rows to train, 6,000 held out, 200 cut, 0 dropped as too long" in shown
+    assert ("joined: 200 sites" in shown) is terminal  # the moving line
+
+
+def test_as_many_sites_as_have_a_line_each_are_not_counted():
+    sites = [f"site-{number:03}" for number in range(13)]
+    few, many = (drawn([PLAN, *map(joined, some), evaluated(0, 6.0)]) for some in (sites[:12], sites))
+    assert [shown.count("  joined    ") for shown in (few, many)] == [0, 1]
+
+
+def test_sites_that_come_later_are_counted_with_those_before():
+    sites = [f"site-{number:03}" for number in range(15)]
+    log = [PLAN, *map(joined, sites[:14]), evaluated(0, 6.0), *map(joined, sites), evaluated(1, 5.0)]
+    assert re.findall(r"  joined    (\d+) sites", drawn(log)) == ["14", "15"]
+
+
+def test_the_moving_line_counts_many_sites_and_names_few():
+    sites = [f"site-{number:03}" for number in range(13)]
+    few, many = (
+        drawn(
+            [PLAN, {"kind": "round_started", "round": 0, "sites": some}, {"kind": "run_finished"}],
+            terminal=True,
+        )
+        for some in (sites[:12], sites)
+    )
+    assert "training at 13 sites" in " ".join(many.split())
+    assert "site-011" in few
+    assert "site-011" not in many
+
+
 def test_each_evaluation_is_one_line_under_the_right_columns():
     table = [line.split() for line in drawn(LOG).splitlines() if re.match(r" +(round|\d+) ", line)]
     assert table[0] == ["round", "held-out", "north", "south", "gap", "down", "up", "time"]

@@ -94,7 +94,10 @@ def test_a_search_costs_what_all_its_runs_cost_together():
     assert sweep._together([one], num_seeds=1)["epsilon"] < 4.0
     open_one = tiny.settings("tiny")
     assert sweep._together([open_one], num_seeds=2) is None
-    assert "promise nothing" in sweep._told(sweep._together([one, open_one], num_seeds=1))
+    mixed = sweep._told(sweep._together([one, open_one], num_seeds=1))
+    assert "promise nothing: they are not all private in the same way (none, unit)" in mixed
+    loud = tiny.settings("tiny", {**PRIVATE, "privacy.noise_multiplier": "0.1"})
+    assert "promise nothing: epsilon is above 1000" in sweep._told(sweep._together([loud], num_seeds=20))
 
 
 SWEEPS = sorted(FOLDER.glob("*.toml"))
