@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from common import precisions
+from common.config_types import names_a_site_twice
 from common.methods import FACTS, Facts
 
 if TYPE_CHECKING:
@@ -255,8 +256,8 @@ def rank_contradictions() -> Iterator[tuple[tuple[str, ...], Callable[["RunConfi
 
 
 def _has_odd_site_ranks(run: "RunConfig") -> bool:
-    given, ranks = run.adapter.site_ranks, run.adapter.rank_of_sites
-    return bool(given) and (len(ranks) < given.count("=") or max(ranks.values()) >= run.adapter.r)
+    own = run.adapter.rank_of_sites.values()
+    return names_a_site_twice(run.adapter.site_ranks) or any(rank >= run.adapter.r for rank in own)
 
 
 @dataclass(frozen=True)

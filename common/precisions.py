@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from common.config_types import names_a_site_twice
 from common.kinds import Quantization
 
 if TYPE_CHECKING:
@@ -62,5 +63,5 @@ def contradictions() -> Iterator[tuple[tuple[str, ...], Callable[[RunConfig], bo
 
 
 def _has_idle_names(run: RunConfig) -> bool:
-    given, found = run.model.site_quantization, run.model.quantization_of_sites
-    return len(found) < given.count("=") or run.model.quantization in found.values()
+    own = run.model.quantization_of_sites.values()
+    return names_a_site_twice(run.model.site_quantization) or run.model.quantization in own
