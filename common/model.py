@@ -250,14 +250,12 @@ def quantization_config(settings: config.ModelConfig, dtype: torch.dtype) -> Bit
 
 def lora_config(settings: config.AdapterConfig) -> LoraConfig:
     """peft's configuration of `[adapter]`."""
-    names: str | list[str] = settings.targets
-    if settings.targets != "all-linear":
-        names = [name.strip() for name in settings.targets.split(",")]
+    names = list(settings.target_names)
     return LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
-        target_modules=names,
+        target_modules="all-linear" if names == ["all-linear"] else names,
         use_rslora=settings.use_rslora,
         bias="none",
         task_type="CAUSAL_LM",
