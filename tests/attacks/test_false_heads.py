@@ -14,9 +14,8 @@ from common.audit import Head
 from common.errors import AuditError, AuthError
 from common.records import UpdateHead
 from server import trail as trails
-from tests import vault
-from tests.attacks import rosters
-from tests.attacks.rosters import NORTH, SOUTH, SOUTH_KEY
+from tests import rosters, vault
+from tests.rosters import NORTH, SOUTH, SOUTH_KEY
 
 RULE = ("PolicyRefusedError", "audit.heads")
 TRUE = Head(4, "ab" * 32, vault.NOW - 9)
