@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from common import precisions
-from common.config_types import names_a_site_twice
+from common.config_types import Contradiction, names_a_site_twice
 from common.methods import FACTS, Facts
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ FEATURES: Final = (
 )
 
 
-def rank_contradictions() -> Iterator[tuple[tuple[str, ...], Callable[["RunConfig"], bool], str]]:
+def rank_contradictions() -> Iterator[Contradiction]:
     """Keys, whether a run asks for both, and the message, of sites with ranks of their own."""
     yield (
         ("adapter.site_ranks", "adapter.r"),

@@ -1,8 +1,12 @@
 """What the tables of all our files are made of: kinds of values, and a section that is frozen, strict and closed."""
 
-from typing import Annotated, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from common.config import RunConfig
 
 SLUG = r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$"
 SHA256 = r"^([0-9a-f]{64})?$"
@@ -44,6 +48,9 @@ PositiveCount = Annotated[int, Field(ge=1, le=1_000_000)]
 Seconds = Annotated[float, Field(gt=0, le=2_592_000)]
 Mebibytes = Annotated[int, Field(ge=1, le=2047)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+# keys that do not go together, the first of which names the problem; whether a run is such a one; what is told
+Contradiction = tuple[tuple[str, ...], Callable[["RunConfig"], bool], str]
 
 
 def refuse_look_alikes(value: object) -> object:
