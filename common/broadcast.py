@@ -53,11 +53,6 @@ class Held:
     tensors: Tensors
 
 
-def digest(tensors: Tensors) -> str:
-    """SHA-256 of an adapter's canonical float32 bytes."""
-    return adapter.digest(tensors)
-
-
 def stepped(base: Tensors, step: Tensors) -> dict[str, Tensor]:
     """The adapter after a step; the same float32 additions at both ends."""
     return {name: tensor + step[name] for name, tensor in base.items()}
@@ -108,7 +103,7 @@ def receive(
         raise WireError("the request does not say in which form the adapter comes")
     form = from_head(Form, told)
     tensors = _take(form, request.body, tensor_specs, settings=settings, held=held)
-    if digest(tensors) != form.sha256:
+    if adapter.digest(tensors) != form.sha256:
         raise ModelError("the adapter that results is not the one that the coordinator holds")
     return Held(form.sha256, tensors)
 
