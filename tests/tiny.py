@@ -28,6 +28,13 @@ federation.round_timeout_s = 60
 privacy.mode = "none"
 wire.dtype = "float32"
 """
+NOISED = {
+    "privacy.mode": "unit",
+    "privacy.sampling_prob": "0.1",
+    "privacy.noise_multiplier": "1.0",
+    "training.local_steps": "2",
+    "training.local_epochs": "0.0",
+}  # changes that make a run private for units
 
 
 def settings(base: Path | str, changes: Mapping[str, str] | None = None) -> config.RunConfig:

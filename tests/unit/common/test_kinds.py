@@ -11,13 +11,6 @@ from tests import tiny
 
 # Written down from the papers: is what the model does linear in the tensors that travel?
 LINEAR = {"fourierft", "miss", "ia3", "ln_tuning", "full", "prompt_tuning", "prefix_tuning"}
-PRIVATE = {
-    "privacy.mode": "unit",
-    "privacy.sampling_prob": "0.1",
-    "privacy.noise_multiplier": "1.0",
-    "training.local_steps": "2",
-    "training.local_epochs": "0.0",
-}
 ASKING = {
     "methods beside fedavg": {"aggregation.method": "rolora"},
     "int8 base": {"model.quantization": "int8"},
@@ -25,8 +18,8 @@ ASKING = {
     "sites of different precision": {"model.site_quantization": "north = nf4"},
     "16-bit compute": {"model.dtype": "bfloat16", "model.quantization": "int8"},
     "server optimizer": {"aggregation.server_optimizer": "fedavgm"},
-    "stacked clipping": {**PRIVATE, "privacy.clipping": "stacked"},
-    "opacus clipping": {**PRIVATE, "privacy.clipping": "opacus"},
+    "stacked clipping": {**tiny.NOISED, "privacy.clipping": "stacked"},
+    "opacus clipping": {**tiny.NOISED, "privacy.clipping": "opacus"},
     "checkpointing": {"training.gradient_checkpointing": "true"},
     "steps down": {"wire.down": "int8"},
     "sparse download": {"wire.down_density": "0.25"},
@@ -70,8 +63,8 @@ def _broken(asked) -> list[str]:
 
 
 def test_a_private_run_of_another_kind_is_averaged_by_fedavg():
-    assert tiny.settings("tiny", changes("ia3", **PRIVATE)).aggregation.method == "fedavg"
-    assert tiny.settings("tiny", {**PRIVATE}).aggregation.method == "fedsvd"
+    assert tiny.settings("tiny", changes("ia3", **tiny.NOISED)).aggregation.method == "fedavg"
+    assert tiny.settings("tiny", tiny.NOISED).aggregation.method == "fedsvd"
 
 
 def test_defaults_of_the_table_are_those_of_the_run_file():
