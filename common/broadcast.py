@@ -66,7 +66,7 @@ def plain_body(kind: str, tensors: Tensors, settings: WireConfig) -> bytes:
 
 
 def _read_plain(request: Frame, tensor_specs: Sequence[TensorSpec], settings: WireConfig) -> dict[str, Tensor]:
-    """The way back."""
+    """The adapter out of such a body."""
     if request.kind == "train" and settings.is_adapter_sparse:
         return compact.decode(request.body, tensor_specs, dtype="float32", density=settings.down_density)
     return adapter.decode(request.body, tensor_specs, dtype="float32")
