@@ -109,13 +109,7 @@ def execute(
         StorageError: Disk full or not writable.
     """
     measured = suite.open_suite(settings, engine=engine, folder=folder, log=log)
-    manifest = RunManifest(
-        settings,
-        engine.base_sha256,
-        engine.tensor_specs,
-        layerwise.codes_of_run(engine, settings.model),
-        evaluation_sha256=measured.sha256,
-    )
+    manifest = manifest_of(settings, engine, evaluation_sha256=measured.sha256)
     _check_size(manifest)
     if resume and (folder / MANIFEST_FILE).exists():
         suite.require_same(measured.sha256, stored_manifest(folder).evaluation_sha256)
@@ -282,6 +276,23 @@ def stored_manifest(folder: Path) -> RunManifest:
     except OSError as error:
         raise DataError(f"{folder}: the run has not begun (no {MANIFEST_FILE})") from error
     return dataclasses.replace(public, run=stored_settings(folder))
+
+
+def manifest_of(settings: config.RunConfig, engine: Engine, *, evaluation_sha256: str = "") -> RunManifest:
+    """What a run's sites are offered.
+
+    Args:
+        settings: The run file.
+        engine: The base at the run's own precision, and the adapter on it.
+        evaluation_sha256: Hash of what the coordinator measures; empty: nothing.
+
+    Raises:
+        ModelError: Only some sites are 4-bit, and the base's files cannot be quantised by themselves.
+    """
+    codes_sha256 = layerwise.codes_of_run(engine, settings.model)
+    return RunManifest(
+        settings, engine.base_sha256, engine.tensor_specs, codes_sha256, evaluation_sha256=evaluation_sha256
+    )
 
 
 def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:

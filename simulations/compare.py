@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from client.agent import SiteData
-from common import config, layerwise, storage, wire
+from common import config, storage, wire
 from common.adapter import Tensors
 from common.events import Event, EventLog
-from common.manifest import RunManifest
 from common.model import Engine
 from server import federation
 from server import run as server_run
@@ -81,8 +80,7 @@ class Judge:
         failures = Failures(shared.folder / "sites")
         loaded = shared.engines
         agents = {site: world.make_agent(site, data, loaded.at(site), failures) for site, data in shared.sites.items()}
-        codes_sha256 = layerwise.codes_of_run(shared.engine, shared.settings.model)
-        manifest = RunManifest(shared.settings, shared.engine.base_sha256, shared.engine.tensor_specs, codes_sha256)
+        manifest = server_run.manifest_of(shared.settings, shared.engine)
         log = EventLog(shared.folder / "arms" / "judge" / server_run.EVENTS_FILE)
         method = table.find(shared.settings.aggregation.method)
         self._federation = Federation(manifest, run.fleet_of(agents), method, shared.folder, log)

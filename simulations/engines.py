@@ -13,7 +13,7 @@ from flwr.app.user_config import UserConfig
 from flwr.serverapp import Grid
 
 from client.agent import SiteData
-from common import config, events, layerwise, wire
+from common import config, events, wire
 from common.events import EventLog
 from common.manifest import RunManifest
 from common.methods import FACTS
@@ -179,13 +179,7 @@ def _world(sites: Sites) -> tuple[RunManifest, Engines, dict[str, SiteData]]:
     settings = config.RunConfig.model_validate_json(sites.settings)
     found_here = settings.model.model_copy(update={"base": sites.base_folder})
     engine = world.load_engine(settings.model_copy(update={"model": found_here}), num_threads=sites.num_threads)
-    manifest = RunManifest(
-        settings,
-        engine.base_sha256,
-        engine.tensor_specs,
-        layerwise.codes_of_run(engine, settings.model),
-        evaluation_sha256=sites.evaluation_sha256,
-    )
+    manifest = server_run.manifest_of(settings, engine, evaluation_sha256=sites.evaluation_sha256)
     return manifest, Engines(settings, engine), world.load_sites(settings)
 
 

@@ -5,11 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from client.agent import SiteData
-from common import adapter, config, evaluation, layerwise, model
+from common import adapter, config, evaluation, model
 from common.adapter import Tensors
 from common.errors import ConfigError
 from common.events import EventLog
-from common.manifest import RunManifest
 from common.model import Engine
 from common.rows import Row
 from server import run as server_run
@@ -99,14 +98,8 @@ def before(shared: World, *, num_bad: int) -> dict[str, Any]:
 
 def _fleet(shared: World, attack: Attack, honest: list[str], failures: Failures) -> GridFleet:
     """All sites as nodes, in the order of their names."""
-    engine = shared.engine
-    manifest = RunManifest(
-        shared.settings,
-        engine.base_sha256,
-        engine.tensor_specs,
-        layerwise.codes_of_run(engine, shared.settings.model),
-        evaluation_sha256=suite.hash_of(shared.settings),
-    )
+    sha256 = suite.hash_of(shared.settings)
+    manifest = server_run.manifest_of(shared.settings, shared.engine, evaluation_sha256=sha256)
     agents = {
         site: world.make_agent(site, data if site in honest else attack.rows(data), shared.engines.at(site), failures)
         for site, data in sorted(shared.sites.items())
