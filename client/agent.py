@@ -362,4 +362,4 @@ def _start(run_manifest: RunManifest, engine: Engine) -> Held | None:
     tensors = start.initial(run_manifest, engine.initial)
     specs = trainable.received_specs(run_manifest.run.aggregation.method, run_manifest.tensor_specs)
     sent = {spec.name: tensors[spec.name] for spec in specs}
-    return Held(broadcast.digest(sent), sent)
+    return Held(adapter.digest(sent), sent)

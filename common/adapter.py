@@ -98,26 +98,20 @@ def write(model: nn.Module, tensors: Tensors) -> None:
     Raises:
         ModelError: Names or shapes differ from the model's adapter, ranks aside, or the modules' ranks differ.
     """
-    own = _stored(model)
+    held = parameters(model) | side_parameters(model)
+    own = {name: parameter for name, parameter in held.items() if not cores.is_scale(name)}
     found = {tensor.shape[0] for name, tensor in tensors.items() if factor_of(name) == "A"}
     check_specs(specs(tensors), ranks.at_rank(specs(own), found.pop()) if len(found) == 1 else specs(own))
     if any(parameter.shape != tensors[name].shape for name, parameter in own.items()):
         own = _resized(model, own, tensors)
     for name, parameter in own.items():
         parameter.copy_(tensors[name])
-    for name, parameter in parameters(model).items():
-        if cores.is_scale(name):
-            parameter.fill_(1.0)
-
-
-def _stored(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All that an adapter consists of once it is read."""
-    own = parameters(model) | side_parameters(model)
-    return {name: parameter for name, parameter in own.items() if not cores.is_scale(name)}
+    for name in held.keys() - own.keys():
+        held[name].fill_(1.0)
 
 
 def _resized(model: nn.Module, own: Mapping[str, nn.Parameter], like: Tensors) -> dict[str, nn.Parameter]:
-    """New parameters in place of those of another shape.
+    """The adapter's parameters, with new ones in the model in place of those of another shape.
 
     Not new `.data`: autograd keeps a node per parameter while any graph that used it lives, and that node goes on
     expecting gradients of the old shape.
@@ -127,11 +121,12 @@ def _resized(model: nn.Module, own: Mapping[str, nn.Parameter], like: Tensors) -
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
     }
+    resized = dict(own)
     for name, old in own.items():
         if old.shape != like[name].shape:
-            new = nn.Parameter(old.new_empty(like[name].shape), requires_grad=old.requires_grad)
-            setattr(*owners[id(old)], new)
-    return _stored(model)
+            resized[name] = nn.Parameter(old.new_empty(like[name].shape), requires_grad=old.requires_grad)
+            setattr(*owners[id(old)], resized[name])
+    return resized
 
 
 def check_specs(found: Sequence[TensorSpec], expected: Sequence[TensorSpec]) -> None:

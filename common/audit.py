@@ -27,7 +27,6 @@ from common.storage import storage_error
 
 GENESIS: Final = "0" * 64
 MAX_LINE_BYTES: Final = 1 << 16
-MAX_LOG_BYTES: Final = 1 << 32
 MAX_LINKS: Final = 2048
 FIELDS: Final = ("sequence", "time", "kind", "facts", "previous", "signature")
 

@@ -205,10 +205,12 @@ class Heads:
             ) from error
         if told.federation != self.federation:
             raise AuditError(f"{owner} tells federation {told.federation} of its log, not {self.federation}")
-        is_site = not owner.startswith(OPERATOR)
-        if is_site and keys is not None and owner not in keys:
-            raise AuditError(f"{owner} tells of an audit log and is not in the roster; fetch the newest one")
-        verify(owner, told, key=keys[owner] if is_site and keys is not None else "")
+        key = ""
+        if keys is not None and not owner.startswith(OPERATOR):
+            if owner not in keys:
+                raise AuditError(f"{owner} tells of an audit log and is not in the roster; fetch the newest one")
+            key = keys[owner]
+        verify(owner, told, key=key)
 
     def _is_news(self, owner: str, told: SignedHead) -> bool:
         """Whether a head says something that is not kept yet.

@@ -53,11 +53,6 @@ class Held:
     tensors: Tensors
 
 
-def digest(tensors: Tensors) -> str:
-    """SHA-256 of an adapter's canonical float32 bytes."""
-    return adapter.digest(tensors)
-
-
 def stepped(base: Tensors, step: Tensors) -> dict[str, Tensor]:
     """The adapter after a step; the same float32 additions at both ends."""
     return {name: tensor + step[name] for name, tensor in base.items()}
@@ -71,7 +66,7 @@ def plain_body(kind: str, tensors: Tensors, settings: WireConfig) -> bytes:
 
 
 def _read_plain(request: Frame, tensor_specs: Sequence[TensorSpec], settings: WireConfig) -> dict[str, Tensor]:
-    """The way back."""
+    """The adapter out of such a body."""
     if request.kind == "train" and settings.is_adapter_sparse:
         return compact.decode(request.body, tensor_specs, dtype="float32", density=settings.down_density)
     return adapter.decode(request.body, tensor_specs, dtype="float32")
@@ -108,7 +103,7 @@ def receive(
         raise WireError("the request does not say in which form the adapter comes")
     form = from_head(Form, told)
     tensors = _take(form, request.body, tensor_specs, settings=settings, held=held)
-    if digest(tensors) != form.sha256:
+    if adapter.digest(tensors) != form.sha256:
         raise ModelError("the adapter that results is not the one that the coordinator holds")
     return Held(form.sha256, tensors)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from common import precisions
+from common.config_types import Contradiction, names_a_site_twice
 from common.methods import FACTS, Facts
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ FEATURES: Final = (
 )
 
 
-def rank_contradictions() -> Iterator[tuple[tuple[str, ...], Callable[["RunConfig"], bool], str]]:
+def rank_contradictions() -> Iterator[Contradiction]:
     """Keys, whether a run asks for both, and the message, of sites with ranks of their own."""
     yield (
         ("adapter.site_ranks", "adapter.r"),
@@ -255,8 +256,8 @@ def rank_contradictions() -> Iterator[tuple[tuple[str, ...], Callable[["RunConfi
 
 
 def _has_odd_site_ranks(run: "RunConfig") -> bool:
-    given, ranks = run.adapter.site_ranks, run.adapter.rank_of_sites
-    return bool(given) and (len(ranks) < given.count("=") or max(ranks.values()) >= run.adapter.r)
+    own = run.adapter.rank_of_sites.values()
+    return names_a_site_twice(run.adapter.site_ranks) or any(rank >= run.adapter.r for rank in own)
 
 
 @dataclass(frozen=True)

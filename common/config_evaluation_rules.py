@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from common.config_model import BY_HASH
+from common.config_types import Contradiction
 from common.methods import FACTS
 
 if TYPE_CHECKING:
     from common.config import RunConfig
-
-Contradiction = tuple[tuple[str, ...], Callable[[Any], bool], str]
 
 
 def _has_fewer_stages(config: RunConfig) -> bool:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from common import config_gate
+from common.config_types import Contradiction
 
 if TYPE_CHECKING:
     from common.config import RunConfig
-
-Contradiction = tuple[tuple[str, ...], Callable[[Any], bool], str]
 
 
 def contradictions() -> Iterator[Contradiction]:

@@ -4,7 +4,7 @@ from typing import Final, Literal, cast
 
 from pydantic import Field
 
-from common.config_types import SITE_QUANTIZATION, SITE_RANKS, TARGETS, Line, RequiredLine, Section, Sha256
+from common.config_types import SITE_QUANTIZATION, SITE_RANKS, TARGETS, Line, RequiredLine, Section, Sha256, of_sites
 from common.kinds import KindName, Quantization
 
 BY_HASH: Final = "by-hash"  # a base in a manifest, where its hash is all that names it
@@ -44,8 +44,7 @@ class ModelConfig(Section):
             >>> ModelConfig(base="b", site_quantization="north = none, south=int8").quantization_of_sites
             {'north': 'none', 'south': 'int8'}
         """
-        pairs = (part.partition("=") for part in self.site_quantization.split(",") if part)
-        return {site.strip(): cast(Quantization, found.strip()) for site, _, found in pairs}
+        return cast(dict[str, Quantization], of_sites(self.site_quantization))
 
 
 class AdapterConfig(Section):
@@ -97,8 +96,7 @@ class AdapterConfig(Section):
             >>> AdapterConfig(site_ranks="north = 4, south=8").rank_of_sites
             {'north': 4, 'south': 8}
         """
-        pairs = (part.partition("=") for part in self.site_ranks.split(",") if part)
-        return {site.strip(): int(rank) for site, _, rank in pairs}
+        return {site: int(rank) for site, rank in of_sites(self.site_ranks).items()}
 
     @property
     def final_r(self) -> int:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import Field
 
-from common.config_types import Section
+from common.config_types import Contradiction, Section
 
 if TYPE_CHECKING:
     from common.config import RunConfig
@@ -62,8 +61,7 @@ def _has_idle_columns(config: RunConfig) -> bool:
     return config.training.objective != "sft" and is_named and not config.evaluation.server_data
 
 
-Conflict = tuple[tuple[str, ...], Callable[[Any], bool], str]
-CONFLICTS: Final[tuple[Conflict, ...]] = (
+CONFLICTS: Final[tuple[Contradiction, ...]] = (
     *(
         (
             (f"training.{name}", "training.objective"),

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from common import accounting, compatibility
+from common.config_types import Contradiction
 
 if TYPE_CHECKING:
     from common.config import RunConfig
-
-Contradiction = tuple[tuple[str, ...], Callable[[Any], bool], str]
 
 
 def contradictions() -> Iterator[Contradiction]:

@@ -1,20 +1,30 @@
 """What the tables of all our files are made of: kinds of values, and a section that is frozen, strict and closed."""
 
-from typing import Annotated, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from common.config import RunConfig
 
 SLUG = r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$"
 SHA256 = r"^([0-9a-f]{64})?$"
 LINE = r"^[^\x00-\x1f\x7f]*$"
 TARGETS = r"^[A-Za-z0-9_.]+( *, *[A-Za-z0-9_.]+)*$|^all-linear$"
-SITE_RANKS = r"^([a-z0-9-]{1,64} *= *[1-9][0-9]{0,3}( *, *[a-z0-9-]{1,64} *= *[1-9][0-9]{0,3})*)?$"
-_METRIC = "(exact_match|f1|rouge1|rouge2|rougeL|number|json|label_accuracy|macro_f1)"
-SITE_QUANTIZATION = r"^([a-z0-9-]{1,64} *= *(none|int8|nf4)( *, *[a-z0-9-]{1,64} *= *(none|int8|nf4))*)?$"
-METRICS = rf"^({_METRIC}( *, *{_METRIC})*)?$"
-_RULE = "(probes|baseline|sites|loss|schema|exposure|extraction|pii|audit)"
-GATE_RULES = rf"^({_RULE}( *, *{_RULE})*)?$"
-REGIONS = r"^([A-Z]{2}( *, *[A-Z]{2})*)?$"
+
+
+def _listed(item: str) -> str:
+    """Pattern of items with commas between them, or of nothing."""
+    return rf"^({item}( *, *{item})*)?$"
+
+
+_OF_SITE = "[a-z0-9-]{1,64} *= *"
+SITE_RANKS = _listed(_OF_SITE + "[1-9][0-9]{0,3}")
+SITE_QUANTIZATION = _listed(_OF_SITE + "(none|int8|nf4)")
+METRICS = _listed("(exact_match|f1|rouge1|rouge2|rougeL|number|json|label_accuracy|macro_f1)")
+GATE_RULES = _listed("(probes|baseline|sites|loss|schema|exposure|extraction|pii|audit)")
+REGIONS = _listed("[A-Z]{2}")
 PATTERNS = {
     SLUG: "1 to 64 of a-z, 0-9 and -, with no - at either end",
     SHA256: "64 digits of 0-9 and a-f, or empty",
@@ -39,6 +49,9 @@ Seconds = Annotated[float, Field(gt=0, le=2_592_000)]
 Mebibytes = Annotated[int, Field(ge=1, le=2047)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
+# keys that do not go together, the first of which names the problem; whether a run is such a one; what is told
+Contradiction = tuple[tuple[str, ...], Callable[["RunConfig"], bool], str]
+
 
 def refuse_look_alikes(value: object) -> object:
     """Tell 1 from true and 1.0, which Python holds to be equal."""
@@ -50,6 +63,22 @@ def refuse_look_alikes(value: object) -> object:
 def _frozen(value: object) -> object:
     """Let a TOML array be a tuple, so that a config can be hashed."""
     return tuple(value) if isinstance(value, list) else value
+
+
+def of_sites(text: str) -> dict[str, str]:
+    """Each site's value in a setting of form `SITE_RANKS` or `SITE_QUANTIZATION`; of a name written twice, the last.
+
+    Example:
+        >>> of_sites("north = 4, south=8")
+        {'north': '4', 'south': '8'}
+    """
+    pairs = (part.partition("=") for part in text.split(",") if part)
+    return {site.strip(): value.strip() for site, _, value in pairs}
+
+
+def names_a_site_twice(text: str) -> bool:
+    """Whether such a setting gives a site two values."""
+    return len(of_sites(text)) < text.count("=")
 
 
 T = TypeVar("T", bound=BaseModel)

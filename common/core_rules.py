@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
+from common.config_types import Contradiction
 from common.methods import FACTS
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def _reads_layers(config: RunConfig) -> bool:
     return config.privacy.is_private_per_unit and config.privacy.clipping in ("stacked", "opacus")
 
 
-CONFLICTS: Final[tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...]] = (
+CONFLICTS: Final[tuple[Contradiction, ...]] = (
     (
         ("aggregation.num_heads", "aggregation.method"),
         lambda c: not _has_cores(c) and c.aggregation.num_heads != NUM_HEADS,

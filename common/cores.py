@@ -42,8 +42,9 @@ def scale_beside(name: str) -> str:
 def folded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A model's parameters as an adapter: every core times its scales, and no scales."""
     found = {name: tensor for name, tensor in tensors.items() if not is_scale(name)}
-    for name in [name for name in found if scale_beside(name) in tensors and name.endswith(WEIGHT)]:
-        found[name] = scaled(found[name], tensors[scale_beside(name)])
+    for name, tensor in found.items():
+        if name.endswith(WEIGHT) and scale_beside(name) in tensors:
+            found[name] = scaled(tensor, tensors[scale_beside(name)])
     return found
 
 

@@ -7,9 +7,10 @@ docs/methods.md print the table. Cells without keys are what an export or a site
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from common import precisions
+from common.config_types import Contradiction
 from common.kinds import ALL, DEFAULTS, KINDS, Kind
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def is_unused(run: "RunConfig", key: str) -> bool:
     return key not in KINDS[run.adapter.kind].settings and getattr(run.adapter, key) != DEFAULTS[key]
 
 
-def contradictions() -> Iterator[tuple[tuple[str, ...], Callable[[Any], bool], str]]:
+def contradictions() -> Iterator[Contradiction]:
     """Keys, whether a run is in it, and the message: what kinds refuse, and settings that not all of them use."""
     for feature, kinds, reason, nearest in refusals():
         if feature.keys:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from common import codes, model, precisions
+from common import codes, model, precisions, skeleton
 from common.config_model import ModelConfig
 from common.errors import ModelError
 from common.kinds import Quantization
@@ -53,21 +53,17 @@ def layers(folder: Path, settings: ModelConfig, device: torch.device) -> Iterato
     Raises:
         ModelError: A file is missing or damaged, or names a layer in another way than the model does.
     """
-    skeleton, quantizer = _skeleton(folder, settings, device)
+    base, quantizer = _replaced(folder, settings, device)
     files = _files(folder)
     dtype = model.resolve_dtype(settings, device)
-    for name in sorted(_quantised(skeleton)):
+    for name in _names(base):
         weight = _read(folder, files, f"{name}.weight").to(device)
-        is_turned = issubclass(skeleton.get_submodule(name).source_cls, Conv1D)  # type: ignore[arg-type]
+        is_turned = issubclass(base.get_submodule(name).source_cls, Conv1D)  # type: ignore[arg-type]
         weight_dk = weight.T.contiguous() if is_turned else weight
         if settings.quantization == "none":
             yield Layer(name, weight_dk, weight_dk.to(dtype), weight_dk.to(dtype))
-            continue
-        full_name = f"{name}.weight"
-        made = quantizer.get_quantize_ops().convert({full_name: weight.to(dtype)}, model=skeleton)[full_name]
-        state = getattr(skeleton.get_submodule(name), "state", None)
-        used_dk = dequantize_bnb_weight(made, state)
-        yield Layer(name, weight_dk, made.data, used_dk)
+        else:
+            yield Layer(name, weight_dk, *_quantised(base, name, weight.to(dtype), quantizer))
 
 
 def codes_of_run(engine: Engine, settings: ModelConfig) -> str:
@@ -86,24 +82,26 @@ def codes_of_run(engine: Engine, settings: ModelConfig) -> str:
     return codes.digest((layer.name, tuple(layer.weight_dk.shape), layer.stored) for layer in found)
 
 
-def _skeleton(folder: Path, settings: ModelConfig, device: torch.device) -> tuple[PreTrainedModel, Any]:
+def _replaced(folder: Path, settings: ModelConfig, device: torch.device) -> tuple[PreTrainedModel, Any]:
     """The model without weights, its layers replaced as for a quantised base; the quantiser."""
     told: Quantization = "int8" if settings.quantization == "none" else settings.quantization
     configuration = model.quantization_config(precisions.at(settings, told), model.resolve_dtype(settings, device))
     quantizer = AutoHfQuantizer.from_config(configuration, pre_quantized=False)  # type: ignore[arg-type]
-    try:
-        shape = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: no configuration that transformers can read; fetch the base again") from error
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)  # type: ignore[no-untyped-call]
-    quantizer.preprocess_model(skeleton, device_map={"": device})
-    return skeleton, quantizer
+    base = skeleton.build(folder)
+    quantizer.preprocess_model(base, device_map={"": device})
+    return base, quantizer
 
 
-def _quantised(skeleton: nn.Module) -> list[str]:
-    """Names of the layers that were replaced."""
-    return [name for name, module in skeleton.named_modules() if codes.is_quantised(module)]
+def _names(base: nn.Module) -> list[str]:
+    """Names of the layers that were replaced, sorted."""
+    return sorted(name for name, module in base.named_modules() if codes.is_quantised(module))
+
+
+def _quantised(base: nn.Module, name: str, weight: Tensor, quantizer: Any) -> tuple[Tensor, Tensor]:
+    """One layer as it is held in memory, and dequantised."""
+    full_name = f"{name}.weight"
+    made = quantizer.get_quantize_ops().convert({full_name: weight}, model=base)[full_name]
+    return made.data, dequantize_bnb_weight(made, getattr(base.get_submodule(name), "state", None))
 
 
 def _files(folder: Path) -> dict[str, Path]:

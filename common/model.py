@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from common import adapter, codes, config, core_layers, peft_kinds, prompts, quiet
+from common import adapter, codes, config, core_layers, peft_kinds, prompts, quiet, storage
 from common.errors import ModelError
 from common.kinds import KINDS, Quantization
 from common.records import TensorSpec
@@ -149,7 +149,7 @@ def hash_base(folder: Path) -> str:
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder}: not a base model; it needs config.json and *.safetensors")
     files = sorted(path for path in folder.iterdir() if path.suffix in _BASE_SUFFIXES)
-    listing = "".join(f"{path.name} {_hash_file(path)}\n" for path in files)
+    listing = "".join(f"{path.name} {storage.sha256(path)}\n" for path in files)
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
@@ -250,14 +250,12 @@ def quantization_config(settings: config.ModelConfig, dtype: torch.dtype) -> Bit
 
 def lora_config(settings: config.AdapterConfig) -> LoraConfig:
     """peft's configuration of `[adapter]`."""
-    names: str | list[str] = settings.targets
-    if settings.targets != "all-linear":
-        names = [name.strip() for name in settings.targets.split(",")]
+    names = list(settings.target_names)
     return LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
-        target_modules=names,
+        target_modules="all-linear" if names == ["all-linear"] else names,
         use_rslora=settings.use_rslora,
         bias="none",
         task_type="CAUSAL_LM",
@@ -376,9 +374,3 @@ def answer(engine: Engine, prompt_ids: Sequence[Sequence[int]], *, max_new_token
             eos_token_id=list(prompts.stop_ids(tokenizer)),
         )
     return tokenizer.batch_decode(output_bt[:, width:], skip_special_tokens=True)
-
-
-def _hash_file(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -27,21 +27,21 @@ def factors(tensor_specs: Sequence[TensorSpec], *, seed: int, which: str = "A") 
 
     Source: frozen A as in arXiv:2403.12313; orthonormal as in arXiv:2505.12805.
     """
-    named = {factor: [spec for spec in tensor_specs if factor_of(spec.name) == factor] for factor in which}
-    turned = [TensorSpec(spec.name, spec.shape[::-1]) for spec in named.get("B", [])]
-    found = {spec.name: _factor(spec, seed=seed) for spec in named.get("A", [])}
-    return found | {spec.name: _factor(spec, seed=seed).T.contiguous() for spec in turned}
+    wanted = [spec for factor in which for spec in tensor_specs if factor_of(spec.name) == factor]
+    return {spec.name: _factor(spec, seed=seed) for spec in wanted}
 
 
 def _factor(spec: TensorSpec, *, seed: int) -> Tensor:
-    """One A, or B transposed, from a stream of its own."""
-    rank, width = spec.shape
+    """One A, or one B, whose columns are made as rows; from a stream of its own."""
+    is_turned = factor_of(spec.name) == "B"
+    rank, width = spec.shape[::-1] if is_turned else spec.shape
     if rank > width:
         raise ModelError(f"tensor {spec.name}: {rank} rows of {width} values cannot be orthonormal; lower adapter.r")
     digest = hashlib.sha256(f"{seed}\x1f{spec.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     draws_rk = 2 * torch.rand(rank, width, dtype=torch.float64, generator=generator) - 1
-    return _orthonormal(draws_rk).to(torch.float32)
+    rows_rk = _orthonormal(draws_rk).to(torch.float32)
+    return rows_rk.T.contiguous() if is_turned else rows_rk
 
 
 def _orthonormal(draws_rk: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 from peft import PeftConfig, PeftType
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from common import skeleton
 from common.config_model import AdapterConfig
 from common.errors import ModelError
 from common.kinds import KINDS
@@ -187,12 +187,8 @@ def num_parameters(folder: Path, settings: AdapterConfig) -> int:
     Raises:
         ModelError: The base's configuration cannot be read, or the kind does not fit it.
     """
-    try:
-        shape = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: no configuration that transformers can read; fetch the base again") from error
+    base = skeleton.build(folder)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)  # type: ignore[no-untyped-call]
         base.requires_grad_(False)
         model = attach(base, settings, seed=0)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -5,9 +5,10 @@ The adapter's shapes and its start are the same at every precision, so that noth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from common.config_types import Contradiction, names_a_site_twice
 from common.kinds import Quantization
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def codes_at_site(run_manifest: RunManifest, site: str) -> str:
     return run_manifest.codes_sha256 if of_site(run_manifest.run.model, site) == "nf4" else ""
 
 
-def contradictions() -> Iterator[tuple[tuple[str, ...], Callable[[RunConfig], bool], str]]:
+def contradictions() -> Iterator[Contradiction]:
     """Keys, whether a run asks for both, and the message, of sites with precisions of their own."""
     yield (
         ("model.site_quantization", "model.quantization"),
@@ -62,5 +63,5 @@ def contradictions() -> Iterator[tuple[tuple[str, ...], Callable[[RunConfig], bo
 
 
 def _has_idle_names(run: RunConfig) -> bool:
-    given, found = run.model.site_quantization, run.model.quantization_of_sites
-    return len(found) < given.count("=") or run.model.quantization in found.values()
+    own = run.model.quantization_of_sites.values()
+    return names_a_site_twice(run.model.site_quantization) or run.model.quantization in own

@@ -147,6 +147,18 @@ class _Watermark:
     sha256: HexKey
 
 
+def make(
+    pinned: Governance,
+    *,
+    epoch: int,
+    sites: tuple[SiteEntry, ...] = (),
+    servers: tuple[PeerEntry, ...] = (),
+    operators: tuple[OperatorEntry, ...] = (),
+) -> Roster:
+    """A roster of the federation whose governance is pinned, with its id, quorum and keys; nothing is checked."""
+    return Roster(VERSION, pinned.federation_id, epoch, pinned.quorum, pinned.keys, sites, servers, operators)
+
+
 def signed_bytes(roster: Roster, keys: Sequence[Ed25519PrivateKey], *, pinned: Governance) -> bytes:
     """A roster file: the roster and the signatures of the governance keys that are at hand.
 

@@ -13,8 +13,8 @@ def fixed(run_manifest: RunManifest) -> Tensors:
         ModelError: A module is too narrow for the rank.
     """
     run = run_manifest.run
-    fixed = FACTS[run.aggregation.method].fixed
-    return orthonormal.factors(run_manifest.tensor_specs, seed=run.seed, which=fixed)
+    which = FACTS[run.aggregation.method].fixed
+    return orthonormal.factors(run_manifest.tensor_specs, seed=run.seed, which=which)
 
 
 def initial(run_manifest: RunManifest, attached: Tensors) -> Tensors:

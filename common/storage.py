@@ -1,5 +1,6 @@
-"""Files that are either wholly there or not at all."""
+"""Files that are either wholly there or not at all, and what they hold by its hash."""
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -34,6 +35,16 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     finally:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces: 64 hexadecimal digits.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:

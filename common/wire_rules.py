@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from common.config_types import Contradiction
+
 if TYPE_CHECKING:
     from common.config import RunConfig
 
@@ -47,7 +49,7 @@ CONFLICTS: Final = (
 )
 
 
-def contradictions() -> Iterator[tuple[tuple[str, ...], Callable[["RunConfig"], bool], str]]:
+def contradictions() -> Iterator[Contradiction]:
     """Keys, whether a run asks for both, and the message, of `CONFLICTS`."""
     for conflict in CONFLICTS:
         told = f"{conflict.reason}; the nearest that is allowed is {conflict.nearest}"

@@ -46,7 +46,7 @@ def settle(
     step = compact.decode(body, sent, dtype=dtype, density=density)
     held = broadcast.stepped(base, step)
     left_out = {LEFT_OUT + name: tensor - step[name] for name, tensor in wanted.items()}
-    made = Step(broadcast.digest(base), broadcast.digest(held), body)
+    made = Step(adapter.digest(base), adapter.digest(held), body)
     return {**after, **held}, {**memory, **left_out}, made
 
 
@@ -61,7 +61,7 @@ def forms(
         held: Hash of the adapter that a node is known to hold.
         step: To the newest adapter; None after a start.
     """
-    sha256 = broadcast.digest(tensors)
+    sha256 = adapter.digest(tensors)
     groups: dict[str, list[int]] = {WHOLE: [], STEP: [], SAME: []}
     for node in nodes:
         groups[_form(held.get(node, ""), sha256, step)].append(node)

@@ -10,7 +10,7 @@ from typing import Final
 import jinja2
 from pydantic import TypeAdapter, ValidationError
 
-from common import adapter, identity, model, wire
+from common import adapter, identity, model, storage, wire
 from common.adapter import Tensors
 from common.config_types import Slug
 from common.errors import ConfigError, ModelError
@@ -102,7 +102,7 @@ def read(folder: Path, *, signer: str = "") -> Input:
     specs = [TensorSpec(name, tuple(shape)) for name, shape in sealed.adapter.items()]
     tensors = adapter.decode((place / "adapter_model.safetensors").read_bytes(), specs, dtype="float32")
     card = (folder / "README.md").read_text(encoding="utf-8")
-    return Input(sealed.facts, seal.sha256(folder / seal.FILE), found["signer"], tensors, card)
+    return Input(sealed.facts, storage.sha256(folder / seal.FILE), found["signer"], tensors, card)
 
 
 def adapter_place(folder: Path, facts: seal.Facts) -> Path:

@@ -16,7 +16,7 @@ from common import certs, config_file, federation_config, identity, keyfile, kit
 from common.errors import ConfigError
 from common.federation_config import FederationConfig
 from common.governance import Governance
-from common.roster import OperatorEntry, PeerEntry, Roster
+from common.roster import OperatorEntry, PeerEntry
 from server import ca, registry
 from server.ca import Issuer, Span
 
@@ -185,12 +185,9 @@ def _write_start(
     folder: Path, pinned: Governance, keys: Sequence[Ed25519PrivateKey], *, peers: dict[str, list[PeerEntry]]
 ) -> None:
     """Write the roster of epoch 1, which has no sites, and the empty list."""
-    first = Roster(
-        version=1,
-        federation_id=pinned.federation_id,
+    first = roster.make(
+        pinned,
         epoch=1,
-        quorum=pinned.quorum,
-        governance=pinned.keys,
         servers=tuple(peers[ca.SERVERS]),
         operators=tuple(_make_operator(peer, folder) for peer in peers[certs.OPERATORS]),
     )

@@ -1,7 +1,6 @@
 """The seal of an exported folder: `export.json` names every file with its SHA-256, `export.sig.json` signs that."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -91,7 +90,7 @@ def write(folder: Path, facts: Facts, *, specs: Sequence[TensorSpec], key: Ed255
         "version": VERSION,
         "facts": dataclasses.asdict(facts),
         "adapter": {spec.name: list(spec.shape) for spec in specs},
-        "files": {path: sha256(folder / path) for path in paths},
+        "files": {path: storage.sha256(folder / path) for path in paths},
         "tensors": {path: tensors(folder / path) for path in paths if path.endswith(".safetensors")},
     }
     data = wire.canonical_json(found)
@@ -183,12 +182,6 @@ def tensors(path: Path) -> dict[str, list[Any]]:
             return {name: [part.get_dtype(), part.get_shape()] for name, part in slices.items()}
     except SafetensorError as error:
         raise ModelError(f"{path}: not safetensors; export it again") from error
-
-
-def sha256(path: Path) -> str:
-    """Of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _bytes(path: Path) -> bytes:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from common import adapter, model, wire
+from common import adapter, model, storage, wire
 from common.errors import ModelError
 from common.records import TensorSpec
 from server import (
@@ -143,7 +143,7 @@ def _check_files(folder: Path, paths: Sequence[str], sealed: Mapping[str, str]) 
     if missing := sorted(sealed.keys() - set(paths)):
         raise ModelError(f"{folder}: {wire.shown(missing[0], limit=200)} is missing; get the folder again")
     for path in paths:
-        if seal.sha256(folder / path) != sealed[path]:
+        if storage.sha256(folder / path) != sealed[path]:
             raise ModelError(f"{folder}: {wire.shown(path, limit=200)} was changed after sealing; get the folder again")
 
 
@@ -198,7 +198,7 @@ def _check_adapters(folder: Path, sealed: seal.Seal) -> int:
         check_config(folder / place, specs, base=sealed.facts.base)
         path = folder / place / "adapter_model.safetensors"
         adapter.decode(path.read_bytes(), specs, dtype="float32")
-        if seal.sha256(path) != sealed.facts.adapter_sha256:
+        if storage.sha256(path) != sealed.facts.adapter_sha256:
             raise ModelError(f"{path}: holds other values than the adapter that was exported; export it again")
     return len(specs) * len(places)
 

@@ -1,11 +1,11 @@
 """One base model from a model hub: safetensors and text files only, never code."""
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from common import storage
 from common.errors import ModelError, TransportError
 
 TIMEOUT_S: Final = 5.0
@@ -72,8 +72,7 @@ def check_sha256(path: Path, expected: str) -> None:
     """
     if not expected:
         return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = storage.sha256(path)
     if found != expected:
         raise ModelError(f"{path.name}: SHA-256 is {found}, expected {expected}: not the pinned file, not used")
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import config
+from common.kinds import DEFAULTS, KINDS
 from common.rows import Message, Row
 
 WORDS = ("ache", "burn", "cold", "dose", "ear", "fall", "gut", "heart", "itch", "jaw", "knee", "lung")
@@ -28,11 +29,25 @@ federation.round_timeout_s = 60
 privacy.mode = "none"
 wire.dtype = "float32"
 """
+NOISED = {
+    "privacy.mode": "unit",
+    "privacy.sampling_prob": "0.1",
+    "privacy.noise_multiplier": "1.0",
+    "training.local_steps": "2",
+    "training.local_epochs": "0.0",
+}  # changes that make a run private for units
+SMALL = {"r": "4", "alpha": "8.0", "block_size": "16", "num_frequencies": "64", "num_virtual_tokens": "4"}
 
 
 def settings(base: Path | str, changes: Mapping[str, str] | None = None) -> config.RunConfig:
     """A run of two rounds; `changes` are as on the command line."""
     return config.parse(RUN_FILE.format(base=base), name="run.toml", overrides=changes or {})
+
+
+def of_kind(kind: str, **more: str) -> dict[str, str]:
+    """Changes that give a run a small adapter of this kind."""
+    used = {key: SMALL[key] if key in KINDS[kind].settings else str(DEFAULTS[key]) for key in SMALL}
+    return {"adapter.kind": kind, **{f"adapter.{key}": value for key, value in used.items()}, **more}
 
 
 def row(number: int, *, site: str = "north") -> Row:

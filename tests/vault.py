@@ -11,6 +11,7 @@ from client import policy_file
 from client.agent import Agent, SiteData
 from client.gatekeeper import Gatekeeper
 from client.history import AUDIT_FILE
+from client.replicas import HEADS_FILE
 from common import adapter, audit, audit_heads, config, identity, manifest, wire
 from common.audit import AuditLog, Entry, Head
 from common.audit_heads import SignedHead
@@ -247,6 +248,11 @@ class Vault:
         assert (last.kind, last.facts["reference"]) == ("refused", answer.head["reference"])
         assert last.facts["code"] == answer.head["code"]
         return answer.head["code"], last.facts["rule"]
+
+    def kept(self) -> dict[str, list[Head]]:
+        """Heads of others' logs, by owner."""
+        found = audit_heads.read(self.folder / HEADS_FILE)
+        return {owner: [told.head for told in heads] for owner, heads in found.items()}
 
     def sent(self) -> list[tuple[str, int]]:
         """What left."""

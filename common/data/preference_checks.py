@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from common import intervals
-from common.data import near, preference_rows, preferences, shapes
+from common.data import near, preference_rows, preferences, problems, shapes
 from common.data.preference_rows import normal
 from common.data.preferences import Pair, Rated, Scan, Turns
+from common.data.problems import MAX_LISTED
 from common.doctor import Result, as_dict
 from common.errors import DataError
 
-MAX_LISTED: Final = 5
 MIN_LEAK_WORDS: Final = 5
 MIN_UNEQUAL: Final = 10
 MAX_IMBALANCE: Final = 4 / 3
@@ -132,8 +132,7 @@ def _unusable(found: Scan) -> list[Result]:
         places = [place for place, error in found.problems.found if error.remedy == remedy]
         results.append(_found(name, places, what, remedy, status="failed"))
     if others := [(place, error) for place, error in found.problems.found if error.remedy not in known]:
-        told = "; ".join(f"{place}: {error.what}" for place, error in others[:MAX_LISTED])
-        remedies = "; ".join(dict.fromkeys(error.remedy for _, error in others[:MAX_LISTED]))
+        told, remedies = problems.listed(others)
         results.append(Result("unusable rows", "failed", f"{len(others)} rows: {told}", remedies))
     return results
 

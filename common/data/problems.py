@@ -1,5 +1,6 @@
 """Unusable rows, told together: the first few by name and the number of all of them."""
 
+from collections.abc import Sequence
 from typing import Final
 
 from common.errors import DataError
@@ -48,8 +49,14 @@ class Problems:
         """
         if not self.found:
             return
-        listed = self.found[:MAX_LISTED]
-        told = "; ".join(f"{place}: {error.what}" for place, error in listed)
-        num_more = len(self.found) - len(listed)
-        more = f"; and {num_more} more, {len(self.found)} in all" if num_more else ""
-        raise DataError(f"{told}{more}. Remedy: {'; '.join(dict.fromkeys(error.remedy for _, error in listed))}")
+        told, remedies = listed(self.found)
+        num_more = len(self.found) - MAX_LISTED
+        more = f"; and {num_more} more, {len(self.found)} in all" if num_more > 0 else ""
+        raise DataError(f"{told}{more}. Remedy: {remedies}")
+
+
+def listed(found: Sequence[tuple[str, UnusableError]]) -> tuple[str, str]:
+    """What is wrong with the first rows, and what can be done about them."""
+    first = found[:MAX_LISTED]
+    told = "; ".join(f"{place}: {error.what}" for place, error in first)
+    return told, "; ".join(dict.fromkeys(error.remedy for _, error in first))

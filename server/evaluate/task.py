@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import adapter
+from common import adapter, storage
 from common.config_tasks import TaskConfig
 from common.data import read
 from common.errors import DataError
@@ -68,7 +68,7 @@ def file_hash(path: str) -> str:
         DataError: It cannot be read.
     """
     try:
-        return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+        return storage.sha256(Path(path).expanduser())
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); mend the path in the run file") from error
 

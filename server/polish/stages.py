@@ -358,7 +358,7 @@ def _stored(folder: Path, stage: PolishStage, start: Tensors, specs: tuple[Tenso
 def _hash_data(stage: PolishStage) -> str:
     """Hash of a stage's data file; empty for a folder or a data set's name."""
     path = Path(stage.data).expanduser()
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return storage.sha256(path) if path.is_file() else ""
 
 
 def _rounded(figures: Mapping[str, float]) -> dict[str, float]:

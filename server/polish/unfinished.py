@@ -5,7 +5,6 @@ These are pickles, which transformers loads with `weights_only`; here only files
 down by this run. The folder goes when its stage is done, and nothing of it is ever exported.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any, Final
 import safetensors.torch
 import torch
 
-from common import storage, wire
+from common import adapter, storage, wire
 
 BEGUN_FILE: Final = "begun.json"
 WHOLE_FILE: Final = "whole.json"
@@ -40,7 +39,7 @@ class Kept:
         """In the place of peft's folder, the tokenizer and `training_args.bin`."""
         if output_dir is None:
             raise ValueError("a checkpoint needs a folder")
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _trained(self.model).items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.parameters(self.model).items()}
         storage.write_atomic(Path(output_dir) / TRAINED_FILE, safetensors.torch.save(tensors))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -58,7 +57,7 @@ class Kept:
         epochs = json.loads((folder / "trainer_state.json").read_bytes())["epoch"]
         self.num_epochs_done = int(epochs + 1e-6)  # a sum of fractions may fall just short of a whole epoch
         found = safetensors.torch.load((folder / TRAINED_FILE).read_bytes())
-        for name, parameter in _trained(self.model).items():
+        for name, parameter in adapter.parameters(self.model).items():
             parameter.data.copy_(found[name])
 
 
@@ -96,15 +95,10 @@ def _step(place: Path | None) -> int:
     return int(place.name.removeprefix(_PREFIX)) if place else 0
 
 
-def _trained(model: Any) -> dict[str, torch.nn.Parameter]:
-    """Parameters that training changes, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def _hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of each file of a checkpoint."""
     files = sorted(path for path in folder.iterdir() if path.name != WHOLE_FILE)
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {path.name: storage.sha256(path) for path in files}
 
 
 def _is_whole(folder: Path) -> bool:

@@ -170,7 +170,7 @@ def digest(path: Path) -> str:
         DataError: It cannot be read.
     """
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return storage.sha256(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}): check the file and its permissions") from error
 

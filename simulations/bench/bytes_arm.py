@@ -94,7 +94,7 @@ def main(name: str) -> dict[str, Any]:
         log = order.log(shared)
         log.listeners.append(watch)
         failures = Failures(shared.folder / "sites")
-        run = RunManifest(shared.settings, shared.engine.base_sha256, shared.engine.tensor_specs)
+        run = server_run.manifest_of(shared.settings, shared.engine)
         nodes = {
             number: _counted(world.make_agent(site, data, shared.engine, failures).answer, counter, run, name=name)
             for number, (site, data) in enumerate(sorted(shared.sites.items()), start=1)

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests import vault
-from tests.attacks import rosters, running
+from tests import rosters, vault
+from tests.attacks import running
 
 if TYPE_CHECKING:
     from tests.attacks.world import World

@@ -15,7 +15,7 @@ from cryptography.x509.oid import NameOID
 
 from common import identity, roster
 from common.governance import Governance
-from common.roster import OperatorEntry, Roster, SiteEntry
+from common.roster import OperatorEntry, SiteEntry
 
 DAY = datetime.timedelta(days=1)
 
@@ -102,12 +102,9 @@ class Pki:
         """Write `governance.json` and `roster.json`, signed by two of three."""
         governors = [Ed25519PrivateKey.generate() for _ in range(3)]
         pinned = Governance("test", 2, tuple(map(identity.public_hex, governors)), "ee" * 32)
-        made = Roster(
-            version=1,
-            federation_id="test",
+        made = roster.make(
+            pinned,
             epoch=1,
-            quorum=2,
-            governance=pinned.keys,
             sites=tuple(self._entry(name) for name in sites),
             operators=tuple(OperatorEntry(name, fingerprint(self.tls[name]), new_identity()) for name in operators),
         )

@@ -17,11 +17,6 @@ RULE = (POLICY, "audit.heads")
 SERVER = vault.server_head()
 
 
-def kept(site) -> dict[str, list[Head]]:
-    found = audit_heads.read(site.folder / replicas.HEADS_FILE)
-    return {owner: [told.head for told in heads] for owner, heads in found.items()}
-
-
 def flood(site, num_frames: int, *, frame: bytes = b"x") -> int:
     """Send as many requests; by how many bytes the audit log grew."""
     before = (site.folder / AUDIT_FILE).stat().st_size
@@ -76,7 +71,7 @@ def test_a_log_that_went_back_stops_the_round_and_trains_nothing(open_site, late
     open_site.agent._steps["train"] = lambda request: trained.append(honest(request)) or trained[-1]
     assert open_site.refused(open_site.step(**later)) == RULE
     assert not trained
-    assert kept(open_site) == {vault.SERVER_LOG: [SERVER], "south": [south]}
+    assert open_site.kept() == {vault.SERVER_LOG: [SERVER], "south": [south]}
     went_on = told(vault.server_head(9), south=Head(5, "aa" * 32, vault.NOW))
     assert open_site.step(**went_on).kind == "update"  # control
     assert len(trained) == 1

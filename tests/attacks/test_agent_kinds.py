@@ -3,22 +3,15 @@
 import pytest
 import torch
 
-from common.kinds import DEFAULTS, KINDS
-from tests import vault
+from tests import tiny, vault
 
 LISTED = '[2, 16]\n[adapter]\nkinds = ["adalora", "ia3", "prefix_tuning"]\nmax_parameters = 20_000'
-OWN = {"r": "4", "alpha": "8.0", "num_virtual_tokens": "4"}
-
-
-def changes(kind: str) -> dict[str, str]:
-    used = {key: OWN[key] if key in KINDS[kind].settings else str(DEFAULTS[key]) for key in OWN}
-    return {"adapter.kind": kind, **{f"adapter.{key}": value for key, value in used.items()}}
 
 
 def site_of(load_tiny, folder, kind: str, rules: str = LISTED):
     """A site on an engine with such an adapter, and the run that it is offered."""
-    site = vault.make(folder, load_tiny(changes(kind)), r=rules)
-    return site, site.manifest(**{key.replace(".", "__"): value for key, value in changes(kind).items()})
+    site = vault.make(folder, load_tiny(tiny.of_kind(kind)), r=rules)
+    return site, site.manifest(**{key.replace(".", "__"): value for key, value in tiny.of_kind(kind).items()})
 
 
 @pytest.mark.parametrize("kind", ["adalora", "ia3", "prefix_tuning"])

@@ -94,16 +94,17 @@ def test_a_site_that_loaded_another_precision_than_its_own_reads_no_row(make, lo
     assert site.open(run).kind == "opened"  # control
 
 
+def told_of_base(site, run: RunManifest, *, name: str) -> str:
+    """What a site of this name reads about the base before it decides."""
+    desk = review.Desk(vault.node(site.folder, name), site.gate.policy, vault.SITE, site.gate._log, site.gate.history)
+    return review.review(desk, run.sha256).facts["base as quantised"]
+
+
 def test_a_review_shows_the_sites_own_precision_and_that_others_differ(make):
     site = make()
     run = site.manifest(**MIXED)
     assert site.open(run, approve=False).head["code"] == "ApprovalRequired"
-    pages = {}
-    for name in ("north", "south"):
-        desk = review.Desk(
-            vault.node(site.folder, name), site.gate.policy, vault.SITE, site.gate._log, site.gate.history
-        )
-        pages[name] = review.review(desk, run.sha256).facts["base as quantised"]
+    pages = {name: told_of_base(site, run, name=name) for name in ("north", "south")}
     assert pages["north"].startswith("to 8 bits")
     assert pages["north"].endswith("; other sites train beside it as nf4")
     assert pages["south"] == f"4-bit codes {run.codes_sha256}; other sites train beside it as int8"
@@ -115,7 +116,4 @@ def test_a_review_shows_the_codes_and_that_they_changed(make, engine):
     assert site.open(run, approve=False).head["code"] == "ApprovalRequired"
     differing = consent.differences(run, dataclasses.replace(run, codes_sha256="ab" * 32))
     assert differing == {"codes_sha256": (engine.codes_sha256, "ab" * 32)}
-    desk = review.Desk(
-        vault.node(site.folder, site.name), site.gate.policy, vault.SITE, site.gate._log, site.gate.history
-    )
-    assert review.review(desk, run.sha256).facts["base as quantised"] == f"4-bit codes {engine.codes_sha256}"
+    assert told_of_base(site, run, name=site.name) == f"4-bit codes {engine.codes_sha256}"

@@ -14,9 +14,8 @@ from common.audit import Head
 from common.errors import AuditError, AuthError
 from common.records import UpdateHead
 from server import trail as trails
-from tests import vault
-from tests.attacks import rosters
-from tests.attacks.rosters import NORTH, SOUTH, SOUTH_KEY
+from tests import rosters, vault
+from tests.rosters import NORTH, SOUTH, SOUTH_KEY
 
 RULE = ("PolicyRefusedError", "audit.heads")
 TRUE = Head(4, "ab" * 32, vault.NOW - 9)
@@ -45,19 +44,14 @@ FALSE = {
 }
 
 
-def kept(site) -> dict[str, list[Head]]:
-    found = audit_heads.read(site.folder / replicas.HEADS_FILE)
-    return {owner: [told.head for told in heads] for owner, heads in found.items()}
-
-
 @pytest.mark.parametrize("told", FALSE.values(), ids=FALSE)
 def test_a_coordinator_that_tells_what_another_site_never_signed(member, told):
     assert member.refused(member.step("evaluate", **vault.told(south=told))) == RULE
     assert "did not sign" in str(member.errors[-1])
     assert member.sent() == [("open", 0)]
-    assert not (member.folder / replicas.HEADS_FILE).exists() or not kept(member)
+    assert not (member.folder / replicas.HEADS_FILE).exists() or not member.kept()
     assert member.step("evaluate", **vault.told(south=HONEST)).kind == "metrics"  # control
-    assert kept(member)["south"] == [TRUE]
+    assert member.kept()["south"] == [TRUE]
 
 
 @pytest.mark.parametrize("told", FALSE.values(), ids=FALSE)
@@ -103,7 +97,7 @@ def test_a_coordinators_head_for_another_federation(member):
 def test_heads_of_who_is_not_in_the_roster_are_left_out(member):
     ghost = vault.signed(INVENTED, "ghost", key=vault.STRANGER)
     assert member.step("evaluate", **vault.told(ghost=ghost, south=HONEST)).kind == "metrics"
-    assert sorted(kept(member)) == sorted([vault.SERVER_LOG, "south"])
+    assert sorted(member.kept()) == sorted([vault.SERVER_LOG, "south"])
 
 
 def test_control_a_site_without_a_roster_believes_the_first_key_and_no_other(open_site):

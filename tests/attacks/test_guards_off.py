@@ -92,9 +92,12 @@ def test_control_a13_a_round_is_played_again_with_another_adapter_and_out_of_ord
 
 def test_control_a20_text_in_a_reply_leaves(taking_part):
     honest = taking_part.agent._steps["train"]
-    taking_part.agent._steps["train"] = lambda request: dataclasses.replace(
-        honest(request), head={**honest(request).head, "note": CANARY}
-    )
+
+    def telling(request: Frame) -> Frame:
+        reply = honest(request)
+        return dataclasses.replace(reply, head={**reply.head, "note": CANARY})
+
+    taking_part.agent._steps["train"] = telling
     assert taking_part.step().head["note"] == CANARY
 
 

@@ -16,7 +16,7 @@ from common.errors import PolicyRefusedError
 from common.governance import Governance
 from common.roster import OperatorEntry
 from tests import vault
-from tests.attacks.rosters import GOOD, MEMBERS, NORTH, PINNED, changed, put, signed, site
+from tests.rosters import GOOD, MEMBERS, NORTH, PINNED, changed, put, signed, site
 
 POLICY = "PolicyRefusedError"
 BY_ROSTER = (POLICY, "roster")

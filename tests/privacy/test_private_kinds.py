@@ -89,11 +89,8 @@ def test_stacked_clipping_refuses_what_is_no_lora_and_auto_takes_one_unit_at_a_t
 def test_a_whole_private_run_of_another_kind_moves_its_adapter_and_tells_no_loss(load_tiny, tiny_base, tmp_path):
     given = {
         **changes("ia3"),
-        "privacy.mode": "unit",
+        **tiny.NOISED,
         "privacy.sampling_prob": "0.5",
-        "privacy.noise_multiplier": "1.0",
-        "training.local_steps": "2",
-        "training.local_epochs": "0.0",
         "federation.num_rounds": "1",
         "federation.num_sites": "2",
     }

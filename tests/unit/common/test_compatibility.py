@@ -40,13 +40,7 @@ ASKING = {
     "sparse download": {"wire.down_density": "0.25"},
     "coordinator's own rows": {"evaluation.server_data": "rows.jsonl"},
     "central polishing": {"polish": '[{name = "teach", kind = "sft", data = "rows.jsonl"}]'},
-    "record DP": {
-        "privacy.mode": "unit",
-        "privacy.sampling_prob": "0.1",
-        "privacy.noise_multiplier": "1.0",
-        "training.local_steps": "2",
-        "training.local_epochs": "0.0",
-    },
+    "record DP": tiny.NOISED,
     "central DP": {
         "privacy.mode": "site",
         "privacy.sampling_prob": "0.1",

@@ -11,13 +11,6 @@ from tests import tiny
 
 # Written down from the papers: is what the model does linear in the tensors that travel?
 LINEAR = {"fourierft", "miss", "ia3", "ln_tuning", "full", "prompt_tuning", "prefix_tuning"}
-PRIVATE = {
-    "privacy.mode": "unit",
-    "privacy.sampling_prob": "0.1",
-    "privacy.noise_multiplier": "1.0",
-    "training.local_steps": "2",
-    "training.local_epochs": "0.0",
-}
 ASKING = {
     "methods beside fedavg": {"aggregation.method": "rolora"},
     "int8 base": {"model.quantization": "int8"},
@@ -25,19 +18,13 @@ ASKING = {
     "sites of different precision": {"model.site_quantization": "north = nf4"},
     "16-bit compute": {"model.dtype": "bfloat16", "model.quantization": "int8"},
     "server optimizer": {"aggregation.server_optimizer": "fedavgm"},
-    "stacked clipping": {**PRIVATE, "privacy.clipping": "stacked"},
-    "opacus clipping": {**PRIVATE, "privacy.clipping": "opacus"},
+    "stacked clipping": {**tiny.NOISED, "privacy.clipping": "stacked"},
+    "opacus clipping": {**tiny.NOISED, "privacy.clipping": "opacus"},
     "checkpointing": {"training.gradient_checkpointing": "true"},
     "steps down": {"wire.down": "int8"},
     "sparse download": {"wire.down_density": "0.25"},
 }
 CELLS = [pytest.param(feature, cell, id=f"{cell.kind}-{feature.name}") for feature, cell in kind_rules.kind_cells()]
-OWN = {"r": "4", "alpha": "8.0", "block_size": "16", "num_frequencies": "64", "num_virtual_tokens": "4"}
-
-
-def changes(kind: str, **more: str) -> dict[str, str]:
-    used = {key: OWN[key] if key in KINDS[kind].settings else str(DEFAULTS[key]) for key in OWN}
-    return {"adapter.kind": kind, **{f"adapter.{key}": value for key, value in used.items()}, **more}
 
 
 def test_the_table_is_whole():
@@ -48,7 +35,7 @@ def test_the_table_is_whole():
 
 @pytest.mark.parametrize(("feature", "cell"), [one for one in CELLS if one.values[0].keys])
 def test_a_run_file_hears_of_every_refused_cell_and_of_no_other(feature, cell):
-    asked = changes(cell.kind, **ASKING[feature.name])
+    asked = tiny.of_kind(cell.kind, **ASKING[feature.name])
     if cell.is_allowed:
         broken = _broken(asked)
         assert not any(f"no {feature.name} with this kind" in text for text in broken), broken
@@ -70,24 +57,24 @@ def _broken(asked) -> list[str]:
 
 
 def test_a_private_run_of_another_kind_is_averaged_by_fedavg():
-    assert tiny.settings("tiny", changes("ia3", **PRIVATE)).aggregation.method == "fedavg"
-    assert tiny.settings("tiny", {**PRIVATE}).aggregation.method == "fedsvd"
+    assert tiny.settings("tiny", tiny.of_kind("ia3", **tiny.NOISED)).aggregation.method == "fedavg"
+    assert tiny.settings("tiny", tiny.NOISED).aggregation.method == "fedsvd"
 
 
 def test_defaults_of_the_table_are_those_of_the_run_file():
-    section = tiny.settings("tiny", changes("ia3")).adapter
+    section = tiny.settings("tiny", tiny.of_kind("ia3")).adapter
     assert {key: getattr(section, key) for key in DEFAULTS} == dict(DEFAULTS)
     assert len([rule for rule in config_rules.RUN_RULES if rule.keys[0] == "adapter.kind"]) < 30
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lora"])
 def test_every_kind_has_its_own_tensors_all_of_them_travel_and_a_seed_gives_the_same_start(load_tiny, tiny_base, kind):
-    first, again = load_tiny(changes(kind)), load_tiny(changes(kind))
+    first, again = load_tiny(tiny.of_kind(kind)), load_tiny(tiny.of_kind(kind))
     assert all(torch.equal(first.initial[name], again.initial[name]) for name in again.initial)
     assert all((belongs(kind, name) and not belongs("lora", name)) or kind == "dora" for name in first.initial)
     assert trainable.trained_specs("fedavg", first.tensor_specs, round_index=3) == first.tensor_specs
     assert trainable.received_specs("fedavg", first.tensor_specs) == first.tensor_specs
-    settings = tiny.settings(tiny_base, changes(kind)).adapter
+    settings = tiny.settings(tiny_base, tiny.of_kind(kind)).adapter
     with model.quiet_peft():
         counted = peft_kinds.num_parameters(tiny_base, settings)
     assert counted == adapter.num_parameters(first.tensor_specs)
@@ -103,10 +90,10 @@ def _logits(engine):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (changes("oft") | {"adapter.block_size": "48"}, "does not divide the 64 inputs"),
-        (changes("ia3") | {"adapter.targets": "none_such"}, "matches no module"),
-        (changes("ln_tuning") | {"model.dtype": "auto"}, ""),
-        (changes("fourierft") | {"adapter.num_frequencies": "1000000"}, "does not fit this base"),
+        (tiny.of_kind("oft") | {"adapter.block_size": "48"}, "does not divide the 64 inputs"),
+        (tiny.of_kind("ia3") | {"adapter.targets": "none_such"}, "matches no module"),
+        (tiny.of_kind("ln_tuning") | {"model.dtype": "auto"}, ""),
+        (tiny.of_kind("fourierft") | {"adapter.num_frequencies": "1000000"}, "does not fit this base"),
     ],
 )
 def test_what_does_not_fit_the_base_is_named(load_tiny, asked, message):
@@ -122,7 +109,7 @@ def test_virtual_tokens_do_not_move_the_loss_to_other_tokens(load_tiny):
     """The loss of a padded batch is that of its rows one by one, read off the last logits of each."""
     from common import prompts
 
-    engine = load_tiny(changes("prompt_tuning"))
+    engine = load_tiny(tiny.of_kind("prompt_tuning"))
     rows = prompts.encode_all(tiny.rows(3), engine.tokenizer, max_length_tokens=64, too_long="error")[0]
     together, _ = likelihood.answer_nll(engine.model, prompts.collate(rows, pad_id=engine.pad_id))
     apart = 0.0

@@ -2,49 +2,27 @@ import dataclasses
 import json
 
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common import governance, identity, roster, wire
 from common.errors import AuthError, ConfigError
 from common.governance import Governance
 from common.roster import OperatorEntry, PeerEntry, Roster, SiteEntry
-
-KEYS = [Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in range(1, 6)]
-MEMBERS, STRANGER = KEYS[:3], KEYS[3]
-PINNED = Governance("onco-eu", 2, tuple(identity.public_hex(key) for key in MEMBERS), "ee" * 32)
-PEM = serialization.Encoding.PEM
-NODE_KEYS = [
-    ec.derive_private_key(number, ec.SECP384R1())
-    .public_key()
-    .public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    .decode()
-    for number in (5, 6)
-]
+from tests import rosters
+from tests.rosters import MEMBERS, PINNED
+from tests.vault import STRANGER
 
 
 def site(number: int, **changes) -> SiteEntry:
-    entry = SiteEntry(f"site-{number}", f"{number:064x}", NODE_KEYS[number], f"{100 + number:064x}")
-    return dataclasses.replace(entry, **changes)
+    return dataclasses.replace(rosters.site(f"site-{number}", 5 + number), **changes)
 
 
-ROSTER = Roster(
-    version=1,
-    federation_id="onco-eu",
+ROSTER = roster.make(
+    PINNED,
     epoch=4,
-    quorum=2,
-    governance=PINNED.keys,
     sites=(site(0), site(1)),
     servers=(PeerEntry("gateway", "aa" * 32),),
     operators=(OperatorEntry("operator", "bb" * 32, "dd" * 32),),
 )
-
-
-def file_bytes(given: Roster, keys, *, extra: dict | None = None) -> bytes:
-    """A roster file as anybody could make it, without the checks of `signed_bytes`."""
-    signatures = {identity.public_hex(key): identity.sign(key, given.to_bytes(), purpose="roster") for key in keys}
-    return wire.canonical_json({"roster": dataclasses.asdict(given), "signatures": signatures, **(extra or {})})
 
 
 def accepted(data: bytes, tmp_path, *, pinned: Governance = PINNED, epoch_min: int = 1) -> Roster:
@@ -54,7 +32,7 @@ def accepted(data: bytes, tmp_path, *, pinned: Governance = PINNED, epoch_min: i
 
 @pytest.mark.parametrize("signers", [MEMBERS, MEMBERS[:2], MEMBERS[1:], [*MEMBERS[:2], STRANGER]])
 def test_a_roster_with_enough_signatures_is_accepted(tmp_path, signers):
-    assert accepted(file_bytes(ROSTER, signers), tmp_path) == ROSTER
+    assert accepted(rosters.signed(ROSTER, signers), tmp_path) == ROSTER
 
 
 def test_what_we_sign_is_accepted(tmp_path):
@@ -64,11 +42,11 @@ def test_what_we_sign_is_accepted(tmp_path):
 @pytest.mark.parametrize("signers", [[], MEMBERS[:1], [MEMBERS[0], STRANGER], [STRANGER]])
 def test_a_roster_with_too_few_signatures_is_refused(tmp_path, signers):
     with pytest.raises(AuthError, match=r"valid signatures of governance keys and needs 2"):
-        accepted(file_bytes(ROSTER, signers), tmp_path)
+        accepted(rosters.signed(ROSTER, signers), tmp_path)
 
 
 def test_one_member_counts_once_however_often_it_is_written(tmp_path):
-    signed = json.loads(file_bytes(ROSTER, MEMBERS[:1]))
+    signed = json.loads(rosters.signed(ROSTER, MEMBERS[:1]))
     ((public, signature),) = signed["signatures"].items()
     signed["signatures"][public.upper()] = signature
     with pytest.raises(AuthError, match="has 1 valid"):
@@ -87,21 +65,21 @@ def test_one_member_counts_once_however_often_it_is_written(tmp_path):
     ],
 )
 def test_a_roster_that_was_altered_after_signing_is_refused(tmp_path, changed):
-    signed = json.loads(file_bytes(ROSTER, MEMBERS))
+    signed = json.loads(rosters.signed(ROSTER, MEMBERS))
     signed["roster"] = dataclasses.asdict(dataclasses.replace(ROSTER, **changed))
     with pytest.raises(AuthError, match="has 0 valid"):
         accepted(wire.canonical_json(signed), tmp_path)
 
 
 def test_a_roster_for_another_purpose_is_refused(tmp_path):
-    signed = json.loads(file_bytes(ROSTER, []))
+    signed = json.loads(rosters.signed(ROSTER, []))
     signed["signatures"] = PINNED.sign(ROSTER.to_bytes(), MEMBERS, purpose="kit")
     with pytest.raises(AuthError, match="has 0 valid"):
         accepted(wire.canonical_json(signed), tmp_path)
 
 
 def test_an_older_roster_is_refused(tmp_path):
-    data = file_bytes(ROSTER, MEMBERS)
+    data = rosters.signed(ROSTER, MEMBERS)
     assert accepted(data, tmp_path, epoch_min=4).epoch == 4
     with pytest.raises(AuthError, match="is of epoch 4, 5 was seen before"):
         accepted(data, tmp_path, epoch_min=5)
@@ -122,12 +100,12 @@ def test_an_older_roster_is_refused(tmp_path):
 def test_a_roster_cannot_change_what_is_pinned(tmp_path, changed):
     """Even the members themselves cannot: each site's admin has to pin a new governance."""
     with pytest.raises(AuthError, match="pinned"):
-        accepted(file_bytes(dataclasses.replace(ROSTER, **changed), MEMBERS), tmp_path)
+        accepted(rosters.signed(dataclasses.replace(ROSTER, **changed), MEMBERS), tmp_path)
 
 
 def test_the_order_of_governance_keys_does_not_matter(tmp_path):
     turned = dataclasses.replace(PINNED, keys=PINNED.keys[::-1])
-    assert accepted(file_bytes(ROSTER, MEMBERS), tmp_path, pinned=turned) == ROSTER
+    assert accepted(rosters.signed(ROSTER, MEMBERS), tmp_path, pinned=turned) == ROSTER
     assert turned.words == PINNED.words
 
 
@@ -155,14 +133,14 @@ def test_a_pinned_governance_that_contradicts_itself_is_refused(pinned):
 def test_a_roster_with_the_same_name_or_key_twice_is_refused(tmp_path, changed, what):
     twice = dataclasses.replace(ROSTER, **changed)
     with pytest.raises(AuthError, match=f"the same {what} twice"):
-        accepted(file_bytes(twice, MEMBERS), tmp_path)
+        accepted(rosters.signed(twice, MEMBERS), tmp_path)
     with pytest.raises(AuthError, match=f"the same {what} twice"):
         roster.signed_bytes(twice, MEMBERS, pinned=PINNED)
 
 
 def altered(*keys: str, value: object) -> bytes:
     """A signed file with one more field, or another value, somewhere."""
-    signed = json.loads(file_bytes(ROSTER, MEMBERS))
+    signed = json.loads(rosters.signed(ROSTER, MEMBERS))
     place = signed
     for key in keys[:-1]:
         place = place[int(key)] if isinstance(place, list) else place[key]
@@ -188,9 +166,9 @@ def altered(*keys: str, value: object) -> bytes:
         b"[]",
         b"{" * 100_000,
         b'{"roster":NaN}',
-        json.dumps(json.loads(file_bytes(ROSTER, MEMBERS))).encode(),
-        file_bytes(ROSTER, MEMBERS) + b"\n",
-        b'{"roster":{},' + file_bytes(ROSTER, MEMBERS)[1:],
+        json.dumps(json.loads(rosters.signed(ROSTER, MEMBERS))).encode(),
+        rosters.signed(ROSTER, MEMBERS) + b"\n",
+        b'{"roster":{},' + rosters.signed(ROSTER, MEMBERS)[1:],
     ],
 )
 def test_a_file_of_another_form_is_refused(tmp_path, data):
@@ -219,7 +197,7 @@ def watermark(tmp_path):
 
 
 def take(given: Roster, tmp_path, watermark) -> Roster:
-    (tmp_path / "roster.json").write_bytes(file_bytes(given, MEMBERS))
+    (tmp_path / "roster.json").write_bytes(rosters.signed(given, MEMBERS))
     return roster.accept(tmp_path / "roster.json", governance=PINNED, watermark=watermark)
 
 
@@ -239,7 +217,7 @@ def test_two_rosters_of_one_epoch_are_noticed(tmp_path, watermark):
 
 
 def test_a_forged_roster_does_not_move_the_watermark(tmp_path, watermark):
-    (tmp_path / "roster.json").write_bytes(file_bytes(dataclasses.replace(ROSTER, epoch=99), MEMBERS[:1]))
+    (tmp_path / "roster.json").write_bytes(rosters.signed(dataclasses.replace(ROSTER, epoch=99), MEMBERS[:1]))
     with pytest.raises(AuthError):
         roster.accept(tmp_path / "roster.json", governance=PINNED, watermark=watermark)
     assert roster.seen_epoch(watermark) == 4

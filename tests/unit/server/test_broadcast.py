@@ -113,7 +113,7 @@ def step() -> tuple[Form, bytes, Held]:
 def test_a_site_comes_to_the_adapter_that_the_coordinator_holds():
     form, body, held = step()
     found = receive(form, body, held)
-    assert found.sha256 == broadcast.digest(found.tensors) == form.sha256
+    assert found.sha256 == adapter.digest(found.tensors) == form.sha256
     assert receive(Form("same", held.sha256, held.sha256), b"", held).tensors == BASE
 
 

@@ -9,12 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from common import adapter, events, model
 from common.errors import ConfigError
-from common.kinds import DEFAULTS, KINDS
+from common.kinds import KINDS
 from server import adalora, finish, run, verify
 from tests import tiny
 
 IDS_BT = torch.arange(3, 43).reshape(2, 20)
-OWN = {"r": "4", "alpha": "8.0", "block_size": "16", "num_frequencies": "64", "num_virtual_tokens": "4"}
 RATES = {
     "full": "2e-3",
     "ln_tuning": "2e-2",
@@ -27,12 +26,10 @@ CASES = [(kind, base) for kind in KINDS if kind != "lora" for base in ("none", "
 
 def changes(kind: str, **more: str) -> dict[str, str]:
     """What turns the tiny run into one of this kind."""
-    used = {key: OWN[key] if key in KINDS[kind].settings else str(DEFAULTS[key]) for key in OWN}
-    own = {f"adapter.{key}": value for key, value in used.items()}
-    rate = {"training.learning_rate": RATES.get(kind, "5e-2")}
+    own = {"federation.num_sites": "2", "training.learning_rate": RATES.get(kind, "5e-2")}
     if "targets" in KINDS[kind].settings:
         own["adapter.targets"] = "q_proj,down_proj"
-    return {"adapter.kind": kind, "federation.num_sites": "2", **own, **rate, **more}
+    return {**tiny.of_kind(kind), **own, **more}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from common import identity, model
+from common import identity, model, storage
 from common.errors import AuthError, ConfigError, ModelError
 from common.manifest import RunManifest
 from server import export_folder, merge_adapters, merge_folder, seal, verify
@@ -195,7 +195,7 @@ def test_the_result_is_a_sealed_export_that_names_what_went_in(inputs, tiny_base
     text = (tmp_path / "both" / "README.md").read_text()
     for folder in inputs:
         facts = seal.read(folder).facts
-        assert seal.sha256(folder / seal.FILE) in text
+        assert storage.sha256(folder / seal.FILE) in text
         assert facts.run_sha256 in text
     for part in ("### Of one", "### Of two", "their epsilons add up", "without differential privacy", SIGNER):
         assert part in text
@@ -206,9 +206,9 @@ def test_a_result_whose_card_forgets_an_input_is_found(inputs, tiny_base, tmp_pa
     merge_folder.write(inputs, tmp_path / "both", Recipe("linear", (0.5, 0.5)), name="both")
     verify.verify(tmp_path / "both")
     card = tmp_path / "both" / "README.md"
-    card.write_text(card.read_text().replace(seal.sha256(inputs[1] / seal.FILE), "forgotten"))
+    card.write_text(card.read_text().replace(storage.sha256(inputs[1] / seal.FILE), "forgotten"))
     sealed = json.loads((tmp_path / "both" / seal.FILE).read_text())
-    sealed["files"]["README.md"] = seal.sha256(card)
+    sealed["files"]["README.md"] = storage.sha256(card)
     (tmp_path / "both" / seal.FILE).write_bytes(merge_folder.wire.canonical_json(sealed))
     with pytest.raises(ModelError, match="does not name the input"):
         verify.verify(tmp_path / "both")

@@ -40,8 +40,7 @@ def engines(settings, load_tiny) -> Engines:
 
 @pytest.fixture(scope="module")
 def offered(settings, engines) -> RunManifest:
-    own = engines.own
-    return RunManifest(settings, own.base_sha256, own.tensor_specs, layerwise.codes_of_run(own, settings.model))
+    return run.manifest_of(settings, engines.own)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from common import identity, kit, wire
+from common import identity, kit, roster, wire
 from common.governance import Governance
 from common.roster import OperatorEntry, Roster, SiteEntry
 from tests import vault
@@ -26,12 +26,9 @@ def site(name: str, number: int, **changes) -> SiteEntry:
 
 NORTH = site("north", 5, identity_key=identity.public_hex(vault.SITE))
 SOUTH = site("south", 6, identity_key=identity.public_hex(SOUTH_KEY))
-GOOD = Roster(
-    version=1,
-    federation_id="onco-eu",
+GOOD = roster.make(
+    PINNED,
     epoch=4,
-    quorum=2,
-    governance=PINNED.keys,
     sites=(NORTH, SOUTH),
     operators=(OperatorEntry("olga", "bb" * 32, identity.public_hex(vault.OPERATOR)),),
 )
