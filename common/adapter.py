@@ -174,12 +174,17 @@ def encoded_size(tensor_specs: Sequence[TensorSpec], *, dtype: WireDtype) -> int
 
 
 def decode(data: bytes, tensor_specs: Sequence[TensorSpec], *, dtype: WireDtype) -> dict[str, Tensor]:
-    """Safetensors bytes to float32 tensors, after the header was found to say exactly what is expected.
+    """Safetensors bytes to float32 tensors; checks and errors are those of `load`."""
+    return {name: tensor.to(torch.float32) for name, tensor in load(data, tensor_specs, dtype=dtype).items()}
+
+
+def load(data: bytes, tensor_specs: Sequence[TensorSpec], *, dtype: WireDtype) -> dict[str, Tensor]:
+    """Safetensors bytes to tensors, after the header was found to say exactly what is expected.
 
     Args:
         data: What arrived.
         tensor_specs: Names and shapes that must be there, no more and no less.
-        dtype: The dtype that every tensor must have.
+        dtype: The dtype that every tensor must have, and has here.
 
     Raises:
         WireError: Header too large or not strict JSON; gaps, overlaps or trailing bytes; another dtype.
@@ -188,7 +193,7 @@ def decode(data: bytes, tensor_specs: Sequence[TensorSpec], *, dtype: WireDtype)
     header = _parse_header(data)
     check_specs([TensorSpec(name, _shape(entry)) for name, entry in header.items()], tensor_specs)
     _check_layout(header, num_bytes=len(data) - 8 - _header_size(data), dtype=dtype)
-    tensors = {name: tensor.to(torch.float32) for name, tensor in _load(data).items()}
+    tensors = _load(data)
     check_values(tensors, what="received adapter")
     return tensors
 

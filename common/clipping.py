@@ -22,7 +22,7 @@ def norm(change: Mapping[str, Tensor]) -> float:
 
 
 def scaled(change: Mapping[str, Tensor], max_norm: float) -> tuple[Mapping[str, Tensor], float]:
-    """An update, scaled down to `max_norm` where it is longer, and its norm before.
+    """An update, scaled down to `max_norm` in float32 where it is longer, and its norm before.
 
     Args:
         change: One site's update.
@@ -37,7 +37,7 @@ def scaled(change: Mapping[str, Tensor], max_norm: float) -> tuple[Mapping[str, 
     found = norm(change)
     if not max_norm or found <= max_norm:
         return change, found
-    return {name: tensor * (max_norm / found) for name, tensor in change.items()}, found
+    return {name: tensor.float() * (max_norm / found) for name, tensor in change.items()}, found
 
 
 @dataclass

@@ -61,13 +61,14 @@ class WeightedMean:
         if not self._waiting:
             return
         weights_u = torch.tensor([weight for weight, _ in self._waiting], dtype=torch.float64)
-        rows_uc = torch.empty(len(self._waiting), CHUNK, dtype=torch.float64)
+        buffer = torch.empty(len(self._waiting) * CHUNK, dtype=torch.float64)
         for name, total in self._sums.items():
             pieces = [torch.split(upload[name].flatten(), CHUNK) for _, upload in self._waiting]
             for sum_c, *values in zip(torch.split(total.view(-1), CHUNK), *pieces, strict=True):
+                rows_uc = buffer[: len(values) * len(sum_c)].view(len(values), -1)
                 for row_c, value_c in zip(rows_uc, values, strict=True):
-                    row_c[: len(value_c)].copy_(value_c)
-                sum_c.addmv_(rows_uc[:, : len(sum_c)].T, weights_u)
+                    row_c.copy_(value_c)
+                sum_c.addmv_(rows_uc.T, weights_u)
         self._waiting.clear()
 
 

@@ -85,8 +85,9 @@ class CheatingSite:
         return wire.pack(replace(reply, body=body))
 
     def _decode(self, reply: wire.Frame) -> Tensors:
-        """The tensors of an update."""
+        """The tensors of an update, float32."""
         run = self.manifest.run
         own = ranks.specs_of(run.adapter, self.manifest.tensor_specs, reply.head["site"])
         specs = trainable.sent_specs(run.aggregation.method, own, round_index=reply.head["round_index"])
-        return compact.decode_update(reply.body, specs, run.wire)
+        sent = compact.decode_update(reply.body, specs, run.wire)
+        return {name: tensor.float() for name, tensor in sent.items()}

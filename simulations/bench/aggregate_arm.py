@@ -42,21 +42,22 @@ def main(arm: str, argument: str) -> dict[str, Any]:
 
 
 def linear(num_sites: int) -> dict[str, Any]:
-    """The mean of so many updates, and float32 additions over the same updates by turns with it."""
+    """The mean of so many updates as they cross, in bfloat16, and additions of the same in float32 by turns with it."""
     shapes = {f"{layer}.{name}": shape for layer in range(LAYERS) for name, shape in SHAPES.items()}
     drawn = _draw(shapes, seed=1, std=0.1)
+    sent = {name: tensor.bfloat16() for name, tensor in drawn.items()}
     state = {name: torch.zeros_like(tensor) for name, tensor in drawn.items()}
     stream = {name: torch.zeros_like(tensor) for name, tensor in drawn.items()}
     method = table.find("fedavg")
     combined = method.start(state, trained=list(state))
     combine_s = stream_s = 0.0
     for site in range(num_sites):
-        upload = {name: tensor.clone() for name, tensor in drawn.items()}
+        upload, decoded = ({name: tensor.clone() for name, tensor in one.items()} for one in (sent, drawn))
         began = time.process_time()
         combined.add(upload, weight=site + 1.0)
         between = time.process_time()
         for name, total in stream.items():
-            total.add_(upload[name])
+            total.add_(decoded[name])
         combine_s, stream_s = combine_s + between - began, stream_s + time.process_time() - between
     began = time.process_time()
     method.apply(state, combined.result())
