@@ -13,7 +13,7 @@ from flwr.app import Context
 from flwr.app.user_config import UserConfig
 from flwr.serverapp import Grid, ServerApp
 
-from common import quiet
+from common import events, quiet
 from common.events import EventLog
 from server.grid import GridFleet
 
@@ -26,7 +26,7 @@ def main(grid: Grid, context: Context) -> None:
     quiet.hush()
     from server import run  # loads torch and bitsandbytes, which are quiet from here on
 
-    log = EventLog(Path(str(context.run_config["run-folder"])) / run.EVENTS_FILE)
+    log = EventLog(Path(str(context.run_config["run-folder"])) / events.FILE)
     try:
         _execute(grid, log, context.run_config)
     except Exception as error:  # noqa: BLE001 - the app's edge; Flower keeps and shows an exception's text

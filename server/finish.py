@@ -144,7 +144,7 @@ def stored(run_folder: Path, *, num_rounds: int) -> Exported:
             "its own, and the coordinator none; at a site: silotune-client export-adapter NODE.toml RUN FOLDER"
         )
     done = checkpoint.finished(run_folder)
-    log = events.read(run_folder / run.EVENTS_FILE)
+    log = events.read(run_folder / events.FILE)
     passed = None if num_rounds else decide.exported(found.run, log)
     wanted = num_rounds or (passed["num_rounds"] if passed else done[-1] if done else 0)
     state = checkpoint.load(run_folder, found.tensor_specs, num_rounds=wanted, run_sha256=found.sha256)

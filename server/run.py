@@ -43,7 +43,6 @@ from server.polish import told as polish_told
 
 RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.json"
-EVENTS_FILE = events.FILE
 EXPORT_FOLDER = "adapter"
 EXPERIMENTAL = (
     "aggregation.method = '{method}' is experimental: that it helps, only its authors have shown; "
@@ -238,7 +237,7 @@ def prepare(settings: config.RunConfig, folder: Path, *, resume: bool = False) -
     if resume and path.read_bytes() != resolved:
         raise ConfigError(f"{folder}: holds a run with other settings; resume it with its own run file")
     storage.write_atomic(path, resolved)
-    return EventLog(folder / EVENTS_FILE)
+    return EventLog(folder / events.FILE)
 
 
 def report_failure(log: EventLog, error: BaseException) -> str:

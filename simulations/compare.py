@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from client.agent import SiteData
-from common import config, storage, wire
+from common import config, events, storage, wire
 from common.adapter import Tensors
 from common.events import Event, EventLog
 from common.model import Engine
@@ -81,7 +81,7 @@ class Judge:
         loaded = shared.engines
         agents = {site: world.make_agent(site, data, loaded.at(site), failures) for site, data in shared.sites.items()}
         manifest = server_run.manifest_of(shared.settings, shared.engine)
-        log = EventLog(shared.folder / "arms" / "judge" / server_run.EVENTS_FILE)
+        log = EventLog(shared.folder / "arms" / "judge" / events.FILE)
         method = table.find(shared.settings.aggregation.method)
         self._federation = Federation(manifest, run.fleet_of(agents), method, shared.folder, log)
         with run.explained(failures):

@@ -147,7 +147,7 @@ def _outcome(folder: Path) -> Outcome:
     if not FACTS[manifest.run.aggregation.method].is_personal:
         found = finish.stored(folder, num_rounds=0)
         return Outcome(found.tensors, found.sites, folder)
-    newest, log = checkpoint.finished(folder)[-1], events.read(folder / server_run.EVENTS_FILE)
+    newest, log = checkpoint.finished(folder)[-1], events.read(folder / events.FILE)
     last = checkpoint.load(folder, manifest.tensor_specs, num_rounds=newest, run_sha256=manifest.sha256)
     return Outcome(last.tensors, server_run.trained_sites(log, num_rounds=newest), folder)
 

@@ -260,7 +260,7 @@ def _folder(output: Path, cell: Cell, seed: int) -> Path:
 
 def _is_finished(folder: Path) -> bool:
     """Whether a run has ended well."""
-    path = folder / server_run.EVENTS_FILE
+    path = folder / events.FILE
     return path.is_file() and any(event["kind"] == "run_finished" for event in events.read(path))
 
 
@@ -273,7 +273,7 @@ def _figures(output: Path, cell: Cell, seeds: Sequence[int]) -> dict[str, Any]:
 
 def _of_run(folder: Path) -> dict[str, float]:
     """Figures of one finished run: losses in nats per answer token, gap as a share, traffic in MB."""
-    log = events.read(folder / server_run.EVENTS_FILE)
+    log = events.read(folder / events.FILE)
     last = [event for event in log if event["kind"] == "evaluated"][-1:]
     rounds = list({event["round"]: event for event in log if event["kind"] == "round_finished"}.values())
     if not last or not rounds:

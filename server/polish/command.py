@@ -62,7 +62,7 @@ def polish(run_folder: Path, *, base: Path | None, num_threads: int, console: Co
     wanted = _last_round(run_folder, settings.federation.num_rounds)
     last = checkpoint.load(run_folder, manifest.tensor_specs, num_rounds=wanted, run_sha256=manifest.sha256)
     engine = _engine(manifest, base, num_threads)
-    log = EventLog(run_folder / run.EVENTS_FILE, [Screen(console)])
+    log = EventLog(run_folder / events.FILE, [Screen(console)])
     measured = suite.open_suite(settings, engine=engine, folder=run_folder, log=log)
     suite.require_same(measured.sha256, manifest.evaluation_sha256)
     fed = Federation(manifest, _Nobody(), table.find(settings.aggregation.method), run_folder, log, suite=measured)
@@ -84,7 +84,7 @@ def polish(run_folder: Path, *, base: Path | None, num_threads: int, console: Co
 def _last_round(run_folder: Path, num_rounds: int) -> int:
     """The round after which the stages begin: the run's last, or the one at which its gate ended the rounds."""
     done = checkpoint.finished(run_folder)
-    told = events.read(run_folder / run.EVENTS_FILE)
+    told = events.read(run_folder / events.FILE)
     ended = [event["num_rounds"] for event in told if event["kind"] == "stopped"][-1:] or [num_rounds]
     if ended[0] not in done:
         raise DataError(f"{run_folder}: round {ended[0]}, the last, is not done; go on with run --resume first")

@@ -40,7 +40,7 @@ def play(shared: World, *, num_bad: int) -> dict[str, Any]:
 
 def usual_norm(shared: World) -> float:
     """The median norm of the updates of the run without guard and attack."""
-    log = events.read(shared.folder / "none-none" / server_run.EVENTS_FILE)
+    log = events.read(shared.folder / "none-none" / events.FILE)
     return float(median(event["update_norm"] for event in log if event["kind"] == "site_trained"))
 
 

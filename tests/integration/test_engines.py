@@ -182,6 +182,6 @@ def test_real_processes_refuse_noise_that_drowns_few_sites_unless_told(tiny_base
 
 def charged(folder: Path) -> tuple[list[float], list[float]]:
     """Epsilon by round: planned, and of what was done (for whole sites only: units have their site's ledger)."""
-    log = events.read(folder / server_run.EVENTS_FILE)
+    log = events.read(folder / events.FILE)
     (plan,) = [event["epsilon_planned"] for event in log if event["kind"] == "run_started"]
     return plan, [event["epsilon"] for event in log if event["kind"] == "round_finished" and "epsilon" in event]

@@ -12,10 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from common import events
 from common.errors import RemoteError, TransportError
 from common.events import EventLog
 from server import link
-from server import run as server_run
 from simulations import deployment, loopback_keys
 from simulations.deployment import Federation, Site
 
@@ -61,7 +61,7 @@ def test_frames_cross_both_ways_and_a_large_one_is_refused(running, tmp_path):
 
 def test_a_failed_run_says_why_here_and_a_code_only_to_flower(tmp_path_factory):
     folder = tmp_path_factory.mktemp("f")  # no run was prepared in it
-    log, heard = EventLog(folder / server_run.EVENTS_FILE), []
+    log, heard = EventLog(folder / events.FILE), []
     log.listeners.append(heard.append)
     with pytest.raises(RemoteError, match=rf"the run failed: {folder}: not a run folder"):
         deployment.run(make_sites(folder), log=log, config={}, timeout_s=60, num_threads=1)

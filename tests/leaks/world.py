@@ -72,7 +72,7 @@ class Captured:
 
     def events(self) -> list[Event]:
         """The run's."""
-        return events.read(self.folder / "server" / "run" / server_run.EVENTS_FILE)
+        return events.read(self.folder / "server" / "run" / events.FILE)
 
 
 def play(

@@ -103,5 +103,5 @@ def test_a_whole_private_run_of_another_kind_moves_its_adapter_and_tells_no_loss
     log = run.prepare(settings, tmp_path)
     outcome = run.execute(settings, fleet=tiny.fleet(nodes), engine=engine, folder=tmp_path, log=log)
     assert any(not torch.equal(outcome.tensors[name], engine.initial[name]) for name in engine.initial)
-    trained = [event for event in events.read(tmp_path / run.EVENTS_FILE) if event["kind"] == "site_trained"]
+    trained = [event for event in events.read(tmp_path / events.FILE) if event["kind"] == "site_trained"]
     assert [event["train_loss"] for event in trained] == [None, None]

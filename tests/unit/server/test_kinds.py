@@ -59,7 +59,7 @@ def logits(network) -> torch.Tensor:
 
 def losses(folder) -> list[float]:
     """Held-out losses before, after each round."""
-    return [event["loss"] for event in events.read(folder / run.EVENTS_FILE) if event["kind"] == "evaluated"]
+    return [event["loss"] for event in events.read(folder / events.FILE) if event["kind"] == "evaluated"]
 
 
 @pytest.mark.parametrize(("kind", "base"), CASES)
@@ -102,7 +102,7 @@ def test_an_export_refuses_what_a_kind_cannot_become_and_writes_what_it_can(play
 def test_ranks_fall_in_every_round_and_a_resumed_run_ends_with_the_same_adapter(play, load_tiny, tiny_base, tmp_path):
     given = changes("adalora", **{"adapter.target_r": "1", "federation.num_rounds": "3"})
     whole, engine = play(given)
-    told = [event["rank"] for event in events.read(whole.folder / run.EVENTS_FILE) if event["kind"] == "round_finished"]
+    told = [event["rank"] for event in events.read(whole.folder / events.FILE) if event["kind"] == "round_finished"]
     assert told == sorted(told, reverse=True)
     assert told[-1] <= 4  # two modules in each of two layers, rank 1 on average
     assert adalora.left(whole.tensors) == told[-1]

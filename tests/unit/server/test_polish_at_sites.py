@@ -79,7 +79,7 @@ def whole(shared_engine, tiny_base, tmp_path_factory) -> tuple[World, Path]:
 
 
 def of(folder: Path, kind: str) -> list[events.Event]:
-    return [event for event in events.read(folder / run.EVENTS_FILE) if event["kind"] == kind]
+    return [event for event in events.read(folder / events.FILE) if event["kind"] == kind]
 
 
 def losses_in(event) -> dict[str, float]:
@@ -124,7 +124,7 @@ def test_a_stage_that_no_site_was_asked_about_passes_no_rule_of_theirs(whole, tm
     folder = Path(shutil.copytree(whole[1], tmp_path / "run"))
     manifest = run.stored_manifest(folder)
     assert [one["is_passed"] for one in decide.judge_again(folder, manifest)] == [False, True]  # control
-    path = folder / run.EVENTS_FILE
+    path = folder / events.FILE
     kept = [line for line in path.read_text().splitlines() if '"kind": "polish_evaluated"' not in line]
     path.write_text("\n".join(kept) + "\n")
     judged = decide.judge_again(folder, manifest)
@@ -134,7 +134,7 @@ def test_a_stage_that_no_site_was_asked_about_passes_no_rule_of_theirs(whole, tm
 
 def test_figures_of_another_adapter_of_the_same_stage_do_not_count(whole, tmp_path):
     folder = Path(shutil.copytree(whole[1], tmp_path / "run"))
-    path, first = folder / run.EVENTS_FILE, of(whole[1], "polish_evaluated")[0]["adapter_sha256"]
+    path, first = folder / events.FILE, of(whole[1], "polish_evaluated")[0]["adapter_sha256"]
     lines = path.read_text().splitlines()
     path.write_text("".join(
         (line.replace(first, "ab" * 32) if '"kind": "polish_evaluated"' in line else line) + "\n" for line in lines
@@ -145,7 +145,7 @@ def test_figures_of_another_adapter_of_the_same_stage_do_not_count(whole, tmp_pa
 
 def test_report_status_and_card_tell_of_it(whole):
     _, folder = whole
-    log = events.read(folder / run.EVENTS_FILE)
+    log = events.read(folder / events.FILE)
     losses = [of(folder, "evaluated")[-1]["loss"], *(event["loss"] for event in of(folder, "polish_evaluated"))]
     assert [stage["figures"][-1] for stage in told.stages(log)] == [
         (told.AT_SITES, losses[0], losses[1]), (told.AT_SITES, losses[1], losses[2]),

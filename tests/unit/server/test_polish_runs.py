@@ -66,7 +66,7 @@ def world(shared_engine, tiny_base, tmp_path_factory) -> World:
 
 
 def of(folder, kind: str) -> list[events.Event]:
-    return [event for event in events.read(folder / run.EVENTS_FILE) if event["kind"] == kind]
+    return [event for event in events.read(folder / events.FILE) if event["kind"] == kind]
 
 
 def exported(folder) -> bytes:
@@ -91,7 +91,7 @@ def test_a_run_goes_on_into_its_stages_and_tells_of_them(world):
     assert "| polish | teach (sft, 2 steps), then judge (reward, 2 steps), then align (dpo, 2 steps) |" in card
     assert "not covered by any privacy guarantee" in card
     assert "costs the sites' units nothing" not in card  # this run's adapter was not private
-    page = report.render(events.read(folder / run.EVENTS_FILE))
+    page = report.render(events.read(folder / events.FILE))
     assert "<h2>Polish</h2>" in page
     assert "align (dpo): loss" in str(status.read(folder)["finished_stages"])
     suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
@@ -167,7 +167,7 @@ def test_a_stage_that_the_gate_refuses_gives_way_to_the_one_before(world):
 
 def test_a_stage_whose_last_event_was_lost_is_told_of_again(world, tiny_base, tmp_path):
     folder = world.copy("untold")
-    path = folder / run.EVENTS_FILE
+    path = folder / events.FILE
     kept = [line for line in path.read_text().splitlines() if '"kind": "polish_finished"' not in line]
     path.write_text("\n".join(kept) + "\n")
     with (tmp_path / "screen").open("w") as screen:
@@ -210,7 +210,7 @@ def test_data_of_a_late_stage_are_found_wrong_before_the_first_round(world):
     other = dataclasses.replace(world, settings=world.settings.model_copy(update={"polish": tables}))
     with pytest.raises(DataError, match="has no column 'rejected'"):
         other.play("spoilt")
-    assert not (world.folder / "spoilt" / run.EVENTS_FILE).exists()
+    assert not (world.folder / "spoilt" / events.FILE).exists()
 
 
 def test_polish_refuses_what_it_cannot_do(engine, nodes, tiny_base, tmp_path):

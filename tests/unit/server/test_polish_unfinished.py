@@ -139,7 +139,7 @@ def test_a_run_that_was_stopped_within_a_stage_goes_on_there_and_leaves_no_pickl
         play("cut", stop_at=5)
     assert list((tmp_path / "cut" / "polish" / "01-teach" / stages.UNFINISHED).glob("checkpoint-4/*.pt"))
     cut = play("cut", resume=True)
-    log = events.read(cut / run.EVENTS_FILE)
+    log = events.read(cut / events.FILE)
     assert [event["num_steps_done"] for event in log if event["kind"] == "polish_started"] == [0, 4]
     assert [event["step"] for event in log if event["kind"] == "polish_step"] == [1, 2, 3, 4, 5, 5, 6, 7]
     places = [folder / run.EXPORT_FOLDER / "adapter_model.safetensors" for folder in (whole, cut)]

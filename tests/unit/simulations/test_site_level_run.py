@@ -155,7 +155,7 @@ def test_a_released_round_whose_checkpoint_is_gone_is_not_played_again(play, tmp
 
 def test_a_run_that_stopped_between_checkpoint_and_event_charges_the_round(play, tmp_path):
     play(AT_SITES)
-    path = tmp_path / "run" / server_run.EVENTS_FILE
+    path = tmp_path / "run" / events.FILE
     kept = [line for line in path.read_text().splitlines() if not _is_last_round(json.loads(line))]
     path.write_text("".join(f"{line}\n" for line in kept))
     outcome, log = play(AT_SITES, resume=True)
