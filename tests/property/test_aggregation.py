@@ -272,3 +272,29 @@ def test_a_weight_that_is_not_positive_and_a_round_of_nobody_are_refused(method)
         combined.add({name: state[name] for name in names}, weight=0.0)
     with pytest.raises(ValueError, match="no upload"):
         combined.result()
+
+
+@pytest.mark.parametrize("method", sorted(table.METHODS))
+def test_an_update_that_stays_in_bfloat16_counts_as_the_same_in_float32(method):
+    """Uploads are not widened on arrival; every value of bfloat16 is one of float32, so no bit may differ."""
+    specs, generator = specs_of(method, 4), torch.Generator().manual_seed(1)
+    state = begin(method, specs, generator)
+    names = trainable.sent_names(method, specs, round_index=1)
+    sent = [{name: torch.randn(state[name].shape, generator=generator).bfloat16() for name in names} for _ in range(5)]
+    narrow, wide = (
+        combined(method, state, [{name: widen(t) for name, t in one.items()} for one in sent])
+        for widen in (torch.Tensor.bfloat16, torch.Tensor.float)
+    )
+    assert narrow.keys() == wide.keys()
+    assert all(torch.equal(narrow[name], wide[name]) for name in wide)
+    assert {tensor.dtype for tensor in narrow.values()} == {torch.float32}
+    others = combined(method, state, sent[1:])
+    assert not all(torch.equal(others[name], wide[name]) for name in wide)  # control
+
+
+def combined(method: str, state, uploads) -> dict[str, torch.Tensor]:
+    """The adapter after a round of these uploads, of growing weight."""
+    round_ = table.find(method).start(state, trained=list(uploads[0]), round_index=1)
+    for number, upload in enumerate(uploads, start=1):
+        round_.add(upload, weight=float(number))
+    return dict(table.find(method).apply(state, round_.result()))

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from common import adapter, wire
 from common.errors import ModelError, RemoteError, TransportError, WireError
@@ -104,6 +105,7 @@ def test_a_right_update_is_read(update, manifest, engine):
     head, tensors = read(update(), manifest)
     assert (head.site, head.num_examples) == ("north", 12)
     assert adapter.specs(tensors) == engine.tensor_specs
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}  # as it crossed
 
 
 @pytest.mark.parametrize(
