@@ -42,7 +42,7 @@ def load_tiny(tiny_base: Path) -> Callable[..., "Engine"]:
             model=settings.model,
             adapter_settings=settings.adapter,
             seed=settings.seed,
-            device_name="cpu",
+            device_name=os.environ.get("SILOTUNE_TEST_DEVICE", "cpu"),
             num_threads=1,
             gradient_checkpointing=settings.training.gradient_checkpointing,
             residual_rank=settings.aggregation.residual_rank,

@@ -139,7 +139,7 @@ def test_the_reference_of_an_adapter_with_cores_is_the_same_function(play, load_
 
 
 def test_the_engine_comes_back_as_it_was(play, engine):
-    ids = torch.tensor([[5, 6, 7, 8]])
+    ids = torch.tensor([[5, 6, 7, 8]], device=engine.device)
     base = engine.model.get_base_model()
     names, config = set(vars(base)), base.config.to_dict()
     before = engine.model(input_ids=ids).logits
