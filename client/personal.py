@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from peft import LoraConfig
 
-from common import adapter, manifest, storage, trainable, wire
+from common import adapter, manifest, peft_config, storage, trainable, wire
 from common.adapter import Tensors
 from common.errors import ConfigError, DataError, ModelError, ProtocolError, WireError
 from common.manifest import RunManifest
@@ -104,10 +104,7 @@ class Shelf:
         frame = self._read(run, ADAPTER_FILE)
         tensors = adapter.decode(frame.body, run.tensor_specs, dtype="float32")
         storage.write_atomic(folder / "adapter_model.safetensors", adapter.encode(tensors, dtype="float32"))
-        try:
-            _lora_config(run).save_pretrained(str(folder))
-        except OSError as error:
-            raise storage.storage_error(folder, error) from error
+        peft_config.write(folder, _lora_config(run))
         return int(frame.head["num_rounds"])
 
     def _place(self, run: RunManifest) -> Path:

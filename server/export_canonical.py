@@ -7,19 +7,18 @@ modules that are saved whole.
 d and k: output and input width of a module, r: rank.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from peft import LoraConfig, PeftConfig
 from torch import Tensor
 from torch.nn.functional import pad
 
-from common import adapter, config, storage
+from common import adapter, config, peft_config, storage
 from common.adapter import Tensors
 from common.records import TensorSpec
-from common.storage import storage_error
 from server.aggregate import factored
 
 RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's MaxLoRARanks without 1, which some releases refuse
@@ -93,12 +92,6 @@ def lora_config(rank: int, modules: Sequence[str], *, base: str | None = None) -
     )
 
 
-def settings_of(lora: LoraConfig) -> dict[str, Any]:
-    """A configuration as its file has it, modules in order."""
-    found: Mapping[str, Any] = lora.to_dict()  # type: ignore[no-untyped-call]
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in found.items()}
-
-
 def save(folder: Path, tensors: Tensors, *, base: str, card: str, made: PeftConfig | None = None) -> None:
     """Write an adapter as a folder that plain peft loads.
 
@@ -114,22 +107,10 @@ def save(folder: Path, tensors: Tensors, *, base: str, card: str, made: PeftConf
     """
     storage.write_atomic(folder / "adapter_model.safetensors", encoded(tensors))
     modules = adapter.module_names(adapter.specs(tensors))
-    save_config(folder, made or lora_config(rank_of(tensors), modules, base=base or None))
+    peft_config.write(folder, made or lora_config(rank_of(tensors), modules, base=base or None))
     storage.write_atomic(folder / "README.md", card.encode())
 
 
 def encoded(tensors: Tensors) -> bytes:
     """The bytes of a canonical adapter's file: the same for the same tensors."""
     return adapter.encode(tensors, dtype="float32")
-
-
-def save_config(folder: Path, made: PeftConfig) -> None:
-    """Write `adapter_config.json`.
-
-    Raises:
-        StorageError: Disk full or not writable.
-    """
-    try:
-        made.save_pretrained(str(folder))
-    except OSError as error:
-        raise storage_error(folder, error) from error

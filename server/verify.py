@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from common import adapter, model, storage, wire
+from common import adapter, model, peft_config, storage, wire
 from common.errors import ModelError
 from common.records import TensorSpec
 from server import (
@@ -215,7 +215,7 @@ def check_config(folder: Path, specs: Sequence[TensorSpec], *, base: str) -> Non
         raise ModelError(f"{path}: is no object; export it again")
     rank = next(spec.shape[0] for spec in specs if spec.name.endswith(".lora_A.weight"))
     lora = export_canonical.lora_config(rank, adapter.module_names(specs), base=base or None)
-    wanted = json.loads(json.dumps(export_canonical.settings_of(lora)))
+    wanted = json.loads(json.dumps(peft_config.settings_of(lora)))
     for key in sorted((found.keys() | wanted.keys()) - _FREE):
         if key not in found or key not in wanted or found[key] != wanted[key]:
             was, should = (wire.shown(side.get(key, "absent")) for side in (found, wanted))
