@@ -10,7 +10,7 @@ from client.agent import PERMISSIVE, Agent, SiteData
 from client.data import split
 from client.gatekeeper import Gatekeeper
 from client.personal import Shelf
-from common import config, identity, model, precisions, store
+from common import config, identity, loading, precisions, store
 from common.config_objective import ObjectiveName
 from common.data import read
 from common.errors import ConfigError, DataError
@@ -143,18 +143,14 @@ class EngineLoader:
 
     def _load(self, manifest: RunManifest) -> Engine:
         """From the site's own folders only, by hash."""
-        run, hardware = manifest.run, self._node.hardware
-        own = precisions.at_site(run.model, self._node.site.name)
-        return model.load(
+        own, hardware = precisions.at_site(manifest.run.model, self._node.site.name), self._node.hardware
+        return loading.engine_of(
+            manifest.run,
             store.find_by_hash(manifest.base_sha256, base_folders(self._node)),
-            model=own.model_copy(update={"sha256": manifest.base_sha256}),
-            adapter_settings=run.adapter,
-            seed=run.seed,
+            own=own.model_copy(update={"sha256": manifest.base_sha256}),
             device_name=hardware.device,
             num_threads=hardware.num_threads,
-            gradient_checkpointing=run.training.gradient_checkpointing,
-            residual_rank=run.aggregation.residual_rank,
-            num_heads=run.aggregation.num_core_heads,
+            trains=True,
         )
 
 

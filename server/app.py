@@ -35,8 +35,8 @@ def main(grid: Grid, context: Context) -> None:
 
 def _execute(grid: Grid, log: EventLog, options: UserConfig) -> None:
     """Load the base and run."""
-    from common import store
-    from server import loading, offer, run
+    from common import loading, store
+    from server import offer, run
 
     folder, base_folder = log.path.parent, str(options["base-folder"])
     settings = run.stored_settings(folder)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from common import adapter, config
+from common import adapter, config, loading
 from common.data.preferences import Pair
 from common.errors import ConfigError
 from common.model import Engine
 from common.rows import Message, Row
-from server import finish, loading
+from server import finish
 from server.evaluate import task_answers
 from server.evaluate.task import as_base
 from server.preferences import blind

@@ -9,12 +9,11 @@ from typing import Any, Final
 
 import torch
 
-from common import adapter, config, evaluation, model
+from common import adapter, config, evaluation, loading, model
 from common.adapter import Tensors
 from common.errors import ModelError
 from common.model import Engine
 from common.prompts import Encoded
-from server import loading
 
 LIMIT: Final = 0.01  # of the logarithm of merged over side by side, nats per answer token
 MAX_ROWS: Final = 256  # the first of a file; a float32 base on a CPU takes seconds a row

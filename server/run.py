@@ -14,6 +14,7 @@ from common import (
     events,
     guarding,
     layerwise,
+    loading,
     model,
     packing,
     privacy_plan,
@@ -30,7 +31,7 @@ from common.manifest import RunManifest, parse
 from common.model import Engine
 from common.noise import Noise
 from common.records import to_head
-from server import base_noise, checkpoint, export, federation, loading, rounds, trail
+from server import base_noise, checkpoint, export, federation, rounds, trail
 from server.aggregate import table
 from server.checkpoint import Checkpoint
 from server.evaluate import measure, suite

@@ -13,7 +13,7 @@ from client.agent import Agent, SiteData
 from client.data import split
 from client.personal import Shelf
 from client.train import schedule
-from common import config, model, precisions, store
+from common import config, loading, precisions, store
 from common.config_objective import ObjectiveName
 from common.data import read
 from common.errors import ConfigError
@@ -60,17 +60,8 @@ def load_engine(
     settings: config.RunConfig, *, device: str = "auto", num_threads: int = 0, store_folder: Path = store.DEFAULT
 ) -> Engine:
     """The base with its adapter, as the run file says."""
-    return model.load(
-        base_folder(settings, store_folder=store_folder),
-        model=settings.model,
-        adapter_settings=settings.adapter,
-        seed=settings.seed,
-        device_name=device,
-        num_threads=num_threads,
-        gradient_checkpointing=settings.training.gradient_checkpointing,
-        residual_rank=settings.aggregation.residual_rank,
-        num_heads=settings.aggregation.num_core_heads,
-    )
+    folder = base_folder(settings, store_folder=store_folder)
+    return loading.engine_of(settings, folder, device_name=device, num_threads=num_threads, trains=True)
 
 
 @dataclass

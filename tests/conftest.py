@@ -33,21 +33,12 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def load_tiny(tiny_base: Path) -> Callable[..., "Engine"]:
     """Load the tiny base as a run file says; `changes` are as on the command line."""
-    from common import model
+    from common import loading
 
     def load(changes: Mapping[str, str] | None = None, *, folder: Path = tiny_base) -> "Engine":
         settings = tiny.settings(folder, changes)
-        return model.load(
-            folder,
-            model=settings.model,
-            adapter_settings=settings.adapter,
-            seed=settings.seed,
-            device_name=os.environ.get("SILOTUNE_TEST_DEVICE", "cpu"),
-            num_threads=1,
-            gradient_checkpointing=settings.training.gradient_checkpointing,
-            residual_rank=settings.aggregation.residual_rank,
-            num_heads=settings.aggregation.num_core_heads,
-        )
+        device_name = os.environ.get("SILOTUNE_TEST_DEVICE", "cpu")
+        return loading.engine_of(settings, folder, device_name=device_name, num_threads=1, trains=True)
 
     return load
 

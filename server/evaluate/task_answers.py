@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from common import evaluation, prompts
+from common import evaluation, loading, prompts
 from common.config import RunConfig
 from common.config_tasks import TaskConfig
 from common.errors import DataError
 from common.model import Engine
 from common.rows import Message, Row
-from server import loading
 from server.evaluate import json_answers, labels, likelihood, metrics
 from server.evaluate.bootstrap import Scores, of_rows
 from server.evaluate.task import Task, digest, file_hash

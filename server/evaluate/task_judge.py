@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from common import model, store
+from common import loading, model, store
 from common.config import RunConfig
 from common.config_tasks import TaskConfig
 from common.data import read
 from common.errors import DataError
 from common.model import Engine
 from common.rows import Row
-from server import loading
 from server.evaluate import judge_ask, task_answers
 from server.evaluate.bootstrap import Scores, of_rows
 from server.evaluate.judge_ask import Ask

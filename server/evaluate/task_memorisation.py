@@ -8,13 +8,12 @@ from typing import Final
 
 import torch
 
-from common import adapter, chat, membership, model, roc
+from common import adapter, chat, loading, membership, model, roc
 from common.config import RunConfig
 from common.config_tasks import TaskConfig
 from common.errors import DataError
 from common.model import Engine
 from common.rows import Message, Row
-from server import loading
 from server.evaluate import canary_rows, likelihood
 from server.evaluate.bootstrap import Scores, of_rows
 from server.evaluate.canary_rows import Canary

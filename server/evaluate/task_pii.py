@@ -6,12 +6,12 @@ from pathlib import Path
 
 from phonenumbers import SUPPORTED_REGIONS
 
+from common import loading
 from common.config import RunConfig
 from common.config_tasks import TaskConfig, split_names
 from common.errors import ConfigError, DataError
 from common.model import Engine
 from common.rows import Row
-from server import loading
 from server.evaluate import pii, task_answers
 from server.evaluate.bootstrap import Scores, of_rows
 from server.evaluate.task import Task, digest

@@ -6,11 +6,11 @@ from typing import Any
 
 from rich.console import Console
 
-from common import events, model, store
+from common import events, loading, model, store
 from common.errors import ConfigError, DataError, TransportError
 from common.events import EventLog
 from common.manifest import RunManifest
-from server import checkpoint, loading, report, run
+from server import checkpoint, report, run
 from server.aggregate import table
 from server.evaluate import suite
 from server.federation import Federation

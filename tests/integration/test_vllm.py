@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import model
+from common import loading, model
 from server.serve import start
 from simulations import deployment
 from simulations.world import EMBEDDED_BASE
@@ -30,9 +30,7 @@ MAX_START_S = 400
 def exports(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exports")
     settings = tiny.settings(EMBEDDED_BASE)
-    engine = model.load(
-        EMBEDDED_BASE, model=settings.model, adapter_settings=settings.adapter, seed=1, device_name="cpu"
-    )
+    engine = loading.engine_of(settings, EMBEDDED_BASE, device_name="cpu")
     made = (("one", 1, "tokenizer"), ("two", 2, "tokenizer"), ("alpaca", 3, "alpaca"))
     return {
         name: drawn.write(folder / name, engine, EMBEDDED_BASE, seed=seed, template=template)

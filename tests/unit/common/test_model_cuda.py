@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from client.train import local
-from common import adapter, model
+from common import adapter, loading, model
 from common.model import Engine
 from common.noise import SeededNoise
 from tests import tiny
@@ -24,13 +24,7 @@ def load_cuda(tiny_base) -> Callable[[str], Engine]:
 
     def load(quantization: str) -> Engine:
         settings = tiny.settings(tiny_base, {"model.quantization": quantization})
-        return model.load(
-            tiny_base,
-            model=settings.model,
-            adapter_settings=settings.adapter,
-            seed=settings.seed,
-            device_name="cuda",
-        )
+        return loading.engine_of(settings, tiny_base, device_name="cuda", trains=True)
 
     return load
 

@@ -1,31 +1,44 @@
-"""What a run takes from the coordinator's own machine: its base, with an adapter of the run's form, and rows."""
+"""What a run takes from the machine that it runs on: its base, with an adapter of the run's form, and rows."""
 
 from pathlib import Path
 
 from common import model
-from common.config import RunConfig
+from common.config import ModelConfig, RunConfig
 from common.data import read
 from common.model import Engine
 from common.rows import Columns, Row
 
 
-def engine_of(run: RunConfig, folder: Path, *, num_threads: int = 0) -> Engine:
+def engine_of(
+    run: RunConfig,
+    folder: Path,
+    *,
+    own: ModelConfig | None = None,
+    device_name: str = "auto",
+    num_threads: int = 0,
+    trains: bool = False,
+) -> Engine:
     """Load a base with all that the run attaches to it: adapter, side adapter and cores.
 
     Args:
-        run: The run file; its `[model]` says how the base is loaded.
+        run: The run file.
         folder: The base's files.
+        own: How the base is loaded; None: as the run's `[model]` says.
+        device_name: `auto`, `cpu` or `cuda`.
         num_threads: CPU threads of torch; 0: all cores.
+        trains: Whether rounds are trained on it, with gradient checkpointing if the run has that.
 
     Raises:
         ModelError: Files missing, hash differs, precision impossible here, targets match nothing.
     """
     return model.load(
         folder,
-        model=run.model,
+        model=own or run.model,
         adapter_settings=run.adapter,
         seed=run.seed,
+        device_name=device_name,
         num_threads=num_threads,
+        gradient_checkpointing=trains and run.training.gradient_checkpointing,
         residual_rank=run.aggregation.residual_rank,
         num_heads=run.aggregation.num_core_heads,
     )
