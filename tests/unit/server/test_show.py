@@ -135,6 +135,13 @@ def test_a_large_gap_names_a_method_without_it():
     assert "Fewer local steps" in drawn([{**PLAN, "without_gap": ""}, *log[1:]])
 
 
+def test_the_module_with_a_rounds_largest_gap_is_named():
+    gaps = {"base_model.model.model.layers.0.mlp.up_proj": 0.5, "base_model.model.model.layers.1.mlp.up_proj": 0.25}
+    shown = drawn([*LOG, finished(1, **gaps), evaluated(2, 3.0, north=3.0)]).splitlines()[-1]
+    assert shown.endswith("most in layers.0.mlp.up_proj, 50.0 %")
+    assert "most in" not in drawn([*LOG, finished(1, **dict.fromkeys(gaps, 0.0)), evaluated(2, 3.0, north=3.0)])
+
+
 def test_a_round_without_a_gap_is_shown_with_a_dash():
     assert " - " in drawn([*LOG, finished(1, gap=None), evaluated(2, 3.0, north=3.0)]).splitlines()[-1]
 
