@@ -192,7 +192,8 @@ def test_a_large_gap_calls_for_the_nearest_exact_method():
     assert compatibility.without_gap(tiny.settings("tiny", {"aggregation.method": "flexlora"})) == "fedsvd"
     assert compatibility.without_gap(tiny.settings("tiny", {"aggregation.method": "ffa"})) == ""
     mixed = {"aggregation.method": "flexlora", **ASKING["mixed ranks"]}
-    assert compatibility.without_gap(tiny.settings("tiny", mixed)) == ""  # fedsvd would cut for smaller sites
+    assert compatibility.without_gap(tiny.settings("tiny", mixed)) == "flora"  # fedsvd would cut for smaller sites
+    assert compatibility.without_gap(tiny.settings("tiny", {**mixed, **tiny.NOISED})) == ""  # nor is flora private
 
 
 def test_it_is_one_that_the_runs_other_settings_allow(monkeypatch):
