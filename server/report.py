@@ -152,6 +152,7 @@ def _rounds(log: Sequence[Event]) -> list[dict[str, Any]]:
         after = losses.get(event["round"] + 1)
         even = after["fairness"]["loss"] if after and len(after["sites"]) > 1 else None
         rounds.append({**event, "trained": trained, "loss": after["loss"] if after else None, "even": even})
+        rounds[-1]["evaluation_down"] = after.get("bytes_down") if after else None
     return rounds
 
 

@@ -256,6 +256,8 @@ class Screen:
     def _notes(self, event: Event, finished: Event) -> str:
         """What a reader should not miss."""
         notes = []
+        if event.get("bytes_down"):
+            notes.append(f"evaluation {size(event['bytes_down'])} down")
         if finished and self._curve:
             notes.append(f"epsilon {finished.get('epsilon', self._curve[event['num_rounds'] - 1]):.2f}")
         if event.get("accuracy") is not None:

@@ -107,6 +107,12 @@ def test_the_gap_of_every_module_is_told_for_each_round_and_the_largest_last_one
     assert "3 earlier rounds are in events.jsonl" in text_of(report.render([PLAN, *many]))
 
 
+def test_what_evaluations_bring_down_is_told_beside_the_rounds_own_bytes():
+    log = [*LOG[:-1], {**evaluated(1, 4.0, north=4.5, south=3.5), "bytes_down": 16000, "bytes_up": 300}]
+    assert "8.0 kB 4.0 kB 16.0 kB 1.2 s" in text_of(report.render(log))
+    assert "8.0 kB 4.0 kB - 1.2 s" in text_of(report.render(LOG))  # a log from before it was counted
+
+
 def test_how_evenly_sites_fare_is_told_for_each_round():
     log = [*LOG, finished(1), evaluated(2, 3.0, north=2.0, south=4.0)]
     page = text_of(report.render(log))

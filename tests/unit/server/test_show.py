@@ -108,6 +108,7 @@ def test_lines_are_never_wrapped():
     [
         ([*LOG, finished(1, gap=0.5), evaluated(2, 3.0, north=3.0)], "large gap"),
         ([*LOG, evaluated(1, 3.0, ["south"], north=3.0)], "stale: south"),
+        ([*LOG, {**evaluated(1, 3.0, north=3.0), "bytes_down": 16000}], "evaluation 16.0 kB down"),
         ([PLAN, joined("west"), FAILED], "west train: no answer within 60 s"),
         ([PLAN, {"kind": "site_refused", "node": 4, "reason": "DataError"}], "node 4: DataError"),
         ([*LOG, {**evaluated(1, 3.0, north=3.0), "server_loss": 2.125}], "coordinator's rows 2.125"),
