@@ -4,6 +4,8 @@ A run file that combines what a cell refuses is an error (`common.config_rules`)
 docs/methods.md print the whole table.
 """
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -230,8 +232,8 @@ FEATURES: Final = (
 )
 
 
-def rank_contradictions() -> Iterator[Contradiction]:
-    """Keys, whether a run asks for both, and the message, of sites with ranks of their own."""
+def contradictions() -> Iterator[Contradiction]:
+    """Keys, whether a run asks for both, and the message, whatever the method: of site ranks, and of `apart`."""
     yield (
         ("adapter.site_ranks", "adapter.r"),
         _has_odd_site_ranks,
@@ -253,6 +255,21 @@ def rank_contradictions() -> Iterator[Contradiction]:
         lambda run: run.adapter.site_ranks != "" and run.aggregation.screening != "off",
         f"screening {compared}",
     )
+
+    for one, other in apart():
+        told = f"no method goes together with both {one.name} and {other.name}; remove one of the two"
+        yield (*one.keys, *other.keys), functools.partial(_asks_for_both, one=one, other=other), told
+
+
+def apart() -> list[tuple[Feature, Feature]]:
+    """Pairs of what a run file can ask for that no method goes together with, though each has methods by itself."""
+    asked = [feature for feature in FEATURES if feature.keys]
+    pairs = itertools.combinations(asked, 2)
+    return [pair for pair in pairs if all(any(side.why_not(facts) for side in pair) for facts in FACTS.values())]
+
+
+def _asks_for_both(run: "RunConfig", one: Feature, other: Feature) -> bool:
+    return one.is_asked(run) and other.is_asked(run)
 
 
 def _has_odd_site_ranks(run: "RunConfig") -> bool:

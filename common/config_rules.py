@@ -191,7 +191,7 @@ def _loses_side_adapter(config: RunConfig) -> bool:
 
 
 RUN_RULES = (
-    *(Rule(*contradiction) for contradiction in compatibility.rank_contradictions()),
+    *(Rule(*contradiction) for contradiction in compatibility.contradictions()),
     *(Rule(*contradiction) for contradiction in precisions.contradictions()),
     *_refused_combinations(),
     *(Rule(*contradiction) for contradiction in wire_rules.contradictions()),

@@ -165,7 +165,7 @@ _TABLE: Final = (
         stages=1,
         base_delta="none",
         privacy=("record",),
-        nearest=("fedsvd", "rolora", "fedavg", "ffa"),
+        nearest=("fedsvd", "rolora", "fedavg", "ffa", "flora"),
     ),
     Facts(
         name="fedex",
@@ -237,7 +237,7 @@ _TABLE: Final = (
         stages=1,
         base_delta="none",
         privacy=("record",),
-        nearest=("flexlora", "fedsvd", "rolora", "fedavg", "ffa"),
+        nearest=("flexlora", "fedsvd", "rolora", "fedavg", "ffa", "flora"),
         is_experimental=True,
     ),
     Facts(

@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from common import compatibility, kind_rules
+from common import compatibility, kind_rules, wire_rules
 from common.compatibility import FEATURES, Cell
 from common.kind_rules import KIND_FEATURES, KindCell
 from common.kinds import KINDS, Kind
@@ -35,6 +35,11 @@ def as_dict() -> dict[str, Any]:
         },
         "kinds": {name: dataclasses.asdict(kind) for name, kind in KINDS.items()},
         "kind_combinations": {name: {cell.feature: _outcome(cell) for cell in own} for name, own in kind_rows()},
+        "site_level": {
+            rule.key: {"is_allowed": rule.is_allowed, "reason": rule.reason} for rule in compatibility.SITE_LEVEL
+        },
+        "wire": {option.name: {"setting": option.setting, "why_not": option.why_not} for option in wire_rules.OPTIONS},
+        "apart": [[one.name, other.name] for one, other in compatibility.apart()],
     }
 
 
@@ -52,8 +57,11 @@ def render() -> RenderableType:
     of_kinds = Table("kind", *(feature.name for feature in KIND_FEATURES), title="what they go together with")
     for name, cells in kind_rows():
         of_kinds.add_row(Text(name), *(Text("yes" if cell.is_allowed else "no") for cell in cells))
-    told = (Text(line) for line in (*reasons(), *kind_reasons()))
-    return Group(facts, features, kinds, of_kinds, *told)
+    for_sites = Table("setting", "goes together", "why", title="noise for whole sites (privacy.mode = site)")
+    for rule in compatibility.SITE_LEVEL:
+        for_sites.add_row(*(Text(text) for text in (rule.key, "yes" if rule.is_allowed else "no", rule.reason)))
+    told = (Text(line) for line in (*reasons(), *together(), *wire_rules.reasons(), *kind_reasons()))
+    return Group(facts, features, _of_wire(), for_sites, kinds, of_kinds, *told)
 
 
 def rows() -> list[tuple[str, list[Cell]]]:
@@ -66,6 +74,11 @@ def reasons() -> list[str]:
     """Why each refused cell is refused and what to take, and what to know of allowed ones."""
     cells = [cell for _, cell in compatibility.cells() if cell.reason]
     return [f"{cell.method}, {cell.feature}: {cell.reason}{_instead(cell)}" for cell in cells]
+
+
+def together() -> list[str]:
+    """What no method goes together with, though each of the two has methods."""
+    return [f"{one.name} with {other.name}: no method has both" for one, other in compatibility.apart()]
 
 
 def kind_rows() -> list[tuple[str, list[KindCell]]]:
@@ -89,7 +102,9 @@ def page() -> str:
     methods = list(FACTS.values())
     return template.render(
         methods=methods, features=FEATURES, rows=rows(), reasons=reasons(), summary=_summary,
-        site_level=compatibility.SITE_LEVEL, kinds=[(kind, _kind(kind)) for kind in KINDS.values()],
+        wire_columns=wire_rules.COLUMNS, wire_options=wire_rules.OPTIONS, wire_reasons=wire_rules.reasons(),
+        apart=compatibility.apart(), site_level=compatibility.SITE_LEVEL,
+        kinds=[(kind, _kind(kind)) for kind in KINDS.values()],
         kind_features=KIND_FEATURES, kind_rows=kind_rows(), kind_reasons=kind_reasons(),
     )  # fmt: skip
 
@@ -116,6 +131,15 @@ def _kind(kind: Kind) -> tuple[str, str, str, str, str]:
     """A kind in a line."""
     mean = f"approximate: {kind.inexact}" if kind.inexact else "exact"
     return kind.name, f"{kind.title}, {kind.source}", mean, kind.rule, ", ".join(kind.settings) or "none"
+
+
+def _of_wire() -> Table:
+    """What sends less, and what it goes together with under one method at least."""
+    table = Table("option", "setting", *wire_rules.COLUMNS, title="on the wire")
+    for option in wire_rules.OPTIONS:
+        cells = ("no" if column in option.why_not else "yes" for column in wire_rules.COLUMNS)
+        table.add_row(*(Text(text) for text in (option.name, option.setting, *cells)))
+    return table
 
 
 def _outcome(cell: Cell | KindCell) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import jinja2
 
 from common import events, storage
 from common.events import Event
-from server import troubleshooting
+from server import gaps, troubleshooting
 from server.evaluate import by_precision, view
 from server.gate import words
 from server.polish import told
@@ -67,6 +67,7 @@ def render(log: Sequence[Event]) -> str:
         status=status(log),
         joined=list({event["site"]: event for event in _of(log, "site_joined")}.values()),
         rounds=rounds,
+        gap_table=gaps.table(rounds),
         spent=rounds[-1] if rounds and "epsilon" in rounds[-1] else None,
         num_large_gaps=sum((row["gap"] or 0.0) > plans[-1]["gap_warning"] for row in rounds),
         sites=sorted({event["site"] for event in _of(log, "site_trained")}),
@@ -143,13 +144,15 @@ def chart(evaluated: Sequence[Event]) -> Chart:
 
 
 def _rounds(log: Sequence[Event]) -> list[dict[str, Any]]:
-    """One entry a round: its figures, its sites' training losses and the held-out loss after it."""
+    """One entry a round: its figures, its sites' training losses, and held-out loss and evenness after it."""
     losses = {event["num_rounds"]: event for event in _of(log, "evaluated")}
     rounds = []
     for event in {event["round"]: event for event in _of(log, "round_finished")}.values():
         trained = {t["site"]: t["train_loss"] for t in _of(log, "site_trained") if t["round"] == event["round"]}
         after = losses.get(event["round"] + 1)
-        rounds.append({**event, "trained": trained, "loss": after["loss"] if after else None})
+        even = after["fairness"]["loss"] if after and len(after["sites"]) > 1 else None
+        rounds.append({**event, "trained": trained, "loss": after["loss"] if after else None, "even": even})
+        rounds[-1]["evaluation_down"] = after.get("bytes_down") if after else None
     return rounds
 
 

@@ -9,6 +9,7 @@ from rich.status import Status
 from rich.text import Text
 
 from common.events import Event
+from server import gaps
 from server.evaluate import by_precision, view
 from server.gate import words
 from server.polish import told
@@ -255,6 +256,8 @@ class Screen:
     def _notes(self, event: Event, finished: Event) -> str:
         """What a reader should not miss."""
         notes = []
+        if event.get("bytes_down"):
+            notes.append(f"evaluation {size(event['bytes_down'])} down")
         if finished and self._curve:
             notes.append(f"epsilon {finished.get('epsilon', self._curve[event['num_rounds'] - 1]):.2f}")
         if event.get("accuracy") is not None:
@@ -268,6 +271,8 @@ class Screen:
         if finished and (finished["gap"] or 0.0) > self._gap_warning:
             self._num_large_gaps += 1
             notes.append("[yellow]large gap[/]")
+        if most := gaps.largest(finished):
+            notes.append(f"most in {_escape(most[0])}, {percent(most[1])}")
         return "  ".join(notes)
 
     def _print(self, markup: str) -> None:

@@ -40,11 +40,12 @@ def trained(site: str, number: int, loss: float = 2.5) -> dict:
     return {"kind": "site_trained", "site": site, "round": number, "train_loss": loss}
 
 
-def finished(number: int, gap: float = 0.25) -> dict:
+def finished(number: int, gap: float = 0.25, **modules: float) -> dict:
     return {
         "kind": "round_finished",
         "round": number,
         "gap": gap,
+        "gap_modules": modules,
         "bytes_down": 8000,
         "bytes_up": 4000,
         "seconds": 1.25,

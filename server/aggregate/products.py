@@ -40,11 +40,15 @@ class MeanOfProducts:
         weights = [weight for weight, _ in ordered]
         local = [factored.modules(self._local(upload)) for _, upload in ordered]
         stacked: dict[str, Tensor] = {}
-        for module in factored.modules(self._state):
+        for module, (b_dr, a_rk) in factored.modules(self._state).items():
             held = [site[module] for site in local]
             shares = _shares(weights, [len(a_qk) for _, a_qk in held], is_partitioned=self._is_partitioned)
             left_dm = torch.cat([share * b_dq for share, (b_dq, _) in zip(shares, held, strict=True)], dim=1)
             right_mk = torch.cat([a_qk for _, a_qk in held], dim=0)
+            if self._is_partitioned:
+                most = max(len(a_qk) for _, a_qk in held)
+                left_dm = torch.cat([left_dm, b_dr[:, most:]], dim=1)
+                right_mk = torch.cat([right_mk, a_rk[most:]], dim=0)
             stacked |= factored.named(_STACKED + module, left_dm, right_mk)
         return stacked
 
@@ -63,8 +67,9 @@ def start_partitioned(state: State, *, trained: Collection[str], round_index: in
 
     p_i^(j) = p_i 1[q_i >= j] / sum_l p_l 1[q_l >= j],   mean = sum_j sum_i p_i^(j) b_ij a_ij
 
-    Among all, what only larger sites hold would shrink every round, down to the smallest rank. With equal ranks it is
-    the plain mean.
+    Among all, what only larger sites hold would shrink every round, down to the smallest rank. A component that no site
+    of the round holds stays as it was: the larger sites were away, and nobody moved it. With equal ranks it is the
+    plain mean.
 
     Source: raFLoRA, arXiv:2602.13486.
     """

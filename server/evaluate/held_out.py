@@ -50,13 +50,15 @@ def ask(federation: Federation, state: State, plan: RoundPlan) -> dict[str, Any]
         ProtocolError: No site has ever answered.
     """
     frames = federation.request("evaluate", plan, state, nodes=federation.present())
-    fresh = set()
+    fresh, bytes_up = set(), 0
     for answer in federation.ask(frames, kind="evaluate"):
+        bytes_up += len(answer.frame or b"")
         metrics = _read(federation, answer, plan)
         if metrics is not None:
             federation.metrics[metrics.site] = metrics
             fresh.add(metrics.site)
-    return _told(federation, is_base=not plan.round_index, fresh=fresh, server_loss=_own_loss(federation, state))
+    told = _told(federation, is_base=not plan.round_index, fresh=fresh, server_loss=_own_loss(federation, state))
+    return {**told, "bytes_down": sum(map(len, frames.values())), "bytes_up": bytes_up}
 
 
 def mean_loss(metrics: list[SiteMetrics]) -> float:

@@ -156,11 +156,29 @@ def test_flexlora_weighs_each_component_among_the_sites_that_hold_it(case):
             for j in range(held):
                 among = sum(w for w, q in zip(case["weights"], case["ranks"], strict=True) if q > j)
                 ideal[module] += weight / among * torch.outer(b_dq[:, j].double(), a_qk[j].double())
+    for module, (b_dr, a_rk) in factored.modules(state).items():  # what no site holds stays
+        ideal[module] += b_dr[:, max(case["ranks"]) :].double() @ a_rk[max(case["ranks"]) :].double()
     after = table.find("flexlora").apply(state, combined.result())
     for module, wanted in ideal.items():
         values = torch.linalg.svdvals(wanted)
         lost = float((weight_of(after, module) - wanted).norm())
         assert lost == pytest.approx(float(values[rank:].norm()), rel=1e-4, abs=1e-5 * float(values[0]))
+
+
+@pytest.mark.parametrize("held", [[2, 1], [4, 1]])
+def test_under_flexlora_a_round_keeps_what_its_sites_do_not_hold(held):
+    """Sites that change nothing leave the adapter as it was, whether a larger one is among them or away."""
+    generator = torch.Generator().manual_seed(3)
+    specs = specs_of("flexlora", 4)
+    state = begin("flexlora", specs, generator)
+    combined = table.find("flexlora").start(state, trained=list(state))
+    for rank in held:
+        combined.add({spec.name: torch.zeros(spec.shape) for spec in ranks.at_rank(specs, rank)}, weight=1.0)
+    after = table.find("flexlora").apply(state, combined.result())
+    for module in MODULES:
+        assert torch.allclose(weight_of(after, module), weight_of(state, module), atol=1e-5)
+    narrow = ranks.cut(state, ranks.at_rank(specs, 2))  # the control: without it much would be missing
+    assert not torch.allclose(weight_of(narrow, "q_proj"), weight_of(state, "q_proj"), atol=0.1)
 
 
 def test_control_the_mean_of_both_factors_does_not():

@@ -1,8 +1,10 @@
 """Every cell of the table of methods: what the literature says of it, and what a run file gets to hear."""
 
+import itertools
+
 import pytest
 
-from common import compatibility, config, config_rules
+from common import compatibility, config, config_rules, wire_rules
 from common.compatibility import FEATURES
 from common.errors import ConfigError
 from common.methods import FACTS
@@ -86,6 +88,90 @@ def test_control_no_feature_is_asked_for_by_itself(feature):
     assert all(key.partition(".")[0] in known for key in feature.keys)
 
 
+SEVEN = (
+    ("record DP", "central DP"),
+    ("quantised base",),
+    ("mixed ranks",),
+    ("server optimizer",),
+    ("central polishing",),
+)
+
+
+def combinations() -> list[tuple[str, ...]]:
+    """All that can be asked for of the last five of the table's seven dimensions, method and secure sum aside."""
+    chosen = itertools.product(*(("", *names) for names in SEVEN))
+    return [tuple(name for name in asked if name) for asked in chosen]
+
+
+def heard(method: str, asked: tuple[str, ...]) -> str:
+    """What a run file with all of them is told; nothing if it is right."""
+    changes = {"aggregation.method": method, **SIDE.get(method, {})}
+    for name in asked:
+        changes |= ASKING[name]
+    try:
+        tiny.settings("tiny", changes)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def bears(method: str, asked: tuple[str, ...]) -> bool:
+    """By the table of this file; noise for whole sites has sites of one rank, whatever the method."""
+    names = [feature.name for feature in FEATURES]
+    row = EXPECTED[method].split()
+    return not {"central DP", "mixed ranks"} <= set(asked) and all(row[names.index(one)] == "yes" for one in asked)
+
+
+@pytest.mark.parametrize("method", sorted(FACTS))
+def test_every_combination_of_all_dimensions_is_taken_or_told_a_way_out_that_is_one(method):
+    """48 run files each: what is refused names a method that bears all of it, or says which two none bears."""
+    assert len(combinations()) == 48
+    for asked in combinations():
+        told = heard(method, asked)
+        assert (told == "") == bears(method, asked), (asked, told)
+        if told:
+            named = [other for other in FACTS if f"allows it is '{other}'" in told]
+            has_way = any(bears(other, asked) for other in named)
+            assert has_way or "no method goes together with both" in told or "same rank" in told, (asked, told)
+
+
+WIRE = {
+    "integers up": {"wire.dtype": "int4"},
+    "sparse up with error feedback": {"wire.density": "0.1"},
+    "sparse up as in FLASC": {"wire.density": "0.1", "wire.error_feedback": "false"},
+    "steps down": {"wire.down": "int4"},
+    "sparse steps down": {"wire.down": "int4", "wire.down_density": "0.25"},
+    "sparse adapter down as in FLASC": {"wire.down_density": "0.25"},
+}
+
+
+@pytest.mark.parametrize("option", wire_rules.OPTIONS, ids=lambda option: option.name)
+@pytest.mark.parametrize("column", wire_rules.COLUMNS[1:])
+def test_what_sends_less_goes_together_with_what_its_table_says_under_some_method(option, column):
+    assert len(WIRE) == len(wire_rules.OPTIONS)
+    asked = {**WIRE[option.name], **ASKING[column]}
+    taken = {name for name in FACTS if _is_taken({"aggregation.method": name, **SIDE.get(name, {}), **asked})}
+    assert (taken == set()) == (column in option.why_not)
+
+
+def _is_taken(changes: dict[str, str]) -> bool:
+    try:
+        tiny.settings("tiny", changes)
+    except ConfigError:
+        return False
+    return True
+
+
+def test_what_no_method_goes_together_with_is_said_once_and_for_any_method():
+    pairs = {(one.name, other.name) for one, other in compatibility.apart()}
+    assert ("mixed ranks", "server optimizer") in pairs
+    assert ("record DP", "mixed ranks") not in pairs
+    for method in ("fedavg", "flexlora"):
+        told = heard(method, ("mixed ranks", "server optimizer"))
+        assert "no method goes together with both mixed ranks and server optimizer; remove one of the two" in told
+    assert "goes together with both" not in heard("fedavg", ("mixed ranks",))
+
+
 def test_every_refusal_that_a_run_file_can_cause_is_a_rule():
     refused = [cell for feature, cell in compatibility.cells() if feature.keys and not cell.is_allowed]
     rules = [rule for rule in config_rules.RUN_RULES if "with this method" in rule.message]
@@ -106,7 +192,8 @@ def test_a_large_gap_calls_for_the_nearest_exact_method():
     assert compatibility.without_gap(tiny.settings("tiny", {"aggregation.method": "flexlora"})) == "fedsvd"
     assert compatibility.without_gap(tiny.settings("tiny", {"aggregation.method": "ffa"})) == ""
     mixed = {"aggregation.method": "flexlora", **ASKING["mixed ranks"]}
-    assert compatibility.without_gap(tiny.settings("tiny", mixed)) == ""  # fedsvd would cut for smaller sites
+    assert compatibility.without_gap(tiny.settings("tiny", mixed)) == "flora"  # fedsvd would cut for smaller sites
+    assert compatibility.without_gap(tiny.settings("tiny", {**mixed, **tiny.NOISED})) == ""  # nor is flora private
 
 
 def test_it_is_one_that_the_runs_other_settings_allow(monkeypatch):

@@ -37,6 +37,7 @@ def after(method: str, *, is_weighted: bool) -> dict[str, torch.Tensor]:
 def test_a_round_gives_the_authors_numbers(case):
     found = after(case["method"], is_weighted=case["is_weighted"])
     ours = {"A": found[A], "B": found[B], "abs_A": found[A].abs(), "abs_B": found[B].abs()}
+    ours |= {"product": found[B] @ found[A], "product_rank_1": found[B][:, :1] @ found[A][:1]}
     if beside := factored.side(found):
         ours["base"] = beside["q"][0] @ beside["q"][1]
     compared = [key for key in ours if key in case]
@@ -48,3 +49,9 @@ def test_a_round_gives_the_authors_numbers(case):
 def test_control_without_weights_the_numbers_differ():
     weighted = next(case for case in CASES["authors"] if case["method"] == "fedavg")
     assert not torch.allclose(after("fedavg", is_weighted=False)[A], torch.tensor(weighted["A"]), atol=0.01)
+
+
+def test_control_the_mean_of_both_factors_does_not_give_flexloras():
+    flexlora = next(case for case in CASES["authors"] if case["method"] == "flexlora")
+    found = after("fedavg", is_weighted=True)
+    assert not torch.allclose(found[B] @ found[A], torch.tensor(flexlora["product"]), atol=0.01)

@@ -3,7 +3,7 @@
 import pytest
 
 from client.agent import SiteData
-from common import model
+from common import adapter, model
 from common.errors import ProtocolError
 from common.records import SiteMetrics
 from server import federation
@@ -47,6 +47,27 @@ def test_every_site_is_asked_whether_it_trained_or_not(ready, nodes, engine, tol
     assert sorted(event["sites"]) == ["north", "south", "west"]
     assert event["stale"] == []
     assert event["exact_match"] is None
+
+
+def test_the_bytes_of_an_evaluation_are_those_that_enter_and_leave_the_sites(ready, nodes, engine, told):
+    counts = {"down": 0, "up": 0, "frames": 0}
+
+    def counted(answer):
+        def node(frame: bytes) -> bytes:
+            reply = answer(frame)
+            counts["down"] += len(frame)
+            counts["up"] += len(reply)
+            counts["frames"] += 1
+            return reply
+
+        return node
+
+    fed = ready({number: counted(answer) for number, answer in nodes.items()})
+    counts |= dict.fromkeys(counts, 0)  # what came before, the offers
+    evaluate(fed, engine)
+    (event,) = told("evaluated")
+    assert counts == {"down": event["bytes_down"], "up": event["bytes_up"], "frames": 3}
+    assert event["bytes_down"] > 3 * adapter.encoded_size(engine.tensor_specs, dtype="float32")
 
 
 def test_a_site_that_is_missing_counts_with_its_last_figures_and_is_named(ready, nodes, engine, told):

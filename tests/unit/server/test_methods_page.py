@@ -32,8 +32,19 @@ def test_the_command_prints_every_method_and_why_it_refuses():
     assert "nf4 base: peft cannot read such weights for it; not with loha, lokr (nearest: miss)" in shown
 
 
+def test_the_command_prints_what_goes_together_whatever_the_method():
+    shown = CliRunner().invoke(app, ["methods"], env={"COLUMNS": "200"}).stdout
+    assert "noise for whole sites" in shown
+    assert "a weight by rows would let a site move the sum" in " ".join(shown.split())
+    assert "mixed ranks with server optimizer: no method has both" in shown
+    assert "robust aggregation: each site chooses its own places" in shown
+
+
 def test_the_command_prints_json():
     found = json.loads(CliRunner().invoke(app, ["methods", "--json"]).stdout)
+    assert found["site_level"]["aggregation.robust"]["is_allowed"] is False
+    assert ["mixed ranks", "server optimizer"] in found["apart"]
+    assert "record DP" in found["wire"]["sparse up as in FLASC"]["why_not"]
     assert set(found["methods"]) == set(found["combinations"]) == set(FACTS)
     assert found["methods"]["rolora"]["trains"] == ["B", "A"]
     assert set(found["kinds"]) == set(found["kind_combinations"]) == set(KINDS)

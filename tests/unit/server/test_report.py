@@ -96,6 +96,32 @@ def test_a_large_gap_names_a_method_without_it():
     assert "It passed" not in text_of(report.render([*LOG, finished(0, gap=None)]))
 
 
+def test_the_gap_of_every_module_is_told_for_each_round_and_the_largest_last_one_first():
+    log = [*LOG[:-2], finished(0, up=0.5, down=0.125), finished(1, up=0.0625, down=0.25)]
+    page = text_of(report.render(log))
+    assert "The gap of each module module round 1 round 2 down 12.5 % 25.0 % up 50.0 % 6.2 %" in page
+    assert "earlier rounds" not in page
+    assert "The gap of each module" not in report.render([*LOG[:-2], finished(0, up=0.0)])  # the controls
+    assert "The gap of each module" not in report.render(LOG)
+    many = [finished(number, up=0.5) for number in range(15)]
+    assert "3 earlier rounds are in events.jsonl" in text_of(report.render([PLAN, *many]))
+
+
+def test_what_evaluations_bring_down_is_told_beside_the_rounds_own_bytes():
+    log = [*LOG[:-1], {**evaluated(1, 4.0, north=4.5, south=3.5), "bytes_down": 16000, "bytes_up": 300}]
+    assert "8.0 kB 4.0 kB 16.0 kB 1.2 s" in text_of(report.render(log))
+    assert "8.0 kB 4.0 kB - 1.2 s" in text_of(report.render(LOG))  # a log from before it was counted
+
+
+def test_how_evenly_sites_fare_is_told_for_each_round():
+    log = [*LOG, finished(1), evaluated(2, 3.0, north=2.0, south=4.0)]
+    page = text_of(report.render(log))
+    assert "1 4.000 north 4.500 4.000 1.000 2.500 3.500" in page
+    assert "2 3.000 south 4.000 3.000 2.000 - -" in page
+    alone = text_of(report.render([*LOG[:-1], evaluated(1, 4.0, north=4.0)]))
+    assert "1 4.000 - - - 2.500 3.500" in alone
+
+
 def test_a_resumed_round_is_shown_once_with_its_last_figures():
     log = [*LOG, PLAN, evaluated(1, 3.75, north=4.125, south=3.5), finished(0, gap=0.5)]
     page = text_of(report.render(log))

@@ -108,6 +108,7 @@ def test_lines_are_never_wrapped():
     [
         ([*LOG, finished(1, gap=0.5), evaluated(2, 3.0, north=3.0)], "large gap"),
         ([*LOG, evaluated(1, 3.0, ["south"], north=3.0)], "stale: south"),
+        ([*LOG, {**evaluated(1, 3.0, north=3.0), "bytes_down": 16000}], "evaluation 16.0 kB down"),
         ([PLAN, joined("west"), FAILED], "west train: no answer within 60 s"),
         ([PLAN, {"kind": "site_refused", "node": 4, "reason": "DataError"}], "node 4: DataError"),
         ([*LOG, {**evaluated(1, 3.0, north=3.0), "server_loss": 2.125}], "coordinator's rows 2.125"),
@@ -133,6 +134,13 @@ def test_a_large_gap_names_a_method_without_it():
     assert "aggregation.method = 'rolora' has none" in drawn(log)
     assert "has none" not in drawn([{**PLAN, "without_gap": ""}, *log[1:]])
     assert "Fewer local steps" in drawn([{**PLAN, "without_gap": ""}, *log[1:]])
+
+
+def test_the_module_with_a_rounds_largest_gap_is_named():
+    gaps = {"base_model.model.model.layers.0.mlp.up_proj": 0.5, "base_model.model.model.layers.1.mlp.up_proj": 0.25}
+    shown = drawn([*LOG, finished(1, **gaps), evaluated(2, 3.0, north=3.0)]).splitlines()[-1]
+    assert shown.endswith("most in layers.0.mlp.up_proj, 50.0 %")
+    assert "most in" not in drawn([*LOG, finished(1, **dict.fromkeys(gaps, 0.0)), evaluated(2, 3.0, north=3.0)])
 
 
 def test_a_round_without_a_gap_is_shown_with_a_dash():
