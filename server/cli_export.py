@@ -139,7 +139,7 @@ def serve(
         command = start.vllm_command(base, served, place, extra=vllm_arg or ())
         if show_command:
             return cli.show(_quoted(command))
-        raise typer.Exit(start.run_vllm(command, place))
+        start.become_vllm(command, place)
     options = {
         "vllm_arg": vllm_arg,
         "quantization": quantization,

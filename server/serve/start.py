@@ -3,12 +3,11 @@
 import asyncio
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, NoReturn, get_args
 
 from common import config, hosts
 from common.errors import ConfigError, ModelError
@@ -129,8 +128,8 @@ def _template_file(served: Sequence[Served]) -> Path | None:
     return found[0]
 
 
-def run_vllm(command: Sequence[str], place: Place) -> int:
-    """Run vLLM until it ends; returns its exit code.
+def become_vllm(command: Sequence[str], place: Place) -> NoReturn:
+    """Put vLLM in the place of this process, so that whoever stops the one stops the other and all that it started.
 
     It tells nobody of its use, asks no hub, and does not look for this machine's address by way of a public one, as it
     does where `VLLM_HOST_IP` is not set.
@@ -139,7 +138,7 @@ def run_vllm(command: Sequence[str], place: Place) -> int:
     environment = {"VLLM_HOST_IP": "127.0.0.1", **os.environ, **quiet}
     if place.api_key:
         environment["VLLM_API_KEY"] = place.api_key
-    return subprocess.run(list(command), env=environment, check=False).returncode
+    os.execve(command[0], list(command), environment)  # noqa: S606 - no shell is wanted
 
 
 def run_transformers(

@@ -1,12 +1,12 @@
 """Our exports in vLLM itself, which is no dependency: skipped where no program vllm is on the PATH."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
 
 import httpx
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -64,8 +64,11 @@ def serve(exports, tmp_path_factory):
     for client in clients:
         client.close()
     for process in started:
-        process.send_signal(signal.SIGINT)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
         process.wait(timeout=60)
+        assert children
+        assert not psutil.wait_procs(children, timeout=60)[1]  # nothing is left behind
 
 
 def is_up(client):
