@@ -8,6 +8,7 @@ import torch
 from common import adapter
 from common.config_polish import PolishStage
 from common.errors import ModelError
+from server import troubleshooting
 from server.polish import borrow, rows, stages
 from tests import stage_data, tiny
 
@@ -27,6 +28,9 @@ def files(tmp_path_factory) -> dict[str, str]:
         "instructions": stage_data.instructions(),
         "texts": stage_data.texts(),
         "questions": stage_data.questions(),
+        "letters": [{"instruction": row["prompt"], "output": "A"} for row in stage_data.questions()],
+        "checked": [{"prompt": row["prompt"], "answer": "A", "tests": "pass"} for row in stage_data.questions()],
+        "impossible": [{**row, "answer": "B B", "tests": "assert False"} for row in stage_data.questions()],
     }
     return {name: stage_data.write(folder / f"{name}.jsonl", table) for name, table in tables.items()}
 
@@ -57,13 +61,16 @@ def test_imitation_lowers_the_loss_on_rows_it_has_not_seen(play, kind: str, data
     assert moved(play(kind, data), "loss") < -1.0
 
 
-def test_imitation_of_other_answers_does_not(play):
+@pytest.mark.parametrize(
+    ("kind", "data"), [("sft", "instructions"), pytest.param("cpt", "texts", marks=pytest.mark.slow)]
+)
+def test_imitation_of_other_answers_does_not(play, kind: str, data: str):
     def spoil(found: rows.StageRows) -> rows.StageRows:
-        """Train on the words of everyday rows in the place of the answers that the held-out rows have."""
+        """Train on other tokens in the place of those that the held-out rows have."""
         other = [{**row, "labels": [-100 if t < 0 else 3 + t % 7 for t in row["labels"]]} for row in found.train]
         return dataclasses.replace(found, train=other)
 
-    assert moved(play("sft", "instructions", change=spoil), "loss") > 0.0
+    assert moved(play(kind, data, change=spoil), "loss") > 0.0
 
 
 @pytest.mark.parametrize(
@@ -82,10 +89,14 @@ def test_preferences_widen_the_margin_and_pairs_that_prefer_nothing_do_not(play,
     assert control < real / 4
 
 
-@pytest.mark.parametrize("settings", [{"loss": "ipo"}, {"loss": "robust", "label_smoothing": 0.1}])
+@pytest.mark.parametrize(
+    "settings", [{"loss": "ipo"}, {"loss": "robust", "label_smoothing": 0.1}, {"label_smoothing": 0.1}]
+)
 @pytest.mark.slow
-def test_the_other_losses_of_dpo_widen_the_margin(play, settings):
-    assert moved(play("dpo", "pairs", **settings), "margin") > 0.03
+def test_the_other_losses_of_dpo_widen_the_margin_and_pairs_that_prefer_nothing_do_not(play, settings):
+    real, control = (moved(play("dpo", data, **settings), "margin") for data in ("pairs", "equal_pairs"))
+    assert real > 0.03
+    assert control < real / 4
 
 
 def test_a_verifiable_reward_rises_and_a_constant_one_teaches_nothing(play, engine):
@@ -93,6 +104,23 @@ def test_a_verifiable_reward_rises_and_a_constant_one_teaches_nothing(play, engi
     control = play("grpo", "questions", **{**NO_CAPITALS, "pattern": "[^ÿ]*"})
     assert control.before["reward"] == control.after["reward"] == 1.0
     assert all(torch.equal(control.tensors[name], engine.initial[name]) for name in engine.initial)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reward", ["exact", "json", "unit_test"])
+def test_the_other_verifiable_rewards_rise_and_what_no_answer_earns_teaches_nothing(play, engine, tmp_path, reward):
+    """Answers of one token, so that right ones come by chance: for `exact` after a little imitation."""
+    number, nothing = tmp_path / "number.json", tmp_path / "nothing.json"
+    number.write_text('{"type": "integer"}')
+    nothing.write_text("false")
+    start = play("sft", "letters", steps=4, batch_size=8).tensors if reward == "exact" else engine.initial
+    own = {"json": {"json_schema": str(number)}, "unit_test": {"test_timeout_s": 5.0}}.get(reward, {})
+    settings = {**SAMPLED, **own, "start": start, "reward": reward, "max_new_tokens": 1, "learning_rate": 3e-2}
+    played = play("grpo", "checked", **settings)
+    assert moved(played, "reward") > 0.1
+    control = play("grpo", "impossible", **{**settings, **({"json_schema": str(nothing)} if reward == "json" else {})})
+    assert control.before["reward"] == control.after["reward"] == 0.0
+    assert all(torch.equal(control.tensors[name], start[name]) for name in start)
 
 
 @pytest.mark.slow
@@ -192,3 +220,29 @@ def test_an_adapter_that_diverged_goes_no_further(play, engine):
     far = {name: torch.full_like(tensor, 2e6) for name, tensor in engine.initial.items()}
     with pytest.raises(ModelError, match="diverged; lower the stage's learning_rate"):
         play("sft", "instructions", start=far, steps=1, learning_rate=1e-12)
+
+
+def test_a_preference_stage_tells_how_its_answers_look_and_imitation_does_not(play):
+    played = play("dpo", "pairs", steps=1)
+    assert {"length", "repetition"} <= set(played.before) & set(played.after)
+    assert 0.0 <= played.before["repetition"] <= 1.0
+    assert 0.0 < played.before["length"] <= 64.0
+    assert not {"length", "repetition"} & set(play("sft", "instructions", steps=1).before)  # control
+
+
+def test_repetition_is_the_share_of_pieces_of_four_tokens_that_came_before():
+    from server.polish.answering import repeated
+
+    assert repeated([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)  # 1234 2341 3412 4123 1234
+    assert repeated([5] * 10) == pytest.approx(6 / 7)
+    assert repeated([1, 2, 3]) == repeated(range(50)) == 0.0
+
+
+def test_a_stage_that_ruins_the_answers_is_told_as_a_collapse_and_one_that_does_not_is_none(play):
+    def signs(**settings) -> str:
+        played = play("dpo", "pairs", **settings)
+        log = [{"kind": "polish_finished", "stage": "align", "before": played.before, "after": played.after}]
+        return " ".join(one.evidence for one in troubleshooting.symptoms(log))
+
+    assert "answers repeat" in signs(learning_rate=0.3)
+    assert signs(learning_rate=1e-5) == ""  # control
