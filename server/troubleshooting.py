@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from common.events import Event
+from server import export_words
 from server.evaluate import measure, view
 from server.gate import words
 
@@ -172,6 +173,12 @@ def _collapsing(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator
         yield f"answers repeat ({before['repetition']:.0%} to {after['repetition']:.0%})"
 
 
+def merged(log: Sequence[Event]) -> Iterator[Symptom]:
+    """Formats of the folder that the run has written lose much of the adapter."""
+    found = export_words.newest(log)
+    yield from of_formats(found.get("logits", {}) if found else {})
+
+
 def of_formats(logits: Mapping[str, Mapping[str, float]]) -> list[Symptom]:
     """Formats of an export whose error is no longer small beside what the adapter does.
 
@@ -198,6 +205,7 @@ FINDERS: Final[tuple[Finder, ...]] = (
     diverging_site,
     flat_tasks,
     large_gap,
+    merged,
 )
 
 
