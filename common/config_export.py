@@ -17,7 +17,8 @@ ADAPTERS: Final = frozenset({"peft", "vllm"})  # all other formats hold merged w
 
 class ExportConfig(Section):
     """The sealed folder that a run writes at its end, of the adapter that the gate let pass: `export/` in the run's
-    folder, as `silotune-server export --to` writes it, and verified. Sites are told nothing of it.
+    folder, as `silotune-server export --to` writes it, and verified; and what every model card says of the data. Sites
+    are told nothing of it.
     """
 
     formats: str = Field(
@@ -35,6 +36,14 @@ class ExportConfig(Section):
         default="",
         description="Rows on which merged weights are held against base and adapters side by side. Empty: "
         "`evaluation.server_data`, where it is there.",
+    )
+    data_statement: Line = Field(
+        default="",
+        description="What the sites' rows are (kind of text, languages, years, whom they are about), for every model "
+        "card. Empty: the card says that nobody has told.",
+    )
+    data_licence: Line = Field(
+        default="", description="Under what terms they may be learnt from, for every model card. Empty: likewise."
     )
     operator_key: Line = Field(default="", description="Private key that signs the folder. Empty: it is not signed.")
 

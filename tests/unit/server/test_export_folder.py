@@ -229,6 +229,18 @@ def test_the_card_tells_data_evaluation_privacy_and_licences(source, tmp_path):
     assert "without differential privacy" in text
 
 
+def test_the_card_says_of_the_data_what_the_coordinator_states_and_else_that_nobody_has(load_tiny, tiny_base, tmp_path):
+    changes = {"export.data_statement": "German discharge letters of 2019.", "export.data_licence": "CC-BY-4.0"}
+    cards = []
+    for name, made in (("stated", changes), ("silent", {})):
+        found = make_source(load_tiny(), tiny.settings(tiny_base, made))
+        cards.append((write(tmp_path / name, found, None, "peft") / "README.md").read_text())
+    assert "German discharge letters of 2019." in cards[0].split("## Data")[1].split("\n## ")[0]
+    assert "Data of the sites: CC-BY-4.0" in cards[0].split("## Licences")[1]
+    assert "it cannot say what the text is" in cards[1]  # control
+    assert "Data of the sites" not in cards[1]
+
+
 def test_a_base_without_a_licence_is_told_so(source, tmp_path):
     assert "its files name no licence" in (write(tmp_path / "export", source, None, "peft") / "README.md").read_text()
 
