@@ -19,6 +19,7 @@ MIN_FALL: Final = 0.05  # share of the held-out loss that counts as fallen
 PROBE_DROP: Final = 0.01
 MIN_LARGE_GAPS: Final = 2  # rounds; one large gap is chance
 DIVERGING: Final = 2  # evaluations in a row in which a site's loss rises while the mean's falls
+LESS_LIKELY: Final = 1.0  # nats of a whole chosen answer; DPO always shifts it by a little
 LONGER: Final = 1.5  # factor of an answer's length
 MORE_REPEATED: Final = 0.1  # rise of the share of repeated pieces
 MAX_EATEN: Final = 0.3  # of what the adapter does; more of it lost is seen in its answers
@@ -164,7 +165,8 @@ def collapse(log: Sequence[Event]) -> Iterator[Symptom]:
 def _collapsing(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
     """Signs of it in the figures that the stage has."""
     both = [key for key in ("logp_chosen", "logp_rejected") if key in before and key in after]
-    if len(both) == 2 and all(after[key] < before[key] for key in both):
+    is_falling = len(both) == 2 and all(after[key] < before[key] for key in both)
+    if is_falling and before["logp_chosen"] - after["logp_chosen"] > LESS_LIKELY:
         fell = ", ".join(f"{key} {before[key]:.2f} to {after[key]:.2f}" for key in both)
         yield f"both likelihoods fall ({fell})"
     if before.get("length") and after.get("length", 0.0) > LONGER * before["length"]:

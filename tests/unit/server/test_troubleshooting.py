@@ -45,6 +45,8 @@ CASES = [
     ("forgetting", of_task(-0.2, kind="probe"), of_task(-0.2)),
     ("preference stage collapses", [polished({"logp_chosen": -20.0, "logp_rejected": -40.0})],
      [polished({"logp_chosen": -9.0, "logp_rejected": -40.0})]),
+    ("preference stage collapses", [polished({"logp_chosen": -11.5, "logp_rejected": -14.0})],
+     [polished({"logp_chosen": -10.5, "logp_rejected": -14.0})]),
     ("preference stage collapses", [polished({"length": 90.0})], [polished({"length": 50.0})]),
     ("preference stage collapses", [polished({"repetition": 0.4})], [polished({"repetition": 0.1})]),
     ("large aggregation gap", [PLAN, finished(0, 0.3), finished(1, 0.2)], [PLAN, finished(0, 0.3), finished(1, 0.05)]),
