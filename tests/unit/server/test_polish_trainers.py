@@ -1,6 +1,8 @@
 """Every kind of stage moves its objective in 20 steps on a tiny model; data that say nothing do not move it."""
 
+import copy
 import dataclasses
+import gc
 
 import pytest
 import torch
@@ -39,13 +41,15 @@ def files(tmp_path_factory) -> dict[str, str]:
 def play(engine, tiny_base, files):
     """Play one stage from an adapter; gives what it did."""
 
-    def run(kind: str, data: str, *, start=None, judge=None, change=None, on=None, **settings) -> stages.Played:
+    def run(
+        kind: str, data: str, *, start=None, judge=None, change=None, on=None, tell=lambda *_: None, **settings
+    ) -> stages.Played:
         target = on or engine
         stage = PolishStage(name="trial", kind=kind, data=files[data], **{**COMMON, **settings})
         found = rows.load(stage, target, tiny.settings(tiny_base).data)
         found = change(found) if change else found
         begin = target.initial if start is None else start
-        return stages.play(stage, begin, engine=target, found=found, tell=lambda *_: None, judge=judge)
+        return stages.play(stage, begin, engine=target, found=found, tell=tell, judge=judge)
 
     return run
 
@@ -154,6 +158,26 @@ def test_the_reference_is_the_start_or_the_base(play, engine):
     assert abs(from_base.before["margin"]) > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("kind", "data", "reference"),
+    [("dpo", "pairs", "start"), pytest.param("kto", "judged", "base", marks=pytest.mark.slow)],
+)
+def test_no_second_base_is_in_memory_while_a_stage_with_a_reference_trains(play, engine, kind, data, reference):
+    weight = engine.model.get_input_embeddings().weight
+
+    def copies() -> int:
+        found = [one for one in gc.get_objects() if type(one) is type(weight) and one.shape == weight.shape]
+        return len({one.data_ptr() for one in found})
+
+    before, during = copies(), []
+    play(kind, data, steps=1, reference=reference, tell=lambda *_: during.append(copies()))
+    assert during
+    assert set(during) == {before}
+    second = copy.deepcopy(engine.model)  # control: what TRL makes of a model that is no peft model
+    assert copies() > before
+    del second
+
+
 def test_the_reference_of_an_adapter_with_cores_is_the_same_function(play, load_tiny):
     cored = load_tiny({"aggregation.method": "ravan", "aggregation.num_heads": "2"})
     generator = torch.Generator().manual_seed(3)
@@ -195,9 +219,15 @@ def dtypes(engine) -> set[torch.dtype]:
     return {parameter.dtype for parameter in adapter.parameters(engine.model).values()}
 
 
-@pytest.mark.parametrize(("kind", "data"), [("sft", "instructions"), ("dpo", "pairs")])
+SLOWER = [("cpt", "texts"), ("kto", "judged"), ("orpo", "pairs"), ("simpo", "pairs"), ("grpo", "questions")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [("sft", "instructions"), ("dpo", "pairs"), *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOWER)],
+)
 def test_the_adapter_over_a_quantised_base_stays_float32(play, nf4, kind: str, data: str):
-    played = play(kind, data, steps=2, on=nf4)
+    played = play(kind, data, steps=2, on=nf4, **(NO_CAPITALS if kind == "grpo" else {}))
     assert dtypes(nf4) == {torch.float32}
     changed = [tensor for name, tensor in played.tensors.items() if not torch.equal(tensor, nf4.initial[name])]
     assert changed
