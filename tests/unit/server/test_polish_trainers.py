@@ -276,3 +276,14 @@ def test_a_stage_that_ruins_the_answers_is_told_as_a_collapse_and_one_that_does_
 
     assert "answers repeat" in signs(learning_rate=0.3)
     assert signs(learning_rate=1e-5) == ""  # control
+
+
+def test_a_stage_without_memory_names_the_settings_that_need_less_and_the_report_the_symptom():
+    stage = PolishStage(name="align", kind="dpo", data="x", micro_batch_size=2)
+    message = r"'align': out of memory; lower its micro_batch_size \(2 rows now\)"
+    with pytest.raises(ModelError, match=message) as told, borrow.memory_named(stage):
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+    failed = {"kind": "run_failed", "error": "ModelError", "reason": str(told.value)}
+    assert [one.name for one in troubleshooting.symptoms([failed])] == ["out of memory"]
+    with pytest.raises(ValueError, match="another"), borrow.memory_named(stage):  # control
+        raise ValueError("another")
