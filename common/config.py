@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from common import config_file, config_rules
 from common.config_aggregation import AggregationConfig
 from common.config_evaluation import EvaluationConfig
+from common.config_export import ExportConfig
 from common.config_gate import GateConfig
 from common.config_model import AdapterConfig, ModelConfig
 from common.config_node import AgentConfig, HardwareConfig, NodeDataConfig, NodeModelConfig, SiteConfig
@@ -32,6 +33,7 @@ __all__ = [
     "AggregationConfig",
     "DataConfig",
     "EvaluationConfig",
+    "ExportConfig",
     "FederationConfig",
     "GateConfig",
     "HardwareConfig",
@@ -81,6 +83,7 @@ class RunConfig(Section):
     wire: WireConfig = Field(default_factory=WireConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     gate: GateConfig = Field(default_factory=GateConfig)
+    export: ExportConfig = Field(default_factory=ExportConfig)
     output: OutputConfig = Field(default_factory=OutputConfig)
     polish: Annotated[Tables[PolishStage], AfterValidator(check_order)] = ()
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from common import (
     compatibility,
     config_evaluation_rules,
+    config_export,
     config_gate_rules,
     config_hints,
     config_objective,
@@ -375,6 +376,7 @@ RUN_RULES = (
     ),
     *(Rule(*contradiction) for contradiction in config_evaluation_rules.CONTRADICTIONS),
     *(Rule(*contradiction) for contradiction in config_gate_rules.contradictions()),
+    *(Rule(*contradiction) for contradiction in config_export.CONTRADICTIONS),
 )
 
 NODE_RULES = (

@@ -23,6 +23,7 @@ _OF_SITE = "[a-z0-9-]{1,64} *= *"
 SITE_RANKS = _listed(_OF_SITE + "[1-9][0-9]{0,3}")
 SITE_QUANTIZATION = _listed(_OF_SITE + "(none|int8|nf4)")
 METRICS = _listed("(exact_match|f1|rouge1|rouge2|rougeL|number|json|label_accuracy|macro_f1)")
+EXPORT_FORMATS = _listed("(peft|vllm|merged|nf4|int8|gguf|onnx)")
 GATE_RULES = _listed("(probes|baseline|sites|loss|schema|exposure|extraction|pii|audit)")
 REGIONS = _listed("[A-Z]{2}")
 PATTERNS = {
@@ -36,6 +37,7 @@ PATTERNS = {
     "between them, or empty",
     GATE_RULES: "of probes, baseline, sites, loss, schema, exposure, extraction, pii and audit, with commas between "
     "them, or empty",
+    EXPORT_FORMATS: "of peft, vllm, merged, nf4, int8, gguf and onnx, with commas between them, or empty",
     REGIONS: 'countries of two capitals with commas between them, such as "DE, AT", or empty',
 }
 

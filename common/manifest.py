@@ -159,6 +159,7 @@ def public_part(run: config.RunConfig) -> config.RunConfig:
             "data": run.data.model_copy(update={"source": "site"}),
             "evaluation": run.evaluation.model_copy(update=_UNTOLD),
             "gate": config.GateConfig(),
+            "export": config.ExportConfig(),
             "output": config.OutputConfig(),
             "polish": (),
         }

@@ -355,9 +355,15 @@ def encode(
     )
 
 
-@torch.no_grad()
 def answer(engine: Engine, prompt_ids: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:
     """Greedy answers to a batch of prompts, special tokens removed."""
+    ids = answer_ids(engine, prompt_ids, max_new_tokens=max_new_tokens)
+    return engine.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def answer_ids(engine: Engine, prompt_ids: Sequence[Sequence[int]], *, max_new_tokens: int) -> torch.Tensor:
+    """Tokens of greedy answers (B, T); after the first of `prompts.stop_ids` in a row there is padding."""
     tokenizer = engine.tokenizer
     width = max(len(ids) for ids in prompt_ids)
     padded = [[tokenizer.pad_token_id] * (width - len(ids)) + list(ids) for ids in prompt_ids]
@@ -373,4 +379,5 @@ def answer(engine: Engine, prompt_ids: Sequence[Sequence[int]], *, max_new_token
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=list(prompts.stop_ids(tokenizer)),
         )
-    return tokenizer.batch_decode(output_bt[:, width:], skip_special_tokens=True)
+    found_bt: torch.Tensor = output_bt[:, width:]
+    return found_bt

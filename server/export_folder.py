@@ -125,6 +125,18 @@ def write(
     write_content(folder, content, base=base, llama_cpp=llama_cpp, key=key)
 
 
+def check(
+    source: Exported, *, formats: Sequence[str], base: Path, llama_cpp: Path | None, gguf_type: str = "bf16"
+) -> None:
+    """What `write` would refuse before it begins, for a run that is yet to train an adapter of this form.
+
+    Raises:
+        ConfigError: A format is impossible for this kind of adapter, base, rank or machine.
+    """
+    content = content_of(source, formats=formats, base=base, gguf_type=gguf_type)
+    _check_possible(content, base, llama_cpp)
+
+
 def content_of(source: Exported, *, formats: Sequence[str], base: Path | None, gguf_type: str = "bf16") -> Content:
     """A run's checkpoint as the content of a folder."""
     found = source.run_manifest

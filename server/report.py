@@ -9,7 +9,7 @@ import jinja2
 
 from common import events, storage
 from common.events import Event
-from server import gaps, troubleshooting
+from server import export_words, gaps, troubleshooting
 from server.evaluate import by_precision, view
 from server.gate import words
 from server.polish import told
@@ -86,6 +86,7 @@ def render(log: Sequence[Event]) -> str:
         polish_own=told.OWN_DATA,
         stage_kind=told.kind,
         gated=words.summary(log),
+        exported=export_words.summary(log),
         symptoms=troubleshooting.symptoms(log),
         troubles=_of(log, "site_failed") + _of(log, "site_refused") + _flagged(log),
         percent=percent,

@@ -31,10 +31,11 @@ from common.manifest import RunManifest, parse
 from common.model import Engine
 from common.noise import Noise
 from common.records import to_head
-from server import base_noise, checkpoint, export, federation, rounds, trail
+from server import base_noise, checkpoint, export, federation, rounds, run_export, trail
 from server.aggregate import table
 from server.checkpoint import Checkpoint
 from server.evaluate import measure, suite
+from server.export_folder import Exported
 from server.federation import Federation, OwnRows, fresh_noise
 from server.fleet import Fleet
 from server.gate import decide
@@ -121,6 +122,7 @@ def execute(
     storage.write_atomic(folder / MANIFEST_FILE, manifest.to_bytes())
     fed.own_rows = read_own_rows(settings, engine)
     stages.check(settings, engine)
+    run_export.check(manifest, engine)
     log.append("run_started", **plan(manifest, engine), **told, first_round=first.num_rounds)
     _tell_beforehand(fed, engine)
     with _recorded(fed, first.tensors, first_round=first.num_rounds):
@@ -180,10 +182,17 @@ def finish(fed: Federation, tensors: Tensors, played: Sequence[stages.Finished])
     chosen = decide.choose(manifest.run, decide.of_end(folder, manifest, tensors, played), suite=fed.suite)
     history = events.read(log.path)
     sites = trained_sites(history, num_rounds=chosen.num_rounds)
+    told = polish_told.of_export(history, chosen.names)
     export.save_adapter(
-        folder / EXPORT_FOLDER, chosen.tensors, run_manifest=manifest, num_rounds=chosen.num_rounds, sites=sites,
-        log=polish_told.of_export(history, chosen.names),
-    )  # fmt: skip
+        folder / EXPORT_FOLDER,
+        chosen.tensors,
+        run_manifest=manifest,
+        num_rounds=chosen.num_rounds,
+        sites=sites,
+        log=told,
+    )
+    source = Exported(chosen.tensors, manifest, chosen.num_rounds, sites, told)
+    run_export.write(folder, source, base=fed.suite.engine.folder, log=log)
     log.append("run_finished", adapter=EXPORT_FOLDER, num_rounds=chosen.num_rounds, stage=chosen.stage)
     return Outcome(chosen.tensors, sites, folder)
 

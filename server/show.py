@@ -9,7 +9,7 @@ from rich.status import Status
 from rich.text import Text
 
 from common.events import Event
-from server import gaps
+from server import export_words, gaps
 from server.evaluate import by_precision, view
 from server.gate import words
 from server.polish import told
@@ -215,6 +215,11 @@ class Screen:
         self._print(f"  [bold]gate, {event['stage']}: {'passed' if event['is_passed'] else '[red]refused[/]'}[/]")
         for verdict in event["verdicts"]:
             self._print(f"    {_escape(words.line(verdict))}")
+
+    def _on_exported(self, event: Event) -> None:
+        """The sealed folder, and how near its formats are to the adapter."""
+        for place, line in enumerate(export_words.summary([event])):
+            self._print(f"  {'[bold]export[/]   ' if not place else '  '} {_escape(line)}")
 
     def _on_stopped(self, event: Event) -> None:
         """The rounds end early."""

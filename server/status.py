@@ -8,7 +8,7 @@ from rich.text import Text
 
 from common import events
 from common.events import Event
-from server import checkpoint, report, troubleshooting
+from server import checkpoint, export_words, report, troubleshooting
 from server.evaluate import view
 from server.gate import words
 from server.polish import told
@@ -60,7 +60,7 @@ def _in_words(log: list[Event], last: Event) -> dict[str, list[str]]:
     told = {"sites": [view.evenness(last)], "worse than base": [view.worse(last)]} if last else {}
     told |= {f"tasks, {event['stage']}": list(view.lines(event)) for event in measured}
     symptoms = [f"{one.name}: {one.evidence}. {one.remedy}" for one in troubleshooting.symptoms(log)]
-    told |= {"gate": words.summary(log), "What the numbers say": symptoms}
+    told |= {"gate": words.summary(log), "export": export_words.summary(log), "What the numbers say": symptoms}
     return {head: texts for head, texts in told.items() if any(texts)}
 
 

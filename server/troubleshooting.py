@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from common.events import Event
+from server import export_words
 from server.evaluate import measure, view
 from server.gate import words
 
@@ -18,6 +19,7 @@ MIN_FALL: Final = 0.05  # share of the held-out loss that counts as fallen
 PROBE_DROP: Final = 0.01
 MIN_LARGE_GAPS: Final = 2  # rounds; one large gap is chance
 DIVERGING: Final = 2  # evaluations in a row in which a site's loss rises while the mean's falls
+LESS_LIKELY: Final = 1.0  # nats of a whole chosen answer; DPO always shifts it by a little
 LONGER: Final = 1.5  # factor of an answer's length
 MORE_REPEATED: Final = 0.1  # rise of the share of repeated pieces
 MAX_EATEN: Final = 0.3  # of what the adapter does; more of it lost is seen in its answers
@@ -163,13 +165,20 @@ def collapse(log: Sequence[Event]) -> Iterator[Symptom]:
 def _collapsing(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
     """Signs of it in the figures that the stage has."""
     both = [key for key in ("logp_chosen", "logp_rejected") if key in before and key in after]
-    if len(both) == 2 and all(after[key] < before[key] for key in both):
+    is_falling = len(both) == 2 and all(after[key] < before[key] for key in both)
+    if is_falling and before["logp_chosen"] - after["logp_chosen"] > LESS_LIKELY:
         fell = ", ".join(f"{key} {before[key]:.2f} to {after[key]:.2f}" for key in both)
         yield f"both likelihoods fall ({fell})"
     if before.get("length") and after.get("length", 0.0) > LONGER * before["length"]:
         yield f"answers grow ({before['length']:.0f} to {after['length']:.0f} tokens)"
     if "repetition" in before and after.get("repetition", 0.0) > before["repetition"] + MORE_REPEATED:
         yield f"answers repeat ({before['repetition']:.0%} to {after['repetition']:.0%})"
+
+
+def merged(log: Sequence[Event]) -> Iterator[Symptom]:
+    """Formats of the folder that the run has written lose much of the adapter."""
+    found = export_words.newest(log)
+    yield from of_formats(found.get("logits", {}) if found else {})
 
 
 def of_formats(logits: Mapping[str, Mapping[str, float]]) -> list[Symptom]:
@@ -198,6 +207,7 @@ FINDERS: Final[tuple[Finder, ...]] = (
     diverging_site,
     flat_tasks,
     large_gap,
+    merged,
 )
 
 

@@ -26,6 +26,7 @@ from server import (
     export_gguf,
     export_onnx,
     export_perplexity,
+    export_words,
     seal,
     troubleshooting,
     verify_template,
@@ -88,22 +89,8 @@ def verify(folder: Path, *, signer: str = "", base: Path | None = None) -> dict[
 
 def told(result: Mapping[str, Any]) -> list[str]:
     """A result of `verify` for people."""
-    signer = f"signed by {result['signer']}" if result["signer"] else "NOT SIGNED: anybody could have written it"
-    whole = f"{result['name']}: {result['num_files']} files whole, {result['num_tensors']} tensors sound; {signer}"
-    lines = [
-        f"{name:<7} differs from the adapter by {figures['difference']:.2e}, limit {figures['limit']:.0e}"
-        for name, figures in result.get("logits", {}).items()
-        if name != "base"
-    ]
-    if lines:
-        lines.append(f"base    differs from the adapter by {result['logits']['base']['difference']:.2e}: what it does")
-    if found := result.get("perplexity"):
-        lines.append(
-            f"merged  perplexity {found['merged']:.4f}, side by side {found['side_by_side']:.4f}, base "
-            f"{found['base']:.4f}, on {found['num_rows']} rows when it was exported"
-        )
     symptoms = troubleshooting.of_formats(result.get("logits", {}))
-    return [whole, *lines, *(f"{one.name}: {one.evidence}. {one.remedy}" for one in symptoms)]
+    return [*export_words.lines(result), *(f"{one.name}: {one.evidence}. {one.remedy}" for one in symptoms)]
 
 
 def _check_kind(folder: Path, path: str) -> None:

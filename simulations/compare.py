@@ -139,5 +139,6 @@ def alone(settings: config.RunConfig) -> config.RunConfig:
             "federation": settings.federation.model_copy(update=one),
             "evaluation": settings.evaluation.model_copy(update=quick),
             "gate": config.GateConfig(),  # of the federation's adapter
+            "export": config.ExportConfig(),  # likewise
         }
     )

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from common import adapter, storage, wire
+from common import adapter, events, storage, wire
 from common.errors import DataError
 from server.aggregate.method import State
 from server.evaluate import bootstrap
@@ -24,6 +24,8 @@ FOLDER: Final = "scores"
 BASE: Final = "base"
 PROMPT_ONLY: Final = "prompt-only"
 FINAL: Final = "final"
+PREVIOUS: Final = "previous"
+_POLISHED: Final = "polish-"  # how labels of stages after the rounds begin
 _REFERENCES: Final = (BASE, PROMPT_ONLY)
 _STAGE: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 Figures = Mapping[str, Scores]
@@ -45,7 +47,8 @@ def measure(suite: Suite, state: State, *, stage: str) -> Mapping[str, Any]:
     """Run every task on an adapter, keep each row's scores and log one event `measured`.
 
     The base is also measured with the prompts of those tasks that have a baseline, as the stage `prompt-only`. Every
-    later stage is compared to both on the same rows, by the paired bootstrap. Texts are kept nowhere.
+    later stage is compared to both on the same rows, by the paired bootstrap, and a stage of polish to the one before
+    it as well. Texts are kept nowhere.
 
     Args:
         suite: What to measure.
@@ -80,7 +83,7 @@ def _measure(suite: Suite, stage: str, adapter_sha256: str) -> Mapping[str, Any]
     scores = {f"{name}.{metric}": one for name, figures in found.items() for metric, one in figures.items()}
     kinds = {task.name: task.settings.kind for task in suite.tasks}
     _keep(suite, stage, scores)
-    references = {name: _stored(suite, name) for name in _compared(suite, stage)}
+    references = {name: _stored(suite, label) for name, label in _compared(suite, stage).items()}
     return suite.log.append(
         "measured",
         stage=stage,
@@ -128,11 +131,27 @@ def _figure(scores: Scores, kind: str) -> dict[str, Any]:
     }
 
 
-def _compared(suite: Suite, stage: str) -> list[str]:
-    """The stages that a stage is compared to."""
+def _compared(suite: Suite, stage: str) -> dict[str, str]:
+    """The labels of the stages that a stage is compared to, by what they are to it."""
     if stage == BASE:
-        return []
-    return [name for name in _REFERENCES if name != stage and _file(suite.folder, name).exists()]
+        return {}
+    found = {name: name for name in _REFERENCES if name != stage and _file(suite.folder, name).exists()}
+    return found | ({PREVIOUS: before} if (before := _before(suite, stage)) else {})
+
+
+def _before(suite: Suite, stage: str) -> str:
+    """The stage that was measured before one of polish: the one before it, or the last round; empty if there is none.
+
+    Labels of polish begin with a number of two digits, so those before a stage sort before it.
+    """
+    if not stage.startswith(_POLISHED):
+        return ""
+    log = events.read(suite.log.path) if suite.log.path.is_file() else []
+    told = [event["stage"] for event in log if event["kind"] == "measured" and event["stage"] not in _REFERENCES]
+    found = [label for label in told if not label.startswith(_POLISHED) or label < stage]
+    polished = sorted(label for label in found if label.startswith(_POLISHED))
+    label = (polished or found or [""])[-1]
+    return label if label and _file(suite.folder, label).exists() else ""
 
 
 def _file(folder: Path, stage: str) -> Path:

@@ -15,6 +15,8 @@ from torch import nn
 
 from common import adapter, cores, model, prompts
 from common.adapter import Tensors
+from common.config_polish import PolishStage
+from common.errors import ModelError
 from common.model import Engine
 
 REFERENCE: Final = "ref"  # the name under which TRL looks for it
@@ -49,6 +51,22 @@ def lent(engine: Engine) -> Iterator[None]:
             random.setstate(numbers[0])
             np.random.set_state(numbers[1])
             engine.model.zero_grad()
+
+
+@contextmanager
+def memory_named(stage: PolishStage) -> Iterator[None]:
+    """Too little memory as an error of ours, which names the settings that need less.
+
+    Raises:
+        ModelError: The device's memory was not enough.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"polish stage '{stage.name}': out of memory; lower its micro_batch_size ({stage.micro_rows} rows now) "
+            "or max_length_tokens"
+        ) from error
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ the newest of them. A stage that was interrupted goes on from its newest checkpo
 would have given.
 """
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -13,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
-
-import torch
 
 from common import adapter, events, storage, wire
 from common.adapter import Tensors
@@ -27,7 +26,7 @@ from common.model import Engine
 from common.records import TensorSpec
 from server.evaluate import measure
 from server.federation import Federation
-from server.polish import borrow, reward_model, rewards, rows, told, unfinished
+from server.polish import answering, borrow, reward_model, rewards, rows, told, unfinished
 from server.polish.rows import StageRows
 
 FOLDER: Final = "polish"
@@ -42,7 +41,7 @@ class Played:
 
     Attributes:
         tensors: The adapter afterwards; as before, for a reward model.
-        before: The objective's figures on the held-out rows, by name.
+        before: The objective's figures on the held-out rows, and those of `answering`, by name.
         after: The same afterwards.
         reward: The reward model that was trained; None for other kinds.
         num_steps: Optimizer steps.
@@ -218,10 +217,30 @@ def play(
         ConfigError: An adapter on the output layer, which TRL would not train.
         ModelError: A value is not finite.
     """
-    from server.polish import trainers  # loads TRL, which a run without stages does not need
-
     _refuse_head(engine)
     adapter.write(engine.model, start)
+    with borrow.memory_named(stage):
+        before = answering.figures(engine, stage, found)
+        played = _trained(stage, start, engine=engine, found=found, tell=tell, judge=judge, unfinished_in=unfinished_in)
+        after = answering.figures(engine, stage, found)
+    if played.reward:
+        adapter.write(engine.model, start)
+    return dataclasses.replace(played, before={**played.before, **before}, after={**played.after, **after})
+
+
+def _trained(
+    stage: PolishStage,
+    start: Tensors,
+    *,
+    engine: Engine,
+    found: StageRows,
+    tell: Any,
+    judge: reward_model.RewardModel | None,
+    unfinished_in: Path | None,
+) -> Played:
+    """What the trainer makes of the adapter, and the objective's figures before and after."""
+    from server.polish import trainers  # loads TRL, which a run without stages does not need
+
     with tempfile.TemporaryDirectory(prefix="silotune-polish-") as temporary, borrow.lent(engine):
         scratch, keeps = unfinished_in or Path(temporary), unfinished_in is not None
         try:
@@ -235,11 +254,6 @@ def play(
             before = trainers.figures(trainer, stage)
             trainer.train(resume_from_checkpoint=str(newest) if (newest := unfinished.newest(scratch)) else None)
             after = trainers.figures(trainer, stage)
-        except torch.OutOfMemoryError as error:
-            raise ModelError(
-                f"polish stage '{stage.name}': out of memory; lower its micro_batch_size ({stage.micro_rows} rows now) "
-                "or max_length_tokens"
-            ) from error
         finally:
             borrow.drop(engine.model, reward_model.JUDGE)
         trained = reward_model.read(engine, model) if model is not None else None
@@ -247,8 +261,6 @@ def play(
         _refuse_files(scratch)
     _refuse_diverged(result, stage)
     engine.model.eval()
-    if trained:
-        adapter.write(engine.model, start)
     return Played(start if trained else result, before, after, trained, int(trainer.state.global_step))
 
 

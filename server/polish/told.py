@@ -14,7 +14,7 @@ OWN_DATA: Final = (
     "What the coordinator trained on is not covered by any privacy guarantee: the adapter may have memorised it."
 )
 AT_SITES: Final = "held-out loss at the sites"
-_ORDER: Final = ("loss", "margin", "accuracy", "logp_chosen", "logp_rejected", "reward", "length")
+_ORDER: Final = ("loss", "margin", "accuracy", "logp_chosen", "logp_rejected", "reward", "length", "repetition")
 _OF_STAGES: Final = ("polish_started", "polish_step", "polish_finished", "polish_evaluated")
 
 

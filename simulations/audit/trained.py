@@ -30,7 +30,9 @@ def coins(count: int, *, seed: int, purpose: str) -> Tensor:
 
 def train(shared: World, sites: Mapping[str, SiteData], log: EventLog) -> Tensors:
     """The adapter that the federation makes of these rows."""
-    settings = shared.settings.model_copy(update={"gate": config.GateConfig()})  # what a gate refuses is attacked too
+    settings = shared.settings.model_copy(
+        update={"gate": config.GateConfig(), "export": config.ExportConfig()}
+    )  # what a gate refuses is attacked too
     outcome = run.in_process(settings, sites=sites, engine=shared.engine, folder=shared.folder, log=log)
     return outcome.tensors
 

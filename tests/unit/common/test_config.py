@@ -245,7 +245,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "3943ff8a1e1eb40cdf701913ca4a9a1b6d1fbb559a29cf8c0f218c9e4c2ee758"
+        "4e41fe3df5d9fcab6ec6205206ccb00b7c9f6da5b8edb2822a290df700678634"
     )
 
 

@@ -1,6 +1,7 @@
 """Every format of an export, read back by what its users read it with."""
 
 import json
+import re
 from dataclasses import replace
 
 import gguf
@@ -133,6 +134,42 @@ def test_a_modelfile_has_a_template_only_where_it_is_chatml(tmp_path):
     assert 'TEMPLATE """' not in export_gguf.modelfile(folder)
 
 
+def commands(text: str) -> list[tuple[str, str]]:
+    """A Modelfile by the grammar of Ollama's docs (`INSTRUCTION arguments`, comments from `#`, texts over several lines
+    in three quotes); what is none of it is an error."""
+    known = "FROM|PARAMETER|TEMPLATE|SYSTEM|ADAPTER|LICENSE|MESSAGE|REQUIRES"
+    line = re.compile(rf'(?:#[^\n]*|(?P<name>{known})[ ]+(?P<value>"""(?:.|\n)*?"""|[^\n]+)|)\n')
+    found, place = [], 0
+    while place < len(text):
+        one = line.match(text, place)
+        if one is None:
+            raise ValueError(f"no command: {text[place:].splitlines()[0]}")
+        found += [(one["name"], one["value"])] if one["name"] else []
+        place = one.end()
+    return found
+
+
+def test_a_modelfile_is_one_by_ollama_s_grammar(tmp_path):
+    folder = tiny.make_base(tmp_path / "base")
+    plain, own = export_gguf.modelfile(folder), chat.CHATML
+    (folder / "chat_template.jinja").write_text("{{ 'be kind' }}" + own)
+    for text, names in (
+        (plain, ["FROM", "TEMPLATE", "PARAMETER"]),
+        (export_gguf.modelfile(folder), ["FROM", "PARAMETER"]),
+    ):
+        found = commands(text)
+        assert [name for name, _ in found] == names
+        assert found[0] == ("FROM", "./model.gguf")
+        key, _, value = found[-1][1].partition(" ")
+        assert (key, json.loads(value)) == ("stop", "<|im_end|>")
+    template = dict(commands(plain))["TEMPLATE"]
+    assert template.count("{{") == template.count("}}") == 4
+    assert all(name in template for name in (".Messages", ".Role", ".Content"))
+    for broken in (plain.replace('"""', '"'), plain.replace("FROM", "BASE"), plain.rstrip("\n")):  # controls
+        with pytest.raises(ValueError, match="no command"):
+            commands(broken)
+
+
 CONVERTER = """
 import pathlib, sys
 merged, _, outfile, _, outtype, _, name = sys.argv[1:]
@@ -227,6 +264,18 @@ def test_the_card_tells_data_evaluation_privacy_and_licences(source, tmp_path):
     for part in ("## Data", "## Evaluation", "## Privacy", "## Licences", found.run_manifest.sha256):
         assert part in text
     assert "without differential privacy" in text
+
+
+def test_the_card_says_of_the_data_what_the_coordinator_states_and_else_that_nobody_has(load_tiny, tiny_base, tmp_path):
+    changes = {"export.data_statement": "German discharge letters of 2019.", "export.data_licence": "CC-BY-4.0"}
+    cards = []
+    for name, made in (("stated", changes), ("silent", {})):
+        found = make_source(load_tiny(), tiny.settings(tiny_base, made))
+        cards.append((write(tmp_path / name, found, None, "peft") / "README.md").read_text())
+    assert "German discharge letters of 2019." in cards[0].split("## Data")[1].split("\n## ")[0]
+    assert "Data of the sites: CC-BY-4.0" in cards[0].split("## Licences")[1]
+    assert "it cannot say what the text is" in cards[1]  # control
+    assert "Data of the sites" not in cards[1]
 
 
 def test_a_base_without_a_licence_is_told_so(source, tmp_path):

@@ -15,6 +15,8 @@ from common.config_gate import GateConfig
 from common.errors import ConfigError, DataError, GateRefused, ModelError
 from common.model import Engine
 from server import export, finish, report, run, status
+from server.evaluate import bootstrap
+from server.evaluate.bootstrap import Scores
 from server.gate import decide
 from server.polish import command, stages
 from tests import stage_data, tiny
@@ -96,6 +98,23 @@ def test_a_run_goes_on_into_its_stages_and_tells_of_them(world):
     assert "align (dpo): loss" in str(status.read(folder)["finished_stages"])
     suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
     assert suffixes <= {".json", ".jsonl", ".safetensors", ".md", ".html"}
+
+
+def test_each_stage_is_compared_with_the_one_before_by_the_paired_bootstrap(world):
+    folder = world.folder / "whole"
+    found = {event["stage"]: event for event in of(folder, "measured")}
+    kept = {name: json.loads((folder / "scores" / f"{name}.json").read_bytes())["scores"] for name in found}
+
+    def rows(stage: str) -> Scores:
+        one = kept[stage]["server-data.exact_match"]
+        return Scores(tuple(map(tuple, one["rows"])), one["statistic"], one["higher_is_better"])
+
+    for before, stage in (("final", "polish-01-teach"), ("polish-01-teach", "polish-03-align")):
+        told = found[stage]["gains"]["previous"]["server-data.exact_match"]
+        assert told == dataclasses.asdict(bootstrap.gain(rows(stage), rows(before)))
+        assert set(found[stage]["gains"]) == {"base", "previous"}
+    assert set(found["final"]["gains"]) == {"base"}  # control: rounds are not compared with each other
+    assert "previous" in report.render(events.read(folder / events.FILE))
 
 
 def test_a_private_run_s_card_says_what_polish_costs_and_what_is_not_covered(tiny_base, engine):

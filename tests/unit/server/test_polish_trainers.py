@@ -1,6 +1,8 @@
 """Every kind of stage moves its objective in 20 steps on a tiny model; data that say nothing do not move it."""
 
+import copy
 import dataclasses
+import gc
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from common import adapter
 from common.config_polish import PolishStage
 from common.errors import ModelError
+from server import troubleshooting
 from server.polish import borrow, rows, stages
 from tests import stage_data, tiny
 
@@ -27,6 +30,9 @@ def files(tmp_path_factory) -> dict[str, str]:
         "instructions": stage_data.instructions(),
         "texts": stage_data.texts(),
         "questions": stage_data.questions(),
+        "letters": [{"instruction": row["prompt"], "output": "A"} for row in stage_data.questions()],
+        "checked": [{"prompt": row["prompt"], "answer": "A", "tests": "pass"} for row in stage_data.questions()],
+        "impossible": [{**row, "answer": "B B", "tests": "assert False"} for row in stage_data.questions()],
     }
     return {name: stage_data.write(folder / f"{name}.jsonl", table) for name, table in tables.items()}
 
@@ -35,13 +41,15 @@ def files(tmp_path_factory) -> dict[str, str]:
 def play(engine, tiny_base, files):
     """Play one stage from an adapter; gives what it did."""
 
-    def run(kind: str, data: str, *, start=None, judge=None, change=None, on=None, **settings) -> stages.Played:
+    def run(
+        kind: str, data: str, *, start=None, judge=None, change=None, on=None, tell=lambda *_: None, **settings
+    ) -> stages.Played:
         target = on or engine
         stage = PolishStage(name="trial", kind=kind, data=files[data], **{**COMMON, **settings})
         found = rows.load(stage, target, tiny.settings(tiny_base).data)
         found = change(found) if change else found
         begin = target.initial if start is None else start
-        return stages.play(stage, begin, engine=target, found=found, tell=lambda *_: None, judge=judge)
+        return stages.play(stage, begin, engine=target, found=found, tell=tell, judge=judge)
 
     return run
 
@@ -57,13 +65,16 @@ def test_imitation_lowers_the_loss_on_rows_it_has_not_seen(play, kind: str, data
     assert moved(play(kind, data), "loss") < -1.0
 
 
-def test_imitation_of_other_answers_does_not(play):
+@pytest.mark.parametrize(
+    ("kind", "data"), [("sft", "instructions"), pytest.param("cpt", "texts", marks=pytest.mark.slow)]
+)
+def test_imitation_of_other_answers_does_not(play, kind: str, data: str):
     def spoil(found: rows.StageRows) -> rows.StageRows:
-        """Train on the words of everyday rows in the place of the answers that the held-out rows have."""
+        """Train on other tokens in the place of those that the held-out rows have."""
         other = [{**row, "labels": [-100 if t < 0 else 3 + t % 7 for t in row["labels"]]} for row in found.train]
         return dataclasses.replace(found, train=other)
 
-    assert moved(play("sft", "instructions", change=spoil), "loss") > 0.0
+    assert moved(play(kind, data, change=spoil), "loss") > 0.0
 
 
 @pytest.mark.parametrize(
@@ -82,10 +93,14 @@ def test_preferences_widen_the_margin_and_pairs_that_prefer_nothing_do_not(play,
     assert control < real / 4
 
 
-@pytest.mark.parametrize("settings", [{"loss": "ipo"}, {"loss": "robust", "label_smoothing": 0.1}])
+@pytest.mark.parametrize(
+    "settings", [{"loss": "ipo"}, {"loss": "robust", "label_smoothing": 0.1}, {"label_smoothing": 0.1}]
+)
 @pytest.mark.slow
-def test_the_other_losses_of_dpo_widen_the_margin(play, settings):
-    assert moved(play("dpo", "pairs", **settings), "margin") > 0.03
+def test_the_other_losses_of_dpo_widen_the_margin_and_pairs_that_prefer_nothing_do_not(play, settings):
+    real, control = (moved(play("dpo", data, **settings), "margin") for data in ("pairs", "equal_pairs"))
+    assert real > 0.03
+    assert control < real / 4
 
 
 def test_a_verifiable_reward_rises_and_a_constant_one_teaches_nothing(play, engine):
@@ -93,6 +108,23 @@ def test_a_verifiable_reward_rises_and_a_constant_one_teaches_nothing(play, engi
     control = play("grpo", "questions", **{**NO_CAPITALS, "pattern": "[^ÿ]*"})
     assert control.before["reward"] == control.after["reward"] == 1.0
     assert all(torch.equal(control.tensors[name], engine.initial[name]) for name in engine.initial)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reward", ["exact", "json", "unit_test"])
+def test_the_other_verifiable_rewards_rise_and_what_no_answer_earns_teaches_nothing(play, engine, tmp_path, reward):
+    """Answers of one token, so that right ones come by chance: for `exact` after a little imitation."""
+    number, nothing = tmp_path / "number.json", tmp_path / "nothing.json"
+    number.write_text('{"type": "integer"}')
+    nothing.write_text("false")
+    start = play("sft", "letters", steps=4, batch_size=8).tensors if reward == "exact" else engine.initial
+    own = {"json": {"json_schema": str(number)}, "unit_test": {"test_timeout_s": 5.0}}.get(reward, {})
+    settings = {**SAMPLED, **own, "start": start, "reward": reward, "max_new_tokens": 1, "learning_rate": 3e-2}
+    played = play("grpo", "checked", **settings)
+    assert moved(played, "reward") > 0.1
+    control = play("grpo", "impossible", **{**settings, **({"json_schema": str(nothing)} if reward == "json" else {})})
+    assert control.before["reward"] == control.after["reward"] == 0.0
+    assert all(torch.equal(control.tensors[name], start[name]) for name in start)
 
 
 @pytest.mark.slow
@@ -124,6 +156,26 @@ def test_the_reference_is_the_start_or_the_base(play, engine):
     assert from_start.before["loss"] == pytest.approx(0.693147, abs=1e-5)
     from_base = play("dpo", "pairs", start=start, steps=1, learning_rate=1e-12, reference="base")
     assert abs(from_base.before["margin"]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "reference"),
+    [("dpo", "pairs", "start"), pytest.param("kto", "judged", "base", marks=pytest.mark.slow)],
+)
+def test_no_second_base_is_in_memory_while_a_stage_with_a_reference_trains(play, engine, kind, data, reference):
+    weight = engine.model.get_input_embeddings().weight
+
+    def copies() -> int:
+        found = [one for one in gc.get_objects() if type(one) is type(weight) and one.shape == weight.shape]
+        return len({one.data_ptr() for one in found})
+
+    before, during = copies(), []
+    play(kind, data, steps=1, reference=reference, tell=lambda *_: during.append(copies()))
+    assert during
+    assert set(during) == {before}
+    second = copy.deepcopy(engine.model)  # control: what TRL makes of a model that is no peft model
+    assert copies() > before
+    del second
 
 
 def test_the_reference_of_an_adapter_with_cores_is_the_same_function(play, load_tiny):
@@ -167,9 +219,15 @@ def dtypes(engine) -> set[torch.dtype]:
     return {parameter.dtype for parameter in adapter.parameters(engine.model).values()}
 
 
-@pytest.mark.parametrize(("kind", "data"), [("sft", "instructions"), ("dpo", "pairs")])
+SLOWER = [("cpt", "texts"), ("kto", "judged"), ("orpo", "pairs"), ("simpo", "pairs"), ("grpo", "questions")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [("sft", "instructions"), ("dpo", "pairs"), *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOWER)],
+)
 def test_the_adapter_over_a_quantised_base_stays_float32(play, nf4, kind: str, data: str):
-    played = play(kind, data, steps=2, on=nf4)
+    played = play(kind, data, steps=2, on=nf4, **(NO_CAPITALS if kind == "grpo" else {}))
     assert dtypes(nf4) == {torch.float32}
     changed = [tensor for name, tensor in played.tensors.items() if not torch.equal(tensor, nf4.initial[name])]
     assert changed
@@ -192,3 +250,40 @@ def test_an_adapter_that_diverged_goes_no_further(play, engine):
     far = {name: torch.full_like(tensor, 2e6) for name, tensor in engine.initial.items()}
     with pytest.raises(ModelError, match="diverged; lower the stage's learning_rate"):
         play("sft", "instructions", start=far, steps=1, learning_rate=1e-12)
+
+
+def test_a_preference_stage_tells_how_its_answers_look_and_imitation_does_not(play):
+    played = play("dpo", "pairs", steps=1)
+    assert {"length", "repetition"} <= set(played.before) & set(played.after)
+    assert 0.0 <= played.before["repetition"] <= 1.0
+    assert 0.0 < played.before["length"] <= 64.0
+    assert not {"length", "repetition"} & set(play("sft", "instructions", steps=1).before)  # control
+
+
+def test_repetition_is_the_share_of_pieces_of_four_tokens_that_came_before():
+    from server.polish.answering import repeated
+
+    assert repeated([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)  # 1234 2341 3412 4123 1234
+    assert repeated([5] * 10) == pytest.approx(6 / 7)
+    assert repeated([1, 2, 3]) == repeated(range(50)) == 0.0
+
+
+def test_a_stage_that_ruins_the_answers_is_told_as_a_collapse_and_one_that_does_not_is_none(play):
+    def signs(**settings) -> str:
+        played = play("dpo", "pairs", **settings)
+        log = [{"kind": "polish_finished", "stage": "align", "before": played.before, "after": played.after}]
+        return " ".join(one.evidence for one in troubleshooting.symptoms(log))
+
+    assert "answers repeat" in signs(learning_rate=0.3)
+    assert signs(learning_rate=1e-5) == ""  # control
+
+
+def test_a_stage_without_memory_names_the_settings_that_need_less_and_the_report_the_symptom():
+    stage = PolishStage(name="align", kind="dpo", data="x", micro_batch_size=2)
+    message = r"'align': out of memory; lower its micro_batch_size \(2 rows now\)"
+    with pytest.raises(ModelError, match=message) as told, borrow.memory_named(stage):
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+    failed = {"kind": "run_failed", "error": "ModelError", "reason": str(told.value)}
+    assert [one.name for one in troubleshooting.symptoms([failed])] == ["out of memory"]
+    with pytest.raises(ValueError, match="another"), borrow.memory_named(stage):  # control
+        raise ValueError("another")

@@ -24,6 +24,12 @@ def polished(after, before=None):
     return {"kind": "polish_finished", "stage": "align", "number": 1, "before": before, "after": {**before, **after}}
 
 
+def exported(difference):
+    logits = {"merged": {"difference": difference, "limit": 0.8}, "base": {"difference": 0.5}}
+    told = {"name": "triage", "signer": "", "num_files": 3, "num_tensors": 2, "formats": ["peft", "merged"]}
+    return {"kind": "exported", "folder": "export", "perplexity": {}, "logits": logits, **told}
+
+
 FALLS = [PLAN, evaluated(0, 6.0, north=6.5, south=5.5), evaluated(1, 4.0, north=4.5, south=3.5)]
 DRIFTS = [
     PLAN,
@@ -39,6 +45,8 @@ CASES = [
     ("forgetting", of_task(-0.2, kind="probe"), of_task(-0.2)),
     ("preference stage collapses", [polished({"logp_chosen": -20.0, "logp_rejected": -40.0})],
      [polished({"logp_chosen": -9.0, "logp_rejected": -40.0})]),
+    ("preference stage collapses", [polished({"logp_chosen": -11.5, "logp_rejected": -14.0})],
+     [polished({"logp_chosen": -10.5, "logp_rejected": -14.0})]),
     ("preference stage collapses", [polished({"length": 90.0})], [polished({"length": 50.0})]),
     ("preference stage collapses", [polished({"repetition": 0.4})], [polished({"repetition": 0.1})]),
     ("large aggregation gap", [PLAN, finished(0, 0.3), finished(1, 0.2)], [PLAN, finished(0, 0.3), finished(1, 0.05)]),
@@ -49,6 +57,8 @@ CASES = [
      [failed("north", "refused with ModelError; see reference 1", step="open")]),
     ("training diverged", [{"kind": "run_failed", "error": "ModelError", "reason": "the adapter has diverged"}],
      [{"kind": "run_failed", "error": "StorageError", "reason": "the disk is full"}]),
+    ("merged worse than adapter", [exported(0.4)], [exported(0.01)]),
+    ("merged worse than adapter", [exported(0.4)], [exported(0.4), exported(0.01)]),
     ("out of memory", [failed("north", "refused with OutOfMemory; the site's log has the reason")],
      [failed("north", "refused with InternalError; the site's log has the reason")]),
     ("out of memory", [{"kind": "site_refused", "node": 3, "reason": "refused with OutOfMemory"}],
@@ -114,6 +124,15 @@ def test_a_format_that_loses_the_adapter_is_told_beside_its_figures():
     result = {"name": "triage", "signer": "", "num_files": 3, "num_tensors": 2}
     assert "merged worse than adapter" in verify.told({**result, "logits": eaten})[-1]
     assert "merged worse" not in " ".join(verify.told({**result, "logits": sound}))
+
+
+def test_the_report_of_a_run_that_exported_names_the_folder_and_what_is_wrong_with_it():
+    page = report.render([PLAN, exported(0.4)])
+    assert "<h2>Export</h2>" in page
+    assert "export/ (peft, merged)" in page
+    assert "merged worse than adapter" in page
+    assert "merged worse than adapter" not in report.render([PLAN, exported(0.01)])
+    assert "<h2>Export</h2>" not in report.render([PLAN])
 
 
 def test_report_and_status_say_what_the_numbers_say(tmp_path):

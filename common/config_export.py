@@ -1,0 +1,91 @@
+"""Section `[export]` of the run file: the sealed folder that a run ends with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Literal
+
+from pydantic import Field
+
+from common.config_types import EXPORT_FORMATS, Contradiction, Line, Section
+from common.methods import FACTS
+
+if TYPE_CHECKING:
+    from common.config import RunConfig
+
+ADAPTERS: Final = frozenset({"peft", "vllm"})  # all other formats hold merged weights
+
+
+class ExportConfig(Section):
+    """The sealed folder that a run writes at its end, of the adapter that the gate let pass: `export/` in the run's
+    folder, as `silotune-server export --to` writes it, and verified; and what every model card says of the data. Sites
+    are told nothing of it.
+    """
+
+    formats: str = Field(
+        default="",
+        pattern=EXPORT_FORMATS,
+        max_length=4096,
+        description="What it holds: `peft`, `vllm`, `merged`, `nf4`, `int8`, `gguf`, `onnx`; see docs/export.md. "
+        "Empty: no such folder.",
+    )
+    gguf_type: Literal["", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"] = Field(
+        default="", description="Type of the matrices of `gguf`; all but `bf16` need `llama_cpp`. Empty: `bf16`."
+    )
+    llama_cpp: Line = Field(default="", description="A llama.cpp checkout that writes `gguf`. Empty: written here.")
+    rows: Line = Field(
+        default="",
+        description="Rows on which merged weights are held against base and adapters side by side. Empty: "
+        "`evaluation.server_data`, where it is there.",
+    )
+    data_statement: Line = Field(
+        default="",
+        description="What the sites' rows are (kind of text, languages, years, whom they are about), for every model "
+        "card. Empty: the card says that nobody has told.",
+    )
+    data_licence: Line = Field(
+        default="", description="Under what terms they may be learnt from, for every model card. Empty: likewise."
+    )
+    operator_key: Line = Field(default="", description="Private key that signs the folder. Empty: it is not signed.")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The formats, in the order in which they are written down."""
+        return tuple(name.strip() for name in self.formats.split(",") if name.strip())
+
+
+def _exports_no_adapter(config: RunConfig) -> bool:
+    return bool(config.export.formats) and FACTS[config.aggregation.method].is_personal
+
+
+CONTRADICTIONS: Final[tuple[Contradiction, ...]] = (
+    (
+        ("export.formats", "aggregation.method"),
+        _exports_no_adapter,
+        "under this method each site has an adapter of its own, and the coordinator none to export; remove it",
+    ),
+    (
+        ("export.gguf_type", "export.formats"),
+        lambda c: bool(c.export.gguf_type) and "gguf" not in c.export.names,
+        "is for the format gguf; add it to export.formats, or remove this",
+    ),
+    (
+        ("export.gguf_type", "export.llama_cpp"),
+        lambda c: c.export.gguf_type not in ("", "bf16") and not c.export.llama_cpp,
+        "is written by llama-quantize; set export.llama_cpp to a checkout with it, or 'bf16'",
+    ),
+    (
+        ("export.llama_cpp", "export.formats"),
+        lambda c: bool(c.export.llama_cpp) and "gguf" not in c.export.names,
+        "writes the format gguf; add it to export.formats, or remove this",
+    ),
+    (
+        ("export.rows", "export.formats"),
+        lambda c: bool(c.export.rows) and not set(c.export.names) - ADAPTERS,
+        "is for merged weights; add merged, nf4, int8, gguf or onnx to export.formats, or remove this",
+    ),
+    (
+        ("export.operator_key", "export.formats"),
+        lambda c: bool(c.export.operator_key) and not c.export.formats,
+        "signs a folder that nobody asked for; set export.formats, or remove this",
+    ),
+)

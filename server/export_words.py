@@ -1,0 +1,38 @@
+"""What people are told of an exported folder: lines from the figures that `server/verify.py` found."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from common.events import Event
+
+
+def lines(result: Mapping[str, Any]) -> list[str]:
+    """The folder, each format's difference from the adapter, and the perplexity of merged weights."""
+    signer = f"signed by {result['signer']}" if result["signer"] else "NOT SIGNED: anybody could have written it"
+    told = [f"{result['name']}: {result['num_files']} files whole, {result['num_tensors']} tensors sound; {signer}"]
+    logits = result.get("logits", {})
+    told += [
+        f"{name:<7} differs from the adapter by {figures['difference']:.2e}, limit {figures['limit']:.0e}"
+        for name, figures in logits.items()
+        if name != "base"
+    ]
+    if logits:
+        told.append(f"base    differs from the adapter by {logits['base']['difference']:.2e}: what it does")
+    if found := result.get("perplexity"):
+        told.append(
+            f"merged  perplexity {found['merged']:.4f}, side by side {found['side_by_side']:.4f}, base "
+            f"{found['base']:.4f}, on {found['num_rows']} rows when it was exported"
+        )
+    return told
+
+
+def newest(log: Sequence[Event]) -> Event | None:
+    """The folder that a run has written, after the last of its starts; None: it has written none."""
+    found = [event for event in log if event["kind"] == "exported"]
+    return found[-1] if found else None
+
+
+def summary(log: Sequence[Event]) -> list[str]:
+    """Lines on the newest folder."""
+    event = newest(log)
+    return [f"{event['folder']}/ ({', '.join(event['formats'])})", *lines(event)] if event else []
