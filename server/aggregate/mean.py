@@ -12,7 +12,7 @@ from torch import Tensor
 from common import ranks
 from server.aggregate.method import State, Sum
 
-BATCH: Final = 4  # uploads that are added at once: the float64 sums then cross memory a quarter as often
+BATCH: Final = 8  # uploads that are added at once: the float64 sums then cross memory an eighth as often
 CHUNK: Final = 1 << 17  # values, so that what is made of them stays in the processor's cache
 
 
@@ -63,13 +63,18 @@ class WeightedMean:
         weights_u = torch.tensor([weight for weight, _ in self._waiting], dtype=torch.float64)
         buffer = torch.empty(len(self._waiting) * CHUNK, dtype=torch.float64)
         for name, total in self._sums.items():
-            pieces = [torch.split(upload[name].flatten(), CHUNK) for _, upload in self._waiting]
-            for sum_c, *values in zip(torch.split(total.view(-1), CHUNK), *pieces, strict=True):
+            pieces = [_chunks(upload[name].flatten()) for _, upload in self._waiting]
+            for sum_c, *values in zip(_chunks(total.view(-1)), *pieces, strict=True):
                 rows_uc = buffer[: len(values) * len(sum_c)].view(len(values), -1)
                 for row_c, value_c in zip(rows_uc, values, strict=True):
                     row_c.copy_(value_c)
                 sum_c.addmv_(rows_uc.T, weights_u)
         self._waiting.clear()
+
+
+def _chunks(flat: Tensor) -> tuple[Tensor, ...]:
+    """Pieces of a vector; most tensors are one, and a split costs as much as adding a thousand values."""
+    return torch.split(flat, CHUNK) if len(flat) > CHUNK else (flat,)
 
 
 def start(state: State, *, trained: Collection[str], round_index: int = 0) -> Sum:
