@@ -14,6 +14,8 @@ from common.adapter import Tensors
 from common.errors import ModelError
 from common.model import Engine
 from common.prompts import Encoded
+from server.evaluate import bootstrap
+from server.evaluate.bootstrap import Scores
 
 LIMIT: Final = 0.01  # of the logarithm of merged over side by side, nats per answer token
 MAX_ROWS: Final = 256  # the first of a file; a float32 base on a CPU takes seconds a row
@@ -33,6 +35,8 @@ class Perplexity:
         base: Of the base alone.
         side_by_side: Of base, adapter and side adapter as the sites have them.
         merged: Of the merged checkpoint, whose weights are rounded to bf16.
+        low: Merged minus side by side, lower end of its interval of 95 %, by the paired bootstrap over rows.
+        high: Upper end.
     """
 
     num_rows: int
@@ -40,6 +44,8 @@ class Perplexity:
     base: float
     side_by_side: float
     merged: float
+    low: float
+    high: float
 
     @property
     def ratio(self) -> float:
@@ -99,20 +105,22 @@ def measure(rows: Path, tensors: Tensors, *, run: config.RunConfig, base: Path, 
     device = model.choose_device("auto")
     network = model.load_base(merged, _plain(run, merged), device)
     engine = Engine(network, model.load_tokenizer(merged), device, "", (), {})
-    score, num_tokens = _perplexity(engine, encoded)
-    return Perplexity(len(encoded), num_tokens, alone, beside, score)
+    found = _scores(engine, encoded)
+    num_tokens = sum(int(row[1]) for row in found.rows)
+    gained = bootstrap.gain(found, beside)
+    return Perplexity(len(encoded), num_tokens, alone.value, beside.value, found.value, gained.low, gained.high)
 
 
 def _beside(
     rows: Path, tensors: Tensors, *, run: config.RunConfig, base: Path
-) -> tuple[float, float, Sequence[Encoded]]:
-    """Perplexity of the base alone and with its adapters, and the rows as tokens."""
+) -> tuple[Scores, Scores, Sequence[Encoded]]:
+    """Scores of the base alone and with its adapters, and the rows as tokens."""
     plain = run.model_copy(update={"model": _plain(run, base)})
     engine = loading.engine_of(plain, base, num_threads=torch.get_num_threads())
     encoded, _ = model.encode(engine, loading.rows_of(str(rows), run)[:MAX_ROWS], run.data)
-    alone, _ = _perplexity(engine, encoded)
+    alone = _scores(engine, encoded)
     adapter.write(engine.model, tensors)
-    return alone, _perplexity(engine, encoded)[0], encoded
+    return alone, _scores(engine, encoded), encoded
 
 
 def _plain(run: config.RunConfig, folder: Path) -> config.ModelConfig:
@@ -122,10 +130,10 @@ def _plain(run: config.RunConfig, folder: Path) -> config.ModelConfig:
     )
 
 
-def _perplexity(engine: Engine, encoded: Sequence[Encoded]) -> tuple[float, int]:
-    """Exponential of the mean negative log-likelihood of an answer token, and the number of tokens."""
-    nll_sum, num_tokens = evaluation.held_out_nll(engine, encoded, batch_size=8)
-    return math.exp(nll_sum / num_tokens), num_tokens
+def _scores(engine: Engine, encoded: Sequence[Encoded]) -> Scores:
+    """Of each row its negative log-likelihood and its answer tokens."""
+    found = tuple(evaluation.held_out_nll(engine, [row], batch_size=1) for row in encoded)
+    return Scores(found, "perplexity", higher_is_better=False)
 
 
 def in_words(found: Perplexity | None, *, quantization: str = "none") -> str:
@@ -148,6 +156,7 @@ def in_words(found: Perplexity | None, *, quantization: str = "none") -> str:
         f"| base alone | {found.base:.4f} |\n"
         f"| base and adapters side by side, float32 | {found.side_by_side:.4f} |\n"
         f"| merged in float32, rounded to bf16 | {found.merged:.4f} |\n\n"
-        f"Merged / side by side: {found.ratio:.5f}; beyond {math.exp(LIMIT):.3f} either way it would not have been "
+        f"Merged / side by side: {found.ratio:.5f}, difference {found.low:+.5f} to {found.high:+.5f} (95 %, paired "
+        f"bootstrap over rows); beyond {math.exp(LIMIT):.3f} either way it would not have been "
         f"exported.{trained}\n"
     )

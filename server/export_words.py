@@ -20,8 +20,9 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         told.append(f"base    differs from the adapter by {logits['base']['difference']:.2e}: what it does")
     if found := result.get("perplexity"):
         told.append(
-            f"merged  perplexity {found['merged']:.4f}, side by side {found['side_by_side']:.4f}, base "
-            f"{found['base']:.4f}, on {found['num_rows']} rows when it was exported"
+            f"merged  perplexity {found['merged']:.4f}, side by side {found['side_by_side']:.4f} (difference "
+            f"{found['low']:+.4f} to {found['high']:+.4f}), base {found['base']:.4f}, on {found['num_rows']} rows "
+            "when it was exported"
         )
     return told
 

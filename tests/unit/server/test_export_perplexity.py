@@ -63,6 +63,10 @@ def test_the_figures_are_those_of_the_runs_own_model_and_of_the_merged_one(seale
     assert found.side_by_side == pytest.approx(math.exp(nll / num_tokens), rel=1e-5)
     assert abs(math.log(found.ratio)) < export_perplexity.LIMIT / 2
     assert found.merged != found.side_by_side  # bf16 is another model, if hardly
+    assert found.low < found.merged - found.side_by_side < found.high
+    assert found.high - found.low < 0.1 * abs(
+        found.base - found.side_by_side
+    )  # of pairs: much narrower than rows are apart
     assert abs(math.log(found.base / found.side_by_side)) > 10 * export_perplexity.LIMIT
 
 
