@@ -284,7 +284,7 @@ def peak_bytes(fed, engine, num_sites: int) -> int:
 
 def test_memory_of_a_round_does_not_grow_with_the_number_of_sites(federate, engine):
     size = adapter.encoded_size(engine.tensor_specs, dtype="float32")
-    few, many = (peak_bytes(federate({}, {"federation.num_sites": "0"}), engine, count) for count in (4, 44))
+    few, many = (peak_bytes(federate({}, {"federation.num_sites": "0"}), engine, count) for count in (8, 48))
     assert many - few < 40 * size / 4
 
 
@@ -292,5 +292,5 @@ def test_control_a_round_that_gathers_frames_first_needs_more(federate, engine, 
     size = adapter.encoded_size(engine.tensor_specs, dtype="float32")
     real = collect.ask
     monkeypatch.setattr(collect, "ask", lambda *given, **named: iter(list(real(*given, **named))))
-    few, many = (peak_bytes(federate({}, {"federation.num_sites": "0"}), engine, count) for count in (4, 44))
+    few, many = (peak_bytes(federate({}, {"federation.num_sites": "0"}), engine, count) for count in (8, 48))
     assert many - few > 40 * size / 2
