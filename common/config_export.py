@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import Field
 
+from common.config_tasks import split_names
 from common.config_types import EXPORT_FORMATS, Contradiction, Line, Section
 from common.methods import FACTS
 
@@ -50,7 +51,7 @@ class ExportConfig(Section):
     @property
     def names(self) -> tuple[str, ...]:
         """The formats, in the order in which they are written down."""
-        return tuple(name.strip() for name in self.formats.split(",") if name.strip())
+        return split_names(self.formats)
 
 
 def _exports_no_adapter(config: RunConfig) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 from common import adapter, events, identity, model, store
 from common.errors import ConfigError
 from common.methods import FACTS
-from server import checkpoint, export, export_folder, export_kind, run
+from server import checkpoint, export, export_folder, export_kind, run, run_export
 from server.export_folder import Exported
 from server.gate import decide
 from server.polish import stages, told
@@ -104,8 +104,7 @@ def export_to(
 
 def _own_rows(found: Exported) -> Path | None:
     """The coordinator's held-out rows of the run, where they are still there."""
-    named = found.run_manifest.run.evaluation.server_data
-    return Path(named) if named and Path(named).expanduser().exists() else None
+    return run_export.where_there(found.run_manifest.run.evaluation.server_data)
 
 
 def refuse_beside_to(**options: Path | None) -> None:

@@ -81,8 +81,12 @@ def write(run_folder: Path, source: Exported, *, base: Path, log: EventLog) -> N
 def _rows(source: Exported) -> Path | None:
     """Rows of `[export]`, or the coordinator's held-out ones where they are there."""
     run = source.run_manifest.run
-    named = _path(run.export.rows or run.evaluation.server_data)
-    return named if named and named.exists() else None
+    return where_there(run.export.rows or run.evaluation.server_data)
+
+
+def where_there(named: str) -> Path | None:
+    """A file that a run file names, if it is there."""
+    return Path(named) if named and Path(named).expanduser().exists() else None
 
 
 def _gguf_type(source: Exported) -> str:

@@ -19,13 +19,13 @@ from server.evaluate import bootstrap
 from server.evaluate.bootstrap import Scores
 from server.evaluate.suite import Suite
 from server.evaluate.task import Task
+from server.polish import told
 
 FOLDER: Final = "scores"
 BASE: Final = "base"
 PROMPT_ONLY: Final = "prompt-only"
 FINAL: Final = "final"
 PREVIOUS: Final = "previous"
-_POLISHED: Final = "polish-"  # how labels of stages after the rounds begin
 _REFERENCES: Final = (BASE, PROMPT_ONLY)
 _STAGE: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 Figures = Mapping[str, Scores]
@@ -144,12 +144,12 @@ def _before(suite: Suite, stage: str) -> str:
 
     Labels of polish begin with a number of two digits, so those before a stage sort before it.
     """
-    if not stage.startswith(_POLISHED):
+    if not stage.startswith(told.LABEL):
         return ""
     log = events.read(suite.log.path) if suite.log.path.is_file() else []
-    told = [event["stage"] for event in log if event["kind"] == "measured" and event["stage"] not in _REFERENCES]
-    found = [label for label in told if not label.startswith(_POLISHED) or label < stage]
-    polished = sorted(label for label in found if label.startswith(_POLISHED))
+    measured = [event["stage"] for event in log if event["kind"] == "measured" and event["stage"] not in _REFERENCES]
+    found = [label for label in measured if not label.startswith(told.LABEL) or label < stage]
+    polished = sorted(label for label in found if label.startswith(told.LABEL))
     label = (polished or found or [""])[-1]
     return label if label and _file(suite.folder, label).exists() else ""
 

@@ -6,6 +6,7 @@ from typing import Any, Final
 from common.config_polish import EXPERIMENTAL
 from common.events import Event
 
+LABEL: Final = "polish-"  # how labels of stages after the rounds begin
 PRIVATE: Final = (
     "Polish is post-processing of an adapter that is private already: it costs the sites' units nothing, as long as "
     "the coordinator's data were not taken from the sites'."
@@ -45,7 +46,7 @@ def label(number: int, name: str) -> str:
         >>> label(1, "align")
         'polish-01-align'
     """
-    return f"polish-{number:02d}-{name}"[:63]
+    return f"{LABEL}{number:02d}-{name}"[:63]
 
 
 def figures(event: Mapping[str, Any]) -> list[tuple[str, float | None, float | None]]:
