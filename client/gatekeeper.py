@@ -218,7 +218,7 @@ class Gatekeeper:
 
     def _admit(self, run: RunManifest, reply: Frame) -> None:
         """The rows are read: only with enough of them does the run begin, and count as one of the day's."""
-        policy.check_opened(self.policy, self._dataset, from_head(OpenedHead, reply.head))
+        policy.check_opened(self.policy, self._dataset, from_head(OpenedHead, reply.head), run.run)
         if self.history.run(run.sha256).opened_at is None:
             approved_by = consent.require(self.policy, self.history, run, folder=self._folder)
             self._log.append("opened", run=run.sha256, approved_by=approved_by)

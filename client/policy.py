@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from client.policy_file import FORBIDDEN, BaseRules, DatasetRules, Policy
+from client.train import schedule
 from common import config, egress, kinds, manifest, precisions, privacy_plan, site_privacy, trainable
 from common.data import preference_rows
 from common.errors import AccountingUnsupported, AuthError, PolicyRefusedError
@@ -17,23 +18,79 @@ from common.manifest import Offer, RunManifest
 from common.records import OpenedHead, TensorSpec
 from common.wire import shown
 
-KNOWN: Final = {
+# What judges each setting that shapes an update: the rule of the policy by its dotted path.
+JUDGED: Final = {
+    "adapter.kind": "adapter.kinds",
+    "adapter.r": "lora.r",
+    "adapter.alpha": "lora.alpha",
+    "adapter.use_rslora": "lora.scale",
+    "adapter.dropout": "lora.max_dropout",
+    "adapter.targets": "lora.targets",
+    "adapter.site_ranks": "lora.r",
+    "adapter.num_virtual_tokens": "adapter.max_parameters",
+    "adapter.block_size": "adapter.max_parameters",
+    "adapter.num_frequencies": "adapter.max_parameters",
+    "training.objective": "train.objectives",
+    "training.beta": "train.beta",
+    "training.label_smoothing": "train.max_label_smoothing",
+    "training.desirable_weight": "train.answer_weights",
+    "training.undesirable_weight": "train.answer_weights",
+    "training.local_epochs": "train.min_local_steps",
+    "training.local_steps": "train.min_local_steps",
+    "training.batch_size": "train.min_batch_size",
+    "training.learning_rate": "train.learning_rate",
+    "training.schedule": "train.learning_rate",
+    "training.final_rate_fraction": "train.learning_rate",
+    "training.warmup_fraction": "train.max_warmup_fraction",
+    "training.optimizer": "train.optimizers",
+    "training.weight_decay": "train.max_pull",
+    "training.adam_beta1": "train.adam_beta1",
+    "training.adam_beta2": "train.adam_beta2",
+    "training.adam_epsilon": "train.max_adam_epsilon",
+    "training.momentum": "train.max_momentum",
+    "training.max_grad_norm": "train.min_grad_norm",
+    "aggregation.method": "train.methods",
+    "aggregation.proximal": "train.max_pull",
+    "aggregation.residual_rank": "lora.residual_r",
+    "aggregation.num_heads": "lora.r",
+    "wire.max_update_mib": "egress.max_bytes_per_message",
+}
+_AFTER: Final = "the coordinator's arithmetic on updates that have left"
+_LESS: Final = "sends less of the same update"
+# Settings of the same sections that need no rule, and why.
+HARMLESS: Final = {
+    "adapter.target_r": "masks ranks of tensors that are judged by themselves",
+    "training.micro_batch_size": "the same sum in smaller pieces",
+    "training.gradient_checkpointing": "the same gradient in less memory",
+    "training.reference_point": "both are functions of the step's own rows",
+    "aggregation.weighting": "the count of rows is judged among the figures that leave",
+    "aggregation.gap_warning": _AFTER,
+    "aggregation.robust": _AFTER,
+    "aggregation.num_bad_sites": _AFTER,
+    "aggregation.max_update_norm": _AFTER,
+    "aggregation.screening": _AFTER,
+    "aggregation.screening_threshold": _AFTER,
+    "aggregation.residual_max_lost": _AFTER,
+    "aggregation.server_optimizer": _AFTER,
+    "aggregation.server_learning_rate": _AFTER,
+    "aggregation.server_beta1": _AFTER,
+    "aggregation.server_beta2": _AFTER,
+    "aggregation.server_tau": _AFTER,
+    "wire.dtype": _LESS,
+    "wire.density": _LESS,
+    "wire.error_feedback": "what is kept at the site was part of an update that could have left",
+    "wire.down": "the adapter that comes is judged by itself, whatever it came as",
+    "wire.down_density": "the adapter that comes is judged by itself, whatever it came as",
+}
+# All other settings that a rule judges or that were found harmless.
+OTHERS: Final = {
     "": "version name seed polish",
     "model": "base revision sha256 quantization site_quantization double_quantization dtype chat_template",
-    "adapter": "kind r alpha dropout targets use_rslora site_ranks target_r num_virtual_tokens block_size "
-    "num_frequencies",
     "data": "source partition num_sites dirichlet_alpha site_column unit_column instruction_column input_column "
     "output_column held_out_fraction max_length_tokens too_long system_prompt",
-    "training": "objective beta label_smoothing desirable_weight undesirable_weight reference_point "
-    "local_epochs local_steps batch_size micro_batch_size learning_rate schedule warmup_fraction optimizer "
-    "weight_decay adam_beta1 adam_beta2 adam_epsilon momentum max_grad_norm gradient_checkpointing",
     "federation": "num_rounds sites_per_round min_sites round_timeout_s join_timeout_s num_sites",
-    "aggregation": "method weighting gap_warning residual_rank residual_max_lost num_heads server_optimizer "
-    "server_learning_rate server_beta1 server_beta2 server_tau proximal robust num_bad_sites "
-    "max_update_norm screening screening_threshold",
     "privacy": "mode epsilon dp_delta sampling_prob noise_multiplier clip_norm noise_at max_rows_per_unit clipping "
     "adaptive_clipping clip_quantile clip_learning_rate",
-    "wire": "dtype density error_feedback down down_density max_update_mib",
     "evaluation": "every_rounds server_data batch_size exact_match_rows max_new_tokens metrics json_schema tasks "
     "tasks_every_rounds num_polish_stages",
     "gate": "rules evidence min_rows max_probe_drop min_baseline_gain max_site_rise min_loss_gain min_schema_valid "
@@ -149,15 +206,16 @@ def check_columns(dataset: DatasetRules, run: config.RunConfig) -> None:
     _require(not extra, "data.datasets.columns", told)
 
 
-def check_opened(policy: Policy, dataset: DatasetRules, head: OpenedHead) -> None:
+def check_opened(policy: Policy, dataset: DatasetRules, head: OpenedHead, run: config.RunConfig) -> None:
     """Counts that are known once the rows are read.
 
     Raises:
-        PolicyRefusedError: Too few rows or steps to hide a row in, or more rows than may be read.
+        PolicyRefusedError: Too few rows or steps to hide a row in, too many steps, a round at a rate near 0, or more
+            rows than may be read.
     """
     num_rows = head.num_examples + head.num_held_out + head.num_dropped
     _at_least("train.min_records", head.num_examples, policy.train.min_records)
-    _at_least("train.min_local_steps", head.num_steps, policy.train.min_local_steps)
+    _check_num_steps(policy, run, head.num_steps)
     _at_most("data.datasets.max_rows", num_rows, dataset.max_rows)
 
 
@@ -169,7 +227,8 @@ def leaves(run: config.RunConfig) -> Iterator[str]:
 
 def _known() -> set[str]:
     """The dotted keys that the rules here judge, or that were found harmless."""
-    return {f"{section}.{key}".lstrip(".") for section, keys in KNOWN.items() for key in keys.split()}
+    others = {f"{section}.{key}".lstrip(".") for section, keys in OTHERS.items() for key in keys.split()}
+    return others | JUDGED.keys() | HARMLESS.keys()
 
 
 def _check_settings(run_manifest: RunManifest) -> None:
@@ -212,6 +271,8 @@ def _check_adapter(policy: Policy, run_manifest: RunManifest) -> None:
             _within("lora.r", rank, policy.lora.r)
     if "alpha" in used:
         _within("lora.alpha", adapter.alpha, policy.lora.alpha)
+        _within("lora.scale", adapter.scale, policy.lora.scale)
+    _at_most("lora.max_dropout", adapter.dropout, policy.lora.max_dropout)
 
 
 def _check_factor(policy: Policy, spec: TensorSpec) -> None:
@@ -254,15 +315,46 @@ def _check_training(policy: Policy, run: config.RunConfig) -> None:
     _one_of("train.methods", run.aggregation.method, rules.methods)
     _at_least("train.min_batch_size", training.batch_size, rules.min_batch_size)
     if training.local_steps:
-        _at_least("train.min_local_steps", training.local_steps, rules.min_local_steps)
+        _check_num_steps(policy, run, training.local_steps)
     _at_most("train.max_warmup_fraction", training.warmup_fraction, rules.max_warmup_fraction)
-    _at_most("train.max_pull", run.aggregation.proximal * training.learning_rate, rules.max_pull)
+    pull = (run.aggregation.proximal + training.weight_decay) * training.learning_rate
+    _at_most("train.max_pull", pull, rules.max_pull)
+    if training.optimizer == "adamw":
+        _within("train.adam_beta1", training.adam_beta1, rules.adam_beta1)
+        _within("train.adam_beta2", training.adam_beta2, rules.adam_beta2)
+        _at_most("train.max_adam_epsilon", training.adam_epsilon, rules.max_adam_epsilon)
+    else:
+        _at_most("train.max_momentum", training.momentum, rules.max_momentum)
+    if training.max_grad_norm and not run.privacy.is_private_per_unit:
+        _at_least("train.min_grad_norm", training.max_grad_norm, rules.min_grad_norm)
+    if training.objective != "sft":
+        _within("train.beta", training.beta, rules.beta)
+        _at_most("train.max_label_smoothing", training.label_smoothing, rules.max_label_smoothing)
+        for weight in (training.desirable_weight, training.undesirable_weight):
+            _within("train.answer_weights", weight, rules.answer_weights)
     _at_most("train.max_rounds", run.federation.num_rounds, rules.max_rounds)
     num_rounds, num_polished = run.federation.num_rounds, run.evaluation.num_polish_stages
     is_within = num_rounds + num_polished <= rules.max_rounds  # each is one more adapter that the site scores
     told = f"{num_rounds} rounds and {num_polished} adapters after polish are together above {rules.max_rounds}"
     _require(is_within, "train.max_rounds", told)
     _at_most("train.max_length_tokens", run.data.max_length_tokens, rules.max_length_tokens)
+
+
+def _check_num_steps(policy: Policy, run: config.RunConfig, num_steps: int) -> None:
+    """How many steps a round has, and the rate at which it makes them.
+
+    The rate rises and then falls, so that the first round or the last has the lowest mean.
+    """
+    _at_least("train.min_local_steps", num_steps, policy.train.min_local_steps)
+    _at_most("train.max_local_steps", num_steps, policy.train.max_local_steps)
+    num_rounds, (lowest, _) = run.federation.num_rounds, policy.train.learning_rate
+    for index in sorted({0, num_rounds - 1}):
+        rate = schedule.mean_rate(index, num_rounds=num_rounds, num_steps=num_steps, training=run.training)
+        told = (
+            f"round {index + 1} of {num_rounds} trains at a mean rate of {rate:.2g}, which is below {lowest:g}; raise "
+            "training.final_rate_fraction, or set training.schedule = 'constant'"
+        )
+        _require(rate >= lowest, "train.learning_rate", told)
 
 
 def _check_privacy(policy: Policy, run: config.RunConfig) -> None:

@@ -88,7 +88,13 @@ class LoraRules(Section):
 
     targets: Targets = Field(description="Layers by the last part of their name.")
     r: CountRange = Field(description="Ranks, lowest and highest.")
-    alpha: Range = Field(default=(1.0, 1024.0), description="Scales, lowest and highest.")
+    alpha: Range = Field(default=(1.0, 1024.0), description="Values of `adapter.alpha`, lowest and highest.")
+    scale: Range = Field(
+        default=(0.05, 64.0),
+        description="What the factors' product is multiplied by: `alpha / r`, or `alpha / sqrt(r)` under "
+        "`adapter.use_rslora`. Near 0, gradients vanish beside `training.adam_epsilon`.",
+    )
+    max_dropout: float = Field(default=0.5, ge=0, lt=1, description="Highest `adapter.dropout`.")
     residual_r: Count = Field(default=0, description="Highest rank of a side adapter, frozen here. 0: none.")
 
 
@@ -109,8 +115,12 @@ class AdapterRules(Section):
 class TrainRules(Section):
     """Floors and ceilings of the local training; an update must be the sum of many steps over many rows."""
 
-    learning_rate: Range = Field(description="A rate near 0 hands out raw gradients.")
+    learning_rate: Range = Field(
+        description="The peak may not be above the second number, nor the mean rate of any round below the first, "
+        "whatever the schedule: a rate near 0 hands out raw gradients."
+    )
     min_local_steps: PositiveCount = Field(default=20)
+    max_local_steps: PositiveCount = Field(default=10_000)
     min_batch_size: PositiveCount = Field(default=4)
     min_records: PositiveCount = Field(default=500)
     max_rounds: PositiveCount
@@ -120,8 +130,27 @@ class TrainRules(Section):
         default=0.1,
         ge=0,
         lt=1,
-        description="Share of the way back that a step may go under `aggregation.proximal`; near 1 only the last "
-        "step's gradient would leave.",
+        description="Share of the way back that a step may go under `aggregation.proximal` and "
+        "`training.weight_decay` together; near 1 only the last step's gradient would leave.",
+    )
+    adam_beta1: Range = Field(
+        default=(0.5, 0.999), description="Decay of AdamW's first moment. 0: each step is one batch's gradient."
+    )
+    adam_beta2: Range = Field(default=(0.9, 0.99999), description="Decay of AdamW's second moment.")
+    max_adam_epsilon: float = Field(
+        default=1e-7, gt=0, description="Far above the gradients, AdamW hands them out as they are."
+    )
+    max_momentum: float = Field(default=0.99, ge=0, lt=1, description="Of SGD.")
+    min_grad_norm: float = Field(
+        default=0.01,
+        ge=0,
+        description="Lowest `training.max_grad_norm` but 0, which is no clipping: shorter gradients vanish beside "
+        "`training.adam_epsilon`.",
+    )
+    beta: Range = Field(default=(0.01, 10.0), description="`training.beta` of preferences.")
+    max_label_smoothing: float = Field(default=0.3, ge=0, lt=0.5, description="Of preferences.")
+    answer_weights: Range = Field(
+        default=(0.1, 10.0), description="`training.desirable_weight` and `training.undesirable_weight`."
     )
     max_tensor_norm: float = Field(default=1000.0, gt=0, description="Of each tensor of the global adapter.")
     optimizers: tuple[Literal["adamw", "sgd"], ...] = Field(default=("adamw",))

@@ -15,6 +15,7 @@ from rich.text import Text
 from client import consent, policy, policy_file, site_ledger
 from client.history import AUDIT_FILE, History
 from client.policy_file import Policy
+from client.train import schedule
 from common import config, egress, guarding, identity, manifest, precisions, privacy_plan, ranks, trainable
 from common.audit import AuditLog
 from common.data import preference_rows
@@ -34,6 +35,8 @@ QUANTISED: Final = {
     "none": "not quantised; the hash of its files says all",
     "int8": "to 8 bits, whose codes differ between processors; only its files are hashed",
 }
+
+EPOCH_STEPS: Final = 100  # what a round is taken to have where epochs decide, to show its mean rate
 
 OBJECTIVES: Final = {
     "sft": "to write the answers in the rows (sft)",
@@ -202,6 +205,8 @@ def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
         "base as quantised": _quantised(run, desk.node.site.name),
         "training": f"{num_rounds} rounds, {_length(settings.training)}, batches of {settings.training.batch_size}, "
         f"learning rate {settings.training.learning_rate:g}, at least {settings.federation.min_sites} sites",
+        "learning rate by round": _rates(run.run),
+        "settings that differ from their defaults": _not_default(settings),
         "aggregation": f"{settings.aggregation.method}; a site trains and sends {_factors(run, desk.node.site.name)}",
         "who sees this update": guarding.in_words(settings.aggregation),
         "texts of the coordinator": settings.data.system_prompt or "none",
@@ -276,6 +281,29 @@ def _leaving(run: RunManifest, site: str) -> tuple[TensorSpec, ...]:
 def _length(training: config.TrainingConfig) -> str:
     """How much a round trains."""
     return f"{training.local_steps} steps each" if training.local_steps else f"{training.local_epochs:g} epochs each"
+
+
+def _rates(run: config.RunConfig) -> str:
+    """Mean rate of the first and the last round, which the policy's floor is about.
+
+    A site whose rounds are counted in epochs takes more steps than one, which moves these figures a little.
+    """
+    num_steps, num_rounds = run.training.local_steps or EPOCH_STEPS, run.federation.num_rounds
+    first, last = (
+        schedule.mean_rate(index, num_rounds=num_rounds, num_steps=num_steps, training=run.training)
+        for index in (0, num_rounds - 1)
+    )
+    return f"{run.training.schedule}: a mean of {first:.2g} in the first round and of {last:.2g} in the last"
+
+
+def _not_default(run: config.RunConfig) -> str:
+    """Every setting that is not at its default, one a line; what a manifest hides or tells elsewhere is left out."""
+    lines = [
+        f"{key} = {shown(str(value), limit=200)}"
+        for key, value in config.changed(manifest.public_part(run)).items()
+        if key not in ("version", "name", "model.base", "model.sha256", "data.source", "data.system_prompt")
+    ]
+    return "\n".join(lines) or "none"
 
 
 def _refusal(desk: Desk, run: RunManifest) -> str:

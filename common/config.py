@@ -48,6 +48,7 @@ __all__ = [
     "SiteConfig",
     "TrainingConfig",
     "WireConfig",
+    "changed",
     "load",
     "load_node",
     "parse",
@@ -176,6 +177,27 @@ def resolved_json(config: RunConfig | NodeConfig) -> str:
         '{"agent":{"courier_group":"","identity_key"'
     """
     return json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def changed(run: RunConfig) -> dict[str, Any]:
+    """The settings of a run that are not at their defaults, by dotted key; those without a default always.
+
+    Example:
+        >>> text = 'version = 1\\n[model]\\nbase = "embedded"\\n[privacy]\\nmode = "none"\\n[adapter]\\nr = 8'
+        >>> changed(parse(text, name="run.toml"))
+        {'version': 1, 'model.base': 'embedded', 'adapter.r': 8, 'privacy.mode': 'none'}
+    """
+    found: dict[str, Any] = {}
+    for name, field in type(run).model_fields.items():
+        value = getattr(run, name)
+        if not isinstance(value, Section):
+            found |= {name: value} if field.is_required() or value != field.get_default() else {}
+            continue
+        for key, inner in type(value).model_fields.items():
+            own = getattr(value, key)
+            if inner.is_required() or own != inner.get_default(call_default_factory=True):
+                found[f"{name}.{key}"] = own
+    return found
 
 
 def sha256(config: RunConfig | NodeConfig) -> str:

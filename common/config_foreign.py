@@ -111,7 +111,7 @@ FOREIGN: dict[str, Hint] = {
     # training
     "lr": Hint("training.learning_rate", "", ""),
     "learning_rate_max": Hint("training.learning_rate", "", "F"),
-    "learning_rate_min": Hint("training.schedule", '"cosine" and "linear" end at 0', "F"),
+    "learning_rate_min": Hint("training.final_rate_fraction", "a share of learning_rate, not a rate", "F"),
     "per_device_train_batch_size": Hint("training.micro_batch_size", _MEMORY, "TLUF"),
     "micro_batch_size": Hint("training.micro_batch_size", _MEMORY, "A"),
     "gradient_accumulation_steps": Hint("training.batch_size", _STEP, "TALUF"),
@@ -210,7 +210,8 @@ _VALUE_GROUPS = (
     ("training.optimizer", "adam adamw_torch adamw_torch_fused adamw_hf adamw_8bit adamw_bnb_8bit", 'write "adamw"'),
     ("training.optimizer", "paged_adamw_8bit paged_adamw_32bit", 'write "adamw"'),
     ("training.schedule", "constant_with_warmup", 'write "constant" and set training.warmup_fraction'),
-    ("training.schedule", "cosine_with_restarts cosine_with_min_lr", 'write "cosine"'),
+    ("training.schedule", "cosine_with_restarts", 'write "cosine"'),
+    ("training.schedule", "cosine_with_min_lr", 'write "cosine" and set training.final_rate_fraction'),
     (
         "aggregation.method",
         "fedadam fedyogi fedadagrad fedavgm",

@@ -299,6 +299,11 @@ RUN_RULES = (
         "must divide batch_size",
     ),
     Rule(
+        ("training.final_rate_fraction", "training.schedule"),
+        lambda c: c.training.schedule == "constant" and c.training.final_rate_fraction > 0,
+        "has no effect with this schedule; remove it or choose 'linear' or 'cosine'",
+    ),
+    Rule(
         ("training.momentum", "training.optimizer"),
         lambda c: c.training.optimizer != "sgd" and c.training.momentum > 0,
         "has no effect with this optimizer; remove it or choose sgd",

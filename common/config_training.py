@@ -71,6 +71,9 @@ class TrainingConfig(ObjectiveSettings):
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="cosine", description="Learning rate over the whole run, all rounds together."
     )
+    final_rate_fraction: float = Field(
+        default=0.0, ge=0, le=1, description="`linear` and `cosine`: share of `learning_rate` at which the run ends."
+    )
     warmup_fraction: Decay = Field(default=0.0, description="Share of the whole run in which the rate rises from 0.")
     optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="Optimizer at the sites.")
     weight_decay: float = Field(

@@ -65,8 +65,7 @@ def train(
     started = time.monotonic()
     num_steps = schedule.num_local_steps(len(rows), training)
     first_step = round_index * num_steps
-    steps = range(first_step, first_step + num_steps)
-    rates = [schedule.learning_rate(step / (num_rounds * num_steps), training) for step in steps]
+    rates = schedule.rates(round_index, num_rounds=num_rounds, num_steps=num_steps, training=training)
     with torch.random.fork_rng():
         torch.manual_seed(schedule.derive_seed(seed, round_index))
         if privacy.is_private_per_unit:

@@ -51,7 +51,26 @@ def learning_rate(progress: float, training: config.TrainingConfig) -> float:
         return training.learning_rate * progress / training.warmup_fraction
     share = (progress - training.warmup_fraction) / (1 - training.warmup_fraction)
     factors = {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}
-    return training.learning_rate * factors[training.schedule]
+    last = training.final_rate_fraction
+    return training.learning_rate * (last + (1 - last) * factors[training.schedule])
+
+
+def rates(round_index: int, *, num_rounds: int, num_steps: int, training: config.TrainingConfig) -> list[float]:
+    """Rate of each step of a round.
+
+    Args:
+        round_index: From 0.
+        num_rounds: Of the run, all of which the schedule spans.
+        num_steps: Of each round at this site.
+        training: Section `[training]`.
+    """
+    first = round_index * num_steps
+    return [learning_rate(step / (num_rounds * num_steps), training) for step in range(first, first + num_steps)]
+
+
+def mean_rate(round_index: int, *, num_rounds: int, num_steps: int, training: config.TrainingConfig) -> float:
+    """Mean rate of a round's steps; see `rates`."""
+    return math.fsum(rates(round_index, num_rounds=num_rounds, num_steps=num_steps, training=training)) / num_steps
 
 
 def derive_seed(*parts: object) -> int:

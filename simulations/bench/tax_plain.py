@@ -115,12 +115,13 @@ def _train(
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
     peft_model.train()
     first, losses = round_index * training.local_steps, []
-    for step in range(first, first + training.local_steps):
+    rates = schedule.rates(round_index, num_rounds=num_rounds, num_steps=training.local_steps, training=training)
+    for step, rate in enumerate(rates, start=first):
         optimizer.zero_grad()
         loss = _loss(peft_model, site.batches[step])
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
-        optimizer.param_groups[0]["lr"] = schedule.learning_rate(step / (num_rounds * training.local_steps), training)
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         losses.append(float(loss.detach()))
     return sum(losses) / len(losses)

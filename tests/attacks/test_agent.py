@@ -139,10 +139,10 @@ class _Bytes:
 
 
 def test_a04_setting_that_no_rule_judges(site, monkeypatch):
-    known = {**policy.KNOWN, "training": policy.KNOWN["training"].replace(" momentum", "")}
+    judged = {key: rule for key, rule in policy.JUDGED.items() if key != "training.momentum"}
     site.approve(site.manifest())
     with monkeypatch.context() as patch:
-        patch.setattr(policy, "KNOWN", known)
+        patch.setattr(policy, "JUDGED", judged)
         assert site.refused(site.ask(site.offer().to_frame())) == (POLICY, "manifest")
     assert site.ask(site.offer().to_frame()).kind == "opened"
 

@@ -131,6 +131,19 @@ def test_a_rule_may_let_through_whatever_the_policy_allows(tmp_path, engine):
     assert ask(site) == "ApprovalDenied"
 
 
+def test_a_review_shows_every_setting_that_differs_from_its_default(site, node_file):
+    odd = {"training__adam_epsilon": "1e-7", "training__weight_decay": "0.01", "adapter__dropout": "0.1"}
+    changed = site.manifest(**odd)
+    assert ask(site, changed) == "ApprovalRequired"
+    plain, other = (
+        page(site, node_file, sha256)[0].facts["settings that differ from their defaults"].splitlines()
+        for sha256 in (site.manifest().sha256, changed.sha256)
+    )
+    assert not any("adam_epsilon" in line for line in plain)
+    new = {"training.adam_epsilon = 1e-07", "training.weight_decay = 0.01", "adapter.dropout = 0.1"}
+    assert set(other) - set(plain) == new
+
+
 def test_a_review_says_what_leaves_and_what_is_read(site, node_file):
     found, text = page(site, node_file)
     egress = site.manifest().egress
@@ -144,6 +157,8 @@ def test_a_review_says_what_leaves_and_what_is_read(site, node_file):
     assert "robust aggregation: off, so one bad site can move the adapter" in found.facts["who sees this update"]
     assert found.facts["what is learnt"].startswith("to write the answers in the rows")
     assert found.facts["aggregation"] == "fedavg; a site trains and sends A and B"
+    assert found.facts["learning rate by round"] == "cosine: a mean of 0.016 in the first round and of 0.0037 in the last"
+    assert "\ntraining.learning_rate = 0.02\n" in found.facts["settings that differ from their defaults"]
     assert found.tensors == {spec.name: list(spec.shape) for spec in site.manifest().tensor_specs}
     for word in ("train_loss", "layers.*.self_attn.q_proj.lora_A.weight", "4 x 64", "nothing to compare with"):
         assert word in text

@@ -182,9 +182,9 @@ def test_a_site_reads_listed_rows_and_columns_only():
 def test_more_rows_than_may_be_read_are_refused():
     dataset = policy.check_node(rules(), node())
     head = OpenedHead("north", BASE, num_examples=80, num_held_out=20, num_truncated=0, num_dropped=0, num_steps=20)
-    policy.check_opened(rules(), dataset, head)
+    policy.check_opened(rules(), dataset, head, run().run)
     with pytest.raises(PolicyRefusedError) as caught:
-        policy.check_opened(rules(max_rows="99"), policy.check_node(rules(max_rows="99"), node()), head)
+        policy.check_opened(rules(max_rows="99"), policy.check_node(rules(max_rows="99"), node()), head, run().run)
     assert caught.value.rule == "data.datasets.max_rows"
 
 

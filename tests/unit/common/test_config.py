@@ -245,7 +245,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "4e41fe3df5d9fcab6ec6205206ccb00b7c9f6da5b8edb2822a290df700678634"
+        "88decdf28f7f77461435c3d9ccf49f81fea36b1f2b38e537d744ce2a474b447b"
     )
 
 

@@ -54,6 +54,7 @@ BROKEN_RULES = [
     ("training.local_epochs", 7, ["training.local_epochs = 0"]),
     ("training.micro_batch_size", 7, ["training.micro_batch_size = 3"]),
     ("training.micro_batch_size", 7, ["training.micro_batch_size = 16"]),
+    ("training.final_rate_fraction", 8, ["training.schedule = 'constant'", "training.final_rate_fraction = 0.1"]),
     ("training.momentum", 7, ["training.momentum = 0.9"]),
     ("training.adam_beta1", 8, ["training.optimizer = 'sgd'", "training.adam_beta1 = 0.8"]),
     ("federation.sites_per_round", 7, ["federation.sites_per_round = 1"]),
