@@ -64,6 +64,7 @@ HARMLESS: Final = {
     "training.gradient_checkpointing": "the same gradient in less memory",
     "training.reference_point": "both are functions of the step's own rows",
     "aggregation.weighting": "the count of rows is judged among the figures that leave",
+    "aggregation.max_weight_share": _AFTER,
     "aggregation.gap_warning": _AFTER,
     "aggregation.robust": _AFTER,
     "aggregation.num_bad_sites": _AFTER,

@@ -18,6 +18,13 @@ class AggregationConfig(Section):
     weighting: Literal["examples", "uniform"] = Field(
         default="examples", description="A site's weight: its number of training rows, or the same for all."
     )
+    max_weight_share: float = Field(
+        default=0.5,
+        ge=0.05,
+        le=1,
+        description="Largest share of a round, and of the held-out figures, that one site can have, where three or more "
+        "answer: its number of rows is its own claim. 1: any.",
+    )
     gap_warning: float = Field(
         default=0.1,
         ge=0,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 ADAM_DEFAULTS = (0.9, 0.999, 1e-8)
 RESIDUAL_MAX_LOST = 0.05
+MAX_WEIGHT_SHARE = 0.5
 SCREENING_THRESHOLD = 4.0
 MIN_SCREENED = 4
 
@@ -225,6 +226,11 @@ RUN_RULES = (
         ("aggregation.num_bad_sites", "aggregation.robust"),
         lambda c: (c.aggregation.robust != "none") != (c.aggregation.num_bad_sites > 0),
         "robust aggregation and the number of bad sites that it must withstand belong together; set both, or none",
+    ),
+    Rule(
+        ("aggregation.max_weight_share", "aggregation.weighting"),
+        lambda c: c.aggregation.weighting == "uniform" and c.aggregation.max_weight_share != MAX_WEIGHT_SHARE,
+        "has no effect where all sites weigh the same; remove it",
     ),
     Rule(
         ("aggregation.weighting", "aggregation.robust"),

@@ -10,7 +10,7 @@ from common.kinds import KINDS
 from common.noise import Noise
 from common.records import RoundPlan, UpdateHead
 from server import adalora, broadcast, checkpoint, collect, federation, sampling, screening
-from server.aggregate import gap, noised, optimizer, products, robust
+from server.aggregate import gap, noised, optimizer, products, robust, weights
 from server.aggregate.method import State, Sum
 from server.aggregate.noised import NoisedSum
 from server.evaluate import held_out, measure
@@ -29,12 +29,16 @@ class Tally:
         gap_meter: Watches the updates for the aggregation gap; None where there is none, or where the
             method keeps the mean of the products.
         heads: What each site told of its training.
+        weights: How much each of them counts.
+        held_to_share: Sites whose claim was brought down to `aggregation.max_weight_share`.
         bytes_up: Frames received, refused ones included.
     """
 
     combined: Sum
     gap_meter: gap.GapMeter | None
     heads: list[UpdateHead] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    held_to_share: list[str] = field(default_factory=list)
     bytes_up: int = 0
 
 
@@ -81,7 +85,8 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
         round=round_index,
         adapter_sha256=digest,
         num_updates=len(tally.heads),
-        train_loss=_train_loss(tally.heads),
+        train_loss=_train_loss(tally),
+        held_to_share=sorted(tally.held_to_share),
         **_of_gap(norms),
         **({} if (rank := adalora.left(after)) is None else {"rank": rank}),
         bytes_down=bytes_down,
@@ -204,12 +209,34 @@ def _tally(fed: Federation, state: State, source: Noise, *, round_index: int) ->
 
 def _collect(fed: Federation, state: State, plan: RoundPlan, frames: dict[int, bytes], source: Noise) -> Tally:
     """Add up the updates that count."""
+    by_rows = fed.manifest.run.aggregation.weighting == "examples"
+    max_share = fed.manifest.run.aggregation.max_weight_share if by_rows else 1.0
     tally = _tally(fed, state, source, round_index=plan.round_index)
-    arrived = _arriving(fed, tally, plan, frames)
-    for head, change, num_bytes in screening.passed(fed, arrived, round_index=plan.round_index):
-        length = _take(fed, tally, head, change)
-        fed.log.append("site_trained", **_of_training(head), update_norm=length, bytes_up=num_bytes)
+    arrived = screening.passed(fed, _arriving(fed, tally, plan, frames), round_index=plan.round_index)
+    for _, weight, (head, change) in weights.weighed(_claims(fed, arrived, by_rows=by_rows), max_share=max_share):
+        tally.combined.add(change, weight=weight)
+        if tally.gap_meter:
+            tally.gap_meter.add(change, weight=weight)
+        tally.heads.append(head)
+        tally.weights.append(weight)
+        if by_rows and weight < head.num_examples:
+            tally.held_to_share.append(head.site)
     return tally
+
+
+def _claims(
+    fed: Federation, updates: Iterator[screening.Update], *, by_rows: bool
+) -> Iterator[tuple[str, float, tuple[UpdateHead, State]]]:
+    """Updates that count, no longer than the run allows, with the weight that their site claims.
+
+    The events tell a site's norm as it came, unless noise is to cover it.
+    """
+    run = fed.manifest.run
+    for head, change, num_bytes in updates:
+        shorter, length = clipping.scaled(change, run.aggregation.max_update_norm)
+        told = None if run.privacy.is_private_per_site else length
+        fed.log.append("site_trained", **_of_training(head), update_norm=told, bytes_up=num_bytes)
+        yield head.site, float(head.num_examples) if by_rows else 1.0, (head, shorter)
 
 
 def _arriving(fed: Federation, tally: Tally, plan: RoundPlan, frames: dict[int, bytes]) -> Iterator[screening.Update]:
@@ -236,17 +263,6 @@ def _read(fed: Federation, answer: collect.Answer, plan: RoundPlan) -> tuple[Upd
     if fed.trail:
         fed.trail.keep(head)
     return head, change
-
-
-def _take(fed: Federation, tally: Tally, head: UpdateHead, change: State) -> float | None:
-    """Add one update to the round, no longer than the run allows; its norm as it came, if no noise is to cover it."""
-    change, length = clipping.scaled(change, fed.manifest.run.aggregation.max_update_norm)
-    weight = float(head.num_examples) if fed.manifest.run.aggregation.weighting == "examples" else 1.0
-    tally.combined.add(change, weight=weight)
-    if tally.gap_meter:
-        tally.gap_meter.add(change, weight=weight)
-    tally.heads.append(head)
-    return None if fed.manifest.run.privacy.is_private_per_site else length
 
 
 def _of_training(head: UpdateHead) -> dict[str, Any]:
@@ -279,7 +295,7 @@ def _require_quorum(fed: Federation, tally: Tally, round_index: int, *, num_draw
         )
 
 
-def _train_loss(heads: list[UpdateHead]) -> float | None:
-    """Mean over the round's rows, nats per answer token; None where sites do not tell it."""
-    told = [(head.train_loss, head.num_examples) for head in heads if head.train_loss is not None]
-    return sum(loss * count for loss, count in told) / sum(count for _, count in told) if told else None
+def _train_loss(tally: Tally) -> float | None:
+    """Mean by the weights of the round, nats per answer token; None where sites do not tell it."""
+    told = [(h.train_loss, w) for h, w in zip(tally.heads, tally.weights, strict=True) if h.train_loss is not None]
+    return sum(loss * weight for loss, weight in told) / sum(weight for _, weight in told) if told else None

@@ -153,6 +153,8 @@ class Screen:
     def _on_round_finished(self, event: Event) -> None:
         """Keep the round's figures until its held-out loss is there."""
         self._round = event
+        for site in event["held_to_share"]:
+            self._print(f"  [yellow]{_escape(site)} claims more rows than its share of a round; held to that share[/]")
         self._set_status(f"round {event['round'] + 1}/{self._num_rounds}: evaluating")
 
     def _on_base_noise(self, event: Event) -> None:
@@ -178,6 +180,9 @@ class Screen:
             self._print(f"  sites     {_escape(even)}")
         for row in by_precision.table(self._precisions):
             self._print(f"  precision {_escape(by_precision.line(row))}")
+        for site in event["outliers"]:
+            loss = event["sites"][site]["loss"]
+            self._print(f"  [yellow]{_escape(site)} tells a loss of {loss:.3g}, which is far from the other sites'[/]")
         if event["worse_than_base"]:
             self._print(f"  [yellow]worse than the base: {_escape(view.worse(event))}[/]")
 

@@ -1,11 +1,13 @@
 """The current global adapter on every site's held-out rows."""
 
+import math
 from typing import Any
 
 from common import adapter, evaluation, events, wire
 from common.errors import ProtocolError, SilotuneError
 from common.records import RoundPlan, SiteMetrics, from_head
 from server import collect
+from server.aggregate import weights
 from server.aggregate.method import State
 from server.evaluate import by_precision, fairness
 from server.federation import Federation
@@ -61,9 +63,14 @@ def ask(federation: Federation, state: State, plan: RoundPlan) -> dict[str, Any]
     return {**told, "bytes_down": sum(map(len, frames.values())), "bytes_up": bytes_up}
 
 
-def mean_loss(metrics: list[SiteMetrics]) -> float:
-    """Over all answer tokens of all sites, nats; over all their rows where preferences are learnt."""
-    return sum(m.loss_sum for m in metrics) / sum(m.num_terms for m in metrics)
+def mean_loss(metrics: list[SiteMetrics], *, max_share: float) -> float:
+    """Over all answer tokens of all sites, nats; over all their rows where preferences are learnt.
+
+    A site's number of tokens is its own claim, so that no site has more than `max_share` of the mean; see
+    `server.aggregate.weights`.
+    """
+    held = weights.capped({m.site: float(m.num_terms) for m in metrics}, max_share=max_share)
+    return math.fsum(m.loss_sum * (held[m.site] / m.num_terms) for m in metrics) / math.fsum(held.values())
 
 
 def exact_match(metrics: list[SiteMetrics]) -> float | None:
@@ -72,10 +79,11 @@ def exact_match(metrics: list[SiteMetrics]) -> float | None:
     return sum(m.num_exact for m in metrics) / num_generated if num_generated else None
 
 
-def accuracy(metrics: list[SiteMetrics]) -> float | None:
+def accuracy(metrics: list[SiteMetrics], *, max_share: float = 1.0) -> float | None:
     """Share of held-out preferences that the adapter agrees with; None where none are learnt."""
-    agreed = [m.num_preferred for m in metrics if m.num_preferred is not None]
-    return sum(agreed) / sum(m.num_rows for m in metrics) if agreed else None
+    agreed = {m.site: m.num_preferred / m.num_rows for m in metrics if m.num_preferred is not None}
+    held = weights.capped({m.site: float(m.num_rows) for m in metrics}, max_share=max_share)
+    return math.fsum(share * held[site] for site, share in agreed.items()) / sum(held.values()) if agreed else None
 
 
 def answer_loss(metrics: list[SiteMetrics]) -> float | None:
@@ -97,6 +105,23 @@ def _check_preferences(metrics: SiteMetrics, federation: Federation) -> None:
         raise ProtocolError(f"agrees with {metrics.num_preferred} of {metrics.num_rows} preferences")
 
 
+def _check_counts(metrics: SiteMetrics, federation: Federation, *, node_id: int) -> None:
+    """Counts that the run and what the site opened with make possible."""
+    run, num_held_out = federation.manifest.run, federation.sites[node_id].num_held_out
+    if metrics.num_exact > metrics.num_generated:
+        raise ProtocolError(f"{metrics.num_exact} of {metrics.num_generated} generated answers are exact")
+    if metrics.num_generated > run.evaluation.exact_match_rows:
+        raise ProtocolError(
+            f"{metrics.num_generated} answers were generated, evaluation.exact_match_rows is "
+            f"{run.evaluation.exact_match_rows}"
+        )
+    if metrics.num_rows > num_held_out:
+        raise ProtocolError(f"figures over {metrics.num_rows} rows of a site that opened with {num_held_out} held out")
+    num_tokens = metrics.num_rows * run.data.max_length_tokens * (1 if run.training.objective != "dpo" else 2)
+    if metrics.num_answer_tokens > num_tokens:
+        raise ProtocolError(f"{metrics.num_answer_tokens} answer tokens in {metrics.num_rows} rows")
+
+
 def _read(federation: Federation, answer: collect.Answer, plan: RoundPlan) -> SiteMetrics | None:
     """One site's figures; None, and an event, if they are missing or wrong."""
     try:
@@ -106,8 +131,7 @@ def _read(federation: Federation, answer: collect.Answer, plan: RoundPlan) -> Si
         collect.check_round(metrics.run_sha256, metrics.round_index, plan)
         if metrics.site != federation.name(answer.node_id) or not metrics.num_answer_tokens:
             raise ProtocolError("figures under another name, or over no tokens")
-        if metrics.num_exact > metrics.num_generated:
-            raise ProtocolError(f"{metrics.num_exact} of {metrics.num_generated} generated answers are exact")
+        _check_counts(metrics, federation, node_id=answer.node_id)
         _check_preferences(metrics, federation)
     except SilotuneError as error:
         federation.fail(answer, error, step="evaluate")
@@ -135,10 +159,13 @@ def _told(federation: Federation, *, is_base: bool, fresh: set[str], server_loss
     losses, exact = {m.site: m.loss for m in metrics}, {m.site: exact_match([m]) for m in metrics}
     past = events.read(federation.log.path) if not is_base and federation.log.path.exists() else []
     change = fairness.changes(losses, fairness.base_losses(past))
+    max_share = federation.manifest.run.aggregation.max_weight_share
     return {
-        "loss": mean_loss(metrics),
+        "loss": mean_loss(metrics, max_share=max_share),
+        "trimmed_loss": fairness.trimmed(losses),
+        "outliers": fairness.outliers(losses),
         "exact_match": exact_match(metrics),
-        "accuracy": accuracy(metrics),
+        "accuracy": accuracy(metrics, max_share=max_share),
         "answer_loss": answer_loss(metrics),
         "server_loss": server_loss,
         "stale": [m.site for m in metrics if m.site not in fresh],

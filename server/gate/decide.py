@@ -12,7 +12,7 @@ from common.errors import GateRefused
 from common.events import Event, EventLog
 from common.manifest import RunManifest
 from server import checkpoint
-from server.evaluate import measure
+from server.evaluate import fairness, measure
 from server.evaluate.suite import Suite
 from server.gate import figures, rules, words
 from server.polish import stages
@@ -88,7 +88,8 @@ def _are_equal(one: Tensors, other: Tensors) -> bool:
 
 def _losses(log: Sequence[Event]) -> dict[int, float]:
     """The sites' held-out loss after each number of rounds of which all of them told, nats an answer token."""
-    return {number: told["loss"] for number, told in figures.rounds_at_sites(log).items() if not told["stale"]}
+    asked = figures.rounds_at_sites(log)
+    return {number: fairness.decisive(told) for number, told in asked.items() if not told["stale"]}
 
 
 def _checkpoint(folder: Path, run_manifest: RunManifest, num_rounds: int) -> Tensors:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from common.config_gate import FigureLimit, GateConfig
-from server.evaluate import measure
+from server.evaluate import fairness, measure
 from server.gate.figures import Figures
 
 CLAIM_TOLERANCE: Final = 1e-2  # an audit names its claim by two digits more than this
@@ -100,12 +100,16 @@ def _beside_alone(gate: GateConfig, compared: Mapping[str, Any]) -> Iterator[Ver
 
 
 def loss(gate: GateConfig, figures: Figures) -> Verdict:
-    """The held-out loss over all sites is below the base's by more than `min_loss_gain`, nats a token."""
+    """The held-out loss over all sites is below the base's by more than `min_loss_gain`, nats a token.
+
+    So it is without the best and the worst sites, of which one could have made up its figures.
+    """
     if not figures.evaluated or not figures.base:
         return _missing("loss", f"no held-out loss of both the base and {figures.stage}")
     if stale := figures.evaluated["stale"]:
         return _missing("loss", f"no figure of this adapter from {', '.join(stale)}")
-    gained = figures.base["loss"] - figures.evaluated["loss"]
+    before, after = figures.base, figures.evaluated
+    gained = min(before["loss"] - after["loss"], fairness.decisive(before) - fairness.decisive(after))
     return _strictly(_at_least("loss", gained, gate.min_loss_gain, "held-out loss below the base's"))
 
 

@@ -1,7 +1,7 @@
 """Early end of the rounds, decided from the run's events alone, so that a resumed run decides the same.
 
 An evaluation is bad if it breaks a rule that more training does not mend (`rules.HARMS`: probes, sites, exposure,
-extraction, pii), or if the sites' held-out loss is no lower than the lowest so far, the base's included. So many bad
+extraction, pii), or if the sites' held-out loss, without the best and the worst sites', is no lower than the lowest so far, the base's included. So many bad
 ones in a row end the rounds. Rules that a run has yet to reach, such as beating a baseline, end none.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from common import config, events
 from common.events import Event, EventLog
-from server.evaluate import measure
+from server.evaluate import fairness, measure
 from server.gate import figures, rules, words
 
 
@@ -33,7 +33,7 @@ def bad_in_a_row(run: config.RunConfig, log: Sequence[Event], *, num_rounds: int
     Only those after every `evaluation.every_rounds` rounds count: a run that is resumed has more.
     """
     every = run.evaluation.every_rounds
-    losses = {event["num_rounds"]: event["loss"] for event in log if event["kind"] == "evaluated"}
+    losses = {event["num_rounds"]: fairness.decisive(event) for event in log if event["kind"] == "evaluated"}
     bad: list[str] = []
     lowest = losses.get(0)
     for number in sorted(number for number in losses if 0 < number <= num_rounds and number % every == 0):

@@ -93,7 +93,9 @@ def judge(rules: policy_file.Policy, changes: dict[str, str]) -> None:
     policy.check(rules, manifest, Usage(), site="north")
     dataset = policy_file.DatasetRules(path="rows.jsonl", columns=("output",), max_rows=100)
     num_steps = schedule.num_local_steps(40, manifest.run.training)
-    head = OpenedHead("north", BASE, num_examples=40, num_held_out=9, num_truncated=0, num_dropped=0, num_steps=num_steps)
+    head = OpenedHead(
+        "north", BASE, num_examples=40, num_held_out=9, num_truncated=0, num_dropped=0, num_steps=num_steps
+    )
     policy.check_opened(rules, dataset, head, manifest.run)
 
 
@@ -123,14 +125,18 @@ def test_control_the_same_policy_lets_the_plain_run_and_safe_values_pass():
     judge(site_policy(), {**DPO, "training.beta": "0.1"})
     judge(site_policy(), {**KTO, "training.desirable_weight": "2.0"})
     judge(site_policy(), {**SGD, "training.momentum": "0.9"})
-    judge(site_policy(), {"training.weight_decay": "0.1", "training.adam_beta1": "0.5", "training.adam_epsilon": "1e-7"})
+    judge(
+        site_policy(), {"training.weight_decay": "0.1", "training.adam_beta1": "0.5", "training.adam_epsilon": "1e-7"}
+    )
     judge(site_policy(), {"training.max_grad_norm": "0.0"})
 
 
 def test_the_rate_of_each_round_counts_and_not_the_peak_alone():
     """Cosine over 400 rounds from 2e-2: the last has a mean rate of 1.2e-7, and 1e-3 is the floor."""
     many = {**STEPS, "federation.num_rounds": "400"}
-    with pytest.raises(PolicyRefusedError, match=r"round 400 of 400 trains at a mean rate of 1\.2e-07, .*final_rate_frac"):
+    with pytest.raises(
+        PolicyRefusedError, match=r"round 400 of 400 trains at a mean rate of 1\.2e-07, .*final_rate_frac"
+    ):
         judge(site_policy(), many)
     judge(site_policy(), {**many, "training.final_rate_fraction": "0.06"})
     judge(site_policy(), {**many, "training.schedule": "constant"})

@@ -157,7 +157,9 @@ def test_a_review_says_what_leaves_and_what_is_read(site, node_file):
     assert "robust aggregation: off, so one bad site can move the adapter" in found.facts["who sees this update"]
     assert found.facts["what is learnt"].startswith("to write the answers in the rows")
     assert found.facts["aggregation"] == "fedavg; a site trains and sends A and B"
-    assert found.facts["learning rate by round"] == "cosine: a mean of 0.016 in the first round and of 0.0037 in the last"
+    assert (
+        found.facts["learning rate by round"] == "cosine: a mean of 0.016 in the first round and of 0.0037 in the last"
+    )
     assert "\ntraining.learning_rate = 0.02\n" in found.facts["settings that differ from their defaults"]
     assert found.tensors == {spec.name: list(spec.shape) for spec in site.manifest().tensor_specs}
     for word in ("train_loss", "layers.*.self_attn.q_proj.lora_A.weight", "4 x 64", "nothing to compare with"):

@@ -69,6 +69,7 @@ BROKEN_RULES = [
     ("aggregation.server_beta1", 7, ["aggregation.server_beta1 = 0.5"]),
     ("aggregation.server_beta2", 8, ["aggregation.server_optimizer = 'fedavgm'", "aggregation.server_beta2 = 0.5"]),
     ("aggregation.proximal", 9, ["training.learning_rate = 0.1", "aggregation.proximal = 10.0"]),
+    ("aggregation.max_weight_share", 8, ["aggregation.weighting = 'uniform'", "aggregation.max_weight_share = 0.4"]),
     ("aggregation.num_bad_sites", 7, ["aggregation.num_bad_sites = 1"]),
     ("aggregation.weighting", 7, [*KRUM, "federation.min_sites = 5"]),
     ("federation.min_sites", 11, [*KRUM, "aggregation.weighting = 'uniform'", "federation.min_sites = 4"]),

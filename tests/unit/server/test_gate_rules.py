@@ -21,11 +21,15 @@ def gain(mean, low=None, high=None):
     return {"mean": mean, "low": mean if low is None else low, "high": mean if high is None else high}
 
 
+def asked(loss, trimmed=None):
+    return {"loss": loss, "trimmed_loss": trimmed, "stale": []}
+
+
 def sites(**changes):
     told = {
         site: {"loss": 1.0, "num_rows": 9, "exact_match": None, "change": change} for site, change in changes.items()
     }
-    return {"loss": 1.0, "sites": told, "stale": []}
+    return {"loss": 1.0, "trimmed_loss": None, "sites": told, "stale": []}
 
 
 def verdict(rule: str, figures: Figures, **settings):
@@ -51,8 +55,8 @@ CASES = [  # rule, figures that meet it, figures that break it, the margin of th
     ("sites", Figures("final", evaluated=sites(north=0.0)), Figures("final", evaluated=sites(north=0.25)), -0.25),
     (
         "loss",
-        Figures("final", evaluated={"loss": 1.0, "stale": []}, base={"loss": 1.5}),
-        Figures("final", evaluated={"loss": 1.5, "stale": []}, base={"loss": 1.0}),
+        Figures("final", evaluated=asked(1.0), base=asked(1.5)),
+        Figures("final", evaluated=asked(1.5), base=asked(1.0)),
         -0.5,
     ),
     (
@@ -114,7 +118,7 @@ def test_the_worst_of_several_figures_decides():
     assert verdict("sites", missing).value is None
     stale = Figures("final", evaluated={**sites(north=-0.5), "stale": ["north"]})
     assert not verdict("sites", stale).is_met
-    one_stale = Figures("final", evaluated={"loss": 1.0, "stale": ["north"]}, base={"loss": 1.5})
+    one_stale = Figures("final", evaluated={**asked(1.0), "stale": ["north"]}, base=asked(1.5))
     assert "no figure of this adapter from north" in verdict("loss", one_stale).reason
 
 

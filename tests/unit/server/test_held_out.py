@@ -31,7 +31,7 @@ def metrics(site: str, nll_sum: float, num_tokens: int, *, generated: int = 0, e
 
 
 def test_the_mean_is_over_answer_tokens_and_not_over_sites():
-    assert held_out.mean_loss([metrics("a", 10.0, 10), metrics("b", 90.0, 30)]) == 2.5
+    assert held_out.mean_loss([metrics("a", 10.0, 10), metrics("b", 90.0, 30)], max_share=0.5) == 2.5
 
 
 def test_exact_match_is_over_generated_rows():
@@ -115,7 +115,7 @@ def preferring(site: str, loss_sum: float, num_rows: int, num_preferred: int) ->
 
 def test_where_preferences_are_learnt_the_mean_is_over_rows_and_the_share_that_is_agreed_with_is_told():
     both = [preferring("a", 5.0, 10, 9), preferring("b", 21.0, 30, 11)]
-    assert held_out.mean_loss(both) == 0.65
+    assert held_out.mean_loss(both, max_share=0.5) == 0.65
     assert held_out.accuracy(both) == 0.5
     assert both[0].loss == 0.5
     assert held_out.answer_loss(both) == 5.0
