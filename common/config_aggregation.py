@@ -22,8 +22,8 @@ class AggregationConfig(Section):
         default=0.5,
         ge=0.05,
         le=1,
-        description="Largest share of a round, and of the held-out figures, that one site can have, where three or more "
-        "answer: its number of rows is its own claim. 1: any.",
+        description="Largest share of a round, and of the held-out figures, that one site can have, where three or "
+        "more answer: its number of rows is its own claim. 1: any.",
     )
     gap_warning: float = Field(
         default=0.1,

@@ -21,8 +21,8 @@ def capped(claims: Mapping[str, float], *, max_share: float) -> dict[str, float]
         max_share: Largest share of the sum, greater than 0; 1: any.
 
     Returns:
-        Site to weight: those of m sites are s / (1 - m s) times the sum of all others, the others are as claimed. Where no
-        weights could keep to the share, n s <= 1, all are equal. Fewer than `MIN_SITES` sites keep their claims.
+        Site to weight: those of m sites are s / (1 - m s) times the sum of all others, the others are as claimed. Where
+        no weights could keep to the share, n s <= 1, all are equal. Fewer than `MIN_SITES` sites keep their claims.
 
     Example:
         >>> capped({"north": 100.0, "south": 90.0, "west": 9e15}, max_share=0.5)

@@ -59,8 +59,8 @@ def of_sites(losses: Mapping[str, float], exact: Mapping[str, float | None]) -> 
 def trimmed(losses: Mapping[str, float]) -> float | None:
     """Mean over sites, each counting the same, without the fifth that fares best and the fifth that fares worst.
 
-    At least one site at each end is left out, so that one false figure moves it no further than to the next site's. What
-    is decided by the held-out loss (early end, the best round, the gate) holds by this figure.
+    At least one site at each end is left out, so that one false figure moves it no further than to the next site's.
+    What is decided by the held-out loss (early end, the best round, the gate) holds by this figure.
 
     Returns:
         The mean; None for fewer than three sites, of which none could be left out.

@@ -1,8 +1,9 @@
 """Early end of the rounds, decided from the run's events alone, so that a resumed run decides the same.
 
 An evaluation is bad if it breaks a rule that more training does not mend (`rules.HARMS`: probes, sites, exposure,
-extraction, pii), or if the sites' held-out loss, without the best and the worst sites', is no lower than the lowest so far, the base's included. So many bad
-ones in a row end the rounds. Rules that a run has yet to reach, such as beating a baseline, end none.
+extraction, pii), or if the sites' held-out loss, without the best and the worst sites', is no lower than the lowest so
+far, the base's included. So many bad ones in a row end the rounds. Rules that a run has yet to reach, such as beating a
+baseline, end none.
 """
 
 from collections.abc import Sequence
