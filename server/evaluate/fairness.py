@@ -94,7 +94,7 @@ def outliers(losses: Mapping[str, float]) -> list[str]:
     return sorted(site for site, distance in far.items() if distance > 3.5 * scale > 0)
 
 
-def decisive(event: Event) -> float:
+def decisive(event: Mapping[str, Any]) -> float:
     """The held-out loss by which is decided: trimmed, or the mean where fewer than three sites answered, nats."""
     found = event["trimmed_loss"]
     return float(event["loss"] if found is None else found)

@@ -1,6 +1,7 @@
 """Floors of the local training: an update is the sum of many steps over many rows, whichever settings a run chooses.
 
-Every setting of these sections is judged by a rule or was found harmless; each judged one has a value here that is refused.
+Every setting of these sections is judged by a rule or was found harmless; each judged one has a value here that is
+refused.
 """
 
 import functools
@@ -171,7 +172,7 @@ def _encoded(engine, rows):
 
 
 def test_a12_settings_that_make_an_update_the_raw_gradient(engine):
-    """Epsilon far above the gradients and no memory: an update of cosine above 0.99. What a policy allows is far from it."""
+    """Epsilon far above the gradients and no memory: cosine above 0.99. What a policy allows is far from it."""
     raw = {"training.adam_epsilon": "1.0", "training.adam_beta1": "0.0", "training.adam_beta2": "0.0"}
     whole = {**STEPS, "training.batch_size": "9", "training.local_steps": "5", "training.learning_rate": "1e-2"}
     attack = {**whole, **raw}
