@@ -19,7 +19,7 @@ from client.membership import Membership
 from client.payment import Payment
 from client.policy_file import DatasetRules, SignedPolicy
 from client.pressure import Limit
-from common import audit_heads, broadcast, config, egress, identity, manifest, wire
+from common import audit_heads, broadcast, config, egress, identity, manifest, signed_frame, wire
 from common.adapter import Tensors
 from common.audit import AuditLog, Head
 from common.audit_heads import Heads
@@ -83,6 +83,7 @@ class Gatekeeper:
         federation = self.policy.federation.id
         self._heads = Heads(self._folder / replicas.HEADS_FILE, federation)
         self._vouch = partial(audit_heads.sign, owner=node.site.name, federation=federation, key=key)
+        self._sign = partial(signed_frame.sign, key=key, federation=federation)
         self._refusals = Limit(MAX_REFUSALS_A_MINUTE, clock=clock)
         self._opens = Limit(MAX_OPENS_A_MINUTE, clock=clock)
         self._log = AuditLog(self._folder / AUDIT_FILE, key=key, on_entry=self.history.take, clock=clock)
@@ -140,7 +141,7 @@ class Gatekeeper:
         outgoing.check(self.policy, run, rounded, names=names)
         if reply.kind == "update" and run.run.privacy.is_private:
             self._payment.keep(run, int(rounded.head["round_index"]), rounded)
-        rounded = self._with_audit_head(rounded)
+        rounded = self._sign(self._with_audit_head(rounded))
         data = wire.pack(rounded)
         self._check_bytes(run, len(data))
         facts = self._facts(run, request, rounded, data)
@@ -312,8 +313,8 @@ def _run_of(request: Frame | None) -> dict[str, str]:
 
 
 def _content_sha256(reply: Frame) -> str:
-    """Hash of an answer without its time and the log's head, which no two answers share."""
-    head = {name: value for name, value in reply.head.items() if name not in ("seconds", *egress.AUDIT)}
+    """Hash of an answer without its time, the log's head and the signature, which no two answers share."""
+    head = {name: value for name, value in reply.head.items() if name not in ("seconds", *egress.AUDIT, *egress.SIGNED)}
     return _sha256(wire.pack(dataclasses.replace(reply, head=head)))
 
 

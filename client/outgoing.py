@@ -64,8 +64,7 @@ def _check_fields(reply: Frame, figures: Any) -> None:
         raise PolicyRefusedError(f"egress.metrics: {error}", rule="egress.metrics") from error
     told = {name for name, value in reply.head.items() if value is not None}
     extra = sorted(told - set(figures) - set(egress.NAMES))
-    if reply.kind == "update" and any(reply.head[name] for name in egress.AUDIT):
-        extra = list(egress.AUDIT)  # the gatekeeper alone writes them, after this check
+    extra += [name for name in (*egress.AUDIT, *egress.SIGNED) if reply.head.get(name)]  # the gatekeeper's, later
     if extra:
         raise PolicyRefusedError(f"egress.metrics: {', '.join(extra)} not declared", rule="egress.metrics")
     if missing := sorted(set(figures) - told):

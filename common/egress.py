@@ -19,7 +19,8 @@ AUDIT: Final = (  # head of the site's audit log, signed; nothing of rows
     "audit_signer",
     "audit_signature",
 )
-NAMES: Final = ("site", "run_sha256", "round_index", "adapter_sha256", *AUDIT)  # no figures, and known already
+SIGNED: Final = ("signer", "signature")  # as `common.signed_frame` names them
+NAMES: Final = ("site", "run_sha256", "round_index", "adapter_sha256", *AUDIT, *SIGNED)  # no figures, and known already
 
 PREFERENCES: Final = ("preference_loss_sum", "num_preferred")  # told by runs that learn preferences
 UNTOLD: Final = ("num_tokens", "train_loss", "seconds")  # of drawn rows: no noise covers them

@@ -38,6 +38,8 @@ class OpenedHead:
         num_steps: Optimiser steps that a round will take here.
         adapter_sha256: Of the adapter that the run starts from, as this site made it from the seed; empty where the
             adapter goes down whole.
+        signer: The site's identity, which signed this answer; empty where it has none. See `common.signed_frame`.
+        signature: By that key; empty likewise.
     """
 
     site: str
@@ -48,6 +50,8 @@ class OpenedHead:
     num_dropped: int
     num_steps: int
     adapter_sha256: str = ""
+    signer: str = ""
+    signature: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class UpdateHead:
         audit_time: When it was written, Unix seconds.
         audit_signer: Public key of that log, which is the site's identity; empty likewise.
         audit_signature: By that key; see `common.audit_heads`.
+        signer: As of `OpenedHead`.
+        signature: As of `OpenedHead`.
     """
 
     site: str
@@ -99,6 +105,8 @@ class UpdateHead:
     audit_time: float = 0.0
     audit_signer: str = ""
     audit_signature: str = ""
+    signer: str = ""
+    signature: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,8 @@ class SiteMetrics:
         num_exact: Of these, equal to the reference after stripping white space.
         preference_loss_sum: Sum of the objective's loss over the rows; None unless preferences are learnt.
         num_preferred: Rows whose preference the adapter agrees with more than at the start; None likewise.
+        signer: As of `OpenedHead`.
+        signature: As of `OpenedHead`.
     """
 
     site: str
@@ -126,6 +136,8 @@ class SiteMetrics:
     seconds: float
     preference_loss_sum: float | None = None
     num_preferred: int | None = None
+    signer: str = ""
+    signature: str = ""
 
     @property
     def loss(self) -> float:

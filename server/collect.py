@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from common import adapter, compact, packing, ranks, trainable, wire
+from common import adapter, compact, packing, ranks, trainable
 from common.adapter import Tensors
 from common.errors import RemoteError, SilotuneError, WireError
 from common.manifest import RunManifest
 from common.records import RoundPlan, TensorSpec, UpdateHead, from_head
+from common.wire import Frame
 from server.fleet import Fleet, Reply
 
 POLL_S: Final = 0.2
@@ -67,21 +68,19 @@ def ask(
         yield Answer(node, None, f"no answer within {timeout_s:g} s", is_late=True)
 
 
-def read_update(data: bytes, manifest: RunManifest, plan: RoundPlan, *, site: str) -> tuple[UpdateHead, Tensors]:
-    """An update whose frame, head, names, shapes, dtype, size and values were found right.
+def read_update(frame: Frame, manifest: RunManifest, plan: RoundPlan, *, site: str) -> tuple[UpdateHead, Tensors]:
+    """An update whose head, names, shapes, dtype, size and values were found right.
 
     Args:
-        data: What arrived.
+        frame: What arrived.
         manifest: The run.
         plan: What was asked.
         site: Whose node it came from; the update has that site's rank.
 
     Raises:
-        RemoteError: The site refused.
         WireError: Malformed, or for another run or round.
         ModelError: Tensors differ from the manifest, or are not finite.
     """
-    frame = wire.expect(data, "update", max_body_bytes=max_update_bytes(manifest))
     head = from_head(UpdateHead, frame.head)
     check_round(head.run_sha256, head.round_index, plan)
     if not head.num_examples:

@@ -62,7 +62,7 @@ class Federation:
         refused: Why nodes did not open it.
         away: Nodes that are connected and did not answer the offer: their agent may yet start.
         silent: Those of them that let the whole wait pass; they are not waited for as long again.
-        names: The node of each site name. A name stays with the node that told it first, which the link vouches for.
+        names: The node of each site name. A name stays with the node that told it first, under the key of the site.
         doubtful: Nodes that failed at a step; their agent may have started anew, so they are offered the run again.
         metrics: Last held-out figures of each site, by name.
         offer: The signed manifest; None offers it unsigned, which only sites without a policy take.
@@ -117,6 +117,22 @@ class Federation:
     def present(self) -> list[int]:
         """Nodes that opened the run and are connected now."""
         return [node_id for node_id in self.fleet.node_ids() if node_id in self.sites]
+
+    def expect(self, answer: collect.Answer, kind: str, *, max_body_bytes: int = 0) -> Frame:
+        """What a node answered, of one kind and, where the run is signed, under the key of the site that it names.
+
+        Raises:
+            ProtocolError: There is no answer.
+            RemoteError: The site refused.
+            WireError: It is malformed or of another kind.
+            AuthError: Another key signed it, or none where one is due.
+        """
+        if answer.frame is None:
+            raise ProtocolError(answer.reason)
+        frame = wire.expect(answer.frame, kind, max_body_bytes=max_body_bytes)
+        if self.trail:
+            self.trail.check(frame, site=str(frame.head.get("site", "")))
+        return frame
 
     def fail(self, answer: collect.Answer, error: SilotuneError, *, step: str) -> None:
         """Log that a site's answer does not count, and doubt the site.
@@ -237,7 +253,7 @@ def _admit(federation: Federation, answer: collect.Answer) -> None:
             federation.silent.add(answer.node_id)
         return
     try:
-        head = _read_opened(federation, answer.node_id, answer.frame)
+        head = _read_opened(federation, answer)
     except RemoteError as error:
         _take_refusal(federation, answer.node_id, error)
         return
@@ -273,14 +289,14 @@ def _deciding(federation: Federation) -> set[int]:
     return {node_id for node_id, asked_at in federation.asked_at.items() if asked_at > limit}
 
 
-def _read_opened(federation: Federation, node_id: int, frame: bytes) -> OpenedHead:
+def _read_opened(federation: Federation, answer: collect.Answer) -> OpenedHead:
     """A node's answer to the offer, checked."""
-    head = from_head(OpenedHead, wire.expect(frame, "opened", max_body_bytes=0).head)
+    head = from_head(OpenedHead, federation.expect(answer, "opened").head)
     if head.run_sha256 != federation.manifest.sha256 or not head.num_examples:
         raise ProtocolError("answered for another run, or has no rows")
     if not re.fullmatch(SLUG, head.site):
         raise ProtocolError("has no site name of a-z, 0-9 and '-'")
-    if federation.names.setdefault(head.site, node_id) != node_id:
+    if federation.names.setdefault(head.site, answer.node_id) != answer.node_id:
         raise ProtocolError(f"the name '{head.site}' is taken by another node")
     return head
 
@@ -302,4 +318,8 @@ def _who_is_missing(federation: Federation, wanted: int) -> str:
 
 def _without_run(head: OpenedHead) -> dict[str, Any]:
     """An opened head for the events."""
-    return {name: value for name, value in to_head(head).items() if name not in ("run_sha256", "adapter_sha256")}
+    return {
+        name: value
+        for name, value in to_head(head).items()
+        if name not in ("run_sha256", "adapter_sha256", "signer", "signature")
+    }

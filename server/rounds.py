@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common import clipping, events, site_privacy, trainable
-from common.errors import ConfigError, ProtocolError, SilotuneError, TooFewSitesError, WireError
+from common.errors import ConfigError, SilotuneError, TooFewSitesError, WireError
 from common.kinds import KINDS
 from common.noise import Noise
 from common.records import RoundPlan, UpdateHead
@@ -255,9 +255,8 @@ def _arriving(fed: Federation, tally: Tally, plan: RoundPlan, frames: dict[int, 
 
 def _read(fed: Federation, answer: collect.Answer, plan: RoundPlan) -> tuple[UpdateHead, State]:
     """One update, checked before a float of it is used."""
-    if answer.frame is None:
-        raise ProtocolError(answer.reason)
-    head, change = collect.read_update(answer.frame, fed.manifest, plan, site=fed.name(answer.node_id))
+    frame = fed.expect(answer, "update", max_body_bytes=collect.max_update_bytes(fed.manifest))
+    head, change = collect.read_update(frame, fed.manifest, plan, site=fed.name(answer.node_id))
     if head.site != fed.name(answer.node_id) or head.num_examples != fed.sites[answer.node_id].num_examples:
         raise WireError("update is under another name, or claims another number of rows than the site opened with")
     if fed.trail:

@@ -5,16 +5,17 @@ Both lie in one folder a key, over all its runs: the log is this key's, and site
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from common import audit_heads, identity
+from common import audit_heads, identity, signed_frame
 from common.audit import AuditLog, Head
 from common.audit_heads import Heads, SignedHead
-from common.errors import AuditError, RemoteError, SilotuneError
+from common.errors import AuditError, AuthError, RemoteError, SilotuneError
 from common.records import HEADS, LINKS, UpdateHead
+from common.wire import Frame
 from server.site_keys import SiteKeys
 
 AUDIT_FILE: Final = "audit.jsonl"
@@ -30,7 +31,8 @@ class Trail:
         log: The coordinator's own.
         heads: Of the sites' logs.
         vouch: Signs a head of this log for the federation.
-        site_keys: The sites' keys by the roster; None: a log keeps the key of its first head.
+        site_keys: The sites' keys by the roster; None: a name keeps the key of its first answer.
+        signers: Keys of sites that have answered, by name, where no roster tells them.
     """
 
     owner: str
@@ -38,6 +40,7 @@ class Trail:
     heads: Heads
     vouch: Callable[[Head], SignedHead]
     site_keys: SiteKeys | None = None
+    signers: dict[str, str] = field(default_factory=dict)
 
     def told(self) -> dict[str, Any]:
         """Where all logs stand, for the head of a request, and the hashes by which this one continues what it was.
@@ -66,6 +69,29 @@ class Trail:
             self.heads.keep({head.site: told}, keys=keys)
         elif keys is not None or head.site in self.heads.newest():
             raise AuditError(f"{head.site} tells of no audit log, as every site of the roster or with a policy does")
+
+    def check(self, frame: Frame, *, site: str) -> None:
+        """An answer counts only under the key of the site that it names.
+
+        Without a roster, a name belongs to the key that its log was signed by, or else to the key of its first answer.
+
+        Raises:
+            AuthError: It is not signed or by another key; the roster does not name the site, or cannot be believed.
+        """
+        keys = self._keys()
+        if keys is not None:
+            if site not in keys:
+                raise AuthError(f"the roster names no site '{site}'")
+            known = keys[site]
+        else:
+            told = self.heads.newest().get(site)
+            known = told.signer if told else self.signers.get(site, "")
+            signer = frame.head.get(signed_frame.SIGNER)
+            if not known and not signer:
+                return  # a site without a policy, which has no identity
+            known = known or str(signer)
+        signed_frame.check(frame, key=known, federation=self.heads.federation)
+        self.signers[site] = known
 
     def _keys(self) -> Mapping[str, str] | None:
         """The sites' keys now."""

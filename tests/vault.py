@@ -12,7 +12,7 @@ from client.agent import Agent, SiteData
 from client.gatekeeper import Gatekeeper
 from client.history import AUDIT_FILE
 from client.replicas import HEADS_FILE
-from common import adapter, audit, audit_heads, config, identity, manifest, wire
+from common import adapter, audit, audit_heads, config, identity, manifest, signed_frame, wire
 from common.audit import AuditLog, Entry, Head
 from common.audit_heads import SignedHead
 from common.manifest import Offer, RunManifest
@@ -108,6 +108,12 @@ def signed(
     return audit_heads.sign(head, owner=owner, federation=federation, key=key)
 
 
+def signed_anew(data: bytes, *, key: Ed25519PrivateKey = SITE) -> bytes:
+    """An answer as the site itself would have signed it."""
+    frame = wire.unpack(data, max_body_bytes=MAX)
+    return wire.pack(signed_frame.sign(frame, key=key, federation=FEDERATION))
+
+
 def told(
     head: Head | None = None,
     *,
@@ -172,6 +178,7 @@ class Vault:
     name: str = "north"
     roster_folder: Path | None = None
     now: float = NOW
+    key: Ed25519PrivateKey = SITE
     errors: list[Exception] = field(default_factory=list)
     num_reads: int = 0
 
@@ -186,7 +193,7 @@ class Vault:
         policy_file.sign(path, ADMIN)
         signed = policy_file.load(path, signer=identity.public_hex(ADMIN))
         own = node(self.folder, self.name, roster_folder=self.roster_folder)
-        self.gate = Gatekeeper(signed, node=own, key=SITE, clock=lambda: self.now)
+        self.gate = Gatekeeper(signed, node=own, key=self.key, clock=lambda: self.now)
         self.agent = Agent(
             self.name,
             load_data=lambda _: self._read(),
@@ -211,7 +218,7 @@ class Vault:
 
     def approve(self, run: RunManifest, *, is_approved: bool = True) -> None:
         """Somebody at the site decides, in a process of their own."""
-        log = AuditLog(self.folder / AUDIT_FILE, key=SITE, clock=lambda: self.now)
+        log = AuditLog(self.folder / AUDIT_FILE, key=self.key, clock=lambda: self.now)
         log.append("approved" if is_approved else "denied", run=run.sha256, by="tester")
 
     def ask(self, frame: Frame | bytes) -> Frame:
@@ -239,7 +246,7 @@ class Vault:
 
     def log(self) -> list[Entry]:
         """The audit log, which must be whole."""
-        return list(audit.read(self.folder / AUDIT_FILE, identity.public_hex(SITE)))
+        return list(audit.read(self.folder / AUDIT_FILE, identity.public_hex(self.key)))
 
     def refused(self, answer: Frame) -> tuple[str, str]:
         """Code and rule of a refusal; nothing else left, and the log has it."""
@@ -267,9 +274,10 @@ def make(
     count: int = 12,
     roster_folder: Path | None = None,
     made_of: type[Vault] = Vault,
+    key: Ed25519PrivateKey = SITE,
     **policy: str,
 ) -> Vault:
     """A site with `count` rows; three quarters train."""
     folder.mkdir(exist_ok=True)
     text = policy_text(engine.base_sha256, **policy)
-    return made_of(folder, engine, tiny.site_data(name, count), text, name=name, roster_folder=roster_folder)
+    return made_of(folder, engine, tiny.site_data(name, count), text, name=name, roster_folder=roster_folder, key=key)

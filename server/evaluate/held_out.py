@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from common import adapter, evaluation, events, wire
+from common import adapter, evaluation, events
 from common.errors import ProtocolError, SilotuneError
 from common.records import RoundPlan, SiteMetrics, from_head
 from server import collect
@@ -125,9 +125,7 @@ def _check_counts(metrics: SiteMetrics, federation: Federation, *, node_id: int)
 def _read(federation: Federation, answer: collect.Answer, plan: RoundPlan) -> SiteMetrics | None:
     """One site's figures; None, and an event, if they are missing or wrong."""
     try:
-        if answer.frame is None:
-            raise ProtocolError(answer.reason)
-        metrics = from_head(SiteMetrics, wire.expect(answer.frame, "metrics", max_body_bytes=0).head)
+        metrics = from_head(SiteMetrics, federation.expect(answer, "metrics").head)
         collect.check_round(metrics.run_sha256, metrics.round_index, plan)
         if metrics.site != federation.name(answer.node_id) or not metrics.num_answer_tokens:
             raise ProtocolError("figures under another name, or over no tokens")

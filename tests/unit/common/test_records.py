@@ -112,7 +112,9 @@ def test_whatever_a_peer_puts_into_a_field_raises_our_error_or_fits(field, value
         record = from_head(UpdateHead, change(UPDATE, **{field: value}))
     except WireError:
         return
-    assert type(getattr(record, field)) is type(getattr(UPDATE, field))
+    told, expected = getattr(record, field), {f.name: f.type for f in dataclasses.fields(UpdateHead)}[field]
+    assert isinstance(told, expected)
+    assert not isinstance(told, bool)
 
 
 def test_mean_loss_of_a_site_is_per_answer_token():

@@ -98,7 +98,8 @@ def update(manifest, engine):
 
 
 def read(data: bytes, manifest: RunManifest):
-    return collect.read_update(data, manifest, RoundPlan(manifest.sha256, 1), site="north")
+    frame = wire.expect(data, "update", max_body_bytes=collect.max_update_bytes(manifest))
+    return collect.read_update(frame, manifest, RoundPlan(manifest.sha256, 1), site="north")
 
 
 def test_a_right_update_is_read(update, manifest, engine):

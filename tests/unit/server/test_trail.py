@@ -162,7 +162,7 @@ def test_updates_that_do_not_count_are_logged_as_failed(fed, entries, engine, si
     fed.fleet = tiny.fleet({1: sites[0].agent.answer, 2: sites[1].agent.answer, 3: spoil})
     federation.wait_for_sites(fed)
     rounds.play(fed, engine.initial, round_index=0)
-    assert [(f["site"], f["step"], f["code"]) for f in entries("failed")] == [("west", "train", "WireError")]
+    assert [(f["site"], f["step"], f["code"]) for f in entries("failed")] == [("west", "train", "AuthError")]
     assert [facts["site"] for facts in entries("received")] == ["north", "south"]
 
 
@@ -346,7 +346,7 @@ def test_a_site_that_told_of_a_log_and_does_not_any_more_does_not_count(fed, sit
     silent = tiny.with_head(num_audit_entries=0, audit_sha256="", audit_time=0.0, audit_signer="", audit_signature="")
     is_silent = []
     honest = sites[2].agent.answer
-    spoil = tiny.spoilt(honest, "train", lambda frame: silent(frame) if is_silent else frame)
+    spoil = tiny.spoilt(honest, "train", lambda frame: vault.signed_anew(silent(frame)) if is_silent else frame)
     fed.fleet = tiny.fleet({1: sites[0].agent.answer, 2: sites[1].agent.answer, 3: spoil})
     federation.wait_for_sites(fed)
     state = rounds.play(fed, engine.initial, round_index=0)

@@ -68,7 +68,7 @@ def test_an_update_of_another_sites_rank_is_refused_before_a_value_is_used(engin
     specs = ranks.at_rank(engine.tensor_specs, 2)
     body = adapter.encode(ranks.cut(engine.initial, specs), dtype="float32")
     head = {"run_sha256": run_manifest.sha256, "round_index": 0, "generate": False}
-    reply = node.answer(wire.pack(wire.Frame("train", head, body)))
+    reply = wire.expect(node.answer(wire.pack(wire.Frame("train", head, body))), "update", max_body_bytes=1 << 24)
     assert collect.read_update(reply, run_manifest, plan, site="south")[0].site == "south"  # the control
     for other in ("north", "west"):
         with pytest.raises(ModelError, match="expected"):
