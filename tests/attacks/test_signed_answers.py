@@ -1,4 +1,4 @@
-"""A member, or whoever holds a courier, answers in another site's name, or with another site's or another round's bytes.
+"""A member, or whoever holds a courier, answers in another site's name, or with bytes of another site or round.
 
 Each has a control: where names are not checked against the roster, or nobody signs, the lie is taken.
 """
