@@ -160,28 +160,36 @@ def noise_multiplier(*, epsilon: float, dp_delta: float, sampling_prob: float, n
 def largest_delta(num_units: int) -> float:
     """The largest delta that a data set may be given: min(1e-5, 1/(n ln n)).
 
+    A mechanism that shows each unit in the clear with probability delta keeps the promise, so delta has to be far below
+    1/n; 1/(n ln n) is below the n^-1.1 that is common in machine learning for every n from 4 on. For few units that
+    would still be a probability that nobody would call negligible (0.027 for 14 units), hence the constant, which is
+    the delta of most published results.
+
     Args:
         num_units: Units in the data set, such as patients.
 
+    Source: Dwork and Roth 2014, doi.org/10.1561/0400000042, section 2.3; Ponomareva et al. 2023, arXiv:2303.00654
+        (n^-1.1); Abadi et al. 2016, arXiv:1607.00133, section 5 (1e-5).
+
     Example:
-        >>> largest_delta(2_000), round(largest_delta(50_000), 8)
-        (1e-05, 1.85e-06)
+        >>> largest_delta(14), largest_delta(2_000), round(largest_delta(50_000), 8)
+        (1e-05, 1e-05, 1.85e-06)
     """
     if num_units < 1:
         raise ValueError("num_units must be at least 1")
     return MAX_DELTA if num_units < 3 else min(MAX_DELTA, 1 / (num_units * math.log(num_units)))
 
 
-def shown_largest_delta(num_units: int) -> str:
-    """The same with two digits, never rounded up.
+def delta_rule(num_units: int) -> str:
+    """What `largest_delta` allows, with its rule; two digits, never rounded up.
 
     Example:
-        >>> shown_largest_delta(50_000), shown_largest_delta(2_000)
-        ('1.8e-06', '1e-05')
+        >>> delta_rule(14), delta_rule(50_000)[:15]
+        ('at most 1e-05, the smaller of 1e-5 and 1 / (n ln n)', 'at most 1.8e-06')
     """
     largest = largest_delta(num_units)
     step = 10.0 ** (math.floor(math.log10(largest)) - 1)
-    return f"{math.floor(largest / step * (1 + 1e-9)) * step:.2g}"
+    return f"at most {math.floor(largest / step * (1 + 1e-9)) * step:.2g}, the smaller of 1e-5 and 1 / (n ln n)"
 
 
 def planned_curve(

@@ -113,6 +113,14 @@ def without_site(table: Sequence[Fields], column: str) -> list[int]:
     return [number for number, fields in enumerate(table) if _is_blank(fields.get(column))]
 
 
+def site_in(fields: Fields, column: str) -> str:
+    """The site that a row names; "" if none."""
+    try:
+        return _slug(unit_names.form(fields.get(column), column))
+    except UnusableError:
+        return ""
+
+
 def _units(table: Sequence[Fields], column: str, places: Sequence[str]) -> list[str]:
     """The unit of each row, by its name in the form that sites know it by."""
     if not column:

@@ -4,7 +4,8 @@ import math
 import statistics
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Final
@@ -13,6 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from common import prompts
+from common.data import units
+from common.data.problems import Problems, UnusableError
+from common.errors import DataError, ModelError, PrivacyError
 from common.prompts import Encoded, TooLong
 from common.rows import Row
 
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 QUANTILES: Final = (0.5, 0.9, 0.99, 1.0)
+MAX_SHOWN: Final = 5
+_SHOWN_AS: Final = {"alike": "units alike, first in", "not_read": "in the folder, not read"}
 HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})  # Unicode categories
 
 
@@ -58,6 +64,10 @@ class CheckReport:
         num_duplicates: Rows whose messages repeat an earlier row's exactly.
         num_empty_inputs: Rows whose input field is missing or empty.
         tokens: None without a tokenizer.
+        num_units_alike: Units whose names differ in case, leading zeros, blanks, dashes or kind of digits only. They
+            are different units; if they are one patient, the file must say so.
+        alike: Where the first of them begin.
+        not_read: What of the folder of data is never read, such as a README.
     """
 
     num_rows: int
@@ -67,10 +77,47 @@ class CheckReport:
     num_duplicates: int
     num_empty_inputs: int
     tokens: TokenCounts | None = None
+    num_units_alike: int = 0
+    alike: tuple[str, ...] = ()
+    not_read: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Give the counts as JSON types."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that would stop a run, or spoil it.
+
+    Attributes:
+        site: Whose rows; "" before rows are given to sites.
+        place: The row or file; "" for the data as a whole.
+        what: What is wrong; holds no field's value.
+        remedy: What to do; "" where `what` tells it.
+    """
+
+    site: str
+    place: str
+    what: str
+    remedy: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        """Give the finding as JSON types."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check saw of one site.
+
+    Attributes:
+        report: Of the rows that can be used; None if there are none.
+        findings: All problems, not only the first.
+    """
+
+    report: CheckReport | None
+    findings: tuple[Finding, ...]
 
 
 @dataclass(frozen=True)
@@ -118,6 +165,7 @@ def check(
     max_length_tokens: int | None = None,
     too_long: TooLong = "truncate",
     system_prompt: str = "",
+    problems: Problems | None = None,
 ) -> CheckReport:
     """Count what a site's data are made of.
 
@@ -127,22 +175,29 @@ def check(
         max_length_tokens: The run's limit; None counts without one.
         too_long: What the run does with longer rows; under "error" they are only counted, as too long.
         system_prompt: The run's system message.
+        problems: Gets every row that the template cannot render, and under "error" every row that is too long; None
+            raises the first of the one kind and only counts the other.
 
     Returns:
         Counts only.
 
     Raises:
         ValueError: There are no rows.
-        ModelError: The tokenizer or its template cannot be used for training.
+        ModelError: The tokenizer or its template cannot be used for training, and `problems` is None.
     """
     if not rows:
         raise ValueError("there are no rows to check")
     sizes = Counter(row.unit for row in rows).values()
     tokens = None
-    if tokenizer is not None:
-        whole = [prompts.encode_whole(row, tokenizer, system_prompt=system_prompt) for row in rows]
+    if tokenizer is not None and (whole := _encoded(rows, tokenizer, system_prompt, problems)):
         num_control = sum(_has_control_token(row, tokenizer) for row in rows)
-        tokens = _count_tokens(whole, limit=max_length_tokens, too_long=too_long, num_control=num_control)
+        tokens = _count_tokens(
+            [encoded for _, encoded in whole], limit=max_length_tokens, too_long=too_long, num_control=num_control
+        )
+        if problems is not None and max_length_tokens is not None and too_long == "error":
+            _note_too_long(whole, max_length_tokens, problems)
+    first_rows = {row.unit: row.row_id for row in reversed(rows)}
+    groups = units.alike(row.unit for row in rows)
     return CheckReport(
         num_rows=len(rows),
         num_units=len(sizes),
@@ -151,7 +206,42 @@ def check(
         num_duplicates=len(rows) - len({row.messages for row in rows}),
         num_empty_inputs=sum(row.is_input_empty for row in rows),
         tokens=tokens,
+        num_units_alike=sum(map(len, groups)),
+        alike=tuple(" and ".join(first_rows[unit] for unit in group[:3]) for group in groups[:MAX_SHOWN]),
     )
+
+
+def find(site: str, problems: Problems) -> list[Finding]:
+    """Problems as findings."""
+    return [Finding(site, place, error.what, error.remedy) for place, error in problems.found]
+
+
+@contextmanager
+def noting(findings: list[Finding], *, site: str) -> Iterator[None]:
+    """Let an error be one finding, so that the rest can still be looked at."""
+    try:
+        yield
+    except (DataError, PrivacyError) as error:
+        findings.append(Finding(site, "", str(error)))
+
+
+def render_findings(findings: Sequence[Finding]) -> Table:
+    """Show problems as a table: those of one kind in one line, with the first places.
+
+    Args:
+        findings: At least one.
+
+    Returns:
+        A table for rich's console.
+    """
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for one in findings:
+        groups.setdefault((one.site, one.what, one.remedy), []).append(one.place)
+    table = Table("site", "problem", "where", "remedy", title=f"{len(findings)} problems")
+    for (site, what, remedy), places in groups.items():
+        more = f" and {len(places) - MAX_SHOWN} more" if len(places) > MAX_SHOWN else ""
+        table.add_row(*map(Text, (site, what, ", ".join(places[:MAX_SHOWN]) + more, remedy)))
+    return table
 
 
 def render(report: CheckReport) -> Table:
@@ -168,6 +258,9 @@ def render(report: CheckReport) -> Table:
     tokens: dict[str, Any] = lines.pop("tokens") or {}
     for share, num_tokens in tokens.pop("quantiles", {}).items():
         lines[f"tokens of a row, {share} of rows at most"] = num_tokens
+    for name in ("alike", "not_read"):
+        if places := lines.pop(name):
+            table.add_row(_SHOWN_AS[name], Text("; ".join(places)))
     for name, value in (lines | tokens).items():
         table.add_row(name.removeprefix("num_").replace("_", " "), "no limit" if value is None else f"{value:,}")
     return table
@@ -218,6 +311,31 @@ def render_preview(previews: Iterable[Preview]) -> Text:
             shown.append(_visible(text), style="black on green" if is_answer else "dim")
         shown.append("\n\n")
     return shown
+
+
+def _encoded(
+    rows: Sequence[Row], tokenizer: "Tokenizer", system_prompt: str, problems: Problems | None
+) -> list[tuple[Row, Encoded]]:
+    """Rows at their full length, those aside that the template cannot render."""
+    found = []
+    for row in rows:
+        try:
+            found.append((row, prompts.encode_whole(row, tokenizer, system_prompt=system_prompt)))
+        except ModelError as error:
+            if problems is None:
+                raise
+            problems.add(row.row_id, UnusableError(str(error).removeprefix(f"{row.row_id}: "), ""))
+    return found
+
+
+def _note_too_long(whole: Sequence[tuple[Row, Encoded]], limit: int, problems: Problems) -> None:
+    """Every row over the limit; in a message of many, how long the longest is tells what to set."""
+    longest = max(len(encoded.input_ids) for _, encoded in whole)
+    what = f"over the limit of data.max_length_tokens = {limit}; the longest row has {longest} tokens"
+    remedy = 'raise data.max_length_tokens, shorten the rows, or set data.too_long = "truncate" or "drop"'
+    for row, encoded in whole:
+        if len(encoded.input_ids) > limit:
+            problems.add(row.row_id, UnusableError(what, remedy))
 
 
 def _count_tokens(whole: Sequence[Encoded], *, limit: int | None, too_long: TooLong, num_control: int) -> TokenCounts:

@@ -138,7 +138,7 @@ def left_out(source: str) -> list[str]:
         source: As for `read`.
 
     Returns:
-        Names; none for a file, for a folder of `datasets` and for an id. Any other file that cannot be read is a problem.
+        Names; none for a file, a folder of `datasets` or an id. Any other file that cannot be read is a problem.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir() or hub.is_saved(folder):

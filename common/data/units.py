@@ -1,8 +1,8 @@
 """The name of a privacy unit in one form, whichever file and whichever program it came from.
 
-A patient whose name is written in two ways would be two units, each protected by half; two patients under one name would
-share one protection. So what says the same to a reader, or to a spreadsheet, is one name; what may be two people stays
-two, and `alike` tells of it.
+A patient whose name is written in two ways would be two units, each protected by half; two patients under one name
+would share one protection. So what says the same to a reader, or to a spreadsheet, is one name; what may be two people
+stays two, and `alike` tells of it.
 """
 
 import re
@@ -16,16 +16,15 @@ from common.data.problems import UnusableError
 NAME_IT: Final = "give every row its patient or customer"
 AS_WHOLE: Final = "write the column as whole numbers or as text, where no digit is lost"
 MAX_EXACT: Final = 2**53  # above it, a float stands for several whole numbers
-# The marks that pandas, R, Excel and databases write where there is no value, without what is not letter or digit
-# (pandas 3, `read_csv`, `na_values`), and the words with which people say so in common languages of hospitals.
-MISSING: Final = frozenset(
-    (
-        "na nan null none nil nothing undefined void empty blank missing tbd true false 1ind 1qnan ref value name "
-        "nodata noid noname notavailable notapplicable notknown notgiven notspecified notrecorded unspecified unknown unk "
-        "unknownpatient anonymous anon unbekannt keineangabe fehlt inconnu desconocido sconosciuto desconhecido onbekend "
-        "okand ukendt tuntematon nieznany неизвестно 不明 未知 無し"
-    ).split()
+# What pandas (`read_csv`, `na_values`), R, Excel and databases write where there is no value, letters and digits only;
+# and the words with which people say so.
+_MARKS: Final = "na nan null none nil 1ind 1qnan ref value name true false undefined void empty blank nothing tbd"
+_WORDS: Final = (
+    "missing nodata noid noname notavailable notapplicable notknown notgiven notspecified notrecorded unspecified "
+    "unknown unk unknownpatient anonymous anon unbekannt keineangabe fehlt inconnu desconocido sconosciuto "
+    "desconhecido onbekend ukendt nieznany"
 )
+MISSING: Final = frozenset(f"{_MARKS} {_WORDS}".split())
 # Default_Ignorable_Code_Point of Unicode 16 that is not of category Cf: nothing of it is seen.
 _UNSEEN: Final = frozenset(
     chr(code)
