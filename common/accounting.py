@@ -9,6 +9,7 @@ The number of record is the privacy loss distribution (PLD) of dp-accounting, ro
 of them would be wrong, so no epsilon is given then.
 """
 
+import bisect
 import functools
 import logging
 import math
@@ -26,6 +27,8 @@ MAX_EPSILON: Final = 1000.0
 MAX_DELTA: Final = 1e-5
 MAX_NOISE_MULTIPLIER: Final = 4096.0
 CALIBRATION_TOLERANCE: Final = 1e-4
+MAX_STEPS_AT_ONCE: Final = 10_000
+MAX_CURVE_POINTS: Final = 100
 Kinds = tuple[tuple[float, float, int], ...]  # sampling, noise, steps
 
 
@@ -204,10 +207,13 @@ def planned_curve(
         spent: What the data set has been used for before.
 
     Returns:
-        One epsilon a round, all that was spent before it included.
+        One epsilon a round, all that was spent before it included. Of more than 100 rounds, the first one and each
+        hundredth of the plan are composed; a round between them gets the next one's epsilon, which it cannot pass.
     """
-    rounds = (event_per_round.times(number) for number in range(1, num_rounds + 1))
-    return [compose([*spent, so_far], dp_delta=dp_delta) for so_far in rounds]
+    num_points = min(num_rounds, MAX_CURVE_POINTS)
+    ends = sorted({1, *(-(-num_rounds * point // num_points) for point in range(1, num_points + 1))})
+    epsilons = [compose([*spent, event_per_round.times(end)], dp_delta=dp_delta) for end in ends]
+    return [epsilons[bisect.bisect_left(ends, number)] for number in range(1, num_rounds + 1)]
 
 
 def gradient_noise_multiplier(noise_multiplier: float, *, count_noise_std: float) -> float:
@@ -286,8 +292,25 @@ def _check_agreement(pld: float, rdp: float) -> None:
 
 def _epsilon_pld(kinds: Kinds, dp_delta: float, grid: float) -> float:
     """Epsilon by PLD alone."""
-    losses = [_step_loss(sampling_prob, noise, grid).self_compose(steps) for sampling_prob, noise, steps in kinds]
+    losses = [_repeated(_step_loss(sampling_prob, noise, grid), steps) for sampling_prob, noise, steps in kinds]
     return float(functools.reduce(lambda left, right: left.compose(right), losses).get_epsilon_for_delta(dp_delta))
+
+
+def _repeated(loss: Any, num_steps: int) -> Any:
+    """The loss distribution of so many equal steps.
+
+    dp-accounting cuts the tails of a power by Chernoff's bound, and tries orders down to one in the number of cells of a
+    step only. For many steps of few cells that cuts next to nothing, and an array of millions of cells is left. So
+    these are composed in two stages, of which the second has more cells; the mass that is cut counts as infinite loss
+    both times (1e-15 for each of the first stage), so the result is an upper bound as before.
+    """
+    num_cells = loss._pmf_remove.size
+    if num_steps <= MAX_STEPS_AT_ONCE or num_cells**2 >= num_steps:
+        return loss.self_compose(num_steps)
+    num_inner = math.isqrt(num_steps)
+    num_outer, num_left = divmod(num_steps, num_inner)
+    whole = loss.self_compose(num_inner).self_compose(num_outer)
+    return whole.compose(loss.self_compose(num_left)) if num_left else whole
 
 
 @functools.lru_cache(maxsize=32)
