@@ -45,16 +45,17 @@ def check(
       silotune-client check node.toml --objective dpo
     """
     from client import rows
-    from client.data.check import render, render_findings
+    from client.data import check as checks
+    from client.data import findings
     from common import config
 
     node = config.load_node(node_file)
     found = rows.check(node, base=base, max_length_tokens=max_length_tokens, objective=objective)
     counts = found.report.as_dict() if found.report else {}
     result = {**counts, "problems": [finding.as_dict() for finding in found.findings]}
-    shown = [render(found.report)] if found.report else []
+    shown = [checks.render(found.report)] if found.report else []
     next_step = f"next: silotune-client preview {node_file} --base BASE"
-    ending = render_findings(found.findings) if found.findings else next_step
+    ending = findings.render(found.findings) if found.findings else next_step
     cli.emit(result, as_json=json, show=lambda: cli.show(*shown, ending))
     raise typer.Exit(DataError.exit_code if found.findings else 0)
 

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, cast, get_args
 
 from client import serve
 from client.data import check as checks
+from client.data import findings as noted
 from client.data import split
-from client.data.check import Checked, Finding, Preview
+from client.data.check import Preview
+from client.data.findings import Checked, Finding
 from client.serve import read_rows
 from common import config, prompts, store
 from common.config_objective import ObjectiveName
@@ -37,14 +39,14 @@ def check(node: config.NodeConfig, *, base: str, max_length_tokens: int | None, 
     not_read: list[str] = []
     for path in filter(None, (node.data.path, node.data.held_out_path)):
         problems = Problems()
-        with checks.noting(findings, site=site):
+        with noted.noting(findings, site=site):
             located = read.gather(path, problems)
             not_read += read.left_out(path)
             rows, unusable = read.scan(located, columns, source=path) if located else ([], Problems())
             problems.found += unusable.found
             sides.append(rows if columns.unit else [replace(row, unit=f"{path} {row.unit}") for row in rows])
-        findings += checks.find(site, problems)
-    with checks.noting(findings, site=site):
+        findings += noted.find(site, problems)
+    with noted.noting(findings, site=site):
         if node.data.held_out_path and len(sides) > 1 and node.data.unit_column:
             serve.check_apart(*sides)
         elif sides and sides[0] and not findings:  # with rows missing, too few units may be none too few
@@ -54,7 +56,7 @@ def check(node: config.NodeConfig, *, base: str, max_length_tokens: int | None, 
         return Checked(None, tuple(findings))
     problems = Problems()
     report = checks.check(shown, tokenizer=tokenizer, max_length_tokens=max_length_tokens, problems=problems)
-    return Checked(replace(report, not_read=tuple(not_read)), (*findings, *checks.find(site, problems)))
+    return Checked(replace(report, not_read=tuple(not_read)), (*findings, *noted.find(site, problems)))
 
 
 def preview(

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from client.data import check as checks
+from client.data import findings as noted
 from client.data import split
-from client.data.check import CheckReport, Finding
+from client.data.check import CheckReport
+from client.data.findings import Finding
 from common import accounting, config, objectives, prompts
 from common.data import read
 from common.data.files import Located
@@ -93,7 +95,7 @@ def render(found: Found, run_file: Path) -> list[Any]:
         notes.append("units alike differ only in case, leading zeros, blanks or dashes; if two are one patient, say so")
     if not_read := sorted({name for report in found.sites.values() for name in report.not_read}):
         notes.append(f"in the folder, not read: {', '.join(not_read)}")
-    ending = checks.render_findings(found.findings) if found.findings else f"next: silotune-sim run {run_file}"
+    ending = noted.render(found.findings) if found.findings else f"next: silotune-sim run {run_file}"
     return [table, *notes, ending]
 
 
@@ -102,7 +104,7 @@ def _parts(settings: config.RunConfig, findings: list[Finding]) -> dict[str, lis
     data, problems = settings.data, Problems()
     located: list[Located] = []
     usable: list[Located] = []
-    with checks.noting(findings, site=""):
+    with noted.noting(findings, site=""):
         located = world.locate(settings, problems)
         if located:
             rows, unusable = read.scan(located, world.columns_of(settings), source=data.source)
@@ -118,8 +120,8 @@ def _parts(settings: config.RunConfig, findings: list[Finding]) -> dict[str, lis
         usable = [row for row in usable if row.place not in dropped]
     is_named = data.partition == "column"
     sites = {row.place: partition.site_in(row.fields, data.site_column) if is_named else "" for row in located}
-    findings += [replace(one, site=sites.get(one.place, "")) for one in checks.find("", problems)]
-    with checks.noting(findings, site=""):
+    findings += [replace(one, site=sites.get(one.place, "")) for one in noted.find("", problems)]
+    with noted.noting(findings, site=""):
         return world.part(usable, settings) if usable else {}
     return {}
 
@@ -136,12 +138,12 @@ def _check_site(
     """One site's rows, both sides of the split."""
     data, privacy, objective = settings.data, settings.privacy, Objective.of(settings.training)
     rows: Sequence[Row] = []
-    with checks.noting(found.findings, site=site):
+    with noted.noting(found.findings, site=site):
         rows, _ = read.scan(located, world.columns_of(settings), source=data.source)
     if not rows:
         return
     sides: dict[str, Sequence[Row]] = {"": rows}
-    with checks.noting(found.findings if is_whole else [], site=site):  # with rows missing, too few may be none too few
+    with noted.noting(found.findings if is_whole else [], site=site):  # with rows missing, too few may be none too few
         train, held_out = split.for_run(rows, settings)
         sides = {"training": train, "held-out": held_out}
         num_units = len({row.unit for row in train})
@@ -150,7 +152,7 @@ def _check_site(
             found.findings.append(Finding(site, "", what, f"set {accounting.delta_rule(num_units)}"))
     shown: dict[str, list[Row]] = {name: list(side) for name, side in sides.items()}
     for name, side in sides.items():
-        with checks.noting(found.findings, site=site):
+        with noted.noting(found.findings, site=site):
             if objective.name != "sft" and side:
                 both = objectives.with_others(side, objective)
                 shown[name] = [one for pair in both for one in pair if one is not None]
@@ -167,7 +169,7 @@ def _check_site(
             problems=problems,
         ).tokens
         report = replace(report, tokens=tokens)
-        found.findings += checks.find(site, problems)
+        found.findings += noted.find(site, problems)
         if tokens and tokens.num_dropped and not problems.found:
             found.findings += _lost(site, shown, data, tokenizer)
     not_read = () if data.source == "embedded" else tuple(read.left_out(data.source))

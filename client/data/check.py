@@ -4,8 +4,7 @@ import math
 import statistics
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Final
@@ -16,7 +15,7 @@ from rich.text import Text
 from common import prompts
 from common.data import units
 from common.data.problems import Problems, UnusableError
-from common.errors import DataError, ModelError, PrivacyError
+from common.errors import ModelError
 from common.prompts import Encoded, TooLong
 from common.rows import Row
 
@@ -84,40 +83,6 @@ class CheckReport:
     def as_dict(self) -> dict[str, Any]:
         """Give the counts as JSON types."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that would stop a run, or spoil it.
-
-    Attributes:
-        site: Whose rows; "" before rows are given to sites.
-        place: The row or file; "" for the data as a whole.
-        what: What is wrong; holds no field's value.
-        remedy: What to do; "" where `what` tells it.
-    """
-
-    site: str
-    place: str
-    what: str
-    remedy: str = ""
-
-    def as_dict(self) -> dict[str, str]:
-        """Give the finding as JSON types."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What a check saw of one site.
-
-    Attributes:
-        report: Of the rows that can be used; None if there are none.
-        findings: All problems, not only the first.
-    """
-
-    report: CheckReport | None
-    findings: tuple[Finding, ...]
 
 
 @dataclass(frozen=True)
@@ -209,39 +174,6 @@ def check(
         num_units_alike=sum(map(len, groups)),
         alike=tuple(" and ".join(first_rows[unit] for unit in group[:3]) for group in groups[:MAX_SHOWN]),
     )
-
-
-def find(site: str, problems: Problems) -> list[Finding]:
-    """Problems as findings."""
-    return [Finding(site, place, error.what, error.remedy) for place, error in problems.found]
-
-
-@contextmanager
-def noting(findings: list[Finding], *, site: str) -> Iterator[None]:
-    """Let an error be one finding, so that the rest can still be looked at."""
-    try:
-        yield
-    except (DataError, PrivacyError) as error:
-        findings.append(Finding(site, "", str(error)))
-
-
-def render_findings(findings: Sequence[Finding]) -> Table:
-    """Show problems as a table: those of one kind in one line, with the first places.
-
-    Args:
-        findings: At least one.
-
-    Returns:
-        A table for rich's console.
-    """
-    groups: dict[tuple[str, str, str], list[str]] = {}
-    for one in findings:
-        groups.setdefault((one.site, one.what, one.remedy), []).append(one.place)
-    table = Table("site", "problem", "where", "remedy", title=f"{len(findings)} problems")
-    for (site, what, remedy), places in groups.items():
-        more = f" and {len(places) - MAX_SHOWN} more" if len(places) > MAX_SHOWN else ""
-        table.add_row(*map(Text, (site, what, ", ".join(places[:MAX_SHOWN]) + more, remedy)))
-    return table
 
 
 def render(report: CheckReport) -> Table:

@@ -158,7 +158,7 @@ def test_a_grid_too_coarse_for_small_losses_is_refined():
     assert accounting.compose([event], dp_delta=1e-5) <= upper
 
 
-# sampling_prob, noise_multiplier, num_steps, grid, epsilon at delta 1e-6 by `self_compose` of dp-accounting in one piece
+# sampling_prob, noise_multiplier, num_steps, grid, epsilon at delta 1e-6 by `self_compose` of dp-accounting at once
 IN_ONE_PIECE = [
     (0.0005, 2.26, 1_000_000, 1e-3, 1.864108),
     (0.0005, 2.26, 1_000_000, 1e-4, 0.998146),
