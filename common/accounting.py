@@ -299,10 +299,10 @@ def _epsilon_pld(kinds: Kinds, dp_delta: float, grid: float) -> float:
 def _repeated(loss: Any, num_steps: int) -> Any:
     """The loss distribution of so many equal steps.
 
-    dp-accounting cuts the tails of a power by Chernoff's bound, with orders down to one in the number of cells. For many
-    steps of few cells that cuts next to nothing, and an array of millions of cells is left. So these are composed in two
-    stages, of which the second has more cells; the mass that is cut counts as infinite loss both times (1e-15 for each
-    of the first stage), so the result is an upper bound as before.
+    dp-accounting cuts the tails of a power by Chernoff's bound, with orders down to one in the number of cells. For
+    many steps of few cells that cuts next to nothing, and an array of millions of cells is left. So these are composed
+    in two stages, of which the second has more cells; the mass that is cut counts as infinite loss both times (1e-15
+    for each of the first stage), so the result is an upper bound as before.
     """
     num_cells = loss._pmf_remove.size
     if num_steps <= MAX_STEPS_AT_ONCE or num_cells**2 >= num_steps:
