@@ -44,7 +44,7 @@ def check(node: config.NodeConfig, *, base: str, max_length_tokens: int | None, 
             not_read += read.left_out(path)
             rows, unusable = read.scan(located, columns, source=path) if located else ([], Problems())
             problems.found += unusable.found
-            sides.append(rows if columns.unit else [replace(row, unit=f"{path} {row.unit}") for row in rows])
+            sides.append(list(checks.told_apart(rows, path=path, unit_column=columns.unit)))
         findings += noted.find(site, problems)
     with noted.noting(findings, site=site):
         if node.data.held_out_path and len(sides) > 1 and node.data.unit_column:

@@ -5,7 +5,7 @@ import statistics
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Final
 
@@ -174,6 +174,17 @@ def check(
         num_units_alike=sum(map(len, groups)),
         alike=tuple(" and ".join(first_rows[unit] for unit in group[:3]) for group in groups[:MAX_SHOWN]),
     )
+
+
+def told_apart(rows: Sequence[Row], *, path: str, unit_column: str) -> Sequence[Row]:
+    """Rows of one of several data sets, as they are counted together: a row that is its own unit is none of another's.
+
+    Args:
+        rows: As they were read.
+        path: The data set.
+        unit_column: "" if every row is a unit, which is then a number in the data set.
+    """
+    return rows if unit_column else [replace(row, unit=f"{path} {row.unit}") for row in rows]
 
 
 def render(report: CheckReport) -> Table:
