@@ -32,6 +32,7 @@ from common import (
 )
 from common.broadcast import Held
 from common.config_privacy import Protection
+from common.data.problems import at_site
 from common.errors import AuthError, ConfigError, ProtocolError, SilotuneError, code_of
 from common.manifest import RunManifest
 from common.model import Engine
@@ -191,9 +192,10 @@ class Agent:
         codes.check(engine.codes_sha256, precisions.codes_at_site(run_manifest, self.site))
         adapter.check_specs(engine.tensor_specs, run_manifest.tensor_specs)
         fixed, begun = start.fixed(run_manifest), _start(run_manifest, engine)
-        data = self._load_data(run_manifest)
-        train, train_report = objectives.encode(engine, data.train, run_manifest.run)
-        held_out, held_out_report = objectives.encode(engine, data.held_out, run_manifest.run)
+        with at_site(self.site):
+            data = self._load_data(run_manifest)
+            train, train_report = objectives.encode(engine, data.train, run_manifest.run)
+            held_out, held_out_report = objectives.encode(engine, data.held_out, run_manifest.run)
         opened = OpenedHead(
             site=self.site,
             run_sha256=run_manifest.sha256,

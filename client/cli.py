@@ -8,6 +8,7 @@ import typer
 from client import cli_consent, cli_doctor, cli_join, cli_personal, cli_privacy
 from client.cli_options import NodeFile
 from common import cli, quiet
+from common.errors import DataError
 
 app = cli.make(
     "silotune-client",
@@ -35,7 +36,7 @@ def check(
 ) -> None:
     """Count this site's rows and name every problem.
 
-    Prints counts only; a problem is named by its row, never by its text.
+    Prints counts only; a problem is named by its row, never by its text. Exit code 3 if there is one.
 
     \b
     Examples:
@@ -44,13 +45,19 @@ def check(
       silotune-client check node.toml --objective dpo
     """
     from client import rows
-    from client.data.check import render
+    from client.data import check as checks
+    from client.data import findings
     from common import config
 
     node = config.load_node(node_file)
-    report = rows.check(node, base=base, max_length_tokens=max_length_tokens, objective=objective)
+    found = rows.check(node, base=base, max_length_tokens=max_length_tokens, objective=objective)
+    counts = found.report.as_dict() if found.report else {}
+    result = {**counts, "problems": [finding.as_dict() for finding in found.findings]}
+    shown = [checks.render(found.report)] if found.report else []
     next_step = f"next: silotune-client preview {node_file} --base BASE"
-    cli.emit(report.as_dict(), as_json=json, show=lambda: cli.show(render(report), next_step))
+    ending = findings.render(found.findings) if found.findings else next_step
+    cli.emit(result, as_json=json, show=lambda: cli.show(*shown, ending))
+    raise typer.Exit(DataError.exit_code if found.findings else 0)
 
 
 @app.command()

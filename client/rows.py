@@ -3,13 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
+from client import serve
 from client.data import check as checks
-from client.data.check import CheckReport, Preview
+from client.data import findings as noted
+from client.data import split
+from client.data.check import Preview
+from client.data.findings import Checked, Finding
 from client.serve import read_rows
 from common import config, prompts, store
 from common.config_objective import ObjectiveName
+from common.data import read
+from common.data.problems import Problems
 from common.errors import ConfigError, ModelError
 from common.rows import Row
 
@@ -17,20 +23,40 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def check(node: config.NodeConfig, *, base: str, max_length_tokens: int | None, objective: str = "sft") -> CheckReport:
-    """Count the site's rows, held-out ones included; with a base, their tokens too.
+def check(node: config.NodeConfig, *, base: str, max_length_tokens: int | None, objective: str = "sft") -> Checked:
+    """Count the site's rows, held-out ones included, and find all that would stop a run; with a base, their tokens too.
 
     Of a pair each of the two answers counts as a row here, so that both are held to the limit of tokens.
 
     Raises:
         ConfigError: No such objective.
-        DataError: Rows are missing or unusable; the message lists them by number.
         ModelError: The base is not on this machine.
     """
-    paths = filter(None, (node.data.path, node.data.held_out_path))
-    rows = [row for path in paths for row in _conversations(node, path, objective)]
+    site, columns = node.site.name, serve.columns_of(node, objective=_objective(objective))
     tokenizer = load_tokenizer(node, base) if base or node.model.base else None
-    return checks.check(rows, tokenizer=tokenizer, max_length_tokens=max_length_tokens)
+    findings: list[Finding] = []
+    sides: list[list[Row]] = []
+    not_read: list[str] = []
+    for path in filter(None, (node.data.path, node.data.held_out_path)):
+        problems = Problems()
+        with noted.noting(findings, site=site):
+            located = read.gather(path, problems)
+            not_read += read.left_out(path)
+            rows, unusable = read.scan(located, columns, source=path) if located else ([], Problems())
+            problems.found += unusable.found
+            sides.append(list(checks.told_apart(rows, path=path, unit_column=columns.unit)))
+        findings += noted.find(site, problems)
+    with noted.noting(findings, site=site):
+        if node.data.held_out_path and len(sides) > 1 and node.data.unit_column:
+            serve.check_apart(*sides)
+        elif sides and sides[0] and not findings:  # with rows missing, too few units may be none too few
+            split.split(sides[0], held_out_fraction=config.DataConfig().held_out_fraction, seed=0)
+    shown = _conversations([row for side in sides for row in side])
+    if not shown:
+        return Checked(None, tuple(findings))
+    problems = Problems()
+    report = checks.check(shown, tokenizer=tokenizer, max_length_tokens=max_length_tokens, problems=problems)
+    return Checked(replace(report, not_read=tuple(not_read)), (*findings, *noted.find(site, problems)))
 
 
 def preview(
@@ -44,16 +70,20 @@ def preview(
         ModelError: No base is named, or it is not on this machine.
     """
     tokenizer = load_tokenizer(node, base)
-    rows = _conversations(node, node.data.path, objective)
+    rows = _conversations(read_rows(node, node.data.path, objective=_objective(objective)))
     return checks.preview(rows, tokenizer, limit=limit, max_length_tokens=max_length_tokens)
 
 
-def _conversations(node: config.NodeConfig, path: str, objective: str) -> list[Row]:
+def _objective(name: str) -> ObjectiveName:
+    """The objective that an option names."""
+    known = next((known for known in get_args(ObjectiveName) if known == name), None)
+    if known is None:
+        raise ConfigError(f"--objective {name}: choose one of {', '.join(get_args(ObjectiveName))}")
+    return cast("ObjectiveName", known)
+
+
+def _conversations(rows: Sequence[Row]) -> list[Row]:
     """Everything that would go through the model, a pair as two rows."""
-    name = next((known for known in get_args(ObjectiveName) if known == objective), None)
-    if name is None:
-        raise ConfigError(f"--objective {objective}: choose one of {', '.join(get_args(ObjectiveName))}")
-    rows = read_rows(node, path, objective=name)
     both = ((row, replace(row, messages=row.rejected)) if row.rejected else (row,) for row in rows)
     return [row for shown in both for row in shown]
 

@@ -94,26 +94,37 @@ def load_data(node: config.NodeConfig, manifest: RunManifest) -> SiteData:
     if node.data.held_out_path:
         held_out = read_rows(node, node.data.held_out_path, objective=objective)
         if node.data.unit_column:
-            _check_apart(rows, held_out)
+            check_apart(rows, held_out)
         return SiteData(rows, held_out)
     return SiteData(*split.for_run(rows, manifest.run))
 
 
-def _check_apart(train: Sequence[Row], held_out: Sequence[Row]) -> None:
-    """A patient who is trained on says nothing about those who are not."""
+def check_apart(train: Sequence[Row], held_out: Sequence[Row]) -> None:
+    """A patient who is trained on says nothing about those who are not.
+
+    Raises:
+        DataError: A unit has rows on both sides.
+    """
     shared = {row.unit for row in train} & {row.unit for row in held_out}
     if shared:
+        one = next(row for row in train if row.unit in shared)
+        other = next(row for row in held_out if row.unit == one.unit)
         raise DataError(
-            f"{len(shared)} units have rows both in data.path and in data.held_out_path; "
+            f"{len(shared)} units have rows both in data.path and in data.held_out_path, one of them in {one.row_id} "
+            f"and in {other.row_id}; "
             "move all rows of a unit to one side, or remove held_out_path to let the run split them"
         )
 
 
 def read_rows(node: config.NodeConfig, path: str, *, objective: ObjectiveName = "sft") -> Sequence[Row]:
     """One of the site's files, by its own column names; those of preferences have fixed names."""
+    return read.read(path, columns=columns_of(node, objective=objective))
+
+
+def columns_of(node: config.NodeConfig, *, objective: ObjectiveName) -> Columns:
+    """Which columns of the site's rows hold what."""
     data = node.data
-    columns = Columns(data.instruction_column, data.input_column, data.output_column, data.unit_column, objective)
-    return read.read(path, columns=columns)
+    return Columns(data.instruction_column, data.input_column, data.output_column, data.unit_column, objective)
 
 
 class EngineLoader:

@@ -125,6 +125,6 @@ def _check_delta(header: Header, num_units: int) -> None:
     """A delta above 1/n would allow one unit in the clear."""
     if header.dp_delta > accounting.largest_delta(num_units):
         raise ConfigError(
-            f"privacy.dp_delta = {header.dp_delta:g} is too large for {num_units} units; "
-            f"set it to at most {accounting.shown_largest_delta(num_units)} in the policy and sign it again"
+            f"privacy.dp_delta = {header.dp_delta:g} is too large for {num_units} units; set "
+            f"{accounting.delta_rule(num_units)}, in the policy, and sign it again"
         )

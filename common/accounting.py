@@ -9,6 +9,7 @@ The number of record is the privacy loss distribution (PLD) of dp-accounting, ro
 of them would be wrong, so no epsilon is given then.
 """
 
+import bisect
 import functools
 import logging
 import math
@@ -26,6 +27,8 @@ MAX_EPSILON: Final = 1000.0
 MAX_DELTA: Final = 1e-5
 MAX_NOISE_MULTIPLIER: Final = 4096.0
 CALIBRATION_TOLERANCE: Final = 1e-4
+MAX_STEPS_AT_ONCE: Final = 10_000
+MAX_CURVE_POINTS: Final = 100
 Kinds = tuple[tuple[float, float, int], ...]  # sampling, noise, steps
 
 
@@ -160,28 +163,36 @@ def noise_multiplier(*, epsilon: float, dp_delta: float, sampling_prob: float, n
 def largest_delta(num_units: int) -> float:
     """The largest delta that a data set may be given: min(1e-5, 1/(n ln n)).
 
+    A mechanism that shows each unit in the clear with probability delta keeps the promise, so delta has to be far below
+    1/n; 1/(n ln n) is below the n^-1.1 that is common in machine learning for every n from 4 on. For few units that
+    would still be a probability that nobody would call negligible (0.027 for 14 units), hence the constant, which is
+    the delta of most published results.
+
     Args:
         num_units: Units in the data set, such as patients.
 
+    Source: Dwork and Roth 2014, doi.org/10.1561/0400000042, section 2.3; Ponomareva et al. 2023, arXiv:2303.00654
+        (n^-1.1); Abadi et al. 2016, arXiv:1607.00133, section 5 (1e-5).
+
     Example:
-        >>> largest_delta(2_000), round(largest_delta(50_000), 8)
-        (1e-05, 1.85e-06)
+        >>> largest_delta(14), largest_delta(2_000), round(largest_delta(50_000), 8)
+        (1e-05, 1e-05, 1.85e-06)
     """
     if num_units < 1:
         raise ValueError("num_units must be at least 1")
     return MAX_DELTA if num_units < 3 else min(MAX_DELTA, 1 / (num_units * math.log(num_units)))
 
 
-def shown_largest_delta(num_units: int) -> str:
-    """The same with two digits, never rounded up.
+def delta_rule(num_units: int) -> str:
+    """What `largest_delta` allows, with its rule; two digits, never rounded up.
 
     Example:
-        >>> shown_largest_delta(50_000), shown_largest_delta(2_000)
-        ('1.8e-06', '1e-05')
+        >>> delta_rule(14), delta_rule(50_000)[:15]
+        ('at most 1e-05, the smaller of 1e-5 and 1 / (n ln n)', 'at most 1.8e-06')
     """
     largest = largest_delta(num_units)
     step = 10.0 ** (math.floor(math.log10(largest)) - 1)
-    return f"{math.floor(largest / step * (1 + 1e-9)) * step:.2g}"
+    return f"at most {math.floor(largest / step * (1 + 1e-9)) * step:.2g}, the smaller of 1e-5 and 1 / (n ln n)"
 
 
 def planned_curve(
@@ -196,10 +207,13 @@ def planned_curve(
         spent: What the data set has been used for before.
 
     Returns:
-        One epsilon a round, all that was spent before it included.
+        One epsilon a round, all that was spent before it included. Of more than 100 rounds, the first one and each
+        hundredth of the plan are composed; a round between them gets the next one's epsilon, which it cannot pass.
     """
-    rounds = (event_per_round.times(number) for number in range(1, num_rounds + 1))
-    return [compose([*spent, so_far], dp_delta=dp_delta) for so_far in rounds]
+    num_points = min(num_rounds, MAX_CURVE_POINTS)
+    ends = sorted({1, *(-(-num_rounds * point // num_points) for point in range(1, num_points + 1))})
+    epsilons = [compose([*spent, event_per_round.times(end)], dp_delta=dp_delta) for end in ends]
+    return [epsilons[bisect.bisect_left(ends, number)] for number in range(1, num_rounds + 1)]
 
 
 def gradient_noise_multiplier(noise_multiplier: float, *, count_noise_std: float) -> float:
@@ -278,8 +292,25 @@ def _check_agreement(pld: float, rdp: float) -> None:
 
 def _epsilon_pld(kinds: Kinds, dp_delta: float, grid: float) -> float:
     """Epsilon by PLD alone."""
-    losses = [_step_loss(sampling_prob, noise, grid).self_compose(steps) for sampling_prob, noise, steps in kinds]
+    losses = [_repeated(_step_loss(sampling_prob, noise, grid), steps) for sampling_prob, noise, steps in kinds]
     return float(functools.reduce(lambda left, right: left.compose(right), losses).get_epsilon_for_delta(dp_delta))
+
+
+def _repeated(loss: Any, num_steps: int) -> Any:
+    """The loss distribution of so many equal steps.
+
+    dp-accounting cuts the tails of a power by Chernoff's bound, with orders down to one in the number of cells. For
+    many steps of few cells that cuts next to nothing, and an array of millions of cells is left. So these are composed
+    in two stages, of which the second has more cells; the mass that is cut counts as infinite loss both times (1e-15
+    for each of the first stage), so the result is an upper bound as before.
+    """
+    num_cells = loss._pmf_remove.size
+    if num_steps <= MAX_STEPS_AT_ONCE or num_cells**2 >= num_steps:
+        return loss.self_compose(num_steps)
+    num_inner = math.isqrt(num_steps)
+    num_outer, num_left = divmod(num_steps, num_inner)
+    whole = loss.self_compose(num_inner).self_compose(num_outer)
+    return whole.compose(loss.self_compose(num_left)) if num_left else whole
 
 
 @functools.lru_cache(maxsize=32)

@@ -16,7 +16,7 @@ class SiteConfig(Section):
 class NodeDataConfig(Section):
     """This site's rows. They never leave it."""
 
-    path: RequiredLine = Field(description="A JSONL, JSON, CSV or Parquet file, or a folder of them.")
+    path: RequiredLine = Field(description="A JSONL, JSON, CSV, TSV or Parquet file, or a folder of them.")
     held_out_path: Line = Field(
         default="", description="Own held-out rows, instead of the run's `data.held_out_fraction`. Empty: none."
     )

@@ -26,7 +26,11 @@ class PrivacyConfig(Section):
         "it; else the plan is held to it. 0: no limit of the run's own; the sites have theirs.",
     )
     dp_delta: float = Field(
-        default=1e-6, gt=0, lt=0.1, description="Delta that goes with epsilon; at most 1/(n ln n) for n units."
+        default=1e-6,
+        gt=0,
+        lt=0.1,
+        description="Delta that goes with epsilon; at most the smaller of 1e-5 and 1/(n ln n) for the n units of a "
+        "site, or under `site` for n sites.",
     )
     sampling_prob: float = Field(
         default=0.0,

@@ -46,7 +46,7 @@ _OTHERS: tuple[Contradiction, ...] = (
     (
         ("privacy.dp_delta", "federation.num_sites", "privacy.mode"),
         _has_large_delta,
-        "of n sites, delta may be 1e-5 and 1 / (n ln n) at most; lower it",
+        "for n sites, delta may be at most the smaller of 1e-5 and 1 / (n ln n); lower it",
     ),
     (
         ("privacy.noise_at", "privacy.mode"),

@@ -14,8 +14,8 @@ class DataConfig(Section):
 
     source: RequiredLine = Field(
         default="embedded",
-        description="Simulations only (a site's path is in its own file): a JSONL, JSON, CSV or Parquet file or a "
-        "folder of them, a `datasets` id, or `embedded`.",
+        description="Simulations only (a site's path is in its own file): a JSONL, JSON, CSV, TSV or Parquet file "
+        "or a folder of them, a `datasets` id, or `embedded`.",
     )
     partition: Literal["column", "iid", "dirichlet"] = Field(
         default="column",

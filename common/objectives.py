@@ -118,7 +118,7 @@ def encode(engine: Engine, rows: Sequence[Row], run: config.RunConfig) -> tuple[
     objective = Objective.of(run.training)
     if objective.name == "sft":
         return model.encode(engine, rows, run.data)
-    found = [_encode_one(engine, row, run.data) for row in _with_others(rows, objective)]
+    found = [_encode_one(engine, row, run.data) for row in with_others(rows, objective)]
     kept = [example for example in found if example is not None]
     if not kept:
         raise DataError(
@@ -128,8 +128,16 @@ def encode(engine: Engine, rows: Sequence[Row], run: config.RunConfig) -> tuple[
     return kept, _report(kept, num_rows=len(found))
 
 
-def _with_others(rows: Sequence[Row], objective: Objective) -> list[tuple[Row, Row | None]]:
-    """Each row and the conversation that goes with it: the rejected answer, or the answer to another prompt."""
+def with_others(rows: Sequence[Row], objective: Objective) -> list[tuple[Row, Row | None]]:
+    """Each row and the conversation that goes with it: the rejected answer, or the answer to another prompt.
+
+    Args:
+        rows: Of one side of a site, in order.
+        objective: "dpo" or "kto".
+
+    Raises:
+        DataError: Rows have no label, or there are too few for a reference point.
+    """
     if objective.name == "dpo":
         return [(row, replace(row, messages=row.rejected)) for row in rows]
     if any(row.is_desirable is None for row in rows):

@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from common import cli, quiet
+from common.errors import DataError
 from simulations.cli_audit import audit_app
 from simulations.cli_options import DataOption, ModelOption, OutputOption, RunFile, StoreOption, ThreadsOption
 
 app = cli.make(
     "silotune-sim",
     "Research on one machine: the very functions that servers and sites run, with virtual sites.",
-    examples=("silotune-sim demo", "silotune-sim run RUN.toml --engine flower"),
+    examples=("silotune-sim demo", "silotune-sim check RUN.toml", "silotune-sim run RUN.toml --engine flower"),
 )
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 
@@ -105,6 +106,37 @@ def run(
     )
     result = commands.run(order, engine=engine, resume=resume)
     cli.emit(result, as_json=json, show=lambda: cli.show(commands.ending(result)))
+
+
+@app.command()
+def check(
+    run_file: RunFile,
+    model: ModelOption = "",
+    data: DataOption = "",
+    store: StoreOption = None,
+    rows_only: Annotated[
+        bool, typer.Option("--rows-only", help="Leave out what needs the base: tokens, and rows that are too long.")
+    ] = False,
+    set_: cli.SetOption = None,
+    json: cli.JsonOption = False,
+) -> None:
+    """Look through all sites' rows, and name every problem at once.
+
+    Files, columns, units, the split and tokens, as a run would take them. Prints counts and places, and no row. Exit
+    code 3 if there is a problem.
+
+    \b
+    Examples:
+      silotune-sim check RUN.toml
+      silotune-sim check RUN.toml --rows-only --json
+    """
+    from simulations import check as checking
+    from simulations import commands
+
+    order = commands.Order(run_file, None, model, data, store, cli.overrides(set_), json)
+    found = checking.check(order.loaded(), base_folder=None if rows_only else order.base_folder)
+    cli.emit(found.as_dict(), as_json=json, show=lambda: cli.show(*checking.render(found, run_file)))
+    raise typer.Exit(DataError.exit_code if found.findings else 0)
 
 
 @app.command()

@@ -46,9 +46,13 @@ class Order:
 
     def settings(self) -> config.RunConfig:
         """The run file with the command line's settings, and its noise chosen."""
+        return privacy_plan.resolve(self.loaded())
+
+    def loaded(self) -> config.RunConfig:
+        """The run file with the command line's settings."""
         named = {"model.base": self.model, "data.source": self.data}
         given = {key: json.dumps(value, ensure_ascii=False) for key, value in named.items() if value}
-        return privacy_plan.resolve(config.load(self.run_file, overrides={**given, **self.overrides}))
+        return config.load(self.run_file, overrides={**given, **self.overrides})
 
     def folder(self, settings: config.RunConfig) -> Path:
         """`--output`, or a new folder."""

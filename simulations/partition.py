@@ -2,15 +2,18 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Literal
 
 import numpy as np
 
+from common.data import units as unit_names
+from common.data.problems import UnusableError
 from common.errors import DataError
 
 Fields = dict[str, Any]
 How = Literal["column", "iid", "dirichlet"]
+WITHOUT_SITES: Final = 'data.partition = "iid" with data.num_sites deals rows out at random where none names a site'
 
 
 def partition(
@@ -23,7 +26,38 @@ def partition(
     unit_column: str = "",
     seed: int = 0,
 ) -> dict[str, list[Fields]]:
-    """Give every row to one site.
+    """Give every row to one site; see `sites_of` for arguments and errors.
+
+    Returns:
+        Rows by site, in the table's order; names are of a-z, 0-9 and "-", ascending.
+    """
+    named = sites_of(
+        table,
+        how=how,
+        num_sites=num_sites,
+        site_column=site_column,
+        dirichlet_alpha=dirichlet_alpha,
+        unit_column=unit_column,
+        seed=seed,
+    )
+    sites: dict[str, list[Fields]] = {name: [] for name in sorted(set(named))}
+    for fields, name in zip(table, named, strict=True):
+        sites[name].append(fields)
+    return sites
+
+
+def sites_of(
+    table: Sequence[Fields],
+    *,
+    how: How,
+    num_sites: int = 0,
+    site_column: str = "site",
+    dirichlet_alpha: float = 0.5,
+    unit_column: str = "",
+    seed: int = 0,
+    places: Sequence[str] = (),
+) -> list[str]:
+    """The site of every row.
 
     "column": the values of `site_column` are the sites. "iid": units are dealt out at random, as many to each site.
     "dirichlet": sites of equal numbers of units, whose mix of the values of `site_column` is drawn from a Dirichlet
@@ -38,9 +72,10 @@ def partition(
         dirichlet_alpha: Concentration; small makes sites differ, large makes them alike. Only for "dirichlet".
         unit_column: Rows with one value of it stay together; "" lets every row be a unit.
         seed: Of the random choices.
+        places: Where each row was read, for messages; () calls rows by their numbers in the table.
 
     Returns:
-        Rows by site, in the table's order; names are of a-z, 0-9 and "-", ascending.
+        A name for each row, of a-z, 0-9 and "-".
 
     Raises:
         DataError: A column is missing, a site would be empty, a unit is at two sites, or a name cannot be made.
@@ -50,39 +85,78 @@ def partition(
     """
     if not table:
         raise DataError("there are no rows to give to sites: check data.source")
-    units = _units(table, unit_column)
+    places = places or [str(number) for number in range(1, len(table) + 1)]
+    units = _units(table, unit_column, places)
     if how == "column":
-        site_of = _by_column(table, units, column=site_column, num_sites=num_sites)
+        site_of = _by_column(table, units, column=site_column, num_sites=num_sites, places=places)
+        return [site_of[unit] for unit in units]
+    _check_size(num_sites, num_units=len(set(units)), unit_column=unit_column)
+    rng = np.random.default_rng(seed)
+    if how == "iid":
+        site_of = _name_sites(_deal(sorted(set(units)), num_sites, rng))
     else:
-        _check_size(num_sites, num_units=len(set(units)))
-        rng = np.random.default_rng(seed)
-        if how == "iid":
-            site_of = _name_sites(_deal(sorted(set(units)), num_sites, rng))
-        else:
-            site_of = _name_sites(_skew(_labels(table, units, site_column), num_sites, dirichlet_alpha, rng))
-    sites: dict[str, list[Fields]] = {name: [] for name in sorted(set(site_of.values()))}
-    for fields, unit in zip(table, units, strict=True):
-        sites[site_of[unit]].append(fields)
-    return sites
+        values = _site_values(table, site_column, places)
+        site_of = _name_sites(_skew(_labels(units, values), num_sites, dirichlet_alpha, rng))
+    return [site_of[unit] for unit in units]
 
 
-def _units(table: Sequence[Fields], column: str) -> list[str]:
-    """The unit of each row."""
+def without_site(table: Sequence[Fields], column: str) -> list[int]:
+    """Which rows name no site.
+
+    Args:
+        table: Rows with all their columns.
+        column: The one that names the site.
+
+    Returns:
+        Places in the table, from 0.
+    """
+    return [number for number, fields in enumerate(table) if _is_blank(fields.get(column))]
+
+
+def site_in(fields: Fields, column: str) -> str:
+    """The site that a row names; "" if none."""
+    try:
+        return _slug(unit_names.form(fields.get(column), column))
+    except UnusableError:
+        return ""
+
+
+def _units(table: Sequence[Fields], column: str, places: Sequence[str]) -> list[str]:
+    """The unit of each row, by its name in the form that sites know it by."""
     if not column:
         return [f"{number:09d}" for number in range(len(table))]
-    return _values(table, column, setting="data.unit_column")
+    _refuse_blank(table, column, places, remedy="fill it in or correct data.unit_column")
+    return _in_one_form(table, column, places, of=unit_names.name_of)
 
 
-def _values(table: Sequence[Fields], column: str, *, setting: str) -> list[str]:
-    """A column as text; 7, 7.0 and "7" are one value."""
-    missing = [number for number, fields in enumerate(table, start=1) if _is_blank(fields.get(column))]
+def _site_values(table: Sequence[Fields], column: str, places: Sequence[str]) -> list[str]:
+    """The column of sites or labels as text."""
+    _refuse_blank(table, column, places, remedy=f"fill it in or correct data.site_column; {WITHOUT_SITES}")
+    return _in_one_form(table, column, places, of=unit_names.form)
+
+
+def _refuse_blank(table: Sequence[Fields], column: str, places: Sequence[str], *, remedy: str) -> None:
+    """A row without a value would belong to nobody."""
+    missing = without_site(table, column)
     if missing:
-        first = ", ".join(map(str, missing[:5]))
+        first = ", ".join(places[number] for number in missing[:5])
         raise DataError(
-            f"{len(missing)} of {len(table)} rows have no value in the column {column!r} (rows {first}): "
-            f"fill it in or correct {setting}"
+            f"{len(missing)} of {len(table)} rows have no value in the column {column!r} (rows {first}): {remedy}"
         )
-    return [_name(fields[column]) for fields in table]
+
+
+def _in_one_form(
+    table: Sequence[Fields], column: str, places: Sequence[str], *, of: Callable[[Any, str], str]
+) -> list[str]:
+    """A column as names."""
+    found = []
+    for fields, place in zip(table, places, strict=True):
+        try:
+            found.append(of(fields[column], column))
+        except UnusableError as error:
+            what = error.what.replace("the unit column", "the column")
+            raise DataError(f"row {place}: {what}. Remedy: {error.remedy}") from None
+    return found
 
 
 def _is_blank(value: Any) -> bool:
@@ -90,18 +164,19 @@ def _is_blank(value: Any) -> bool:
     return value is None or value != value or not str(value).strip()
 
 
-def _name(value: Any) -> str:
-    """A cell as text."""
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
-
-
-def _by_column(table: Sequence[Fields], units: Sequence[str], *, column: str, num_sites: int) -> Mapping[str, str]:
+def _by_column(
+    table: Sequence[Fields], units: Sequence[str], *, column: str, num_sites: int, places: Sequence[str]
+) -> Mapping[str, str]:
     """The site of each unit, as the rows say."""
-    values = _values(table, column, setting="data.site_column")
-    slugs = {value: _slug(value) for value in set(values)}
+    values = _site_values(table, column, places)
+    slugs = {value: _slug(value) for value in values}
+    first_row = dict(zip(reversed(values), reversed(places), strict=True))
     if len(set(slugs.values())) < len(slugs) or not all(slugs.values()):
+        counts = Counter(slugs.values())
+        clashing = [first_row[value] for value, slug in slugs.items() if not slug or counts[slug] > 1]
         raise DataError(
-            f"values of the column {column!r} become the same site name, or none, in a-z, 0-9 and '-': rename them"
+            f"values of the column {column!r} become the same site name, or none, in a-z, 0-9 and '-' (first in rows "
+            f"{', '.join(clashing[:5])}): rename them"
         )
     if num_sites not in (0, len(slugs)):
         raise DataError(
@@ -111,9 +186,14 @@ def _by_column(table: Sequence[Fields], units: Sequence[str], *, column: str, nu
     site_of = {unit: slugs[value] for unit, value in zip(units, values, strict=True)}
     straddling = {unit for unit, value in zip(units, values, strict=True) if site_of[unit] != slugs[value]}
     if straddling:
+        one = next(unit for unit in units if unit in straddling)
+        rows = [
+            f"{place} ({slugs[value]})" for unit, value, place in zip(units, values, places, strict=True) if unit == one
+        ]
         raise DataError(
-            f"{len(straddling)} of {len(site_of)} units have rows at several sites: make the values of "
-            "data.unit_column differ between sites, as each site protects its own"
+            f"{len(straddling)} of {len(site_of)} units have rows at several sites, one of them in rows "
+            f"{rows[0]} to {rows[-1]}: make the values of data.unit_column differ between sites, as each site protects "
+            "its own"
         )
     return site_of
 
@@ -129,14 +209,14 @@ def _name_sites(groups: Sequence[Sequence[str]]) -> dict[str, str]:
     return {unit: f"site-{k:0{width}d}" for k, group in enumerate(groups) for unit in group}
 
 
-def _check_size(num_sites: int, *, num_units: int) -> None:
+def _check_size(num_sites: int, *, num_units: int, unit_column: str) -> None:
     """Refuse sites that nobody would be left for."""
     if num_sites < 1:
         raise ValueError(f"num_sites is {num_sites}; this partition needs at least 1")
     if num_units < num_sites:
         raise DataError(
             f"{num_units} units are too few for {num_sites} sites: lower data.num_sites, add rows, or check "
-            "data.unit_column"
+            f"data.unit_column ({unit_column!r})"
         )
 
 
@@ -146,10 +226,10 @@ def _deal(units: Sequence[str], num_sites: int, rng: np.random.Generator) -> lis
     return [order[k::num_sites] for k in range(num_sites)]
 
 
-def _labels(table: Sequence[Fields], units: Sequence[str], column: str) -> dict[str, str]:
+def _labels(units: Sequence[str], values: Sequence[str]) -> dict[str, str]:
     """The commonest label of each unit; of equals the first in the alphabet."""
     counts: dict[str, Counter[str]] = {}
-    for unit, value in zip(units, _values(table, column, setting="data.site_column"), strict=True):
+    for unit, value in zip(units, values, strict=True):
         counts.setdefault(unit, Counter())[value] += 1
     return {unit: min(seen, key=lambda value: (-seen[value], value)) for unit, seen in sorted(counts.items())}
 

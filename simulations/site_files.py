@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from common import config, storage
+from common.data import read
 from simulations.deployment import Site
 
 UNGUARDED: Final = "--without-policy"
@@ -67,7 +68,10 @@ def _write_site(
         *("[agent]", f"socket = {_quoted(socket_path)}", f"log_folder = {_quoted(log_folder)}"),
         *agent_lines,
     ]
-    storage.write_atomic(rows_file, "".join(json.dumps(row, default=str) + "\n" for row in rows).encode())
+    # Rows of several files lie in one here, where an id that started anew in each of them would be there twice.
+    unused = {read.ID_COLUMN} - {getattr(data, column) for column in columns}
+    kept = ({name: value for name, value in row.items() if name not in unused} for row in rows)
+    storage.write_atomic(rows_file, "".join(json.dumps(row, default=str) + "\n" for row in kept).encode())
     storage.write_atomic(folder / "node.toml", "\n".join([*text, ""]).encode())
     folder.chmod(0o700)
     has_policy = any(line.startswith("policy = ") for line in agent_lines)

@@ -1,7 +1,7 @@
 """Virtual sites: the rows of a run file, split into agents that share one loaded base, or one for each precision."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from client.train import schedule
 from common import config, loading, precisions, store
 from common.config_objective import ObjectiveName
 from common.data import read
+from common.data.files import Located
+from common.data.problems import Problems, at_site
 from common.errors import ConfigError
 from common.manifest import RunManifest
 from common.methods import FACTS
@@ -97,9 +99,11 @@ def load_sites(settings: config.RunConfig) -> dict[str, SiteData]:
     """Read, partition and split; a function of the run file alone.
 
     Raises:
-        DataError: Rows are missing or unusable.
+        DataError: Rows are missing or unusable; the message names the site, once rows are of one.
     """
-    return {site: split_site(rows, settings) for site, rows in load_tables(settings).items()}
+    located = locate(settings)
+    read.convert(located, columns_of(settings), source=settings.data.source)  # so that a file is refused as a whole
+    return {site: split_located(site, rows, settings) for site, rows in part(located, settings).items()}
 
 
 def load_tables(settings: config.RunConfig) -> dict[str, list[dict[str, Any]]]:
@@ -108,21 +112,49 @@ def load_tables(settings: config.RunConfig) -> dict[str, list[dict[str, Any]]]:
     Raises:
         DataError: Rows are missing or unusable.
     """
+    located = locate(settings)
+    read.convert(located, columns_of(settings), source=settings.data.source)
+    return {site: [row.fields for row in rows] for site, rows in part(located, settings).items()}
+
+
+def locate(settings: config.RunConfig, problems: Problems | None = None) -> list[Located]:
+    """The rows of all sites, each with its place.
+
+    Args:
+        settings: The run file.
+        problems: Gets what cannot be read; None: that is an error.
+
+    Raises:
+        DataError: There are no rows, or some cannot be read and `problems` is None.
+    """
+    source = settings.data.source
+    if source == "embedded":
+        table = enumerate(embedded_table(settings.training.objective), start=1)
+        return [Located(f"embedded row {number}", fields) for number, fields in table]
+    return read.locate(source) if problems is None else read.gather(source, problems)
+
+
+def part(located: Sequence[Located], settings: config.RunConfig) -> dict[str, list[Located]]:
+    """Rows by site, as the run file says, sites ascending.
+
+    Raises:
+        DataError: As `partition.sites_of`.
+    """
     data = settings.data
-    if data.source == "embedded":
-        table = embedded_table(settings.training.objective)
-    else:
-        table = read.read_table(data.source, columns=columns_of(settings))
-    parts = partition.partition(
-        table,
+    named = partition.sites_of(
+        [row.fields for row in located],
         how=data.partition,
         num_sites=data.num_sites,
         site_column=data.site_column,
         dirichlet_alpha=data.dirichlet_alpha,
         unit_column=data.unit_column,
         seed=settings.seed,
+        places=[row.place for row in located],
     )
-    return dict(sorted(parts.items()))
+    sites: dict[str, list[Located]] = {name: [] for name in sorted(set(named))}
+    for row, name in zip(located, named, strict=True):
+        sites[name].append(row)
+    return sites
 
 
 def embedded_table(objective: ObjectiveName) -> list[dict[str, Any]]:
@@ -137,6 +169,17 @@ def split_site(table: list[dict[str, Any]], settings: config.RunConfig) -> SiteD
     """One site's rows, held-out units aside."""
     rows = read.to_rows(table, columns_of(settings))
     return SiteData(*split.for_run(rows, settings))
+
+
+def split_located(site: str, located: Sequence[Located], settings: config.RunConfig) -> SiteData:
+    """The same of rows that know where they were read.
+
+    Raises:
+        DataError: Rows are unusable or cannot be split; names the site.
+    """
+    with at_site(site):
+        rows = read.convert(located, columns_of(settings), source=settings.data.source)
+        return SiteData(*split.for_run(rows, settings))
 
 
 def expect_all(settings: config.RunConfig, sites: Mapping[str, SiteData]) -> config.RunConfig:

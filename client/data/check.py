@@ -5,7 +5,7 @@ import statistics
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,6 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from common import prompts
+from common.data import units
+from common.data.problems import Problems, UnusableError
+from common.errors import ModelError
 from common.prompts import Encoded, TooLong
 from common.rows import Row
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 QUANTILES: Final = (0.5, 0.9, 0.99, 1.0)
+MAX_SHOWN: Final = 5
+_SHOWN_AS: Final = {"alike": "units alike, first in", "not_read": "in the folder, not read"}
 HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})  # Unicode categories
 
 
@@ -58,6 +63,10 @@ class CheckReport:
         num_duplicates: Rows whose messages repeat an earlier row's exactly.
         num_empty_inputs: Rows whose input field is missing or empty.
         tokens: None without a tokenizer.
+        num_units_alike: Units whose names differ in case, leading zeros, blanks, dashes or kind of digits only. They
+            are different units; if they are one patient, the file must say so.
+        alike: Where the first of them begin.
+        not_read: What of the folder of data is never read, such as a README.
     """
 
     num_rows: int
@@ -67,6 +76,9 @@ class CheckReport:
     num_duplicates: int
     num_empty_inputs: int
     tokens: TokenCounts | None = None
+    num_units_alike: int = 0
+    alike: tuple[str, ...] = ()
+    not_read: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Give the counts as JSON types."""
@@ -118,6 +130,7 @@ def check(
     max_length_tokens: int | None = None,
     too_long: TooLong = "truncate",
     system_prompt: str = "",
+    problems: Problems | None = None,
 ) -> CheckReport:
     """Count what a site's data are made of.
 
@@ -127,22 +140,29 @@ def check(
         max_length_tokens: The run's limit; None counts without one.
         too_long: What the run does with longer rows; under "error" they are only counted, as too long.
         system_prompt: The run's system message.
+        problems: Gets every row that the template cannot render, and under "error" every row that is too long; None
+            raises the first of the one kind and only counts the other.
 
     Returns:
         Counts only.
 
     Raises:
         ValueError: There are no rows.
-        ModelError: The tokenizer or its template cannot be used for training.
+        ModelError: The tokenizer or its template cannot be used for training, and `problems` is None.
     """
     if not rows:
         raise ValueError("there are no rows to check")
     sizes = Counter(row.unit for row in rows).values()
     tokens = None
-    if tokenizer is not None:
-        whole = [prompts.encode_whole(row, tokenizer, system_prompt=system_prompt) for row in rows]
+    if tokenizer is not None and (whole := _encoded(rows, tokenizer, system_prompt, problems)):
         num_control = sum(_has_control_token(row, tokenizer) for row in rows)
-        tokens = _count_tokens(whole, limit=max_length_tokens, too_long=too_long, num_control=num_control)
+        tokens = _count_tokens(
+            [encoded for _, encoded in whole], limit=max_length_tokens, too_long=too_long, num_control=num_control
+        )
+        if problems is not None and max_length_tokens is not None and too_long == "error":
+            _note_too_long(whole, max_length_tokens, problems)
+    first_rows = {row.unit: row.row_id for row in reversed(rows)}
+    groups = units.alike(row.unit for row in rows)
     return CheckReport(
         num_rows=len(rows),
         num_units=len(sizes),
@@ -151,7 +171,20 @@ def check(
         num_duplicates=len(rows) - len({row.messages for row in rows}),
         num_empty_inputs=sum(row.is_input_empty for row in rows),
         tokens=tokens,
+        num_units_alike=sum(map(len, groups)),
+        alike=tuple(" and ".join(first_rows[unit] for unit in group[:3]) for group in groups[:MAX_SHOWN]),
     )
+
+
+def told_apart(rows: Sequence[Row], *, path: str, unit_column: str) -> Sequence[Row]:
+    """Rows of one of several data sets, as they are counted together: a row that is its own unit is none of another's.
+
+    Args:
+        rows: As they were read.
+        path: The data set.
+        unit_column: "" if every row is a unit, which is then a number in the data set.
+    """
+    return rows if unit_column else [replace(row, unit=f"{path} {row.unit}") for row in rows]
 
 
 def render(report: CheckReport) -> Table:
@@ -168,6 +201,9 @@ def render(report: CheckReport) -> Table:
     tokens: dict[str, Any] = lines.pop("tokens") or {}
     for share, num_tokens in tokens.pop("quantiles", {}).items():
         lines[f"tokens of a row, {share} of rows at most"] = num_tokens
+    for name in ("alike", "not_read"):
+        if places := lines.pop(name):
+            table.add_row(_SHOWN_AS[name], Text("; ".join(places)))
     for name, value in (lines | tokens).items():
         table.add_row(name.removeprefix("num_").replace("_", " "), "no limit" if value is None else f"{value:,}")
     return table
@@ -218,6 +254,31 @@ def render_preview(previews: Iterable[Preview]) -> Text:
             shown.append(_visible(text), style="black on green" if is_answer else "dim")
         shown.append("\n\n")
     return shown
+
+
+def _encoded(
+    rows: Sequence[Row], tokenizer: "Tokenizer", system_prompt: str, problems: Problems | None
+) -> list[tuple[Row, Encoded]]:
+    """Rows at their full length, those aside that the template cannot render."""
+    found = []
+    for row in rows:
+        try:
+            found.append((row, prompts.encode_whole(row, tokenizer, system_prompt=system_prompt)))
+        except ModelError as error:
+            if problems is None:
+                raise
+            problems.add(row.row_id, UnusableError(str(error).removeprefix(f"{row.row_id}: "), ""))
+    return found
+
+
+def _note_too_long(whole: Sequence[tuple[Row, Encoded]], limit: int, problems: Problems) -> None:
+    """Every row over the limit; in a message of many, how long the longest is tells what to set."""
+    longest = max(len(encoded.input_ids) for _, encoded in whole)
+    what = f"over the limit of data.max_length_tokens = {limit}; the longest row has {longest} tokens"
+    remedy = 'raise data.max_length_tokens, shorten the rows, or set data.too_long = "truncate" or "drop"'
+    for row, encoded in whole:
+        if len(encoded.input_ids) > limit:
+            problems.add(row.row_id, UnusableError(what, remedy))
 
 
 def _count_tokens(whole: Sequence[Encoded], *, limit: int | None, too_long: TooLong, num_control: int) -> TokenCounts:

@@ -36,8 +36,8 @@ def split(rows: Sequence[Row], *, held_out_fraction: float, seed: int) -> tuple[
     units = sorted({row.unit for row in rows}, key=lambda unit: _rank(unit, seed))
     if len(units) < 2:
         raise DataError(
-            f"{len(rows)} rows of {len(units)} unit cannot be split into training and held-out rows: "
-            "add rows of other patients, or check data.unit_column"
+            f"{_shown(rows)} are of {len(units)} unit and cannot be split into training and held-out rows "
+            f"(data.held_out_fraction = {held_out_fraction:g}): add rows of other patients, or check data.unit_column"
         )
     num_held_out = min(max(round(held_out_fraction * len(units)), 1), len(units) - 1)
     chosen = set(units[:num_held_out])
@@ -63,8 +63,9 @@ def split_each(rows: Sequence[Row], *, held_out_fraction: float, seed: int) -> t
     train, held_out = [row for row in rows if row.unit not in chosen], [row for row in rows if row.unit in chosen]
     if not train or not held_out:
         raise DataError(
-            f"{len(rows)} rows give {len(train)} to train and {len(held_out)} held out: there are too few units, or "
-            "data.held_out_fraction does not suit them"
+            f"{_shown(rows)} of {len({row.unit for row in rows})} units give {len(train)} to train and {len(held_out)} "
+            f"held out: there are too few units for data.held_out_fraction = {held_out_fraction:g}; add rows of other "
+            "patients, or take another fraction or seed"
         )
     return train, held_out
 
@@ -77,6 +78,12 @@ def for_run(rows: Sequence[Row], run: config.RunConfig) -> tuple[list[Row], list
     """
     how = split_each if run.privacy.is_private_per_unit else split
     return how(rows, held_out_fraction=run.data.held_out_fraction, seed=run.seed)
+
+
+def _shown(rows: Sequence[Row]) -> str:
+    """How many rows, and where the first and the last of them are."""
+    where = f" ({rows[0].row_id} to {rows[-1].row_id})" if rows else ""
+    return f"{len(rows)} rows{where}"
 
 
 def _rank(unit: str, seed: int) -> bytes:

@@ -79,9 +79,14 @@ def rows(node: config.NodeConfig, allowed: Policy | None) -> Result:
     for path in paths:
         if not Path(path).expanduser().exists():  # else it would be taken for the name of a data set
             raise DataError(f"{path}: no such file or folder; correct data.path")
-    report = data_check.check([row for path in paths for row in serve.read_rows(node, path)])
+    unit_column = node.data.unit_column
+    read = {path: serve.read_rows(node, path) for path in paths}
+    apart = (data_check.told_apart(rows, path=path, unit_column=unit_column) for path, rows in read.items())
+    report = data_check.check([row for rows in apart for row in rows])
     text = f"{count(report.num_rows, 'row')} of {count(report.num_units, 'unit')}"
     text += f"; {count(report.num_duplicates, 'duplicate')}"
+    if report.num_units_alike:
+        text += f"; {count(report.num_units_alike, 'unit')} whose names a reader may take for another's (see check)"
     if allowed is None:
         return ok(text)
     limits = policy.check_node(allowed, node.data)

@@ -85,8 +85,8 @@ def _check_delta(dp_delta: float, num_units: int) -> None:
     """
     if not dp_delta <= accounting.largest_delta(num_units):
         raise PrivacyError(
-            f"privacy.dp_delta = {dp_delta:g} is too large for the {num_units} units of this site, above "
-            f"1 / (n ln n); set at most {accounting.shown_largest_delta(num_units)}"
+            f"privacy.dp_delta = {dp_delta:g} is too large for the {num_units} units of this site; "
+            f"set {accounting.delta_rule(num_units)}"
         )
 
 

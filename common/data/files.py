@@ -1,4 +1,4 @@
-"""Rows out of one file: JSON Lines, JSON, CSV or Parquet, by its extension.
+"""Rows out of one file: JSON Lines, JSON, CSV, TSV or Parquet, by its extension.
 
 A file is refused as a whole; the message lists the first unusable rows and never quotes them.
 """
@@ -8,17 +8,20 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from common.data.problems import Problems, UnusableError
-from common.errors import DataError
 
 MAX_JSON_BYTES: Final = 512 << 20
+PACKED: Final = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")
+SHEETS: Final = (".xls", ".xlsx", ".ods")
 UTF8_BOM: Final = b"\xef\xbb\xbf"
 UTF16_BOMS: Final = (b"\xff\xfe", b"\xfe\xff")
 TO_UTF8: Final = "convert the file with `iconv -f WINDOWS-1252 -t UTF-8`, or -f whatever it was written in"
 TO_COMMAS: Final = "separate fields by commas and put fields with commas, quotes or line breaks between double quotes"
+TO_TABS: Final = "separate fields by tabs and put fields with tabs, quotes or line breaks between double quotes"
 TO_JSON: Final = "write JSON objects, one per line in a .jsonl file or as one list in a .json file"
 
 
@@ -27,12 +30,14 @@ class Located:
     """One row and where it was read.
 
     Attributes:
-        place: Such as "train.jsonl line 12"; holds no field's value.
+        place: Such as "train.jsonl line 12"; holds no field's value, and no other row of the data set has it.
         fields: Column names and values.
+        file: The file's name; "" for rows that come from none.
     """
 
     place: str
     fields: dict[str, Any]
+    file: str = ""
 
 
 def read_file(path: Path, *, max_line_bytes: int) -> list[Located]:
@@ -48,46 +53,72 @@ def read_file(path: Path, *, max_line_bytes: int) -> list[Located]:
     Raises:
         DataError: The file cannot be read, or some of its rows are unusable.
     """
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: unknown kind of file: give one of {', '.join(READERS)}, or a folder of them")
-    try:
-        return reader(path, max_line_bytes)
-    except OSError as error:
-        reason = error.strerror or "it is damaged"
-        raise DataError(f"{path}: cannot be read ({reason}): check the file and its permissions") from error
-
-
-def _read_jsonl(path: Path, max_line_bytes: int) -> list[Located]:
-    """One JSON object per line."""
-    problems, rows = Problems(), []
-    for number, offset, line in _lines(path, max_line_bytes):
-        place = f"{path.name} line {number}"
-        try:
-            text = _decode(line, offset=offset)
-            if text.strip():
-                rows.append(Located(place, _object(_parse(text))))
-        except UnusableError as error:
-            problems.add(place, error)
+    problems = Problems()
+    rows = scan_file(path, max_line_bytes=max_line_bytes, problems=problems)
     problems.raise_if_any()
     return rows
 
 
-def _read_json(path: Path, max_line_bytes: int) -> list[Located]:
+def scan_file(path: Path, *, max_line_bytes: int, problems: Problems) -> list[Located]:
+    """Read what can be read of a file, and note what cannot.
+
+    Args:
+        path: As for `read_file`.
+        max_line_bytes: As for `read_file`.
+        problems: Gets every unusable row, and the file if it is unusable as a whole.
+
+    Returns:
+        The rows that can be used, in the file's order.
+    """
+    try:
+        reader = READERS.get(path.suffix.lower())
+        if reader is None:
+            raise unknown(path)
+        return reader(path, max_line_bytes, problems)
+    except UnusableError as error:
+        problems.add(str(path), error)
+    except OSError as error:
+        what = f"cannot be read ({error.strerror or 'it is damaged'})"
+        problems.add(str(path), UnusableError(what, "check the file and its permissions"))
+    return []
+
+
+def unknown(path: Path) -> UnusableError:
+    """What is wrong with a file whose extension is in no table, and what its owner can do."""
+    suffix = path.suffix.lower()
+    known = f"give one of {', '.join(READERS)}, or a folder of them"
+    remedies = dict.fromkeys(PACKED, f"unpack {path.name} and {known}")
+    remedies |= dict.fromkeys(SHEETS, f"save the sheet as CSV (UTF-8), and {known}")
+    remedy = remedies.get(suffix, f"{known}; a file that holds no rows does not belong into a folder of data")
+    return UnusableError(f"unknown kind of file ({suffix or 'no extension'})", remedy)
+
+
+def _read_jsonl(path: Path, max_line_bytes: int, problems: Problems) -> list[Located]:
+    """One JSON object per line."""
+    rows = []
+    for number, offset, line in _lines(path, max_line_bytes, problems):
+        place = f"{path.name} line {number}"
+        try:
+            text = _decode(line, offset=offset)
+            if text.strip():
+                rows.append(Located(place, _object(_parse(text)), path.name))
+        except UnusableError as error:
+            problems.add(place, error)
+    return rows
+
+
+def _read_json(path: Path, max_line_bytes: int, problems: Problems) -> list[Located]:
     """One list of objects; `max_line_bytes` does not apply, such a list may well be one line."""
     size_bytes = path.stat().st_size
     if size_bytes > MAX_JSON_BYTES:
-        raise DataError(
-            f"{path}: {size_bytes} bytes, over the limit of {MAX_JSON_BYTES} for JSON: write .jsonl instead"
-        )
-    problems, rows = Problems(), []
+        raise UnusableError(f"{size_bytes} bytes, over the limit of {MAX_JSON_BYTES} for JSON", "write .jsonl instead")
+    rows = []
     for number, value in enumerate(_json_list(path, problems), start=1):
         place = f"{path.name} row {number}"
         try:
-            rows.append(Located(place, _object(value)))
+            rows.append(Located(place, _object(value), path.name))
         except UnusableError as error:
             problems.add(place, error)
-    problems.raise_if_any()
     return rows
 
 
@@ -107,45 +138,48 @@ def _json_list(path: Path, problems: Problems) -> list[Any]:
     return value
 
 
-def _read_csv(path: Path, max_line_bytes: int) -> list[Located]:
-    """Comma-separated fields under a line of column names."""
-    problems, lines = Problems(), []
-    for number, offset, line in _lines(path, max_line_bytes):
+def _read_table(path: Path, max_line_bytes: int, problems: Problems, *, mark: str) -> list[Located]:
+    """Fields with a mark between them, under a line of column names."""
+    lines, num_before = [], len(problems.found)
+    for number, offset, line in _lines(path, max_line_bytes, problems):
         try:
             lines.append(_decode(line, offset=offset))
         except UnusableError as error:
             problems.add(f"{path.name} line {number}", error)
-    problems.raise_if_any()
+    if len(problems.found) > num_before:
+        return []  # with a line missing, quotes may pair up otherwise, and every later message would be wrong
     with _csv_field_limit(max_line_bytes):
-        return _csv_rows(path.name, lines)
+        return _table_rows(path.name, lines, problems, mark=mark)
 
 
-def _csv_rows(name: str, lines: list[str]) -> list[Located]:
-    """Pair each record with the column names."""
-    problems, rows = Problems(), []
-    records = csv.reader(lines, strict=True)
+def _table_rows(name: str, lines: list[str], problems: Problems, *, mark: str) -> list[Located]:
+    """Pair each record with the column names; a record is called by the line where it begins."""
+    rows = []
+    records = csv.reader(lines, delimiter=mark, strict=True)
+    remedy = TO_COMMAS if mark == "," else TO_TABS
     try:
-        header = _csv_header(next(records, []))
+        header = _header(next(records, []), mark=mark, remedy=remedy)
+        first_line = records.line_num + 1
         for record in records:
-            place = f"{name} line {records.line_num}"
+            place, first_line = f"{name} line {first_line}", records.line_num + 1
             if record and len(record) != len(header):
                 what = f"has {len(record)} fields under {len(header)} column names"
-                problems.add(place, UnusableError(what, TO_COMMAS))
+                problems.add(place, UnusableError(what, remedy))
             elif record:
-                rows.append(Located(place, dict(zip(header, record, strict=True))))
+                rows.append(Located(place, dict(zip(header, record, strict=True)), name))
     except csv.Error:
-        problems.add(f"{name} line {records.line_num}", UnusableError("is not valid CSV", TO_COMMAS))
+        problems.add(f"{name} line {records.line_num}", UnusableError("is not valid CSV", remedy))
     except UnusableError as error:
         problems.add(f"{name} line 1", error)
-    problems.raise_if_any()
     return rows
 
 
-def _csv_header(record: list[str]) -> list[str]:
+def _header(record: list[str], *, mark: str, remedy: str) -> list[str]:
     """The column names, once they can be told apart."""
     names = [name.strip() for name in record]
-    if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
-        raise UnusableError("names one column only and looks separated by another mark than a comma", TO_COMMAS)
+    if len(names) == 1 and any(other in names[0] for other in ",;\t|".replace(mark, "")):
+        expected = "a comma" if mark == "," else "a tab"
+        raise UnusableError(f"names one column only and looks separated by another mark than {expected}", remedy)
     if len(set(names)) < len(names):
         raise UnusableError("names a column twice", "give every column a name of its own")
     return names
@@ -161,33 +195,37 @@ def _csv_field_limit(size: int) -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _read_parquet(path: Path, max_line_bytes: int) -> list[Located]:
-    """Rows of a Parquet file; it has no lines, so `max_line_bytes` does not apply."""
+def _read_parquet(path: Path, max_line_bytes: int, problems: Problems) -> list[Located]:
+    """Rows of a Parquet file; it has no lines, so `max_line_bytes` does not apply, and no row is bad by itself."""
     try:
         import pyarrow  # type: ignore[import-untyped]
         from pyarrow import parquet
     except ImportError as error:
-        raise DataError(f"{path}: reading Parquet needs `pyarrow`: install silotune[client], or use .jsonl") from error
+        what = "reading Parquet needs `pyarrow`"
+        raise UnusableError(what, "install silotune[client], or use .jsonl") from error
 
-    rows: list[Located] = []
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                rows.extend(Located(f"{path.name} row {len(rows) + i}", f) for i, f in enumerate(batch.to_pylist(), 1))
+            if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):  # a row would keep the last value
+                raise UnusableError("names a column twice", "give every column a name of its own")
+            table = [fields for batch in file.iter_batches(batch_size=1024) for fields in batch.to_pylist()]
     except (pyarrow.ArrowException, UnicodeDecodeError):  # whose text may quote a value
-        raise DataError(f"{path}: is not a readable Parquet file: write it again, for example with pandas") from None
-    return rows
+        what = "is not a readable Parquet file"
+        raise UnusableError(what, "write it again, for example with pandas") from None
+    return [Located(f"{path.name} row {number}", fields, path.name) for number, fields in enumerate(table, start=1)]
 
 
-READERS: Final[Mapping[str, Callable[[Path, int], list[Located]]]] = {
+READERS: Final[Mapping[str, Callable[[Path, int, Problems], list[Located]]]] = {
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
     ".json": _read_json,
-    ".csv": _read_csv,
+    ".csv": partial(_read_table, mark=","),
+    ".tsv": partial(_read_table, mark="\t"),
     ".parquet": _read_parquet,
 }
 
 
-def _lines(path: Path, max_line_bytes: int) -> Iterator[tuple[int, int, bytes]]:
+def _lines(path: Path, max_line_bytes: int, problems: Problems) -> Iterator[tuple[int, int, bytes]]:
     """Number, offset in the file and bytes of each line, without ever holding more than the limit."""
     _refuse_utf16(path)
     with path.open("rb") as file:
@@ -195,10 +233,10 @@ def _lines(path: Path, max_line_bytes: int) -> Iterator[tuple[int, int, bytes]]:
         while line := file.readline(max_line_bytes + 1):
             number += 1
             if len(line) > max_line_bytes:
-                raise DataError(
-                    f"{path.name} line {number}: over the limit of {max_line_bytes} bytes a line: "
-                    "write one row per line, and shorten or split rows that are longer"
-                )
+                what = f"over the limit of {max_line_bytes} bytes a line"
+                remedy = "write one row per line, and shorten or split rows that are longer"
+                problems.add(f"{path.name} line {number}", UnusableError(what, remedy))
+                return
             body = line.removeprefix(UTF8_BOM) if number == 1 else line
             yield number, offset + len(line) - len(body), body
             offset += len(line)
@@ -208,7 +246,7 @@ def _refuse_utf16(path: Path) -> None:
     """Name the encoding that Windows programs call Unicode, instead of an error in every line."""
     with path.open("rb") as file:
         if file.read(2) in UTF16_BOMS:
-            raise DataError(f"{path}: is UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`")
+            raise UnusableError("is UTF-16", "convert it with `iconv -f UTF-16 -t UTF-8`")
 
 
 def _decode(content: bytes, *, offset: int) -> str:

@@ -7,6 +7,7 @@ errors name files, rows, columns and types, and never hold what is in a field.
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -18,6 +19,9 @@ from common.rows import Columns, Row
 
 MAX_LINE_BYTES: Final = 16 << 20
 ID_COLUMN: Final = "id"
+ABOUT_ROWS: Final = ("README", "LICENSE", "LICENCE", "COPYING", "NOTICE", "CITATION", "CHANGELOG", "DATASHEET")
+NO_ROWS: Final = ("_SUCCESS", "Thumbs.db", "desktop.ini")  # of Spark and of Windows
+S = TypeVar("S")
 T = TypeVar("T")
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -26,20 +30,19 @@ def read(source: str, *, columns: Columns, max_line_bytes: int = MAX_LINE_BYTES)
     """Read a data set as rows.
 
     Args:
-        source: A .jsonl, .json, .csv or .parquet file; a folder, of which every such file is read, by name and without
-            its subfolders, so a test file does not belong there; a folder made by `datasets.save_to_disk`; or, where
-            no such path exists, a `datasets` id, of which the split "train" is read.
+        source: A .jsonl, .ndjson, .json, .csv, .tsv or .parquet file; a folder, of which every such file is read, by
+            name and without what `left_out` names, so a test file does not belong there; a folder made by
+            `datasets.save_to_disk`; or, where no such path exists, a `datasets` id, of which the split "train" is read.
         columns: Which columns hold what.
         max_line_bytes: A longer line of JSONL or CSV is refused before it is in memory.
 
     Returns:
-        The rows in order.
+        The rows in order. Without a unit column a row's unit is its number in the data set, "row 1" and so on.
 
     Raises:
         DataError: The source is missing, empty or not readable, or rows are unusable: the first five are named.
     """
-    located = locate(source, max_line_bytes)
-    return _to_rows(located, columns, source=source)
+    return convert(locate(source, max_line_bytes), columns, source=source)
 
 
 def read_table(
@@ -60,7 +63,7 @@ def read_table(
     """
     located = locate(source, max_line_bytes)
     if columns is not None:
-        _to_rows(located, columns, source=source)
+        convert(located, columns, source=source)
     return [row.fields for row in located]
 
 
@@ -78,7 +81,7 @@ def to_rows(table: Sequence[Mapping[str, Any]], columns: Columns) -> list[Row]:
         DataError: The columns fit no shape, or rows are unusable: the first five are named.
     """
     located = [Located(f"row {number}", dict(fields)) for number, fields in enumerate(table, start=1)]
-    return _to_rows(located, columns, source="the data")
+    return convert(located, columns, source="the data")
 
 
 def locate(source: str, max_line_bytes: int = MAX_LINE_BYTES) -> list[Located]:
@@ -94,18 +97,62 @@ def locate(source: str, max_line_bytes: int = MAX_LINE_BYTES) -> list[Located]:
     Raises:
         DataError: The source is missing, empty or not readable.
     """
+    problems = Problems()
+    rows = gather(source, problems, max_line_bytes=max_line_bytes)
+    problems.raise_if_any()
+    return rows
+
+
+def gather(source: str, problems: Problems, *, max_line_bytes: int = MAX_LINE_BYTES) -> list[Located]:
+    """Read what can be read of a data set, and note what cannot.
+
+    Args:
+        source: As for `read`.
+        problems: Gets every file and row that cannot be read.
+        max_line_bytes: As for `read`.
+
+    Returns:
+        The rows in order; at least one, unless there are problems.
+
+    Raises:
+        DataError: There is nothing of that name, or nothing in it.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
-        rows = hub.load_folder(path) if hub.is_saved(path) else _read_folder(path, max_line_bytes)
+        rows = hub.load_folder(path) if hub.is_saved(path) else _read_folder(path, max_line_bytes, problems)
     elif path.exists():
-        rows = files.read_file(path, max_line_bytes=max_line_bytes)
+        rows = files.scan_file(path, max_line_bytes=max_line_bytes, problems=problems)
     elif path.suffix.lower() in files.READERS or not _HUB_ID.fullmatch(source):
         raise DataError(f"{source}: no such file or folder: correct the path (data.path; data.source in a simulation)")
     else:
         rows = hub.load(source)
-    if not rows:
+    if not rows and not problems.found:
         raise DataError(f"{source}: has no rows: name a file or folder that does")
     return rows
+
+
+def left_out(source: str) -> list[str]:
+    """What of a folder of data is never read: hidden files, README, LICENSE and their like, and subfolders.
+
+    Args:
+        source: As for `read`.
+
+    Returns:
+        Names; none for a file, a folder of `datasets` or an id. Any other file that cannot be read is a problem.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir() or hub.is_saved(folder):
+        return []
+    return sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if _is_left_out(path))
+
+
+def _is_left_out(path: Path) -> bool:
+    """See `left_out`; a file that can be read counts as rows, whatever its name."""
+    if path.name.startswith("."):
+        return True
+    if path.suffix.lower() in files.READERS:
+        return False
+    return path.is_dir() or path.name in NO_ROWS or path.name.partition(".")[0].upper() in ABOUT_ROWS
 
 
 def scan(located: Sequence[Located], columns: Columns, *, source: str) -> tuple[list[Row], Problems]:
@@ -116,16 +163,41 @@ def scan(located: Sequence[Located], columns: Columns, *, source: str) -> tuple[
         columns: Which columns hold what.
         source: What messages call the data set.
 
+    Returns:
+        The rows; and the problems, of which the last may be that a file has ids more than once.
+
     Raises:
-        DataError: The columns fit no shape, or all rows can be used and ids occur more than once.
+        DataError: The columns fit no shape.
     """
     names = {name for row in located for name in row.fields}
     choose = shapes.choose if columns.objective == "sft" else preference_rows.choose
-    convert = choose(names, columns, source=source)
-    rows, problems = _sort(located, lambda row: convert(row.fields, columns=columns, place=row.place))
-    if columns.unit != ID_COLUMN and not problems.found:
-        _refuse_duplicate_ids(located)
+    fit = choose(names, columns, source=source)
+
+    def convert_one(numbered: tuple[int, Located]) -> Row:
+        number, row = numbered
+        found = fit(row.fields, columns=columns, place=row.place)
+        return found if columns.unit else replace(found, unit=f"row {number}")
+
+    rows, problems = _sort(list(enumerate(located, start=1)), convert_one, place=lambda numbered: numbered[1].place)
+    if columns.unit != ID_COLUMN:
+        _note_duplicate_ids(located, problems)
     return rows, problems
+
+
+def convert(located: Sequence[Located], columns: Columns, *, source: str) -> list[Row]:
+    """Normalise every row, or refuse the data set with its first problems.
+
+    Args:
+        located: Rows as they were read.
+        columns: Which columns hold what.
+        source: What messages call the data set.
+
+    Raises:
+        DataError: The columns fit no shape, or rows are unusable: the first five are named.
+    """
+    rows, problems = scan(located, columns, source=source)
+    problems.raise_if_any()
+    return rows
 
 
 def convert_all(located: Sequence[Located], convert: Callable[[Located], T]) -> list[T]:
@@ -138,46 +210,45 @@ def convert_all(located: Sequence[Located], convert: Callable[[Located], T]) -> 
     Raises:
         DataError: Some are unusable.
     """
-    rows, problems = _sort(located, convert)
+    rows, problems = _sort(located, convert, place=lambda row: row.place)
     problems.raise_if_any()
     return rows
 
 
-def _sort(located: Sequence[Located], convert: Callable[[Located], T]) -> tuple[list[T], Problems]:
+def _sort(items: Sequence[S], convert: Callable[[S], T], *, place: Callable[[S], str]) -> tuple[list[T], Problems]:
     """Every row converted, and those that cannot be."""
     rows: list[T] = []
     problems = Problems()
-    for row in located:
+    for item in items:
         try:
-            rows.append(convert(row))
+            rows.append(convert(item))
         except UnusableError as error:
-            problems.add(row.place, error)
+            problems.add(place(item), error)
     return rows, problems
 
 
-def _read_folder(folder: Path, max_line_bytes: int) -> list[Located]:
-    """Every readable file of a folder, by name; hidden ones aside."""
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in files.READERS and not p.name.startswith("."))
-    if not paths:
-        raise DataError(f"{folder}: holds no {', '.join(files.READERS)} file (subfolders are not read)")
-    return [row for path in paths for row in files.read_file(path, max_line_bytes=max_line_bytes)]
+def _read_folder(folder: Path, max_line_bytes: int, problems: Problems) -> list[Located]:
+    """Every file of a folder, by name, but for what `left_out` names; one that cannot be read is a problem."""
+    paths = sorted(path for path in folder.iterdir() if not _is_left_out(path))
+    if not any(path.suffix.lower() in files.READERS for path in paths):
+        others = f"; what it holds is of another kind: {', '.join(path.name for path in paths[:5])}" if paths else ""
+        raise DataError(f"{folder}: holds no {', '.join(files.READERS)} file (subfolders are not read){others}")
+    return [row for path in paths for row in files.scan_file(path, max_line_bytes=max_line_bytes, problems=problems)]
 
 
-def _to_rows(located: Sequence[Located], columns: Columns, *, source: str) -> list[Row]:
-    """Normalise every row, or refuse the data set with its first problems."""
-    rows, problems = scan(located, columns, source=source)
-    problems.raise_if_any()
-    return rows
+def _note_duplicate_ids(located: Sequence[Located], problems: Problems) -> None:
+    """Two rows of a file with one id are most often a file that was put together twice.
 
-
-def _refuse_duplicate_ids(located: Sequence[Located]) -> None:
-    """Two rows with one id are most often a file that was put together twice."""
-    ids = [str(row.fields[ID_COLUMN]) if row.fields.get(ID_COLUMN) is not None else None for row in located]
+    An id that starts anew in each file is no such thing: a row is known by its file and its place there.
+    """
+    ids = [(row.file, str(row.fields[ID_COLUMN])) if row.fields.get(ID_COLUMN) is not None else None for row in located]
     counts = Counter(value for value in ids if value is not None)
     repeated = [value for value, count in counts.items() if count > 1]
     if repeated:
         places = [row.place for row, value in zip(located, ids, strict=True) if value == repeated[0]][:5]
-        raise DataError(
-            f"{', '.join(places)}: have the same {ID_COLUMN!r}; {len(repeated)} ids occur more than once: remove the "
-            f'duplicates, or set data.unit_column = "{ID_COLUMN}" if the column names the patient or customer'
+        what = f"have the same {ID_COLUMN!r}; {len(repeated)} ids occur more than once in a file"
+        remedy = (
+            f"remove rows that are there twice; if {ID_COLUMN!r} names the patient or customer, set data.unit_column = "
+            f'"{ID_COLUMN}"; if it numbers rows and starts anew, leave the column out or rename it'
         )
+        problems.add(", ".join(places), UnusableError(what, remedy))

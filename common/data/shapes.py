@@ -1,11 +1,11 @@
 """The three shapes of a row and their one normal form."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
-from common.data.problems import UnusableError
+from common.data import units
+from common.data.problems import UnusableError, all_of
 from common.errors import DataError
 from common.rows import Columns, Message, Row
 
@@ -88,17 +88,21 @@ def _convert(
     fields: Fields, *, columns: Columns, place: str, read_turns: Callable[..., tuple[Turns, int, bool]]
 ) -> Row:
     """One row in normal form."""
-    messages, num_context, is_input_empty = read_turns(fields, columns)
-    unit = _unit(fields.get(columns.unit), columns.unit) if columns.unit else place
+    (messages, num_context, is_input_empty), unit = all_of(
+        lambda: read_turns(fields, columns),
+        lambda: units.name_of(fields.get(columns.unit), columns.unit) if columns.unit else place,
+    )
     return Row(messages, unit=unit, row_id=place, num_context=num_context, is_input_empty=is_input_empty)
 
 
 def _from_columns(fields: Fields, columns: Columns) -> tuple[Turns, int, bool]:
     """Instruction, a blank line and the input, if there is one; then the output."""
-    task = _filled(fields.get(columns.instruction), columns.instruction)
     given = fields.get(columns.input)
-    about = "" if given is None else _text(given, columns.input)
-    answer = _filled(fields.get(columns.output), columns.output, is_answer=True)
+    task, about, answer = all_of(
+        lambda: _filled(fields.get(columns.instruction), columns.instruction),
+        lambda: "" if given is None else _text(given, columns.input),
+        lambda: _filled(fields.get(columns.output), columns.output, is_answer=True),
+    )
     question = f"{task}\n\n{about}" if about.strip() else task
     return (Message("user", question), Message("assistant", answer)), 0, not about.strip()
 
@@ -116,7 +120,9 @@ def _from_completion(fields: Fields, columns: Columns) -> tuple[Turns, int, bool
     if isinstance(prompt, list) != isinstance(completion, list) and prompt is not None and completion is not None:
         raise UnusableError("has a list in one of 'prompt' and 'completion' and no list in the other", AS_CHAT)
     if not isinstance(prompt, list):
-        given, wanted = _filled(prompt, "prompt"), _filled(completion, "completion", is_answer=True)
+        given, wanted = all_of(
+            lambda: _filled(prompt, "prompt"), lambda: _filled(completion, "completion", is_answer=True)
+        )
         return (Message("user", given), Message("assistant", wanted)), 0, False
     context = _turns(prompt, "prompt")
     turns = context + _turns(completion, "completion")
@@ -177,16 +183,3 @@ def _text(value: Any, name: str) -> str:
     except UnicodeEncodeError:
         raise UnusableError(f"{name!r} has half a surrogate pair", "write the character whole, as UTF-8") from None
     return value
-
-
-def _unit(value: Any, name: str) -> str:
-    """The unit's name; 7, 7.0 and " 7" are one unit, since a unit in two halves would be protected by half."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number and not isinstance(value, str):
-        kind = "missing" if value is None else f"{type(value).__name__} and neither text nor a number"
-        raise UnusableError(f"the unit column {name!r} is {kind}", "give every row its patient or customer")
-    if not (unit := _text(str(value), name).strip()):
-        raise UnusableError(f"the unit column {name!r} is empty", "give every row its patient or customer")
-    return unit

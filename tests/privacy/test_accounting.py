@@ -5,13 +5,14 @@ The tables are of `dp-accounting` 0.6.0 and of Opacus 1.6.0, measured apart from
 
 import math
 import sys
+import time
 from subprocess import run
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import accounting
+from common import accounting, privacy_bounds
 from common.accounting import REPORT_GRID, Event
 from common.errors import AccountingUnsupported
 
@@ -155,6 +156,58 @@ def test_a_grid_too_coarse_for_small_losses_is_refined():
     upper = accounting.epsilon_rdp([event], dp_delta=1e-5)
     assert accounting._epsilon_pld(accounting._merged([event]), 1e-5, 1e-3) > upper
     assert accounting.compose([event], dp_delta=1e-5) <= upper
+
+
+# sampling_prob, noise_multiplier, num_steps, grid, epsilon at delta 1e-6 by `self_compose` of dp-accounting at once
+IN_ONE_PIECE = [
+    (0.0005, 2.26, 1_000_000, 1e-3, 1.864108),
+    (0.0005, 2.26, 1_000_000, 1e-4, 0.998146),
+    (0.0005, 2.26, 999_999, 1e-4, 0.998146),
+    (0.0005, 8.0, 1_000_000, 1e-4, 0.291313),
+]
+
+
+@pytest.mark.parametrize("row", IN_ONE_PIECE, ids=lambda row: f"{row[1]:g}-{row[2]}-{row[3]:g}")
+def test_a_million_steps_in_two_stages_cost_what_they_cost_in_one(row):
+    q, sigma, steps, grid, known = row
+    assert accounting._epsilon_pld(((q, sigma, steps),), 1e-6, grid) == pytest.approx(known, abs=3e-6)
+
+
+def test_two_stages_equal_one_where_one_is_quick():
+    for steps in (10_001, 12_345, 20_000):
+        whole = accounting._step_loss(0.0005, 8.0, 1e-4).self_compose(steps).get_epsilon_for_delta(1e-6)
+        assert accounting._epsilon_pld(((0.0005, 8.0, steps),), 1e-6, 1e-4) == pytest.approx(whole, abs=1e-7)
+
+
+@pytest.mark.parametrize("sigma", [500.0, 2000.0])
+def test_a_million_steps_cost_at_least_the_exact_epsilon_and_at_most_that_of_rdp(sigma):
+    """Without sampling, T steps are one Gaussian mechanism of mu = sqrt(T) / sigma, whose epsilon is known."""
+    event = Event(1.0, sigma, 1_000_000)
+    exact = privacy_bounds.gdp_epsilon(1000 / sigma, dp_delta=1e-6)
+    found = accounting.compose([event], dp_delta=1e-6)
+    assert exact <= found <= accounting.epsilon_rdp([event], dp_delta=1e-6)
+    assert found == pytest.approx(exact, rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_plan_of_a_million_steps_takes_seconds():
+    began = time.perf_counter()
+    plan = {"sampling_prob": 0.0005, "dp_delta": 1e-6}
+    sigma = accounting.noise_multiplier(epsilon=1.0, num_steps=1_000_000, **plan)
+    curve = accounting.planned_curve(Event(0.0005, sigma, 1000), 1000, dp_delta=1e-6)
+    assert time.perf_counter() - began < 60
+    assert 0.99 < curve[-1] <= 1.0
+
+
+def test_the_curve_of_a_long_plan_is_never_below_what_a_round_has_cost(monkeypatch):
+    event = Event(1.0, 40.0, 5)
+    exact = accounting.planned_curve(event, 11, dp_delta=1e-6)
+    assert exact == [accounting.compose([event.times(number)], dp_delta=1e-6) for number in range(1, 12)]
+    monkeypatch.setattr(accounting, "MAX_CURVE_POINTS", 4)
+    assert accounting.planned_curve(event, 11, dp_delta=1e-6) == [
+        exact[end - 1] for end in (1, 3, 3, 6, 6, 6, 9, 9, 9, 11, 11)
+    ]
+    assert accounting.planned_curve(event, 4, dp_delta=1e-6) == exact[:4]
 
 
 @pytest.mark.parametrize("pair", [(2.0, 1.9), (math.nan, 1.0), (1.0, math.nan)])

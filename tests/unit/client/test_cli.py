@@ -59,3 +59,49 @@ def test_bad_input_is_one_line_with_its_exit_code(node_file, tmp_path, monkeypat
     assert line.startswith("error: ")
     assert told in line
     assert line.count("\n") == 1
+
+
+def test_check_names_every_problem_of_every_file_and_counts_the_rest(tmp_path, capsys):
+    rows, held_out = tmp_path / "rows", tmp_path / "held-out.csv"
+    rows.mkdir()
+    good = {"patient_id": "p1", "instruction": "i", "output": "Zyxwvut"}
+    lines = [good, good | {"output": ""}, good | {"patient_id": "NULL", "output": None}, good | {"patient_id": "P1"}]
+    (rows / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "oops\n")
+    (rows / "b.jsonl.gz").write_bytes(b"Zyxwvut")
+    (rows / "LICENSE").write_text("free")
+    held_out.write_text("patient_id,instruction,output\np1,i,o\n,i,o\n")
+    node_file = tmp_path / "node.toml"
+    node_file.write_text(f'[site]\nname = "north"\n[data]\npath = "{rows}"\nheld_out_path = "{held_out}"\n')
+    assert silotune_client("check", node_file, "--json") == 3
+    out = capsys.readouterr().out
+    found = json.loads(out)
+    assert "Zyx" not in out
+    assert [problem["place"] for problem in found["problems"]] == [
+        "a.jsonl line 5",
+        str(rows / "b.jsonl.gz"),
+        "a.jsonl line 2",
+        "a.jsonl line 3",
+        "a.jsonl line 3",
+        "held-out.csv line 3",
+        "",
+    ]
+    assert {problem["site"] for problem in found["problems"]} == {"north"}
+    assert "one of them in a.jsonl line 1 and in held-out.csv line 2" in found["problems"][-1]["what"]
+    assert (found["num_rows"], found["num_units_alike"], found["not_read"]) == (3, 2, ["LICENSE"])
+    assert found["alike"] == ["a.jsonl line 1 and a.jsonl line 4"]
+    assert silotune_client("check", node_file) == 3
+    assert "7 problems" in capsys.readouterr().out
+
+
+def test_check_of_two_files_without_units_counts_every_row_as_one(tmp_path, capsys):
+    line = json.dumps({"instruction": "i", "output": "o"}) + "\n"
+    paths = [tmp_path / side / "rows.jsonl" for side in ("train", "test")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(line * 3)
+    node_file = tmp_path / "node.toml"
+    both = f'path = "{paths[0]}"\nheld_out_path = "{paths[1]}"\nunit_column = ""\n'
+    node_file.write_text(f'[site]\nname = "north"\n[data]\n{both}')
+    assert silotune_client("check", node_file, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["num_rows"], found["num_units"], found["num_units_alike"]) == (6, 6, 0)

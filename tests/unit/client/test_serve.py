@@ -141,15 +141,16 @@ def test_a_server_cannot_choose_the_device_or_the_base(node, manifest):
 
 
 def test_check_counts_the_sites_rows_and_their_tokens(node):
-    report = site_rows.check(node(), base="", max_length_tokens=64)
+    report = site_rows.check(node(), base="", max_length_tokens=64).report
     assert (report.num_rows, report.num_units) == (16, 8)
     assert report.tokens is not None
     assert report.tokens.num_dropped == 0
 
 
 def test_check_needs_no_base(node):
-    report = site_rows.check(node(model={}), base="", max_length_tokens=None)
-    assert report.tokens is None
+    found = site_rows.check(node(model={}), base="", max_length_tokens=None)
+    assert found.report.tokens is None
+    assert not found.findings
 
 
 def test_preview_shows_the_first_rows(node, tiny_base):
@@ -166,12 +167,15 @@ def test_a_sites_preferences_are_read_as_the_run_says_and_checked_by_both_answer
     data = serve.load_data(own, run)
     assert len(data.train) + len(data.held_out) == 6
     assert all(row.rejected[-1].content == "B B" for row in data.train)
-    report = site_rows.check(own, base="", max_length_tokens=64, objective="dpo")
+    report = site_rows.check(own, base="", max_length_tokens=64, objective="dpo").report
     assert (report.num_rows, report.num_units) == (12, 3)
     shown = site_rows.preview(own, base=str(tiny_base), limit=2, max_length_tokens=64, objective="dpo")
     assert [("B B" in "".join(text for text, _ in row.segments)) for row in shown] == [False, True]
+    found = site_rows.check(own, base="", max_length_tokens=64)
+    assert found.report is None
+    assert ["'output'" in finding.what for finding in found.findings] == [True]
     with pytest.raises(DataError, match="'output'"):
-        site_rows.check(own, base="", max_length_tokens=64)
+        serve.read_rows(own, own.data.path)
     with pytest.raises(ConfigError, match="choose one of sft, dpo, kto"):
         site_rows.check(own, base="", max_length_tokens=64, objective="ppo")
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from common.data import read
+from common.errors import DataError
 from common.rows import Columns, Message
 
 ROWS = [
@@ -42,7 +43,21 @@ def write_parquet(path: Path, rows) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
-WRITERS = {".jsonl": write_jsonl, ".json": write_json, ".csv": write_csv, ".parquet": write_parquet}
+def write_tsv(path: Path, rows) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+WRITERS = {
+    ".jsonl": write_jsonl,
+    ".ndjson": write_jsonl,
+    ".json": write_json,
+    ".csv": write_csv,
+    ".tsv": write_tsv,
+    ".parquet": write_parquet,
+}
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
@@ -102,6 +117,93 @@ def test_folder_saved_by_datasets_is_read(tmp_path):
         rows = read.read(str(tmp_path / name), columns=COLUMNS)
         assert [row.unit for row in rows] == ["p1", "p2"]
         assert rows[0].row_id == f"{name} row 1"
+
+
+NUM_MANY = 2 * 1024 + 100  # Parquet is read 1,024 rows at a time
+
+
+@pytest.mark.parametrize("kind", [*WRITERS, "saved"])
+def test_of_many_rows_each_has_its_own_place_and_unit(tmp_path, kind):
+    table = [{"instruction": f"i{n}", "output": "o", "patient": f"p{n // 2}"} for n in range(NUM_MANY)]
+    path = tmp_path / f"many{kind}"
+    if kind == "saved":
+        datasets.Dataset.from_list(table).save_to_disk(path)
+    else:
+        WRITERS[kind](path, table)
+    strangers = read.read(str(path), columns=Columns())
+    assert [row.unit for row in strangers] == [f"row {n}" for n in range(1, NUM_MANY + 1)]
+    word, first = (
+        ("line", 2 if kind in (".csv", ".tsv") else 1) if kind in (".jsonl", ".ndjson", ".csv", ".tsv") else ("row", 1)
+    )
+    assert [row.row_id for row in strangers] == [f"{path.name} {word} {n + first}" for n in range(NUM_MANY)]
+    assert [row.messages[0].content for row in strangers] == [f"i{n}" for n in range(NUM_MANY)]
+    assert [row.unit for row in read.read(str(path), columns=Columns(unit="patient"))] == [
+        f"p{n // 2}" for n in range(NUM_MANY)
+    ]
+
+
+def test_rows_of_several_files_have_places_and_units_of_their_own(tmp_path):
+    for name in ("a", "b"):
+        write_parquet(tmp_path / f"{name}.parquet", ROWS * 600)
+    rows = read.read(str(tmp_path), columns=Columns())
+    assert len({row.row_id for row in rows}) == len({row.unit for row in rows}) == len(rows) == 2400
+
+
+def test_a_row_of_csv_is_called_by_the_line_where_it_begins(tmp_path):
+    (tmp_path / "a.csv").write_text('instruction,output\n"two\nlines",o\n\ni,o\n')
+    assert [row.row_id for row in read.read(str(tmp_path / "a.csv"), columns=Columns())] == [
+        "a.csv line 2",
+        "a.csv line 5",
+    ]
+
+
+def test_ids_that_start_anew_in_each_file_are_no_matter(tmp_path):
+    for name in ("a", "b"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [row | {"id": n} for n, row in enumerate(ROWS)])
+    assert len(read.read(str(tmp_path), columns=COLUMNS)) == 4
+    write_jsonl(tmp_path / "b.jsonl", [row | {"id": 0} for row in ROWS])
+    with pytest.raises(DataError, match=r"b\.jsonl line 1, b\.jsonl line 2: have the same 'id'.*starts anew.*rename"):
+        read.read(str(tmp_path), columns=COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("b.jsonl.gz", "unpack b.jsonl.gz"),
+        ("b.zip", "unpack b.zip"),
+        ("b.xlsx", "save the sheet as CSV"),
+        ("b.txt", ".ndjson"),
+        ("b", "no extension"),
+        ("b.jsonl.bak", ".bak"),
+    ],
+)
+def test_no_file_of_a_folder_is_passed_over_in_silence(tmp_path, name, remedy):
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / name).write_bytes(b"rows")
+    for source in (tmp_path, tmp_path / name):
+        with pytest.raises(DataError, match="unknown kind of file") as caught:
+            read.read(str(source), columns=COLUMNS)
+        assert str(tmp_path / name) in str(caught.value)
+        assert remedy in str(caught.value)
+
+
+def test_what_of_a_folder_is_never_read_is_told(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    for name in (".hidden.gz", "README.md", "LICENSE", "licence.txt", "_SUCCESS"):
+        (tmp_path / name).write_text("not rows")
+    (tmp_path / "old").mkdir()
+    assert len(read.read(str(tmp_path), columns=COLUMNS)) == 2
+    assert read.left_out(str(tmp_path)) == [".hidden.gz", "LICENSE", "README.md", "_SUCCESS", "licence.txt", "old/"]
+
+
+def test_all_files_of_a_folder_are_told_what_is_wrong_with_them(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{oops\n")
+    (tmp_path / "b.csv").write_bytes(b"instruction,output\n\xe9,o\n")
+    (tmp_path / "c.parquet").write_bytes(b"no")
+    (tmp_path / "d.gz").write_bytes(b"no")
+    with pytest.raises(DataError) as caught:
+        read.read(str(tmp_path), columns=COLUMNS)
+    assert all(part in str(caught.value) for part in ("a.jsonl line 1", "b.csv line 2", "c.parquet", "d.gz"))
 
 
 def test_csv_field_may_be_longer_than_the_modules_own_limit(tmp_path):

@@ -2,9 +2,11 @@ import json
 
 import pytest
 
-from common import model
+from client import serve
+from common import config, model
 from common.errors import DataError, ModelError
-from simulations import world
+from common.manifest import RunManifest
+from simulations import site_files, world
 from simulations.world import Failures
 from tests import tiny
 
@@ -30,6 +32,27 @@ def test_no_patient_is_on_both_sides(settings):
         assert data.train
         assert data.held_out
         assert not {row.unit for row in data.train} & {row.unit for row in data.held_out}
+
+
+@pytest.mark.parametrize("unit_column", ["", "patient_id"])
+def test_a_site_of_its_own_reads_the_rows_and_units_that_a_simulation_gives_it(settings, tmp_path, unit_column):
+    folder = tmp_path / "several"
+    folder.mkdir()
+    for name in ("a", "b"):
+        tiny.write_table(folder / f"{name}.jsonl")
+        rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        numbered = [json.dumps({**row, "id": number}) for number, row in enumerate(rows)]  # starts anew in each file
+        (folder / f"{name}.jsonl").write_text("\n".join(numbered))
+    run = settings({"data.source": f'"{folder}"', "data.unit_column": f'"{unit_column}"'})
+    places = {"base_folder": tmp_path, "log_folder": tmp_path / "log", "num_threads": 1}
+    site_files.write(world.load_tables(run), settings=run, folder=tmp_path / "sites", **places)
+    for number, (site, data) in enumerate(world.load_sites(run).items()):
+        node = config.load_node(tmp_path / "sites" / str(number) / "node.toml")
+        own = serve.load_data(node, RunManifest(run, "ab" * 32, ()))
+        assert node.site.name == site
+        assert [(row.messages, row.unit) for row in own.train] == [(row.messages, row.unit) for row in data.train]
+        assert [row.unit for row in own.held_out] == [row.unit for row in data.held_out]
+        assert {row.row_id.partition(" ")[0] for row in data.train} == {"a.jsonl", "b.jsonl"}
 
 
 def test_sites_are_a_function_of_the_run_file(settings):
