@@ -1,17 +1,23 @@
-"""The gradient of each privacy unit, three ways that must agree.
+"""The gradient of each privacy unit, three ways that must agree; and what keeps it from depending on other units.
 
-`stacked` reads it off the layers of LoRA in one backward pass; `microbatch` takes one unit at a time and is right for
-every kind of adapter; `opacus` is the oracle of the tests, and slower. B rows, U units, T tokens, P trained parameters
-in the order of their names.
+`microbatch` takes one unit at a time by plain autograd and is right for every kind of adapter; `stacked` reads it off
+the layers of LoRA; `opacus` is the oracle of the tests, and slower. The last two can take several units in one pass,
+which private training never asks for: who else is in a pass changes its shapes, and so how sums are rounded.
+B rows, U units, T tokens, P trained parameters in the order of their names.
 """
 
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final, Literal
 
+import numpy as np
 import torch
+from bitsandbytes.nn.modules import Linear8bitLt
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from client.train.units import Unit
 from common import adapter, objectives, trainable
@@ -32,11 +38,11 @@ def prepared(engine: Engine, *, method: Method, objective: Objective = SFT) -> I
     The loss of a unit is the sum of the negative log-likelihood, in nats, over the answer tokens of its rows, or the
     sum of the losses of its preferences: both answers of a pair are in the one gradient that is clipped. No
     unit's loss depends on another's: a divisor that counts the tokens of the batch, as that of a model's own `.loss`,
-    would let one unit move the gradients of all others.
+    would let one unit move the gradients of all others. The model is held as `uncoupled` says.
 
     Args:
-        engine: In training mode.
-        method: `auto` is `stacked` where it is possible, else `microbatch`.
+        engine: In whatever mode; it is the same again afterwards.
+        method: `auto` is `microbatch`.
         objective: What is lowered.
 
     Yields:
@@ -44,19 +50,92 @@ def prepared(engine: Engine, *, method: Method, objective: Objective = SFT) -> I
 
     Raises:
         ModelError: The method cannot serve this adapter.
-        PrivacyError: The objective couples units.
+        PrivacyError: The objective couples units. Also from the function, if a pass draws random numbers or leaves
+            something behind in the model.
     """
     if objective.couples_examples:
         raise PrivacyError("KTO's reference point over a batch couples units; set training.reference_point = 'zero'")
-    factors = _factors(engine.model)
-    chosen = method if method != "auto" else ("stacked" if factors else "microbatch")
-    if chosen == "stacked" and not factors:
-        raise ModelError(f"privacy.clipping = 'stacked': {WHOLE}; use 'auto'")
-    if chosen == "microbatch":
-        yield lambda units: _one(engine, units, objective), False
-        return
-    with _stacked(engine, factors, objective) if chosen == "stacked" else _opacus(engine, objective) as take:
-        yield take, True
+    with uncoupled(engine.model):
+        if method in ("auto", "microbatch"):
+            yield lambda units: _one(engine, units, objective), False
+            return
+        factors = _factors(engine.model)
+        if method == "stacked" and not factors:
+            raise ModelError(f"privacy.clipping = 'stacked': {WHOLE}; use 'auto'")
+        with _stacked(engine, factors, objective) if method == "stacked" else _opacus(engine, objective) as take:
+            yield take, True
+
+
+@contextmanager
+def uncoupled(model: nn.Module) -> Iterator[None]:
+    """Hold a model so that a pass is a function of its rows and of the weights alone.
+
+    In evaluation mode there is no dropout of base or adapter, no noise on routers or embeddings, and statistics of
+    batches are those of the base's files. In training mode the masks come from a seed that the coordinator knows, and
+    depend on how many rows went before: taking one unit out gives all others new masks. Gradient checkpointing, which
+    transformers ties to training mode, stays on.
+    """
+    was_training = {module: module.training for module in model.modules()}
+    for module in was_training:
+        module.training = isinstance(module, Linear8bitLt)  # whose mode says how precisely it multiplies, and no more
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    checkpointed = [layer for layer in layers if layer.gradient_checkpointing]
+    for layer in checkpointed:
+        layer.forward = _recomputing(layer)
+    try:
+        yield
+    finally:
+        for layer in checkpointed:
+            del layer.forward
+        for module, mode in was_training.items():
+            module.training = mode
+
+
+def _recomputing(layer: Any) -> Callable[..., Any]:
+    """A layer's forward under its own way of checkpointing, as in training mode."""
+    whole = partial(type(layer).forward, layer)
+    return lambda *args, **kwargs: layer._gradient_checkpointing_func(partial(whole, **kwargs), *args)
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[None]:
+    """Fail a pass after which other units would go through another model than before it.
+
+    Raises:
+        PrivacyError: A generator of random numbers has moved, or a buffer has changed.
+    """
+    before, state = _generators(), _state(model)
+    yield
+    if any(not np.array_equal(old, new) for old, new in zip(before, _generators(), strict=True)):
+        raise PrivacyError(
+            "this base draws random numbers in evaluation mode, which would let one unit change the gradients of "
+            "others; train it without privacy, or take another base"
+        )
+    after = _state(model)
+    changed = sorted(name for name in state.keys() | after.keys() if state.get(name) != after.get(name))
+    if changed and not _sets_rope_anew(model):
+        raise PrivacyError(
+            f"a pass changed {changed[0]} of the base, which would let one unit change the gradients of others; "
+            "lower data.max_length_tokens if these are its positions, or take another base"
+        )
+
+
+def _generators() -> list[np.ndarray]:
+    """Where the generators of torch, numpy and Python stand."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    own = [np.random.get_state()[1], np.array(random.getstate()[1])]  # type: ignore[index]
+    return [state.numpy() for state in (torch.get_rng_state(), *cuda)] + own
+
+
+def _state(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Which buffers the model has, and how often each was written to."""
+    return {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()}
+
+
+def _sets_rope_anew(model: Any) -> bool:
+    """Whether positions are scaled by each pass's own length, forgetting the one before (transformers' `longrope`)."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    return rope.get("rope_type") == "longrope"
 
 
 def _factors(model: nn.Module) -> dict[str, nn.Linear]:
@@ -164,6 +243,9 @@ def _opacus(engine: Engine, objective: Objective) -> Iterator[Take]:
     from opacus.grad_sample import GradSampleHooks
 
     trained = adapter.parameters(engine.model)
+    for module in engine.model.modules():
+        if any(id(parameter) in map(id, trained.values()) for parameter in module.parameters(recurse=False)):
+            module.training = True  # its hooks pass over a module in evaluation mode
     hooks = GradSampleHooks(engine.model, loss_reduction="sum", strict=False)
 
     def take(units: Sequence[Unit]) -> Tensor:
@@ -186,8 +268,9 @@ def _opacus(engine: Engine, objective: Objective) -> Iterator[Take]:
 
 def _backward(engine: Engine, units: Sequence[Unit], objective: Objective) -> None:
     """One pass over the rows of some units."""
-    loss = objectives.loss_sum(engine, [example for unit in units for example in unit], objective)
-    loss.backward()  # type: ignore[no-untyped-call]
+    with _watched(engine.model):
+        loss = objectives.loss_sum(engine, [example for unit in units for example in unit], objective)
+        loss.backward()  # type: ignore[no-untyped-call]
 
 
 def _num_rows(unit: Unit) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from client.train import private, unit_gradients
-from common import adapter, config, likelihood, model, prompts
+from common import adapter, config, model, prompts
 from common.errors import ModelError
 from tests import tiny
 
@@ -184,20 +184,16 @@ def test_rslora_and_any_choice_of_layers_hold(tiny_base, way, targets):
     check(engine, some_units(engine), way)
 
 
-def test_dropout_has_one_mask_for_forward_and_clipping(tiny_base):
-    """The stacked way against autograd of the whole batch under the same mask: without clipping the sums agree."""
+def test_no_unit_meets_the_adapters_dropout_and_the_modes_are_as_before(tiny_base):
     engine = load(tiny_base, dropout=0.3, checkpointing=True, **PRECISIONS["float32"])
     units = some_units(engine)
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        rows = [row for unit in units for row in unit]
-        nll, _ = likelihood.answer_nll(engine.model, prompts.collate(rows, pad_id=engine.pad_id))
-        nll.backward()
-        expected = {name: p.grad.clone() for name, p in adapter.parameters(engine.model).items()}
-        engine.model.zero_grad(set_to_none=True)
-        torch.manual_seed(7)
-        found = taken(engine, units, "stacked")
-    assert (found.sum(0) - flat(expected)).norm() / flat(expected).norm() < TOLERANCE
+    modes = [module.training for module in engine.model.modules()]
+    found = [taken(engine, units, way) for way in ("stacked", "microbatch", "microbatch")]
+    assert [module.training for module in engine.model.modules()] == modes
+    assert all("forward" not in vars(module) for module in engine.model.modules())
+    assert torch.equal(found[1], found[2])
+    assert apart(found[0], found[1]) < TOLERANCE
+    assert apart(naive(engine, units), found[1]) > 0.1  # control: in training mode there are masks
 
 
 def test_how_a_logical_batch_is_cut_does_not_matter(tiny_base):
@@ -249,7 +245,7 @@ def test_a_factor_that_is_not_used_fails_the_step(tiny_base):
 def test_whatever_else_is_trained_makes_auto_take_one_unit_at_a_time(tiny_base):
     engine = load(tiny_base, **PRECISIONS["float32"])
     norm = engine.model.base_model.model.model.norm.weight
-    with unit_gradients.prepared(engine, method="auto") as (_, is_many):
+    with unit_gradients.prepared(engine, method="stacked") as (_, is_many):
         assert is_many
     norm.requires_grad_(True)
     with unit_gradients.prepared(engine, method="auto") as (_, is_many):
