@@ -14,7 +14,7 @@ from typing import Final
 from client import protect, residual
 from client.guard import Guard, Permissive
 from client.personal import Shelf
-from client.train import local, schedule
+from client.train import coupling, local, schedule
 from common import (
     adapter,
     broadcast,
@@ -90,18 +90,21 @@ class OpenRun:
 
     @functools.cached_property
     def train_preferences(self) -> Sequence[Example]:
-        """`train` with references; what is in the engine is overwritten the first time."""
-        return self._referenced(self.train)
+        """`train` with references; what is in the engine is overwritten the first time.
+
+        Under differential privacy each example is scored alone, so that its reference depends on no other.
+        """
+        settings = self.manifest.run
+        return self._referenced(self.train, 1 if settings.privacy.is_private_per_unit else settings.evaluation.batch_size)
 
     @functools.cached_property
     def held_out_preferences(self) -> Sequence[Example]:
         """`held_out`, likewise."""
-        return self._referenced(self.held_out)
+        return self._referenced(self.held_out, self.manifest.run.evaluation.batch_size)
 
-    def _referenced(self, examples: Sequence[Example]) -> Sequence[Example]:
+    def _referenced(self, examples: Sequence[Example], batch_size: int) -> Sequence[Example]:
         """Once a run; the start is made here, whatever adapter was sent."""
         begun = start.initial(self.manifest, self.engine.initial)
-        batch_size = self.manifest.run.evaluation.batch_size
         return preference_score.with_references(self.engine, examples, begun, batch_size=batch_size)
 
 
@@ -191,6 +194,9 @@ class Agent:
         codes.check_quantization(engine.quantization, precisions.of_site(run_manifest.run.model, self.site))
         codes.check(engine.codes_sha256, precisions.codes_at_site(run_manifest, self.site))
         adapter.check_specs(engine.tensor_specs, run_manifest.tensor_specs)
+        privacy = run_manifest.run.privacy
+        if privacy.is_private_per_unit:
+            coupling.check_once(engine, method=privacy.clipping, objective=Objective.of(run_manifest.run.training))
         fixed, begun = start.fixed(run_manifest), _start(run_manifest, engine)
         with at_site(self.site):
             data = self._load_data(run_manifest)

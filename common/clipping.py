@@ -14,6 +14,7 @@ from common.errors import PrivacyError
 from common.noise import Noise
 
 COUNT_NOISE_SHARE: Final = 20
+COUNT_STEPS: Final = 1 << 20  # of the noise on a count; halves are whole numbers of them
 
 
 def norm(change: Mapping[str, Tensor]) -> float:
@@ -83,5 +84,6 @@ class ClipNorm:
         if not self.count_noise_std:
             return
         count = float((norms_u <= self.value).double().sub(0.5).sum())
-        noised = count + self.count_noise_std * float(source.normal(1, device=torch.device("cpu")))
+        steps = source.discrete(1, std=self.count_noise_std * COUNT_STEPS, device=torch.device("cpu"))
+        noised = count + float(steps) / COUNT_STEPS
         self.value *= math.exp(-privacy.clip_learning_rate * (noised / expected + 0.5 - privacy.clip_quantile))

@@ -59,8 +59,9 @@ class PrivacyConfig(Section):
     )
     clipping: Literal["auto", "stacked", "microbatch", "opacus"] = Field(
         default="auto",
-        description="How gradients of units are told apart. `stacked`: in one pass, for LoRA. `microbatch`: one unit "
-        "at a time, for any adapter. `opacus`: by Opacus' hooks. `auto`: `stacked` where possible, else `microbatch`.",
+        description="How the gradient of a unit is taken; each goes through the model alone. `microbatch`, which "
+        "`auto` means: by plain autograd, for any adapter. `stacked`: off the layers of LoRA. `opacus`: by Opacus' "
+        "hooks.",
     )
     adaptive_clipping: bool = Field(
         default=False,

@@ -1,10 +1,14 @@
 """The only source of noise: AES-256 in counter mode under a key from the operating system; a seeded twin for tests.
 
 A generator for statistics (`torch.randn`, `numpy.random`) can be predicted from a few of its outputs, so noise of it
-protects nothing. Bits are made on the host and become normal values in float64 on the device that needs them.
+protects nothing. Bits are made on the host and become discrete Gaussian values on the device that needs them.
+
+What is released is a whole number of grid steps: what is protected is rounded to the grid before it is summed, sums of
+whole numbers and whole noise are exact in float64, and so no rounding depends on anything private.
 """
 
 import hashlib
+import math
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -16,26 +20,27 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
+from common import discrete_gaussian
+
 KEY_BYTES: Final = 32
-GRID_BITS: Final = 10
-CHUNK_PAIRS: Final = {"cpu": 1 << 16, "cuda": 1 << 20}  # what fits a cache; what keeps a GPU busy while AES runs
+GRID_BITS: Final = 30
+ROUNDING_SHARE: Final = 2.0**-20  # of C: more than scaling in float32 and adding up to 10^8 sites in float64 can move
 _PIECE: Final = bytes(1 << 20)
 _BLOCK_BYTES: Final = 16
-_MASK_53: Final = (1 << 53) - 1
 _UNIT: Final = 2.0**-53
 
 
 class Noise(Protocol):
     """Where noise and the sampling of units come from."""
 
-    def normal(self, size: int, *, device: torch.device) -> Tensor:
-        """Independent standard normal values, (size,), float64, on `device`."""
+    def discrete(self, size: int, *, std: float, device: torch.device) -> Tensor:
+        """Independent whole numbers that hide as much as normal noise of `std` steps, (size,), float64, on `device`."""
 
     def uniform(self, size: int) -> np.ndarray:
         """Independent values in [0, 1), (size,), float64, all 53 bits random."""
 
     def prepare(self, size: int, *, device: torch.device) -> None:
-        """Begin with the bits of the next `normal`, which must be of this size, beside whatever else is done."""
+        """Begin with the bits of the next `discrete`, which must be of this size, beside whatever else is done."""
 
 
 class Stream:
@@ -86,9 +91,9 @@ class _FromStream(ABC):
     def _own(self) -> Stream:
         """The stream to read next."""
 
-    def normal(self, size: int, *, device: torch.device) -> Tensor:
-        """See `Noise.normal`; the same on every device, to the rounding of its logarithm and cosine."""
-        return _normal(self._own(), size, device)
+    def discrete(self, size: int, *, std: float, device: torch.device) -> Tensor:
+        """See `Noise.discrete` and `discrete_gaussian.sample`; the same on every device."""
+        return discrete_gaussian.sample(self._own(), size, std=std, device=device)
 
     def uniform(self, size: int) -> np.ndarray:
         """See `Noise.uniform`."""
@@ -96,7 +101,8 @@ class _FromStream(ABC):
 
     def prepare(self, size: int, *, device: torch.device) -> None:
         """See `Noise.prepare`."""
-        self._own().prepare(_normal_bytes(size), is_pinned=device.type == "cuda")
+        num_bytes = discrete_gaussian.BYTES_PER_TRY * discrete_gaussian.num_tries(size)
+        self._own().prepare(num_bytes, is_pinned=device.type == "cuda")
 
 
 class SystemNoise(_FromStream):
@@ -156,34 +162,47 @@ def stream(key: bytes, *, counter: bytes = bytes(_BLOCK_BYTES)) -> Stream:
 
 
 def to_grid(values: Tensor, *, clip_norm: float) -> Tensor:
-    """Round noised values to multiples of 2^-10 of the clip norm.
+    """Values as whole numbers of grid steps, 2^-30 of the clip norm each, rounded towards zero.
 
-    The floating-point numbers that a sum can hit tell something about its private part; those of a fixed grid do not.
+    Rounded towards zero no vector becomes longer. The floating-point numbers that a noised sum can hit would tell
+    something about its private part; whole numbers plus whole noise do not.
 
     Args:
-        values: A sum after noise was added, any shape.
-        clip_norm: The norm to which the summed units were clipped.
+        values: What is to be summed, any shape, no longer than some norms of `clip_norm`.
+        clip_norm: C.
 
     Returns:
-        A new tensor of the same type.
+        Whole numbers, float64.
 
     Raises:
         ValueError: `clip_norm` is not positive.
 
-    Source: Mironov 2012, "On significance of the least significant bits for differential privacy".
+    Source: Mironov 2012, "On significance of the least significant bits for differential privacy"; Casacuberta et al.
+    2022, arXiv:2207.10635, on sums whose sensitivity rounding raises.
 
     Example:
-        >>> to_grid(torch.tensor([0.30001, -1.0]), clip_norm=1.0) * 1024
-        tensor([  307., -1024.])
+        >>> to_grid(torch.tensor([0.75, -1.0]), clip_norm=1.0) / 2**30
+        tensor([ 0.7500, -1.0000], dtype=torch.float64)
+    """
+    return torch.trunc(values.double() / grid_step(clip_norm))
+
+
+def grid_step(clip_norm: float) -> float:
+    """A step of the grid, in the unit of `clip_norm`.
+
+    Raises:
+        ValueError: `clip_norm` is not positive.
     """
     if not clip_norm > 0:
         raise ValueError("clip_norm must be above 0")
-    step = clip_norm * 2.0**-GRID_BITS
-    return (torch.round(values.double() / step) * step).to(values.dtype)
+    return clip_norm * 2.0**-GRID_BITS
 
 
 def added(tensors: Mapping[str, Tensor], *, noise_std: float, clip_norm: float, source: Noise) -> dict[str, Tensor]:
-    """Independent noise on every value, rounded to the grid of the clip norm.
+    """Independent noise on every value, on the grid of the clip norm.
+
+    The sums are rounded to the grid here, so that one summand more or less moves them by up to a step a value beyond
+    C, and their floating-point additions by less than that; the noise is made stronger by as much.
 
     Args:
         tensors: Sums of clipped values, any shapes.
@@ -194,35 +213,16 @@ def added(tensors: Mapping[str, Tensor], *, noise_std: float, clip_norm: float, 
     Returns:
         New tensors, float64, by ascending name.
     """
+    step = grid_step(clip_norm)
+    num_values = sum(values.numel() for values in tensors.values())
+    std = noise_std / step * (1 + ROUNDING_SHARE + math.sqrt(num_values) * 2.0**-GRID_BITS)
     return {
-        name: to_grid(
-            source.normal(values.numel(), device=values.device).view(values.shape).mul_(noise_std).add_(values),
-            clip_norm=clip_norm,
-        )
+        name: source.discrete(values.numel(), std=std, device=values.device)
+        .view(values.shape)
+        .add_(to_grid(values, clip_norm=clip_norm))
+        .mul_(step)
         for name, values in sorted(tensors.items())
     }
-
-
-def _normal_bytes(size: int) -> int:
-    """Bytes behind so many normal values: a pair of words for a pair of values."""
-    return 16 * ((size + 1) // 2)
-
-
-def _normal(read: Stream, size: int, device: torch.device) -> Tensor:
-    """Pairs of normal values from pairs of words, some at a time; where it is cut changes nothing.
-
-    Source: Box and Muller 1958.
-    """
-    words = read(_normal_bytes(size)).view(torch.int64).view(-1, 2)
-    values = torch.empty(words.shape, dtype=torch.float64, device=device)
-    step = CHUNK_PAIRS.get(device.type, CHUNK_PAIRS["cpu"])
-    for start in range(0, len(words), step):
-        part, drawn = values[start : start + step], words[start : start + step].to(device) & _MASK_53
-        radius = drawn[:, 0].add(1).double().mul_(_UNIT).log_().mul_(-2).sqrt_()
-        angle = drawn[:, 1].double().mul_(_UNIT * 2 * torch.pi)
-        torch.mul(radius, angle.cos(), out=part[:, 0])
-        torch.mul(radius, angle.sin_(), out=part[:, 1])
-    return values.view(-1)[:size]
 
 
 def _uniform(read: Stream, size: int) -> np.ndarray:

@@ -59,10 +59,10 @@ def scores(*, num_canaries: int, privacy: PrivacyConfig, num_steps: int, source:
         coordinates,
         population,
         take=_taking(num_canaries, length=LENGTH * privacy.clip_norm),
-        max_rows=num_canaries,
         privacy=privacy,
         num_steps=num_steps,
         source=source,
+        units_at_once=num_canaries,
     )
     for _ in steps:
         if values.grad is not None:

@@ -97,7 +97,6 @@ def _fit_privately(
         rows,
         privacy=privacy,
         num_steps=len(rates),
-        max_rows=training.micro_batch_size or training.batch_size,
         source=source,
         objective=Objective.of(training),
     )

@@ -1,8 +1,7 @@
-"""Privacy units: which rows belong together, which are drawn for a step, and how they share a physical batch."""
+"""Privacy units: which rows belong together, and which are drawn for a step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from common import objectives
 from common.noise import Noise
 from common.objectives import Example
 
@@ -36,26 +35,6 @@ def poisson(units: Sequence[Unit], *, sampling_prob: float, max_rows: int, noise
     """
     is_drawn = noise.uniform(len(units)) < sampling_prob
     return [_some(unit, max_rows, noise) for unit, taken in zip(units, is_drawn, strict=True) if taken]
-
-
-def pack(units: Sequence[Unit], *, max_rows: int) -> Iterator[list[Unit]]:
-    """Cut a logical batch into physical ones; a unit is never split, or its norm would be wrong.
-
-    Units of similar length go together, for less padding.
-
-    Raises:
-        ValueError: A unit has more rows than a physical batch.
-    """
-    batch: list[Unit] = []
-    for unit in sorted(units, key=lambda unit: max(map(objectives.length, unit))):
-        if len(unit) > max_rows:
-            raise ValueError(f"a unit of {len(unit)} rows does not fit into a physical batch of {max_rows}")
-        if sum(map(len, batch)) + len(unit) > max_rows:
-            yield batch
-            batch = []
-        batch.append(unit)
-    if batch:
-        yield batch
 
 
 def _some(unit: Unit, max_rows: int, noise: Noise) -> Unit:

@@ -29,22 +29,22 @@ class Weakened(SeededNoise):
         super().__init__(seed)
         self.factor = factor
 
-    def normal(self, size: int, *, device: torch.device) -> torch.Tensor:
-        return super().normal(size, device=device) * self.factor
+    def discrete(self, size: int, *, std: float, device: torch.device) -> torch.Tensor:
+        return super().discrete(size, std=std, device=device) * self.factor
 
 
 class Constant(SeededNoise):
     """Normal values that are no noise, as all are the same."""
 
-    def normal(self, size: int, *, device: torch.device) -> torch.Tensor:
-        return super().normal(size, device=device) * 0 + 0.7
+    def discrete(self, size: int, *, std: float, device: torch.device) -> torch.Tensor:
+        return super().discrete(size, std=std, device=device) * 0 + 0.7 * std
 
 
 class Broken(SeededNoise):
     """Normal values that are no numbers."""
 
-    def normal(self, size: int, *, device: torch.device) -> torch.Tensor:
-        return super().normal(size, device=device) * math.nan
+    def discrete(self, size: int, *, std: float, device: torch.device) -> torch.Tensor:
+        return super().discrete(size, std=std, device=device) * math.nan
 
 
 def audited(setting, source, num_canaries: int = 1000):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from client.train import local, private, unit_gradients, units
-from common import adapter, config, objectives, preference_score
+from common import adapter, config, noise, objectives, preference_score
 from common.config_privacy import PrivacyConfig
 from common.errors import PrivacyError
 from common.noise import SeededNoise
@@ -103,7 +103,7 @@ def test_norms_and_clipped_sums_are_those_of_a_naive_loop_over_joint_gradients(r
     assert ((found.norm(dim=1) - norms).abs() / norms).max() < TOLERANCE
     clip_norm = float(norms.median())
     wanted = (clip_norm / (norms + private.TINY)).clamp(max=1) @ expected
-    total, _ = private.clip(found, clip_norm=clip_norm)
+    total = noise.grid_step(clip_norm) * private.clip(found, clip_norm=clip_norm)[0]
     assert (total - wanted).norm() / wanted.norm() < TOLERANCE
 
 
@@ -119,12 +119,12 @@ def test_checkpointing_and_a_quantised_base_change_nothing(load_tiny, way, chang
 
 
 def joint(engine, population, clip_norm: float) -> torch.Tensor:
-    """The clipped sum as training takes it, in physical batches of two pairs."""
+    """The clipped sum as training takes it."""
     with unit_gradients.prepared(engine, method="stacked", objective=DPO) as (take, _):
-        batches = units.pack(population, max_rows=3)
+        batches = ([unit] for unit in population)
         size = adapter.num_parameters(engine.tensor_specs)
         given = {"take": take, "clip_norm": clip_norm, "num_parameters": size, "device": engine.device}
-        return private.clipped_sum(batches, **given)[0]
+        return private.clipped_sum(batches, **given)[0] * noise.grid_step(clip_norm)
 
 
 def apart(engine, population, clip_norm: float) -> torch.Tensor:
@@ -137,7 +137,7 @@ def apart(engine, population, clip_norm: float) -> torch.Tensor:
             gains[1 - side] = gains[1 - side].detach()
             (-torch.log(torch.sigmoid(DPO.beta * (gains[0] - gains[1])))).backward()
             found.append(private.clip(gradient(engine)[None], clip_norm=clip_norm)[0])
-    return sum(found)
+    return sum(found) * noise.grid_step(clip_norm)
 
 
 def neighbours(engine):

@@ -27,7 +27,7 @@ class Drawn:
     def uniform(self, size: int) -> np.ndarray:
         return np.full(size, self.uniforms.pop(0))
 
-    def normal(self, size: int, *, device: torch.device) -> torch.Tensor:
+    def discrete(self, size: int, *, std: float, device: torch.device) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.float64, device=device)
 
     def prepare(self, size: int, *, device: torch.device) -> None:
@@ -47,7 +47,7 @@ def encoded(engine, count: int):
 def one_step(engine, rows, privacy, source) -> torch.Tensor:
     """The gradient of one step, flattened."""
     engine.model.train()
-    gradients = private.gradients(engine, rows, privacy=privacy, num_steps=1, max_rows=4, source=source)
+    gradients = private.gradients(engine, rows, privacy=privacy, num_steps=1, source=source)
     next(gradients)
     gradients.close()
     found = {name: parameter.grad for name, parameter in adapter.parameters(engine.model).items()}
@@ -77,8 +77,8 @@ def test_a_step_without_any_unit_is_noised_all_the_same(engine):
     assert abs(float(found.mean())) < 5 * expected_std / math.sqrt(found.numel())
 
 
-def test_noise_is_drawn_once_for_a_logical_batch_however_it_is_cut(engine):
-    """With noise drawn for each physical batch its variance would grow with their number."""
+def test_noise_is_drawn_once_for_all_units_of_a_step(engine):
+    """With noise drawn for each unit its variance would grow with their number."""
     rows = encoded(engine, 24)
     privacy = settings(noise_multiplier=50.0, sampling_prob=1.0, clip_norm=1e-3)
     found = one_step(engine, rows, privacy, SeededNoise(4))
@@ -101,15 +101,6 @@ def test_no_unit_has_more_rows_in_a_step_than_allowed_and_each_row_comes_up():
     found = [units.poisson([unit], sampling_prob=1.0, max_rows=2, noise=SeededNoise(seed))[0] for seed in range(60)]
     assert all(len(set(rows)) == 2 for rows in found)
     assert {row for rows in found for row in rows} == set(unit)
-
-
-def test_a_unit_is_never_split_over_physical_batches(engine):
-    rows = encoded(engine, 12)
-    grouped = units.group(rows)
-    batches = list(units.pack(grouped, max_rows=3))
-    assert sorted(len(batch) for batch in batches) == [1] * 6
-    with pytest.raises(ValueError, match="does not fit"):
-        list(units.pack(grouped, max_rows=1))
 
 
 def test_what_a_round_tells_holds_no_figure_of_the_drawn_rows(engine):

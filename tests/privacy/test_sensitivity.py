@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from client.train import private, unit_gradients, units
-from common import adapter, prompts
+from common import adapter, noise, prompts
 from common.prompts import Encoded
 from tests import tiny
 
@@ -26,13 +26,12 @@ def note(engine, text: str, *, unit: str) -> Encoded:
 
 
 def ours(engine, population, clip_norm: float) -> torch.Tensor:
-    """The clipped sum as training takes it, in physical batches of three rows."""
+    """The clipped sum as training takes it."""
     with unit_gradients.prepared(engine, method="stacked") as (take, _):
-        batches = units.pack(population, max_rows=3)
+        batches = ([unit] for unit in population)
         size = adapter.num_parameters(engine.tensor_specs)
-        return private.clipped_sum(batches, take=take, clip_norm=clip_norm, num_parameters=size, device=engine.device)[
-            0
-        ]
+        given = {"take": take, "clip_norm": clip_norm, "num_parameters": size, "device": engine.device}
+        return private.clipped_sum(batches, **given)[0] * noise.grid_step(clip_norm)
 
 
 def by_own_loss(engine, population, clip_norm: float) -> torch.Tensor:
@@ -41,7 +40,7 @@ def by_own_loss(engine, population, clip_norm: float) -> torch.Tensor:
     num_tokens = sum(sum(row.is_answer[1:]) for row in rows)
     with unit_gradients.prepared(engine, method="stacked") as (take, _):
         found = take([[row] for row in rows])
-    return private.clip(found * len(rows) / num_tokens, clip_norm=clip_norm)[0]
+    return private.clip(found * len(rows) / num_tokens, clip_norm=clip_norm)[0] * noise.grid_step(clip_norm)
 
 
 def neighbours(engine):
