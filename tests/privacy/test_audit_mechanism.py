@@ -9,7 +9,7 @@ import torch
 
 from client import policy_file, self_test, serve
 from client.train import private
-from common import accounting, cli, config, identity, privacy_bounds
+from common import accounting, cli, config, identity, noise, privacy_bounds
 from common.config_privacy import PrivacyConfig
 from common.errors import PrivacyError
 from common.noise import SeededNoise, SystemNoise
@@ -85,7 +85,8 @@ def test_a_clip_that_does_nothing_is_caught(monkeypatch):
     """The control of the canaries' length: ten times the clip norm."""
     setting = (0.25, 2.0, 50)
     assert not audited(setting, SeededNoise(1)).is_refuted
-    monkeypatch.setattr(private, "clip", lambda rows, *, clip_norm: (rows.sum(0), rows.norm(dim=1)))
+    whole = lambda rows, *, clip_norm: (rows.double().sum(0) / noise.grid_step(clip_norm), rows.norm(dim=1))  # noqa: E731
+    monkeypatch.setattr(private, "clip", whole)
     assert audited(setting, SeededNoise(1)).is_refuted
 
 
@@ -154,8 +155,8 @@ def test_an_agent_whose_policy_requires_privacy_does_not_start_with_half_the_noi
     identity.create(site_key)
     guarded = {mode: agent_node(tmp_path / mode, engine, mode=mode, key=site_key) for mode in ("required", "none")}
     serve.make_agent(guarded["required"])
-    right = SystemNoise.normal
-    monkeypatch.setattr(SystemNoise, "normal", lambda *given, **named: right(*given, **named) * 0.5)
+    right = SystemNoise.discrete
+    monkeypatch.setattr(SystemNoise, "discrete", lambda *given, **named: right(*given, **named) * 0.5)
     serve.make_agent(guarded["none"])
     with pytest.raises(PrivacyError, match=r"self-test.*does not start"):
         serve.make_agent(guarded["required"])

@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.data import split
+from common import config
 from common.errors import DataError
 from common.rows import Row
+from tests import tiny
 
 
 def rows_of(units) -> list[Row]:
@@ -74,3 +76,20 @@ def test_fewer_than_two_units_are_refused(units):
 def test_fraction_out_of_range_is_a_callers_mistake(fraction):
     with pytest.raises(ValueError, match="held_out_fraction"):
         split.split(rows_of("ab"), held_out_fraction=fraction, seed=0)
+
+
+def private_and_plain() -> list[config.RunConfig]:
+    """A run that is private for units, and the same without privacy."""
+    return [tiny.settings("tiny", {**changes, "data.held_out_fraction": "0.3"}) for changes in (tiny.NOISED, {})]
+
+
+def test_in_a_private_run_a_new_unit_pushes_no_other_to_the_other_side():
+    """The control is a run without privacy, which holds out a fixed share: there one in every few does."""
+    pushed = {"unit": 0, "none": 0}
+    for run in private_and_plain():
+        for new in range(100, 140):
+            before, after = (split.for_run(rows_of(names), run)[0] for names in (range(20), [*range(20), new]))
+            others = {row.unit for row in after} - {str(new)}
+            pushed[run.privacy.mode] += others != {row.unit for row in before}
+    assert pushed["unit"] == 0
+    assert pushed["none"] > 3

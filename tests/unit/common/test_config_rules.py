@@ -35,6 +35,7 @@ BROKEN_RULES = [
     ("adapter.r", 8, [IA3, "adapter.r = 4"]),
     ("adapter.alpha", 8, [IA3, "adapter.alpha = 8"]),
     ("adapter.dropout", 8, [IA3, "adapter.dropout = 0.1"]),
+    ("adapter.dropout", 9, ["adapter.dropout = 0.1", *PRIVATE]),
     ("adapter.targets", 8, ["adapter.kind = 'ln_tuning'", "adapter.targets = 'q_proj'"]),
     ("adapter.use_rslora", 8, [IA3, "adapter.use_rslora = true"]),
     ("adapter.target_r", 7, ["adapter.target_r = 4"]),
