@@ -95,7 +95,9 @@ class OpenRun:
         Under differential privacy each example is scored alone, so that its reference depends on no other.
         """
         settings = self.manifest.run
-        return self._referenced(self.train, 1 if settings.privacy.is_private_per_unit else settings.evaluation.batch_size)
+        return self._referenced(
+            self.train, 1 if settings.privacy.is_private_per_unit else settings.evaluation.batch_size
+        )
 
     @functools.cached_property
     def held_out_preferences(self) -> Sequence[Example]:

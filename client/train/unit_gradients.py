@@ -122,7 +122,7 @@ def _watched(model: nn.Module) -> Iterator[None]:
 
 def _generators() -> list[np.ndarray]:
     """Where the generators of torch, numpy and Python stand."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     own = [np.random.get_state()[1], np.array(random.getstate()[1])]  # type: ignore[index]
     return [state.numpy() for state in (torch.get_rng_state(), *cuda)] + own
 

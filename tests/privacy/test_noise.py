@@ -255,7 +255,11 @@ def _fit(counts: np.ndarray, shares: np.ndarray) -> float:
     is_common = expected > 20
     found = np.append(counts[is_common], counts[~is_common].sum())
     wanted = np.append(expected[is_common], counts.sum() - expected[is_common].sum())
-    return float(stats.chisquare(found[wanted > 1], wanted[wanted > 1] * found[wanted > 1].sum() / wanted[wanted > 1].sum()).pvalue)
+    return float(
+        stats.chisquare(
+            found[wanted > 1], wanted[wanted > 1] * found[wanted > 1].sum() / wanted[wanted > 1].sum()
+        ).pvalue
+    )
 
 
 @pytest.mark.parametrize("std", [0.0, 30.0, 2.0**30, 1e4 * 2.0**30])

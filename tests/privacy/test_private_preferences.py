@@ -198,7 +198,7 @@ def test_a_reference_point_over_the_batch_is_refused_whatever_the_way(ready, way
 def test_private_training_tells_nothing_and_noise_that_drowns_every_gradient_drowns_the_preference(engine, objective):
     """The control of learning is the same run under large noise."""
     shares = {}
-    for noise in (0.05, 500.0):
+    for multiplier in (0.05, 500.0):
         adapter.write(engine.model, engine.initial)
         examples = [example for unit in some_units(engine, objective, (2,) * 12) for example in unit]
         adapter.write(engine.model, engine.initial)
@@ -211,13 +211,13 @@ def test_private_training_tells_nothing_and_noise_that_drowns_every_gradient_dro
             learning_rate=2e-2,
         )
         privacy = PrivacyConfig(
-            mode="unit", sampling_prob=0.5, noise_multiplier=noise, clip_norm=1.0, max_rows_per_unit=2
+            mode="unit", sampling_prob=0.5, noise_multiplier=multiplier, clip_norm=1.0, max_rows_per_unit=2
         )
         given = {"round_index": 0, "num_rounds": 1, "seed": 1, "source": SeededNoise(1)}
         result = local.train(engine, examples, training=training, privacy=privacy, **given)
         assert (result.train_loss, result.num_tokens, result.seconds) == (None, None, None)
         score = preference_score.score(engine, examples, objective, batch_size=8)
-        shares[noise] = score.preference_loss_sum / len(examples)
+        shares[multiplier] = score.preference_loss_sum / len(examples)
     start = {"dpo": 0.6931, "kto": 0.5 * (1 * 16 + 1.5 * 8) / 24}[objective.name]
     assert shares[0.05] < 0.8 * start
     assert shares[500.0] > 0.9 * start

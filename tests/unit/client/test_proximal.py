@@ -123,9 +123,7 @@ def private_steps(engine, monkeypatch, *, is_pulled_before_clipping: bool = Fals
         monkeypatch.setattr(private, "clip", together)
     with torch.random.fork_rng():
         torch.manual_seed(schedule.derive_seed(1, 0))
-        released = private.gradients(
-            engine, encoded(engine), privacy=PRIVATE, num_steps=STEPS, source=SeededNoise(5)
-        )
+        released = private.gradients(engine, encoded(engine), privacy=PRIVATE, num_steps=STEPS, source=SeededNoise(5))
         for _ in released:
             outside = {} if is_pulled_before_clipping else pull()
             with torch.no_grad():

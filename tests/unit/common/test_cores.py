@@ -162,7 +162,9 @@ def test_a_unit_is_clipped_over_its_cores_and_scales_together(begun):
     clip_norm = float(expected.norm(dim=1).median())
     summed, norms = private.clip(found, clip_norm=clip_norm)
     assert torch.allclose(norms.float(), expected.norm(dim=1), rtol=1e-5)
-    assert noise.grid_step(clip_norm) * float(summed.norm()) < 0.95 * float(expected.sum(0).norm())  # control: clipping does something here
+    assert noise.grid_step(clip_norm) * float(summed.norm()) < 0.95 * float(
+        expected.sum(0).norm()
+    )  # control: clipping does something here
 
 
 def test_heads_are_the_runs_own_setting():
