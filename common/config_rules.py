@@ -361,11 +361,6 @@ RUN_RULES = (
         "all rows of a unit go through the model at once; raise the (micro-)batch size or lower max_rows_per_unit",
     ),
     Rule(
-        ("adapter.dropout", "privacy.mode"),
-        lambda c: c.privacy.mode == "unit" and c.adapter.dropout > 0,
-        "masks of dropout depend on which units were drawn before, so that one unit would move all others; set 0",
-    ),
-    Rule(
         ("privacy.clip_quantile", "privacy.clip_learning_rate", "privacy.adaptive_clipping"),
         _has_idle_adaption,
         "has no effect while the clip norm is fixed; remove it or set adaptive_clipping",

@@ -224,6 +224,8 @@ def contradictions() -> Iterator[Contradiction]:
         told = "this kind does not use it; remove it or choose another kind"
         yield (f"adapter.{key}", "adapter.kind"), functools.partial(is_unused, key=key), told
     yield ("adapter.target_r", "adapter.r"), _ranks_rise, "ranks only fall; it must not be above r"
+    told = "masks of dropout depend on which units were drawn before, so that one unit would move all others; set 0"
+    yield ("adapter.dropout", "privacy.mode"), _couples_units, told
 
 
 def _is_combined(config: "RunConfig", kinds: tuple[str, ...], feature: KindFeature) -> bool:
@@ -232,3 +234,7 @@ def _is_combined(config: "RunConfig", kinds: tuple[str, ...], feature: KindFeatu
 
 def _ranks_rise(config: "RunConfig") -> bool:
     return config.adapter.kind == "adalora" and config.adapter.target_r > config.adapter.r
+
+
+def _couples_units(config: "RunConfig") -> bool:
+    return config.privacy.mode == "unit" and config.adapter.dropout > 0
