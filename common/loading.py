@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from common import model
+from common import base_files, model
 from common.config import ModelConfig, RunConfig
 from common.data import read
 from common.model import Engine
@@ -29,8 +29,10 @@ def engine_of(
         trains: Whether rounds are trained on it, with gradient checkpointing if the run has that.
 
     Raises:
-        ModelError: Files missing, hash differs, precision impossible here, targets match nothing.
+        ModelError: Files missing, hash differs, precision impossible here, targets match nothing, or the base is not
+            fit for the run (`common.base_files`, `common.base_probe`).
     """
+    base_files.check_length(folder, run.data.max_length_tokens, num_prepended=run.adapter.num_prepended)
     return model.load(
         folder,
         model=own or run.model,

@@ -3,6 +3,7 @@
 B batch, T tokens, V vocabulary.
 """
 
+import functools
 import hashlib
 import math
 import os
@@ -18,16 +19,31 @@ from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from common import adapter, codes, config, core_layers, peft_kinds, prompts, quiet, storage
+from common import (
+    adapter,
+    base_files,
+    base_probe,
+    codes,
+    config,
+    core_layers,
+    peft_kinds,
+    prompts,
+    quiet,
+    storage,
+)
 from common.errors import ModelError
 from common.kinds import KINDS, Quantization
 from common.records import TensorSpec
 from common.rows import Row
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NOTES: Final = (
+    "Specified to not (save|load) vera_A", "Unsupported layer type", "Position ids are not supported",
+    "fan_in_fan_out is set to", "The following rank_pattern keys", "The following alpha_pattern keys",
+)  # fmt: skip
 _BASE_SUFFIXES: Final = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
 
@@ -44,6 +60,7 @@ class Engine:
         initial: The adapter as attached: A from the seed, B zero.
         codes_sha256: Hash of the base's 4-bit codes; empty where it has none.
         folder: Where the base's files are.
+        quantised_share: Part of the values in the body's matrices that are 4-bit or 8-bit codes.
     """
 
     model: nn.Module
@@ -54,6 +71,7 @@ class Engine:
     initial: adapter.Tensors
     codes_sha256: str = ""
     folder: Path = Path()
+    quantised_share: float = 0.0
 
     @property
     def quantization(self) -> Quantization:
@@ -107,12 +125,22 @@ def load(
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
     base_sha256 = check_hash(folder, model.sha256)
+    base_files.check_unquantised(folder)
     device = choose_device(device_name)
     _check_dtype(model, adapter_settings, device)
     tokenizer = prompts.use_template(load_tokenizer(folder), model.chat_template)
     base = load_base(folder, model, device)
+    share = base_probe.precision_of(base).share
     codes_sha256 = codes.sha256_of(base)
-    peft_model = _attach(base, adapter_settings, seed=seed)
+    with quiet_peft():
+        peft_model = base_probe.attach(
+            base,
+            base_probe.trial_rows(tokenizer, base),
+            fresh=functools.partial(_attach, settings=adapter_settings, seed=seed),
+            settings=adapter_settings,
+            dtype=resolve_dtype(model, device),
+            key=(base_sha256, model, adapter_settings, device),
+        )
     if residual_rank:
         _attach_side(peft_model, adapter_settings, rank=residual_rank)
     if num_heads:
@@ -120,7 +148,9 @@ def load(
     if gradient_checkpointing:
         checkpoint(base)
     initial = adapter.read(peft_model)
-    return Engine(peft_model, tokenizer, device, base_sha256, adapter.specs(initial), initial, codes_sha256, folder)
+    return Engine(
+        peft_model, tokenizer, device, base_sha256, adapter.specs(initial), initial, codes_sha256, folder, share
+    )
 
 
 def checkpoint(base: Any) -> None:
@@ -166,18 +196,12 @@ def check_hash(folder: Path, expected: str) -> str:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """A fast tokenizer from local files only; a missing pad token becomes the end token (masks go by position).
+    """The base's tokenizer as its file has it, from local files only; see `base_files.tokenizer_of`.
 
     Raises:
-        ModelError: The folder has no tokenizer that transformers can read.
+        ModelError: No tokenizer, or one that does not fit the base.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: no tokenizer that transformers can load") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return base_files.tokenizer_of(folder)
 
 
 def resolve_dtype(settings: config.ModelConfig, device: torch.device) -> torch.dtype:
@@ -216,6 +240,7 @@ def load_base(folder: Path, settings: config.ModelConfig, device: torch.device) 
         raise ModelError(
             f"{folder}: the base's files lack {len(missing)} weights, such as {missing[0]}; fetch it again"
         )
+    base_probe.check_precision(base, settings.quantization)
     base.requires_grad_(False)
     base.config.use_cache = False
     _keep_layout(base)
@@ -267,8 +292,8 @@ def quiet_peft() -> Iterator[None]:
     """Without what peft 0.21 warns of and what is meant or harmless here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        for told in ("Specified to not (save|load) vera_A", "Unsupported layer type", "Position ids are not supported"):
-            warnings.filterwarnings("ignore", message=told, category=UserWarning)
+        for told in _NOTES:
+            warnings.filterwarnings("ignore", message=told)
         yield
 
 
@@ -278,13 +303,13 @@ def _attach(base: Any, settings: config.AdapterConfig, *, seed: int) -> nn.Modul
         peft_kinds.check_blocks(base, settings)
         with quiet_peft():
             return peft_kinds.attach(base, settings, seed=seed)
-    remedy = f"choose among the linear layers of this base: {', '.join(linear_names(base))}"
+    remedy = f"choose among the linear layers of this base: {', '.join(base_probe.linear_names(base))}"
     with torch.random.fork_rng(), quiet_peft():
         try:
             model = get_peft_model(base, lora_config(settings), autocast_adapter_dtype=True)
         except ValueError as error:
             raise ModelError(f"adapter.targets = '{settings.targets}' cannot have an adapter; {remedy}") from error
-    _check_targets(model, settings, remedy=remedy)
+    base_probe.check_targets(model, settings, remedy=remedy)
     _initialise(model, seed=seed)
     return model
 
@@ -322,22 +347,6 @@ def _initialise(model: nn.Module, *, seed: int) -> None:
             parameter.data = values.to(parameter.device)
 
 
-def _check_targets(model: nn.Module, settings: config.AdapterConfig, *, remedy: str) -> None:
-    """Every name of `adapter.targets` must have matched, and linear layers only: peft is content with one that does."""
-    if odd := [name for name in adapter.parameters(model) if not name.endswith((".lora_A.weight", ".lora_B.weight"))]:
-        raise ModelError(f"adapter.targets = '{settings.targets}' would train {odd[0]}; {remedy}")
-    matched = {f".{name}" for name in model.targeted_module_names}  # type: ignore[union-attr]
-    for wanted in settings.target_names:
-        if wanted != "all-linear" and not any(name.endswith(f".{wanted}") for name in matched):
-            raise ModelError(f"adapter.targets: '{wanted}' matches no module; {remedy}")
-
-
-def linear_names(base: nn.Module) -> list[str]:
-    """Last names of the linear modules that an adapter could target."""
-    linears = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
-    return sorted(linears)
-
-
 def encode(
     engine: Engine, rows: Sequence[Row], data: config.DataConfig
 ) -> tuple[list[prompts.Encoded], prompts.EncodingReport]:
@@ -346,13 +355,15 @@ def encode(
     Raises:
         DataError: No row is left, or one is too long and `data.too_long` is `error`.
     """
-    return prompts.encode_all(
+    found, report = prompts.encode_all(
         rows,
         engine.tokenizer,
         max_length_tokens=data.max_length_tokens,
         too_long=data.too_long,
         system_prompt=data.system_prompt,
     )
+    base_files.check_token_ids((i for one in found for i in one.input_ids), engine.model)
+    return found, report
 
 
 def answer(engine: Engine, prompt_ids: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[str]:

@@ -3,9 +3,22 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from common.errors import ModelError
+
+
+def settings(folder: Path) -> PretrainedConfig:
+    """The base's configuration, as transformers reads it.
+
+    Raises:
+        ModelError: The configuration cannot be read.
+    """
+    try:
+        found: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: no configuration that transformers can read; fetch the base again") from error
+    return found
 
 
 def build(folder: Path) -> PreTrainedModel:
@@ -14,10 +27,7 @@ def build(folder: Path) -> PreTrainedModel:
     Raises:
         ModelError: The configuration cannot be read.
     """
-    try:
-        shape = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: no configuration that transformers can read; fetch the base again") from error
+    shape = settings(folder)
     with torch.device("meta"):
         made: PreTrainedModel = AutoModelForCausalLM.from_config(shape, trust_remote_code=False)  # type: ignore[no-untyped-call]
     return made

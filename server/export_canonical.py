@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -73,25 +73,6 @@ def specs(tensor_specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
     return adapter.specs(canonical(empty, config.AdapterConfig()))
 
 
-def lora_config(rank: int, modules: Sequence[str], *, base: str | None = None) -> LoraConfig:
-    """peft's configuration of a canonical adapter; every module is named in full, so that no other can match.
-
-    Args:
-        rank: Of all modules.
-        modules: Their names, as the adapter's tensors have them.
-        base: What peft is told of the base; None: nothing.
-    """
-    return LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=[name.removeprefix("base_model.model.") for name in modules],
-        bias="none",
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
-        inference_mode=True,
-    )
-
-
 def save(folder: Path, tensors: Tensors, *, base: str, card: str, made: PeftConfig | None = None) -> None:
     """Write an adapter as a folder that plain peft loads.
 
@@ -107,7 +88,7 @@ def save(folder: Path, tensors: Tensors, *, base: str, card: str, made: PeftConf
     """
     storage.write_atomic(folder / "adapter_model.safetensors", encoded(tensors))
     modules = adapter.module_names(adapter.specs(tensors))
-    peft_config.write(folder, made or lora_config(rank_of(tensors), modules, base=base or None))
+    peft_config.write(folder, made or peft_config.canonical(rank_of(tensors), modules, base=base or None))
     storage.write_atomic(folder / "README.md", card.encode())
 
 

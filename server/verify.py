@@ -201,7 +201,7 @@ def check_config(folder: Path, specs: Sequence[TensorSpec], *, base: str) -> Non
     if not isinstance(found, dict):
         raise ModelError(f"{path}: is no object; export it again")
     rank = next(spec.shape[0] for spec in specs if spec.name.endswith(".lora_A.weight"))
-    lora = export_canonical.lora_config(rank, adapter.module_names(specs), base=base or None)
+    lora = peft_config.canonical(rank, adapter.module_names(specs), base=base or None)
     wanted = json.loads(json.dumps(peft_config.settings_of(lora)))
     for key in sorted((found.keys() | wanted.keys()) - _FREE):
         if key not in found or key not in wanted or found[key] != wanted[key]:
