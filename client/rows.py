@@ -30,10 +30,13 @@ def check(node: config.NodeConfig, *, base: str, max_length_tokens: int | None, 
 
     Raises:
         ConfigError: No such objective.
-        ModelError: The base is not on this machine.
+        ModelError: The base is not on this machine, or cannot be trained on rows of that length.
     """
     site, columns = node.site.name, serve.columns_of(node, objective=_objective(objective))
-    tokenizer = load_tokenizer(node, base) if base or node.model.base else None
+    tokenizer = None
+    if base or node.model.base:
+        tokenizer = load_tokenizer(node, base)
+        _check_base(_folder(node, base), max_length_tokens)
     findings: list[Finding] = []
     sides: list[list[Row]] = []
     not_read: list[str] = []
@@ -94,5 +97,19 @@ def load_tokenizer(node: config.NodeConfig, base: str) -> "PreTrainedTokenizerBa
 
     if not (base or node.model.base):
         raise ModelError("no base model is named; give --base, or model.base in this site's file")
+    return prompts.use_template(load(_folder(node, base)), "tokenizer")
+
+
+def _folder(node: config.NodeConfig, base: str) -> Path:
+    """Where the base is that is named, else the one that the site's file names."""
     folder = Path(node.model.store) if node.model.store else store.DEFAULT
-    return prompts.use_template(load(store.resolve(base or node.model.base, store=folder)), "tokenizer")
+    return store.resolve(base or node.model.base, store=folder)
+
+
+def _check_base(folder: Path, max_length_tokens: int | None) -> None:
+    """What a base's files say against training on them."""
+    from common import base_files  # loads transformers
+
+    base_files.check_unquantised(folder)
+    if max_length_tokens is not None:
+        base_files.check_length(folder, max_length_tokens)

@@ -116,6 +116,20 @@ def check_length(
         )
 
 
+def check_room(settings: Any, num_tokens: int, *, num_new: int) -> None:
+    """Refuse a prompt and an answer that together need more positions than the base has.
+
+    Raises:
+        ModelError: There are fewer.
+    """
+    limit = num_positions(settings)
+    if limit is not None and num_tokens + num_new > limit:
+        raise ModelError(
+            f"a prompt of {num_tokens} tokens and an answer of up to {num_new} need more than the {limit} positions of "
+            "the base; shorten the prompt, or lower evaluation.max_new_tokens"
+        )
+
+
 def check_token_ids(ids: Iterator[int], base: Any) -> None:
     """Refuse tokens that the base has no embedding for; on a GPU one of them would end the process.
 
@@ -176,8 +190,8 @@ def _check_text(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     ids = ids_of(tokenizer, SENTENCE)
     if folded(tokenizer.decode(ids, skip_special_tokens=True)) != folded(SENTENCE):
         raise ModelError(
-            f"{folder}: no tokenizer: a plain sentence becomes {len(ids)} tokens of {len(tokenizer)}, and does not come "
-            f"back; fetch the base again with its {FILE}"
+            f"{folder}: no tokenizer: a plain sentence becomes {len(ids)} tokens of {len(tokenizer)}, and does not "
+            f"come back; fetch the base again with its {FILE}"
         )
 
 

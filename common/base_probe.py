@@ -20,8 +20,9 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from common import adapter, base_files, codes, peft_config, skeleton
 from common.config_model import AdapterConfig
@@ -99,24 +100,23 @@ def check_precision(base: nn.Module, claimed: Quantization) -> float:
     return found.share
 
 
-def planned(folder: Path, quantization: Any) -> nn.Module:
-    """A base's layers without weights, with those in place that a quantiser would put there.
+def planned_share(folder: Path, quantization: BitsAndBytesConfig | None) -> float:
+    """`check_precision` of a base that is not loaded, by what the quantiser would put into its layers.
 
     Args:
-        folder: The base's files; only its configuration is read.
-        quantization: bitsandbytes' settings, or None.
+        folder: The base's files; only the configuration is read.
+        quantization: bitsandbytes' settings; None: it is not quantised.
 
     Raises:
-        ModelError: The configuration cannot be read.
+        ModelError: The configuration cannot be read, or less than `MIN_SHARE` would be quantised.
     """
-    from transformers.quantizers.auto import AutoHfQuantizer
-
+    if quantization is None:
+        return 0.0
     base = skeleton.build(folder)
-    if quantization is not None:
-        quantiser = AutoHfQuantizer.from_config(quantization, pre_quantized=False)  # type: ignore[no-untyped-call]
-        with torch.device("meta"):
-            quantiser.preprocess_model(base, device_map=None)
-    return base
+    quantiser = AutoHfQuantizer.from_config(quantization, pre_quantized=False)  # type: ignore[no-untyped-call]
+    with torch.device("meta"):
+        quantiser.preprocess_model(base, device_map=None)
+    return check_precision(base, "nf4" if quantization.load_in_4bit else "int8")
 
 
 def check_finite(base: nn.Module) -> None:
@@ -171,6 +171,20 @@ def check_logits(logits_btv: Tensor, ids_bt: Tensor) -> None:
             f"the base's logits move by {100 * moved:.0f} % of their deviation when a later token changes: it is an "
             "encoder, or masks nothing, and cannot be trained to write; choose a causal language model"
         )
+
+
+def check_function(base: Any, ids_bt: Tensor) -> None:
+    """Refuse a base that is used as it is, such as one that is served, and is no causal model of finite weights.
+
+    Args:
+        base: Loaded, in evaluation mode.
+        ids_bt: From `trial_rows`.
+
+    Raises:
+        ModelError: Weights or logits are not finite, or logits change with later tokens.
+    """
+    check_finite(base)
+    check_logits(_logits(base, ids_bt), ids_bt)
 
 
 def attach(

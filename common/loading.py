@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from common import base_files, model
+import torch
+
+from common import base_files, base_probe, model, prompts, skeleton
 from common.config import ModelConfig, RunConfig
 from common.data import read
 from common.model import Engine
@@ -32,7 +34,7 @@ def engine_of(
         ModelError: Files missing, hash differs, precision impossible here, targets match nothing, or the base is not
             fit for the run (`common.base_files`, `common.base_probe`).
     """
-    base_files.check_length(folder, run.data.max_length_tokens, num_prepended=run.adapter.num_prepended)
+    _check_files(run, folder)
     return model.load(
         folder,
         model=own or run.model,
@@ -44,6 +46,37 @@ def engine_of(
         residual_rank=run.aggregation.residual_rank,
         num_heads=run.aggregation.num_core_heads,
     )
+
+
+def check(run: RunConfig, folder: Path, *, own: ModelConfig | None = None) -> float:
+    """Find out without a weight whether a base is fit for a run: tokens, rows, precision and the adapter's layers.
+
+    Args:
+        run: The run file.
+        folder: The base's files.
+        own: How the base is loaded; None: as the run's `[model]` says.
+
+    Returns:
+        Part of the body's weights that would be quantised.
+
+    Raises:
+        ModelError: It is not fit.
+    """
+    settings = own or run.model
+    prompts.use_template(model.load_tokenizer(folder), settings.chat_template)
+    _check_files(run, folder)
+    share = base_probe.planned_share(folder, model.quantization_config(settings, torch.float32))
+    if run.adapter.kind == "lora":
+        model.attach(skeleton.build(folder), run.adapter, seed=run.seed)
+    return share
+
+
+def _check_files(run: RunConfig, folder: Path) -> None:
+    """What the base's files say against the run."""
+    base_files.check_unquantised(folder)
+    base_files.check_length(folder, run.data.max_length_tokens, num_prepended=run.adapter.num_prepended)
+    for stage in run.polish:
+        base_files.check_length(folder, stage.max_length_tokens, name=f"polish.max_length_tokens ({stage.name})")
 
 
 def rows_of(source: str, run: RunConfig) -> list[Row]:

@@ -125,7 +125,6 @@ def load(
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
     base_sha256 = check_hash(folder, model.sha256)
-    base_files.check_unquantised(folder)
     device = choose_device(device_name)
     _check_dtype(model, adapter_settings, device)
     tokenizer = prompts.use_template(load_tokenizer(folder), model.chat_template)
@@ -136,7 +135,7 @@ def load(
         peft_model = base_probe.attach(
             base,
             base_probe.trial_rows(tokenizer, base),
-            fresh=functools.partial(_attach, settings=adapter_settings, seed=seed),
+            fresh=functools.partial(attach, settings=adapter_settings, seed=seed),
             settings=adapter_settings,
             dtype=resolve_dtype(model, device),
             key=(base_sha256, model, adapter_settings, device),
@@ -297,7 +296,7 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def _attach(base: Any, settings: config.AdapterConfig, *, seed: int) -> nn.Module:
+def attach(base: Any, settings: config.AdapterConfig, *, seed: int) -> nn.Module:
     """Base with a float32 adapter; A from the seed, B zero. Other kinds than LoRA start as peft starts them."""
     if settings.kind != "lora":
         peft_kinds.check_blocks(base, settings)
@@ -374,9 +373,15 @@ def answer(engine: Engine, prompt_ids: Sequence[Sequence[int]], *, max_new_token
 
 @torch.no_grad()
 def answer_ids(engine: Engine, prompt_ids: Sequence[Sequence[int]], *, max_new_tokens: int) -> torch.Tensor:
-    """Tokens of greedy answers (B, T); after the first of `prompts.stop_ids` in a row there is padding."""
+    """Tokens of greedy answers (B, T); after the first of `prompts.stop_ids` in a row there is padding.
+
+    Raises:
+        ModelError: A prompt has a token, or needs a position, that the base has not.
+    """
     tokenizer = engine.tokenizer
     width = max(len(ids) for ids in prompt_ids)
+    base_files.check_token_ids((i for ids in prompt_ids for i in ids), engine.model)
+    base_files.check_room(engine.model.config, width, num_new=max_new_tokens)
     padded = [[tokenizer.pad_token_id] * (width - len(ids)) + list(ids) for ids in prompt_ids]
     mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids]
     engine.model.eval()

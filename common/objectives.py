@@ -11,7 +11,7 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor
 
-from common import config, likelihood, model, preference_loss, prompts
+from common import base_files, config, likelihood, model, preference_loss, prompts
 from common.config_objective import ObjectiveName, ReferencePoint
 from common.errors import DataError
 from common.model import Engine
@@ -125,6 +125,7 @@ def encode(engine: Engine, rows: Sequence[Row], run: config.RunConfig) -> tuple[
             f"no answer token is left in any of {len(found)} rows at {run.data.max_length_tokens} tokens: "
             "raise data.max_length_tokens or shorten the rows"
         )
+    base_files.check_token_ids((i for example in kept for row in example.rows for i in row.input_ids), engine.model)
     return kept, _report(kept, num_rows=len(found))
 
 

@@ -326,6 +326,7 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
         "base_sha256": manifest.base_sha256,
         "base": settings.model.base,
         "quantization": settings.model.quantization,
+        "quantised_share": engine.quantised_share,
         "site_quantization": settings.model.site_quantization,
         "method": method,
         "privacy": settings.privacy.mode,

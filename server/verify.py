@@ -22,7 +22,6 @@ from common import adapter, model, peft_config, storage, wire
 from common.errors import ModelError
 from common.records import TensorSpec
 from server import (
-    export_canonical,
     export_gguf,
     export_onnx,
     export_perplexity,

@@ -107,9 +107,15 @@ def bases(found: Mapping[str, Path], allowed: Policy | None, *, store: str) -> R
         allowed: The policy; None: any base.
         store: Where they were looked for.
     """
+    from common import base_files  # loads transformers
+
     here = ", ".join(f"{folder.name} ({sha256[:12]})" for sha256, folder in found.items())
     if not found:
         return failed(f"no base model in {store}")
+    listed = {base.sha256 for base in allowed.models.allow} if allowed else set(found)
+    for folder in [folder for sha256, folder in found.items() if sha256 in listed]:
+        base_files.tokenizer_of(folder)
+        base_files.check_unquantised(folder)
     if allowed is None:
         return ok(f"{here} in {store}")
     if not allowed.models.allow:
@@ -135,13 +141,24 @@ def memory(folder: Path | None, work: Work, device: Device) -> Result:
     shape = base_size.read(folder)
     most = base_size.estimate(shape, work)
     least = base_size.estimate(shape, replace(work, num_rows=1, is_checkpointing=True)).total + RUNTIME_BYTES
-    text = f"{folder.name}: {_told(most, work, device)}"
+    text = f"{folder.name}: {_told(most, work, device)}{_precision(folder, work)}"
     if least > device.free_bytes:
         return failed(f"{text}. Even one row with checkpointing needs {size(least)}")
     if most.total + RUNTIME_BYTES > device.free_bytes:
         remedy = "the run must set training.micro_batch_size = 1 and gradient_checkpointing = true, or shorter rows"
         return warning(f"{text}. One row with checkpointing needs {size(least)}", remedy)
     return ok(text)
+
+
+def _precision(folder: Path, work: Work) -> str:
+    """How much of the base is quantised, for people; a base of which little would be is an error."""
+    import torch
+
+    from common import base_probe, model
+
+    settings = config.ModelConfig.model_validate({"base": str(folder), "quantization": work.quantization})
+    share = base_probe.planned_share(folder, model.quantization_config(settings, torch.float32))
+    return f". {work.quantization} reaches {100 * share:.0f} % of the weights of its layers" if share else ""
 
 
 def _told(most: Memory, work: Work, device: Device) -> str:

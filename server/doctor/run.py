@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Final
 
-from common import base_size, config, doctor_checks, model, peft_kinds, store
+from common import base_size, config, doctor_checks, loading, model, peft_kinds, store
 from common.config import RunConfig
 from common.data import read
 from common.doctor import Result, check, count, failed, ok, skipped
 from common.errors import DataError, SilotuneError
 from common.rows import Columns
+from server.evaluate import by_precision
 
 _LESS: Final = "free space, name another disk in output.folder, or set output.keep_checkpoints"
 RECORDS_BYTES: Final = 64 << 20  # events, records and the report
@@ -26,16 +27,18 @@ def file(path: Path) -> Result:
 
 @check("base model", remedy="fetch it: silotune-sim base NAME --store STORE, or give --base DIR")
 def base(found: RunConfig, folder: Path | None) -> Result:
-    """Hold the base's files against `model.sha256`, and its layers against `adapter.targets`."""
+    """Hold the base's files against `model.sha256`, and tokenizer, positions and layers against the run."""
     where = folder or store.resolve(found.model.base)
     sha256 = model.check_hash(where, found.model.sha256)
     shape = base_size.read(where)
     for name in found.adapter.target_names:
         if not shape.targets([name]):
             return failed(f"{where} has no layer {name}", "correct adapter.targets")
+    share = loading.check(found, where)
     number = _num_values(found, where, shape)
     pinned = "as model.sha256 says" if found.model.sha256 else "model.sha256 is empty, so any base would do"
-    return ok(f"{where}: {sha256[:12]}, {pinned}; the adapter has {number:,} values")
+    stored = f"{found.model.quantization}, {by_precision.percent(share)} of its body" if share else "not quantised"
+    return ok(f"{where}: {sha256[:12]}, {pinned}; {stored}; the adapter has {number:,} values")
 
 
 def _num_values(found: RunConfig, where: Path, shape: base_size.BaseShape) -> int:

@@ -1,5 +1,6 @@
 """How sites of each precision fare, beside the noise of their base; for terminal and report. Loads no torch."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,14 +11,25 @@ from common.records import SiteMetrics
 
 
 def quantization(plan: Event) -> str:
-    """The precision of a run's base, with the sites that have another.
+    """The precision of a run's base, how much of its body has it, and the sites that have another.
 
     Example:
-        >>> quantization({"quantization": "nf4", "site_quantization": "south = int8"})
-        'nf4 (south = int8)'
+        >>> quantization({"quantization": "nf4", "quantised_share": 1.0, "site_quantization": "south = int8"})
+        'nf4, 100 % of its body (south = int8)'
     """
-    others = plan.get("site_quantization", "")
-    return f"{plan['quantization']} ({others})" if others else str(plan["quantization"])
+    others, share = plan.get("site_quantization", ""), plan.get("quantised_share", 0.0)
+    stored = f"{plan['quantization']}, {percent(share)} of its body" if share else str(plan["quantization"])
+    return f"{stored} ({others})" if others else stored
+
+
+def percent(share: float) -> str:
+    """A part of a base's weights; never 100 % of less than all.
+
+    Example:
+        >>> percent(1.0), percent(0.9999), percent(0.126)
+        ('100 %', '99.9 %', '12.6 %')
+    """
+    return "100 %" if share == 1 else f"{math.floor(1000 * share) / 10:g} %"
 
 
 def losses(settings: ModelConfig, metrics: Sequence[SiteMetrics]) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from peft import PeftModel
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.utils import logging as transformers_logging
 
-from common import config, model, prompts
+from common import base_files, base_probe, config, model, prompts
 from server.serve.folders import Served, base_name
 from server.serve.requests import Refused, Talk
 
 Finish = Literal["stop", "length"]
+_UNBOUNDED: Final = 1 << 20  # tokens, of a base whose positions have no end
 _UNFINISHED: Final = "\ufffd"  # what a tokenizer makes of the first bytes of a character
 
 
@@ -70,9 +71,10 @@ class Models:
         device = model.choose_device(device_name)
         self.base = base_name(base)
         network = model.load_base(base, settings, device)
-        self.max_tokens = int(network.config.max_position_embeddings)
+        self.max_tokens = base_files.num_positions(network.config) or _UNBOUNDED
         self._ends = _end_ids(network)
         self._tokenizers = {self.base: model.load_tokenizer(base)}
+        base_probe.check_function(network, base_probe.trial_rows(self._tokenizers[self.base], network))
         self._network: Any = network
         for one in served:
             self._attach(one)
