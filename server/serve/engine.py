@@ -74,6 +74,7 @@ class Models:
         self.max_tokens = base_files.num_positions(network.config) or _UNBOUNDED
         self._ends = _end_ids(network)
         self._tokenizers = {self.base: model.load_tokenizer(base)}
+        base_probe.check_finite(network)
         base_probe.check_function(network, base_probe.trial_rows(self._tokenizers[self.base], network))
         self._network: Any = network
         for one in served:
