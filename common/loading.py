@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from common import base_files, base_probe, model, prompts, skeleton
+from common import base_files, base_probe, model, precisions, prompts, skeleton
 from common.config import ModelConfig, RunConfig
 from common.data import read
 from common.model import Engine
@@ -75,6 +75,9 @@ def _check_files(run: RunConfig, folder: Path) -> None:
     """What the base's files say against the run."""
     base_files.check_unquantised(folder)
     base_files.check_length(folder, run.data.max_length_tokens, num_prepended=run.adapter.num_prepended)
+    for quantization in precisions.used(run.model)[1:]:  # of sites; the run's own is seen as it is loaded
+        settings = precisions.at(run.model, quantization)
+        base_probe.planned_share(folder, model.quantization_config(settings, torch.float32))
     for stage in run.polish:
         base_files.check_length(folder, stage.max_length_tokens, name=f"polish.max_length_tokens ({stage.name})")
 

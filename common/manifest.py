@@ -192,7 +192,9 @@ def _from_fields(fields: dict[str, Any]) -> RunManifest:
     specs = tuple(TensorSpec(str(name), tuple(int(size) for size in shape)) for name, shape in fields["tensors"])
     run, digest = config.RunConfig.model_validate(fields["run"]), str(fields["codes_sha256"])
     if not _CODES["nf4" in precisions.used(run.model)].fullmatch(digest):
-        raise ValueError("codes_sha256")
+        raise WireError(
+            "run manifest: codes_sha256 is no hash of 4-bit codes where a base is nf4, or is one where none is"
+        )
     if not re.fullmatch(SHA256, fields["evaluation_sha256"]):
         raise ValueError("evaluation_sha256")
     return RunManifest(run, str(fields["base_sha256"]), specs, digest, fields["evaluation_sha256"])
