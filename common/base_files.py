@@ -201,7 +201,8 @@ def _check_text(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
     ids = ids_of(tokenizer, SENTENCE)
-    if folded(tokenizer.decode(ids, skip_special_tokens=True)) != folded(SENTENCE):
+    back: str = tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[assignment]
+    if folded(back) != folded(SENTENCE):
         raise ModelError(
             f"{folder}: no tokenizer: a plain sentence becomes {len(ids)} tokens of {len(tokenizer)}, and does not "
             f"come back; fetch the base again with its {FILE}"

@@ -65,7 +65,7 @@ def precision_of(base: nn.Module) -> Precision:
     left_out = {id(p) for m in base.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters()}
     for name, module in base.named_modules():
         if codes.is_quantised(module):
-            quantised += module.in_features * module.out_features  # type: ignore[operator]
+            quantised += module.in_features * module.out_features
             continue
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.ndim > 1 and id(parameter) not in left_out:
@@ -115,7 +115,7 @@ def planned_share(folder: Path, quantization: BitsAndBytesConfig | None) -> floa
     if quantization is None:
         return 0.0
     base = skeleton.build(folder)
-    quantiser = AutoHfQuantizer.from_config(quantization, pre_quantized=False)  # type: ignore[no-untyped-call]
+    quantiser = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
     with torch.device("meta"):
         quantiser.preprocess_model(base, device_map=None)
     return check_precision(base, "nf4" if quantization.load_in_4bit else "int8")
@@ -296,7 +296,8 @@ def _by_plain_peft(base: Any, pair: adapter.Tensors, settings: AdapterConfig) ->
     modules = adapter.module_names(adapter.specs(pair))
     try:
         model = get_peft_model(base, peft_config.canonical(settings.r, modules), low_cpu_mem_usage=True)
-        adapter.check_specs(adapter.specs(get_peft_model_state_dict(model)), adapter.specs(pair))
+        saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+        adapter.check_specs(adapter.specs(saved), adapter.specs(pair))
         set_peft_model_state_dict(model, scaled, low_cpu_mem_usage=True)
     except (ValueError, KeyError, RuntimeError, ModelError) as error:
         raise ModelError(
@@ -345,15 +346,16 @@ def _values(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in base.named_parameters():
         if parameter.is_floating_point():
             yield name, parameter.detach()
-    for name, module in base.named_modules():
+    layers: Any = base.named_modules()
+    for name, module in layers:
         if isinstance(module, Linear4bit):
-            state: Any = module.weight.quant_state
+            weight: Any = module.weight
+            state = weight.quant_state
             yield f"{name}.weight", state.state2.absmax if state.nested else state.absmax
             if state.nested:
                 yield f"{name}.weight", state.offset
         elif codes.is_quantised(module):
-            scales = module.state.SCB if module.state.SCB is not None else module.weight.SCB  # type: ignore[union-attr]
-            yield f"{name}.weight", scales  # type: ignore[misc]
+            yield f"{name}.weight", module.weight.SCB if module.state.SCB is None else module.state.SCB
 
 
 def _without_numbers(name: str) -> str:

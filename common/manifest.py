@@ -193,7 +193,7 @@ def _from_fields(fields: dict[str, Any]) -> RunManifest:
     run, digest = config.RunConfig.model_validate(fields["run"]), str(fields["codes_sha256"])
     if not _CODES["nf4" in precisions.used(run.model)].fullmatch(digest):
         raise WireError(
-            "run manifest: codes_sha256 is no hash of 4-bit codes where a base is nf4, or is one where none is"
+            f"not a run manifest of version {VERSION}: codes_sha256 must be a hash where a base is nf4, and empty else"
         )
     if not re.fullmatch(SHA256, fields["evaluation_sha256"]):
         raise ValueError("evaluation_sha256")

@@ -22,9 +22,16 @@ def max_length_tokens(engine: Engine) -> int:
 
 
 def prefix_id(engine: Engine) -> int:
-    """What stands before a text that nothing stands before: the start token, or else the end token."""
+    """What stands before a text that nothing stands before: the start token, or else the end token.
+
+    Raises:
+        ModelError: The tokenizer names neither.
+    """
     tokenizer = engine.tokenizer
-    return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+    found = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if found is None:
+        raise ModelError("the tokenizer names neither a start token nor an end token; set eos_token in its settings")
+    return int(found)
 
 
 def token_ids(engine: Engine, text: str) -> list[int]:

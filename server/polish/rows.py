@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Final
 
-from common import prompts
+from common import base_files, prompts
 from common.config_polish import PAIRED, SAMPLED, PolishStage
 from common.config_training import DataConfig
 from common.data import preference_rows, read
@@ -82,6 +82,7 @@ class _Encoder:
 
     def __init__(self, stage: PolishStage, engine: Engine, system_prompt: str) -> None:
         self._stage, self._tokenizer, self._system_prompt = stage, engine.tokenizer, system_prompt
+        self._base = engine.model
         self.num_truncated = 0
 
     def answer(self, row: Row) -> Tokens | None:
@@ -144,6 +145,7 @@ class _Encoder:
             system_prompt=self._system_prompt,
         )
         self.num_truncated += encoded is not None and encoded.num_truncated > 0
+        base_files.check_token_ids(iter(encoded.input_ids if encoded else ()), self._base)
         return encoded
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 from common import adapter, base_probe, config, loading, model
 from common.errors import ModelError
 from server.doctor import run as doctor
+from server.serve.engine import Models
 from tests import architectures, tiny
 
 ATTENTION = "k_proj, o_proj, q_proj, v_proj"
@@ -179,6 +180,24 @@ def test_a_probe_leaves_a_base_as_it_was(base_of, load_tiny):
 def test_targets_that_do_not_exist_name_those_of_other_kinds_of_layers(base_of, load_tiny):
     with pytest.raises(ModelError, match=r"choose among the linear layers of this base: c_attn, c_fc, c_proj$"):
         load_tiny({"adapter.targets": '"q_proj"'}, folder=base_of("gpt2"))
+
+
+def test_precisions_of_sites_are_held_against_the_base_before_it_is_offered(base_of, load_tiny):
+    changes = {"model.quantization": "none", "model.site_quantization": '"south = nf4"'}
+    with pytest.raises(ModelError, match=r"'nf4' reaches 0 % of the weights"):
+        load_tiny(changes, folder=base_of("falcon"))
+
+
+def test_a_server_probes_its_base_too_and_takes_one_whose_positions_have_no_end(base_of, tmp_path):
+    settings = config.ModelConfig(base="b", quantization="none")
+    assert Models(base_of("bloom"), [], settings=settings, device_name="cpu").max_tokens == 1 << 20
+    assert Models(base_of("gpt2"), [], settings=settings, device_name="cpu").max_tokens == 256
+    folder = Path(shutil.copytree(base_of("gpt2"), tmp_path / "base"))
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.ln_f.bias"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"transformer\.ln_f\.bias holds NaN"):
+        Models(folder, [], settings=settings, device_name="cpu")
 
 
 def test_the_coordinators_doctor_knows_what_the_run_would_be_refused_for(base_of):
