@@ -57,5 +57,5 @@ def test_ranges_admit_the_pins() -> None:
 
 def test_files_stay_small() -> None:
     tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    long = {name for name in tracked.split() if len((ROOT / name).read_text().splitlines()) > 400}
+    long = {name for name in tracked.split() if len((ROOT / name).read_text().splitlines()) > 600}
     assert not {name for name in long if "_pb2" not in name}
