@@ -1,5 +1,6 @@
 """A tiny base, tiny sites and tiny runs: seconds where real ones take minutes. Seeds are fixed."""
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -103,6 +104,14 @@ def make_base(folder: Path) -> Path:
         torch.manual_seed(3)
         LlamaForCausalLM(shape).save_pretrained(folder)
     return folder
+
+
+def exact_logits(network, ids_bt):
+    """What a model computes in float64: in float32 two orders of summation, so two processors, differ by over 1e-5."""
+    import torch
+
+    with torch.no_grad():
+        return copy.deepcopy(network).double().eval()(input_ids=ids_bt).logits
 
 
 def make_tokenizer():
