@@ -64,10 +64,8 @@ def down(core_rn: Tensor, a_rk: Tensor) -> Tensor:
     Shape: (r, n) and (r, k) to (r, k).
     """
     heads = a_rk.shape[0] // core_rn.shape[1]
-    heads_mnn, rows_mnk = (
-        core_rn.double().view(heads, -1, core_rn.shape[1]),
-        a_rk.double().view(heads, -1, a_rk.shape[1]),
-    )
+    heads_mnn = core_rn.double().view(heads, -1, core_rn.shape[1])
+    rows_mnk = a_rk.double().view(heads, -1, a_rk.shape[1])
     return torch.bmm(heads_mnn, rows_mnk).flatten(0, 1).to(a_rk.dtype)
 
 

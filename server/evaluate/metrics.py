@@ -113,11 +113,10 @@ def final_number(text: str) -> Decimal | None:
         >>> [str(final_number(text)) for text in ("2,5 mg", "\u22125", "1.234,50", "12-15", "1,200", "no")]
         ['2.5', '-5', '1234.50', '15', '1200', 'None']
     """
-    found = None
-    for found in _NUMBER.finditer(text.rpartition("####")[2]):
-        pass
-    if found is None:
+    all_found = list(_NUMBER.finditer(text.rpartition("####")[2]))
+    if not all_found:
         return None
+    found = all_found[-1]
     form, written = next((name, part) for name, part in found.groupdict().items() if name != "sign" and part)
     for gap in {"english": ",", "german": ".", "spaced": _GAPS}.get(form, ""):
         written = written.replace(gap, "")
