@@ -193,7 +193,8 @@ def summed(network: Any) -> Any:
     Returns:
         The base in float32 with the sums as weights.
     """
-    for layer in [module for module in network.modules() if isinstance(module, BaseTunerLayer)]:
+    layers: list[Any] = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
 
         def merge(*given: Any, layer: Any = layer, plain: Any = layer.merge, **options: Any) -> None:
             layer.double()  # only now, so that one layer at a time is that large

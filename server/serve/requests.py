@@ -188,7 +188,7 @@ def parse(data: bytes, kind: type[Request]) -> Request:
         where = ".".join(str(step) for step in first["loc"])[:200] or "body"
         if first["type"] != "extra_forbidden":
             raise Refused(f"{where}: {first['msg']}") from None
-        fields = NEUTRAL_OF_MESSAGE if where.startswith("messages.") else NEUTRAL
-        neutral = [None, *fields.get(str(first["loc"][-1]), ())]
-        remedy = f"; leave it out, or send {' or '.join(map(json.dumps, neutral))}" if len(neutral) > 1 else ""
+        known = NEUTRAL_OF_MESSAGE if where.startswith("messages.") else NEUTRAL
+        values = [json.dumps(value) for value in (None, *known.get(str(first["loc"][-1]), ()))]
+        remedy = f"; leave it out, or send {' or '.join(values)}" if len(values) > 1 else ""
         raise Refused(f"{where}: is not supported{remedy}") from None

@@ -2,12 +2,13 @@
 
 import json
 import time
+from functools import partial
 
 import pytest
 import regex
 
 from common.errors import DataError
-from server.evaluate import constraints, json_answers, judge_ask, metrics, patterns
+from server.evaluate import constraints, json_answers, judge_ask, metrics, patterns, task_harness
 
 # F-measures by Google's rouge-score 0.1.2, use_stemmer=False.
 ROUGE = [
@@ -165,6 +166,14 @@ def test_a_pattern_in_a_schema_has_a_limit_of_time(tmp_path, monkeypatch, schema
     assert time.monotonic() - before < 5
     with pytest.raises(TimeoutError):  # control: Python's own engine does not end in time either
         regex.search(PATTERN, SLOW, timeout=0.1)
+
+
+def test_a_pattern_of_a_harness_filter_has_a_limit_of_time(monkeypatch):
+    from lm_eval.filters.extraction import RegexFilter
+
+    monkeypatch.setattr(patterns, "TIMEOUT_S", 0.1)
+    made = task_harness._timed(partial(RegexFilter, regex_pattern="(?:a|aa)+$"))
+    assert made.apply([["x aaa", SLOW]], [{}]) == [["aaa", "[invalid]"]]
 
 
 @pytest.mark.parametrize(
