@@ -188,7 +188,8 @@ def parse(data: bytes, kind: type[Request]) -> Request:
         where = ".".join(str(step) for step in first["loc"])[:200] or "body"
         if first["type"] != "extra_forbidden":
             raise Refused(f"{where}: {first['msg']}") from None
-        known = NEUTRAL_OF_MESSAGE if where.startswith("messages.") else NEUTRAL
+        is_message = where.startswith("messages.")
+        known: Mapping[str, tuple[Any, ...]] = NEUTRAL_OF_MESSAGE if is_message else NEUTRAL
         values = [json.dumps(value) for value in (None, *known.get(str(first["loc"][-1]), ()))]
         remedy = f"; leave it out, or send {' or '.join(values)}" if len(values) > 1 else ""
         raise Refused(f"{where}: is not supported{remedy}") from None
