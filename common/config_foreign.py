@@ -23,11 +23,19 @@ TOOLS = {"T": "TRL, PEFT", "A": "Axolotl", "L": "LLaMA-Factory", "U": "Unsloth",
 _STEP = "rows of one optimizer step; those in memory at once are training.micro_batch_size"
 _MEMORY = "rows in memory at once; training.batch_size is the rows of one optimizer step"
 _COUNT = "a number of sites, not a share"
-_ANSWERS = "only the answer's tokens are trained on, always; remove it"
+_ANSWERS = (
+    "only the answer's tokens are trained on; whole texts by a stage of kind cpt under [[polish]] alone; remove it"
+)
 _SINKS = "results are files in the run's folder; remove it"
 _PACKING = "each example stays by itself: a packed row would mix units, which could not be clipped apart; remove it"
 _ALWAYS = "a checkpoint is written after every round; remove it"
-_DEVICE = "how a site uses its own hardware is the site's matter; remove it"
+_ONE_DEVICE = (
+    "a site trains in one process on one device, which is hardware.device of its own file; training.micro_batch_size, "
+    "training.gradient_checkpointing and model.quantization save memory; remove it"
+)
+_ATTENTION = "attention is PyTorch's own, which takes flash kernels where the device has them; remove it"
+_STOP = "evaluations in a row without a lower held-out loss, not steps"
+_LAYERS = 'whole layers are not sent beside an adapter; adapter.kind = "full" trains the weights themselves; remove it'
 
 FOREIGN: dict[str, Hint] = {
     # base model
@@ -53,13 +61,13 @@ FOREIGN: dict[str, Hint] = {
     "bf16": Hint("model.dtype", 'write "bfloat16" for true', "TAL"),
     "fp16": Hint("model.dtype", 'write "float16" for true', "TAL"),
     "trust_remote_code": Hint("", "code that comes with a model is never run; remove it", "TAL"),
-    "full_finetuning": Hint("", "only adapters are trained; remove it", "U"),
-    "tf32": Hint("", _DEVICE, "TA"),
+    "full_finetuning": Hint("adapter.kind", 'write "full" for true', "U"),
+    "tf32": Hint("", "PyTorch's own default holds at every site; remove it", "TA"),
     "template": Hint("model.chat_template", "", "L"),
     "chat_template_path": Hint("model.chat_template", 'to use the base\'s own, write "tokenizer"', "T"),
     # adapter
-    "finetuning_type": Hint("adapter.kind", '"lora" or "full"; 4-bit is model.quantization = "nf4"', "L"),
-    "use_peft": Hint("adapter.kind", "an adapter is always used", "T"),
+    "finetuning_type": Hint("adapter.kind", '"lora", "oft" or "full"; 4-bit is model.quantization = "nf4"', "L"),
+    "use_peft": Hint("adapter.kind", 'write "full" for false', "T"),
     "peft_type": Hint("adapter.kind", "", "T"),
     "lora_r": Hint("adapter.r", "", "TA"),
     "lora_rank": Hint("adapter.r", "", "L"),
@@ -76,9 +84,9 @@ FOREIGN: dict[str, Hint] = {
     "rslora": Hint("adapter.use_rslora", "", ""),
     "use_dora": Hint("adapter.kind", 'write "dora"', "TL"),
     "peft_use_dora": Hint("adapter.kind", 'write "dora"', "A"),
-    "lora_modules_to_save": Hint("", "whole layers are never sent; remove it", "TA"),
-    "modules_to_save": Hint("", "whole layers are never sent; remove it", "TU"),
-    "lora_bias": Hint("", "biases are not trained; remove it", "T"),
+    "lora_modules_to_save": Hint("", _LAYERS, "TA"),
+    "modules_to_save": Hint("", _LAYERS, "TU"),
+    "lora_bias": Hint("", 'biases are trained by adapter.kind = "full" alone; remove it', "T"),
     # data
     "dataset": Hint("data.source", "in a simulation; a site names its own data.path", "AL"),
     "datasets": Hint("data.source", "in a simulation; a site names its own data.path", "A"),
@@ -131,12 +139,15 @@ FOREIGN: dict[str, Hint] = {
     "model.gradient_checkpointing": Hint("training.gradient_checkpointing", "", "F"),
     "random_state": Hint("seed", "at the top of the file", "U"),
     "data_seed": Hint("seed", "at the top of the file", "T"),
-    "deepspeed": Hint("", _DEVICE, "TAL"),
-    "fsdp": Hint("", _DEVICE, "TA"),
-    "flash_attention": Hint("", _DEVICE, "A"),
-    "flash_attn": Hint("", _DEVICE, "L"),
-    "attn_implementation": Hint("", _DEVICE, "T"),
-    "device_map": Hint("", _DEVICE, "TU"),
+    "deepspeed": Hint("", _ONE_DEVICE, "TAL"),
+    "fsdp": Hint("", _ONE_DEVICE, "TA"),
+    "fsdp_config": Hint("", _ONE_DEVICE, "TA"),
+    "device_map": Hint("", _ONE_DEVICE, "TU"),
+    "flash_attention": Hint("", _ATTENTION, "A"),
+    "flash_attn": Hint("", _ATTENTION, "L"),
+    "sdp_attention": Hint("", _ATTENTION, "A"),
+    "xformers_attention": Hint("", _ATTENTION, "A"),
+    "attn_implementation": Hint("", _ATTENTION, "T"),
     # federation
     "num_server_rounds": Hint("federation.num_rounds", "", "F"),
     "num_rounds": Hint("federation.num_rounds", "", "F"),
@@ -171,7 +182,8 @@ FOREIGN: dict[str, Hint] = {
     "save_steps": Hint("", _ALWAYS, "TALF"),
     "save_strategy": Hint("", _ALWAYS, "TA"),
     "save_every_round": Hint("", _ALWAYS, "F"),
-    "early_stopping_patience": Hint("", "all federation.num_rounds rounds are run; remove it", "A"),
+    "early_stopping_patience": Hint("gate.stop_after", _STOP, "TA"),
+    "early_stopping_steps": Hint("gate.stop_after", _STOP, "L"),
     "run_name": Hint("name", "at the top of the file", "TL"),
     "report_to": Hint("", _SINKS, "TLU"),
     "logging_steps": Hint("", _SINKS, "TALUF"),
@@ -179,6 +191,19 @@ FOREIGN: dict[str, Hint] = {
     "push_to_hub": Hint("", "nothing is uploaded to a hub; remove it", "T"),
     "hub_model_id": Hint("", "nothing is uploaded to a hub; remove it", "TA"),
 }
+
+SECTIONS: dict[str, str] = {
+    "wandb": _SINKS,
+    "mlflow": _SINKS,
+    "tensorboard": _SINKS,
+    "swanlab": _SINKS,
+    "comet": _SINKS,
+    "deepspeed": _ONE_DEVICE,
+    "fsdp": _ONE_DEVICE,
+    "fsdp_config": _ONE_DEVICE,
+    "accelerate": _ONE_DEVICE,
+    "hub": "nothing is uploaded to a hub; remove it",
+}  # whole sections that other tools have, and which are none here
 
 _UNBUILT = "it is not built in this version"
 
@@ -238,4 +263,6 @@ def find(key: tuple[str, ...]) -> Hint | None:
     """Look a name up, the longest end of the path first; case, and dash or underscore, do not matter."""
     parts = [part.lower().replace("-", "_") for part in key]
     ends = (".".join(parts[start:]) for start in range(len(parts)))
-    return next((FOREIGN[end] for end in ends if end in FOREIGN), None)
+    if found := next((FOREIGN[end] for end in ends if end in FOREIGN), None):
+        return found
+    return Hint("", SECTIONS[parts[0]], "") if parts[0] in SECTIONS else None

@@ -91,10 +91,12 @@ class Guide:
         return f"it belongs {self._places(others)} of {self.other_name}" if others else ""
 
     def _near(self, key: Key) -> str:
-        """Name the key that is written almost like it, first of all in its own section."""
+        """Name the key that is written almost like it, first of all in its own section; in none that is not here."""
         siblings = {known.split(".")[-1]: known for known in self._siblings(key)}
         sections = {section: self._brackets(section) for section in self._sections()} if len(key) == 1 else {}
-        everything = {known.split(".")[-1]: known for known in self.own}
+        sections_here = {section.strip("[]") for section in self._sections()}
+        is_here = len(key) == 1 or difflib.get_close_matches(_plain(key[0]), sections_here, n=1)
+        everything = {known.split(".")[-1]: known for known in self.own} if is_here else {}
         for names in ({**siblings, **sections}, everything):
             if near := difflib.get_close_matches(_plain(key[-1]), names, n=1):
                 return f"did you mean {names[near[0]]}?"

@@ -116,8 +116,8 @@ class PolishStage(Section):
     undesirable_weight: float = Field(default=0.0, ge=0, le=1000, description="`kto`: weight of bad answers; 1.")
     reward: Literal["", "exact", "json", "regex", "unit_test"] = Field(
         default="",
-        description="`grpo`: what earns 1: the `answer`; JSON that meets `json_schema`; a whole match of `pattern`; "
-        "Python that passes `tests` in a sandbox.",
+        description="`grpo`: what earns 1: the `answer`; JSON that meets `json_schema`; a whole match of `pattern`, "
+        "found within a second; Python that passes `tests` in a sandbox.",
     )
     json_schema: Line = Field(default="", description="Reward `json`: path of the schema.")
     pattern: str = Field(

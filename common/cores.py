@@ -59,10 +59,14 @@ def scaled(core_rn: Tensor, scale_m: Tensor) -> Tensor:
 def down(core_rn: Tensor, a_rk: Tensor) -> Tensor:
     """blockdiag(H_1, ..., H_m) A: with B the plain pair that is the same function.
 
+    Worked out in float64 and rounded once to A's type, so that every processor makes the same of it.
+
     Shape: (r, n) and (r, k) to (r, k).
     """
     heads = a_rk.shape[0] // core_rn.shape[1]
-    return torch.bmm(core_rn.view(heads, -1, core_rn.shape[1]), a_rk.view(heads, -1, a_rk.shape[1])).flatten(0, 1)
+    heads_mnn = core_rn.double().view(heads, -1, core_rn.shape[1])
+    rows_mnk = a_rk.double().view(heads, -1, a_rk.shape[1])
+    return torch.bmm(heads_mnn, rows_mnk).flatten(0, 1).to(a_rk.dtype)
 
 
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,10 +3,12 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -149,7 +151,7 @@ def base_name(base: str) -> str:
 def merge(
     adapter_folder: Path, base_folder: Path, output_folder: Path, *, chat_template: prompts.TemplateName = "tokenizer"
 ) -> None:
-    """Add an adapter to its base in float32 and save the sum as a bf16 checkpoint.
+    """Add an adapter to its base and save the sum as a bf16 checkpoint; see `summed`.
 
     Never merged into a quantised base: a small change is lost when it is quantised again.
 
@@ -171,12 +173,36 @@ def merge(
             base_folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
         with model.quiet_peft():
-            merged = PeftModel.from_pretrained(base, str(adapter_folder)).merge_and_unload()
+            merged = summed(PeftModel.from_pretrained(base, str(adapter_folder)))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         what = type(error).__name__
         raise ModelError(f"{adapter_folder}: does not fit the base in {base_folder} ({what})") from error
     tokenizer = prompts.use_template(model.load_tokenizer(base_folder), chat_template)
     _save_merged(merged.to(torch.bfloat16), tokenizer, output_folder)
+
+
+def summed(network: Any) -> Any:
+    """An adapter added to its base: every layer in float64, and rounded once to what bf16 can hold.
+
+    A sum in float32 would be rounded to one or the other neighbour in bf16 by the order in which a processor adds, so
+    that an export would not be the same where it is verified.
+
+    Args:
+        network: Plain peft on a base in float32; used up.
+
+    Returns:
+        The base in float32 with the sums as weights.
+    """
+    layers: list[Any] = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+
+        def merge(*given: Any, layer: Any = layer, plain: Any = layer.merge, **options: Any) -> None:
+            layer.double()  # only now, so that one layer at a time is that large
+            plain(*given, **options)
+            layer.get_base_layer().to(torch.bfloat16).to(torch.float32)  # the adapter's own parts may be shared
+
+        layer.merge = merge
+    return network.merge_and_unload()
 
 
 def _save_merged(merged: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, output_folder: Path) -> None:

@@ -6,6 +6,7 @@ usual one is a guess. No symptom does not mean that all is well.
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -23,9 +24,9 @@ LESS_LIKELY: Final = 1.0  # nats of a whole chosen answer; DPO always shifts it 
 LONGER: Final = 1.5  # factor of an answer's length
 MORE_REPEATED: Final = 0.1  # rise of the share of repeated pieces
 MAX_EATEN: Final = 0.3  # of what the adapter does; more of it lost is seen in its answers
-_MEMORY: Final = ("out of memory", "OutOfMemory", "MemoryError")
-_NOT_FINITE: Final = ("diverged", "not finite", "is nan", "is inf")
-_TOLD: Final = ("refused with ModelError",)  # all that a site whose loss is not finite tells
+_MEMORY: Final = (r"\bout of memory\b", r"\bOutOfMemory", r"MemoryError\b")
+_NOT_FINITE: Final = (r"\bdiverged\b", r"\bnot finite\b", r"\bis -?(?:nan|inf)\b")
+_TOLD: Final = (r"\brefused with ModelError\b",)  # all that a site whose loss is not finite tells
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def failed(log: Sequence[Event]) -> Iterator[Symptom]:
             "training diverged",
             f"no finite values at {', '.join(who)}, or a site's model that does not fit: {told[-1]['reason']}",
             "Read that site's own log under the reference; if it diverged, lower training.learning_rate (a third is a "
-            "usual step), set training.max_grad_norm, or warm up longer.",
+            "usual step), lower training.max_grad_norm, or raise training.warmup_fraction.",
         )
 
 
@@ -232,9 +233,9 @@ def _against_base(log: Sequence[Event]) -> Iterator[tuple[str, Mapping[str, Any]
 
 
 def _names(event: Event, words: Sequence[str]) -> bool:
-    """Whether an event's reason or code holds one of a few words."""
+    """Whether an event's reason or code holds one of a few words, as whole ones."""
     text = f"{event.get('reason', '')} {event.get('error', '')}"
-    return any(word in text for word in words)
+    return any(re.search(word, text) for word in words)
 
 
 def _is_falling(values: Sequence[float]) -> bool:

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from common import model
 from common.errors import ModelError
-from server import export_gguf, export_onnx
+from server import export, export_gguf, export_onnx
 from server.seal import Facts
 
 LIMITS: Final = {"peft": 1e-5, "vllm": 1e-5, "merged": 0.1, "gguf": 0.1, "onnx": 0.1, "int8": 0.2, "nf4": 0.8}
@@ -99,7 +99,7 @@ def _adapter_logits(base: Path, place: Path) -> tuple[torch.Tensor, torch.Tensor
     """Of the adapter beside the base in float32, and of their sum rounded to bf16."""
     network = _with_adapter(base, place)
     beside = logits(network)
-    summed = network.merge_and_unload()
+    summed = export.summed(network)
     with torch.no_grad():
         for weight in summed.parameters():  # not the buffers: no checkpoint holds the rotary frequencies
             weight.copy_(weight.to(torch.bfloat16))

@@ -1,5 +1,7 @@
 """A tiny base, tiny sites and tiny runs: seconds where real ones take minutes. Seeds are fixed."""
 
+import copy
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -103,6 +105,21 @@ def make_base(folder: Path) -> Path:
         torch.manual_seed(3)
         LlamaForCausalLM(shape).save_pretrained(folder)
     return folder
+
+
+def exact_logits(network, ids_bt):
+    """What a model computes in float64: in float32 two orders of summation, so two processors, differ by over 1e-5."""
+    import torch
+
+    def norm(x, *, layer):  # transformers' own goes through float32
+        return layer.weight * x * (x.square().mean(-1, keepdim=True) + layer.variance_epsilon).rsqrt()
+
+    exact = copy.deepcopy(network).double().eval()
+    for layer in exact.modules():
+        if hasattr(layer, "variance_epsilon"):
+            layer.forward = functools.partial(norm, layer=layer)
+    with torch.no_grad():
+        return exact(input_ids=ids_bt).logits
 
 
 def make_tokenizer():

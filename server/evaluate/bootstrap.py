@@ -16,6 +16,7 @@ from common import roc
 
 Table = NDArray[np.float64]
 NUM_RESAMPLES: Final = 2000
+MAX_NATS: Final = 700.0  # whose exponential a float can hold
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,11 @@ def ratio(rows_nk: Table) -> float:
 
 
 def perplexity(rows_nk: Table) -> float:
-    """Exponential of nats (first column) a counted thing, such as a token (second column)."""
-    return math.exp(ratio(rows_nk))
+    """Exponential of nats (first column) a counted thing, such as a token (second column).
+
+    At most e^700: what a float cannot hold, and nobody can tell from it, would end the run after all its work.
+    """
+    return math.exp(min(ratio(rows_nk), MAX_NATS))
 
 
 def bits(rows_nk: Table) -> float:

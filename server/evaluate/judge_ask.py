@@ -23,7 +23,7 @@ MAX_NEW_TOKENS: Final = 16
 MAX_REPLY_BYTES: Final = 1 << 20
 Ask = Callable[[Sequence[str]], list[str | None]]  # questions to verdicts; None is one that says nothing
 _VERDICT: Final = re.compile(
-    r"\W*(?:(?:final\s+)?(?:verdict|answer|winner|response)\b)?(?:\s+is)?\W*(A|B|TIE)\W*", re.IGNORECASE
+    r"\W*+(?:(?:final\s++)?(?:verdict|answer|winner|response)\b(?:\s++is\b)?|is\b)?+\W*+(A|B|TIE)\W*", re.IGNORECASE
 )
 
 

@@ -24,10 +24,18 @@ def label_set(written: str, references: Sequence[str]) -> tuple[str, ...]:
     """The closed set: those written with commas between them, or else all references; in normal form, sorted.
 
     Raises:
-        DataError: A reference is not in the set.
+        DataError: A reference is not in the set, or nothing is left of it or of a label in normal form, so that an
+            empty answer would be right.
     """
     wanted = {normal(text) for text in references}
-    known = {normal(text) for text in written.split(",") if normal(text)} if written else wanted
+    known = {normal(text) for text in written.split(",") if text.strip()} if written else wanted
+    if empty := [number for number, text in enumerate(references, start=1) if not normal(text)]:
+        raise DataError(
+            f"the reference of row {empty[0]} (so of {len(empty)} rows) is empty or punctuation alone, as which an "
+            "empty answer would be right; write the label as a word"
+        )
+    if "" in known:
+        raise DataError("a label is punctuation alone, as which an empty answer would be right; write it as a word")
     if outside := [number for number, text in enumerate(references, start=1) if normal(text) not in known]:
         raise DataError(
             f"the reference of row {outside[0]} is none of the {len(known)} labels (so of {len(outside)} rows); "

@@ -3,13 +3,25 @@
 import collections
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Final
 
+import regex
+
 _ARTICLES: Final = re.compile(r"\b(a|an|the)\b")
-_NOT_WORD: Final = re.compile(r"[^a-z0-9]+")
-_NUMBER: Final = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
+_UNSPACED: Final = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_WORD: Final = regex.compile(rf"[{_UNSPACED}]\p{{M}}*+|(?:(?![{_UNSPACED}])[\p{{L}}\p{{N}}]\p{{M}}*+)++")
+_GAPS: Final = "\u00a0\u2009\u202f'\u2019"  # between thousands; an ordinary blank stands between two numbers too
+_NUMBER: Final = re.compile(
+    r"(?P<sign>(?<![\w)\]%])[-\u2212\u2013\uff0d])?\$?(?:"
+    r"(?P<english>[1-9]\d{0,2}(?:,\d{2}){0,8}(?:,\d{3}){1,12}(?:\.\d+)?)(?![\d]|,\d)"  # 1,234.5; 12,34,567
+    r"|(?P<german>[1-9]\d{0,2}(?:(?:\.\d{3}){2,12}|(?:\.\d{3}){1,12},\d+))(?![\d]|[.,]\d)"  # 1.234,5; 1.234.567
+    rf"|(?P<spaced>[1-9]\d{{0,2}}(?:[{_GAPS}]\d{{3}}){{1,12}}(?:[.,]\d+)?)(?!\d)"
+    r"|(?P<comma>(?<!\d,)\d+,\d+)(?!\d|,\d)"  # 2,5; not one of 1,2,3
+    r"|(?P<plain>\d+(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\w))?|(?<!\d)\.\d+))"
+)
 
 
 def exact_match(given: str, wanted: str) -> float:
@@ -50,9 +62,11 @@ def rouge2(given: str, wanted: str) -> float:
 def rouge_n(given: str, wanted: str, *, size: int) -> float:
     """F-measure over runs of `size` words, each counted as often as both texts have it; no stemming.
 
-    Words are runs of a-z and 0-9, so text in other scripts scores 0.
+    A word is a run of letters, their marks and digits, in lower case; in scripts without blanks between words (Chinese,
+    Japanese, Thai, Lao, Khmer, Burmese) it is one letter.
 
-    Source: Lin 2004, aclanthology.org/W04-1013; words as in Google's package rouge-score 0.1.2.
+    Source: Lin 2004, aclanthology.org/W04-1013. Of text in a-z and 0-9 words and figures are those of Google's package
+    rouge-score 0.1.2, which sees no other letters.
     """
     found, reference = (_runs(_rouge_words(text), size) for text in (given, wanted))
     return _f1(_overlap(found, reference), len(found), len(reference))
@@ -74,7 +88,7 @@ def rouge_l(given: str, wanted: str) -> float:
 def number(given: str, wanted: str) -> float:
     """Whether the last number in the answer is the reference's, by value; a reference without one is never met.
 
-    What follows `####` goes before what stands elsewhere; thousands may have commas, a dollar sign may lead.
+    What follows `####` goes before what stands elsewhere; a dollar sign may lead. See `final_number`.
 
     Source: Cobbe et al. 2021, arXiv:2110.14168, GSM8K's form of answers.
 
@@ -87,12 +101,40 @@ def number(given: str, wanted: str) -> float:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The last number of a text, or of what follows its last `####`; None without any."""
-    found = _NUMBER.findall(text.rpartition("####")[2])
+    """The last number of a text, or of what follows its last `####`; None without any.
+
+    A comma before groups of three digits stands between thousands, any other one before decimals: `1,234` is a
+    thousand and more, `2,5` two and a half, and `2,500` two and a half thousand. A dot is the other way round where it
+    is written twice or a comma follows: `1.234.567`, `1.234,5`. Thousands may also have an apostrophe or a narrow or
+    no-break space between them. A minus may be U+2212 or a dash; behind a letter, a digit or a bracket it is a hyphen
+    or makes a range, whose last number counts: `3-5` is 5.
+
+    Example:
+        >>> [str(final_number(text)) for text in ("2,5 mg", "\u22125", "1.234,50", "12-15", "1,200", "no")]
+        ['2.5', '-5', '1234.50', '15', '1200', 'None']
+    """
+    all_found = list(_NUMBER.finditer(text.rpartition("####")[2]))
+    if not all_found:
+        return None
+    found = all_found[-1]
+    form, written = next((name, part) for name, part in found.groupdict().items() if name != "sign" and part)
+    for gap in {"english": ",", "german": ".", "spaced": _GAPS}.get(form, ""):
+        written = written.replace(gap, "")
     try:
-        return Decimal(found[-1].replace(",", "").replace("$", "")) if found else None
+        value = Decimal(written.replace(",", "."))
     except InvalidOperation:
         return None
+    return value.copy_negate() if found["sign"] else value
+
+
+def has_words(text: str) -> bool:
+    """Whether ROUGE sees a word in a text; of signs alone every answer would score 0.
+
+    Example:
+        >>> has_words("\u6771\u4eac"), has_words("\U0001f600!")
+        (True, False)
+    """
+    return bool(_rouge_words(text))
 
 
 PER_ROW: Final[Mapping[str, Callable[[str, str], float]]] = {
@@ -112,8 +154,8 @@ def _squad_words(text: str) -> list[str]:
 
 
 def _rouge_words(text: str) -> list[str]:
-    """Lower-case runs of a-z and 0-9."""
-    return _NOT_WORD.sub(" ", text.lower()).split()
+    """Lower-case words of any script."""
+    return [str(word) for word in _WORD.findall(unicodedata.normalize("NFC", text.lower()))]
 
 
 def _runs(words: Sequence[str], size: int) -> list[tuple[str, ...]]:

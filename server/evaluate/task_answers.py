@@ -111,7 +111,17 @@ def examples_of(settings: TaskConfig, run: RunConfig) -> list[Row]:
 
 
 def _scorer(name: str, settings: TaskConfig, rows: Sequence[Row]) -> Callable[[Pairs], Scores]:
-    """How one metric makes scores of answers."""
+    """How one metric makes scores of answers.
+
+    Raises:
+        DataError: A reference without a word, where words are counted; or as `labels.label_set`.
+    """
+    wordless = [row.row_id for row in rows if not metrics.has_words(row.messages[-1].content)]
+    if name in ("rouge1", "rouge2", "rougeL") and wordless:
+        raise DataError(
+            f"task {settings.name}: the reference of {wordless[0]} (so of {len(wordless)} rows) has no word, so "
+            f"{name} would be 0 whatever is answered; mend the rows or choose another metric"
+        )
     if name in ("label_accuracy", "macro_f1"):
         known = labels.label_set(settings.labels, [row.messages[-1].content for row in rows])
         return lambda pairs: _labelled(name, [tuple(labels.number_of(t, known) for t in pair) for pair in pairs])

@@ -5,8 +5,10 @@ Nothing is fetched and none of the folder's code is run: a task is one plain YAM
 
 import contextlib
 import io
+import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +18,7 @@ from common.config import RunConfig
 from common.config_tasks import TaskConfig, split_names
 from common.errors import ConfigError, DataError
 from common.model import Engine
+from server.evaluate import patterns
 from server.evaluate.bootstrap import Scores
 from server.evaluate.task import Task, digest, file_hash
 
@@ -100,10 +103,20 @@ def _load(manager: Any, plain: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         ]
         loaded: dict[str, Any] = manager.load(configs)
     for task in loaded["tasks"].values():
+        for steps in task._filters:
+            steps.filters = [partial(_timed, make) for make in steps.filters]
         if task.config.num_fewshot is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     return loaded
+
+
+def _timed(make: Callable[[], Any]) -> Any:
+    """A filter of the harness; the pattern that it looks for in answers gets a limit of time."""
+    made = make()
+    if isinstance(getattr(made, "regex", None), re.Pattern):
+        made.regex = patterns.compiled(made.regex.pattern)
+    return made
 
 
 def _score(engine: Engine, loaded: dict[str, Any], *, limit: int | None, batch_size: int) -> Mapping[str, Scores]:
@@ -156,6 +169,11 @@ def _translated(what: str) -> Iterator[None]:
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             yield
+    except OverflowError:
+        raise DataError(
+            f"{what}: a perplexity is larger than any number; texts without blanks between words, such as Japanese "
+            "ones, have no word_perplexity: remove that metric, or look at the model"
+        ) from None
     except _errors() as error:  # whose text may quote rows
         raise DataError(
             f"{what}: lm-evaluation-harness cannot use it ({type(error).__name__}); try it with "

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Final
 
 from common.config import RunConfig
 from common.config_tasks import TaskConfig
@@ -9,6 +10,8 @@ from common.model import Engine
 from server.evaluate import likelihood
 from server.evaluate.bootstrap import Scores
 from server.evaluate.task import Task, digest, table_of, text_of
+
+MAX_WORD: Final = 20
 
 
 def load(settings: TaskConfig, run: RunConfig) -> Task:
@@ -31,17 +34,21 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
 def score(engine: Engine, texts: list[str], *, batch_size: int) -> Mapping[str, Scores]:
     """Perplexity a token (`perplexity`) and a word (`word_perplexity`), and bits a byte of UTF-8 (`bits_per_byte`).
 
-    Perplexities a token compare models of one tokenizer only; the others compare any.
+    Perplexities a token compare models of one tokenizer only; the others compare any. Texts without blanks between
+    words, such as Japanese ones, whose words are longer than `MAX_WORD` characters on average, have none a word.
 
     Source: the last two as in lm-evaluation-harness 0.4.13, output type loglikelihood_rolling.
     """
     found = likelihood.rolling(engine, texts, batch_size=batch_size)
     nats = [-total for total, _ in found]
+    num_words = [len(re.split(r"\s+", text)) for text in texts]
     sizes = {
         "perplexity": [num_tokens for _, num_tokens in found],
-        "word_perplexity": [len(re.split(r"\s+", text)) for text in texts],
+        "word_perplexity": num_words,
         "bits_per_byte": [len(text.encode()) for text in texts],
     }
+    if sum(map(len, texts)) > MAX_WORD * sum(num_words):
+        del sizes["word_perplexity"]
     return {
         name: Scores(
             tuple(zip(nats, map(float, counts), strict=True)),

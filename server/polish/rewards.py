@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from common.config_polish import PolishStage
 from common.errors import ConfigError
-from server.evaluate import json_answers, metrics
+from server.evaluate import json_answers, metrics, patterns
 from server.polish import sandbox
 
 Check = Callable[[str, str], float]
@@ -58,9 +58,9 @@ def code_of(answer: str) -> str:
 def _matcher(stage: PolishStage) -> Check:
     """Whether the pattern matches a whole answer, white space at its ends aside."""
     try:
-        pattern = re.compile(stage.pattern)
-    except re.error as error:
+        pattern = patterns.Pattern(stage.pattern)
+    except ValueError as error:
         raise ConfigError(
             f"polish stage '{stage.name}': pattern is no regular expression ({error}); mend it"
         ) from error
-    return lambda given, _: float(pattern.fullmatch(given.strip()) is not None)
+    return lambda given, _: float(pattern.is_whole(given.strip()))

@@ -114,7 +114,7 @@ class Api:
     async def complete(self, request: Request) -> Response:
         """`POST /v1/completions`."""
         asked = parse(await self._body(request), TextRequest)
-        ids = await run_in_threadpool(self._models.text_ids, asked.model, asked.prompt)
+        ids = await run_in_threadpool(self._models.text_ids, asked.model, asked.text)
         return await self._respond(self._job(asked, ids))
 
     def _check_key(self, request: Request) -> None:
@@ -155,7 +155,7 @@ class Api:
         temperature = 1.0 if asked.temperature is None else asked.temperature
         sampling = Sampling(limit, temperature, asked.top_p or 1.0, asked.seed, asked.stops)
         options = asked.stream_options
-        if options and not asked.stream:
+        if options and options.include_usage and not asked.stream:
             raise Refused("stream_options: only for a stream")
         is_chat = isinstance(asked, ChatRequest)
         return Job(asked.model, ids, sampling, is_chat, bool(asked.stream), bool(options and options.include_usage))

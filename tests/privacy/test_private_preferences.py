@@ -14,7 +14,7 @@ from common.objectives import Objective, Pair
 from common.prompts import Encoded
 from tests import tiny
 
-TOLERANCE = 1e-6
+TOLERANCE = 1e-5  # relative; two orders of summation in float32 differ by a tenth of it
 WAYS = ("stacked", "microbatch", "opacus")
 DPO = Objective("dpo", beta=0.3)
 KTO = Objective("kto", beta=0.3, undesirable_weight=1.5, reference_point="zero")
@@ -169,11 +169,11 @@ def largest(engine, clipped_sum, clip_norm: float, *, is_one_pair: bool = False)
 
 @pytest.mark.parametrize("clip_norm", [1e-3, 0.1, 1.0, 10.0])
 def test_one_patients_pairs_move_the_clipped_sum_by_at_most_the_clip_norm(ready, clip_norm):
-    assert largest(ready, joint, clip_norm) <= 1 + TOLERANCE
+    assert largest(ready, joint, clip_norm) <= 1 + 1e-6
 
 
 def test_control_clipping_chosen_and_rejected_apart_exceeds_it_even_for_a_single_pair(ready):
-    assert largest(ready, joint, 1e-3, is_one_pair=True) <= 1 + TOLERANCE
+    assert largest(ready, joint, 1e-3, is_one_pair=True) <= 1 + 1e-6
     assert largest(ready, apart, 1e-3, is_one_pair=True) > 1.2
 
 

@@ -5,7 +5,7 @@ from client.train.gradients import mean_gradient
 from common import adapter, prompts
 from tests import tiny
 
-TOLERANCE = 1e-6
+TOLERANCE = 1e-5  # of the largest value: two orders of summation in float32 differ by a tenth of it
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +45,16 @@ def naive(engine, rows) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def largest_difference(found, expected) -> float:
-    return max(float((found[name] - expected[name]).abs().max()) for name in expected)
+    """Beside the largest value."""
+    largest = max(float(tensor.abs().max()) for tensor in expected.values())
+    return max(float((found[name] - expected[name]).abs().max()) for name in expected) / largest
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 5, 7, 100])
 def test_the_gradient_is_that_of_the_mean_over_all_answer_tokens_for_any_cut(ready, rows, micro_batch_size):
     expected_loss, expected = naive(ready, rows)
     loss = mean_gradient(ready, rows, micro_batch_size=micro_batch_size)
-    assert loss == pytest.approx(expected_loss, abs=TOLERANCE)
+    assert loss == pytest.approx(expected_loss, rel=TOLERANCE)
     assert largest_difference(take(ready), expected) < TOLERANCE
 
 

@@ -10,7 +10,7 @@ from common import adapter, config, model, noise, prompts
 from common.errors import ModelError
 from tests import tiny
 
-TOLERANCE = 1e-6
+TOLERANCE = 1e-5  # relative; two orders of summation in float32 differ by a tenth of it
 WAYS = ("stacked", "microbatch", "opacus")
 PRECISIONS = {
     "float32": {"quantization": "none", "dtype": "float32"},

@@ -1,4 +1,5 @@
 import json
+import re
 import string
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from common.errors import ConfigError
 
 HEAD = 'version = 1\nmodel.base = "embedded"\nprivacy.mode = "none"\n'
 RUN_KEYS = set(config_file.keys_of(config.RunConfig))
+NODE_KEYS = set(config_file.keys_of(config.NodeConfig))
 
 BAD = """\
 # a comment with [brackets] and = signs
@@ -132,6 +134,13 @@ def test_missing_key_points_at_its_section():
         ("train.training-arguments.num-train-epochs = 3", "here it is training.local_epochs (per round)"),
         ("[tool.flwr.app.config]\nnum-server-rounds = 3", "here it is federation.num_rounds"),
         ("[[datasets]]\npath = 'x'", "here it is data.source"),
+        ("[wandb]\nproject = 'x'", "results are files in the run's folder"),
+        ("[wandb]\nentity = 'x'", "results are files in the run's folder"),
+        ("[deepspeed]\nzero_stage = 3", "a site trains in one process on one device"),
+        ("[tracker]\nproject = 'x'", "the sections are model, adapter, data"),
+        ("[training]\nearly_stopping_patience = 3", "here it is gate.stop_after (evaluations in a row"),
+        ("full_finetuning = true", 'here it is adapter.kind (write "full" for true)'),
+        ("flash_attn = 'fa2'", "attention is PyTorch's own"),
         ("zzzzzz = 1", "the sections are model, adapter, data"),
         ("[wire]\nzzzzzz = 1", "[wire] has dtype, density, error_feedback, down, down_density, max_update_mib"),
     ],
@@ -170,6 +179,35 @@ def test_foreign_names_lead_to_settings_that_exist():
     assert {entry.key for entry in config_foreign.FOREIGN.values()} - {""} <= RUN_KEYS
     assert all(entry.key or entry.note for entry in config_foreign.FOREIGN.values())
     assert len(config_foreign.FOREIGN) >= 40
+
+
+def named_in(text: str) -> set[str]:
+    """Dotted settings that a text names."""
+    sections = sorted({key.split(".")[0] for key in RUN_KEYS | NODE_KEYS if "." in key})
+    return {match[0] for match in re.finditer(rf"\b(?:{'|'.join(sections)})\.[a-z_0-9]+\b", text)}
+
+
+def refused_values(text: str, key: str = "") -> list[str]:
+    """Values that a text says to write, at its own key or after `section.key =`, and that the schema refuses."""
+    said = [(found[1], found[2]) for found in re.finditer(r"\b([a-z_]+\.[a-z_0-9]+) = ['\"]([a-z0-9_-]+)['\"]", text)]
+    rest = re.sub(r"\b[a-z_]+\.[a-z_0-9]+ = ['\"][a-z0-9_-]+['\"]", "", text)
+    if key and "write kind" not in text:
+        said += [(key, value) for value in re.findall(r'"([a-z0-9_-]+)"', rest) if f'"{value}" is ' not in text]
+    lines = [(place, value, f'{place} = "{value}"') for place, value in said]
+    heads = {place: "\n".join(own for own in HEAD.splitlines() if not own.startswith(f"{place} ")) for place, _ in said}
+    return [line for place, _, line in lines if f"{place}  must" in message_of(f"{heads[place]}\n{line}\nzzz = 1")]
+
+
+def test_every_hint_names_settings_and_values_that_there_are():
+    hints = [(hint.key, hint.note) for hint in config_foreign.FOREIGN.values()]
+    hints += [("", note) for note in config_foreign.SECTIONS.values()]
+    hints += [(key, note) for (key, _), note in config_foreign.VALUES.items()]
+    for key, note in dict.fromkeys(hints):
+        assert named_in(note) <= RUN_KEYS | NODE_KEYS, note
+        assert refused_values(note, key if key in RUN_KEYS else "") == [], note
+    assert named_in("set gate.patience") - RUN_KEYS == {"gate.patience"}  # controls
+    assert refused_values('write "nf5"', "model.quantization") == ['model.quantization = "nf5"']
+    assert refused_values('adapter.kind = "whole"') == ['adapter.kind = "whole"']
 
 
 def test_foreign_values_belong_to_settings_that_exist():

@@ -88,7 +88,12 @@ def test_the_model_computes_what_its_plain_pair_does(load_begun, load_tiny, quan
     plain = load_tiny({"model.quantization": quantization, "adapter.r": more.get("adapter.r", "4")})
     assert engine.num_base_parameters == plain.num_base_parameters
     adapter.write(plain.model, cores.plain(stored))
-    assert float((logits(engine) - logits(plain)).abs().max()) < 1e-5
+    if quantization == "none":
+        gap = tiny.exact_logits(engine.model, IDS_BT) - tiny.exact_logits(plain.model, IDS_BT)
+        assert float(gap.abs().max()) < 1e-5
+    else:  # whose kernels know no float64; 8-bit activations may fall on either side of a step
+        gap = logits(engine) - logits(plain)
+        assert float(gap.norm() / logits(plain).norm()) < {"nf4": 1e-5, "int8": 1e-3}[quantization]
     assert float((logits(engine) - before).abs().max()) > 1e-2  # control
 
 
@@ -101,7 +106,7 @@ def test_a_run_begins_without_a_change_and_with_a_gradient_for_every_core(begun)
     state = adapter.read(begun.model)
     for b_dr, a_rk in ((state[n.replace("_H.", "_B.")], state[n.replace("_H.", "_A.")]) for n in state if "_H." in n):
         for rows in (b_dr.T, a_rk):
-            assert float((rows @ rows.T - torch.eye(len(rows))).abs().max()) < 1e-6
+            assert float((rows.double() @ rows.double().T - torch.eye(len(rows))).abs().max()) < 1e-6
 
 
 def test_both_ends_make_the_same_factors_and_the_first_ones_are_those_of_ffa(begun):

@@ -76,6 +76,13 @@ def test_ratios_by_hand():
     assert Scores(rows.rows, "bits").value == pytest.approx(2.1640425613)
 
 
+def test_a_perplexity_beyond_all_numbers_is_the_largest_and_ends_no_run():
+    huge = Scores(((2000.0, 1.0), (10.0, 1.0)), "perplexity", higher_is_better=False)
+    assert huge.value == pytest.approx(1.0142320547350045e304)  # e^700
+    found = bootstrap.gain(huge, Scores(((10.0, 1.0), (10.0, 1.0)), "perplexity", higher_is_better=False))
+    assert all(map(math.isfinite, (found.mean, found.low, found.high)))
+
+
 def test_macro_f1_is_that_of_scikit_learn():
     draws = np.random.default_rng(3)
     for size in (3, 20, 200):
@@ -95,5 +102,9 @@ def test_a_label_is_one_of_a_closed_set_exactly_after_normalisation():
         -1,
     ]
     assert labels.label_set("", ["Yes", "no", "yes."]) == ("no", "yes")
+    with pytest.raises(labels.DataError, match=r"row 2 \(so of 2 rows\) is empty or punctuation"):
+        labels.label_set("", ["yes", "?", "..."])
+    with pytest.raises(labels.DataError, match="a label is punctuation alone"):
+        labels.label_set("yes, ?", ["yes"])
     with pytest.raises(labels.DataError, match="row 2 is none of the 2 labels"):
         labels.label_set("yes, no", ["yes", "maybe"])

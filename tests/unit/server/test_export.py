@@ -54,7 +54,7 @@ def load_base(folder):
 
 @torch.no_grad()
 def logits(network) -> torch.Tensor:
-    return network(IDS_BT).logits
+    return tiny.exact_logits(network, IDS_BT)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,25 @@ def test_plain_peft_gives_the_same_logits(stirred, tiny_base, tmp_path, changes)
     assert float((logits(plain) - logits(engine.model)).abs().max()) < 1e-5
     assert len([name for name, _ in plain.named_parameters() if "lora_" in name]) == len(state)
     assert float((logits(plain) - logits(load_base(tiny_base))).abs().max()) > 1e-3  # control
+
+
+def test_merged_weights_are_the_same_in_every_order_of_summation(stirred, tiny_base, tmp_path):
+    """As another processor adds: the same products with their columns the other way round."""
+    changes = {"adapter.r": "256", "adapter.alpha": "2048"}
+    engine, state = stirred(changes)
+    folder = save(tmp_path / "adapter", engine, state, tiny.settings(tiny_base, changes))
+    found = {"ours": [], "float32": []}
+    for turned in (False, True):
+        for name, merged in (("ours", export.summed), ("float32", lambda network: network.merge_and_unload())):
+            plain = load_plain(folder, tiny_base)
+            if turned:
+                for key, value in plain.named_parameters():
+                    if "lora_" in key:
+                        value.data = value.data.flip(0 if "lora_A" in key else 1)
+            summed = merged(plain)
+            found[name].append(torch.cat([p.to(torch.bfloat16).flatten() for p in summed.parameters()]))
+    assert torch.equal(*found["ours"])
+    assert int((found["float32"][0] != found["float32"][1]).sum()) > 0  # control
 
 
 def test_a_merged_checkpoint_is_the_base_with_the_adapter_in_bf16(stirred, tiny_base, tmp_path):

@@ -52,9 +52,8 @@ def plain(folder, base):
         return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(folder))
 
 
-@torch.no_grad()
 def logits(network) -> torch.Tensor:
-    return network.eval()(input_ids=IDS_BT, attention_mask=torch.ones_like(IDS_BT)).logits
+    return tiny.exact_logits(network, IDS_BT)
 
 
 def losses(folder) -> list[float]:

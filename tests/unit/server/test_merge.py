@@ -59,12 +59,12 @@ def loaded(base, folder):
 
 def by_peft(inputs, base, how, **options):
     """Products of what peft's own add_weighted_adapter makes of the same folders."""
-    network = loaded(base, inputs[0] / "peft")
+    network = loaded(base, inputs[0] / "peft").double()
     network.load_adapter(str(inputs[1] / "peft"), "two")
     torch.manual_seed(0)
     network.add_weighted_adapter(["one", "two"], list(WEIGHTS), "both", combination_type=how, **options)
     layers = {name: part for name, part in network.named_modules() if hasattr(part, "lora_A") and "both" in part.lora_A}
-    return {name: layer.get_delta_weight("both") for name, layer in layers.items()}
+    return {name: layer.get_delta_weight("both").double() for name, layer in layers.items()}
 
 
 def distance(found, wanted):

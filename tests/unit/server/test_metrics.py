@@ -1,11 +1,14 @@
 """Metrics of answers, against numbers worked out by hand or by others."""
 
 import json
+import time
+from functools import partial
 
 import pytest
+import regex
 
 from common.errors import DataError
-from server.evaluate import json_answers, metrics
+from server.evaluate import constraints, json_answers, judge_ask, metrics, patterns, task_harness
 
 # F-measures by Google's rouge-score 0.1.2, use_stemmer=False.
 ROUGE = [
@@ -42,6 +45,21 @@ def test_rouge_is_that_of_googles_package(given, wanted, one, two, longest):
 @pytest.mark.parametrize(
     ("given", "wanted", "f1"),
     [
+        ("東京は雨", "東京は晴れ", 2 * 3 / 9),  # 東, 京 and は of 4 and of 5
+        ("сепсис лёгких", "Сепсис", 2 / 3),
+        ("बुखार और खांसी", "खांसी", 0.5),  # vowel signs do not part a word
+        ("fièvre", "fievre", 0.0),
+        ("\U0001f600", "\U0001f600", 0.0),  # no word at all, which a task refuses
+    ],
+)
+def test_rouge_has_words_in_every_script(given, wanted, f1):
+    assert metrics.rouge1(given, wanted) == pytest.approx(f1)
+    assert metrics.rouge_l(given, wanted) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "f1"),
+    [
         ("The Sepsis!", "sepsis", 1.0),  # articles, case and punctuation do not count
         ("sepsis of the lung", "sepsis", 0.5),  # words sepsis, of, lung: precision 1/3, recall 1
         ("a dose, a dose", "dose dose dose", 0.8),  # 2 of 2, 2 of 3
@@ -67,6 +85,24 @@ def test_f1_is_squads(given, wanted, f1):
         ("no number", "18", False),
         ("no number", "none either", False),
         ("half is .5.", "0.50", True),
+        ("2,5 mg", "2.5", True),
+        ("2,5 mg", "25", False),
+        ("\u22125", "-5", True),
+        ("\u22125", "5", False),
+        ("\u20135 \u00b0C", "-5", True),
+        ("1.234,50", "1234.5", True),
+        ("1.234.567", "1234567", True),
+        ("1\u202f234,5", "1,234.5", True),
+        ("1'234", "1234", True),
+        ("12,34,567", "1234567", True),
+        ("0,125", "0.125", True),
+        ("1.234", "1.234", True),
+        ("3-5 days", "5", True),
+        ("3\u20135 days", "-5", False),
+        ("COVID-19", "19", True),
+        ("1,2,3", "3", True),
+        ("03.05.2024", "2024", True),
+        ("2.5e-3", "0.0025", True),
     ],
 )
 def test_numbers_are_compared_by_value(given, wanted, is_met):
@@ -107,6 +143,58 @@ def test_a_file_that_is_no_schema_is_refused(tmp_path, text):
         (tmp_path / "schema.json").write_text(text)
     with pytest.raises(DataError, match="not a JSON schema"):
         json_answers.checker(tmp_path / "schema.json")
+
+
+PATTERN = "^(a|aa)+$"
+SLOW = 60 * "a" + "!"
+TIMED = {
+    "a text": ({"pattern": PATTERN}, f'"{SLOW}"', '"aaa"'),
+    "a name": ({"patternProperties": {PATTERN: {"type": "null"}}, "additionalProperties": False},
+               json.dumps({SLOW: None}), '{"aaa": null}'),
+    "again below": ({"$schema": "https://json-schema.org/draft/2020-12/schema", "pattern": PATTERN,
+                     "items": {"$ref": "#"}}, f'["{SLOW}"]', '["aaa"]'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "slow", "good"), TIMED.values(), ids=TIMED)
+def test_a_pattern_in_a_schema_has_a_limit_of_time(tmp_path, monkeypatch, schema, slow, good):
+    monkeypatch.setattr(patterns, "TIMEOUT_S", 0.1)
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    score = json_answers.checker(tmp_path / "schema.json")
+    before = time.monotonic()
+    assert (score(slow, ""), score(good, "")) == (0.0, 1.0)
+    assert time.monotonic() - before < 5
+    with pytest.raises(TimeoutError):  # control: Python's own engine does not end in time either
+        regex.search(PATTERN, SLOW, timeout=0.1)
+
+
+def test_a_pattern_of_a_harness_filter_has_a_limit_of_time(monkeypatch):
+    from lm_eval.filters.extraction import RegexFilter
+
+    monkeypatch.setattr(patterns, "TIMEOUT_S", 0.1)
+    made = task_harness._timed(partial(RegexFilter, regex_pattern="(?:a|aa)+$"))
+    assert made.apply([["x aaa", SLOW]], [{}]) == [["aaa", "[invalid]"]]
+
+
+@pytest.mark.parametrize(
+    ("schema", "told"),
+    [
+        ({"pattern": "("}, "not a JSON schema"),
+        ({"patternProperties": {"(": {}}}, "not a JSON schema"),
+        ({"patternProperties": {"a": {}}, "unevaluatedProperties": False}, "write additionalProperties"),
+    ],
+)
+def test_patterns_that_cannot_be_checked_are_refused_at_once(tmp_path, schema, told):
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    with pytest.raises(DataError, match=told):
+        json_answers.checker(tmp_path / "schema.json")
+
+
+@pytest.mark.parametrize("text", [30_000 * "." + "x", 30_000 * "\n", 30_000 * "1,", 30_000 * "- \n", 30_000 * "* "])
+def test_our_own_patterns_take_linear_time(text):
+    before = time.process_time()
+    constraints.num_sentences(text), constraints.num_bullets(text), metrics.final_number(text), judge_ask.parse(text)
+    assert time.process_time() - before < 2
 
 
 def test_a_schema_elsewhere_is_not_fetched(tmp_path):

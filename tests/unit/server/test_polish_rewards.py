@@ -12,6 +12,7 @@ import pytest
 
 from common.config_polish import PolishStage
 from common.errors import ConfigError
+from server.evaluate import patterns
 from server.polish import rewards, sandbox
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -45,6 +46,15 @@ def test_rules_accept_what_they_should_and_nothing_else(tmp_path):
 def test_a_pattern_that_is_none_is_refused():
     with pytest.raises(ConfigError, match="pattern is no regular expression"):
         check("regex", pattern="[")
+
+
+def test_a_pattern_that_goes_back_without_end_earns_nothing_after_its_time(monkeypatch):
+    monkeypatch.setattr(patterns, "TIMEOUT_S", 0.1)
+    score = check("regex", pattern="(a|aa)+")
+    before = time.monotonic()
+    assert score(60 * "a" + "!", "") == 0.0
+    assert time.monotonic() - before < 10
+    assert score(60 * "a", "") == 1.0
 
 
 def test_rewards_take_each_row_s_own_reference():

@@ -155,8 +155,21 @@ def test_draws_have_the_probabilities_that_temperature_and_top_p_leave():
 
 REFUSED = {
     "another model": ({"model": "two"}, 404, "there is none of that name"),
-    "an unknown field": ({"logit_bias": {}}, 400, "logit_bias: is not supported"),
-    "tools": ({"tools": []}, 400, "tools: is not supported"),
+    "an unknown field": ({"top_k": 5}, 400, "top_k: is not supported"),
+    "a bias": ({"logit_bias": {"5": 1}}, 400, "logit_bias: is not supported; leave it out, or send null or {}"),
+    "tools": ({"tools": [{"type": "function"}]}, 400, "tools: is not supported; leave it out, or send null or []"),
+    "a demand for a tool": ({"tool_choice": "required"}, 400, "tool_choice: is not supported"),
+    "a form": ({"response_format": {"type": "json_object"}}, 400, "response_format: is not supported"),
+    "storing": ({"store": True}, 400, "store: is not supported; leave it out, or send null or false"),
+    "thinking": ({"reasoning_effort": "high"}, 400, "reasoning_effort: is not supported"),
+    "sound": ({"modalities": ["text", "audio"]}, 400, "modalities: is not supported"),
+    "probabilities": ({"logprobs": True}, 400, "logprobs: "),
+    "a penalty": ({"frequency_penalty": 0.5}, 400, "frequency_penalty: "),
+    "a call in a message": (
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
+        400,
+        "messages.0.tool_calls: is not supported",
+    ),
     "two answers": ({"n": 2}, 400, "n: "),
     "too many tokens": ({"max_tokens": 65}, 400, "65 are asked for, 64 are possible"),
     "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0"),
@@ -177,6 +190,31 @@ def test_what_is_not_understood_is_refused_in_openais_form(models, changes, stat
     assert answer.status_code == status
     assert told in answer.json()["error"]["message"]
     assert "ache" not in answer.text
+
+
+ASKS_NOTHING = {
+    "tools": None, "tool_choice": "none", "parallel_tool_calls": True, "functions": [], "function_call": "none",
+    "response_format": {"type": "text"}, "store": False, "metadata": None, "logit_bias": None, "logprobs": False,
+    "top_logprobs": None, "n": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "reasoning_effort": None,
+    "service_tier": "auto", "modalities": ["text"], "audio": None, "prediction": None, "verbosity": None, "user": "a",
+    "web_search_options": None, "stream_options": None, "stream": False, "seed": None, "safety_identifier": "a",
+    "prompt_cache_key": None, "stop": None, "max_tokens": None,
+}  # fmt: skip
+
+
+def test_what_clients_send_without_asking_for_anything_changes_nothing(models):
+    body = {"model": "one", "max_completion_tokens": 8, "temperature": 0}
+    talk = [{"role": "system", "content": "Be short."}, *TALK]
+    wanted = ask(models, messages=talk, **body).json()["choices"]
+    dumped = {"name": None, "refusal": None, "tool_calls": None, "annotations": [], "audio": None}
+    new = [{**message, "content": [{"type": "text", "text": message["content"]}], **dumped} for message in talk]
+    new[0]["role"] = "developer"
+    assert ask(models, messages=new, **body, **ASKS_NOTHING).json()["choices"] == wanted
+    more = {"tools": [], "tool_choice": "auto", "logit_bias": {}, "metadata": {}, "reasoning_effort": "none"}
+    assert ask(models, messages=new, **body, **more, stream_options={}).json()["choices"] == wanted
+    plain = {"model": "one", "max_tokens": 8, "temperature": 0, "suffix": None, "logit_bias": None, "best_of": 1}
+    texts = [ask(models, "/v1/completions", prompt=prompt, **plain).json() for prompt in ("north", ["north"])]
+    assert texts[0]["choices"] == texts[1]["choices"]
 
 
 def test_bodies_have_a_limit_and_a_type(models):

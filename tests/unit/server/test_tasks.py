@@ -28,6 +28,7 @@ def opened(engine, tiny_base, tmp_path):
     return make
 
 
+PERPLEXITIES = ["bits_per_byte", "perplexity", "word_perplexity"]
 ROWS = [{"instruction": f"code {n}?", "output": "4" if n % 2 else "KNEE"} for n in range(5)]
 
 
@@ -85,6 +86,23 @@ def test_without_tasks_nothing_is_measured_and_a_label_is_a_label(opened, engine
     assert not (tmp_path / "events.jsonl").exists()
     with pytest.raises(ValueError, match="is no label"):
         measure.measure(opened(), engine.initial, stage="../x")
+
+
+def test_text_without_blanks_has_no_perplexity_of_words(opened, engine, tmp_path):
+    japanese = 60 * "昨日から発熱と咳が続いています。"
+    data = [write(tmp_path / f"{n}.jsonl", [{"text": text}]) for n, text in enumerate((japanese, 40 * "fever "))]
+    found = opened(*({"name": f"t{n}", "kind": "perplexity", "data": path} for n, path in enumerate(data)))
+    figures = measure.measure(found, engine.initial, stage="base")["figures"]
+    assert sorted(figures) == ["t0.bits_per_byte", "t0.perplexity", *(f"t1.{name}" for name in PERPLEXITIES)]
+
+
+def test_a_reference_without_a_word_is_refused_where_words_are_counted(opened, tmp_path):
+    rows = [{"instruction": "x", "output": "咳"}, {"instruction": "x", "output": "\U0001f600"}]
+    task = {"name": "a", "kind": "answers", "data": write(tmp_path / "rows.jsonl", rows)}
+    with pytest.raises(DataError, match=r"line 2 \(so of 1 rows\) has no word, so rougeL would be 0"):
+        opened({**task, "metrics": "rougeL"})
+    opened({**task, "metrics": "exact_match"})  # control
+    opened({**task, "metrics": "rougeL", "max_rows": 1})
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(opened, engine, tmp_path):

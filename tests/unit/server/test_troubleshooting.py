@@ -1,7 +1,10 @@
 """Symptoms from synthetic events: each is found in a log that shows it, and in its control that does not none is."""
 
+import re
+
 import pytest
 
+from common import config, config_file
 from common.errors import code_of
 from server import report, status, troubleshooting, verify
 from tests.sample_events import LOG, PLAN, evaluated, finished, measured
@@ -57,6 +60,8 @@ CASES = [
      [failed("north", "refused with ModelError; see reference 1", step="open")]),
     ("training diverged", [{"kind": "run_failed", "error": "ModelError", "reason": "the adapter has diverged"}],
      [{"kind": "run_failed", "error": "StorageError", "reason": "the disk is full"}]),
+    ("training diverged", [{"kind": "run_failed", "error": "ModelError", "reason": "held-out loss is -inf"}],
+     [{"kind": "run_failed", "error": "DataError", "reason": "the file is information for people"}]),
     ("merged worse than adapter", [exported(0.4)], [exported(0.01)]),
     ("merged worse than adapter", [exported(0.4)], [exported(0.4), exported(0.01)]),
     ("out of memory", [failed("north", "refused with OutOfMemory; the site's log has the reason")],
@@ -73,6 +78,18 @@ def test_a_symptom_is_found_where_it_is_and_nowhere_else(name, shows, control):
     assert found[0].evidence
     assert found[0].remedy
     assert name not in [one.name for one in troubleshooting.symptoms(control)]
+
+
+def test_every_remedy_names_settings_and_values_that_there_are():
+    keys = {*config_file.keys_of(config.RunConfig), *config_file.keys_of(config.NodeConfig)}
+    sections = "|".join({key.split(".")[0] for key in keys if "." in key})
+    remedies = {one.remedy for _, shows, _ in CASES for one in troubleshooting.symptoms(shows)}
+    named = {match[0] for text in remedies for match in re.finditer(rf"\b(?:{sections})\.[a-z_0-9]+", text)}
+    assert named <= keys
+    assert len(named) >= 8  # control: they are found
+    base = 'version = 1\nmodel.base = "embedded"\nprivacy.mode = "none"\n'
+    for key, value in {pair for text in remedies for pair in re.findall(r"([a-z_]+\.[a-z_]+) = '(\w+)'", text)}:
+        config.parse(f'{base}{key} = "{value}"', name="run.toml")
 
 
 def test_every_finder_is_tried():

@@ -179,7 +179,7 @@ def test_under_ffa_the_down_projections_are_orthonormal_and_stay(play, nodes, en
     downs = [name for name in outcome.tensors if trainable.factor_of(name) == "A"]
     for name in downs:
         rows = outcome.tensors[name]
-        assert float((rows @ rows.T - torch.eye(rows.shape[0])).abs().max()) < 1e-6
+        assert float((rows.double() @ rows.double().T - torch.eye(rows.shape[0])).abs().max()) < 1e-6
         assert not torch.equal(rows, engine.initial[name])
     changed = [name for name in outcome.tensors if float(outcome.tensors[name].norm()) and name not in downs]
     assert len(changed) == len(downs)
