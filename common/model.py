@@ -19,7 +19,14 @@ from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from common import (
@@ -82,6 +89,11 @@ class Engine:
     def pad_id(self) -> int:
         """The pad token's id; masks go by position, so any id would do."""
         return int(self.tokenizer.pad_token_id)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer; see `prompts.stop_ids`."""
+        return prompts.stop_ids(self.tokenizer, getattr(self.model, "generation_config", None))
 
     @property
     def num_base_parameters(self) -> int:
@@ -201,6 +213,20 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ModelError: No tokenizer, or one that does not fit the base.
     """
     return base_files.tokenizer_of(folder)
+
+
+def generation_of(folder: Path) -> GenerationConfig:
+    """How a base says that it generates: its generation_config.json, else what its config.json tells.
+
+    Raises:
+        ModelError: Neither can be read.
+    """
+    try:
+        if (folder / GENERATION_CONFIG_NAME).is_file():
+            return GenerationConfig.from_pretrained(folder, local_files_only=True)
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: {GENERATION_CONFIG_NAME} or config.json cannot be read; fetch the base") from error
 
 
 def resolve_dtype(settings: config.ModelConfig, device: torch.device) -> torch.dtype:
@@ -373,7 +399,7 @@ def answer(engine: Engine, prompt_ids: Sequence[Sequence[int]], *, max_new_token
 
 @torch.no_grad()
 def answer_ids(engine: Engine, prompt_ids: Sequence[Sequence[int]], *, max_new_tokens: int) -> torch.Tensor:
-    """Tokens of greedy answers (B, T); after the first of `prompts.stop_ids` in a row there is padding.
+    """Tokens of greedy answers (B, T); after the first of `Engine.stop_ids` in a row there is padding.
 
     Raises:
         ModelError: A prompt has a token, or needs a position, that the base has not.
@@ -393,7 +419,7 @@ def answer_ids(engine: Engine, prompt_ids: Sequence[Sequence[int]], *, max_new_t
             do_sample=False,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=list(prompts.stop_ids(tokenizer)),
+            eos_token_id=list(engine.stop_ids),
         )
     found_bt: torch.Tensor = output_bt[:, width:]
     return found_bt

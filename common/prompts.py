@@ -13,6 +13,7 @@ from common.rows import Message, Row
 
 if TYPE_CHECKING:
     import torch
+    from transformers import GenerationConfig
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 TooLong = Literal["truncate", "drop", "error"]
@@ -247,22 +248,46 @@ def prompt_ids(row: Row, tokenizer: "Tokenizer", *, system_prompt: str = "") -> 
     return _tokenise(text, tokenizer)[0], row.messages[-1].content
 
 
-def stop_ids(tokenizer: "Tokenizer") -> tuple[int, ...]:
-    """Tell at which tokens generation has to stop.
+def turn_end_id(tokenizer: "Tokenizer") -> int:
+    """Give the token with which the chat template ends an answer.
 
     Args:
         tokenizer: A fast tokenizer with a chat template.
 
     Returns:
-        The tokenizer's end token and the template's end-of-turn token, ascending.
+        The first token after the answer in the template's own rendering of one, white space aside.
 
     Raises:
-        ModelError: The tokenizer is not fast, or its template cannot be used for training.
+        ModelError: The tokenizer is not fast, its template cannot be used for training, or it ends an answer with text
+            of several tokens, at the first of which generation would stop in the middle of answers.
     """
     row = Row((Message("user", "Yes?"), Message("assistant", "Yes.")), unit="", row_id="a trial conversation")
     text, [(start, end)] = chat.render(row, tokenizer)
-    tail = text[start:end].partition("Yes.")[2].lstrip()
-    ids = {_tokenise(tail, tokenizer)[0][0], tokenizer.eos_token_id}
+    ids = _tokenise(text[start:end].partition("Yes.")[2].strip(), tokenizer)[0]
+    if ids[0] not in tokenizer.added_tokens_decoder and len(ids) > 1:
+        raise ModelError(
+            "the chat template ends an answer with text that is no token of its own, so generation would not know "
+            f"where to stop: {chat.remedy(tokenizer)}"
+        )
+    return ids[0]
+
+
+def stop_ids(tokenizer: "Tokenizer", generation: "GenerationConfig | None" = None) -> tuple[int, ...]:
+    """Tell which tokens end an answer; evaluation, `serve` and every export ask here.
+
+    Args:
+        tokenizer: A fast tokenizer with a chat template.
+        generation: `generation_config` of the base, whose authors may name more tokens; None: there is none.
+
+    Returns:
+        The template's end of a turn, the tokenizer's end token and those of `generation`, ascending.
+
+    Raises:
+        ModelError: See `turn_end_id`.
+    """
+    named = generation.eos_token_id if generation else None
+    more = named if isinstance(named, list) else [named]
+    ids = {turn_end_id(tokenizer), tokenizer.eos_token_id, *more}
     return tuple(sorted(i for i in ids if i is not None))
 
 

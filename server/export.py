@@ -178,6 +178,7 @@ def merge(
         what = type(error).__name__
         raise ModelError(f"{adapter_folder}: does not fit the base in {base_folder} ({what})") from error
     tokenizer = prompts.use_template(model.load_tokenizer(base_folder), chat_template)
+    merged.generation_config.eos_token_id = list(prompts.stop_ids(tokenizer, merged.generation_config))
     _save_merged(merged.to(torch.bfloat16), tokenizer, output_folder)
 
 

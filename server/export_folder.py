@@ -12,7 +12,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from peft import PeftConfig
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from common import adapter, config, model, prompts, storage
@@ -27,6 +27,7 @@ from server.seal import FORMATS
 
 NEED_BASE: Final = frozenset({"merged", "nf4", "int8", "gguf", "onnx"})
 TEMPLATE_FILE: Final = "chat_template.jinja"
+GENERATION_FILE: Final = "generation_config.json"
 _LICENCE: Final = re.compile(r"^license:\s*([\w.+-]{1,64})\s*$", re.MULTILINE)
 
 
@@ -225,11 +226,13 @@ def _check_kind(kind: str, formats: Sequence[str]) -> None:
 def _fill(folder: Path, content: Content, *, base: Path | None, llama_cpp: Path | None) -> seal.Facts:
     """Every format, then the card; what is known then."""
     formats, name = content.facts.formats, content.facts.name
-    template = template_of(base, content.facts.chat_template) if base else ""
+    tokenizer = tokenizer_of(base, content.facts.chat_template) if base else None
     for target in [target for target in ("peft", f"vllm/{name}") if target.split("/")[0] in formats]:
         _save_adapter(folder / target, content)
-        if template:
-            storage.write_atomic(folder / target / TEMPLATE_FILE, template.encode())
+        if base and tokenizer:
+            storage.write_atomic(folder / target / TEMPLATE_FILE, str(tokenizer.chat_template).encode())
+            ends = generation_of(base, tokenizer).to_json_string()
+            storage.write_atomic(folder / target / GENERATION_FILE, ends.encode())
     facts, card = content.facts, content.card
     if base and NEED_BASE & set(formats):
         measured = _fill_merged(folder, content, base=base, llama_cpp=llama_cpp)
@@ -289,6 +292,17 @@ def template_of(base: Path, name: prompts.TemplateName) -> str:
 def tokenizer_of(base: Path, name: prompts.TemplateName) -> PreTrainedTokenizerBase:
     """The base's tokenizer with that template."""
     return prompts.use_template(model.load_tokenizer(base), name)
+
+
+def generation_of(base: Path, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The base's generation settings, ended by all tokens that end an answer under this tokenizer's template.
+
+    Raises:
+        ModelError: The base's settings cannot be read, or the template cannot be used for training.
+    """
+    found = model.generation_of(base)
+    found.eos_token_id = list(prompts.stop_ids(tokenizer, found))
+    return found
 
 
 def template_sha256(base: Path, name: prompts.TemplateName) -> str:

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType, LlamaFileType, TokenType
 from safetensors import safe_open
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
-from common import chat
+from common import chat, model, prompts
 from common.errors import ConfigError, ModelError
 from common.storage import storage_error
 
@@ -43,6 +43,7 @@ _CHATML: Final = '''TEMPLATE """{{- range .Messages }}<|im_start|>{{ .Role }}
 {{ end }}<|im_start|>assistant
 """
 '''
+_STOP: Final = "PARAMETER stop "
 _NO_TEMPLATE: Final = (
     f"# No TEMPLATE: the chat template is in {MODEL_FILE}; compare with: ollama show --template NAME\n"
 )
@@ -173,19 +174,29 @@ def run_quantize(llama_cpp: Path, output: Path, *, kind: str) -> None:
 
 def modelfile(merged: Path) -> str:
     """What `ollama create` reads, for a checkpoint in a folder."""
-    return modelfile_of(AutoTokenizer.from_pretrained(merged, local_files_only=True))
+    tokenizer = AutoTokenizer.from_pretrained(merged, local_files_only=True)
+    return modelfile_of(tokenizer, model.generation_of(merged))
 
 
-def modelfile_of(tokenizer: Any) -> str:
-    """What `ollama create` reads; the template is written where the model's is plain ChatML."""
-    stop = f"PARAMETER stop {json.dumps(tokenizer.eos_token)}\n" if tokenizer.eos_token else ""
-    return f"FROM ./{MODEL_FILE}\n{_CHATML if _is_chatml(tokenizer) else _NO_TEMPLATE}{stop}"
+def modelfile_of(tokenizer: Any, generation: GenerationConfig) -> str:
+    """What `ollama create` reads; the template is written where the model's is plain ChatML.
+
+    Args:
+        tokenizer: With the model's chat template.
+        generation: Of the base or of the merged checkpoint.
+
+    Raises:
+        ModelError: The template cannot be used for training.
+    """
+    texts = [tokenizer.decode([number]) for number in prompts.stop_ids(tokenizer, generation)]
+    stops = "".join(f"{_STOP}{json.dumps(text, ensure_ascii=False)}\n" for text in texts if text.strip())
+    return f"FROM ./{MODEL_FILE}\n{_CHATML if _is_chatml(tokenizer) else _NO_TEMPLATE}{stops}"
 
 
 def is_modelfile(text: str) -> bool:
-    """Whether `modelfile_of` may have written it: its file, its template or none, one word to stop at."""
-    start, _, stop = text.partition("PARAMETER stop ")
-    plain = not stop or (stop.count("\n") == 1 and stop.startswith('"') and stop.endswith('"\n'))
+    """Whether `modelfile_of` may have written it: its file, its template or none, words to stop at."""
+    start, *stops = text.split(_STOP)
+    plain = all(stop.count("\n") == 1 and stop.startswith('"') and stop.endswith('"\n') for stop in stops)
     return plain and start in [f"FROM ./{MODEL_FILE}\n{told}" for told in (_CHATML, _NO_TEMPLATE)]
 
 
@@ -270,7 +281,24 @@ def _add_tokenizer(writer: gguf.GGUFWriter, merged: Path, *, num_tokens: int) ->
     writer.add_token_types([kinds.get(number, TokenType.UNUSED) for number in range(num_tokens)])
     special = gguf.SpecialVocab(merged, load_merges=True, n_vocab=num_tokens)
     special.add_special_token = {"bos": False, "eos": False} | special.add_special_token
+    special.special_token_ids |= _ends(merged)
     special.add_to_gguf(writer, quiet=True)
+
+
+def _ends(merged: Path) -> dict[str, int]:
+    """What ends an answer, in the three places that GGUF has for it: end of text, of a turn and of a message.
+
+    llama.cpp stops at each of them, and at tokens whose name it knows.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(merged, local_files_only=True)
+    if not tokenizer.chat_template:
+        return {}
+    turn_end = prompts.turn_end_id(tokenizer)
+    ids = {turn_end if tokenizer.eos_token_id is None else tokenizer.eos_token_id: "eos"}
+    ids.setdefault(turn_end, "eot")
+    others = [number for number in prompts.stop_ids(tokenizer, model.generation_of(merged)) if number not in ids]
+    ids |= dict.fromkeys(others[:1], "eom")
+    return {name: number for number, name in ids.items()}
 
 
 def pre_tokenizer_name(stored: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ B sequences, T tokens, V vocabulary.
 
 import importlib
 import logging
+import shutil
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from common.errors import ConfigError, ModelError
@@ -82,6 +84,7 @@ def convert(merged: Path, output: Path) -> None:
     program.save(output / MODEL_FILE, external_data=True)
     AutoConfig.from_pretrained(merged, local_files_only=True).save_pretrained(output)
     AutoTokenizer.from_pretrained(merged, local_files_only=True).save_pretrained(output)
+    shutil.copyfile(merged / GENERATION_CONFIG_NAME, output / GENERATION_CONFIG_NAME)
 
 
 def _load(merged: Path) -> Any:

@@ -74,7 +74,8 @@ def _check_modelfile(path: Path, facts: Facts, base: Path | None) -> None:
     """What we write and nothing else: with a base to the letter, without one whether it is of one of our two forms."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if base:
-        is_right = text == export_gguf.modelfile_of(export_folder.tokenizer_of(base, facts.chat_template))
+        tokenizer = export_folder.tokenizer_of(base, facts.chat_template)
+        is_right = text == export_gguf.modelfile_of(tokenizer, export_folder.generation_of(base, tokenizer))
     else:
         is_right = export_gguf.is_modelfile(text)
     if not is_right:

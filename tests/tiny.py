@@ -79,14 +79,20 @@ def rows(count: int, *, site: str = "north") -> list[Row]:
     return [row(number, site=site) for number in range(count)]
 
 
-def make_base(folder: Path) -> Path:
-    """A Llama of two layers with random weights, and a byte-level tokenizer with a chat template, as files."""
+CONTROL = ("<|pad|>", "<|im_start|>", "<|im_end|>")
+
+
+def make_base(folder: Path, *, control: tuple[str, ...] = CONTROL, end: str = "<|im_end|>") -> Path:
+    """A Llama of two layers with random weights, and a byte-level tokenizer with a chat template, as files.
+
+    `control` are the tokenizer's first tokens, `end` is the one that it calls its end token.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(control, end)
     tokenizer.save_pretrained(folder)
     shape = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -122,7 +128,7 @@ def exact_logits(network, ids_bt):
         return exact(input_ids=ids_bt).logits
 
 
-def make_tokenizer():
+def make_tokenizer(control: tuple[str, ...] = CONTROL, end: str = "<|im_end|>"):
     """Byte-level BPE with a few merges, trained on the rows above."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -134,13 +140,13 @@ def make_tokenizer():
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=320,
-        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=list(control),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     texts = [message.content for number in range(84) for message in row(number).messages]
     core.train_from_iterator(texts, trainer)
-    built = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|pad|>")
+    built = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=end, pad_token="<|pad|>")
     built.chat_template = chat.CHATML
     return built
 

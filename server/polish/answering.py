@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Final
 
-from common import model, prompts
+from common import model
 from common.config_polish import PolishStage
 from common.model import Engine
 from server.polish.rows import StageRows
@@ -34,7 +34,7 @@ def figures(engine: Engine, stage: PolishStage, found: StageRows) -> dict[str, f
         return {}
     asked = list(dict.fromkeys(tuple(row["prompt_ids"]) for row in found.held_out))[:MAX_PROMPTS]
     room = max(1, min(MAX_NEW_TOKENS, stage.max_length_tokens - max(map(len, asked))))
-    ends = prompts.stop_ids(engine.tokenizer)
+    ends = engine.stop_ids
     answers: list[list[int]] = []
     for start in range(0, len(asked), stage.micro_rows):
         ids_bt = model.answer_ids(engine, asked[start : start + stage.micro_rows], max_new_tokens=room)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import adapter, cores, model, prompts
+from common import adapter, cores, model
 from common.adapter import Tensors
 from common.config_polish import PolishStage
 from common.errors import ModelError
@@ -33,7 +33,7 @@ def lent(engine: Engine) -> Iterator[None]:
     attributes = [(owner, set(vars(owner))) for owner in (base, engine.model)]
     numbers = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(), model.quiet_peft():
-        base.generation_config.eos_token_id = list(prompts.stop_ids(engine.tokenizer))
+        base.generation_config.eos_token_id = list(engine.stop_ids)
         try:
             yield
         finally:

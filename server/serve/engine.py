@@ -72,7 +72,6 @@ class Models:
         self.base = base_name(base)
         network = model.load_base(base, settings, device)
         self.max_tokens = base_files.num_positions(network.config) or _UNBOUNDED
-        self._ends = _end_ids(network)
         self._tokenizers = {self.base: model.load_tokenizer(base)}
         base_probe.check_finite(network)
         base_probe.check_function(network, base_probe.trial_rows(self._tokenizers[self.base], network))
@@ -80,6 +79,7 @@ class Models:
         for one in served:
             self._attach(one)
             self._tokenizers[one.name] = prompts.use_template(model.load_tokenizer(base), one.template)
+        self._ends = {name: _end_ids(tokenizer, network) for name, tokenizer in self._tokenizers.items()}
         self._network.eval()
 
     def _attach(self, one: Served) -> None:
@@ -131,7 +131,7 @@ class Models:
         tokenizer, found, told = self.tokenizer(name), [], ""
         for token in self._tokens(name, ids, sampling):
             answer.num_tokens += 1
-            if token in self._ends or token == tokenizer.eos_token_id:
+            if token in self._ends[name]:
                 answer.finish = "stop"
                 break
             found.append(token)
@@ -195,10 +195,12 @@ def _key(name: str) -> str:
     return name.replace(".", "\u2024")
 
 
-def _end_ids(network: Any) -> set[int]:
-    """Every token that ends an answer, by the base's generation settings."""
-    found = network.generation_config.eos_token_id
-    return set(found) if isinstance(found, list) else {found} - {None}
+def _end_ids(tokenizer: PreTrainedTokenizerBase, network: Any) -> set[int]:
+    """Every token that ends an answer; of a base without a chat template those that base and tokenizer name."""
+    if tokenizer.chat_template:
+        return set(prompts.stop_ids(tokenizer, network.generation_config))
+    named = network.generation_config.eos_token_id
+    return {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
 
 
 def _first(text: str, stops: Sequence[str]) -> int | None:

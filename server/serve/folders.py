@@ -9,7 +9,7 @@ from typing import Final
 from common import model, wire
 from common.errors import ConfigError, ModelError
 from common.prompts import TemplateName
-from server import merge_folder, seal, verify
+from server import export_folder, merge_folder, seal, verify
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -73,7 +73,7 @@ def _verified(argument: str, base: Path, base_sha256: str, signer: str) -> Serve
             "give the base that it was trained on"
         )
     place = merge_folder.adapter_place(folder, sealed.facts)
-    template = place / "chat_template.jinja"
+    template = place / export_folder.TEMPLATE_FILE
     rank = next(shape[0] for name, shape in sealed.adapter.items() if name.endswith(".lora_A.weight"))
     name = given or sealed.facts.name
     return Served(name, place, sealed.facts.chat_template, template if template.is_file() else None, rank)

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, NoReturn, get_args
 from common import config, hosts
 from common.errors import ConfigError, ModelError
 from server import export_canonical
+from server.export_folder import GENERATION_FILE
 from server.serve.folders import Served, base_name
 
 Engine = Literal["auto", "vllm", "transformers"]
@@ -108,6 +109,8 @@ def vllm_command(base: Path, served: Sequence[Served], place: Place, *, extra: S
         "--lora-modules", *(f"{one.name}={one.place}" for one in served),
     ]  # fmt: skip
     template = _template_file(served)
+    if (served[0].place / GENERATION_FILE).is_file():  # where answers end; adapters of one template agree
+        command += ["--generation-config", str(served[0].place)]
     return [*command, *(["--chat-template", str(template)] if template else []), *extra]
 
 
