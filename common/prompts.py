@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from common import chat
+from common import chat, spelling, templates
 from common.errors import DataError, ModelError
 from common.rows import Message, Row
 
@@ -89,12 +89,13 @@ class Batch:
         )
 
 
-def use_template(tokenizer: "Tokenizer", name: TemplateName) -> "Tokenizer":
-    """Set the tokenizer's chat template to a built-in one, or check that it has its own.
+def use_template(tokenizer: "Tokenizer", name: TemplateName, *, date: str = "") -> "Tokenizer":
+    """Set the tokenizer's chat template to a built-in one, or to its own as a run can be trained with it.
 
     Args:
         tokenizer: Changed in place.
-        name: "tokenizer" keeps the template that came with the model.
+        name: "tokenizer" keeps the template that came with the model; see `templates.fitted` for what is put before it.
+        date: The day, YYYY-MM-DD, that a template prints which prints one; empty: the day on which it is rendered.
 
     Returns:
         The same tokenizer.
@@ -104,13 +105,14 @@ def use_template(tokenizer: "Tokenizer", name: TemplateName) -> "Tokenizer":
     """
     if name == "tokenizer":
         chat.require_template(tokenizer)
+        tokenizer.chat_template = templates.with_date(templates.fitted(tokenizer), date)
     elif name == "chatml":
-        _require_single_tokens(tokenizer, chat.CHATML_TOKENS)
-        tokenizer.chat_template = chat.CHATML
+        _require_single_tokens(tokenizer, templates.CHATML_TOKENS)
+        tokenizer.chat_template = templates.CHATML
     elif name == "alpaca":
         if not tokenizer.eos_token:
             raise ModelError('the tokenizer has no end token, which model.chat_template = "alpaca" needs')
-        tokenizer.chat_template = chat.ALPACA
+        tokenizer.chat_template = templates.ALPACA
     else:
         raise ValueError(f"unknown chat template {name!r}")
     if name != "tokenizer" and _adds_bos(tokenizer):
@@ -166,12 +168,13 @@ def encode_whole(row: Row, tokenizer: "Tokenizer", *, system_prompt: str = "") -
     Raises:
         ModelError: The tokenizer is not fast, or its template cannot be used for training.
     """
-    text, spans = chat.render(row, tokenizer, system_prompt=system_prompt)
-    input_ids, offsets = _tokenise(text, tokenizer)
+    _require_fast(tokenizer)
+    found = chat.render(row, tokenizer, system_prompt=system_prompt)
+    input_ids, offsets = _tokenise(found, tokenizer)
     is_answer = [False] * len(input_ids)
-    for start, end in spans:
-        inside = [i for i, (left, right) in enumerate(offsets) if start <= left and start < right <= end]
-        if not inside or offsets[inside[-1]][1] != end:
+    for start, end in found.answers:
+        inside = [i for i, (left, right) in enumerate(offsets) if start <= left < end and start < right]
+        if not inside or not _ends_at(end, offsets[inside[-1]], found.text, tokenizer):
             raise ModelError(f"{row.row_id}: no token ends where an answer ends: {chat.remedy(tokenizer)}")
         for i in inside:
             is_answer[i] = True
@@ -244,8 +247,47 @@ def prompt_ids(row: Row, tokenizer: "Tokenizer", *, system_prompt: str = "") -> 
     Raises:
         ModelError: The tokenizer is not fast, or its template fails.
     """
-    text = chat.render_prompt(row, tokenizer, system_prompt=system_prompt)
-    return _tokenise(text, tokenizer)[0], row.messages[-1].content
+    _require_fast(tokenizer)
+    found = chat.render_prompt(row, tokenizer, system_prompt=system_prompt)
+    return _tokenise(found, tokenizer)[0], row.messages[-1].content
+
+
+def spells_control_token(row: Row, tokenizer: "Tokenizer", *, system_prompt: str = "") -> bool:
+    """Tell whether a message spells a control token, which `encode` cuts into ordinary tokens.
+
+    Args:
+        row: The conversation.
+        tokenizer: A fast tokenizer with a chat template.
+        system_prompt: System message for rows that have none of their own.
+
+    Returns:
+        Whether one does; see `spelling.controls` for which tokens those are.
+
+    Raises:
+        ModelError: The tokenizer is not fast, or its template cannot be used for training.
+    """
+    _require_fast(tokenizer)
+    if not any(spelling.added(tokenizer).search(message.content) for message in row.messages):
+        return False
+    found = chat.render(row, tokenizer, system_prompt=system_prompt)
+    return bool(spelling.spelled(found.text, _pieces(found, tokenizer), tokenizer))
+
+
+def text_ids(text: str, tokenizer: "Tokenizer") -> list[int]:
+    """Give the tokens of a text that is no conversation; control tokens that it spells are text, as in a message.
+
+    Args:
+        text: Any.
+        tokenizer: A fast tokenizer.
+
+    Returns:
+        Token ids, none of them added at the ends.
+
+    Raises:
+        ModelError: The tokenizer is not fast.
+    """
+    _require_fast(tokenizer)
+    return _tokenise(chat.Rendered(text, ((0, len(text)),), ("user",)), tokenizer)[0]
 
 
 def turn_end_id(tokenizer: "Tokenizer") -> int:
@@ -261,9 +303,12 @@ def turn_end_id(tokenizer: "Tokenizer") -> int:
         ModelError: The tokenizer is not fast, its template cannot be used for training, or it ends an answer with text
             of several tokens, at the first of which generation would stop in the middle of answers.
     """
+    _require_fast(tokenizer)
     row = Row((Message("user", "Yes?"), Message("assistant", "Yes.")), unit="", row_id="a trial conversation")
-    text, [(start, end)] = chat.render(row, tokenizer)
-    ids = _tokenise(text[start:end].partition("Yes.")[2].strip(), tokenizer)[0]
+    found = chat.render(row, tokenizer)
+    [(start, end)] = found.answers
+    tail = found.text[start:end].partition("Yes.")[2].strip()
+    ids = _tokenise(chat.Rendered(tail, (), ()), tokenizer)[0]
     if ids[0] not in tokenizer.added_tokens_decoder and len(ids) > 1:
         raise ModelError(
             "the chat template ends an answer with text that is no token of its own, so generation would not know "
@@ -323,15 +368,40 @@ def collate(batch: Sequence[Encoded], *, pad_id: int) -> Batch:
     )
 
 
-def _tokenise(text: str, tokenizer: "Tokenizer") -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of a text and the characters that each of them covers."""
+def _ends_at(end: int, token: tuple[int, int], text: str, tokenizer: "Tokenizer") -> bool:
+    """Whether a token ends at a place, or is a control token of those that take the white space behind them."""
+    left, right = token
+    return right == end or (right > end and spelling.added(tokenizer).fullmatch(text[left:right].strip()) is not None)
+
+
+def _require_fast(tokenizer: "Tokenizer") -> None:
+    """Only a fast tokenizer tells which characters a token covers."""
     if not tokenizer.is_fast:
         raise ModelError(
             "the tokenizer is not a fast one, so answers cannot be located in the text: "
             "give a model folder that has a tokenizer.json"
         )
-    result = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+
+
+def _tokenise(found: chat.Rendered, tokenizer: "Tokenizer") -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a conversation and the characters that each of them covers; what messages spell is text."""
+    if any(spelling.added(tokenizer).search(found.text, *span) for span in found.contents):
+        pieces = _pieces(found, tokenizer)
+        if spelling.spelled(found.text, pieces, tokenizer):
+            return spelling.encode(found.text, pieces, tokenizer)
+    result = tokenizer(found.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return list(result["input_ids"]), list(result["offset_mapping"])
+
+
+def _pieces(found: chat.Rendered, tokenizer: "Tokenizer") -> list[spelling.Piece]:
+    """Each message's own text, with the tokens that are text in it."""
+    edges = [0, *(edge for span in found.contents for edge in span), len(found.text)]
+    written = "\0".join(found.text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True))
+    texts = {
+        role: spelling.controls(tokenizer, role=role, written=written, opening=found.opening)
+        for role in set(found.roles)
+    }
+    return [(start, end, texts[role]) for (start, end), role in zip(found.contents, found.roles, strict=True)]
 
 
 def _report(kept: Sequence[Encoded], *, num_rows: int) -> EncodingReport:

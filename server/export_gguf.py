@@ -21,7 +21,7 @@ from gguf.constants import GGMLQuantizationType, LlamaFileType, TokenType
 from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig
 
-from common import chat, model, prompts
+from common import model, prompts, templates
 from common.errors import ConfigError, ModelError
 from common.storage import storage_error
 
@@ -205,7 +205,7 @@ def _is_chatml(tokenizer: Any) -> bool:
     if not tokenizer.chat_template:
         return False
     talk = [{"role": role, "content": f"{role} says"} for role in ("system", "user", "assistant", "user")]
-    return all(_rendered(tokenizer, part) == _rendered(tokenizer, part, chat.CHATML) for part in (talk, talk[1:]))
+    return all(_rendered(tokenizer, part) == _rendered(tokenizer, part, templates.CHATML) for part in (talk, talk[1:]))
 
 
 def _rendered(tokenizer: Any, talk: list[dict[str, str]], template: str | None = None) -> str:

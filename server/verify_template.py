@@ -8,12 +8,12 @@ from typing import Any, Final
 import gguf
 from transformers import AutoTokenizer
 
-from common import chat, wire
+from common import templates, wire
 from common.errors import ModelError
 from server import export_folder, export_gguf
 from server.seal import Facts
 
-_BUILT_IN: Final = {"chatml": chat.CHATML, "alpaca": chat.ALPACA}
+_BUILT_IN: Final = {"chatml": templates.CHATML, "alpaca": templates.ALPACA}
 _FOLDERS: Final = ("merged", "nf4", "int8", "onnx")
 
 

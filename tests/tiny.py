@@ -133,7 +133,7 @@ def make_tokenizer(control: tuple[str, ...] = CONTROL, end: str = "<|im_end|>"):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from common import chat
+    from common import templates
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -147,7 +147,7 @@ def make_tokenizer(control: tuple[str, ...] = CONTROL, end: str = "<|im_end|>"):
     texts = [message.content for number in range(84) for message in row(number).messages]
     core.train_from_iterator(texts, trainer)
     built = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=end, pad_token="<|pad|>")
-    built.chat_template = chat.CHATML
+    built.chat_template = templates.CHATML
     return built
 
 

@@ -39,7 +39,8 @@ class TokenCounts:
         num_truncated: Rows that would be cut and kept.
         num_dropped: Rows that would be left out.
         num_answer_tokens: Tokens that the loss would cover.
-        num_with_control_tokens: Rows whose text spells a control token of the tokenizer, such as its end token.
+        num_with_control_tokens: Rows that spell a control token of the tokenizer, such as its end token, which is
+            cut into ordinary tokens.
     """
 
     quantiles: dict[str, int]
@@ -155,9 +156,9 @@ def check(
     sizes = Counter(row.unit for row in rows).values()
     tokens = None
     if tokenizer is not None and (whole := _encoded(rows, tokenizer, system_prompt, problems)):
-        num_control = sum(_has_control_token(row, tokenizer) for row in rows)
+        spells = (prompts.spells_control_token(row, tokenizer, system_prompt=system_prompt) for row, _ in whole)
         tokens = _count_tokens(
-            [encoded for _, encoded in whole], limit=max_length_tokens, too_long=too_long, num_control=num_control
+            [encoded for _, encoded in whole], limit=max_length_tokens, too_long=too_long, num_control=sum(spells)
         )
         if problems is not None and max_length_tokens is not None and too_long == "error":
             _note_too_long(whole, max_length_tokens, problems)
@@ -300,12 +301,6 @@ def _count_tokens(whole: Sequence[Encoded], *, limit: int | None, too_long: TooL
         num_answer_tokens=sum(sum(encoded.is_answer) for encoded in kept if encoded is not None),
         num_with_control_tokens=num_control,
     )
-
-
-def _has_control_token(row: Row, tokenizer: "Tokenizer") -> bool:
-    """Whether a message spells a token such as the end token, which the model would take for the real one."""
-    tokens = [token for token in tokenizer.all_special_tokens if token.strip()]
-    return any(token in message.content for message in row.messages for token in tokens)
 
 
 def _preview(

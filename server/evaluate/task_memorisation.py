@@ -141,7 +141,7 @@ def _before(engine: Engine, canary: Canary, run: RunConfig) -> str:
     if not canary.prompt:
         return ""
     row = Row((Message("user", canary.prompt), Message("assistant", "")), unit="", row_id=canary.name)
-    return chat.render_prompt(row, engine.tokenizer, system_prompt=run.data.system_prompt)
+    return chat.render_prompt(row, engine.tokenizer, system_prompt=run.data.system_prompt).text
 
 
 def pair_of(engine: Engine, before: str, following: str) -> likelihood.Pair:

@@ -180,7 +180,7 @@ def _pieces(stage: PolishStage, engine: Engine) -> list[Tokens]:
     """Raw texts, each ended by the end token, in pieces of at most `max_length_tokens`; every token is learnt from."""
     found, size = [], stage.max_length_tokens
     for text in read.convert_all(_table(stage, "text"), _raw):
-        ids = engine.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = prompts.text_ids(text, engine.tokenizer)
         ids = [*ids, *([engine.tokenizer.eos_token_id] if engine.tokenizer.eos_token_id is not None else [])]
         found += [ids[start : start + size] for start in range(0, len(ids), size)]
     return [{"input_ids": ids, "labels": list(ids)} for ids in found if len(ids) > 1]

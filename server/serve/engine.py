@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from jinja2 import TemplateError
 from peft import PeftModel
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.utils import logging as transformers_logging
 
 from common import base_files, base_probe, config, model, prompts
+from common.errors import ModelError
+from common.rows import Message, Row
 from server.serve.folders import Served, base_name
 from server.serve.requests import Refused, Talk
 
@@ -72,7 +73,7 @@ class Models:
         self.base = base_name(base)
         network = model.load_base(base, settings, device)
         self.max_tokens = base_files.num_positions(network.config) or _UNBOUNDED
-        self._tokenizers = {self.base: model.load_tokenizer(base)}
+        self._tokenizers = {self.base: _own(model.load_tokenizer(base))}
         base_probe.check_finite(network)
         base_probe.check_function(network, base_probe.trial_rows(self._tokenizers[self.base], network))
         self._network: Any = network
@@ -115,12 +116,12 @@ class Models:
         tokenizer = self.tokenizer(name)
         if not tokenizer.chat_template:
             raise Refused(f"model: {name} has no chat template; use /v1/completions")
-        talk = [{"role": message.role, "content": message.text} for message in messages]
+        turns = tuple(Message(message.role, message.text) for message in messages)
+        row = Row((*turns, Message("assistant", "")), unit="", row_id="messages")
         try:
-            text = str(tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True))
-        except (TemplateError, TypeError):  # whose text may quote a message
+            return prompts.prompt_ids(row, tokenizer)[0]
+        except ModelError:  # whose remedy is a run's
             raise Refused("messages: the model's chat template refuses this order of roles") from None
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def text_ids(self, name: str, prompt: str) -> list[int]:
         """A prompt as it is, with what the tokenizer puts before every text."""
@@ -195,12 +196,19 @@ def _key(name: str) -> str:
     return name.replace(".", "\u2024")
 
 
+def _own(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A base with its own chat template, if it has one, as a run uses it."""
+    return prompts.use_template(tokenizer, "tokenizer") if tokenizer.chat_template else tokenizer
+
+
 def _end_ids(tokenizer: PreTrainedTokenizerBase, network: Any) -> set[int]:
-    """Every token that ends an answer; of a base without a chat template those that base and tokenizer name."""
-    if tokenizer.chat_template:
+    """Every token that ends an answer; of a base without a template that could be trained with, those that base and
+    tokenizer name."""
+    try:
         return set(prompts.stop_ids(tokenizer, network.generation_config))
-    named = network.generation_config.eos_token_id
-    return {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
+    except ModelError:
+        named = network.generation_config.eos_token_id
+        return {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
 
 
 def _first(text: str, stops: Sequence[str]) -> int | None:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from client.data import check
-from common import chat
+from common import templates
 from common.data import read
 from common.rows import Columns
 
@@ -27,7 +27,7 @@ def tokenizer():
     core.decoder = decoders.Fuse()
     core.add_special_tokens(["<|im_end|>", "<|im_start|>"])
     built = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", unk_token="[unk]")
-    built.chat_template = chat.CHATML
+    built.chat_template = templates.CHATML
     return built
 
 

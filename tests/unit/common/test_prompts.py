@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from common import chat, prompts
+from common import prompts, templates
 from common.errors import DataError, ModelError
 from common.rows import Message, Row
 
@@ -181,13 +181,13 @@ def test_a_leading_line_break_that_merges_with_the_template_is_left_out_and_the_
     core.pre_tokenizer = pre_tokenizers.Split("\n\n", "isolated")
     core.add_special_tokens(["<|im_end|>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", unk_token="[unk]")
-    tokenizer.chat_template = chat.CHATML
+    tokenizer.chat_template = templates.CHATML
     encoded = whole(conversation("q", "\na"), tokenizer)
     assert [i for i, is_answer in zip(encoded.input_ids, encoded.is_answer, strict=True) if is_answer] == [3, 1]
 
 
 def test_space_of_the_template_is_not_covered_where_offsets_are_trimmed():
-    template = chat.CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant: '").replace(
+    template = templates.CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant: '").replace(
         "message['role'] + '\n'", "message['role'] + (': ' if message['role'] == 'assistant' else '\n')"
     )
     for is_trimmed in (False, True):
@@ -199,7 +199,7 @@ def test_end_marker_that_merges_with_what_follows_is_refused():
     core = Tokenizer(models.WordLevel({"[unk]": 0, "#\n": 1, "a": 2}, unk_token="[unk]"))
     core.pre_tokenizer = pre_tokenizers.Split("#\n", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[unk]")
-    tokenizer.chat_template = chat.CHATML.replace("<|im_end|>", "#")
+    tokenizer.chat_template = templates.CHATML.replace("<|im_end|>", "#")
     with pytest.raises(ModelError, match="no token ends where an answer ends"):
         whole(conversation("q", "a"), tokenizer)
 
@@ -222,7 +222,7 @@ def test_embedded_base_covers_answer_and_end_token():
 
 
 def test_stop_ids_hold_end_of_turn_and_end_token():
-    tokenizer = make_tokenizer(chat.CHATML, specials=("<|im_start|>", "<|im_end|>", "</s>"))
+    tokenizer = make_tokenizer(templates.CHATML, specials=("<|im_start|>", "<|im_end|>", "</s>"))
     assert prompts.stop_ids(tokenizer) == tuple(sorted(tokenizer.convert_tokens_to_ids(["<|im_end|>", "</s>"])))
 
 
@@ -231,9 +231,9 @@ BAD_TEMPLATES = {
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
     "leaves out": "{% for m in messages %}{% if m['role'] != 'system' %}"
     "{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}",
-    "answers cannot be located": "{{ messages | length }}" + chat.CHATML,
+    "answers cannot be located": "{{ messages | length }}" + templates.CHATML,
     "refuses the roles": "{% if messages[0]['role'] == 'system' %}"
-    "{{ raise_exception(messages[1]['content']) }}{% endif %}" + chat.CHATML,
+    "{{ raise_exception(messages[1]['content']) }}{% endif %}" + templates.CHATML,
 }
 
 
@@ -293,7 +293,7 @@ def test_start_token_is_kept_where_the_tokenizer_adds_one():
 def test_slow_tokenizer_is_refused():
     class Slow:
         is_fast = False
-        chat_template = chat.CHATML
+        chat_template = templates.CHATML
 
         def apply_chat_template(self, messages, **options):
             return TOKENIZERS["chatml"].apply_chat_template(messages, **options)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from common import chat, prompts
+from common import prompts, templates
 from common.errors import DataError
 from common.prompts import Encoded
 from common.rows import Message, Row
@@ -29,7 +29,7 @@ def tokenizer():
     built = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="[unk]"
     )
-    built.chat_template = chat.CHATML
+    built.chat_template = templates.CHATML
     return built
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from common import chat
+from common import templates
 from common.errors import ConfigError, ModelError
 from common.manifest import RunManifest
 from common.model import hash_base
@@ -130,7 +130,7 @@ def test_a_modelfile_has_a_template_only_where_it_is_chatml(tmp_path):
     text = export_gguf.modelfile(folder)
     assert text.startswith("FROM ./model.gguf\nTEMPLATE")
     assert text.endswith('PARAMETER stop "<|im_end|>"\n')
-    (folder / "chat_template.jinja").write_text("{{ '<|im_start|>system\nbe kind<|im_end|>\n' }}" + chat.CHATML)
+    (folder / "chat_template.jinja").write_text("{{ '<|im_start|>system\nbe kind<|im_end|>\n' }}" + templates.CHATML)
     assert 'TEMPLATE """' not in export_gguf.modelfile(folder)
 
 
@@ -151,7 +151,7 @@ def commands(text: str) -> list[tuple[str, str]]:
 
 def test_a_modelfile_is_one_by_ollama_s_grammar(tmp_path):
     folder = tiny.make_base(tmp_path / "base")
-    plain, own = export_gguf.modelfile(folder), chat.CHATML
+    plain, own = export_gguf.modelfile(folder), templates.CHATML
     (folder / "chat_template.jinja").write_text("{{ 'be kind' }}" + own)
     for text, names in (
         (plain, ["FROM", "TEMPLATE", "PARAMETER"]),
@@ -320,4 +320,4 @@ def test_the_merged_checkpoint_has_the_template_that_was_trained_on(load_tiny, t
     changes = {"model.chat_template": '"alpaca"'}
     trained = make_source(load_tiny(changes), tiny.settings(tiny_base, changes))
     folder = write(tmp_path / "export", trained, tiny_base, "merged")
-    assert AutoTokenizer.from_pretrained(folder / "merged").chat_template == chat.ALPACA
+    assert AutoTokenizer.from_pretrained(folder / "merged").chat_template == templates.ALPACA
