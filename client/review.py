@@ -210,6 +210,7 @@ def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
         "aggregation": f"{settings.aggregation.method}; a site trains and sends {_factors(run, desk.node.site.name)}",
         "who sees this update": guarding.in_words(settings.aggregation),
         "texts of the coordinator": settings.data.system_prompt or "none",
+        "date in its prompts": run.date or "none",
     }
 
 

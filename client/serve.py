@@ -146,7 +146,7 @@ class EngineLoader:
         residual_rank = run.aggregation.residual_rank
         seed = run.seed if KINDS[run.adapter.kind].is_seeded else None
         beside = (run.training.gradient_checkpointing, residual_rank, run.aggregation.num_core_heads, seed)
-        key = (manifest.base_sha256, own, run.adapter, *beside)
+        key = (manifest.base_sha256, own, run.adapter, manifest.date, *beside)
         if self._engine is None or key != self._key:
             self._engine, self._key = None, key  # the old base's memory is free before the new one is loaded
             self._engine = self._load(manifest)
@@ -162,6 +162,7 @@ class EngineLoader:
             device_name=hardware.device,
             num_threads=hardware.num_threads,
             trains=True,
+            date=manifest.date,
         )
 
 

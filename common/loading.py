@@ -19,6 +19,7 @@ def engine_of(
     device_name: str = "auto",
     num_threads: int = 0,
     trains: bool = False,
+    date: str = "",
 ) -> Engine:
     """Load a base with all that the run attaches to it: adapter, side adapter and cores.
 
@@ -29,6 +30,7 @@ def engine_of(
         device_name: `auto`, `cpu` or `cuda`.
         num_threads: CPU threads of torch; 0: all cores.
         trains: Whether rounds are trained on it, with gradient checkpointing if the run has that.
+        date: Day of the run, YYYY-MM-DD, for a chat template that prints one; empty: the day on which it is rendered.
 
     Raises:
         ModelError: Files missing, hash differs, precision impossible here, targets match nothing, or the base is not
@@ -45,6 +47,7 @@ def engine_of(
         gradient_checkpointing=trains and run.training.gradient_checkpointing,
         residual_rank=run.aggregation.residual_rank,
         num_heads=run.aggregation.num_core_heads,
+        date=date,
     )
 
 

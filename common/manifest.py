@@ -1,5 +1,6 @@
 """The run manifest: a run as data, signed. A site acts on this and on nothing else that a coordinator sends."""
 
+import datetime
 import functools
 import hashlib
 import json
@@ -17,7 +18,7 @@ from common.errors import AuthError, ConfigError, WireError
 from common.records import TensorSpec, from_head, to_head
 from common.wire import Frame
 
-VERSION: Final = 4
+VERSION: Final = 5
 MAX_BYTES: Final = 4 << 20
 PURPOSE: Final = "manifest"
 _CODES: Final = {True: re.compile("[0-9a-f]{64}"), False: re.compile("")}  # by whether weights are 4-bit codes
@@ -36,6 +37,8 @@ class RunManifest:
             does.
         evaluation_sha256: Hash of what the coordinator measures, rows included (`server/evaluate/suite.py`), fixed
             before training; empty where it measures nothing of its own.
+        date: Day on which the run was launched, YYYY-MM-DD, which its chat template prints wherever it is rendered;
+            empty where the template prints none.
     """
 
     run: config.RunConfig
@@ -43,6 +46,7 @@ class RunManifest:
     tensor_specs: tuple[TensorSpec, ...]
     codes_sha256: str = ""
     evaluation_sha256: str = ""
+    date: str = ""
 
     def to_bytes(self) -> bytes:
         """Canonical bytes; the same manifest always gives the same."""
@@ -57,6 +61,7 @@ class RunManifest:
                 "tensors": tensors,
                 "egress": self.egress.as_dict(),
                 "evaluation_sha256": self.evaluation_sha256,
+                "date": self.date,
             }
         )
 
@@ -197,4 +202,6 @@ def _from_fields(fields: dict[str, Any]) -> RunManifest:
         )
     if not re.fullmatch(SHA256, fields["evaluation_sha256"]):
         raise ValueError("evaluation_sha256")
-    return RunManifest(run, str(fields["base_sha256"]), specs, digest, fields["evaluation_sha256"])
+    if fields["date"] and datetime.date.fromisoformat(fields["date"]).isoformat() != fields["date"]:
+        raise ValueError("date")
+    return RunManifest(run, str(fields["base_sha256"]), specs, digest, fields["evaluation_sha256"], str(fields["date"]))

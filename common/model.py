@@ -40,6 +40,7 @@ from common import (
     prompts,
     quiet,
     storage,
+    templates,
 )
 from common.errors import ModelError
 from common.kinds import KINDS, Quantization
@@ -68,6 +69,7 @@ class Engine:
         codes_sha256: Hash of the base's 4-bit codes; empty where it has none.
         folder: Where the base's files are.
         quantised_share: Part of the values in the body's matrices that are 4-bit or 8-bit codes.
+        date: Day that the chat template prints, YYYY-MM-DD; empty: it prints none.
     """
 
     model: nn.Module
@@ -79,6 +81,7 @@ class Engine:
     codes_sha256: str = ""
     folder: Path = Path()
     quantised_share: float = 0.0
+    date: str = ""
 
     @property
     def quantization(self) -> Quantization:
@@ -115,6 +118,7 @@ def load(
     gradient_checkpointing: bool = False,
     residual_rank: int = 0,
     num_heads: int = 0,
+    date: str = "",
 ) -> Engine:
     """Load a base and attach a fresh adapter (B = 0, and cores of zero).
 
@@ -128,6 +132,7 @@ def load(
         gradient_checkpointing: Trade time for memory.
         residual_rank: Rank of the frozen side adapter (zero at first); 0: none.
         num_heads: Heads of the cores between A and B; 0: no cores.
+        date: Day, YYYY-MM-DD, for a chat template that prints one; empty: the day on which it is rendered.
 
     Raises:
         ModelError: Files missing, hash differs, precision impossible here, targets match nothing.
@@ -139,7 +144,9 @@ def load(
     base_sha256 = check_hash(folder, model.sha256)
     device = choose_device(device_name)
     _check_dtype(model, adapter_settings, device)
-    tokenizer = prompts.use_template(load_tokenizer(folder), model.chat_template)
+    tokenizer = load_tokenizer(folder)
+    is_dated = model.chat_template == "tokenizer" and templates.needs_date(str(tokenizer.chat_template))
+    prompts.use_template(tokenizer, model.chat_template, date=date)
     base = load_base(folder, model, device)
     share = base_probe.precision_of(base).share
     codes_sha256 = codes.sha256_of(base)
@@ -159,9 +166,8 @@ def load(
     if gradient_checkpointing:
         checkpoint(base)
     initial = adapter.read(peft_model)
-    return Engine(
-        peft_model, tokenizer, device, base_sha256, adapter.specs(initial), initial, codes_sha256, folder, share
-    )
+    specs, day = adapter.specs(initial), date if is_dated else ""
+    return Engine(peft_model, tokenizer, device, base_sha256, specs, initial, codes_sha256, folder, share, day)
 
 
 def checkpoint(base: Any) -> None:

@@ -7,6 +7,7 @@ file on this machine; empty: nobody), `federation`, `offer-days`, `audit-folder`
 `i-accept`: run though noise drowns what so few sites have to say. Of the key Flower gets the path only.
 """
 
+import datetime
 from pathlib import Path
 
 from flwr.app import Context
@@ -51,6 +52,7 @@ def _execute(grid: Grid, log: EventLog, options: UserConfig) -> None:
         settings,
         Path(base_folder) if base_folder else store.resolve(settings.model.base),
         num_threads=int(options["num-threads"]),
+        date=run.date_of(folder, resume=bool(options["resume"]), today=datetime.datetime.now(datetime.UTC).date()),
     )
     run.execute(
         settings,

@@ -139,6 +139,8 @@ def serve(
         command = start.vllm_command(base, served, place, extra=vllm_arg or ())
         if show_command:
             return cli.show(_quoted(command))
+        for line in served_folders.dates_in_words(served):
+            cli.show(line)
         start.become_vllm(command, place)
     options = {
         "vllm_arg": vllm_arg,
@@ -207,7 +209,7 @@ def _serve_here(base: Path, served: Any, place: Any, options: dict[str, Any]) ->
     """The small server, with what it needs."""
     from common import config, hosts
     from common.errors import ConfigError
-    from server.serve import api, start
+    from server.serve import api, folders, start
 
     if options["vllm_arg"]:
         raise ConfigError("--vllm-arg is for vLLM; leave it out, or take --engine vllm")
@@ -224,7 +226,9 @@ def _serve_here(base: Path, served: Any, place: Any, options: dict[str, Any]) ->
         settings=config.ModelConfig(base=str(base), quantization=options["quantization"]),
         device_name=options["device"],
         ready=lambda address, names: cli.show(
-            f"http://{hosts.in_url(address[0])}:{address[1]}/v1    models: {', '.join(names)}", "stop it with Ctrl-C"
+            f"http://{hosts.in_url(address[0])}:{address[1]}/v1    models: {', '.join(names)}",
+            *folders.dates_in_words(served),
+            "stop it with Ctrl-C",
         ),
     )
 

@@ -68,7 +68,7 @@ def compare(
     found = finish.stored(run_folder, num_rounds=num_rounds)
     settings = found.run_manifest.run
     rows = loading.rows_of(order.rows, settings)[: order.max_rows or None]
-    engine = loading.engine_of(settings, finish.base_of(found, base))
+    engine = loading.engine_of(settings, finish.base_of(found, base), date=found.run_manifest.date)
     adapter.write(engine.model, found.tensors)
     pairs = pairs_of(rows, answered(engine, rows, order, settings))
     made = blind.write(pairs, names=(order.against, ADAPTER), seed=order.seed, tasks=out, key=key)

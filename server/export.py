@@ -149,7 +149,12 @@ def base_name(base: str) -> str:
 
 
 def merge(
-    adapter_folder: Path, base_folder: Path, output_folder: Path, *, chat_template: prompts.TemplateName = "tokenizer"
+    adapter_folder: Path,
+    base_folder: Path,
+    output_folder: Path,
+    *,
+    chat_template: prompts.TemplateName = "tokenizer",
+    date: str = "",
 ) -> None:
     """Add an adapter to its base and save the sum as a bf16 checkpoint; see `summed`.
 
@@ -160,6 +165,7 @@ def merge(
         base_folder: The base, not quantised.
         output_folder: For the checkpoint; new or empty.
         chat_template: `model.chat_template` of the run: the tokenizer is saved with the template that was trained on.
+        date: Day of the run, for a template that prints one.
 
     Raises:
         ConfigError: The output folder holds something.
@@ -177,7 +183,7 @@ def merge(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         what = type(error).__name__
         raise ModelError(f"{adapter_folder}: does not fit the base in {base_folder} ({what})") from error
-    tokenizer = prompts.use_template(model.load_tokenizer(base_folder), chat_template)
+    tokenizer = prompts.use_template(model.load_tokenizer(base_folder), chat_template, date=date)
     merged.generation_config.eos_token_id = list(prompts.stop_ids(tokenizer, merged.generation_config))
     _save_merged(merged.to(torch.bfloat16), tokenizer, output_folder)
 

@@ -120,8 +120,10 @@ def write(
     """
     content = content_of(source, formats=formats, base=base, gguf_type=gguf_type)
     if rows and base:
-        run = source.run_manifest.run
-        compare = functools.partial(_compared, rows=rows, tensors=source.tensors, run=run, base=base)
+        found = source.run_manifest
+        compare = functools.partial(
+            _compared, rows=rows, tensors=source.tensors, run=found.run, base=base, date=found.date
+        )
         content = dataclasses.replace(content, measure=compare)
     write_content(folder, content, base=base, llama_cpp=llama_cpp, key=key)
 
@@ -152,7 +154,8 @@ def content_of(source: Exported, *, formats: Sequence[str], base: Path | None, g
         base=export.told_base(found.run.model.base),
         adapter_sha256="" if made else hashlib.sha256(export_canonical.encoded(tensors)).hexdigest(),
         chat_template=found.run.model.chat_template,
-        chat_template_sha256=template_sha256(base, found.run.model.chat_template) if base else "",
+        chat_template_sha256=template_sha256(base, found.run.model.chat_template, found.date) if base else "",
+        date=found.date,
         gguf_type=gguf_type,
     )
     told = {"num_rounds": source.num_rounds, "sites": source.sites, "log": source.log}
@@ -162,9 +165,11 @@ def content_of(source: Exported, *, formats: Sequence[str], base: Path | None, g
     return Content(facts, tensors, adapter_card, card, made, quantization=found.run.model.quantization)
 
 
-def _compared(merged: Path, *, rows: Path, tensors: Tensors, run: config.RunConfig, base: Path) -> Perplexity:
+def _compared(
+    merged: Path, *, rows: Path, tensors: Tensors, run: config.RunConfig, base: Path, date: str
+) -> Perplexity:
     """A merged checkpoint that may be exported, with its figures."""
-    found = export_perplexity.measure(rows, tensors, run=run, base=base, merged=merged)
+    found = export_perplexity.measure(rows, tensors, run=run, base=base, merged=merged, date=date)
     found.check(run.name)
     return found
 
@@ -226,7 +231,7 @@ def _check_kind(kind: str, formats: Sequence[str]) -> None:
 def _fill(folder: Path, content: Content, *, base: Path | None, llama_cpp: Path | None) -> seal.Facts:
     """Every format, then the card; what is known then."""
     formats, name = content.facts.formats, content.facts.name
-    tokenizer = tokenizer_of(base, content.facts.chat_template) if base else None
+    tokenizer = tokenizer_of(base, content.facts.chat_template, content.facts.date) if base else None
     for target in [target for target in ("peft", f"vllm/{name}") if target.split("/")[0] in formats]:
         _save_adapter(folder / target, content)
         if base and tokenizer:
@@ -246,7 +251,7 @@ def _fill_merged(folder: Path, content: Content, *, base: Path, llama_cpp: Path 
     """All that is made from the merged checkpoint, which goes again if nobody asked for it; its perplexity."""
     scratch, merged, formats = folder / ".adapter", folder / "merged", content.facts.formats
     _save_adapter(scratch, content)
-    export.merge(scratch, base, merged, chat_template=content.facts.chat_template)
+    export.merge(scratch, base, merged, chat_template=content.facts.chat_template, date=content.facts.date)
     shutil.rmtree(scratch)
     measured = content.measure(merged) if content.measure else None
     for kind in [kind for kind in ("nf4", "int8") if kind in formats]:
@@ -280,18 +285,18 @@ def _save_gguf(folder: Path, merged: Path, facts: seal.Facts, *, llama_cpp: Path
     storage.write_atomic(folder / "Modelfile", export_gguf.modelfile(merged).encode())
 
 
-def template_of(base: Path, name: prompts.TemplateName) -> str:
-    """The chat template that a run on this base was trained with.
+def template_of(base: Path, name: prompts.TemplateName, date: str) -> str:
+    """The chat template that a run of that day on this base was trained with.
 
     Raises:
         ModelError: The base has no tokenizer, or none that this template fits.
     """
-    return str(tokenizer_of(base, name).chat_template)
+    return str(tokenizer_of(base, name, date).chat_template)
 
 
-def tokenizer_of(base: Path, name: prompts.TemplateName) -> PreTrainedTokenizerBase:
+def tokenizer_of(base: Path, name: prompts.TemplateName, date: str) -> PreTrainedTokenizerBase:
     """The base's tokenizer with that template."""
-    return prompts.use_template(model.load_tokenizer(base), name)
+    return prompts.use_template(model.load_tokenizer(base), name, date=date)
 
 
 def generation_of(base: Path, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -305,9 +310,9 @@ def generation_of(base: Path, tokenizer: PreTrainedTokenizerBase) -> GenerationC
     return found
 
 
-def template_sha256(base: Path, name: prompts.TemplateName) -> str:
+def template_sha256(base: Path, name: prompts.TemplateName, date: str) -> str:
     """Its hash, for the seal."""
-    return hashlib.sha256(template_of(base, name).encode()).hexdigest()
+    return hashlib.sha256(template_of(base, name, date).encode()).hexdigest()
 
 
 def quantise(merged: Path, output: Path, *, kind: str) -> None:

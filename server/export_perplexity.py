@@ -87,7 +87,9 @@ def stored(figures: Mapping[str, Any]) -> Perplexity:
         raise ModelError("the seal's figures of perplexity are malformed; get the folder again") from error
 
 
-def measure(rows: Path, tensors: Tensors, *, run: config.RunConfig, base: Path, merged: Path) -> Perplexity:
+def measure(
+    rows: Path, tensors: Tensors, *, run: config.RunConfig, base: Path, merged: Path, date: str = ""
+) -> Perplexity:
     """Score both, one in memory at a time.
 
     Args:
@@ -96,12 +98,13 @@ def measure(rows: Path, tensors: Tensors, *, run: config.RunConfig, base: Path, 
         run: The run.
         base: The base's folder, not quantised.
         merged: The merged checkpoint.
+        date: Day of the run, for a chat template that prints one.
 
     Raises:
         DataError: The rows are missing or unusable.
         ModelError: A checkpoint cannot be loaded.
     """
-    alone, beside, encoded = _beside(rows, tensors, run=run, base=base)
+    alone, beside, encoded = _beside(rows, tensors, run=run, base=base, date=date)
     device = model.choose_device("auto")
     network = model.load_base(merged, _plain(run, merged), device)
     engine = Engine(network, model.load_tokenizer(merged), device, "", (), {})
@@ -112,11 +115,11 @@ def measure(rows: Path, tensors: Tensors, *, run: config.RunConfig, base: Path, 
 
 
 def _beside(
-    rows: Path, tensors: Tensors, *, run: config.RunConfig, base: Path
+    rows: Path, tensors: Tensors, *, run: config.RunConfig, base: Path, date: str
 ) -> tuple[Scores, Scores, Sequence[Encoded]]:
     """Scores of the base alone and with its adapters, and the rows as tokens."""
     plain = run.model_copy(update={"model": _plain(run, base)})
-    engine = loading.engine_of(plain, base, num_threads=torch.get_num_threads())
+    engine = loading.engine_of(plain, base, num_threads=torch.get_num_threads(), date=date)
     encoded, _ = model.encode(engine, loading.rows_of(str(rows), run)[:MAX_ROWS], run.data)
     alone = _scores(engine, encoded)
     adapter.write(engine.model, tensors)

@@ -42,9 +42,9 @@ def export_run(
     )  # fmt: skip
     written = {"adapter": str(adapter_folder)}
     if merged:
-        export.merge(
-            adapter_folder, base_of(found, base), merged, chat_template=found.run_manifest.run.model.chat_template
-        )
+        told = found.run_manifest
+        template = told.run.model.chat_template
+        export.merge(adapter_folder, base_of(found, base), merged, chat_template=template, date=told.date)
         written["merged"] = str(merged)
     return written
 

@@ -137,6 +137,11 @@ def _check_alike(folders: Sequence[Path], inputs: Sequence[Input]) -> None:
             raise ModelError(f"{folder}: is of another base than {folders[0]}; merge adapters of one base")
         if one.facts.chat_template != inputs[0].facts.chat_template:
             raise ModelError(f"{folder}: was trained with another chat template than {folders[0]}; it cannot be merged")
+        if one.facts.date != inputs[0].facts.date:
+            raise ModelError(
+                f"{folder}: its prompts say {one.facts.date or 'no date'}, those of {folders[0]} "
+                f"{inputs[0].facts.date or 'none'}; adapters of runs of one day only can be merged"
+            )
 
 
 def _content(
@@ -161,7 +166,8 @@ def _content(
         base=first.base,
         adapter_sha256=hashlib.sha256(export_canonical.encoded(tensors)).hexdigest(),
         chat_template=first.chat_template,
-        chat_template_sha256=export_folder.template_sha256(base, first.chat_template) if base else "",
+        chat_template_sha256=export_folder.template_sha256(base, first.chat_template, first.date) if base else "",
+        date=first.date,
         inputs=tuple(one.sha256 for one in inputs),
     )
     text = card(inputs, facts, recipe, lost=lost, licence=export_folder.licence_of(base) if base else "")

@@ -1,6 +1,7 @@
 """The seal of an exported folder: `export.json` names every file with its SHA-256, `export.sig.json` signs that."""
 
 import dataclasses
+import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from common.records import TensorSpec
 FILE: Final = "export.json"
 SIGNATURE_FILE: Final = "export.sig.json"
 PURPOSE: Final = "export"
-VERSION: Final = 2
+VERSION: Final = 3
 FORMATS: Final = ("peft", "vllm", "merged", "nf4", "int8", "gguf", "onnx")
 MAX_BYTES: Final = 16 << 20
 
@@ -36,6 +37,7 @@ class Facts:
         adapter_sha256: Of the canonical adapter's file, taken before anything was written.
         chat_template: `model.chat_template` of the run.
         chat_template_sha256: Of the template's text; empty where no base was at hand, and so no format has one.
+        date: Day of the run, YYYY-MM-DD, which its chat template prints; empty: it prints none.
         gguf_type: Type of the GGUF file's matrices, a name of `export_gguf.TYPES`.
         inputs: SHA-256 of `export.json` of every export that was mixed into this one.
         perplexity: Of the merged weights against base and adapters side by side, `server/export_perplexity.py`; empty
@@ -51,6 +53,7 @@ class Facts:
     adapter_sha256: str = ""
     chat_template: prompts.TemplateName = "tokenizer"
     chat_template_sha256: str = ""
+    date: str = ""
     gguf_type: str = "bf16"
     inputs: tuple[str, ...] = ()
     perplexity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -111,6 +114,8 @@ def read(folder: Path) -> Seal:
         found = json.loads(data, object_pairs_hook=wire.unique_pairs)
         lists = {key: tuple(found["facts"][key]) for key in ("formats", "inputs")}
         facts = Facts(**{**found["facts"], **lists})
+        if facts.date:
+            datetime.date.fromisoformat(facts.date)
         sealed = Seal(facts, dict(found["adapter"]), dict(found["files"]), dict(found["tensors"]))
         if found["version"] != VERSION or wire.canonical_json(found) != data:
             raise ValueError("another version, or not canonical")

@@ -52,7 +52,7 @@ def _check_hash(folder: Path, facts: Facts, base: Path | None) -> None:
     else:
         possible = {facts.chat_template_sha256}
     if base:
-        possible &= {export_folder.template_sha256(base, facts.chat_template)}
+        possible &= {export_folder.template_sha256(base, facts.chat_template, facts.date)}
     if facts.chat_template_sha256 not in possible:
         raise ModelError(f"{folder}: its chat template is not {wire.shown(facts.chat_template)}'s; export it again")
 
@@ -74,7 +74,7 @@ def _check_modelfile(path: Path, facts: Facts, base: Path | None) -> None:
     """What we write and nothing else: with a base to the letter, without one whether it is of one of our two forms."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if base:
-        tokenizer = export_folder.tokenizer_of(base, facts.chat_template)
+        tokenizer = export_folder.tokenizer_of(base, facts.chat_template, facts.date)
         is_right = text == export_gguf.modelfile_of(tokenizer, export_folder.generation_of(base, tokenizer))
     else:
         is_right = export_gguf.is_modelfile(text)

@@ -1,11 +1,12 @@
 """What the commands of `silotune-sim` do, between options and printing."""
 
+import datetime
 import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Order:
     is_quiet: bool
     num_threads: int = 0
     is_noise_accepted: bool = False
+    today: datetime.date = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).date())
 
     def settings(self) -> config.RunConfig:
         """The run file with the command line's settings, and its noise chosen."""
@@ -62,14 +64,16 @@ class Order:
         """Where the base is."""
         return world.base_folder(settings, store_folder=self.store or store.DEFAULT)
 
-    def world(self) -> World:
+    def world(self, *, resume: bool = False) -> World:
         """Settings, base and sites; rows first, since they are quick to be found wrong."""
         settings = self.settings()
         sites = world.load_sites(settings)
         settings = world.expect_all(settings, sites)
         folder = self.store or store.DEFAULT
-        engine = world.load_engine(settings, store_folder=folder, num_threads=self.num_threads)
-        return World(settings, engine, sites, self.folder(settings))
+        place = self.folder(settings)
+        date = server_run.date_of(place, resume=resume, today=self.today)
+        engine = world.load_engine(settings, store_folder=folder, num_threads=self.num_threads, date=date)
+        return World(settings, engine, sites, place)
 
     def log(self, shared: World, *, resume: bool = False) -> EventLog:
         """The run's events, shown as they come; on stderr when stdout is for a program."""
@@ -108,7 +112,7 @@ def run(order: Order, *, engine: str, resume: bool) -> dict[str, Any]:
     """
     if engine not in ENGINES:
         raise ConfigError(f"--engine {engine}: choose one of {', '.join(ENGINES)}")
-    shared = order.world()
+    shared = order.world(resume=resume)
     log = order.log(shared, resume=resume)
     with _ending_told(log):
         outcome = _play(order, shared, log, engine=engine, resume=resume)

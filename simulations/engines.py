@@ -82,6 +82,7 @@ def ray(
         num_threads,
         str(folder.absolute() / "sites"),
         suite.hash_of(settings),
+        engine.date,
     )
     outcome = flower_engine.run(
         main,
@@ -162,6 +163,7 @@ class Sites:
         num_threads: CPU threads of torch.
         log_folder: Of the sites' logs.
         evaluation_sha256: Of the manifest.
+        date: Of the manifest.
     """
 
     settings: str
@@ -169,6 +171,7 @@ class Sites:
     num_threads: int
     log_folder: str
     evaluation_sha256: str
+    date: str
 
 
 @functools.cache
@@ -176,7 +179,8 @@ def _world(sites: Sites) -> tuple[RunManifest, Engines, dict[str, SiteData]]:
     """Manifest, bases and rows of a run, once a worker process."""
     settings = config.RunConfig.model_validate_json(sites.settings)
     found_here = settings.model.model_copy(update={"base": sites.base_folder})
-    engine = world.load_engine(settings.model_copy(update={"model": found_here}), num_threads=sites.num_threads)
+    here = settings.model_copy(update={"model": found_here})
+    engine = world.load_engine(here, num_threads=sites.num_threads, date=sites.date)
     manifest = server_run.manifest_of(settings, engine, evaluation_sha256=sites.evaluation_sha256)
     return manifest, Engines(settings, engine), world.load_sites(settings)
 

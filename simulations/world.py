@@ -59,11 +59,16 @@ def base_folder(settings: config.RunConfig, *, store_folder: Path = store.DEFAUL
 
 
 def load_engine(
-    settings: config.RunConfig, *, device: str = "auto", num_threads: int = 0, store_folder: Path = store.DEFAULT
+    settings: config.RunConfig,
+    *,
+    device: str = "auto",
+    num_threads: int = 0,
+    store_folder: Path = store.DEFAULT,
+    date: str = "",
 ) -> Engine:
-    """The base with its adapter, as the run file says."""
+    """The base with its adapter, as the run file says; `date` is the run's, for a chat template that prints one."""
     folder = base_folder(settings, store_folder=store_folder)
-    return loading.engine_of(settings, folder, device_name=device, num_threads=num_threads, trains=True)
+    return loading.engine_of(settings, folder, device_name=device, num_threads=num_threads, trains=True, date=date)
 
 
 @dataclass
@@ -91,7 +96,9 @@ class Engines:
         if wanted.quantization not in self._others:
             here = self.settings.model_copy(update={"model": wanted.model_copy(update={"base": str(self.own.folder)})})
             threads, device = torch.get_num_threads(), self.own.device.type
-            self._others[wanted.quantization] = load_engine(here, device=device, num_threads=threads)
+            self._others[wanted.quantization] = load_engine(
+                here, device=device, num_threads=threads, date=self.own.date
+            )
         return self._others[wanted.quantization]
 
 

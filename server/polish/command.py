@@ -96,4 +96,4 @@ def _engine(manifest: RunManifest, base: Path | None, num_threads: int) -> model
     settings = manifest.run
     folder = base or store.resolve(settings.model.base)
     model.check_hash(folder, manifest.base_sha256)
-    return loading.engine_of(settings, folder, num_threads=num_threads)
+    return loading.engine_of(settings, folder, num_threads=num_threads, date=manifest.date)

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from common import base_files, base_probe, config, model, prompts
 from common.errors import ModelError
 from common.rows import Message, Row
-from server.serve.folders import Served, base_name
+from server.serve.folders import Served, base_name, date_of
 from server.serve.requests import Refused, Talk
 
 Finish = Literal["stop", "length"]
@@ -73,13 +73,13 @@ class Models:
         self.base = base_name(base)
         network = model.load_base(base, settings, device)
         self.max_tokens = base_files.num_positions(network.config) or _UNBOUNDED
-        self._tokenizers = {self.base: _own(model.load_tokenizer(base))}
+        self._tokenizers = {self.base: _own(model.load_tokenizer(base), date_of(served))}
         base_probe.check_finite(network)
         base_probe.check_function(network, base_probe.trial_rows(self._tokenizers[self.base], network))
         self._network: Any = network
         for one in served:
             self._attach(one)
-            self._tokenizers[one.name] = prompts.use_template(model.load_tokenizer(base), one.template)
+            self._tokenizers[one.name] = prompts.use_template(model.load_tokenizer(base), one.template, date=one.date)
         self._ends = {name: _end_ids(tokenizer, network) for name, tokenizer in self._tokenizers.items()}
         self._network.eval()
 
@@ -196,9 +196,9 @@ def _key(name: str) -> str:
     return name.replace(".", "\u2024")
 
 
-def _own(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def _own(tokenizer: PreTrainedTokenizerBase, date: str) -> PreTrainedTokenizerBase:
     """A base with its own chat template, if it has one, as a run uses it."""
-    return prompts.use_template(tokenizer, "tokenizer") if tokenizer.chat_template else tokenizer
+    return prompts.use_template(tokenizer, "tokenizer", date=date) if tokenizer.chat_template else tokenizer
 
 
 def _end_ids(tokenizer: PreTrainedTokenizerBase, network: Any) -> set[int]:

@@ -24,6 +24,7 @@ class Served:
         template: `model.chat_template` of its run.
         template_file: Its chat template; None: it was exported without one.
         rank: Of the adapter.
+        date: Day of its run, which its chat template prints; empty: it prints none.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Served:
     template: TemplateName
     template_file: Path | None
     rank: int
+    date: str = ""
 
 
 def verified(arguments: Sequence[str], base: Path, *, signer: str = "") -> list[Served]:
@@ -52,6 +54,20 @@ def verified(arguments: Sequence[str], base: Path, *, signer: str = "") -> list[
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"two models would be called {wire.shown(doubled[0])}; name one of them: NAME=FOLDER")
     return found
+
+
+def date_of(served: Sequence[Served]) -> str:
+    """The day that the base's own chat template prints beside these adapters: that of the first that prints one."""
+    return next((one.date for one in served if one.date), "")
+
+
+def dates_in_words(served: Sequence[Served]) -> list[str]:
+    """What a user is told of the days that prompts say; nothing where none does."""
+    names: dict[str, list[str]] = {}
+    for one in served:
+        names.setdefault(one.date, []).append(one.name)
+    found = [f"{date} ({', '.join(of_day)})" for date, of_day in names.items() if date]
+    return [f"date in prompts, of the run: {'; '.join(found)}"] if found else []
 
 
 def base_name(base: Path) -> str:
@@ -76,4 +92,5 @@ def _verified(argument: str, base: Path, base_sha256: str, signer: str) -> Serve
     template = place / export_folder.TEMPLATE_FILE
     rank = next(shape[0] for name, shape in sealed.adapter.items() if name.endswith(".lora_A.weight"))
     name = given or sealed.facts.name
-    return Served(name, place, sealed.facts.chat_template, template if template.is_file() else None, rank)
+    template_file = template if template.is_file() else None
+    return Served(name, place, sealed.facts.chat_template, template_file, rank, sealed.facts.date)

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, get_args
 
-from common import config, hosts
+from common import config, hosts, model
 from common.errors import ConfigError, ModelError
-from server import export_canonical
-from server.export_folder import GENERATION_FILE
+from server import export_canonical, export_folder
 from server.serve.folders import Served, base_name
 
 Engine = Literal["auto", "vllm", "transformers"]
@@ -108,20 +107,24 @@ def vllm_command(base: Path, served: Sequence[Served], place: Place, *, extra: S
         "--enable-lora", "--max-lora-rank", str(max(ranks)), "--max-loras", str(len(served)),
         "--lora-modules", *(f"{one.name}={one.place}" for one in served),
     ]  # fmt: skip
-    template = _template_file(served)
-    if (served[0].place / GENERATION_FILE).is_file():  # where answers end; adapters of one template agree
+    template = _template_file(base, served)
+    if (served[0].place / export_folder.GENERATION_FILE).is_file():  # where answers end; adapters of one template agree
         command += ["--generation-config", str(served[0].place)]
     return [*command, *(["--chat-template", str(template)] if template else []), *extra]
 
 
-def _template_file(served: Sequence[Served]) -> Path | None:
-    """The one chat template of all; None: the base's own."""
+def _template_file(base: Path, served: Sequence[Served]) -> Path | None:
+    """The one chat template of all; None: the base's own, as it is."""
     if len({one.template for one in served}) > 1:
         raise ModelError(
             "the adapters were trained with different chat templates, and vLLM takes one; serve them apart"
         )
+    if len({one.date for one in served}) > 1:
+        raise ModelError("the adapters' prompts say different dates, and vLLM takes one template; serve them apart")
     if served[0].template == "tokenizer":
-        return None
+        own = str(model.load_tokenizer(base).chat_template)
+        if export_folder.template_of(base, "tokenizer", served[0].date) == own:
+            return None
     found = [one.template_file for one in served if one.template_file]
     if not found:
         raise ModelError(

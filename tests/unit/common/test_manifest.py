@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from dataclasses import replace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -73,7 +74,7 @@ def test_the_bytes_of_this_version_are_fixed():
     data = RunManifest(config.parse(text, name="run.toml"), HASH, SPECS).to_bytes()
     assert json.loads(data)["tensors"] == [["a.lora_A.weight", [4, 32]], ["a.lora_B.weight", [32, 4]]]
     assert wire.canonical_json(json.loads(data)) == data
-    names = ["base_sha256", "codes_sha256", "egress", "evaluation_sha256", "run", "tensors", "version"]
+    names = ["base_sha256", "codes_sha256", "date", "egress", "evaluation_sha256", "run", "tensors", "version"]
     assert sorted(json.loads(data)) == names
 
 
@@ -95,6 +96,15 @@ def test_every_setting_that_a_site_acts_on_changes_the_hash(changes):
 def test_base_and_tensors_change_the_hash():
     assert RunManifest(make().run, "cd" * 32, SPECS).sha256 != make().sha256
     assert make(specs=SPECS[:1]).sha256 != make().sha256
+
+
+def test_a_run_s_date_is_part_of_it_and_must_be_one():
+    dated = replace(make(), date="2026-03-04")
+    assert manifest.parse(dated.to_bytes()).date == "2026-03-04"
+    assert dated.sha256 != make().sha256
+    for wrong in ("2026-3-4", "20260304", "yesterday", "2026-02-30"):
+        with pytest.raises(WireError, match="not a run manifest"):
+            manifest.parse(replace(make(), date=wrong).to_bytes())
 
 
 def test_what_is_the_coordinators_own_affair_does_not_cross():
