@@ -1,5 +1,6 @@
 """`silotune-client`: what a hospital's or bank's data team runs beside its data."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -24,12 +25,22 @@ ObjectiveOption = Annotated[
     str, typer.Option(metavar="sft|dpo|kto", help="The run's training.objective: which columns are read.")
 ]
 LengthOption = Annotated[int | None, typer.Option(help="The run's data.max_length_tokens.", min=8)]
+RunOption = Annotated[
+    str,
+    typer.Option(
+        metavar="RUN", help="An offer, by the run's name or the first digits of its hash, or a run's TOML file."
+    ),
+]
+SystemOption = Annotated[str, typer.Option(help="The run's data.system_prompt.")]
+TemplateOption = Annotated[str, typer.Option(metavar="tokenizer|chatml|alpaca", help="The run's model.chat_template.")]
+DateOption = Annotated[str, typer.Option(metavar="YYYY-MM-DD", help="The run's day, if its template prints it.")]
 
 
 @app.command()
 def check(
     node_file: NodeFile,
     base: BaseOption = "",
+    run: RunOption = "",
     max_length_tokens: LengthOption = None,
     objective: ObjectiveOption = "sft",
     json: cli.JsonOption = False,
@@ -42,19 +53,24 @@ def check(
     Examples:
       silotune-client check node.toml
       silotune-client check node.toml --base smollm2 --max-length-tokens 512
+      silotune-client check node.toml --run triage
       silotune-client check node.toml --objective dpo
     """
+    import datetime
+
     from client import rows
     from client.data import check as checks
     from client.data import findings
     from common import config
 
     node = config.load_node(node_file)
-    found = rows.check(node, base=base, max_length_tokens=max_length_tokens, objective=objective)
+    today = datetime.datetime.now(datetime.UTC).date()
+    given = rows.Asked(objective, max_length_tokens, date=today.isoformat(), base=base)
+    found = rows.check(node, rows.asked(node, run, given))
     counts = found.report.as_dict() if found.report else {}
     result = {**counts, "problems": [finding.as_dict() for finding in found.findings]}
     shown = [checks.render(found.report)] if found.report else []
-    next_step = f"next: silotune-client preview {node_file} --base BASE"
+    next_step = f"next: silotune-client preview {node_file} " + (f"--run {run}" if run else "--base BASE")
     ending = findings.render(found.findings) if found.findings else next_step
     cli.emit(result, as_json=json, show=lambda: cli.show(*shown, ending))
     raise typer.Exit(DataError.exit_code if found.findings else 0)
@@ -64,28 +80,39 @@ def check(
 def preview(
     node_file: NodeFile,
     base: BaseOption = "",
+    run: RunOption = "",
     limit: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 3,
     max_length_tokens: LengthOption = None,
     objective: ObjectiveOption = "sft",
+    system_prompt: SystemOption = "",
+    chat_template: TemplateOption = "tokenizer",
+    date: DateOption = "",
     json: cli.JsonOption = False,
 ) -> None:
-    """Show this site its rows as the model gets them.
+    """Show this site its rows as the model gets them in a run.
 
-    The tokens that the loss covers stand out. Nothing leaves this screen.
+    The tokens that the loss covers stand out, in a pipe by white square brackets. Nothing leaves this screen.
 
     \b
     Examples:
-      silotune-client preview node.toml --base smollm2 --limit 2
+      silotune-client preview node.toml --run triage
+      silotune-client preview node.toml --run triage.toml --base smollm2 --limit 2
+      silotune-client preview node.toml --base smollm2 --system-prompt "Be brief." --max-length-tokens 512
     """
+    import datetime
+
     from client import rows
     from client.data.check import render_preview
     from common import config
 
     node = config.load_node(node_file)
-    shown = rows.preview(node, base=base, limit=limit, max_length_tokens=max_length_tokens, objective=objective)
+    day = rows.day(date, datetime.datetime.now(datetime.UTC).date())
+    given = rows.Asked(objective, max_length_tokens, "truncate", system_prompt, chat_template, day, base)  # type: ignore[arg-type]
+    asked = rows.asked(node, run, given)
+    told, shown = rows.preview(node, asked, limit=limit)
     next_step = f"next: silotune-client serve {node_file}"
-    rows_found = {"rows": [item.as_dict() for item in shown]}
-    cli.emit(rows_found, as_json=json, show=lambda: cli.show(render_preview(shown), next_step))
+    found = {"settings": asdict(asked), "rows": [item.as_dict() for item in shown]}
+    cli.emit(found, as_json=json, show=lambda: cli.show(f"{told}\n", render_preview(shown), next_step))
 
 
 @app.command()

@@ -18,7 +18,7 @@ from common.manifest import Offer, RunManifest
 FOLDER: Final = "offers"
 MAX_OFFERS: Final = 1000
 MIN_PREFIX: Final = 6
-FREE: Final = ("name", "seed")  # what may differ under `approval = "changed_runs"`
+FREE: Final = ("name", "seed", "date")  # what may differ under `approval = "changed_runs"`
 
 
 def store(folder: Path, offer: Offer) -> None:
@@ -105,7 +105,7 @@ def differences(old: RunManifest, new: RunManifest) -> dict[str, tuple[Any, Any]
 
 
 def _is_approved_but_for_name(history: History, run_manifest: RunManifest, folder: Path) -> bool:
-    """Whether a run that a person approved differs in name and seed at most."""
+    """Whether a run that a person approved differs in name, seed and day of launch at most."""
     for sha256 in reversed(history.approved):
         with suppress(DataError):  # its file was removed: then it speaks for no other run
             approved = manifest.parse(load(folder, sha256).manifest)
@@ -118,7 +118,7 @@ def _flat(run_manifest: RunManifest) -> dict[str, Any]:
     """A manifest as dotted keys; the tensors count as one."""
     run = json.loads(config.resolved_json(manifest.public_part(run_manifest.run)))
     flat: dict[str, Any] = {"base_sha256": run_manifest.base_sha256, "tensors": run_manifest.tensor_specs}
-    flat |= {"codes_sha256": run_manifest.codes_sha256}
+    flat |= {"codes_sha256": run_manifest.codes_sha256, "date": run_manifest.date}
     for name, value in run.items():
         flat.update(
             {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}

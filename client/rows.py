@@ -1,29 +1,92 @@
 """What `check` and `preview` do: a site looks at its own rows before it joins a run."""
 
+import datetime
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
-from client import serve
+from client import consent, review, serve
 from client.data import check as checks
 from client.data import findings as noted
 from client.data import split
 from client.data.check import Preview
 from client.data.findings import Checked, Finding
-from client.serve import read_rows
-from common import config, prompts, store
+from client.serve import base_folders, read_rows
+from common import config, manifest, prompts, store, templates
 from common.config_objective import ObjectiveName
 from common.data import read
 from common.data.problems import Problems
 from common.errors import ConfigError, ModelError
+from common.prompts import TemplateName, TooLong
 from common.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def check(node: config.NodeConfig, *, base: str, max_length_tokens: int | None, objective: str = "sft") -> Checked:
+@dataclass(frozen=True)
+class Asked:
+    """What a run makes of rows.
+
+    Attributes:
+        objective: `training.objective`: which columns are read.
+        max_length_tokens: `data.max_length_tokens`; None: no limit.
+        too_long: `data.too_long`.
+        system_prompt: `data.system_prompt`.
+        chat_template: `model.chat_template`.
+        date: Day, YYYY-MM-DD, for a chat template that prints one.
+        base: Folder or name of the base; empty: the one of the site's file.
+    """
+
+    objective: str = "sft"
+    max_length_tokens: int | None = None
+    too_long: TooLong = "truncate"
+    system_prompt: str = ""
+    chat_template: TemplateName = "tokenizer"
+    date: str = ""
+    base: str = ""
+
+    def in_words(self, tokenizer: "PreTrainedTokenizerBase") -> str:
+        """One line for people; of the system prompt only its length."""
+        limit = f"{self.max_length_tokens:,} tokens at most" if self.max_length_tokens else "no limit of tokens"
+        system = (
+            f"system prompt of {len(self.system_prompt):,} characters" if self.system_prompt else "no system prompt"
+        )
+        day = f", date {self.date}" if templates.is_dated(str(tokenizer.chat_template)) else ""
+        return f"chat template {self.chat_template}, {system}, {limit}{day}; what is learnt stands in \u27e6 \u27e7"
+
+
+def asked(node: config.NodeConfig, run: str, given: Asked) -> Asked:
+    """What a run asks: one that was offered to this site, or a run file.
+
+    Args:
+        node: The site's own file.
+        run: Name or first digits of the hash of an offer, or a TOML file; empty: `given` is all.
+        given: From the command line; its base wins over the run's, and its date is that of a run file.
+
+    Raises:
+        ConfigError: More than the base is given beside a run, no such file, or a site without a policy, which keeps no
+            offers.
+        DataError: No such run, or its offer was removed.
+        ModelError: The run's base is not on this machine.
+    """
+    if not run:
+        return given
+    if replace(given, base="", date="") != Asked():
+        raise ConfigError("--run: the run says the rest; leave out all other options but --base, --limit and --json")
+    if run.endswith(".toml"):
+        settings = config.load(Path(run))
+        return _of(settings, base=given.base or settings.model.base, date=given.date)
+    if not node.agent.policy:
+        raise ConfigError("--run: this site has no policy, so it keeps no offers; give the run's TOML file instead")
+    desk = review.open_desk(node)
+    found = manifest.parse(consent.load(desk.folder, consent.find(desk.history, run)).manifest)
+    base = given.base or str(store.find_by_hash(found.base_sha256, base_folders(node)))
+    return _of(found.run, base=base, date=found.date)
+
+
+def check(node: config.NodeConfig, given: Asked) -> Checked:
     """Count the site's rows, held-out ones included, and find all that would stop a run; with a base, their tokens too.
 
     Of a pair each of the two answers counts as a row here, so that both are held to the limit of tokens.
@@ -32,11 +95,11 @@ def check(node: config.NodeConfig, *, base: str, max_length_tokens: int | None, 
         ConfigError: No such objective.
         ModelError: The base is not on this machine, or cannot be trained on rows of that length.
     """
-    site, columns = node.site.name, serve.columns_of(node, objective=_objective(objective))
+    site, columns = node.site.name, serve.columns_of(node, objective=_objective(given.objective))
     tokenizer = None
-    if base or node.model.base:
-        tokenizer = load_tokenizer(node, base)
-        _check_base(_folder(node, base), max_length_tokens)
+    if given.base or node.model.base:
+        tokenizer = load_tokenizer(node, given)
+        _check_base(_folder(node, given.base), given.max_length_tokens)
     findings: list[Finding] = []
     sides: list[list[Row]] = []
     not_read: list[str] = []
@@ -58,23 +121,64 @@ def check(node: config.NodeConfig, *, base: str, max_length_tokens: int | None, 
     if not shown:
         return Checked(None, tuple(findings))
     problems = Problems()
-    report = checks.check(shown, tokenizer=tokenizer, max_length_tokens=max_length_tokens, problems=problems)
+    report = checks.check(
+        shown,
+        tokenizer=tokenizer,
+        max_length_tokens=given.max_length_tokens,
+        too_long=given.too_long,
+        system_prompt=given.system_prompt,
+        problems=problems,
+    )
     return Checked(replace(report, not_read=tuple(not_read)), (*findings, *noted.find(site, problems)))
 
 
-def preview(
-    node: config.NodeConfig, *, base: str, limit: int, max_length_tokens: int | None, objective: str = "sft"
-) -> Sequence[Preview]:
+def preview(node: config.NodeConfig, given: Asked, *, limit: int) -> tuple[str, Sequence[Preview]]:
     """The site's first rows as the model will get them; of a pair the chosen answer, then the rejected one.
+
+    Returns:
+        What was asked in one line, and the rows.
 
     Raises:
         ConfigError: No such objective.
         DataError: Rows are missing or unusable.
         ModelError: No base is named, or it is not on this machine.
     """
-    tokenizer = load_tokenizer(node, base)
-    rows = _conversations(read_rows(node, node.data.path, objective=_objective(objective)))
-    return checks.preview(rows, tokenizer, limit=limit, max_length_tokens=max_length_tokens)
+    tokenizer = load_tokenizer(node, given)
+    rows = _conversations(read_rows(node, node.data.path, objective=_objective(given.objective)))
+    return given.in_words(tokenizer), checks.preview(
+        rows,
+        tokenizer,
+        limit=limit,
+        max_length_tokens=given.max_length_tokens,
+        too_long=given.too_long,
+        system_prompt=given.system_prompt,
+    )
+
+
+def day(text: str, today: datetime.date) -> str:
+    """A date of the command line; today's where none is given.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        return (datetime.date.fromisoformat(text) if text else today).isoformat()
+    except ValueError as error:
+        raise ConfigError(f"--date {text}: is no date; write YYYY-MM-DD") from error
+
+
+def _of(run: config.RunConfig, *, base: str, date: str) -> Asked:
+    """The settings of a run that rows depend on."""
+    data = run.data
+    return Asked(
+        run.training.objective,
+        data.max_length_tokens,
+        data.too_long,
+        data.system_prompt,
+        run.model.chat_template,
+        date,
+        base,
+    )
 
 
 def _objective(name: str) -> ObjectiveName:
@@ -91,13 +195,15 @@ def _conversations(rows: Sequence[Row]) -> list[Row]:
     return [row for shown in both for row in shown]
 
 
-def load_tokenizer(node: config.NodeConfig, base: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer of the base that is named, else of the one that the site's file names."""
+def load_tokenizer(node: config.NodeConfig, given: Asked) -> "PreTrainedTokenizerBase":
+    """The tokenizer of the base that is named, else of the one that the site's file names, with the run's template."""
     from common.model import load_tokenizer as load
 
-    if not (base or node.model.base):
+    if not (given.base or node.model.base):
         raise ModelError("no base model is named; give --base, or model.base in this site's file")
-    return prompts.use_template(load(_folder(node, base)), "tokenizer")
+    if given.chat_template not in get_args(TemplateName):
+        raise ConfigError(f"--chat-template {given.chat_template}: choose one of {', '.join(get_args(TemplateName))}")
+    return prompts.use_template(load(_folder(node, given.base)), given.chat_template, date=given.date)
 
 
 def _folder(node: config.NodeConfig, base: str) -> Path:

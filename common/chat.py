@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from jinja2 import TemplateError
@@ -165,8 +166,8 @@ def _located(
     """
     text = _apply(messages, tokenizer, where=where, is_prompt=is_prompt)
     cores = [replace(message, content=message.content.strip()) for message in messages]
-    taken = {character for message in messages for character in message.content}
-    signs = [chr(code) for code in _PRIVATE if chr(code) not in taken][: len(messages)]
+    taken = set().union(*(message.content for message in messages))
+    signs = list(islice((chr(code) for code in _PRIVATE if chr(code) not in taken), len(messages)))
     marked = [replace(core, content=core.content + sign) for core, sign in zip(cores, signs, strict=True)]
     plain = _apply(marked, tokenizer, where=where, is_prompt=is_prompt)
     order = sorted(range(len(messages)), key=lambda k: plain.find(signs[k]))

@@ -61,6 +61,11 @@ def needs_date(template: str) -> bool:
     return _CLOCK in template and _PINNED not in template
 
 
+def is_dated(template: str) -> bool:
+    """Whether a template prints a day that it was told."""
+    return _PINNED in template
+
+
 def with_date(template: str, date: str) -> str:
     """A template for which every day is this one.
 

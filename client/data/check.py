@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 QUANTILES: Final = (0.5, 0.9, 0.99, 1.0)
 MAX_SHOWN: Final = 5
 _SHOWN_AS: Final = {"alike": "units alike, first in", "not_read": "in the folder, not read"}
+ANSWER_MARKS: Final = ("\u27e6", "\u27e7")  # white square brackets, which show in a pipe what a terminal colours
 HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})  # Unicode categories
 
 
@@ -240,7 +241,7 @@ def preview(
 
 
 def render_preview(previews: Iterable[Preview]) -> Text:
-    """Show previews for a terminal: answers highlighted, all else dim.
+    """Show previews: answers between `ANSWER_MARKS`, and for a terminal highlighted, all else dim.
 
     Args:
         previews: From `preview`.
@@ -252,7 +253,10 @@ def render_preview(previews: Iterable[Preview]) -> Text:
     for item in previews:
         shown.append(f"{_headline(item)}\n", style="bold")
         for text, is_answer in item.segments:
+            before, after = ANSWER_MARKS if is_answer else ("", "")
+            shown.append(before)
             shown.append(_visible(text), style="black on green" if is_answer else "dim")
+            shown.append(after)
         shown.append("\n\n")
     return shown
 
@@ -336,8 +340,11 @@ def _headline(item: Preview) -> str:
 
 
 def _visible(text: str) -> str:
-    """Text whose control and invisible characters are spelled out, so that data cannot steer the terminal."""
+    """Text whose control and invisible characters are spelled out, so that data cannot steer the terminal, and marks of
+    answers too."""
     return "".join(
-        ascii(character)[1:-1] if unicodedata.category(character) in HIDDEN and character not in "\n\t" else character
+        ascii(character)[1:-1]
+        if character in ANSWER_MARKS or (unicodedata.category(character) in HIDDEN and character not in "\n\t")
+        else character
         for character in text
     )

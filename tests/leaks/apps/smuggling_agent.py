@@ -12,7 +12,7 @@ from tests.leaks import canaries, encodings, smuggler
 def main() -> None:
     node = config.load_node(Path(sys.argv[1]))
     agent = serve.make_agent(node)
-    tokenizer = rows.load_tokenizer(node, "")
+    tokenizer = rows.load_tokenizer(node, rows.Asked())
     forms = encodings.all_of(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
     smuggler.corrupt(agent, canaries.texts(read.read_table(node.data.path)), forms)
     server = service.serve(

@@ -1,11 +1,12 @@
 """The commands with which a site looks at its own rows."""
 
 import json
+import shutil
 
 import pytest
 
 from client.cli import app
-from common import cli
+from common import cli, templates
 from tests import tiny
 
 
@@ -44,11 +45,46 @@ def test_preview_shows_rows_and_the_next_command(node_file, tiny_base, capsys):
     assert "next: silotune-client serve" in shown.replace("\n", " ")
 
 
+def test_preview_takes_all_that_a_run_makes_of_rows_and_marks_the_answer_in_a_pipe(
+    node_file, tiny_base, tmp_path, capsys
+):
+    changes = {"data.system_prompt": "Be brief.", "model.chat_template": "alpaca", "data.max_length_tokens": 120}
+    overrides = "".join(f"{key} = {json.dumps(value)}\n" for key, value in changes.items())
+    rest = tiny.RUN_FILE.format(base=tiny_base).replace("data.max_length_tokens = 64\n", "")
+    (tmp_path / "run.toml").write_text(rest + overrides)
+    assert silotune_client("preview", node_file, "--run", tmp_path / "run.toml", "--limit", 1) == 0
+    shown = capsys.readouterr().out
+    assert "template alpaca, system prompt of 9 characters, 120 tokens at most; what is learnt stands in" in shown
+    assert "Be brief.\n\n### Instruction:" in shown
+    assert "### Response:\n\u27e6ACHE<|im_end|>\u27e7" in shown
+    options = ["--system-prompt", "Be brief.", "--chat-template", "alpaca", "--max-length-tokens", 120]
+    assert silotune_client("preview", node_file, "--base", tiny_base, *options, "--limit", 1, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"]["system_prompt"] == "Be brief."
+    assert [text for text, is_answer in found["rows"][0]["segments"] if is_answer] == ["ACHE<|im_end|>"]
+    assert silotune_client("preview", node_file, "--run", "run.toml", "--system-prompt", "x") == 2
+    assert "leave out all other options" in capsys.readouterr().err
+
+
+def test_preview_prints_the_day_that_is_given_and_refuses_one_that_is_none(node_file, tiny_base, tmp_path, capsys):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') + '\n' }}" + templates.CHATML)
+    assert silotune_client("preview", node_file, "--base", base, "--limit", 1, "--date", "2026-03-04") == 0
+    shown = capsys.readouterr().out
+    assert "date 2026-03-04; what" in shown
+    assert "\n04 Mar 2026\n<|im_start|>user" in shown
+    assert silotune_client("preview", node_file, "--base", base, "--date", "tomorrow") == 2
+    assert "write YYYY-MM-DD" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "told"),
     [
         (["check", "no-such.toml"], 2, "no-such.toml"),
         (["preview", "{node}"], 4, "--base"),
+        (["preview", "{node}", "--run", "no-such.toml"], 2, "no-such.toml"),
+        (["preview", "{node}", "--run", "triage"], 2, "the run's TOML file"),
+        (["preview", "{node}", "--base", "embedded", "--chat-template", "vicuna"], 2, "tokenizer, chatml, alpaca"),
         (["preview", "{node}", "--base", "no-such-base"], 4, "no-such-base"),
     ],
 )

@@ -1,6 +1,7 @@
 """Offers, reviews and decisions, as the people of a site see them."""
 
 import json
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -10,7 +11,7 @@ from client import cli as client_cli
 from client import consent, review
 from common import audit_heads, cli, identity
 from common.audit_heads import Heads
-from common.errors import AuditError, ConfigError, DataError
+from common.errors import AuditError, ConfigError, DataError, ModelError
 from server import cli as server_cli
 from tests import vault
 
@@ -73,6 +74,20 @@ def test_an_offer_is_kept_and_logged_once(site):
         assert ask(site) == "ApprovalRequired"
     assert [entry.kind for entry in site.log()] == ["started", "offered"]
     assert consent.load(site.folder, site.manifest().sha256) == site.offer()
+
+
+def test_preview_asks_what_an_offer_asks(site, node_file, tiny_base):
+    from client import rows
+    from common import config
+
+    offered = replace(site.manifest(), date="2026-03-04")
+    site.ask(site.offer(offered).to_frame())
+    node = config.load_node(node_file)
+    with pytest.raises(ModelError, match="hash"):  # this site has no base at all
+        rows.asked(node, offered.sha256[:12], rows.Asked())
+    node = node.model_copy(update={"model": node.model.model_copy(update={"base": str(tiny_base)})})
+    found = rows.asked(node, offered.sha256[:12], rows.Asked(date="2030-01-01"))
+    assert found == rows.Asked("sft", 64, "error", "", "tokenizer", "2026-03-04", str(tiny_base))
 
 
 def test_an_offer_whose_file_was_changed_is_not_shown(site):

@@ -107,6 +107,13 @@ def test_a_terminal_shows_answers_in_colour_under_the_number_of_their_row(tokeni
     assert f"\x1b[30;42m{CANARY}<|im_end|>\x1b[0m" in screen(shown)
 
 
+def test_a_pipe_shows_answers_between_marks_that_no_row_can_spell(tokenizer):
+    (row,) = rows_of(("p1", "a \u27e6x\u27e7", "b"))
+    shown = check.render_preview(check.preview([row], tokenizer, limit=1)).plain
+    assert shown.count("\u27e6") == shown.count("\u27e7") == 1
+    assert "\u27e6b<|im_end|>\u27e7" in shown
+
+
 def test_preview_tells_what_a_limit_does(tokenizer):
     limit = check.check(ROWS, tokenizer=tokenizer).tokens.quantiles["100%"] - 1
     options = {"limit": 4, "max_length_tokens": limit}
