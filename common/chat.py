@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Final
 
 from jinja2 import TemplateError
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]
 _THOUGHT_END: Final = "</think>"
-_PRIVATE: Final = range(0xE000, 0xF900)  # Unicode's private use area
+_PRIVATE: Final = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE))  # Unicode's private use areas
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _located(
     text = _apply(messages, tokenizer, where=where, is_prompt=is_prompt)
     cores = [replace(message, content=message.content.strip()) for message in messages]
     taken = set().union(*(message.content for message in messages))
-    signs = list(islice((chr(code) for code in _PRIVATE if chr(code) not in taken), len(messages)))
+    signs = list(islice((chr(code) for code in chain(*_PRIVATE) if chr(code) not in taken), len(messages)))
     marked = [replace(core, content=core.content + sign) for core, sign in zip(cores, signs, strict=True)]
     plain = _apply(marked, tokenizer, where=where, is_prompt=is_prompt)
     order = sorted(range(len(messages)), key=lambda k: plain.find(signs[k]))

@@ -135,7 +135,8 @@ def load(
         date: Day, YYYY-MM-DD, for a chat template that prints one; empty: the day on which it is rendered.
 
     Raises:
-        ModelError: Files missing, hash differs, precision impossible here, targets match nothing.
+        ModelError: Files missing, hash differs, precision impossible here, targets match nothing, or a
+            chat template that cannot be used for training.
     """
     quiet.hush()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -146,7 +147,7 @@ def load(
     _check_dtype(model, adapter_settings, device)
     tokenizer = load_tokenizer(folder)
     is_dated = model.chat_template == "tokenizer" and templates.needs_date(str(tokenizer.chat_template))
-    prompts.use_template(tokenizer, model.chat_template, date=date)
+    prompts.turn_end_id(prompts.use_template(tokenizer, model.chat_template, date=date))  # or no answer would ever end
     base = load_base(folder, model, device)
     share = base_probe.precision_of(base).share
     codes_sha256 = codes.sha256_of(base)

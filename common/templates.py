@@ -5,6 +5,7 @@ whoever renders a conversation with an exported template gets the tokens of trai
 """
 
 import datetime
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -35,6 +36,7 @@ ALPACA: Final = (
 )
 _CLOCK: Final = "strftime_now"
 _DIRECTIVES: Final = "aAbBdmyYjHMSpIwuUWVG"
+_FORMATS: Final = re.compile(r"strftime_now\(\s*(['\"])([^'\"{}]*)\1\s*\)")
 _PINNED: Final = "{%- macro strftime_now(format) -%}"
 # Gemma's authors put the system text so before the first question in the template of Gemma 3.
 _FOLDED: Final = (
@@ -91,7 +93,10 @@ def with_date(template: str, date: str) -> str:
     values = {f"%{letter}": day.strftime(f"%{letter}") for letter in _DIRECTIVES}
     values |= {f"%-{letter}": str(int(values[f"%{letter}"])) for letter in "dmyjHMSI"}
     replaced = "".join(f" | replace({key!r}, {value!r})" for key, value in values.items())
-    return f"{_PINNED}{{{{- format{replaced} -}}}}{{%- endmacro -%}}{template}"
+    # formats that stand in the template are written out, for not every engine has the filter
+    known = {found[2]: day.strftime(found[2]) for found in _FORMATS.finditer(template)}
+    text = f"{known!r}[format] if format in {known!r} else format{replaced}" if known else f"format{replaced}"
+    return f"{_PINNED}{{{{- ({text}) -}}}}{{%- endmacro -%}}{template}"
 
 
 def fitted(tokenizer: "Tokenizer") -> str:

@@ -295,10 +295,11 @@ def test_a_template_that_prints_no_date_is_the_same_every_day():
 
 def test_dates_are_written_as_strftime_writes_them():
     asked = "%A, %-d %B %y (%j) %H:%M, week %V"
-    made = templates.with_date("{{ strftime_now('" + asked + "') }}", DATE)
-    tokenizer = make_tokenizer("chatml")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False, chat_template=made)
-    assert text == "Wednesday, 4 March 26 (063) 00:00, week 10"
+    tokenizer, talk = make_tokenizer("chatml"), [{"role": "user", "content": asked}]
+    for source in ("{{ strftime_now('" + asked + "') }}", "{{ strftime_now(messages[0]['content']) }}"):
+        made = templates.with_date(source, DATE)
+        text = tokenizer.apply_chat_template(talk, tokenize=False, chat_template=made)
+        assert text == "Wednesday, 4 March 26 (063) 00:00, week 10"
 
 
 @pytest.mark.parametrize("name", ["chatml", "qwen3", "phi3", "mistral"])
