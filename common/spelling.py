@@ -140,7 +140,7 @@ def _twin(tokenizer: "Tokenizer", names: Mapping[str, str]) -> "Core":
     """The same tokenizer with other names for its added tokens."""
     from tokenizers import Tokenizer as Core
 
-    stored = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    stored = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in stored["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
     vocabulary = stored["model"]["vocab"]
