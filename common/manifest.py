@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -16,6 +17,7 @@ from common.config_types import SHA256
 from common.egress import Egress
 from common.errors import AuthError, ConfigError, WireError
 from common.records import TensorSpec, from_head, to_head
+from common.storage import storage_error
 from common.wire import Frame
 
 VERSION: Final = 5
@@ -169,6 +171,24 @@ def public_part(run: config.RunConfig) -> config.RunConfig:
             "polish": (),
         }
     )
+
+
+def date_of(file: Path | None, *, today: datetime.date) -> str:
+    """The day that a run's chat template prints, YYYY-MM-DD: of a run that goes on that of its launch.
+
+    Args:
+        file: The manifest of a run that goes on, which may not have been written; None: it is launched now.
+        today: Day of a launch.
+
+    Raises:
+        WireError: The manifest was changed.
+        StorageError: It cannot be read.
+    """
+    try:
+        found = parse(file.read_bytes()).date if file and file.exists() else ""
+    except OSError as error:
+        raise storage_error(file or Path(), error) from error
+    return found or today.isoformat()
 
 
 @functools.lru_cache(maxsize=2)

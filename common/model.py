@@ -19,14 +19,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from common import (
@@ -220,20 +213,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ModelError: No tokenizer, or one that does not fit the base.
     """
     return base_files.tokenizer_of(folder)
-
-
-def generation_of(folder: Path) -> GenerationConfig:
-    """How a base says that it generates: its generation_config.json, else what its config.json tells.
-
-    Raises:
-        ModelError: Neither can be read.
-    """
-    try:
-        if (folder / GENERATION_CONFIG_NAME).is_file():
-            return GenerationConfig.from_pretrained(folder, local_files_only=True)
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: {GENERATION_CONFIG_NAME} or config.json cannot be read; fetch the base") from error
 
 
 def resolve_dtype(settings: config.ModelConfig, device: torch.device) -> torch.dtype:

@@ -168,9 +168,9 @@ def encode_whole(row: Row, tokenizer: "Tokenizer", *, system_prompt: str = "") -
     Raises:
         ModelError: The tokenizer is not fast, or its template cannot be used for training.
     """
-    _require_fast(tokenizer)
+    spelling.require_fast(tokenizer)
     found = chat.render(row, tokenizer, system_prompt=system_prompt)
-    input_ids, offsets = _tokenise(found, tokenizer)
+    input_ids, offsets = spelling.tokenise(found, tokenizer)
     is_answer = [False] * len(input_ids)
     for start, end in found.answers:
         inside = [i for i, (left, right) in enumerate(offsets) if start <= left < end and start < right]
@@ -247,30 +247,9 @@ def prompt_ids(row: Row, tokenizer: "Tokenizer", *, system_prompt: str = "") -> 
     Raises:
         ModelError: The tokenizer is not fast, or its template fails.
     """
-    _require_fast(tokenizer)
+    spelling.require_fast(tokenizer)
     found = chat.render_prompt(row, tokenizer, system_prompt=system_prompt)
-    return _tokenise(found, tokenizer)[0], row.messages[-1].content
-
-
-def spells_control_token(row: Row, tokenizer: "Tokenizer", *, system_prompt: str = "") -> bool:
-    """Tell whether a message spells a control token, which `encode` cuts into ordinary tokens.
-
-    Args:
-        row: The conversation.
-        tokenizer: A fast tokenizer with a chat template.
-        system_prompt: System message for rows that have none of their own.
-
-    Returns:
-        Whether one does; see `spelling.controls` for which tokens those are.
-
-    Raises:
-        ModelError: The tokenizer is not fast, or its template cannot be used for training.
-    """
-    _require_fast(tokenizer)
-    if not any(spelling.added(tokenizer).search(message.content) for message in row.messages):
-        return False
-    found = chat.render(row, tokenizer, system_prompt=system_prompt)
-    return bool(spelling.spelled(found.text, _pieces(found, tokenizer), tokenizer))
+    return spelling.tokenise(found, tokenizer)[0], row.messages[-1].content
 
 
 def text_ids(text: str, tokenizer: "Tokenizer") -> list[int]:
@@ -286,8 +265,8 @@ def text_ids(text: str, tokenizer: "Tokenizer") -> list[int]:
     Raises:
         ModelError: The tokenizer is not fast.
     """
-    _require_fast(tokenizer)
-    return _tokenise(chat.Rendered(text, ((0, len(text)),), ("user",)), tokenizer)[0]
+    spelling.require_fast(tokenizer)
+    return spelling.tokenise(chat.Rendered(text, ((0, len(text)),), ("user",)), tokenizer)[0]
 
 
 def turn_end_id(tokenizer: "Tokenizer") -> int:
@@ -303,12 +282,12 @@ def turn_end_id(tokenizer: "Tokenizer") -> int:
         ModelError: The tokenizer is not fast, its template cannot be used for training, or it ends an answer with text
             of several tokens, at the first of which generation would stop in the middle of answers.
     """
-    _require_fast(tokenizer)
+    spelling.require_fast(tokenizer)
     row = Row((Message("user", "Yes?"), Message("assistant", "Yes.")), unit="", row_id="a trial conversation")
     found = chat.render(row, tokenizer)
     [(start, end)] = found.answers
     tail = found.text[start:end].partition("Yes.")[2].strip()
-    ids = _tokenise(chat.Rendered(tail, (), ()), tokenizer)[0]
+    ids = spelling.tokenise(chat.Rendered(tail, (), ()), tokenizer)[0]
     if ids[0] not in tokenizer.added_tokens_decoder and len(ids) > 1:
         raise ModelError(
             "the chat template ends an answer with text that is no token of its own, so generation would not know "
@@ -372,36 +351,6 @@ def _ends_at(end: int, token: tuple[int, int], text: str, tokenizer: "Tokenizer"
     """Whether a token ends at a place, or is a control token of those that take the white space behind them."""
     left, right = token
     return right == end or (right > end and spelling.added(tokenizer).fullmatch(text[left:right].strip()) is not None)
-
-
-def _require_fast(tokenizer: "Tokenizer") -> None:
-    """Only a fast tokenizer tells which characters a token covers."""
-    if not tokenizer.is_fast:
-        raise ModelError(
-            "the tokenizer is not a fast one, so answers cannot be located in the text: "
-            "give a model folder that has a tokenizer.json"
-        )
-
-
-def _tokenise(found: chat.Rendered, tokenizer: "Tokenizer") -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of a conversation and the characters that each of them covers; what messages spell is text."""
-    if any(spelling.added(tokenizer).search(found.text, *span) for span in found.contents):
-        pieces = _pieces(found, tokenizer)
-        if spelling.spelled(found.text, pieces, tokenizer):
-            return spelling.encode(found.text, pieces, tokenizer)
-    result = tokenizer(found.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return list(result["input_ids"]), list(result["offset_mapping"])
-
-
-def _pieces(found: chat.Rendered, tokenizer: "Tokenizer") -> list[spelling.Piece]:
-    """Each message's own text, with the tokens that are text in it."""
-    edges = [0, *(edge for span in found.contents for edge in span), len(found.text)]
-    written = "\0".join(found.text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True))
-    texts = {
-        role: spelling.controls(tokenizer, role=role, written=written, opening=found.opening)
-        for role in set(found.roles)
-    }
-    return [(start, end, texts[role]) for (start, end), role in zip(found.contents, found.roles, strict=True)]
 
 
 def _report(kept: Sequence[Encoded], *, num_rows: int) -> EncodingReport:

@@ -13,9 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary
 
+from common.errors import ModelError
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Core
     from transformers import PreTrainedTokenizerBase as Tokenizer
+
+    from common.chat import Rendered
 
 _PIPED: Final = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
 Piece = tuple[int, int, frozenset[str]]
@@ -71,6 +75,48 @@ def controls(tokenizer: "Tokenizer", *, role: str, written: str, opening: str = 
         elif token in written or token in str(tokenizer.chat_template):
             found.add(token)
     return frozenset(found)
+
+
+def require_fast(tokenizer: "Tokenizer") -> None:
+    """Refuse a tokenizer that cannot tell which characters a token covers.
+
+    Args:
+        tokenizer: To look at.
+
+    Raises:
+        ModelError: It is not a fast one.
+    """
+    if not tokenizer.is_fast:
+        raise ModelError(
+            "the tokenizer is not a fast one, so answers cannot be located in the text: "
+            "give a model folder that has a tokenizer.json"
+        )
+
+
+def tokenise(found: "Rendered", tokenizer: "Tokenizer") -> tuple[list[int], list[tuple[int, int]]]:
+    """Give the tokens of a conversation; what its messages spell is text.
+
+    Args:
+        found: The conversation.
+        tokenizer: A fast one.
+
+    Returns:
+        Ids, and the characters that each covers.
+    """
+    if any(added(tokenizer).search(found.text, *span) for span in found.contents):
+        texts = pieces(found, tokenizer)
+        if spelled(found.text, texts, tokenizer):
+            return encode(found.text, texts, tokenizer)
+    result = tokenizer(found.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(result["input_ids"]), list(result["offset_mapping"])
+
+
+def pieces(found: "Rendered", tokenizer: "Tokenizer") -> list[Piece]:
+    """Give each message's own place, with the tokens that are text in it."""
+    edges = [0, *(edge for span in found.contents for edge in span), len(found.text)]
+    written = "\0".join(found.text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True))
+    texts = {role: controls(tokenizer, role=role, written=written, opening=found.opening) for role in set(found.roles)}
+    return [(start, end, texts[role]) for (start, end), role in zip(found.contents, found.roles, strict=True)]
 
 
 def spelled(text: str, pieces: Sequence[Piece], tokenizer: "Tokenizer") -> list[re.Match[str]]:

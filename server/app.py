@@ -36,7 +36,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def _execute(grid: Grid, log: EventLog, options: UserConfig) -> None:
     """Load the base and run."""
-    from common import loading, store
+    from common import loading, manifest, store
     from server import offer, run
 
     folder, base_folder = log.path.parent, str(options["base-folder"])
@@ -52,7 +52,9 @@ def _execute(grid: Grid, log: EventLog, options: UserConfig) -> None:
         settings,
         Path(base_folder) if base_folder else store.resolve(settings.model.base),
         num_threads=int(options["num-threads"]),
-        date=run.date_of(folder, resume=bool(options["resume"]), today=datetime.datetime.now(datetime.UTC).date()),
+        date=manifest.date_of(
+            folder / run.MANIFEST_FILE if options["resume"] else None, today=datetime.datetime.now(datetime.UTC).date()
+        ),
     )
     run.execute(
         settings,

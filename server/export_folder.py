@@ -305,7 +305,7 @@ def generation_of(base: Path, tokenizer: PreTrainedTokenizerBase) -> GenerationC
     Raises:
         ModelError: The base's settings cannot be read, or the template cannot be used for training.
     """
-    found = model.generation_of(base)
+    found = export_gguf.generation_of(base)
     found.eos_token_id = list(prompts.stop_ids(tokenizer, found))
     return found
 

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType, LlamaFileType, TokenType
 from safetensors import safe_open
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from common import model, prompts, templates
+from common import prompts, templates
 from common.errors import ConfigError, ModelError
 from common.storage import storage_error
 
@@ -175,7 +176,7 @@ def run_quantize(llama_cpp: Path, output: Path, *, kind: str) -> None:
 def modelfile(merged: Path) -> str:
     """What `ollama create` reads, for a checkpoint in a folder."""
     tokenizer = AutoTokenizer.from_pretrained(merged, local_files_only=True)
-    return modelfile_of(tokenizer, model.generation_of(merged))
+    return modelfile_of(tokenizer, generation_of(merged))
 
 
 def modelfile_of(tokenizer: Any, generation: GenerationConfig) -> str:
@@ -191,6 +192,20 @@ def modelfile_of(tokenizer: Any, generation: GenerationConfig) -> str:
     texts = [tokenizer.decode([number]) for number in prompts.stop_ids(tokenizer, generation)]
     stops = "".join(f"{_STOP}{json.dumps(text, ensure_ascii=False)}\n" for text in texts if text.strip())
     return f"FROM ./{MODEL_FILE}\n{_CHATML if _is_chatml(tokenizer) else _NO_TEMPLATE}{stops}"
+
+
+def generation_of(folder: Path) -> GenerationConfig:
+    """How a base says that it generates: its generation_config.json, else what its config.json tells.
+
+    Raises:
+        ModelError: Neither can be read.
+    """
+    try:
+        if (folder / GENERATION_CONFIG_NAME).is_file():
+            return GenerationConfig.from_pretrained(folder, local_files_only=True)
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: {GENERATION_CONFIG_NAME} or config.json cannot be read; fetch the base") from error
 
 
 def is_modelfile(text: str) -> bool:
@@ -296,7 +311,7 @@ def _ends(merged: Path) -> dict[str, int]:
     turn_end = prompts.turn_end_id(tokenizer)
     ids = {turn_end if tokenizer.eos_token_id is None else tokenizer.eos_token_id: "eos"}
     ids.setdefault(turn_end, "eot")
-    others = [number for number in prompts.stop_ids(tokenizer, model.generation_of(merged)) if number not in ids]
+    others = [number for number in prompts.stop_ids(tokenizer, generation_of(merged)) if number not in ids]
     ids |= dict.fromkeys(others[:1], "eom")
     return {name: number for number, name in ids.items()}
 

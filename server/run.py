@@ -1,7 +1,6 @@
 """A whole run: manifest, sites, rounds, export. The same call under every grid."""
 
 import dataclasses
-import datetime
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -157,22 +156,6 @@ def manifest_of(settings: config.RunConfig, engine: Engine, *, evaluation_sha256
         evaluation_sha256=evaluation_sha256,
         date=engine.date,
     )
-
-
-def date_of(folder: Path, *, resume: bool, today: datetime.date) -> str:
-    """The day that a run's chat template prints: of a run that goes on the day of its launch, YYYY-MM-DD.
-
-    Args:
-        folder: The run's folder, which may not be there yet.
-        resume: Whether the run goes on.
-        today: Of a run that is launched now.
-
-    Raises:
-        WireError: The manifest of the run that goes on was changed.
-        DataError: Its folder has no settings.
-    """
-    stored = stored_manifest(folder).date if resume and (folder / MANIFEST_FILE).exists() else ""
-    return stored or today.isoformat()
 
 
 def _tell_beforehand(fed: Federation, engine: Engine) -> None:
@@ -352,7 +335,6 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
         "site_quantization": settings.model.site_quantization,
         "method": method,
         "privacy": settings.privacy.mode,
-        "date": manifest.date,
         "num_rounds": settings.federation.num_rounds,
         "num_base_parameters": engine.num_base_parameters,
         "num_trained_parameters": adapter.num_parameters(trained),

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from common import cli, config, privacy_plan, store
+from common import cli, config, manifest, privacy_plan, store
 from common.errors import ConfigError
 from common.events import EventLog
 from common.methods import FACTS
@@ -71,7 +71,7 @@ class Order:
         settings = world.expect_all(settings, sites)
         folder = self.store or store.DEFAULT
         place = self.folder(settings)
-        date = server_run.date_of(place, resume=resume, today=self.today)
+        date = manifest.date_of(place / server_run.MANIFEST_FILE if resume else None, today=self.today)
         engine = world.load_engine(settings, store_folder=folder, num_threads=self.num_threads, date=date)
         return World(settings, engine, sites, place)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.table import Table
 from rich.text import Text
 
-from common import prompts
+from common import chat, prompts, spelling
 from common.data import units
 from common.data.problems import Problems, UnusableError
 from common.errors import ModelError
@@ -157,7 +157,7 @@ def check(
     sizes = Counter(row.unit for row in rows).values()
     tokens = None
     if tokenizer is not None and (whole := _encoded(rows, tokenizer, system_prompt, problems)):
-        spells = (prompts.spells_control_token(row, tokenizer, system_prompt=system_prompt) for row, _ in whole)
+        spells = (_spells_control_token(row, tokenizer) for row, _ in whole)
         tokens = _count_tokens(
             [encoded for _, encoded in whole], limit=max_length_tokens, too_long=too_long, num_control=sum(spells)
         )
@@ -305,6 +305,14 @@ def _count_tokens(whole: Sequence[Encoded], *, limit: int | None, too_long: TooL
         num_answer_tokens=sum(sum(encoded.is_answer) for encoded in kept if encoded is not None),
         num_with_control_tokens=num_control,
     )
+
+
+def _spells_control_token(row: Row, tokenizer: "Tokenizer") -> bool:
+    """Whether a message spells a token such as the end token, which is cut into ordinary tokens."""
+    if not any(spelling.added(tokenizer).search(message.content) for message in row.messages):
+        return False
+    found = chat.render(row, tokenizer)
+    return bool(spelling.spelled(found.text, spelling.pieces(found, tokenizer), tokenizer))
 
 
 def _preview(

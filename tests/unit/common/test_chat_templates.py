@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from client.data import check
 from common import chat, prompts, spelling, templates
 from common.errors import ModelError
 from common.rows import Message, Row
@@ -310,8 +311,8 @@ def test_a_control_token_that_a_row_spells_is_text(name):
     special = set(tokenizer.all_special_ids) | {tokenizer.convert_tokens_to_ids("<|fim|>")}
     assert [i for i in encoded.input_ids if i in special] == [i for i in plain.input_ids if i in special]
     assert covered(encoded, name).strip() == f"no, {end} is text{end}"
-    assert prompts.spells_control_token(row, tokenizer)
-    assert not prompts.spells_control_token(conversation("is it?", "no"), tokenizer)
+    counts = [check.check([one], tokenizer=tokenizer).tokens for one in (row, conversation("is it?", "no"))]
+    assert [count.num_with_control_tokens for count in counts] == [1, 0]
     assert prompts.prompt_ids(row, tokenizer)[0] == list(encoded.input_ids[: encoded.is_answer.index(True)])
 
 

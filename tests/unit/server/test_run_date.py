@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from client.serve import EngineLoader
 from common import config, loading, prompts, templates, wire
 from common.errors import ModelError
-from common.manifest import parse
+from common.manifest import date_of, parse
 from server import export_folder, merge_adapters, merge_folder, run, seal, verify
 from server.export_folder import Exported
 from server.serve import engine as serving
@@ -65,11 +65,12 @@ def test_the_manifest_holds_the_day_of_the_launch_where_the_template_prints_one(
 
 def test_a_run_that_goes_on_keeps_its_day(manifest, tmp_path):
     tomorrow = datetime.date.fromisoformat(NEXT_DAY)
-    assert run.date_of(tmp_path, resume=True, today=tomorrow) == NEXT_DAY
+    stored = tmp_path / run.MANIFEST_FILE
+    assert date_of(stored, today=tomorrow) == NEXT_DAY
     run.prepare(manifest.run, tmp_path)
-    (tmp_path / run.MANIFEST_FILE).write_bytes(manifest.to_bytes())
-    assert run.date_of(tmp_path, resume=True, today=tomorrow) == LAUNCH
-    assert run.date_of(tmp_path, resume=False, today=tomorrow) == NEXT_DAY
+    stored.write_bytes(manifest.to_bytes())
+    assert date_of(stored, today=tomorrow) == LAUNCH
+    assert date_of(None, today=tomorrow) == NEXT_DAY
 
 
 def test_a_site_renders_the_run_s_day_and_loads_anew_for_another(base, manifest, tmp_path):

@@ -88,7 +88,7 @@ def test_vllm_is_told_what_ends_an_answer(base, export):
 
 
 def test_the_base_s_own_settings_are_read_from_either_file(base, tmp_path):
-    assert model.generation_of(base).eos_token_id == [END, OTHER]
+    assert export_gguf.generation_of(base).eos_token_id == [END, OTHER]
     plain = tiny.make_base(tmp_path / "plain")
     (plain / "generation_config.json").unlink()
-    assert model.generation_of(plain).eos_token_id == AutoTokenizer.from_pretrained(plain).eos_token_id
+    assert export_gguf.generation_of(plain).eos_token_id == AutoTokenizer.from_pretrained(plain).eos_token_id
