@@ -13,7 +13,7 @@ from typing import Any, Final
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from common import chat, skeleton
+from common import skeleton, templates
 from common.errors import ModelError
 
 FILE: Final = "tokenizer.json"
@@ -228,7 +228,7 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, settings: PretrainedConfig, f
                 "tokenizer_config.json to a token that the base has"
             )
     control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    template = f"{tokenizer.chat_template or ''} {' '.join(chat.CHATML_TOKENS)}"
+    template = f"{tokenizer.chat_template or ''} {' '.join(templates.CHATML_TOKENS)}"
     beyond = {
         token: number
         for token, number in tokenizer.get_vocab().items()
