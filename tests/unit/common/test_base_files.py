@@ -7,6 +7,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, BloomConfig, GPT2Config, LlamaConfig
 
 from client import rows as site_rows
+from client.rows import Asked
 from common import base_files, config, loading, model, prompts
 from common.base_files import TEXT
 from common.errors import ModelError
@@ -115,11 +116,13 @@ def test_a_pad_token_beyond_the_embedding_is_refused_with_a_remedy(own_base):
         model.load_tokenizer(own_base)
 
 
-def test_a_control_token_for_pictures_may_have_no_embedding_but_no_row_may_spell_it(own_base, load_tiny):
+def test_a_control_token_for_pictures_may_have_no_embedding_but_no_template_may_write_it(own_base, load_tiny):
     add_token(own_base, "<image>", special=True)
     engine, data = load_tiny(folder=own_base), tiny.settings(own_base).data
     assert len(model.encode(engine, tiny.rows(4), data)[0]) == 4
     spelt = [tiny.Row((tiny.Message("user", "<image>"), tiny.Message("assistant", "YES")), unit="u", row_id="row 1")]
+    assert max(model.encode(engine, spelt, data)[0][0].input_ids) < 320  # what a row spells is text
+    engine.tokenizer.chat_template = "{{ '<image>' }}" + engine.tokenizer.chat_template
     with pytest.raises(ModelError, match=r"token 320, and the base's embedding ends at 319"):
         model.encode(engine, spelt, data)
     asked, _ = prompts.prompt_ids(spelt[0], engine.tokenizer)
@@ -193,12 +196,12 @@ def test_a_base_that_is_quantised_already_is_refused_and_the_way_out_is_named(ow
 def test_a_site_that_checks_its_rows_hears_what_is_wrong_with_the_base(own_base, tmp_path):
     source = tiny.write_table(tmp_path / "rows.jsonl")
     node = config.NodeConfig.model_validate({"site": {"name": "north"}, "data": {"path": str(source)}})
-    assert site_rows.check(node, base=str(own_base), max_length_tokens=256).report is not None
+    assert site_rows.check(node, Asked(base=str(own_base), max_length_tokens=256)).report is not None
     with pytest.raises(ModelError, match=r"257.*256 positions"):
-        site_rows.check(node, base=str(own_base), max_length_tokens=257)
+        site_rows.check(node, Asked(base=str(own_base), max_length_tokens=257))
     change(own_base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ModelError, match="quantised already"):
-        site_rows.check(node, base=str(own_base), max_length_tokens=None)
+        site_rows.check(node, Asked(base=str(own_base)))
 
 
 def test_what_needs_no_weights_is_known_without_them(own_base):
