@@ -209,6 +209,10 @@ def _check_possible(content: Content, base: Path | None, llama_cpp: Path | None)
     if "onnx" in formats:
         export_onnx.require()
     if base and "gguf" in formats:
+        if '"""' in content.facts.system_prompt:
+            raise ConfigError(
+                'gguf: data.system_prompt holds """, which ends a text in a Modelfile; write it in another way'
+            )
         export_gguf.check_checkout(llama_cpp, content.facts.gguf_type)
         if not llama_cpp:
             export_gguf.check(base)
