@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from common import chat, model, prompts, storage
+from common import base_files, chat, model, prompts, storage
 from common.errors import ModelError
 from common.rows import Message, Row
 
@@ -21,7 +21,6 @@ _FILES: Final = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json
                  "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")  # fmt: skip
 # what transformers writes of the place that a tokenizer was read from, and code, which no export holds
 _NOT_EXPORTED: Final = frozenset({"chat_template", "auto_map", "name_or_path", "tokenizer_file", "is_local"})
-_TRIAL: Final = "Hb 12.5 mg/dl, CamelCase  HTTP\n\t2x Ärzte, Straße, 漢字かな, don't 🙂 <|im_end|></s>"
 
 
 def of_base(base: Path, name: prompts.TemplateName, *, system_prompt: str = "") -> PreTrainedTokenizerBase:
@@ -139,7 +138,8 @@ def differences(given: PreTrainedTokenizerBase, wanted: PreTrainedTokenizerBase)
 
     The run's own tokenizer pads with the end token where the base has none, which no export must have.
     """
-    odd = [] if given(_TRIAL)["input_ids"] == wanted(_TRIAL)["input_ids"] else ["text in tokens"]
+    text = f"{base_files.TEXT} <|im_end|></s>"
+    odd = [] if given(text)["input_ids"] == wanted(text)["input_ids"] else ["text in tokens"]
     odd += [] if given.get_vocab() == wanted.get_vocab() else ["the vocabulary"]
     maps = [{**found.special_tokens_map, "pad_token": None} for found in (given, wanted)]
     return odd + ([] if maps[0] == maps[1] else ["a special token"])
