@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from peft import PeftConfig
 from transformers.utils import logging as transformers_logging
 
-from common import adapter, config, model, prompts, storage
+from common import adapter, base_probe, config, model, prompts, storage
 from common.adapter import Tensors
 from common.errors import ConfigError
 from common.events import Event
@@ -316,11 +316,12 @@ def quantise(merged: Path, output: Path, *, kind: str) -> None:
     """A merged checkpoint through bitsandbytes: NF4 with double quantisation, or 8-bit.
 
     Raises:
-        ModelError: It cannot be loaded so on this machine.
+        ModelError: It cannot be loaded so on this machine, or few of its weights are quantised.
     """
     quantization = config.ModelConfig(base=str(merged), quantization=kind, dtype="bfloat16")  # type: ignore[arg-type]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     loaded = model.load_base(merged, quantization, model.choose_device("auto"))
+    base_probe.check_precision(loaded, kind)  # type: ignore[arg-type]
     loaded.config.use_cache = True
     loaded.save_pretrained(output)
     export_tokenizer.copy(merged, output)

@@ -22,7 +22,7 @@ from gguf.constants import GGMLQuantizationType, LlamaFileType, TokenType
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from common import chat
+from common import chat, skeleton
 from common.errors import ConfigError, ModelError
 from common.storage import storage_error
 from server import export_tokenizer
@@ -64,7 +64,7 @@ def convert(merged: Path, output: Path, *, name: str) -> None:
         StorageError: Disk full or not writable.
     """
     check(merged)
-    settings = _json(merged / "config.json")
+    settings = skeleton.settings(merged).to_dict()
     writer = gguf.GGUFWriter(output, "llama")
     try:
         _add_facts(writer, settings, name=name)
@@ -231,7 +231,14 @@ def check(base: Path) -> None:
         ConfigError: Another architecture, rotary scaling, biases, or a tokenizer that llama.cpp has no name for.
         ModelError: No readable config.json or tokenizer.json.
     """
-    _check_plain(_json(base / "config.json"))
+    network = skeleton.build(base)
+    settings = network.config.to_dict()
+    _check_plain({**settings, "architectures": [type(network).__name__]})
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, settings["num_hidden_layers"])
+    for name in network.state_dict():
+        _name(names, name)
+    if not (base / "tokenizer.json").is_file():
+        raise ConfigError(f"gguf: the base has no tokenizer.json, from which tokens are written here; {_REMEDY}")
     pre_tokenizer_name(_json(base / "tokenizer.json"))
 
 
@@ -334,15 +341,21 @@ def _tensors(
     for file in sorted(merged.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  not a mapping
-                found = names.get_name(name, try_suffixes=(".weight",))
-                if found is None:
-                    raise ModelError(f"gguf: the base's tensor {name} has no place in a Llama; {_REMEDY}")
+                found = _name(names, name)
                 values = opened.get_tensor(name).to(torch.float32).numpy()
                 part = name.split(".")[-2]
                 if part in heads:
                     values = _interleave(values, num_heads=heads[part])
                 kind = GGMLQuantizationType.BF16 if values.ndim > 1 else GGMLQuantizationType.F32
                 yield found, gguf.quantize(values, kind), kind
+
+
+def _name(names: Any, name: str) -> str:
+    """GGUF's name of a weight."""
+    found: str | None = names.get_name(name, try_suffixes=(".weight",))
+    if found is None:
+        raise ConfigError(f"gguf: the base's tensor {name} has no place in a Llama; {_REMEDY}")
+    return found
 
 
 def _interleave(weight_dk: "np.ndarray[Any, Any]", *, num_heads: int) -> "np.ndarray[Any, Any]":
