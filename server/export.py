@@ -1,5 +1,6 @@
 """The finished adapter as a peft folder, and merged into a bf16 checkpoint."""
 
+import functools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,8 +95,7 @@ def card(
     asked = told.at_sites(log).get(polish[-1]["number"]) if polish else None
     reached = measure.stage_of(num_rounds, last=settings.federation.num_rounds)
     label = told.label(polish[-1]["number"], polish[-1]["stage"]) if polish else reached
-    template = jinja2.Template(CARD_TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
-    text: str = template.render(
+    text: str = _card_template().render(
         run=settings, manifest=run_manifest, sites=sites, num_rows=sum(sites.values()), num_rounds=num_rounds,
         rank=next((spec.shape[0] for spec in specs if is_lora and spec.name.endswith(factored.A_SUFFIX)), 0),
         title=KINDS[settings.adapter.kind].title, trained=_trained(settings.adapter),
@@ -111,6 +111,12 @@ def card(
         system_prompt=settings.data.system_prompt, polish=polish, stage_kind=told.kind, polish_private=told.PRIVATE, polish_own=told.OWN_DATA,
     )  # fmt: skip
     return text
+
+
+@functools.cache
+def _card_template() -> jinja2.Template:
+    """Compiled once: an export has a card for the folder and one for each adapter."""
+    return jinja2.Template(CARD_TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
 
 
 def _spent(settings: config.RunConfig, log: Sequence[Event], *, num_rounds: int) -> dict[str, float | None] | None:

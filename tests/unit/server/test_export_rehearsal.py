@@ -28,11 +28,8 @@ def cut(*steps):
 # "" if it passes, otherwise what the refusal names
 TABLE = {
     "plain": ("llama", {}, {}, None, ""),
-    "tied": ("llama", {"tie_word_embeddings": True}, {}, None, ""),
-    "wide heads": ("llama", {"head_dim": 32, "num_key_value_heads": 4}, {}, None, ""),
-    "rotary base of transformers 4": ("llama", {}, OLD, None, ""),
-    "no architectures": ("llama", {}, {"architectures": None}, None, ""),
-    "single digits": ("llama", {}, {}, cut(DIGITS), ""),
+    "tied, wide heads": ("llama", {"tie_word_embeddings": True, "head_dim": 32}, {}, None, ""),
+    "of transformers 4, single digits": ("llama", {}, {**OLD, "architectures": None}, cut(DIGITS), ""),
     "rotary scaling of transformers 4": ("llama", {}, {**OLD, "rope_scaling": LLAMA3}, None, "rotary scaling 'llama3'"),
     "its older key": ("llama", {}, {**OLD, "rope_scaling": {"type": "linear", "factor": 2.0}}, None, "'linear'"),
     "rotary scaling": ("llama", {}, {"rope_parameters": LLAMA3 | {"rope_theta": 1e4}}, None, "rotary scaling 'llama3'"),
