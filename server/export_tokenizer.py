@@ -92,7 +92,11 @@ def save(tokenizer: PreTrainedTokenizerBase, base: Path, output: Path) -> None:
         _write(output, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
         odd = differences(load(output), tokenizer)
     if odd:
-        raise ModelError(f"{base}: its tokenizer is another one when it is loaded from a copy ({odd[0]} differs)")
+        raise ModelError(
+            f"{base}: transformers cuts text for this type of model by a class of its own, and not as tokenizer.json "
+            f"there says ({odd[0]} differs), so whoever loads a merged export would give it other tokens; export peft "
+            "or vllm alone"
+        )
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 V vocabulary, B sequences, T tokens.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -54,7 +55,7 @@ def compare(folder: Path, base: Path, facts: Facts) -> dict[str, dict[str, float
     effect = export_probe.difference(alone, wanted)
     found = {"base": {"difference": effect}}
     for name in facts.formats:
-        given = export_probe.logits(_loaded(folder, base, name, places))
+        given = _try(folder / name, functools.partial(_logits, folder, base, name, places))
         is_exact = name in ("merged", "onnx") or (name == "gguf" and facts.gguf_type == "bf16")
         limit = GGUF_LIMITS[facts.gguf_type] if name == "gguf" else LIMITS[name]
         found[name] = {"difference": export_probe.difference(given, wanted), "limit": limit}
@@ -96,6 +97,11 @@ def _adapter_logits(base: Path, place: Path) -> tuple[torch.Tensor, torch.Tensor
     return alone, beside, export_probe.logits(summed)
 
 
+def _logits(folder: Path, base: Path, name: str, places: dict[str, Path]) -> torch.Tensor:
+    """Of one format, which is not in memory any more when the next is loaded."""
+    return export_probe.logits(_loaded(folder, base, name, places))
+
+
 def _loaded(folder: Path, base: Path, name: str, places: dict[str, Path]) -> Any:
     """A format as its users load it, in float32 where it is not quantised."""
     if name in places:
@@ -105,6 +111,8 @@ def _loaded(folder: Path, base: Path, name: str, places: dict[str, Path]) -> Any
         return _try(folder / name, lambda: _network(folder / name, **file))
     if name == "onnx":
         return _try(folder / name, lambda: export_onnx.Session(folder / name))
+    if name in ("nf4", "int8"):  # in its own types: of float32 only some layers would become it, and others stay
+        return _try(folder / name, lambda: _network(folder / name, dtype="auto"))
     return _plain(folder / name)
 
 
@@ -115,15 +123,14 @@ def _with_adapter(base: Path, place: Path) -> Any:
 
 
 def _plain(folder: Path) -> Any:
-    """A checkpoint in float32; one that is quantised keeps its own types."""
+    """A checkpoint in float32."""
     return _try(folder, lambda: _network(folder))
 
 
 def _network(folder: Path, **options: Any) -> Any:
     """From local files, and only from safetensors or GGUF."""
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True, **options
-    )
+    fixed = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **fixed, **options})
 
 
 def _try(place: Path, load: Callable[[], Any]) -> Any:

@@ -15,7 +15,7 @@ from server import export_folder, export_gguf, export_tokenizer, seal, verify
 from server.serve import engine as serving
 from server.serve import folders, start
 from server.serve.requests import Talk
-from tests import exports, tiny
+from tests import architectures, exports, tiny
 
 PROMPT = 'You are careful.\nSay "I do not know" where {% you %} {{ must }}: Grüße, 漢字 🙂 \\ end'
 SPOKEN = {"data.system_prompt": json.dumps(PROMPT, ensure_ascii=False)}
@@ -140,14 +140,14 @@ def test_a_system_prompt_that_is_missing_is_found_however_it_was_sealed(spoken, 
     (folder / seal.FILE).unlink()
     specs = [seal.TensorSpec(name, tuple(shape)) for name, shape in sealed.adapter.items()]
     seal.write(folder, facts, specs=specs, key=None)
-    with pytest.raises(ModelError, match="chat template|Modelfile|system prompt"):
+    with pytest.raises(ModelError, match=r"chat template|Modelfile|system prompt"):
         verify.verify(folder)
 
 
 def test_a_system_prompt_that_a_modelfile_cannot_hold_is_refused_before_anything_is_merged(tiny_base, tmp_path):
     changes = {"data.system_prompt": json.dumps('Quote in """ three.')}
     _, source = exports.drawn(tiny.settings(tiny_base, changes), tiny_base)
-    with pytest.raises(ConfigError, match='gguf: data.system_prompt holds """'):
+    with pytest.raises(ConfigError, match=r'gguf: data\.system_prompt holds """'):
         export_folder.check(source, formats=("gguf",), base=tiny_base, llama_cpp=None)
     export_folder.check(source, formats=("merged",), base=tiny_base, llama_cpp=None)  # control
 
@@ -207,6 +207,19 @@ def test_an_exported_tokenizer_is_the_base_s_own_files_but_for_the_template(name
         loaded = AutoTokenizer.from_pretrained(folder / name)
         assert loaded.pad_token is None  # the run pads with the end token
         assert export_tokenizer.differences(loaded, AutoTokenizer.from_pretrained(base)) == []
+
+
+def test_a_class_of_transformers_that_the_file_does_not_fit_is_refused_before_anything_is_kept(tmp_path):
+    """Of type qwen2, whatever class is named: who loads a merged checkpoint would get other tokens."""
+    base = architectures.make("qwen2", tmp_path / "base")
+    _, source = exports.drawn(tiny.settings(base), base)
+    save(source, base, tmp_path / "sound", "merged")  # control
+    tiny.make_tokenizer().save_pretrained(base)
+    _, source = exports.drawn(tiny.settings(base), base)
+    with pytest.raises(ModelError, match=r"cuts text for this type of model by a class of its own.*export peft"):
+        save(source, base, tmp_path / "export", "merged")
+    assert not (tmp_path / "export").exists()
+    save(source, base, tmp_path / "export", "peft")  # the remedy
 
 
 def test_a_tokenizer_that_is_another_one_is_found_on_the_base(named, tmp_path):
