@@ -108,7 +108,8 @@ def card(
         measured_before=stages.get(measure.BASE), privacy_wording=privacy_plan.wording(settings),
         epsilon=privacy_plan.epsilon(settings) if settings.privacy.is_private_per_unit else None,
         spent=_spent(settings, log, num_rounds=num_rounds), gated=words.of_export(log, stage=label),
-        system_prompt=settings.data.system_prompt, polish=polish, stage_kind=told.kind, polish_private=told.PRIVATE, polish_own=told.OWN_DATA,
+        system_prompt=settings.data.system_prompt, polish=polish, stage_kind=told.kind,
+        polish_private=told.PRIVATE, polish_own=told.OWN_DATA,
     )  # fmt: skip
     return text
 

@@ -15,9 +15,9 @@ from common.errors import ModelError
 from common.model import Engine
 from common.prompts import Encoded
 from server import export_probe
-from server.export_probe import Probe
 from server.evaluate import bootstrap
 from server.evaluate.bootstrap import Scores
+from server.export_probe import Probe
 
 LIMIT: Final = 0.01  # of the logarithm of merged over side by side, nats per answer token
 MAX_ROWS: Final = 256  # the first of a file; a float32 base on a CPU takes seconds a row

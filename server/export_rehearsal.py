@@ -117,9 +117,7 @@ def make_small(base: Path, output: Path, *, targets: Sequence[str] = ()) -> Path
 def _make_shallow(settings: Any, targets: Sequence[str]) -> None:
     """Two layers, or as many as show every kind of layer and hold those that a target names."""
     depth = settings.num_hidden_layers
-    lists = {
-        key: value for key, value in vars(settings).items() if isinstance(value, list) and len(value) == depth > 1
-    }
+    lists = {key: value for key, value in vars(settings).items() if isinstance(value, list) and len(value) == depth > 1}
     kinds = [tuple(str(value[layer]) for value in lists.values()) for layer in range(depth)]
     wanted = max(kinds.index(kind) for kind in kinds) + 1
     named = [int(part) + 1 for target in targets for part in target.split(".") if part.isdecimal()]

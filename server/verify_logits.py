@@ -31,8 +31,9 @@ def compare(folder: Path, base: Path, facts: Facts) -> dict[str, dict[str, float
 
     `difference` is the root mean square of the difference over that of the adapter's own logits, both without their
     mean over the vocabulary. bf16 formats are held as well against base plus adapter rounded to bf16: to `ROUNDED`, or
-    a share of what the adapter does where that is less, so that one that does little still cannot be missing from them. A format must be nearer to the adapter than to
-    the base, unless the adapter does less than `VISIBLE` of the format's difference.
+    a share of what the adapter does where that is less, so that one that does little still cannot be missing from them.
+    A format must be nearer to the adapter than to the base, unless the adapter does less than `VISIBLE` of the
+    format's difference.
 
     Args:
         folder: The export; it was checked.

@@ -124,11 +124,11 @@ def test_what_a_base_cannot_have_is_refused_before_the_first_round(name, tmp_pat
             continue
         with pytest.raises(ModelError, match="of the weights of this base's layers"):
             loading.engine_of(settings, base, device_name="cpu", num_threads=1)
-    engine, source = exports.drawn(settings_of(name, base), base)
+    engine, _ = exports.drawn(settings_of(name, base), base)
     for one in (one for one in WRITTEN if one not in (*wanted.formats, "onnx")):
         asked = settings_of(name, base, **{"export.formats": f"peft, {one}"})
         manifest = run.manifest_of(asked, engine)
-        with pytest.raises((ConfigError, ModelError), match="give --llama-cpp DIR|of the weights of this base's"):
+        with pytest.raises((ConfigError, ModelError), match=r"give --llama-cpp DIR|of the weights of this base's"):
             run_export.check(manifest, engine)
     if wanted.targets != "all-linear":
         with pytest.raises(ModelError, match="tensors that are no linear layers"):

@@ -76,7 +76,7 @@ def test_control_a_merge_that_moves_the_embedding_too_is_noticed_by_export_and_v
     (tmp_path / "x/README.md").write_text((folder / "README.md").read_text())
     facts = replace(content.facts, probe=seal.read(folder).facts.probe)
     seal.write(tmp_path / "x", facts, specs=adapter.specs(content.adapter), key=None)
-    with pytest.raises(ModelError, match="merged: (logits differ|is not base plus)"):
+    with pytest.raises(ModelError, match=r"merged: (logits differ|is not base plus)"):
         verify.verify(tmp_path / "x", base=tied)
 
 
@@ -94,7 +94,7 @@ def test_an_adapter_that_does_next_to_nothing_is_held_to_what_it_does(tied, tmp_
 
 
 def test_every_export_of_merged_weights_has_the_probe_and_verify_wants_it(tied, whole):
-    folder, source, _ = whole
+    folder, _, _ = whole
     facts = seal.read(folder).facts
     assert export_probe.stored(facts.probe).effect > 0.1
     for broken in ({}, {**facts.probe, "saved": float("nan")}, {**facts.probe, "more": 1.0}):

@@ -19,9 +19,9 @@ CHUNKS = {"type": "Digits", "individual_digits": False}
 
 def cut(*steps):
     """A change of tokenizer.json: these steps before the last."""
-    return lambda stored: stored | {
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, stored["pre_tokenizer"]]}
-    }
+    return lambda stored: (
+        stored | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, stored["pre_tokenizer"]]}}
+    )
 
 
 # base: architecture, its settings, changes of config.json as a maker may have written it, change of tokenizer.json;
@@ -123,5 +123,3 @@ def test_the_small_model_has_every_kind_of_layer_and_those_that_are_named(tmp_pa
     small = export_rehearsal.make_small(base, tmp_path / "small", targets=targets)
     assert AutoConfig.from_pretrained(small).num_hidden_layers == depth
     assert (small / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
-
-
