@@ -117,7 +117,9 @@ def card(
 @functools.cache
 def _card_template() -> jinja2.Template:
     """Compiled once: an export has a card for the folder and one for each adapter."""
-    return jinja2.Template(CARD_TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
+    text = CARD_TEMPLATE.read_text(encoding="utf-8")
+    made: jinja2.Template = jinja2.Template(text, undefined=jinja2.StrictUndefined)
+    return made
 
 
 def _spent(settings: config.RunConfig, log: Sequence[Event], *, num_rounds: int) -> dict[str, float | None] | None:

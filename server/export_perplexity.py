@@ -121,7 +121,8 @@ def side_by_side(rows: Path | None, tensors: Tensors, *, run: config.RunConfig, 
     """
     plain = run.model_copy(update={"model": _plain(run, base)})
     engine = loading.engine_of(plain, base, num_threads=torch.get_num_threads())
-    encoded, alone = [], None
+    encoded: Sequence[Encoded] = ()
+    alone = None
     if rows:
         encoded, _ = model.encode(engine, loading.rows_of(str(rows), run)[:MAX_ROWS], run.data)
         alone = _scores(engine, encoded)

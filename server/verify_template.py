@@ -40,8 +40,11 @@ def check(folder: Path, facts: Facts, *, base: Path | None) -> None:
             raise ModelError(f"{place}: its chat template lacks the run's system prompt; export it again")
     if "gguf" in facts.formats:
         _check_modelfile(folder / "gguf" / "Modelfile", facts, base)
-    for place in (folder / name for name in _FOLDERS if base and name in facts.formats):
-        own = export_tokenizer.of_base(base, facts.chat_template, system_prompt=facts.system_prompt)
+    places = [folder / name for name in _FOLDERS if name in facts.formats]
+    if base is None or not places:
+        return
+    own = export_tokenizer.of_base(base, facts.chat_template, system_prompt=facts.system_prompt)
+    for place in places:
         if odd := export_tokenizer.differences(export_tokenizer.load(place), own):
             raise ModelError(f"{place}: its tokenizer is not the base's ({odd[0]} differs); export it again")
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from common import chat, config, prompts
 from common.errors import ConfigError, ModelError
 from common.rows import Message, Row
-from server import export_folder, export_gguf, export_tokenizer, seal, verify
+from server import export_folder, export_gguf, export_tokenizer, merge_adapters, merge_folder, seal, verify
 from server.serve import engine as serving
 from server.serve import folders, start
 from server.serve.requests import Talk
@@ -95,6 +95,19 @@ def test_vllm_takes_one_system_prompt(spoken, tiny_base, load_tiny, tmp_path):
     with pytest.raises(ModelError, match="different system prompts"):
         start.vllm_command(tiny_base, served, start.Place())
     assert "--chat-template" not in start.vllm_command(tiny_base, served[1:], start.Place())  # control
+
+
+def test_adapters_of_one_system_prompt_are_merged_with_it_and_of_two_not_at_all(spoken, tiny_base, load_tiny, tmp_path):
+    plain = exports.write(tmp_path / "plain", load_tiny(), tiny_base, seed=1, template="tokenizer")
+    recipe = merge_adapters.Recipe("linear", (0.5, 0.5))
+    with pytest.raises(ModelError, match="another system prompt"):
+        merge_folder.write([spoken[0], plain], tmp_path / "x", recipe, name="x", base=tiny_base)
+    merge_folder.write([spoken[0], spoken[0]], tmp_path / "both", recipe, name="both", base=tiny_base)
+    assert "    You are careful.\n" in (tmp_path / "both/README.md").read_text(encoding="utf-8")
+    assert seal.read(tmp_path / "both").facts.system_prompt == PROMPT
+    assert PROMPT in rendered(
+        tiny_base, ASKED, (tmp_path / "both/peft/chat_template.jinja").read_text(encoding="utf-8")
+    )
 
 
 def strip(text):
@@ -211,9 +224,7 @@ def test_an_exported_tokenizer_is_the_base_s_own_files_but_for_the_template(name
 
 def test_a_class_of_transformers_that_the_file_does_not_fit_is_refused_before_anything_is_kept(tmp_path):
     """Of type qwen2, whatever class is named: who loads a merged checkpoint would get other tokens."""
-    base = architectures.make("qwen2", tmp_path / "base")
-    _, source = exports.drawn(tiny.settings(base), base)
-    save(source, base, tmp_path / "sound", "merged")  # control
+    base = architectures.make("qwen2", tmp_path / "base")  # with that class's own file, which is exported in test_bases
     tiny.make_tokenizer().save_pretrained(base)
     _, source = exports.drawn(tiny.settings(base), base)
     with pytest.raises(ModelError, match=r"cuts text for this type of model by a class of its own.*export peft"):
