@@ -122,7 +122,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("where", [*FAULTS, "gguf", "Modelfile", "README.md", "every template"])
+@pytest.mark.parametrize("where", ["peft", "merged", "gguf", "Modelfile", "README.md", "every template"])
 def test_a_system_prompt_that_is_missing_is_found_however_it_was_sealed(spoken, tmp_path, where):
     folder = Path(shutil.copytree(spoken[0], tmp_path / "export"))
     sealed = seal.read(folder)
