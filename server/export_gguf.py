@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import gguf
+import jinja2
 import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType, LlamaFileType, TokenType
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from common import chat
+from common import chat, skeleton
 from common.errors import ConfigError, ModelError
 from common.storage import storage_error
+from server import export_tokenizer
 
 MODEL_FILE: Final = "model.gguf"
 SCRIPT: Final = "convert_hf_to_gguf.py"
@@ -62,7 +64,7 @@ def convert(merged: Path, output: Path, *, name: str) -> None:
         StorageError: Disk full or not writable.
     """
     check(merged)
-    settings = _json(merged / "config.json")
+    settings = skeleton.settings(merged).to_dict()
     writer = gguf.GGUFWriter(output, "llama")
     try:
         _add_facts(writer, settings, name=name)
@@ -171,33 +173,52 @@ def run_quantize(llama_cpp: Path, output: Path, *, kind: str) -> None:
     partial.replace(output)
 
 
-def modelfile(merged: Path) -> str:
+def modelfile(merged: Path, *, system_prompt: str = "") -> str:
     """What `ollama create` reads, for a checkpoint in a folder."""
-    return modelfile_of(AutoTokenizer.from_pretrained(merged, local_files_only=True))
+    tokenizer = AutoTokenizer.from_pretrained(merged, local_files_only=True)
+    return modelfile_of(tokenizer, system_prompt=system_prompt)
 
 
-def modelfile_of(tokenizer: Any) -> str:
-    """What `ollama create` reads; the template is written where the model's is plain ChatML."""
+def modelfile_of(tokenizer: Any, *, system_prompt: str = "") -> str:
+    """What `ollama create` reads; the template is written where the model's is plain ChatML.
+
+    Args:
+        tokenizer: With the template of the export.
+        system_prompt: `data.system_prompt` of the run, which Ollama gives to conversations without their own.
+    """
     stop = f"PARAMETER stop {json.dumps(tokenizer.eos_token)}\n" if tokenizer.eos_token else ""
-    return f"FROM ./{MODEL_FILE}\n{_CHATML if _is_chatml(tokenizer) else _NO_TEMPLATE}{stop}"
+    template = _CHATML if _is_chatml(tokenizer, system_prompt) else _NO_TEMPLATE
+    return f"FROM ./{MODEL_FILE}\n{_system(system_prompt)}{template}{stop}"
 
 
-def is_modelfile(text: str) -> bool:
-    """Whether `modelfile_of` may have written it: its file, its template or none, one word to stop at."""
-    start, _, stop = text.partition("PARAMETER stop ")
-    plain = not stop or (stop.count("\n") == 1 and stop.startswith('"') and stop.endswith('"\n'))
-    return plain and start in [f"FROM ./{MODEL_FILE}\n{told}" for told in (_CHATML, _NO_TEMPLATE)]
+def is_modelfile(text: str, *, system_prompt: str = "") -> bool:
+    """Whether `modelfile_of` may have written it: its file, this system prompt, its template or none, one stop word."""
+    start, _, stop = text.rpartition("PARAMETER stop ")
+    start = start or text
+    plain = start == text or (stop.count("\n") == 1 and stop.startswith('"') and stop.endswith('"\n'))
+    head = f"FROM ./{MODEL_FILE}\n{_system(system_prompt)}"
+    return plain and start in [f"{head}{told}" for told in (_CHATML, _NO_TEMPLATE)]
 
 
-def _is_chatml(tokenizer: Any) -> bool:
-    """Whether conversations come out as ChatML, whatever the template's source says; a default system prompt is not."""
+def _system(system_prompt: str) -> str:
+    """The line of a Modelfile that holds the run's system prompt, or none."""
+    return f'SYSTEM """{system_prompt}"""\n' if system_prompt else ""
+
+
+def _is_chatml(tokenizer: Any, system_prompt: str) -> bool:
+    """Whether conversations come out as ChatML, whatever the template's source says; a default system prompt is not,
+    but for the run's own, which the line SYSTEM has."""
     if not tokenizer.chat_template:
         return False
+    own = str(tokenizer.chat_template).removeprefix(export_tokenizer.system_default(system_prompt))
     talk = [{"role": role, "content": f"{role} says"} for role in ("system", "user", "assistant", "user")]
-    return all(_rendered(tokenizer, part) == _rendered(tokenizer, part, chat.CHATML) for part in (talk, talk[1:]))
+    try:
+        return all(_rendered(tokenizer, part, own) == _rendered(tokenizer, part) for part in (talk, talk[1:]))
+    except jinja2.TemplateError:  # it refuses some of these roles, as no ChatML does
+        return False
 
 
-def _rendered(tokenizer: Any, talk: list[dict[str, str]], template: str | None = None) -> str:
+def _rendered(tokenizer: Any, talk: list[dict[str, str]], template: str = chat.CHATML) -> str:
     """A conversation up to where the model speaks."""
     told = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True, chat_template=template)
     return str(told)
@@ -210,7 +231,14 @@ def check(base: Path) -> None:
         ConfigError: Another architecture, rotary scaling, biases, or a tokenizer that llama.cpp has no name for.
         ModelError: No readable config.json or tokenizer.json.
     """
-    _check_plain(_json(base / "config.json"))
+    network = skeleton.build(base)
+    settings = network.config.to_dict()
+    _check_plain({**settings, "architectures": [type(network).__name__]})
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, settings["num_hidden_layers"])
+    for name in network.state_dict():
+        _name(names, name)
+    if not (base / "tokenizer.json").is_file():
+        raise ConfigError(f"gguf: the base has no tokenizer.json, from which tokens are written here; {_REMEDY}")
     pre_tokenizer_name(_json(base / "tokenizer.json"))
 
 
@@ -313,15 +341,21 @@ def _tensors(
     for file in sorted(merged.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  not a mapping
-                found = names.get_name(name, try_suffixes=(".weight",))
-                if found is None:
-                    raise ModelError(f"gguf: the base's tensor {name} has no place in a Llama; {_REMEDY}")
+                found = _name(names, name)
                 values = opened.get_tensor(name).to(torch.float32).numpy()
                 part = name.split(".")[-2]
                 if part in heads:
                     values = _interleave(values, num_heads=heads[part])
                 kind = GGMLQuantizationType.BF16 if values.ndim > 1 else GGMLQuantizationType.F32
                 yield found, gguf.quantize(values, kind), kind
+
+
+def _name(names: Any, name: str) -> str:
+    """GGUF's name of a weight."""
+    found: str | None = names.get_name(name, try_suffixes=(".weight",))
+    if found is None:
+        raise ConfigError(f"gguf: the base's tensor {name} has no place in a Llama; {_REMEDY}")
+    return found
 
 
 def _interleave(weight_dk: "np.ndarray[Any, Any]", *, num_heads: int) -> "np.ndarray[Any, Any]":

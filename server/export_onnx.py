@@ -16,10 +16,11 @@ from typing import Any, Final
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from common.errors import ConfigError, ModelError
+from server import export_tokenizer
 
 MODEL_FILE: Final = "model.onnx"
 WEIGHTS_FILE: Final = "model.onnx.data"
@@ -81,7 +82,7 @@ def convert(merged: Path, output: Path) -> None:
     output.mkdir()
     program.save(output / MODEL_FILE, external_data=True)
     AutoConfig.from_pretrained(merged, local_files_only=True).save_pretrained(output)
-    AutoTokenizer.from_pretrained(merged, local_files_only=True).save_pretrained(output)
+    export_tokenizer.copy(merged, output)
 
 
 def _load(merged: Path) -> Any:

@@ -43,8 +43,9 @@ def export_run(
     written = {"adapter": str(adapter_folder)}
     if merged:
         export.merge(
-            adapter_folder, base_of(found, base), merged, chat_template=found.run_manifest.run.model.chat_template
-        )
+            adapter_folder, base_of(found, base), merged, chat_template=found.run_manifest.run.model.chat_template,
+            system_prompt=found.run_manifest.run.data.system_prompt,
+        )  # fmt: skip
         written["merged"] = str(merged)
     return written
 

@@ -15,7 +15,8 @@ from peft import PeftModel
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.utils import logging as transformers_logging
 
-from common import base_files, base_probe, config, model, prompts
+from common import base_files, base_probe, config, model
+from server import export_tokenizer
 from server.serve.folders import Served, base_name
 from server.serve.requests import Refused, Talk
 
@@ -79,7 +80,8 @@ class Models:
         self._network: Any = network
         for one in served:
             self._attach(one)
-            self._tokenizers[one.name] = prompts.use_template(model.load_tokenizer(base), one.template)
+            own = export_tokenizer.of_base(base, one.template, system_prompt=one.system_prompt)
+            self._tokenizers[one.name] = own
         self._network.eval()
 
     def _attach(self, one: Served) -> None:

@@ -24,6 +24,7 @@ class Served:
         template: `model.chat_template` of its run.
         template_file: Its chat template; None: it was exported without one.
         rank: Of the adapter.
+        system_prompt: `data.system_prompt` of its run.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Served:
     template: TemplateName
     template_file: Path | None
     rank: int
+    system_prompt: str = ""
 
 
 def verified(arguments: Sequence[str], base: Path, *, signer: str = "") -> list[Served]:
@@ -76,4 +78,5 @@ def _verified(argument: str, base: Path, base_sha256: str, signer: str) -> Serve
     template = place / "chat_template.jinja"
     rank = next(shape[0] for name, shape in sealed.adapter.items() if name.endswith(".lora_A.weight"))
     name = given or sealed.facts.name
-    return Served(name, place, sealed.facts.chat_template, template if template.is_file() else None, rank)
+    file = template if template.is_file() else None
+    return Served(name, place, sealed.facts.chat_template, file, rank, sealed.facts.system_prompt)

@@ -113,16 +113,19 @@ def vllm_command(base: Path, served: Sequence[Served], place: Place, *, extra: S
 
 def _template_file(served: Sequence[Served]) -> Path | None:
     """The one chat template of all; None: the base's own."""
-    if len({one.template for one in served}) > 1:
-        raise ModelError(
-            "the adapters were trained with different chat templates, and vLLM takes one; serve them apart"
-        )
-    if served[0].template == "tokenizer":
+    for what, values in (
+        ("chat templates", {one.template for one in served}),
+        ("system prompts", {one.system_prompt for one in served}),
+    ):
+        if len(values) > 1:
+            raise ModelError(f"the adapters were trained with different {what}, and vLLM takes one; serve them apart")
+    if served[0].template == "tokenizer" and not served[0].system_prompt:
         return None
     found = [one.template_file for one in served if one.template_file]
     if not found:
         raise ModelError(
-            f"{served[0].name} was trained with the template {served[0].template} and exported without it; "
+            f"{served[0].name} was trained with the template {served[0].template}, and "
+            f"{'with a system prompt' if served[0].system_prompt else 'no system prompt'}, and exported without it; "
             "export it again with --base"
         )
     return found[0]
