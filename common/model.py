@@ -44,6 +44,7 @@ _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16
 _NOTES: Final = (
     "Specified to not (save|load) vera_A", "Unsupported layer type", "Position ids are not supported",
     "fan_in_fan_out is set to", "The following rank_pattern keys", "The following alpha_pattern keys",
+    "Model has `tie_word_embeddings=True`",
 )  # fmt: skip
 _BASE_SUFFIXES: Final = (".safetensors", ".json", ".jinja", ".model", ".txt")
 

@@ -101,10 +101,13 @@ def use_template(tokenizer: "Tokenizer", name: TemplateName, *, date: str = "") 
         The same tokenizer.
 
     Raises:
-        ModelError: The tokenizer has no template, or lacks the tokens that the named one needs.
+        ModelError: The tokenizer has no template, or several and none of them is the default, or it lacks the tokens
+            that the named one needs.
     """
     if name == "tokenizer":
         chat.require_template(tokenizer)
+        if isinstance(tokenizer.chat_template, dict):
+            tokenizer.chat_template = _default_of(tokenizer.chat_template)
         tokenizer.chat_template = templates.with_date(templates.fitted(tokenizer), date)
     elif name == "chatml":
         _require_single_tokens(tokenizer, templates.CHATML_TOKENS)
@@ -373,6 +376,16 @@ def _require_single_tokens(tokenizer: "Tokenizer", tokens: Sequence[str]) -> Non
             f'the tokenizer has no token {" or ".join(missing)}, which model.chat_template = "chatml" needs: '
             'set it to "tokenizer" or "alpaca"'
         )
+
+
+def _default_of(templates: "dict[str, str]") -> str:
+    """Of several named templates the one that conversations without tools are rendered with."""
+    if "default" not in templates:
+        raise ModelError(
+            f"the tokenizer has the chat templates {', '.join(sorted(templates))}, and none is the default: "
+            'set model.chat_template = "chatml" or "alpaca"'
+        )
+    return templates["default"]
 
 
 def _adds_bos(tokenizer: "Tokenizer") -> bool:

@@ -16,7 +16,7 @@ def settings(folder: Path) -> PretrainedConfig:
     """
     try:
         found: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}: no configuration that transformers can read; fetch the base again") from error
     return found
 

@@ -1,14 +1,15 @@
 """The finished adapter as a peft folder, and merged into a bf16 checkpoint."""
 
+import functools
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -19,9 +20,10 @@ from common.events import Event
 from common.kinds import KINDS
 from common.manifest import RunManifest
 from common.trainable import is_side
-from server import export_canonical, export_kind
+from server import export_canonical, export_kind, export_probe, export_tokenizer
 from server.aggregate import factored
 from server.evaluate import measure, view
+from server.export_probe import Probe
 from server.gate import words
 from server.polish import told
 
@@ -93,8 +95,7 @@ def card(
     asked = told.at_sites(log).get(polish[-1]["number"]) if polish else None
     reached = measure.stage_of(num_rounds, last=settings.federation.num_rounds)
     label = told.label(polish[-1]["number"], polish[-1]["stage"]) if polish else reached
-    template = jinja2.Template(CARD_TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
-    text: str = template.render(
+    text: str = _card_template().render(
         run=settings, manifest=run_manifest, sites=sites, num_rows=sum(sites.values()), num_rounds=num_rounds,
         rank=next((spec.shape[0] for spec in specs if is_lora and spec.name.endswith(factored.A_SUFFIX)), 0),
         title=KINDS[settings.adapter.kind].title, trained=_trained(settings.adapter),
@@ -107,9 +108,18 @@ def card(
         measured_before=stages.get(measure.BASE), privacy_wording=privacy_plan.wording(settings),
         epsilon=privacy_plan.epsilon(settings) if settings.privacy.is_private_per_unit else None,
         spent=_spent(settings, log, num_rounds=num_rounds), gated=words.of_export(log, stage=label),
-        polish=polish, stage_kind=told.kind, polish_private=told.PRIVATE, polish_own=told.OWN_DATA,
+        system_prompt=settings.data.system_prompt, polish=polish, stage_kind=told.kind,
+        polish_private=told.PRIVATE, polish_own=told.OWN_DATA,
     )  # fmt: skip
     return text
+
+
+@functools.cache
+def _card_template() -> jinja2.Template:
+    """Compiled once: an export has a card for the folder and one for each adapter."""
+    text = CARD_TEMPLATE.read_text(encoding="utf-8")
+    made: jinja2.Template = jinja2.Template(text, undefined=jinja2.StrictUndefined)
+    return made
 
 
 def _spent(settings: config.RunConfig, log: Sequence[Event], *, num_rounds: int) -> dict[str, float | None] | None:
@@ -154,72 +164,85 @@ def merge(
     output_folder: Path,
     *,
     chat_template: prompts.TemplateName = "tokenizer",
+    system_prompt: str = "",
     date: str = "",
-) -> None:
-    """Add an adapter to its base and save the sum as a bf16 checkpoint; see `summed`.
+    beside_btv: torch.Tensor | None = None,
+) -> Probe:
+    """Add an adapter to its base in float32, save the sum as a bf16 checkpoint, and hold its logits to the adapter's.
 
-    Never merged into a quantised base: a small change is lost when it is quantised again.
+    Never merged into a quantised base: a small change is lost when it is quantised again. A layer that shares its
+    weights with another, as the head of a tied base does, gets weights of its own (`export_probe.add_up`).
 
     Args:
         adapter_folder: A peft folder.
         base_folder: The base, not quantised.
         output_folder: For the checkpoint; new or empty.
         chat_template: `model.chat_template` of the run: the tokenizer is saved with the template that was trained on.
+        system_prompt: `data.system_prompt` of the run, which the template gives to conversations without their own.
         date: Day of the run, for a template that prints one.
+        beside_btv: Probe logits (`export_probe.logits`) of base and adapters as the run has them; None: of the folder.
+
+    Returns:
+        What the probe found.
 
     Raises:
         ConfigError: The output folder holds something.
-        ModelError: Base or adapter cannot be loaded, or do not fit.
+        ModelError: Base or adapter cannot be loaded, or do not fit, or the checkpoint is another function.
         StorageError: Disk full or not writable.
     """
     if output_folder.is_dir() and any(output_folder.iterdir()):
         raise ConfigError(f"{output_folder}: holds files already; give another folder")
-    try:
-        base = AutoModelForCausalLM.from_pretrained(
-            base_folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
-        with model.quiet_peft():
-            merged = summed(PeftModel.from_pretrained(base, str(adapter_folder)))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        what = type(error).__name__
-        raise ModelError(f"{adapter_folder}: does not fit the base in {base_folder} ({what})") from error
-    tokenizer = prompts.use_template(model.load_tokenizer(base_folder), chat_template, date=date)
+    tokenizer = export_tokenizer.of_base(base_folder, chat_template, system_prompt=system_prompt, date=date)
+    with _fitting(adapter_folder, base_folder), model.quiet_peft():
+        network = PeftModel.from_pretrained(_float32(base_folder), str(adapter_folder))
+        with network.disable_adapter():
+            alone_btv = export_probe.logits(network)
+        wanted_btv = export_probe.logits(network) if beside_btv is None else beside_btv
+        merged = export_probe.add_up(network)
+    summed_btv = export_probe.logits(merged)
+    export_probe.round_weights(merged)
+    rounded_btv = export_probe.logits(merged)
     merged.generation_config.eos_token_id = list(prompts.stop_ids(tokenizer, merged.generation_config))
-    _save_merged(merged.to(torch.bfloat16), tokenizer, output_folder)
-
-
-def summed(network: Any) -> Any:
-    """An adapter added to its base: every layer in float64, and rounded once to what bf16 can hold.
-
-    A sum in float32 would be rounded to one or the other neighbour in bf16 by the order in which a processor adds, so
-    that an export would not be the same where it is verified.
-
-    Args:
-        network: Plain peft on a base in float32; used up.
-
-    Returns:
-        The base in float32 with the sums as weights.
-    """
-    layers: list[Any] = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-
-        def merge(*given: Any, layer: Any = layer, plain: Any = layer.merge, **options: Any) -> None:
-            layer.double()  # only now, so that one layer at a time is that large
-            plain(*given, **options)
-            layer.get_base_layer().to(torch.bfloat16).to(torch.float32)  # the adapter's own parts may be shared
-
-        layer.merge = merge
-    return network.merge_and_unload()
-
-
-def _save_merged(merged: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, output_folder: Path) -> None:
-    """Into a folder beside the target first, so that a half-written checkpoint never bears its name."""
     partial = output_folder.with_name(f".{output_folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        merged.save_pretrained(partial)  # type: ignore[operator]
-        tokenizer.save_pretrained(partial)
+        _save_merged(merged.to(torch.bfloat16), tokenizer, base_folder, partial)
+        del network, merged  # before the next one: each is the whole base in float32
+        with _fitting(adapter_folder, base_folder):
+            saved_btv = export_probe.logits(_float32(partial))
+        found = Probe(
+            effect=export_probe.difference(alone_btv, wanted_btv),
+            summed=export_probe.difference(summed_btv, wanted_btv),
+            rounding=export_probe.difference(rounded_btv, summed_btv),
+            saved=export_probe.difference(saved_btv, rounded_btv),
+        )
+        found.check(str(adapter_folder))
         partial.rename(output_folder)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise storage.storage_error(output_folder, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return found
+
+
+@contextmanager
+def _fitting(adapter_folder: Path, base_folder: Path) -> Iterator[None]:
+    """Errors of transformers, peft and safetensors as one of ours."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        what = type(error).__name__
+        raise ModelError(f"{adapter_folder}: does not fit the base in {base_folder} ({what})") from error
+
+
+def _float32(folder: Path) -> Any:
+    """A checkpoint as its users load it, in float32."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
+
+
+def _save_merged(merged: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, base_folder: Path, partial: Path) -> None:
+    """Into a folder beside the target first, so that a half-written checkpoint never bears its name."""
+    merged.save_pretrained(partial)  # type: ignore[operator]
+    export_tokenizer.save(tokenizer, base_folder, partial)

@@ -12,22 +12,31 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from peft import PeftConfig
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
-from common import adapter, config, model, prompts, storage
+from common import adapter, base_probe, config, model, prompts, storage
 from common.adapter import Tensors
 from common.errors import ConfigError
 from common.events import Event
 from common.kinds import KINDS
 from common.manifest import RunManifest
-from server import export, export_canonical, export_gguf, export_kind, export_onnx, export_perplexity, seal
-from server.export_perplexity import Perplexity
+from server import (
+    export,
+    export_canonical,
+    export_gguf,
+    export_kind,
+    export_onnx,
+    export_perplexity,
+    export_tokenizer,
+    seal,
+)
+from server.export_perplexity import Beside, Perplexity
+from server.export_probe import Probe
 from server.seal import FORMATS
 
 NEED_BASE: Final = frozenset({"merged", "nf4", "int8", "gguf", "onnx"})
-TEMPLATE_FILE: Final = "chat_template.jinja"
-GENERATION_FILE: Final = "generation_config.json"
 _LICENCE: Final = re.compile(r"^license:\s*([\w.+-]{1,64})\s*$", re.MULTILINE)
 
 
@@ -76,8 +85,9 @@ class Content:
         adapter_card: Model card of a peft folder.
         card: Model card of the whole.
         made: Configuration of another kind; None: the adapter is canonical.
-        measure: Gives the perplexity of a merged checkpoint and of what it was merged from; None: there are no rows.
+        beside: Gives base and adapters side by side as a run has them; None: there is no run, only the adapter.
         quantization: Of the base during training, for the card.
+        run: The run of `beside`.
     """
 
     facts: seal.Facts
@@ -85,8 +95,9 @@ class Content:
     adapter_card: str
     card: str
     made: PeftConfig | None = None
-    measure: Callable[[Path], Perplexity] | None = None
+    beside: Callable[[], Beside] | None = None
     quantization: str = "none"
+    run: config.RunConfig | None = None
 
 
 def write(
@@ -119,12 +130,12 @@ def write(
         StorageError: Disk full or not writable.
     """
     content = content_of(source, formats=formats, base=base, gguf_type=gguf_type)
-    if rows and base:
+    if base:
         found = source.run_manifest
-        compare = functools.partial(
-            _compared, rows=rows, tensors=source.tensors, run=found.run, base=base, date=found.date
+        beside = functools.partial(
+            export_perplexity.side_by_side, rows, source.tensors, run=found.run, base=base, date=found.date
         )
-        content = dataclasses.replace(content, measure=compare)
+        content = dataclasses.replace(content, beside=beside, run=found.run)
     write_content(folder, content, base=base, llama_cpp=llama_cpp, key=key)
 
 
@@ -145,6 +156,7 @@ def content_of(source: Exported, *, formats: Sequence[str], base: Path | None, g
     found = source.run_manifest
     _check_kind(found.run.adapter.kind, formats)
     tensors, made = export.finished(source.tensors, found.run)
+    prompt = found.run.data.system_prompt
     facts = seal.Facts(
         name=found.run.name,
         run_sha256=found.sha256,
@@ -154,24 +166,16 @@ def content_of(source: Exported, *, formats: Sequence[str], base: Path | None, g
         base=export.told_base(found.run.model.base),
         adapter_sha256="" if made else hashlib.sha256(export_canonical.encoded(tensors)).hexdigest(),
         chat_template=found.run.model.chat_template,
-        chat_template_sha256=template_sha256(base, found.run.model.chat_template, found.date) if base else "",
+        chat_template_sha256=template_sha256(base, found.run.model.chat_template, prompt, found.date) if base else "",
         date=found.date,
         gguf_type=gguf_type,
+        system_prompt=prompt,
     )
     told = {"num_rounds": source.num_rounds, "sites": source.sites, "log": source.log}
     adapter_card = export.card(found, **told, kind="adapter")  # type: ignore[arg-type]
     licence = licence_of(base) if base else ""
     card = export.card(found, **told, kind="folder", licence=licence, formats=formats)  # type: ignore[arg-type]
     return Content(facts, tensors, adapter_card, card, made, quantization=found.run.model.quantization)
-
-
-def _compared(
-    merged: Path, *, rows: Path, tensors: Tensors, run: config.RunConfig, base: Path, date: str
-) -> Perplexity:
-    """A merged checkpoint that may be exported, with its figures."""
-    found = export_perplexity.measure(rows, tensors, run=run, base=base, merged=merged, date=date)
-    found.check(run.name)
-    return found
 
 
 def write_content(
@@ -210,6 +214,10 @@ def _check_possible(content: Content, base: Path | None, llama_cpp: Path | None)
     if "onnx" in formats:
         export_onnx.require()
     if base and "gguf" in formats:
+        if '"""' in content.facts.system_prompt:
+            raise ConfigError(
+                'gguf: data.system_prompt holds """, which ends a text in a Modelfile; write it in another way'
+            )
         export_gguf.check_checkout(llama_cpp, content.facts.gguf_type)
         if not llama_cpp:
             export_gguf.check(base)
@@ -231,29 +239,41 @@ def _check_kind(kind: str, formats: Sequence[str]) -> None:
 def _fill(folder: Path, content: Content, *, base: Path | None, llama_cpp: Path | None) -> seal.Facts:
     """Every format, then the card; what is known then."""
     formats, name = content.facts.formats, content.facts.name
-    tokenizer = tokenizer_of(base, content.facts.chat_template, content.facts.date) if base else None
+    tokenizer = tokenizer_of(base, content.facts) if base else None
     for target in [target for target in ("peft", f"vllm/{name}") if target.split("/")[0] in formats]:
         _save_adapter(folder / target, content)
         if base and tokenizer:
-            storage.write_atomic(folder / target / TEMPLATE_FILE, str(tokenizer.chat_template).encode())
-            ends = generation_of(base, tokenizer).to_json_string()
-            storage.write_atomic(folder / target / GENERATION_FILE, ends.encode())
+            template = str(tokenizer.chat_template)
+            storage.write_atomic(folder / target / export_tokenizer.TEMPLATE_FILE, template.encode())
+            ends = export_tokenizer.ended(base, tokenizer).to_json_string()
+            storage.write_atomic(folder / target / GENERATION_CONFIG_NAME, ends.encode())
     facts, card = content.facts, content.card
     if base and NEED_BASE & set(formats):
-        measured = _fill_merged(folder, content, base=base, llama_cpp=llama_cpp)
-        facts = dataclasses.replace(facts, perplexity=dataclasses.asdict(measured) if measured else {})
-        card = f"{card}\n{export_perplexity.in_words(measured, quantization=content.quantization)}"
+        probe, measured = _fill_merged(folder, content, base=base, llama_cpp=llama_cpp)
+        figures = dataclasses.asdict(measured) if measured else {}
+        facts = dataclasses.replace(facts, probe=dataclasses.asdict(probe), perplexity=figures)
+        told = export_perplexity.in_words(measured, probe, quantization=content.quantization)
+        card = f"{card}\n{told}"
     storage.write_atomic(folder / "README.md", card.encode())
     return facts
 
 
-def _fill_merged(folder: Path, content: Content, *, base: Path, llama_cpp: Path | None) -> Perplexity | None:
-    """All that is made from the merged checkpoint, which goes again if nobody asked for it; its perplexity."""
-    scratch, merged, formats = folder / ".adapter", folder / "merged", content.facts.formats
+def _fill_merged(
+    folder: Path, content: Content, *, base: Path, llama_cpp: Path | None
+) -> tuple[Probe, Perplexity | None]:
+    """All that is made from the merged checkpoint, which goes again if nobody asked for it; how good it is."""
+    scratch, merged, facts = folder / ".adapter", folder / "merged", content.facts
+    formats = facts.formats
+    beside = content.beside() if content.beside else None
     _save_adapter(scratch, content)
-    export.merge(scratch, base, merged, chat_template=content.facts.chat_template, date=content.facts.date)
+    probe = export.merge(
+        scratch, base, merged, chat_template=facts.chat_template, system_prompt=facts.system_prompt, date=facts.date,
+        beside_btv=beside.logits_btv if beside else None,
+    )  # fmt: skip
     shutil.rmtree(scratch)
-    measured = content.measure(merged) if content.measure else None
+    measured = export_perplexity.measure(beside, run=content.run, merged=merged) if beside and content.run else None
+    if measured:
+        measured.check(facts.name)
     for kind in [kind for kind in ("nf4", "int8") if kind in formats]:
         quantise(merged, folder / kind, kind=kind)
     if "gguf" in formats:
@@ -262,7 +282,7 @@ def _fill_merged(folder: Path, content: Content, *, base: Path, llama_cpp: Path 
         export_onnx.convert(merged, folder / "onnx")
     if "merged" not in formats:
         shutil.rmtree(merged)
-    return measured
+    return probe, measured
 
 
 def _save_adapter(folder: Path, content: Content) -> None:
@@ -282,51 +302,42 @@ def _save_gguf(folder: Path, merged: Path, facts: seal.Facts, *, llama_cpp: Path
         export_gguf.convert(merged, output, name=facts.name)
     if llama_cpp and facts.gguf_type != "bf16":
         export_gguf.run_quantize(llama_cpp, output, kind=facts.gguf_type)
-    storage.write_atomic(folder / "Modelfile", export_gguf.modelfile(merged).encode())
+    text = export_gguf.modelfile(merged, system_prompt=facts.system_prompt)
+    storage.write_atomic(folder / "Modelfile", text.encode())
 
 
-def template_of(base: Path, name: prompts.TemplateName, date: str) -> str:
-    """The chat template that a run of that day on this base was trained with.
+def template_of(base: Path, name: prompts.TemplateName, system_prompt: str, date: str) -> str:
+    """The chat template that a run of that day on this base was trained with, the run's system prompt included.
 
     Raises:
         ModelError: The base has no tokenizer, or none that this template fits.
     """
-    return str(tokenizer_of(base, name, date).chat_template)
+    return str(export_tokenizer.of_base(base, name, system_prompt=system_prompt, date=date).chat_template)
 
 
-def tokenizer_of(base: Path, name: prompts.TemplateName, date: str) -> PreTrainedTokenizerBase:
-    """The base's tokenizer with that template."""
-    return prompts.use_template(model.load_tokenizer(base), name, date=date)
+def tokenizer_of(base: Path, facts: seal.Facts) -> PreTrainedTokenizerBase:
+    """The base's tokenizer with the template that a seal tells of."""
+    return export_tokenizer.of_base(base, facts.chat_template, system_prompt=facts.system_prompt, date=facts.date)
 
 
-def generation_of(base: Path, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The base's generation settings, ended by all tokens that end an answer under this tokenizer's template.
-
-    Raises:
-        ModelError: The base's settings cannot be read, or the template cannot be used for training.
-    """
-    found = export_gguf.generation_of(base)
-    found.eos_token_id = list(prompts.stop_ids(tokenizer, found))
-    return found
-
-
-def template_sha256(base: Path, name: prompts.TemplateName, date: str) -> str:
+def template_sha256(base: Path, name: prompts.TemplateName, system_prompt: str, date: str) -> str:
     """Its hash, for the seal."""
-    return hashlib.sha256(template_of(base, name, date).encode()).hexdigest()
+    return hashlib.sha256(template_of(base, name, system_prompt, date).encode()).hexdigest()
 
 
 def quantise(merged: Path, output: Path, *, kind: str) -> None:
     """A merged checkpoint through bitsandbytes: NF4 with double quantisation, or 8-bit.
 
     Raises:
-        ModelError: It cannot be loaded so on this machine.
+        ModelError: It cannot be loaded so on this machine, or few of its weights are quantised.
     """
     quantization = config.ModelConfig(base=str(merged), quantization=kind, dtype="bfloat16")  # type: ignore[arg-type]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     loaded = model.load_base(merged, quantization, model.choose_device("auto"))
+    base_probe.check_precision(loaded, kind)  # type: ignore[arg-type]
     loaded.config.use_cache = True
     loaded.save_pretrained(output)
-    AutoTokenizer.from_pretrained(merged, local_files_only=True).save_pretrained(output)
+    export_tokenizer.copy(merged, output)
 
 
 def licence_of(base: Path) -> str:

@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import gguf
+import jinja2
 import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType, LlamaFileType, TokenType
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import AutoTokenizer, GenerationConfig
 
-from common import prompts, templates
+from common import prompts, skeleton, templates
 from common.errors import ConfigError, ModelError
 from common.storage import storage_error
+from server import export_tokenizer
 
 MODEL_FILE: Final = "model.gguf"
 SCRIPT: Final = "convert_hf_to_gguf.py"
@@ -44,7 +45,7 @@ _CHATML: Final = '''TEMPLATE """{{- range .Messages }}<|im_start|>{{ .Role }}
 {{ end }}<|im_start|>assistant
 """
 '''
-_STOP: Final = "PARAMETER stop "
+_STOPS: Final = re.compile(r'(?:PARAMETER stop "[^\n]*"\n)*')
 _NO_TEMPLATE: Final = (
     f"# No TEMPLATE: the chat template is in {MODEL_FILE}; compare with: ollama show --template NAME\n"
 )
@@ -64,7 +65,7 @@ def convert(merged: Path, output: Path, *, name: str) -> None:
         StorageError: Disk full or not writable.
     """
     check(merged)
-    settings = _json(merged / "config.json")
+    settings = skeleton.settings(merged).to_dict()
     writer = gguf.GGUFWriter(output, "llama")
     try:
         _add_facts(writer, settings, name=name)
@@ -173,57 +174,55 @@ def run_quantize(llama_cpp: Path, output: Path, *, kind: str) -> None:
     partial.replace(output)
 
 
-def modelfile(merged: Path) -> str:
+def modelfile(merged: Path, *, system_prompt: str = "") -> str:
     """What `ollama create` reads, for a checkpoint in a folder."""
     tokenizer = AutoTokenizer.from_pretrained(merged, local_files_only=True)
-    return modelfile_of(tokenizer, generation_of(merged))
+    return modelfile_of(tokenizer, export_tokenizer.generation_of(merged), system_prompt=system_prompt)
 
 
-def modelfile_of(tokenizer: Any, generation: GenerationConfig) -> str:
+def modelfile_of(tokenizer: Any, generation: GenerationConfig, *, system_prompt: str = "") -> str:
     """What `ollama create` reads; the template is written where the model's is plain ChatML.
 
     Args:
-        tokenizer: With the model's chat template.
+        tokenizer: With the template of the export.
         generation: Of the base or of the merged checkpoint.
+        system_prompt: `data.system_prompt` of the run, which Ollama gives to conversations without their own.
 
     Raises:
         ModelError: The template cannot be used for training.
     """
     texts = [tokenizer.decode([number]) for number in prompts.stop_ids(tokenizer, generation)]
-    stops = "".join(f"{_STOP}{json.dumps(text, ensure_ascii=False)}\n" for text in texts if text.strip())
-    return f"FROM ./{MODEL_FILE}\n{_CHATML if _is_chatml(tokenizer) else _NO_TEMPLATE}{stops}"
+    stops = "".join(f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}\n" for text in texts if text.strip())
+    template = _CHATML if _is_chatml(tokenizer, system_prompt) else _NO_TEMPLATE
+    return f"FROM ./{MODEL_FILE}\n{_system(system_prompt)}{template}{stops}"
 
 
-def generation_of(folder: Path) -> GenerationConfig:
-    """How a base says that it generates: its generation_config.json, else what its config.json tells.
-
-    Raises:
-        ModelError: Neither can be read.
-    """
-    try:
-        if (folder / GENERATION_CONFIG_NAME).is_file():
-            return GenerationConfig.from_pretrained(folder, local_files_only=True)
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: {GENERATION_CONFIG_NAME} or config.json cannot be read; fetch the base") from error
+def is_modelfile(text: str, *, system_prompt: str = "") -> bool:
+    """Whether `modelfile_of` may have written it: its file, this system prompt, its template or none, stop words."""
+    head = f"FROM ./{MODEL_FILE}\n{_system(system_prompt)}"
+    rests = [text.removeprefix(head + told) for told in (_CHATML, _NO_TEMPLATE) if text.startswith(head + told)]
+    return any(_STOPS.fullmatch(rest) for rest in rests)
 
 
-def is_modelfile(text: str) -> bool:
-    """Whether `modelfile_of` may have written it: its file, its template or none, words to stop at."""
-    start, *stops = text.split(_STOP)
-    plain = all(stop.count("\n") == 1 and stop.startswith('"') and stop.endswith('"\n') for stop in stops)
-    return plain and start in [f"FROM ./{MODEL_FILE}\n{told}" for told in (_CHATML, _NO_TEMPLATE)]
+def _system(system_prompt: str) -> str:
+    """The line of a Modelfile that holds the run's system prompt, or none."""
+    return f'SYSTEM """{system_prompt}"""\n' if system_prompt else ""
 
 
-def _is_chatml(tokenizer: Any) -> bool:
-    """Whether conversations come out as ChatML, whatever the template's source says; a default system prompt is not."""
+def _is_chatml(tokenizer: Any, system_prompt: str) -> bool:
+    """Whether conversations come out as ChatML, whatever the template's source says; a default system prompt is not,
+    but for the run's own, which the line SYSTEM has."""
     if not tokenizer.chat_template:
         return False
+    own = str(tokenizer.chat_template).removeprefix(export_tokenizer.system_default(system_prompt))
     talk = [{"role": role, "content": f"{role} says"} for role in ("system", "user", "assistant", "user")]
-    return all(_rendered(tokenizer, part) == _rendered(tokenizer, part, templates.CHATML) for part in (talk, talk[1:]))
+    try:
+        return all(_rendered(tokenizer, part, own) == _rendered(tokenizer, part) for part in (talk, talk[1:]))
+    except jinja2.TemplateError:  # it refuses some of these roles, as no ChatML does
+        return False
 
 
-def _rendered(tokenizer: Any, talk: list[dict[str, str]], template: str | None = None) -> str:
+def _rendered(tokenizer: Any, talk: list[dict[str, str]], template: str = templates.CHATML) -> str:
     """A conversation up to where the model speaks."""
     told = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True, chat_template=template)
     return str(told)
@@ -236,7 +235,14 @@ def check(base: Path) -> None:
         ConfigError: Another architecture, rotary scaling, biases, or a tokenizer that llama.cpp has no name for.
         ModelError: No readable config.json or tokenizer.json.
     """
-    _check_plain(_json(base / "config.json"))
+    network = skeleton.build(base)
+    settings = network.config.to_dict()
+    _check_plain({**settings, "architectures": [type(network).__name__]})
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, settings["num_hidden_layers"])
+    for name in network.state_dict():
+        _name(names, name)
+    if not (base / "tokenizer.json").is_file():
+        raise ConfigError(f"gguf: the base has no tokenizer.json, from which tokens are written here; {_REMEDY}")
     pre_tokenizer_name(_json(base / "tokenizer.json"))
 
 
@@ -311,7 +317,9 @@ def _ends(merged: Path) -> dict[str, int]:
     turn_end = prompts.turn_end_id(tokenizer)
     ids = {turn_end if tokenizer.eos_token_id is None else tokenizer.eos_token_id: "eos"}
     ids.setdefault(turn_end, "eot")
-    others = [number for number in prompts.stop_ids(tokenizer, generation_of(merged)) if number not in ids]
+    others = [
+        number for number in prompts.stop_ids(tokenizer, export_tokenizer.generation_of(merged)) if number not in ids
+    ]
     ids |= dict.fromkeys(others[:1], "eom")
     return {name: number for number, name in ids.items()}
 
@@ -356,15 +364,21 @@ def _tensors(
     for file in sorted(merged.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  not a mapping
-                found = names.get_name(name, try_suffixes=(".weight",))
-                if found is None:
-                    raise ModelError(f"gguf: the base's tensor {name} has no place in a Llama; {_REMEDY}")
+                found = _name(names, name)
                 values = opened.get_tensor(name).to(torch.float32).numpy()
                 part = name.split(".")[-2]
                 if part in heads:
                     values = _interleave(values, num_heads=heads[part])
                 kind = GGMLQuantizationType.BF16 if values.ndim > 1 else GGMLQuantizationType.F32
                 yield found, gguf.quantize(values, kind), kind
+
+
+def _name(names: Any, name: str) -> str:
+    """GGUF's name of a weight."""
+    found: str | None = names.get_name(name, try_suffixes=(".weight",))
+    if found is None:
+        raise ConfigError(f"gguf: the base's tensor {name} has no place in a Llama; {_REMEDY}")
+    return found
 
 
 def _interleave(weight_dk: "np.ndarray[Any, Any]", *, num_heads: int) -> "np.ndarray[Any, Any]":

@@ -17,11 +17,12 @@ from typing import Any, Final
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from common.errors import ConfigError, ModelError
+from server import export_tokenizer
 
 MODEL_FILE: Final = "model.onnx"
 WEIGHTS_FILE: Final = "model.onnx.data"
@@ -83,7 +84,7 @@ def convert(merged: Path, output: Path) -> None:
     output.mkdir()
     program.save(output / MODEL_FILE, external_data=True)
     AutoConfig.from_pretrained(merged, local_files_only=True).save_pretrained(output)
-    AutoTokenizer.from_pretrained(merged, local_files_only=True).save_pretrained(output)
+    export_tokenizer.copy(merged, output)
     shutil.copyfile(merged / GENERATION_CONFIG_NAME, output / GENERATION_CONFIG_NAME)
 
 

@@ -14,8 +14,10 @@ from common.adapter import Tensors
 from common.errors import ModelError
 from common.model import Engine
 from common.prompts import Encoded
+from server import export_probe
 from server.evaluate import bootstrap
 from server.evaluate.bootstrap import Scores
+from server.export_probe import Probe
 
 LIMIT: Final = 0.01  # of the logarithm of merged over side by side, nats per answer token
 MAX_ROWS: Final = 256  # the first of a file; a float32 base on a CPU takes seconds a row
@@ -87,43 +89,69 @@ def stored(figures: Mapping[str, Any]) -> Perplexity:
         raise ModelError("the seal's figures of perplexity are malformed; get the folder again") from error
 
 
-def measure(
-    rows: Path, tensors: Tensors, *, run: config.RunConfig, base: Path, merged: Path, date: str = ""
-) -> Perplexity:
-    """Score both, one in memory at a time.
+@dataclass(frozen=True)
+class Beside:
+    """Base and adapters side by side, as the run has them.
+
+    Attributes:
+        logits_btv: Of the probe (`export_probe.logits`).
+        encoded: The rows as tokens; empty: there are none.
+        alone: Scores of the base alone on them.
+        scores: Scores with the adapters.
+    """
+
+    logits_btv: torch.Tensor
+    encoded: Sequence[Encoded] = ()
+    alone: Scores | None = None
+    scores: Scores | None = None
+
+
+def side_by_side(rows: Path | None, tensors: Tensors, *, run: config.RunConfig, base: Path, date: str = "") -> Beside:
+    """Load a run's base with its adapters, without quantisation, and score it.
 
     Args:
-        rows: A file in the run's columns; its first `MAX_ROWS` rows are read.
+        rows: A file in the run's columns; its first `MAX_ROWS` rows are read. None: only the probe is taken.
         tensors: The adapter under the run's names, side adapter included.
         run: The run.
         base: The base's folder, not quantised.
-        merged: The merged checkpoint.
-        date: Day of the run, for a chat template that prints one.
 
     Raises:
         DataError: The rows are missing or unusable.
-        ModelError: A checkpoint cannot be loaded.
+        ModelError: The base cannot be loaded.
     """
-    alone, beside, encoded = _beside(rows, tensors, run=run, base=base, date=date)
+    plain = run.model_copy(update={"model": _plain(run, base)})
+    engine = loading.engine_of(plain, base, num_threads=torch.get_num_threads(), date=date)
+    encoded: Sequence[Encoded] = ()
+    alone = None
+    if rows:
+        encoded, _ = model.encode(engine, loading.rows_of(str(rows), run)[:MAX_ROWS], run.data)
+        alone = _scores(engine, encoded)
+    adapter.write(engine.model, tensors)
+    scores = _scores(engine, encoded) if rows else None
+    return Beside(export_probe.logits(engine.model), encoded, alone, scores)
+
+
+def measure(beside: Beside, *, run: config.RunConfig, merged: Path) -> Perplexity | None:
+    """Score a merged checkpoint on the same rows; None where there are none.
+
+    Args:
+        beside: What `side_by_side` gave.
+        run: The run.
+        merged: The merged checkpoint.
+
+    Raises:
+        ModelError: The checkpoint cannot be loaded.
+    """
+    if beside.alone is None or beside.scores is None:
+        return None
     device = model.choose_device("auto")
     network = model.load_base(merged, _plain(run, merged), device)
     engine = Engine(network, model.load_tokenizer(merged), device, "", (), {})
-    found = _scores(engine, encoded)
+    found = _scores(engine, beside.encoded)
     num_tokens = sum(int(row[1]) for row in found.rows)
-    gained = bootstrap.gain(found, beside)
-    return Perplexity(len(encoded), num_tokens, alone.value, beside.value, found.value, gained.low, gained.high)
-
-
-def _beside(
-    rows: Path, tensors: Tensors, *, run: config.RunConfig, base: Path, date: str
-) -> tuple[Scores, Scores, Sequence[Encoded]]:
-    """Scores of the base alone and with its adapters, and the rows as tokens."""
-    plain = run.model_copy(update={"model": _plain(run, base)})
-    engine = loading.engine_of(plain, base, num_threads=torch.get_num_threads(), date=date)
-    encoded, _ = model.encode(engine, loading.rows_of(str(rows), run)[:MAX_ROWS], run.data)
-    alone = _scores(engine, encoded)
-    adapter.write(engine.model, tensors)
-    return alone, _scores(engine, encoded), encoded
+    gained = bootstrap.gain(found, beside.scores)
+    values = (beside.alone.value, beside.scores.value, found.value)
+    return Perplexity(len(beside.encoded), num_tokens, *values, gained.low, gained.high)
 
 
 def _plain(run: config.RunConfig, folder: Path) -> config.ModelConfig:
@@ -139,22 +167,24 @@ def _scores(engine: Engine, encoded: Sequence[Encoded]) -> Scores:
     return Scores(found, "perplexity", higher_is_better=False)
 
 
-def in_words(found: Perplexity | None, *, quantization: str = "none") -> str:
+def in_words(found: Perplexity | None, probe: Probe, *, quantization: str = "none") -> str:
     """The section of a model card.
 
     Args:
         found: The figures; None: not measured.
+        probe: What was found on fixed tokens.
         quantization: Of the base during training.
     """
+    head = f"## Merged and side by side\n\n{probed(probe)}\n\n"
     if found is None:
-        return f"## Merged and side by side\n\n{NOT_MEASURED}\n"
+        return f"{head}{NOT_MEASURED}\n"
     trained = (
         ""
         if quantization == "none"
         else f" The run trained on the base in {quantization}, which is another model by the rounding of its weights."
     )
     return (
-        "## Merged and side by side\n\n"
+        f"{head}"
         f"| perplexity of {found.num_tokens:,} answer tokens in {found.num_rows:,} rows | |\n|---|---|\n"
         f"| base alone | {found.base:.4f} |\n"
         f"| base and adapters side by side, float32 | {found.side_by_side:.4f} |\n"
@@ -162,4 +192,12 @@ def in_words(found: Perplexity | None, *, quantization: str = "none") -> str:
         f"Merged / side by side: {found.ratio:.5f}, difference {found.low:+.5f} to {found.high:+.5f} (95 %, paired "
         f"bootstrap over rows); beyond {math.exp(LIMIT):.3f} either way it would not have been "
         f"exported.{trained}\n"
+    )
+
+
+def probed(probe: Probe) -> str:
+    """What the probe found, for a card."""
+    return (
+        f"On fixed random tokens the adapter moves the logits by {probe.effect:.2e} of their size. The sum of base and "
+        f"adapter in float32 is off by {probe.summed:.2e}, what its rounding to bf16 adds is {probe.rounding:.2e}."
     )

@@ -18,6 +18,11 @@ def lines(result: Mapping[str, Any]) -> list[str]:
     ]
     if logits:
         told.append(f"base    differs from the adapter by {logits['base']['difference']:.2e}: what it does")
+    if probe := result.get("probe"):
+        told.append(
+            f"merged  in float32 off by {probe['summed']:.2e} of the logits, where the adapter moves them by "
+            f"{probe['effect']:.2e}; rounding to bf16 {probe['rounding']:.2e}"
+        )
     if found := result.get("perplexity"):
         told.append(
             f"merged  perplexity {found['merged']:.4f}, side by side {found['side_by_side']:.4f} (difference "

@@ -42,9 +42,10 @@ def export_run(
     )  # fmt: skip
     written = {"adapter": str(adapter_folder)}
     if merged:
-        told = found.run_manifest
-        template = told.run.model.chat_template
-        export.merge(adapter_folder, base_of(found, base), merged, chat_template=template, date=told.date)
+        export.merge(
+            adapter_folder, base_of(found, base), merged, chat_template=found.run_manifest.run.model.chat_template,
+            system_prompt=found.run_manifest.run.data.system_prompt, date=found.run_manifest.date,
+        )  # fmt: skip
         written["merged"] = str(merged)
     return written
 

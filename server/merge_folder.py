@@ -137,6 +137,8 @@ def _check_alike(folders: Sequence[Path], inputs: Sequence[Input]) -> None:
             raise ModelError(f"{folder}: is of another base than {folders[0]}; merge adapters of one base")
         if one.facts.chat_template != inputs[0].facts.chat_template:
             raise ModelError(f"{folder}: was trained with another chat template than {folders[0]}; it cannot be merged")
+        if one.facts.system_prompt != inputs[0].facts.system_prompt:
+            raise ModelError(f"{folder}: was trained with another system prompt than {folders[0]}; it cannot be merged")
         if one.facts.date != inputs[0].facts.date:
             raise ModelError(
                 f"{folder}: its prompts say {one.facts.date or 'no date'}, those of {folders[0]} "
@@ -166,7 +168,10 @@ def _content(
         base=first.base,
         adapter_sha256=hashlib.sha256(export_canonical.encoded(tensors)).hexdigest(),
         chat_template=first.chat_template,
-        chat_template_sha256=export_folder.template_sha256(base, first.chat_template, first.date) if base else "",
+        chat_template_sha256=export_folder.template_sha256(base, first.chat_template, first.system_prompt, first.date)
+        if base
+        else "",
+        system_prompt=first.system_prompt,
         date=first.date,
         inputs=tuple(one.sha256 for one in inputs),
     )
@@ -181,7 +186,9 @@ def card(
     template = jinja2.Template(CARD_TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
     sections = [{title: section(one.card, title) for title in _TOLD} for one in inputs]
     rows = list(zip(inputs, recipe.weights, sections, strict=True))
-    text: str = template.render(facts=facts, recipe=recipe, rows=rows, lost=lost, licence=licence)
+    text: str = template.render(
+        facts=facts, recipe=recipe, rows=rows, lost=lost, licence=licence, system_prompt=facts.system_prompt
+    )
     return text
 
 

@@ -6,12 +6,12 @@ from typing import Final
 
 import torch
 
-from common import adapter, identity, loading
-from common.errors import ModelError
+from common import adapter, identity, loading, model
+from common.errors import DataError, ModelError
 from common.events import EventLog
 from common.manifest import RunManifest
 from common.model import Engine
-from server import export_folder
+from server import export_folder, export_perplexity
 from server.export_folder import NEED_BASE, Exported
 
 FOLDER: Final = "export"
@@ -24,20 +24,27 @@ def check(manifest: RunManifest, engine: Engine) -> None:
         AuthError: The key cannot be used.
         ConfigError: A format is impossible for this kind of adapter, base, rank or machine.
         DataError: The rows are missing or unusable.
+        ModelError: A converter fails on a small model of this base's form.
     """
+    from server import export_rehearsal  # loads what reads every format, which a run without [export] does not need
+
     run = manifest.run
     asked = run.export
     if not asked.formats:
         return
     source = Exported(engine.initial, manifest, 0, {}, [])
     formats = export_folder.parse_formats(asked.formats)
+    order = export_rehearsal.Order(formats, _path(asked.llama_cpp), _gguf_type(source))
     export_folder.check(
-        source, formats=formats, base=engine.folder, llama_cpp=_path(asked.llama_cpp), gguf_type=_gguf_type(source)
+        source, formats=formats, base=engine.folder, llama_cpp=order.llama_cpp, gguf_type=order.gguf_type
     )
-    if asked.rows:
-        loading.rows_of(asked.rows, run)
     if asked.operator_key:
         identity.load(Path(asked.operator_key).expanduser())
+    if asked.rows and not where_there(asked.rows):
+        raise DataError(f"export.rows = {asked.rows!r}: there is no such file")
+    if (rows := _rows(source)) and export_folder.NEED_BASE & set(formats):
+        model.encode(engine, loading.rows_of(str(rows), run)[: export_perplexity.MAX_ROWS], run.data)
+    export_rehearsal.rehearse(run, engine.folder, base_sha256=engine.base_sha256, order=order)
 
 
 def write(run_folder: Path, source: Exported, *, base: Path, log: EventLog) -> None:

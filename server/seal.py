@@ -42,6 +42,9 @@ class Facts:
         inputs: SHA-256 of `export.json` of every export that was mixed into this one.
         perplexity: Of the merged weights against base and adapters side by side, `server/export_perplexity.py`; empty
             where no rows were given, or nothing was merged.
+        probe: Of the merged weights against base and adapters side by side on fixed tokens, `server/export_probe.py`;
+            empty where nothing was merged.
+        system_prompt: `data.system_prompt` of the run, which every chat template here begins with.
     """
 
     name: str
@@ -57,6 +60,8 @@ class Facts:
     gguf_type: str = "bf16"
     inputs: tuple[str, ...] = ()
     perplexity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    probe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    system_prompt: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import pickletools
 import re
+import textwrap
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,9 +23,11 @@ from common import adapter, model, peft_config, storage, wire
 from common.errors import ModelError
 from common.records import TensorSpec
 from server import (
+    export_folder,
     export_gguf,
     export_onnx,
     export_perplexity,
+    export_probe,
     export_words,
     seal,
     troubleshooting,
@@ -49,8 +52,8 @@ def verify(folder: Path, *, signer: str = "", base: Path | None = None) -> dict[
 
     Returns:
         `name`, `formats`, `signer` (empty if unsigned), `num_files`, `num_tensors`, `perplexity` as it was measured
-        when it was merged (empty: it was not, or nothing was merged), and with a base `logits`: of each format the
-        figures of `server/verify_logits.py`.
+        when it was merged (empty: it was not, or nothing was merged), `probe`: merged logits as they were compared then
+        (empty: nothing was merged), and with a base `logits`: of each format the figures of `server/verify_logits.py`.
 
     Raises:
         AuthError: Not signed as demanded, or the signature is not valid.
@@ -67,6 +70,7 @@ def verify(folder: Path, *, signer: str = "", base: Path | None = None) -> dict[
     _check_facts(folder, sealed)
     _check_card(folder, sealed.facts)
     perplexity = _check_perplexity(folder, sealed.facts)
+    probe = _check_probe(folder, sealed.facts)
     num_tensors = _check_adapters(folder, sealed) + _check_tensors(folder, sealed)
     if base:
         model.check_hash(base, sealed.facts.base_sha256)
@@ -78,6 +82,7 @@ def verify(folder: Path, *, signer: str = "", base: Path | None = None) -> dict[
         "num_files": len(paths),
         "num_tensors": num_tensors,
         "perplexity": perplexity,
+        "probe": probe,
     }
     if base:
         from server import verify_logits
@@ -159,6 +164,8 @@ def _check_card(folder: Path, facts: seal.Facts) -> None:
     for what, digest in named:
         if digest not in text:
             raise ModelError(f"{card}: does not name the {what} {digest[:16]} that export.json names; export it again")
+    if textwrap.indent(facts.system_prompt, "    ", lambda line: True) not in text:
+        raise ModelError(f"{card}: lacks the system prompt that export.json names; export it again")
 
 
 def _check_perplexity(folder: Path, facts: seal.Facts) -> dict[str, Any]:
@@ -170,6 +177,18 @@ def _check_perplexity(folder: Path, facts: seal.Facts) -> dict[str, Any]:
     card = folder / "README.md"
     if f"{found.merged:.4f}" not in card.read_text(encoding="utf-8"):
         raise ModelError(f"{card}: does not tell the perplexity that export.json tells; export it again")
+    return dataclasses.asdict(found)
+
+
+def _check_probe(folder: Path, facts: seal.Facts) -> dict[str, Any]:
+    """What was merged was held against the adapter, and found to be base and adapter; the card says it."""
+    if not export_folder.NEED_BASE & set(facts.formats):
+        return {}
+    found = export_probe.stored(facts.probe)
+    found.check(str(folder))
+    card = folder / "README.md"
+    if export_perplexity.probed(found) not in card.read_text(encoding="utf-8"):
+        raise ModelError(f"{card}: does not tell of merged logits what export.json tells; export it again")
     return dataclasses.asdict(found)
 
 

@@ -3,6 +3,7 @@
 V vocabulary, B sequences, T tokens.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -15,23 +16,24 @@ from transformers.utils import logging as transformers_logging
 
 from common import model
 from common.errors import ModelError
-from server import export, export_gguf, export_onnx
+from server import export_gguf, export_onnx, export_probe
 from server.seal import Facts
 
 LIMITS: Final = {"peft": 1e-5, "vllm": 1e-5, "merged": 0.1, "gguf": 0.1, "onnx": 0.1, "int8": 0.2, "nf4": 0.8}
 GGUF_LIMITS: Final = {"bf16": 0.1, "q8_0": 0.2, "q6_k": 0.4, "q5_k_m": 0.6, "q4_k_m": 0.8}
 ROUNDED: Final = 1e-4
+LEAST: Final = 2e-5  # what float32 sums in another order differ by, as ONNX Runtime has them
 VISIBLE: Final = 0.3  # a smaller share of a format's own error cannot be told from it
-SHAPE_BT: Final = (4, 32)
 
 
 def compare(folder: Path, base: Path, facts: Facts) -> dict[str, dict[str, float]]:
     """Load each format in turn and hold its logits against the adapter's.
 
     `difference` is the root mean square of the difference over that of the adapter's own logits, both without their
-    mean over the vocabulary. bf16 formats are held as well against base plus adapter rounded to bf16: to `ROUNDED`, so
-    that an adapter that does little still cannot be missing from them. A format must be nearer to the adapter than to
-    the base, unless the adapter does less than `VISIBLE` of the format's difference.
+    mean over the vocabulary. bf16 formats are held as well against base plus adapter rounded to bf16: to `ROUNDED`, or
+    a share of what the adapter does where that is less, so that one that does little still cannot be missing from them.
+    A format must be nearer to the adapter than to the base, unless the adapter does less than `VISIBLE` of the
+    format's difference.
 
     Args:
         folder: The export; it was checked.
@@ -50,60 +52,55 @@ def compare(folder: Path, base: Path, facts: Facts) -> dict[str, dict[str, float
     places = {name: place for name, place in places.items() if name in facts.formats}
     if not places:
         raise ModelError(f"{folder}: holds no adapter to compare with; export peft as well")
-    wanted, rounded = _adapter_logits(base, next(iter(places.values())))
-    alone = logits(_plain(base))
-    found = {"base": {"difference": _difference(alone, wanted)}}
+    alone, wanted, rounded = _adapter_logits(base, next(iter(places.values())))
+    effect = export_probe.difference(alone, wanted)
+    found = {"base": {"difference": effect}}
     for name in facts.formats:
-        given = logits(_loaded(folder, base, name, places))
+        given = _try(folder / name, functools.partial(_logits, folder, base, name, places))
         is_exact = name in ("merged", "onnx") or (name == "gguf" and facts.gguf_type == "bf16")
         limit = GGUF_LIMITS[facts.gguf_type] if name == "gguf" else LIMITS[name]
-        found[name] = {"difference": _difference(given, wanted), "limit": limit}
+        found[name] = {"difference": export_probe.difference(given, wanted), "limit": limit}
         if is_exact:
-            found[name]["from_rounded"] = _difference(given, rounded)
-        _check(folder / name, found[name])
+            found[name]["from_rounded"] = export_probe.difference(given, rounded)
+        _check(folder / name, found[name], effect=effect)
         is_visible = (alone - wanted).norm() > VISIBLE * (given - wanted).norm()
         if is_visible and (given - wanted).norm() >= (given - alone).norm():
             raise ModelError(f"{folder / name}: is nearer to the base than to the adapter; export it again")
     return found
 
 
-@torch.no_grad()
-def logits(network: Any) -> torch.Tensor:
-    """On fixed tokens, float32, without their mean over the vocabulary; shape (B, T, V)."""
-    generator = torch.Generator().manual_seed(0)
-    ids_bt = torch.randint(network.config.vocab_size, SHAPE_BT, generator=generator)
-    found_btv: torch.Tensor = network.eval()(input_ids=ids_bt.to(network.device)).logits.float().cpu()
-    return found_btv - found_btv.mean(dim=-1, keepdim=True)
-
-
-def _difference(given_btv: torch.Tensor, wanted_btv: torch.Tensor) -> float:
-    """Root mean square of the difference over that of what is wanted."""
-    return float((given_btv - wanted_btv).norm() / wanted_btv.norm())
-
-
-def _check(place: Path, figures: dict[str, float]) -> None:
+def _check(place: Path, figures: dict[str, float], *, effect: float) -> None:
     """Within both limits; a difference that is no number is in neither."""
     if not figures["difference"] <= figures["limit"]:
         raise ModelError(
             f"{place}: logits differ from the adapter's by {figures['difference']:.2e} of their size, allowed is "
             f"{figures['limit']:.0e}; export it again"
         )
-    if not figures.get("from_rounded", 0.0) <= ROUNDED:
+    limit = min(ROUNDED, max(export_probe.SHARE * effect, LEAST))
+    if not figures.get("from_rounded", 0.0) <= limit:
         raise ModelError(
             f"{place}: is not base plus adapter rounded to bf16 (logits differ by {figures['from_rounded']:.2e}, "
-            f"allowed is {ROUNDED:.0e}); export it again"
+            f"allowed is {limit:.0e}); export it again"
         )
 
 
-def _adapter_logits(base: Path, place: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the adapter beside the base in float32, and of their sum rounded to bf16."""
+def _adapter_logits(base: Path, place: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the base alone, of the adapter beside it in float32, and of their sum rounded to bf16."""
     network = _with_adapter(base, place)
-    beside = logits(network)
-    summed = export.summed(network)
-    with torch.no_grad():
-        for weight in summed.parameters():  # not the buffers: no checkpoint holds the rotary frequencies
-            weight.copy_(weight.to(torch.bfloat16))
-    return beside, logits(summed)
+    with network.disable_adapter():
+        alone = export_probe.logits(network)
+    beside = export_probe.logits(network)
+    summed = export_probe.add_up(network)
+    off, effect = (export_probe.difference(given, beside) for given in (export_probe.logits(summed), alone))
+    if not off <= export_probe.allowed(effect):
+        raise ModelError(f"{place}: cannot be added to {base} (logits differ by {off:.2e}); serve it beside its base")
+    export_probe.round_weights(summed)
+    return alone, beside, export_probe.logits(summed)
+
+
+def _logits(folder: Path, base: Path, name: str, places: dict[str, Path]) -> torch.Tensor:
+    """Of one format, which is not in memory any more when the next is loaded."""
+    return export_probe.logits(_loaded(folder, base, name, places))
 
 
 def _loaded(folder: Path, base: Path, name: str, places: dict[str, Path]) -> Any:
@@ -115,6 +112,8 @@ def _loaded(folder: Path, base: Path, name: str, places: dict[str, Path]) -> Any
         return _try(folder / name, lambda: _network(folder / name, **file))
     if name == "onnx":
         return _try(folder / name, lambda: export_onnx.Session(folder / name))
+    if name in ("nf4", "int8"):  # in its own types: of float32 only some layers would become it, and others stay
+        return _try(folder / name, lambda: _network(folder / name, dtype="auto"))
     return _plain(folder / name)
 
 
@@ -125,15 +124,14 @@ def _with_adapter(base: Path, place: Path) -> Any:
 
 
 def _plain(folder: Path) -> Any:
-    """A checkpoint in float32; one that is quantised keeps its own types."""
+    """A checkpoint in float32."""
     return _try(folder, lambda: _network(folder))
 
 
 def _network(folder: Path, **options: Any) -> Any:
     """From local files, and only from safetensors or GGUF."""
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True, **options
-    )
+    fixed = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **fixed, **options})
 
 
 def _try(place: Path, load: Callable[[], Any]) -> Any:

@@ -1,16 +1,15 @@
-"""Whether every format of an export speaks with the chat template that the adapter was trained on."""
+"""Whether every format of an export speaks with the tokenizer and the chat template that the adapter was trained on."""
 
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import gguf
-from transformers import AutoTokenizer
 
 from common import templates, wire
 from common.errors import ModelError
-from server import export_folder, export_gguf
+from server import export_folder, export_gguf, export_tokenizer
 from server.seal import Facts
 
 _BUILT_IN: Final = {"chatml": templates.CHATML, "alpaca": templates.ALPACA}
@@ -37,8 +36,17 @@ def check(folder: Path, facts: Facts, *, base: Path | None) -> None:
                 f"{place}: its chat template has hash {found[:16] or 'none'}, the adapter was trained on "
                 f"{wanted[:16] or 'one that was not at hand'}; export it again"
             )
+        if text and not text.startswith(export_tokenizer.system_default(facts.system_prompt)):
+            raise ModelError(f"{place}: its chat template lacks the run's system prompt; export it again")
     if "gguf" in facts.formats:
         _check_modelfile(folder / "gguf" / "Modelfile", facts, base)
+    places = [folder / name for name in _FOLDERS if name in facts.formats]
+    if base is None or not places:
+        return
+    own = export_folder.tokenizer_of(base, facts)
+    for place in places:
+        if odd := export_tokenizer.differences(export_tokenizer.load(place), own):
+            raise ModelError(f"{place}: its tokenizer is not the base's ({odd[0]} differs); export it again")
 
 
 def _check_hash(folder: Path, facts: Facts, base: Path | None) -> None:
@@ -48,11 +56,12 @@ def _check_hash(folder: Path, facts: Facts, base: Path | None) -> None:
     if not facts.chat_template_sha256:
         return
     if text := _BUILT_IN.get(facts.chat_template):
-        possible = {hashlib.sha256(found.encode()).hexdigest() for found in (text, "{{ bos_token }}" + text)}
+        head = export_tokenizer.system_default(facts.system_prompt)
+        possible = {hashlib.sha256((head + start + text).encode()).hexdigest() for start in ("", "{{ bos_token }}")}
     else:
         possible = {facts.chat_template_sha256}
     if base:
-        possible &= {export_folder.template_sha256(base, facts.chat_template, facts.date)}
+        possible &= {export_folder.template_sha256(base, facts.chat_template, facts.system_prompt, facts.date)}
     if facts.chat_template_sha256 not in possible:
         raise ModelError(f"{folder}: its chat template is not {wire.shown(facts.chat_template)}'s; export it again")
 
@@ -61,10 +70,10 @@ def _templates(folder: Path, facts: Facts) -> Iterator[tuple[Path, str]]:
     """Every place that has one, and its text as readers get it; empty where there is none."""
     for place in (folder / "peft", folder / "vllm" / facts.name):
         if place.relative_to(folder).parts[0] in facts.formats:
-            file = place / export_folder.TEMPLATE_FILE
+            file = place / export_tokenizer.TEMPLATE_FILE
             yield place, file.read_text(encoding="utf-8") if file.is_file() else ""
     for name in (name for name in _FOLDERS if name in facts.formats):
-        yield folder / name, str(_tokenizer(folder / name).chat_template or "")
+        yield folder / name, str(export_tokenizer.load(folder / name).chat_template or "")
     if "gguf" in facts.formats:
         field = gguf.GGUFReader(folder / "gguf" / export_gguf.MODEL_FILE).get_field(gguf.Keys.Tokenizer.CHAT_TEMPLATE)
         yield folder / "gguf", str(field.contents()) if field else ""
@@ -74,19 +83,10 @@ def _check_modelfile(path: Path, facts: Facts, base: Path | None) -> None:
     """What we write and nothing else: with a base to the letter, without one whether it is of one of our two forms."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if base:
-        tokenizer = export_folder.tokenizer_of(base, facts.chat_template, facts.date)
-        is_right = text == export_gguf.modelfile_of(tokenizer, export_folder.generation_of(base, tokenizer))
+        tokenizer = export_folder.tokenizer_of(base, facts)
+        ends = export_tokenizer.generation_of(base)
+        is_right = text == export_gguf.modelfile_of(tokenizer, ends, system_prompt=facts.system_prompt)
     else:
-        is_right = export_gguf.is_modelfile(text)
+        is_right = export_gguf.is_modelfile(text, system_prompt=facts.system_prompt)
     if not is_right:
         raise ModelError(f"{path}: is not the Modelfile of this model; export it again")
-
-
-def _tokenizer(folder: Path) -> Any:
-    """As a user gets it."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}); export it again"
-        ) from error

@@ -60,4 +60,6 @@ def make(name: str, folder: Path, **changes: object) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         getattr(transformers, f"{family}{head}")(settings).save_pretrained(folder)
+    if name == "qwen2":  # of this type transformers takes its own class whatever tokenizer_config.json names
+        transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
     return folder

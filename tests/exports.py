@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from common import identity
+from common import config, identity, loading
 from common.manifest import RunManifest
 from common.model import Engine
 from server import export_folder
@@ -12,6 +12,15 @@ from server.export_folder import Exported
 from tests import tiny
 
 KEY = identity.Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+
+
+def drawn(settings: config.RunConfig, base: Path, *, size: float = 0.15) -> tuple[Engine, Exported]:
+    """A run's engine, and a checkpoint of it whose every tensor was drawn."""
+    engine = loading.engine_of(settings, base, device_name="cpu", num_threads=1)
+    generator = torch.Generator().manual_seed(8)
+    state = {name: size * torch.randn(tensor.shape, generator=generator) for name, tensor in engine.initial.items()}
+    manifest = RunManifest(settings, engine.base_sha256, engine.tensor_specs)
+    return engine, Exported(state, manifest, 1, {"north": 5}, [])
 
 
 def write(folder: Path, engine: Engine, base: Path, *, seed: int, template: str) -> Path:

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from common import base_files, base_probe, config, model, prompts
 from common.errors import ModelError
 from common.rows import Message, Row
+from server import export_tokenizer
 from server.serve.folders import Served, base_name, date_of
 from server.serve.requests import Refused, Talk
 
@@ -79,7 +80,8 @@ class Models:
         self._network: Any = network
         for one in served:
             self._attach(one)
-            self._tokenizers[one.name] = prompts.use_template(model.load_tokenizer(base), one.template, date=one.date)
+            own = export_tokenizer.of_base(base, one.template, system_prompt=one.system_prompt, date=one.date)
+            self._tokenizers[one.name] = own
         self._ends = {name: _end_ids(tokenizer, network) for name, tokenizer in self._tokenizers.items()}
         self._network.eval()
 

@@ -9,7 +9,7 @@ from typing import Final
 from common import model, wire
 from common.errors import ConfigError, ModelError
 from common.prompts import TemplateName
-from server import export_folder, merge_folder, seal, verify
+from server import export_tokenizer, merge_folder, seal, verify
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -25,6 +25,7 @@ class Served:
         template_file: Its chat template; None: it was exported without one.
         rank: Of the adapter.
         date: Day of its run, which its chat template prints; empty: it prints none.
+        system_prompt: `data.system_prompt` of its run.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Served:
     template_file: Path | None
     rank: int
     date: str = ""
+    system_prompt: str = ""
 
 
 def verified(arguments: Sequence[str], base: Path, *, signer: str = "") -> list[Served]:
@@ -89,8 +91,8 @@ def _verified(argument: str, base: Path, base_sha256: str, signer: str) -> Serve
             "give the base that it was trained on"
         )
     place = merge_folder.adapter_place(folder, sealed.facts)
-    template = place / export_folder.TEMPLATE_FILE
+    template = place / export_tokenizer.TEMPLATE_FILE
     rank = next(shape[0] for name, shape in sealed.adapter.items() if name.endswith(".lora_A.weight"))
     name = given or sealed.facts.name
-    template_file = template if template.is_file() else None
-    return Served(name, place, sealed.facts.chat_template, template_file, rank, sealed.facts.date)
+    file, facts = template if template.is_file() else None, sealed.facts
+    return Served(name, place, facts.chat_template, file, rank, facts.date, facts.system_prompt)

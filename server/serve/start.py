@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, get_args
 
+from transformers.utils import GENERATION_CONFIG_NAME
+
 from common import config, hosts, model
 from common.errors import ConfigError, ModelError
 from server import export_canonical, export_folder
@@ -108,27 +110,30 @@ def vllm_command(base: Path, served: Sequence[Served], place: Place, *, extra: S
         "--lora-modules", *(f"{one.name}={one.place}" for one in served),
     ]  # fmt: skip
     template = _template_file(base, served)
-    if (served[0].place / export_folder.GENERATION_FILE).is_file():  # where answers end; adapters of one template agree
+    if (served[0].place / GENERATION_CONFIG_NAME).is_file():  # where answers end; adapters of one template agree
         command += ["--generation-config", str(served[0].place)]
     return [*command, *(["--chat-template", str(template)] if template else []), *extra]
 
 
 def _template_file(base: Path, served: Sequence[Served]) -> Path | None:
     """The one chat template of all; None: the base's own, as it is."""
-    if len({one.template for one in served}) > 1:
-        raise ModelError(
-            "the adapters were trained with different chat templates, and vLLM takes one; serve them apart"
-        )
-    if len({one.date for one in served}) > 1:
-        raise ModelError("the adapters' prompts say different dates, and vLLM takes one template; serve them apart")
-    if served[0].template == "tokenizer":
+    for what, values in (
+        ("chat templates", {one.template for one in served}),
+        ("system prompts", {one.system_prompt for one in served}),
+        ("dates in their prompts", {one.date for one in served}),
+    ):
+        if len(values) > 1:
+            raise ModelError(f"the adapters were trained with different {what}, and vLLM takes one; serve them apart")
+    first = served[0]
+    if first.template == "tokenizer":
         own = str(model.load_tokenizer(base).chat_template)
-        if export_folder.template_of(base, "tokenizer", served[0].date) == own:
+        if export_folder.template_of(base, first.template, first.system_prompt, first.date) == own:
             return None
     found = [one.template_file for one in served if one.template_file]
     if not found:
         raise ModelError(
-            f"{served[0].name} was trained with the template {served[0].template} and exported without it; "
+            f"{served[0].name} was trained with the template {served[0].template}, and "
+            f"{'with a system prompt' if served[0].system_prompt else 'no system prompt'}, and exported without it; "
             "export it again with --base"
         )
     return found[0]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common import adapter, model
 from common.errors import ConfigError, DataError, ModelError, StorageError
 from common.manifest import RunManifest
-from server import export, finish, run
+from server import export, export_probe, finish, run
 from server.aggregate import factored
 from tests import tiny
 
@@ -84,7 +84,7 @@ def test_merged_weights_are_the_same_in_every_order_of_summation(stirred, tiny_b
     folder = save(tmp_path / "adapter", engine, state, tiny.settings(tiny_base, changes))
     found = {"ours": [], "float32": []}
     for turned in (False, True):
-        for name, merged in (("ours", export.summed), ("float32", lambda network: network.merge_and_unload())):
+        for name, merged in (("ours", export_probe.add_up), ("float32", lambda network: network.merge_and_unload())):
             plain = load_plain(folder, tiny_base)
             if turned:
                 for key, value in plain.named_parameters():

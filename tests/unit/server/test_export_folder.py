@@ -90,10 +90,13 @@ def test_heads_are_interleaved_as_llama_cpp_does():
     assert export_gguf._interleave(weight_dk, num_heads=2).ravel().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 128}
 OTHERS = {
-    "architecture": {"architectures": ["Qwen2ForCausalLM"]},
+    "architecture": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
     "bias": {"attention_bias": True},
-    "rope": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}},
+    "rope": {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
+    "rope of transformers 4": {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": LLAMA3},
 }
 
 

@@ -50,7 +50,7 @@ def merged_without_side(source, base, folder):
     tensors = {name: 0 * tensor if "residual" in name else tensor for name, tensor in source.tensors.items()}
     export.save_adapter(folder / "peft", tensors, run_manifest=source.run_manifest, num_rounds=2, sites={})
     export.merge(folder / "peft", base, folder / "merged")
-    return folder / "merged"
+    return folder
 
 
 def test_the_figures_are_those_of_the_runs_own_model_and_of_the_merged_one(sealed, engine_and_source, rows):
@@ -97,9 +97,13 @@ def test_control_a_merge_that_forgets_the_side_adapter_is_refused(engine_and_sou
     _, source = engine_and_source
     broken = merged_without_side(source, tiny_base, tmp_path)
     run = source.run_manifest.run
-    found = export_perplexity.measure(rows, source.tensors, run=run, base=tiny_base, merged=broken)
+    beside = export_perplexity.side_by_side(rows, source.tensors, run=run, base=tiny_base)
+    found = export_perplexity.measure(beside, run=run, merged=broken / "merged")
     with pytest.raises(ModelError, match=r"tiny: the merged checkpoint has perplexity .* side by side"):
         found.check("tiny")
+    with pytest.raises(ModelError, match="the sum of base and adapter are off by"):  # and by the probe, without rows
+        export.merge(broken / "peft", tiny_base, tmp_path / "again", beside_btv=beside.logits_btv)
+    assert not (tmp_path / "again").exists()
 
 
 def test_figures_beyond_the_limit_are_refused_however_they_were_sealed(sealed, tmp_path):

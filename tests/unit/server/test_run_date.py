@@ -132,7 +132,7 @@ def test_what_serves_says_which_day_it_uses(base, export):
         assert models.tokenizer(name).decode(ids).startswith(PRINTED), name
     command = start.vllm_command(base, served, start.Place())
     assert command[-2:] == ["--chat-template", str(export / "peft" / "chat_template.jinja")]
-    with pytest.raises(ModelError, match="different dates"):
+    with pytest.raises(ModelError, match="different dates in their prompts"):
         start.vllm_command(base, [*served, replace(served[0], name="other", date=NEXT_DAY)], start.Place())
     with pytest.raises(ModelError, match="export it again"):
         start.vllm_command(base, [replace(served[0], template_file=None)], start.Place())

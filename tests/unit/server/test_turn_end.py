@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from common import config, model
-from server import export_folder, export_gguf, verify
+from server import export_folder, export_gguf, export_tokenizer, verify
 from server.export_folder import Exported
 from server.run import manifest_of
 from server.serve import engine as serving
@@ -88,7 +88,7 @@ def test_vllm_is_told_what_ends_an_answer(base, export):
 
 
 def test_the_base_s_own_settings_are_read_from_either_file(base, tmp_path):
-    assert export_gguf.generation_of(base).eos_token_id == [END, OTHER]
+    assert export_tokenizer.generation_of(base).eos_token_id == [END, OTHER]
     plain = tiny.make_base(tmp_path / "plain")
     (plain / "generation_config.json").unlink()
-    assert export_gguf.generation_of(plain).eos_token_id == AutoTokenizer.from_pretrained(plain).eos_token_id
+    assert export_tokenizer.generation_of(plain).eos_token_id == AutoTokenizer.from_pretrained(plain).eos_token_id

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -49,10 +50,11 @@ def folder(sealed, tmp_path):
 
 def reseal(folder, source):
     """As an exporter with a fault would: hashes and signature are right, the content is not."""
+    probe = seal.read(folder).facts.probe
     (folder / seal.FILE).unlink()
     (folder / seal.SIGNATURE_FILE).unlink()
     content = export_folder.content_of(source, formats=("peft", "vllm", "merged", "gguf"), base=source_base(source))
-    seal.write(folder, content.facts, specs=adapter.specs(content.adapter), key=KEY)
+    seal.write(folder, replace(content.facts, probe=probe), specs=adapter.specs(content.adapter), key=KEY)
 
 
 def source_base(source):

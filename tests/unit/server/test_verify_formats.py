@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from common import adapter
+from common import adapter, templates
 from common.errors import ModelError
 from common.model import hash_base
-from server import export_canonical, export_folder, seal, verify
+from server import export_canonical, export_folder, export_tokenizer, seal, verify
 from tests import tiny
 
 ADAPTERS = ("peft", "vllm")
@@ -60,8 +60,9 @@ def assemble(folder, source, base, *, name, from_folder, whole):
     content = export_folder.content_of(source, formats=formats, base=base)
     shutil.copytree(whole / "peft", folder / "peft")
     shutil.copytree(from_folder / name, folder / name, dirs_exist_ok=True)
-    (folder / "README.md").write_text(content.card)
-    seal.write(folder, content.facts, specs=adapter.specs(content.adapter), key=None)
+    shutil.copy(whole / "README.md", folder / "README.md")
+    facts = replace(content.facts, probe=seal.read(whole).facts.probe)
+    seal.write(folder, facts, specs=adapter.specs(content.adapter), key=None)
     return folder
 
 
@@ -133,17 +134,20 @@ def test_an_adapter_for_another_base_is_found(source, whole, tiny_base, other_ba
         verify.verify(whole, base=other_base)
 
 
+OTHER = "be kind " + templates.CHATML
+
+
 def change_template(folder, name):
     """Another template, where its readers find it."""
     if name == "gguf":
         from server import export_gguf
 
         merged = folder / "merged"
-        (merged / export_folder.TEMPLATE_FILE).write_text("{{ messages[0].content }}")
+        (merged / export_tokenizer.TEMPLATE_FILE).write_text(OTHER)
         (folder / "gguf" / export_gguf.MODEL_FILE).unlink()
         export_gguf.convert(merged, folder / "gguf" / export_gguf.MODEL_FILE, name="tiny")
     else:
-        (folder / PLACES.get(name, name) / export_folder.TEMPLATE_FILE).write_text("{{ messages[0].content }}")
+        (folder / PLACES.get(name, name) / export_tokenizer.TEMPLATE_FILE).write_text(OTHER)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -158,7 +162,7 @@ def test_another_chat_template_is_found_in_every_format(source, whole, tiny_base
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_template_that_is_missing_is_found(source, whole, tiny_base, tmp_path, name):
     folder = assemble(tmp_path / "export", source, tiny_base, name=name, from_folder=whole, whole=whole)
-    (folder / PLACES[name] / export_folder.TEMPLATE_FILE).unlink()
+    (folder / PLACES[name] / export_tokenizer.TEMPLATE_FILE).unlink()
     facts = seal.read(folder).facts
     (folder / seal.FILE).unlink()
     seal.write(folder, facts, specs=export_canonical.specs(source.run_manifest.tensor_specs), key=None)
@@ -188,7 +192,7 @@ def test_a_template_that_the_setting_does_not_stand_for_is_found(source, tiny_ba
     content = export_folder.content_of(source, formats=("peft",), base=tiny_base)
     wrong = replace(content, facts=replace(content.facts, chat_template="alpaca"))
     export_canonical.save(tmp_path / "export/peft", wrong.adapter, base="", card="")
-    (tmp_path / "export/peft" / export_folder.TEMPLATE_FILE).write_text(tiny.make_tokenizer().chat_template)
+    (tmp_path / "export/peft" / export_tokenizer.TEMPLATE_FILE).write_text(tiny.make_tokenizer().chat_template)
     (tmp_path / "export/README.md").write_text(content.card)
     seal.write(tmp_path / "export", wrong.facts, specs=adapter.specs(wrong.adapter), key=None)
     with pytest.raises(ModelError, match="is not alpaca's"):
