@@ -58,7 +58,10 @@ def check(node: config.NodeConfig, *, base: str, max_length_tokens: int | None, 
     if not shown:
         return Checked(None, tuple(findings))
     problems = Problems()
-    report = checks.check(shown, tokenizer=tokenizer, max_length_tokens=max_length_tokens, problems=problems)
+    held_out = _conversations(sides[1]) if len(sides) > 1 else None
+    report = checks.check(
+        shown, tokenizer=tokenizer, max_length_tokens=max_length_tokens, problems=problems, held_out=held_out
+    )
     return Checked(replace(report, not_read=tuple(not_read)), (*findings, *noted.find(site, problems)))
 
 
