@@ -25,6 +25,7 @@ from common import (
     objectives,
     precisions,
     preference_score,
+    prompts,
     ranks,
     start,
     trainable,
@@ -215,7 +216,8 @@ class Agent:
             adapter_sha256=begun.sha256 if begun else "",
         )
         specs = ranks.specs_of(run_manifest.run.adapter, run_manifest.tensor_specs, self.site)
-        return OpenRun(run_manifest, opened, engine, train, held_out, data.held_out, fixed, begun, specs)
+        asked = _asked(engine, data.held_out, run_manifest)
+        return OpenRun(run_manifest, opened, engine, train, held_out, asked, fixed, begun, specs)
 
     def _train(self, request: Frame) -> Frame:
         """Train from the global adapter that came; answer with the protected delta."""
@@ -350,6 +352,18 @@ class Agent:
         return self._run
 
 
+def _asked(engine: Engine, rows: Sequence[Row], run_manifest: RunManifest) -> Sequence[Row]:
+    """Held-out rows that are answered, with the input that their loss is of."""
+    settings, data = run_manifest.run.evaluation, run_manifest.run.data
+    if data.too_long != "truncate_input":
+        return rows[: settings.exact_match_rows]
+    limit, prompt = data.max_length_tokens, data.system_prompt
+    return [
+        prompts.shorten(row, engine.tokenizer, max_length_tokens=limit, system_prompt=prompt)
+        for row in rows[: settings.exact_match_rows]
+    ]
+
+
 def _score(run: OpenRun, rows: Sequence[Example], *, generate: bool) -> evaluation.Score:
     """Held-out figures of the adapter that is in the engine."""
     settings, objective = run.manifest.run.evaluation, Objective.of(run.manifest.run.training)
@@ -358,7 +372,7 @@ def _score(run: OpenRun, rows: Sequence[Example], *, generate: bool) -> evaluati
     return evaluation.score(
         run.engine,
         [row for example in rows for row in example.rows],
-        run.held_out_rows[: settings.exact_match_rows] if generate else (),
+        run.held_out_rows if generate else (),
         batch_size=settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
         system_prompt=run.manifest.run.data.system_prompt,

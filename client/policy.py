@@ -88,7 +88,7 @@ OTHERS: Final = {
     "": "version name seed polish",
     "model": "base revision sha256 quantization site_quantization double_quantization dtype chat_template",
     "data": "source partition num_sites dirichlet_alpha site_column unit_column instruction_column input_column "
-    "output_column held_out_fraction max_length_tokens too_long system_prompt",
+    "output_column held_out_fraction same_text max_length_tokens too_long system_prompt",
     "federation": "num_rounds sites_per_round min_sites round_timeout_s join_timeout_s num_sites",
     "privacy": "mode epsilon dp_delta sampling_prob noise_multiplier clip_norm noise_at max_rows_per_unit clipping "
     "adaptive_clipping clip_quantile clip_learning_rate",

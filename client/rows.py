@@ -121,6 +121,7 @@ def check(node: config.NodeConfig, given: Asked) -> Checked:
     if not shown:
         return Checked(None, tuple(findings))
     problems = Problems()
+    held_out = _conversations(sides[1]) if len(sides) > 1 else None
     report = checks.check(
         shown,
         tokenizer=tokenizer,
@@ -128,6 +129,7 @@ def check(node: config.NodeConfig, given: Asked) -> Checked:
         too_long=given.too_long,
         system_prompt=given.system_prompt,
         problems=problems,
+        held_out=held_out,
     )
     return Checked(replace(report, not_read=tuple(not_read)), (*findings, *noted.find(site, problems)))
 

@@ -96,7 +96,7 @@ def load_data(node: config.NodeConfig, manifest: RunManifest) -> SiteData:
         if node.data.unit_column:
             check_apart(rows, held_out)
         return SiteData(rows, held_out)
-    return SiteData(*split.for_run(rows, manifest.run))
+    return SiteData(*split.for_run({node.site.name: rows}, manifest.run)[node.site.name])
 
 
 def check_apart(train: Sequence[Row], held_out: Sequence[Row]) -> None:

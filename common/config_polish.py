@@ -88,8 +88,16 @@ class PolishStage(Section):
     max_length_tokens: int = Field(
         default=512, ge=8, le=1_048_576, description="Longest row, prompt and answer together, in tokens."
     )
-    too_long: Literal["truncate", "drop", "error"] = Field(
-        default="error", description="What happens to a row over `max_length_tokens`; `cpt` cuts texts into pieces."
+    too_long: Literal["truncate", "truncate_input", "drop", "error"] = Field(
+        default="error",
+        description="What happens to a row over `max_length_tokens`, as for `data.too_long`; `cpt` cuts texts into "
+        "pieces.",
+    )
+    overlap: Literal["error", "drop", "allow"] = Field(
+        default="error",
+        description="What happens to rows whose text stands in a task's rows, or in a simulation in the sites' "
+        "held-out rows, word for word or nearly: `drop` leaves them out, `allow` trains on them, and it is said beside "
+        "the figures. With `allow` a text of the stage's own data may also be on both sides of its split.",
     )
     held_out_fraction: float = Field(
         default=0.1, gt=0, lt=0.9, description="Share of the stage's rows that are not trained on, for its figures."
@@ -192,7 +200,10 @@ class PolishStage(Section):
             ),
             (self.kind in SAMPLED and not self.max_new_tokens, "max_new_tokens must be above 0"),
             (self.kind in SAMPLED and not self.temperature, "temperature must be above 0; else all answers are one"),
-            (self.kind in SAMPLED and self.too_long == "truncate", "a prompt cannot be cut; set too_long to drop"),
+            (
+                self.kind in SAMPLED and self.too_long.startswith("truncate"),
+                "a prompt cannot be cut; set too_long to drop",
+            ),
             (self.kind == "cpt" and self.too_long != "error", "cpt cuts texts into pieces; remove too_long"),
         )
 

@@ -41,11 +41,20 @@ class DataConfig(Section):
     held_out_fraction: float = Field(
         default=0.2, gt=0, lt=0.9, description="Share of a site's units kept for evaluation, never trained on."
     )
+    same_text: Literal["together", "count"] = Field(
+        default="together",
+        description="Rows whose text is the same, word for word or nearly: `together` puts them on one side of the "
+        "split, in a simulation over all sites; `count` only says how many held-out rows are trained on elsewhere, as "
+        "private runs always do.",
+    )
     max_length_tokens: int = Field(
         default=512, ge=8, le=1_048_576, description="Longest example, prompt and answer together, in tokens."
     )
-    too_long: Literal["truncate", "drop", "error"] = Field(
-        default="error", description="What happens to an example over `max_length_tokens`."
+    too_long: Literal["truncate", "truncate_input", "drop", "error"] = Field(
+        default="error",
+        description="What happens to an example over `max_length_tokens`: `truncate_input` cuts the middle out of its "
+        "input and keeps instruction and answer, which suits long notes and visits; `truncate` cuts at the end, often "
+        "the answer; `drop` leaves it out.",
     )
     system_prompt: str = Field(default="", max_length=65536, description="System message before every example.")
 

@@ -113,13 +113,22 @@ def encode(engine: Engine, rows: Sequence[Row], run: config.RunConfig) -> tuple[
     """Rows to tokens and masks as the run's objective needs them.
 
     Raises:
-        DataError: No row is left, one is too long and `data.too_long` is `error`, or rows are not of this objective.
+        DataError: No row is left, one is too long and `data.too_long` is `error`, rows are not of this objective, or
+            both answers of all pairs are the same after the cut.
     """
     objective = Objective.of(run.training)
     if objective.name == "sft":
         return model.encode(engine, rows, run.data)
+    if objective.name == "dpo" and run.data.too_long == "truncate_input":
+        rows = [_shortened(engine, row, run.data) for row in rows]
     found = [_encode_one(engine, row, run.data) for row in with_others(rows, objective)]
-    kept = [example for example in found if example is not None]
+    kept = [example for example in found if example is not None and not _is_equal(example)]
+    if not kept and any(found):
+        raise DataError(
+            f"both answers of all {sum(map(bool, found))} pairs are the same after the cut at "
+            f"{run.data.max_length_tokens} tokens, so nothing is preferred: raise data.max_length_tokens, or set "
+            'data.too_long = "truncate_input"'
+        )
     if not kept:
         raise DataError(
             f"no answer token is left in any of {len(found)} rows at {run.data.max_length_tokens} tokens: "
@@ -127,6 +136,17 @@ def encode(engine: Engine, rows: Sequence[Row], run: config.RunConfig) -> tuple[
         )
     base_files.check_token_ids((i for example in kept for row in example.rows for i in row.input_ids), engine.model)
     return kept, _report(kept, num_rows=len(found))
+
+
+def _shortened(engine: Engine, row: Row, data: config.DataConfig) -> Row:
+    """A pair with an input that fits both answers."""
+    limit = data.max_length_tokens
+    return prompts.shorten(row, engine.tokenizer, max_length_tokens=limit, system_prompt=data.system_prompt)
+
+
+def _is_equal(example: Pair | Rated) -> bool:
+    """Whether a pair's answers are the same tokens, as a cut can make them: its loss then has no gradient."""
+    return isinstance(example, Pair) and example.chosen.input_ids == example.rejected.input_ids
 
 
 def with_others(rows: Sequence[Row], objective: Objective) -> list[tuple[Row, Row | None]]:
@@ -140,7 +160,7 @@ def with_others(rows: Sequence[Row], objective: Objective) -> list[tuple[Row, Ro
         DataError: Rows have no label, or there are too few for a reference point.
     """
     if objective.name == "dpo":
-        return [(row, replace(row, messages=row.rejected)) for row in rows]
+        return [(row, replace(row, messages=row.rejected, rejected=())) for row in rows]
     if any(row.is_desirable is None for row in rows):
         raise DataError("training.objective = 'kto' needs rows with a label; these have none")
     if objective.reference_point == "zero":

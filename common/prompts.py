@@ -3,9 +3,10 @@
 Shapes: b rows of a batch, t tokens of the longest row.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from common import chat, spelling, templates
 from common.errors import DataError, ModelError
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-TooLong = Literal["truncate", "drop", "error"]
+TooLong = Literal["truncate", "truncate_input", "drop", "error"]
+CUT_MARK: Final = " [...] "  # where the middle of an input was
+_WHOLE_WORD: Final = re.compile(r"\S\s+\S")
+_LAST_PART: Final = re.compile(r"\S+\Z")
+_FIRST_PART: Final = re.compile(r"\A\S+")
 TemplateName = Literal["tokenizer", "chatml", "alpaca"]
 
 
@@ -28,7 +33,7 @@ class Encoded:
         input_ids: Token ids of the whole conversation, cut at the limit.
         is_answer: True on the tokens that the loss covers; as long as `input_ids`.
         unit: The row's privacy unit.
-        num_truncated: Tokens that were cut off at the right.
+        num_truncated: Tokens that were cut off at the right, or out of the input.
     """
 
     input_ids: tuple[int, ...]
@@ -49,7 +54,8 @@ class EncodingReport:
     Attributes:
         num_rows: Rows that went in.
         num_truncated: Rows that were cut and kept.
-        num_dropped: Rows that were left out: too long, or cut so that no answer remained.
+        num_dropped: Rows that were left out: too long, cut so that no answer remained, or pairs whose answers are the
+            same after the cut.
         num_tokens: Tokens of the rows kept.
         num_answer_tokens: Those of them that the loss covers.
         max_tokens: Tokens of the longest row kept.
@@ -137,7 +143,7 @@ def encode(
         row: What to encode.
         tokenizer: A fast tokenizer with a chat template.
         max_length_tokens: Longest row that may remain.
-        too_long: What to do with a longer one; "truncate" cuts at the right.
+        too_long: What to do with a longer one; "truncate" cuts at the right, "truncate_input" as `shorten` does.
         system_prompt: System message for rows that have none of their own; "" adds none.
 
     Returns:
@@ -147,14 +153,26 @@ def encode(
         DataError: The row is too long and `too_long` is "error".
         ModelError: The tokenizer is not fast, or its template cannot be used for training.
     """
+    if too_long == "truncate_input":
+        row = shorten(row, tokenizer, max_length_tokens=max_length_tokens, system_prompt=system_prompt)
     encoded = encode_whole(row, tokenizer, system_prompt=system_prompt)
     num_tokens = len(encoded.input_ids)
     if too_long == "error" and num_tokens > max_length_tokens:
         raise DataError(
             f"{row.row_id}: {num_tokens} tokens, over the limit of {max_length_tokens}: "
-            'raise data.max_length_tokens or set data.too_long = "truncate" or "drop"'
+            'raise data.max_length_tokens or set data.too_long = "truncate_input", "truncate" or "drop"'
         )
     return cut(encoded, max_length_tokens=max_length_tokens, is_cut_allowed=too_long == "truncate")
+
+
+def _between_words(text: str, head: int, tail: int) -> tuple[str, str]:
+    """The parts before and after, less a word that either place is within: half a number is another number."""
+    first, last = text[:head], text[tail:]
+    if _WHOLE_WORD.search(first) and not text[head : head + 1].isspace():
+        first = _LAST_PART.sub("", first)
+    if _WHOLE_WORD.search(last) and not text[tail - 1 : tail].isspace() and not last[:1].isspace():
+        last = _FIRST_PART.sub("", last)
+    return first.rstrip(), last.lstrip()
 
 
 def encode_whole(row: Row, tokenizer: "Tokenizer", *, system_prompt: str = "") -> Encoded:
@@ -181,7 +199,53 @@ def encode_whole(row: Row, tokenizer: "Tokenizer", *, system_prompt: str = "") -
             raise ModelError(f"{row.row_id}: no token ends where an answer ends: {chat.remedy(tokenizer)}")
         for i in inside:
             is_answer[i] = True
-    return Encoded(tuple(input_ids), tuple(is_answer), row.unit)
+    return Encoded(tuple(input_ids), tuple(is_answer), row.unit, row.num_cut)
+
+
+def shorten(row: Row, tokenizer: "Tokenizer", *, max_length_tokens: int, system_prompt: str = "") -> Row:
+    """Cut the middle out of a row's input, so that the row fits; answers, instruction and template stay whole.
+
+    The input is what follows the instruction in the longest user turn, or all of that turn where the row's shape has
+    no instruction of its own. Its beginning and end stay, as many tokens of each, with " [...] " between them. Of a
+    pair both answers get the same input, which fits the longer one.
+
+    Args:
+        row: What to shorten.
+        tokenizer: A fast tokenizer with a chat template.
+        max_length_tokens: Longest row that may remain.
+        system_prompt: System message for rows that have none of their own.
+
+    Returns:
+        The row with `num_cut` tokens less; as it was, if it fits, or if it would not fit without any input either.
+    """
+
+    def num_tokens(candidate: Row) -> int:
+        rows = [replace(candidate, messages=turns) for turns in (candidate.messages, candidate.rejected) if turns]
+        return max(len(encode_whole(one, tokenizer, system_prompt=system_prompt).input_ids) for one in rows)
+
+    num_over = num_tokens(row) - max_length_tokens
+    given = [place for place, message in enumerate(row.messages) if message.role == "user"]
+    if num_over <= 0 or not given:
+        return row
+    place = max(given, key=lambda number: len(row.messages[number].content))
+    if row.rejected[place : place + 1] not in ((), row.messages[place : place + 1]):
+        return row  # the two conversations of a pair differ before their answers
+    before, about = (
+        row.messages[place].content[part] for part in (slice(row.input_start), slice(row.input_start, None))
+    )
+    _, offsets = spelling.tokenise(chat.Rendered(about, ((0, len(about)),), ("user",)), tokenizer)
+    num_kept = len(offsets) - num_over
+    while num_kept > 1:
+        head, tail = _between_words(
+            about, offsets[(num_kept + 1) // 2 - 1][1], offsets[len(offsets) - num_kept // 2][0]
+        )
+        turn = replace(row.messages[place], content=f"{before}{head}{CUT_MARK}{tail}")
+        both = [(*turns[:place], turn, *turns[place + 1 :]) if turns else () for turns in (row.messages, row.rejected)]
+        shorter = replace(row, messages=both[0], rejected=both[1], num_cut=len(offsets) - num_kept)
+        if (num_over := num_tokens(shorter) - max_length_tokens) <= 0:
+            return shorter
+        num_kept -= num_over
+    return row
 
 
 def cut(encoded: Encoded, *, max_length_tokens: int, is_cut_allowed: bool) -> Encoded | None:

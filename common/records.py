@@ -34,7 +34,7 @@ class OpenedHead:
         num_examples: Rows that it trains on.
         num_held_out: Rows that it keeps for evaluation.
         num_truncated: Of both, cut at `data.max_length_tokens`.
-        num_dropped: Of both, left out because they are too long.
+        num_dropped: Of both, left out because they are too long, or are pairs whose answers are the same after the cut.
         num_steps: Optimiser steps that a round will take here.
         adapter_sha256: Of the adapter that the run starts from, as this site made it from the seed; empty where the
             adapter goes down whole.

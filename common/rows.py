@@ -26,6 +26,8 @@ class Row:
         row_id: Where the row was read, such as "train.jsonl line 12"; holds no field value, so messages may name it.
         num_context: Leading messages that are given and never learned from; every assistant turn after them is.
         is_input_empty: Whether the row's shape has an input field that was empty here.
+        input_start: Where in the longest user turn the input begins, after the instruction; 0: all of it may be cut.
+        num_cut: Tokens that were cut out of the input.
         rejected: The conversation with the worse answer, where the row is a pair; `messages` then has the better one.
         is_desirable: Whether the answer is wanted, where it was rated.
     """
@@ -35,6 +37,8 @@ class Row:
     row_id: str
     num_context: int = 0
     is_input_empty: bool = False
+    input_start: int = 0
+    num_cut: int = 0
     rejected: tuple[Message, ...] = ()
     is_desirable: bool | None = None
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from common import adapter, config, model, privacy_plan, prompts, site_privacy, storage
 from common.adapter import Tensors
+from common.data import overlap
 from common.errors import ConfigError, ModelError
 from common.events import Event
 from common.kinds import KINDS
@@ -91,6 +92,7 @@ def card(
     is_lora = settings.adapter.kind == "lora"
     specs = export_canonical.specs(run_manifest.tensor_specs) if is_lora else run_manifest.tensor_specs
     evaluated = {event["num_rounds"]: event for event in log if event["kind"] == "evaluated"}
+    shared = [event for event in log if event["kind"] == "overlap"]
     stages, polish = view.stages(log), told.stages(log)
     asked = told.at_sites(log).get(polish[-1]["number"]) if polish else None
     reached = measure.stage_of(num_rounds, last=settings.federation.num_rounds)
@@ -108,6 +110,8 @@ def card(
         measured_before=stages.get(measure.BASE), privacy_wording=privacy_plan.wording(settings),
         epsilon=privacy_plan.epsilon(settings) if settings.privacy.is_private_per_unit else None,
         spent=_spent(settings, log, num_rounds=num_rounds), gated=words.of_export(log, stage=label),
+        overlap=overlap.sentence(shared[-1]) if shared else "", task_overlaps=told.task_overlaps(log),
+        overlaps=[f"{stage['stage']} {line}" for stage in polish for line in told.overlaps(stage)],
         system_prompt=settings.data.system_prompt, polish=polish, stage_kind=told.kind,
         polish_private=told.PRIVATE, polish_own=told.OWN_DATA,
     )  # fmt: skip

@@ -26,6 +26,7 @@ from server.aggregate.optimizer import Memory
 from server.broadcast import Step
 from server.evaluate.suite import Suite
 from server.fleet import Fleet
+from server.polish.kept_apart import Apart
 from server.trail import Trail, of_error, of_frame
 
 RETRY_S: Final = 1.0  # between offers to a node whose agent is away
@@ -70,6 +71,7 @@ class Federation:
         asked_at: When nodes said that a person has to decide, by `clock`.
         own_rows: The coordinator's own held-out rows, and the engine that scores them; None without any.
         suite: What the coordinator measures on its own rows; None: nothing.
+        apart: Rows that no stage is to train on.
         memory: What the coordinator remembers from round to round.
         step: To the newest adapter, where it goes down as steps.
         sent_sha256: Hash of the adapter in the last requests.
@@ -96,6 +98,7 @@ class Federation:
     asked_at: dict[int, float] = field(default_factory=dict)
     own_rows: OwnRows | None = None
     suite: Suite | None = None
+    apart: Sequence[Apart] = ()
     memory: Memory = field(default_factory=dict)
     step: Step | None = None
     sent_sha256: str = ""

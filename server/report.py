@@ -8,6 +8,7 @@ from typing import Any, Final
 import jinja2
 
 from common import events, storage
+from common.data import overlap
 from common.events import Event
 from server import export_words, gaps, troubleshooting
 from server.evaluate import by_precision, view
@@ -74,6 +75,10 @@ def render(log: Sequence[Event]) -> str:
         chart=chart(evaluated) if evaluated else None,
         comparison=_bars(_of(log, "compared")),
         last=last,
+        overlap=overlap.sentence(found[-1]) if (found := _of(log, "overlap")) else "",
+        is_overlapping=bool(found and overlap.num_same(found[-1])),
+        stage_overlaps=told.overlaps,
+        task_overlaps=told.task_overlaps(log),
         last_stage=view.stage_at_sites(last) if last else "",
         evenness=view.evenness(last) if last else "",
         worse=view.worse(last) if last else "",

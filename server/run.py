@@ -41,8 +41,9 @@ from server.federation import Federation, OwnRows, fresh_noise
 from server.fleet import Fleet
 from server.gate import decide
 from server.offer import Operator
-from server.polish import at_sites, stages
+from server.polish import at_sites, kept_apart, stages
 from server.polish import told as polish_told
+from server.polish.kept_apart import KnownRows
 
 RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.json"
@@ -80,6 +81,7 @@ def execute(
     operator: Operator | None = None,
     is_noise_accepted: bool = False,
     make_noise: Callable[[int], Noise] = fresh_noise,
+    known: KnownRows | None = None,
 ) -> Outcome:
     """Run federated training from the first to the last round, then the polish stages, and export the newest adapter
     that the gate lets pass.
@@ -95,6 +97,7 @@ def execute(
             take, and keeps no log.
         is_noise_accepted: Go on though the noise for sites as a whole drowns what they have to say.
         make_noise: Of that noise and the draws of sites, by round; a seeded one is for simulations only.
+        known: The sites' rows; None: they cannot be seen here, as everywhere but in a simulation.
 
     Raises:
         FloorRefused: It does, and nobody accepted it.
@@ -122,10 +125,13 @@ def execute(
     fed.memory = first.memory
     storage.write_atomic(folder / MANIFEST_FILE, manifest.to_bytes())
     fed.own_rows = read_own_rows(settings, engine)
-    stages.check(settings, engine)
+    fed.apart = kept_apart.tables(measured.tasks, known or KnownRows())
+    stages.check(settings, engine, fed.apart)
     run_export.check(manifest, engine)
     log.append("run_started", **plan(manifest, engine), **told, first_round=first.num_rounds)
     _tell_beforehand(fed, engine)
+    if found := kept_apart.warnings(measured.tasks, known or KnownRows()):
+        log.append("tasks_overlap", reasons=found)
     with _recorded(fed, first.tensors, first_round=first.num_rounds):
         federation.wait_for_sites(fed)
         tensors = rounds.run(fed, first.tensors, first_round=first.num_rounds)

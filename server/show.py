@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
+from common.data import overlap
 from common.events import Event
 from server import export_words, gaps
 from server.evaluate import by_precision, view
@@ -64,6 +65,7 @@ class Screen:
     _num_large_gaps: int = 0
     _curve: list[float] = field(default_factory=list)
     _precisions: list[Event] = field(default_factory=list)
+    _overlap: Event = field(default_factory=dict)
 
     def __call__(self, event: Event) -> None:
         """Take one event; kinds without a method of their own are not shown."""
@@ -89,6 +91,17 @@ class Screen:
         self._privacy(event)
         self._print(f"  bad sites {event['guarding']}")
 
+    def _on_overlap(self, event: Event) -> None:
+        """Held-out rows whose text is trained on; said again beside the last figures."""
+        self._overlap = event
+        self._tell_overlap()
+
+    def _tell_overlap(self) -> None:
+        """Whether held-out figures are of rows that are new to the adapter."""
+        if self._overlap:
+            style = "[yellow]" if overlap.num_same(self._overlap) else ""
+            self._print(f"  held out  {style}{overlap.sentence(self._overlap)}{'[/]' if style else ''}")
+
     def _privacy(self, event: Event) -> None:
         """What the plan promises to a unit or a site."""
         if event["privacy"] == "none":
@@ -107,6 +120,11 @@ class Screen:
     def _on_warned(self, event: Event) -> None:
         """What to know before relying on the result."""
         self._print(f"  [yellow]warning[/]   {_escape(event['reason'])}")
+
+    def _on_tasks_overlap(self, event: Event) -> None:
+        """Tasks whose rows the sites train on."""
+        for reason in event["reasons"]:
+            self._print(f"  [yellow]warning[/]   {_escape(reason)}")
 
     def _on_site_joined(self, event: Event) -> None:
         """A site and its rows; of many sites, how many there are by now."""
@@ -185,6 +203,7 @@ class Screen:
             self._print(f"  [yellow]{_escape(site)} tells a loss of {loss:.3g}, which is far from the other sites'[/]")
         if event["worse_than_base"]:
             self._print(f"  [yellow]worse than the base: {_escape(view.worse(event))}[/]")
+        self._tell_overlap()
 
     def _on_measured(self, event: Event) -> None:
         """The coordinator's tasks at one stage, and how far they are from base and prompt-only."""
@@ -194,7 +213,7 @@ class Screen:
 
     def _on_polish_started(self, event: Event) -> None:
         """A stage and its rows."""
-        rows = f"{event['num_rows']:,} rows to train, {event['num_held_out']:,} held out"
+        rows = f"{event['num_rows']:,} rows to train, {event['num_held_out']:,} held out{told.left_out(event)}"
         self._print(
             f"  polish    {event['number']}/{event['num_stages']} {event['stage']} ({told.kind(event)}): {rows}"
         )
@@ -208,6 +227,8 @@ class Screen:
         """A stage's figures before and after."""
         self._set_status("")
         self._print(f"            {told.line(event)}, {event['num_steps']} steps, {event['seconds']:.1f} s")
+        for line in told.overlaps(event):
+            self._print(f"            [yellow]{_escape(line)}[/]")
 
     def _on_polish_evaluated(self, event: Event) -> None:
         """What the sites say of a stage's adapter."""
@@ -274,6 +295,8 @@ class Screen:
             notes.append(f"agrees with {percent(event['accuracy'])}, answers {event['answer_loss']:.3f}")
         if event["server_loss"] is not None:
             notes.append(f"coordinator's rows {event['server_loss']:.3f}")
+        if self._overlap and (count := overlap.num_same(self._overlap)):
+            notes.append(f"[yellow]{count} held-out rows are trained on[/]")
         if event["worse_than_base"]:
             notes.append(f"[yellow]worse than the base: {len(event['worse_than_base'])} sites[/]")
         if event["stale"]:
@@ -307,7 +330,7 @@ def _rows(joined: Collection[Event]) -> str:
     """How many rows sites have together, and what did not fit."""
     names = ("num_examples", "num_held_out", "num_truncated", "num_dropped")
     train, held_out, cut, dropped = (sum(event[name] for event in joined) for name in names)
-    lost = f", {cut:,} cut, {dropped:,} dropped as too long" if cut or dropped else ""
+    lost = f", {cut:,} cut, {dropped:,} dropped as too long or equal after the cut" if cut or dropped else ""
     return f"{train:,} rows to train, {held_out:,} held out{lost}"
 
 

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from client.agent import SiteData
 from client.data import check as checks
 from client.data import findings as noted
 from client.data import split
 from client.data.check import CheckReport
 from client.data.findings import Finding
 from common import accounting, config, objectives, prompts
-from common.data import read
+from common.data import overlap, read
 from common.data.files import Located
+from common.data.overlap import Overlap
 from common.data.problems import Problems, UnusableError
 from common.errors import ModelError
 from common.objectives import Objective
@@ -37,15 +39,19 @@ class Found:
     Attributes:
         sites: Counts of the rows that can be used, by site.
         findings: All problems.
+        overlaps: Of each site, the held-out rows whose text is trained on at any; empty where rows cannot be split.
     """
 
     sites: dict[str, CheckReport] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    overlaps: dict[str, Overlap] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Give counts and problems as JSON types."""
         sites = {site: report.as_dict() for site, report in self.sites.items()}
-        return {"sites": sites, "problems": [finding.as_dict() for finding in self.findings]}
+        overlaps = {site: found.as_dict() for site, found in self.overlaps.items()}
+        told = {"overlap": {**overlap.total(self.overlaps.values()).as_dict(), "sites": overlaps}} if overlaps else {}
+        return {"sites": sites, **told, "problems": [finding.as_dict() for finding in self.findings]}
 
 
 def check(settings: config.RunConfig, *, base_folder: Callable[[config.RunConfig], Path] | None) -> Found:
@@ -71,8 +77,13 @@ def check(settings: config.RunConfig, *, base_folder: Callable[[config.RunConfig
     num_before = len(found.findings)
     parts = _parts(settings, found.findings)
     is_whole = len(found.findings) == num_before
+    joint, errors = _split(parts, settings) if is_whole else ({}, [])
     for site, located in parts.items():
-        _check_site(site, located, settings, tokenizer, found, is_whole=is_whole)
+        _check_site(site, located, settings, tokenizer, found, is_whole=is_whole, sides=joint.get(site))
+    if joint:
+        found.overlaps = world.overlaps({site: SiteData(*sides) for site, sides in joint.items()})
+    elif len(found.findings) == num_before:  # no site alone has told why
+        found.findings += errors
     return found
 
 
@@ -93,6 +104,8 @@ def render(found: Found, run_file: Path) -> list[Any]:
         notes += [f"{site}: units alike in {places}" for places in report.alike]
     if any(report.num_units_alike for report in found.sites.values()):
         notes.append("units alike differ only in case, leading zeros, blanks or dashes; if two are one patient, say so")
+    if found.overlaps:
+        notes.append(overlap.sentence(overlap.total(found.overlaps.values()).as_dict()))
     if not_read := sorted({name for report in found.sites.values() for name in report.not_read}):
         notes.append(f"in the folder, not read: {', '.join(not_read)}")
     ending = noted.render(found.findings) if found.findings else f"next: silotune-sim run {run_file}"
@@ -126,6 +139,18 @@ def _parts(settings: config.RunConfig, findings: list[Finding]) -> dict[str, lis
     return {}
 
 
+def _split(
+    parts: Mapping[str, Sequence[Located]], settings: config.RunConfig
+) -> tuple[dict[str, split.Sides], list[Finding]]:
+    """Both sides of each site as the run splits them, over all sites; or why it cannot."""
+    errors: list[Finding] = []
+    with noted.noting(errors, site=""):
+        columns, source = world.columns_of(settings), settings.data.source
+        rows = {site: read.scan(located, columns, source=source)[0] for site, located in parts.items()}
+        return split.for_run(rows, settings), []
+    return {}, errors
+
+
 def _check_site(
     site: str,
     located: Sequence[Located],
@@ -134,6 +159,7 @@ def _check_site(
     found: Found,
     *,
     is_whole: bool,
+    sides: split.Sides | None,
 ) -> None:
     """One site's rows, both sides of the split."""
     data, privacy, objective = settings.data, settings.privacy, Objective.of(settings.training)
@@ -142,16 +168,15 @@ def _check_site(
         rows, _ = read.scan(located, world.columns_of(settings), source=data.source)
     if not rows:
         return
-    sides: dict[str, Sequence[Row]] = {"": rows}
+    shown: dict[str, list[Row]] = {"": list(rows)}
     with noted.noting(found.findings if is_whole else [], site=site):  # with rows missing, too few may be none too few
-        train, held_out = split.for_run(rows, settings)
-        sides = {"training": train, "held-out": held_out}
+        train, held_out = sides or split.for_run({"": rows}, settings)[""]  # the finding names the site
+        shown = {"training": train, "held-out": held_out}
         num_units = len({row.unit for row in train})
         if privacy.is_private_per_unit and privacy.dp_delta > accounting.largest_delta(num_units):
             what = f"privacy.dp_delta = {privacy.dp_delta:g} is too large for the {num_units} units of this site"
             found.findings.append(Finding(site, "", what, f"set {accounting.delta_rule(num_units)}"))
-    shown: dict[str, list[Row]] = {name: list(side) for name, side in sides.items()}
-    for name, side in sides.items():
+    for name, side in list(shown.items()):
         with noted.noting(found.findings, site=site):
             if objective.name != "sft" and side:
                 both = objectives.with_others(side, objective)

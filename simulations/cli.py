@@ -248,7 +248,9 @@ def _compare(
     cli.emit(
         result,
         as_json=json,
-        show=lambda: cli.show(commands.comparison_table(result), commands.ending(result)),
+        show=lambda: cli.show(
+            commands.comparison_table(result), commands.comparison_note(result), commands.ending(result)
+        ),
     )
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import cli, config, manifest, privacy_plan, store
+from common.data import overlap
 from common.errors import ConfigError
 from common.events import EventLog
 from common.methods import FACTS
@@ -94,13 +95,14 @@ def compare(order: Order) -> dict[str, Any]:
         raise ConfigError("privacy.mode = 'site': an arm of one site has no sites to hide among; use silotune-sim run")
     world.require_global(shared.settings, what="a comparison with other arms")
     log = order.log(shared)
+    told = _tell_overlap(shared, log)
     with _ending_told(log):
         results = comparing.compare(shared, log)
     figures = {
         name: {"held_out_loss": result["held_out_loss"], "exact_match": result["exact_match"]}
         for name, result in results.items()
     }
-    return {"comparison": figures, **_places(order, shared)}
+    return {"comparison": figures, "overlap": told, **_places(order, shared)}
 
 
 def run(order: Order, *, engine: str, resume: bool) -> dict[str, Any]:
@@ -114,9 +116,18 @@ def run(order: Order, *, engine: str, resume: bool) -> dict[str, Any]:
         raise ConfigError(f"--engine {engine}: choose one of {', '.join(ENGINES)}")
     shared = order.world(resume=resume)
     log = order.log(shared, resume=resume)
+    told = _tell_overlap(shared, log)
     with _ending_told(log):
         outcome = _play(order, shared, log, engine=engine, resume=resume)
-    return {"adapter": _adapters(shared.settings, outcome.folder), **_places(order, shared)}
+    return {"adapter": _adapters(shared.settings, outcome.folder), "overlap": told, **_places(order, shared)}
+
+
+def _tell_overlap(shared: World, log: EventLog) -> dict[str, int]:
+    """Log how many held-out rows are trained on, over all sites and by site; the former."""
+    counts = world.overlaps(shared.sites)
+    told = overlap.total(counts.values()).as_dict()
+    log.append("overlap", **told, sites={site: found.as_dict() for site, found in counts.items()})
+    return told
 
 
 def _adapters(settings: config.RunConfig, folder: Path) -> str:
@@ -149,6 +160,7 @@ def attack(order: Order, *, name: str, num_bad: int, is_table: bool) -> dict[str
     if is_table:
         return {**attack_table.play(shared, num_bad=num_bad), "folder": str(shared.folder)}
     log = order.log(shared)
+    _tell_overlap(shared, log)
     with _ending_told(log):
         harm = attacks.play(shared, name, num_bad=num_bad, log=log)
     return {"attack": name, "num_bad": num_bad, **harm, "folder": str(shared.folder)}
@@ -222,6 +234,11 @@ def _places(order: Order, shared: World) -> dict[str, str]:
     """Where the results are; draws the report."""
     page = report.write(shared.folder)
     return {"folder": str(shared.folder), "report": str(page), "base": str(order.base_folder(shared.settings))}
+
+
+def comparison_note(result: Mapping[str, Any]) -> str:
+    """Whether the arms' figures are of rows that nothing was trained on."""
+    return overlap.sentence(result["overlap"])
 
 
 def comparison_table(result: Mapping[str, Any]) -> Table:

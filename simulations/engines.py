@@ -62,6 +62,7 @@ def ray(
     from simulations import flower_engine  # loads Ray
 
     folder = log.path.parent
+    known = world.known_rows(world.load_sites(settings))
 
     def main(grid: Grid) -> Outcome:
         fleet = GridFleet(grid)
@@ -74,6 +75,7 @@ def ray(
             resume=resume,
             is_noise_accepted=is_noise_accepted,
             make_noise=world.server_noise(settings),
+            known=known,
         )
 
     sites = Sites(

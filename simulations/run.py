@@ -45,6 +45,7 @@ def in_process(
             resume=resume,
             is_noise_accepted=is_noise_accepted,
             make_noise=world.server_noise(settings),
+            known=world.known_rows(sites),
         )
     world.export_personal(settings, folder)
     return outcome

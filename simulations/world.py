@@ -15,15 +15,17 @@ from client.personal import Shelf
 from client.train import schedule
 from common import config, loading, precisions, store
 from common.config_objective import ObjectiveName
-from common.data import read
+from common.data import overlap, read
 from common.data.files import Located
+from common.data.overlap import Overlap
 from common.data.problems import Problems, at_site
 from common.errors import ConfigError
 from common.manifest import RunManifest
 from common.methods import FACTS
 from common.model import Engine
 from common.noise import Noise, SeededNoise
-from common.rows import Columns
+from common.rows import Columns, Row
+from server.polish.kept_apart import KnownRows
 from simulations import partition
 from simulations.embedded import preferences, records
 
@@ -110,7 +112,11 @@ def load_sites(settings: config.RunConfig) -> dict[str, SiteData]:
     """
     located = locate(settings)
     read.convert(located, columns_of(settings), source=settings.data.source)  # so that a file is refused as a whole
-    return {site: split_located(site, rows, settings) for site, rows in part(located, settings).items()}
+    rows: dict[str, Sequence[Row]] = {}
+    for site, own in part(located, settings).items():
+        with at_site(site):
+            rows[site] = read.convert(own, columns_of(settings), source=settings.data.source)
+    return {site: SiteData(*sides) for site, sides in split.for_run(rows, settings).items()}
 
 
 def load_tables(settings: config.RunConfig) -> dict[str, list[dict[str, Any]]]:
@@ -172,21 +178,26 @@ def embedded_table(objective: ObjectiveName) -> list[dict[str, Any]]:
     return preferences.pairs(made) if objective == "dpo" else preferences.ratings(made)
 
 
-def split_site(table: list[dict[str, Any]], settings: config.RunConfig) -> SiteData:
-    """One site's rows, held-out units aside."""
-    rows = read.to_rows(table, columns_of(settings))
-    return SiteData(*split.for_run(rows, settings))
-
-
-def split_located(site: str, located: Sequence[Located], settings: config.RunConfig) -> SiteData:
-    """The same of rows that know where they were read.
+def split_sites(tables: Mapping[str, list[dict[str, Any]]], settings: config.RunConfig) -> dict[str, SiteData]:
+    """Every site's rows, held-out units aside.
 
     Raises:
-        DataError: Rows are unusable or cannot be split; names the site.
+        DataError: Rows are unusable, or a site has too few.
     """
-    with at_site(site):
-        rows = read.convert(located, columns_of(settings), source=settings.data.source)
-        return SiteData(*split.for_run(rows, settings))
+    rows = {site: read.to_rows(table, columns_of(settings)) for site, table in tables.items()}
+    return {site: SiteData(*sides) for site, sides in split.for_run(rows, settings).items()}
+
+
+def overlaps(sites: Mapping[str, SiteData]) -> dict[str, Overlap]:
+    """Count, for each site, the held-out rows whose text is trained on at any site; see `common.data.overlap`."""
+    train = {site: data.train for site, data in sites.items()}
+    return overlap.between({site: data.held_out for site, data in sites.items()}, train)
+
+
+def known_rows(sites: Mapping[str, SiteData]) -> KnownRows:
+    """All sites' rows, as the coordinator of a simulation can see them."""
+    parts = list(sites.values())
+    return KnownRows([row for data in parts for row in data.train], [row for data in parts for row in data.held_out])
 
 
 def expect_all(settings: config.RunConfig, sites: Mapping[str, SiteData]) -> config.RunConfig:

@@ -4,8 +4,8 @@ import math
 import statistics
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common import chat, prompts, spelling
-from common.data import units
+from common.data import overlap, units
 from common.data.problems import Problems, UnusableError
 from common.errors import ModelError
 from common.prompts import Encoded, TooLong
@@ -26,6 +26,7 @@ QUANTILES: Final = (0.5, 0.9, 0.99, 1.0)
 MAX_SHOWN: Final = 5
 _SHOWN_AS: Final = {"alike": "units alike, first in", "not_read": "in the folder, not read"}
 ANSWER_MARKS: Final = ("\u27e6", "\u27e7")  # white square brackets, which show in a pipe what a terminal colours
+FITTING: Final[tuple[TooLong, ...]] = ("truncate_input", "truncate", "drop")  # ways to bring a row under the limit
 HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})  # Unicode categories
 
 
@@ -42,6 +43,8 @@ class TokenCounts:
         num_answer_tokens: Tokens that the loss would cover.
         num_with_control_tokens: Rows that spell a control token of the tokenizer, such as its end token, which is
             cut into ordinary tokens.
+        by_too_long: What each `data.too_long` would make of the limit: `num_rows` that are kept, and of these
+            `num_whole_answers` that lose nothing; empty without a limit.
     """
 
     quantiles: dict[str, int]
@@ -51,6 +54,7 @@ class TokenCounts:
     num_dropped: int
     num_answer_tokens: int
     num_with_control_tokens: int
+    by_too_long: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,9 @@ class CheckReport:
         rows_per_unit_max: Rows of the largest unit.
         num_duplicates: Rows whose messages repeat an earlier row's exactly.
         num_empty_inputs: Rows whose input field is missing or empty.
+        num_same_text: Rows whose text is that of an earlier row, word for word or nearly; a run's split keeps them on
+            one side, unless it is private.
+        num_held_out_in_training: Of the site's own held-out rows, those whose text it trains on; None without such.
         tokens: None without a tokenizer.
         num_units_alike: Units whose names differ in case, leading zeros, blanks, dashes or kind of digits only. They
             are different units; if they are one patient, the file must say so.
@@ -77,6 +84,8 @@ class CheckReport:
     rows_per_unit_max: int
     num_duplicates: int
     num_empty_inputs: int
+    num_same_text: int = 0
+    num_held_out_in_training: int | None = None
     tokens: TokenCounts | None = None
     num_units_alike: int = 0
     alike: tuple[str, ...] = ()
@@ -110,8 +119,9 @@ class Preview:
         row_id: Where the row was read.
         tokens: All tokens that are kept.
         segments: The text, in pieces that are answer or are not.
-        num_truncated: Tokens cut off.
+        num_truncated: Tokens cut off, or out of the input.
         is_dropped: Whether the row would be left out; it is then shown whole.
+        is_input_cut: Whether they were cut out of the input.
     """
 
     row_id: str
@@ -119,6 +129,7 @@ class Preview:
     segments: tuple[tuple[str, bool], ...]
     num_truncated: int
     is_dropped: bool
+    is_input_cut: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Give the preview as JSON types."""
@@ -133,6 +144,7 @@ def check(
     too_long: TooLong = "truncate",
     system_prompt: str = "",
     problems: Problems | None = None,
+    held_out: Sequence[Row] | None = None,
 ) -> CheckReport:
     """Count what a site's data are made of.
 
@@ -144,6 +156,7 @@ def check(
         system_prompt: The run's system message.
         problems: Gets every row that the template cannot render, and under "error" every row that is too long; None
             raises the first of the one kind and only counts the other.
+        held_out: Those of the rows that are the site's own held-out ones; None: a run splits.
 
     Returns:
         Counts only.
@@ -157,10 +170,12 @@ def check(
     sizes = Counter(row.unit for row in rows).values()
     tokens = None
     if tokenizer is not None and (whole := _encoded(rows, tokenizer, system_prompt, problems)):
-        spells = (_spells_control_token(row, tokenizer) for row, _ in whole)
-        tokens = _count_tokens(
-            [encoded for _, encoded in whole], limit=max_length_tokens, too_long=too_long, num_control=sum(spells)
-        )
+        num_control = sum(_spells_control_token(row, tokenizer) for row, _ in whole)
+        kept: dict[str, list[Encoded | None]] = {"error": [encoded for _, encoded in whole]}
+        for setting in FITTING if max_length_tokens is not None else ():
+            kept[setting] = [_fitted(*one, tokenizer, max_length_tokens, setting, system_prompt) for one in whole]
+        uncut = [encoded for _, encoded in whole]
+        tokens = _count_tokens(uncut, kept, limit=max_length_tokens, too_long=too_long, num_control=num_control)
         if problems is not None and max_length_tokens is not None and too_long == "error":
             _note_too_long(whole, max_length_tokens, problems)
     first_rows = {row.unit: row.row_id for row in reversed(rows)}
@@ -172,6 +187,8 @@ def check(
         rows_per_unit_max=max(sizes),
         num_duplicates=len(rows) - len({row.messages for row in rows}),
         num_empty_inputs=sum(row.is_input_empty for row in rows),
+        num_same_text=len(rows) - len(set(overlap.groups([overlap.text_of(row) for row in rows]))),
+        num_held_out_in_training=None if held_out is None else _num_trained(rows, held_out),
         tokens=tokens,
         num_units_alike=sum(map(len, groups)),
         alike=tuple(" and ".join(first_rows[unit] for unit in group[:3]) for group in groups[:MAX_SHOWN]),
@@ -206,8 +223,14 @@ def render(report: CheckReport) -> Table:
     for name in ("alike", "not_read"):
         if places := lines.pop(name):
             table.add_row(_SHOWN_AS[name], Text("; ".join(places)))
+    by_too_long = tokens.pop("by_too_long", {})
     for name, value in (lines | tokens).items():
+        if name == "num_held_out_in_training" and value is None:
+            continue
         table.add_row(name.removeprefix("num_").replace("_", " "), "no limit" if value is None else f"{value:,}")
+    for setting, kept in by_too_long.items():
+        table.add_row(f'rows kept by data.too_long = "{setting}"', f"{kept['num_rows']:,}")
+        table.add_row(f'answers kept whole by data.too_long = "{setting}"', f"{kept['num_whole_answers']:,}")
     return table
 
 
@@ -236,8 +259,12 @@ def preview(
     Raises:
         ModelError: The tokenizer or its template cannot be used for training.
     """
-    whole = [(row, prompts.encode_whole(row, tokenizer, system_prompt=system_prompt)) for row in islice(rows, limit)]
-    return [_preview(row, encoded, tokenizer, max_length_tokens, too_long) for row, encoded in whole]
+    previews = []
+    for row in islice(rows, limit):
+        whole = prompts.encode_whole(row, tokenizer, system_prompt=system_prompt)
+        kept = _fitted(row, whole, tokenizer, max_length_tokens, too_long, system_prompt)
+        previews.append(replace(_preview(row, whole, kept, tokenizer), is_input_cut=too_long == "truncate_input"))
+    return previews
 
 
 def render_preview(previews: Iterable[Preview]) -> Text:
@@ -280,22 +307,40 @@ def _note_too_long(whole: Sequence[tuple[Row, Encoded]], limit: int, problems: P
     """Every row over the limit; in a message of many, how long the longest is tells what to set."""
     longest = max(len(encoded.input_ids) for _, encoded in whole)
     what = f"over the limit of data.max_length_tokens = {limit}; the longest row has {longest} tokens"
-    remedy = 'raise data.max_length_tokens, shorten the rows, or set data.too_long = "truncate" or "drop"'
+    remedy = 'raise data.max_length_tokens, shorten the rows, or set data.too_long = "truncate_input" or "drop"'
     for row, encoded in whole:
         if len(encoded.input_ids) > limit:
             problems.add(row.row_id, UnusableError(what, remedy))
 
 
-def _count_tokens(whole: Sequence[Encoded], *, limit: int | None, too_long: TooLong, num_control: int) -> TokenCounts:
+def _fitted(
+    row: Row, whole: Encoded, tokenizer: "Tokenizer", limit: int | None, too_long: TooLong, system_prompt: str
+) -> Encoded | None:
+    """A row under the limit; None if it is left out, or ends the run."""
+    if limit is None or len(whole.input_ids) <= limit:
+        return whole
+    way: TooLong = "drop" if too_long == "error" else too_long
+    return prompts.encode(row, tokenizer, max_length_tokens=limit, too_long=way, system_prompt=system_prompt)
+
+
+def _kept(whole: Sequence[Encoded], fitted: Sequence[Encoded | None]) -> dict[str, int]:
+    """Rows that a limit leaves, and those of them with all of their answers."""
+    pairs = [(uncut, encoded) for uncut, encoded in zip(whole, fitted, strict=True) if encoded is not None]
+    num_whole = sum(sum(encoded.is_answer) == sum(uncut.is_answer) for uncut, encoded in pairs)
+    return {"num_rows": len(pairs), "num_whole_answers": num_whole}
+
+
+def _count_tokens(
+    whole: Sequence[Encoded],
+    by_too_long: Mapping[str, Sequence[Encoded | None]],
+    *,
+    limit: int | None,
+    too_long: TooLong,
+    num_control: int,
+) -> TokenCounts:
     """Lengths of whole rows, and what a limit does to them."""
     lengths = sorted(len(encoded.input_ids) for encoded in whole)
-    is_cut_allowed = too_long != "drop"
-    kept = [
-        encoded if limit is None else prompts.cut(encoded, max_length_tokens=limit, is_cut_allowed=is_cut_allowed)
-        for encoded in whole
-    ]
-    if too_long == "error":
-        kept = list(whole)
+    kept = by_too_long.get(too_long, whole)
     return TokenCounts(
         quantiles={f"{share:.0%}": lengths[math.ceil(share * len(lengths)) - 1] for share in QUANTILES},
         max_length_tokens=limit,
@@ -304,6 +349,7 @@ def _count_tokens(whole: Sequence[Encoded], *, limit: int | None, too_long: TooL
         num_dropped=sum(encoded is None for encoded in kept),
         num_answer_tokens=sum(sum(encoded.is_answer) for encoded in kept if encoded is not None),
         num_with_control_tokens=num_control,
+        by_too_long={name: _kept(whole, rows) for name, rows in by_too_long.items() if name in FITTING},
     )
 
 
@@ -315,13 +361,15 @@ def _spells_control_token(row: Row, tokenizer: "Tokenizer") -> bool:
     return bool(spelling.spelled(found.text, spelling.pieces(found, tokenizer), tokenizer))
 
 
-def _preview(
-    row: Row, whole: Encoded, tokenizer: "Tokenizer", max_length_tokens: int | None, too_long: TooLong
-) -> Preview:
+def _num_trained(rows: Sequence[Row], held_out: Sequence[Row]) -> int:
+    """Held-out rows whose text stands in the others."""
+    aside = set(map(id, held_out))
+    counts = overlap.between({"": held_out}, {"": [row for row in rows if id(row) not in aside]})
+    return counts[""].num_exact + counts[""].num_near
+
+
+def _preview(row: Row, whole: Encoded, kept: Encoded | None, tokenizer: "Tokenizer") -> Preview:
     """One row; a row that would be left out is shown whole."""
-    kept: Encoded | None = whole
-    if max_length_tokens is not None:
-        kept = prompts.cut(whole, max_length_tokens=max_length_tokens, is_cut_allowed=too_long == "truncate")
     shown = kept or whole
     pairs = list(zip(shown.input_ids, shown.is_answer, strict=True))
     runs = [(is_answer, [i for i, _ in run]) for is_answer, run in groupby(pairs, key=lambda pair: pair[1])]
@@ -343,7 +391,11 @@ def _headline(item: Preview) -> str:
     """Where the row is from, its length and what happens to it."""
     num_answer = sum(token.is_answer for token in item.tokens)
     fate = ", too long: it would not be trained on" if item.is_dropped else ""
-    cut = f", {item.num_truncated} tokens cut off" if item.num_truncated else ""
+    cut = (
+        f", {item.num_truncated} tokens cut {'out of the input' if item.is_input_cut else 'off'}"
+        if item.num_truncated
+        else ""
+    )
     return f"{item.row_id}: {len(item.tokens)} tokens, {num_answer} of them answer{cut}{fate}"
 
 

@@ -1,29 +1,22 @@
-"""Training and held-out rows; no privacy unit is in both."""
+"""Training and held-out rows; no privacy unit is in both, and no text where privacy allows it."""
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from common import config
+from common.data import near, overlap
 from common.errors import DataError
 from common.rows import Row
 
+Sides = tuple[list[Row], list[Row]]  # to train on, and held out
+Unit = tuple[str, str]  # a site and a unit of it
 
-def split(rows: Sequence[Row], *, held_out_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Keep a share of the units for evaluation.
 
-    Units are ordered by a hash of seed and name, and the first of them are held out: the order of rows plays no part.
-
-    Args:
-        rows: At least two units.
-        held_out_fraction: Share of units to hold out, between 0 and 1; rounded, but at least one and not all of them.
-        seed: Chooses which.
-
-    Returns:
-        Rows to train on and rows held out, each in the order given.
-
-    Raises:
-        DataError: Fewer than two units.
-        ValueError: The fraction is not between 0 and 1.
+def split(
+    rows: Sequence[Row], *, held_out_fraction: float, seed: int, site: str = "", keeps_texts: bool = True
+) -> Sides:
+    """Keep a share of the units of one site for evaluation; see `split_sites`.
 
     Example:
         >>> rows = [Row((), unit=f"patient-{i // 2}", row_id=f"row {i}") for i in range(8)]
@@ -31,53 +24,137 @@ def split(rows: Sequence[Row], *, held_out_fraction: float, seed: int) -> tuple[
         >>> len(train), len({row.unit for row in held_out})
         (6, 1)
     """
+    given = {site: rows}
+    return split_sites(given, held_out_fraction=held_out_fraction, seed=seed, keeps_texts=keeps_texts)[site]
+
+
+def split_sites(
+    sites: Mapping[str, Sequence[Row]], *, held_out_fraction: float, seed: int, keeps_texts: bool = True
+) -> dict[str, Sides]:
+    """Keep a share of each site's units for evaluation.
+
+    Units are ordered by a hash of seed and name, and the first of them are held out: the order of rows plays no part.
+    Units that have a text in common, at one site or at several, go to one side together, at the place of the first of
+    them; those that would take more than the share of a site are trained on.
+
+    Args:
+        sites: Rows by site, of at least two units each.
+        held_out_fraction: Share of units to hold out, between 0 and 1; rounded, but at least one and not all of them.
+        seed: Chooses which.
+        keeps_texts: Whether texts go to one side; else only units do.
+
+    Returns:
+        By site, rows to train on and rows held out, each in the order given.
+
+    Raises:
+        DataError: A site has fewer than two units, or all of its units have texts in common.
+        ValueError: The fraction is not between 0 and 1.
+    """
     if not 0 < held_out_fraction < 1:
         raise ValueError(f"held_out_fraction is {held_out_fraction}, not between 0 and 1")
-    units = sorted({row.unit for row in rows}, key=lambda unit: _rank(unit, seed))
-    if len(units) < 2:
+    num_units = {site: len({row.unit for row in rows}) for site, rows in sites.items()}
+    for site, count in num_units.items():
+        if count < 2:
+            raise DataError(
+                f"{_named(site)}{_shown(sites[site])} are of {count} unit and cannot be split into training and "
+                f"held-out rows (data.held_out_fraction = {held_out_fraction:g}): add rows of other patients, or check "
+                "data.unit_column"
+            )
+    wanted = {site: min(max(round(held_out_fraction * count), 1), count - 1) for site, count in num_units.items()}
+    bundles = _bundles(sites, keeps_texts=keeps_texts)
+    bundles.sort(key=lambda bundle: min((_rank(unit, seed), site) for site, unit in bundle))
+    counts = [Counter(site for site, _ in bundle) for bundle in bundles]
+    chosen: dict[str, set[str]] = {site: set() for site in sites}
+    for site, unit in (
+        unit for place in overlap.choose(counts, wanted=wanted, sizes=num_units) for unit in bundles[place]
+    ):
+        chosen[site].add(unit)
+    if empty := next((site for site, units in chosen.items() if not units), None):
         raise DataError(
-            f"{_shown(rows)} are of {len(units)} unit and cannot be split into training and held-out rows "
-            f"(data.held_out_fraction = {held_out_fraction:g}): add rows of other patients, or check data.unit_column"
+            f"{_named(empty)}the rows of {num_units[empty]} units are the same or nearly the same text, here or at "
+            "other sites, so none can be held out that is not trained on: add other rows, remove repeated ones, or set "
+            'data.same_text = "count"'
         )
-    num_held_out = min(max(round(held_out_fraction * len(units)), 1), len(units) - 1)
-    chosen = set(units[:num_held_out])
-    return [row for row in rows if row.unit not in chosen], [row for row in rows if row.unit in chosen]
+    return {site: _sides(rows, chosen[site]) for site, rows in sites.items()}
 
 
-def split_each(rows: Sequence[Row], *, held_out_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+def split_each(rows: Sequence[Row], *, held_out_fraction: float, seed: int, site: str = "") -> Sides:
     """Keep a share of the units for evaluation, each unit by its own hash alone.
 
     One unit more or less then leaves all others where they are, which differential privacy over units needs: `split`
-    holds out a fixed share, so that a new unit can push another one to the other side.
+    holds out a fixed share, so that a new unit can push another one to the other side, and moves units whose texts are
+    alike together. Here texts may be on both sides.
 
     Args:
         rows: Rows of units.
         held_out_fraction: Probability with which a unit is held out, between 0 and 1.
         seed: Chooses which.
+        site: What messages call the site; "" nothing.
 
     Raises:
         DataError: No unit is left on one of the sides.
     """
     limit = int(held_out_fraction * 2**256)
-    chosen = {row.unit for row in rows if int.from_bytes(_rank(row.unit, seed)) < limit}
-    train, held_out = [row for row in rows if row.unit not in chosen], [row for row in rows if row.unit in chosen]
+    train, held_out = _sides(rows, {row.unit for row in rows if int.from_bytes(_rank(row.unit, seed)) < limit})
     if not train or not held_out:
         raise DataError(
-            f"{_shown(rows)} of {len({row.unit for row in rows})} units give {len(train)} to train and {len(held_out)} "
-            f"held out: there are too few units for data.held_out_fraction = {held_out_fraction:g}; add rows of other "
-            "patients, or take another fraction or seed"
+            f"{_named(site)}{_shown(rows)} of {len({row.unit for row in rows})} units give {len(train)} to train and "
+            f"{len(held_out)} held out: there are too few units for data.held_out_fraction = {held_out_fraction:g}; "
+            "add rows of other patients, or take another fraction or seed"
         )
     return train, held_out
 
 
-def for_run(rows: Sequence[Row], run: config.RunConfig) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows as a run says.
+def for_run(sites: Mapping[str, Sequence[Row]], run: config.RunConfig) -> dict[str, Sides]:
+    """Training and held-out rows of each site as a run says.
+
+    In a private run no row of one site decides where another site's goes, and where units are protected no unit decides
+    about another.
+
+    Args:
+        sites: Rows by site: of all in a simulation, of its own at a real site.
+        run: The run.
 
     Raises:
-        DataError: Too few units.
+        DataError: Too few units, or texts that are all alike.
     """
-    how = split_each if run.privacy.is_private_per_unit else split
-    return how(rows, held_out_fraction=run.data.held_out_fraction, seed=run.seed)
+    fraction, seed = run.data.held_out_fraction, run.seed
+    if run.privacy.is_private_per_unit:
+        return {
+            site: split_each(rows, held_out_fraction=fraction, seed=seed, site=site) for site, rows in sites.items()
+        }
+    keeps_texts = run.data.same_text == "together"
+    if run.privacy.is_private:
+        return {
+            site: split(rows, held_out_fraction=fraction, seed=seed, site=site, keeps_texts=keeps_texts)
+            for site, rows in sites.items()
+        }
+    return split_sites(sites, held_out_fraction=fraction, seed=seed, keeps_texts=keeps_texts)
+
+
+def _bundles(sites: Mapping[str, Sequence[Row]], *, keeps_texts: bool) -> list[list[Unit]]:
+    """Units that have to be on one side."""
+    rows = [(site, row) for site, found in sites.items() for row in found]
+    places = {unit: place for place, unit in enumerate(dict.fromkeys((site, row.unit) for site, row in rows))}
+    pairs = []
+    if keeps_texts:
+        for (site, row), first in zip(rows, overlap.groups([overlap.text_of(row) for _, row in rows]), strict=True):
+            other_site, other = rows[first]
+            pairs.append((places[site, row.unit], places[other_site, other.unit]))
+    bundles: dict[int, list[Unit]] = {}
+    for unit, first in zip(places, near.merged(len(places), pairs), strict=True):
+        bundles.setdefault(first, []).append(unit)
+    return list(bundles.values())
+
+
+def _sides(rows: Sequence[Row], held_out: set[str]) -> Sides:
+    """Rows of other units, and rows of these."""
+    return [row for row in rows if row.unit not in held_out], [row for row in rows if row.unit in held_out]
+
+
+def _named(site: str) -> str:
+    """A site at the head of a message."""
+    return f"site {site}: " if site else ""
 
 
 def _shown(rows: Sequence[Row]) -> str:

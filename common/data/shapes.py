@@ -38,7 +38,7 @@ def choose(names: set[str], columns: Columns, *, source: str) -> Converter:
     Raises:
         DataError: No shape fits or several do, or a column that the settings name is nowhere.
     """
-    shapes: dict[tuple[str, ...], Callable[..., tuple[Turns, int, bool]]] = {
+    shapes: dict[tuple[str, ...], Callable[..., tuple[Turns, int, bool, int]]] = {
         ("messages",): _from_messages,
         ("prompt", "completion"): _from_completion,
         (columns.instruction, columns.output): _from_columns,  # last: settings that name the same columns win
@@ -85,17 +85,17 @@ def _nearest(names: set[str], columns: Columns) -> str:
 
 
 def _convert(
-    fields: Fields, *, columns: Columns, place: str, read_turns: Callable[..., tuple[Turns, int, bool]]
+    fields: Fields, *, columns: Columns, place: str, read_turns: Callable[..., tuple[Turns, int, bool, int]]
 ) -> Row:
     """One row in normal form."""
-    (messages, num_context, is_input_empty), unit = all_of(
+    (messages, num_context, is_input_empty, input_start), unit = all_of(
         lambda: read_turns(fields, columns),
         lambda: units.name_of(fields.get(columns.unit), columns.unit) if columns.unit else place,
     )
-    return Row(messages, unit=unit, row_id=place, num_context=num_context, is_input_empty=is_input_empty)
+    return Row(messages, unit, place, num_context, is_input_empty, input_start)
 
 
-def _from_columns(fields: Fields, columns: Columns) -> tuple[Turns, int, bool]:
+def _from_columns(fields: Fields, columns: Columns) -> tuple[Turns, int, bool, int]:
     """Instruction, a blank line and the input, if there is one; then the output."""
     given = fields.get(columns.input)
     task, about, answer = all_of(
@@ -103,18 +103,19 @@ def _from_columns(fields: Fields, columns: Columns) -> tuple[Turns, int, bool]:
         lambda: "" if given is None else _text(given, columns.input),
         lambda: _filled(fields.get(columns.output), columns.output, is_answer=True),
     )
-    question = f"{task}\n\n{about}" if about.strip() else task
-    return (Message("user", question), Message("assistant", answer)), 0, not about.strip()
+    before = f"{task}\n\n" if about.strip() else task
+    question = before + about if about.strip() else task
+    return (Message("user", question), Message("assistant", answer)), 0, not about.strip(), len(before)
 
 
-def _from_messages(fields: Fields, columns: Columns) -> tuple[Turns, int, bool]:
+def _from_messages(fields: Fields, columns: Columns) -> tuple[Turns, int, bool, int]:
     """A conversation of which every answer is trained on."""
     turns = _turns(fields.get("messages"), "messages")
     _check_order(turns)
-    return turns, 0, False
+    return turns, 0, False, 0
 
 
-def _from_completion(fields: Fields, columns: Columns) -> tuple[Turns, int, bool]:
+def _from_completion(fields: Fields, columns: Columns) -> tuple[Turns, int, bool, int]:
     """Two texts, or two lists of messages of which the first is only context."""
     prompt, completion = fields.get("prompt"), fields.get("completion")
     if isinstance(prompt, list) != isinstance(completion, list) and prompt is not None and completion is not None:
@@ -123,11 +124,11 @@ def _from_completion(fields: Fields, columns: Columns) -> tuple[Turns, int, bool
         given, wanted = all_of(
             lambda: _filled(prompt, "prompt"), lambda: _filled(completion, "completion", is_answer=True)
         )
-        return (Message("user", given), Message("assistant", wanted)), 0, False
+        return (Message("user", given), Message("assistant", wanted)), 0, False, 0
     context = _turns(prompt, "prompt")
     turns = context + _turns(completion, "completion")
     _check_order(turns)
-    return turns, len(context), False
+    return turns, len(context), False, 0
 
 
 def _turns(value: Any, name: str) -> Turns:

@@ -11,6 +11,7 @@ from typing import Any
 from common import adapter, storage
 from common.config_tasks import TaskConfig
 from common.data import read
+from common.data.overlap import Text
 from common.errors import DataError
 from common.model import Engine
 from server.evaluate.bootstrap import Scores
@@ -27,12 +28,14 @@ class Task:
         sha256: Hash of all rows and files that it uses; no path is in it.
         score: Gives the scores of the adapter that is in the engine, by metric.
         score_baseline: The same for the base with the task's prompt; None without one.
+        texts: What its rows say, so that nothing is trained on them; empty where rows are not ours to read.
     """
 
     settings: TaskConfig
     sha256: str
     score: Score
     score_baseline: Score | None = None
+    texts: tuple[Text, ...] = ()
 
     @property
     def name(self) -> str:

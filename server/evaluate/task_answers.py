@@ -9,6 +9,7 @@ from typing import Final
 from common import evaluation, loading, prompts
 from common.config import RunConfig
 from common.config_tasks import TaskConfig
+from common.data import overlap
 from common.errors import DataError
 from common.model import Engine
 from common.rows import Message, Row
@@ -42,7 +43,8 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
         )
 
     sha256 = digest([content_of(row) for row in rows], [content_of(row) for row in examples], *schema)
-    return Task(settings, sha256, score, baseline if settings.has_baseline else None)
+    texts = tuple(map(overlap.text_of, rows))
+    return Task(settings, sha256, score, baseline if settings.has_baseline else None, texts)
 
 
 def generate(engine: Engine, rows: Sequence[Row], settings: TaskConfig, run: RunConfig) -> Pairs:

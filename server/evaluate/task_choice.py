@@ -6,6 +6,7 @@ from typing import Any
 
 from common.config import RunConfig
 from common.config_tasks import TaskConfig
+from common.data.overlap import Text
 from common.errors import DataError
 from common.model import Engine
 from server.evaluate import likelihood
@@ -55,6 +56,7 @@ def of_table(settings: TaskConfig, table: Sequence[Mapping[str, Any]], run: RunC
         digest([vars(row) for row in rows], [vars(one) for one in examples]),
         lambda engine: score(engine, rows, batch_size=batch_size),
         baseline if settings.has_baseline else None,
+        tuple(Text(row.context, row.choices[row.answer]) for row in rows),
     )
 
 

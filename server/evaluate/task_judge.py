@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 from common import loading, model, store
 from common.config import RunConfig
 from common.config_tasks import TaskConfig
-from common.data import read
+from common.data import overlap, read
+from common.data.overlap import Text
 from common.errors import DataError
 from common.model import Engine
 from common.rows import Row
@@ -67,7 +68,8 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
             return {**preferred(judge(ask, pairs)), **calibrated[0]}
 
     told = [task_answers.content_of(row)[:-1] for row in rows], [task_answers.content_of(row) for row in examples]
-    return Task(settings, digest(*told, human, QUESTION, sha256), score)
+    texts = tuple(Text(overlap.text_of(row).asked) for row in rows)
+    return Task(settings, digest(*told, human, QUESTION, sha256), score, texts=texts)
 
 
 def tell_where_rows_go(tasks: Sequence[TaskConfig]) -> None:

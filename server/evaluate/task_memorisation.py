@@ -11,6 +11,7 @@ import torch
 from common import adapter, chat, loading, membership, model, roc
 from common.config import RunConfig
 from common.config_tasks import TaskConfig
+from common.data import overlap
 from common.errors import DataError
 from common.model import Engine
 from common.rows import Message, Row
@@ -42,7 +43,9 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
 
     rows = [[dataclasses.replace(row, row_id="", unit="") for row in side] for side in sides or ()]
     told = [dataclasses.asdict(canary) | {"name": ""} for canary in canaries]
-    return Task(settings, digest(told, *([str(row) for row in side] for side in rows)), score)
+    sha256 = digest(told, *([str(row) for row in side] for side in rows))
+    unseen = tuple(map(overlap.text_of, sides[1])) if sides else ()  # members are there to be trained on
+    return Task(settings, sha256, score, texts=unseen)
 
 
 def of_canaries(engine: Engine, canaries: Sequence[Canary], run: RunConfig) -> dict[str, Scores]:

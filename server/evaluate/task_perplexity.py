@@ -6,6 +6,7 @@ from typing import Final
 
 from common.config import RunConfig
 from common.config_tasks import TaskConfig
+from common.data.overlap import Text
 from common.model import Engine
 from server.evaluate import likelihood
 from server.evaluate.bootstrap import Scores
@@ -28,6 +29,7 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
         settings,
         digest(texts),
         lambda engine: score(engine, texts, batch_size=run.evaluation.batch_size),
+        texts=tuple(Text("", text) for text in texts),
     )
 
 

@@ -9,6 +9,8 @@ from phonenumbers import SUPPORTED_REGIONS
 from common import loading
 from common.config import RunConfig
 from common.config_tasks import TaskConfig, split_names
+from common.data import overlap
+from common.data.overlap import Text
 from common.errors import ConfigError, DataError
 from common.model import Engine
 from common.rows import Row
@@ -35,7 +37,8 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
         return scores(answers, [_asked(row, run.data.system_prompt) for row in rows], names=names, regions=regions)
 
     told = [task_answers.content_of(row)[:-1] for row in rows]
-    return Task(settings, digest(told, sorted(names)), score)
+    texts = tuple(Text(overlap.text_of(row).asked) for row in rows)
+    return Task(settings, digest(told, sorted(names)), score, texts=texts)
 
 
 def scores(

@@ -5,6 +5,8 @@ from typing import Any
 
 from common.config import RunConfig
 from common.config_tasks import TaskConfig
+from common.data import overlap
+from common.data.overlap import Text
 from common.errors import DataError
 from common.model import Engine
 from common.rows import Message, Row
@@ -47,7 +49,8 @@ def _of_instructions(settings: TaskConfig, table: Sequence[Mapping[str, Any]], r
         return score(engine, [task_answers.with_prompt(row, settings.baseline_prompt, ()) for row in asked])
 
     sha256 = digest([[row.messages[0].content, wanted] for row, wanted in rows])
-    return Task(settings, sha256, score, baseline if settings.has_baseline else None)
+    texts = tuple(Text(overlap.text_of(row).asked) for row in asked)  # which have no right answer
+    return Task(settings, sha256, score, baseline if settings.has_baseline else None, texts)
 
 
 def scores(answers: Sequence[str], wanted: Sequence[Constraints]) -> Mapping[str, Scores]:

@@ -15,7 +15,8 @@ from server.aggregate import table
 from server.evaluate import suite
 from server.federation import Federation
 from server.fleet import Reply
-from server.polish import stages
+from server.polish import kept_apart, stages
+from server.polish.kept_apart import KnownRows
 from server.show import Screen
 
 
@@ -67,6 +68,7 @@ def polish(run_folder: Path, *, base: Path | None, num_threads: int, console: Co
     suite.require_same(measured.sha256, manifest.evaluation_sha256)
     fed = Federation(manifest, _Nobody(), table.find(settings.aggregation.method), run_folder, log, suite=measured)
     fed.own_rows = run.read_own_rows(settings, engine)
+    fed.apart = kept_apart.tables(measured.tasks, KnownRows())
     try:
         outcome = run.finish(fed, last.tensors, stages.run(fed, last.tensors, engine=engine))
     except BaseException as error:

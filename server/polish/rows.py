@@ -5,21 +5,26 @@ Tokens and masks come from `common/prompts.py`, so a stage trains on what sites 
 
 import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import takewhile
 from typing import Any, Final
 
 from common import base_files, prompts
 from common.config_polish import PAIRED, SAMPLED, PolishStage
 from common.config_training import DataConfig
-from common.data import preference_rows, read
+from common.data import overlap, preference_rows, read
 from common.data.files import Located
+from common.data.overlap import Text
 from common.data.problems import UnusableError
 from common.errors import DataError
 from common.model import Engine
 from common.prompts import Encoded
 from common.rows import Columns, Row
+from server.polish import kept_apart
+from server.polish.kept_apart import Apart
 
 Tokens = dict[str, Any]
 _OBJECTIVES: Final[Mapping[str, str]] = {"sft": "sft", "kto": "kto", **dict.fromkeys(PAIRED, "dpo")}
@@ -35,40 +40,86 @@ class StageRows:
         held_out: Rows for the figures before and after.
         num_truncated: Rows that were cut.
         num_dropped: Rows that were left out as too long.
+        num_equal: Pairs that were left out as both answers are the same after the cut.
+        num_overlapping: Rows that were left out as they stand in rows that are kept apart.
+        overlaps: Of each table that is kept apart and has some, how many of its rows the stage trains on.
     """
 
     train: list[Tokens]
     held_out: list[Tokens]
     num_truncated: int = 0
     num_dropped: int = 0
+    num_equal: int = 0
+    num_overlapping: int = 0
+    overlaps: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
-def load(stage: PolishStage, engine: Engine, data: DataConfig) -> StageRows:
+def load(stage: PolishStage, engine: Engine, data: DataConfig, apart: Sequence[Apart] = ()) -> StageRows:
     """Read and encode the data of a stage.
 
     Args:
         stage: Names the file and says what is made of it.
         engine: Has the tokenizer.
         data: Section `[data]`: columns of `sft` rows, and the system prompt of all.
+        apart: Rows of tasks, and held-out ones, that the stage is not to train on.
 
     Raises:
-        DataError: The file is missing or not of the stage's form, a row is too long, or too few rows are left.
+        DataError: The file is missing or not of the stage's form, a row is too long, rows stand in those of `apart`
+            and the stage says that this is an error, or too few rows are left.
     """
-    if stage.kind == "cpt":
-        return _split(_pieces(stage, engine), stage)
     encode = _Encoder(stage, engine, data.system_prompt)
-    found: Sequence[Tokens | None]
+    given = _read(stage, encode, data)
+    found = kept_apart.compare([row.text for row in given], apart, stage=stage)
+    used = [row for place, row in enumerate(given) if place not in found.dropped]
+    tokens = [row.encode() for row in used]
+    num_dropped = sum(not pieces for pieces in tokens)
+    if encode.num_equal and not any(tokens):
+        raise DataError(
+            f"{stage.data}: both answers of all {encode.num_equal} pairs are the same after the cut at "
+            f"{stage.max_length_tokens} tokens, so nothing is preferred: raise the stage's max_length_tokens, or set "
+            'its too_long to "truncate_input"'
+        )
+    return replace(
+        _split([row.text for row in used], tokens, stage),
+        num_truncated=encode.num_truncated,
+        num_dropped=num_dropped - encode.num_equal,
+        num_equal=encode.num_equal,
+        num_overlapping=len(found.dropped),
+        overlaps=found.overlaps,
+    )
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A row that was read: what it says, and what makes tokens of it, none if it is dropped."""
+
+    text: Text
+    encode: Callable[[], list[Tokens]]
+
+
+def _read(stage: PolishStage, encode: "_Encoder", data: DataConfig) -> list[_Given]:
+    """The rows of a stage."""
+    if stage.kind == "cpt":
+        texts = read.convert_all(_table(stage, "text"), _raw)
+        return [_Given(Text("", text), partial(encode.pieces, text)) for text in texts]
     if stage.kind in SAMPLED:
         table = _table(stage, "prompt", *filter(None, [ANSWER_OF.get(stage.reward, "")]))
-        found = read.convert_all(table, encode.prompt)
-    else:
-        names = (data.instruction_column, data.input_column, data.output_column)
-        rows = read.read(stage.data, columns=Columns(*names, objective=_OBJECTIVES[stage.kind]))
-        convert = {"sft": encode.answer, "kto": encode.judged}.get(stage.kind, encode.pair)
-        found = [convert(row) for row in rows]
-    kept = [tokens for tokens in found if tokens is not None]
-    parts = _split(kept, stage)
-    return StageRows(parts.train, parts.held_out, encode.num_truncated, len(found) - len(kept))
+        prompted = read.convert_all(table, encode.prompt)
+        return [_Given(text, partial(_listed, tokens)) for text, tokens in prompted]
+    names = (data.instruction_column, data.input_column, data.output_column)
+    rows = read.read(stage.data, columns=Columns(*names, objective=_OBJECTIVES[stage.kind]))
+    convert = {"sft": encode.answer, "kto": encode.judged}.get(stage.kind, encode.pair)
+    return [_Given(overlap.text_of(row), partial(_converted, convert, row)) for row in rows]
+
+
+def _converted(convert: Callable[[Row], Tokens | None], row: Row) -> list[Tokens]:
+    """One row as tokens, or none."""
+    return _listed(convert(row))
+
+
+def _listed(tokens: Tokens | None) -> list[Tokens]:
+    """One row or none."""
+    return [] if tokens is None else [tokens]
 
 
 def num_steps(stage: PolishStage, rows: StageRows) -> int:
@@ -83,21 +134,35 @@ class _Encoder:
     def __init__(self, stage: PolishStage, engine: Engine, system_prompt: str) -> None:
         self._stage, self._tokenizer, self._system_prompt = stage, engine.tokenizer, system_prompt
         self._base = engine.model
-        self.num_truncated = 0
+        self.num_truncated, self.num_equal = 0, 0
+
+    def pieces(self, text: str) -> list[Tokens]:
+        """A raw text, ended by the end token, in pieces of at most `max_length_tokens`; every token is learnt from."""
+        size, end = self._stage.max_length_tokens, self._tokenizer.eos_token_id
+        ids = prompts.text_ids(text, self._tokenizer)
+        ids = [*ids, *([end] if end is not None else [])]
+        found = [ids[start : start + size] for start in range(0, len(ids), size)]
+        return [{"input_ids": piece, "labels": list(piece)} for piece in found if len(piece) > 1]
 
     def answer(self, row: Row) -> Tokens | None:
         """Tokens, and labels on the answers alone."""
         encoded = self._encode(row)
         if encoded is None:
             return None
+        self.num_truncated += encoded.num_truncated > 0
         pairs = zip(encoded.input_ids, encoded.is_answer, strict=True)
         return {"input_ids": list(encoded.input_ids), "labels": [token if wanted else -100 for token, wanted in pairs]}
 
     def pair(self, row: Row) -> Tokens | None:
         """One prompt, and a better and a worse answer."""
-        chosen, rejected = self._encode(row), self._encode(replace(row, messages=row.rejected))
+        row = self._shortened(row)
+        chosen, rejected = self._encode(row), self._encode(replace(row, messages=row.rejected, rejected=()))
         if chosen is None or rejected is None:
             return None
+        if chosen.input_ids == rejected.input_ids:
+            self.num_equal += 1
+            return None
+        self.num_truncated += chosen.num_truncated > 0 or rejected.num_truncated > 0
         start = min(_begin(chosen), _begin(rejected), _num_shared(chosen.input_ids, rejected.input_ids))
         return {
             "prompt_ids": list(chosen.input_ids[:start]),
@@ -110,6 +175,7 @@ class _Encoder:
         encoded = self._encode(row)
         if encoded is None:
             return None
+        self.num_truncated += encoded.num_truncated > 0
         start = _begin(encoded)
         return {
             "prompt_ids": list(encoded.input_ids[:start]),
@@ -117,14 +183,15 @@ class _Encoder:
             "label": row.is_desirable,
         }
 
-    def prompt(self, given: Located) -> Tokens | None:
-        """One prompt as tokens, and what its answers are held against."""
+    def prompt(self, given: Located) -> tuple[Text, Tokens | None]:
+        """What one prompt says, and the prompt as tokens with what its answers are held against."""
         fields = {**given.fields, "completion": "-"}
         row = preference_rows.conversation(fields, answer="completion", place=given.place)
         ids, _ = prompts.prompt_ids(row, self._tokenizer, system_prompt=self._system_prompt)
+        text = Text(overlap.text_of(row).asked)
         if len(ids) > self._stage.max_length_tokens:
             if self._stage.too_long == "drop":
-                return None
+                return text, None
             raise UnusableError(
                 f"prompt of {len(ids)} tokens, over the limit of {self._stage.max_length_tokens}",
                 "raise max_length_tokens of the stage or set its too_long to drop",
@@ -133,7 +200,14 @@ class _Encoder:
         wanted = given.fields.get(column, "") if column else ""
         if column and (not isinstance(wanted, str) or not wanted.strip()):
             raise UnusableError(f"reward '{self._stage.reward}' needs text in '{column}'", "fill it in")
-        return {"prompt": ids, "wanted": wanted}
+        return text, {"prompt": ids, "wanted": wanted}
+
+    def _shortened(self, row: Row) -> Row:
+        """A pair with an input that fits both answers."""
+        if self._stage.too_long != "truncate_input":
+            return row
+        limit = self._stage.max_length_tokens
+        return prompts.shorten(row, self._tokenizer, max_length_tokens=limit, system_prompt=self._system_prompt)
 
     def _encode(self, row: Row) -> Encoded | None:
         """One conversation under the stage's limit."""
@@ -144,7 +218,6 @@ class _Encoder:
             too_long=self._stage.too_long,
             system_prompt=self._system_prompt,
         )
-        self.num_truncated += encoded is not None and encoded.num_truncated > 0
         base_files.check_token_ids(iter(encoded.input_ids if encoded else ()), self._base)
         return encoded
 
@@ -176,16 +249,6 @@ def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
     return len(list(takewhile(lambda both: both[0] == both[1], zip(first, second, strict=False))))
 
 
-def _pieces(stage: PolishStage, engine: Engine) -> list[Tokens]:
-    """Raw texts, each ended by the end token, in pieces of at most `max_length_tokens`; every token is learnt from."""
-    found, size = [], stage.max_length_tokens
-    for text in read.convert_all(_table(stage, "text"), _raw):
-        ids = prompts.text_ids(text, engine.tokenizer)
-        ids = [*ids, *([engine.tokenizer.eos_token_id] if engine.tokenizer.eos_token_id is not None else [])]
-        found += [ids[start : start + size] for start in range(0, len(ids), size)]
-    return [{"input_ids": ids, "labels": list(ids)} for ids in found if len(ids) > 1]
-
-
 def _raw(row: Located) -> str:
     """A text that is there."""
     if not isinstance(text := row.fields.get("text"), str) or not text.strip():
@@ -193,19 +256,32 @@ def _raw(row: Located) -> str:
     return text
 
 
-def _split(rows: list[Tokens], stage: PolishStage) -> StageRows:
-    """Shuffle by the stage's seed and keep a share aside; of both labels where there are labels."""
+def _split(texts: Sequence[Text], pieces: Sequence[list[Tokens]], stage: PolishStage) -> StageRows:
+    """Shuffle by the stage's seed and keep a share aside, a text on one side; of both labels where there are labels."""
     order = random.Random(stage.seed)  # noqa: S311 - an order, no secret
-    train, held_out = [], []
-    for label in (True, False) if stage.kind == "kto" else (None,):
-        group = [row for row in rows if row.get("label") == label]
-        order.shuffle(group)
-        count = max(1, math.ceil(stage.held_out_fraction * len(group)))
-        held_out += group[:count]
-        train += group[count:]
-        if len(group) <= count:
+    places = overlap.groups(texts) if stage.overlap != "allow" else range(len(texts))
+    rows = [(place, row) for place, found in zip(places, pieces, strict=True) for row in found]
+    labels = (True, False) if stage.kind == "kto" else (None,)
+    sides = {label: [row for row in rows if row[1].get("label") == label] for label in labels}
+    wanted, sizes = {}, {label: len(side) for label, side in sides.items()}
+    for label, side in sides.items():
+        order.shuffle(side)
+        wanted[label] = max(1, math.ceil(stage.held_out_fraction * len(side)))
+    bundles: dict[int, list[Tokens]] = {}
+    for first, row in (row for side in sides.values() for row in side):
+        bundles.setdefault(first, []).append(row)
+    counts = [Counter(row.get("label") for row in bundle) for bundle in bundles.values()]
+    chosen = set(overlap.choose(counts, wanted=wanted, sizes=sizes))
+    is_held_out = {first: place in chosen for place, first in enumerate(bundles)}
+    train = [row for side in sides.values() for first, row in side if not is_held_out[first]]
+    held_out = [row for side in sides.values() for first, row in side if is_held_out[first]]
+    for label in labels:
+        if len({is_held_out[first] for first, _ in sides[label]}) < 2:
             what = "rows" if label is None else f"rows with label {str(label).lower()}"
-            raise DataError(f"{stage.data}: {len(group)} {what} are too few to train on and hold some out; add rows")
+            raise DataError(
+                f"{stage.data}: {sizes[label]} {what} are too few to train on and hold some out, a text on one side "
+                "only; add rows"
+            )
     order.shuffle(train)
     order.shuffle(held_out)
     return StageRows(train, held_out)

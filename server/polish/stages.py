@@ -27,6 +27,7 @@ from common.records import TensorSpec
 from server.evaluate import measure
 from server.federation import Federation
 from server.polish import answering, borrow, reward_model, rewards, rows, told, unfinished
+from server.polish.kept_apart import Apart
 from server.polish.rows import StageRows
 
 FOLDER: Final = "polish"
@@ -122,7 +123,7 @@ def run(fed: Federation, start: Tensors, *, engine: Engine) -> list[Finished]:
 def _play_and_keep(fed: Federation, number: int, stage: PolishStage, before: Tensors, *, engine: Engine) -> Tensors:
     """One stage from its data to its record on the disk; the adapter that it leaves."""
     began = fed.clock()
-    found = rows.load(stage, engine, fed.manifest.run.data)
+    found = rows.load(stage, engine, fed.manifest.run.data, fed.apart)
     place = folder_of(fed.folder, number, stage) / UNFINISHED
     num_done = unfinished.begin(place, _origin(stage, before, found))
     _tell_begin(fed, number, stage, found, num_done=num_done)
@@ -150,17 +151,17 @@ def _measure(fed: Federation, tensors: Tensors, *, stage: str) -> None:
         measure.measure(fed.suite, tensors, stage=stage)
 
 
-def check(settings: RunConfig, engine: Engine) -> None:
+def check(settings: RunConfig, engine: Engine, apart: Sequence[Apart] = ()) -> None:
     """Find out before the first round what would end a stage after the last.
 
     Raises:
         ConfigError: A stage cannot be played here.
-        DataError: A stage's data are missing or unusable.
+        DataError: A stage's data are missing or unusable, or stand in rows that are kept `apart`.
     """
     if settings.polish:
         _refuse_head(engine)
     for stage in settings.polish:
-        rows.load(stage, engine, settings.data)
+        rows.load(stage, engine, settings.data, apart)
         if stage.kind == "grpo":
             rewards.check_of(stage)
 
@@ -283,6 +284,8 @@ def _tell_begin(fed: Federation, number: int, stage: PolishStage, found: StageRo
         num_held_out=len(found.held_out),
         num_truncated=found.num_truncated,
         num_dropped=found.num_dropped,
+        num_equal=found.num_equal,
+        num_overlapping=found.num_overlapping,
         reference=stage.reference,
         num_steps_done=num_done,
     )
@@ -300,6 +303,7 @@ def _facts(fed: Federation, number: int, stage: PolishStage, found: StageRows, p
         "num_steps": played.num_steps,
         "num_rows": len(found.train),
         "num_held_out": len(found.held_out),
+        "overlaps": {name: dict(counts) for name, counts in found.overlaps.items()},
         "adapter_sha256": adapter.digest(played.tensors),
     }
 

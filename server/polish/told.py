@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from common.config_polish import EXPERIMENTAL
 from common.events import Event
+from server.polish import kept_apart
 
 LABEL: Final = "polish-"  # how labels of stages after the rounds begin
 PRIVATE: Final = (
@@ -70,6 +71,33 @@ def line(event: Mapping[str, Any]) -> str:
     found = event.get("figures") or figures(event)
     parts = [f"{name} {_figure(before)} to {_figure(after)}" for name, before, after in found]
     return f"{event['stage']} ({kind(event)}): {', '.join(parts)}"
+
+
+def left_out(event: Mapping[str, Any]) -> str:
+    """Rows that a stage's data have and it does not use, at the end of a line.
+
+    Example:
+        >>> left_out({"num_dropped": 2, "num_equal": 0, "num_overlapping": 16})
+        ', 2 dropped as too long, 16 left out as the result is judged on them'
+    """
+    said = {
+        "num_truncated": "cut",
+        "num_dropped": "dropped as too long",
+        "num_equal": "dropped as both answers are the same after the cut",
+        "num_overlapping": "left out as the result is judged on them",
+    }
+    return "".join(f", {event[name]:,} {what}" for name, what in said.items() if event.get(name))
+
+
+def overlaps(event: Mapping[str, Any]) -> list[str]:
+    """What a finished stage has trained on that its result is judged on: a line a table."""
+    return [f"trained on {kept_apart.sentence(*found)}" for found in event.get("overlaps", {}).items()]
+
+
+def task_overlaps(log: Sequence[Event]) -> list[str]:
+    """Tasks whose rows the sites train on."""
+    found = [event["reasons"] for event in log if event["kind"] == "tasks_overlap"]
+    return list(found[-1]) if found else []
 
 
 def kind(event: Mapping[str, Any]) -> str:

@@ -47,10 +47,10 @@ def make_sites(settings: config.RunConfig) -> dict[str, SiteData]:
     they would be if they were read from its file.
     """
     kinds = [json.dumps(rows) for rows in _kinds()]
-    return {
-        f"site-{number:05d}": world.split_site(json.loads(kinds[number % NUM_KINDS]), settings)
-        for number in range(settings.data.num_sites)
-    }
+    sites: dict[str, SiteData] = {}
+    for number in range(settings.data.num_sites):  # each alone, since the copies of a row belong to several
+        sites |= world.split_sites({f"site-{number:05d}": json.loads(kinds[number % NUM_KINDS])}, settings)
+    return sites
 
 
 def _kinds() -> Iterator[list[dict[str, str]]]:

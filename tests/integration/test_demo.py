@@ -23,6 +23,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 def test_the_demo_compares_all_arms(demo: dict) -> None:
     assert set(demo["comparison"]) == {"base", "federated", "centralised", *(f"site-{site}" for site in SITES)}
     assert all(set(figures) == {"held_out_loss", "exact_match"} for figures in demo["comparison"].values())
+    assert demo["overlap"]["num_held_out"] > 0
+    assert demo["overlap"]["num_exact"] == demo["overlap"]["num_near"] == 0
 
 
 def test_federated_beats_every_site_alone(demo: dict) -> None:
@@ -37,7 +39,7 @@ def test_the_demo_leaves_events_report_and_adapter(demo: dict) -> None:
     folder = Path(demo["folder"])
     kinds = [json.loads(line)["kind"] for line in (folder / "events.jsonl").read_text().splitlines()]
     assert kinds.count("round_finished") == 6
-    assert {"run_started", "site_joined", "evaluated", "run_finished", "compared"} <= set(kinds)
+    assert {"run_started", "overlap", "site_joined", "evaluated", "run_finished", "compared"} <= set(kinds)
     assert "Is it worth it?" in Path(demo["report"]).read_text()
     assert {path.name for path in (folder / "adapter").iterdir()} == {
         "README.md",

@@ -42,7 +42,13 @@ ROWS = [replace(ROWS[0], is_input_empty=False), *ROWS[1:]]  # rows 1 and 2 diffe
 
 def test_counts_without_a_tokenizer():
     assert check.check(ROWS) == check.CheckReport(
-        num_rows=4, num_units=2, rows_per_unit_median=2.0, rows_per_unit_max=3, num_duplicates=1, num_empty_inputs=3
+        num_rows=4,
+        num_units=2,
+        rows_per_unit_median=2.0,
+        rows_per_unit_max=3,
+        num_duplicates=1,
+        num_empty_inputs=3,
+        num_same_text=2,  # the same is asked in the fourth row
     )
 
 
@@ -134,3 +140,29 @@ def test_markup_and_control_characters_of_the_data_have_no_effect(tokenizer):
     assert "[bold red]x[/] [link=http://a]y" in shown
     assert "\x1b[2J" not in shown
     assert "\\x1b[2J\\x9b1m\\u202eabc\\r" in shown
+
+
+def test_check_says_which_setting_keeps_how_many_rows_and_answers(tokenizer):
+    long = {"patient": "p1", "instruction": "note", "input": "x" * 200, "output": "b" * 10}
+    wordy = {"patient": "p2", "instruction": "note", "input": "", "output": "b" * 200}
+    rows = [*read.to_rows([long, wordy], COLUMNS), *ROWS[:2]]
+    tokens = check.check(rows, tokenizer=tokenizer, max_length_tokens=120).tokens
+    assert tokens.by_too_long == {
+        "truncate_input": {"num_rows": 3, "num_whole_answers": 3},
+        "truncate": {"num_rows": 3, "num_whole_answers": 2},
+        "drop": {"num_rows": 2, "num_whole_answers": 2},
+    }
+    shown = io.StringIO()
+    Console(file=shown, width=120).print(check.render(check.check(rows, tokenizer=tokenizer, max_length_tokens=120)))
+    assert 'rows kept by data.too_long = "truncate_input"' in shown.getvalue()
+    assert check.check(rows, tokenizer=tokenizer).tokens.by_too_long == {}
+    (cut, *_) = check.preview(rows, tokenizer, limit=1, max_length_tokens=120, too_long="truncate_input")
+    assert "tokens cut out of the input" in check.render_preview([cut]).plain
+    assert "b" * 10 in check.render_preview([cut]).plain
+
+
+def test_check_counts_own_held_out_rows_that_are_trained_on():
+    held_out = rows_of(("p3", "c", "d"), ("p4", "is new", "e"))
+    report = check.check([*rows_of(("p1", "c", "d"), ("p2", "f", "g")), *held_out], held_out=held_out)
+    assert (report.num_held_out_in_training, report.num_same_text) == (1, 1)
+    assert check.check(ROWS).num_held_out_in_training is None

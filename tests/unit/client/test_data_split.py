@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from client.data import split
 from common import config
 from common.errors import DataError
-from common.rows import Row
+from common.rows import Message, Row
 from tests import tiny
 
 
@@ -88,8 +88,81 @@ def test_in_a_private_run_a_new_unit_pushes_no_other_to_the_other_side():
     pushed = {"unit": 0, "none": 0}
     for run in private_and_plain():
         for new in range(100, 140):
-            before, after = (split.for_run(rows_of(names), run)[0] for names in (range(20), [*range(20), new]))
+            before, after = (
+                split.for_run({"": rows_of(names)}, run)[""][0] for names in (range(20), [*range(20), new])
+            )
             others = {row.unit for row in after} - {str(new)}
             pushed[run.privacy.mode] += others != {row.unit for row in before}
     assert pushed["unit"] == 0
     assert pushed["none"] > 3
+
+
+def said(unit, text: str) -> Row:
+    return Row((Message("user", text), Message("assistant", "Yes.")), unit=str(unit), row_id=f"row {unit}")
+
+
+def texts_of(rows) -> set[str]:
+    return {row.messages[0].content for row in rows}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_same_text_is_on_one_side_within_a_site_and_across_sites(seed):
+    # of 30 texts a site, ten are at the next site too, and five twice at the site itself
+    sites = {
+        name: [said(f"{name}-{n}", f"case {(10 * k + n) % 60} of the register") for n in range(20)]
+        + [said(f"{name}-again-{n}", f"CASE {(10 * k + n) % 60}  of the register.") for n in range(5)]
+        for k, name in enumerate(("east", "north", "south"))
+    }
+    kept = split.split_sites(sites, held_out_fraction=0.2, seed=seed)
+    trained = {text.casefold() for train, _ in kept.values() for text in texts_of(train)}
+    for name, (train, held_out) in kept.items():
+        assert 1 <= len(held_out) <= 5
+        assert len(train) + len(held_out) == 25
+        assert not any(text.casefold() in trained for text in texts_of(held_out)), name
+    loose = split.split_sites(sites, held_out_fraction=0.2, seed=seed, keeps_texts=False)
+    seen = {text for train, _ in loose.values() for text in texts_of(train)}
+    assert any(texts_of(held_out) & seen for _, held_out in loose.values())  # control
+
+
+def test_units_are_tied_by_any_row_that_they_share():
+    rows = [said("a", "only a"), said("a", "shared text of two"), said("b", "shared text of two"), said("c", "only c")]
+    for seed in range(8):
+        train, held_out = split.split(rows, held_out_fraction=0.4, seed=seed)
+        assert ({row.unit for row in train}, {row.unit for row in held_out}) == ({"a", "b"}, {"c"})
+
+
+def test_texts_that_are_all_the_same_are_refused_with_a_remedy():
+    rows = [said(unit, "Zyx the same for everybody") for unit in range(6)]
+    with pytest.raises(DataError, match=r'site north: .* 6 units .*data\.same_text = "count"') as caught:
+        split.split(rows, held_out_fraction=0.2, seed=0, site="north")
+    assert "Zyx" not in str(caught.value)
+    assert split.split(rows, held_out_fraction=0.2, seed=0, keeps_texts=False)[1]  # control
+
+
+@pytest.mark.parametrize("mode", ["unit", "site", "none"])
+def test_in_a_private_run_no_new_text_moves_what_was_there(mode):
+    private = {
+        "unit": tiny.NOISED,
+        "site": {
+            "privacy.mode": "site",
+            "privacy.noise_multiplier": "1",
+            "privacy.sampling_prob": "1",
+            "aggregation.weighting": "uniform",
+        },
+        "none": {},
+    }
+    run = tiny.settings("tiny", {**private[mode], "data.held_out_fraction": "0.3"})
+    sites = {name: [said(f"{name}-{n}", f"{name} case {n} alone") for n in range(30)] for name in ("north", "south")}
+    before = split.for_run(sites, run)
+
+    def sides(parts, name):
+        return [{row.unit for row in side} for side in parts[name]]
+
+    moved = {"north": False, "south": False}
+    for n in range(30):  # a new patient of north, whose text is one of south's
+        new = {**sites, "north": [*sites["north"], said(f"new-{n}", f"south case {n} alone")]}
+        after = split.for_run(new, run)
+        moved["south"] |= sides(after, "south") != sides(before, "south")
+        moved["north"] |= [units - {f"new-{n}"} for units in sides(after, "north")] != sides(before, "north")
+    assert moved["south"] == (mode == "none")  # control: without privacy texts go to one side
+    assert mode != "unit" or not moved["north"]

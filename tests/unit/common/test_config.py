@@ -245,7 +245,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "4e1f445fe1445b4eaf4c0a9cd954f2c18feceba7d2b9c9eb8d40b257be0db5be"
+        "53aec77872f27106a31f1862752d7971e65e7199c3535838ecd686b1ce7029ad"
     )
 
 

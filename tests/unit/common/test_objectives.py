@@ -212,3 +212,35 @@ def test_two_equal_answers_teach_nothing(moved, engine):
     assert max(float(value.abs().max()) for value in take(engine).values()) < TOLERANCE
     mean_gradient(engine, examples, micro_batch_size=3, objective=objective)  # the control
     assert max(float(value.abs().max()) for value in take(engine).values()) > 1000 * TOLERANCE
+
+
+def test_pairs_that_a_cut_makes_equal_are_dropped_and_counted_and_refused_if_none_is_left(engine):
+    same = "the same words at the beginning of both answers, whatever comes after "
+    asked = Message("user", "which?")
+    turns = [(asked, Message("assistant", same + end)) for end in ("yes", "no")]
+    equal = [dataclasses.replace(tiny.pair(n), messages=turns[0], rejected=turns[1]) for n in range(3)]
+    cut = settings("dpo", **{"data.max_length_tokens": "48", "data.too_long": '"truncate"'})
+    kept, report = objectives.encode(engine, [*equal, *(tiny.pair(n) for n in range(4))], cut)
+    assert (len(kept), report.num_dropped, report.num_rows) == (4, 3, 7)
+    with pytest.raises(DataError, match=r"both answers of all 3 pairs are the same after the cut at 48 tokens"):
+        objectives.encode(engine, equal, cut)
+    roomy = settings("dpo", **{"data.max_length_tokens": "128", "data.too_long": '"truncate"'})
+    assert len(objectives.encode(engine, equal, roomy)[0]) == 3  # control
+
+
+def test_a_pair_with_a_long_input_is_cut_there_and_both_answers_stay(engine):
+    pair = tiny.pair(3)
+    long = Message("user", "ache burn cold dose ear fall gut heart " * 30)
+    pair = dataclasses.replace(
+        pair, messages=(long, pair.messages[1]), rejected=(long, Message("assistant", "no " * 9))
+    )
+    run = settings("dpo", **{"data.max_length_tokens": "96", "data.too_long": '"truncate_input"'})
+    (found,), report = objectives.encode(engine, [pair], run)
+    assert report.num_truncated == 1
+    assert max(len(row.input_ids) for row in found.rows) <= 96
+    texts = [engine.tokenizer.decode(row.input_ids) for row in found.rows]
+    assert texts[0].partition("assistant")[0] == texts[1].partition("assistant")[0]
+    assert [sum(row.is_answer) for row in found.rows] == [
+        sum(row.is_answer) for row in (prompts.encode_whole(dataclasses.replace(pair, messages=turns), engine.tokenizer)
+                               for turns in (pair.messages, pair.rejected))
+    ]  # fmt: skip

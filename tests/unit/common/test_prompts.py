@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common import prompts, templates
+from common.data import read
 from common.errors import DataError, ModelError
-from common.rows import Message, Row
+from common.rows import Columns, Message, Row
 
 EMBEDDED_BASE = Path(__file__).parents[3] / "simulations" / "embedded" / "base"
 CONTROL = ("<|im_start|>", "<|im_end|>")
@@ -313,3 +314,55 @@ def test_too_long_row_names_its_place_its_length_and_the_settings():
     assert "data.max_length_tokens" in message
     assert "data.too_long" in message
     assert CANARY not in message
+
+
+def visit(num_words: int) -> Row:
+    """An instruction, a long input whose words are numbered, and a note."""
+    fields = {
+        "instruction": "Write the note.",
+        "input": " ".join(f"w{number}" for number in range(num_words)),
+        "output": "The patient was treated with aspirin for two weeks.",
+    }
+    (row,) = read.to_rows([fields], Columns())
+    return row
+
+
+@pytest.mark.parametrize("limit", [150, 200, 301])
+def test_the_middle_of_a_long_input_is_cut_and_instruction_and_answer_stay(limit):
+    tokenizer, row = make_tokenizer(), visit(400)
+    whole = prompts.encode_whole(row, tokenizer)
+    found = prompts.encode(row, tokenizer, max_length_tokens=limit, too_long="truncate_input")
+    text = tokenizer.decode(found.input_ids)
+    assert limit - 16 <= len(found.input_ids) <= limit
+    assert found.num_truncated >= len(whole.input_ids) - limit
+    assert "user\nWrite the note.\n\nw0 w1 " in text
+    assert " [...] " in text
+    assert " w399<|im_end|>" in text
+    assert tokenizer.decode([i for i, wanted in zip(found.input_ids, found.is_answer, strict=True) if wanted]) == (
+        "The patient was treated with aspirin for two weeks.<|im_end|>"
+    )
+    head, tail = text.partition("note.\n\n")[2].partition("<|im_end|>")[0].split(" [...] ")
+    assert {*head.split(), *tail.split()} <= {f"w{number}" for number in range(400)}  # no word is cut in two
+    assert abs(len(tokenizer.tokenize(head)) - len(tokenizer.tokenize(tail))) <= 8  # as much of both
+    at_right = prompts.encode(row, tokenizer, max_length_tokens=limit, too_long="truncate")
+    assert at_right is None  # control: the answer is gone
+
+
+def test_what_fits_is_left_alone_and_what_never_will_is_dropped():
+    tokenizer, row = make_tokenizer(), visit(5)
+    size = len(prompts.encode_whole(row, tokenizer).input_ids)
+    assert prompts.shorten(row, tokenizer, max_length_tokens=size) is row
+    assert prompts.encode(visit(400), tokenizer, max_length_tokens=40, too_long="truncate_input") is None
+    (bare,) = read.to_rows([{"instruction": "word " * 300, "output": "Yes."}], Columns())
+    assert prompts.encode(bare, tokenizer, max_length_tokens=100, too_long="truncate_input") is None  # no input
+
+
+def test_the_longest_turn_of_a_conversation_is_cut():
+    tokenizer = make_tokenizer()
+    turns = [("user", "Hello?"), ("assistant", "Yes."), ("user", "word " * 300 + "Why?"), ("assistant", "So.")]
+    row = Row(tuple(Message(*turn) for turn in turns), unit="", row_id="row 1")
+    short = prompts.shorten(row, tokenizer, max_length_tokens=120)
+    assert [message.content for message in short.messages][:2] == ["Hello?", "Yes."]
+    assert short.messages[2].content.endswith("Why?")
+    assert short.num_cut > 0
+    assert len(prompts.encode_whole(short, tokenizer).input_ids) <= 120

@@ -16,6 +16,7 @@ from common.manifest import RunManifest
 from server import export, export_probe, finish, run
 from server.aggregate import factored
 from tests import tiny
+from tests.sample_events import evaluated
 
 IDS_BT = torch.arange(3, 43).reshape(2, 20)
 
@@ -119,6 +120,29 @@ def test_the_card_tells_base_rows_rounds_method_and_privacy(stirred, tiny_base, 
     assert "without differential privacy and without secure aggregation" in card
     assert card.startswith("---\n")
     assert "base_model: org/base" in card
+
+
+def test_the_card_tells_which_figures_are_of_rows_that_were_trained_on(stirred, tmp_path):
+    engine, _ = stirred()
+    manifest = RunManifest(tiny.settings("org/base"), engine.base_sha256, engine.tensor_specs)
+    counts = {"num_rows": 32, "num_exact": 12, "num_near": 4}
+    stage = {"stage": "align", "trainer": "dpo", "number": 1, "before": {}, "after": {}, "num_steps": 1, "num_rows": 9}
+    log = [
+        *(evaluated(number, 2.5, north=2.5) | {"answer_loss": None} for number in (0, 2)),
+        {"kind": "overlap", "num_held_out": 30, "num_exact": 2, "num_near": 1},
+        {"kind": "tasks_overlap", "reasons": ["5 of 9 rows of task codes (codes.jsonl) are trained on at the sites"]},
+        {"kind": "polish_finished", **stage, "overlaps": {"task notes": counts}},
+    ]
+    told = (
+        "3 of 30 held-out rows stand in rows that are trained on (2 word for word, 1 nearly): figures are too good",
+        "- 5 of 9 rows of task codes (codes.jsonl) are trained on at the sites.",
+        "- align trained on 16 of 32 rows of task notes (12 word for word, 4 nearly)",
+    )
+    card = export.card(manifest, num_rounds=2, sites={"north": 12}, log=log, kind="adapter")
+    plain = export.card(manifest, num_rounds=2, sites={"north": 12}, log=log[:2], kind="adapter")
+    for line in told:
+        assert line in card
+        assert line not in plain
 
 
 @pytest.mark.parametrize("base", ["{tiny}", "./models/base", "../base", "~/models/base"])

@@ -19,7 +19,7 @@ from server.gate import decide
 from server.polish import at_sites, command, told
 from tests import stage_data, tiny, vault
 
-STAGE = {"steps": 2, "batch_size": 4, "max_length_tokens": 64, "learning_rate": 1e-2}
+STAGE = {"steps": 2, "batch_size": 4, "max_length_tokens": 64, "learning_rate": 1e-2, "overlap": "allow"}
 RULES = {"gate.rules": "sites, loss", "gate.max_site_rise": "0.1"}
 ASKED = {"evaluation.num_polish_stages": "1"}
 TEACH = '[{name = "teach", kind = "sft", data = "rows.jsonl"}]'

@@ -22,7 +22,8 @@ from server.polish import command, stages
 from tests import stage_data, tiny
 
 CHANGES = {"training.batch_size": "12", "federation.num_rounds": "1"}
-STAGE = {"steps": 2, "batch_size": 4, "max_length_tokens": 64, "learning_rate": 1e-2}
+# The stages train on the very rows of the coordinator, so that its figures move.
+STAGE = {"steps": 2, "batch_size": 4, "max_length_tokens": 64, "learning_rate": 1e-2, "overlap": "allow"}
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,17 @@ def test_data_of_a_late_stage_are_found_wrong_before_the_first_round(world):
     with pytest.raises(DataError, match="has no column 'rejected'"):
         other.play("spoilt")
     assert not (world.folder / "spoilt" / events.FILE).exists()
+
+
+def test_rows_that_the_result_is_judged_on_are_found_before_the_first_round(world):
+    first, *_ = world.settings.polish
+    tables = (first.model_copy(update={"overlap": "error"}),)
+    other = dataclasses.replace(world, settings=world.settings.model_copy(update={"polish": tables}))
+    with pytest.raises(DataError, match=r"stage 'teach': 10 of 10 rows .* 10 of 10 rows of task server-data"):
+        other.play("judged")
+    assert not (world.folder / "judged" / events.FILE).exists()
+    told = of(world.folder / "whole", "polish_finished")[0]["overlaps"]  # which the run allows
+    assert [counts["num_exact"] for counts in told.values()] == [10]
 
 
 def test_polish_refuses_what_it_cannot_do(engine, nodes, tiny_base, tmp_path):

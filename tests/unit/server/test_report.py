@@ -214,3 +214,16 @@ def test_sites_that_got_worse_are_named():
     worse["sites"]["south"]["change"] = 0.5
     assert "Worse than the base on their own rows: south +0.500" in text_of(report.render([*LOG, worse]))
     assert "Worse than the base" not in text_of(report.render(LOG))  # control
+
+
+def test_rows_that_are_held_out_and_trained_on_stand_beside_the_figures():
+    compared = {"kind": "compared", "comparison": {"base": {"held_out_loss": 6.0, "exact_match": None}}}
+    found = {"kind": "overlap", "num_held_out": 30, "num_exact": 2, "num_near": 1}
+    page = report.render([*LOG, compared, found])
+    told = "3 of 30 held-out rows stand in rows that are trained on (2 word for word, 1 nearly): figures are too good."
+    assert text_of(page).count(told) == 2  # beside the comparison and the sites' losses
+    assert page.count('<p class="warn">Held-out rows') == 2
+    clean = report.render([*LOG, compared, {**found, "num_exact": 0, "num_near": 0}])
+    assert "none of 30 held-out rows stands" in text_of(clean)
+    assert '<p class="warn">Held-out rows' not in clean
+    assert "Held-out rows:" not in text_of(report.render(LOG))  # at real sites nobody can tell

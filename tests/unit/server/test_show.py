@@ -205,3 +205,33 @@ def test_a_private_run_tells_what_it_has_cost_after_each_round_as_planned():
     assert "epsilon 8.00 at delta 1e-06 after the last round, 4.82 after the first" in shown
     assert "A patient of two sites loses the sum" in " ".join(shown.split())
     assert re.findall(r" s +epsilon (\d\.\d\d)", shown) == ["4.82"]
+
+
+@pytest.mark.parametrize(
+    ("num_exact", "shown"), [(2, "3 of 30 held-out rows stand"), (0, "1 of 30 held-out rows stands")]
+)
+def test_held_out_rows_that_are_trained_on_are_told_before_and_beside_every_figure(num_exact, shown):
+    found = {"kind": "overlap", "num_held_out": 30, "num_exact": num_exact, "num_near": 1}
+    text = drawn(
+        [PLAN, found, joined("north"), evaluated(0, 6.0, north=6.0), finished(0), evaluated(2, 2.5, north=2.5)]
+    )
+    assert text.count(shown) == 2
+    assert text.count(f"{num_exact + 1} held-out rows are trained on") == 2
+    clean = {**found, "num_exact": 0, "num_near": 0}
+    text = drawn([PLAN, clean, joined("north"), evaluated(0, 6.0, north=6.0)])
+    assert "none of 30 held-out rows stands in rows that are trained on" in text
+    assert "held-out rows are trained on" not in text
+
+
+def test_tasks_and_stages_that_train_on_what_they_are_judged_on_say_so():
+    counts = {"num_rows": 32, "num_exact": 12, "num_near": 4}
+    stage = {"stage": "align", "trainer": "dpo", "before": {}, "after": {}, "num_steps": 1, "seconds": 1.0}
+    text = drawn(
+        [
+            PLAN,
+            {"kind": "tasks_overlap", "reasons": ["2 of 9 rows of task a [x.jsonl]"]},
+            {"kind": "polish_finished", **stage, "overlaps": {"task notes": counts}},
+        ]
+    )
+    assert "warning   2 of 9 rows of task a [x.jsonl]" in text
+    assert "trained on 16 of 32 rows of task notes (12 word for word, 4 nearly)" in text

@@ -53,7 +53,9 @@ def told(problems: list[dict]) -> list[tuple[str, str]]:
 
 
 def test_rows_without_a_fault_are_counted_and_the_next_command_is_a_run(checked, tmp_path, capsys):
-    rows = "".join(line(site=site, patient_id=f"{site} {n}") for site in ("north", "south") for n in range(4))
+    rows = "".join(
+        line(site=site, patient_id=f"{site} {n}", input=f"{site} {n}") for site in ("north", "south") for n in range(4)
+    )
     code, sites, problems = checked(a_jsonl=rows, README_md="about")
     assert (code, problems) == (0, [])
     assert {site: (found["num_rows"], found["num_units"]) for site, found in sites.items()} == {

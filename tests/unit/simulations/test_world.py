@@ -4,6 +4,7 @@ import pytest
 
 from client import serve
 from common import config, model
+from common.data import overlap
 from common.errors import DataError, ModelError
 from common.manifest import RunManifest
 from simulations import site_files, world
@@ -109,3 +110,40 @@ def test_failures_are_in_each_sites_log_and_at_hand(tmp_path):
     failures.reporter("south")("0a1c", DataError("line 4"))
     assert [str(error) for error in failures.errors] == ["line 3", "line 4"]
     assert json.loads((tmp_path / "north.jsonl").read_text())["reference"] == "0a1b"
+
+
+def test_a_text_that_several_sites_have_is_held_out_at_all_of_them_or_trained_on_at_all(settings, tmp_path):
+    # a register in which half of the reports stand under two specialties, as in public sets of transcriptions
+    table = [
+        {
+            "instruction": f"Report {n} of the register: what was done?",
+            "output": f"note {n}",
+            "patient_id": f"{site}-{n}",
+        }
+        | {"site": site}
+        for site, numbers in {"surgery": range(40), "urology": range(20, 60), "cardiology": range(60, 80)}.items()
+        for n in numbers
+    ]
+    path = tmp_path / "register.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in table))
+    changes = {"data.source": f'"{path}"'}
+    together = world.load_sites(settings(changes))
+    assert {site: len(data.held_out) for site, data in together.items()} == {
+        "cardiology": 4,
+        "surgery": 8,
+        "urology": 8,
+    }
+    assert overlap.total(world.overlaps(together).values()) == overlap.Overlap(20, 0, 0)
+    loose = world.load_sites(settings({**changes, "data.same_text": '"count"'}))
+    expected = {
+        site: sum(
+            any(row.messages == other.messages for part in loose.values() for other in part.train) for row in rows
+        )
+        for site, rows in ((site, data.held_out) for site, data in loose.items())
+    }
+    assert {site: found.num_exact for site, found in world.overlaps(loose).items()} == expected
+    assert expected["surgery"] > 0  # control
+    assert expected["cardiology"] == 0
+    private = {**changes, **tiny.NOISED}
+    counted = world.overlaps(world.load_sites(settings(private)))
+    assert overlap.total(counted.values()).num_exact > 0  # only counted, as no unit may move another
