@@ -20,7 +20,6 @@ from server.gateway.refusals import RefusalLog
 from server.gateway.replies import Replies
 from server.gateway.settings import ControlConfig, FleetConfig, GatewayConfig, MembersConfig, split_address
 
-
 REPLIES: Final = "replies.json"  # beside the note of the newest roster
 
 
