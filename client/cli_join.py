@@ -55,9 +55,7 @@ def renew(
 
 
 def install(
-    kit: Annotated[
-        Path, typer.Argument(help="The startup kit, the tar file as it came.", metavar="KIT")
-    ],
+    kit: Annotated[Path, typer.Argument(help="The startup kit, the tar file as it came.", metavar="KIT")],
     keys: Annotated[Path, typer.Option(help="The folder that enroll made.", metavar="DIR")],
     words: Annotated[str, typer.Option(help="The federation's six words, heard from its coordinator.")] = "",
     json: cli.JsonOption = False,

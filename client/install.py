@@ -165,9 +165,7 @@ def _pinned(folder: Path, *, keys: Path, words: str) -> Governance:
     if not words:
         raise ConfigError("--words: ask the coordinator by telephone for the federation's six words, and give them")
     if (keys / kit.PINNED).exists() and (keys / kit.PINNED).read_bytes() != offered.to_bytes():
-        raise AuthError(
-            f"{keys / kit.PINNED} is of another federation than the words; ask how it came there"
-        )
+        raise AuthError(f"{keys / kit.PINNED} is of another federation than the words; ask how it came there")
     return offered
 
 
