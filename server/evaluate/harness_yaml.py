@@ -38,14 +38,14 @@ _FILTERS: Final = frozenset({
 _ESCAPE: Final = "{{ ''.__class__.__mro__ }}"  # what a template must not reach
 
 
-class _PlainLoader(yaml.SafeLoader):
+class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML without tags of its own, and without aliases, by which a short file becomes a long one."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Refuse an alias."""
-        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("alias")
-        node: yaml.Node | None = super().compose_node(parent, index)  # type: ignore[arg-type]
+        node: yaml.Node | None = super().compose_node(parent, index)
         return node
 
 
@@ -138,13 +138,13 @@ def _not_plain(value: object) -> Iterator[str]:
         yield type(value).__name__
 
 
-def _check_metrics(path: Path, listed: object) -> None:
+def _check_metrics(path: Path, listed: Any) -> None:
     """Only metrics of the harness' own registry; of another name it would load code."""
     import lm_eval.api.metrics  # noqa: F401  fills the registry
     from lm_eval.api.registry import metric_registry
 
     for entry in listed if isinstance(listed, list) else [listed]:
-        name = entry.get("metric") if isinstance(entry, dict) else None
+        name: Any = entry.get("metric") if isinstance(entry, dict) else None
         if not isinstance(name, str) or name not in metric_registry or "hf_evaluate" in entry:
             raise DataError(f"{path}: metric {name!r} is not one of the harness' own; any other would run code")
         if not isinstance(entry.get("aggregation", ""), str):
