@@ -11,7 +11,6 @@ import pytest
 from common import identity, kit
 from common.errors import AuthError, ConfigError
 from tests.federations import start
-from tests.unit.client.test_enroll import federation, offered, with_alder  # noqa: F401  fixtures
 
 
 def planted(federation, tmp_path, *, name: str = "alder") -> tuple[Path, Path]:
