@@ -55,20 +55,21 @@ def renew(
 
 
 def install(
-    kit: Annotated[Path, typer.Argument(help="The unpacked startup kit.", metavar="KIT")],
+    kit: Annotated[Path, typer.Argument(help="The startup kit, the tar file as it came.", metavar="KIT")],
     keys: Annotated[Path, typer.Option(help="The folder that enroll made.", metavar="DIR")],
     words: Annotated[str, typer.Option(help="The federation's six words, heard from its coordinator.")] = "",
     json: cli.JsonOption = False,
 ) -> None:
     """Check a startup kit, and put it beside the keys.
 
-    The first time, the federation's six words are needed; they are pinned with its governance keys. Your own edits of
-    the policy, node.toml and units are kept.
+    The first time, the federation's six words are needed; they are pinned with its governance keys. Words that are
+    given are always checked. Do not unpack KIT yourself: this takes nothing from it but a kit's own files, and no key.
+    Your own edits of the policy, node.toml and units are kept.
 
     \b
     Examples:
-      silotune-client install alder --keys /etc/silotune/keys --words "lusab babad gutih tugad bisog mofip"
-      silotune-client install alder --keys /etc/silotune/keys
+      silotune-client install alder.tar --keys /etc/silotune/keys --words "lusab babad gutih tugad bisog mofip"
+      silotune-client install alder.tar --keys /etc/silotune/keys
     """
     import datetime
 

@@ -33,7 +33,7 @@ def store(folder: Path, offer: Offer) -> None:
         return
     if len(list((folder / FOLDER).glob("*.frame"))) >= MAX_OFFERS:
         raise ApprovalRequired(f"{MAX_OFFERS} offers are kept already; remove old files from {folder / FOLDER}")
-    storage.write_atomic(path, wire.pack(offer.to_frame()))
+    storage.write_atomic(path, wire.pack(offer.to_frame()), mode=storage.PRIVATE)
 
 
 def load(folder: Path, run_sha256: str) -> Offer:

@@ -1,7 +1,12 @@
-"""A startup kit at the site: check all of it against what the site knows by itself, then take it into use."""
+"""A startup kit at the site: check all of it against what the site knows by itself, then take it into use.
+
+What a site knows by itself are its keys and the six words that somebody read out. Words that are given are checked
+whatever is pinned: a pin can have come from where the kit came from.
+"""
 
 import datetime
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +52,8 @@ def verify_kit(folder: Path, *, keys: Path, words: str, now: datetime.datetime) 
     Args:
         folder: The unpacked kit.
         keys: Where `enroll` made this site's keys.
-        words: The federation's six words, heard from the coordinator; not needed once a kit was installed.
+        words: The federation's six words, heard from the coordinator; checked whenever they are given, and needed
+            until a kit was installed.
         now: The time, with its zone.
 
     Returns:
@@ -70,13 +76,15 @@ def verify_kit(folder: Path, *, keys: Path, words: str, now: datetime.datetime) 
     return Kit(own.name, pinned, found.epoch, chain[0].not_valid_after_utc, files, key_file)
 
 
-def install(folder: Path, *, keys: Path, words: str, now: datetime.datetime) -> Kit:
+def install(path: Path, *, keys: Path, words: str, now: datetime.datetime) -> Kit:
     """Check a kit and put its files beside the keys; run again after an interruption.
+
+    A tar file is unpacked into a folder of its own, which is gone afterwards.
 
     What the site's admin may have edited (the policy, its own file, units) is written only if it is not there.
 
     Args:
-        folder: The unpacked kit.
+        path: The kit, a tar file or a folder.
         keys: Where `enroll` made this site's keys.
         words: The federation's six words; see `verify_kit`.
         now: The time, with its zone.
@@ -89,7 +97,12 @@ def install(folder: Path, *, keys: Path, words: str, now: datetime.datetime) -> 
         ConfigError: As `verify_kit`; nothing was changed.
         StorageError: The disk is full and the like; run again.
     """
-    checked = verify_kit(folder, keys=keys, words=words, now=now)
+    with tempfile.TemporaryDirectory(prefix="silotune-kit-") as own:
+        folder = path
+        if not path.is_dir():
+            folder = Path(own)
+            kit.unpack(path, folder)
+        checked = verify_kit(folder, keys=keys, words=words, now=now)
     storage.write_atomic(keys / kit.ROSTER, checked.files[kit.ROSTER])
     _note_epoch(keys, checked.pinned)  # before the pin: a pin without this note is an error for ever after
     for name in checked.files.keys() - _REPLACED:
@@ -142,14 +155,17 @@ def _pinned(folder: Path, *, keys: Path, words: str) -> Governance:
     """The governance: the one pinned before, or the kit's if its words are those that were heard."""
     keyfile.folder(keys)
     offered = kit.read_pinned(governance.read(folder / kit.PINNED))
-    if (keys / kit.PINNED).exists():
+    if words:
+        identity.check_words(offered.to_bytes(), words)
+    if (keys / kit.PINNED).exists() and (keys / WATERMARK).exists():
         pinned = governance.load(keys / kit.PINNED)
         if pinned.to_bytes() != offered.to_bytes():
             raise AuthError(f"{folder} is of another federation or governance than this site pinned; ask why")
         return pinned
     if not words:
         raise ConfigError("--words: ask the coordinator by telephone for the federation's six words, and give them")
-    identity.check_words(offered.to_bytes(), words)
+    if (keys / kit.PINNED).exists() and (keys / kit.PINNED).read_bytes() != offered.to_bytes():
+        raise AuthError(f"{keys / kit.PINNED} is of another federation than the words; ask how it came there")
     return offered
 
 

@@ -16,6 +16,7 @@ MAX_REPLY_BYTES: Final = 1 << 30
 OPTIONS: Final = (
     ("grpc.max_receive_message_length", 2 * CHUNK_BYTES),  # of one piece, not of a frame
     ("grpc.enable_http_proxy", 0),
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a small message could become a large one
 )
 KINDS: Final = ("open", "train", "evaluate")
 Result = TypeVar("Result")

@@ -1,8 +1,9 @@
 """The site's tunnel to the gateway: TLS on loopback in, TLS 1.3 with the site's certificate out.
 
 A SuperNode cannot show a client certificate, and with a node key it refuses to speak without TLS. So it is pointed
-here, with `--root-certificates STATE/link.pem`, and the gateway sees the site's own certificate. Bundles are looked at
-and redirects refused (`client/relay.py`); all else passes as it is. The tunnel's certificate is for 127.0.0.1 only,
+here, with `--root-certificates STATE/link.pem`, and the gateway sees the site's own certificate. Bundles are looked at;
+redirects, and compressed or endless answers, are refused (`client/relay.py`); all else passes as it is. The tunnel's
+certificate is for 127.0.0.1 only,
 made at the first start, and its key never leaves this machine.
 """
 

@@ -90,7 +90,7 @@ class Payment:
         """
         place = self._place(run, round_index)
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        storage.write_atomic(place, wire.pack(reply))
+        storage.write_atomic(place, wire.pack(reply), mode=storage.PRIVATE)
         for old in self._folder.glob(f"{run.sha256}-*"):
             if old != place:
                 old.unlink()

@@ -103,7 +103,8 @@ class Shelf:
         run = self._manifest(found[0])
         frame = self._read(run, ADAPTER_FILE)
         tensors = adapter.decode(frame.body, run.tensor_specs, dtype="float32")
-        storage.write_atomic(folder / "adapter_model.safetensors", adapter.encode(tensors, dtype="float32"))
+        data = adapter.encode(tensors, dtype="float32")
+        storage.write_atomic(folder / "adapter_model.safetensors", data, mode=storage.PRIVATE)
         peft_config.write(folder, _lora_config(run))
         return int(frame.head["num_rounds"])
 
@@ -121,9 +122,10 @@ class Shelf:
         for folder in (self.folder, place):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not (place / MANIFEST_FILE).exists():
-            storage.write_atomic(place / MANIFEST_FILE, run.to_bytes())
+            storage.write_atomic(place / MANIFEST_FILE, run.to_bytes(), mode=storage.PRIVATE)
         body = adapter.encode(tensors, dtype="float32")
-        storage.write_atomic(place / name, wire.pack(Frame("kept", {"run_sha256": run.sha256, **head}, body)))
+        kept = wire.pack(Frame("kept", {"run_sha256": run.sha256, **head}, body))
+        storage.write_atomic(place / name, kept, mode=storage.PRIVATE)
 
     def _read(self, run: RunManifest, name: str) -> Frame:
         """One file, which must be this run's."""

@@ -140,6 +140,9 @@ def check_signature(policy: Policy, offer: Offer, *, now: float, operators: Coll
         f"the run is for '{shown(made.federation)}', this site is in '{policy.federation.id}'",
     )
     _require(now <= made.not_after, "federation.not_after", f"the offer ended at {made.not_after}, it is {now:.0f}")
+    is_bounded = made.not_after - now <= manifest.MAX_OFFER_S
+    days = manifest.MAX_OFFER_S // 86_400
+    _require(is_bounded, "federation.not_after", f"the offer is for more than {days} days; let it be made anew")
 
 
 def check(policy: Policy, run_manifest: RunManifest, usage: Usage, *, site: str = "") -> None:

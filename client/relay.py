@@ -12,6 +12,7 @@ from client import bundle
 from common.errors import AuthError
 
 PIECE_BYTES: Final = 1 << 16
+MAX_ANSWER_BYTES: Final = 16 << 20  # Flower sends arrays in pieces of 5 MiB
 _SPARE_S: Final = 1.0
 _REFUSED: Final = h11.Response(status_code=403, headers=[("content-length", "0"), ("connection", "close")])
 _log = logging.getLogger(__name__)
@@ -83,8 +84,13 @@ async def _answer(request: h11.Request, near: End, far: End, *, bundles: Collect
         return await _refuse(near, "a redirect")
     if request.target == bundle.PATH and response.status_code < 300:
         return await _hand_over_bundle(near, far, bundles=bundles)
+    codings = [value for name, value in response.headers if name == b"content-encoding"]
+    if any(value.strip().lower() != b"identity" for value in codings):  # Flower would unpack it, to any size
+        return await _refuse(near, "a compressed answer")
     await near.send(response)
-    await _pass_body(far, near)
+    if not await _pass_body(far, near, max_bytes=MAX_ANSWER_BYTES):
+        _log.error("refused: an answer above %d bytes", MAX_ANSWER_BYTES)
+        return False
     return True
 
 
@@ -113,15 +119,20 @@ async def _refuse(near: End, what: str) -> bool:
     return False
 
 
-async def _pass_body(source: End, target: End) -> None:
-    """Pass the rest of a message on, piece by piece."""
+async def _pass_body(source: End, target: End, *, max_bytes: int | None = None) -> bool:
+    """Pass the rest of a message on, piece by piece; returns whether it was within its limit, if it has one."""
+    num_bytes = 0
     while isinstance(event := await source.next(), h11.Data | h11.EndOfMessage):
+        num_bytes += len(event.data) if isinstance(event, h11.Data) else 0
+        if max_bytes is not None and num_bytes > max_bytes:
+            return False
         await target.send(event)
         if isinstance(event, h11.EndOfMessage):
-            return
+            break
+    return True
 
 
-async def _end(sending: asyncio.Task[None]) -> bool:
+async def _end(sending: asyncio.Task[bool]) -> bool:
     """End what sends a request whose answer is there; returns whether it had sent all."""
     await asyncio.wait([sending], timeout=_SPARE_S)
     if not sending.done():

@@ -43,8 +43,9 @@ def save(folder: Path, run_sha256: str, round_index: int, tensors: Tensors) -> N
     Raises:
         StorageError: It cannot be written; the update must not leave then.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    storage.write_atomic(_place(folder, run_sha256, round_index + 1), adapter.encode(tensors, dtype="float32"))
+    storage.write_atomic(
+        _place(folder, run_sha256, round_index + 1), adapter.encode(tensors, dtype="float32"), mode=storage.PRIVATE
+    )
     began = [number for number in _rounds(folder, run_sha256) if number <= round_index]
     for number in began[:-1]:
         _place(folder, run_sha256, number).unlink()

@@ -1,7 +1,6 @@
 """The agent's process: a site's own file becomes an agent behind a socket."""
 
 import faulthandler
-import resource
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from client.agent import PERMISSIVE, Agent, SiteData
 from client.data import split
 from client.gatekeeper import Gatekeeper
 from client.personal import Shelf
-from common import config, identity, loading, precisions, store
+from common import config, identity, keyfile, loading, precisions, store
 from common.config_objective import ObjectiveName
 from common.data import read
 from common.errors import ConfigError, DataError
@@ -24,8 +23,8 @@ RESIDUALS = "residuals"
 
 
 def harden() -> None:
-    """Keep this process' memory, which holds rows, out of core dumps; children inherit it."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    """Keep this process' memory, which holds rows, out of core dumps and of tracebacks of a crash."""
+    keyfile.harden()
     faulthandler.disable()
 
 

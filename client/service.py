@@ -27,6 +27,7 @@ from common.errors import ConfigError, WireError
 MAX_CALLS: Final = 8  # at once, those that wait included
 INNER_SUFFIX: Final = ".in"  # gRPC's own socket, mode 0600, behind the one that is knocked at
 MAX_PATH_BYTES: Final = 107  # Linux, unix(7)
+READ_S: Final = 60.0  # in which a whole frame must have come, over a socket of this machine
 _POLL_S: Final = 0.2
 _log = logging.getLogger(__name__)
 
@@ -103,8 +104,8 @@ def wait(running: Service, *, grace_s: float = 5.0) -> None:
 class _Door(AgentServicer):
     """The four calls of `common/agent.proto`."""
 
-    def __init__(self, answer: Callable[[bytes], bytes], *, max_message_bytes: int) -> None:
-        self._answer = answer
+    def __init__(self, answer: Callable[[bytes], bytes], *, max_message_bytes: int, read_s: float = READ_S) -> None:
+        self._answer, self._read_s = answer, read_s
         self._max_message_bytes = max_message_bytes
         self._turn = threading.Lock()
 
@@ -129,10 +130,20 @@ class _Door(AgentServicer):
         if not _take(self._turn, context):
             return
         try:
-            frame = self._answer_safely(_read(chunks, context, max_bytes=self._max_message_bytes), context)
+            frame = self._answer_safely(self._read(chunks, context), context)
         finally:
             self._turn.release()
         yield from pieces(frame)
+
+    def _read(self, chunks: Iterator[Chunk], context: Any) -> bytes:
+        """Read a frame; a caller that begins one and does not go on loses its turn."""
+        late = threading.Timer(self._read_s, context.cancel)
+        late.daemon = True
+        late.start()
+        try:
+            return _read(chunks, context, max_bytes=self._max_message_bytes)
+        finally:
+            late.cancel()
 
     def _answer_safely(self, frame: bytes, context: Any) -> bytes:
         """Call the agent; should it raise, a code crosses, and the text, which may hold a row, is written nowhere."""

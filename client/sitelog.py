@@ -1,6 +1,7 @@
 """A site's own log of what went wrong; the only place where the reason behind a reference is told."""
 
 import json
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from client.pressure import Limit
+from common import storage
 from common.errors import SilotuneError
 from common.storage import storage_error
 
@@ -49,8 +51,9 @@ def report(path: Path, reference: str, error: Exception) -> None:
 def _append(path: Path, entry: dict[str, Any]) -> None:
     """One line with the time."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
+        storage.make_folder(path.parent, is_private=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, storage.PRIVATE)
+        with os.fdopen(descriptor, "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **entry}) + "\n")
     except OSError as failure:
         raise storage_error(path, failure) from failure

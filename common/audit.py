@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from common import identity, wire
+from common import identity, storage, wire
 from common.errors import AuditError, AuthError
 from common.storage import storage_error
 
@@ -188,7 +188,7 @@ class _Locked:
 
     def __enter__(self) -> BinaryIO:
         try:
-            self._log.path.parent.mkdir(parents=True, exist_ok=True)
+            storage.make_folder(self._log.path.parent, is_private=True)
             descriptor = os.open(self._log.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._file = os.fdopen(descriptor, "r+b")
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from common import identity, wire
+from common import identity, storage, wire
 from common.audit import MAX_LINKS, Head
 from common.config_types import SLUG
 from common.errors import AuditError, AuthError, WireError
@@ -251,7 +251,7 @@ class Heads:
     def _locked(self) -> Iterator[BinaryIO]:
         """The file, for this process alone."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            storage.make_folder(self.path.parent, is_private=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             with os.fdopen(descriptor, "r+b") as file:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)

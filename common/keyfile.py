@@ -1,7 +1,10 @@
 """Files that hold a private key: of one owner, mode 0600, never overwritten; anything else is refused."""
 
+import ctypes
 import os
+import resource
 import stat
+import sys
 from pathlib import Path
 from typing import Final
 
@@ -10,6 +13,7 @@ from common.storage import storage_error
 
 MODE: Final = 0o600
 MAX_BYTES: Final = 16384
+_PR_SET_DUMPABLE: Final = 4
 
 
 def folder(path: Path) -> Path:
@@ -58,8 +62,20 @@ def write(path: Path, data: bytes) -> None:
         raise storage_error(path, error) from error
 
 
+def harden() -> None:
+    """Keep this process' memory out of core dumps, and from other processes of its user; children inherit the former.
+
+    Source: prctl(2), PR_SET_DUMPABLE; getrlimit(2), RLIMIT_CORE.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
 def read(path: Path) -> bytes:
     """Read a key file; the checks are of the open file, so that it cannot be swapped in between.
+
+    From then on the process holds a key, so its memory is kept in (`harden`).
 
     Raises:
         ConfigError: It is missing, no regular file, of another owner, of another mode than 0600, or too large.
@@ -70,6 +86,7 @@ def read(path: Path) -> bytes:
         raise ConfigError(f"{path}: there is no such key file; check the path") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot open this key file ({error.strerror}); check its owner and path") from error
+    harden()
     with os.fdopen(descriptor, "rb") as file:
         _check(path, os.fstat(descriptor))
         return file.read(MAX_BYTES)

@@ -1,9 +1,13 @@
-"""A startup kit: a folder whose files are listed in SHA256SUMS, which the governance signed.
+"""A startup kit: a few files of known names that are listed in SHA256SUMS, which the governance signed.
+
+It comes as a tar file, which `unpack` takes apart: any other program would also write what is no part of a kit, as over
+a site's own keys. A kit has public things only; one that brings a private key is refused.
 
 The roster is not listed: it carries signatures of its own, which need not be there yet when the sums are signed.
 """
 
 import hashlib
+import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -11,7 +15,7 @@ from typing import Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import TypeAdapter
 
-from common import governance, wire
+from common import governance, storage, wire
 from common.errors import AuthError, ConfigError
 from common.governance import Governance
 
@@ -23,8 +27,11 @@ CERTIFICATE: Final = "site.pem"
 ROSTER: Final = "roster.json"
 POLICY: Final = "policy.toml"
 REQUIRED: Final = frozenset((PINNED, CA, CERTIFICATE, ROSTER))
+UNITS: Final = tuple(f"silotune-{name}.service" for name in ("agent", "courier", "link"))
+NAMES: Final = REQUIRED | {SUMS, SIGNATURES, POLICY, "node.toml", "compose.yaml", *UNITS}
 PURPOSE: Final = "startup kit"
 MAX_FILES: Final = 64
+MAX_BYTES: Final = 1 << 20  # of one file
 
 
 def sums(files: Mapping[str, bytes]) -> bytes:
@@ -78,6 +85,11 @@ def verify(folder: Path, *, pinned: Governance) -> dict[str, bytes]:
     data, signatures = (governance.read(folder / name) for name in (SUMS, SIGNATURES))
     pinned.verify(data, governance.parse(signatures, TypeAdapter(dict[str, str]), name=SIGNATURES), purpose=PURPOSE)
     listed = _listed(data)
+    if strange := sorted(listed.keys() - NAMES):
+        raise AuthError(
+            f"{folder}: {wire.shown(strange[0])} is no part of a kit of this release, and a private key never is; "
+            "ask who made the kit, or install the release that it was made with"
+        )
     if missing := sorted(REQUIRED - listed.keys() - {ROSTER}):
         raise AuthError(f"{folder} is no startup kit: {missing[0]} is not in its {SUMS}")
     _check_names(folder, {*listed, ROSTER, SUMS, SIGNATURES})
@@ -86,6 +98,38 @@ def verify(folder: Path, *, pinned: Governance) -> dict[str, bytes]:
         if hashlib.sha256(files[name]).hexdigest() != digest:
             raise AuthError(f"{folder / name} was altered after the kit was signed; fetch the kit again")
     return files
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Write the files of a kit that came as a tar file into an empty folder; nothing else is written, nowhere else.
+
+    Args:
+        archive: Not compressed; one folder of files that have a kit's names.
+        folder: Of its own.
+
+    Raises:
+        ConfigError: It cannot be read, or is no tar file.
+        AuthError: It holds anything but a kit's files: another name, a path, a link, a file twice or one too large.
+        StorageError: The disk is full and the like.
+    """
+    seen: dict[str, str] = {}
+    try:
+        with tarfile.open(archive, mode="r:") as packed:
+            for entry in packed:
+                if entry.isdir() and "/" not in entry.name.rstrip("/"):
+                    continue
+                parent, _, name = entry.name.partition("/")
+                if name.endswith(".key"):
+                    raise AuthError(f"{archive} brings a private key, {wire.shown(name)}: no kit does; ask who made it")
+                data = packed.extractfile(entry) if entry.isreg() and name in NAMES else None
+                if data is None or name in seen or entry.size > MAX_BYTES:
+                    raise AuthError(f"{archive}: {wire.shown(entry.name)} is no part of a kit; ask for the kit again")
+                seen[name] = parent
+                storage.write_atomic(folder / name, data.read(), mode=0o600)
+    except (OSError, tarfile.TarError) as error:
+        raise ConfigError(f"{archive}: cannot be read as a tar file; give the kit as it came, or its folder") from error
+    if len({*seen.values()}) != 1:
+        raise AuthError(f"{archive}: is no kit, which is one folder of files")
 
 
 def read_pinned(data: bytes) -> Governance:

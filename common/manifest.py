@@ -23,6 +23,7 @@ from common.wire import Frame
 VERSION: Final = 5
 MAX_BYTES: Final = 4 << 20
 PURPOSE: Final = "manifest"
+MAX_OFFER_S: Final = 366 * 86_400  # longest life of an offer, from when a site looks at it
 _CODES: Final = {True: re.compile("[0-9a-f]{64}"), False: re.compile("")}  # by whether weights are 4-bit codes
 _UNTOLD: Final = {"server_data": "", "metrics": "", "json_schema": "", "tasks": (), "tasks_every_rounds": 0}
 

@@ -4,30 +4,36 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
+from typing import Final
 
 from common.errors import StorageError
 
+PRIVATE: Final = 0o600  # of what was made from rows, of logs and of keys
+_UMASK: Final = os.umask(0o077)  # read by setting it; here, where no other thread makes files yet
+os.umask(_UMASK)
 
-def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+
+def write_atomic(path: Path, data: bytes, *, mode: int | None = None) -> None:
     """Write, fsync and rename, so that a crash leaves the old file or the new one.
 
     Args:
         path: The file.
         data: All of it.
-        mode: Who may read it, from the first moment on.
+        mode: Who may read it, from the first moment on; None: what this process' umask leaves of 0666. Folders that
+            are made for a file that is this user's alone are so, too.
 
     Raises:
         StorageError: The disk is full, the folder is not writable, and the like. The old file is untouched.
     """
     temporary = ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent, is_private=mode == PRIVATE)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = file.name
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, mode)
+        os.chmod(temporary, 0o666 & ~_UMASK if mode is None else mode)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -35,6 +41,18 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     finally:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
+
+
+def make_folder(folder: Path, *, is_private: bool) -> None:
+    """Make a folder and those above it that are missing; private ones get mode 0700, whatever the umask.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    for place in [*reversed(folder.parents), folder] if is_private else []:
+        if not place.exists():
+            place.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def sha256(path: Path) -> str:

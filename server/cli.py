@@ -49,7 +49,9 @@ def run(
         Path | None, typer.Option(help="Private key that signs the run; sites with a policy take no other.")
     ] = None,
     federation: Annotated[str, typer.Option(help="Id of the federation that a signed run is for.")] = "",
-    offer_days: Annotated[float, typer.Option(min=0.01, help="Days in which sites may open a signed run.")] = 30.0,
+    offer_days: Annotated[
+        float, typer.Option(min=0.01, max=366, help="Days in which sites may open a signed run.")
+    ] = 30.0,
     audit_folder: Annotated[
         Path | None, typer.Option(help="Folder of the operator's audit log; default: KEY-audit beside the key.")
     ] = None,

@@ -11,7 +11,7 @@ from common.errors import RemoteError, SilotuneError, WireError
 from common.manifest import RunManifest
 from common.records import RoundPlan, TensorSpec, UpdateHead, from_head
 from common.wire import Frame
-from server.fleet import Fleet, Reply
+from server.fleet import SMALL_REPLY_BYTES, Fleet, Reply
 
 POLL_S: Final = 0.2
 
@@ -39,6 +39,7 @@ def ask(
     *,
     kind: str,
     timeout_s: float,
+    max_reply_bytes: int = SMALL_REPLY_BYTES,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Answer]:
@@ -51,11 +52,15 @@ def ask(
         frames: What each node is sent.
         kind: Of all these frames.
         timeout_s: From sending to giving up.
+        max_reply_bytes: Largest answer of one node.
         clock: Seconds, monotonic.
         sleep: Waits between polls.
     """
     deadline = clock() + timeout_s
-    tickets = {fleet.send(node, frame, kind=kind, ttl_s=timeout_s): node for node, frame in frames.items()}
+    tickets = {
+        fleet.send(node, frame, kind=kind, ttl_s=timeout_s, max_reply_bytes=max_reply_bytes): node
+        for node, frame in frames.items()
+    }
     while tickets:
         num_before = len(tickets)
         for reply in fleet.receive(tuple(tickets)):
@@ -113,6 +118,11 @@ def max_update_bytes(manifest: RunManifest) -> int:
     largest = max(packing.body_bytes(specs, dtype=dtype, density=density) for specs in turns)
     exact = largest + (adapter.MAX_HEADER_BYTES if packing.is_plain(dtype, density) else 0)
     return min(exact, manifest.run.wire.max_update_mib << 20)
+
+
+def max_reply_bytes(kind: str, manifest: RunManifest) -> int:
+    """Largest answer to a frame of a kind: only an update has tensors."""
+    return SMALL_REPLY_BYTES + (max_update_bytes(manifest) if kind == "train" else 0)
 
 
 def reason_of(error: SilotuneError) -> str:

@@ -111,7 +111,16 @@ class Federation:
         """Send frames and yield the answers as they come, until the step's deadline; see `collect.ask`."""
         settings = self.manifest.run.federation
         timeout_s = min(at_most_s, settings.join_timeout_s if kind == "open" else settings.round_timeout_s)
-        return collect.ask(self.fleet, frames, kind=kind, timeout_s=timeout_s, clock=self.clock, sleep=self.sleep)
+        size = collect.max_reply_bytes(kind, self.manifest)
+        return collect.ask(
+            self.fleet,
+            frames,
+            kind=kind,
+            timeout_s=timeout_s,
+            max_reply_bytes=size,
+            clock=self.clock,
+            sleep=self.sleep,
+        )
 
     def name(self, node_id: int) -> str:
         """A node's site name; `node N` before it has told one."""

@@ -2,7 +2,12 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
+
+from common import wire
+
+SMALL_REPLY_BYTES: Final = wire.MAX_HEAD_BYTES + wire.OVERHEAD_BYTES  # an answer without tensors
+_SIZE: Final = "reply-bytes:"  # begins the group of a Flower message; Flower itself makes nothing of it
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,9 @@ class Fleet(Protocol):
             TransportError: The link did not answer.
         """
 
-    def send(self, node_id: int, frame: bytes, *, kind: str, ttl_s: float) -> str:
+    def send(
+        self, node_id: int, frame: bytes, *, kind: str, ttl_s: float, max_reply_bytes: int = SMALL_REPLY_BYTES
+    ) -> str:
         """Hand one frame to the link for one node; returns at once.
 
         Args:
@@ -41,6 +48,7 @@ class Fleet(Protocol):
             frame: Opaque bytes.
             kind: The frame's kind, so that a courier can make the right typed call without reading the frame.
             ttl_s: How long the frame and its reply stay valid.
+            max_reply_bytes: Largest answer; the gateway lets no larger one reach the link.
 
         Returns:
             A ticket for `receive`.
@@ -61,3 +69,20 @@ class Fleet(Protocol):
         Raises:
             TransportError: The link did not answer.
         """
+
+
+def group_of(max_reply_bytes: int) -> str:
+    """The group of a Flower message whose answer has at most so many bytes; the gateway reads it."""
+    return f"{_SIZE}{max_reply_bytes}"
+
+
+def max_reply_bytes(group_id: str) -> int:
+    """How large the answer to a Flower message of a group may be; without a word on it, a small one.
+
+    Example:
+        >>> max_reply_bytes("reply-bytes:5000000"), max_reply_bytes("") == SMALL_REPLY_BYTES
+        (5000000, True)
+    """
+    told = group_id.removeprefix(_SIZE)
+    is_told = group_id.startswith(_SIZE) and told.isascii() and told.isdigit() and len(told) < 15
+    return int(told) if is_told else SMALL_REPLY_BYTES

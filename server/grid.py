@@ -10,7 +10,8 @@ from flwr.supercore.run import RunNotRunningException
 
 from common import envelope
 from common.errors import TransportError, WireError
-from server.fleet import Reply
+from server import fleet
+from server.fleet import SMALL_REPLY_BYTES, Reply
 
 
 class GridFleet:
@@ -28,9 +29,12 @@ class GridFleet:
         with _translated():
             return sorted(self._grid.get_node_ids())
 
-    def send(self, node_id: int, frame: bytes, *, kind: str, ttl_s: float) -> str:
+    def send(
+        self, node_id: int, frame: bytes, *, kind: str, ttl_s: float, max_reply_bytes: int = SMALL_REPLY_BYTES
+    ) -> str:
         """Hand one frame to the link for one node; see `Fleet.send`."""
-        message = Message(_pack(frame), node_id, f"query.{kind}", ttl=ttl_s)
+        group_id = fleet.group_of(max_reply_bytes)
+        message = Message(_pack(frame), node_id, f"query.{kind}", ttl=ttl_s, group_id=group_id)
         with _translated():
             tickets = list(self._grid.push_messages([message]))
         if len(tickets) != 1 or not tickets[0]:

@@ -53,6 +53,8 @@ def operator(
         return None
     if not federation:
         raise ConfigError("a signed run is for one federation; give its id with --federation")
+    if not 0 < days * DAY_S <= manifest.MAX_OFFER_S:
+        raise ConfigError(f"--offer-days {days:g}: must be above 0 and at most {manifest.MAX_OFFER_S // DAY_S}")
     key = identity.load(Path(key_file))
     not_after = int(time.time() + days * DAY_S)
     return Operator(

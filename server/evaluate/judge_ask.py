@@ -20,6 +20,7 @@ from server.evaluate.task import as_base
 WORDS: Final = ("A", "B", "TIE")
 TIMEOUT_S: Final = 120.0
 MAX_NEW_TOKENS: Final = 16
+MAX_VERDICT: Final = 100  # characters; a longer reply is none
 MAX_REPLY_BYTES: Final = 1 << 20
 Ask = Callable[[Sequence[str]], list[str | None]]  # questions to verdicts; None is one that says nothing
 _VERDICT: Final = re.compile(
@@ -34,7 +35,8 @@ def parse(reply: str) -> str | None:
         >>> parse("**A**"), parse("Verdict: tie."), parse("A is better than B"), parse("")
         ('A', 'TIE', None, None)
     """
-    found = _VERDICT.fullmatch(reply.strip())
+    told = reply.strip()
+    found = _VERDICT.fullmatch(told) if len(told) <= MAX_VERDICT else None  # its time grows with the length cubed
     return found[1].upper() if found else None
 
 

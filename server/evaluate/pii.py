@@ -101,11 +101,12 @@ def find(text: str, *, names: Sequence[str] = (), regions: Sequence[str] = ()) -
         [('email', 'ann@example.org'), ('card', '4111 1111 1111 1111')]
     """
     phones: tuple[str, _Search] = ("phone", partial(_phones, regions=regions))
-    taken: list[Find] = []
+    taken, is_taken = list[Find](), bytearray(len(text))
     for kind, search in (*_SEARCHES, phones):
         for start, end in search(text):
-            if all(end <= one.start or start >= one.end for one in taken):
+            if not any(is_taken[start:end]):
                 taken.append(Find(kind, start, end, text[start:end]))
+                is_taken[start:end] = b"\1" * (end - start)
     named = [Find("name", *match.span(), match[0]) for match in _names(names).finditer(text)] if names else []
     return taken + named
 

@@ -1,6 +1,7 @@
 """Kind `harness`: tasks of EleutherAI's lm-evaluation-harness, from a folder of the user's, with local data.
 
-Nothing is fetched and none of the folder's code is run: a task is one plain YAML file whose data lie beside it.
+Nothing is fetched and none of the folder's code is run: a task is one plain YAML file whose data lie beside it
+(`harness_yaml.py`).
 """
 
 import contextlib
@@ -18,12 +19,11 @@ from common.config import RunConfig
 from common.config_tasks import TaskConfig, split_names
 from common.errors import ConfigError, DataError
 from common.model import Engine
-from server.evaluate import patterns
+from server.evaluate import harness_yaml, patterns
 from server.evaluate.bootstrap import Scores
 from server.evaluate.task import Task, digest, file_hash
 
 _READERS: Final = ("json", "csv", "parquet", "text")
-_CODE: Final = ("include", "class", "custom_dataset")
 _ERRORS: Final[tuple[type[Exception], ...]] = (
     ArithmeticError,
     AssertionError,
@@ -47,8 +47,10 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
         ConfigError: The harness is not installed.
         DataError: A task is not in the folder, runs code, names data elsewhere, or the harness refuses it.
     """
-    manager = _manager(Path(settings.data).expanduser())
-    plain = {name: _plain(manager, name, settings) for name in split_names(settings.harness_tasks)}
+    folder = Path(settings.data).expanduser()
+    manager = _manager(folder)
+    found = harness_yaml.tasks(folder)
+    plain = {name: _plain(found, name, folder) for name in split_names(settings.harness_tasks)}
     loaded = _load(manager, plain)
     limit = settings.max_rows or None
     sha256 = digest(*(_content(config) for config in plain.values()))
@@ -60,37 +62,41 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
 
 
 def _manager(folder: Path) -> Any:
-    """The harness' index of a folder, and of nothing else."""
+    """The harness without any task, its templates in a sandbox."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of harness tasks; mend data in the run file")
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError("kind harness needs lm-evaluation-harness; install silotune[harness]") from error
-    with _translated(str(folder)):
-        return TaskManager(include_path=str(folder), include_defaults=False)
+    harness_yaml.render_in_sandbox()
+    return TaskManager(include_defaults=False)
 
 
-def _plain(manager: Any, name: str, settings: TaskConfig) -> dict[str, Any]:
+def _plain(found: Mapping[str, tuple[Path, dict[str, Any]]], name: str, folder: Path) -> dict[str, Any]:
     """A task's configuration, found to be data and nothing else, with whole paths."""
-    entry = manager.task_index.get(name)
-    if entry is None or entry.yaml_path is None or not isinstance(entry.cfg, dict):
-        raise DataError(f"{settings.data}: no harness task {name}; there are {', '.join(manager.all_tasks) or 'none'}")
-    if "!function" in entry.yaml_path.read_text(encoding="utf-8") or any(key in entry.cfg for key in _CODE):
-        raise DataError(f"{entry.yaml_path}: runs code or includes files; write the task as one plain YAML file")
-    if entry.cfg.get("dataset_path") not in _READERS:
-        raise DataError(f"{entry.yaml_path}: dataset_path must be one of {', '.join(_READERS)}; nothing is fetched")
-    files = (entry.cfg.get("dataset_kwargs") or {}).get("data_files")
+    if name not in found:
+        if odd := next((path for path, content in found.values() if not content), None):
+            raise DataError(f"{odd}: runs code or includes files, or is no YAML; write the task as one plain YAML file")
+        raise DataError(f"{folder}: no harness task {name}; there are {', '.join(found) or 'none'}")
+    yaml_path, config = found[name]
+    harness_yaml.check(yaml_path, config)
+    if config.get("dataset_path") not in _READERS:
+        raise DataError(f"{yaml_path}: dataset_path must be one of {', '.join(_READERS)}; nothing is fetched")
+    options = config.get("dataset_kwargs") or {}
+    files = options.get("data_files") if isinstance(options, dict) else None
     splits = files if isinstance(files, dict) else {"train": files}
-    paths = {split: _path(entry.yaml_path, path) for split, path in splits.items()}
-    return {**entry.cfg, "dataset_kwargs": {"data_files": paths}}
+    paths = {split: _path(yaml_path, path, folder) for split, path in splits.items()}
+    return {**config, "dataset_kwargs": {"data_files": paths}}
 
 
-def _path(yaml_path: Path, written: object) -> str:
-    """One data file; a relative path is that of the YAML file."""
-    path = yaml_path.parent / str(written)
-    if not isinstance(written, str) or not path.is_file():
-        raise DataError(f"{yaml_path}: each split of dataset_kwargs.data_files must be one local file that is there")
+def _path(yaml_path: Path, written: object, folder: Path) -> str:
+    """One data file in the folder of the tasks; a relative path is that of the YAML file."""
+    path = (yaml_path.parent / str(written)).resolve()
+    if not isinstance(written, str) or not path.is_file() or not path.is_relative_to(folder.resolve()):
+        raise DataError(
+            f"{yaml_path}: each split of dataset_kwargs.data_files must be one local file that is there, in {folder}"
+        )
     return str(path)
 
 

@@ -6,7 +6,7 @@ The body is counted while it flows and never held, but for a run's start, whose 
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Final
@@ -16,12 +16,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from common.errors import SilotuneError
+from common.errors import SilotuneError, StorageError
 from server.gateway import rules
 from server.gateway.connection import PEER
 from server.gateway.limits import Buckets
 from server.gateway.members import Members
 from server.gateway.refusals import RefusalLog, Refused
+from server.gateway.replies import Replies
 from server.gateway.rules import Body, Headers
 from server.gateway.settings import LimitsConfig
 from server.gateway.tls import Peer
@@ -29,6 +30,7 @@ from server.gateway.tls import Peer
 _CONNECT_S: Final = 5.0
 _LINGER_S: Final = 1.0
 _LINGER_BYTES: Final = 1 << 20
+_MAX_NOTED_BYTES: Final = 4 << 20  # of an answer that the gateway reads itself
 _MAX_UPSTREAM: Final = 256
 _KEEP_S: Final = 3.0  # less than the SuperLink keeps an idle connection
 
@@ -40,18 +42,40 @@ class Gate:
     Attributes:
         name: `fleet` or `control`.
         paths: Listed paths.
-        max_body_bytes: Largest request.
-        check_peer: Takes headers, fingerprint and members; raises Refused.
-        check_body: For a path, what checks and may rewrite a whole body; other bodies are passed on as they come.
+        max_body_bytes: Largest request; of paths that carry no piece of an array, `rules.MAX_SMALL_BODY_BYTES`.
+        check_peer: Takes headers, fingerprint and members; returns the caller's name in the roster, or raises Refused.
+        check_body: For a path, what checks and may rewrite a whole body, given the caller's name; other bodies are
+            passed on as they come.
         endless: Paths whose answers may take as long as they like.
+        replies: What each caller may leave at the SuperLink; None where callers leave nothing.
     """
 
     name: str
     paths: frozenset[str]
     max_body_bytes: int
-    check_peer: Callable[[Headers, str, Members], None]
-    check_body: dict[str, Callable[[bytes], bytes]]
+    check_peer: Callable[[Headers, str, Members], str]
+    check_body: Mapping[str, Callable[[str, bytes], bytes]]
     endless: frozenset[str]
+    replies: Replies | None = None
+
+
+@dataclass
+class Call:
+    """A request that may pass.
+
+    Attributes:
+        path: A listed one.
+        name: Of the caller, in the roster.
+        body: How its body comes.
+        max_body_bytes: Largest that is let through.
+        num_spent: Bytes counted against what the caller was asked for.
+    """
+
+    path: str
+    name: str
+    body: Body
+    max_body_bytes: int
+    num_spent: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,14 +128,14 @@ class Proxy:
 
     async def _answer(self, request: Request, stack: AsyncExitStack) -> Response:
         """Check a request, pass it on, and return the answer, whose body is yet to come."""
-        path, body = self._check(request)
+        call = self._check(request)
         try:
             async with asyncio.timeout(self.limits.exchange_timeout_s):
-                return await self._forward(request, path, body, stack)
+                return await self._forward(request, call, stack)
         except TimeoutError:
             raise Refused(504, "slow_exchange") from None
 
-    def _check(self, request: Request) -> tuple[str, Body]:
+    def _check(self, request: Request) -> Call:
         """Apply the rules that need no body; raises Refused."""
         peer: Peer = request.scope["state"][PEER]
         headers = request.scope["headers"]
@@ -122,11 +146,10 @@ class Proxy:
         path = rules.check_path(
             request.method, request.scope["raw_path"], request.scope["query_string"], allowed=self.gate.paths
         )
-        body = rules.check_headers(
-            headers, max_bytes=self.limits.header_kib << 10, max_body_bytes=self.gate.max_body_bytes
-        )
-        self.gate.check_peer(headers, peer.fingerprint, self._members())
-        return path, body
+        most = rules.max_body_bytes(path, self.gate.max_body_bytes)
+        body = rules.check_headers(headers, max_bytes=self.limits.header_kib << 10, max_body_bytes=most)
+        name = self.gate.check_peer(headers, peer.fingerprint, self._members())
+        return Call(path, name, body, most)
 
     def _members(self) -> Members:
         """Those who may connect now; nobody while the files cannot be read."""
@@ -135,9 +158,10 @@ class Proxy:
         except SilotuneError as error:
             raise Refused(503, "members_unreadable") from error
 
-    async def _pieces(self, request: Request) -> AsyncIterator[bytes]:
-        """The body as it comes, up to the cap."""
+    async def _pieces(self, request: Request, call: Call) -> AsyncIterator[bytes]:
+        """The body as it comes, up to the cap, and of an answer's pieces up to what the caller was asked for."""
         size_bytes = 0
+        counted = self.gate.replies if call.path == rules.PUSH_OBJECT else None
         stream = request.stream()
         while True:
             try:
@@ -148,33 +172,62 @@ class Proxy:
             if piece is None:
                 return
             size_bytes += len(piece)
-            if size_bytes > self.gate.max_body_bytes:
+            if size_bytes > call.max_body_bytes:
                 raise Refused(413, "body_size")
+            if counted:
+                counted.spend(call.name, len(piece))
+                call.num_spent += len(piece)
             if piece:
                 yield piece
 
-    async def _forward(self, request: Request, path: str, body: Body, stack: AsyncExitStack) -> Response:
+    async def _forward(self, request: Request, call: Call, stack: AsyncExitStack) -> Response:
         """Send a request to the SuperLink; the connection is closed with the stack."""
-        content: bytes | AsyncIterator[bytes] = self._pieces(request)
-        size_bytes = body.size_bytes
-        if path in self.gate.check_body:
-            content = self.gate.check_body[path](b"".join([piece async for piece in self._pieces(request)]))
+        path = call.path
+        content: bytes | AsyncIterator[bytes] = self._pieces(request, call)
+        size_bytes = call.body.size_bytes
+        if check := self.gate.check_body.get(path):
+            content = check(call.name, b"".join([piece async for piece in self._pieces(request, call)]))
             size_bytes = len(content)
         headers = rules.forwarded(request.scope["headers"])
         if size_bytes is not None:
             headers.append((b"content-length", str(size_bytes).encode()))
         timeout = httpx.Timeout(self._time_s(path), connect=_CONNECT_S)
         outgoing = self.upstream.build_request("POST", path, headers=headers, content=content, timeout=timeout)
+        is_kept = False
         try:
             answer = await self.upstream.send(outgoing, stream=True)
+            is_kept = answer.status_code == 200
         except httpx.HTTPError as error:
             raise Refused(502, "superlink") from error
+        finally:
+            if call.num_spent and self.gate.replies and not is_kept:
+                self.gate.replies.give_back(call.name, call.num_spent)
         stack.push_async_callback(answer.aclose)
         if answer.has_redirect_location or 300 <= answer.status_code < 400:
             raise Refused(502, "redirect")
-        response = StreamingResponse(answer.aiter_raw(), answer.status_code)
+        if answer.headers.get("content-encoding", "identity").lower() != "identity":
+            raise Refused(502, "compressed")  # nobody asked for that, and the header would not be handed on
+        response: Response = StreamingResponse(answer.aiter_raw(), answer.status_code)
+        if self.gate.replies and path == rules.PULL_MESSAGES and answer.status_code == 200:
+            response = Response(await self._noted(answer, call.name, self.gate.replies))
         response.raw_headers = rules.returned(answer.headers.raw)
         return response
+
+    async def _noted(self, answer: httpx.Response, name: str, replies: Replies) -> bytes:
+        """Read the messages that are handed to a site, and note how much it may answer."""
+        read = bytearray()
+        try:
+            async for piece in answer.aiter_raw():
+                read += piece
+                if len(read) > _MAX_NOTED_BYTES:
+                    raise Refused(502, "superlink")
+        except httpx.HTTPError as error:
+            raise Refused(502, "superlink") from error
+        try:
+            replies.handed(name, bytes(read))
+        except StorageError as error:
+            raise Refused(503, "replies_unwritable") from error
+        return bytes(read)
 
     def _log(self, request: Request, refusal: Refused) -> None:
         """Write one line."""

@@ -23,6 +23,9 @@ FLEET_PATHS: Final = frozenset(
         *("get-fab", "push-object", "pull-object", "confirm-message-received"),
     )
 )
+PULL_MESSAGES: Final = "/v1/fleet/pull-messages"
+PUSH_MESSAGES: Final = "/v1/fleet/push-messages"
+PUSH_OBJECT: Final = "/v1/fleet/push-object"
 START_RUN: Final = "/v1/control/start-run"
 STREAM_LOGS: Final = "/v1/control/stream-logs"
 # What `server/link.py` calls.
@@ -30,6 +33,7 @@ CONTROL_PATHS: Final = frozenset(
     {START_RUN, STREAM_LOGS, "/v1/control/list-runs", "/v1/control/list-nodes", "/v1/control/register-node"}
 )
 MAX_HEADERS: Final = 64
+MAX_SMALL_BODY_BYTES: Final = 256 << 10  # ids and dates; an announced answer names each of its pieces
 NODE_KEY: Final = b"flwr-public-key"
 _FORWARDED: Final = (b"content-type", b"accept")
 _FORWARDED_PREFIX: Final = b"flwr-"
@@ -65,6 +69,16 @@ def check_path(method: str, raw_path: bytes, query: bytes, *, allowed: frozenset
     return path
 
 
+def max_body_bytes(path: str, most: int) -> int:
+    """Largest body on a path: pieces of arrays and a run's bundle are large, nothing else is.
+
+    Example:
+        >>> max_body_bytes(PUSH_OBJECT, 8 << 20) >> 20, max_body_bytes(PULL_MESSAGES, 8 << 20) >> 10
+        (8, 256)
+    """
+    return most if path in (PUSH_OBJECT, START_RUN) else min(most, MAX_SMALL_BODY_BYTES)
+
+
 def check_headers(headers: Headers, *, max_bytes: int, max_body_bytes: int) -> Body:
     """Check size and number of headers, and how the body is framed.
 
@@ -90,8 +104,11 @@ def check_headers(headers: Headers, *, max_bytes: int, max_body_bytes: int) -> B
     return Body(int(lengths[0]))
 
 
-def check_site(headers: Headers, fingerprint: str, *, known: Members) -> None:
+def check_site(headers: Headers, fingerprint: str, *, known: Members) -> str:
     """Tie a request to a site: its certificate's key and its node key must be of the same roster entry.
+
+    Returns:
+        The site's name.
 
     Raises:
         Refused: 403.
@@ -101,12 +118,14 @@ def check_site(headers: Headers, fingerprint: str, *, known: Members) -> None:
         raise Refused(403, _reason(fingerprint, known))
     if node_key_of(headers) != site.node_key:
         raise Refused(403, "node_key_other")
+    return site.name
 
 
-def check_operator(fingerprint: str, *, known: Members) -> None:
-    """Raise Refused (403) unless the certificate's key is an operator's."""
+def check_operator(fingerprint: str, *, known: Members) -> str:
+    """Raise Refused (403) unless the certificate's key is an operator's; returns the key, by which he is known."""
     if not known.is_operator(fingerprint):
         raise Refused(403, _reason(fingerprint, known))
+    return fingerprint
 
 
 def node_key_of(headers: Headers) -> str:

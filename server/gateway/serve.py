@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import httpx
 
@@ -16,7 +17,10 @@ from server.gateway.limits import Buckets, Seats
 from server.gateway.members import Members, Watched
 from server.gateway.proxy import Gate, Proxy
 from server.gateway.refusals import RefusalLog
+from server.gateway.replies import Replies
 from server.gateway.settings import ControlConfig, FleetConfig, GatewayConfig, MembersConfig, split_address
+
+REPLIES: Final = "replies.json"  # beside the note of the newest roster
 
 
 def run(config: GatewayConfig) -> None:
@@ -62,7 +66,9 @@ async def _serve(config: GatewayConfig, *, known: Callable[[], Members], log: Re
     context = tls.upstream_context(Path(config.superlink.ca_file))
     async with proxy.connect(config.superlink.address, context=context) as upstream:
         make = partial(_listener, config=config, known=known, log=log, upstream=upstream)
-        listeners = [make(_fleet_gate(config.fleet), config.fleet), make(_control_gate(config.control), config.control)]
+        replies = Replies(Path(config.members.watermark_file).with_name(REPLIES), wall_clock=time.time)
+        fleet = make(_fleet_gate(config.fleet, replies), config.fleet)
+        listeners = [fleet, make(_control_gate(config.control), config.control)]
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, _stop, listeners)
         await _together([listener.serve() for listener in listeners])
@@ -108,26 +114,28 @@ def _listener(
     return Listener(app, door)
 
 
-def _fleet_gate(config: FleetConfig) -> Gate:
+def _fleet_gate(config: FleetConfig, replies: Replies) -> Gate:
     """What sites may do."""
     return Gate(
         name="fleet",
         paths=rules.FLEET_PATHS,
         max_body_bytes=config.max_body_mib << 20,
         check_peer=lambda headers, fingerprint, known: rules.check_site(headers, fingerprint, known=known),
-        check_body={},
+        check_body={rules.PUSH_MESSAGES: replies.check_push},
         endless=frozenset(),
+        replies=replies,
     )
 
 
 def _control_gate(config: ControlConfig) -> Gate:
     """What operators may do."""
+    allowed = bundles.allowed(config.bundles)
     return Gate(
         name="control",
         paths=rules.CONTROL_PATHS,
         max_body_bytes=config.max_body_mib << 20,
         check_peer=lambda _, fingerprint, known: rules.check_operator(fingerprint, known=known),
-        check_body={rules.START_RUN: partial(bundles.check_start, bundles=bundles.allowed(config.bundles))},
+        check_body={rules.START_RUN: lambda _, body: bundles.check_start(body, bundles=allowed)},
         endless=frozenset({rules.STREAM_LOGS}),
     )
 

@@ -27,7 +27,7 @@ class _Nobody:
         """Nobody is connected."""
         return []
 
-    def send(self, node_id: int, frame: bytes, *, kind: str, ttl_s: float) -> str:
+    def send(self, node_id: int, frame: bytes, *, kind: str, ttl_s: float, max_reply_bytes: int = 0) -> str:
         """Refused."""
         raise TransportError(f"node {node_id} is not connected; polish asks no site")
 

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from starlette.applications import Starlette
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
@@ -20,11 +20,13 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.serve.engine import Answer, Models, Sampling
 from server.serve.requests import ChatRequest, Refused, TextRequest, parse
 from server.trusted_hosts import TrustedHosts
 
+MAX_IDLE: Final = 32  # connections without a request
 LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -66,6 +68,45 @@ class Job:
     is_chat: bool
     is_stream: bool
     with_usage: bool
+
+
+class Caller(H11Protocol):
+    """One connection; of those that ask nothing only so many stay, and the oldest goes first.
+
+    uvicorn counts idle connections with all others and refuses everybody when there are enough of them.
+    """
+
+    idle: ClassVar[dict["Caller", None]] = {}  # in the order in which they fell idle
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first request."""
+        super().connection_made(transport)
+        self._fall_idle()
+
+    def handle_events(self) -> None:
+        """Busy from a request's whole header on."""
+        super().handle_events()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.idle.pop(self, None)
+
+    def on_response_complete(self) -> None:
+        """Idle again."""
+        self._fall_idle()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Gone."""
+        self.idle.pop(self, None)
+        super().connection_lost(exc)
+
+    def _fall_idle(self) -> None:
+        """Take a place among the idle; the oldest of too many is cut."""
+        self.idle.pop(self, None)
+        self.idle[self] = None
+        if len(self.idle) > MAX_IDLE:
+            oldest = next(iter(self.idle))
+            del self.idle[oldest]
+            oldest.transport.abort()
 
 
 class Line:

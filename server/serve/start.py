@@ -187,7 +187,7 @@ def run_transformers(
         names = {*api.LOOPBACK, place.host} if hosts.is_loopback(place.host) else set()
         app = api.application(models, limits, api_key=place.api_key, names=names)
         options = uvicorn.Config(
-            app, http="h11", ws="none", lifespan="off", access_log=False, log_level="error", server_header=False,
+            app, http=api.Caller, ws="none", lifespan="off", access_log=False, log_level="error", server_header=False,
             proxy_headers=False, limit_concurrency=limits.queue + 64, timeout_keep_alive=30,
         )  # fmt: skip
         ready(listener.getsockname()[:2], models.names)

@@ -51,6 +51,13 @@ def test_a02_unsigned_manifest(site):
     assert site.open().kind == "opened"
 
 
+def test_a02_offer_for_a_hundred_years(site):
+    site.approve(site.manifest())
+    for days in (36_500, 367):
+        assert site.refused(site.ask(site.offer(days=days).to_frame())) == (POLICY, "federation.not_after")
+    assert site.ask(site.offer(days=365).to_frame()).kind == "opened"
+
+
 def test_a02_manifest_signed_by_a_stranger_or_for_another_federation(site):
     site.approve(site.manifest())
     assert site.refused(site.ask(site.offer(key=vault.STRANGER).to_frame())) == (POLICY, "federation.operators")

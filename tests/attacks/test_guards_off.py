@@ -22,6 +22,7 @@ OFFERS = {
     "a02 altered after signing": lambda site: Offer(
         site.manifest(training__learning_rate="3e-2").to_bytes(), site.offer().signature
     ).to_frame(),
+    "a02 for a hundred years": lambda site: site.offer(days=36_500).to_frame(),
     "a02 past its date": lambda site: site.offer(days=-2).to_frame(),
     "a03 nobody approved, a07 neither noise nor secure sum": lambda site: site.offer().to_frame(),
     "a08 cohort of one": lambda site: site.offer(site.manifest(**LONE)).to_frame(),

@@ -55,6 +55,15 @@ def test_ranges_admit_the_pins() -> None:
             assert wanted.specifier.contains(pins[wanted.name.lower().replace("_", "-")]), text
 
 
+def test_every_pin_has_the_hashes_of_its_files() -> None:
+    pins = {line for line in (ROOT / "constraints.txt").read_text().split() if "==" in line}
+    text = (ROOT / "constraints-hashes.txt").read_text()
+    entries = re.findall(r"^(\S+==\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", text, re.MULTILINE)
+    assert {name for name, _ in entries} == pins
+    assert sum(hashes.count("--hash") for _, hashes in entries) == text.count("--hash") > len(pins)
+    assert "://" not in text
+
+
 def test_files_stay_small() -> None:
     tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     long = {name for name in tracked.split() if len((ROOT / name).read_text().splitlines()) > 600}

@@ -17,7 +17,8 @@ app = ServerApp()
 def main(grid, context) -> None:
     fleet, folder = GridFleet(grid), Path(context.run_config["run-folder"])
     frame = random.Random(0).randbytes(12 << 20)
-    asked = (fleet.send(int((folder / "node").read_text()), frame, kind="train", ttl_s=60.0),)
+    node = int((folder / "node").read_text())
+    asked = (fleet.send(node, frame, kind="train", ttl_s=60.0, max_reply_bytes=len(frame) + 32),)
     while not (replies := list(fleet.receive(asked))):
         time.sleep(0.1)
     is_right = replies[0].frame == hashlib.sha256(frame).digest() + frame[::-1]

@@ -9,25 +9,7 @@ from cryptography.hazmat.primitives import serialization
 from client import enroll, install
 from common import certs, governance, identity, kit, roster
 from common.errors import AuthError, ConfigError, StorageError
-from tests.federations import NOW, Federation, caller, day, listener, shake_hands, start
-
-
-@pytest.fixture(scope="module")
-def with_alder(tmp_path_factory) -> Federation:
-    federation = start(tmp_path_factory.mktemp("with-alder"))
-    federation.unpack(federation.join("alder"), federation.root / "unpacked")
-    return federation
-
-
-@pytest.fixture
-def federation(with_alder, tmp_path) -> Federation:
-    return with_alder.copy(tmp_path)
-
-
-@pytest.fixture
-def offered(federation):
-    """Alder's kit, unpacked, not installed."""
-    return federation.root / "unpacked" / "alder"
+from tests.federations import NOW, caller, day, listener, shake_hands, start
 
 
 def test_keys_are_made_at_the_site_and_stay_there(tmp_path):

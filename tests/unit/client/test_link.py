@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 from flwr.proto.fab_pb2 import Fab, GetFabResponse
 
-from client import bundle, link
+from client import bundle, link, relay
 from common.errors import ConfigError
 from server import link as server_link
 from tests.attacks.pki import Pki
@@ -219,6 +219,23 @@ def test_a01_bundle_with_one_changed_byte_is_not_handed_to_the_supernode(tmp_pat
 def test_a01_answers_that_are_no_listed_bundle(tmp_path, pki, caplog, answer, told):
     assert Gateway(pki, (answer,)).through(tmp_path).startswith(b"HTTP/1.1 403")
     assert told in caplog.text
+
+
+@pytest.mark.parametrize("coding", ["gzip", "GZIP, identity", "br", "identity\r\ncontent-encoding: deflate"])
+def test_an_answer_that_would_grow_at_the_supernode_is_refused(tmp_path, pki, caplog, coding):
+    """Flower's client unpacks what comes so: 306 kB become 300 MiB. Control: the same bytes without the header pass."""
+    bomb, ask = gzip.compress(bytes(1 << 24)), ASK.replace(bundle.PATH, b"/v1/fleet/pull-object")
+    answer = http(bomb, more=f"content-encoding: {coding}\r\n")
+    assert Gateway(pki, (answer,)).through(tmp_path, requests=ask).startswith(b"HTTP/1.1 403")
+    assert "refused: a compressed answer" in caplog.text
+    plain = http(bomb, more="content-encoding: identity\r\n")
+    assert Gateway(pki, (plain,)).through(tmp_path, requests=ask) == plain
+
+
+def test_an_answer_without_end_is_cut(tmp_path, pki, caplog):
+    ask, most = ASK.replace(bundle.PATH, b"/v1/fleet/pull-object"), relay.MAX_ANSWER_BYTES
+    assert len(Gateway(pki, (http(bytes(most + (1 << 20))),)).through(tmp_path, requests=ask)) < most + 1000
+    assert "refused: an answer above" in caplog.text
 
 
 def test_a01_control_a_site_may_list_another_bundle(tmp_path, pki):

@@ -115,6 +115,25 @@ def test_one_piece_above_its_limit_is_refused_by_grpc(serve, socket_path):
     assert not seen
 
 
+@pytest.mark.parametrize("is_guarded", [True, False])
+def test_a_piece_that_would_grow_when_it_is_unpacked_is_refused(socket_path, is_guarded):
+    """Its control is gRPC as it comes, which unpacks whatever its peer packed."""
+    options = line.OPTIONS if is_guarded else [option for option in line.OPTIONS if "compression" not in option[0]]
+    server = grpc.server(ThreadPoolExecutor(1), options=options)
+    add_AgentServicer_to_server(service._Door(lambda frame: frame, max_message_bytes=4 * MIB), server)
+    server.add_secure_port(f"unix:{socket_path}", grpc.local_server_credentials(grpc.LocalConnectionType.UDS))
+    server.start()
+    credentials = grpc.local_channel_credentials(grpc.LocalConnectionType.UDS)
+    frame, code = bytes(MIB), "taken"
+    with grpc.secure_channel(f"unix:{socket_path}", credentials) as channel:
+        try:
+            list(AgentStub(channel).Train(line.pieces(frame), timeout=5.0, compression=grpc.Compression.Gzip))
+        except grpc.RpcError as error:
+            code = error.code().name
+    server.stop(0).wait()
+    assert code == ("UNIMPLEMENTED" if is_guarded else "taken")
+
+
 def test_an_exceptions_text_is_told_to_nobody(serve, socket_path, caplog):
     def fail(_: bytes) -> bytes:
         raise ValueError(CANARY)
@@ -287,3 +306,32 @@ def refusal(socket_path: Path, chunks: Iterator[Chunk]) -> grpc.StatusCode:
     with pytest.raises(grpc.RpcError) as caught:
         raw_call(socket_path, chunks)
     return caught.value.code()
+
+
+@pytest.mark.parametrize("is_patient", [False, True])
+def test_a_caller_that_stalls_in_the_middle_loses_its_turn(socket_path, is_patient):
+    """Control: an agent that waits for ever answers nobody else."""
+    server = grpc.server(ThreadPoolExecutor(4), options=line.OPTIONS)
+    door = service._Door(lambda frame: frame, max_message_bytes=MIB, read_s=60.0 if is_patient else 0.3)
+    add_AgentServicer_to_server(door, server)
+    server.add_secure_port(f"unix:{socket_path}", grpc.local_server_credentials(grpc.LocalConnectionType.UDS))
+    server.start()
+    done = threading.Event()
+
+    def stalling() -> Iterator[Chunk]:
+        yield Chunk(data=b"a", frame_bytes=2)
+        done.wait(10.0)
+
+    with ThreadPoolExecutor(1) as pool:
+        stalled = pool.submit(refusal, socket_path, stalling())
+        while not line.hello(socket_path).is_busy:
+            time.sleep(0.01)
+        try:
+            assert line.call(socket_path, "open", b"frame", 1.0 if is_patient else 5.0) == b"frame"
+            assert not is_patient
+        except TransportError:
+            assert is_patient
+        finally:
+            done.set()
+            stalled.result()
+            server.stop(0).wait()

@@ -1,10 +1,15 @@
+import json
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from common import identity, keyfile
 from common.errors import AuthError, ConfigError
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_a_key_is_written_for_its_owner_only_and_reads_back(tmp_path):
@@ -148,3 +153,18 @@ def test_words_as_people_write_them_are_accepted_and_others_refused():
     for written in ("", words[:-6], words[:-1] + "x", identity.words(b"requesu"), f"{words} babad"):
         with pytest.raises(AuthError, match="compare them again"):
             identity.check_words(b"request", written)
+
+
+def test_a_process_that_holds_a_key_is_not_dumped(tmp_path):
+    """Control: before it has read one, it could be."""
+    identity.create(tmp_path / "identity.key")
+    program = (
+        "import ctypes, resource, sys; from pathlib import Path; from common import identity\n"
+        "resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)\n"
+        "def told(): return [ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), resource.getrlimit(resource.RLIMIT_CORE)[0]]\n"
+        "print(told()); identity.load(Path(sys.argv[1])); print(told())\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "identity.key")]
+    told = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True).stdout
+    before, after = map(json.loads, told.splitlines())
+    assert (before[0], after) == (1, [0, 0])

@@ -1,7 +1,11 @@
+import contextlib
+import copy
 import json
+import os
 import shutil
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
@@ -9,10 +13,11 @@ from bitsandbytes.nn.modules import Linear4bit
 from safetensors.torch import load_file, save_file
 
 from client.train import local
-from common import adapter, config, likelihood, model, prompts
+from common import adapter, chat, config, likelihood, model, prompts
 from common.config_privacy import PrivacyConfig
 from common.errors import ModelError
 from common.noise import SeededNoise
+from common.rows import Message
 from tests import tiny
 
 
@@ -299,3 +304,29 @@ def test_code_that_comes_with_a_base_never_runs(load_tiny, own_base):
     with pytest.raises(ModelError):
         load_tiny(folder=own_base)
     assert not (own_base / "ran").exists()
+
+
+def test_code_that_comes_with_a_tokenizer_never_runs_nor_does_a_pickle(load_tiny, own_base):
+    settings = json.loads((own_base / "tokenizer_config.json").read_text())
+    planted = settings | {"tokenizer_class": "Planted", "auto_map": {"AutoTokenizer": ["code.T", "code.T"]}}
+    (own_base / "code.py").write_text(f"open({str(own_base / 'ran')!r}, 'w')")
+    (own_base / "tokenizer_config.json").write_text(json.dumps(planted))
+    with contextlib.suppress(ModelError):  # that it is read as the plain tokenizer that it also holds is as good
+        load_tiny(folder=own_base)
+    assert not (own_base / "ran").exists()
+    (own_base / "tokenizer_config.json").write_text(json.dumps(settings))
+    weights = load_file(own_base / "model.safetensors")
+    (own_base / "model.safetensors").unlink()
+    torch.save(weights, own_base / "pytorch_model.bin")
+    with pytest.raises(ModelError):
+        load_tiny(folder=own_base)
+
+
+def test_a_bases_chat_template_reaches_nothing_of_python(engine):
+    """Control: jinja2 as it comes runs it."""
+    attack = "{{ cycler.__init__.__globals__.os.getpid() }}"
+    assert jinja2.Template(attack).render() == str(os.getpid())
+    own = copy.deepcopy(engine.tokenizer)
+    own.chat_template = attack
+    with pytest.raises(ModelError, match="the chat template refuses"):
+        chat._apply([Message("user", "hello")], own, where="row 1")

@@ -1,10 +1,15 @@
 import errno
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from common import storage
 from common.errors import StorageError
+
+ROOT = Path(__file__).parents[3]
 
 
 def full_disk(*_: object) -> None:
@@ -57,3 +62,15 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(StorageError, match="taken"):
         storage.write_atomic(tmp_path / "taken" / "file", b"new")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o027, 0o640)])
+def test_files_have_what_the_umask_leaves_and_private_ones_are_private_anyway(tmp_path, umask, mode):
+    program = (
+        f"import os; os.umask({umask}); from pathlib import Path; from common import storage\n"
+        "storage.write_atomic(Path('shared'), b'')\n"
+        "storage.write_atomic(Path('one/two/own'), b'', mode=storage.PRIVATE)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=True)
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("shared", "one", "one/two", "one/two/own")}
+    assert modes == {"shared": mode, "one": 0o700, "one/two": 0o700, "one/two/own": 0o600}

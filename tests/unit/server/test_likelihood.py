@@ -3,12 +3,13 @@
 import json
 import math
 
+import jinja2
 import pytest
 
 from common import adapter
 from common.errors import DataError
 from common.rows import Message, Row
-from server.evaluate import likelihood, suite, task_answers, task_choice
+from server.evaluate import harness_yaml, likelihood, suite, task_answers, task_choice, task_harness
 from tests import tiny
 
 TASK = """
@@ -162,6 +163,71 @@ def test_harness_tasks_that_would_fetch_or_run_code_are_refused(trained, tiny_ba
     assert set(score(trained, tiny_base, task)) == {"c.acc", "c.acc_norm"}
     with pytest.raises(DataError, match="no such folder"):
         score(trained, tiny_base, {**task, "data": str(tmp_path / "none")})
+
+
+HOSTILE = {
+    "tag": ("process_docs: !function own.process\n", "plain YAML"),
+    "tag, spelled out": ("process_docs: !<!function> own.process\n", "plain YAML"),
+    "class": ("class: own.Task\n", "'class' runs code"),
+    "python object": ("description: !!python/object/apply:os.system [touch RAN]\n", "plain YAML"),
+    "include": ("include: other.yaml\n", "'include' runs code"),
+    "unsafe": ("unsafe_code: true\n", "'unsafe_code' runs code"),
+    "prompt": ("use_prompt: promptsource:all\n", "'use_prompt' runs code"),
+    "results": ("process_results: own.results\n", "'process_results' runs code"),
+    "few shots": ("fewshot_config: {sampler: own.Sampler}\n", "fewshot_config may have"),
+    "filter": ("filter_list: [{name: f, filter: [{function: custom, filter_fn: own.f}]}]\n", "filter 'custom' is not"),
+    "alias": ("metadata: {a: &a [1], b: [*a, *a]}\n", "plain YAML"),
+    "metric": ("metric_list: [{metric: FOLDER/own}]\n", "is not one of the harness' own"),
+    "metric of the hub": ("metric_list: [{metric: acc, hf_evaluate: true}]\n", "is not one of the harness' own"),
+    "group": ("group: more\n", "'group' runs code"),
+    "a date": ("metadata: {day: 2026-01-01}\n", "a value of type date"),
+    "files elsewhere": ("dataset_kwargs: {data_files: {test: /etc/passwd}}\n", "one local file that is there, in"),
+}
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_a_task_that_is_more_than_data_is_refused(tmp_path, attack):
+    text, told = HOSTILE[attack]
+    write(tmp_path / "choices.jsonl", [{"question": "q", "choices": ["a", "b"], "answer": 0}])
+    good = TASK.format(name="c", file="choices.jsonl") + CHOICE
+    key = text.split(":")[0]
+    rest = "\n".join(line for line in good.splitlines() if not line.startswith(key))
+    if key in ("metric_list", "dataset_kwargs"):
+        rest = good[: good.index(key)].rstrip()
+    (tmp_path / "c.yaml").write_text(f"{rest}\n{text.replace('FOLDER', str(tmp_path))}")
+    with pytest.raises(DataError, match=told):
+        task_harness._plain(harness_yaml.tasks(tmp_path), "c", tmp_path)
+    (tmp_path / "c.yaml").write_text(good)  # control
+    assert task_harness._plain(harness_yaml.tasks(tmp_path), "c", tmp_path)["task"] == "c"
+
+
+ESCAPE = (
+    "{{ cycler.__init__.__globals__.os.system('touch RAN') }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ question.__class__.__base__ }}",
+    "{% set _ = choices.append('more') %}{{ question }}",
+    "{{ '{0.__class__.__init__.__globals__}'.format(question) }}",
+)
+
+
+def test_a_template_of_a_task_reaches_nothing_of_python(tmp_path):
+    """Control: the environment that the harness makes for itself runs the command."""
+    pytest.importorskip("lm_eval")
+    from jinja2.exceptions import SecurityError, UndefinedError
+    from lm_eval import utils
+
+    row, ran = {"question": "q", "choices": ["a"]}, tmp_path / "ran"
+    bare = jinja2.Environment(loader=jinja2.BaseLoader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    bare.from_string(ESCAPE[0].replace("RAN", str(ran))).render(**row)
+    assert ran.exists()
+    ran.unlink()
+    harness_yaml.render_in_sandbox()
+    for template in ESCAPE:
+        with pytest.raises((SecurityError, UndefinedError)):
+            utils.apply_template(template.replace("RAN", str(ran)), row)
+    assert not ran.exists()
+    assert utils.apply_template("{{ question }}-{{ choices | join }}\n", row) == "q-a\n"
+    assert utils.apply_template("{{ question | regex_replace('q', 'p') }}", row) == "p"
 
 
 def test_likelihoods_do_not_depend_on_the_batch_and_are_sums_of_log_probabilities(trained):

@@ -1,14 +1,18 @@
 """Metrics of answers, against numbers worked out by hand or by others."""
 
 import json
+import re
 import time
 from functools import partial
 
 import pytest
 import regex
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.errors import DataError
 from server.evaluate import constraints, json_answers, judge_ask, metrics, patterns, task_harness
+from server.polish import rewards
 
 # F-measures by Google's rouge-score 0.1.2, use_stemmer=False.
 ROUGE = [
@@ -216,3 +220,66 @@ def test_the_run_file_knows_the_metrics_that_there_are():
     assert re.fullmatch(METRICS, ",".join(names))
     assert METRICS.count("|") == 2 * (len(names) - 1)
     assert not re.fullmatch(METRICS, "bleu")
+
+
+LONG = (
+    "\n",
+    " ",
+    "1111 ",
+    "1 ",
+    "- ",
+    "* ",
+    "\t\n",
+    " \n",
+    "```",
+    "$",
+    "(",
+    "a.",
+    "1,",
+    "111-111-1111 ",
+    "born ",
+    "+49 30 ",
+)
+
+
+@pytest.mark.parametrize(
+    "judged",
+    [
+        constraints.num_bullets,
+        constraints.num_sentences,
+        judge_ask.parse,
+        rewards.code_of,
+        lambda text: metrics.rouge_l(text, text),
+        lambda text: metrics.token_f1(text, text),
+    ],
+    ids=["bullets", "sentences", "verdict", "fence", "rouge-l", "f1"],
+)
+def test_the_time_of_a_long_answer_grows_with_its_length(judged):
+    """20,000 newlines took 15 s. A pattern that tries every place from every place needs 100 times as long for 10."""
+
+    def seconds(unit: str, num_characters: int) -> float:
+        text, began = (unit * num_characters)[:num_characters], time.process_time()
+        judged(text)
+        return time.process_time() - began
+
+    for unit in LONG:
+        assert seconds(unit, 20_000) < 0.05 + 40 * seconds(unit, 2_000), repr(unit)
+
+
+def test_control_the_pattern_for_bullets_that_also_crosses_lines_does_not():
+    def seconds(num_characters: int) -> float:
+        began = time.process_time()
+        re.findall(r"^\s*[-*]\s+\S", "\n" * num_characters, flags=re.MULTILINE)
+        return time.process_time() - began
+
+    assert seconds(4_000) > 0.05 + 10 * seconds(400)
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=20), st.lists(st.sampled_from("abc"), max_size=20))
+def test_the_longest_common_subsequence_is_that_of_the_table(found, reference):
+    row = [0] * (len(reference) + 1)
+    for word in found:
+        above, row = row, [0]
+        for place, other in enumerate(reference):
+            row.append(above[place] + 1 if word == other else max(row[-1], above[place + 1]))
+    assert metrics._common_length(found, reference) == row[-1]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import re
 import socket
 import subprocess
 import sys
@@ -20,11 +22,13 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="module")
 def shut_in():
-    """The sandbox, where this machine has one."""
-    try:
-        sandbox.require()
-    except ConfigError as error:
-        pytest.skip(str(error))
+    """The sandbox; only a kernel that gives nobody a namespace excuses it, and that is not asked of the sandbox."""
+    walls = ["--user", "--map-root-user", "--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "true"]
+    if subprocess.run(["unshare", *walls], capture_output=True, check=False).returncode:
+        with pytest.raises(ConfigError, match="sandbox is not available here"):  # and it is not offered then
+            sandbox.require()
+        pytest.skip("this kernel or container refuses namespaces")
+    sandbox.require()
     return lambda code, tests="", timeout_s=10.0: sandbox.passes(code, tests, timeout_s=timeout_s)
 
 
@@ -109,6 +113,53 @@ def test_code_that_takes_too_much_is_ended(shut_in):
     assert not shut_in("x = bytearray(2 << 30)")
     assert not shut_in("open('/tmp/large', 'wb').write(bytes(2 << 20))")
     assert not shut_in("while True: print('x' * 1000)")
+
+
+def test_a_fork_bomb_in_an_answer_does_not_begin(shut_in):
+    """Limits are of one process each; many would share the machine between them. Control: no filter of calls."""
+    bomb = "import os\nfor _ in range(3):\n    os.fork()\nprint('many', flush=True)"
+    assert sandbox._run(bomb, timeout_s=10, refused={})[1].count(b"many") == 8
+    assert sandbox._run(bomb, timeout_s=10) == (1, b"")
+    threads = "import threading\nfor _ in range(9):\n    threading.Thread(target=threading.Event().wait).start()"
+    assert not shut_in(threads)
+    assert not shut_in("import os, sys\nos.execv(sys.executable, [sys.executable, '-c', '0'])")
+
+
+def test_memory_that_no_limit_counts_cannot_be_had(shut_in):
+    segment = "import ctypes\nassert ctypes.CDLL(None).shmget(0, 4096, 0o1600) != -1"
+    for hoard in (segment, "import os\nos.memfd_create('own')"):
+        assert sandbox._run(hoard, timeout_s=10, refused={})[0] == 0  # control
+        assert not shut_in(hoard)
+    assert not shut_in("for number in range(5000):\n    open(f'/tmp/{number}', 'w').close()")
+    assert shut_in("for number in range(500):\n    open(f'/tmp/{number}', 'w').close()")  # control
+
+
+@pytest.mark.parametrize("wall", ["--net", "--pid", "filter"])
+def test_a_sandbox_without_one_of_its_walls_is_not_offered(shut_in, monkeypatch, wall):
+    if wall == "filter":
+        monkeypatch.setitem(sandbox.REFUSED, platform.machine(), {})
+    monkeypatch.setattr(sandbox, "NAMESPACES", tuple(name for name in sandbox.NAMESPACES if name != wall))
+    sandbox._missing.cache_clear()
+    try:
+        with pytest.raises(ConfigError, match="a probe could do what it must not"):
+            sandbox.require()
+    finally:
+        sandbox._missing.cache_clear()
+
+
+HEADERS = {"x86_64": "x86_64-linux-gnu/asm/unistd_64.h", "aarch64": "asm-generic/unistd.h"}
+
+
+@pytest.mark.parametrize("machine", sandbox.REFUSED)
+def test_the_filter_names_the_kernels_own_numbers(machine):
+    header = Path("/usr/include") / HEADERS[machine]
+    if not header.exists():
+        pytest.skip(f"{header} is not here")
+    told = dict(re.findall(r"#define __NR(?:3264)?_(\w+) (\d+)", header.read_text()))
+    assert {name: int(told[name]) for name in sandbox.REFUSED[machine] if name in told} == {
+        name: number for name, number in sandbox.REFUSED[machine].items() if name in told
+    }
+    assert len(told.keys() & sandbox.REFUSED[machine].keys()) > 40
 
 
 def test_without_a_sandbox_unit_tests_are_refused():

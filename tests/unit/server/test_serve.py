@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+import uvicorn
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -394,3 +396,35 @@ def test_the_command_serves_over_a_socket_until_it_is_stopped(exports, tiny_base
             process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert "ache" not in errors
+
+
+@pytest.mark.parametrize("protocol", ["ours", "uvicorn's own"])
+def test_idle_connections_without_a_key_do_not_keep_others_out(protocol):
+    """Control: uvicorn's own protocol, which counts them for ever."""
+
+    async def answer(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"here"})
+
+    async def run() -> int:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            kind = api.Caller if protocol == "ours" else "h11"
+            options = uvicorn.Config(
+                answer, http=kind, ws="none", lifespan="off", log_level="error", limit_concurrency=80
+            )
+            server = uvicorn.Server(options)
+            server.install_signal_handlers = lambda: None
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            while not server.started:
+                await asyncio.sleep(0.01)
+            address = listener.getsockname()
+            idle = [await asyncio.open_connection(*address) for _ in range(80)]
+            async with httpx.AsyncClient(trust_env=False) as client:
+                status = (await client.get(f"http://127.0.0.1:{address[1]}/")).status_code
+            for _, writer in idle:
+                writer.close()
+            server.should_exit = server.force_exit = True
+            await serving
+        return status
+
+    assert asyncio.run(run()) == (200 if protocol == "ours" else 503)

@@ -12,6 +12,7 @@ from tests.federations import Federation, start
 
 BIN = Path(sys.executable).parent
 WALLS = ("ProtectSystem=strict", "NoNewPrivileges=yes", "CapabilityBoundingSet=", "LimitCORE=0", "ProtectHome=yes")
+LIMITS = ("MemoryMax=", "MemorySwapMax=0", "TasksMax=")
 NAMES = ("superlink", "gateway", "agent", "courier", "link")
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 
@@ -44,6 +45,7 @@ def test_provisioning_writes_the_coordinators_units(joined):
 def test_each_unit_has_a_user_of_its_own_and_the_walls(joined, name):
     lines = unit(joined, name).read_text().splitlines()
     assert set(WALLS) <= set(lines)
+    assert all(any(line.startswith(limit) for line in lines) for limit in LIMITS)
     assert any(line.startswith("User=silotune-") for line in lines)
     assert not any("root" in line for line in lines if line.startswith(("User=", "Group=")))
 
