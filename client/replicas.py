@@ -125,13 +125,21 @@ def _check_continues(told: Told, heads: Heads) -> None:
     """The coordinator's log must lead from the head that is kept to the one that is told.
 
     Raises:
-        AuditError: It does not: a line before the kept head was changed, or the log is another one.
+        AuditError: It does not: a line before the kept head was changed, or the log is another one; or too few hashes
+            came to tell.
     """
     known = heads.newest().get(told.coordinator)
     now, kept = told.heads[told.coordinator].head, known.head if known else Head()
     num_lines = now.sequence - kept.sequence
-    if not 0 <= num_lines <= len(told.links):
-        return  # it went back, which `Heads.keep` finds; or this site has not heard of it for too long
+    if num_lines < 0 or (known is None and num_lines > len(told.links)):
+        return  # it went back, which `Heads.keep` finds; or it is the first that is heard of a long log
+    if num_lines > len(told.links):
+        raise AuditError(
+            f"the audit log of {told.coordinator} has {num_lines} entries more than this site knows of, and the hashes "
+            f"of {len(told.links)} came, so nothing shows that it was not written anew; compare the logs "
+            f"(operations.md, Compare logs), and if the coordinator's holds entry {kept.sequence} with hash {kept.sha256}, remove "
+            f"{HEADS_FILE} here"
+        )
     if audit.follow(kept.sha256, told.links[len(told.links) - num_lines :]) != now.sha256:
         raise AuditError(
             f"the audit log of {told.coordinator} is told to stand at entry {now.sequence} ({now.sha256}), which does "

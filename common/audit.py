@@ -27,7 +27,7 @@ from common.storage import storage_error
 
 GENESIS: Final = "0" * 64
 MAX_LINE_BYTES: Final = 1 << 16
-MAX_LINKS: Final = 2048
+MAX_LINKS: Final = 16_384
 FIELDS: Final = ("sequence", "time", "kind", "facts", "previous", "signature")
 
 PURPOSE: Final = "audit"

@@ -124,18 +124,18 @@ def from_list(items: object, *, federation: str) -> dict[str, SignedHead]:
 
 
 def links_from(items: object, *, sequence: int) -> list[str]:
-    """Hashes of lines from a frame: of all lines up to a head, or of the last `audit.MAX_LINKS`; never of fewer.
+    """Hashes of the last lines up to a head, from a frame: as many as the reader may need.
 
     Args:
         items: What came.
         sequence: The head's.
 
     Raises:
-        WireError: Another number of them, or no hashes.
+        WireError: More of them than there can be, or no hashes.
     """
-    wanted = min(sequence + 1, MAX_LINKS)
-    if not isinstance(items, list) or len(items) != wanted:
-        raise WireError(f"a head at entry {sequence} comes with the hashes of the last {wanted} lines")
+    most = min(sequence + 1, MAX_LINKS)
+    if not isinstance(items, list) or len(items) > most:
+        raise WireError(f"a head at entry {sequence} comes with the hashes of at most {most} lines")
     if not all(isinstance(item, str) and _HEX.fullmatch(item) for item in items):
         raise WireError("a hash of a line is not 64 hexadecimal digits")
     return items

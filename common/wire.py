@@ -14,7 +14,7 @@ from common.errors import RemoteError, WireError
 
 MAGIC: Final = b"SILO"
 VERSION: Final = 1
-MAX_HEAD_BYTES: Final = 1 << 20
+MAX_HEAD_BYTES: Final = 1 << 21
 _PREFIX: Final = struct.Struct("<4sHIQ")
 _DIGEST_BYTES: Final = 32
 OVERHEAD_BYTES: Final = _PREFIX.size + _DIGEST_BYTES

@@ -172,6 +172,7 @@ class Federation:
         """Write down an answer that counts, before it is used; the node holds the adapter that it was sent."""
         self.held[answer.node_id] = self.sent_sha256
         if self.trail and answer.frame is not None:
+            self.trail.answered(self.name(answer.node_id))
             facts = {"round_index": plan.round_index, "site": self.name(answer.node_id), **of_frame(answer.frame)}
             self.record("received", step=step, **facts)
 
@@ -194,7 +195,8 @@ class Federation:
         """Frames for nodes whose adapters have one rank."""
         specs = ranks.at_rank(self.manifest.tensor_specs, rank)
         tensors = ranks.cut(state, trainable.down_specs(self.manifest.run, specs, round_index=plan.round_index))
-        heads = {**to_head(plan), **(self.trail.told() if self.trail else {})}
+        names = [self.name(node_id) for node_id in nodes]
+        heads = {**to_head(plan), **(self.trail.told(names) if self.trail else {})}
         if self.manifest.run.wire.down == "float32":
             body = plain_body(kind, tensors, self.manifest.run.wire)
             self.sent_sha256 = sha256(body).hexdigest()

@@ -4,7 +4,7 @@ Both lie in one folder a key, over all its runs: the log is this key's, and site
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,8 @@ class Trail:
         vouch: Signs a head of this log for the federation.
         site_keys: The sites' keys by the roster; None: a name keeps the key of its first answer.
         signers: Keys of sites that have answered, by name, where no roster tells them.
+        asked: Where this log stood in each site's last request.
+        heard: Where it stood in the last one that the site answered.
     """
 
     owner: str
@@ -41,17 +43,33 @@ class Trail:
     vouch: Callable[[Head], SignedHead]
     site_keys: SiteKeys | None = None
     signers: dict[str, str] = field(default_factory=dict)
+    asked: dict[str, int] = field(default_factory=dict)
+    heard: dict[str, int] = field(default_factory=dict)
 
-    def told(self) -> dict[str, Any]:
+    def told(self, sites: Collection[str] = ()) -> dict[str, Any]:
         """Where all logs stand, for the head of a request, and the hashes by which this one continues what it was.
 
         Of more than `audit_heads.MAX_OWNERS` logs those are told that were heard of last.
+
+        Args:
+            sites: Who is asked. The hashes go back to what each of them is known to have; of one that has not answered
+                since this process began, as far as `audit.MAX_LINKS`.
         """
         own = self.vouch(self.log.refresh())
+        now = own.head.sequence
+        num_new = now - min((self.heard.get(site, -1) for site in sites), default=-1)
+        self.asked.update(dict.fromkeys(sites, now))
         kept, keys = self.heads.newest(), self._keys()
         members = [(owner, one) for owner, one in kept.items() if keys is None or owner in keys]
         known = sorted(members, key=lambda item: item[1].head.time)[1 - audit_heads.MAX_OWNERS :]
-        return {HEADS: audit_heads.to_list({**dict(known), self.owner: own}), LINKS: self.log.links}
+        return {
+            HEADS: audit_heads.to_list({**dict(known), self.owner: own}),
+            LINKS: self.log.links[-num_new:] if num_new else [],
+        }
+
+    def answered(self, site: str) -> None:
+        """A site has what its last request told of this log: it keeps that before it answers."""
+        self.heard[site] = self.asked[site]
 
     def keep(self, head: UpdateHead) -> None:
         """Remember where a site's log stands.

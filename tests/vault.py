@@ -93,7 +93,7 @@ approval = "every_run"
 
 def links(num_lines: int) -> list[str]:
     """Hashes of the lines of a coordinator's log."""
-    return [hashlib.sha256(bytes([number])).hexdigest() for number in range(num_lines)]
+    return [hashlib.sha256(number.to_bytes(4, "big")).hexdigest() for number in range(num_lines)]
 
 
 def server_head(sequence: int = 7) -> Head:

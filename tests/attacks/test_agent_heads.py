@@ -95,22 +95,24 @@ def test_control_a_longer_log_is_taken_by_who_kept_no_head_of_it(open_site):
     assert open_site.step(**(told(anew) | {"links": lines})).kind == "update"
 
 
-@pytest.mark.parametrize(
-    "links", [None, [], vault.links(7), vault.links(9), [*vault.links(7), 7], [*vault.links(7), "AB" * 32], "00" * 32]
-)
-def test_links_that_are_too_few_or_none(open_site, links):
+@pytest.mark.parametrize("links", [None, vault.links(9), [*vault.links(7), 7], [*vault.links(7), "AB" * 32], "00" * 32])
+def test_links_that_are_too_many_or_none(open_site, links):
     assert open_site.refused(open_site.step(**(told() | {"links": links}))) == ("WireError", "WireError")
     assert open_site.step(**told()).kind == "update"
 
 
-def test_a_site_that_has_not_heard_of_a_long_log_for_long_goes_on(open_site, monkeypatch):
-    monkeypatch.setattr(audit_heads, "MAX_LINKS", 3)
-    few = {"links": vault.links(8)[-3:]}
-    assert open_site.step("evaluate", **(told() | few)).kind == "metrics"
-    far = told(vault.server_head(20)) | {"links": vault.links(21)[-3:]}
-    assert open_site.step(**far).kind == "update"
-    near = told(Head(22, "aa" * 32, vault.NOW)) | {"links": vault.links(23)[-3:]}
-    assert open_site.refused(open_site.step("evaluate", round_index=1, **near)) == RULE
+@pytest.mark.parametrize("num_more", [13, 5000])
+def test_a_log_is_not_taken_with_fewer_hashes_than_it_grew_by(open_site, num_more):
+    """However much it grew: a rewritten log with thousands of new lines, of which the last few fit, is no proof."""
+    assert open_site.step("evaluate", **told() | {"links": []}).kind == "metrics"  # the first that it hears
+    last = 7 + num_more
+    whole, few = vault.links(last + 1), vault.links(last + 1)[1 - num_more :]
+    anew = told(Head(last, "aa" * 32, vault.NOW))
+    for links in (few, whole[-num_more:]):
+        assert open_site.refused(open_site.step(**anew | {"links": links})) == RULE
+    right = told(vault.server_head(last))
+    assert open_site.refused(open_site.step(**right | {"links": few})) == RULE
+    assert open_site.step(**right | {"links": whole[-num_more:]}).kind == "update"  # the control
 
 
 def test_what_a_site_knows_of_others_survives_a_restart(open_site):
