@@ -137,8 +137,8 @@ def _check_continues(told: Told, heads: Heads) -> None:
         raise AuditError(
             f"the audit log of {told.coordinator} has {num_lines} entries more than this site knows of, and the hashes "
             f"of {len(told.links)} came, so nothing shows that it was not written anew; compare the logs "
-            f"(operations.md, Compare logs), and if the coordinator's holds entry {kept.sequence} with hash {kept.sha256}, remove "
-            f"{HEADS_FILE} here"
+            f"(operations.md, Compare logs), and if the coordinator's holds entry {kept.sequence} with hash "
+            f"{kept.sha256}, remove {HEADS_FILE} here"
         )
     if audit.follow(kept.sha256, told.links[len(told.links) - num_lines :]) != now.sha256:
         raise AuditError(
