@@ -83,12 +83,12 @@ class Disk:
     lock: Callable[[Path], AbstractContextManager[None]] = lock
 
 
-def derive_key(identity_key: Ed25519PrivateKey) -> bytes:
-    """The key of a site's ledgers, 32 bytes.
+def derive_key(identity_key: Ed25519PrivateKey, *, purpose: bytes = _PURPOSE) -> bytes:
+    """The key of a site's ledgers, or of another purpose; 32 bytes.
 
     Source: RFC 5869, HKDF with SHA-256.
     """
-    made = HKDF(algorithm=hashes.SHA256(), length=KEY_BYTES, salt=None, info=_PURPOSE)
+    made = HKDF(algorithm=hashes.SHA256(), length=KEY_BYTES, salt=None, info=purpose)
     return made.derive(identity_key.private_bytes_raw())
 
 

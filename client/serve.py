@@ -4,7 +4,7 @@ import faulthandler
 from collections.abc import Sequence
 from pathlib import Path
 
-from client import personal, policy_file, self_test, sitelog
+from client import ledger_file, personal, policy_file, self_test, sitelog
 from client.agent import PERMISSIVE, Agent, SiteData
 from client.data import split
 from client.gatekeeper import Gatekeeper
@@ -20,6 +20,7 @@ from common.rows import Columns, Row
 
 LOG_FILE = "agent.jsonl"
 RESIDUALS = "residuals"
+HELD_OUT = b"silotune/v1/held-out"
 
 
 def harden() -> None:
@@ -95,7 +96,22 @@ def load_data(node: config.NodeConfig, manifest: RunManifest) -> SiteData:
         if node.data.unit_column:
             check_apart(rows, held_out)
         return SiteData(rows, held_out)
-    return SiteData(*split.for_run({node.site.name: rows}, manifest.run)[node.site.name])
+    return SiteData(*split.for_run({node.site.name: rows}, manifest.run, secret=split_secret(node))[node.site.name])
+
+
+def split_secret(node: config.NodeConfig) -> bytes | None:
+    """What chooses the held-out units of a site that has an identity: a key that only this site can derive.
+
+    A site without an identity, which has no policy either, is split by the run's seed as in a simulation.
+
+    Returns:
+        32 bytes; the same for as long as the site's identity is.
+
+    Raises:
+        ConfigError: The identity key cannot be read.
+    """
+    key_file = node.agent.identity_key
+    return ledger_file.derive_key(identity.load(Path(key_file)), purpose=HELD_OUT) if key_file else None
 
 
 def check_apart(train: Sequence[Row], held_out: Sequence[Row]) -> None:

@@ -19,10 +19,11 @@ from typing import Any, Final
 from client import enroll, install, policy_file
 from client.link import CERTIFICATE
 from common import config, identity, kit
+from common.data import read
 from common.governance import Governance
 from server import admit, link, provision
 from server.link import Identity
-from simulations import deployment, site_files
+from simulations import deployment, site_files, world
 from simulations.deployment import HOST, Process, Site
 
 FEDERATION: Final = "loopback"
@@ -150,7 +151,8 @@ def federation(
         tables: Rows by site.
         settings: The run; the sites' column names are taken from it.
         base_folder: The base model's folder.
-        policy: Path of a site's rows to the text of its policy; it is signed here.
+        policy: Path of a site's rows to the text of its policy, which lists `held_out.jsonl` beside them too; it is
+            signed here.
         logs: Folder for one log file a process, the gateway's refusals, and the sites' own logs.
         prefixes: What a site's agent is started under, by the site's name, such as `unshare --net`.
 
@@ -182,15 +184,21 @@ def _write_sites(
     base_folder: Path,
     logs: Path,
 ) -> list[Site]:
-    """Rows and own file of each site; roster and identity key are those of its kit."""
+    """Rows and own file of each site; roster and identity key are those of its kit.
+
+    A site with an identity would hold out units of its own choice, so that held-out rows lie in a file of their own here,
+    as the simulation of the run has them.
+    """
     admin = identity.public_hex(identity.create(folder / "admin.pem"))
     lines = {}
     for name in tables:
         keys = folder / "keys" / name
         named = {"policy": keys / kit.POLICY, "policy_signer": admin, "identity_key": keys / enroll.IDENTITY_KEY}
         lines[name] = [f"{key} = {json.dumps(str(value))}" for key, value in {**named, "roster_folder": keys}.items()]
+    divided = {name: _divided(table, settings) for name, table in tables.items()}
     return site_files.write(
-        tables,
+        {name: train for name, (train, _) in divided.items()},
+        held_out={name: held_out for name, (_, held_out) in divided.items()},
         settings=settings,
         folder=folder,
         base_folder=base_folder.absolute(),
@@ -198,6 +206,18 @@ def _write_sites(
         num_threads=1,
         agent_lines=lines,
     )
+
+
+def _divided(
+    table: Sequence[Mapping[str, Any]], settings: config.RunConfig
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """A site's rows to train on and held out, as `world` splits them."""
+    rows = list(map(dict, table))
+    held_out = {row.row_id for row in world.split_site(rows, settings).held_out}
+    sides: tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]] = ([], [])
+    for fields, row in zip(rows, read.to_rows(rows, world.columns_of(settings)), strict=True):
+        sides[row.row_id in held_out].append(fields)
+    return sides
 
 
 def _write_policies(sites: Sequence[Site], *, folder: Path, policy: Callable[[Path], str]) -> None:

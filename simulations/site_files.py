@@ -12,7 +12,9 @@ from common.data import read
 from simulations.deployment import Site
 
 UNGUARDED: Final = "--without-policy"
+HELD_OUT: Final = "held_out.jsonl"
 _NONE: Mapping[str, Sequence[str]] = {}
+_NO_ROWS: Mapping[str, Sequence[Mapping[str, Any]]] = {}
 
 
 def write(
@@ -24,6 +26,7 @@ def write(
     log_folder: Path,
     num_threads: int,
     agent_lines: Mapping[str, Sequence[str]] = _NONE,
+    held_out: Mapping[str, Sequence[Mapping[str, Any]]] = _NO_ROWS,
 ) -> list[Site]:
     """Write every site's rows and own file.
 
@@ -35,6 +38,7 @@ def write(
         log_folder: A folder for each agent's own log is made in it.
         num_threads: CPU threads of each agent.
         agent_lines: More lines for the `[agent]` section of a site, by its name.
+        held_out: Rows by site that lie in a file of their own, `held_out.jsonl`; without one, the site splits `tables`.
 
     Returns:
         The sites, with the command that starts each one's agent.
@@ -44,7 +48,7 @@ def write(
     """
     return [
         _write_site(name, rows, settings=settings, folder=folder / str(number), lines=_shared(base_folder, num_threads),
-                    log_folder=log_folder / name, agent_lines=agent_lines.get(name, ()))
+                    log_folder=log_folder / name, agent_lines=agent_lines.get(name, ()), held_out=held_out.get(name, ()))
         for number, (name, rows) in enumerate(sorted(tables.items()))
     ]  # fmt: skip
 
@@ -58,11 +62,13 @@ def _write_site(
     lines: Sequence[str],
     log_folder: Path,
     agent_lines: Sequence[str],
+    held_out: Sequence[Mapping[str, Any]],
 ) -> Site:
     """One site's folder: `rows.jsonl`, `node.toml` and the place of the agent's socket."""
     data, rows_file, socket_path = settings.data, folder / "rows.jsonl", folder / "agent.sock"
     columns = ("instruction_column", "input_column", "output_column", "unit_column")
     named = [f"{column} = {_quoted(getattr(data, column))}" for column in columns]
+    named += [f"held_out_path = {_quoted(folder / HELD_OUT)}"] if held_out else []
     text = [
         *("[site]", f"name = {_quoted(name)}", "[data]", f"path = {_quoted(rows_file)}", *named, *lines),
         *("[agent]", f"socket = {_quoted(socket_path)}", f"log_folder = {_quoted(log_folder)}"),
@@ -70,8 +76,10 @@ def _write_site(
     ]
     # Rows of several files lie in one here, where an id that started anew in each of them would be there twice.
     unused = {read.ID_COLUMN} - {getattr(data, column) for column in columns}
-    kept = ({name: value for name, value in row.items() if name not in unused} for row in rows)
-    storage.write_atomic(rows_file, "".join(json.dumps(row, default=str) + "\n" for row in kept).encode())
+    for path, part in ((rows_file, rows), (folder / HELD_OUT, held_out)):
+        kept = ({name: value for name, value in row.items() if name not in unused} for row in part)
+        if part:
+            storage.write_atomic(path, "".join(json.dumps(row, default=str) + "\n" for row in kept).encode())
     storage.write_atomic(folder / "node.toml", "\n".join([*text, ""]).encode())
     folder.chmod(0o700)
     has_policy = any(line.startswith("policy = ") for line in agent_lines)

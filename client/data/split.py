@@ -1,6 +1,7 @@
 """Training and held-out rows; no privacy unit is in both, and no text where privacy allows it."""
 
 import hashlib
+import hmac
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +15,13 @@ Unit = tuple[str, str]  # a site and a unit of it
 
 
 def split(
-    rows: Sequence[Row], *, held_out_fraction: float, seed: int, site: str = "", keeps_texts: bool = True
+    rows: Sequence[Row],
+    *,
+    held_out_fraction: float,
+    seed: int,
+    site: str = "",
+    keeps_texts: bool = True,
+    secret: bytes | None = None,
 ) -> Sides:
     """Keep a share of the units of one site for evaluation; see `split_sites`.
 
@@ -24,16 +31,22 @@ def split(
         >>> len(train), len({row.unit for row in held_out})
         (6, 1)
     """
-    given = {site: rows}
-    return split_sites(given, held_out_fraction=held_out_fraction, seed=seed, keeps_texts=keeps_texts)[site]
+    return split_sites(
+        {site: rows}, held_out_fraction=held_out_fraction, seed=seed, keeps_texts=keeps_texts, secret=secret
+    )[site]
 
 
 def split_sites(
-    sites: Mapping[str, Sequence[Row]], *, held_out_fraction: float, seed: int, keeps_texts: bool = True
+    sites: Mapping[str, Sequence[Row]],
+    *,
+    held_out_fraction: float,
+    seed: int,
+    keeps_texts: bool = True,
+    secret: bytes | None = None,
 ) -> dict[str, Sides]:
     """Keep a share of each site's units for evaluation.
 
-    Units are ordered by a hash of seed and name, and the first of them are held out: the order of rows plays no part.
+    Units are ordered by a hash of seed, or secret, and name, and the first of them are held out: the order of rows plays no part.
     Units that have a text in common, at one site or at several, go to one side together, at the place of the first of
     them; those that would take more than the share of a site are trained on.
 
@@ -42,6 +55,8 @@ def split_sites(
         held_out_fraction: Share of units to hold out, between 0 and 1; rounded, but at least one and not all of them.
         seed: Chooses which.
         keeps_texts: Whether texts go to one side; else only units do.
+        secret: The site's own (`client.serve.split_secret`), which chooses in the place of the seed: who offers a run
+            then neither knows nor chooses who is held out.
 
     Returns:
         By site, rows to train on and rows held out, each in the order given.
@@ -62,7 +77,7 @@ def split_sites(
             )
     wanted = {site: min(max(round(held_out_fraction * count), 1), count - 1) for site, count in num_units.items()}
     bundles = _bundles(sites, keeps_texts=keeps_texts)
-    bundles.sort(key=lambda bundle: min((_rank(unit, seed), site) for site, unit in bundle))
+    bundles.sort(key=lambda bundle: min((_rank(unit, seed, secret), site) for site, unit in bundle))
     counts = [Counter(site for site, _ in bundle) for bundle in bundles]
     chosen: dict[str, set[str]] = {site: set() for site in sites}
     for site, unit in (
@@ -78,7 +93,9 @@ def split_sites(
     return {site: _sides(rows, chosen[site]) for site, rows in sites.items()}
 
 
-def split_each(rows: Sequence[Row], *, held_out_fraction: float, seed: int, site: str = "") -> Sides:
+def split_each(
+    rows: Sequence[Row], *, held_out_fraction: float, seed: int, site: str = "", secret: bytes | None = None
+) -> Sides:
     """Keep a share of the units for evaluation, each unit by its own hash alone.
 
     One unit more or less then leaves all others where they are, which differential privacy over units needs: `split`
@@ -90,22 +107,25 @@ def split_each(rows: Sequence[Row], *, held_out_fraction: float, seed: int, site
         held_out_fraction: Probability with which a unit is held out, between 0 and 1.
         seed: Chooses which.
         site: What messages call the site; "" nothing.
+        secret: As for `split_sites`. A larger fraction holds out the same units and more.
 
     Raises:
         DataError: No unit is left on one of the sides.
     """
     limit = int(held_out_fraction * 2**256)
-    train, held_out = _sides(rows, {row.unit for row in rows if int.from_bytes(_rank(row.unit, seed)) < limit})
+    train, held_out = _sides(rows, {row.unit for row in rows if int.from_bytes(_rank(row.unit, seed, secret)) < limit})
     if not train or not held_out:
         raise DataError(
             f"{_named(site)}{_shown(rows)} of {len({row.unit for row in rows})} units give {len(train)} to train and "
             f"{len(held_out)} held out: there are too few units for data.held_out_fraction = {held_out_fraction:g}; "
-            "add rows of other patients, or take another fraction or seed"
+            "add rows of other patients, or take another fraction, or rows of their own (data.held_out_path)"
         )
     return train, held_out
 
 
-def for_run(sites: Mapping[str, Sequence[Row]], run: config.RunConfig) -> dict[str, Sides]:
+def for_run(
+    sites: Mapping[str, Sequence[Row]], run: config.RunConfig, *, secret: bytes | None = None
+) -> dict[str, Sides]:
     """Training and held-out rows of each site as a run says.
 
     In a private run no row of one site decides where another site's goes, and where units are protected no unit decides
@@ -114,14 +134,17 @@ def for_run(sites: Mapping[str, Sequence[Row]], run: config.RunConfig) -> dict[s
     Args:
         sites: Rows by site: of all in a simulation, of its own at a real site.
         run: The run.
+        secret: A real site's own, which then chooses in the place of the run's seed; each unit by itself in every run
+            that is private.
 
     Raises:
         DataError: Too few units, or texts that are all alike.
     """
     fraction, seed = run.data.held_out_fraction, run.seed
-    if run.privacy.is_private_per_unit:
+    if run.privacy.is_private_per_unit or (secret and run.privacy.is_private):
         return {
-            site: split_each(rows, held_out_fraction=fraction, seed=seed, site=site) for site, rows in sites.items()
+            site: split_each(rows, held_out_fraction=fraction, seed=seed, site=site, secret=secret)
+            for site, rows in sites.items()
         }
     keeps_texts = run.data.same_text == "together"
     if run.privacy.is_private:
@@ -129,7 +152,7 @@ def for_run(sites: Mapping[str, Sequence[Row]], run: config.RunConfig) -> dict[s
             site: split(rows, held_out_fraction=fraction, seed=seed, site=site, keeps_texts=keeps_texts)
             for site, rows in sites.items()
         }
-    return split_sites(sites, held_out_fraction=fraction, seed=seed, keeps_texts=keeps_texts)
+    return split_sites(sites, held_out_fraction=fraction, seed=seed, keeps_texts=keeps_texts, secret=secret)
 
 
 def _bundles(sites: Mapping[str, Sequence[Row]], *, keeps_texts: bool) -> list[list[Unit]]:
@@ -163,6 +186,8 @@ def _shown(rows: Sequence[Row]) -> str:
     return f"{len(rows)} rows{where}"
 
 
-def _rank(unit: str, seed: int) -> bytes:
-    """A unit's position, the same on every machine."""
+def _rank(unit: str, seed: int, secret: bytes | None = None) -> bytes:
+    """A unit's position: the same on every machine, or known to who has the secret alone."""
+    if secret:
+        return hmac.digest(secret, unit.encode(), "sha256")
     return hashlib.sha256(f"{seed}:{unit}".encode()).digest()

@@ -25,7 +25,7 @@ from common.errors import SilotuneError
 from common.wire import Frame
 from server import admit, launch
 from server import run as server_run
-from simulations import guarded, run, world
+from simulations import guarded, run, site_files, world
 from simulations.guarded import FEDERATION, Guarded
 from tests import tiny, vault
 from tests.attacks.test_no_route import UNSHARE, can_unshare
@@ -69,7 +69,7 @@ class Case:
             world.load_tables(self.settings),
             settings=self.settings,
             base_folder=self.base,
-            policy=lambda rows: vault.policy_text(base_sha256, path=f'"{rows}"', **rules),
+            policy=lambda rows: vault.policy_text(base_sha256, path=f'"{rows}"', **rules) + held_out_rules(rows),
             logs=self.folder / "logs",
             prefixes=prefixes or {},
         )
@@ -91,6 +91,12 @@ class Case:
             federation=FEDERATION,
             roster_folder=running.folder,
         )
+
+
+def held_out_rules(rows: Path) -> str:
+    """The lines of a policy that allow the file of held-out rows."""
+    path, columns = rows.with_name(site_files.HELD_OUT), '["instruction", "output", "patient_id"]'
+    return f'\n[data.datasets.held-out]\npath = "{path}"\ncolumns = {columns}\nmax_rows = 100\n'
 
 
 def make_case(folder: Path, base: Path, sites: Sequence[str]) -> Case:

@@ -166,3 +166,31 @@ def test_in_a_private_run_no_new_text_moves_what_was_there(mode):
         moved["north"] |= [units - {f"new-{n}"} for units in sides(after, "north")] != sides(before, "north")
     assert moved["south"] == (mode == "none")  # control: without privacy texts go to one side
     assert mode != "unit" or not moved["north"]
+
+
+def test_a_sites_secret_chooses_in_the_place_of_the_runs_seed():
+    rows = rows_of(range(200))
+    both = {"privacy.mode": "unit", "privacy.sampling_prob": "0.1", "privacy.noise_multiplier": "1.0"}
+    private = {**both, "training.local_steps": "2", "training.local_epochs": "0.0"}
+    for changes in ({}, private):
+        found = {}
+        for seed in ("5", "6"):
+            run = tiny.settings("tiny", {**changes, "seed": seed})
+            found[seed] = [
+                {row.unit for row in split.for_run({"": rows}, run, secret=secret)[""][1]}
+                for secret in (None, b"a" * 32, b"b" * 32)
+            ]
+        assert found["5"][0] != found["6"][0]  # the control: without a secret the operator's seed decides
+        assert found["5"][1:] == found["6"][1:]
+        assert found["5"][1] != found["5"][2]
+
+
+def test_under_a_secret_a_new_unit_of_a_private_run_pushes_nobody_across():
+    run = tiny.settings("tiny", tiny.NOISED)
+    rows = rows_of(range(60))
+    for new in range(100, 130):
+        before, after = (
+            {row.unit for row in split.for_run({"": found}, run, secret=b"k" * 32)[""][1]}
+            for found in (rows, [*rows, *rows_of([new])])
+        )
+        assert after - {str(new)} == before
