@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from client import protect, residual
+from client import figures, protect, residual
+from client.figures import FigureNoise
 from client.guard import Guard, Permissive
 from client.personal import Shelf
 from client.train import coupling, local, schedule
@@ -215,6 +216,10 @@ class Agent:
             num_steps=schedule.num_local_steps(len(train), run_manifest.run.training),
             adapter_sha256=begun.sha256 if begun else "",
         )
+        num_units = len({row.unit for row in train}), len({row.unit for row in held_out})
+        opened = self._guard.counted(opened, num_units=num_units, run=run_manifest)
+        if run_manifest.run.privacy.is_private_per_unit:  # no noise covers these, and nothing needs them
+            opened = dataclasses.replace(opened, num_truncated=None, num_dropped=None)
         specs = ranks.specs_of(run_manifest.run.adapter, run_manifest.tensor_specs, self.site)
         asked = _asked(engine, data.held_out, run_manifest)
         return OpenRun(run_manifest, opened, engine, train, held_out, asked, fixed, begun, specs)
@@ -235,7 +240,7 @@ class Agent:
             site=self.site,
             run_sha256=run.sha256,
             round_index=plan.round_index,
-            num_examples=len(run.train),
+            num_examples=run.opened.num_examples,
             num_steps=result.num_steps,
             num_tokens=result.num_tokens,
             train_loss=result.train_loss,
@@ -305,16 +310,19 @@ class Agent:
     def _evaluate(self, request: Frame) -> Frame:
         """Score the global adapter that came, with what the site keeps of its own, on this site's held-out rows."""
         run, plan, tensors = self._receive(request)
+        noised_by = self._guard.before_evaluation(plan, run=run.manifest)
+        if isinstance(noised_by, Frame):
+            return noised_by
         rows = run.held_out if run.is_of_answers else run.held_out_preferences
         adapter.write(run.engine.model, tensors)
         if self._shelf and self._kept_names(run.manifest):
             self._shelf.note(run.manifest, plan.round_index, tensors)
-        score = _score(run, rows, generate=plan.generate)
+        score = _score(run, rows, generate=plan.generate, noised_by=noised_by)
         metrics = SiteMetrics(
             site=self.site,
             run_sha256=run.sha256,
             round_index=plan.round_index,
-            num_rows=len(run.held_out),
+            num_rows=run.opened.num_held_out,
             **dataclasses.asdict(score),
         )
         return Frame("metrics", to_head(metrics))
@@ -364,9 +372,20 @@ def _asked(engine: Engine, rows: Sequence[Row], run_manifest: RunManifest) -> Se
     ]
 
 
-def _score(run: OpenRun, rows: Sequence[Example], *, generate: bool) -> evaluation.Score:
+def _score(
+    run: OpenRun, rows: Sequence[Example], *, generate: bool, noised_by: FigureNoise | None
+) -> evaluation.Score:
     """Held-out figures of the adapter that is in the engine."""
     settings, objective = run.manifest.run.evaluation, Objective.of(run.manifest.run.training)
+    if noised_by:
+        return figures.score(
+            run.engine,
+            rows,
+            objective=objective,
+            batch_size=settings.batch_size,
+            num_rows=run.opened.num_held_out,
+            noised_by=noised_by,
+        )
     if objective.name != "sft":
         return preference_score.score(run.engine, rows, objective, batch_size=settings.batch_size)
     return evaluation.score(

@@ -1,8 +1,8 @@
 """What a data set's privacy budget is, what was charged to it, and what would still fit: pure arithmetic, no disk."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from client.ledger_file import VERSION, Head
@@ -12,6 +12,9 @@ from common.errors import BudgetExhausted
 
 ADJACENCY: Final = "one unit added or removed"
 MAX_ROUNDS: Final = 1000
+TRAIN: Final = "train"  # what a charge is for
+EVALUATE: Final = "evaluate"
+COUNTS: Final = "counts"
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Reservation:
         event: The steps.
         head: The ledger's line.
         time: Unix seconds.
+        purpose: `train`, `evaluate`, or `counts` of rows.
+        released: Figures that were noised and told for this charge, where they must be told again as they are.
     """
 
     run_sha256: str
@@ -61,6 +66,8 @@ class Reservation:
     event: Event
     head: Head
     time: float
+    purpose: str = TRAIN
+    released: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,8 @@ class RunCost:
     Attributes:
         run_sha256: Of its manifest.
         num_reservations: Rounds, those that were charged twice counted twice.
-        num_steps: Steps in all.
+        num_steps: Their steps in all.
+        num_evaluations: Held-out figures that were charged, likewise.
         epsilon: Of this run alone; those of several runs do not add up, the whole is less than their sum.
         last_time: Of the last reservation, Unix seconds.
     """
@@ -78,6 +86,7 @@ class RunCost:
     run_sha256: str
     num_reservations: int
     num_steps: int
+    num_evaluations: int
     epsilon: float
     last_time: float
 
@@ -112,15 +121,15 @@ class Budget:
         """What spending would grow by if these steps came next."""
         return self.spent([event]) - self.spent()
 
-    def rounds_left(self, event: Event, *, limit: int = MAX_ROUNDS) -> int:
-        """How many times these steps still fit; counts to `limit`."""
+    def rounds_left(self, event: Event, *, limit: int = MAX_ROUNDS, beside: Sequence[Event] = ()) -> int:
+        """How many times these steps still fit, with others beside them; counts to `limit`."""
         low, high = 0, 1
-        while high <= limit and self._holds(event, high):
+        while high <= limit and self._holds(event, high, beside):
             low, high = high, high * 2
         high = min(high, limit + 1)
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self._holds(event, middle) else (low, middle)
+            low, high = (middle, high) if self._holds(event, middle, beside) else (low, middle)
         return low
 
     def check(self, event: Event) -> None:
@@ -138,11 +147,12 @@ class Budget:
                 f"{self._refusal(after)}; 0 more such rounds fit, {fitting} of the {event.num_steps} steps would"
             )
 
-    def check_plan(self, event_per_round: Event, num_rounds: int) -> None:
-        """Do all rounds of a run fit? See `check`."""
-        after = self.spent([event_per_round.times(num_rounds)])
+    def check_plan(self, event_per_round: Event, num_rounds: int, *, beside: Sequence[Event] = ()) -> None:
+        """Do all rounds of a run fit, and what is released beside them? See `check`."""
+        planned = [event_per_round.times(num_rounds)] if num_rounds else []
+        after = self.spent([*planned, *beside])
         if not after <= self.header.max_epsilon:
-            fitting = self.rounds_left(event_per_round, limit=num_rounds)
+            fitting = self.rounds_left(event_per_round, limit=num_rounds, beside=beside)
             raise BudgetExhausted(f"{self._refusal(after)}; {fitting} of the {num_rounds} rounds would fit")
 
     def per_run(self) -> list[RunCost]:
@@ -159,9 +169,9 @@ class Budget:
             f"{self.remaining:.3f} remains, and this would make it {after:.3f}"
         )
 
-    def _holds(self, event: Event, number: int) -> bool:
+    def _holds(self, event: Event, number: int, beside: Sequence[Event]) -> bool:
         """Whether an event fits so many times."""
-        events = [*(one.event for one in self.reservations), event.times(number)]
+        events = [*(one.event for one in self.reservations), event.times(number), *beside]
         limit, dp_delta = self.header.max_epsilon, self.header.dp_delta
         return accounting.is_within(events, dp_delta=dp_delta, max_epsilon=limit)
 
@@ -170,4 +180,6 @@ def _run_cost(run_sha256: str, own: Sequence[Reservation], dp_delta: float) -> R
     """One run's charges added up."""
     events = [one.event for one in own]
     epsilon = accounting.compose(events, dp_delta=dp_delta)
-    return RunCost(run_sha256, len(own), sum(event.num_steps for event in events), epsilon, own[-1].time)
+    rounds = [one.event.num_steps for one in own if one.purpose == TRAIN]
+    num_evaluations = sum(one.purpose == EVALUATE for one in own)
+    return RunCost(run_sha256, len(rounds), sum(rounds), num_evaluations, epsilon, own[-1].time)

@@ -13,13 +13,14 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client import consent, membership, outgoing, policy, probes, replicas
+from client import consent, figures, membership, outgoing, policy, probes, replicas
+from client.figures import FigureNoise
 from client.history import AUDIT_FILE, History, position
 from client.membership import Membership
 from client.payment import Payment
 from client.policy_file import DatasetRules, SignedPolicy
 from client.pressure import Limit
-from common import audit_heads, broadcast, config, egress, identity, manifest, signed_frame, wire
+from common import audit_heads, broadcast, config, egress, identity, manifest, noise, signed_frame, wire
 from common.adapter import Tensors
 from common.audit import AuditLog, Head
 from common.audit_heads import Heads
@@ -35,7 +36,7 @@ from common.errors import (
     code_of,
 )
 from common.manifest import Offer, RunManifest
-from common.records import OpenedHead, RoundPlan, from_head
+from common.records import OpenedHead, RoundPlan
 from common.wire import Frame
 
 MAX_REFUSALS_A_MINUTE: Final = 120  # that are logged
@@ -119,9 +120,37 @@ class Gatekeeper:
         self._refresh()
         member = self._check_roster()
         consent.require(self.policy, self.history, run, folder=self._folder)
-        self._check_order(request, plan)
+        self._check_order(request, plan, run)
         probes.check(tensors, max_tensor_norm=self.policy.train.max_tensor_norm)
         self._keep_heads(request, signer=self._signers[plan.run_sha256], keys=member.site_keys if member else None)
+
+    def counted(self, head: OpenedHead, *, num_units: tuple[int, int], run: RunManifest) -> OpenedHead:
+        """Enough rows for the policy; under one that demands differential privacy units are told, noised and charged."""
+        policy.check_opened(self.policy, self._dataset, head, run.run)
+        if self.policy.privacy.mode == "none":
+            return head
+        if not figures.is_covered(self.policy, run.run):
+            return dataclasses.replace(head, num_held_out=0)
+        released = self._payment.counts(
+            run, lambda: figures.counts(num_units, rules=self.policy, source=noise.SystemNoise())
+        )
+        return figures.told(head, released, rules=self.policy)
+
+    def before_evaluation(self, plan: RoundPlan, *, run: RunManifest) -> Frame | FigureNoise | None:
+        """Figures that no noise covers do not leave where units are promised something; what leaves is paid for once."""
+        if self.policy.privacy.mode == "none":
+            return None
+        rules = self.policy.evaluation
+        if not rules.noise_multiplier or not figures.is_covered(self.policy, run.run):
+            raise PolicyRefusedError(
+                "evaluation.noise_multiplier: differential privacy is required, and no noise is set for held-out figures",
+                rule="evaluation.noise_multiplier",
+            )
+        kept = self._payment.answered(run, plan.round_index, kind="evaluate")
+        if kept is not None:
+            return kept
+        self._payment.pay(run, plan.round_index, kind="evaluate")
+        return FigureNoise(rules.noise_multiplier, rules.max_loss, noise.SystemNoise())
 
     def before_training(self, request: Frame, plan: RoundPlan, *, run: RunManifest) -> Frame | None:
         """A round private for units is paid for once; a private answer is given again if it is asked for again."""
@@ -141,12 +170,14 @@ class Gatekeeper:
         outgoing.check(self.policy, run, rounded, names=names)
         if reply.kind == "update" and run.run.privacy.is_private:
             self._payment.keep(run, int(rounded.head["round_index"]), rounded)
+        if reply.kind == "metrics" and figures.is_covered(self.policy, run.run):
+            self._payment.keep(run, int(rounded.head["round_index"]), rounded, kind="evaluate")
         rounded = self._sign(self._with_audit_head(rounded))
         data = wire.pack(rounded)
         self._check_bytes(run, len(data))
         facts = self._facts(run, request, rounded, data)
         if reply.kind == "opened":
-            self._admit(run, rounded)
+            self._admit(run)
         self._log.append("left", **facts)
         return data
 
@@ -217,16 +248,24 @@ class Gatekeeper:
         told = (head.sequence + 1, head.sha256, head.time, vouched.signer, vouched.signature)
         return dataclasses.replace(reply, head={**reply.head, **dict(zip(egress.AUDIT, told, strict=True))})
 
-    def _admit(self, run: RunManifest, reply: Frame) -> None:
-        """The rows are read: only with enough of them does the run begin, and count as one of the day's."""
-        policy.check_opened(self.policy, self._dataset, from_head(OpenedHead, reply.head), run.run)
+    def _admit(self, run: RunManifest) -> None:
+        """The rows are read, and there are enough: the run begins, and counts as one of the day's."""
         if self.history.run(run.sha256).opened_at is None:
             approved_by = consent.require(self.policy, self.history, run, folder=self._folder)
             self._log.append("opened", run=run.sha256, approved_by=approved_by)
         self._admitted.add(run.sha256)
 
-    def _check_order(self, request: Frame, plan: RoundPlan) -> None:
-        """Rounds go forward; one that was answered is answered again only for the very same adapter."""
+    def _check_order(self, request: Frame, plan: RoundPlan, run: RunManifest) -> None:
+        """Rounds go forward; one that was answered is answered again only for the very same adapter.
+
+        Of evaluations only those are answered that the run file plans, each once.
+        """
+        if request.kind == "evaluate" and plan.round_index not in run.run.evaluated_rounds:
+            raise PolicyRefusedError(
+                f"rounds: no evaluation is planned after {plan.round_index} rounds; evaluation.every_rounds is "
+                f"{run.run.evaluation.every_rounds}",
+                rule="rounds",
+            )
         steps = self.history.run(plan.run_sha256).steps
         known = steps.get((request.kind, plan.round_index))
         if known is not None and known.request_sha256 != broadcast.adapter_sha256(request):

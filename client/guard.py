@@ -5,10 +5,11 @@
 
 from typing import Protocol
 
+from client.figures import FigureNoise
 from common import wire
 from common.adapter import Tensors
 from common.manifest import Offer, RunManifest
-from common.records import RoundPlan
+from common.records import OpenedHead, RoundPlan
 from common.wire import Frame
 
 
@@ -18,11 +19,20 @@ class Guard(Protocol):
     def before_open(self, offer: Offer) -> None:
         """A run is offered; nothing has been read or loaded for it."""
 
+    def counted(self, head: OpenedHead, *, num_units: tuple[int, int], run: RunManifest) -> OpenedHead:
+        """The rows are read: the counts as they may be told, the same for the whole run, from what they are.
+
+        `num_units` are those to train on and those held out.
+        """
+
     def before_step(self, request: Frame, plan: RoundPlan, tensors: Tensors, *, run: RunManifest) -> None:
         """The run is open and the adapter has the manifest's names and shapes; nothing has been computed."""
 
     def before_training(self, request: Frame, plan: RoundPlan, *, run: RunManifest) -> Frame | None:
         """Private rows are about to be read: pay for it, or return the answer that was given before."""
+
+    def before_evaluation(self, plan: RoundPlan, *, run: RunManifest) -> Frame | FigureNoise | None:
+        """Held-out rows are about to be scored: the answer that was given before, or how figures are noised; None: not."""
 
     def outgoing(self, request: Frame, reply: Frame, *, run: RunManifest) -> bytes:
         """All that would leave; returns the bytes that do."""
@@ -37,11 +47,19 @@ class Permissive:
     def before_open(self, offer: Offer) -> None:
         """Take any manifest, signed or not."""
 
+    def counted(self, head: OpenedHead, *, num_units: tuple[int, int], run: RunManifest) -> OpenedHead:
+        """Tell them as they are."""
+        return head
+
     def before_step(self, request: Frame, plan: RoundPlan, tensors: Tensors, *, run: RunManifest) -> None:
         """Take any round."""
 
     def before_training(self, request: Frame, plan: RoundPlan, *, run: RunManifest) -> Frame | None:
         """Keep no ledger: whose rows these are, nobody promised anything."""
+        return None
+
+    def before_evaluation(self, plan: RoundPlan, *, run: RunManifest) -> Frame | FigureNoise | None:
+        """Tell figures as they are."""
         return None
 
     def outgoing(self, request: Frame, reply: Frame, *, run: RunManifest) -> bytes:

@@ -5,13 +5,13 @@ There is no refund: a round that was reserved and died stays charged, and one th
 Every reservation is checked against all that the file says at that moment, so several processes share one budget.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
 from client import ledger_file
-from client.budget import Budget, Header, Reservation, RunCost
+from client.budget import TRAIN, Budget, Header, Reservation, RunCost
 from client.ledger_file import Disk, Head, Line
 from common.accounting import Event
 from common.errors import LedgerError
@@ -61,17 +61,27 @@ class Ledger:
         """See `Budget.per_run`."""
         return self.budget().per_run()
 
-    def check_plan(self, event_per_round: Event, num_rounds: int) -> None:
+    def check_plan(self, event_per_round: Event, num_rounds: int, *, beside: Sequence[Event] = ()) -> None:
         """Before a run begins; see `Budget.check_plan`."""
-        self.budget().check_plan(event_per_round, num_rounds)
+        self.budget().check_plan(event_per_round, num_rounds, beside=beside)
 
-    def reserve(self, run_sha256: str, round_index: int, event: Event) -> Reservation:
-        """Pay for a round before it begins; the charge is on the disk when this returns.
+    def reserve(
+        self,
+        run_sha256: str,
+        round_index: int,
+        event: Event,
+        *,
+        purpose: str = TRAIN,
+        released: Mapping[str, int] | None = None,
+    ) -> Reservation:
+        """Pay for a round or another release before it begins; the charge is on the disk when this returns.
 
         Args:
             run_sha256: Of the run's manifest.
             round_index: From 0.
             event: What the round will do, at the most.
+            purpose: See `Reservation`.
+            released: Likewise; kept with the charge, so that both are on the disk or neither.
 
         Raises:
             BudgetExhausted: It would pass the budget; nothing was written.
@@ -79,7 +89,9 @@ class Ledger:
             LedgerError: The file is not what this object has seen, or was tampered with.
             StorageError: It cannot be written; the round must not begin.
         """
-        facts = {"run": run_sha256, "round_index": round_index, **asdict(event)}
+        facts: dict[str, object] = {"run": run_sha256, "round_index": round_index, **asdict(event)}
+        if purpose != TRAIN:
+            facts |= {"purpose": purpose, "released": dict(released or {})}
         with self._disk.lock(self.path):
             lines = self._lines()
             _budget(lines).check(event)
@@ -197,4 +209,5 @@ def _reservation(line: Line) -> Reservation:
     """A charge."""
     facts = line.facts
     event = Event(facts["sampling_prob"], facts["noise_multiplier"], facts["num_steps"])
-    return Reservation(facts["run"], facts["round_index"], event, line.head, line.time)
+    rest = {name: facts[name] for name in ("purpose", "released") if name in facts}
+    return Reservation(facts["run"], facts["round_index"], event, line.head, line.time, **rest)

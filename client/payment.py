@@ -4,12 +4,14 @@ Training again would draw other noise, and be another release: a round that was 
 bytes or not at all.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client import site_ledger
+from client import figures, site_ledger
+from client.budget import COUNTS, EVALUATE, TRAIN
 from client.history import History
 from client.ledger import Ledger
 from client.policy_file import Policy
@@ -21,6 +23,7 @@ from common.wire import Frame
 
 ANSWERS_FOLDER: Final = "answers"
 MAX_ANSWER_BYTES: Final = 2047 << 20
+_PREFIX: Final = {TRAIN: "", EVALUATE: "evaluate-"}
 
 
 class Payment:
@@ -49,49 +52,84 @@ class Payment:
         """
         if run.run.privacy.is_private_per_unit:
             steps = self._history.run(run.sha256).steps
-            num_done = sum(kind == "train" for kind, _ in steps)
-            num_left = run.run.federation.num_rounds - num_done
-            if num_left > 0:
-                self._open().check_plan(privacy_plan.event_per_round(run.run), num_left)
+            num_done = sum(kind == TRAIN for kind, _ in steps)
+            num_left = max(0, run.run.federation.num_rounds - num_done)
+            ledger, beside = self._open(), figures.events(self._rules, run.run)
+            asked = beside.get(EVALUATE, [])[sum(kind == EVALUATE for kind, _ in steps) :]
+            counts = [] if self._counts(ledger, run) else beside.get(COUNTS, [])
+            if num_left or asked or counts:
+                ledger.check_plan(privacy_plan.event_per_round(run.run), num_left, beside=[*asked, *counts])
 
-    def answered(self, run: RunManifest, round_index: int) -> Frame | None:
-        """The answer that a round was given; None if it was given none.
+    def counts(self, run: RunManifest, noised: Callable[[], Mapping[str, int]]) -> Mapping[str, int]:
+        """The counts of rows that a run is told: the same ones in every process, and charged once.
+
+        Args:
+            run: The run.
+            noised: Makes them; called if they were not made before.
+
+        Raises:
+            BudgetExhausted: They do not fit; nothing was charged.
+            LedgerError: The ledger is missing or not what the audit log knows.
+        """
+        ledger = self._open()
+        known = self._counts(ledger, run)
+        if known:
+            return known
+        made = noised()
+        (event,) = figures.events(self._rules, run.run)[COUNTS]
+        ledger.reserve(run.sha256, 0, event, purpose=COUNTS, released=made)
+        site_ledger.mirror(self._log, ledger)
+        return made
+
+    def _counts(self, ledger: Ledger, run: RunManifest) -> Mapping[str, int]:
+        """Those that a run was told; empty if it was told none."""
+        for paid in ledger.budget().reservations:
+            if (paid.purpose, paid.run_sha256) == (COUNTS, run.sha256):
+                return paid.released
+        return {}
+
+    def answered(self, run: RunManifest, round_index: int, *, kind: str = TRAIN) -> Frame | None:
+        """The answer that a round, or an evaluation, was given; None if it was given none.
 
         Raises:
             PolicyRefusedError: It was given one that is not kept any more.
         """
-        if ("train", round_index) not in self._history.run(run.sha256).steps:
+        if (kind, round_index) not in self._history.run(run.sha256).steps:
             return None
         try:
-            return wire.unpack(self._place(run, round_index).read_bytes(), max_body_bytes=MAX_ANSWER_BYTES)
+            return wire.unpack(self._place(run, round_index, kind).read_bytes(), max_body_bytes=MAX_ANSWER_BYTES)
         except (OSError, WireError) as error:
             raise PolicyRefusedError(
-                f"rounds: round {round_index} was answered, and its answer is not kept any more; going on needs the "
+                f"rounds: {kind} of round {round_index} was answered, and its answer is not kept any more; going on needs the "
                 "next round",
                 rule="rounds",
             ) from error
 
-    def pay(self, run: RunManifest, round_index: int) -> None:
-        """Charge a round; on the disk, and in the audit log, when this returns.
+    def pay(self, run: RunManifest, round_index: int, *, kind: str = TRAIN) -> None:
+        """Charge a round or an evaluation; on the disk, and in the audit log, when this returns.
 
         Raises:
             BudgetExhausted: It would pass the budget; nothing was charged.
             LedgerError: The ledger is missing or not what the audit log knows.
         """
         ledger = self._open()
-        ledger.reserve(run.sha256, round_index, privacy_plan.event_per_round(run.run))
+        if kind == TRAIN:
+            ledger.reserve(run.sha256, round_index, privacy_plan.event_per_round(run.run))
+        else:
+            event = figures.events(self._rules, run.run)[EVALUATE][0]
+            ledger.reserve(run.sha256, round_index, event, purpose=EVALUATE)
         site_ledger.mirror(self._log, ledger)
 
-    def keep(self, run: RunManifest, round_index: int, reply: Frame) -> None:
-        """Keep an answer until the next one of the run; it is as protected as what leaves.
+    def keep(self, run: RunManifest, round_index: int, reply: Frame, *, kind: str = TRAIN) -> None:
+        """Keep an answer until the next one of its kind in the run; it is as protected as what leaves.
 
         Raises:
             StorageError: It cannot be written; it must not leave then.
         """
-        place = self._place(run, round_index)
+        place = self._place(run, round_index, kind)
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         storage.write_atomic(place, wire.pack(reply), mode=storage.PRIVATE)
-        for old in self._folder.glob(f"{run.sha256}-*"):
+        for old in self._folder.glob(f"{run.sha256}-{_PREFIX[kind]}[0-9]*"):
             if old != place:
                 old.unlink()
 
@@ -99,6 +137,6 @@ class Payment:
         """The ledger as it is now: people may have lowered it meanwhile."""
         return site_ledger.open_site(self._node, rules=self._rules, key=self._key, history=self._history)
 
-    def _place(self, run: RunManifest, round_index: int) -> Path:
+    def _place(self, run: RunManifest, round_index: int, kind: str) -> Path:
         """Where an answer is kept."""
-        return self._folder / f"{run.sha256}-{round_index}"
+        return self._folder / f"{run.sha256}-{_PREFIX[kind]}{round_index}"

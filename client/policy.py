@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from client import figures
 from client.policy_file import FORBIDDEN, BaseRules, DatasetRules, Policy
 from client.train import schedule
 from common import config, egress, kinds, manifest, precisions, privacy_plan, site_privacy, trainable
@@ -217,7 +218,7 @@ def check_opened(policy: Policy, dataset: DatasetRules, head: OpenedHead, run: c
         PolicyRefusedError: Too few rows or steps to hide a row in, too many steps, a round at a rate near 0, or more
             rows than may be read.
     """
-    num_rows = head.num_examples + head.num_held_out + head.num_dropped
+    num_rows = head.num_examples + head.num_held_out + (head.num_dropped or 0)
     _at_least("train.min_records", head.num_examples, policy.train.min_records)
     _check_num_steps(policy, run, head.num_steps)
     _at_most("data.datasets.max_rows", num_rows, dataset.max_rows)
@@ -381,7 +382,7 @@ def _check_privacy(policy: Policy, run: config.RunConfig) -> None:
         _at_least("privacy.min_noise_multiplier", run.privacy.noise_multiplier, protection.min_noise_multiplier)
         _at_most("privacy.max_clip_norm", run.privacy.clip_norm, protection.max_clip_norm)
         _at_most("privacy.dp_delta", run.privacy.dp_delta, protection.dp_delta)
-        planned = _planned(run, dp_delta=protection.dp_delta)
+        planned = _planned(policy, run)
         _at_most("privacy.max_epsilon", planned, protection.max_epsilon)
     _require(
         protection.secagg == "none",
@@ -400,10 +401,11 @@ def _check_cohort(policy: Policy, run: config.RunConfig) -> None:
         _at_least("cohort.min_sites", federation.sites_per_round, policy.cohort.min_sites)
 
 
-def _planned(run: config.RunConfig, *, dp_delta: float) -> float:
-    """Epsilon of the whole run at the site's own delta."""
+def _planned(policy: Policy, run: config.RunConfig) -> float:
+    """Epsilon of the whole run at the site's own delta, counts and held-out figures included."""
+    beside = [event for events in figures.events(policy, run).values() for event in events]
     try:
-        return privacy_plan.epsilon(run, dp_delta=dp_delta)
+        return privacy_plan.epsilon(run, dp_delta=policy.privacy.dp_delta, beside=beside)
     except AccountingUnsupported as error:
         raise PolicyRefusedError(f"privacy.max_epsilon: {error}", rule="privacy.max_epsilon") from error
 

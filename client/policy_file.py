@@ -177,6 +177,12 @@ class PrivacyRules(Section):
     dp_delta: float = Field(default=1e-6, gt=0, lt=1)
     min_noise_multiplier: float = Field(default=0.8, gt=0)
     max_clip_norm: float = Field(default=1.0, gt=0)
+    count_noise: float = Field(
+        default=10.0,
+        gt=0,
+        description="Where `mode` is `required`: standard deviation of the noise on the numbers of units to train on and "
+        "held out, which a run that protects units is told once. Charged.",
+    )
 
 
 class CohortRules(Section):
@@ -205,6 +211,15 @@ class EvaluationRules(Section):
 
     min_slice: int = Field(default=50, ge=1, description="Fewest rows behind a figure.")
     round_metrics_to: int = Field(default=3, ge=0, le=6, description="Decimal digits of a figure that leaves.")
+    noise_multiplier: float = Field(
+        default=0.0,
+        ge=0,
+        description="Where `privacy.mode` is `required`: noise on each held-out figure over what one unit can add to it. "
+        "Charged for every evaluation that a run plans. 0: no held-out figure leaves.",
+    )
+    max_loss: float = Field(
+        default=10.0, gt=0, description="Largest mean loss of a unit in such a figure, nats; higher ones count as this."
+    )
     generations_leave: Literal[False] = Field(default=False, description="No version lets answers leave.")
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from client import consent, site_ledger
-from client.budget import MAX_ROUNDS, Budget, Reservation
+from client.budget import MAX_ROUNDS, TRAIN, Budget, Reservation
 from client.review import Desk
 from common import manifest
 from common.accounting import Event
@@ -22,8 +22,8 @@ from common.errors import DataError
 ACCOUNTANT: Final = "privacy loss distribution (dp-accounting), rounded up, confirmed by Renyi differential privacy"
 MAX_POINTS: Final = 20
 COVERED: Final = (
-    "The updates that left this site in all runs charged to this ledger, taken together: whether all rows with one "
-    "value of '{unit}' were among the training rows of '{dataset}' changes the probability of any outcome by a factor "
+    "The updates, counts and held-out figures that left this site in all runs charged to this ledger, taken together: whether all rows with one "
+    "value of '{unit}' were among the rows of '{dataset}' changes the probability of any outcome by a factor "
     "of e^epsilon at most, but for a probability of delta.",
     "It holds against everybody outside this site, the coordinator and the other sites included, whatever they know "
     "and however they compute, and for every model that is made from those updates.",
@@ -31,7 +31,7 @@ COVERED: Final = (
 NOT_COVERED: Final = (
     "A person with rows at several sites: the promise is per site, and the epsilons of the sites add up.",
     "A person whom the rows of others tell about, and what is true of many people alike.",
-    "Figures that leave beside the updates, such as losses and numbers of rows: rounded, and without noise.",
+    "Figures that leave beside the updates where the policy does not require differential privacy: rounded, no noise.",
     "Runs without differential privacy: they have no epsilon here, and rows can be rebuilt from their updates.",
     "This site itself: its staff, machines, logs and backups.",
 )
@@ -119,10 +119,10 @@ def render(shown: Page) -> RenderableType:
 def _chosen(desk: Desk, budget: Budget, run: str) -> list[Reservation]:
     """The charges of one run; of the last one if none is named."""
     if not run:
-        sha256 = budget.reservations[-1].run_sha256 if budget.reservations else ""
+        sha256 = next((one.run_sha256 for one in reversed(budget.reservations) if one.purpose == TRAIN), "")
     else:
         sha256 = consent.find(desk.history, run)
-    found = [one for one in budget.reservations if one.run_sha256 == sha256]
+    found = [one for one in budget.reservations if one.run_sha256 == sha256 and one.purpose == TRAIN]
     if run and not found:
         raise DataError(
             f"run {sha256[:12]} was never charged to this ledger; see: silotune-client privacy without --run"
@@ -145,6 +145,7 @@ def _runs(desk: Desk, budget: Budget) -> list[dict[str, Any]]:
                 "name": known.name,
                 "num_rounds_charged": cost.num_reservations if cost else 0,
                 "num_steps": cost.num_steps if cost else 0,
+                "num_evaluations_charged": cost.num_evaluations if cost else 0,
                 "epsilon": round(cost.epsilon, 4) if cost else None,
                 "bytes_out": known.bytes_out,
                 "last_time": cost.last_time if cost else None,
@@ -165,13 +166,18 @@ def _next_round(budget: Budget, event: Event) -> dict[str, Any]:
 
 def _curve(desk: Desk, budget: Budget, charged: Sequence[Reservation]) -> list[dict[str, Any]]:
     """Epsilon after rounds that were charged, and after those that the run still plans, if each is like the last."""
-    ends = [number for number, one in enumerate(budget.reservations, 1) if one.run_sha256 == charged[-1].run_sha256]
+    run_sha256 = charged[-1].run_sha256
+    ends = [
+        number
+        for number, one in enumerate(budget.reservations, 1)
+        if (one.run_sha256, one.purpose) == (run_sha256, TRAIN)
+    ]
     points = []
     for number in _some(len(ends)):
         so_far = Budget(budget.header, budget.reservations[: ends[number - 1]])
         points.append({"num_rounds": number, "epsilon": round(so_far.spent(), 4), "is_planned": False})
     for number in _some(_num_planned(desk, charged)):
-        spent = budget.spent([charged[-1].event.times(number)])
+        spent = budget.spent([charged[-1].event.times(number)])  # rounds alone: evaluations to come are in the review
         points.append({"num_rounds": len(ends) + number, "epsilon": round(spent, 4), "is_planned": True})
     return points
 

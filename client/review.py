@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from client import consent, policy, policy_file, site_ledger
+from client import consent, figures, policy, policy_file, site_ledger
 from client.history import AUDIT_FILE, History
 from client.policy_file import Policy
 from client.train import schedule
@@ -198,6 +198,7 @@ def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
         "bytes that leave": f"at most {declared.bytes_per_round:,} a round, "
         f"{declared.bytes_per_round * num_rounds:,} in {num_rounds} rounds{_after_rounds(settings)}",
         "epsilon": _epsilon(desk, run),
+        "counts and held-out figures": _beside(desk, settings),
         "rows that are read": f"all of {data.path}" + (f" and {data.held_out_path}" if data.held_out_path else ""),
         "columns that are read": columns + unit,
         "what is learnt": OBJECTIVES[settings.training.objective],
@@ -229,12 +230,29 @@ def _epsilon(desk: Desk, run: RunManifest) -> str:
         return _site_level(settings)
     dp_delta = desk.policy.privacy.dp_delta
     try:
-        plan = privacy_plan.milestones(settings, dp_delta=dp_delta)
+        released = figures.events(desk.policy, settings)
+        plan = privacy_plan.milestones(
+            settings, dp_delta=dp_delta, beside=[event for events in released.values() for event in events]
+        )
         paid = site_ledger.open_site(desk.node, rules=desk.policy, key=desk.key, history=desk.history)
         left = f"spent {paid.spent():.3f}, left {paid.remaining:.3f} of {desk.policy.privacy.max_epsilon:g}"
     except (AccountingUnsupported, ConfigError, LedgerError) as error:
         return f"not known: {error}"
     return f"{_planned(plan)} at delta {dp_delta:g}, by itself; this data set: {left}"
+
+
+def _beside(desk: Desk, run: config.RunConfig) -> str:
+    """How much of the epsilon is not of rounds, or that nothing protects these figures."""
+    rules, asked = desk.policy, len(run.evaluated_rounds)
+    if rules.privacy.mode == "none":
+        return f"as they are, rounded, no noise: counts once, held-out figures {asked} times"
+    if not figures.is_covered(rules, run):
+        return "counts of rows as they are; no held-out figure leaves"
+    counts = f"numbers of units once, with noise {rules.privacy.count_noise:g}"
+    if not rules.evaluation.noise_multiplier:
+        return f"{counts}; no held-out figure leaves. Part of the epsilon above"
+    told = f"held-out figures {asked} times, each with noise {rules.evaluation.noise_multiplier:g}"
+    return f"{counts}; {told}. Part of the epsilon above"
 
 
 def _planned(plan: Mapping[int, float]) -> str:

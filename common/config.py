@@ -100,6 +100,16 @@ class RunConfig(Section):
         kind = table["adapter"].get("kind", "lora") if isinstance(table.get("adapter"), dict) else "lora"
         return {**table, "aggregation": {**aggregation, "method": PRIVATE_METHOD if kind == "lora" else "fedavg"}}
 
+    @property
+    def evaluated_rounds(self) -> tuple[int, ...]:
+        """After how many rounds the sites score the adapter; beyond the last one, polished adapters in their order.
+
+        A site answers no other evaluation, and plans what these cost.
+        """
+        last, every = self.federation.num_rounds, self.evaluation.every_rounds
+        polished = range(last + 1, last + 1 + self.evaluation.num_polish_stages)
+        return (*sorted({0, last, *range(every, last, every)}), *polished)
+
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
         """Refuse values that are fine alone and contradict each other."""

@@ -24,6 +24,7 @@ NAMES: Final = ("site", "run_sha256", "round_index", "adapter_sha256", *AUDIT, *
 
 PREFERENCES: Final = ("preference_loss_sum", "num_preferred")  # told by runs that learn preferences
 UNTOLD: Final = ("num_tokens", "train_loss", "seconds")  # of drawn rows: no noise covers them
+ROWS_LOST: Final = ("num_truncated", "num_dropped")  # of all rows, likewise
 
 Range = tuple[float, float]
 RANGES: Final[Mapping[str, Range]] = {
@@ -101,6 +102,7 @@ def figures(kind: str) -> list[str]:
 def told(kind: str, run: config.RunConfig) -> list[str]:
     """Names of the figures that a reply of this run tells; the others are None in it."""
     hidden: tuple[str, ...] = UNTOLD if run.privacy.is_private and kind == "update" else ()
+    hidden += ROWS_LOST if run.privacy.is_private_per_unit and kind == "opened" else ()
     hidden += PREFERENCES if run.training.objective == "sft" else ()
     return [name for name in figures(kind) if name not in hidden]
 

@@ -3,14 +3,17 @@
 A plan depends on the run file alone. What a site has spent is its own ledger's to say. Loads no torch.
 """
 
+from collections.abc import Sequence
+
 from common import accounting, config, site_privacy
 from common.accounting import Event
 from common.errors import FloorRefused
 
 FIXED_WORDING = (
     "per site and per unit (such as a patient), against everybody outside the site; one unit added or removed; "
-    "Poisson sampling; PLD accountant. A patient of two sites loses the sum. Not covered: how many rows and units a "
-    "site has, that it takes part, and figures on held-out units."
+    "Poisson sampling; PLD accountant. A patient of two sites loses the sum. Not covered: that a site takes part. How many "
+    "units a site has and figures on held-out ones are noised, and charged beside this, by a site whose policy requires "
+    "differential privacy; by another they are not covered."
 )
 
 
@@ -65,31 +68,36 @@ def resolve(run: config.RunConfig) -> config.RunConfig:
     return run
 
 
-def epsilon(run: config.RunConfig, *, dp_delta: float | None = None) -> float:
+def epsilon(run: config.RunConfig, *, dp_delta: float | None = None, beside: Sequence[Event] = ()) -> float:
     """What the whole run costs a unit, or a site as a whole, at a site that has not spent anything before.
 
     Args:
         run: Resolved.
         dp_delta: The site's own; None: the run's.
+        beside: What the site releases beside its rounds.
     """
     event = event_per_round(run)
     whole = Event(event.sampling_prob, event.noise_multiplier, event.num_steps * run.federation.num_rounds)
-    return accounting.compose([whole], dp_delta=dp_delta or run.privacy.dp_delta)
+    return accounting.compose([whole, *beside], dp_delta=dp_delta or run.privacy.dp_delta)
 
 
-def milestones(run: config.RunConfig, *, dp_delta: float | None = None) -> dict[int, float]:
+def milestones(
+    run: config.RunConfig, *, dp_delta: float | None = None, beside: Sequence[Event] = ()
+) -> dict[int, float]:
     """Epsilon after the first round and after each quarter of the rounds, for who decides on a plan.
 
     Args:
         run: Resolved.
         dp_delta: The site's own; None: the run's.
+        beside: What the site releases beside its rounds, taken as released before the first.
 
     Returns:
         Number of rounds to epsilon, the last one that of `epsilon`.
     """
     event, num_rounds = event_per_round(run), run.federation.num_rounds
     ends = sorted({1, *(max(1, num_rounds * quarter // 4) for quarter in range(1, 5))})
-    return {end: accounting.compose([event.times(end)], dp_delta=dp_delta or run.privacy.dp_delta) for end in ends}
+    dp_delta = dp_delta or run.privacy.dp_delta
+    return {end: accounting.compose([event.times(end), *beside], dp_delta=dp_delta) for end in ends}
 
 
 def curve(run: config.RunConfig) -> list[float]:

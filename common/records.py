@@ -28,13 +28,16 @@ class TensorSpec:
 class OpenedHead:
     """What a site tells when it takes part in a run: counts only.
 
+    A site whose policy demands differential privacy tells units in the place of rows, noised (`client.figures`).
+
     Attributes:
         site: The site's name.
         run_sha256: Hash of the manifest that it opened.
         num_examples: Rows that it trains on.
-        num_held_out: Rows that it keeps for evaluation.
-        num_truncated: Of both, cut at `data.max_length_tokens`.
-        num_dropped: Of both, left out because they are too long, or are pairs whose answers are the same after the cut.
+        num_held_out: Rows that it keeps for evaluation; 0: it answers no evaluation.
+        num_truncated: Of both, cut at `data.max_length_tokens`; None in a run that protects units.
+        num_dropped: Of both, left out because they are too long, or are pairs whose answers are the same after
+            the cut; None likewise.
         num_steps: Optimiser steps that a round will take here.
         adapter_sha256: Of the adapter that the run starts from, as this site made it from the seed; empty where the
             adapter goes down whole.
@@ -46,8 +49,8 @@ class OpenedHead:
     run_sha256: str
     num_examples: int
     num_held_out: int
-    num_truncated: int
-    num_dropped: int
+    num_truncated: int | None
+    num_dropped: int | None
     num_steps: int
     adapter_sha256: str = ""
     signer: str = ""

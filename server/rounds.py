@@ -50,12 +50,13 @@ def run(fed: Federation, state: State, *, first_round: int = 0) -> State:
         StorageError: A checkpoint or event could not be written.
     """
     settings = fed.manifest.run
-    _evaluate(fed, state, num_rounds=first_round)  # after an interruption too: the last figures may be missing
+    if first_round in settings.evaluated_rounds:  # after an interruption too: the last figures may be missing
+        _evaluate(fed, state, num_rounds=first_round)
     for num_rounds in range(first_round + 1, settings.federation.num_rounds + 1):
         if stopping.ends(settings, fed.log, num_rounds=num_rounds - 1):
             break
         state = play(fed, state, round_index=num_rounds - 1)
-        if num_rounds == settings.federation.num_rounds or num_rounds % settings.evaluation.every_rounds == 0:
+        if num_rounds in settings.evaluated_rounds:
             _evaluate(fed, state, num_rounds=num_rounds)
     return state
 

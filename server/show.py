@@ -192,6 +192,12 @@ class Screen:
         if event["num_rounds"] == self._num_rounds:
             self._evenness(event)
 
+    def _on_not_evaluated(self, event: Event) -> None:
+        """No site tells held-out figures; the coordinator may have some of its own."""
+        own = "" if event["server_loss"] is None else f"; {event['server_loss']:.3f} on the coordinator's own rows"
+        place = f"after {event['stage']}" if "stage" in event else f"{event['num_rounds']} rounds"
+        self._print(f"  {_escape(place)}: no site tells held-out figures{own}")
+
     def _evenness(self, event: Event) -> None:
         """How the sites fare at the end."""
         if even := view.evenness(event):
@@ -329,7 +335,7 @@ class Screen:
 def _rows(joined: Collection[Event]) -> str:
     """How many rows sites have together, and what did not fit."""
     names = ("num_examples", "num_held_out", "num_truncated", "num_dropped")
-    train, held_out, cut, dropped = (sum(event[name] for event in joined) for name in names)
+    train, held_out, cut, dropped = (sum(event[name] or 0 for event in joined) for name in names)
     lost = f", {cut:,} cut, {dropped:,} dropped as too long or equal after the cut" if cut or dropped else ""
     return f"{train:,} rows to train, {held_out:,} held out{lost}"
 

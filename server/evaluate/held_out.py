@@ -13,8 +13,8 @@ from server.evaluate import by_precision, fairness
 from server.federation import Federation
 
 
-def evaluate(federation: Federation, state: State, *, num_rounds: int, generate: bool) -> float:
-    """Ask every site, whether it trained or not, and log the figures.
+def evaluate(federation: Federation, state: State, *, num_rounds: int, generate: bool) -> float | None:
+    """Ask every site that tells figures, whether it trained or not, and log them.
 
     The mean rests on all sites that ever answered: one that is missing now counts with its last figures and is named as
     stale, so that the mean does not fall because the worst site has gone.
@@ -26,19 +26,21 @@ def evaluate(federation: Federation, state: State, *, num_rounds: int, generate:
         generate: Also count exact matches.
 
     Returns:
-        Mean negative log-likelihood per answer token over all sites' held-out rows, nats; see `mean_loss`.
+        Mean negative log-likelihood per answer token over all sites' held-out rows, nats; see `mean_loss`. None where
+        no site tells held-out figures; the run goes on.
 
     Raises:
         ProtocolError: No site has ever answered.
     """
     plan = RoundPlan(federation.manifest.sha256, num_rounds, generate)
     told = ask(federation, state, plan)
-    federation.log.append("evaluated", num_rounds=num_rounds, **told)
-    return float(told["loss"])
+    kind = "evaluated" if told["sites"] else "not_evaluated"
+    federation.log.append(kind, num_rounds=num_rounds, **told)
+    return told.get("loss")
 
 
 def ask(federation: Federation, state: State, plan: RoundPlan) -> dict[str, Any]:
-    """Ask every site that is there about an adapter; see `evaluate`.
+    """Ask every site that is there and has rows held out about an adapter; see `evaluate`.
 
     Args:
         federation: The run.
@@ -46,12 +48,15 @@ def ask(federation: Federation, state: State, plan: RoundPlan) -> dict[str, Any]
         plan: The adapter's place in the run: rounds before it, and stages after the last; 0 is the base.
 
     Returns:
-        What an event tells of it.
+        What an event tells of it; no `sites` and no loss but the coordinator's where no site tells figures.
 
     Raises:
         ProtocolError: No site has ever answered.
     """
-    frames = federation.request("evaluate", plan, state, nodes=federation.present())
+    if not any(site.num_held_out for site in federation.sites.values()):
+        return {"sites": {}, "server_loss": _own_loss(federation, state)}
+    asked = [node_id for node_id in federation.present() if federation.sites[node_id].num_held_out]
+    frames = federation.request("evaluate", plan, state, nodes=asked)
     fresh, bytes_up = set(), 0
     for answer in federation.ask(frames, kind="evaluate"):
         bytes_up += len(answer.frame or b"")

@@ -12,7 +12,8 @@ from server.polish.stages import Finished
 
 
 def ask(fed: Federation, played: Sequence[Finished]) -> None:
-    """Have the sites score what the last stages have left; one event `polish_evaluated` each.
+    """Have the sites score what the last stages have left; one event `polish_evaluated` each, or
+    `not_evaluated` where no site tells held-out figures.
 
     A run that goes on asks again, as after a round: a site gives the same answer to the same adapter.
 
@@ -29,10 +30,8 @@ def ask(fed: Federation, played: Sequence[Finished]) -> None:
         federation.rejoin(fed)  # polish may have taken hours
         tensors, is_last = played[number - 1].tensors, number == asked[-1]
         told = held_out.ask(fed, tensors, plan_of(fed, place=place, is_last=is_last))
-        digest = adapter.digest(tensors)
-        fed.log.append(
-            "polish_evaluated", stage=played[number - 1].names[-1], number=number, adapter_sha256=digest, **told
-        )
+        stage = {"stage": played[number - 1].names[-1], "number": number, "adapter_sha256": adapter.digest(tensors)}
+        fed.log.append("polish_evaluated" if told["sites"] else "not_evaluated", **stage, **told)
 
 
 def numbers(run: RunConfig) -> list[int]:

@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from client import site_ledger
+from client.budget import Budget
 from client.history import AUDIT_FILE, History
 from client.train import private
 from common.audit import AuditLog
@@ -47,9 +48,17 @@ def ledger_file(site):
     return next(site.folder.glob("*.ledger"))
 
 
-def charges(site) -> int:
-    """Reservations that the audit log knows."""
-    return sum(entry.kind == "ledger" for entry in site.log()) - 1  # less its creation
+def paid(site) -> Budget:
+    """What the ledger says, which must be what the audit log knows of it."""
+    history = History()
+    AuditLog(site.folder / AUDIT_FILE, key=vault.SITE, on_entry=history.take, clock=lambda: site.now)
+    own = vault.node(site.folder, site.name)
+    return site_ledger.open_site(own, rules=site.gate.policy, key=vault.SITE, history=history).budget()
+
+
+def charges(site, purpose: str = "train") -> int:
+    """Reservations for rounds, or for something else."""
+    return sum(one.purpose == purpose for one in paid(site).reservations)
 
 
 def test_control_a_private_run_trains_and_is_charged_before_it_leaves(strict):
