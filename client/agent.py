@@ -37,7 +37,7 @@ from common.config_privacy import Protection
 from common.data.problems import at_site
 from common.errors import AuthError, ConfigError, ProtocolError, SilotuneError, code_of
 from common.manifest import RunManifest
-from common.model import Engine
+from common.model import Engine, initial_of
 from common.noise import Noise, SystemNoise
 from common.objectives import Example, Objective
 from common.records import OpenedHead, RoundPlan, SiteMetrics, TensorSpec, UpdateHead, read_plan, to_head
@@ -108,7 +108,7 @@ class OpenRun:
 
     def _referenced(self, examples: Sequence[Example], batch_size: int) -> Sequence[Example]:
         """Once a run; the start is made here, whatever adapter was sent."""
-        begun = start.initial(self.manifest, self.engine.initial)
+        begun = _begun(self.manifest, self.engine)
         return preference_score.with_references(self.engine, examples, begun, batch_size=batch_size)
 
 
@@ -216,6 +216,7 @@ class Agent:
             num_steps=schedule.num_local_steps(len(train), run_manifest.run.training),
             adapter_sha256=begun.sha256 if begun else "",
         )
+        self._guard.begins(lambda: _begun(run_manifest, engine), num_steps=opened.num_steps, run=run_manifest)
         num_units = len({row.unit for row in train}), len({row.unit for row in held_out})
         opened = self._guard.counted(opened, num_units=num_units, run=run_manifest)
         if run_manifest.run.privacy.is_private_per_unit:  # no noise covers these, and nothing needs them
@@ -398,11 +399,16 @@ def _score(
     )
 
 
+def _begun(run_manifest: RunManifest, engine: Engine) -> adapter.Tensors:
+    """The whole adapter that a run begins with; the engine may have been loaded for a run of another seed."""
+    return start.initial(run_manifest, initial_of(engine, run_manifest.run))
+
+
 def _start(run_manifest: RunManifest, engine: Engine) -> Held | None:
     """What a site would be sent first, made from the seed; None where the adapter goes down whole."""
     if run_manifest.run.wire.down == "float32":
         return None
-    tensors = start.initial(run_manifest, engine.initial)
+    tensors = _begun(run_manifest, engine)
     specs = trainable.received_specs(run_manifest.run.aggregation.method, run_manifest.tensor_specs)
     sent = {spec.name: tensors[spec.name] for spec in specs}
     return Held(adapter.digest(sent), sent)

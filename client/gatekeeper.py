@@ -17,6 +17,7 @@ from client import consent, figures, membership, outgoing, policy, probes, repli
 from client.figures import FigureNoise
 from client.history import AUDIT_FILE, History, position
 from client.membership import Membership
+from client.moves import Moves
 from client.payment import Payment
 from client.policy_file import DatasetRules, SignedPolicy
 from client.pressure import Limit
@@ -89,6 +90,7 @@ class Gatekeeper:
         self._opens = Limit(MAX_OPENS_A_MINUTE, clock=clock)
         self._log = AuditLog(self._folder / AUDIT_FILE, key=key, on_entry=self.history.take, clock=clock)
         self._payment = Payment(node, rules=self.policy, key=key, history=self.history, log=self._log)
+        self._moves = Moves(self._folder, rules=self.policy)
         self._dataset = self._start(signed_policy, node)
         self._log.append("started", policy_sha256=signed_policy.sha256, policy_serial=self.policy.serial)
 
@@ -113,6 +115,10 @@ class Gatekeeper:
         consent.require(self.policy, self.history, run, folder=self._folder)
         self._payment.check(run)
 
+    def begins(self, make: Callable[[], Tensors], *, num_steps: int, run: RunManifest) -> None:
+        """The first adapter is held against what this site makes of the seed itself."""
+        self._moves.begin(run, make, num_steps=num_steps)
+
     def before_step(self, request: Frame, plan: RoundPlan, tensors: Tensors, *, run: RunManifest) -> None:
         """Only a run that is still approved, a round in its order, an adapter that no attack shaped, and whole logs."""
         if plan.run_sha256 not in self._admitted:
@@ -122,6 +128,9 @@ class Gatekeeper:
         consent.require(self.policy, self.history, run, folder=self._folder)
         self._check_order(request, plan, run)
         probes.check(tensors, max_tensor_norm=self.policy.train.max_tensor_norm)
+        if (request.kind, plan.round_index) not in self.history.run(run.sha256).steps:
+            self._moves.check(run, plan.round_index, tensors)
+            self._moves.keep(run, plan.round_index, tensors)
         self._keep_heads(request, signer=self._signers[plan.run_sha256], keys=member.site_keys if member else None)
 
     def counted(self, head: OpenedHead, *, num_units: tuple[int, int], run: RunManifest) -> OpenedHead:

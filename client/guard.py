@@ -3,6 +3,7 @@
 `Permissive` is for simulations, where all sites are the researcher's. `client.gatekeeper` is the one that has rules.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 from client.figures import FigureNoise
@@ -24,6 +25,9 @@ class Guard(Protocol):
 
         `num_units` are those to train on and those held out.
         """
+
+    def begins(self, make: Callable[[], Tensors], *, num_steps: int, run: RunManifest) -> None:
+        """The base is loaded: `make` gives the adapter that the run begins with, made here; a round has `num_steps`."""
 
     def before_step(self, request: Frame, plan: RoundPlan, tensors: Tensors, *, run: RunManifest) -> None:
         """The run is open and the adapter has the manifest's names and shapes; nothing has been computed."""
@@ -50,6 +54,9 @@ class Permissive:
     def counted(self, head: OpenedHead, *, num_units: tuple[int, int], run: RunManifest) -> OpenedHead:
         """Tell them as they are."""
         return head
+
+    def begins(self, make: Callable[[], Tensors], *, num_steps: int, run: RunManifest) -> None:
+        """Take any adapter."""
 
     def before_step(self, request: Frame, plan: RoundPlan, tensors: Tensors, *, run: RunManifest) -> None:
         """Take any round."""

@@ -153,6 +153,12 @@ class TrainRules(Section):
         default=(0.1, 10.0), description="`training.desirable_weight` and `training.undesirable_weight`."
     )
     max_tensor_norm: float = Field(default=1000.0, gt=0, description="Of each tensor of the global adapter.")
+    max_move: float = Field(
+        default=4.0,
+        gt=0,
+        description="How far a value of the global adapter may move in a round, as a multiple of how far this site's own "
+        "steps could move it. Above 1 where sites make more steps than this one, as rounds counted in epochs may.",
+    )
     optimizers: tuple[Literal["adamw", "sgd"], ...] = Field(default=("adamw",))
     objectives: tuple[ObjectiveName, ...] = Field(
         default=("sft",), description="What may be learnt: answers (`sft`), or preferences among them (`dpo`, `kto`)."
@@ -219,6 +225,12 @@ class EvaluationRules(Section):
     )
     max_loss: float = Field(
         default=10.0, gt=0, description="Largest mean loss of a unit in such a figure, nats; higher ones count as this."
+    )
+    max_polish_move: float = Field(
+        default=1.0,
+        ge=0,
+        description="How far a polished adapter may be from the last round's, as a multiple of how far all rounds "
+        "together could have moved it. 0: no polished adapter is scored.",
     )
     generations_leave: Literal[False] = Field(default=False, description="No version lets answers leave.")
 

@@ -8,7 +8,7 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -348,15 +348,30 @@ def _attach_side(model: Any, settings: config.AdapterConfig, *, rank: int) -> No
         parameter.requires_grad_(False)
 
 
+def initial_of(engine: Engine, run: config.RunConfig) -> adapter.Tensors:
+    """The adapter as it would be attached for this run, whose seed need not be the one that the engine was loaded for."""
+    if run.adapter.kind != "lora" or run.aggregation.num_core_heads:
+        return engine.initial  # drawn from no seed, or its engine was loaded for this one
+    return {**engine.initial, **_drawn(engine.initial, seed=run.seed)}
+
+
 def _initialise(model: nn.Module, *, seed: int) -> None:
-    """Draw A as peft does (Kaiming, a = sqrt 5), but on the CPU: the same values whatever the base's device or type."""
+    """A from the seed, B zero."""
+    own = adapter.parameters(model)
+    for name, values in _drawn(own, seed=seed).items():
+        own[name].data = values.to(own[name].device)
+
+
+def _drawn(own: Mapping[str, torch.Tensor], *, seed: int) -> dict[str, torch.Tensor]:
+    """A as peft draws it (Kaiming, a = sqrt 5), but on the CPU: the same values whatever the base's device or type."""
+    drawn: dict[str, torch.Tensor] = {}
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        for name, parameter in adapter.parameters(model).items():
-            values = torch.zeros(parameter.shape, dtype=torch.float32)
+        for name in sorted(name for name in own if name.endswith((".lora_A.weight", ".lora_B.weight"))):
+            drawn[name] = torch.zeros(own[name].shape, dtype=torch.float32)
             if name.endswith(".lora_A.weight"):
-                nn.init.kaiming_uniform_(values, a=math.sqrt(5))
-            parameter.data = values.to(parameter.device)
+                nn.init.kaiming_uniform_(drawn[name], a=math.sqrt(5))
+    return drawn
 
 
 def encode(

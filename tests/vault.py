@@ -12,7 +12,7 @@ from client.agent import Agent, SiteData
 from client.gatekeeper import Gatekeeper
 from client.history import AUDIT_FILE
 from client.replicas import HEADS_FILE
-from common import adapter, audit, audit_heads, config, identity, manifest, signed_frame, wire
+from common import adapter, audit, audit_heads, config, identity, manifest, signed_frame, start, trainable, wire
 from common.audit import AuditLog, Entry, Head
 from common.audit_heads import SignedHead
 from common.manifest import Offer, RunManifest
@@ -241,8 +241,13 @@ class Vault:
         """A step of a run."""
         run = run or self.manifest()
         head = {**to_head(RoundPlan(run.sha256, 0)), **TOLD, **plan}
-        body = state if isinstance(state, bytes) else adapter.encode(state or self.engine.initial, dtype="float32")
+        body = state if isinstance(state, bytes) else adapter.encode(state or self.begun(run), dtype="float32")
         return self.ask(Frame(kind, head, body))
+
+    def begun(self, run: RunManifest) -> dict:
+        """What a coordinator sends first."""
+        whole = start.initial(run, self.engine.initial)
+        return {spec.name: whole[spec.name] for spec in trainable.down_specs(run.run, run.tensor_specs, round_index=0)}
 
     def log(self) -> list[Entry]:
         """The audit log, which must be whole."""

@@ -162,7 +162,7 @@ def test_the_page_for_people_says_what_is_covered_and_what_is_not(site, capsys):
     text = " ".join(capsys.readouterr().out.split())
     for part in privacy_view.NOT_COVERED:
         assert part in text
-    assert "'patient_id' were among the training rows of 'notes'" in text
+    assert "'patient_id' were among the rows of 'notes'" in text
     assert "One more round like the last (40 steps, noise 0.9, sampling 0.0256) costs epsilon" in text
     assert "only adapters leave" not in text.lower()
 

@@ -1,0 +1,172 @@
+"""An adapter that no training could have made of the last one is refused, whatever its norms and ranks.
+
+Names carry the numbers of the attack table. Each case has a control: without the bound the adapter is taken.
+"""
+
+import math
+
+import pytest
+import torch
+
+from client import moves, probes
+from client.guard import Permissive
+from client.moves import FOLDER, Seen
+from common import start
+from common.model import initial_of
+from server.aggregate import fedsvd, flexlora
+from tests import tiny
+
+POLICY = "PolicyRefusedError"
+RULE = (POLICY, "train.max_move")
+
+
+def crafted(site, run, *, size: float = 5.0) -> dict[str, torch.Tensor]:
+    """Full ranks and norms far below the limit: a switch of large values in the up-projections."""
+    generator = torch.Generator().manual_seed(1)
+    begun = start.initial(run, initial_of(site.engine, run.run))
+    made = {
+        name: t + size * torch.randn(t.shape, generator=generator) if "lora_B" in name else t for name, t in begun.items()
+    }
+    probes.check(made, max_tensor_norm=905.0)  # the control: norms and ranks tell nothing
+    return made
+
+
+def nudged(state, size: float) -> dict[str, torch.Tensor]:
+    return {name: t + size if "lora_B" in name else t for name, t in state.items()}
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a31_a_first_adapter_that_the_seed_does_not_give(open_site, kind):
+    run = open_site.manifest()
+    assert open_site.refused(open_site.step(kind, state=crafted(open_site, run))) == RULE
+    assert open_site.refused(open_site.step(kind, state=nudged(open_site.engine.initial, 1e-3))) == RULE
+    assert open_site.step(kind).kind in ("update", "metrics")
+
+
+def test_a31_control_without_a_guard_a_crafted_adapter_is_trained_on(open_site):
+    made = crafted(open_site, open_site.manifest())
+    open_site.agent._guard = Permissive()
+    assert open_site.step(state=made).kind == "update"
+
+
+def test_a31_an_adapter_that_moved_farther_than_a_round_could_move_it(open_site):
+    run = open_site.manifest().run
+    bound = moves.site_move(0, run=run, num_steps=3)
+    assert open_site.step("evaluate").kind == "metrics"
+    assert open_site.step().kind == "update"
+    far, near = (nudged(open_site.engine.initial, factor * bound) for factor in (4.5, 0.5))
+    assert open_site.refused(open_site.step("evaluate", round_index=1, state=far)) == RULE
+    assert open_site.step("evaluate", round_index=1, state=near).kind == "metrics"
+    other = nudged(open_site.engine.initial, 0.6 * bound)
+    assert open_site.refused(open_site.step(round_index=1, state=other)) == RULE  # scored and trained are one adapter
+    open_site.start()  # another process knows it from the disk
+    assert open_site.open(approve=False).kind == "opened"
+    assert open_site.refused(open_site.step(round_index=1, state=other)) == RULE
+    assert open_site.step(round_index=1, state=near).kind == "update"
+
+
+def test_a31_where_the_last_adapter_is_lost_the_start_bounds_the_next(open_site):
+    bound = moves.site_move(0, run=open_site.manifest().run, num_steps=3)
+    assert open_site.step().kind == "update"
+    next((open_site.folder / FOLDER).iterdir()).write_bytes(b"spoilt")
+    open_site.start()
+    assert open_site.open(approve=False).kind == "opened"
+    far, near = (nudged(open_site.engine.initial, factor * bound) for factor in (4.5, 0.5))
+    assert open_site.refused(open_site.step("evaluate", round_index=1, state=far)) == RULE
+    assert open_site.step("evaluate", round_index=1, state=near).kind == "metrics"
+
+
+def test_the_engine_of_another_seed_gives_the_start_of_the_runs_own(engine):
+    assert all(torch.equal(t, engine.initial[name]) for name, t in initial_of(engine, tiny.settings("tiny")).items())
+    other = initial_of(engine, tiny.settings("tiny", {"seed": "6"}))
+    assert any(not torch.equal(t, engine.initial[name]) for name, t in other.items())
+
+
+def test_the_constant_bounds_adamw_whatever_the_gradients_are():
+    """Against torch's own AdamW, on gradients that grow, vanish and turn; the bound is reached at the first step."""
+    generator = torch.Generator().manual_seed(2)
+    for beta1, beta2 in ((0.9, 0.999), (0.5, 0.9), (0.99, 0.95)):
+        grown = torch.tensor([2.0**n for n in range(1, 41)])
+        columns = [torch.ones(40), grown, 1 / grown, torch.randn(40, generator=generator).exp()]
+        value = torch.zeros(len(columns), requires_grad=True)
+        optimizer = torch.optim.AdamW([value], lr=1.0, betas=(beta1, beta2), eps=0.0, weight_decay=0.0)
+        shares = []
+        for step, gradient in enumerate(torch.stack(columns, dim=1), start=1):
+            before = value.detach().clone()
+            value.grad = gradient
+            optimizer.step()
+            moved = float((value.detach() - before).abs().max())
+            shares.append(moved / moves.adam_constant(step, beta1=beta1, beta2=beta2))
+        assert shares[0] == pytest.approx(1.0, abs=1e-5)
+        assert max(shares) <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("method", ["fedsvd", "flexlora"])
+def test_a_method_that_turns_the_factors_is_bounded_by_the_product(site, method):
+    """What the coordinator's own code makes of updates within the bound passes, and four times as much does not."""
+    run = site.manifest(aggregation__method=f'"{method}"').run
+    rules = site.gate.policy
+    generator = torch.Generator().manual_seed(3)
+    manifest = site.manifest(aggregation__method=f'"{method}"')
+    state = start.initial(manifest, initial_of(site.engine, run))
+    server = {"fedsvd": fedsvd, "flexlora": flexlora}[method]
+    trained = [name for name in state if method == "flexlora" or "lora_B" in name]
+    for index in range(2):
+        move = moves.site_move(index, run=run, num_steps=3)
+        updates = [
+            {name: move * torch.sign(torch.randn(state[name].shape, generator=generator)) for name in trained}
+            for _ in range(2)
+        ]
+
+        def after(size: float, state=state, updates=updates) -> dict[str, torch.Tensor]:
+            combined = server.start(state, trained=trained)
+            for update in updates:
+                combined.add({name: size * t for name, t in update.items()}, weight=1.0)
+            return server.apply(state, combined.result())
+
+        last = Seen(index, state)
+        moves.check_step(run, last, Seen(index + 1, after(1.0)), num_steps=3, rules=rules)
+        with pytest.raises(moves.PolicyRefusedError, match=r"train\.max_move: the product of"):
+            moves.check_step(run, last, Seen(index + 1, after(40.0)), num_steps=3, rules=rules)
+        state = after(1.0)
+
+
+def test_fedsvds_rows_must_be_orthonormal(site):
+    run = site.manifest(aggregation__method='"fedsvd"')
+    state = start.initial(run, initial_of(site.engine, run.run))
+    longer = {name: 1.5 * t if "lora_A" in name else t for name, t in state.items()}
+    moves.check_step(run.run, Seen(0, state), Seen(0, state), num_steps=3, rules=site.gate.policy)
+    with pytest.raises(moves.PolicyRefusedError, match="orthonormal"):
+        moves.check_step(run.run, Seen(0, state), Seen(0, longer), num_steps=3, rules=site.gate.policy)
+
+
+def test_a_polished_adapter_may_move_by_as_much_as_all_rounds_could(site):
+    run = site.manifest().run
+    whole = math.fsum(moves.site_move(index, run=run, num_steps=3) for index in range(2))
+    state, rules = site.engine.initial, site.gate.policy
+    moves.check_step(run, Seen(2, state), Seen(3, nudged(state, 3.9 * whole)), num_steps=3, rules=rules)
+    with pytest.raises(moves.PolicyRefusedError):
+        moves.check_step(run, Seen(2, state), Seen(3, nudged(state, 4.1 * whole)), num_steps=3, rules=rules)
+
+
+def test_honest_rounds_of_two_sites_pass_each_others_bounds(make, engine):
+    """Real training, mean and next adapter at a site with a guard; how near to the bound it comes."""
+    from common import adapter
+    from server.aggregate import mean
+
+    sites = [make(name="north", count=12), make(name="south", count=16)]
+    run = sites[0].manifest()
+    state = dict(engine.initial)
+    for site in sites:
+        assert site.open(run).kind == "opened"
+    for index in range(2):
+        combined = mean.start(state, trained=list(state))
+        for site in sites:
+            assert site.step("evaluate", run=run, state=state, round_index=index).kind == "metrics"
+            answer = site.step(run=run, state=state, round_index=index)
+            assert answer.kind == "update"
+            combined.add(adapter.decode(answer.body, run.tensor_specs, dtype="float32"), weight=1.0)
+        after = mean.add(state, combined.result())
+        moved = max(float((after[name] - state[name]).abs().max()) for name in state)
+        assert 0.1 < moved / moves.site_move(index, run=run.run, num_steps=3) < 1.5
+        state = after
