@@ -233,6 +233,7 @@ class Agent:
             return answered
         source = self._make_noise(run.manifest, plan.round_index)
         result = self._fit(run, plan, before, source)
+        self._guard.after_training(result.spread)
         after = adapter.read(run.engine.model)
         body = self._protect(run, plan, before, after, trained_with=result.protection, source=source)
         if self._shelf and self._kept_names(run.manifest):

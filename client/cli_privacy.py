@@ -40,8 +40,8 @@ def privacy(
 def ledger_create(node_file: NodeFile, json: cli.JsonOption = False) -> None:
     """Begin the privacy ledger of this site's data set, with nothing spent.
 
-    Budget and delta are those of the policy's [privacy]. Once for each data set and unit: a ledger that is lost cannot
-    be begun anew.
+    Budget and delta are those of the policy's [privacy]. Once for each data set: a ledger that is lost cannot be begun
+    anew, and rows or units that have one under another name or unit column get no second one.
 
     \b
     Examples:
@@ -53,8 +53,10 @@ def ledger_create(node_file: NodeFile, json: cli.JsonOption = False) -> None:
     from common import config
 
     node = config.load_node(node_file)
-    num_units = len({row.unit for row in read_rows(node, node.data.path)})
-    made = site_ledger.create(num_units=num_units, **_parts(desk.open_desk(node)))
+    paths = filter(None, (node.data.path, node.data.held_out_path))
+    rows = [row for path in paths for row in read_rows(node, path)]
+    num_units = len({row.unit for row in rows})
+    made = site_ledger.create(num_units=num_units, rows=rows, **_parts(desk.open_desk(node)))
     _told(made, json, f"next: copy {made.path} away after every run; silotune-client privacy {node_file}")
 
 

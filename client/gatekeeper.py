@@ -170,6 +170,16 @@ class Gatekeeper:
             self._payment.pay(run, plan.round_index)
         return kept
 
+    def after_training(self, spread: float | None) -> None:
+        """An update to which a few steps gave nearly all speaks of the rows of these steps."""
+        limit = self.policy.train.min_spread
+        if spread is not None and not spread >= limit:
+            raise PolicyRefusedError(
+                f"train.min_spread: the gradients of the round come from a share of {spread:.3f} of its steps, which is "
+                f"below {limit:g}",
+                rule="train.min_spread",
+            )
+
     def outgoing(self, request: Frame, reply: Frame, *, run: RunManifest) -> bytes:
         """Round, check against manifest and policy, count, log; then the bytes may leave."""
         if reply.kind != REPLY_OF.get(request.kind):

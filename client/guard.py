@@ -35,6 +35,9 @@ class Guard(Protocol):
     def before_training(self, request: Frame, plan: RoundPlan, *, run: RunManifest) -> Frame | None:
         """Private rows are about to be read: pay for it, or return the answer that was given before."""
 
+    def after_training(self, spread: float | None) -> None:
+        """Training is done and nothing was sent: over what share of its steps the gradients were spread."""
+
     def before_evaluation(self, plan: RoundPlan, *, run: RunManifest) -> Frame | FigureNoise | None:
         """Held-out rows are about to be scored: the answer that was given before, or how figures are noised; None: not."""
 
@@ -64,6 +67,9 @@ class Permissive:
     def before_training(self, request: Frame, plan: RoundPlan, *, run: RunManifest) -> Frame | None:
         """Keep no ledger: whose rows these are, nobody promised anything."""
         return None
+
+    def after_training(self, spread: float | None) -> None:
+        """Send any update."""
 
     def before_evaluation(self, plan: RoundPlan, *, run: RunManifest) -> Frame | FigureNoise | None:
         """Tell figures as they are."""

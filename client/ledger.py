@@ -17,6 +17,7 @@ from common.accounting import Event
 from common.errors import LedgerError
 
 CREATED, RESERVED, LOWERED = "created", "reserved", "lowered"
+MARKS: Final = "marks"
 DISK: Final = Disk()
 
 
@@ -39,6 +40,10 @@ class Ledger:
     def budget(self) -> Budget:
         """Promise and charges, as the file has them now."""
         return _budget(self._lines())
+
+    def marks(self) -> dict[str, list[str]]:
+        """By which the data set is known under another name; empty of a ledger that was begun without."""
+        return dict(self._lines()[0].facts.get(MARKS, {}))
 
     def head(self) -> Head:
         """(counter, sha256) of the last line, for the audit log to mirror."""
@@ -153,7 +158,9 @@ class Ledger:
         return lines
 
 
-def create(path: Path, *, key: bytes, header: Header, disk: Disk = DISK) -> Ledger:
+def create(
+    path: Path, *, key: bytes, header: Header, disk: Disk = DISK, marks: Mapping[str, Sequence[str]] | None = None
+) -> Ledger:
     """Begin a ledger, with nothing spent.
 
     Args:
@@ -161,12 +168,13 @@ def create(path: Path, *, key: bytes, header: Header, disk: Disk = DISK) -> Ledg
         key: 32 bytes, as `derive_key` gives them.
         header: The promise.
         disk: How the disk is reached.
+        marks: By which the data set is known under another name (`client.site_ledger`).
 
     Raises:
         LedgerError: There is one already.
         StorageError: It cannot be written.
     """
-    ledger_file.create(path, CREATED, asdict(header), key=key, disk=disk)
+    ledger_file.create(path, CREATED, {**asdict(header), MARKS: dict(marks or {})}, key=key, disk=disk)
     return Ledger(path, key=key, disk=disk)
 
 
@@ -201,7 +209,8 @@ def open_ledger(
 def _budget(lines: Sequence[Line]) -> Budget:
     """The first line, with what was lowered since, and the charges."""
     lowered = [line.facts for line in lines if line.kind == LOWERED]
-    header = Header(**{**lines[0].facts, **(lowered[-1] if lowered else {})})
+    begun = {name: value for name, value in lines[0].facts.items() if name != MARKS}
+    header = Header(**{**begun, **(lowered[-1] if lowered else {})})
     return Budget(header, [_reservation(line) for line in lines if line.kind == RESERVED])
 
 

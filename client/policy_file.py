@@ -159,6 +159,14 @@ class TrainRules(Section):
         description="How far a value of the global adapter may move in a round, as a multiple of how far this site's own "
         "steps could move it. Above 1 where sites make more steps than this one, as rounds counted in epochs may.",
     )
+    min_spread: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Over how many of its steps a round's gradients must be spread, as a share: (sum of norms)^2 / sum of "
+        "squares / steps. One row that alone has a gradient leaves the share of the steps that read it. Not for runs that "
+        "protect units, whose noise covers one.",
+    )
     optimizers: tuple[Literal["adamw", "sgd"], ...] = Field(default=("adamw",))
     objectives: tuple[ObjectiveName, ...] = Field(
         default=("sft",), description="What may be learnt: answers (`sft`), or preferences among them (`dpo`, `kto`)."

@@ -1,6 +1,9 @@
 """A site's ledger, where its policy, its own file and its audit log meet: the promise, the file's place, the mirror."""
 
+import hmac
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 from urllib.parse import quote
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -13,8 +16,12 @@ from client.policy_file import Policy
 from common import accounting, config
 from common.audit import AuditLog
 from common.errors import ConfigError, LedgerError
+from common.rows import Row
 
 ROW = "row"
+MAX_MARKS: Final = 2048
+MIN_SHARED: Final = 0.1  # a few sentences stand in many data sets
+_MARKING: Final = b"silotune/v1/marks"
 
 
 def promise(rules: Policy, data: config.NodeDataConfig) -> Header:
@@ -72,6 +79,7 @@ def create(
     history: History,
     log: AuditLog,
     num_units: int,
+    rows: Sequence[Row] = (),
 ) -> Ledger:
     """Begin the ledger of a site's data set, and tell the audit log.
 
@@ -82,17 +90,23 @@ def create(
         history: What its audit log says.
         log: That log.
         num_units: Units in the data set; they bound delta.
+        rows: All of its rows; they are known again under another name.
 
     Raises:
-        LedgerError: There is one, or there was one and it is lost.
+        LedgerError: There is one, or there was one and it is lost; or the rows or units have one under another name.
         ConfigError: The policy's delta is too large for so many units.
     """
     header = promise(rules, node.data)
     path = place(Path(node.agent.log_folder), header)
     _check_delta(header, num_units)
-    if path.name in history.ledgers and not path.exists():
-        raise LedgerError(f"{path}: the audit log knows of this ledger and it is gone; {ledger_file.LOST}")
-    made = ledger.create(path, key=ledger_file.derive_key(key), header=header)
+    for name in history.ledgers:
+        if not path.with_name(name).exists():
+            raise LedgerError(
+                f"{path.with_name(name)}: the audit log knows of this ledger and it is gone; {ledger_file.LOST}"
+            )
+    marks = marks_of(rows, unit=header.unit, secret=ledger_file.derive_key(key, purpose=_MARKING))
+    _check_new(path, marks, key=ledger_file.derive_key(key))
+    made = ledger.create(path, key=ledger_file.derive_key(key), header=header, marks=marks)
     mirror(log, made)
     return made
 
@@ -119,6 +133,59 @@ def mirror(log: AuditLog, paid: Ledger) -> None:
     """
     head = paid.head()
     log.append("ledger", ledger=paid.path.name, counter=head.counter, ledger_sha256=head.sha256)
+
+
+def marks_of(rows: Sequence[Row], *, unit: str, secret: bytes) -> dict[str, list[str]]:
+    """Keyed hashes of units and of texts, of each the smallest: they lie in the ledger, encrypted, and tell no name.
+
+    Of two data sets those below a common bound are the same share of each that the sets have in common.
+
+    Args:
+        rows: Of the data set.
+        unit: The column of the unit, or `row`, whose names are places and tell nothing of the rows.
+        secret: Of the site.
+
+    Source: Broder 1997, On the resemblance and containment of documents; the smallest hashes as a sketch.
+    """
+    units = {row.unit for row in rows} if unit != ROW else set()
+    texts = {"\0".join(part for message in row.messages for part in (message.role, message.content)) for row in rows}
+    found = {"units": units, "texts": texts}
+    return {
+        kind: sorted(hmac.digest(secret, f"{kind}\0{name}".encode(), "sha256")[:8].hex() for name in names)[:MAX_MARKS]
+        for kind, names in found.items()
+    }
+
+
+def shared(one: Sequence[str], other: Sequence[str]) -> float:
+    """Share of the smaller of two sets that the larger one holds too, from their marks.
+
+    Example:
+        >>> shared(["01", "05", "09"], ["05", "09", "0c", "0f"]), shared(["01"], ["02"])
+        (0.6666666666666666, 0.0)
+    """
+    full = [marks[-1] for marks in (one, other) if len(marks) >= MAX_MARKS]
+    bound = min(full, default="g")
+    sets = [{mark for mark in marks if mark <= bound} for marks in (one, other)]
+    return len(sets[0] & sets[1]) / max(1, min(map(len, sets)))
+
+
+def _check_new(path: Path, marks: Mapping[str, Sequence[str]], *, key: bytes) -> None:
+    """No other ledger of this site is of the same units or texts, whatever policy and file call them.
+
+    Raises:
+        LedgerError: One is, or one that lies there cannot be read.
+    """
+    for other in sorted(path.parent.glob("*.ledger")):
+        if other == path:
+            continue
+        known = Ledger(other, key=key).marks()
+        share = max((shared(marks[kind], known.get(kind, ())) for kind in marks), default=0.0)
+        if share >= MIN_SHARED:
+            raise LedgerError(
+                f"{100 * share:.0f} % of these units or texts have a ledger already, {other}, and what it says was spent "
+                "stays spent: one data set has one budget. Call the data set and its unit column as before, in the "
+                "policy and the site's own file"
+            )
 
 
 def _check_delta(header: Header, num_units: int) -> None:

@@ -24,13 +24,31 @@ PROVEN_STEP: Final = 1  # after it the adapter must have moved; a failure costs 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What a round of training did; the loss as in `gradients`. None: not to be told, as it would not be private."""
+    """What a round of training did; the loss as in `gradients`. None: not to be told, as it would not be private.
+
+    `spread` is over how many of its steps the gradients were spread, as a share (`spread_of`); it never leaves. None
+    where noise covers single units.
+    """
 
     num_steps: int
     num_tokens: int | None
     train_loss: float | None
     seconds: float | None
     protection: Protection
+    spread: float | None = None
+
+
+def spread_of(norms: Sequence[float]) -> float:
+    """Over how many steps a round's gradients were spread, as a share of all: (sum n)^2 / sum n^2 / number.
+
+    1 where all are of one length. Where one row alone has a gradient, it is the share of the steps that read this row.
+
+    Example:
+        >>> spread_of([1.0, 1.0, 1.0, 1.0]), spread_of([0.0, 0.0, 5.0, 0.0])
+        (1.0, 0.25)
+    """
+    squares = math.fsum(norm * norm for norm in norms)
+    return math.fsum(norms) ** 2 / squares / len(norms) if squares > 0 else 0.0
 
 
 def train(
@@ -70,15 +88,15 @@ def train(
         torch.manual_seed(schedule.derive_seed(seed, round_index))
         if privacy.is_private_per_unit:
             _fit_privately(engine, rows, rates, training=training, privacy=privacy, source=source, proximal=proximal)
-            told = None
+            num_tokens, train_loss, spread = None, None, None
         else:
             batches = _batches(rows, training=training, first_step=first_step, num_steps=num_steps, seed=seed)
-            told = _fit(engine, batches, rates, training=training, proximal=proximal)
+            num_tokens, train_loss, spread = _fit(engine, batches, rates, training=training, proximal=proximal)
     proof.check_reload(engine)
     protection: Protection = "unit" if privacy.is_private_per_unit else "none"
-    if told is None or privacy.is_private:  # for the site as a whole too: no noise covers these figures
-        return LocalResult(num_steps, None, None, None, protection)
-    return LocalResult(num_steps, *told, time.monotonic() - started, protection)
+    if privacy.is_private:  # for the site as a whole too: no noise covers these figures
+        return LocalResult(num_steps, None, None, None, protection, spread)
+    return LocalResult(num_steps, num_tokens, train_loss, time.monotonic() - started, protection, spread)
 
 
 def _fit_privately(
@@ -111,14 +129,14 @@ def _fit(
     *,
     training: config.TrainingConfig,
     proximal: float,
-) -> tuple[int, float]:
-    """One step for each batch; how many tokens it read, and the mean of its losses."""
+) -> tuple[int, float, float]:
+    """One step for each batch; how many tokens it read, the mean of its losses, and how its gradients were spread."""
     size, objective = training.micro_batch_size or training.batch_size, Objective.of(training)
     gradients = (mean_gradient(engine, batch, micro_batch_size=size, objective=objective) for batch in batches)
     max_norm = training.max_grad_norm
-    losses = _steps(engine, gradients, rates, training=training, max_grad_norm=max_norm, proximal=proximal)
+    losses, norms = _steps(engine, gradients, rates, training=training, max_grad_norm=max_norm, proximal=proximal)
     num_tokens = sum(len(row.input_ids) for batch in batches for example in batch for row in example.rows)
-    return num_tokens, sum(losses) / len(losses)
+    return num_tokens, sum(losses) / len(losses), spread_of(norms)
 
 
 def _batches(
@@ -154,18 +172,24 @@ def _steps(
     training: config.TrainingConfig,
     max_grad_norm: float,
     proximal: float,
-) -> list[float]:
-    """One optimiser step for each gradient that is set; the losses that came with them, which private ones do not."""
+) -> tuple[list[float], list[float]]:
+    """One optimiser step for each gradient that is set.
+
+    Returns:
+        The losses that came with them, and their norms before clipping; empty of private ones.
+    """
     optimizer = make_optimizer(engine, training)
     before = adapter.read(engine.model)
     origin = {name: p.detach().clone() for name, p in adapter.parameters(engine.model).items()} if proximal else {}
     engine.model.train()
     losses: list[float] = []
+    norms: list[float] = []
     for number, rate in enumerate(rates):
         optimizer.zero_grad()
         loss = next(gradients)
         if loss is not None:
             losses.append(_finite(loss, step=len(losses)))
+            norms.append(_norm(optimizer))
         _clip(optimizer, max_grad_norm)
         regulariser.add_gradient(engine.model)
         _pull(engine, origin, rate * proximal)
@@ -174,7 +198,13 @@ def _steps(
         optimizer.step()
         if number in (PROVEN_STEP, len(rates) - 1) and any(rates[: number + 1]):
             proof.check_moved(engine, before)
-    return losses
+    return losses, norms
+
+
+def _norm(optimizer: torch.optim.Optimizer) -> float:
+    """L2 norm of the whole gradient."""
+    grads = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(grads))
 
 
 def _finite(loss: float, *, step: int) -> float:

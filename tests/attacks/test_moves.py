@@ -3,16 +3,19 @@
 Names carry the numbers of the attack table. Each case has a control: without the bound the adapter is taken.
 """
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from client import moves, probes
+from client.agent import SiteData
 from client.guard import Permissive
 from client.moves import FOLDER, Seen
-from common import start
+from common import adapter, start
 from common.model import initial_of
+from common.rows import Message
 from server.aggregate import fedsvd, flexlora
 from tests import tiny
 
@@ -151,7 +154,6 @@ def test_a_polished_adapter_may_move_by_as_much_as_all_rounds_could(site):
 
 def test_honest_rounds_of_two_sites_pass_each_others_bounds(make, engine):
     """Real training, mean and next adapter at a site with a guard; how near to the bound it comes."""
-    from common import adapter
     from server.aggregate import mean
 
     sites = [make(name="north", count=12), make(name="south", count=16)]
@@ -170,3 +172,41 @@ def test_honest_rounds_of_two_sites_pass_each_others_bounds(make, engine):
         moved = max(float((after[name] - state[name]).abs().max()) for name in state)
         assert 0.1 < moved / moves.site_move(index, run=run.run, num_steps=3) < 1.5
         state = after
+
+
+def test_a31_an_update_that_speaks_of_one_row(make, engine):
+    """An adapter that knows all rows but one gives an update of this one alone; no norm, rank or step tells."""
+    rare = dataclasses.replace(tiny.row(2), messages=(Message("user", "patient Ada: code?"), Message("assistant", "QZX 77")))
+    common_rows = [dataclasses.replace(tiny.row(0), row_id=f"row {n}", unit=f"u{n}") for n in range(40)]
+    data = {"rare": SiteData([*common_rows[:39], rare], tiny.rows(4)), "common": SiteData(common_rows, tiny.rows(4))}
+    steps = {"training__local_epochs": "0.0", "training__local_steps": "10", "training__schedule": '"constant"'}
+    site = make(min_local_steps="3\nmin_spread = 0.3")
+    site.data = data["common"]
+    learnt = {"training__learning_rate": "1e-2", **steps, "training__local_steps": "60"}
+    free = Permissive()
+    guard, site.agent._guard = site.agent._guard, free
+    warm = site.manifest(**learnt)
+    assert site.open(warm, approve=False).kind == "opened"
+    answer = site.step(run=warm)
+    update = adapter.decode(answer.body, warm.tensor_specs, dtype="float32")
+    state = {name: t + update[name] for name, t in engine.initial.items()}
+    run = site.manifest(training__learning_rate="1e-3", **steps)
+    outcomes = {}
+    for name in ("rare", "common"):
+        site.data, site.agent._run = data[name], None
+        site.agent._guard = free
+        assert site.open(run, approve=False).kind == "opened"
+        outcomes[name, "free"] = site.step(run=run, state=state)
+        site.agent._guard = SpreadOnly(guard)
+        outcomes[name, "guard"] = site.step(run=run, state=state)
+    moved = {name: outcomes[name, "free"].body for name in ("rare", "common")}
+    assert moved["rare"] != moved["common"]
+    assert outcomes["rare", "guard"].head["code"] == POLICY  # the control is `free`, which sent both
+    assert "min_spread" in str(site.errors[-1]) or "min_spread" in str(site.errors[0])
+
+
+class SpreadOnly(Permissive):
+    """The real guard's look at the gradients, without its bound on the adapter, which would refuse this one before."""
+
+    def __init__(self, guard) -> None:
+        self.after_training = guard.after_training

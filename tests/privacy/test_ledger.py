@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from client import ledger, ledger_file
+from client import ledger, ledger_file, site_ledger
 from client.budget import Budget
 from client.ledger_file import Disk
 from common.accounting import Event
 from common.errors import AccountingUnsupported, BudgetExhausted, LedgerError, PrivacyError
-from tests import ledgers
+from common.rows import Message
+from tests import ledgers, vault
 from tests.ledgers import HEADER, KEY, ROUND, RUN
 
 
@@ -292,3 +293,45 @@ def test_without_the_lock_two_writers_lose_a_charge(tmp_path):
     for disk in (Disk(), held):
         ledger_file.append(path, lines, ledger.RESERVED, {}, key=KEY, disk=disk)
     assert len(ledger_file.read(path, key=KEY, disk=Disk())) == 2
+
+
+def test_one_data_set_has_one_budget_whatever_it_is_called(tmp_path):
+    """Renamed in the policy, under another unit column or as a part of it; other rows of the same wards are another one."""
+    from client import policy_file
+    from client.history import History
+    from common import config
+    from common.audit import AuditLog
+    from tests import tiny
+
+    key, base = vault.SITE, "ab" * 32
+
+    def create(name: str, rows, *, unit: str = "patient_id"):
+        text = vault.policy_text(base).replace("[data.datasets.notes]", f"[data.datasets.{name}]")
+        history = History()
+        log = AuditLog(tmp_path / "audit.jsonl", key=key, on_entry=history.take, clock=lambda: vault.NOW)
+        own = {"path": "rows.jsonl", "unit_column": unit}
+        agent = {"log_folder": str(tmp_path), "policy": "p", "policy_signer": base, "identity_key": "k"}
+        node = config.NodeConfig.model_validate({"site": {"name": "north"}, "data": own, "agent": agent})
+        rules = policy_file.parse(text, name="policy.toml")
+        units = len({row.unit for row in rows})
+        return site_ledger.create(
+            node, rules=rules, key=key, history=history, log=log, num_units=units, rows=rows
+        )
+
+    rows = [replace(tiny.row(n), messages=(Message("user", f"note {n}"), Message("assistant", "A"))) for n in range(400)]
+    made = create("notes", rows)
+    others = [replace(row, unit=f"south-{n}", messages=(Message("user", f"other {n}"),)) for n, row in enumerate(rows)]
+    for name, found, unit in (
+        ("renamed", rows, "patient_id"),
+        ("renamed", [replace(row, unit=f"row {n}") for n, row in enumerate(rows)], ""),
+        ("part", rows[:40], "patient_id"),
+        ("more", [*rows[:100], *others], "patient_id"),
+        ("retold", [replace(row, messages=(Message("user", f"told anew {n}"),)) for n, row in enumerate(rows)], "patient_id"),
+    ):
+        with pytest.raises(LedgerError, match=r"notes\.patient_id\.ledger, and what it says was spent stays spent"):
+            create(name, found, unit=unit)
+    assert create("others", others).spent() == 0.0  # the control: these are other people
+    assert b"north-1" not in made.path.read_bytes()
+    made.path.unlink()
+    with pytest.raises(LedgerError, match=r"notes\.patient_id\.ledger: the audit log knows"):
+        create("third", [replace(row, unit=f"west-{n}", messages=(Message("user", f"w {n}"),)) for n, row in enumerate(rows)])
