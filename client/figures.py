@@ -21,7 +21,6 @@ from common.objectives import Example, Objective
 from common.records import OpenedHead
 
 
-
 @dataclass(frozen=True)
 class FigureNoise:
     """How held-out figures of a site are released.

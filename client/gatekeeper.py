@@ -134,7 +134,7 @@ class Gatekeeper:
         self._keep_heads(request, signer=self._signers[plan.run_sha256], keys=member.site_keys if member else None)
 
     def counted(self, head: OpenedHead, *, num_units: tuple[int, int], run: RunManifest) -> OpenedHead:
-        """Enough rows for the policy; under one that demands differential privacy units are told, noised and charged."""
+        """Enough rows for the policy; where it demands differential privacy, units are told, noised and charged."""
         policy.check_opened(self.policy, self._dataset, head, run.run)
         if self.policy.privacy.mode == "none":
             return head
@@ -146,13 +146,14 @@ class Gatekeeper:
         return figures.told(head, released, rules=self.policy)
 
     def before_evaluation(self, plan: RoundPlan, *, run: RunManifest) -> Frame | FigureNoise | None:
-        """Figures that no noise covers do not leave where units are promised something; what leaves is paid for once."""
+        """Where privacy is demanded, no figure leaves that no noise covers, and what leaves is paid for once."""
         if self.policy.privacy.mode == "none":
             return None
         rules = self.policy.evaluation
         if not rules.noise_multiplier or not figures.is_covered(self.policy, run.run):
             raise PolicyRefusedError(
-                "evaluation.noise_multiplier: differential privacy is required, and no noise is set for held-out figures",
+                "evaluation.noise_multiplier: differential privacy is required, and no noise is set for held-out "
+                "figures",
                 rule="evaluation.noise_multiplier",
             )
         kept = self._payment.answered(run, plan.round_index, kind="evaluate")
@@ -175,7 +176,7 @@ class Gatekeeper:
         limit = self.policy.train.min_spread
         if spread is not None and not spread >= limit:
             raise PolicyRefusedError(
-                f"train.min_spread: the gradients of the round come from a share of {spread:.3f} of its steps, which is "
+                f"train.min_spread: the round's gradients come from a share of {spread:.3f} of its steps, which is "
                 f"below {limit:g}",
                 rule="train.min_spread",
             )

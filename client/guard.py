@@ -39,7 +39,7 @@ class Guard(Protocol):
         """Training is done and nothing was sent: over what share of its steps the gradients were spread."""
 
     def before_evaluation(self, plan: RoundPlan, *, run: RunManifest) -> Frame | FigureNoise | None:
-        """Held-out rows are about to be scored: the answer that was given before, or how figures are noised; None: not."""
+        """Held-out rows are about to be scored: the answer that was given, or how to noise figures; None: not."""
 
     def outgoing(self, request: Frame, reply: Frame, *, run: RunManifest) -> bytes:
         """All that would leave; returns the bytes that do."""

@@ -1,13 +1,13 @@
 """Whether an adapter is one that a round of training could have made of the last one; bounds from the run's settings.
 
-A coordinator that sends the mean of updates sends one that lies near the adapter before it. One that was crafted to make
-an update speak of one row does not: its values are moved by as much as a whole run would not move them.
+A coordinator that sends the mean of updates sends one that lies near the adapter before it. One that was crafted to
+make an update speak of one row does not: its values are moved by as much as a whole run would not move them.
 
 d and k: output and input width of a module, r: rank.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,6 +21,7 @@ from common import adapter, config, site_privacy, storage, trainable, wire
 from common.adapter import Tensors
 from common.errors import ModelError, PolicyRefusedError, WireError
 from common.manifest import RunManifest
+from common.methods import FACTS
 from common.wire import Frame
 
 FOLDER: Final = "seen"
@@ -113,7 +114,8 @@ def is_bounded(run: RunManifest, tensors: Tensors) -> bool:
     """
     settings, training = run.run, run.run.training
     is_whole = all(tuple(tensors[spec.name].shape) == spec.shape for spec in run.tensor_specs if spec.name in tensors)
-    has_bound = training.optimizer == "adamw" or training.max_grad_norm > 0 and not settings.privacy.is_private_per_unit
+    is_clipped = training.max_grad_norm > 0 and not settings.privacy.is_private_per_unit
+    has_bound = training.optimizer == "adamw" or is_clipped
     return (
         settings.aggregation.method in (*DIRECT, *REFACTORED)
         and settings.adapter.kind != "adalora"
@@ -148,20 +150,18 @@ def check_step(run: config.RunConfig, last: Seen, new: Seen, *, num_steps: int, 
 def site_move(round_index: int, *, run: config.RunConfig, num_steps: int) -> float:
     """How far a round of local training can move a value at most, weight decay aside.
 
-    AdamW moves a value by `rate |m| / sqrt(v)` at most, with both means corrected for their start. By Cauchy and Schwarz
+    AdamW moves a value by `rate |m| / sqrt(v)` at most, both means corrected for their start. By Cauchy and Schwarz
     `|m_t| / sqrt(v_t)` is at most `c_t`, which is 1 at the first step and 7.3 after thousands with the default decays.
     SGD moves all values together by the rate times the clipped norm, with momentum over 1 - momentum.
 
-    Source: Kingma and Ba 2015, arXiv:1412.6980, section 2.1, whose (1 - beta1) / sqrt(1 - beta2) is of one sparse gradient.
+    Source: Kingma and Ba 2015, arXiv:1412.6980, section 2.1; (1 - beta1) / sqrt(1 - beta2) is of one gradient alone.
 
     Example:
         >>> round(adam_constant(1, beta1=0.9, beta2=0.999), 6), round(adam_constant(100_000, beta1=0.9, beta2=0.999), 2)
         (1.0, 7.27)
     """
     training = run.training
-    rates = schedule.rates(
-        round_index, num_rounds=run.federation.num_rounds, num_steps=num_steps, training=training
-    )
+    rates = schedule.rates(round_index, num_rounds=run.federation.num_rounds, num_steps=num_steps, training=training)
     if training.optimizer == "sgd":
         return math.fsum(rates) * training.max_grad_norm / (1 - training.momentum)
     steps = enumerate(rates, start=1)
@@ -202,18 +202,16 @@ def _by_server(move: float, largest: float, *, run: config.RunConfig) -> float:
 
 def _is_sent(run: config.RunConfig, name: str, round_index: int) -> bool:
     """Whether updates of a round hold this tensor."""
-    turns = trainable.FACTS[run.aggregation.method].sends
+    turns = FACTS[run.aggregation.method].sends
     factor = trainable.factor_of(name)
     return factor not in ("A", "B") or factor in turns[round_index % len(turns)]
 
 
-def _check_products(
-    last: Tensors, new: Tensors, moves: list[float], *, factor: float, run: config.RunConfig
-) -> None:
+def _check_products(last: Tensors, new: Tensors, moves: list[float], *, factor: float, run: config.RunConfig) -> None:
     """The product B A of each module, by its Frobenius norm, for methods that turn the factors.
 
-    A site's B + dB and A + dA move it by |dB| |A| + |B| |dA| + |dB| |dA| at most, the norms of B and A spectral; what is
-    cut to rank r is at most as much again, since the last product is of that rank.
+    A site's B + dB and A + dA move it by |dB| |A| + |B| |dA| + |dB| |dA| at most, the norms of B and A spectral; what
+    is cut to rank r is at most as much again, since the last product is of that rank.
     """
     for module, (b_dr, a_rk) in _pairs(new).items():
         old_b_dr, old_a_rk = _pairs(last)[module]
@@ -231,7 +229,10 @@ def _check_products(
         moved = _product_distance((b_dr, a_rk), (old_b_dr, old_a_rk))
         whole = _product_distance((b_dr, a_rk), (torch.zeros_like(b_dr), a_rk))
         _require(
-            moved <= factor * allowed + TOLERANCE * max(whole, 1e-3), f"the product of {module}", moved, factor * allowed
+            moved <= factor * allowed + TOLERANCE * max(whole, 1e-3),
+            f"the product of {module}",
+            moved,
+            factor * allowed,
         )
 
 

@@ -100,8 +100,8 @@ class Payment:
             return wire.unpack(self._place(run, round_index, kind).read_bytes(), max_body_bytes=MAX_ANSWER_BYTES)
         except (OSError, WireError) as error:
             raise PolicyRefusedError(
-                f"rounds: {kind} of round {round_index} was answered, and its answer is not kept any more; going on needs the "
-                "next round",
+                f"rounds: {kind} of round {round_index} was answered, and its answer is not kept any more; going on "
+                "needs the next round",
                 rule="rounds",
             ) from error
 

@@ -156,16 +156,16 @@ class TrainRules(Section):
     max_move: float = Field(
         default=4.0,
         gt=0,
-        description="How far a value of the global adapter may move in a round, as a multiple of how far this site's own "
-        "steps could move it. Above 1 where sites make more steps than this one, as rounds counted in epochs may.",
+        description="How far a value of the global adapter may move in a round, as a multiple of how far this site's "
+        "own steps could move it. Above 1 where sites make more steps than this one, as rounds counted in epochs may.",
     )
     min_spread: float = Field(
         default=0.1,
         ge=0,
         le=1,
-        description="Over how many of its steps a round's gradients must be spread, as a share: (sum of norms)^2 / sum of "
-        "squares / steps. One row that alone has a gradient leaves the share of the steps that read it. Not for runs that "
-        "protect units, whose noise covers one.",
+        description="Over how many of its steps a round's gradients must be spread, as a share: (sum of norms)^2 / sum "
+        "of squares / steps. One row that alone has a gradient leaves the share of the steps that read it. Not for "
+        "runs that protect units, whose noise covers one.",
     )
     optimizers: tuple[Literal["adamw", "sgd"], ...] = Field(default=("adamw",))
     objectives: tuple[ObjectiveName, ...] = Field(
@@ -194,8 +194,8 @@ class PrivacyRules(Section):
     count_noise: float = Field(
         default=10.0,
         gt=0,
-        description="Where `mode` is `required`: standard deviation of the noise on the numbers of units to train on and "
-        "held out, which a run that protects units is told once. Charged.",
+        description="Where `mode` is `required`: standard deviation of the noise on the numbers of units to train on "
+        "and held out, which a run that protects units is told once. Charged.",
     )
 
 
@@ -228,8 +228,8 @@ class EvaluationRules(Section):
     noise_multiplier: float = Field(
         default=0.0,
         ge=0,
-        description="Where `privacy.mode` is `required`: noise on each held-out figure over what one unit can add to it. "
-        "Charged for every evaluation that a run plans. 0: no held-out figure leaves.",
+        description="Where `privacy.mode` is `required`: noise on each held-out figure over what one unit can add to "
+        "it. Charged for every evaluation that a run plans. 0: no held-out figure leaves.",
     )
     max_loss: float = Field(
         default=10.0, gt=0, description="Largest mean loss of a unit in such a figure, nats; higher ones count as this."

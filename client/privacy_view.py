@@ -22,7 +22,8 @@ from common.errors import DataError
 ACCOUNTANT: Final = "privacy loss distribution (dp-accounting), rounded up, confirmed by Renyi differential privacy"
 MAX_POINTS: Final = 20
 COVERED: Final = (
-    "The updates, counts and held-out figures that left this site in all runs charged to this ledger, taken together: whether all rows with one "
+    "The updates, counts and held-out figures that left this site in all runs charged to this ledger, taken together: "
+    "whether all rows with one "
     "value of '{unit}' were among the rows of '{dataset}' changes the probability of any outcome by a factor "
     "of e^epsilon at most, but for a probability of delta.",
     "It holds against everybody outside this site, the coordinator and the other sites included, whatever they know "

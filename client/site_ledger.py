@@ -182,9 +182,9 @@ def _check_new(path: Path, marks: Mapping[str, Sequence[str]], *, key: bytes) ->
         share = max((shared(marks[kind], known.get(kind, ())) for kind in marks), default=0.0)
         if share >= MIN_SHARED:
             raise LedgerError(
-                f"{100 * share:.0f} % of these units or texts have a ledger already, {other}, and what it says was spent "
-                "stays spent: one data set has one budget. Call the data set and its unit column as before, in the "
-                "policy and the site's own file"
+                f"{100 * share:.0f} % of these units or texts have a ledger already, {other}, and what it says was "
+                "spent stays spent: one data set has one budget. Call the data set and its unit column as before, in "
+                "the policy and the site's own file"
             )
 
 

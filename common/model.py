@@ -349,7 +349,7 @@ def _attach_side(model: Any, settings: config.AdapterConfig, *, rank: int) -> No
 
 
 def initial_of(engine: Engine, run: config.RunConfig) -> adapter.Tensors:
-    """The adapter as it would be attached for this run, whose seed need not be the one that the engine was loaded for."""
+    """The adapter as it would be attached for this run; the engine may have been loaded for another seed."""
     if run.adapter.kind != "lora" or run.aggregation.num_core_heads:
         return engine.initial  # drawn from no seed, or its engine was loaded for this one
     return {**engine.initial, **_drawn(engine.initial, seed=run.seed)}

@@ -186,8 +186,8 @@ def _write_sites(
 ) -> list[Site]:
     """Rows and own file of each site; roster and identity key are those of its kit.
 
-    A site with an identity would hold out units of its own choice, so that held-out rows lie in a file of their own here,
-    as the simulation of the run has them.
+    A site with an identity would hold out units of its own choice, so that held-out rows lie in a file of their own
+    here, as the simulation of the run has them.
     """
     admin = identity.public_hex(identity.create(folder / "admin.pem"))
     lines = {}

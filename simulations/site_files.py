@@ -48,7 +48,8 @@ def write(
     """
     return [
         _write_site(name, rows, settings=settings, folder=folder / str(number), lines=_shared(base_folder, num_threads),
-                    log_folder=log_folder / name, agent_lines=agent_lines.get(name, ()), held_out=held_out.get(name, ()))
+                    log_folder=log_folder / name, agent_lines=agent_lines.get(name, ()),
+                    held_out=held_out.get(name, ()))
         for number, (name, rows) in enumerate(sorted(tables.items()))
     ]  # fmt: skip
 

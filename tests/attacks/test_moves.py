@@ -28,7 +28,8 @@ def crafted(site, run, *, size: float = 5.0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     begun = start.initial(run, initial_of(site.engine, run.run))
     made = {
-        name: t + size * torch.randn(t.shape, generator=generator) if "lora_B" in name else t for name, t in begun.items()
+        name: t + size * torch.randn(t.shape, generator=generator) if "lora_B" in name else t
+        for name, t in begun.items()
     }
     probes.check(made, max_tensor_norm=905.0)  # the control: norms and ranks tell nothing
     return made
@@ -176,7 +177,9 @@ def test_honest_rounds_of_two_sites_pass_each_others_bounds(make, engine):
 
 def test_a31_an_update_that_speaks_of_one_row(make, engine):
     """An adapter that knows all rows but one gives an update of this one alone; no norm, rank or step tells."""
-    rare = dataclasses.replace(tiny.row(2), messages=(Message("user", "patient Ada: code?"), Message("assistant", "QZX 77")))
+    rare = dataclasses.replace(
+        tiny.row(2), messages=(Message("user", "patient Ada: code?"), Message("assistant", "QZX 77"))
+    )
     common_rows = [dataclasses.replace(tiny.row(0), row_id=f"row {n}", unit=f"u{n}") for n in range(40)]
     data = {"rare": SiteData([*common_rows[:39], rare], tiny.rows(4)), "common": SiteData(common_rows, tiny.rows(4))}
     steps = {"training__local_epochs": "0.0", "training__local_steps": "10", "training__schedule": '"constant"'}

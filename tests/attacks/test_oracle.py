@@ -17,7 +17,7 @@ from common import accounting, privacy_plan
 from common.noise import SeededNoise, SystemNoise
 from common.objectives import Objective
 from common.rows import Message
-from tests import tiny, vault
+from tests import tiny
 from tests.attacks.test_agent_privacy import POLICY, charges, create_ledger, paid, run_of
 
 FIGURES = {"min_slice": "1\nnoise_multiplier = 2.0", "secagg": '"none"\ncount_noise = 4.0'}
@@ -60,7 +60,7 @@ def test_a29_evaluations_answer_nothing_where_privacy_is_demanded_and_no_noise_i
 
 
 def test_a29_control_without_a_guard_evaluations_tell_a_held_out_patients_answer(noising):
-    """The loss tells which of two answers a held-out patient's row has, whatever was trained, and nothing is charged."""
+    """The loss tells which of two answers a held-out patient's row has, and nothing is charged."""
     run, losses = run_of(noising), []
     noising.agent._guard = Permissive()
     for data in (noising.data, other_answer(noising, noising.data)):
@@ -144,7 +144,9 @@ def test_a30_control_without_a_guard_counts_are_exact(noising):
 def test_counts_have_the_noise_that_is_charged(noising):
     rules = noising.gate.policy
     source = SeededNoise(3)
-    drawn = torch.tensor([figures.counts((1000, 500), rules=rules, source=source)["train"] - 1000.0 for _ in range(2000)])
+    drawn = torch.tensor(
+        [figures.counts((1000, 500), rules=rules, source=source)["train"] - 1000.0 for _ in range(2000)]
+    )
     assert abs(float(drawn.mean())) < 0.4  # 4.5 standard errors
     assert float(drawn.std()) == pytest.approx(4.0, rel=0.08)
 
@@ -154,7 +156,9 @@ def test_one_unit_moves_the_sum_of_held_out_figures_by_its_bound_at_most(site, k
     """Whatever a unit's loss is, infinite or none: the sum without noise moves by sqrt(F) at most, and no further."""
     from common.noise import to_grid
 
-    monkeypatch.setattr("common.noise.added", lambda tensors, **_: {name: to_grid(t, clip_norm=1.0) for name, t in tensors.items()})
+    monkeypatch.setattr(
+        "common.noise.added", lambda tensors, **_: {name: to_grid(t, clip_norm=1.0) for name, t in tensors.items()}
+    )
     run = site.manifest(**({} if kind == "sft" else {"training__objective": '"dpo"'}))
     if kind == "dpo":
         table = [tiny.pair(number) for number in range(12)]
@@ -174,7 +178,7 @@ def test_one_unit_moves_the_sum_of_held_out_figures_by_its_bound_at_most(site, k
     for max_loss in (1e-3, 10.0):
         assert 0 < total(rows, max_loss) - total(without, max_loss) <= 1.0 + 1e-3
     assert total(rows, 1e-3) == pytest.approx(len({row.unit for row in rows}), abs=1e-3)  # all at the limit
-    name, weight = next((n, p) for n, p in opened.engine.model.named_parameters() if "lora_B" in n)
+    weight = next(p for name, p in opened.engine.model.named_parameters() if "lora_B" in name)
     with torch.no_grad():
         weight.fill_(math.inf)
     assert total(rows, 10.0) == pytest.approx(len({row.unit for row in rows}), abs=1e-3)

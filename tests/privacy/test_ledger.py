@@ -296,7 +296,7 @@ def test_without_the_lock_two_writers_lose_a_charge(tmp_path):
 
 
 def test_one_data_set_has_one_budget_whatever_it_is_called(tmp_path):
-    """Renamed in the policy, under another unit column or as a part of it; other rows of the same wards are another one."""
+    """Renamed in the policy, under another unit column or as a part of it; other people's rows are another one."""
     from client import policy_file
     from client.history import History
     from common import config
@@ -314,11 +314,11 @@ def test_one_data_set_has_one_budget_whatever_it_is_called(tmp_path):
         node = config.NodeConfig.model_validate({"site": {"name": "north"}, "data": own, "agent": agent})
         rules = policy_file.parse(text, name="policy.toml")
         units = len({row.unit for row in rows})
-        return site_ledger.create(
-            node, rules=rules, key=key, history=history, log=log, num_units=units, rows=rows
-        )
+        return site_ledger.create(node, rules=rules, key=key, history=history, log=log, num_units=units, rows=rows)
 
-    rows = [replace(tiny.row(n), messages=(Message("user", f"note {n}"), Message("assistant", "A"))) for n in range(400)]
+    rows = [
+        replace(tiny.row(n), messages=(Message("user", f"note {n}"), Message("assistant", "A"))) for n in range(400)
+    ]
     made = create("notes", rows)
     others = [replace(row, unit=f"south-{n}", messages=(Message("user", f"other {n}"),)) for n, row in enumerate(rows)]
     for name, found, unit in (
@@ -326,7 +326,11 @@ def test_one_data_set_has_one_budget_whatever_it_is_called(tmp_path):
         ("renamed", [replace(row, unit=f"row {n}") for n, row in enumerate(rows)], ""),
         ("part", rows[:40], "patient_id"),
         ("more", [*rows[:100], *others], "patient_id"),
-        ("retold", [replace(row, messages=(Message("user", f"told anew {n}"),)) for n, row in enumerate(rows)], "patient_id"),
+        (
+            "retold",
+            [replace(row, messages=(Message("user", f"told anew {n}"),)) for n, row in enumerate(rows)],
+            "patient_id",
+        ),
     ):
         with pytest.raises(LedgerError, match=r"notes\.patient_id\.ledger, and what it says was spent stays spent"):
             create(name, found, unit=unit)
@@ -334,4 +338,7 @@ def test_one_data_set_has_one_budget_whatever_it_is_called(tmp_path):
     assert b"north-1" not in made.path.read_bytes()
     made.path.unlink()
     with pytest.raises(LedgerError, match=r"notes\.patient_id\.ledger: the audit log knows"):
-        create("third", [replace(row, unit=f"west-{n}", messages=(Message("user", f"w {n}"),)) for n, row in enumerate(rows)])
+        create(
+            "third",
+            [replace(row, unit=f"west-{n}", messages=(Message("user", f"w {n}"),)) for n, row in enumerate(rows)],
+        )
