@@ -374,9 +374,7 @@ def _asked(engine: Engine, rows: Sequence[Row], run_manifest: RunManifest) -> Se
     ]
 
 
-def _score(
-    run: OpenRun, rows: Sequence[Example], *, generate: bool, noised_by: FigureNoise | None
-) -> evaluation.Score:
+def _score(run: OpenRun, rows: Sequence[Example], *, generate: bool, noised_by: FigureNoise | None) -> evaluation.Score:
     """Held-out figures of the adapter that is in the engine."""
     settings, objective = run.manifest.run.evaluation, Objective.of(run.manifest.run.training)
     if noised_by:

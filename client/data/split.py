@@ -46,7 +46,8 @@ def split_sites(
 ) -> dict[str, Sides]:
     """Keep a share of each site's units for evaluation.
 
-    Units are ordered by a hash of seed, or secret, and name, and the first of them are held out: the order of rows plays no part.
+    Units are ordered by a hash of seed, or secret, and name, and the first of them are held out: the order of rows
+    plays no part.
     Units that have a text in common, at one site or at several, go to one side together, at the place of the first of
     them; those that would take more than the share of a site are trained on.
 

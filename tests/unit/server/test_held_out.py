@@ -167,6 +167,23 @@ def test_an_evaluation_that_nobody_answers_is_an_error(ready, nodes, engine):
         evaluate(fed, engine)
 
 
+def test_a_run_whose_sites_tell_no_held_out_figures_goes_on_and_asks_none(ready, nodes, engine, told):
+    """They say so when they open; the coordinator's own rows are told all the same."""
+    withheld = {node: tiny.spoilt(answer, "open", tiny.with_head(num_held_out=0)) for node, answer in nodes.items()}
+    unasked = {node: tiny.mute(answer, "evaluate") for node, answer in withheld.items()}
+    fed = ready(unasked)
+    encoded, _ = model.encode(engine, tiny.rows(5, site="own"), fed.manifest.run.data)
+    fed.own_rows = OwnRows(engine, encoded)
+    assert evaluate(fed, engine) is None
+    (event,) = told("not_evaluated")
+    assert event["server_loss"] > 0
+    assert not told("evaluated")
+    assert not told("site_failed")
+    some = ready({**unasked, 3: nodes[3]})
+    assert evaluate(some, engine) > 0  # the control: one that tells is asked alone
+    assert sorted(told("evaluated")[0]["sites"]) == ["west"]
+
+
 def test_answers_are_generated_where_asked(ready, nodes, engine, told):
     fed = ready(nodes, {"evaluation.exact_match_rows": "2", "evaluation.max_new_tokens": "2"})
     evaluate(fed, engine, generate=True)
