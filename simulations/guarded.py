@@ -195,7 +195,7 @@ def _write_sites(
         keys = folder / "keys" / name
         named = {"policy": keys / kit.POLICY, "policy_signer": admin, "identity_key": keys / enroll.IDENTITY_KEY}
         lines[name] = [f"{key} = {json.dumps(str(value))}" for key, value in {**named, "roster_folder": keys}.items()]
-    divided = {name: _divided(table, settings) for name, table in tables.items()}
+    divided = _divided(tables, settings)
     return site_files.write(
         {name: train for name, (train, _) in divided.items()},
         held_out={name: held_out for name, (_, held_out) in divided.items()},
@@ -209,14 +209,16 @@ def _write_sites(
 
 
 def _divided(
-    table: Sequence[Mapping[str, Any]], settings: config.RunConfig
-) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """A site's rows to train on and held out, as `world` splits them."""
-    rows = list(map(dict, table))
-    held_out = {row.row_id for row in world.split_site(rows, settings).held_out}
-    sides: tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]] = ([], [])
-    for fields, row in zip(rows, read.to_rows(rows, world.columns_of(settings)), strict=True):
-        sides[row.row_id in held_out].append(fields)
+    tables: Mapping[str, Sequence[Mapping[str, Any]]], settings: config.RunConfig
+) -> dict[str, tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]]:
+    """Every site's rows to train on and held out, as `world` splits them."""
+    plain = {name: list(map(dict, table)) for name, table in tables.items()}
+    sides: dict[str, tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]] = {}
+    for name, data in world.split_sites(plain, settings).items():
+        held_out = {row.row_id for row in data.held_out}
+        sides[name] = ([], [])
+        for fields, row in zip(plain[name], read.to_rows(plain[name], world.columns_of(settings)), strict=True):
+            sides[name][row.row_id in held_out].append(fields)
     return sides
 
 
