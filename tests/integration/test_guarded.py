@@ -38,6 +38,7 @@ CHANGES = {
     "training.local_steps": "3",
     "federation.num_rounds": "1",
     "federation.round_timeout_s": "120.0",
+    "data.same_text": '"count"',  # the rows of this test have five texts
 }
 
 
