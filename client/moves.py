@@ -91,7 +91,7 @@ class Moves:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         body = adapter.encode(tensors, dtype="float32")
         place = self._folder / run.sha256
-        storage.write_atomic(place, wire.pack(Frame(_SEEN, {"num_rounds": num_rounds}, body)))
+        storage.write_atomic(place, wire.pack(Frame(_SEEN, {"num_rounds": num_rounds}, body)), mode=storage.PRIVATE)
         for old in self._folder.iterdir():
             if old != place:
                 old.unlink()
