@@ -50,8 +50,7 @@ def run(fed: Federation, state: State, *, first_round: int = 0) -> State:
         StorageError: A checkpoint or event could not be written.
     """
     settings = fed.manifest.run
-    if first_round in settings.evaluated_rounds:  # after an interruption too: the last figures may be missing
-        _evaluate(fed, state, num_rounds=first_round)
+    _catch_up(fed, state, num_rounds=first_round)
     for num_rounds in range(first_round + 1, settings.federation.num_rounds + 1):
         if stopping.ends(settings, fed.log, num_rounds=num_rounds - 1):
             break
@@ -61,11 +60,32 @@ def run(fed: Federation, state: State, *, first_round: int = 0) -> State:
     return state
 
 
+def _catch_up(fed: Federation, state: State, *, num_rounds: int) -> None:
+    """The figures that are due before the next round, unless the run was interrupted and has them already.
+
+    None is asked for that the schedule does not have: a site that went on to the next round refuses it, and would
+    refuse every later try to resume.
+    """
+    held_out.recall(fed, num_rounds=num_rounds)
+    if num_rounds not in fed.manifest.run.evaluated_rounds:
+        return
+    if held_out.is_told(fed, state, num_rounds=num_rounds):
+        _measure(fed, state, num_rounds=num_rounds)
+    else:
+        _evaluate(fed, state, num_rounds=num_rounds)
+
+
 def _evaluate(fed: Federation, state: State, *, num_rounds: int) -> None:
     """Held-out figures of the adapter after so many rounds; answers are generated after the last."""
     settings = fed.manifest.run
     generate = num_rounds == settings.federation.num_rounds and settings.evaluation.exact_match_rows > 0
     held_out.evaluate(fed, state, num_rounds=num_rounds, generate=generate)
+    _measure(fed, state, num_rounds=num_rounds)
+
+
+def _measure(fed: Federation, state: State, *, num_rounds: int) -> None:
+    """The coordinator's tasks, where they are due."""
+    settings = fed.manifest.run
     last, every = settings.federation.num_rounds, settings.evaluation.tasks_every_rounds
     if fed.suite and (num_rounds in (0, last) or (every and num_rounds % every == 0)):
         measure.measure(fed.suite, state, stage=measure.stage_of(num_rounds, last=last))

@@ -193,10 +193,10 @@ class Screen:
             self._evenness(event)
 
     def _on_not_evaluated(self, event: Event) -> None:
-        """No site tells held-out figures; the coordinator may have some of its own."""
+        """No site tells held-out figures, or none any more; the coordinator may have some of its own."""
         own = "" if event["server_loss"] is None else f"; {event['server_loss']:.3f} on the coordinator's own rows"
         place = f"after {event['stage']}" if "stage" in event else f"{event['num_rounds']} rounds"
-        self._print(f"  {_escape(place)}: no site tells held-out figures{own}")
+        self._print(f"  {_escape(place)}: {_escape(event.get('reason', 'no site tells held-out figures'))}{own}")
 
     def _evenness(self, event: Event) -> None:
         """How the sites fare at the end."""

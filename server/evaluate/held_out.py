@@ -1,16 +1,19 @@
 """The current global adapter on every site's held-out rows."""
 
 import math
-from typing import Any
+from typing import Any, Final
 
 from common import adapter, evaluation, events
 from common.errors import ProtocolError, SilotuneError
-from common.records import RoundPlan, SiteMetrics, from_head
+from common.records import RoundPlan, SiteMetrics, from_head, to_head
 from server import collect
 from server.aggregate import weights
 from server.aggregate.method import State
 from server.evaluate import by_precision, fairness
 from server.federation import Federation
+
+TOO_LATE: Final = "no site answered; each has gone on to a later step, or was away"
+_NOT_SUMS: Final = ("site", "run_sha256", "num_rows", "signer", "signature")
 
 
 def evaluate(federation: Federation, state: State, *, num_rounds: int, generate: bool) -> float | None:
@@ -18,6 +21,9 @@ def evaluate(federation: Federation, state: State, *, num_rounds: int, generate:
 
     The mean rests on all sites that ever answered: one that is missing now counts with its last figures and is named as
     stale, so that the mean does not fall because the worst site has gone.
+
+    A site answers no evaluation that comes after a later step. So where that later step, the next round, was begun
+    before the run was interrupted, and nobody answers, the event is `not_evaluated` and the run goes on.
 
     Args:
         federation: The run.
@@ -27,16 +33,46 @@ def evaluate(federation: Federation, state: State, *, num_rounds: int, generate:
 
     Returns:
         Mean negative log-likelihood per answer token over all sites' held-out rows, nats; see `mean_loss`. None where
-        no site tells held-out figures; the run goes on.
+        no site tells held-out figures, or none any more; the run goes on.
 
     Raises:
         ProtocolError: No site has ever answered.
     """
     plan = RoundPlan(federation.manifest.sha256, num_rounds, generate)
-    told = ask(federation, state, plan)
+    past, told = _past(federation), None
+    is_late = any(event["kind"] == "round_started" and event["round"] >= num_rounds for event in past)
+    try:
+        told = ask(federation, state, plan)
+    except ProtocolError:
+        if not is_late:
+            raise
+    if told is None or (is_late and told["sites"] and len(told["stale"]) == len(told["sites"])):
+        own = told["server_loss"] if told else _own_loss(federation, state)
+        told = {"sites": {}, "server_loss": own, "reason": TOO_LATE}
     kind = "evaluated" if told["sites"] else "not_evaluated"
-    federation.log.append(kind, num_rounds=num_rounds, **told)
+    federation.log.append(kind, num_rounds=num_rounds, adapter_sha256=adapter.digest(state), **told)
     return told.get("loss")
+
+
+def is_told(federation: Federation, state: State, *, num_rounds: int) -> bool:
+    """Whether the events have the figures of this very adapter after so many rounds."""
+    told = [event for event in _past(federation) if event["kind"] == "evaluated" and event["num_rounds"] == num_rounds]
+    return bool(told) and told[-1].get("adapter_sha256") == adapter.digest(state)
+
+
+def recall(federation: Federation, *, num_rounds: int) -> None:
+    """Take up the sites' last figures from the events of a run that was interrupted after so many rounds."""
+    for event in _past(federation):
+        if event["kind"] == "evaluated" and event["num_rounds"] <= num_rounds:
+            for site, figures in event["sites"].items():
+                if sums := figures.get("sums"):
+                    names = {"site": site, "run_sha256": federation.manifest.sha256, "num_rows": figures["num_rows"]}
+                    federation.metrics[site] = SiteMetrics(**names, **sums)
+
+
+def _past(federation: Federation) -> list[events.Event]:
+    """The run's events so far."""
+    return events.read(federation.log.path) if federation.log.path.exists() else []
 
 
 def ask(federation: Federation, state: State, plan: RoundPlan) -> dict[str, Any]:
@@ -160,7 +196,7 @@ def _told(federation: Federation, *, is_base: bool, fresh: set[str], server_loss
         raise ProtocolError("no site answered an evaluation; see the sites' logs")
     metrics = [federation.metrics[site] for site in sorted(federation.metrics)]
     losses, exact = {m.site: m.loss for m in metrics}, {m.site: exact_match([m]) for m in metrics}
-    past = events.read(federation.log.path) if not is_base and federation.log.path.exists() else []
+    past = [] if is_base else _past(federation)
     change = fairness.changes(losses, fairness.base_losses(past))
     max_share = federation.manifest.run.aggregation.max_weight_share
     return {
@@ -183,4 +219,5 @@ def _figures(metrics: SiteMetrics) -> dict[str, object]:
     """One site's, for the events."""
     own = [metrics]
     told = {"loss": metrics.loss, "num_rows": metrics.num_rows, "exact_match": exact_match(own)}
-    return {**told, "accuracy": accuracy(own)}
+    sums = {name: value for name, value in to_head(metrics).items() if name not in _NOT_SUMS}
+    return {**told, "accuracy": accuracy(own), "sums": sums}
