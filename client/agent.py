@@ -45,6 +45,7 @@ from common.rows import Row
 from common.wire import Frame
 
 MAX_BODY_BYTES: Final = 600 << 20
+MAX_OPEN: Final = 4  # runs; the one that was idle for longest must be offered anew
 NOT_OPEN: Final = "this run is not open at this site; the server must send its manifest first"
 PERMISSIVE: Final = Permissive()
 
@@ -115,11 +116,14 @@ class OpenRun:
 class Agent:
     """One site.
 
+    Several runs may be open, but only the one that was asked for last has its base and rows in memory, since two bases
+    may not fit: a step of another one loads them again.
+
     Args:
         site: Its name.
         load_data: Reads and splits the site's rows as a manifest's `[data]` says.
-        load_engine: Loads the base and attaches the adapter that a manifest names; called once a run, and free to
-            return the engine that it already has.
+        load_engine: Loads the base and attaches the adapter that a manifest names; called whenever another run's turn
+            comes, and free to return the engine that it already has.
         report: Told every failure with its reference; the site's own log.
         max_body_bytes: Largest adapter or manifest that is taken.
         make_noise: Source of draws and noise of one round; a seeded one is for simulations only.
@@ -151,7 +155,8 @@ class Agent:
         self._state_folder = state_folder
         self._shelf = shelf
         self._run: OpenRun | None = None
-        self._held: Held | None = None
+        self._opened: dict[str, RunManifest] = {}
+        self._held: dict[str, Held] = {}
         self._steps = {"open": self._open, "train": self._train, "evaluate": self._evaluate}
 
     def answer(self, frame: bytes) -> bytes:
@@ -185,10 +190,22 @@ class Agent:
         offer = manifest.read_offer(request)
         self._guard.before_open(offer)
         run_manifest = manifest.parse(offer.manifest)
-        if self._run is None or self._run.sha256 != run_manifest.sha256:
-            self._run = self._held = None  # lets go of its base, of which two may not fit into memory
+        run = self._take_up(run_manifest)
+        self._opened[run.sha256] = run_manifest
+        for sha256 in list(self._opened)[:-MAX_OPEN]:
+            del self._opened[sha256]
+            self._held.pop(sha256, None)
+        return Frame("opened", to_head(run.opened))
+
+    def _take_up(self, run_manifest: RunManifest) -> OpenRun:
+        """The run, with its base and rows in memory and those of another one let go."""
+        sha256 = run_manifest.sha256
+        if sha256 in self._opened:
+            self._opened[sha256] = self._opened.pop(sha256)  # to the end: used last
+        if self._run is None or self._run.sha256 != sha256:
+            self._run = None  # lets go of its base, of which two may not fit into memory
             self._run = self._prepare(run_manifest)
-        return Frame("opened", to_head(self._run.opened))
+        return self._run
 
     def _prepare(self, run_manifest: RunManifest) -> OpenRun:
         """Check the base against the manifest, then turn rows into tokens once for the whole run."""
@@ -332,9 +349,9 @@ class Agent:
     def _receive(self, request: Frame) -> tuple[OpenRun, RoundPlan, adapter.Tensors]:
         """Plan and adapter, for the run that is open and for one of its rounds."""
         plan = read_plan(request.head)
-        run = self._open_run()
-        if plan.run_sha256 != run.sha256:
+        if plan.run_sha256 not in self._opened:
             raise ProtocolError(NOT_OPEN)
+        run = self._take_up(self._opened[plan.run_sha256])
         settings = run.manifest.run
         num_rounds = settings.federation.num_rounds
         num_scored = num_rounds + settings.evaluation.num_polish_stages  # what the last round and polish made, too
@@ -342,8 +359,9 @@ class Agent:
         if plan.round_index > last:
             raise ProtocolError(f"round {plan.round_index} is beyond the manifest's last, {last}")
         specs = trainable.down_specs(settings, run.specs, round_index=plan.round_index)
-        received = broadcast.receive(request, specs, settings=settings.wire, held=(self._held, run.start))
-        self._held = received if settings.wire.down != "float32" else None
+        received = broadcast.receive(request, specs, settings=settings.wire, held=(self._held.get(run.sha256), run.start))
+        if settings.wire.down != "float32":
+            self._held[run.sha256] = received
         tensors = {**run.fixed, **received.tensors}
         self._guard.before_step(request, plan, tensors, run=run.manifest)
         if self._shelf and self._kept_names(run.manifest):
@@ -356,7 +374,7 @@ class Agent:
         return [spec.name for spec in kept]
 
     def _open_run(self) -> OpenRun:
-        """The run that was opened last."""
+        """The run that was asked for last."""
         if self._run is None:
             raise ProtocolError(NOT_OPEN)
         return self._run

@@ -128,6 +128,10 @@ class StorageError(SilotuneError):
     exit_code = 8
 
 
+class RunBusyError(StorageError):
+    """Another process is at work in a run's folder."""
+
+
 class GateRefused(SilotuneError):
     """An adapter does not show what the run file's `[gate]` asks for, so it is not exported."""
 

@@ -12,6 +12,7 @@ from common.errors import DataError
 from common.storage import storage_error
 
 FILE: Final = "events.jsonl"  # in a run's folder
+ENDS: Final = ("run_finished", "run_failed")
 
 Event = dict[str, Any]
 
@@ -79,7 +80,7 @@ def follow(path: Path, *, is_over: Callable[[], bool], num_skipped: int = 0, pol
         fresh = read(path)[num_seen:] if path.is_file() else []
         num_seen += len(fresh)
         yield from fresh
-        if ended or any(event["kind"] in ("run_finished", "run_failed") for event in fresh):
+        if ended or any(event["kind"] in ENDS for event in fresh):
             return
         time.sleep(poll_s)
 

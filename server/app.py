@@ -25,11 +25,12 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Do the run that the run config points to; why it failed is an event of the run, Flower gets a code."""
     quiet.hush()
-    from server import run  # loads torch and bitsandbytes, which are quiet from here on
+    from server import lock, run  # loads torch and bitsandbytes, which are quiet from here on
 
     log = EventLog(Path(str(context.run_config["run-folder"])) / events.FILE)
     try:
-        _execute(grid, log, context.run_config)
+        with lock.hold(log.path.parent):  # from here on the run is live, and no other process touches it
+            _execute(grid, log, context.run_config)
     except Exception as error:  # noqa: BLE001 - the app's edge; Flower keeps and shows an exception's text
         raise RuntimeError(run.report_failure(log, error)) from None
 

@@ -64,7 +64,7 @@ def run(
 ) -> None:
     """Start a run at the SuperLink and watch it.
 
-    The SuperLink must be on this machine. Ctrl-C ends the watching, not the run.
+    The SuperLink must be on this machine. Ctrl-C ends the watching, not the run; silotune-server watch shows it again.
 
     \b
     Examples:
@@ -153,9 +153,10 @@ def methods(json: cli.JsonOption = False) -> None:
 
 @app.command()
 def status(run_folder: RunFolder, json: cli.JsonOption = False) -> None:
-    """Tell how a run stands.
+    """Show a run's status: running, interrupted, finished or failed.
 
-    Reads the run's events and draws its report.html anew.
+    Reads the run's events and draws its report.html anew. A run whose process was killed is `interrupted`, and goes on
+    with --resume.
 
     \b
     Examples:
@@ -166,6 +167,24 @@ def status(run_folder: RunFolder, json: cli.JsonOption = False) -> None:
 
     result = standing.read(run_folder)
     cli.emit(result, as_json=json, show=lambda: cli.show(standing.render(result)))
+
+
+@app.command()
+def watch(run_folder: RunFolder, json: cli.JsonOption = False) -> None:
+    """Show a run's progress until it ends.
+
+    On the coordinator's machine, as often as wanted: after Ctrl-C, from another terminal, or after the SuperLink was
+    away. Ctrl-C ends the watching, not the run. The exit code is that of the run; 6 where its process is gone.
+
+    \b
+    Examples:
+      silotune-server watch runs/triage
+      silotune-server watch runs/triage --json
+    """
+    from server import launch
+
+    result = launch.watch(run_folder, is_quiet=json)
+    cli.emit(result, as_json=json, show=lambda: cli.show(f"next: silotune-server export {run_folder} --merged DIR"))
 
 
 @app.command()

@@ -1,11 +1,12 @@
 """After the rounds: any checkpoint of a run folder as a finished adapter."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from common import adapter, events, identity, model, store
 from common.errors import ConfigError
 from common.methods import FACTS
-from server import checkpoint, export, export_folder, export_kind, run, run_export
+from server import checkpoint, export, export_folder, export_kind, lock, run, run_export
 from server.export_folder import Exported
 from server.gate import decide
 from server.polish import stages, told
@@ -30,16 +31,18 @@ def export_run(
         DataError: No such checkpoint.
         ConfigError: The folder for the merged checkpoint holds something, or this kind of adapter cannot be merged.
         ModelError: The checkpoint is damaged, or the base is not here or another one.
+        RunBusyError: The run is live and its own folder is to be written into; give `output`.
         StorageError: Disk full or not writable.
     """
     found = stored(run_folder, num_rounds=num_rounds)
     if merged:
         export_kind.check_mergeable(found.run_manifest.run.adapter.kind)
     adapter_folder = output or run_folder / run.EXPORT_FOLDER
-    export.save_adapter(
-        adapter_folder, found.tensors, run_manifest=found.run_manifest, num_rounds=found.num_rounds,
-        sites=found.sites, log=found.log,
-    )  # fmt: skip
+    with nullcontext() if output else lock.hold(run_folder):
+        export.save_adapter(
+            adapter_folder, found.tensors, run_manifest=found.run_manifest, num_rounds=found.num_rounds,
+            sites=found.sites, log=found.log,
+        )  # fmt: skip
     written = {"adapter": str(adapter_folder)}
     if merged:
         export.merge(

@@ -1,19 +1,25 @@
 """Starting a run at a SuperLink and watching it; the run itself is done by the SuperLink's ServerApp process."""
 
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 
 from common import config, events, privacy_plan
-from common.errors import GateRefused, ProtocolError
+from common.errors import GateRefused, ProtocolError, TransportError
 from common.events import Event
-from server import link, offer, report, status
+from server import link, lock, offer, report, status
 from server import run as server_run
 from server.link import Identity, Link
 from server.show import Screen
 
+POLL_S: Final = 1.0
+MAX_PAUSE_S: Final = 30.0  # between polls of a SuperLink or gateway that does not answer
+GIVE_UP_S: Final = 600.0
 
 def run(
     settings: config.RunConfig,
@@ -34,7 +40,8 @@ def run(
 ) -> dict[str, Any]:
     """Submit a run, show its events as they come and return how it ended.
 
-    Ctrl-C ends the watching, not the run.
+    Ctrl-C ends the watching, not the run; `watch` begins it again. A SuperLink that does not answer for a while ends
+    neither.
 
     Args:
         settings: The run file.
@@ -81,9 +88,43 @@ def run(
     with link.connect(address, ca_file=ca_file, identity=identity) as connected:
         run_id = connected.start_run(options, bundle=link.build_bundle())
         last = _watch(connected, run_id, log.path, screen, num_old=num_old)
+    return _ending(folder, last)
+
+
+def watch(folder: Path, *, is_quiet: bool) -> dict[str, Any]:
+    """Show a run's events, those to come too, until it ends or the process that did it is gone.
+
+    Needs no SuperLink: the events are on this machine, and whether somebody is at work on them shows by their lock.
+
+    Args:
+        folder: The run's.
+        is_quiet: Show progress on stderr, as stdout is for a program.
+
+    Raises:
+        DataError: Not a run folder.
+        GateRefused: The gate refused what the run made.
+        ProtocolError: The run failed or was interrupted; the message says why, or how to go on.
+    """
+    server_run.stored_settings(folder)
+    path, last = folder / events.FILE, Event()
+    screen = Screen(Console(file=sys.stderr if is_quiet else sys.stdout, highlight=False))
+    past, is_live = events.read(path) if path.is_file() else [], lock.is_live(folder)
+    starts = [number for number, event in enumerate(past) if event["kind"] == "run_started"]
+    num_skipped = starts[-1] if starts else 0
+    if is_live and past and past[-1]["kind"] in events.ENDS:
+        num_skipped = len(past)  # of an earlier try: the one that is live loads its base
+    for last in events.follow(path, is_over=lambda: not lock.is_live(folder), num_skipped=num_skipped, poll_s=1.0):
+        screen(last)
+    return _ending(folder, last or (events.read(path) or [last])[-1])
+
+
+def _ending(folder: Path, last: Event) -> dict[str, Any]:
+    """How a run ended by its last event, as a result or as an error; its report is drawn."""
     report.write(folder)
+    if last.get("kind") not in events.ENDS:
+        raise ProtocolError(f"{folder}: the run was interrupted, its process is gone; {report.GO_ON}")
     if last.get("kind") != "run_finished":
-        reason = last.get("reason", "its server process ended")
+        reason = last["reason"]
         if last.get("error") == GateRefused.__name__:
             raise GateRefused(f"{folder}: {reason}")
         raise ProtocolError(f"{folder}: the run failed: {reason}")
@@ -98,8 +139,47 @@ def _absolute(path: Path | None) -> str:
 def _watch(connected: Link, run_id: int, path: Path, screen: Screen, *, num_old: int) -> Event:
     """Show events until the run is over; the last one."""
     last: Event = {}
-    for last in events.follow(
-        path, is_over=lambda: connected.state(run_id).is_finished, num_skipped=num_old, poll_s=1.0
-    ):
+    is_over = Poll(lambda: connected.state(run_id).is_finished, folder=path.parent)
+    for last in events.follow(path, is_over=is_over, num_skipped=num_old, poll_s=1.0):
         screen(last)
     return last
+
+
+@dataclass
+class Poll:
+    """Whether a run is over, asked less often while the SuperLink does not answer.
+
+    Attributes:
+        ask: Whether it is over, at the SuperLink.
+        folder: The run's: while a process is at work there, the run is not over, whatever the SuperLink answers.
+        clock: Seconds, monotonic.
+    """
+
+    ask: Callable[[], bool]
+    folder: Path
+    clock: Callable[[], float] = time.monotonic
+    _silent_since: float | None = None
+    _not_before: float = 0.0
+    _pause_s: float = POLL_S
+
+    def __call__(self) -> bool:
+        """Ask, unless it was asked in vain a moment ago.
+
+        Raises:
+            TransportError: No answer for `GIVE_UP_S`, and no process is at work in the folder.
+        """
+        now = self.clock()
+        if now < self._not_before:
+            return False
+        try:
+            is_over = self.ask()
+        except TransportError as error:
+            self._silent_since = now if self._silent_since is None else self._silent_since
+            self._not_before, self._pause_s = now + self._pause_s, min(2 * self._pause_s, MAX_PAUSE_S)
+            if now - self._silent_since < GIVE_UP_S or lock.is_live(self.folder):
+                return False
+            raise TransportError(
+                f"{error}; the run may go on without it, watch it with silotune-server watch {self.folder}"
+            ) from error
+        self._silent_since, self._pause_s = None, POLL_S
+        return is_over and not lock.is_live(self.folder)

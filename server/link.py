@@ -118,8 +118,15 @@ class Link:
         return int(response.run_id)
 
     def state(self, run_id: int) -> RunState:
-        """Tell how a run stands."""
-        status = self._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id].status
+        """Tell how a run stands.
+
+        Raises:
+            TransportError: SuperLink or gateway did not answer as expected; they may do so when asked again.
+        """
+        try:
+            status = self._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id].status
+        except httpx.HTTPError as error:
+            raise TransportError(f"the SuperLink did not tell how the run stands: {type(error).__name__}") from error
         return RunState(status=status.status, sub_status=status.sub_status, details=status.details)
 
     def log_of(self, run_id: int) -> str:

@@ -10,7 +10,7 @@ import jinja2
 from common import events, storage
 from common.data import overlap
 from common.events import Event
-from server import export_words, gaps, troubleshooting
+from server import export_words, gaps, lock, troubleshooting
 from server.evaluate import by_precision, view
 from server.gate import words
 from server.polish import told
@@ -21,6 +21,7 @@ TEMPLATE: Final = Path(__file__).with_name("report.html.j2")
 WIDTH, HEIGHT, MARGIN = 720, 260, 44
 COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442")  # Okabe and Ito
 MAX_COLOURED = 7
+GO_ON: Final = "go on with the command that began it, --output its folder and --resume"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Chart:
 
 
 def write(folder: Path) -> Path:
-    """Draw the report of a run folder.
+    """Draw the report of a run folder; of one that says it runs, whether a process is at work on it.
 
     Returns:
         The page.
@@ -53,11 +54,11 @@ def write(folder: Path) -> Path:
         StorageError: The page cannot be written.
     """
     page = folder / REPORT_FILE
-    storage.write_atomic(page, render(events.read(folder / events.FILE)).encode())
+    storage.write_atomic(page, render(events.read(folder / events.FILE), is_live=lock.is_live(folder)).encode())
     return page
 
 
-def render(log: Sequence[Event]) -> str:
+def render(log: Sequence[Event], *, is_live: bool = True) -> str:
     """Events to a page; names and reasons come from sites, so all text is escaped."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -65,7 +66,7 @@ def render(log: Sequence[Event]) -> str:
     last = view.last_at_sites(log)
     return template.render(
         plan=plans[-1] if plans else None,
-        status=status(log),
+        status=status(log, is_live=is_live),
         joined=list({event["site"]: event for event in _of(log, "site_joined")}.values()),
         rounds=rounds,
         gap_table=gaps.table(rounds),
@@ -99,12 +100,18 @@ def render(log: Sequence[Event]) -> str:
     )
 
 
-def status(log: Sequence[Event]) -> str:
-    """How a run stands: `finished`, `failed: why`, or `running`.
+def status(log: Sequence[Event], *, is_live: bool = True) -> str:
+    """How a run stands: `finished`, `failed: why`, `running`, or `interrupted`.
+
+    Args:
+        log: Its events.
+        is_live: Whether a process is at work on it: one that was killed leaves no event of its end.
 
     Example:
         >>> status([{"kind": "run_started", "num_rounds": 3}])
         'running, 0 of 3 rounds'
+        >>> status([{"kind": "run_started", "num_rounds": 3}], is_live=False)
+        'interrupted, 0 of 3 rounds; go on with the command that began it, --output its folder and --resume'
     """
     if not log:
         return "not started"
@@ -118,7 +125,9 @@ def status(log: Sequence[Event]) -> str:
     planned = latest[0]["num_rounds"] if starts else "?"
     stages = _of(latest, "polish_started")
     stage = f", polish stage {stages[-1]['number']} of {stages[-1]['num_stages']}" if stages else ""
-    return f"running, {done} of {planned} rounds{stage}"
+    if is_live:
+        return f"running, {done} of {planned} rounds{stage}"
+    return f"interrupted, {done} of {planned} rounds{stage}; {GO_ON}"
 
 
 def chart(evaluated: Sequence[Event]) -> Chart:

@@ -26,13 +26,13 @@ from common import (
 )
 from common.adapter import Tensors
 from common.clipping import ClipNorm
-from common.errors import ConfigError, DataError, SilotuneError, StorageError
+from common.errors import ConfigError, DataError, RunBusyError, SilotuneError, StorageError
 from common.events import Event, EventLog
 from common.manifest import RunManifest, parse
 from common.model import Engine
 from common.noise import Noise
 from common.records import to_head
-from server import base_noise, checkpoint, export, federation, rounds, run_export, trail
+from server import base_noise, checkpoint, export, federation, lock, rounds, run_export, trail
 from server.aggregate import table
 from server.checkpoint import Checkpoint
 from server.evaluate import measure, suite
@@ -109,8 +109,36 @@ def execute(
         DataError: The coordinator's rows, or those of a stage, are missing or unusable, or are not those that were
             fixed before training.
         ProtocolError: Too few sites, or none evaluates.
+        RunBusyError: Another process is at work in the folder.
         StorageError: Disk full or not writable.
     """
+    with lock.hold(folder):
+        return _execute(
+            settings,
+            fleet=fleet,
+            engine=engine,
+            folder=folder,
+            log=log,
+            resume=resume,
+            operator=operator,
+            is_noise_accepted=is_noise_accepted,
+            make_noise=make_noise,
+        )
+
+
+def _execute(
+    settings: config.RunConfig,
+    *,
+    fleet: Fleet,
+    engine: Engine,
+    folder: Path,
+    log: EventLog,
+    resume: bool,
+    operator: Operator | None,
+    is_noise_accepted: bool,
+    make_noise: Callable[[int], Noise],
+) -> Outcome:
+    """The run, by the process that holds its folder."""
     measured = suite.open_suite(settings, engine=engine, folder=folder, log=log)
     manifest = manifest_of(settings, engine, evaluation_sha256=measured.sha256)
     _check_size(manifest)
@@ -248,6 +276,7 @@ def prepare(settings: config.RunConfig, folder: Path, *, resume: bool = False) -
     Raises:
         ConfigError: The folder holds a run already and `resume` is off, or it holds another run.
         DataError: `resume` is on and there is nothing to go on from.
+        RunBusyError: A process is at work on this very run.
     """
     path = folder / RUN_FILE
     resolved = config.resolved_json(settings).encode() + b"\n"
@@ -257,12 +286,13 @@ def prepare(settings: config.RunConfig, folder: Path, *, resume: bool = False) -
         raise DataError(f"{folder}: no run to resume here; leave --resume out")
     if resume and path.read_bytes() != resolved:
         raise ConfigError(f"{folder}: holds a run with other settings; resume it with its own run file")
+    lock.require_free(folder)
     storage.write_atomic(path, resolved)
     return EventLog(folder / events.FILE)
 
 
 def report_failure(log: EventLog, error: BaseException) -> str:
-    """Write why a run ended early into its events, unless the disk is full.
+    """Write why a run ended early into its events, unless the disk is full or the run is another process' work.
 
     Args:
         log: The run's events.
@@ -277,6 +307,8 @@ def report_failure(log: EventLog, error: BaseException) -> str:
     else:
         reason = "stopped" if isinstance(error, KeyboardInterrupt) else f"internal error {kind}"
         code, exit_code = "InternalError", 1
+    if isinstance(error, RunBusyError):
+        return code
     with suppress(StorageError):
         log.append("run_failed", error=kind, reason=reason, exit_code=exit_code)
     return code

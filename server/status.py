@@ -8,7 +8,7 @@ from rich.text import Text
 
 from common import events
 from common.events import Event
-from server import checkpoint, export_words, report, troubleshooting
+from server import checkpoint, export_words, lock, report, troubleshooting
 from server.evaluate import view
 from server.gate import words
 from server.polish import told
@@ -21,10 +21,11 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: Not a run folder.
     """
-    log = events.read(folder / events.FILE)
+    log, is_live = events.read(folder / events.FILE), lock.is_live(folder)
     last = view.last_at_sites(log) or {}
     return {
-        "status": report.status(log),
+        "status": report.status(log, is_live=is_live),
+        "is_live": is_live,
         "finished_rounds": checkpoint.finished(folder),
         "finished_stages": [told.line(stage) for stage in told.stages(log)],
         "held_out_loss": last.get("loss"),

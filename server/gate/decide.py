@@ -11,7 +11,7 @@ from common.adapter import Tensors
 from common.errors import GateRefused
 from common.events import Event, EventLog
 from common.manifest import RunManifest
-from server import checkpoint
+from server import checkpoint, lock
 from server.evaluate import fairness, measure
 from server.evaluate.suite import Suite
 from server.gate import figures, rules, words
@@ -134,14 +134,18 @@ def judge_again(run_folder: Path, run_manifest: RunManifest) -> list[Event]:
 
     Returns:
         The events `gated` that were logged; none without a gate.
+
+    Raises:
+        RunBusyError: Another process is at work in the folder.
     """
     log = EventLog(run_folder / events.FILE)
     told: list[Event] = []
-    for candidate in of_run(run_folder, run_manifest) if run_manifest.run.gate.is_on else ():
-        found, definition = adapter.digest(candidate.tensors), run_manifest.evaluation_sha256
-        told.append(_judge(run_manifest.run, log, candidate, found, definition=definition))
-        if told[-1]["is_passed"]:
-            break
+    with lock.hold(run_folder):
+        for candidate in of_run(run_folder, run_manifest) if run_manifest.run.gate.is_on else ():
+            found, definition = adapter.digest(candidate.tensors), run_manifest.evaluation_sha256
+            told.append(_judge(run_manifest.run, log, candidate, found, definition=definition))
+            if told[-1]["is_passed"]:
+                break
     return told
 
 

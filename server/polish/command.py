@@ -10,7 +10,7 @@ from common import events, loading, model, store
 from common.errors import ConfigError, DataError, TransportError
 from common.events import EventLog
 from common.manifest import RunManifest
-from server import checkpoint, report, run
+from server import checkpoint, lock, report, run
 from server.aggregate import table
 from server.evaluate import suite
 from server.federation import Federation
@@ -50,8 +50,17 @@ def polish(run_folder: Path, *, base: Path | None, num_threads: int, console: Co
         DataError: Not a run folder, its rounds are not done, a stage's data are unusable, or the coordinator's rows
             are not those that were fixed before training.
         ModelError: The base is not here or another one, or a stage failed.
+        RunBusyError: Another process is at work in the folder.
     """
     manifest = run.stored_manifest(run_folder)
+    with lock.hold(run_folder):
+        return _polish(run_folder, manifest, base=base, num_threads=num_threads, console=console)
+
+
+def _polish(
+    run_folder: Path, manifest: RunManifest, *, base: Path | None, num_threads: int, console: Console
+) -> dict[str, Any]:
+    """The stages, by the process that holds the run's folder."""
     settings = manifest.run
     if not settings.polish:
         raise ConfigError(f"{run_folder}: its run file has no [[polish]] tables; add them and begin a new run")

@@ -8,6 +8,7 @@ import torch
 from client.agent import Agent
 from client.train import local, schedule
 from common import adapter, model, wire
+from common.errors import RemoteError
 from common.manifest import RunManifest
 from common.noise import SeededNoise
 from common.records import OpenedHead, RoundPlan, SiteMetrics, UpdateHead, from_head, to_head
@@ -173,3 +174,40 @@ def test_the_base_of_the_run_before_is_let_go_before_the_next_is_loaded(load_tin
     opened(agent, manifest)
     opened(agent, other)
     assert still_held == [[], [False]]
+
+
+def test_two_runs_take_turns_at_a_site_and_neither_notices_the_other(engine, tiny_base):
+    def run_of(seed: int) -> RunManifest:
+        return RunManifest(tiny.settings(tiny_base, {"seed": str(seed)}), engine.base_sha256, engine.tensor_specs)
+
+    first, second, stranger = (run_of(seed) for seed in (5, 6, 7))
+    alone = tiny.make_agent("north", engine)
+    opened(alone, first)
+    expected = [play(alone, first, engine.initial, round_index=number).body for number in (0, 1)]
+    agent = tiny.make_agent("north", engine)
+    opened(agent, first)
+    found = [play(agent, first, engine.initial, round_index=0).body]
+    opened(agent, second)
+    other = play(agent, second, engine.initial, round_index=0)
+    found.append(play(agent, first, engine.initial, round_index=1).body)
+    assert found == expected
+    assert from_head(UpdateHead, other.head).run_sha256 == second.sha256
+    assert other.body != expected[0]
+    with pytest.raises(RemoteError, match="ProtocolError"):  # control
+        play(agent, stranger, engine.initial)
+
+
+def test_of_many_runs_the_one_that_was_idle_for_longest_must_be_offered_anew(engine, tiny_base, manifest):
+    agent = tiny.make_agent("north", engine)
+
+    def open_others(seeds: range) -> None:
+        for seed in seeds:
+            run = tiny.settings(tiny_base, {"seed": str(seed)})
+            opened(agent, RunManifest(run, engine.base_sha256, engine.tensor_specs))
+
+    opened(agent, manifest)
+    open_others(range(100, 103))
+    assert play(agent, manifest, engine.initial, "evaluate", "metrics")  # control
+    open_others(range(103, 107))
+    with pytest.raises(RemoteError, match="ProtocolError"):
+        play(agent, manifest, engine.initial, "evaluate", "metrics")
