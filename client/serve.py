@@ -9,7 +9,7 @@ from client.agent import PERMISSIVE, Agent, SiteData
 from client.data import split
 from client.gatekeeper import Gatekeeper
 from client.personal import Shelf
-from common import config, identity, keyfile, loading, precisions, store
+from common import config, identity, keyfile, loading, precisions, storage, store
 from common.config_objective import ObjectiveName
 from common.data import read
 from common.errors import ConfigError, DataError
@@ -42,6 +42,7 @@ def make_agent(node: config.NodeConfig) -> Agent:
         PrivacyError: The policy requires differential privacy, and this machine's noise does not pass its self-test.
     """
     log = Path(node.agent.log_folder) / LOG_FILE
+    storage.remove_leftovers(log.parent)
     loader = EngineLoader(node)
     return Agent(
         node.site.name,

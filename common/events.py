@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -13,6 +13,8 @@ from common.storage import storage_error
 
 FILE: Final = "events.jsonl"  # in a run's folder
 ENDS: Final = ("run_finished", "run_failed")
+
+MAX_NAMED: Final = 8  # damaged lines in a message
 
 Event = dict[str, Any]
 
@@ -57,12 +59,39 @@ def read(path: Path) -> list[Event]:
     Raises:
         DataError: The file is missing, or a line before the last is not an event.
     """
+    found, damaged = read_damaged(path)
+    if damaged:
+        raise DataError(in_words(path, damaged))
+    return found
+
+
+def read_damaged(path: Path) -> tuple[list[Event], list[int]]:
+    """What can be read of an event file, and the numbers of the lines that cannot, from 1.
+
+    For showing a run only: what goes on from events needs all of them.
+
+    Raises:
+        DataError: The file is missing.
+    """
     if not path.is_file():
         raise DataError(f"{path}: no events here; is this a run folder?")
-    try:
-        return [_event(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    except ValueError as error:
-        raise DataError(f"{path}: a line is not a JSON event") from error
+    found, damaged = list[Event](), list[int]()
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            found.append(_event(line))
+        except ValueError:
+            damaged.append(number)
+    return found, damaged
+
+
+def in_words(path: Path, damaged: Sequence[int]) -> str:
+    """What to do about lines that cannot be read."""
+    lines = ", ".join(map(str, damaged[:MAX_NAMED])) + (", ..." if len(damaged) > MAX_NAMED else "")
+    commands = "; ".join(f"{number}d" for number in damaged[:MAX_NAMED])
+    return (
+        f"{path}: line {lines} is not a JSON event; put the file back from a copy, or remove the line, whose event is "
+        f"then lost: sed -i '{commands}' {path}. Until then silotune-server status shows what can be read"
+    )
 
 
 def follow(path: Path, *, is_over: Callable[[], bool], num_skipped: int = 0, poll_s: float = 0.2) -> Iterator[Event]:

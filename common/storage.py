@@ -1,8 +1,11 @@
 """Files that are either wholly there or not at all, and what they hold by its hash."""
 
+import fcntl
 import hashlib
 import os
+import re
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -11,6 +14,7 @@ from common.errors import StorageError
 PRIVATE: Final = 0o600  # of what was made from rows, of logs and of keys
 _UMASK: Final = os.umask(0o077)  # read by setting it; here, where no other thread makes files yet
 os.umask(_UMASK)
+_LEFTOVER: Final = re.compile(r"\..+\.[a-z0-9_]{8}")  # as `tempfile` names them
 
 
 def write_atomic(path: Path, data: bytes, *, mode: int | None = None) -> None:
@@ -30,11 +34,13 @@ def write_atomic(path: Path, data: bytes, *, mode: int | None = None) -> None:
         make_folder(path.parent, is_private=mode == PRIVATE)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = file.name
+            with suppress(OSError):  # a file system without locks: there `remove_leftovers` removes nothing
+                fcntl.flock(file, fcntl.LOCK_EX)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_UMASK if mode is None else mode)
-        os.replace(temporary, path)
+            os.chmod(temporary, 0o666 & ~_UMASK if mode is None else mode)
+            os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
         raise storage_error(path, error) from error
@@ -53,6 +59,22 @@ def make_folder(folder: Path, *, is_private: bool) -> None:
         if not place.exists():
             place.mkdir(mode=0o700, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Remove the temporary files that a kill left of `write_atomic`, and count them.
+
+    Those that are being written are locked by their writer, and stay.
+    """
+    num_removed = 0
+    for path in folder.rglob(".*"):
+        if not _LEFTOVER.fullmatch(path.name) or not path.is_file():
+            continue
+        with suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            num_removed += 1
+    return num_removed
 
 
 def sha256(path: Path) -> str:

@@ -18,6 +18,10 @@ MEMORY_FILE = "optimizer.safetensors"
 RECORD_FILE = "round.json"
 
 
+class DamagedError(ModelError):
+    """A checkpoint is not what was written; an earlier one may be whole."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The global adapter after `num_rounds` rounds, and what the coordinator's optimizer remembers."""
@@ -70,7 +74,8 @@ def load(run_folder: Path, specs: tuple[TensorSpec, ...], *, num_rounds: int, ru
 
     Raises:
         DataError: There is no such round.
-        ModelError: The file is not the one that was written, or belongs to another run.
+        DamagedError: A file is missing, or not the one that was written.
+        ModelError: It belongs to another run.
     """
     folder = folder_of(run_folder, num_rounds)
     try:
@@ -79,12 +84,50 @@ def load(run_folder: Path, specs: tuple[TensorSpec, ...], *, num_rounds: int, ru
         data = (folder / ADAPTER_FILE).read_bytes()
         memory = (folder / MEMORY_FILE).read_bytes() if record["memory_sha256"] else b""
     except (OSError, ValueError, TypeError, KeyError) as error:
+        if (folder / RECORD_FILE).is_file():
+            raise DamagedError(f"{folder}: the checkpoint cannot be read; use an earlier round") from error
         raise DataError(f"{folder}: no whole checkpoint; finished rounds are {finished(run_folder)}") from error
     digest = hashlib.sha256(data).hexdigest()
+    if written[2] != run_sha256:
+        raise ModelError(f"{folder}: the adapter belongs to another run")
     if written != (digest, _digest(memory), run_sha256):
-        raise ModelError(f"{folder}: adapter differs from its record, or belongs to another run; use an earlier round")
+        raise DamagedError(f"{folder}: adapter differs from its record; use an earlier round")
     tensors = adapter.decode(data, specs, dtype="float32")
     return Checkpoint(num_rounds, tensors, digest, safetensors.torch.load(memory) if memory else {})
+
+
+def newest(
+    run_folder: Path, specs: tuple[TensorSpec, ...], *, run_sha256: str
+) -> tuple[Checkpoint | None, list[DamagedError]]:
+    """The newest whole checkpoint, None without any, and what is wrong with those that are newer.
+
+    Raises:
+        ModelError: It belongs to another run.
+    """
+    damaged: list[DamagedError] = []
+    for num_rounds in reversed(finished(run_folder)):
+        try:
+            return load(run_folder, specs, num_rounds=num_rounds, run_sha256=run_sha256), damaged
+        except DamagedError as error:
+            damaged.append(error)
+    return None, damaged
+
+
+def set_aside(run_folder: Path, *, after: int) -> None:
+    """Rename the checkpoints of later rounds than `after` to `NNNNN.damaged`, where they count no more.
+
+    Raises:
+        StorageError: It cannot be done.
+    """
+    for num_rounds in finished(run_folder):
+        if num_rounds > after:
+            folder = folder_of(run_folder, num_rounds)
+            aside = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            try:
+                folder.rename(aside)
+            except OSError as error:
+                raise storage.storage_error(aside, error) from error
 
 
 def prune(run_folder: Path, *, num_kept: int) -> None:

@@ -54,11 +54,13 @@ def write(folder: Path) -> Path:
         StorageError: The page cannot be written.
     """
     page = folder / REPORT_FILE
-    storage.write_atomic(page, render(events.read(folder / events.FILE), is_live=lock.is_live(folder)).encode())
+    log, damaged = events.read_damaged(folder / events.FILE)
+    drawn = render(log, is_live=lock.is_live(folder), num_damaged=len(damaged))
+    storage.write_atomic(page, drawn.encode())
     return page
 
 
-def render(log: Sequence[Event], *, is_live: bool = True) -> str:
+def render(log: Sequence[Event], *, is_live: bool = True, num_damaged: int = 0) -> str:
     """Events to a page; names and reasons come from sites, so all text is escaped."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -71,7 +73,8 @@ def render(log: Sequence[Event], *, is_live: bool = True) -> str:
         rounds=rounds,
         gap_table=gaps.table(rounds),
         spent=rounds[-1] if rounds and "epsilon" in rounds[-1] else None,
-        num_large_gaps=sum((row["gap"] or 0.0) > plans[-1]["gap_warning"] for row in rounds),
+        num_damaged=num_damaged,
+        num_large_gaps=sum((row["gap"] or 0.0) > plans[-1]["gap_warning"] for row in rounds if plans),
         sites=sorted({event["site"] for event in _of(log, "site_trained")}),
         chart=chart(evaluated) if evaluated else None,
         comparison=_bars(_of(log, "compared")),

@@ -139,6 +139,7 @@ def _execute(
     make_noise: Callable[[int], Noise],
 ) -> Outcome:
     """The run, by the process that holds its folder."""
+    storage.remove_leftovers(folder)
     measured = suite.open_suite(settings, engine=engine, folder=folder, log=log)
     manifest = manifest_of(settings, engine, evaluation_sha256=measured.sha256)
     _check_size(manifest)
@@ -148,15 +149,19 @@ def _execute(
     fed.make_noise = make_noise
     if operator:
         fed.offer, fed.trail = operator.make_offer(manifest), operator.trail
-    first = _start(manifest, engine, folder, resume=resume)
+    first, damaged = _start(manifest, engine, folder, resume=resume)
     told = _site_level(manifest, log, num_rounds=first.num_rounds, is_noise_accepted=is_noise_accepted)
     fed.memory = first.memory
+    if damaged:
+        checkpoint.set_aside(folder, after=first.num_rounds)
     storage.write_atomic(folder / MANIFEST_FILE, manifest.to_bytes())
     fed.own_rows = read_own_rows(settings, engine)
     fed.apart = kept_apart.tables(measured.tasks, known or KnownRows())
     stages.check(settings, engine, fed.apart)
     run_export.check(manifest, engine)
     log.append("run_started", **plan(manifest, engine), **told, first_round=first.num_rounds)
+    for error in damaged:
+        log.append("warned", reason=f"{error}: going on after round {first.num_rounds}, the newest that is whole")
     _tell_beforehand(fed, engine)
     if found := kept_apart.warnings(measured.tasks, known or KnownRows()):
         log.append("tasks_overlap", reasons=found)
@@ -424,9 +429,11 @@ def _check_size(manifest: RunManifest) -> None:
         )
 
 
-def _start(manifest: RunManifest, engine: Engine, folder: Path, *, resume: bool) -> Checkpoint:
-    """The adapter to start from and the number of rounds that are done."""
-    done = checkpoint.finished(folder) if resume else []
-    if not done:
-        return Checkpoint(0, start.initial(manifest, engine.initial), "", {})
-    return checkpoint.load(folder, manifest.tensor_specs, num_rounds=done[-1], run_sha256=manifest.sha256)
+def _start(
+    manifest: RunManifest, engine: Engine, folder: Path, *, resume: bool
+) -> tuple[Checkpoint, list[checkpoint.DamagedError]]:
+    """The adapter to start from and the number of rounds that are done; and what is wrong with later checkpoints."""
+    found, damaged = None, list[checkpoint.DamagedError]()
+    if resume:
+        found, damaged = checkpoint.newest(folder, manifest.tensor_specs, run_sha256=manifest.sha256)
+    return found or Checkpoint(0, start.initial(manifest, engine.initial), "", {}), damaged

@@ -21,11 +21,14 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: Not a run folder.
     """
-    log, is_live = events.read(folder / events.FILE), lock.is_live(folder)
+    path, is_live = folder / events.FILE, lock.is_live(folder)
+    log, damaged = events.read_damaged(path)
     last = view.last_at_sites(log) or {}
     return {
         "status": report.status(log, is_live=is_live),
         "is_live": is_live,
+        "damaged_events": damaged,
+        "damage": events.in_words(path, damaged) if damaged else "",
         "finished_rounds": checkpoint.finished(folder),
         "finished_stages": [told.line(stage) for stage in told.stages(log)],
         "held_out_loss": last.get("loss"),
@@ -71,6 +74,8 @@ def render(result: dict[str, Any]) -> Table:
     done = result["finished_rounds"]
     loss = result["held_out_loss"]
     table.add_row("status", str(result["status"]))
+    if result["damage"]:
+        table.add_row("damaged", Text(result["damage"]))
     table.add_row("checkpoints", f"{len(done)}, newest after round {done[-1]}" if done else "none")
     for stage in result["finished_stages"]:
         table.add_row("polish", stage)

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from common import events, loading, model, store
+from common import events, loading, model, storage, store
 from common.errors import ConfigError, DataError, TransportError
 from common.events import EventLog
 from common.manifest import RunManifest
@@ -61,6 +61,7 @@ def _polish(
     run_folder: Path, manifest: RunManifest, *, base: Path | None, num_threads: int, console: Console
 ) -> dict[str, Any]:
     """The stages, by the process that holds the run's folder."""
+    storage.remove_leftovers(run_folder)
     settings = manifest.run
     if not settings.polish:
         raise ConfigError(f"{run_folder}: its run file has no [[polish]] tables; add them and begin a new run")

@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -22,6 +23,28 @@ def test_a_file_is_written_whole_with_its_folders(tmp_path):
     assert path.read_bytes() == b"new"
     assert [entry.name for entry in path.parent.iterdir()] == ["file"]
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_what_a_kill_left_is_removed_and_what_is_being_written_stays(tmp_path):
+    left, foreign = tmp_path / "rounds" / ".round.json.ab_12xyz", tmp_path / ".keep.me"
+    left.parent.mkdir()
+    written = left.with_name(".round.json.ab_34xyz")
+    for path in (left, foreign, written):
+        path.write_bytes(b"{")
+    with written.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert storage.remove_leftovers(tmp_path) == 1
+    assert not left.exists()
+    assert written.exists()
+    assert foreign.exists()
+    assert storage.remove_leftovers(tmp_path) == 1  # control: its writer is gone
+
+
+def test_a_file_that_is_being_written_survives_a_start_beside_it(tmp_path, monkeypatch):
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (storage.remove_leftovers(tmp_path), fsync(file)))
+    storage.write_atomic(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace", "chmod"])

@@ -10,7 +10,7 @@ import pytest
 from flwr.supercore.control import ControlHttpClient
 
 from common import events
-from common.errors import ProtocolError, RunBusyError, TransportError
+from common.errors import DataError, ProtocolError, RunBusyError, TransportError
 from common.events import EventLog
 from server import launch, lock, run, status
 from server.gate import decide
@@ -94,6 +94,21 @@ def test_status_tells_a_live_run_from_a_killed_one(folder, other):
     assert (found["status"].split(",")[0], found["is_live"]) == ("interrupted", False)
     assert "--resume" in found["status"]
     assert "interrupted" in (folder / "report.html").read_text()
+
+
+def test_status_shows_what_can_be_read_of_damaged_events_and_a_resume_names_the_line(folder, tiny_base):
+    path = folder / events.FILE
+    lines = path.read_text().splitlines(keepends=True)
+    for number in range(1, len(lines) + 1):
+        path.write_text("".join([*lines[: number - 1], "{cut\n", *lines[number:]]))
+        found = status.read(folder)
+        assert found["damaged_events"] == [number]
+        assert f"sed -i '{number}d' {path}" in found["damage"]
+        assert status.render(found).row_count > 4
+        with pytest.raises(DataError, match=f"line {number} is not a JSON event"):
+            events.read(path)
+    path.write_text("".join(lines))
+    assert (status.read(folder)["damaged_events"], len(events.read(path))) == ([], len(lines))  # control
 
 
 def test_a_run_can_be_watched_again_to_its_end(folder, other, capsys):

@@ -126,12 +126,32 @@ def test_there_must_be_something_to_resume(play, nodes):
         play(nodes, resume=True)
 
 
-def test_a_damaged_checkpoint_is_not_gone_on_from(play, nodes, tmp_path):
-    play(nodes)
-    path = checkpoint.folder_of(tmp_path / "run", 2) / checkpoint.ADAPTER_FILE
+def damage(folder, num_rounds: int):
+    """Spoil one checkpoint; gives its folder."""
+    path = checkpoint.folder_of(folder, num_rounds) / checkpoint.ADAPTER_FILE
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    return path.parent
+
+
+def test_a_damaged_checkpoint_is_not_gone_on_from_but_from_the_one_before_it(play, nodes, tmp_path, engine):
+    whole, _ = play(nodes, {"output.keep_checkpoints": "2"})
+    bad = damage(tmp_path / "run", 2)
+    record = json.loads((bad / checkpoint.RECORD_FILE).read_bytes())
     with pytest.raises(ModelError, match="use an earlier round"):
-        play(nodes, resume=True)
+        checkpoint.load(tmp_path / "run", engine.tensor_specs, num_rounds=2, run_sha256=record["run_sha256"])
+    again, log = play(nodes, {"output.keep_checkpoints": "2"}, resume=True)
+    assert is_same(again.tensors, whole.tensors)
+    assert [event["first_round"] for event in log if event["kind"] == "run_started"] == [0, 1]
+    (warned,) = [event for event in log if event["kind"] == "warned"]
+    assert str(bad) in warned["reason"]
+    assert "going on after round 1" in warned["reason"]
+    assert (checkpoint.finished(tmp_path / "run"), bad.with_name("00002.damaged").is_dir()) == ([1, 2], True)
+
+
+def test_a_checkpoint_of_another_run_is_no_damaged_one(play, nodes, tmp_path, engine):
+    play(nodes)
+    with pytest.raises(ModelError, match="belongs to another run"):
+        checkpoint.newest(tmp_path / "run", engine.tensor_specs, run_sha256="ab" * 32)
 
 
 def test_a_disk_that_fills_up_in_round_two_leaves_round_one_usable(play, nodes, tmp_path, monkeypatch):
