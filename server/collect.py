@@ -1,7 +1,7 @@
 """Replies of a fleet, one at a time, until all are in or the deadline has passed; and what makes an update valid."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -40,6 +40,8 @@ def ask(
     kind: str,
     timeout_s: float,
     max_reply_bytes: int = SMALL_REPLY_BYTES,
+    suspects: Collection[int] = (),
+    grace_s: float = 0.0,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Answer]:
@@ -53,10 +55,14 @@ def ask(
         kind: Of all these frames.
         timeout_s: From sending to giving up.
         max_reply_bytes: Largest answer of one node.
+        suspects: Nodes that were silent the last time: once all others have answered, they are waited for only as long
+            again, and not less than `grace_s`. Where there are no others, they are waited for like them.
+        grace_s: See there.
         clock: Seconds, monotonic.
         sleep: Waits between polls.
     """
-    deadline = clock() + timeout_s
+    began = clock()
+    deadline, are_others_in = began + timeout_s, set(frames) <= set(suspects)
     tickets = {
         fleet.send(node, frame, kind=kind, ttl_s=timeout_s, max_reply_bytes=max_reply_bytes): node
         for node, frame in frames.items()
@@ -65,12 +71,15 @@ def ask(
         num_before = len(tickets)
         for reply in fleet.receive(tuple(tickets)):
             yield _answer(tickets.pop(reply.ticket), reply)
+        if not are_others_in and set(tickets.values()) <= set(suspects):
+            are_others_in = True
+            deadline = min(deadline, clock() + max(grace_s, clock() - began))
         if tickets and clock() >= deadline:
             break
         if len(tickets) == num_before:
             sleep(POLL_S)
     for node in tickets.values():
-        yield Answer(node, None, f"no answer within {timeout_s:g} s", is_late=True)
+        yield Answer(node, None, f"no answer within {round(deadline - began, 1):g} s", is_late=True)
 
 
 def read_update(frame: Frame, manifest: RunManifest, plan: RoundPlan, *, site: str) -> tuple[UpdateHead, Tensors]:

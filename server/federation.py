@@ -33,6 +33,7 @@ RETRY_S: Final = 1.0  # between offers to a node whose agent is away
 SECOND_WAIT_S: Final = 5.0  # for a node that was silent; one that was only slow has the run open by now
 APPROVAL_RETRY_S: Final = 15.0  # between offers to a node where a person has to decide
 NAMES_AN_ENTRY: Final = 500  # of 64 characters at most, so that an entry keeps within `audit.MAX_LINE_BYTES`
+STILL_SILENT: Final = "it has let a step pass and does not answer yet; it takes part again once it does"
 WAITS: Final = "ApprovalRequired"  # the code of a site where nobody has decided yet
 
 
@@ -62,7 +63,9 @@ class Federation:
         sites: What each node told when it opened the run.
         refused: Why nodes did not open it.
         away: Nodes that are connected and did not answer the offer: their agent may yet start.
-        silent: Those of them that let the whole wait pass; they are not waited for as long again.
+        silent: Nodes that let the whole wait pass, for an offer or a step; they are offered the run with a short wait, and
+            have no part in it before they answer.
+        suspects: Nodes that let the wait of a step pass, and have answered no step since.
         names: The node of each site name. A name stays with the node that told it first, under the key of the site.
         doubtful: Nodes that failed at a step; their agent may have started anew, so they are offered the run again.
         metrics: Last held-out figures of each site, by name.
@@ -90,6 +93,7 @@ class Federation:
     refused: dict[int, str] = field(default_factory=dict)
     away: dict[int, str] = field(default_factory=dict)
     silent: set[int] = field(default_factory=set)
+    suspects: set[int] = field(default_factory=set)
     names: dict[str, int] = field(default_factory=dict)
     doubtful: set[int] = field(default_factory=set)
     metrics: dict[str, SiteMetrics] = field(default_factory=dict)
@@ -118,17 +122,21 @@ class Federation:
             kind=kind,
             timeout_s=timeout_s,
             max_reply_bytes=size,
+            suspects=() if kind == "open" else self.suspects,
+            grace_s=SECOND_WAIT_S,
             clock=self.clock,
             sleep=self.sleep,
         )
 
     def name(self, node_id: int) -> str:
         """A node's site name; `node N` before it has told one."""
-        return self.sites[node_id].site if node_id in self.sites else f"node {node_id}"
+        if node_id in self.sites:
+            return self.sites[node_id].site
+        return next((site for site, known in self.names.items() if known == node_id), f"node {node_id}")
 
     def present(self) -> list[int]:
-        """Nodes that opened the run and are connected now."""
-        return [node_id for node_id in self.fleet.node_ids() if node_id in self.sites]
+        """Nodes that opened the run, are connected now and answered when they were asked last."""
+        return [node_id for node_id in self.fleet.node_ids() if node_id in self.sites and node_id not in self.silent]
 
     def expect(self, answer: collect.Answer, kind: str, *, max_body_bytes: int = 0) -> Frame:
         """What a node answered, of one kind and, where the run is signed, under the key of the site that it names.
@@ -149,11 +157,13 @@ class Federation:
     def fail(self, answer: collect.Answer, error: SilotuneError, *, step: str) -> None:
         """Log that a site's answer does not count, and doubt the site.
 
-        One that is merely late is not doubted: to offer it the run again would cost a second wait.
+        One that is late has no part in the run before it answers an offer, which is waited for only shortly.
         """
         self.held.pop(answer.node_id, None)
-        if not answer.is_late:
-            self.doubtful.add(answer.node_id)
+        self.doubtful.add(answer.node_id)
+        if answer.is_late:
+            self.silent.add(answer.node_id)
+            self.suspects.add(answer.node_id)
         reason = collect.reason_of(error)
         self.record("failed", step=step, site=self.name(answer.node_id), **of_error(error))
         self.log.append("site_failed", site=self.name(answer.node_id), step=step, reason=reason)
@@ -171,6 +181,7 @@ class Federation:
     def record_received(self, answer: collect.Answer, plan: RoundPlan, *, step: str) -> None:
         """Write down an answer that counts, before it is used; the node holds the adapter that it was sent."""
         self.held[answer.node_id] = self.sent_sha256
+        self.suspects.discard(answer.node_id)
         if self.trail and answer.frame is not None:
             self.trail.answered(self.name(answer.node_id))
             facts = {"round_index": plan.round_index, "site": self.name(answer.node_id), **of_frame(answer.frame)}
@@ -237,12 +248,17 @@ def wait_for_sites(federation: Federation) -> None:
 
 
 def rejoin(federation: Federation) -> None:
-    """Before a round: offer the run again to nodes that refused or failed, for the reason may be mended."""
+    """Before a round: offer the run again to nodes that refused, failed or fell silent, for the reason may be mended.
+
+    One that is still silent is left out of the round, which an event says.
+    """
     federation.refused.clear()
     for node_id in federation.doubtful:
         federation.sites.pop(node_id, None)
     federation.doubtful.clear()
     join(federation)
+    for node_id in sorted(federation.suspects & federation.silent & set(federation.fleet.node_ids())):
+        federation.log.append("site_skipped", site=federation.name(node_id), reason=STILL_SILENT)
 
 
 def join(federation: Federation) -> None:

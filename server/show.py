@@ -161,6 +161,10 @@ class Screen:
         """An answer that does not count."""
         self._print(f"  [red]{_escape(event['site'])}[/] {event['step']}: {_escape(event['reason'])}")
 
+    def _on_site_skipped(self, event: Event) -> None:
+        """A site that fell silent and is not waited for."""
+        self._print(f"  [yellow]{_escape(event['site'])}[/] away: {_escape(event['reason'])}")
+
     def _on_screened(self, event: Event) -> None:
         """Updates that do not look like the others."""
         for site, seen in event["sites"].items():

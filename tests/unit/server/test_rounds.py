@@ -13,6 +13,7 @@ from common.records import OpenedHead, UpdateHead, to_head
 from common.wire import Frame
 from server import checkpoint, collect, federation, rounds
 from server.aggregate import fedavg
+from server.evaluate import held_out
 from tests import tiny
 
 SMALL = {"federation.num_sites": "0", "training.batch_size": "12"}  # one step a round
@@ -163,6 +164,33 @@ def test_a_site_that_never_answers_is_left_out_at_the_deadline(ready, nodes, eng
     (failed,) = told("site_failed")
     assert failed["reason"] == "ProtocolError: no answer within 60 s"
     assert told("round_finished")[0]["num_updates"] == 2
+
+
+def test_a_site_that_falls_silent_costs_one_whole_wait_and_is_taken_in_again_when_it_is_back(ready, nodes, engine, told):
+    is_away = []
+    changes = {"federation.round_timeout_s": "600", "federation.num_rounds": "3"}
+    fed = ready({**nodes, 3: lambda frame: None if is_away else nodes[3](frame)}, changes)
+    is_away.append(True)
+    state, began = rounds.play(fed, engine.initial, round_index=0), fed.clock()
+    assert began - 1000 == pytest.approx(600, abs=1)
+    held_out.evaluate(fed, state, num_rounds=1, generate=False)
+    assert fed.clock() == began
+    state = rounds.play(fed, state, round_index=1)
+    assert fed.clock() - began < federation.SECOND_WAIT_S + 1
+    assert [event["site"] for event in told("site_skipped")] == ["west"]
+    is_away.clear()
+    rounds.play(fed, state, round_index=2)
+    assert [event["sites"] for event in told("round_started")][1:] == [["north", "south"], ["north", "south", "west"]]
+    assert told("round_finished")[-1]["num_updates"] == 3
+    assert not fed.suspects
+
+
+def test_a_site_that_opens_and_never_trains_is_waited_for_shortly_after_the_first_time(ready, nodes, engine):
+    fed = ready({**nodes, 3: tiny.mute(nodes[3], "train")}, {"federation.round_timeout_s": "600"})
+    state, began = rounds.play(fed, engine.initial, round_index=0), fed.clock()
+    assert began - 1000 == pytest.approx(600, abs=1)  # control
+    rounds.play(fed, state, round_index=1)
+    assert fed.clock() - began < federation.SECOND_WAIT_S + 1
 
 
 def test_a_refusal_is_told_with_its_reference(ready, nodes, engine, told):

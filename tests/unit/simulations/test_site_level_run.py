@@ -146,9 +146,14 @@ def test_a_resumed_run_keeps_what_was_released_and_draws_new_noise_for_what_was_
     assert of(log, "round_finished")[-1]["epsilon"] == pytest.approx(plain[-1], abs=1e-4)
 
 
-def test_a_released_round_whose_checkpoint_is_gone_is_not_played_again(play, tmp_path):
+def test_a_released_round_whose_checkpoint_is_gone_or_damaged_is_not_played_again(play, tmp_path):
     play()
-    shutil.rmtree(checkpoint.folder_of(tmp_path / "run", 3))
+    newest = checkpoint.folder_of(tmp_path / "run", 3)
+    (newest / checkpoint.ADAPTER_FILE).write_bytes(b"")
+    with pytest.raises(PrivacyError, match="round 3 was released"):
+        play(resume=True)
+    assert newest.is_dir()  # where it was, so that it can be put back
+    shutil.rmtree(newest)
     with pytest.raises(PrivacyError, match="round 3 was released"):
         play(resume=True)
 
