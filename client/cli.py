@@ -138,7 +138,7 @@ def serve(
     serving.harden()
     node = config.load_node(node_file)
     serving.check_policy(node, without_policy=without_policy)
-    agent = serving.make_agent(node)
+    agent = serving.make_agent(node, tell=lambda line: typer.echo(f"{node.site.name}: {line}"))
     server = service.serve(
         agent.answer,
         socket_path=Path(node.agent.socket),

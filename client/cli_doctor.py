@@ -36,7 +36,7 @@ def doctor(
     from common import doctor as doctoring
 
     found = examine.examine(examine.Patient(node_file, keys=keys, gateway=gateway, run=run, units=units))
-    sentences = explain.explain(found.policy) if found.policy else {}
+    sentences = explain.explain(found.policy, reads_roster=found.reads_roster) if found.policy else {}
     result = {**doctoring.as_dict(found.results), "policy": sentences}
     cli.emit(
         result, as_json=json, show=lambda: doctoring.show(doctoring.render(found.results), *explain.render(sentences))

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +35,7 @@ from common.errors import (
     LedgerError,
     PolicyRefusedError,
     ProtocolError,
+    SilotuneError,
     code_of,
 )
 from common.manifest import Offer, RunManifest
@@ -366,6 +368,8 @@ def _run_of(request: Frame | None) -> dict[str, str]:
     if request is None:
         return {}
     if request.kind == "open":
+        with suppress(SilotuneError):  # else it has no name that could be believed to be one
+            return {"run": _sha256(request.body), "name": manifest.parse(request.body).run.name}
         return {"run": _sha256(request.body)}
     named = request.head.get("run_sha256")
     return {"run": wire.shown(named)} if isinstance(named, str) else {}

@@ -9,6 +9,7 @@ from common.audit import Entry
 
 AUDIT_FILE: Final = "audit.jsonl"
 DAY_S: Final = 86_400
+MAX_REFUSALS: Final = 1000
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,15 @@ class RunHistory:
     steps: dict[tuple[str, int], Step] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """An offer that a rule of this site turned away."""
+
+    name: str
+    rule: str
+    refused_at: float
+
+
 @dataclass
 class History:
     """All runs that this site knows of, by the hash of their manifests.
@@ -72,6 +82,8 @@ class History:
         serial: Of the newest policy that the agent has started with; -1 before the first.
         policy_sha256: Of that policy.
         ledgers: The newest line that is known of each privacy ledger, by its file's name.
+        refusals: Runs whose newest offer was turned away by a rule, the newest last; at most `MAX_REFUSALS`, as anybody
+            can offer.
         line_hashes: Of every entry, by its place.
         roster: The newest roster that was accepted.
     """
@@ -81,6 +93,7 @@ class History:
     serial: int = -1
     policy_sha256: str = ""
     ledgers: dict[str, Head] = field(default_factory=dict)
+    refusals: dict[str, Refusal] = field(default_factory=dict)
     line_hashes: list[bytes] = field(default_factory=list)
     roster: RosterSeen = RosterSeen()
 
@@ -94,8 +107,19 @@ class History:
             self.ledgers[facts["ledger"]] = Head(facts["counter"], facts["ledger_sha256"])
         elif entry.kind == "roster":
             self.roster = RosterSeen(**facts)
+        elif entry.kind == "refused":
+            self._take_refused(entry)
         elif entry.kind in ("offered", "approved", "denied", "opened", "left"):
             self._take_run(entry, self.runs.setdefault(facts["run"], RunHistory()))
+
+    def _take_refused(self, entry: Entry) -> None:
+        """One more offer that was turned away."""
+        facts = entry.facts
+        if facts["step"] == "open" and "run" in facts:
+            self.refusals.pop(facts["run"], None)
+            self.refusals[facts["run"]] = Refusal(facts.get("name", ""), facts["rule"], entry.time)
+            while len(self.refusals) > MAX_REFUSALS:
+                del self.refusals[next(iter(self.refusals))]
 
     def usage(self, run_sha256: str, *, now: float) -> Usage:
         """What counts against the policy's quotas when this run wants to open."""
@@ -109,6 +133,8 @@ class History:
 
     def _take_run(self, entry: Entry, run: RunHistory) -> None:
         """One more entry about one run."""
+        if entry.kind != "denied":
+            self.refusals.pop(entry.facts["run"], None)
         if entry.kind == "offered":
             run.name, run.offered_at = entry.facts["name"], entry.time
         elif entry.kind == "opened":

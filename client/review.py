@@ -13,10 +13,21 @@ from rich.table import Table
 from rich.text import Text
 
 from client import consent, figures, policy, policy_file, site_ledger
-from client.history import AUDIT_FILE, History
+from client.history import AUDIT_FILE, History, Refusal, RunHistory
 from client.policy_file import Policy
 from client.train import schedule
-from common import config, egress, guarding, identity, manifest, precisions, privacy_plan, ranks, trainable
+from common import (
+    config,
+    egress,
+    guarding,
+    identity,
+    manifest,
+    precisions,
+    privacy_plan,
+    ranks,
+    site_states,
+    trainable,
+)
 from common.audit import AuditLog
 from common.data import preference_rows
 from common.errors import AccountingUnsupported, ConfigError, LedgerError, PolicyRefusedError
@@ -108,19 +119,45 @@ def open_desk(node: config.NodeConfig) -> Desk:
 
 
 def runs(desk: Desk) -> list[dict[str, Any]]:
-    """All runs that this site was offered, the newest first."""
+    """All runs that this site was offered, the newest first; those too that a rule of its policy turned away."""
+    refused = desk.history.refusals
     table = [
         {
             "run": sha256,
             "name": run.name,
-            "state": run.decision or "waits",
+            "state": _state(run, refused.get(sha256)),
+            "rule": refused[sha256].rule if sha256 in refused else "",
             "num_rounds_answered": sum(step == "train" for step, _ in run.steps),
             "bytes_out": run.bytes_out,
             "offered_at": run.offered_at,
         }
         for sha256, run in desk.history.runs.items()
     ]
-    return table[::-1]
+    table += [
+        {
+            "run": sha256,
+            "name": one.name,
+            "state": site_states.REFUSED,
+            "rule": one.rule,
+            "num_rounds_answered": 0,
+            "bytes_out": 0,
+            "offered_at": one.refused_at,
+        }
+        for sha256, one in refused.items()
+        if sha256 not in desk.history.runs
+    ]
+    return sorted(table, key=lambda run: float(str(run["offered_at"])), reverse=True)
+
+
+def _state(run: RunHistory, refusal: Refusal | None) -> str:
+    """How this site stands to a run: what somebody decided, or what its rules did."""
+    if run.decision == "denied":
+        return site_states.DENIED
+    if refusal:
+        return site_states.REFUSED
+    if run.steps:
+        return site_states.TRAINING
+    return site_states.APPROVED if run.decision or run.opened_at is not None else site_states.WAITS
 
 
 def review(desk: Desk, name: str) -> Review:
@@ -175,7 +212,8 @@ def render_runs(table: Sequence[dict[str, Any]]) -> RenderableType:
     for run in table:
         offered = time.strftime("%Y-%m-%d %H:%M", time.gmtime(run["offered_at"]))
         numbers = (f"{run['num_rounds_answered']}", f"{run['bytes_out']:,}", offered)
-        shown_runs.add_row(run["run"][:12], Text(run["name"]), run["state"], *numbers)
+        state = f"{run['state']}: {run['rule']}" if run["rule"] else run["state"]
+        shown_runs.add_row(run["run"][:12], Text(run["name"]), Text(state), *numbers)
     return shown_runs
 
 

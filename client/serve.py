@@ -1,7 +1,7 @@
 """The agent's process: a site's own file becomes an agent behind a socket."""
 
 import faulthandler
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from client import ledger_file, personal, policy_file, self_test, sitelog
@@ -29,11 +29,12 @@ def harden() -> None:
     faulthandler.disable()
 
 
-def make_agent(node: config.NodeConfig) -> Agent:
+def make_agent(node: config.NodeConfig, *, tell: Callable[[str], None] = lambda line: None) -> Agent:
     """The agent of one site; rows and base are read when a run is opened.
 
     Args:
         node: The site's own file.
+        tell: Given a line for people where a run waits or is refused.
 
     Raises:
         ConfigError: Policy or key cannot be read.
@@ -48,7 +49,7 @@ def make_agent(node: config.NodeConfig) -> Agent:
         node.site.name,
         load_data=lambda manifest: load_data(node, manifest),
         load_engine=loader.load,
-        report=sitelog.reporter(log),
+        report=sitelog.reporter(log, tell=tell),
         max_body_bytes=node.agent.max_message_mib << 20,
         guard=make_guard(node) if node.agent.policy else PERMISSIVE,
         state_folder=Path(node.agent.log_folder) / RESIDUALS,

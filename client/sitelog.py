@@ -9,16 +9,24 @@ from pathlib import Path
 from typing import Any, Final
 
 from client.pressure import Limit
-from common import storage
-from common.errors import SilotuneError
+from common import site_states, storage
+from common.errors import SilotuneError, code_of
 from common.storage import storage_error
 
 MAX_A_MINUTE: Final = 120
 
 
-def reporter(path: Path, *, clock: Callable[[], float] = time.time) -> Callable[[str, Exception], None]:
-    """A site's `report`: so many failures a minute are told in full, of the rest how many there were."""
-    limit = Limit(MAX_A_MINUTE, clock=clock)
+def reporter(
+    path: Path, *, clock: Callable[[], float] = time.time, tell: Callable[[str], None] = lambda line: None
+) -> Callable[[str, Exception], None]:
+    """A site's `report`: so many failures a minute are told in full, of the rest how many there were.
+
+    Args:
+        path: The log.
+        clock: Unix seconds.
+        tell: Given a line for people too, once for the same again and again, as of a run that waits.
+    """
+    limit, last = Limit(MAX_A_MINUTE, clock=clock), [""]
 
     def bounded(reference: str, error: Exception) -> None:
         num_suppressed = limit.take_suppressed()
@@ -26,10 +34,25 @@ def reporter(path: Path, *, clock: Callable[[], float] = time.time) -> Callable[
             _append(path, {"num_suppressed": num_suppressed})
         if limit.allows():
             report(path, reference, error)
+            line = in_words(error)
+            if line != last[0]:
+                tell(f"{line} (reference {reference})")
+            last[0] = line
         elif limit.is_first_suppressed:
             _append(path, {"suppressing": f"more than {MAX_A_MINUTE} failures a minute"})
 
     return bounded
+
+
+def in_words(error: Exception) -> str:
+    """A line for people: the state that it means for the run, and an error of ours in its own words.
+
+    Example:
+        >>> in_words(KeyError("a row's text"))
+        'failed: internal error KeyError'
+    """
+    text = str(error) if isinstance(error, SilotuneError) else f"internal error {type(error).__name__}"
+    return f"{site_states.of_code(code_of(error))}: {text}"
 
 
 def report(path: Path, reference: str, error: Exception) -> None:

@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
-from common import ranks, trainable, wire
+from common import ranks, site_states, trainable, wire
 from common.broadcast import plain_body
 from common.config_types import SLUG
 from common.errors import ProtocolError, RemoteError, SilotuneError, TooFewSitesError
@@ -34,7 +34,6 @@ SECOND_WAIT_S: Final = 5.0  # for a node that was silent; one that was only slow
 APPROVAL_RETRY_S: Final = 15.0  # between offers to a node where a person has to decide
 NAMES_AN_ENTRY: Final = 500  # of 64 characters at most, so that an entry keeps within `audit.MAX_LINE_BYTES`
 STILL_SILENT: Final = "it has let a step pass and does not answer yet; it takes part again once it does"
-WAITS: Final = "ApprovalRequired"  # the code of a site where nobody has decided yet
 
 
 def fresh_noise(round_index: int) -> Noise:
@@ -67,6 +66,8 @@ class Federation:
             have no part in it before they answer.
         suspects: Nodes that let the wait of a step pass, and have answered no step since.
         names: The node of each site name. A name stays with the node that told it first, under the key of the site.
+        told_names: The names that nodes told in an earlier try of the run; for showing only, as nobody has vouched for
+            them yet.
         doubtful: Nodes that failed at a step; their agent may have started anew, so they are offered the run again.
         metrics: Last held-out figures of each site, by name.
         offer: The signed manifest; None offers it unsigned, which only sites without a policy take.
@@ -95,6 +96,7 @@ class Federation:
     silent: set[int] = field(default_factory=set)
     suspects: set[int] = field(default_factory=set)
     names: dict[str, int] = field(default_factory=dict)
+    told_names: dict[int, str] = field(default_factory=dict)
     doubtful: set[int] = field(default_factory=set)
     metrics: dict[str, SiteMetrics] = field(default_factory=dict)
     offer: Offer | None = None
@@ -132,7 +134,8 @@ class Federation:
         """A node's site name; `node N` before it has told one."""
         if node_id in self.sites:
             return self.sites[node_id].site
-        return next((site for site, known in self.names.items() if known == node_id), f"node {node_id}")
+        known = next((site for site, known in self.names.items() if known == node_id), "")
+        return known or self.told_names.get(node_id, f"node {node_id}")
 
     def present(self) -> list[int]:
         """Nodes that opened the run, are connected now and answered when they were asked last."""
@@ -258,7 +261,7 @@ def rejoin(federation: Federation) -> None:
     federation.doubtful.clear()
     join(federation)
     for node_id in sorted(federation.suspects & federation.silent & set(federation.fleet.node_ids())):
-        federation.log.append("site_skipped", site=federation.name(node_id), reason=STILL_SILENT)
+        federation.log.append("site_skipped", site=federation.name(node_id), state=site_states.AWAY, reason=STILL_SILENT)
 
 
 def join(federation: Federation) -> None:
@@ -289,8 +292,7 @@ def _admit(federation: Federation, answer: collect.Answer) -> None:
         return
     except SilotuneError as error:
         federation.refused[answer.node_id] = collect.reason_of(error)
-        federation.record("refused", step="open", node=str(answer.node_id), **of_error(error))
-        federation.log.append("site_refused", node=answer.node_id, reason=collect.reason_of(error))
+        _tell_refusal(federation, answer.node_id, error, state=site_states.FAILED)
         return
     told = {"site": head.site, "num_examples": head.num_examples, **of_frame(answer.frame)}
     federation.record("opened", node=str(answer.node_id), **told)
@@ -301,16 +303,24 @@ def _admit(federation: Federation, answer: collect.Answer) -> None:
 
 def _take_refusal(federation: Federation, node_id: int, error: RemoteError) -> None:
     """Remember a site that said no; one where a person has yet to decide counts as away and is asked again."""
-    if error.code != WAITS:
+    state = site_states.of_code(error.code)
+    if state != site_states.WAITS:
         federation.refused[node_id] = collect.reason_of(error)
     else:
-        federation.away[node_id] = "waits for approval"
+        federation.away[node_id] = state
         is_known = node_id in federation.asked_at
         federation.asked_at[node_id] = federation.clock()
         if is_known:
             return
+    _tell_refusal(federation, node_id, error, state=state)
+
+
+def _tell_refusal(federation: Federation, node_id: int, error: SilotuneError, *, state: str) -> None:
+    """Log why a node does not take part, or not yet; under its site's name where that is known."""
     federation.record("refused", step="open", node=str(node_id), **of_error(error))
-    federation.log.append("site_refused", node=node_id, reason=collect.reason_of(error))
+    reason = state if state == site_states.WAITS else collect.reason_of(error)
+    named = {"node": node_id, "site": federation.name(node_id), "state": state}
+    federation.log.append("site_refused", **named, reason=reason)
 
 
 def _deciding(federation: Federation) -> set[int]:
@@ -340,7 +350,7 @@ def _is_hopeless(federation: Federation) -> bool:
 def _who_is_missing(federation: Federation, wanted: int) -> str:
     """How many are there, how many are needed, and what the others said."""
     others = sorted((federation.refused | federation.away).items())
-    reasons = "; ".join(f"node {node}: {reason}" for node, reason in others)
+    reasons = "; ".join(f"{federation.name(node)}: {reason}" for node, reason in others)
     return (
         f"{len(federation.sites)} sites opened the run, {wanted} are needed; {reasons or 'no other node is connected'}"
     )

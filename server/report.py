@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import jinja2
 
-from common import events, storage
+from common import events, site_states, storage
 from common.data import overlap
 from common.events import Event
 from server import export_words, gaps, lock, troubleshooting
@@ -97,7 +97,7 @@ def render(log: Sequence[Event], *, is_live: bool = True, num_damaged: int = 0) 
         gated=words.summary(log),
         exported=export_words.summary(log),
         symptoms=troubleshooting.symptoms(log),
-        troubles=_of(log, "site_failed") + _of(log, "site_refused") + _flagged(log),
+        troubles=_of(log, "site_failed") + _refusals(log) + _flagged(log),
         percent=percent,
         size=size,
     )
@@ -184,6 +184,13 @@ def _bars(compared: Sequence[Event]) -> list[dict[str, Any]]:
 def _of(log: Sequence[Event], kind: str) -> list[Event]:
     """Events of one kind."""
     return [event for event in log if event["kind"] == kind]
+
+
+def _refusals(log: Sequence[Event]) -> list[Event]:
+    """Refusals under the name of their site, once that is known; a site that somebody approved later was no trouble."""
+    names = {event["node"]: event["site"] for event in _of(log, "site_joined")}
+    refused = [{**one, "site": names.get(one["node"], f"node {one['node']}")} for one in _of(log, "site_refused")]
+    return [one for one in refused if one.get("state") != site_states.WAITS or one["node"] not in names]
 
 
 def _flagged(log: Sequence[Event]) -> list[Event]:

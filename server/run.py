@@ -147,6 +147,9 @@ def _execute(
         suite.require_same(measured.sha256, stored_manifest(folder).evaluation_sha256)
     fed = Federation(manifest, fleet, table.find(settings.aggregation.method), folder, log, suite=measured)
     fed.make_noise = make_noise
+    if resume and log.path.is_file():
+        joined = [event for event in events.read(log.path) if event["kind"] == "site_joined"]
+        fed.told_names = {event["node"]: event["site"] for event in joined}
     if operator:
         fed.offer, fed.trail = operator.make_offer(manifest), operator.trail
     first, damaged = _start(manifest, engine, folder, resume=resume)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
+from common import site_states
 from common.data import overlap
 from common.events import Event
 from server import export_words, gaps
@@ -145,7 +146,11 @@ class Screen:
 
     def _on_site_refused(self, event: Event) -> None:
         """A node that does not take part."""
-        self._print(f"  [red]refused[/]   node {event['node']}: {_escape(event['reason'])}")
+        who, state = event.get("site", f"node {event['node']}"), event.get("state", "refused")
+        if state == site_states.WAITS:
+            self._print(f"  [yellow]waits[/]     {_escape(who)}: {_escape(event['reason'])}")
+        else:
+            self._print(f"  [red]refused[/]   {_escape(who)}: {_escape(event['reason'])}")
 
     def _on_round_started(self, event: Event) -> None:
         """Who trains now."""

@@ -43,6 +43,7 @@ class Diagnosis:
 
     results: tuple[Result, ...]
     policy: Policy | None
+    reads_roster: bool = False
 
 
 def examine(patient: Patient) -> Diagnosis:
@@ -62,7 +63,7 @@ def examine(patient: Patient) -> Diagnosis:
         *([host.of_another(other)] if other else _of_agent(patient, node, folder, allowed)),
         *_of_host(patient, node, folder),
     )
-    return Diagnosis(results, allowed)
+    return Diagnosis(results, allowed, reads_roster=bool(node.agent.roster_folder))
 
 
 @check("site's own file", remedy="correct the file; docs/config.md lists its settings")

@@ -22,17 +22,18 @@ _APPROVAL: Final = {
 }
 
 
-def explain(policy: Policy) -> dict[str, list[str]]:
+def explain(policy: Policy, *, reads_roster: bool = False) -> dict[str, list[str]]:
     """Say what a policy means.
 
     Args:
         policy: What the site's admin signed.
+        reads_roster: Whether the site's own file names the federation's roster, which names operators.
 
     Returns:
         Heading to sentences, in the order in which they are read.
     """
     return {
-        MAY_RUN: [_who(policy), *_models(policy), _training(policy), *_rows(policy), *_leaves(policy)],
+        MAY_RUN: [_who(policy, reads_roster=reads_roster), *_models(policy), _training(policy), *_rows(policy), *_leaves(policy)],
         PROTECTED: _protection(policy),
         WAITS: [_APPROVAL[policy.runs.approval], "A changed run is another run, and waits again."][
             : 1 if policy.runs.approval == "none" else 2
@@ -51,9 +52,14 @@ def render(sentences: dict[str, list[str]]) -> list[RenderableType]:
     return shown
 
 
-def _who(policy: Policy) -> str:
+def _who(policy: Policy, *, reads_roster: bool) -> str:
     """Whose runs."""
     keys = [key[:12] for key in policy.federation.operators]
+    if not keys and reads_roster:
+        return (
+            f"Runs of federation {policy.federation.id} that one of the operators in its roster signed; at most "
+            f"{policy.runs.max_per_day} a day."
+        )
     if not keys:
         return f"No operator of {policy.federation.id} is listed, so no run can pass."
     signers = f"key {_list(keys)}" if len(keys) == 1 else f"one of the keys {_list(keys)}"

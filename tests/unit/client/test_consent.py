@@ -219,7 +219,7 @@ def test_a_run_is_found_by_name_or_first_digits(site, node_file):
 
 def test_the_commands_from_offer_to_approval(site, node_file, capsys):
     _, listed = command(client_cli, "runs", str(node_file), capsys=capsys)
-    assert [(run["name"], run["state"]) for run in listed["runs"]] == [("tiny", "waits")]
+    assert [(run["name"], run["state"]) for run in listed["runs"]] == [("tiny", "waits for approval")]
     _, shown = command(client_cli, "review", str(node_file), "tiny", capsys=capsys)
     assert shown["run"] == site.manifest().sha256
     assert (
@@ -229,6 +229,18 @@ def test_the_commands_from_offer_to_approval(site, node_file, capsys):
     assert command(client_cli, "deny", str(node_file), "tiny", capsys=capsys)[1]["state"] == "denied"
     assert ask(site) == "ApprovalDenied"
     assert [entry.facts["by"] for entry in site.log() if entry.kind == "approved"] == ["DPO"]
+
+
+def test_a_run_that_a_rule_turned_away_is_listed_with_the_rule_until_it_is_taken(site, node_file, capsys):
+    listed = lambda: command(client_cli, "runs", str(node_file), capsys=capsys)[1]["runs"]  # noqa: E731
+    bad = site.manifest(name='"greedy"', training__learning_rate="0.5")
+    assert ask(site, bad) == "PolicyRefusedError"
+    told = {run["name"]: (run["state"], run["rule"]) for run in listed()}
+    assert told["greedy"] == ("refused by rule", "train.learning_rate")
+    site.start(site.policy.replace("learning_rate = [1e-3, 1e-1]", "learning_rate = [1e-3, 1]").replace("= 3\n", "= 4\n", 1))
+    assert ask(site, bad) == "ApprovalRequired"
+    told = {run["name"]: (run["state"], run["rule"]) for run in listed()}
+    assert told["greedy"] == ("waits for approval", "")  # control
 
 
 def test_the_commands_for_people(site, node_file, capsys):

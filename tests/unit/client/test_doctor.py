@@ -346,3 +346,5 @@ def test_the_policy_in_sentences(site):
     assert "epsilon at most 8" in stricter[explain.PROTECTED][0]
     assert stricter[explain.WAITS] == ["Nothing waits: whatever is allowed above runs without anybody's approval."]
     assert "no run can pass" in stricter[explain.MAY_RUN][0]
+    by_roster = explain.explain(work.load_policy(site.node), reads_roster=True)
+    assert "one of the operators in its roster" in by_roster[explain.MAY_RUN][0]

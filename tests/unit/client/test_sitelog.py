@@ -3,7 +3,7 @@ import json
 import pytest
 
 from client import sitelog
-from common.errors import DataError, StorageError
+from common.errors import ApprovalRequired, DataError, PolicyRefusedError, StorageError
 
 CANARY = "patient Ada Lovelace has a rare disease"
 
@@ -73,3 +73,17 @@ def test_control_few_failures_are_all_written(tmp_path):
     for number in range(sitelog.MAX_A_MINUTE):
         report(str(number), raised(DataError("x")))
     assert [entry["reference"] for entry in entries(tmp_path / "log")] == [str(n) for n in range(sitelog.MAX_A_MINUTE)]
+
+
+def test_people_are_told_a_line_where_a_run_waits_or_is_refused_and_once_while_it_waits(tmp_path):
+    told: list[str] = []
+    report = sitelog.reporter(tmp_path / "log", tell=told.append)
+    for number in range(3):
+        report(f"ref-{number}", ApprovalRequired("run 'triage' waits; see: silotune-client review 0a1b"))
+    report("ref-3", PolicyRefusedError("train.learning_rate: 0.5", rule="train.learning_rate"))
+    report("ref-4", KeyError("a row's text"))
+    assert told == [
+        "waits for approval: run 'triage' waits; see: silotune-client review 0a1b (reference ref-0)",
+        "refused by rule: train.learning_rate: 0.5 (reference ref-3)",
+        "failed: internal error KeyError (reference ref-4)",
+    ]

@@ -180,3 +180,14 @@ def test_only_sites_that_are_connected_are_present(federate, nodes):
     assert fed.present() == [1, 3]
     assert fed.name(2) == "south"
     assert fed.name(9) == "node 9"
+
+
+def test_a_refusal_is_told_under_the_sites_name_where_it_is_known_also_from_an_earlier_try(federate, nodes, told):
+    fed = federate({**nodes, 3: tiny.spoilt(nodes[3], "open", lambda _: b"")})
+    with pytest.raises(TooFewSitesError, match="node 3: WireError"):  # control
+        start(fed)
+    fed.told_names = {3: "west"}
+    with pytest.raises(TooFewSitesError, match="; west: WireError"):
+        federation.rejoin(fed)
+        start(fed)
+    assert [(event["site"], event["state"]) for event in told("site_refused")] == [("node 3", "failed"), ("west", "failed")]

@@ -227,3 +227,14 @@ def test_rows_that_are_held_out_and_trained_on_stand_beside_the_figures():
     assert "none of 30 held-out rows stands" in text_of(clean)
     assert '<p class="warn">Held-out rows' not in clean
     assert "Held-out rows:" not in text_of(report.render(LOG))  # at real sites nobody can tell
+
+
+def test_a_site_that_approved_later_is_no_trouble_and_one_that_did_not_has_its_name():
+    waits = {"kind": "site_refused", "site": "node 1", "state": "waits for approval", "reason": "waits for approval"}
+    page = report.render([PLAN, {**waits, "node": 1}, *LOG[1:]])
+    assert "What went wrong" not in page
+    page = text_of(report.render([PLAN, {**waits, "node": 7}, *LOG[1:]]))  # control: node 7 never joined
+    assert "What went wrong" in page
+    assert "node 7 waits for approval" in " ".join(page.split())
+    refused = {**waits, "node": 1, "state": "refused by rule", "reason": "refused with PolicyRefusedError"}
+    assert "south refused with PolicyRefusedError" in " ".join(text_of(report.render([*LOG, refused])).split())

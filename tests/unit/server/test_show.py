@@ -111,6 +111,12 @@ def test_lines_are_never_wrapped():
         ([*LOG, {**evaluated(1, 3.0, north=3.0), "bytes_down": 16000}], "evaluation 16.0 kB down"),
         ([PLAN, joined("west"), FAILED], "west train: no answer within 60 s"),
         ([PLAN, {"kind": "site_refused", "node": 4, "reason": "DataError"}], "node 4: DataError"),
+        (
+            [PLAN, {"kind": "site_refused", "node": 4, "site": "west", "state": "waits for approval", "reason": "so"}],
+            "waits     west: so",
+        ),
+        ([PLAN, {"kind": "site_skipped", "site": "west", "reason": "silent"}], "west away: silent"),
+        ([PLAN, {"kind": "not_evaluated", "num_rounds": 1, "reason": "late"}], "no figures after 1 rounds: late"),
         ([*LOG, {**evaluated(1, 3.0, north=3.0), "server_loss": 2.125}], "coordinator's rows 2.125"),
         (
             [*LOG, {**evaluated(1, 0.5, north=0.5), "accuracy": 0.75, "answer_loss": 4.5}],
