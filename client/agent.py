@@ -359,7 +359,9 @@ class Agent:
         if plan.round_index > last:
             raise ProtocolError(f"round {plan.round_index} is beyond the manifest's last, {last}")
         specs = trainable.down_specs(settings, run.specs, round_index=plan.round_index)
-        received = broadcast.receive(request, specs, settings=settings.wire, held=(self._held.get(run.sha256), run.start))
+        received = broadcast.receive(
+            request, specs, settings=settings.wire, held=(self._held.get(run.sha256), run.start)
+        )
         if settings.wire.down != "float32":
             self._held[run.sha256] = received
         tensors = {**run.fixed, **received.tensors}

@@ -62,8 +62,8 @@ class Federation:
         sites: What each node told when it opened the run.
         refused: Why nodes did not open it.
         away: Nodes that are connected and did not answer the offer: their agent may yet start.
-        silent: Nodes that let the whole wait pass, for an offer or a step; they are offered the run with a short wait, and
-            have no part in it before they answer.
+        silent: Nodes that let the whole wait pass, for an offer or a step; they are offered the run with a short wait,
+            and have no part in it before they answer.
         suspects: Nodes that let the wait of a step pass, and have answered no step since.
         names: The node of each site name. A name stays with the node that told it first, under the key of the site.
         told_names: The names that nodes told in an earlier try of the run; for showing only, as nobody has vouched for
@@ -261,7 +261,9 @@ def rejoin(federation: Federation) -> None:
     federation.doubtful.clear()
     join(federation)
     for node_id in sorted(federation.suspects & federation.silent & set(federation.fleet.node_ids())):
-        federation.log.append("site_skipped", site=federation.name(node_id), state=site_states.AWAY, reason=STILL_SILENT)
+        federation.log.append(
+            "site_skipped", site=federation.name(node_id), state=site_states.AWAY, reason=STILL_SILENT
+        )
 
 
 def join(federation: Federation) -> None:

@@ -21,6 +21,7 @@ POLL_S: Final = 1.0
 MAX_PAUSE_S: Final = 30.0  # between polls of a SuperLink or gateway that does not answer
 GIVE_UP_S: Final = 600.0
 
+
 def run(
     settings: config.RunConfig,
     *,

@@ -1,7 +1,7 @@
 """One process at work in a run's folder: a lock on its events, which a process gives up however it ends.
 
-The lock is `flock` on `events.jsonl`, which is never replaced, so a folder holds no file more and no lock is left behind.
-Whether a run is live is whether somebody holds it.
+The lock is `flock` on `events.jsonl`, which is never replaced, so a folder holds no file more and no lock is left
+behind. A run is live if somebody holds it.
 """
 
 import fcntl

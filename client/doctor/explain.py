@@ -33,7 +33,13 @@ def explain(policy: Policy, *, reads_roster: bool = False) -> dict[str, list[str
         Heading to sentences, in the order in which they are read.
     """
     return {
-        MAY_RUN: [_who(policy, reads_roster=reads_roster), *_models(policy), _training(policy), *_rows(policy), *_leaves(policy)],
+        MAY_RUN: [
+            _who(policy, reads_roster=reads_roster),
+            *_models(policy),
+            _training(policy),
+            *_rows(policy),
+            *_leaves(policy),
+        ],
         PROTECTED: _protection(policy),
         WAITS: [_APPROVAL[policy.runs.approval], "A changed run is another run, and waits again."][
             : 1 if policy.runs.approval == "none" else 2

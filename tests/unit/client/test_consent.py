@@ -237,7 +237,9 @@ def test_a_run_that_a_rule_turned_away_is_listed_with_the_rule_until_it_is_taken
     assert ask(site, bad) == "PolicyRefusedError"
     told = {run["name"]: (run["state"], run["rule"]) for run in listed()}
     assert told["greedy"] == ("refused by rule", "train.learning_rate")
-    site.start(site.policy.replace("learning_rate = [1e-3, 1e-1]", "learning_rate = [1e-3, 1]").replace("= 3\n", "= 4\n", 1))
+    site.start(
+        site.policy.replace("learning_rate = [1e-3, 1e-1]", "learning_rate = [1e-3, 1]").replace("= 3\n", "= 4\n", 1)
+    )
     assert ask(site, bad) == "ApprovalRequired"
     told = {run["name"]: (run["state"], run["rule"]) for run in listed()}
     assert told["greedy"] == ("waits for approval", "")  # control

@@ -187,7 +187,10 @@ def test_a_refusal_is_told_under_the_sites_name_where_it_is_known_also_from_an_e
     with pytest.raises(TooFewSitesError, match="node 3: WireError"):  # control
         start(fed)
     fed.told_names = {3: "west"}
+    federation.rejoin(fed)
     with pytest.raises(TooFewSitesError, match="; west: WireError"):
-        federation.rejoin(fed)
         start(fed)
-    assert [(event["site"], event["state"]) for event in told("site_refused")] == [("node 3", "failed"), ("west", "failed")]
+    assert [(event["site"], event["state"]) for event in told("site_refused")] == [
+        ("node 3", "failed"),
+        ("west", "failed"),
+    ]

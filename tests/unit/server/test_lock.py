@@ -119,7 +119,7 @@ def test_a_run_can_be_watched_again_to_its_end(folder, other, capsys):
 
 
 def test_watching_a_run_whose_process_is_gone_says_how_to_go_on(folder, capsys):
-    with pytest.raises(ProtocolError, match="interrupted.*--resume"):
+    with pytest.raises(ProtocolError, match=r"interrupted.*--resume"):
         launch.watch(folder, is_quiet=True)
     EventLog(folder / events.FILE).append("run_failed", error="TooFewSitesError", reason="too few", exit_code=6)
     with pytest.raises(ProtocolError, match="the run failed: too few"):

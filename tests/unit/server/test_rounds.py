@@ -166,7 +166,7 @@ def test_a_site_that_never_answers_is_left_out_at_the_deadline(ready, nodes, eng
     assert told("round_finished")[0]["num_updates"] == 2
 
 
-def test_a_site_that_falls_silent_costs_one_whole_wait_and_is_taken_in_again_when_it_is_back(ready, nodes, engine, told):
+def test_a_site_that_falls_silent_costs_one_whole_wait_and_is_taken_in_when_it_is_back(ready, nodes, engine, told):
     is_away = []
     changes = {"federation.round_timeout_s": "600", "federation.num_rounds": "3"}
     fed = ready({**nodes, 3: lambda frame: None if is_away else nodes[3](frame)}, changes)
