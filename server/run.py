@@ -123,6 +123,7 @@ def execute(
             operator=operator,
             is_noise_accepted=is_noise_accepted,
             make_noise=make_noise,
+            known=known,
         )
 
 
@@ -137,6 +138,7 @@ def _execute(
     operator: Operator | None,
     is_noise_accepted: bool,
     make_noise: Callable[[int], Noise],
+    known: KnownRows | None,
 ) -> Outcome:
     """The run, by the process that holds its folder."""
     storage.remove_leftovers(folder)
