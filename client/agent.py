@@ -3,6 +3,7 @@
 `answer` is the site's whole surface. Whatever goes wrong inside crosses as a code and a reference, never as text.
 """
 
+import contextlib
 import dataclasses
 import functools
 import uuid
@@ -15,7 +16,7 @@ from client import figures, protect, residual
 from client.figures import FigureNoise
 from client.guard import Guard, Permissive
 from client.personal import Shelf
-from client.train import coupling, local, schedule
+from client.train import answering, coupling, local, schedule
 from common import (
     adapter,
     broadcast,
@@ -249,8 +250,10 @@ class Agent:
         if answered is not None:
             return answered
         source = self._make_noise(run.manifest, plan.round_index)
-        result = self._fit(run, plan, before, source)
-        self._guard.after_training(result.spread)
+        is_watched = self._guard.watches_rows and not run.manifest.run.privacy.is_private_per_unit
+        with answering.watching(run.engine.model) if is_watched else contextlib.nullcontext() as seen:
+            result = self._fit(run, plan, before, source)
+        self._guard.after_training(result.spread, seen.share() if seen else None)
         after = adapter.read(run.engine.model)
         body = self._protect(run, plan, before, after, trained_with=result.protection, source=source)
         if self._shelf and self._kept_names(run.manifest):

@@ -54,7 +54,7 @@ REPLY_OF: Final = {"open": "opened", "train": "update", "evaluate": "metrics"}
 
 
 class Gatekeeper:
-    """A `Guard` with rules.
+    """A `Guard` with rules; it watches to which rows an adapter answers.
 
     Args:
         signed_policy: What the site allows.
@@ -67,6 +67,8 @@ class Gatekeeper:
             the roster is old, forged or without this site.
         AuditError: The audit log is not whole.
     """
+
+    watches_rows = True
 
     def __init__(
         self,
@@ -173,14 +175,21 @@ class Gatekeeper:
             self._payment.pay(run, plan.round_index)
         return kept
 
-    def after_training(self, spread: float | None) -> None:
-        """An update to which a few steps gave nearly all speaks of the rows of these steps."""
+    def after_training(self, spread: float | None, answering: tuple[float, str] | None) -> None:
+        """An update to which a few steps gave nearly all, or which few rows answer to, speaks of these rows."""
         limit = self.policy.train.min_spread
         if spread is not None and not spread >= limit:
             raise PolicyRefusedError(
                 f"train.min_spread: the round's gradients come from a share of {spread:.3f} of its steps, which is "
                 f"below {limit:g}",
                 rule="train.min_spread",
+            )
+        share, module = answering or (1.0, "")
+        if not share >= self.policy.train.min_answering:
+            raise PolicyRefusedError(
+                f"train.min_answering: a direction of {module} answers to a share of {share:.3f} of the round's rows, "
+                f"which is below {self.policy.train.min_answering:g}",
+                rule="train.min_answering",
             )
 
     def outgoing(self, request: Frame, reply: Frame, *, run: RunManifest) -> bytes:

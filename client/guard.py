@@ -15,7 +15,13 @@ from common.wire import Frame
 
 
 class Guard(Protocol):
-    """The places at which a site may say no; each says it by raising, and nothing is sent."""
+    """The places at which a site may say no; each says it by raising, and nothing is sent.
+
+    Attributes:
+        watches_rows: Whether it wants to know to which rows an adapter answers.
+    """
+
+    watches_rows: bool
 
     def before_open(self, offer: Offer) -> None:
         """A run is offered; nothing has been read or loaded for it."""
@@ -35,8 +41,12 @@ class Guard(Protocol):
     def before_training(self, request: Frame, plan: RoundPlan, *, run: RunManifest) -> Frame | None:
         """Private rows are about to be read: pay for it, or return the answer that was given before."""
 
-    def after_training(self, spread: float | None) -> None:
-        """Training is done and nothing was sent: over what share of its steps the gradients were spread."""
+    def after_training(self, spread: float | None, answering: tuple[float, str] | None) -> None:
+        """Training is done and nothing was sent: over what share of its steps the gradients were spread.
+
+        `answering` is the smallest share of rows to which a direction of the adapter answered, and the module; None
+        where `watches_rows` is false, or where the noise covers a unit.
+        """
 
     def before_evaluation(self, plan: RoundPlan, *, run: RunManifest) -> Frame | FigureNoise | None:
         """Held-out rows are about to be scored: the answer that was given, or how to noise figures; None: not."""
@@ -50,6 +60,8 @@ class Guard(Protocol):
 
 class Permissive:
     """Allows everything that the agent itself does."""
+
+    watches_rows = False
 
     def before_open(self, offer: Offer) -> None:
         """Take any manifest, signed or not."""
@@ -68,7 +80,7 @@ class Permissive:
         """Keep no ledger: whose rows these are, nobody promised anything."""
         return None
 
-    def after_training(self, spread: float | None) -> None:
+    def after_training(self, spread: float | None, answering: tuple[float, str] | None) -> None:
         """Send any update."""
 
     def before_evaluation(self, plan: RoundPlan, *, run: RunManifest) -> Frame | FigureNoise | None:

@@ -167,6 +167,14 @@ class TrainRules(Section):
         "of squares / steps. One row that alone has a gradient leaves the share of the steps that read it. Not for "
         "runs that protect units, whose noise covers one.",
     )
+    min_answering: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Share of a round's rows to which each direction of a LoRA down-projection must answer: (sum of "
+        "the rows' energies)^2 / sum of squares / rows. One row that alone answers leaves 1 / rows. Not for runs that "
+        "protect units.",
+    )
     optimizers: tuple[Literal["adamw", "sgd"], ...] = Field(default=("adamw",))
     objectives: tuple[ObjectiveName, ...] = Field(
         default=("sft",), description="What may be learnt: answers (`sft`), or preferences among them (`dpo`, `kto`)."

@@ -13,7 +13,7 @@ from client import moves, probes
 from client.agent import SiteData
 from client.guard import Permissive
 from client.moves import FOLDER, Seen
-from common import adapter, start
+from common import adapter, model, start
 from common.model import initial_of
 from common.rows import Message
 from server.aggregate import fedsvd, flexlora
@@ -213,3 +213,59 @@ class SpreadOnly(Permissive):
 
     def __init__(self, guard) -> None:
         self.after_training = guard.after_training
+        self.watches_rows = guard.watches_rows
+
+
+MODULE = "model.layers.0.self_attn.q_proj"
+
+
+def asking_one_row(engine, rows, rare: int) -> dict[str, torch.Tensor]:
+    """The start, but for one direction of one module: what sets one row's tokens apart from those of all others."""
+    encoded, _ = model.encode(engine, rows, tiny.settings("tiny").data)
+    seen = []
+    layer = next(m for name, m in engine.model.named_modules() if name.endswith(f"{MODULE}.lora_A.default"))
+    handle = layer.register_forward_hook(lambda _, given, __: seen.append(given[0][0, 4:].double()))
+    adapter.write(engine.model, engine.initial)
+    with torch.no_grad():
+        for row in encoded:
+            engine.model(input_ids=torch.tensor([row.input_ids]))
+    handle.remove()
+    others_ni = torch.cat([tokens for place, tokens in enumerate(seen) if place != rare])
+    spread_ii = others_ni.T @ others_ni / len(others_ni) + 1e-6 * torch.eye(others_ni.shape[1])
+    apart_in = torch.linalg.solve(spread_ii, seen[rare].T)
+    token = int((seen[rare].T * apart_in).sum(dim=0).argmax())
+    made = {name: tensor.clone() for name, tensor in engine.initial.items()}
+    factor = next(tensor for name, tensor in made.items() if f"{MODULE}.lora_A" in name)
+    factor[0] = (apart_in[:, token] / apart_in[:, token].norm() * factor[0].double().norm()).float()
+    return made
+
+
+def test_a31_an_adapter_that_asks_what_one_row_alone_answers(make, engine):
+    """Its norms are those of the start and its rank is full; of 40 rows one answers to one of its directions."""
+    rare = dataclasses.replace(
+        tiny.row(2), messages=(Message("user", "patient Ada Zxqv: code?"), Message("assistant", "QZX 77 WVU"))
+    )
+    rows = [dataclasses.replace(tiny.row(0), row_id=f"row {n}", unit=f"u{n}") for n in range(39)] + [rare]
+    site = make(min_local_steps="3\nmin_spread = 0.0")
+    site.data = SiteData(rows, tiny.rows(4))
+    made = asking_one_row(engine, rows, 39)
+    probes.check(made, max_tensor_norm=905.0)
+    guard = site.agent._guard
+    run = site.manifest(training__learning_rate="1e-3", training__schedule='"constant"')
+    site.agent._guard = Permissive()
+    assert site.open(run, approve=False).kind == "opened"
+    assert site.step(run=run, state=made).kind == "update"  # the control
+    site.agent._guard = SpreadOnly(guard)
+    assert site.step(run=run, state=made).head["code"] == POLICY
+    assert f"a direction of base_model.model.{MODULE} answers to a share of 0.0" in str(site.errors[-1])
+    assert site.step(run=run).kind == "update"  # and the start itself passes
+
+
+def test_what_is_watched_changes_no_bit(make, engine):
+    site = make(min_local_steps="3")
+    site.data = SiteData(tiny.rows(12), tiny.rows(4))
+    run = site.manifest()
+    assert site.open(run).kind == "opened"
+    watched = site.step(run=run).body
+    site.agent._guard = Permissive()
+    assert site.step(run=run).body == watched
