@@ -6,7 +6,7 @@ from typing import Final, Protocol
 
 from common import wire
 
-SMALL_REPLY_BYTES: Final = wire.MAX_HEAD_BYTES + wire.OVERHEAD_BYTES  # an answer without tensors
+SMALL_REPLY_BYTES: Final = (1 << 20) + wire.OVERHEAD_BYTES  # an answer without tensors
 _SIZE: Final = "reply-bytes:"  # begins the group of a Flower message; Flower itself makes nothing of it
 
 

@@ -49,8 +49,9 @@ def test_figures_of_preferences_leave_rounded_and_only_where_they_are_declared(o
     site = open_preferences(min_slice="3\nround_metrics_to = 1")
     run = site.manifest(**DPO)
     assert site.open(run).kind == "opened"
+    assert [site.step(kind, run).kind for kind in ("evaluate", "train")] == ["metrics", "update"]
     moved = {name: tensor + 0.05 for name, tensor in site.engine.initial.items()}
-    head = site.step("evaluate", run, moved).head
+    head = site.step("evaluate", run, moved, round_index=1).head
     assert head["num_rows"] == 3
     mean = head["preference_loss_sum"] / 3
     assert mean == pytest.approx(round(mean, 1), abs=0.02)

@@ -15,6 +15,7 @@ from common.errors import ConfigError, PolicyRefusedError
 from common.manifest import RunManifest, parse
 from common.model import Engine
 from server import export, finish, report, run, status
+from server.evaluate import fairness
 from server.gate import decide
 from server.polish import at_sites, command, told
 from tests import stage_data, tiny, vault
@@ -111,7 +112,9 @@ def test_a_stage_that_harms_the_sites_is_refused_and_the_one_before_it_exported(
     assert [(one["stage"], one["is_passed"]) for one in gated] == [("polish-02-harm", False), ("polish-01-teach", True)]
     assert [one["name"] for one in gated[0]["verdicts"] if not one["is_met"]] == ["sites"]
     by_name = {one["name"]: one["value"] for one in gated[1]["verdicts"]}
-    assert by_name["loss"] == pytest.approx(of(folder, "evaluated")[0]["loss"] - first["loss"])
+    base = of(folder, "evaluated")[0]
+    gains = (base["loss"] - first["loss"], fairness.decisive(base) - fairness.decisive(first))
+    assert by_name["loss"] == pytest.approx(min(gains))
     assert by_name["sites"] == pytest.approx(max(one["change"] for one in first["sites"].values()))
     assert adapter.digest(finish.stored(folder, num_rounds=0).tensors) == first["adapter_sha256"]
     card = (folder / run.EXPORT_FOLDER / "README.md").read_text()
