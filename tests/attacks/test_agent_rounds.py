@@ -106,6 +106,22 @@ def test_a14_bytes_of_repeated_answers_count(make, engine):
     assert site.refused(answers[3]) == (POLICY, "egress.max_bytes_per_run")
 
 
+def test_a14_bytes_of_one_answer_have_the_declared_limit(open_site):
+    """White space in the header of the tensors: what reads them takes it, and bits could be hidden there."""
+    honest, limit = open_site.agent._steps["train"], open_site.manifest().egress.bytes_per_message
+
+    def padded(request, num_bytes=limit):
+        reply = honest(request)
+        size = int.from_bytes(reply.body[:8], "little")
+        header = reply.body[8 : 8 + size] + b" " * num_bytes
+        return dataclasses.replace(reply, body=len(header).to_bytes(8, "little") + header + reply.body[8 + size :])
+
+    open_site.agent._steps["train"] = padded
+    assert open_site.refused(open_site.step()) == (POLICY, "egress.max_bytes_per_message")
+    open_site.agent._steps["train"] = lambda request: padded(request, 8)
+    assert open_site.step().kind == "update"  # the control: as such it is read
+
+
 def test_a15_adapter_of_wrong_names_shapes_or_values(open_site):
     name = next(iter(open_site.engine.initial))
     good = dict(open_site.engine.initial)
@@ -191,6 +207,7 @@ def test_a19_exception_that_carries_a_patients_row(site):
         lambda f: dataclasses.replace(f, head={k: v for k, v in f.head.items() if k != "num_steps"}),
         lambda f: dataclasses.replace(f, head={**f.head, "train_loss": 21.0}),
         lambda f: dataclasses.replace(f, head={**f.head, "train_loss": CANARY}),
+        lambda f: dataclasses.replace(f, head={**f.head, "train_loss": None}),
         lambda f: dataclasses.replace(f, head={**f.head, "audit_sha256": CANARY}),
         lambda f: dataclasses.replace(f, head={**f.head, "num_audit_entries": 7}),
         lambda f: dataclasses.replace(f, head={**f.head, "site": CANARY}),
@@ -245,6 +262,17 @@ def test_a20_body_under_a_reply_that_has_none(open_site):
     honest = open_site.agent._steps["evaluate"]
     open_site.agent._steps["evaluate"] = lambda request: dataclasses.replace(honest(request), body=CANARY.encode())
     assert open_site.refused(open_site.step("evaluate")) == (POLICY, "egress")
+    open_site.agent._steps["evaluate"] = honest
+    assert open_site.step("evaluate").kind == "metrics"
+
+
+def test_a20_figure_that_the_manifest_does_not_declare(open_site):
+    """A field that the record has, and runs that learn preferences tell; this one learns answers."""
+    honest = open_site.agent._steps["evaluate"]
+    open_site.agent._steps["evaluate"] = lambda request: dataclasses.replace(
+        honest(request), head={**honest(request).head, "num_preferred": 12345}
+    )
+    assert open_site.refused(open_site.step("evaluate")) == (POLICY, "egress.metrics")
     open_site.agent._steps["evaluate"] = honest
     assert open_site.step("evaluate").kind == "metrics"
 
