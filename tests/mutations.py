@@ -26,8 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.mutation_list import MUTATIONS, Mutation
+from tests.mutation_list import POLICY, Mutation
+from tests.mutation_list_federation import FEDERATION
+from tests.mutation_list_site import SITE
 
+MUTATIONS: Final = (*POLICY, *SITE, *FEDERATION)
 ROOT: Final = Path(__file__).parents[1]
 PAGE: Final = ROOT / "docs" / "mutations.md"
 OURS: Final = ("client", "common", "server", "simulations", "tests")
@@ -35,16 +38,21 @@ TIMEOUT_S: Final = 300.0
 CONTROL_TIMEOUT_S: Final = 3600.0
 NOTICED: Final = 1  # pytest: tests were run and some failed
 TAIL_CHARACTERS: Final = 400
-OPTIONS: Final = ("-x", "-q", "-rfEs", "--tb=no", "-p", "no:cacheprovider", "-p", "no:randomly")
+LOADED_BEFORE: Final = "ignore:Module already imported so cannot be rewritten:pytest.PytestAssertRewriteWarning"
+OPTIONS: Final = (
+    *("-x", "-q", "-rfEs", "--tb=no", "-p", "no:cacheprovider", "-p", "no:randomly"),
+    *("-W", LOADED_BEFORE),  # by plugins of pytest whose packages transformers uses too
+)
 HEAD: Final = """# Guards that are switched off one at a time
 
-Made by `python -m tests.mutations --page` from `tests/mutation_list.py`; `tests/unit/test_mutations.py` fails when this page, a text to be
-changed or a test that is named is out of date.
+Made by `python -m tests.mutations --page` from the lists `tests/mutation_list*.py`; `tests/unit/test_mutations.py` fails
+when this page, a text that is to be changed, or the name of a test is out of date.
 
-`make mutations` (a quarter of an hour) copies the tree, switches off one guard at a time and runs the tests that are named for it. Each must
-fail; all of them together must pass in the copy as it is. `python -m tests.mutations NAME ...` tries some. A guard without a line here may be tested as well.
+`make mutations` copies the tree, switches off one guard at a time, and runs the tests that are named for it: each time
+they must fail. In the copy as it is all of them must pass. `python -m tests.mutations NAME ...` tries some of them. A
+guard that has no line here may have its tests all the same.
 
-| guard | in | switched off | noticed by |
+| guard | in | without it | noticed by |
 |---|---|---|---|
 """
 
@@ -124,7 +132,6 @@ def _preload() -> None:
 
     quiet.hush()
     import bitsandbytes  # noqa: F401
-    import hypothesis  # noqa: F401
     import peft  # noqa: F401
     import pytest  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
