@@ -392,13 +392,11 @@ def _check_privacy(policy: Policy, run: config.RunConfig) -> None:
 
 
 def _check_cohort(policy: Policy, run: config.RunConfig) -> None:
-    """How many sites an aggregate comes from."""
+    """How many sites an aggregate comes from; by the run file's own rules a round has at least `min_sites`."""
     federation = run.federation
     _at_least("cohort.min_sites", federation.min_sites, policy.cohort.min_sites)
     if run.privacy.is_private_per_site:
         _at_least("cohort.min_sites", site_privacy.num_expected(run), policy.cohort.min_sites)
-    if federation.sites_per_round:
-        _at_least("cohort.min_sites", federation.sites_per_round, policy.cohort.min_sites)
 
 
 def _planned(policy: Policy, run: config.RunConfig) -> float:

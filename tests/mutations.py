@@ -45,8 +45,8 @@ OPTIONS: Final = (
 )
 HEAD: Final = """# Guards that are switched off one at a time
 
-Made by `python -m tests.mutations --page` from the lists `tests/mutation_list*.py`; `tests/unit/test_mutations.py` fails
-when this page, a text that is to be changed, or the name of a test is out of date.
+Made by `python -m tests.mutations --page` from the lists `tests/mutation_list*.py`. `tests/unit/test_mutations.py`
+fails where this page, a text that is to be changed or the name of a test is out of date.
 
 `make mutations` copies the tree, switches off one guard at a time, and runs the tests that are named for it: each time
 they must fail. In the copy as it is all of them must pass. `python -m tests.mutations NAME ...` tries some of them. A
