@@ -34,6 +34,7 @@ def test_a13_round_repeated_with_another_adapter(open_site):
     first = open_site.step()
     probe = changed(open_site, "lora_B", lambda t: t + 0.01)
     assert open_site.refused(open_site.step(state=probe)) == (POLICY, "rounds")
+    assert "came again with another adapter" in str(open_site.errors[-1])  # and not by its answer, once it was trained
     again = open_site.step()
     assert (again.kind, again.body) == ("update", first.body)
 
