@@ -1,6 +1,5 @@
 """Guards that `tests.mutations` switches off: what a mutation is, and the rules of a site's policy."""
 
-import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -32,17 +31,12 @@ class Mutation:
         """The file with the guard off.
 
         Raises:
-            ValueError: The text to be changed is not there exactly once, or what comes out is no Python.
+            ValueError: The text to be changed is not there exactly once, or stays as it is.
         """
         if text.count(self.before) != 1 or self.before == self.after:
             times = text.count(self.before)
             raise ValueError(f"{self.name}: its text is in {self.file} {times} times, or stays as it is")
-        changed = text.replace(self.before, self.after)
-        try:
-            ast.parse(changed)
-        except SyntaxError as error:
-            raise ValueError(f"{self.name}: {self.file} is no Python with it") from error
-        return changed
+        return text.replace(self.before, self.after)
 
 
 def guards(file: str, *rows: Row) -> Iterator[Mutation]:

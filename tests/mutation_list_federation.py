@@ -12,7 +12,7 @@ FEDERATION: Final = (
      ("unit/common/test_wire::test_no_single_byte_can_change",)),
     ("frame-length", "bytes ride behind a frame",
      "if len(data) != OVERHEAD_BYTES + head_size + body_size:", None,
-     ("unit/common/test_wire::test_declared_lengths_are_checked_before_anything_is_hashed_or_copied",)),
+     ("unit/common/test_wire::test_unpack_refuses_bytes_that_no_length_declares_though_the_hash_is_right",)),
     ("frame-size", "a peer fills the memory",
      "if head_size > MAX_HEAD_BYTES or body_size > max_body_bytes:", None,
      ("unit/common/test_wire::test_body_over_the_limit_is_refused_and_one_at_the_limit_is_not",)),

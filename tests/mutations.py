@@ -9,6 +9,7 @@ is, where they must pass.
 """
 
 import argparse
+import ast
 import compileall
 import json
 import multiprocessing
@@ -142,7 +143,9 @@ def _mutated(copy: Path, mutation: Mutation) -> Iterator[None]:
     """The copy with one guard off."""
     path = copy / mutation.file
     whole = path.read_text(encoding="utf-8")
-    path.write_text(mutation.applied_to(whole), encoding="utf-8")
+    changed = mutation.applied_to(whole)
+    ast.parse(changed)  # a file that cannot be imported would fail a test that imports it late
+    path.write_text(changed, encoding="utf-8")
     try:
         yield
     finally:
