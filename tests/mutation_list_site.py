@@ -241,7 +241,7 @@ SITE: Final = (
 *guards("client/gatekeeper.py",
     ("site-opened-before", "a run whose opening was refused is played",
      "if plan.run_sha256 not in self._admitted:", None,
-     ("attacks/test_agent::test_a12_too_few_records_or_steps_at_this_site[min_records-10]",)),
+     ("attacks/test_agent_rounds::test_a20_opening_that_tells_text",)),
     ("site-one-adapter-a-round", "a round is repeated with other adapters",
      "if known is not None and known.request_sha256 != broadcast.adapter_sha256(request):", None,
      ("attacks/test_agent_rounds::test_a13_round_repeated_with_another_adapter",)),
