@@ -228,7 +228,7 @@ def test_a20_opening_that_tells_text(site):
     honest = site.agent._steps["open"]
     site.agent._steps["open"] = lambda r: dataclasses.replace(honest(r), head={**honest(r).head, "site": CANARY})
     assert site.refused(site.open()) == (POLICY, "egress.metrics")
-    assert site.refused(site.step()) == ("ProtocolError", "ProtocolError")  # the agent has read the rows; it is not open
+    assert site.refused(site.step()) == ("ProtocolError", "ProtocolError")  # rows were read, and it is not open
     site.agent._steps["open"] = honest
     assert site.open(approve=False).kind == "opened"
 
