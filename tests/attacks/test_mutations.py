@@ -25,7 +25,7 @@ def test_every_guard_that_is_switched_off_is_noticed():
 @pytest.mark.slow
 def test_control_a_change_that_switches_nothing_off_and_one_that_cannot_be_imported_are_not_noticed():
     first = next(mutation for mutation in MUTATIONS if mutation.name == "frame-hash")
-    idle = dataclasses.replace(first, name="idle", after="    if bool(1) and " + first.before.strip()[3:] + "\n")
+    idle = dataclasses.replace(first, name="idle", after=first.before.replace("if ", "if bool(1) and "))
     broken = dataclasses.replace(first, name="broken", before="import hashlib\n", after="import no_such_module\n")
     control, noticed, *others = mutations.trials([first, idle, broken])
     assert (control.exit_code, noticed.exit_code) == (0, mutations.NOTICED)
