@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check proto docs .venv clean
+.PHONY: demo test check mutations proto docs .venv clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## a federated QLoRA fine-tuning on this machine, from base to comparison and report
@@ -13,6 +13,9 @@ demo: $(STAMP)  ## a federated QLoRA fine-tuning on this machine, from base to c
 
 test: $(STAMP)  ## everything that the gate runs
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+mutations: $(STAMP)  ## switches guards off one at a time; a test must notice each
+	$(BIN)/python -m tests.mutations
 
 check: $(STAMP)  ## style, types and import rules
 	$(BIN)/ruff check .
@@ -36,6 +39,7 @@ proto: $(STAMP)  ## the gRPC code between courier and agent, from its schema
 docs: $(STAMP)  ## the generated pages
 	$(BIN)/python -m common.config_docs
 	$(BIN)/python -m server.methods_page
+	$(BIN)/python -m tests.mutations --page
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -337,7 +337,6 @@ def _check_training(policy: Policy, run: config.RunConfig) -> None:
         _at_most("train.max_label_smoothing", training.label_smoothing, rules.max_label_smoothing)
         for weight in (training.desirable_weight, training.undesirable_weight):
             _within("train.answer_weights", weight, rules.answer_weights)
-    _at_most("train.max_rounds", run.federation.num_rounds, rules.max_rounds)
     num_rounds, num_polished = run.federation.num_rounds, run.evaluation.num_polish_stages
     is_within = num_rounds + num_polished <= rules.max_rounds  # each is one more adapter that the site scores
     told = f"{num_rounds} rounds and {num_polished} adapters after polish are together above {rules.max_rounds}"
@@ -392,13 +391,11 @@ def _check_privacy(policy: Policy, run: config.RunConfig) -> None:
 
 
 def _check_cohort(policy: Policy, run: config.RunConfig) -> None:
-    """How many sites an aggregate comes from."""
+    """How many sites an aggregate comes from; by the run file's own rules a round has at least `min_sites`."""
     federation = run.federation
     _at_least("cohort.min_sites", federation.min_sites, policy.cohort.min_sites)
     if run.privacy.is_private_per_site:
         _at_least("cohort.min_sites", site_privacy.num_expected(run), policy.cohort.min_sites)
-    if federation.sites_per_round:
-        _at_least("cohort.min_sites", federation.sites_per_round, policy.cohort.min_sites)
 
 
 def _planned(policy: Policy, run: config.RunConfig) -> float:

@@ -34,6 +34,7 @@ def test_a13_round_repeated_with_another_adapter(open_site):
     first = open_site.step()
     probe = changed(open_site, "lora_B", lambda t: t + 0.01)
     assert open_site.refused(open_site.step(state=probe)) == (POLICY, "rounds")
+    assert "came again with another adapter" in str(open_site.errors[-1])  # and not by its answer, once it was trained
     again = open_site.step()
     assert (again.kind, again.body) == ("update", first.body)
 
@@ -104,6 +105,22 @@ def test_a14_bytes_of_repeated_answers_count(make, engine):
     answers = [site.step() for _ in range(4)]
     assert [answer.kind for answer in answers[:2]] == ["update", "update"]
     assert site.refused(answers[3]) == (POLICY, "egress.max_bytes_per_run")
+
+
+def test_a14_bytes_of_one_answer_have_the_declared_limit(open_site):
+    """White space in the header of the tensors: what reads them takes it, and bits could be hidden there."""
+    honest, limit = open_site.agent._steps["train"], open_site.manifest().egress.bytes_per_message
+
+    def padded(request, num_bytes=limit):
+        reply = honest(request)
+        size = int.from_bytes(reply.body[:8], "little")
+        header = reply.body[8 : 8 + size] + b" " * num_bytes
+        return dataclasses.replace(reply, body=len(header).to_bytes(8, "little") + header + reply.body[8 + size :])
+
+    open_site.agent._steps["train"] = padded
+    assert open_site.refused(open_site.step()) == (POLICY, "egress.max_bytes_per_message")
+    open_site.agent._steps["train"] = lambda request: padded(request, 8)
+    assert open_site.step().kind == "update"  # the control: as such it is read
 
 
 def test_a15_adapter_of_wrong_names_shapes_or_values(open_site):
@@ -191,6 +208,7 @@ def test_a19_exception_that_carries_a_patients_row(site):
         lambda f: dataclasses.replace(f, head={k: v for k, v in f.head.items() if k != "num_steps"}),
         lambda f: dataclasses.replace(f, head={**f.head, "train_loss": 21.0}),
         lambda f: dataclasses.replace(f, head={**f.head, "train_loss": CANARY}),
+        lambda f: dataclasses.replace(f, head={**f.head, "train_loss": None}),
         lambda f: dataclasses.replace(f, head={**f.head, "audit_sha256": CANARY}),
         lambda f: dataclasses.replace(f, head={**f.head, "num_audit_entries": 7}),
         lambda f: dataclasses.replace(f, head={**f.head, "site": CANARY}),
@@ -210,6 +228,7 @@ def test_a20_opening_that_tells_text(site):
     honest = site.agent._steps["open"]
     site.agent._steps["open"] = lambda r: dataclasses.replace(honest(r), head={**honest(r).head, "site": CANARY})
     assert site.refused(site.open()) == (POLICY, "egress.metrics")
+    assert site.refused(site.step()) == ("ProtocolError", "ProtocolError")  # rows were read, and it is not open
     site.agent._steps["open"] = honest
     assert site.open(approve=False).kind == "opened"
 
@@ -245,6 +264,17 @@ def test_a20_body_under_a_reply_that_has_none(open_site):
     honest = open_site.agent._steps["evaluate"]
     open_site.agent._steps["evaluate"] = lambda request: dataclasses.replace(honest(request), body=CANARY.encode())
     assert open_site.refused(open_site.step("evaluate")) == (POLICY, "egress")
+    open_site.agent._steps["evaluate"] = honest
+    assert open_site.step("evaluate").kind == "metrics"
+
+
+def test_a20_figure_that_the_manifest_does_not_declare(open_site):
+    """A field that the record has, and runs that learn preferences tell; this one learns answers."""
+    honest = open_site.agent._steps["evaluate"]
+    open_site.agent._steps["evaluate"] = lambda request: dataclasses.replace(
+        honest(request), head={**honest(request).head, "num_preferred": 12345}
+    )
+    assert open_site.refused(open_site.step("evaluate")) == (POLICY, "egress.metrics")
     open_site.agent._steps["evaluate"] = honest
     assert open_site.step("evaluate").kind == "metrics"
 

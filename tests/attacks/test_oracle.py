@@ -13,7 +13,7 @@ from client import figures
 from client.agent import SiteData
 from client.figures import FigureNoise
 from client.guard import Permissive
-from common import accounting, privacy_plan
+from common import accounting, noise, privacy_plan
 from common.noise import SeededNoise, SystemNoise
 from common.objectives import Objective
 from common.rows import Message
@@ -149,6 +149,34 @@ def test_counts_have_the_noise_that_is_charged(noising):
     )
     assert abs(float(drawn.mean())) < 0.4  # 4.5 standard errors
     assert float(drawn.std()) == pytest.approx(4.0, rel=0.08)
+
+
+def test_held_out_figures_have_the_noise_that_is_charged(engine):
+    """Two times the most that one unit adds, as the source of noise is asked for it."""
+
+    class Told:
+        def discrete(self, size: int, *, std: float, device: torch.device) -> torch.Tensor:
+            self.std = std * noise.grid_step(1.0)
+            return torch.zeros(size, dtype=torch.float64, device=device)
+
+    source, objective = Told(), Objective.of(tiny.settings("tiny").training)
+    noised_by = FigureNoise(2.0, 10.0, source)
+    figures.score(engine, [], objective=objective, batch_size=2, num_rows=9, noised_by=noised_by)
+    assert 2.0 <= source.std == pytest.approx(2.0, rel=1e-3)
+
+
+def test_a30_a_run_that_no_noise_covers_is_told_no_number_of_held_out_rows(make):
+    """Noise for whole sites is no promise to a unit."""
+    site = make(mode='"required"\nsite_level = ["server"]')
+    whole_sites = {
+        "privacy__mode": '"site"',
+        "privacy__sampling_prob": "0.5",
+        "privacy__noise_multiplier": "4.0",
+        "aggregation__weighting": '"uniform"',
+        "federation__num_sites": "20",
+    }
+    assert site.open(site.manifest(**whole_sites)).head["num_held_out"] == 0
+    assert len(site.data.held_out) == 3
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])

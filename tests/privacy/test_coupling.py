@@ -292,6 +292,14 @@ def test_what_a_unit_adds_is_no_longer_than_the_clip_norm_in_whole_numbers(scale
     assert int(nearest.square().sum()) > 2**20
 
 
+def test_a_gradient_that_floating_point_scales_onto_the_grid_is_no_longer_than_the_clip_norm():
+    """Scaled by 1 / norm in float64, (2^60, 2^30) is 2^30 steps and 1 step to the last digit: longer than 2^30."""
+    steps, norms = private.clip(torch.tensor([[2.0**60, 2.0**30]]), clip_norm=1.0)
+    assert sum(int(step) ** 2 for step in steps.tolist()) <= 2 ** (2 * noise.GRID_BITS)
+    plain = torch.tensor([2.0**60, 2.0**30], dtype=torch.float64) / norms[0] * 2.0**noise.GRID_BITS
+    assert sum(int(step) ** 2 for step in plain.tolist()) > 2 ** (2 * noise.GRID_BITS)  # the control
+
+
 def test_a_unit_whose_gradient_is_no_number_adds_nothing_and_stops_no_round(engine):
     gradients = torch.tensor([[3.0, 4.0], [float("nan"), 1.0], [float("inf"), 0.0], [0.3, 0.0]])
     found, norms = private.clip(gradients, clip_norm=1.0)

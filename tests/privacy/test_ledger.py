@@ -154,6 +154,22 @@ def test_lines_cannot_be_moved_removed_or_repeated(path):
             opened(path)
 
 
+def test_lines_of_two_copies_cannot_be_put_together(path):
+    """Each line is genuine and in its place, and the dear round of the one copy is gone."""
+    backup = path.read_bytes()
+    opened(path).reserve(RUN, 2, ROUND)
+    path.write_bytes(backup)
+    other = opened(path)
+    other.reserve("cd" * 32, 0, Event(0.01, 2.0, 1))
+    other.reserve(RUN, 3, ROUND)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(backup)
+    opened(path).reserve("cd" * 32, 1, Event(0.01, 2.0, 1))
+    path.write_bytes(path.read_bytes() + lines[-1])
+    with pytest.raises(LedgerError, match="line 4 does not follow the line before it"):
+        opened(path)
+
+
 def test_a_cut_tail_is_whole_in_itself_and_only_the_mirror_finds_it(path):
     mirror = opened(path).head()
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))

@@ -62,6 +62,8 @@ def test_the_sum_is_divided_by_the_expected_number_of_units_not_by_the_drawn_one
     assert float(none.norm()) == 0
     assert float(whole.norm()) <= 6 * 1e-3 / (0.5 * 6) + 1e-9
     assert float(half.norm()) <= 3 * 1e-3 / (0.5 * 3) + 1e-9
+    certain = one_step(engine, rows, settings(clip_norm=1e-3, sampling_prob=1.0), Drawn(0.0))
+    assert torch.allclose(whole, 2 * certain, rtol=1e-6, atol=0.0)  # the same units, of which half as many are expected
 
 
 def test_a_step_without_any_unit_is_noised_all_the_same(engine):

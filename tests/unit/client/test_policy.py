@@ -86,6 +86,16 @@ def test_a_rate_that_is_no_number_cannot_pass():
     assert refused(rules(), RunManifest(other, BASE, SPECS)).rule == "train.learning_rate"
 
 
+def test_steps_that_a_run_names_are_judged_before_a_row_is_read():
+    few = run({"training.local_steps": "1", "training.local_epochs": "0.0"})
+    assert refused(rules(), few).rule == "train.min_local_steps"
+
+
+def test_rows_that_are_answered_have_a_floor():
+    policy.check(rules(), run({"evaluation.exact_match_rows": "3"}), Usage())
+    assert refused(rules(), run({"evaluation.exact_match_rows": "2"})).rule == "evaluation.min_slice"
+
+
 def test_a_step_may_not_go_back_so_far_that_only_the_last_gradient_leaves():
     pulled = run({"aggregation.proximal": "100.0", "training.learning_rate": "0.001"})
     policy.check(rules(), pulled, Usage())

@@ -160,6 +160,14 @@ def test_nothing_goes_on_if_the_log_cannot_be_written(tmp_path):
         open_log(tmp_path / "file" / "audit.jsonl")
 
 
+def test_an_entry_is_on_the_disk_when_append_returns(path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(audit.os, "fsync", lambda descriptor: synced.append(path.read_bytes()))
+    log = open_log(path)
+    log.append("approved", run="ab" * 32)
+    assert synced == [path.read_bytes()]
+
+
 def test_an_entry_on_a_full_disk_leaves_the_log_as_it_was(path, monkeypatch):
     log, before = open_log(path), path.read_bytes()
 

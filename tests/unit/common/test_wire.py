@@ -68,6 +68,12 @@ def test_no_beginning_of_a_frame_is_a_frame(size):
         unpack(SMALL[:size])
 
 
+def test_unpack_refuses_bytes_that_no_length_declares_though_the_hash_is_right():
+    framed = wire.pack(Frame("update", {}, b"body"))[:-32] + b"more"
+    with pytest.raises(WireError, match="declares"):
+        wire.unpack(framed + hashlib.sha256(framed).digest(), max_body_bytes=100)
+
+
 def test_unpack_refuses_trailing_bytes():
     with pytest.raises(WireError, match="declares"):
         unpack(SMALL + b"\0")

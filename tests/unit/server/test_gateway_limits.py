@@ -177,6 +177,13 @@ def test_a_ca_that_signed_the_other_ca_is_refused(tmp_path):
     assert pki.root
 
 
+def test_a_gateway_whose_authorities_are_not_apart_does_not_start(tmp_path):
+    Pki(tmp_path)
+    (tmp_path / "operators-ca.pem").write_bytes((tmp_path / "sites-ca.pem").read_bytes())
+    with pytest.raises(ConfigError, match="a certificate of one CA would pass for the other's"):
+        serve.run(config(**{"/keys": str(tmp_path)}))
+
+
 def test_a_listener_takes_tls_1_3_only_and_asks_for_a_certificate(tmp_path):
     pki = Pki(tmp_path)
     pki.issue("gateway", pki.servers, host="127.0.0.1")
