@@ -35,6 +35,7 @@ def changes(tmp_path_factory) -> dict[str, str]:
     return {
         "evaluation.tasks": f"[{task}]",
         "data.source": f'"{path}"',
+        "data.same_text": '"count"',  # five answers to one question
         "model.quantization": '"nf4"',
         "training.local_epochs": "0.0",
         "training.local_steps": "2",

@@ -1,5 +1,6 @@
 """One site in this process, behind its socket, with a relay before it; and what a courier gets there."""
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -124,6 +125,10 @@ def ready(bench: Bench, kind: str) -> None:
         guard._opens = guard._refusals = Limit(ANY_NUMBER)
         guard._heads.path.unlink(missing_ok=True)
         guard._heads = Heads(guard._heads.path, world.FEDERATION)
+        shutil.rmtree(guard._moves._folder, ignore_errors=True)
+        guard._moves._kept = ("", -1)
+        for run in guard.history.runs.values():
+            run.steps.clear()  # an adapter is held against the last one only at a step that was not answered yet
     bench.ask("open")  # the first offer passes functions that no other does
     if kind == "open":
         bench.agent._run = None  # so that rows and base are read again
