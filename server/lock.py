@@ -35,11 +35,17 @@ def hold(folder: Path) -> Iterator[None]:
     descriptor = _open(path)
     try:
         _take(descriptor, folder)
+        while not _is_at(descriptor, path):  # whoever held it left without a word and took the empty file away
+            os.close(descriptor)
+            descriptor = _open(path)
+            _take(descriptor, folder)
         _held[path] = threading.get_ident()
         try:
             yield
         finally:
             del _held[path]
+            if not os.fstat(descriptor).st_size:
+                path.unlink(missing_ok=True)  # refused before its first event: as if nobody had been here
     finally:
         os.close(descriptor)
 
@@ -75,6 +81,14 @@ def _open(path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise storage.storage_error(path, error) from error
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _take(descriptor: int, folder: Path) -> None:

@@ -203,9 +203,10 @@ class Screen:
 
     def _on_not_evaluated(self, event: Event) -> None:
         """No site tells held-out figures, or none any more; the coordinator may have some of its own."""
-        own = "" if event["server_loss"] is None else f"; {event['server_loss']:.3f} on the coordinator's own rows"
-        place = f"after {event['stage']}" if "stage" in event else f"{event['num_rounds']} rounds"
-        self._print(f"  {_escape(place)}: {_escape(event.get('reason', 'no site tells held-out figures'))}{own}")
+        own = "" if event.get("server_loss") is None else f"; {event['server_loss']:.3f} on the coordinator's own rows"
+        place = event["stage"] if "stage" in event else f"{event['num_rounds']} rounds"
+        reason = event.get("reason", "no site tells held-out figures")
+        self._print(f"  no figures after {_escape(place)}: {_escape(reason)}{own}")
 
     def _evenness(self, event: Event) -> None:
         """How the sites fare at the end."""

@@ -13,7 +13,7 @@ from server.evaluate import by_precision, fairness
 from server.federation import Federation
 
 TOO_LATE: Final = "no site answered; each has gone on to a later step, or was away"
-_NOT_SUMS: Final = ("site", "run_sha256", "num_rows", "signer", "signature")
+_NOT_SUMS: Final = ("site", "run_sha256", "num_rows", "seconds", "signer", "signature")
 
 
 def evaluate(federation: Federation, state: State, *, num_rounds: int, generate: bool) -> float | None:
@@ -67,7 +67,7 @@ def recall(federation: Federation, *, num_rounds: int) -> None:
             for site, figures in event["sites"].items():
                 if sums := figures.get("sums"):
                     names = {"site": site, "run_sha256": federation.manifest.sha256, "num_rows": figures["num_rows"]}
-                    federation.metrics[site] = SiteMetrics(**names, **sums)
+                    federation.metrics[site] = SiteMetrics(**names, **sums, seconds=0.0)
 
 
 def _past(federation: Federation) -> list[events.Event]:

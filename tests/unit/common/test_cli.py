@@ -19,6 +19,7 @@ EXIT_CODES = {
     "FloorRefused": 5,
     "BudgetExhausted": 5,
     "LedgerError": 5,
+    "RunBusyError": 8,
     "PolicyRefusedError": 5,
     "ApprovalRequired": 5,
     "ApprovalDenied": 5,
