@@ -15,10 +15,10 @@ test: $(STAMP)  ## everything that the gate runs, in two halves side by side
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 test-unit test-rest
 
 test-unit: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" tests/unit
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" tests/unit tests/privacy tests/property
 
 test-rest: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" --ignore=tests/unit
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" --ignore=tests/unit --ignore=tests/privacy --ignore=tests/property
 
 mutations: $(STAMP)  ## switches guards off one at a time; a test must notice each
 	$(BIN)/python -m tests.mutations
