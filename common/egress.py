@@ -19,7 +19,7 @@ AUDIT: Final = (  # head of the site's audit log, signed; nothing of rows
     "audit_signer",
     "audit_signature",
 )
-SIGNED: Final = ("signer", "signature")  # as `common.signed_frame` names them
+SIGNED: Final = ("signer", "signature")  # of the whole answer; see `common.signed_frame`
 NAMES: Final = ("site", "run_sha256", "round_index", "adapter_sha256", *AUDIT, *SIGNED)  # no figures, and known already
 
 PREFERENCES: Final = ("preference_loss_sum", "num_preferred")  # told by runs that learn preferences

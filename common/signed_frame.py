@@ -11,13 +11,12 @@ from typing import Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common import identity, wire
+from common.egress import SIGNED
 from common.errors import AuthError
 from common.wire import Frame
 
 PURPOSE: Final = "answer"
-SIGNER: Final = "signer"
-SIGNATURE: Final = "signature"
-FIELDS: Final = (SIGNER, SIGNATURE)
+SIGNER, SIGNATURE = SIGNED
 
 
 def sign(frame: Frame, *, key: Ed25519PrivateKey, federation: str) -> Frame:
@@ -45,7 +44,7 @@ def check(frame: Frame, *, key: str, federation: str) -> None:
     Raises:
         AuthError: It is not signed, by another key, or anything in it was changed.
     """
-    made_by, signature = (str(frame.head.get(name, "")) for name in FIELDS)
+    made_by, signature = (str(frame.head.get(name, "")) for name in SIGNED)
     site = wire.shown(frame.head.get("site", ""))
     if not made_by:
         raise AuthError(f"an answer in the name of '{site}' is not signed, as every answer of that site is")

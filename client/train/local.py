@@ -183,14 +183,13 @@ def _steps(
     origin = {name: p.detach().clone() for name, p in adapter.parameters(engine.model).items()} if proximal else {}
     engine.model.train()
     losses: list[float] = []
-    norms: list[float] = []
+    norms: list[torch.Tensor] = []
     for number, rate in enumerate(rates):
         optimizer.zero_grad()
         loss = next(gradients)
         if loss is not None:
             losses.append(_finite(loss, step=len(losses)))
-            norms.append(_norm(optimizer))
-        _clip(optimizer, max_grad_norm)
+            norms.append(_clip(optimizer, max_grad_norm))
         regulariser.add_gradient(engine.model)
         _pull(engine, origin, rate * proximal)
         for group in optimizer.param_groups:
@@ -198,13 +197,7 @@ def _steps(
         optimizer.step()
         if number in (PROVEN_STEP, len(rates) - 1) and any(rates[: number + 1]):
             proof.check_moved(engine, before)
-    return losses, norms
-
-
-def _norm(optimizer: torch.optim.Optimizer) -> float:
-    """L2 norm of the whole gradient."""
-    grads = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(grads))
+    return losses, [float(norm) for norm in norms]
 
 
 def _finite(loss: float, *, step: int) -> float:
@@ -214,10 +207,13 @@ def _finite(loss: float, *, step: int) -> float:
     return loss
 
 
-def _clip(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
-    """Scale the whole gradient to at most `max_grad_norm`; 0 leaves it alone."""
+def _clip(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> torch.Tensor:
+    """Scale the whole gradient to at most `max_grad_norm`, 0 leaves it alone; its L2 norm as it was, a scalar."""
+    parameters = optimizer.param_groups[0]["params"]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    return norm
 
 
 @torch.no_grad()
