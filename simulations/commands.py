@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -45,6 +46,7 @@ class Order:
     is_quiet: bool
     num_threads: int = 0
     is_noise_accepted: bool = False
+    num_workers: int = 0
     today: datetime.date = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).date())
 
     def settings(self) -> config.RunConfig:
@@ -99,7 +101,7 @@ def compare(order: Order) -> dict[str, Any]:
     with _ending_told(log):
         results = comparing.compare(shared, log)
     figures = {
-        name: {"held_out_loss": result["held_out_loss"], "exact_match": result["exact_match"]}
+        name: {key: result[key] for key in ("held_out_loss", "exact_match", "rows_used")}
         for name, result in results.items()
     }
     return {"comparison": figures, "overlap": told, **_places(order, shared)}
@@ -114,6 +116,8 @@ def run(order: Order, *, engine: str, resume: bool) -> dict[str, Any]:
     """
     if engine not in ENGINES:
         raise ConfigError(f"--engine {engine}: choose one of {', '.join(ENGINES)}")
+    if order.num_workers and engine != "flower":
+        raise ConfigError(f"--workers {order.num_workers}: only --engine flower has workers")
     shared = order.world(resume=resume)
     log = order.log(shared, resume=resume)
     told = _tell_overlap(shared, log)
@@ -224,10 +228,16 @@ def _play(order: Order, shared: World, log: EventLog, *, engine: str, resume: bo
     num_threads = order.num_threads or 1
     if engine == "deployment":
         return engines.deployed(settings, num_threads=num_threads, **common_part)
-    num_workers = min(len(shared.sites), len(os.sched_getaffinity(0)))
+    num_gpus = torch.cuda.device_count()
+    num_workers = order.num_workers or num_gpus or len(os.sched_getaffinity(0))
     return engines.ray(
-        settings, engine=shared.engine, num_threads=num_threads, num_workers=num_workers, **common_part
-    )  # fmt: skip
+        settings,
+        engine=shared.engine,
+        num_threads=num_threads,
+        num_workers=min(len(shared.sites), num_workers),
+        num_gpus=num_gpus,
+        **common_part,
+    )
 
 
 def _places(order: Order, shared: World) -> dict[str, str]:
@@ -243,10 +253,10 @@ def comparison_note(result: Mapping[str, Any]) -> str:
 
 def comparison_table(result: Mapping[str, Any]) -> Table:
     """The arms side by side."""
-    table = Table("", "held-out loss", "exact match", box=None, pad_edge=False)
+    table = Table("", "held-out loss", "exact match", "rows used", box=None, pad_edge=False)
     for name, figures in result["comparison"].items():
-        style = "bold" if name == "federated" else ""
-        table.add_row(name, f"{figures['held_out_loss']:.3f}", percent(figures["exact_match"]), style=style)
+        style, used = "bold" if name == "federated" else "", f"{figures['rows_used']:,}"
+        table.add_row(name, f"{figures['held_out_loss']:.3f}", percent(figures["exact_match"]), used, style=style)
     return table
 
 

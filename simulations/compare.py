@@ -2,9 +2,13 @@
 
 Arms: the base as it is, every site alone, the federation, and one site that holds all rows (the upper line). All go
 through the same round loop with the same settings, and all are scored on every site's held-out rows.
+
+Training rows are counted as they are used, so a row that is used in three steps counts three times. Pooled training
+uses as many rows as all sites of the federation did together; a site alone uses what it would use in every round.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,12 +53,11 @@ def compare(shared: World, log: EventLog) -> dict[str, Event]:
         log: Events of the folder; an `arm_started` and `arm_finished` for every arm.
 
     Returns:
-        Held-out loss (nats per answer token), exact match and both by site, for `base`, `site-NAME`, `federated` and
-        `centralised`; also written to `comparison.json`.
+        Held-out loss (nats per answer token), exact match, both by site, and `rows_used` (training rows, each as often
+        as it was used), for `base`, `site-NAME`, `federated` and `centralised`; also written to `comparison.json`.
     """
     judge = Judge(shared)
-    arms = {"base": shared.engine.initial}
-    results = {"base": _scored(judge, "base", arms["base"], log)}
+    results = {"base": _scored(judge, "base", shared.engine.initial, log, rows_used=0)}
     outcome = run.in_process(
         shared.settings,
         sites=shared.sites,
@@ -63,11 +66,18 @@ def compare(shared: World, log: EventLog) -> dict[str, Event]:
         log=log,
         engines=shared.engines,
     )
-    results["federated"] = _scored(judge, "federated", outcome.tensors, log)
-    for name, data in {**_alone(shared), "centralised": _pooled(shared)}.items():
+    used, pooled = rows_used(shared.folder, shared.settings, shared.sites), _pooled(shared)
+    results["federated"] = _scored(judge, "federated", outcome.tensors, log, rows_used=used)
+    single = alone(shared.settings)
+    arms = {f"site-{site}": (data, single) for site, data in shared.sites.items()}
+    equal = with_rows(single, used, data=pooled, num_rounds=rounds_trained(shared.folder))
+    arms["centralised"] = (pooled, equal)
+    for name, (data, settings) in arms.items():
         log.append("arm_started", arm=name)
-        tensors = _train_alone(shared, name, data)
-        results[name] = _scored(judge, name, tensors, log)
+        site = name.removeprefix("site-")
+        tensors = _train_alone(shared, name, {site: data}, settings)
+        used = rows_used(shared.folder / "arms" / name, settings, {site: data})
+        results[name] = _scored(judge, name, tensors, log, rows_used=used)
     storage.write_atomic(shared.folder / COMPARISON_FILE, wire.canonical_json(results) + b"\n")
     log.append("compared", comparison=results)
     return results
@@ -100,16 +110,11 @@ class Judge:
         }
 
 
-def _scored(judge: Judge, name: str, tensors: Tensors, log: EventLog) -> dict[str, Any]:
+def _scored(judge: Judge, name: str, tensors: Tensors, log: EventLog, *, rows_used: int) -> dict[str, Any]:
     """Score an arm and log it."""
-    result = judge.score(tensors)
+    result = {**judge.score(tensors), "rows_used": rows_used}
     log.append("arm_finished", arm=name, **result)
     return result
-
-
-def _alone(shared: World) -> dict[str, SiteData]:
-    """Each site as an arm."""
-    return {f"site-{site}": data for site, data in shared.sites.items()}
 
 
 def _pooled(shared: World) -> SiteData:
@@ -118,14 +123,12 @@ def _pooled(shared: World) -> SiteData:
     return SiteData([row for data in sites for row in data.train], [row for data in sites for row in data.held_out])
 
 
-def _train_alone(shared: World, name: str, data: SiteData) -> Tensors:
-    """A federation of one, with the same settings; scored elsewhere."""
-    settings = alone(shared.settings)
+def _train_alone(shared: World, name: str, sites: Mapping[str, SiteData], settings: config.RunConfig) -> Tensors:
+    """A federation of one; scored elsewhere."""
     folder = shared.folder / "arms" / name
     log = server_run.prepare(settings, folder)
-    site = name.removeprefix("site-")
     outcome = run.in_process(
-        settings, sites={site: data}, engine=shared.engine, folder=folder, log=log, engines=shared.engines
+        settings, sites=sites, engine=shared.engine, folder=folder, log=log, engines=shared.engines
     )
     return outcome.tensors
 
@@ -142,3 +145,37 @@ def alone(settings: config.RunConfig) -> config.RunConfig:
             "export": config.ExportConfig(),  # likewise
         }
     )
+
+
+def with_rows(settings: config.RunConfig, num_rows: int, *, data: SiteData, num_rounds: int) -> config.RunConfig:
+    """The same run for a single site that uses this many training rows in this many rounds.
+
+    Whole steps are taken, the same number in each round, so that the count is right to half a step a round.
+    """
+    steps = max(1, round(num_rows / (num_rounds * rows_a_step(settings, data))))
+    training = settings.training.model_copy(update={"local_steps": steps, "local_epochs": 0.0})
+    return settings.model_copy(update={"training": training})
+
+
+def rows_a_step(settings: config.RunConfig, data: SiteData) -> float:
+    """Training rows of an optimiser step: the batch, or the mean of a Poisson sample of units."""
+    privacy = settings.privacy
+    if not privacy.is_private_per_unit:
+        return settings.training.batch_size
+    rows_of_units = Counter(row.unit for row in data.train).values()
+    return privacy.sampling_prob * sum(min(count, privacy.max_rows_per_unit) for count in rows_of_units)
+
+
+def rows_used(folder: Path, settings: config.RunConfig, sites: Mapping[str, SiteData]) -> int:
+    """Training rows that the sites of a finished run used, each as often as it was."""
+    return round(sum(event["num_steps"] * rows_a_step(settings, sites[event["site"]]) for event in _trainings(folder)))
+
+
+def rounds_trained(folder: Path) -> int:
+    """Rounds that a finished run did; fewer than planned where it stopped early."""
+    return len({event["round"] for event in _trainings(folder)})
+
+
+def _trainings(folder: Path) -> list[Event]:
+    """The event of every training of a site."""
+    return [event for event in events.read(folder / events.FILE) if event["kind"] == "site_trained"]

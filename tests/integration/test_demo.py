@@ -22,7 +22,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
 def test_the_demo_compares_all_arms(demo: dict) -> None:
     assert set(demo["comparison"]) == {"base", "federated", "centralised", *(f"site-{site}" for site in SITES)}
-    assert all(set(figures) == {"held_out_loss", "exact_match"} for figures in demo["comparison"].values())
+    assert all(set(figures) == {"held_out_loss", "exact_match", "rows_used"} for figures in demo["comparison"].values())
     assert demo["overlap"]["num_held_out"] > 0
     assert demo["overlap"]["num_exact"] == demo["overlap"]["num_near"] == 0
 

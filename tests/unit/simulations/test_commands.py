@@ -43,7 +43,9 @@ def test_compare_ends_with_one_json_line_of_all_arms(run_file, tmp_path, capsys)
         "site-south",
         "site-west",
     ]
-    assert all(sorted(figures) == ["exact_match", "held_out_loss"] for figures in found["comparison"].values())
+    assert all(
+        sorted(figures) == ["exact_match", "held_out_loss", "rows_used"] for figures in found["comparison"].values()
+    )
     assert found["folder"] == str(tmp_path / "out")
     assert (tmp_path / "out" / "report.html").is_file()
 

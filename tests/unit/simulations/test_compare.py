@@ -29,7 +29,7 @@ def compared(shared_engine, tiny_base, tmp_path_factory):
 def test_the_arms_are_base_every_site_federated_and_centralised(compared):
     results, _ = compared
     assert sorted(results) == sorted(ARMS)
-    assert all(sorted(arm) == ["exact_match", "held_out_loss", "sites"] for arm in results.values())
+    assert all(sorted(arm) == ["exact_match", "held_out_loss", "rows_used", "sites"] for arm in results.values())
     assert all(sorted(arm["sites"]) == ["north", "south", "west"] for arm in results.values())
 
 
@@ -62,6 +62,41 @@ def test_the_federated_arm_is_the_run_of_the_folder(compared):
     last = [event for event in events.read(folder / "events.jsonl") if event["kind"] == "evaluated"][-1]
     assert results["federated"]["held_out_loss"] == pytest.approx(last["loss"], rel=1e-6)
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_rows_are_counted_as_often_as_they_are_used(compared):
+    """12, 9 and 6 rows to train, three times in each of two rounds, in batches of four."""
+    results, _ = compared
+    used = {name: arm["rows_used"] for name, arm in results.items()}
+    assert used["base"] == 0
+    assert used["federated"] == used["site-north"] + used["site-south"] + used["site-west"]
+    assert used["centralised"] == used["federated"]
+
+
+def test_pooled_training_uses_the_rows_of_all_sites_where_steps_are_given(shared_engine, tiny_base, tmp_path):
+    """With the same number of steps it would use those of one site: no upper line for a federation of three."""
+    settings = tiny.settings(tiny_base, {"training.local_epochs": "0.0", "training.local_steps": "2"})
+    sites = {site: tiny.site_data(site, count) for site, count in tiny.SITES.items()}
+    log = server_run.prepare(settings, tmp_path / "run")
+    results = compare.compare(World(settings, shared_engine, sites, tmp_path / "run"), log)
+    one_site = settings.federation.num_rounds * 2 * settings.training.batch_size
+    used = {name: arm["rows_used"] for name, arm in results.items()}
+    assert used == {"base": 0, "federated": 3 * one_site, "centralised": 3 * one_site} | {
+        f"site-{site}": one_site for site in sites
+    }
+
+
+def test_rows_of_a_private_step_are_the_mean_of_its_sample(tiny_base):
+    """A unit gives at most so many rows as it may."""
+    changes = {"privacy.mode": '"unit"', "privacy.sampling_prob": "0.5", "privacy.noise_multiplier": "1.0"}
+    changes |= {"training.local_epochs": "0.0", "training.local_steps": "2", "privacy.max_rows_per_unit": "1"}
+    settings = tiny.settings(tiny_base, {**changes, "privacy.dp_delta": "1e-5"})
+    data = tiny.site_data("north", 16)
+    num_units = len({row.unit for row in data.train})
+    assert num_units < len(data.train)
+    assert compare.rows_a_step(settings, data) == 0.5 * num_units
+    equal = compare.with_rows(settings, 7 * num_units, data=data, num_rounds=2)
+    assert equal.training.local_steps == 7
 
 
 def test_every_arm_has_a_folder_of_its_own(compared):
