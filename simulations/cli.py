@@ -69,6 +69,12 @@ def run(
     engine: Annotated[
         str, typer.Option(help="in-process, flower (Ray) or deployment (real processes over TLS).")
     ] = "in-process",
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Processes of --engine flower, each with a base. 0: one for each GPU, else each core."
+        ),
+    ] = 0,
     output: OutputOption = None,
     model: ModelOption = "",
     data: DataOption = "",
@@ -88,6 +94,7 @@ def run(
     \b
     Examples:
       silotune-sim run RUN.toml --set federation.num_rounds=3
+      silotune-sim run RUN.toml --engine flower --workers 8
       silotune-sim run RUN.toml --engine deployment --output runs/real
       silotune-sim run RUN.toml --output runs/real --resume
     """
@@ -103,6 +110,7 @@ def run(
         is_quiet=json,
         num_threads=threads,
         is_noise_accepted=i_accept,
+        num_workers=workers,
     )
     result = commands.run(order, engine=engine, resume=resume)
     cli.emit(result, as_json=json, show=lambda: cli.show(commands.ending(result)))

@@ -4,6 +4,7 @@
 """
 
 import functools
+import pickle
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from flwr.app.user_config import UserConfig
 from flwr.serverapp import Grid
 
 from client.agent import SiteData
-from common import config, events, wire
+from common import config, events, storage, wire
 from common.events import EventLog
 from common.manifest import RunManifest
 from common.methods import FACTS
@@ -38,7 +39,7 @@ def ray(
     log: EventLog,
     num_workers: int,
     num_threads: int,
-    num_gpus_per_worker: float = 0.0,
+    num_gpus: int = 0,
     resume: bool = False,
     is_noise_accepted: bool = False,
 ) -> Outcome:
@@ -51,7 +52,7 @@ def ray(
         log: Events of a folder that `server.run.prepare` made.
         num_workers: Processes that play the sites.
         num_threads: CPU threads of torch in each; 0: all cores.
-        num_gpus_per_worker: May be a fraction.
+        num_gpus: GPUs of this machine, for the workers to share.
         resume: Go on after the newest whole checkpoint.
         is_noise_accepted: See `server.run.execute`.
 
@@ -61,8 +62,8 @@ def ray(
     """
     from simulations import flower_engine  # loads Ray
 
-    folder = log.path.parent
-    known = world.known_rows(world.load_sites(settings))
+    folder, data = log.path.parent, world.load_sites(settings)
+    known = world.known_rows(data)
 
     def main(grid: Grid) -> Outcome:
         fleet = GridFleet(grid)
@@ -78,21 +79,25 @@ def ray(
             known=known,
         )
 
-    sites = Sites(
-        config.resolved_json(settings),
-        str(base_folder.absolute()),
-        num_threads,
-        str(folder.absolute() / "sites"),
-        suite.hash_of(settings),
-        engine.date,
-    )
-    outcome = flower_engine.run(
-        main,
-        functools.partial(_answer_of, sites),
-        num_sites=len(world.load_tables(settings)),
-        num_workers=num_workers,
-        num_gpus_per_worker=num_gpus_per_worker,
-    )
+    with tempfile.TemporaryDirectory(prefix="silotune-rows-") as rows:
+        for number, name in enumerate(sorted(data)):
+            storage.write_atomic(Path(rows) / f"{number}.pickle", pickle.dumps((name, data[name])))
+        sites = Sites(
+            config.resolved_json(settings),
+            str(base_folder.absolute()),
+            num_threads,
+            rows,
+            str(folder.absolute() / "sites"),
+            suite.hash_of(settings),
+            engine.date,
+        )
+        outcome = flower_engine.run(
+            main,
+            functools.partial(_answer_of, sites),
+            num_sites=len(data),
+            num_workers=num_workers,
+            num_gpus=num_gpus,
+        )
     world.export_personal(settings, folder)
     return outcome
 
@@ -163,6 +168,7 @@ class Sites:
         settings: The run file, as `config.resolved_json` writes it.
         base_folder: Where the worker finds the base.
         num_threads: CPU threads of torch.
+        rows_folder: Each site's name and rows in a file of its own, numbered from 0; a temporary folder of this user.
         log_folder: Of the sites' logs.
         evaluation_sha256: Of the manifest.
         date: Of the manifest.
@@ -171,20 +177,21 @@ class Sites:
     settings: str
     base_folder: str
     num_threads: int
+    rows_folder: str
     log_folder: str
     evaluation_sha256: str
     date: str
 
 
 @functools.cache
-def _world(sites: Sites) -> tuple[RunManifest, Engines, dict[str, SiteData]]:
-    """Manifest, bases and rows of a run, once a worker process."""
+def _world(sites: Sites) -> tuple[RunManifest, Engines]:
+    """Manifest and bases of a run, once a worker process."""
     settings = config.RunConfig.model_validate_json(sites.settings)
     found_here = settings.model.model_copy(update={"base": sites.base_folder})
     here = settings.model_copy(update={"model": found_here})
     engine = world.load_engine(here, num_threads=sites.num_threads, date=sites.date)
     manifest = server_run.manifest_of(settings, engine, evaluation_sha256=sites.evaluation_sha256)
-    return manifest, Engines(settings, engine), world.load_sites(settings)
+    return manifest, Engines(settings, engine)
 
 
 @functools.cache
@@ -193,8 +200,10 @@ def _answer_of(sites: Sites, site_index: int) -> Callable[[bytes], bytes]:
 
     The run is opened at once: a site's next message may come to another worker than its first.
     """
-    manifest, loaded, data = _world(sites)
-    name = sorted(data)[site_index]
-    agent = world.make_agent(name, data[name], loaded.at(name), Failures(Path(sites.log_folder)))
+    manifest, loaded = _world(sites)
+    rows_file = Path(sites.rows_folder) / f"{site_index}.pickle"
+    site: tuple[str, SiteData] = pickle.loads(rows_file.read_bytes())  # noqa: S301  written above, by this user
+    name, data = site
+    agent = world.make_agent(name, data, loaded.at(name), Failures(Path(sites.log_folder)))
     agent.answer(wire.pack(Frame("open", body=manifest.to_bytes())))
     return agent.answer

@@ -6,6 +6,7 @@ loaded once a worker and not once a message.
 
 import importlib.util
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -39,7 +40,7 @@ def run(
     *,
     num_sites: int,
     num_workers: int,
-    num_gpus_per_worker: float = 0.0,
+    num_gpus: int = 0,
 ) -> Result:
     """Run the server's side in this process and the sites in Ray workers.
 
@@ -49,7 +50,7 @@ def run(
             it must survive pickling: a function of an importable module, or a `functools.partial` of one.
         num_sites: Virtual sites.
         num_workers: Processes that play them.
-        num_gpus_per_worker: May be a fraction.
+        num_gpus: GPUs of this machine, which the workers share evenly; each worker sees one.
 
     Returns:
         What `server_main` returned.
@@ -61,15 +62,28 @@ def run(
     quiet.hush()
     _require_ray()
     results: list[Result] = []
-    resources: BackendConfig = {"client_resources": {"num_cpus": 1, "num_gpus": num_gpus_per_worker}}
+    resources: BackendConfig = {"client_resources": {"num_cpus": 1, "num_gpus": gpu_share(num_workers, num_gpus)}}
     server_app = _server(server_main, results, num_sites=num_sites)
     with tempfile.TemporaryDirectory(prefix="silotune-ray-", ignore_cleanup_errors=True) as folder:
-        _start_ray(num_workers, folder=Path(folder))
+        _start_ray(num_workers, num_gpus=num_gpus, folder=Path(folder))
         with _hushed("flwr"), _environment(FLWR_HOME=f"{folder}/flower"):
             run_simulation(server_app, virtual_app(agent_for), num_sites, backend_config=resources)
     if not results:
         raise TransportError("Flower's simulation engine ended before the run did; its messages are above")
     return results[0]
+
+
+def gpu_share(num_workers: int, num_gpus: int) -> float:
+    """What one worker takes of a GPU; Ray hides all GPUs from a worker that takes nothing.
+
+    Example:
+        >>> gpu_share(4, 0), gpu_share(2, 4), gpu_share(4, 4), gpu_share(5, 2)
+        (0.0, 1.0, 1.0, 0.3333)
+    """
+    if num_gpus == 0:
+        return 0.0
+    sharing = -(-num_workers // num_gpus)
+    return 1.0 if sharing == 1 else math.floor(1e4 / sharing) / 1e4  # Ray counts in steps of 0.0001
 
 
 def virtual_app(agent_for: AgentFactory) -> ClientApp:
@@ -106,7 +120,7 @@ def _answering(agent_for: AgentFactory) -> ClientAppCallable:
     return answer
 
 
-def _start_ray(num_workers: int, *, folder: Path) -> None:
+def _start_ray(num_workers: int, *, num_gpus: int, folder: Path) -> None:
     """Start Ray on this machine alone, before Flower would: Flower waits for ever if Ray fails.
 
     Two habits of Ray 2.55 are stopped: it listens on every interface without a password, and it asks the cloud's
@@ -121,6 +135,7 @@ def _start_ray(num_workers: int, *, folder: Path) -> None:
         try:
             ray.init(
                 num_cpus=num_workers,
+                num_gpus=num_gpus,
                 include_dashboard=False,
                 logging_level=logging.ERROR,
                 log_to_driver=False,  # what a site could not do is in its own log

@@ -67,13 +67,25 @@ def test_control_the_adapter_depends_on_the_seed(tiny_base, changes, expected, t
 
 
 def under_ray(base: Path, changes: dict[str, str], folder: Path) -> str:
-    script = Path(__file__).parent / "apps" / "ray_run.py"
+    assert in_its_own_process("ray_run.py", base, folder, json.dumps(changes)).split() == SITES
+    return digest(folder)
+
+
+def in_its_own_process(script: str, *arguments: object) -> str:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])}
-    command = [sys.executable, script, base, folder, json.dumps(changes)]
+    command = [sys.executable, Path(__file__).parent / "apps" / script, *map(str, arguments)]
     told = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert told.returncode == 0, told.stderr
-    assert told.stdout.split() == SITES
-    return digest(folder)
+    return told.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_workers", "num_gpus", "expected"), [(2, 0, {None}), (2, 2, {"0", "1"}), (3, 1, {"0"})])
+def test_workers_of_ray_share_the_gpus_of_the_machine(num_workers, num_gpus, expected):
+    """Ray takes the number for true, so that this needs no GPU; the first case is the control."""
+    seen = json.loads(in_its_own_process("ray_gpus.py", num_workers, num_gpus))
+    assert sorted(seen) == ["0", "1", "2", "3"]
+    assert set(seen.values()) <= expected  # one worker may be so quick that it answers for all
 
 
 def test_ray_gives_the_same_adapter(tiny_base, changes, expected, tmp_path):
