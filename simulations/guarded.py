@@ -28,6 +28,8 @@ from simulations.deployment import HOST, Process, Site
 
 FEDERATION: Final = "loopback"
 OPERATOR: Final = "operator"
+ADMIN_KEY: Final = "admin.pem"
+NO_PREFIXES: Final[Mapping[str, Sequence[str]]] = {}
 _START_S: Final = 180.0
 _FEDERATION_FILE: Final = """version = 1
 [federation]
@@ -135,6 +137,25 @@ def _join(name: str, *, made: Path, keys: Path, pinned: Governance, now: datetim
     install.install(made / "kits" / name, keys=keys, words=pinned.words, now=now)
 
 
+@dataclass(frozen=True)
+class Built:
+    """A federation on disk, nothing of which runs.
+
+    Attributes:
+        folder: With `federation` of the coordinator, `keys/NAME` of each site, and the sites' own files.
+        sites: With the commands that start their agents.
+        ports: Of `superlink`, of the gateway's listeners `fleet` and `control`, and of each site's link, by name.
+    """
+
+    folder: Path
+    sites: Sequence[Site]
+    ports: Mapping[str, int]
+
+    def address(self, name: str) -> str:
+        """Of one of the ports, `host:port`."""
+        return f"{HOST}:{self.ports[name]}"
+
+
 @contextmanager
 def federation(
     tables: Mapping[str, Sequence[Mapping[str, Any]]],
@@ -145,60 +166,73 @@ def federation(
     logs: Path,
     prefixes: Mapping[str, Sequence[str]],
 ) -> Iterator[Guarded]:
-    """Start everything, wait until all nodes are connected; stop everything on leaving.
+    """Build a federation in a temporary folder, with held-out rows as `world` splits them, and run it.
+
+    A site with an identity would hold out units of its own choice, so that held-out rows lie in a file of their own
+    here, as the simulation of the run has them.
 
     Args:
         tables: Rows by site.
         settings: The run; the sites' column names are taken from it.
         base_folder: The base model's folder.
-        policy: Path of a site's rows to the text of its policy, which lists `held_out.jsonl` beside them too; it is
-            signed here.
-        logs: Folder for one log file a process, the gateway's refusals, and the sites' own logs.
-        prefixes: What a site's agent is started under, by the site's name, such as `unshare --net`.
+        policy: See `build`; it has to list `held_out.jsonl` beside the rows too.
+        logs: See `running`.
+        prefixes: See `running`.
 
     Raises:
         TransportError: Something did not start; the message names its log.
         SilotuneError: As the commands.
     """
-    logs.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        stack.enter_context(deployment.unwinding_on_sigterm())
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="silotune-", ignore_cleanup_errors=True)))
-        ports = {name: deployment.free_port() for name in ("superlink", "fleet", "control", *tables)}
-        made = found(folder, list(tables), fleet_port=ports["fleet"])
-        sites = _write_sites(tables, folder=folder, settings=settings, base_folder=base_folder, logs=logs)
-        _write_policies(sites, folder=folder, policy=policy)
-        at = {name: f"{HOST}:{port}" for name, port in ports.items()}
-        nodes = {site.name: site.socket_path.parent / "node.toml" for site in sites}
-        running = Guarded(made, at["control"], at["superlink"], logs / "refusals.jsonl", nodes, [])
-        stack.callback(deployment.stop, running.processes)
-        _start(running, sites, folder=folder, at=at, logs=logs, prefixes=prefixes)
-        yield running
+    divided = _divided(tables, settings)
+    with TemporaryDirectory(prefix="silotune-", ignore_cleanup_errors=True) as folder:
+        built = build(
+            {name: train for name, (train, _) in divided.items()},
+            held_out={name: held_out for name, (_, held_out) in divided.items()},
+            settings=settings,
+            folder=Path(folder),
+            base_folder=base_folder,
+            policy=policy,
+            logs=logs,
+        )
+        with running(built, logs=logs, prefixes=prefixes) as started:
+            yield started
 
 
-def _write_sites(
+def build(
     tables: Mapping[str, Sequence[Mapping[str, Any]]],
     *,
-    folder: Path,
     settings: config.RunConfig,
+    folder: Path,
     base_folder: Path,
+    policy: Callable[[Path], str],
     logs: Path,
-) -> list[Site]:
-    """Rows and own file of each site; roster and identity key are those of its kit.
+    held_out: Mapping[str, Sequence[Mapping[str, Any]]] = site_files.NO_ROWS,
+) -> Built:
+    """Provision, let every site join, and write the sites' files and policies.
 
-    A site with an identity would hold out units of its own choice, so that held-out rows lie in a file of their own
-    here, as the simulation of the run has them.
+    Args:
+        tables: Rows by site.
+        settings: The sites' column names are taken from it.
+        folder: Where to; short, as each agent's socket is in it, too.
+        base_folder: The base model's folder.
+        policy: Path of a site's rows to the text of its policy, which is signed here by one admin for all.
+        logs: For the sites' own logs.
+        held_out: See `site_files.write`.
+
+    Raises:
+        SilotuneError: As the commands.
     """
-    admin = identity.public_hex(identity.create(folder / "admin.pem"))
+    ports = {name: deployment.free_port() for name in ("superlink", "fleet", "control", *tables)}
+    found(folder, list(tables), fleet_port=ports["fleet"])
+    admin = identity.public_hex(identity.create(folder / ADMIN_KEY))
     lines = {}
     for name in tables:
         keys = folder / "keys" / name
         named = {"policy": keys / kit.POLICY, "policy_signer": admin, "identity_key": keys / enroll.IDENTITY_KEY}
         lines[name] = [f"{key} = {json.dumps(str(value))}" for key, value in {**named, "roster_folder": keys}.items()]
-    divided = _divided(tables, settings)
-    return site_files.write(
-        {name: train for name, (train, _) in divided.items()},
-        held_out={name: held_out for name, (_, held_out) in divided.items()},
+    sites = site_files.write(
+        tables,
+        held_out=held_out,
         settings=settings,
         folder=folder,
         base_folder=base_folder.absolute(),
@@ -206,6 +240,34 @@ def _write_sites(
         num_threads=1,
         agent_lines=lines,
     )
+    for site in sites:
+        path = folder / "keys" / site.name / kit.POLICY
+        path.write_text(policy(site.socket_path.parent / "rows.jsonl"))
+        policy_file.sign(path, identity.load(folder / ADMIN_KEY))
+    return Built(folder, sites, ports)
+
+
+@contextmanager
+def running(built: Built, *, logs: Path, prefixes: Mapping[str, Sequence[str]] = NO_PREFIXES) -> Iterator[Guarded]:
+    """Start everything, wait until all nodes are connected; stop everything on leaving.
+
+    Args:
+        built: The federation.
+        logs: Folder for one log file a process, and the gateway's refusals.
+        prefixes: What a site's agent is started under, by the site's name, such as `unshare --net`.
+
+    Raises:
+        TransportError: Something did not start; the message names its log.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    nodes = {site.name: site.socket_path.parent / "node.toml" for site in built.sites}
+    refusals = logs / "refusals.jsonl"
+    made = built.folder / "federation"
+    started = Guarded(made, built.address("control"), built.address("superlink"), refusals, nodes, [])
+    with deployment.unwinding_on_sigterm(), ExitStack() as stack:
+        stack.callback(deployment.stop, started.processes)
+        _start(started, built, logs=logs, prefixes=prefixes)
+        yield started
 
 
 def _divided(
@@ -222,25 +284,9 @@ def _divided(
     return sides
 
 
-def _write_policies(sites: Sequence[Site], *, folder: Path, policy: Callable[[Path], str]) -> None:
-    """Each site's policy in the place of its kit's template, signed by one admin."""
-    admin = identity.load(folder / "admin.pem")
-    for site in sites:
-        path = folder / "keys" / site.name / kit.POLICY
-        path.write_text(policy(site.socket_path.parent / "rows.jsonl"))
-        policy_file.sign(path, admin)
-
-
-def _start(
-    running: Guarded,
-    sites: Sequence[Site],
-    *,
-    folder: Path,
-    at: Mapping[str, str],
-    logs: Path,
-    prefixes: Mapping[str, Sequence[str]],
-) -> None:
+def _start(running: Guarded, built: Built, *, logs: Path, prefixes: Mapping[str, Sequence[str]]) -> None:
     """SuperLink, gateway and agents; then registration through the gateway; then links and couriers."""
+    folder, sites = built.folder, built.sites
     env = deployment.environment(flwr_home=folder / "flower", num_threads=1)
 
     def start(name: str, command: Sequence[str]) -> None:
@@ -253,7 +299,7 @@ def _start(
     start(
         "superlink", deployment.superlink_command(running.superlink, ca_file=running.ca_file, certificate=certificate)
     )
-    gateway_file = _write_gateway(running, folder=folder, fleet=at["fleet"])
+    gateway_file = _write_gateway(running, folder=folder, fleet=built.address("fleet"))
     start("gateway", [sys.executable, "-m", "server.cli", "gateway", str(gateway_file)])
     for site in sites:
         start(f"{site.name}-agent", [*prefixes.get(site.name, ()), *site.command])
@@ -261,11 +307,16 @@ def _start(
     with link.connect(running.control, ca_file=running.ca_file, identity=running.operator) as connected:
         for site in sites:
             connected.register((running.folder / "nodes" / f"{site.name}.pub").read_bytes(), name=site.name)
-            start(f"{site.name}-link", _link_command(folder, site, gateway=at["fleet"], address=at[site.name]))
-            wait(partial(deployment.accepts, at[site.name]), "a link")
+            start(
+                f"{site.name}-link",
+                _link_command(folder, site, gateway=built.address("fleet"), address=built.address(site.name)),
+            )
+            wait(partial(deployment.accepts, built.address(site.name)), "a link")
             keys, ca_file = folder / "keys" / site.name, site.socket_path.parent / "link" / CERTIFICATE
             key_file = keys / enroll.NODE_KEY
-            command = deployment.courier_command(at[site.name], ca_file=ca_file, key_file=key_file, site=site)
+            command = deployment.courier_command(
+                built.address(site.name), ca_file=ca_file, key_file=key_file, site=site
+            )
             start(f"{site.name}-courier", command)
         wait(lambda: len(connected.online_node_ids()) == len(sites), "all couriers")
     wait(lambda: all(map(deployment.agent_answers, sites)), "all agents")

@@ -14,7 +14,7 @@ from simulations.deployment import Site
 UNGUARDED: Final = "--without-policy"
 HELD_OUT: Final = "held_out.jsonl"
 _NONE: Mapping[str, Sequence[str]] = {}
-_NO_ROWS: Mapping[str, Sequence[Mapping[str, Any]]] = {}
+NO_ROWS: Mapping[str, Sequence[Mapping[str, Any]]] = {}
 
 
 def write(
@@ -26,7 +26,7 @@ def write(
     log_folder: Path,
     num_threads: int,
     agent_lines: Mapping[str, Sequence[str]] = _NONE,
-    held_out: Mapping[str, Sequence[Mapping[str, Any]]] = _NO_ROWS,
+    held_out: Mapping[str, Sequence[Mapping[str, Any]]] = NO_ROWS,
 ) -> list[Site]:
     """Write every site's rows and own file.
 
