@@ -19,18 +19,23 @@ ByOption = Annotated[str, typer.Option(help="Who decides; default: this user.")]
 
 
 def runs(node_file: NodeFile, json: cli.JsonOption = False) -> None:
-    """List the runs that this site was offered.
+    """List the runs that this site was offered, and how it stands to each.
+
+    States: offered, waits for approval, approved, denied, refused by rule, failed, training, finished (its last round
+    was answered). The reason behind a reference is in agent.jsonl.
 
     \b
     Examples:
       silotune-client runs node.toml
     """
+    import time
+
     from client import review as desk
     from common import config
 
     table = desk.runs(desk.open_desk(config.load_node(node_file)))
     next_step = f"next: silotune-client review {node_file} RUN"
-    cli.emit({"runs": table}, as_json=json, show=lambda: cli.show(desk.render_runs(table), next_step))
+    cli.emit({"runs": table}, as_json=json, show=lambda: cli.show(desk.render_runs(table, now=time.time()), next_step))
 
 
 def review(node_file: NodeFile, run: RunArgument, json: cli.JsonOption = False) -> None:

@@ -146,11 +146,10 @@ class Screen:
 
     def _on_site_refused(self, event: Event) -> None:
         """A node that does not take part."""
-        who, state = event.get("site", f"node {event['node']}"), event.get("state", "refused")
-        if state == site_states.WAITS:
-            self._print(f"  [yellow]waits[/]     {_escape(who)}: {_escape(event['reason'])}")
-        else:
-            self._print(f"  [red]refused[/]   {_escape(who)}: {_escape(event['reason'])}")
+        who, state, reason = event.get("site", f"node {event['node']}"), event.get("state", ""), event["reason"]
+        colour = "yellow" if state == site_states.WAITS else "red"
+        told_state = "" if reason.startswith(state) else f"{state}: "
+        self._print(f"  [{colour}]site[/]      {_escape(who)}: {told_state}{_escape(reason)}")
 
     def _on_round_started(self, event: Event) -> None:
         """Who trains now."""

@@ -9,9 +9,11 @@ from rich.console import Console
 
 from client import cli as client_cli
 from client import consent, review
+from client.agent import SiteData
 from common import audit_heads, cli, identity
 from common.audit_heads import Heads
 from common.errors import AuditError, ConfigError, DataError, ModelError
+from common.wire import Frame
 from server import cli as server_cli
 from tests import vault
 
@@ -243,6 +245,56 @@ def test_a_run_that_a_rule_turned_away_is_listed_with_the_rule_until_it_is_taken
     assert ask(site, bad) == "ApprovalRequired"
     told = {run["name"]: (run["state"], run["rule"]) for run in listed()}
     assert told["greedy"] == ("waits for approval", "")  # control
+
+
+def test_a_run_is_training_until_its_last_round_is_answered_and_then_finished(site, node_file, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(site.gate, "_tell", told.append)
+    listed = lambda: {run["name"]: run for run in review.runs(desk(site, node_file))}  # noqa: E731
+    site.open()
+    assert listed()["tiny"]["state"] == "approved"
+    site.step()
+    shown = StringIO()
+    Console(file=shown, width=200).print(review.render_runs([*listed().values()], now=vault.NOW + 3 * 3600))
+    assert "training, last answer 3 h ago" in shown.getvalue()
+    site.step("evaluate", round_index=1)
+    assert listed()["tiny"]["state"] == "training"  # control
+    site.step(round_index=1)
+    run = listed()["tiny"]
+    assert (run["state"], run["num_rounds_answered"], run["answered_at"]) == ("finished", 2, vault.NOW)
+    assert told == [
+        "approved: run 'tiny' is open",
+        "training: run 'tiny', round 1 of 2 is answered",
+        "finished: run 'tiny', round 2 of 2 is answered",
+    ]
+
+
+def test_a_run_that_was_not_drawn_for_its_last_round_is_finished_by_the_evaluation_after_it(site, node_file):
+    site.open()
+    site.step()
+    site.step("evaluate", round_index=2)
+    assert [run["state"] for run in review.runs(desk(site, node_file))] == ["finished"]
+
+
+def test_what_failed_here_is_no_refusal_by_rule_and_a_refused_step_is_listed_until_one_is_answered(site, node_file):
+    listed = lambda: [(run["state"], run["rule"]) for run in review.runs(desk(site, node_file))]  # noqa: E731
+    rows, site.data = site.data, SiteData((), ())
+    answer = site.open()
+    assert answer.head["code"] == "DataError"
+    assert listed() == [("failed", "DataError")]
+    assert review.runs(desk(site, node_file))[0]["reference"] == answer.head["reference"]
+    site.data = rows
+    site.open()
+    state = {name: 1e3 + tensor for name, tensor in site.begun(site.manifest()).items()}
+    assert site.step(state=state).kind == "refused"
+    assert listed() == [("refused by rule", "train.max_tensor_norm")]
+    site.step("evaluate")
+    assert listed() == [("training", "")]
+
+
+def test_a_refused_step_of_a_run_that_nobody_offered_is_in_no_list(site, node_file):
+    site.ask(Frame("train", {"run_sha256": "ab" * 32, "round_index": 0}))
+    assert [run["name"] for run in review.runs(desk(site, node_file))] == ["tiny"]
 
 
 def test_the_commands_for_people(site, node_file, capsys):
