@@ -82,6 +82,7 @@ class Gatekeeper:
     ) -> None:
         self.policy = signed_policy.rules
         self._tell = tell
+        self._policy_file, self._policy_seen = Path(node.agent.policy), signed_policy.sha256
         self.history = History()
         self._folder = Path(node.agent.log_folder)
         self._site, self._identity_key = node.site.name, identity.public_hex(key)
@@ -106,6 +107,7 @@ class Gatekeeper:
         if not self._opens.allows():
             raise PolicyRefusedError(f"runs.opens: more than {MAX_OPENS_A_MINUTE} offers a minute", rule="runs.opens")
         self._admitted.discard(offer.sha256)
+        self._notice_policy()
         self._refresh()
         member = self._check_roster()
         operators = member.operators if member else ()
@@ -246,6 +248,20 @@ class Gatekeeper:
         """Read what people decided meanwhile, and tell of a flood of refusals that is over."""
         self._tell_suppressed()
         return self._log.refresh()
+
+    def _notice_policy(self) -> None:
+        """Tell, once, that the policy's file is no longer what this agent has begun with, and that nothing follows.
+
+        It is not taken up: rules are bound into the ledger, the bounds on adapters and the runs that are open.
+        """
+        with suppress(OSError):
+            found = _sha256(self._policy_file.read_bytes())
+            if found != self._policy_seen:
+                self._policy_seen = found
+                self._tell(
+                    f"{self._policy_file} has changed; serial {self.policy.serial}, with which this agent began, stays "
+                    "in force until it is restarted"
+                )
 
     def _tell_suppressed(self) -> None:
         """Log how many refusals a minute that is over had beyond those that were logged."""

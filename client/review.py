@@ -67,6 +67,7 @@ class Desk:
     key: Ed25519PrivateKey = field(repr=False)
     log: AuditLog
     history: History
+    policy_sha256: str
 
     @property
     def folder(self) -> Path:
@@ -115,7 +116,7 @@ def open_desk(node: config.NodeConfig) -> Desk:
     key = identity.load(Path(node.agent.identity_key))
     history = History()
     log = AuditLog(Path(node.agent.log_folder) / AUDIT_FILE, key=key, on_entry=history.take)
-    return Desk(node, signed.rules, key, log, history)
+    return Desk(node, signed.rules, key, log, history, signed.sha256)
 
 
 def runs(desk: Desk) -> list[dict[str, Any]]:
@@ -269,11 +270,20 @@ def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
         f"learning rate {settings.training.learning_rate:g}, at least {settings.federation.min_sites} sites",
         "learning rate by round": _rates(run.run),
         "settings that differ from their defaults": _not_default(settings),
+        "this site's policy": _in_force(desk),
         "aggregation": f"{settings.aggregation.method}; a site trains and sends {_factors(run, desk.node.site.name)}",
         "who sees this update": guarding.in_words(settings.aggregation),
         "texts of the coordinator": settings.data.system_prompt or "none",
         "date in its prompts": run.date or "none",
     }
+
+
+def _in_force(desk: Desk) -> str:
+    """Which policy the agent has begun with."""
+    serial, last = desk.policy.serial, desk.history.serial
+    if last < 0 or desk.history.policy_sha256 == desk.policy_sha256:
+        return f"serial {serial}"
+    return f"serial {serial}, by which this page judges; the agent began with serial {last}: restart it"
 
 
 def _after_rounds(run: config.RunConfig) -> str:

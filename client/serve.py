@@ -82,7 +82,9 @@ def make_guard(node: config.NodeConfig, *, tell: Callable[[str], None] = lambda 
     agent = node.agent
     signed = policy_file.load(Path(agent.policy), signer=agent.policy_signer)
     self_test.run_if_required(signed.rules.privacy)
-    return Gatekeeper(signed, node=node, key=identity.load(Path(agent.identity_key)), tell=tell)
+    made = Gatekeeper(signed, node=node, key=identity.load(Path(agent.identity_key)), tell=tell)
+    tell(f"policy with serial {signed.rules.serial} is in force until this agent is restarted")
+    return made
 
 
 def load_data(node: config.NodeConfig, manifest: RunManifest) -> SiteData:

@@ -148,6 +148,11 @@ def wrong(key: Key, detail: Mapping[str, Any], *, patterns: Mapping[str, str]) -
     return f"{words} (you wrote {show_value(detail['input'])})" + (f"; {hint}" if hint else "")
 
 
+def fill_in(placeholder: str) -> str:
+    """Say that a template's words still stand where a value belongs."""
+    return f"is not filled in: write your own value in the place of {show_value(placeholder)}"
+
+
 def _limit(key: Key, kind: str, context: Mapping[str, Any], patterns: Mapping[str, str]) -> str:
     """Say what a value must be; nothing for a kind of error that is not known."""
     if kind in ("model_type", "model_attributes_type", "dict_type"):

@@ -92,6 +92,7 @@ def _of_agent(patient: Patient, node: config.NodeConfig, folder: Path | None, al
     return [
         work.rules(node, folder),
         work.audit_log(node),
+        work.in_force(node, is_running=host.agent_pid(Path(node.agent.socket)) is not None),
         work.rows(node, allowed),
         work.bases(found, allowed, store=str(shelf)),
         _memory(patient, node, allowed, found),

@@ -72,6 +72,19 @@ def audit_log(node: config.NodeConfig) -> Result:
     return ok(f"entries: {num_entries:,}, whole; {count(len(past.runs), 'run')}")
 
 
+@check("policy in force", remedy="restart the agent: systemctl restart silotune-agent")
+def in_force(node: config.NodeConfig, *, is_running: bool) -> Result:
+    """Hold the policy's file against the one that the running agent has begun with, as its audit log tells."""
+    if not node.agent.policy or not is_running:
+        return skipped("no agent runs by a policy")
+    signed = policy_file.load(Path(node.agent.policy), signer=node.agent.policy_signer)
+    past, _ = read_history(node)
+    if past.policy_sha256 != signed.sha256:
+        began = f"with serial {past.serial}" if past.serial >= 0 else "without a policy"
+        return failed(f"the running agent began {began}; the file, with serial {signed.rules.serial}, is another one")
+    return ok(f"serial {past.serial}, with which the running agent began")
+
+
 @check("data", remedy="correct the file; silotune-client check NODE.toml names every problem")
 def rows(node: config.NodeConfig, allowed: Policy | None) -> Result:
     """Count the rows, and hold the counts against the policy; text of a row is never told."""

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from client import service
+from client import serve, service
 from client.doctor import host
 
 QUIET_UNIT = "[Service]\nLimitCORE=0\nEnvironment=FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1\n"
@@ -38,6 +38,13 @@ def test_an_agent_that_runs_and_one_that_has_gone(site):
         found = {result.name: result for result in site.examine().results}
         assert (found["agent"].status, "idle" in found["agent"].found) == ("ok", True)
         assert host.agent_pid(path) == os.getpid()
+        assert "began without a policy" in found["policy in force"].found
+        serve.make_guard(site.node)
+        assert site.find("policy in force").status == "ok"
+        site.sign(serial="4")
+        edited = site.find("policy in force")
+        assert (edited.status, "systemctl restart" in edited.remedy) == ("failed", True)
+        assert "began with serial 3; the file, with serial 4" in edited.found
         assert host.core_limit(os.getpid()) is not None
     finally:
         server.stop(None).wait()
