@@ -103,8 +103,8 @@ class History:
         serial: Of the newest policy that the agent has started with; -1 before the first.
         policy_sha256: Of that policy.
         ledgers: The newest line that is known of each privacy ledger, by its file's name.
-        refusals: Runs whose newest offer or step was turned away, the newest last; at most `MAX_REFUSALS`, as anybody can
-            offer.
+        refusals: Runs whose newest offer or step was turned away, the newest last; at most `MAX_REFUSALS`, as anybody
+            can offer.
         line_hashes: Of every entry, by its place.
         roster: The newest roster that was accepted.
     """

@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ Key = tuple[str, ...]
 _BARE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 
 MAX_SHOWN_CHARACTERS = 80
+_CREDENTIALS = re.compile(r"//[^/\s]*@")
 _KINDS = {
     "int_type": "must be a whole number",
     "float_type": "must be a number",
@@ -178,15 +180,16 @@ def show_key(key: Key) -> str:
 
 
 def show_value(value: object) -> str:
-    """Write a value about as it stands in the file, on one line and not too long.
+    """Write a value about as it stands in the file, on one line and not too long; without the password of a URL.
 
     Example:
-        >>> show_value(True), show_value("nf8"), show_value(2e-4)
-        ('true', '"nf8"', '0.0002')
+        >>> show_value(True), show_value("nf8"), show_value(2e-4), show_value("http://me:secret@host:1")
+        ('true', '"nf8"', '0.0002', '"http://...@host:1"')
     """
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return _cut(show_text(json.dumps(value, ensure_ascii=False, default=str)))
+    text = show_text(json.dumps(value, ensure_ascii=False, default=str))
+    return _cut(_CREDENTIALS.sub("//...@", text))
 
 
 def show_number(value: float) -> str:

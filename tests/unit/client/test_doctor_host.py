@@ -8,6 +8,7 @@ import pytest
 
 from client import serve, service
 from client.doctor import host
+from tests.connect_proxy import ConnectProxy
 
 QUIET_UNIT = "[Service]\nLimitCORE=0\nEnvironment=FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1\n"
 
@@ -52,6 +53,14 @@ def test_an_agent_that_runs_and_one_that_has_gone(site):
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
     assert (site.find("agent").status, host.agent_pid(path)) == ("failed", None)
+
+
+def test_the_gateway_is_asked_through_the_proxy_of_the_sites_file(site):
+    with ConnectProxy(answer=lambda near: near.sendall(b"HTTP/1.1 403 No\r\n\r\n")) as between:
+        site.edit("[agent]", f'[link]\nproxy = "http://127.0.0.1:{between.port}"\n\n[agent]')
+        found = site.find("gateway", gateway="gate.example:9443")
+    assert (found.status, found.found) == ("failed", f"the proxy 127.0.0.1:{between.port} forbids a tunnel (403)")
+    assert "allow CONNECT to gate.example:9443" in found.remedy
 
 
 @pytest.mark.parametrize(
