@@ -14,6 +14,7 @@ import logging
 import signal
 import ssl
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -139,8 +140,9 @@ async def _serve(inward: ssl.SSLContext, way: Way, *, port: int, bundles: Collec
     free = asyncio.Semaphore(MAX_CONNECTIONS)
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        async with free:
-            await _carry(reader, writer, way, bundles=bundles)
+        with suppress(asyncio.CancelledError):  # the program ends
+            async with free:
+                await _carry(reader, writer, way, bundles=bundles)
 
     try:
         server = await asyncio.start_server(
