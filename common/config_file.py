@@ -114,13 +114,13 @@ def parse(text: str, form: Format[Config], *, name: str, overrides: Mapping[str,
 
 
 def unfilled(table: object, key: Key = ()) -> list[Problem]:
-    """The values that are still a template's, written as "<what belongs here>", texts for the model aside.
+    """The values that are still a template's, written as "<what belongs here>", prompts aside.
 
     Example:
         >>> [problem.key for problem in unfilled({"models": {"allow": [{"sha256": "<64 hex digits>"}]}})]
         [('models', 'allow', '1', 'sha256')]
     """
-    if isinstance(table, str) and PLACEHOLDER.fullmatch(table) and not any("system_prompt" in part for part in key):
+    if isinstance(table, str) and PLACEHOLDER.fullmatch(table) and not any("prompt" in part for part in key):
         return [Problem(key, partial(config_hints.fill_in, table))]
     pairs = table.items() if isinstance(table, dict) else enumerate(table, 1) if isinstance(table, list) else ()
     is_deep = len(key) >= config_locate.MAX_DEPTH

@@ -124,10 +124,11 @@ def bases(found: Mapping[str, Path], allowed: Policy | None, *, store: str) -> R
     """
     from common import base_files  # loads transformers
 
-    here = ", ".join(f"{folder.name} ({sha256[:12]})" for sha256, folder in found.items())
     if not found:
         return failed(f"no base model in {store}")
     listed = {base.sha256 for base in allowed.models.allow} if allowed else set(found)
+    shown = {sha256: sha256[:12] if sha256 in listed else sha256 for sha256 in found}  # whole, to be listed
+    here = ", ".join(f"{folder.name} ({shown[sha256]})" for sha256, folder in found.items())
     for folder in [folder for sha256, folder in found.items() if sha256 in listed]:
         base_files.tokenizer_of(folder)
         base_files.check_unquantised(folder)

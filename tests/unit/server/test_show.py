@@ -113,6 +113,7 @@ def test_lines_are_never_wrapped():
         ([*LOG, evaluated(1, 3.0, ["south"], north=3.0)], "stale: south"),
         ([*LOG, {**evaluated(1, 3.0, north=3.0), "bytes_down": 16000}], "evaluation 16.0 kB down"),
         ([PLAN, joined("west"), FAILED], "west train: no answer within 60 s"),
+        ([PLAN, joined("west"), {**FAILED, "state": "away"}], "west train: away: no answer within 60 s"),
         ([PLAN, {"kind": "site_refused", "node": 4, "reason": "DataError"}], "node 4: DataError"),
         (
             [PLAN, {**REFUSED, "state": "waits for approval", "reason": "waits for approval"}],
