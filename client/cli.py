@@ -124,7 +124,8 @@ def serve(
 ) -> None:
     """Hold rows and base; answer the courier.
 
-    Runs until stopped, and has no network of its own. Its memory is never written to disk as a core dump.
+    Runs until stopped, and has no network of its own. Its memory is never written to disk as a core dump. The policy is
+    read at the start: an edited one is in force after a restart.
 
     \b
     Examples:

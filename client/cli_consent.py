@@ -15,22 +15,31 @@ audit_app = cli.make(
     examples=("silotune-client audit verify node.toml",),
 )
 RunArgument = Annotated[str, typer.Argument(help="A run's name, or the first digits of its hash.", metavar="RUN")]
+NEXT = (
+    "next: copy both files to where agent.policy points, and restart the agent (systemctl restart silotune-agent), "
+    "which goes on with its old policy until then; silotune-client doctor tells which one is in force"
+)
 ByOption = Annotated[str, typer.Option(help="Who decides; default: this user.")]
 
 
 def runs(node_file: NodeFile, json: cli.JsonOption = False) -> None:
-    """List the runs that this site was offered.
+    """List the runs that this site was offered, and how it stands to each.
+
+    States: offered, waits for approval, approved, denied, refused by rule, failed, training, finished (its last round
+    was answered). The reason behind a reference is in agent.jsonl.
 
     \b
     Examples:
       silotune-client runs node.toml
     """
+    import time
+
     from client import review as desk
     from common import config
 
     table = desk.runs(desk.open_desk(config.load_node(node_file)))
     next_step = f"next: silotune-client review {node_file} RUN"
-    cli.emit({"runs": table}, as_json=json, show=lambda: cli.show(desk.render_runs(table), next_step))
+    cli.emit({"runs": table}, as_json=json, show=lambda: cli.show(desk.render_runs(table, now=time.time()), next_step))
 
 
 def review(node_file: NodeFile, run: RunArgument, json: cli.JsonOption = False) -> None:
@@ -94,6 +103,8 @@ def sign_policy(
 ) -> None:
     """Check a policy and sign it.
 
+    An agent that runs goes on with the policy that it began with, until it is restarted.
+
     \b
     Examples:
       silotune-client sign-policy policy.toml --key admin.pem
@@ -102,9 +113,15 @@ def sign_policy(
     from common import identity
 
     signer = identity.load(key)
-    written = policies.sign(policy_file, signer)
-    result = {"signature": str(written), "policy_signer": identity.public_hex(signer)}
-    cli.emit(result, as_json=json, show=lambda: cli.show(*(f"{name:<14} {value}" for name, value in result.items())))
+    rules = policies.sign(policy_file, signer)
+    missing = policies.shortcomings(rules)
+    told = {
+        "signature": str(policies.signature_path(policy_file)),
+        "policy_signer": identity.public_hex(signer),
+        "serial": rules.serial,
+    }
+    lines = [*(f"{name:<14} {value}" for name, value in told.items()), *(f"note: {line}" for line in missing), NEXT]
+    cli.emit({**told, "notes": missing}, as_json=json, show=lambda: cli.show(*lines))
 
 
 @audit_app.command("show")

@@ -115,6 +115,9 @@ def link(
     key: Annotated[Path, typer.Option(help="Its private key, PEM, mode 0600.")],
     state: Annotated[Path, typer.Option(help="Folder of the tunnel's own certificate, link.pem.")],
     port: Annotated[int, typer.Option(help="Where to listen on 127.0.0.1.", min=1, max=65535)] = 9100,
+    node: Annotated[
+        Path | None, typer.Option(help="This site's own file, for its [link] proxy; default: no proxy.")
+    ] = None,
     bundle: Annotated[
         list[str] | None,
         typer.Option(help="SHA-256 of a bundle that may run; default: this release's own.", metavar="HASH"),
@@ -130,7 +133,13 @@ def link(
       flower-supernode --superlink 127.0.0.1:9100 --root-certificates link/link.pem --auth-supernode-private-key K
     """
     from client import link as tunnel
+    from client import proxy
+    from common import config
 
-    typer.echo(f"link: 127.0.0.1:{port} to {gateway}; root certificate {state / tunnel.CERTIFICATE}; stop with Ctrl-C")
+    way = proxy.of_site(config.load_node(node).link) if node else None
+    through = f" through {way}" if way else ""
+    typer.echo(
+        f"link: 127.0.0.1:{port} to {gateway}{through}; root certificate {state / tunnel.CERTIFICATE}; stop with Ctrl-C"
+    )
     files = {"ca_file": ca, "certificate_file": certificate, "key_file": key}
-    tunnel.run(gateway=gateway, state=state, port=port, bundles=bundle or (), **files)
+    tunnel.run(gateway=gateway, state=state, port=port, bundles=bundle or (), proxy=way, **files)

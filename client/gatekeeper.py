@@ -22,7 +22,7 @@ from client.moves import Moves
 from client.payment import Payment
 from client.policy_file import DatasetRules, SignedPolicy
 from client.pressure import Limit
-from common import audit_heads, broadcast, config, egress, identity, manifest, noise, signed_frame, wire
+from common import audit_heads, broadcast, config, egress, identity, manifest, noise, signed_frame, site_states, wire
 from common.adapter import Tensors
 from common.audit import AuditLog, Head
 from common.audit_heads import Heads
@@ -61,6 +61,7 @@ class Gatekeeper:
         node: The site's own file.
         key: The site's identity; signs the audit log.
         clock: Unix seconds.
+        tell: Given a line for people when a run is opened, a round is answered or the policy's file has changed.
 
     Raises:
         PolicyRefusedError: The policy is older than one that was in force, or does not allow the site's own file; or
@@ -77,8 +78,11 @@ class Gatekeeper:
         node: config.NodeConfig,
         key: Ed25519PrivateKey,
         clock: Callable[[], float] = time.time,
+        tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.policy = signed_policy.rules
+        self._tell = tell
+        self._policy_file, self._policy_seen = Path(node.agent.policy), signed_policy.sha256
         self.history = History()
         self._folder = Path(node.agent.log_folder)
         self._site, self._identity_key = node.site.name, identity.public_hex(key)
@@ -103,6 +107,7 @@ class Gatekeeper:
         if not self._opens.allows():
             raise PolicyRefusedError(f"runs.opens: more than {MAX_OPENS_A_MINUTE} offers a minute", rule="runs.opens")
         self._admitted.discard(offer.sha256)
+        self._notice_policy()
         self._refresh()
         member = self._check_roster()
         operators = member.operators if member else ()
@@ -210,7 +215,17 @@ class Gatekeeper:
         if reply.kind == "opened":
             self._admit(run)
         self._log.append("left", **facts)
+        self._tell_left(run, rounded)
         return data
+
+    def _tell_left(self, run: RunManifest, reply: Frame) -> None:
+        """A line for people: the state that the run is in by now."""
+        name, num_rounds = run.run.name, run.run.federation.num_rounds
+        if reply.kind == "opened":
+            self._tell(f"{site_states.APPROVED}: run '{name}' is open")
+        elif reply.kind == "update":
+            state = site_states.FINISHED if self.history.run(run.sha256).is_finished else site_states.TRAINING
+            self._tell(f"{state}: run '{name}', round {reply.head['round_index'] + 1} of {num_rounds} is answered")
 
     def refused(self, reference: str, request: Frame | None, error: Exception) -> None:
         """Log code and rule. An offer that merely waits was logged when it came.
@@ -233,6 +248,20 @@ class Gatekeeper:
         """Read what people decided meanwhile, and tell of a flood of refusals that is over."""
         self._tell_suppressed()
         return self._log.refresh()
+
+    def _notice_policy(self) -> None:
+        """Tell, once, that the policy's file is no longer what this agent has begun with, and that nothing follows.
+
+        It is not taken up: rules are bound into the ledger, the bounds on adapters and the runs that are open.
+        """
+        with suppress(OSError):
+            found = _sha256(self._policy_file.read_bytes())
+            if found != self._policy_seen:
+                self._policy_seen = found
+                self._tell(
+                    f"{self._policy_file} has changed; serial {self.policy.serial}, with which this agent began, stays "
+                    "in force until it is restarted"
+                )
 
     def _tell_suppressed(self) -> None:
         """Log how many refusals a minute that is over had beyond those that were logged."""
@@ -283,7 +312,8 @@ class Gatekeeper:
         """The rows are read, and there are enough: the run begins, and counts as one of the day's."""
         if self.history.run(run.sha256).opened_at is None:
             approved_by = consent.require(self.policy, self.history, run, folder=self._folder)
-            self._log.append("opened", run=run.sha256, approved_by=approved_by)
+            num_rounds = run.run.federation.num_rounds
+            self._log.append("opened", run=run.sha256, approved_by=approved_by, num_rounds=num_rounds)
         self._admitted.add(run.sha256)
 
     def _check_order(self, request: Frame, plan: RoundPlan, run: RunManifest) -> None:

@@ -1,5 +1,6 @@
 """What a site's audit log says about its runs, folded entry by entry: the site's only memory of what it has done."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -51,7 +52,9 @@ class RunHistory:
         offered_at: Unix seconds.
         decision: `""`, `approved` or `denied`.
         opened_at: When it was first opened; None if it never was.
+        num_rounds: Of its manifest; None if it was never opened, or by a release that did not write it down.
         bytes_out: Sum of what left.
+        left_at: When the newest answer left, Unix seconds; None before the first.
         steps: What was answered, by kind and round.
     """
 
@@ -59,16 +62,34 @@ class RunHistory:
     offered_at: float = 0.0
     decision: str = ""
     opened_at: float | None = None
+    num_rounds: int | None = None
     bytes_out: int = 0
+    left_at: float | None = None
     steps: dict[tuple[str, int], Step] = field(default_factory=dict)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last planned round was answered, or an evaluation after it where others were drawn for it."""
+        last = position("train", self.num_rounds - 1) if self.num_rounds else math.inf
+        return any(step.position >= last for step in self.steps.values())
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """An offer that a rule of this site turned away."""
+    """The newest request of a run that this site turned away.
+
+    Attributes:
+        name: Of the run, as its manifest calls it; empty if the request had none that could be read.
+        code: What the coordinator was told.
+        rule: The rule of the policy, or the code where none refused.
+        reference: Under which the agent's own log has the reason.
+        refused_at: Unix seconds.
+    """
 
     name: str
+    code: str
     rule: str
+    reference: str
     refused_at: float
 
 
@@ -82,7 +103,7 @@ class History:
         serial: Of the newest policy that the agent has started with; -1 before the first.
         policy_sha256: Of that policy.
         ledgers: The newest line that is known of each privacy ledger, by its file's name.
-        refusals: Runs whose newest offer was turned away by a rule, the newest last; at most `MAX_REFUSALS`, as anybody
+        refusals: Runs whose newest offer or step was turned away, the newest last; at most `MAX_REFUSALS`, as anybody
             can offer.
         line_hashes: Of every entry, by its place.
         roster: The newest roster that was accepted.
@@ -113,11 +134,13 @@ class History:
             self._take_run(entry, self.runs.setdefault(facts["run"], RunHistory()))
 
     def _take_refused(self, entry: Entry) -> None:
-        """One more offer that was turned away."""
+        """One more offer that was turned away, or a step of a run that is known: whoever asks can name any other."""
         facts = entry.facts
-        if facts["step"] == "open" and "run" in facts:
-            self.refusals.pop(facts["run"], None)
-            self.refusals[facts["run"]] = Refusal(facts.get("name", ""), facts["rule"], entry.time)
+        run = facts.get("run", "")
+        if run and (facts["step"] == "open" or run in self.runs):
+            name = facts.get("name", "") or self.run(run).name
+            self.refusals.pop(run, None)
+            self.refusals[run] = Refusal(name, facts["code"], facts["rule"], facts["reference"], entry.time)
             while len(self.refusals) > MAX_REFUSALS:
                 del self.refusals[next(iter(self.refusals))]
 
@@ -139,7 +162,9 @@ class History:
             run.name, run.offered_at = entry.facts["name"], entry.time
         elif entry.kind == "opened":
             run.opened_at = entry.time if run.opened_at is None else run.opened_at
+            run.num_rounds = entry.facts.get("num_rounds")
         elif entry.kind == "left":
+            run.left_at = entry.time
             self._take_left(entry.facts, run)
         else:
             run.decision = entry.kind

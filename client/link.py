@@ -14,8 +14,10 @@ import logging
 import signal
 import ssl
 from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import h11
 from cryptography import x509
@@ -24,18 +26,36 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from client import bundle, relay
+from client import proxy as proxying
+from client.proxy import Proxy
 from client.relay import PIECE_BYTES, End
-from common import keyfile, storage
-from common.errors import ConfigError
+from common import keyfile, probe, storage
+from common.errors import ConfigError, TransportError
 
 HOST: Final = "127.0.0.1"
 CERTIFICATE: Final = "link.pem"
 KEY: Final = "link.key"
 MAX_CONNECTIONS: Final = 32
+INSPECTION: Final = "check the address; a proxy on the way must pass TLS to the gateway on unopened"
 _LIFETIME: Final = datetime.timedelta(days=3650)
 _CONNECT_S: Final = 10.0
 _CLOSE_S: Final = 3.0
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the gateway is reached.
+
+    Attributes:
+        remote: Its host and port.
+        context: What is trusted, and what is shown.
+        proxy: Through which; None: none.
+    """
+
+    remote: tuple[str, int]
+    context: ssl.SSLContext
+    proxy: Proxy | None = None
 
 
 def run(
@@ -47,6 +67,7 @@ def run(
     state: Path,
     port: int,
     bundles: Collection[str] = (),
+    proxy: Proxy | None = None,
 ) -> None:
     """Carry bytes until SIGTERM or SIGINT.
 
@@ -58,18 +79,20 @@ def run(
         state: Folder of the tunnel's own certificate and key; made if it is not there.
         port: Where to listen on 127.0.0.1.
         bundles: SHA-256 of the bundles that the SuperNode may be given; none: this release's own.
+        proxy: Through which the gateway is reached; None: none.
 
     Raises:
         ConfigError: A file or an address cannot be used.
         StorageError: The folder cannot be written.
     """
-    host, _, remote_port = gateway.rpartition(":")
-    if not host or not remote_port.isdigit():
-        raise ConfigError(f"--gateway {gateway}: write host:port")
+    try:
+        remote = probe.split_address(gateway)
+    except ConfigError as error:
+        raise ConfigError(f"--gateway {error}") from error
     outward = outward_context(ca_file=ca_file, certificate_file=certificate_file, key_file=key_file)
     inward = inward_context(state)
     allowed = frozenset(bundles) or frozenset({bundle.SHA256})
-    asyncio.run(_serve(inward, outward, remote=(host.strip("[]"), int(remote_port)), port=port, bundles=allowed))
+    asyncio.run(_serve(inward, Way(remote, outward, proxy), port=port, bundles=allowed))
 
 
 def outward_context(*, ca_file: Path, certificate_file: Path, key_file: Path) -> ssl.SSLContext:
@@ -112,15 +135,14 @@ def inward_context(state: Path) -> ssl.SSLContext:
     return context
 
 
-async def _serve(
-    inward: ssl.SSLContext, outward: ssl.SSLContext, *, remote: tuple[str, int], port: int, bundles: Collection[str]
-) -> None:
+async def _serve(inward: ssl.SSLContext, way: Way, *, port: int, bundles: Collection[str]) -> None:
     """Accept connections until a signal."""
     free = asyncio.Semaphore(MAX_CONNECTIONS)
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        async with free:
-            await _carry(reader, writer, outward, remote=remote, bundles=bundles)
+        with suppress(asyncio.CancelledError):  # the program ends
+            async with free:
+                await _carry(reader, writer, way, bundles=bundles)
 
     try:
         server = await asyncio.start_server(
@@ -136,21 +158,13 @@ async def _serve(
 
 
 async def _carry(
-    reader: asyncio.StreamReader,
-    writer: asyncio.StreamWriter,
-    outward: ssl.SSLContext,
-    *,
-    remote: tuple[str, int],
-    bundles: Collection[str],
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: Way, *, bundles: Collection[str]
 ) -> None:
     """Carry one connection; when either end closes, both do. A gateway that is away looks like a closed connection."""
     try:
-        async with asyncio.timeout(_CONNECT_S):
-            far_reader, far_writer = await asyncio.open_connection(
-                *remote, ssl=outward, limit=PIECE_BYTES, ssl_shutdown_timeout=_CLOSE_S
-            )
-    except (OSError, TimeoutError) as error:
-        _log.warning("no connection to the gateway at %s:%d: %s", *remote, _reason(error))
+        far_reader, far_writer = await _open(way)
+    except (OSError, TimeoutError, TransportError) as error:
+        _log.warning("no connection to the gateway at %s:%d: %s", *way.remote, _reason(error))
         writer.transport.abort()
         return
     near, far = End(reader, writer, h11.Connection(h11.SERVER)), End(far_reader, far_writer, h11.Connection(h11.CLIENT))
@@ -168,8 +182,22 @@ async def _carry(
         await asyncio.gather(near.writer.wait_closed(), far.writer.wait_closed(), return_exceptions=True)
 
 
-def _reason(error: OSError | TimeoutError) -> str:
+async def _open(way: Way) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """TLS with the gateway, on a connection of its own or in a proxy's tunnel."""
+    where: dict[str, Any] = dict(zip(("host", "port"), way.remote, strict=True))
+    if way.proxy:  # which keeps to its own limit of time
+        opened = await asyncio.to_thread(proxying.connect, way.proxy, way.remote, timeout_s=_CONNECT_S)
+        where = {"sock": opened, "server_hostname": way.remote[0]}
+    async with asyncio.timeout(_CONNECT_S):
+        return await asyncio.open_connection(**where, ssl=way.context, limit=PIECE_BYTES, ssl_shutdown_timeout=_CLOSE_S)
+
+
+def _reason(error: OSError | TimeoutError | TransportError) -> str:
     """What to tell about a failed connection."""
+    if isinstance(error, TransportError):
+        return str(error)
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not accepted ({error.verify_message}); {INSPECTION}"
     if isinstance(error, ssl.SSLError):
         return str(error.reason)
     return error.strerror or "it does not answer"

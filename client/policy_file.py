@@ -7,13 +7,15 @@ import hashlib
 import json
 import tomllib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import AfterValidator, Field, ValidationError
 
-from common import config_file, egress, identity, storage
+from common import config_file, config_hints, config_types, egress, identity, storage
+from common.config_file import Problem
 from common.config_objective import ObjectiveName
 from common.config_types import Count, PositiveCount, RequiredLine, Section, Slug
 from common.errors import AuthError, ConfigError, PolicyRefusedError
@@ -21,6 +23,8 @@ from common.kinds import KindName
 from common.methods import MethodName
 
 PURPOSE: Final = "policy"
+HASH: Final = r"^[0-9a-f]{64}$"
+PATTERNS: Final = {**config_types.PATTERNS, HASH: "64 digits of 0-9 and a-f"}
 SIGNATURE_SUFFIX: Final = ".sig"
 FORBIDDEN: Final = ("embed_tokens", "lm_head", "modules_to_save", "bias", "embed_in", "embed_out", "wte", "wpe")
 
@@ -48,7 +52,7 @@ def _known(metrics: dict[str, tuple[float, float]]) -> dict[str, tuple[float, fl
     return metrics
 
 
-Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Hash = Annotated[str, Field(pattern=HASH)]
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
 CountRange = Annotated[tuple[PositiveCount, PositiveCount], AfterValidator(_ordered)]
 Targets = Annotated[tuple[str, ...], AfterValidator(_trainable)]
@@ -315,7 +319,7 @@ def load(path: Path, *, signer: str) -> SignedPolicy:
     text = config_file.read(path)
     data = text.encode()
     try:
-        signature = config_file.read(_signature_path(path)).strip()
+        signature = config_file.read(signature_path(path)).strip()
         identity.verify(signer, signature, data, purpose=PURPOSE)
     except AuthError as error:
         raise PolicyRefusedError(
@@ -325,17 +329,31 @@ def load(path: Path, *, signer: str) -> SignedPolicy:
     return SignedPolicy(parse(text, name=str(path)), hashlib.sha256(data).hexdigest())
 
 
-def sign(path: Path, key: Ed25519PrivateKey) -> Path:
-    """Check a policy and write its signature beside it.
+def sign(path: Path, key: Ed25519PrivateKey) -> Policy:
+    """Check a policy and write its signature beside it, `PATH.sig`.
 
     Raises:
         ConfigError: The policy has problems.
     """
     text = config_file.read(path)
-    parse(text, name=str(path))
+    rules = parse(text, name=str(path))
     signature = identity.sign(key, text.encode(), purpose=PURPOSE)
-    storage.write_atomic(_signature_path(path), f"{signature}\n".encode())
-    return _signature_path(path)
+    storage.write_atomic(signature_path(path), f"{signature}\n".encode())
+    return rules
+
+
+def shortcomings(rules: Policy) -> list[str]:
+    """Lists of a policy that nobody has filled in yet, and what each means: it is valid, and allows nothing."""
+    empty = {
+        "models.allow": not rules.models.allow,
+        "lora.targets": not rules.lora.targets,
+        "data.datasets": not rules.data.datasets,
+    }
+    return [
+        f"{key} is empty, so {'the agent does not start' if key == 'data.datasets' else 'no run can pass'}"
+        for key, is_empty in empty.items()
+        if is_empty
+    ]
 
 
 def parse(text: str, *, name: str) -> Policy:
@@ -345,22 +363,31 @@ def parse(text: str, *, name: str) -> Policy:
         ConfigError: All problems, one a line.
     """
     try:
-        table = json.dumps(tomllib.loads(text), allow_nan=False)
+        table = tomllib.loads(text)
+        problems, json_text = config_file.unfilled(table), json.dumps(table, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{name} is not a policy in TOML: {error}") from None
     try:
-        return Policy.model_validate_json(table)
+        found = Policy.model_validate_json(json_text)
+        if not problems:
+            return found
     except ValidationError as error:
-        problems = [_problem(detail) for detail in error.errors(include_url=False, include_input=False)]
-    raise ConfigError("\n".join([f"{len(problems)} problems in {name}", *problems])) from None
+        empty = [problem.key for problem in problems]
+        wrong = map(_problem, error.errors(include_url=False))
+        problems += [problem for problem in wrong if problem.key not in empty]
+    raise ConfigError(config_file.report(problems, text, name=name)) from None
 
 
-def _problem(detail: Any) -> str:
-    """One problem by its dotted key."""
-    key = ".".join(str(part) for part in detail["loc"])
-    return f"  {key}  {detail['msg']}"
+def _problem(detail: Any) -> Problem:
+    """One of pydantic's errors by its key; the value of an unknown rule is not repeated."""
+    key = config_file.path_of(detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return Problem(key, lambda: "there is no such rule; the policy of a startup kit has all of them")
+    if detail["type"] == "tuple_type":
+        return Problem(key, lambda: f"must be an array (you wrote {config_hints.show_value(detail['input'])})")
+    return Problem(key, partial(config_hints.wrong, key, detail, patterns=PATTERNS))
 
 
-def _signature_path(path: Path) -> Path:
+def signature_path(path: Path) -> Path:
     """Where a policy's signature lies."""
     return path.with_name(path.name + SIGNATURE_SUFFIX)

@@ -67,6 +67,7 @@ class Desk:
     key: Ed25519PrivateKey = field(repr=False)
     log: AuditLog
     history: History
+    policy_sha256: str
 
     @property
     def folder(self) -> Path:
@@ -115,7 +116,7 @@ def open_desk(node: config.NodeConfig) -> Desk:
     key = identity.load(Path(node.agent.identity_key))
     history = History()
     log = AuditLog(Path(node.agent.log_folder) / AUDIT_FILE, key=key, on_entry=history.take)
-    return Desk(node, signed.rules, key, log, history)
+    return Desk(node, signed.rules, key, log, history, signed.sha256)
 
 
 def runs(desk: Desk) -> list[dict[str, Any]]:
@@ -125,11 +126,11 @@ def runs(desk: Desk) -> list[dict[str, Any]]:
         {
             "run": sha256,
             "name": run.name,
-            "state": _state(run, refused.get(sha256)),
-            "rule": refused[sha256].rule if sha256 in refused else "",
+            **_stands(run, refused.get(sha256), is_asking=desk.policy.runs.approval != "none"),
             "num_rounds_answered": sum(step == "train" for step, _ in run.steps),
             "bytes_out": run.bytes_out,
             "offered_at": run.offered_at,
+            "answered_at": run.left_at,
         }
         for sha256, run in desk.history.runs.items()
     ]
@@ -137,11 +138,11 @@ def runs(desk: Desk) -> list[dict[str, Any]]:
         {
             "run": sha256,
             "name": one.name,
-            "state": site_states.REFUSED,
-            "rule": one.rule,
+            **_stands(RunHistory(), one, is_asking=True),
             "num_rounds_answered": 0,
             "bytes_out": 0,
             "offered_at": one.refused_at,
+            "answered_at": None,
         }
         for sha256, one in refused.items()
         if sha256 not in desk.history.runs
@@ -149,15 +150,20 @@ def runs(desk: Desk) -> list[dict[str, Any]]:
     return sorted(table, key=lambda run: float(str(run["offered_at"])), reverse=True)
 
 
-def _state(run: RunHistory, refusal: Refusal | None) -> str:
-    """How this site stands to a run: what somebody decided, or what its rules did."""
+def _stands(run: RunHistory, refusal: Refusal | None, *, is_asking: bool) -> dict[str, str]:
+    """How this site stands to a run: what somebody decided, what turned it away, or how far it has got."""
+    state, rule, reference = site_states.WAITS if is_asking else site_states.OFFERED, "", ""
     if run.decision == "denied":
-        return site_states.DENIED
-    if refusal:
-        return site_states.REFUSED
-    if run.steps:
-        return site_states.TRAINING
-    return site_states.APPROVED if run.decision or run.opened_at is not None else site_states.WAITS
+        state = site_states.DENIED
+    elif refusal:
+        state, rule, reference = site_states.of_code(refusal.code), refusal.rule, refusal.reference
+    elif run.is_finished:
+        state = site_states.FINISHED
+    elif run.steps:
+        state = site_states.TRAINING
+    elif run.decision or run.opened_at is not None:
+        state = site_states.APPROVED
+    return {"state": state, "rule": rule, "reference": reference}
 
 
 def review(desk: Desk, name: str) -> Review:
@@ -206,15 +212,33 @@ def render(page: Review) -> RenderableType:
     return Group(*parts)
 
 
-def render_runs(table: Sequence[dict[str, Any]]) -> RenderableType:
-    """All runs for a terminal."""
+def render_runs(table: Sequence[dict[str, Any]], *, now: float) -> RenderableType:
+    """All runs for a terminal; `now` in Unix seconds.
+
+    A coordinator that ends a run early tells no site, so of one that is not finished the last answer's age is shown.
+    """
     shown_runs = Table("run", "name", "state", "rounds answered", "bytes out", "offered (UTC)", title="runs")
     for run in table:
         offered = time.strftime("%Y-%m-%d %H:%M", time.gmtime(run["offered_at"]))
         numbers = (f"{run['num_rounds_answered']}", f"{run['bytes_out']:,}", offered)
-        state = f"{run['state']}: {run['rule']}" if run["rule"] else run["state"]
+        state = f"{run['state']}: {run['rule']}, reference {run['reference']}" if run["rule"] else run["state"]
+        if run["state"] == site_states.TRAINING:
+            state += f", last answer {_age(now - run['answered_at'])} ago"
         shown_runs.add_row(run["run"][:12], Text(run["name"]), Text(state), *numbers)
     return shown_runs
+
+
+def _age(seconds: float) -> str:
+    """A span of time in its largest whole unit.
+
+    Example:
+        >>> _age(59), _age(3 * 3600 + 120), _age(200_000)
+        ('59 s', '3 h', '2 d')
+    """
+    for name, length_s in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= length_s:
+            return f"{seconds // length_s:.0f} {name}"
+    return f"{max(seconds, 0):.0f} s"
 
 
 def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
@@ -246,11 +270,20 @@ def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
         f"learning rate {settings.training.learning_rate:g}, at least {settings.federation.min_sites} sites",
         "learning rate by round": _rates(run.run),
         "settings that differ from their defaults": _not_default(settings),
+        "this site's policy": _in_force(desk),
         "aggregation": f"{settings.aggregation.method}; a site trains and sends {_factors(run, desk.node.site.name)}",
         "who sees this update": guarding.in_words(settings.aggregation),
         "texts of the coordinator": settings.data.system_prompt or "none",
         "date in its prompts": run.date or "none",
     }
+
+
+def _in_force(desk: Desk) -> str:
+    """Which policy the agent has begun with."""
+    serial, last = desk.policy.serial, desk.history.serial
+    if last < 0 or desk.history.policy_sha256 == desk.policy_sha256:
+        return f"serial {serial}"
+    return f"serial {serial}, by which this page judges; the agent began with serial {last}: restart it"
 
 
 def _after_rounds(run: config.RunConfig) -> str:

@@ -34,7 +34,7 @@ def make_agent(node: config.NodeConfig, *, tell: Callable[[str], None] = lambda 
 
     Args:
         node: The site's own file.
-        tell: Given a line for people where a run waits or is refused.
+        tell: Given a line for people where a run waits, is refused or opened, or a round is answered.
 
     Raises:
         ConfigError: Policy or key cannot be read.
@@ -51,7 +51,7 @@ def make_agent(node: config.NodeConfig, *, tell: Callable[[str], None] = lambda 
         load_engine=loader.load,
         report=sitelog.reporter(log, tell=tell),
         max_body_bytes=node.agent.max_message_mib << 20,
-        guard=make_guard(node) if node.agent.policy else PERMISSIVE,
+        guard=make_guard(node, tell=tell) if node.agent.policy else PERMISSIVE,
         state_folder=Path(node.agent.log_folder) / RESIDUALS,
         shelf=make_shelf(node),
     )
@@ -77,12 +77,14 @@ def check_policy(node: config.NodeConfig, *, without_policy: bool) -> None:
         raise ConfigError("--without-policy, and agent.policy is set; remove one of them")
 
 
-def make_guard(node: config.NodeConfig) -> Gatekeeper:
+def make_guard(node: config.NodeConfig, *, tell: Callable[[str], None] = lambda line: None) -> Gatekeeper:
     """What keeps this site's policy; see `make_agent` for what it raises."""
     agent = node.agent
     signed = policy_file.load(Path(agent.policy), signer=agent.policy_signer)
     self_test.run_if_required(signed.rules.privacy)
-    return Gatekeeper(signed, node=node, key=identity.load(Path(agent.identity_key)))
+    made = Gatekeeper(signed, node=node, key=identity.load(Path(agent.identity_key)), tell=tell)
+    tell(f"policy with serial {signed.rules.serial} is in force until this agent is restarted")
+    return made
 
 
 def load_data(node: config.NodeConfig, manifest: RunManifest) -> SiteData:

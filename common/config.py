@@ -18,7 +18,7 @@ from common.config_evaluation import EvaluationConfig
 from common.config_export import ExportConfig
 from common.config_gate import GateConfig
 from common.config_model import AdapterConfig, ModelConfig
-from common.config_node import AgentConfig, HardwareConfig, NodeDataConfig, NodeModelConfig, SiteConfig
+from common.config_node import AgentConfig, HardwareConfig, LinkConfig, NodeDataConfig, NodeModelConfig, SiteConfig
 from common.config_polish import PolishStage, check_order
 from common.config_privacy import PrivacyConfig
 from common.config_training import DataConfig, FederationConfig, TrainingConfig
@@ -37,6 +37,7 @@ __all__ = [
     "FederationConfig",
     "GateConfig",
     "HardwareConfig",
+    "LinkConfig",
     "ModelConfig",
     "NodeConfig",
     "NodeDataConfig",
@@ -125,6 +126,7 @@ class NodeConfig(Section):
     model: NodeModelConfig = Field(default_factory=NodeModelConfig)
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)
     agent: AgentConfig = Field(default_factory=AgentConfig)
+    link: LinkConfig = Field(default_factory=LinkConfig)
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeGuard, TypeVar, get_args
+from typing import Any, Final, Generic, TypeGuard, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -14,6 +14,8 @@ from common import config_hints, config_locate, config_rules, errors
 
 MAX_FILE_BYTES = 1 << 20
 MAX_PROBLEMS = 50
+PLACEHOLDER: Final = re.compile("<[^<>|]+ [^<>|]+>")
+_NO_OVERRIDES: Final[Mapping[str, str]] = {}
 
 Config = TypeVar("Config", bound=BaseModel)
 Table = dict[str, Any]
@@ -99,13 +101,30 @@ def parse(text: str, form: Format[Config], *, name: str, overrides: Mapping[str,
     table = _parse_toml(text, name)
     for key, value in overrides.items():
         _put(table, tuple(key.split(".")), parse_value(value))
+    problems = unfilled(table)
     try:
-        return form.schema.model_validate(_with_sections(table, form.schema))
+        found = form.schema.model_validate(_with_sections(table, form.schema))
+        if not problems:
+            return found
     except ValidationError as error:
-        problems = list(_problems(error, table, form))
-    places = _Places(name, text, overrides)
+        empty = [problem.key for problem in problems]
+        problems += [problem for problem in _problems(error, table, form) if problem.key not in empty]
     # Not chained: pydantic's own text repeats the values of unknown keys, which may be secrets.
-    raise errors.ConfigError(_report(problems, places, name=name)) from None
+    raise errors.ConfigError(report(problems, text, name=name, overrides=overrides)) from None
+
+
+def unfilled(table: object, key: Key = ()) -> list[Problem]:
+    """The values that are still a template's, written as "<what belongs here>", prompts aside.
+
+    Example:
+        >>> [problem.key for problem in unfilled({"models": {"allow": [{"sha256": "<64 hex digits>"}]}})]
+        [('models', 'allow', '1', 'sha256')]
+    """
+    if isinstance(table, str) and PLACEHOLDER.fullmatch(table) and not any("prompt" in part for part in key):
+        return [Problem(key, partial(config_hints.fill_in, table))]
+    pairs = table.items() if isinstance(table, dict) else enumerate(table, 1) if isinstance(table, list) else ()
+    is_deep = len(key) >= config_locate.MAX_DEPTH
+    return [] if is_deep else [found for part, inner in pairs for found in unfilled(inner, (*key, str(part)))]
 
 
 def parse_value(text: str) -> Any:
@@ -160,7 +179,7 @@ def _guide(form: Format[Config]) -> config_hints.Guide:
     return config_hints.Guide(keys_of(form.schema), keys_of(form.other), form.other_name, arrays)
 
 
-def _path(loc: tuple[int | str, ...]) -> Key:
+def path_of(loc: tuple[int | str, ...]) -> Key:
     """Write a place as a key; the tables of an array are counted from 1."""
     return tuple(str(part + 1) if isinstance(part, int) else part for part in loc)
 
@@ -233,7 +252,7 @@ def _problems(error: ValidationError, table: Table, form: Format[Config]) -> Ite
     arrays = arrays_of(form.schema)
     bad: set[str] = set()
     for detail in error.errors(include_url=False):
-        key = _path(detail["loc"])
+        key = path_of(detail["loc"])
         bad.update({".".join(key), *(".".join(key[:end]) for end in (1, 2) if ".".join(key[:end]) in arrays)})
         if detail["type"] == "extra_forbidden":
             yield from (Problem(leaf, partial(guide.unknown, leaf)) for leaf in _leaves(key, detail["input"]))
@@ -309,8 +328,16 @@ class _Places:
         return next(below, None)
 
 
-def _report(problems: list[Problem], places: _Places, *, name: str) -> str:
-    """Write the problems in the order of the file."""
+def report(problems: list[Problem], text: str, *, name: str, overrides: Mapping[str, str] = _NO_OVERRIDES) -> str:
+    """Write the problems of a text in TOML, each with its line, in the order of the file.
+
+    Args:
+        problems: At least one.
+        text: Valid TOML.
+        name: What messages call the file.
+        overrides: See `parse`.
+    """
+    places = _Places(name, text, overrides)
     placed = sorted(((*places.find(problem), problem) for problem in problems), key=lambda item: item[0])
     count = f"{len(placed)} problem{'s' if len(placed) != 1 else ''} in {name}"
     shown = [f"  {config_hints.show_key(p.key)}  {p.say()}\n    {place}" for _, place, p in placed[:MAX_PROBLEMS]]

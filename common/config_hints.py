@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ Key = tuple[str, ...]
 _BARE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 
 MAX_SHOWN_CHARACTERS = 80
+_CREDENTIALS = re.compile(r"//[^/\s]*@")
 _KINDS = {
     "int_type": "must be a whole number",
     "float_type": "must be a number",
@@ -148,6 +150,11 @@ def wrong(key: Key, detail: Mapping[str, Any], *, patterns: Mapping[str, str]) -
     return f"{words} (you wrote {show_value(detail['input'])})" + (f"; {hint}" if hint else "")
 
 
+def fill_in(placeholder: str) -> str:
+    """Say that a template's words still stand where a value belongs."""
+    return f"is not filled in: write your own value in the place of {show_value(placeholder)}"
+
+
 def _limit(key: Key, kind: str, context: Mapping[str, Any], patterns: Mapping[str, str]) -> str:
     """Say what a value must be; nothing for a kind of error that is not known."""
     if kind in ("model_type", "model_attributes_type", "dict_type"):
@@ -173,15 +180,16 @@ def show_key(key: Key) -> str:
 
 
 def show_value(value: object) -> str:
-    """Write a value about as it stands in the file, on one line and not too long.
+    """Write a value about as it stands in the file, on one line and not too long; without the password of a URL.
 
     Example:
-        >>> show_value(True), show_value("nf8"), show_value(2e-4)
-        ('true', '"nf8"', '0.0002')
+        >>> show_value(True), show_value("nf8"), show_value(2e-4), show_value("http://me:secret@host:1")
+        ('true', '"nf8"', '0.0002', '"http://...@host:1"')
     """
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return _cut(show_text(json.dumps(value, ensure_ascii=False, default=str)))
+    text = show_text(json.dumps(value, ensure_ascii=False, default=str))
+    return _cut(_CREDENTIALS.sub("//...@", text))
 
 
 def show_number(value: float) -> str:

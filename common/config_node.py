@@ -1,10 +1,10 @@
 """Sections of a site's own file."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from common.config_types import Line, Mebibytes, RequiredLine, Section, Sha256, Slug
+from common.config_types import PROXY, Line, Mebibytes, RequiredLine, Section, Sha256, Slug
 
 
 class SiteConfig(Section):
@@ -44,6 +44,20 @@ class HardwareConfig(Section):
         default="auto", description="Device. `auto`: CUDA where there is one, else CPU."
     )
     num_threads: int = Field(default=0, ge=0, le=4096, description="CPU threads. 0: all cores.")
+
+
+class LinkConfig(Section):
+    """The tunnel to the gateway; read by `silotune-client link --node` and by the doctor."""
+
+    proxy: Annotated[str, Field(pattern=PROXY)] = Field(
+        default="",
+        description="HTTP proxy that must be passed on the way to the gateway: `http://host:port`. Empty: none; "
+        "environment variables are not read.",
+    )
+    proxy_auth_file: Line = Field(
+        default="",
+        description="File with `NAME:PASSWORD` for the proxy, of the link's user and mode 0600. Empty: none is shown.",
+    )
 
 
 class AgentConfig(Section):

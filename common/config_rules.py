@@ -407,4 +407,9 @@ NODE_RULES = (
         lambda c: bool(c.agent.roster_folder) and not c.agent.policy,
         "a roster is looked at by an agent with a policy only; set agent.policy too, or remove it",
     ),
+    Rule(
+        ("link.proxy_auth_file", "link.proxy"),
+        lambda c: bool(c.link.proxy_auth_file) and not c.link.proxy,
+        "there is no proxy to show a name and password to; set link.proxy, or remove it",
+    ),
 )

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 SLUG = r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$"
 SHA256 = r"^([0-9a-f]{64})?$"
+PROXY = r"^(http://[A-Za-z0-9.:\[\]_-]+:[0-9]{1,5}/?)?$"
 LINE = r"^[^\x00-\x1f\x7f]*$"
 TARGETS = r"^[A-Za-z0-9_.]+( *, *[A-Za-z0-9_.]+)*$|^all-linear$"
 
@@ -29,6 +30,7 @@ REGIONS = _listed("[A-Z]{2}")
 PATTERNS = {
     SLUG: "1 to 64 of a-z, 0-9 and -, with no - at either end",
     SHA256: "64 digits of 0-9 and a-f, or empty",
+    PROXY: "http://host:port, without name and password and without TLS to the proxy itself, or empty",
     LINE: "one line without control characters",
     TARGETS: '"all-linear", or module names with commas between them',
     SITE_RANKS: 'names of sites with their ranks, such as "north = 4, south = 8", or empty',

@@ -1,6 +1,7 @@
 """A dry handshake: one TLS connection and one request without effect, to learn how a gateway's listener answers.
 
-No proxy is used and no redirect followed; of the answer only its status, its date and a refusal's one word are kept.
+No proxy is used but one that `dial` passes, and no redirect is followed; of the answer only its status, its date and a
+refusal's one word are kept.
 """
 
 import email.utils
@@ -20,6 +21,9 @@ from common.errors import AuthError, ConfigError, TransportError
 MAX_BODY_BYTES: Final = 4096
 REASON: Final = re.compile(r"[a-z_]{1,40}")
 _HALF_S: Final = 0.5  # a Date header has whole seconds
+
+
+Dial = Callable[[tuple[str, int], float], socket.socket]
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ def ask(
     host: str = "",
     timeout_s: float = 10.0,
     clock: Callable[[], float] = time.time,
+    dial: Dial = socket.create_connection,
 ) -> Answer:
     """Connect, send one POST without a body, and close.
 
@@ -59,23 +64,26 @@ def ask(
         host: Name that the listener's certificate must be for; empty: that of the address.
         timeout_s: For each step.
         clock: Unix seconds.
+        dial: Opens the connection to a host and port, within so many seconds.
 
     Raises:
         ConfigError: The address is not host:port.
         TransportError: Nobody listens there, or it does not answer.
         AuthError: One side did not accept the other's certificate.
     """
-    with _connected(address, context, host, timeout_s) as secure:
+    with _connected(address, context, host, timeout_s, dial) as secure:
         return _exchange(secure, host or split_address(address)[0], path, headers, clock)
 
 
 @contextmanager
-def _connected(address: str, context: ssl.SSLContext, host: str, timeout_s: float) -> Iterator[ssl.SSLSocket]:
+def _connected(
+    address: str, context: ssl.SSLContext, host: str, timeout_s: float, dial: Dial = socket.create_connection
+) -> Iterator[ssl.SSLSocket]:
     """An open connection; whatever goes wrong on it becomes an error of ours."""
     name, port = split_address(address)
     try:
         with (
-            socket.create_connection((name, port), timeout=timeout_s) as plain,
+            dial((name, port), timeout_s) as plain,
             context.wrap_socket(plain, server_hostname=host or name) as secure,
         ):
             yield secure

@@ -2,6 +2,7 @@
 
 from typing import Final
 
+OFFERED: Final = "offered"
 WAITS: Final = "waits for approval"
 APPROVED: Final = "approved"
 DENIED: Final = "denied"
@@ -9,6 +10,7 @@ REFUSED: Final = "refused by rule"
 FAILED: Final = "failed"
 TRAINING: Final = "training"
 AWAY: Final = "away"
+FINISHED: Final = "finished"
 _OF_CODE: Final = {
     "ApprovalRequired": WAITS,
     "ApprovalDenied": DENIED,

@@ -10,6 +10,7 @@ import struct
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from common import site_states
 from common.errors import RemoteError, WireError
 
 MAGIC: Final = b"SILO"
@@ -91,7 +92,7 @@ def expect(data: bytes, kind: str, *, max_body_bytes: int) -> Frame:
     frame = unpack(data, max_body_bytes=max_body_bytes)
     if frame.kind == "refused":
         code, reference = (shown(frame.head.get(key, "")) for key in ("code", "reference"))
-        text = f"refused with {code}; the site's log has the reason under reference {reference}"
+        text = f"{site_states.of_code(code)} ({code}); the site's log has the reason under reference {reference}"
         raise RemoteError(text, code=code, reference=reference)
     if frame.kind != kind:
         raise WireError(f"frame is of kind '{shown(frame.kind)}', expected '{kind}'")

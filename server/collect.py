@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from common import adapter, compact, packing, ranks, trainable
+from common import adapter, compact, packing, ranks, site_states, trainable
 from common.adapter import Tensors
 from common.errors import RemoteError, SilotuneError, WireError
 from common.manifest import RunManifest
@@ -135,8 +135,18 @@ def max_reply_bytes(kind: str, manifest: RunManifest) -> int:
 
 
 def reason_of(error: SilotuneError) -> str:
-    """Why an answer does not count, fit for the run's events: a peer's refusal, or what was wrong with its bytes."""
-    return str(error) if isinstance(error, RemoteError) else f"{type(error).__name__}: {error}"
+    """Why an answer does not count, fit for the run's events: a peer's refusal, or what was wrong with its bytes.
+
+    That somebody has yet to decide is no failure, so nothing but that is told.
+    """
+    if not isinstance(error, RemoteError):
+        return f"{type(error).__name__}: {error}"
+    return str(error) if state_of(error) != site_states.WAITS else site_states.WAITS
+
+
+def state_of(error: SilotuneError) -> str:
+    """The state of the site whose answer does not count: what its refusal means, else that it failed."""
+    return site_states.of_code(error.code) if isinstance(error, RemoteError) else site_states.FAILED
 
 
 def _answer(node_id: int, reply: Reply) -> Answer:

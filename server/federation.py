@@ -66,8 +66,8 @@ class Federation:
             and have no part in it before they answer.
         suspects: Nodes that let the wait of a step pass, and have answered no step since.
         names: The node of each site name. A name stays with the node that told it first, under the key of the site.
-        told_names: The names that nodes told in an earlier try of the run; for showing only, as nobody has vouched for
-            them yet.
+        told_names: The names under which nodes were registered, or that they told in an earlier try of the run; for
+            showing only, as nobody has vouched for them yet.
         doubtful: Nodes that failed at a step; their agent may have started anew, so they are offered the run again.
         metrics: Last held-out figures of each site, by name.
         offer: The signed manifest; None offers it unsigned, which only sites without a policy take.
@@ -167,9 +167,9 @@ class Federation:
         if answer.is_late:
             self.silent.add(answer.node_id)
             self.suspects.add(answer.node_id)
-        reason = collect.reason_of(error)
+        reason, state = collect.reason_of(error), site_states.AWAY if answer.is_late else collect.state_of(error)
         self.record("failed", step=step, site=self.name(answer.node_id), **of_error(error))
-        self.log.append("site_failed", site=self.name(answer.node_id), step=step, reason=reason)
+        self.log.append("site_failed", site=self.name(answer.node_id), step=step, state=state, reason=reason)
 
     def record(self, kind: str, **facts: Any) -> None:
         """Write into the audit log, if one is kept; on the disk when this returns.
@@ -294,7 +294,7 @@ def _admit(federation: Federation, answer: collect.Answer) -> None:
         return
     except SilotuneError as error:
         federation.refused[answer.node_id] = collect.reason_of(error)
-        _tell_refusal(federation, answer.node_id, error, state=site_states.FAILED)
+        _tell_refusal(federation, answer.node_id, error)
         return
     told = {"site": head.site, "num_examples": head.num_examples, **of_frame(answer.frame)}
     federation.record("opened", node=str(answer.node_id), **told)
@@ -305,24 +305,22 @@ def _admit(federation: Federation, answer: collect.Answer) -> None:
 
 def _take_refusal(federation: Federation, node_id: int, error: RemoteError) -> None:
     """Remember a site that said no; one where a person has yet to decide counts as away and is asked again."""
-    state = site_states.of_code(error.code)
-    if state != site_states.WAITS:
+    if collect.state_of(error) != site_states.WAITS:
         federation.refused[node_id] = collect.reason_of(error)
     else:
-        federation.away[node_id] = state
+        federation.away[node_id] = site_states.WAITS
         is_known = node_id in federation.asked_at
         federation.asked_at[node_id] = federation.clock()
         if is_known:
             return
-    _tell_refusal(federation, node_id, error, state=state)
+    _tell_refusal(federation, node_id, error)
 
 
-def _tell_refusal(federation: Federation, node_id: int, error: SilotuneError, *, state: str) -> None:
+def _tell_refusal(federation: Federation, node_id: int, error: SilotuneError) -> None:
     """Log why a node does not take part, or not yet; under its site's name where that is known."""
     federation.record("refused", step="open", node=str(node_id), **of_error(error))
-    reason = state if state == site_states.WAITS else collect.reason_of(error)
-    named = {"node": node_id, "site": federation.name(node_id), "state": state}
-    federation.log.append("site_refused", **named, reason=reason)
+    named = {"node": node_id, "site": federation.name(node_id), "state": collect.state_of(error)}
+    federation.log.append("site_refused", **named, reason=collect.reason_of(error))
 
 
 def _deciding(federation: Federation) -> set[int]:

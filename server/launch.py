@@ -1,5 +1,6 @@
 """Starting a run at a SuperLink and watching it; the run itself is done by the SuperLink's ServerApp process."""
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from common import config, events, privacy_plan
+from common import config, events, privacy_plan, storage
 from common.errors import GateRefused, ProtocolError, TransportError
 from common.events import Event
 from server import link, lock, offer, report, status
@@ -87,6 +88,8 @@ def run(
     }
     screen = Screen(Console(file=sys.stderr if is_quiet else sys.stdout, highlight=False))
     with link.connect(address, ca_file=ca_file, identity=identity) as connected:
+        names = {str(node_id): name for node_id, name in connected.names().items()}
+        storage.write_atomic(folder / server_run.NODES_FILE, json.dumps(names).encode())
         run_id = connected.start_run(options, bundle=link.build_bundle())
         last = _watch(connected, run_id, log.path, screen, num_old=num_old)
     return _ending(folder, last)

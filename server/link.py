@@ -100,6 +100,10 @@ class Link:
         nodes = self._client.ListNodes(ListNodesRequest()).nodes_info
         return sorted(node.node_id for node in nodes if node.status == "online")
 
+    def names(self) -> dict[int, str]:
+        """The name of each node that was registered under one, by the node's id."""
+        return {node.node_id: node.name for node in self._client.ListNodes(ListNodesRequest()).nodes_info if node.name}
+
     def start_run(self, run_config: UserConfig, *, bundle: bytes) -> int:
         """Submit a run; returns its id.
 

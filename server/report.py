@@ -70,6 +70,7 @@ def render(log: Sequence[Event], *, is_live: bool = True, num_damaged: int = 0) 
         plan=plans[-1] if plans else None,
         status=status(log, is_live=is_live),
         joined=list({event["site"]: event for event in _of(log, "site_joined")}.values()),
+        states=states(log),
         rounds=rounds,
         gap_table=gaps.table(rounds),
         spent=rounds[-1] if rounds and "epsilon" in rounds[-1] else None,
@@ -133,6 +134,37 @@ def status(log: Sequence[Event], *, is_live: bool = True) -> str:
     return f"interrupted, {done} of {planned} rounds{stage}; {GO_ON}"
 
 
+def states(log: Sequence[Event]) -> dict[str, list[str]]:
+    """How each site stood last in the newest try: state to sites, in the order of their names.
+
+    Example:
+        >>> joined = {"kind": "site_joined", "node": 1, "site": "north"}
+        >>> waits = {"kind": "site_refused", "node": 2, "state": "waits for approval", "reason": ""}
+        >>> states([joined, waits])
+        {'approved': ['north'], 'waits for approval': ['node 2']}
+        >>> states([joined, {"kind": "round_started", "sites": ["north"]}, {"kind": "run_finished"}])
+        {'finished': ['north']}
+    """
+    starts = [index for index, event in enumerate(log) if event["kind"] == "run_started"]
+    names = {event["node"]: event["site"] for event in _of(log, "site_joined") if "node" in event}
+    found: dict[str, str] = {}
+    for event in log[starts[-1] :] if starts else log:
+        kind = event["kind"]
+        if kind == "site_refused":
+            found[names.get(event["node"], _name(event))] = event.get("state", site_states.FAILED)
+        elif kind == "site_joined":
+            found[event["site"]] = site_states.APPROVED
+        elif kind in ("site_trained", "site_skipped", "site_failed"):
+            known = {"site_trained": site_states.TRAINING, "site_skipped": site_states.AWAY}
+            found[event["site"]] = known.get(kind) or event.get("state", site_states.FAILED)
+        elif kind == "round_started":
+            found |= dict.fromkeys(event["sites"], site_states.TRAINING)
+        elif kind == "run_finished":
+            part = (site_states.APPROVED, site_states.TRAINING)
+            found = {site: site_states.FINISHED if state in part else state for site, state in found.items()}
+    return {state: sorted(site for site, own in found.items() if own == state) for state in sorted({*found.values()})}
+
+
 def chart(evaluated: Sequence[Event]) -> Chart:
     """Curves of the held-out loss: all sites in black, each site in a colour (grey beyond seven)."""
     by_round = {event["num_rounds"]: event for event in evaluated}
@@ -189,8 +221,13 @@ def _of(log: Sequence[Event], kind: str) -> list[Event]:
 def _refusals(log: Sequence[Event]) -> list[Event]:
     """Refusals under the name of their site, once that is known; a site that somebody approved later was no trouble."""
     names = {event["node"]: event["site"] for event in _of(log, "site_joined")}
-    refused = [{**one, "site": names.get(one["node"], f"node {one['node']}")} for one in _of(log, "site_refused")]
+    refused = [{**one, "site": names.get(one["node"], _name(one))} for one in _of(log, "site_refused")]
     return [one for one in refused if one.get("state") != site_states.WAITS or one["node"] not in names]
+
+
+def _name(event: Event) -> str:
+    """Whom an event of a node is about."""
+    return str(event.get("site", f"node {event['node']}"))
 
 
 def _flagged(log: Sequence[Event]) -> list[Event]:

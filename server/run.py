@@ -47,6 +47,7 @@ from server.polish.kept_apart import KnownRows
 
 RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.json"
+NODES_FILE = "nodes.json"  # names of nodes, by their numbers
 EXPORT_FOLDER = "adapter"
 EXPERIMENTAL = (
     "aggregation.method = '{method}' is experimental: that it helps, only its authors have shown; "
@@ -149,9 +150,7 @@ def _execute(
         suite.require_same(measured.sha256, stored_manifest(folder).evaluation_sha256)
     fed = Federation(manifest, fleet, table.find(settings.aggregation.method), folder, log, suite=measured)
     fed.make_noise = make_noise
-    if resume and log.path.is_file():
-        joined = [event for event in events.read(log.path) if event["kind"] == "site_joined"]
-        fed.told_names = {event["node"]: event["site"] for event in joined}
+    fed.told_names = _names_of_nodes(folder, log, resume=resume)
     if operator:
         fed.offer, fed.trail = operator.make_offer(manifest), operator.trail
     first, damaged = _start(manifest, engine, folder, resume=resume)
@@ -176,6 +175,14 @@ def _execute(
         played = stages.run(fed, tensors, engine=engine)
         at_sites.ask(fed, played)
         return finish(fed, tensors, played)
+
+
+def _names_of_nodes(folder: Path, log: EventLog, *, resume: bool) -> dict[int, str]:
+    """Under which nodes were registered, where the run was started at a SuperLink, and which they told before."""
+    path = folder / NODES_FILE
+    names = {int(node_id): name for node_id, name in json.loads(path.read_bytes()).items()} if path.is_file() else {}
+    past = events.read(log.path) if resume and log.path.is_file() else []
+    return names | {event["node"]: event["site"] for event in past if event["kind"] == "site_joined"}
 
 
 def manifest_of(settings: config.RunConfig, engine: Engine, *, evaluation_sha256: str = "") -> RunManifest:

@@ -146,11 +146,9 @@ class Screen:
 
     def _on_site_refused(self, event: Event) -> None:
         """A node that does not take part."""
-        who, state = event.get("site", f"node {event['node']}"), event.get("state", "refused")
-        if state == site_states.WAITS:
-            self._print(f"  [yellow]waits[/]     {_escape(who)}: {_escape(event['reason'])}")
-        else:
-            self._print(f"  [red]refused[/]   {_escape(who)}: {_escape(event['reason'])}")
+        colour = "yellow" if event.get("state") == site_states.WAITS else "red"
+        who = _escape(event.get("site", f"node {event['node']}"))
+        self._print(f"  [{colour}]site[/]      {who}: {_escape(_with_state(event))}")
 
     def _on_round_started(self, event: Event) -> None:
         """Who trains now."""
@@ -164,7 +162,7 @@ class Screen:
 
     def _on_site_failed(self, event: Event) -> None:
         """An answer that does not count."""
-        self._print(f"  [red]{_escape(event['site'])}[/] {event['step']}: {_escape(event['reason'])}")
+        self._print(f"  [red]{_escape(event['site'])}[/] {event['step']}: {_escape(_with_state(event))}")
 
     def _on_site_skipped(self, event: Event) -> None:
         """A site that fell silent and is not waited for."""
@@ -340,6 +338,12 @@ class Screen:
         elif text:
             self._status = self.console.status(_escape(text))
             self._status.start()
+
+
+def _with_state(event: Event) -> str:
+    """Why a site does not take part, with its state before it unless the reason begins with that."""
+    state, reason = str(event.get("state", "")), str(event["reason"])
+    return reason if reason.startswith(state) else f"{state}: {reason}"
 
 
 def _rows(joined: Collection[Event]) -> str:

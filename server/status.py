@@ -12,7 +12,7 @@ from server import checkpoint, export_words, lock, report, troubleshooting
 from server.evaluate import view
 from server.gate import words
 from server.polish import told
-from server.show import percent
+from server.show import MAX_NAMED, percent
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -27,6 +27,7 @@ def read(folder: Path) -> dict[str, Any]:
     return {
         "status": report.status(log, is_live=is_live),
         "is_live": is_live,
+        "states": report.states(log),
         "damaged_events": damaged,
         "damage": events.in_words(path, damaged) if damaged else "",
         "finished_rounds": checkpoint.finished(folder),
@@ -76,6 +77,8 @@ def render(result: dict[str, Any]) -> Table:
     table.add_row("status", str(result["status"]))
     if result["damage"]:
         table.add_row("damaged", Text(result["damage"]))
+    for state, names in result["states"].items():
+        table.add_row("sites", Text(f"{state}: {', '.join(names) if len(names) <= MAX_NAMED else len(names)}"))
     table.add_row("checkpoints", f"{len(done)}, newest after round {done[-1]}" if done else "none")
     for stage in result["finished_stages"]:
         table.add_row("polish", stage)

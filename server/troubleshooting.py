@@ -26,7 +26,7 @@ MORE_REPEATED: Final = 0.1  # rise of the share of repeated pieces
 MAX_EATEN: Final = 0.3  # of what the adapter does; more of it lost is seen in its answers
 _MEMORY: Final = (r"\bout of memory\b", r"\bOutOfMemory", r"MemoryError\b")
 _NOT_FINITE: Final = (r"\bdiverged\b", r"\bnot finite\b", r"\bis -?(?:nan|inf)\b")
-_TOLD: Final = (r"\brefused with ModelError\b",)  # all that a site whose loss is not finite tells
+_TOLD: Final = (r"\bfailed \(ModelError\)",)  # all that a site whose loss is not finite tells
 
 
 @dataclass(frozen=True)

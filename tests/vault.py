@@ -162,7 +162,12 @@ def write_key(path: Path, key: Ed25519PrivateKey) -> None:
 
 def node(folder: Path, name: str, *, roster_folder: Path | None = None) -> config.NodeConfig:
     """The site's own file."""
-    agent = {"log_folder": str(folder), "policy": "p", "policy_signer": "ab" * 32, "identity_key": "k"}
+    agent = {
+        "log_folder": str(folder),
+        "policy": str(folder / "policy.toml"),
+        "policy_signer": "ab" * 32,
+        "identity_key": "k",
+    }
     agent |= {"roster_folder": str(roster_folder)} if roster_folder else {}
     return config.NodeConfig.model_validate({"site": {"name": name}, "data": {"path": "rows.jsonl"}, "agent": agent})
 

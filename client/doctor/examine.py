@@ -92,6 +92,7 @@ def _of_agent(patient: Patient, node: config.NodeConfig, folder: Path | None, al
     return [
         work.rules(node, folder),
         work.audit_log(node),
+        work.in_force(node, is_running=host.agent_pid(Path(node.agent.socket)) is not None),
         work.rows(node, allowed),
         work.bases(found, allowed, store=str(shelf)),
         _memory(patient, node, allowed, found),
@@ -121,12 +122,12 @@ def _of_host(patient: Patient, node: config.NodeConfig, folder: Path | None) -> 
     path = Path(node.agent.socket)
     units = host.units_of(patient.units, folder)
     limit = host.core_limit(host.agent_pid(path))
-    outcome = host.shake_hands(patient.gateway, folder, clock=patient.clock)
+    outcome = host.shake_hands(patient.gateway, folder, clock=patient.clock, settings=node.link)
     skew_s = None if outcome is None or isinstance(outcome, SilotuneError) else outcome.skew_s
     return [
         host.agent(path),
         host.core_dumps(limit, unit=units.get(host.AGENT_UNIT), pattern=host.core_pattern()),
         host.reporting(units),
-        host.gateway(outcome),
+        host.gateway(outcome, proxy=node.link.proxy),
         doctor_checks.clock(skew_s),
     ]

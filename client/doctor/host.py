@@ -8,11 +8,15 @@ import shlex
 import socket
 import stat
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from client import doorkeeper, enroll, line, link, service
+from client import proxy as proxying
+from client.proxy import Proxy
 from common import certs, kit, probe, quiet, wire
+from common.config import LinkConfig
 from common.doctor import Result, check, failed, ok, skipped, warning
 from common.errors import ConfigError, SilotuneError
 from common.probe import Answer
@@ -23,6 +27,7 @@ SWITCHES: Final = ("FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK")
 CORE_PATTERN: Final = Path("/proc/sys/kernel/core_pattern")
 DRY_PATH: Final = "/v1/fleet/get-run"  # without a signature the SuperLink answers 401 and does nothing
 UNAUTHENTICATED: Final = 401
+NO_PROXY: Final = LinkConfig()
 _ASK: Final = "ask the coordinator"
 _REFUSALS: Final = {
     "not_in_roster": (
@@ -141,12 +146,13 @@ def reporting(units: Mapping[str, str]) -> Result:
     return failed("\n".join(problems)) if problems else ok(f"off in {', '.join(sorted(ours))}")
 
 
-@check("gateway", remedy="check the address; a proxy between here and there must not open TLS")
-def gateway(outcome: Answer | SilotuneError | None) -> Result:
+@check("gateway", remedy=link.INSPECTION)
+def gateway(outcome: Answer | SilotuneError | None, *, proxy: str = "") -> Result:
     """Judge how the gateway answered the dry handshake.
 
     Args:
         outcome: From `shake_hands`.
+        proxy: Through which it was asked; empty: none.
 
     Raises:
         SilotuneError: There was no answer.
@@ -155,7 +161,8 @@ def gateway(outcome: Answer | SilotuneError | None) -> Result:
         return skipped("not asked", "give --gateway HOST:PORT and --keys DIR")
     if isinstance(outcome, SilotuneError):
         raise outcome
-    start = f"{outcome.tls} with this site's certificate"
+    through = f" through the proxy {proxy}" if proxy else ""
+    start = f"{outcome.tls} with this site's certificate{through}"
     if outcome.reason == "node_key_missing":
         return ok(f"{start}, which is in the roster; without a node.key that can be used the SuperLink is not reached")
     if outcome.reason in _REFUSALS:
@@ -166,13 +173,16 @@ def gateway(outcome: Answer | SilotuneError | None) -> Result:
     return failed(f"{start}; then {outcome.status}, which is no answer of our gateway", f"{_ASK} for its address")
 
 
-def shake_hands(address: str, folder: Path | None, *, clock: Callable[[], float]) -> Answer | SilotuneError | None:
+def shake_hands(
+    address: str, folder: Path | None, *, clock: Callable[[], float], settings: LinkConfig = NO_PROXY
+) -> Answer | SilotuneError | None:
     """Try the way of the link and the courier, up to a request that nobody signed and that changes nothing.
 
     Args:
         address: `host:port` of the gateway's listener for sites; empty: nobody is asked.
         folder: Where certificate, TLS key and node key lie.
         clock: Unix seconds.
+        settings: The proxy on the way.
 
     Returns:
         The answer, or why there is none; None where nobody was asked.
@@ -186,9 +196,18 @@ def shake_hands(address: str, folder: Path | None, *, clock: Callable[[], float]
             key_file=folder / enroll.TLS_KEY,
         )
         headers = {"content-type": "application/protobuf", **_node_header(folder / enroll.NODE_KEY)}
-        return probe.ask(address, context=context, path=DRY_PATH, headers=headers, clock=clock)
+        way = proxying.of_site(settings)
+        dial = socket.create_connection if way is None else partial(_through, way)
+        return probe.ask(address, context=context, path=DRY_PATH, headers=headers, clock=clock, dial=dial)
     except SilotuneError as error:
         return error
+
+
+def _through(way: Proxy, target: tuple[str, int], timeout_s: float) -> socket.socket:
+    """A connection in the proxy's tunnel."""
+    opened = proxying.connect(way, target, timeout_s=timeout_s)
+    opened.settimeout(timeout_s)
+    return opened
 
 
 def units_of(*folders: Path | None) -> dict[str, str]:

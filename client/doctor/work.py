@@ -72,6 +72,21 @@ def audit_log(node: config.NodeConfig) -> Result:
     return ok(f"entries: {num_entries:,}, whole; {count(len(past.runs), 'run')}")
 
 
+@check("policy in force", remedy="restart the agent: systemctl restart silotune-agent")
+def in_force(node: config.NodeConfig, *, is_running: bool) -> Result:
+    """Hold the policy's file against the one that the running agent has begun with, as its audit log tells."""
+    if not node.agent.policy:
+        return skipped("there is no policy")
+    signed = policy_file.load(Path(node.agent.policy), signer=node.agent.policy_signer)
+    if not is_running:
+        return ok(f"no agent runs; the next one begins with serial {signed.rules.serial}")
+    past, _ = read_history(node)
+    if past.policy_sha256 != signed.sha256:
+        began = f"with serial {past.serial}" if past.serial >= 0 else "without a policy"
+        return failed(f"the running agent began {began}; the file, with serial {signed.rules.serial}, is another one")
+    return ok(f"serial {past.serial}, with which the running agent began")
+
+
 @check("data", remedy="correct the file; silotune-client check NODE.toml names every problem")
 def rows(node: config.NodeConfig, allowed: Policy | None) -> Result:
     """Count the rows, and hold the counts against the policy; text of a row is never told."""
@@ -109,10 +124,11 @@ def bases(found: Mapping[str, Path], allowed: Policy | None, *, store: str) -> R
     """
     from common import base_files  # loads transformers
 
-    here = ", ".join(f"{folder.name} ({sha256[:12]})" for sha256, folder in found.items())
     if not found:
         return failed(f"no base model in {store}")
     listed = {base.sha256 for base in allowed.models.allow} if allowed else set(found)
+    shown = {sha256: sha256[:12] if sha256 in listed else sha256 for sha256 in found}  # whole, to be listed
+    here = ", ".join(f"{folder.name} ({shown[sha256]})" for sha256, folder in found.items())
     for folder in [folder for sha256, folder in found.items() if sha256 in listed]:
         base_files.tokenizer_of(folder)
         base_files.check_unquantised(folder)

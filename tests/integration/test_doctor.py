@@ -14,6 +14,7 @@ import pytest
 
 from client.doctor import host
 from common import doctor_checks, probe
+from common.config import LinkConfig
 from common.errors import AuthError, TransportError
 from server import link
 from server.doctor import gateway as gateway_doctor
@@ -22,6 +23,7 @@ from server.gateway import settings
 from simulations import deployment, loopback_keys
 from simulations.deployment import HOST
 from tests import federations, patients
+from tests.connect_proxy import ConnectProxy
 from tests.unit.server.test_doctor import GATEWAY
 
 
@@ -217,6 +219,21 @@ def test_a_proxy_that_speaks_no_tls_and_one_that_says_nothing(world):
             with pytest.raises((AuthError, TransportError)):
                 probe.ask(address, context=ssl.create_default_context(), path="/", headers={})
             answering.join(10)
+
+
+def test_a_proxy_on_the_way_is_passed_and_one_that_wants_a_password_is_told_with_the_remedy(world):
+    def ask(between: ConnectProxy):
+        settings, keys = LinkConfig(proxy=f"http://127.0.0.1:{between.port}"), world.federation.keys("alder")
+        outcome = host.shake_hands(world.address("fleet"), keys, clock=time.time, settings=settings)
+        return host.gateway(outcome, proxy=settings.proxy)
+
+    with ConnectProxy() as between:
+        found = ask(between)
+    assert found.status == "ok"
+    assert f"this site's certificate through the proxy http://127.0.0.1:{between.port}" in found.found
+    with ConnectProxy(password="a:b") as between:
+        refused = ask(between)
+    assert (refused.status, "link.proxy_auth_file" in refused.remedy) == ("failed", True)
 
 
 def test_a_revoked_site(world):

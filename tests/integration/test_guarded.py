@@ -20,7 +20,7 @@ import pytest
 
 from client import consent, line, review
 from client.history import AUDIT_FILE
-from common import audit, config, identity, kit, wire
+from common import audit, config, events, identity, kit, wire
 from common.errors import SilotuneError
 from common.wire import Frame
 from server import admit, launch
@@ -177,6 +177,7 @@ def test_one_site_behind_gateway_and_link_trains_the_simulations_adapter(tiny_ba
         case.launch(running)
         check_log(running.nodes[SITES[0]], tmp_path / "run", ["offered", "opened"])
         check_revocation(running, SITES[0])
+    assert [*json.loads((tmp_path / "run" / server_run.NODES_FILE).read_bytes()).values()] == [SITES[0]]
     assert digest(tmp_path / "run") == adapter
     assert case.simulate("other", seed=6)[0] != adapter  # control: the adapter depends on the seed
 
@@ -201,6 +202,16 @@ def played(case, expected):
         case.launch(running)
         approving.join(1)
         yield running
+
+
+@pytest.mark.slow
+def test_who_waited_has_a_name_and_is_no_trouble_once_it_was_approved(case, played):
+    log = events.read(case.folder / "run" / events.FILE)
+    waited = [event for event in log if event["kind"] == "site_refused"]
+    assert waited
+    assert {event["site"] for event in waited} <= set(SITES)
+    assert {(event["state"], event["reason"]) for event in waited} == {("waits for approval", "waits for approval")}
+    assert "What went wrong" not in (case.folder / "run" / "report.html").read_text()
 
 
 @pytest.mark.slow

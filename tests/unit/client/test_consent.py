@@ -1,6 +1,7 @@
 """Offers, reviews and decisions, as the people of a site see them."""
 
 import json
+import re
 from dataclasses import replace
 from io import StringIO
 
@@ -8,10 +9,12 @@ import pytest
 from rich.console import Console
 
 from client import cli as client_cli
-from client import consent, review
+from client import consent, policy_file, review
+from client.agent import SiteData
 from common import audit_heads, cli, identity
 from common.audit_heads import Heads
 from common.errors import AuditError, ConfigError, DataError, ModelError
+from common.wire import Frame
 from server import cli as server_cli
 from tests import vault
 
@@ -245,6 +248,56 @@ def test_a_run_that_a_rule_turned_away_is_listed_with_the_rule_until_it_is_taken
     assert told["greedy"] == ("waits for approval", "")  # control
 
 
+def test_a_run_is_training_until_its_last_round_is_answered_and_then_finished(site, node_file, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(site.gate, "_tell", told.append)
+    listed = lambda: {run["name"]: run for run in review.runs(desk(site, node_file))}  # noqa: E731
+    site.open()
+    assert listed()["tiny"]["state"] == "approved"
+    site.step()
+    shown = StringIO()
+    Console(file=shown, width=200).print(review.render_runs([*listed().values()], now=vault.NOW + 3 * 3600))
+    assert "training, last answer 3 h ago" in shown.getvalue()
+    site.step("evaluate", round_index=1)
+    assert listed()["tiny"]["state"] == "training"  # control
+    site.step(round_index=1)
+    run = listed()["tiny"]
+    assert (run["state"], run["num_rounds_answered"], run["answered_at"]) == ("finished", 2, vault.NOW)
+    assert told == [
+        "approved: run 'tiny' is open",
+        "training: run 'tiny', round 1 of 2 is answered",
+        "finished: run 'tiny', round 2 of 2 is answered",
+    ]
+
+
+def test_a_run_that_was_not_drawn_for_its_last_round_is_finished_by_the_evaluation_after_it(site, node_file):
+    site.open()
+    site.step()
+    site.step("evaluate", round_index=2)
+    assert [run["state"] for run in review.runs(desk(site, node_file))] == ["finished"]
+
+
+def test_what_failed_here_is_no_refusal_by_rule_and_a_refused_step_is_listed_until_one_is_answered(site, node_file):
+    listed = lambda: [(run["state"], run["rule"]) for run in review.runs(desk(site, node_file))]  # noqa: E731
+    rows, site.data = site.data, SiteData((), ())
+    answer = site.open()
+    assert answer.head["code"] == "DataError"
+    assert listed() == [("failed", "DataError")]
+    assert review.runs(desk(site, node_file))[0]["reference"] == answer.head["reference"]
+    site.data = rows
+    site.open()
+    state = {name: 1e3 + tensor for name, tensor in site.begun(site.manifest()).items()}
+    assert site.step(state=state).kind == "refused"
+    assert listed() == [("refused by rule", "train.max_tensor_norm")]
+    site.step("evaluate")
+    assert listed() == [("training", "")]
+
+
+def test_a_refused_step_of_a_run_that_nobody_offered_is_in_no_list(site, node_file):
+    site.ask(Frame("train", {"run_sha256": "ab" * 32, "round_index": 0}))
+    assert [run["name"] for run in review.runs(desk(site, node_file))] == ["tiny"]
+
+
 def test_the_commands_for_people(site, node_file, capsys):
     for arguments in (["runs"], ["review"], ["audit", "show"]):
         cli_arguments = [*arguments, str(node_file), *(["tiny"] if arguments == ["review"] else [])]
@@ -291,7 +344,42 @@ def test_keys_and_signature_by_command(tmp_path, site, capsys):
     key, policy = tmp_path / "keys" / "admin.pem", site.folder / "policy.toml"
     public = command(client_cli, "new-key", str(key), capsys=capsys)[1]["public_key"]
     signed = command(client_cli, "sign-policy", str(policy), "--key", str(key), capsys=capsys)[1]
-    assert signed == {"signature": f"{policy}.sig", "policy_signer": public}
+    assert signed == {"signature": f"{policy}.sig", "policy_signer": public, "serial": 3, "notes": []}
+    policy.write_text(site.policy.replace("[[models.allow]]", "[[models.other]]"))
+    with pytest.raises(SystemExit):
+        cli.run(client_cli.app, ["sign-policy", str(policy), "--key", str(key)])
+    assert "models.allow  must be set" in capsys.readouterr().err
+
+
+def test_who_signs_is_told_what_is_still_empty_and_that_the_agent_must_be_restarted(tmp_path, site, capsys):
+    policy = site.folder / "policy.toml"
+    policy.write_text(re.sub(r"targets = .*", "targets = []", site.policy))
+    vault.write_key(tmp_path / "admin.pem", vault.ADMIN)
+    client_cli.app(["sign-policy", str(policy), "--key", str(tmp_path / "admin.pem")], standalone_mode=False)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "note: lora.targets is empty, so no run can pass" in told
+    assert "restart the agent (systemctl restart silotune-agent)" in told
+
+
+def test_an_edited_policy_is_not_in_force_before_a_restart_and_agent_and_reviewer_say_so(site, node_file, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(site.gate, "_tell", told.append)
+    assert page(site, node_file)[0].facts["this site's policy"] == "serial 3"
+    changed = site.policy.replace("serial = 3", "serial = 4").replace("max_rounds = 4", "max_rounds = 1")
+    (site.folder / "policy.toml").write_text(changed)
+    policy_file.sign(site.folder / "policy.toml", vault.ADMIN)
+    for _ in range(2):
+        assert site.open().kind == "opened"  # two rounds: the old policy's four still hold
+    assert [line for line in told if "policy.toml" in line] == [
+        f"{site.folder / 'policy.toml'} has changed; serial 3, with which this agent began, stays in force until it is "
+        "restarted"
+    ]
+    shown = page(site, node_file)[0]
+    assert "the agent began with serial 3: restart it" in shown.facts["this site's policy"]
+    assert "max_rounds" in shown.refusal
+    site.start(changed)  # control
+    assert site.open().head["code"] == "PolicyRefusedError"
+    assert page(site, node_file)[0].facts["this site's policy"] == "serial 4"
 
 
 def test_a_site_without_policy_has_nothing_to_approve(tmp_path, node_file):

@@ -263,10 +263,13 @@ def test_a_name_of_a_data_set_is_never_looked_up(site):
 
 
 def test_a_base_that_is_damaged_missing_or_not_listed(site):
-    assert site.find("base models").status == "ok"
+    found = site.find("base models")
+    assert (found.status, site.base_sha256 in found.found) == ("ok", False)
     store = site.folder / "models"
     site.sign(sha256=f'"{"ab" * 32}"')
-    assert "policy allows tiny (abababababab)" in site.find("base models").found
+    found = site.find("base models").found
+    assert "policy allows tiny (abababababab)" in found
+    assert f"tiny ({site.base_sha256}) here" in found  # whole, to be listed
     site.sign()
     (store / "tiny").unlink()
     shutil.copytree(site.base, store / "tiny")

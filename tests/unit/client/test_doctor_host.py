@@ -6,8 +6,9 @@ import socket
 
 import pytest
 
-from client import service
+from client import serve, service
 from client.doctor import host
+from tests.connect_proxy import ConnectProxy
 
 QUIET_UNIT = "[Service]\nLimitCORE=0\nEnvironment=FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1\n"
 
@@ -38,6 +39,13 @@ def test_an_agent_that_runs_and_one_that_has_gone(site):
         found = {result.name: result for result in site.examine().results}
         assert (found["agent"].status, "idle" in found["agent"].found) == ("ok", True)
         assert host.agent_pid(path) == os.getpid()
+        assert "began without a policy" in found["policy in force"].found
+        serve.make_guard(site.node)
+        assert site.find("policy in force").status == "ok"
+        site.sign(serial="4")
+        edited = site.find("policy in force")
+        assert (edited.status, "systemctl restart" in edited.remedy) == ("failed", True)
+        assert "began with serial 3; the file, with serial 4" in edited.found
         assert host.core_limit(os.getpid()) is not None
     finally:
         server.stop(None).wait()
@@ -45,6 +53,14 @@ def test_an_agent_that_runs_and_one_that_has_gone(site):
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
     assert (site.find("agent").status, host.agent_pid(path)) == ("failed", None)
+
+
+def test_the_gateway_is_asked_through_the_proxy_of_the_sites_file(site):
+    with ConnectProxy(answer=lambda near: near.sendall(b"HTTP/1.1 403 No\r\n\r\n")) as between:
+        site.edit("[agent]", f'[link]\nproxy = "http://127.0.0.1:{between.port}"\n\n[agent]')
+        found = site.find("gateway", gateway="gate.example:9443")
+    assert (found.status, found.found) == ("failed", f"the proxy 127.0.0.1:{between.port} forbids a tunnel (403)")
+    assert "allow CONNECT to gate.example:9443" in found.remedy
 
 
 @pytest.mark.parametrize(

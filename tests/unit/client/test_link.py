@@ -6,15 +6,18 @@ import random
 import socket
 import ssl
 import stat
+import time
 from dataclasses import dataclass, field
 
 import pytest
 from flwr.proto.fab_pb2 import Fab, GetFabResponse
 
-from client import bundle, link, relay
-from common.errors import ConfigError
+from client import bundle, link, proxy, relay
+from common import config
+from common.errors import ConfigError, TransportError
 from server import link as server_link
 from tests.attacks.pki import Pki
+from tests.connect_proxy import ConnectProxy
 from tests.federations import shake_hands
 
 ASK = b"POST " + bundle.PATH + b" HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n"
@@ -80,14 +83,14 @@ def test_an_address_without_host_or_port_is_refused(address, tmp_path):
         )
 
 
-def carry(tmp_path, pki, remote, *, requests: bytes = ASK, bundles=(bundle.SHA256,)) -> bytes:
+def carry(tmp_path, pki, remote, *, requests: bytes = ASK, bundles=(bundle.SHA256,), by=None) -> bytes:
     """Send requests through a tunnel; what came back until the end."""
 
     async def run() -> bytes:
         inward, ended = link.inward_context(tmp_path), asyncio.Event()
 
         async def accept(reader, writer):
-            await link._carry(reader, writer, outward(pki), remote=remote, bundles=bundles)
+            await link._carry(reader, writer, link.Way(remote, outward(pki), by), bundles=bundles)
             ended.set()
 
         async with await asyncio.start_server(accept, "127.0.0.1", 0, ssl=inward) as server:
@@ -248,3 +251,124 @@ def test_a01_control_a_site_may_list_another_bundle(tmp_path, pki):
 def test_a_refusal_of_the_gateway_is_handed_on_as_it_is(tmp_path, pki):
     answer = http(b"", status="403 Forbidden", more="connection: close\r\n")
     assert Gateway(pki, (answer,)).through(tmp_path) == answer
+
+
+ANSWER = http(b"the gateway's own words")
+ASK_RUN = ASK.replace(bundle.PATH, b"/v1/fleet/get-run")
+
+
+def test_through_a_proxy_the_gateway_sees_the_sites_certificate_and_the_proxy_sees_no_word(tmp_path, pki, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")  # which nobody reads
+    with ConnectProxy(password="alder:secret word") as between:
+        gateway = Gateway(pki, (ANSWER,))
+        way = between.way(tmp_path, password="alder:secret word")
+        assert gateway.through(tmp_path, requests=ASK_RUN, by=way) == ANSWER
+    assert gateway.subjects == [((("commonName", "alder"),),)]
+    assert len(between.asked) == 1
+    assert between.asked[0].startswith(b"CONNECT 127.0.0.1:")
+    assert len(between.passed) > 1000
+    assert b"words" not in between.passed
+    assert b"fleet" not in between.passed
+    assert "secret" not in repr(way)
+
+
+def test_without_a_proxy_none_is_passed_whatever_the_environment_says(tmp_path, pki, monkeypatch):
+    with ConnectProxy() as between:
+        for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{between.port}")
+        assert Gateway(pki, (ANSWER,)).through(tmp_path, requests=ASK_RUN) == ANSWER
+    assert between.asked == []
+
+
+def test_a_proxy_that_opens_tls_is_refused_by_its_certificate_and_hears_nothing(tmp_path, pki, caplog):
+    (tmp_path / "other").mkdir()
+    other = Pki(tmp_path / "other")  # the proxy's own authority, as a company installs it on its machines
+    other.issue("gateway", other.servers, host="127.0.0.1")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(other.folder / "gateway.pem", other.folder / "gateway.key")
+    with ConnectProxy(opens_tls=context) as between:
+        gateway = Gateway(pki, (ANSWER,))
+        assert gateway.through(tmp_path, requests=ASK_RUN, by=between.way(tmp_path)) == b""
+    assert (len(between.asked), bytes(between.passed), gateway.subjects) == (1, b"", [])
+    assert "its certificate is not accepted" in caplog.text
+    assert "must pass TLS to the gateway on unopened" in caplog.text
+
+
+def test_control_the_same_proxy_with_a_certificate_of_the_federation_would_have_been_believed(tmp_path, pki):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pki.folder / "gateway.pem", pki.folder / "gateway.key")
+    with ConnectProxy(opens_tls=context) as between:
+        Gateway(pki, (ANSWER,)).through(tmp_path, requests=ASK_RUN, by=between.way(tmp_path))
+    assert between.passed.startswith(b"POST /v1/fleet/get-run")
+
+
+def says(text: bytes):
+    return lambda near: near.sendall(text)
+
+
+def drips(near: socket.socket) -> None:
+    while True:
+        near.sendall(b"H")
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (says(b"HTTP/1.1 407 No\r\nproxy-authenticate: Basic realm=x\r\n\r\n"), "name it as link.proxy_auth_file"),
+        (says(b"HTTP/1.1 407 No\r\nproxy-authenticate: NTLM\r\n\r\n"), "takes NTLM only"),
+        (says(b"HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n"), "to allow CONNECT to gate.example:9443"),
+        (says(b"HTTP/1.1 502 Bad Gateway\r\n\r\n"), "does not reach gate.example:9443 (502)"),
+        (says(b"HTTP/1.1 405 No\r\n\r\n"), "answered 405 to CONNECT"),
+        (says(b"SSH-2.0-OpenSSH_9.6\r\n"), "does not answer as an HTTP proxy does"),
+        (says(b"\x15\x03\x01\x00\x02\x02\x0a"), "without TLS to itself"),
+        (says(b"HTTP/1.1 200 OK\r\n" + b"x: " + bytes([65]) * 20_000), "does not answer as an HTTP proxy does"),
+        (says(b"HTTP/1.1 200 OK\r\n\r\nHello"), "does not answer as an HTTP proxy does"),
+        (says(b""), "closed the connection"),
+        (lambda near: near.recv(1), "did not open a tunnel within 0.3 s"),
+        (drips, "did not open a tunnel within 0.3 s"),
+        (says(b"HTTP/1.1 100 Continue\r\n\r\n" * 3), "closed the connection"),
+    ],
+)
+def test_a_proxy_that_opens_no_tunnel_is_told_with_a_remedy(tmp_path, answer, told):
+    with ConnectProxy(answer=answer) as between, pytest.raises(TransportError) as caught:
+        proxy.connect(between.way(tmp_path), ("gate.example", 9443), timeout_s=0.3)
+    assert told in str(caught.value)
+    assert f"127.0.0.1:{between.port}" in str(caught.value)
+    assert "; " in str(caught.value)  # a remedy
+
+
+def test_a_password_that_the_proxy_does_not_take_is_told_by_its_file(tmp_path):
+    with ConnectProxy(password="alder:right") as between, pytest.raises(TransportError) as caught:
+        proxy.connect(between.way(tmp_path, password="alder:wrong"), ("127.0.0.1", 9), timeout_s=5)
+    assert f"correct {tmp_path / 'proxy.auth'}" in str(caught.value)
+    assert "wrong" not in str(caught.value)
+
+
+def test_no_proxy_where_one_is_named_is_told_in_the_links_log(tmp_path, pki, caplog):
+    with ConnectProxy() as between:
+        way = between.way(tmp_path)
+    assert Gateway(pki, (ANSWER,)).through(tmp_path, by=way) == b""
+    assert f"the proxy 127.0.0.1:{way.port} cannot be reached" in caplog.text
+
+
+@pytest.mark.parametrize(("text", "mode", "told"), [("a:b", 0o644, "chmod 600"), ("alder", 0o600, "NAME:PASSWORD")])
+def test_a_file_of_the_password_that_is_open_or_has_none_is_refused(tmp_path, text, mode, told):
+    (tmp_path / "auth").write_text(text)
+    (tmp_path / "auth").chmod(mode)
+    settings = {"proxy": "http://proxy.example:3128", "proxy_auth_file": str(tmp_path / "auth")}
+    with pytest.raises(ConfigError, match=told):
+        proxy.of_site(config.LinkConfig.model_validate(settings))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['proxy = "https://p:1"', 'proxy = "p:1"', 'proxy = "http://me:secret@p:1"', 'proxy_auth_file = "f"'],
+)
+def test_a_proxy_that_cannot_be_used_is_refused_without_its_password(line):
+    with pytest.raises(ConfigError) as caught:
+        config.parse_node(f'[site]\nname = "north"\n[data]\npath = "x"\n[link]\n{line}', name="node.toml")
+    assert "link.proxy" in str(caught.value)
+    assert "secret" not in str(caught.value)
+    if "secret" in line:
+        assert "without name and password" in str(caught.value)

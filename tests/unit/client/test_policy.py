@@ -47,7 +47,8 @@ def test_a_run_within_the_rules_passes():
         ({"num_exact": "[0, 1]\ntext_of_rows = [0, 1]"}, "no such figure: text_of_rows"),
         ({"min_sites": "2\nno_such_rule = 1"}, "cohort.no_such_rule"),
         ({"min_slice": "3\ngenerations_leave = true"}, "evaluation.generations_leave"),
-        ({"sha256": '"short"'}, "models.allow.0.sha256"),
+        ({"sha256": '"short"'}, "models.allow.1.sha256"),
+        ({"r": "4"}, "lora.r  must be an array (you wrote 4)"),
         ({"max_bytes_per_run": "1979-05-27"}, "not a policy in TOML"),
         ({"max_bytes_per_run": "nan"}, "not a policy in TOML"),
         ({"max_bytes_per_run": "]"}, "not a policy in TOML"),
@@ -57,6 +58,31 @@ def test_a_policy_with_a_mistake_is_refused_and_the_key_is_named(change, message
     with pytest.raises(ConfigError) as caught:
         rules(**change)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"sha256": '"<64 digits>"'}, 'sha256  is not filled in: write your own value in the place of "<64 digits>"\n'),
+        ({"sha256": '"<64 digits>"'}, "  models.allow.1.sha256  is not filled in"),
+        ({"sha256": '"<64 digits>"'}, "    policy:11"),
+        ({"path": '"<folder of your rows>"'}, "data.datasets.notes.path  is not filled in"),  # valid for the schema
+        ({"operators": '["<64 digits of the operator>"]'}, "federation.operators.1  is not filled in"),
+    ],
+)
+def test_what_a_template_leaves_open_is_named_by_key_and_line(change, told):
+    with pytest.raises(ConfigError) as caught:
+        policy_file.parse(vault.policy_text(BASE, **change), name="policy")
+    assert told in str(caught.value)
+    assert "1 problem in policy" in str(caught.value)
+    assert "pattern" not in str(caught.value)
+
+
+def test_a_prompt_in_angle_brackets_is_no_placeholder():
+    text = vault.policy_text(BASE).replace(
+        "[data.datasets.notes]", '[data]\nsystem_prompts = ["<be brief>"]\n\n[data.datasets.notes]'
+    )
+    assert policy_file.parse(text, name="policy").data.system_prompts == ("<be brief>",)
 
 
 def test_all_mistakes_are_told_at_once():
@@ -201,7 +227,9 @@ def test_more_rows_than_may_be_read_are_refused():
 def test_a_signed_policy_loads_and_is_known_by_its_hash(tmp_path):
     path = tmp_path / "policy.toml"
     path.write_text(vault.policy_text(BASE))
-    assert policy_file.sign(path, vault.ADMIN) == tmp_path / "policy.toml.sig"
+    assert policy_file.sign(path, vault.ADMIN).serial == 3
+    assert policy_file.signature_path(path) == tmp_path / "policy.toml.sig"
+    assert policy_file.signature_path(path).exists()
     admin = identity.public_hex(vault.ADMIN)
     first = policy_file.load(path, signer=admin)
     assert first.rules == rules()

@@ -146,9 +146,7 @@ def test_a_refusal_is_told_as_one(manifest):
     frame = wire.pack(Frame("refused", {"code": "DataError", "reference": "0a1b"}))
     with pytest.raises(RemoteError) as caught:
         read(frame, manifest)
-    assert (
-        collect.reason_of(caught.value) == "refused with DataError; the site's log has the reason under reference 0a1b"
-    )
+    assert collect.reason_of(caught.value) == "failed (DataError); the site's log has the reason under reference 0a1b"
 
 
 def test_an_update_cannot_be_larger_than_its_tensors_and_a_header(manifest, tiny_base):

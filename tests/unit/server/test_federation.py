@@ -74,7 +74,7 @@ def test_a_run_that_enough_have_refused_is_given_up_at_once(federate, nodes, eng
 
     agent = Agent("west", load_data=unusable, load_engine=lambda _: engine, report=lambda *_: None)
     fed = federate({**nodes, 3: agent.answer})
-    with pytest.raises(TooFewSitesError, match=r"node 3: refused with DataError; the site's log .* reference"):
+    with pytest.raises(TooFewSitesError, match=r"node 3: failed \(DataError\); the site's log .* reference"):
         start(fed)
     assert fed.clock() == 1000
     assert [event["node"] for event in told("site_refused")] == [3]

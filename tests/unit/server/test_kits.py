@@ -6,6 +6,7 @@ import tomllib
 import pytest
 
 from common import config, kit
+from common.errors import ConfigError
 from server import cli
 from tests.federations import TEXT
 
@@ -45,7 +46,15 @@ def test_the_templates_are_what_their_readers_expect(joined):
         unit = (folder / f"silotune-{name}.service").read_text()
         assert "User=silotune-courier" in unit
         assert "InaccessiblePaths=-/data" in unit
-    assert "--gateway gateway.onco.example:9443" in (folder / "silotune-link.service").read_text()
+    link = (folder / "silotune-link.service").read_text()
+    assert "--gateway gateway.onco.example:9443" in link
+    assert "--node /etc/silotune/node.toml" in link
+    assert "-/etc/silotune" not in link.split("InaccessiblePaths=")[1].splitlines()[0]
+    own = (folder / "node.toml").read_text()
+    named = config.parse_node(own.replace("# proxy", "proxy"), name="node.toml").link
+    assert (named.proxy, named.proxy_auth_file[:9]) == ("http://proxy.hospital.example:3128", "/var/lib/")
+    with pytest.raises(ConfigError, match=r"agent\.policy_signer  is not filled in: write your own value"):
+        config.parse_node(own.replace("# policy", "policy").replace("# identity", "identity"), name="node.toml")
 
 
 def test_in_the_compose_file_the_agent_has_no_network_and_the_courier_no_rows(joined):

@@ -178,7 +178,8 @@ def test_status_tells_the_last_figures(tmp_path):
         log.append(**event)
     found = status.read(tmp_path)
     assert (found["held_out_loss"], found["stale"], found["finished_rounds"]) == (3.0, ["south"], [])
-    assert status.render(found).row_count == 7
+    assert status.render(found).row_count == 8
+    assert found["states"] == {"training": ["north", "south"]}
     assert found["fairness"]["loss"]["worst_site"] == "south"
 
 
@@ -233,8 +234,11 @@ def test_a_site_that_approved_later_is_no_trouble_and_one_that_did_not_has_its_n
     waits = {"kind": "site_refused", "site": "node 1", "state": "waits for approval", "reason": "waits for approval"}
     page = report.render([PLAN, {**waits, "node": 1}, *LOG[1:]])
     assert "What went wrong" not in page
-    page = text_of(report.render([PLAN, {**waits, "node": 7}, *LOG[1:]]))  # control: node 7 never joined
+    away = {**waits, "node": 7, "site": "node 7"}
+    page = text_of(report.render([PLAN, away, *LOG[1:]]))  # control: node 7 never joined
     assert "What went wrong" in page
     assert "node 7 waits for approval" in " ".join(page.split())
-    refused = {**waits, "node": 1, "state": "refused by rule", "reason": "refused with PolicyRefusedError"}
-    assert "south refused with PolicyRefusedError" in " ".join(text_of(report.render([*LOG, refused])).split())
+    registered = text_of(report.render([PLAN, {**away, "site": "west"}, *LOG[1:]]))
+    assert "west waits for approval" in " ".join(registered.split())
+    refused = {**waits, "node": 1, "state": "refused by rule", "reason": "refused by rule (PolicyRefusedError)"}
+    assert "south refused by rule (PolicyRefusedError)" in " ".join(text_of(report.render([*LOG, refused])).split())

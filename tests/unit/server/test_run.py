@@ -357,3 +357,12 @@ def test_an_adapter_that_no_update_could_carry_is_refused_at_once(load_tiny, nod
     log = run.prepare(settings, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"max_update_mib = 1, .* 4\.\d MiB; raise it, lower adapter\.r"):
         run.execute(settings, fleet=tiny.fleet(nodes), engine=engine, folder=tmp_path / "run", log=log)
+
+
+def test_a_node_is_called_as_it_was_registered_until_it_has_told_its_own_name(tmp_path):
+    log = events.EventLog(tmp_path / events.FILE)
+    assert run._names_of_nodes(tmp_path, log, resume=True) == {}  # a simulation
+    (tmp_path / run.NODES_FILE).write_text('{"1": "alder", "2": "birch"}')
+    log.append("site_joined", node=2, site="cedar")
+    assert run._names_of_nodes(tmp_path, log, resume=False) == {1: "alder", 2: "birch"}
+    assert run._names_of_nodes(tmp_path, log, resume=True) == {1: "alder", 2: "cedar"}

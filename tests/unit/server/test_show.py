@@ -11,6 +11,9 @@ from tests.sample_events import HOSTILE, LOG, PLAN, evaluated, finished, joined,
 FAILED = {"kind": "site_failed", "site": "west", "step": "train", "reason": "no answer within 60 s"}
 
 
+REFUSED = {"kind": "site_refused", "node": 4, "site": "west"}
+
+
 def drawn(events, *, terminal: bool = False) -> str:
     """What a run's events look like."""
     out = io.StringIO()
@@ -110,11 +113,14 @@ def test_lines_are_never_wrapped():
         ([*LOG, evaluated(1, 3.0, ["south"], north=3.0)], "stale: south"),
         ([*LOG, {**evaluated(1, 3.0, north=3.0), "bytes_down": 16000}], "evaluation 16.0 kB down"),
         ([PLAN, joined("west"), FAILED], "west train: no answer within 60 s"),
+        ([PLAN, joined("west"), {**FAILED, "state": "away"}], "west train: away: no answer within 60 s"),
         ([PLAN, {"kind": "site_refused", "node": 4, "reason": "DataError"}], "node 4: DataError"),
         (
-            [PLAN, {"kind": "site_refused", "node": 4, "site": "west", "state": "waits for approval", "reason": "so"}],
-            "waits     west: so",
+            [PLAN, {**REFUSED, "state": "waits for approval", "reason": "waits for approval"}],
+            "site      west: waits for approval\n",
         ),
+        ([PLAN, {**REFUSED, "state": "failed", "reason": "WireError: so"}], "site      west: failed: WireError: so\n"),
+        ([PLAN, {**REFUSED, "state": "denied", "reason": "denied (X); so"}], "site      west: denied (X); so\n"),
         ([PLAN, {"kind": "site_skipped", "site": "west", "reason": "silent"}], "west away: silent"),
         ([PLAN, {"kind": "not_evaluated", "num_rounds": 1, "reason": "late"}], "no figures after 1 rounds: late"),
         ([*LOG, {**evaluated(1, 3.0, north=3.0), "server_loss": 2.125}], "coordinator's rows 2.125"),

@@ -56,18 +56,18 @@ CASES = [
     ("a site drifts away", DRIFTS, NO_DRIFT),
     ("training diverged", [failed("north", "ModelError: the loss is nan, it diverged")],
      [failed("north", "no answer within 60 s")]),
-    ("training diverged", [failed("north", "refused with ModelError; see reference 1")],
-     [failed("north", "refused with ModelError; see reference 1", step="open")]),
+    ("training diverged", [failed("north", "failed (ModelError); see reference 1")],
+     [failed("north", "failed (ModelError); see reference 1", step="open")]),
     ("training diverged", [{"kind": "run_failed", "error": "ModelError", "reason": "the adapter has diverged"}],
      [{"kind": "run_failed", "error": "StorageError", "reason": "the disk is full"}]),
     ("training diverged", [{"kind": "run_failed", "error": "ModelError", "reason": "held-out loss is -inf"}],
      [{"kind": "run_failed", "error": "DataError", "reason": "the file is information for people"}]),
     ("merged worse than adapter", [exported(0.4)], [exported(0.01)]),
     ("merged worse than adapter", [exported(0.4)], [exported(0.4), exported(0.01)]),
-    ("out of memory", [failed("north", "refused with OutOfMemory; the site's log has the reason")],
-     [failed("north", "refused with InternalError; the site's log has the reason")]),
-    ("out of memory", [{"kind": "site_refused", "node": 3, "reason": "refused with OutOfMemory"}],
-     [{"kind": "site_refused", "node": 3, "reason": "refused with PolicyRefusedError"}]),
+    ("out of memory", [failed("north", "failed (OutOfMemory); the site's log has the reason")],
+     [failed("north", "failed (InternalError); the site's log has the reason")]),
+    ("out of memory", [{"kind": "site_refused", "node": 3, "reason": "failed (OutOfMemory)"}],
+     [{"kind": "site_refused", "node": 3, "reason": "refused by rule (PolicyRefusedError)"}]),
 ]  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def test_every_finder_is_tried():
 def test_the_figures_and_the_site_are_named():
     (drift,) = troubleshooting.symptoms(DRIFTS)
     assert "north: loss 6.500 to 6.700 while the mean went 6.000 to 4.000" in drift.evidence
-    (memory,) = troubleshooting.symptoms([failed("north", "refused with OutOfMemory; reference 12")])
+    (memory,) = troubleshooting.symptoms([failed("north", "failed (OutOfMemory); reference 12")])
     assert "north" in memory.evidence
     (gap,) = troubleshooting.symptoms([PLAN, finished(0, 0.3), finished(1, 0.2)])
     assert "rolora" in gap.remedy
