@@ -43,7 +43,7 @@ def encode_update(tensors: Tensors, settings: WireConfig, *, draws: np.random.Ge
     return encode(tensors, dtype=settings.dtype, density=settings.density, draws=draws)
 
 
-def decode_update(data: bytes, tensor_specs: Sequence[TensorSpec], settings: WireConfig) -> dict[str, Tensor]:
+def decode_update(data: wire.Bytes, tensor_specs: Sequence[TensorSpec], settings: WireConfig) -> dict[str, Tensor]:
     """What came up, after its size was found to be exactly what run and shapes say.
 
     Plain tensors stay in the type that they crossed in, so that a bfloat16 update takes half the memory until it is
@@ -84,7 +84,7 @@ def encode(
     return b"".join((mask, scales.tobytes(), *_packed(codes[is_sent], packing.BITS[dtype])))
 
 
-def decode(data: bytes, tensor_specs: Sequence[TensorSpec], *, dtype: str, density: float = 1.0) -> dict[str, Tensor]:
+def decode(data: wire.Bytes, tensor_specs: Sequence[TensorSpec], *, dtype: str, density: float = 1.0) -> dict[str, Tensor]:
     """A compressed body as float32 tensors; a value that was not sent is 0.
 
     Raises:
@@ -176,7 +176,7 @@ def _float_bytes(values: Vector, dtype: str) -> bytes:
     return torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().astype("<i2").tobytes()
 
 
-def _floats(data: bytes, dtype: str) -> Vector:
+def _floats(data: wire.Bytes, dtype: str) -> Vector:
     """The way back."""
     return np.frombuffer(data, "<f4") if dtype == "float32" else _from_bits(np.frombuffer(data, "<u2"))
 
@@ -187,7 +187,7 @@ def _packed(codes: Codes, num_bits: int) -> list[bytes]:
     return [np.packbits(np.unpackbits(chunk[:, None], axis=1)[:, 8 - num_bits :]).tobytes() for chunk in chunks]
 
 
-def _unpacked(data: bytes, num_bits: int, num_values: int, *, limit: int) -> Codes:
+def _unpacked(data: wire.Bytes, num_bits: int, num_values: int, *, limit: int) -> Codes:
     """Bits as integers, none above the limit and nothing behind them."""
     packed, codes = np.frombuffer(data, np.uint8), np.empty(num_values, np.uint8)
     for start in range(0, num_values, CHUNK):
@@ -204,7 +204,7 @@ def _unpacked(data: bytes, num_bits: int, num_values: int, *, limit: int) -> Cod
     return codes
 
 
-def _read_mask(data: bytes, num_values: int, num_sent: int) -> NDArray[np.bool_]:
+def _read_mask(data: wire.Bytes, num_values: int, num_sent: int) -> NDArray[np.bool_]:
     """Which values travel; exactly as many as the run says."""
     bits = np.unpackbits(np.frombuffer(data, np.uint8))
     found = int(bits.sum())
@@ -233,7 +233,7 @@ def _split(flat: NDArray[np.generic], ordered: Sequence[TensorSpec]) -> dict[str
 
 
 def _scaled(
-    codes: NDArray[np.generic], scale_bytes: bytes, ordered: Sequence[TensorSpec], *, dtype: str
+    codes: NDArray[np.generic], scale_bytes: wire.Bytes, ordered: Sequence[TensorSpec], *, dtype: str
 ) -> dict[str, Tensor]:
     """Integers times their rows' scales."""
     bits = np.frombuffer(scale_bytes, "<u2")

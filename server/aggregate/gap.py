@@ -19,6 +19,7 @@ Source: Charikar, Chen and Farach-Colton 2002 (count sketch); Clarkson and Woodr
 d and k: output and input width of a module, q: rank of a site, t and s: rows and columns of a sketch, m: columns kept.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
@@ -86,7 +87,8 @@ class Sketcher:
         num_blocks = -(-d // rows)
         values = self._whole(b_dq, (1, num_blocks * rows * rank)).reshape(num_blocks, rows * rank)
         signs = self._repeated[rank][place * rank :][: values.size].reshape(values.shape)
-        return np.einsum("bc,bc->c", values, signs).reshape(rows, rank)
+        left_tq: Values = np.einsum("bc,bc->c", values, signs).reshape(rows, rank)
+        return left_tq
 
     def _right(self, a_qk: Tensor, place: int) -> Values:
         """Columns j of A with their signs, added up by j mod s."""
@@ -94,7 +96,8 @@ class Sketcher:
         num_blocks = -(-k // columns)
         values = self._whole(a_qk, (rank, num_blocks * columns)).reshape(rank, num_blocks, columns)
         signs = self._signs[1][place:][: num_blocks * columns].reshape(num_blocks, columns)
-        return np.einsum("rbc,bc->rc", values, signs)
+        right_qs: Values = np.einsum("rbc,bc->rc", values, signs)
+        return right_qs
 
     def _whole(self, factor: Tensor, shape: tuple[int, int]) -> Values:
         """A factor as rows in float32, zeros at their ends; in a buffer that the next one uses again."""
@@ -198,7 +201,7 @@ def whole(norms: Iterable[Norms]) -> float:
     """The gap over all modules together; 0 if nothing moved."""
     pairs = list(norms)
     ideal = sum(each.step**2 for each in pairs) ** 0.5
-    return sum(each.bias**2 for each in pairs) ** 0.5 / ideal if ideal else 0.0
+    return math.sqrt(sum(each.bias**2 for each in pairs)) / ideal if ideal else 0.0
 
 
 def error(norms: Iterable[Norms]) -> float:
@@ -232,4 +235,4 @@ def _error(sketch_ts: NDArray[np.float64], shape: tuple[int, int]) -> float:
         for axis, size in enumerate(shape)
         if size > sketch_ts.shape[axis]
     )
-    return variance**0.5
+    return math.sqrt(variance)
