@@ -207,14 +207,14 @@ def _views(data: wire.Bytes, header: dict[str, dict[str, Any]], *, dtype: WireDt
 
     The safetensors package would copy every tensor, which costs as much as adding twenty updates up.
     """
-    values = np.frombuffer(data, np.uint8, offset=8 + _header_size(data))
-    if values.ctypes.data % _SIZES[dtype]:
-        values = values.copy()
+    values, tensors = np.frombuffer(data, np.uint8, offset=8 + _header_size(data)), {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        whole = torch.from_numpy(values).view(_TORCH[dtype])
-    ends = {name: [offset // _SIZES[dtype] for offset in entry["data_offsets"]] for name, entry in header.items()}
-    return {name: whole[slice(*ends[name])].view(entry["shape"]) for name, entry in header.items()}
+        for name, entry in header.items():
+            part = values[slice(*entry["data_offsets"])]
+            part = part.copy() if part.ctypes.data % _SIZES[dtype] else part
+            tensors[name] = torch.from_numpy(part).view(_TORCH[dtype]).view(entry["shape"])
+    return tensors
 
 
 def _header_size(data: wire.Bytes) -> int:

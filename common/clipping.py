@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,12 +20,11 @@ COUNT_STEPS: Final = 1 << 20  # of the noise on a count; halves are whole number
 
 def norm(change: Mapping[str, Tensor]) -> float:
     """L2 norm over all tensors, in float64, a piece at a time, so that no copy crosses memory."""
-    pieces = [piece for tensor in change.values() for piece in tensor.flatten().split(CHUNK)]
-    buffer = torch.empty(max((len(piece) for piece in pieces), default=0), dtype=torch.float64)
-    squares = 0.0
-    for piece in pieces:
-        values = buffer[: len(piece)].copy_(piece).numpy()
-        squares += float(np.dot(values, values))
+    buffer, squares = torch.empty(CHUNK, dtype=torch.float64), 0.0
+    for tensor in change.values():
+        for piece in tensor.detach().flatten().split(CHUNK):
+            values = buffer[: len(piece)].copy_(piece)
+            squares += float(torch.dot(values, values))
     return math.sqrt(squares)
 
 

@@ -189,19 +189,26 @@ def _packed(codes: Codes, num_bits: int) -> list[bytes]:
 
 def _unpacked(data: wire.Bytes, num_bits: int, num_values: int, *, limit: int) -> Codes:
     """Bits as integers, none above the limit and nothing behind them."""
-    packed, codes = np.frombuffer(data, np.uint8), np.empty(num_values, np.uint8)
-    for start in range(0, num_values, CHUNK):
-        count = min(CHUNK, num_values - start)
-        first = start * num_bits // 8
-        bits = np.unpackbits(packed[first : first + math.ceil(count * num_bits / 8)])
-        if bits[count * num_bits :].any():
-            raise WireError("compressed update has bits set behind its last value")
-        whole = np.zeros((count, 8), np.uint8)
-        whole[:, 8 - num_bits :] = bits[: count * num_bits].reshape(count, num_bits)
-        codes[start : start + count] = np.packbits(whole, axis=1)[:, 0]
-    if (codes > limit).any():
+    packed = np.frombuffer(data, np.uint8)
+    num_left = 8 * len(packed) - num_bits * num_values  # behind the last value
+    if num_left and int(packed[-1]) & ((1 << num_left) - 1):
+        raise WireError("compressed update has bits set behind its last value")
+    group = num_bits // math.gcd(num_bits, 8)  # bytes after which an integer begins with a byte again
+    count = 8 * group // num_bits
+    codes = packed.reshape(-1, 1) if count == 1 else np.empty((-(-num_values // count), count), np.uint8)
+    for start in range(0, len(codes) if count > 1 else 0, CHUNK // count):
+        part_gc = codes[start : start + CHUNK // count]
+        given = packed[start * group : (start + len(part_gc)) * group]
+        bytes_gb = np.pad(given, (0, len(part_gc) * group - len(given))).reshape(len(part_gc), group)
+        value_g = bytes_gb[:, 0].astype(np.uint32)
+        for byte in range(1, group):
+            value_g = (value_g << 8) | bytes_gb[:, byte]
+        for place in range(count):
+            part_gc[:, place] = (value_g >> (num_bits * (count - 1 - place))) & ((1 << num_bits) - 1)
+    flat: Codes = codes.reshape(-1)[:num_values]
+    if num_values and int(flat.max()) > limit:
         raise WireError("compressed update holds an integer that no rounding gives")
-    return codes
+    return flat
 
 
 def _read_mask(data: wire.Bytes, num_values: int, num_sent: int) -> NDArray[np.bool_]:
@@ -247,7 +254,8 @@ def _scaled(
         integers -= packing.largest(dtype)
         if integers[scale[:, 0] == 0].any():
             raise WireError("compressed update has values under a scale of zero")
-        tensors[spec.name] = _tensor(integers * scale, spec)
+        integers *= scale
+        tensors[spec.name] = _tensor(integers, spec)
         row, start = row + shape[0], start + shape[0] * shape[1]
     return tensors
 
