@@ -22,7 +22,7 @@ def norm(change: Mapping[str, Tensor]) -> float:
     """L2 norm over all tensors, in float64, a piece at a time, so that no copy crosses memory."""
     buffer, squares = torch.empty(CHUNK, dtype=torch.float64), 0.0
     for tensor in change.values():
-        for piece in tensor.detach().flatten().split(CHUNK):
+        for piece in torch.split(tensor.detach().flatten(), CHUNK):
             values = buffer[: len(piece)].copy_(piece)
             squares += float(torch.dot(values, values))
     return math.sqrt(squares)

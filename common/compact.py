@@ -84,7 +84,9 @@ def encode(
     return b"".join((mask, scales.tobytes(), *_packed(codes[is_sent], packing.BITS[dtype])))
 
 
-def decode(data: wire.Bytes, tensor_specs: Sequence[TensorSpec], *, dtype: str, density: float = 1.0) -> dict[str, Tensor]:
+def decode(
+    data: wire.Bytes, tensor_specs: Sequence[TensorSpec], *, dtype: str, density: float = 1.0
+) -> dict[str, Tensor]:
     """A compressed body as float32 tensors; a value that was not sent is 0.
 
     Raises:
@@ -202,7 +204,7 @@ def _unpacked(data: wire.Bytes, num_bits: int, num_values: int, *, limit: int) -
         bytes_gb = np.pad(given, (0, len(part_gc) * group - len(given))).reshape(len(part_gc), group)
         value_g = bytes_gb[:, 0].astype(np.uint32)
         for byte in range(1, group):
-            value_g = (value_g << 8) | bytes_gb[:, byte]
+            np.bitwise_or(value_g << np.uint32(8), bytes_gb[:, byte], out=value_g)
         for place in range(count):
             part_gc[:, place] = (value_g >> (num_bits * (count - 1 - place))) & ((1 << num_bits) - 1)
     flat: Codes = codes.reshape(-1)[:num_values]

@@ -10,9 +10,9 @@ end. So the sum is kept as a sketch of t x s values a module, and its norms are 
     E || Y ||_F^2 = || M ||_F^2,   Var || Y ||_F^2 <= 2 E (sum_rows || y_r ||^4 + sum_columns || y_c ||^4)
 
 since rows (columns) that meet in a bucket have independent signs, and what a bucket holds has a variance of at most
-twice its squared energy. The right-hand side, without its mean, is what `Norms` tells. Signs, t and s are drawn anew each
-round, so that rows which hold most of M rarely meet and no error stays. A side of at most `MAX_WIDTH` is not folded;
-where neither is, the norms are exact.
+twice its squared energy. The right-hand side, without its mean, is what `Norms` tells. Signs, t and s are drawn anew
+each round, so that rows which hold most of M rarely meet and no error stays. A side of at most `MAX_WIDTH` is not
+folded; where neither is, the norms are exact.
 
 Source: Charikar, Chen and Farach-Colton 2002 (count sketch); Clarkson and Woodruff 2013, arXiv:1207.6365, section 2.
 
@@ -213,8 +213,8 @@ def error(norms: Iterable[Norms]) -> float:
     bias, step = sum(each.bias**2 for each in pairs), sum(each.step**2 for each in pairs)
     if not bias or not step:
         return 0.0
-    of_bias = sum(each.bias_error**2 for each in pairs) ** 0.5 / bias
-    of_step = sum(each.step_error**2 for each in pairs) ** 0.5 / step
+    of_bias = math.sqrt(sum(each.bias_error**2 for each in pairs)) / bias
+    of_step = math.sqrt(sum(each.step_error**2 for each in pairs)) / step
     return whole(pairs) * (of_bias + of_step) / 2
 
 

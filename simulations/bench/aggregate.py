@@ -1,6 +1,6 @@
 """What a round's updates cost the coordinator, all of it, against plain float32 additions of the same updates."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from simulations.bench import process
@@ -53,7 +53,7 @@ def judge(few: Arm, many: Arm) -> list[Figure]:
     ]
 
 
-def of_integers(arms: list[Arm]) -> list[Figure]:
+def of_integers(arms: Sequence[Arm]) -> list[Figure]:
     """What it costs where integers come up; the wire is then a quarter or less, and the processor pays for it."""
     return [
         Figure(f"{arm['dtype']}: {name} / {STREAM}", _ratio(arm, name), "x")

@@ -114,7 +114,7 @@ WIDE = {"num_sites": 5, "rank": 2, "d": 300, "k": 281, "seed": 11}
 
 
 def outlying(factor: str):
-    """A round in which two alike rows of B, or columns of A, hold most of the energy, as far apart as a sketch is long."""
+    """A round in which two alike rows of B, or columns of A, hold most of the energy, as far apart as a sketch is."""
     before, changes, weights = make(**WIDE)
     for change in changes:
         rows = change[B] if factor == B else change[A].T
@@ -203,7 +203,9 @@ def held_bytes(num_sites: int) -> int:
     """Most that the meter holds at any time, in bytes."""
     before = {A: torch.zeros(2, 640), B: torch.zeros(640, 2)}
     generator = torch.Generator().manual_seed(1)
-    changes = [{name: torch.randn(t.shape, generator=generator) for name, t in before.items()} for _ in range(num_sites)]
+    changes = [
+        {name: torch.randn(t.shape, generator=generator) for name, t in before.items()} for _ in range(num_sites)
+    ]
     tracemalloc.start()
     meter = gap.GapMeter(before, seed=1)
     for change in changes:

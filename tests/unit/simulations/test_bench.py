@@ -151,7 +151,9 @@ def test_aggregate_within_its_goals():
     values = {figure.name: figure.value for figure in shown}
     assert values["decode and check, norm, combine, gap: all / float32 additions, 100 sites"] == pytest.approx(1.75)
     assert values["peak memory, 100 sites"] == pytest.approx(949 / 256)
-    assert {f"{part} / float32 additions, 17 sites" for part in ("gap", "frame's hash", "decode and check")} <= set(values)
+    assert {f"{part} / float32 additions, 17 sites" for part in ("gap", "frame's hash", "decode and check")} <= set(
+        values
+    )
 
 
 @pytest.mark.parametrize(
