@@ -10,7 +10,6 @@ from statistics import median
 from typing import Any, Final
 
 import torch
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor
 
 from common import adapter, clipping, compact, identity, signed_frame, wire
@@ -86,7 +85,8 @@ def whole_round(num_sites: int, settings: WireConfig) -> dict[str, Any]:
     specs, state = adapter.specs(drawn), _draw(shapes, seed=2, std=0.1)
     stream = {name: torch.zeros_like(tensor) for name, tensor in drawn.items()}
     body = compact.encode_update(drawn, settings, draws=compact.dice("bench"))
-    key = Ed25519PrivateKey.generate()
+    with tempfile.TemporaryDirectory() as folder:
+        key = identity.create(Path(folder) / "site.pem")
     packed = wire.pack(signed_frame.sign(Frame("update", {"site": "north"}, body), key=key, federation="bench"))
     signer, clock, method = identity.public_hex(key), Clock(), table.find("fedavg")
     before_mib = process.restart_peak()

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from client.train import local
 from common import adapter, config
+from common.config_wire import WireConfig
 from common.errors import ConfigError, ModelError, SilotuneError
 from simulations.bench import (
     aggregate,
@@ -184,6 +185,16 @@ def test_an_arm_of_aggregate_has_the_module_and_the_sites_that_its_figures_name(
     drawn = aggregate_arm._draw(aggregate_arm.MODULE, seed=1, std=1.0)
     assert {tuple(tensor.shape) for tensor in drawn.values()} == {(16, 11008), (4096, 16)}
     assert aggregate_arm.NUM_SITES == 10
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int4"])
+def test_a_round_of_aggregate_goes_through_all_its_parts(monkeypatch, dtype):
+    monkeypatch.setattr(aggregate_arm, "LAYERS", 1)
+    monkeypatch.setattr(aggregate_arm, "SHAPES", {"q": (640, 320)})
+    found = aggregate_arm.whole_round(5, WireConfig(dtype=dtype))
+    assert (found["num_parameters"], found["dtype"]) == (16 * 960, dtype)
+    assert set(found["seconds"]) == set(aggregate_arm.PARTS)
+    assert all(seconds > 0 for seconds in found["seconds"].values())
 
 
 def test_an_arm_that_fails_says_why():
