@@ -12,12 +12,14 @@ from torch import Tensor
 from common import ranks
 from server.aggregate.method import State, Sum
 
-BATCH: Final = 4  # uploads that are added at once: the float64 sums then cross memory a quarter as often
 CHUNK: Final = 1 << 16  # values, so that what is made of them stays in the processor's cache
 
 
 class WeightedMean:
     """Mean of uploads in float64, a few at a time, so that memory does not grow with their number.
+
+    Uploads wait until they take as much memory as the sums: four in bfloat16, two in float32. The sums then cross memory
+    as much less often.
 
     Float64 leaves 29 bits beyond float32's precision, so the rounded result does not depend on the order of arrival but
     for a chance of about 2^-29 a value.
@@ -28,7 +30,7 @@ class WeightedMean:
             name: torch.zeros_like(tensor, dtype=torch.float64, memory_format=torch.contiguous_format)
             for name, tensor in state.items()
         }
-        self._total = 0.0
+        self._total, self._num_waiting_bytes = 0.0, 0
         self._waiting: list[tuple[float, State]] = []
 
     def add(self, upload: State, *, weight: float) -> None:
@@ -40,8 +42,10 @@ class WeightedMean:
         if not weight > 0:
             raise ValueError(f"weight {weight} is not positive")
         self._total += weight
-        self._waiting.append((weight, ranks.padded(upload, self._sums)))
-        if len(self._waiting) == BATCH:
+        whole = ranks.padded(upload, self._sums)
+        self._waiting.append((weight, whole))
+        self._num_waiting_bytes += sum(tensor.nbytes for tensor in whole.values())
+        if self._num_waiting_bytes >= sum(total.nbytes for total in self._sums.values()):
             self._flush()
 
     def result(self) -> dict[str, Tensor]:
@@ -75,6 +79,7 @@ class WeightedMean:
                     row_c.copy_(value_c)
                 sum_c.addmv_(rows_uc.T, weights_u)
         self._waiting.clear()
+        self._num_waiting_bytes = 0
 
 
 def _in_place(total: Tensor, divisor: float) -> Tensor:
