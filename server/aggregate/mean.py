@@ -18,8 +18,8 @@ CHUNK: Final = 1 << 16  # values, so that what is made of them stays in the proc
 class WeightedMean:
     """Mean of uploads in float64, a few at a time, so that memory does not grow with their number.
 
-    Uploads wait until they take as much memory as the sums: four in bfloat16, two in float32. The sums then cross memory
-    as much less often.
+    Uploads wait until they take as much memory as the sums, four in bfloat16 or two in float32, so that the sums cross
+    memory less often.
 
     Float64 leaves 29 bits beyond float32's precision, so the rounded result does not depend on the order of arrival but
     for a chance of about 2^-29 a value.
