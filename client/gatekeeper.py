@@ -408,7 +408,7 @@ def _run_of(request: Frame | None) -> dict[str, str]:
         return {}
     if request.kind == "open":
         with suppress(SilotuneError):  # else it has no name that could be believed to be one
-            return {"run": _sha256(request.body), "name": manifest.parse(request.body).run.name}
+            return {"run": _sha256(request.body), "name": manifest.parse(bytes(request.body)).run.name}
         return {"run": _sha256(request.body)}
     named = request.head.get("run_sha256")
     return {"run": wire.shown(named)} if isinstance(named, str) else {}
@@ -420,6 +420,6 @@ def _content_sha256(reply: Frame) -> str:
     return _sha256(wire.pack(dataclasses.replace(reply, head=head)))
 
 
-def _sha256(data: bytes) -> str:
+def _sha256(data: wire.Bytes) -> str:
     """Lower-case hexadecimal."""
     return hashlib.sha256(data).hexdigest()

@@ -109,7 +109,12 @@ def receive(
 
 
 def _take(
-    form: Form, body: bytes, tensor_specs: Sequence[TensorSpec], *, settings: WireConfig, held: Sequence[Held | None]
+    form: Form,
+    body: wire.Bytes,
+    tensor_specs: Sequence[TensorSpec],
+    *,
+    settings: WireConfig,
+    held: Sequence[Held | None],
 ) -> dict[str, Tensor]:
     """The adapter by one of the three forms."""
     if form.form == WHOLE:

@@ -43,7 +43,7 @@ def encode_update(tensors: Tensors, settings: WireConfig, *, draws: np.random.Ge
     return encode(tensors, dtype=settings.dtype, density=settings.density, draws=draws)
 
 
-def decode_update(data: bytes, tensor_specs: Sequence[TensorSpec], settings: WireConfig) -> dict[str, Tensor]:
+def decode_update(data: wire.Bytes, tensor_specs: Sequence[TensorSpec], settings: WireConfig) -> dict[str, Tensor]:
     """What came up, after its size was found to be exactly what run and shapes say.
 
     Plain tensors stay in the type that they crossed in, so that a bfloat16 update takes half the memory until it is
@@ -84,7 +84,9 @@ def encode(
     return b"".join((mask, scales.tobytes(), *_packed(codes[is_sent], packing.BITS[dtype])))
 
 
-def decode(data: bytes, tensor_specs: Sequence[TensorSpec], *, dtype: str, density: float = 1.0) -> dict[str, Tensor]:
+def decode(
+    data: wire.Bytes, tensor_specs: Sequence[TensorSpec], *, dtype: str, density: float = 1.0
+) -> dict[str, Tensor]:
     """A compressed body as float32 tensors; a value that was not sent is 0.
 
     Raises:
@@ -176,7 +178,7 @@ def _float_bytes(values: Vector, dtype: str) -> bytes:
     return torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().astype("<i2").tobytes()
 
 
-def _floats(data: bytes, dtype: str) -> Vector:
+def _floats(data: wire.Bytes, dtype: str) -> Vector:
     """The way back."""
     return np.frombuffer(data, "<f4") if dtype == "float32" else _from_bits(np.frombuffer(data, "<u2"))
 
@@ -187,24 +189,31 @@ def _packed(codes: Codes, num_bits: int) -> list[bytes]:
     return [np.packbits(np.unpackbits(chunk[:, None], axis=1)[:, 8 - num_bits :]).tobytes() for chunk in chunks]
 
 
-def _unpacked(data: bytes, num_bits: int, num_values: int, *, limit: int) -> Codes:
+def _unpacked(data: wire.Bytes, num_bits: int, num_values: int, *, limit: int) -> Codes:
     """Bits as integers, none above the limit and nothing behind them."""
-    packed, codes = np.frombuffer(data, np.uint8), np.empty(num_values, np.uint8)
-    for start in range(0, num_values, CHUNK):
-        count = min(CHUNK, num_values - start)
-        first = start * num_bits // 8
-        bits = np.unpackbits(packed[first : first + math.ceil(count * num_bits / 8)])
-        if bits[count * num_bits :].any():
-            raise WireError("compressed update has bits set behind its last value")
-        whole = np.zeros((count, 8), np.uint8)
-        whole[:, 8 - num_bits :] = bits[: count * num_bits].reshape(count, num_bits)
-        codes[start : start + count] = np.packbits(whole, axis=1)[:, 0]
-    if (codes > limit).any():
+    packed = np.frombuffer(data, np.uint8)
+    num_left = 8 * len(packed) - num_bits * num_values  # behind the last value
+    if num_left and int(packed[-1]) & ((1 << num_left) - 1):
+        raise WireError("compressed update has bits set behind its last value")
+    group = num_bits // math.gcd(num_bits, 8)  # bytes after which an integer begins with a byte again
+    count = 8 * group // num_bits
+    codes = packed.reshape(-1, 1) if count == 1 else np.empty((-(-num_values // count), count), np.uint8)
+    for start in range(0, len(codes) if count > 1 else 0, CHUNK // count):
+        part_gc = codes[start : start + CHUNK // count]
+        given = packed[start * group : (start + len(part_gc)) * group]
+        bytes_gb = np.pad(given, (0, len(part_gc) * group - len(given))).reshape(len(part_gc), group)
+        value_g = bytes_gb[:, 0].astype(np.uint32)
+        for byte in range(1, group):
+            np.bitwise_or(value_g << np.uint32(8), bytes_gb[:, byte], out=value_g)
+        for place in range(count):
+            part_gc[:, place] = (value_g >> (num_bits * (count - 1 - place))) & ((1 << num_bits) - 1)
+    flat: Codes = codes.reshape(-1)[:num_values]
+    if num_values and int(flat.max()) > limit:
         raise WireError("compressed update holds an integer that no rounding gives")
-    return codes
+    return flat
 
 
-def _read_mask(data: bytes, num_values: int, num_sent: int) -> NDArray[np.bool_]:
+def _read_mask(data: wire.Bytes, num_values: int, num_sent: int) -> NDArray[np.bool_]:
     """Which values travel; exactly as many as the run says."""
     bits = np.unpackbits(np.frombuffer(data, np.uint8))
     found = int(bits.sum())
@@ -233,7 +242,7 @@ def _split(flat: NDArray[np.generic], ordered: Sequence[TensorSpec]) -> dict[str
 
 
 def _scaled(
-    codes: NDArray[np.generic], scale_bytes: bytes, ordered: Sequence[TensorSpec], *, dtype: str
+    codes: NDArray[np.generic], scale_bytes: wire.Bytes, ordered: Sequence[TensorSpec], *, dtype: str
 ) -> dict[str, Tensor]:
     """Integers times their rows' scales."""
     bits = np.frombuffer(scale_bytes, "<u2")
@@ -247,7 +256,8 @@ def _scaled(
         integers -= packing.largest(dtype)
         if integers[scale[:, 0] == 0].any():
             raise WireError("compressed update has values under a scale of zero")
-        tensors[spec.name] = _tensor(integers * scale, spec)
+        integers *= scale
+        tensors[spec.name] = _tensor(integers, spec)
         row, start = row + shape[0], start + shape[0] * shape[1]
     return tensors
 

@@ -148,7 +148,7 @@ def read_offer(frame: Frame) -> Offer:
     """
     if len(frame.body) > MAX_BYTES:
         raise WireError(f"run manifest of {len(frame.body)} bytes; the limit is {MAX_BYTES}")
-    return Offer(frame.body, from_head(Signature, frame.head) if frame.head else None)
+    return Offer(bytes(frame.body), from_head(Signature, frame.head) if frame.head else None)
 
 
 def _statement(manifest: bytes, *, federation: str, signer: str, not_after: int) -> bytes:

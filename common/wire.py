@@ -19,6 +19,7 @@ MAX_HEAD_BYTES: Final = 1 << 21
 _PREFIX: Final = struct.Struct("<4sHIQ")
 _DIGEST_BYTES: Final = 32
 OVERHEAD_BYTES: Final = _PREFIX.size + _DIGEST_BYTES
+Bytes = bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,13 @@ class Frame:
     Attributes:
         kind: What it is: `open`, `train`, `evaluate`, `opened`, `update`, `metrics` or `refused`.
         head: Small named values; JSON scalars, lists and objects.
-        body: Tensors as safetensors bytes, a manifest, or nothing.
+        body: Tensors as safetensors bytes, a manifest, or nothing. Of an answer that was expected it is a view of the
+            answer's bytes, as a copy of a large one costs more than adding it up.
     """
 
     kind: str
     head: dict[str, Any] = field(default_factory=dict)
-    body: bytes = b""
+    body: Bytes = b""
 
 
 def canonical_json(value: object) -> bytes:
@@ -74,12 +76,8 @@ def unpack(data: bytes, *, max_body_bytes: int) -> Frame:
         WireError: Wrong magic, version, length or hash; head that is not the canonical form of an object with a `kind`;
             body too large.
     """
-    head_bytes, body = _split(data, max_body_bytes=max_body_bytes)
-    head = _parse_head(head_bytes)
-    kind = head.pop("kind", None)
-    if not isinstance(kind, str):
-        raise WireError("frame head has no 'kind'")
-    return Frame(kind, head, body)
+    kind, head, body = _open(data, max_body_bytes=max_body_bytes)
+    return Frame(kind, head, bytes(body))
 
 
 def expect(data: bytes, kind: str, *, max_body_bytes: int) -> Frame:
@@ -89,7 +87,7 @@ def expect(data: bytes, kind: str, *, max_body_bytes: int) -> Frame:
         RemoteError: The peer refused.
         WireError: The frame is malformed or of another kind.
     """
-    frame = unpack(data, max_body_bytes=max_body_bytes)
+    frame = Frame(*_open(data, max_body_bytes=max_body_bytes))
     if frame.kind == "refused":
         code, reference = (shown(frame.head.get(key, "")) for key in ("code", "reference"))
         text = f"{site_states.of_code(code)} ({code}); the site's log has the reason under reference {reference}"
@@ -109,7 +107,17 @@ def shown(text: object, *, limit: int = 64) -> str:
     return "".join(character if character.isprintable() else "?" for character in str(text)[:limit])
 
 
-def _split(data: bytes, *, max_body_bytes: int) -> tuple[bytes, bytes]:
+def _open(data: bytes, *, max_body_bytes: int) -> tuple[str, dict[str, Any], memoryview]:
+    """Kind, head and body of a frame that was found right."""
+    head_bytes, body = _split(data, max_body_bytes=max_body_bytes)
+    head = _parse_head(head_bytes)
+    kind = head.pop("kind", None)
+    if not isinstance(kind, str):
+        raise WireError("frame head has no 'kind'")
+    return kind, head, body
+
+
+def _split(data: bytes, *, max_body_bytes: int) -> tuple[bytes, memoryview]:
     """Head and body after all checks of the envelope."""
     if len(data) < OVERHEAD_BYTES:
         raise WireError(f"frame of {len(data)} bytes is shorter than its envelope of {OVERHEAD_BYTES}")
@@ -123,7 +131,7 @@ def _split(data: bytes, *, max_body_bytes: int) -> tuple[bytes, bytes]:
     end = len(data) - _DIGEST_BYTES
     if hashlib.sha256(memoryview(data)[:end]).digest() != data[end:]:
         raise WireError("frame hash does not match its bytes")
-    return data[_PREFIX.size : _PREFIX.size + head_size], data[_PREFIX.size + head_size : end]
+    return data[_PREFIX.size : _PREFIX.size + head_size], memoryview(data)[_PREFIX.size + head_size : end]
 
 
 def _parse_head(head_bytes: bytes) -> dict[str, Any]:

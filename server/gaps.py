@@ -16,16 +16,18 @@ def short(module: str) -> str:
     return module.removeprefix("base_model.model.").removeprefix("model.")
 
 
-def largest(finished: Mapping[str, Any]) -> tuple[str, float] | None:
-    """The module with a round's largest gap, and that gap as a share; None where no module has one.
+def largest(finished: Mapping[str, Any]) -> tuple[str, float, float] | None:
+    """The module with a round's largest gap, that gap as a share and its standard error; None where no module has one.
 
     Example:
-        >>> largest({"gap_modules": {"model.layers.0.q_proj": 0.25, "model.layers.0.v_proj": 0.5}})
-        ('layers.0.v_proj', 0.5)
+        >>> gaps = {"model.layers.0.q_proj": 0.25, "model.layers.0.v_proj": 0.5}
+        >>> largest({"gap_modules": gaps, "gap_module_errors": {"model.layers.0.v_proj": 0.04}})
+        ('layers.0.v_proj', 0.5, 0.04)
     """
     modules = finished.get("gap_modules") or {}
     module = max(modules, key=modules.__getitem__, default="")
-    return (short(module), modules[module]) if module and modules[module] > 0 else None
+    error = (finished.get("gap_module_errors") or {}).get(module, 0.0)
+    return (short(module), modules[module], error) if module and modules[module] > 0 else None
 
 
 def table(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -43,5 +45,6 @@ def table(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {
         "rounds": [event["round"] + 1 for event in shown],
         "num_hidden": len(measured) - len(shown),
+        "largest_error": max((shown[-1].get("gap_module_errors") or {}).values(), default=0.0),
         "modules": [(short(name), [event["gap_modules"].get(name) for event in shown]) for name in names],
     }

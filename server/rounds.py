@@ -17,7 +17,7 @@ from server.evaluate import held_out, measure
 from server.federation import Federation
 from server.gate import stopping
 
-Norms = dict[str, tuple[float, float]]  # by module: of what the new adapter misses, and of the step
+Norms = dict[str, gap.Norms]  # by module
 
 
 @dataclass
@@ -177,10 +177,13 @@ def _gap(tally: Tally, before: State, after: State, combined: State) -> Norms:
 
 
 def _of_gap(norms: Norms) -> dict[str, Any]:
-    """The gap of a round, whole and by module; None where there is none."""
+    """The gap of a round, whole and by module, each with its standard error; None where there is none."""
+    each = {name: [pair] for name, pair in norms.items()}
     return {
         "gap": gap.whole(norms.values()) if norms else None,
-        "gap_modules": {name: gap.whole([pair]) for name, pair in norms.items()},
+        "gap_error": gap.error(norms.values()) if norms else None,
+        "gap_modules": {name: gap.whole(pair) for name, pair in each.items()},
+        "gap_module_errors": {name: gap.error(pair) for name, pair in each.items()},
     }
 
 
@@ -224,7 +227,7 @@ def _tally(fed: Federation, state: State, source: Noise, *, round_index: int) ->
     if settings.robust != "none":
         return Tally(robust.start(names, rule=settings.robust, num_bad=settings.num_bad_sites), None)
     has_gap = facts.has_bias and KINDS[run.adapter.kind].has_factors
-    meter = gap.GapMeter(state) if has_gap else None
+    meter = gap.GapMeter(state, seed=run.seed + round_index) if has_gap else None
     return Tally(fed.method.start(state, trained=names, round_index=round_index), meter)
 
 

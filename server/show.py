@@ -318,8 +318,10 @@ class Screen:
         if finished and (finished["gap"] or 0.0) > self._gap_warning:
             self._num_large_gaps += 1
             notes.append("[yellow]large gap[/]")
+        if finished and (error := finished.get("gap_error")):
+            notes.append(f"gap ± {percent(error)}")
         if most := gaps.largest(finished):
-            notes.append(f"most in {_escape(most[0])}, {percent(most[1])}")
+            notes.append(f"most in {_escape(most[0])}, {percent(most[1])}{f' ± {percent(most[2])}' if most[2] else ''}")
         return "  ".join(notes)
 
     def _print(self, markup: str) -> None:

@@ -119,10 +119,11 @@ def large_gap(log: Sequence[Event]) -> Iterator[Symptom]:
     if len(large) >= MIN_LARGE_GAPS:
         instead = plans[-1]["without_gap"]
         method = f", or aggregation.method = '{instead}', which has none" if instead else ""
-        worst = max(rounds[number]["gap"] for number in large)
+        worst = max((rounds[number] for number in large), key=lambda event: event["gap"])
+        error = f" ± {worst['gap_error']:.1%}" if worst.get("gap_error") else ""
         yield Symptom(
             "large aggregation gap",
-            f"above {limit:.0%} in {len(large)} of {len(rounds)} rounds, at most {worst:.0%}",
+            f"above {limit:.0%} in {len(large)} of {len(rounds)} rounds, at most {worst['gap']:.0%}{error}",
             f"Take fewer local steps a round{method}.",
         )
 

@@ -12,20 +12,25 @@ from torch import Tensor
 from common import ranks
 from server.aggregate.method import State, Sum
 
-BATCH: Final = 8  # uploads that are added at once: the float64 sums then cross memory an eighth as often
-CHUNK: Final = 1 << 17  # values, so that what is made of them stays in the processor's cache
+CHUNK: Final = 1 << 16  # values, so that what is made of them stays in the processor's cache
 
 
 class WeightedMean:
     """Mean of uploads in float64, a few at a time, so that memory does not grow with their number.
+
+    Uploads wait until they take as much memory as the sums, four in bfloat16 or two in float32, so that the sums cross
+    memory less often.
 
     Float64 leaves 29 bits beyond float32's precision, so the rounded result does not depend on the order of arrival but
     for a chance of about 2^-29 a value.
     """
 
     def __init__(self, state: State) -> None:
-        self._sums = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in state.items()}
-        self._total = 0.0
+        self._sums = {
+            name: torch.zeros_like(tensor, dtype=torch.float64, memory_format=torch.contiguous_format)
+            for name, tensor in state.items()
+        }
+        self._total, self._num_waiting_bytes = 0.0, 0
         self._waiting: list[tuple[float, State]] = []
 
     def add(self, upload: State, *, weight: float) -> None:
@@ -37,21 +42,25 @@ class WeightedMean:
         if not weight > 0:
             raise ValueError(f"weight {weight} is not positive")
         self._total += weight
-        self._waiting.append((weight, ranks.padded(upload, self._sums)))
-        if len(self._waiting) == BATCH:
+        whole = ranks.padded(upload, self._sums)
+        self._waiting.append((weight, whole))
+        self._num_waiting_bytes += sum(tensor.nbytes for tensor in whole.values())
+        if self._num_waiting_bytes >= sum(total.nbytes for total in self._sums.values()):
             self._flush()
 
     def result(self) -> dict[str, Tensor]:
-        """The mean, float32.
+        """The mean, float32; it takes the place of the sums, so ask once.
 
         Raises:
-            ValueError: Nothing was added.
+            ValueError: Nothing was added, or it was asked for before.
         """
         if not self._total:
             raise ValueError("no upload was added")
-        return {name: (total / self._total).to(torch.float32) for name, total in self.sums().items()}
+        self._flush()
+        divisor, self._total = self._total, 0.0
+        return {name: _in_place(self._sums.pop(name), divisor) for name in list(self._sums)}
 
-    def sums(self) -> State:
+    def sums(self) -> dict[str, Tensor]:
         """The weighted sums so far, float64; zeros if nothing was added."""
         self._flush()
         return self._sums
@@ -70,6 +79,18 @@ class WeightedMean:
                     row_c.copy_(value_c)
                 sum_c.addmv_(rows_uc.T, weights_u)
         self._waiting.clear()
+        self._num_waiting_bytes = 0
+
+
+def _in_place(total: Tensor, divisor: float) -> Tensor:
+    """A sum over a number, rounded to float32 once, in the first half of the sum's own memory.
+
+    A chunk is read before anything is written where it was: the quotients need half of the place.
+    """
+    found = total.view(-1).view(torch.float32)[: total.numel()]
+    for to_c, sum_c in zip(_chunks(found), _chunks(total.view(-1)), strict=True):
+        to_c.copy_(sum_c / divisor)
+    return found.view(total.shape)
 
 
 def _chunks(flat: Tensor) -> tuple[Tensor, ...]:

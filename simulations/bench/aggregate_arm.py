@@ -1,15 +1,25 @@
 """The arms of `bench aggregate`: the server's own functions on updates that were drawn."""
 
+import hashlib
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from common import adapter, clipping, compact, identity, signed_frame, wire
+from common import broadcast as broadcast_form
+from common.config_wire import WireConfig
 from common.methods import FACTS
+from common.wire import Frame
+from server import broadcast, checkpoint, trail
 from server.aggregate import factored, gap, products, table
+from server.aggregate.method import State
 from simulations.bench import process
 
 RANK: Final = 16
@@ -26,48 +36,108 @@ SHAPES: Final = {
 MODULE: Final = {"down": (4096, 11008)}
 NUM_SITES: Final = 10
 NUM_REPEATS: Final = 5
+STREAM: Final = "float32 additions"
+TENSOR_PARTS: Final = ("decode and check", "norm", "combine", "gap")  # what is done with the values of an update
+HASHES: Final = ("frame's hash", "signature and audit log")
+ONCE: Final = ("checkpoint", "next request")
+PARTS: Final = (*HASHES, *TENSOR_PARTS, *ONCE, STREAM)
 
 Tensors = dict[str, Tensor]
 
 
-def main(arm: str, argument: str) -> dict[str, Any]:
+def main(arm: str, argument: str, dtype: str = "") -> dict[str, Any]:
     """Run one arm on one thread.
 
     Args:
-        arm: `linear` or `factored`.
+        arm: `round` or `factored`.
         argument: The number of sites; the method.
+        dtype: `wire.dtype` of a round; empty: the default.
     """
     torch.set_num_threads(1)
-    return linear(int(argument)) if arm == "linear" else per_module(argument)
+    settings = WireConfig.model_validate({"dtype": dtype} if dtype else {})
+    return whole_round(int(argument), settings) if arm == "round" else per_module(argument)
 
 
-def linear(num_sites: int) -> dict[str, Any]:
-    """The mean of so many updates as they cross, in bfloat16, and additions of the same in float32 by turns with it."""
+class Clock:
+    """CPU seconds of the parts of a round."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add what the block takes to one of `PARTS`."""
+        began = time.process_time()
+        yield
+        self.seconds[name] += time.process_time() - began
+
+
+def whole_round(num_sites: int, settings: WireConfig) -> dict[str, Any]:
+    """All that a round of fedavg pays at the coordinator from an answer's bytes to the next request's, part by part.
+
+    Float32 additions of the same updates, decoded beforehand, go by turns with it.
+
+    Returns:
+        `seconds` by part, `num_parameters`, and `peak_mib`: most memory during the round beyond what stood before it.
+    """
     shapes = {f"{layer}.{name}": shape for layer in range(LAYERS) for name, shape in SHAPES.items()}
     drawn = _draw(shapes, seed=1, std=0.1)
-    sent = {name: tensor.bfloat16() for name, tensor in drawn.items()}
-    state = {name: torch.zeros_like(tensor) for name, tensor in drawn.items()}
+    specs, state = adapter.specs(drawn), _draw(shapes, seed=2, std=0.1)
     stream = {name: torch.zeros_like(tensor) for name, tensor in drawn.items()}
-    method = table.find("fedavg")
+    body = compact.encode_update(drawn, settings, draws=compact.dice("bench"))
+    with tempfile.TemporaryDirectory() as folder:
+        key = identity.create(Path(folder) / "site.pem")
+    packed = wire.pack(signed_frame.sign(Frame("update", {"site": "north"}, body), key=key, federation="bench"))
+    signer, clock, method = identity.public_hex(key), Clock(), table.find("fedavg")
+    before_mib = process.restart_peak()
     combined = method.start(state, trained=list(state))
-    combine_s = stream_s = 0.0
+    with clock.part("gap"):
+        meter = gap.GapMeter(state, seed=1)
     for site in range(num_sites):
-        upload, decoded = ({name: tensor.clone() for name, tensor in one.items()} for one in (sent, drawn))
-        began = time.process_time()
-        combined.add(upload, weight=site + 1.0)
-        between = time.process_time()
-        for name, total in stream.items():
-            total.add_(decoded[name])
-        combine_s, stream_s = combine_s + between - began, stream_s + time.process_time() - between
-    began = time.process_time()
-    method.apply(state, combined.result())
-    combine_s += time.process_time() - began
+        data = bytes(bytearray(packed))  # each site's own
+        with clock.part("frame's hash"):
+            frame = wire.expect(data, "update", max_body_bytes=len(body))
+        with clock.part("signature and audit log"):
+            signed_frame.check(frame, key=signer, federation="bench")
+            trail.of_frame(data)
+        with clock.part("decode and check"):
+            change: State = compact.decode_update(frame.body, specs, settings)
+        with clock.part("norm"):
+            change, _ = clipping.scaled(change, 0.0)
+        with clock.part("combine"):
+            combined.add(change, weight=site + 1.0)
+        with clock.part("gap"):
+            meter.add(change, weight=site + 1.0)
+        del data, frame, change
+        with clock.part(STREAM):
+            for name, total in stream.items():
+                total.add_(drawn[name])
+    with clock.part("combine"):
+        after = method.apply(state, combined.result())
+    del combined
+    with clock.part("gap"):
+        meter.per_module(after)
+    _send(state, after, clock, settings)
     return {
-        "num_parameters": sum(tensor.numel() for tensor in drawn.values()),
-        "combine_cpu_s": combine_s,
-        "stream_cpu_s": stream_s,
-        "peak_rss_mib": process.peak_rss_mib(),
+        "num_parameters": adapter.num_parameters(specs),
+        "dtype": settings.dtype,
+        "seconds": clock.seconds,
+        "peak_mib": process.peak_mib() - before_mib,
     }
+
+
+def _send(state: State, after: State, clock: Clock, settings: WireConfig) -> None:
+    """The end of a round: its checkpoint, and the next request."""
+    with tempfile.TemporaryDirectory() as folder, clock.part("checkpoint"):
+        checkpoint.save(Path(folder), after, memory={}, num_rounds=1, run_sha256="")
+    with clock.part("next request"):
+        if settings.down == "float32":
+            body = broadcast_form.plain_body("train", after, settings)
+            hashlib.sha256(body)
+        else:
+            held, _, step = broadcast.settle(state, after, {}, sent=adapter.specs(after), dtype=settings.down)
+            [(_, body, _)] = broadcast.forms(held, nodes=[1], held={1: step.base_sha256}, step=step)
+        wire.pack(Frame("train", {}, body))
 
 
 def per_module(name: str) -> dict[str, Any]:

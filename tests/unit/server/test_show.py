@@ -155,6 +155,14 @@ def test_the_module_with_a_rounds_largest_gap_is_named():
     assert "most in" not in drawn([*LOG, finished(1, **dict.fromkeys(gaps, 0.0)), evaluated(2, 3.0, north=3.0)])
 
 
+def test_a_gap_that_is_an_estimate_is_shown_with_its_standard_errors():
+    modules = {"base_model.model.model.layers.0.mlp.up_proj": 0.5}
+    errors = {"gap_error": 0.012, "gap_module_errors": dict.fromkeys(modules, 0.034)}
+    shown = drawn([*LOG, {**finished(1, **modules), **errors}, evaluated(2, 3.0, north=3.0)]).splitlines()[-1]
+    assert "gap ± 1.2 %  most in layers.0.mlp.up_proj, 50.0 % ± 3.4 %" in shown
+    assert "±" not in drawn([*LOG, finished(1, **modules), evaluated(2, 3.0, north=3.0)])  # the control
+
+
 def test_a_round_without_a_gap_is_shown_with_a_dash():
     assert " - " in drawn([*LOG, finished(1, gap=None), evaluated(2, 3.0, north=3.0)]).splitlines()[-1]
 

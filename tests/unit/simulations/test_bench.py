@@ -9,6 +9,7 @@ from rich.console import Console
 
 from client.train import local
 from common import adapter, config
+from common.config_wire import WireConfig
 from common.errors import ConfigError, ModelError, SilotuneError
 from simulations.bench import (
     aggregate,
@@ -140,36 +141,60 @@ def test_tax_goes_by_a_run_with_two_sites_and_no_evaluation_between_rounds():
     assert settings.evaluation.every_rounds == settings.federation.num_rounds
 
 
-def linear(*, combine: float = 2.0, peak: float = 900.0) -> dict:
-    return {"num_parameters": 4e7, "combine_cpu_s": combine, "stream_cpu_s": 1.1, "peak_rss_mib": peak}
-
-
-FACTORED = {"flexlora": {"cpu_s": 0.03, "gap_cpu_s": 0.03}, "fedex": {"cpu_s": 0.09, "gap_cpu_s": 0.2}}
+def whole_round(*, peak: float = 900.0, **seconds: float) -> dict:
+    spent = dict.fromkeys(aggregate_arm.PARTS, 0.5) | {"float32 additions": 1.0} | seconds
+    return {"num_parameters": 2**26, "dtype": "bfloat16", "seconds": spent, "peak_mib": peak}
 
 
 def test_aggregate_within_its_goals():
-    shown = aggregate.judge(linear(), linear(peak=949.0), FACTORED)
+    shown = aggregate.judge(whole_round(), whole_round(peak=949.0, norm=0.25))
     assert all(figure.ok for figure in shown)
-    assert {figure.name: figure.value for figure in shown}["silotune / float32 additions"] == pytest.approx(2.0 / 1.1)
+    values = {figure.name: figure.value for figure in shown}
+    assert values["decode and check, norm, combine, gap: all / float32 additions, 100 sites"] == pytest.approx(1.75)
+    assert values["peak memory, 100 sites"] == pytest.approx(949 / 256)
+    assert {f"{part} / float32 additions, 17 sites" for part in ("gap", "frame's hash", "decode and check")} <= set(
+        values
+    )
 
 
 @pytest.mark.parametrize(
-    ("many", "factored", "missed"),
+    ("many", "missed"),
     [
-        (linear(combine=2.3), FACTORED, "float32"),
-        (linear(peak=951.0), FACTORED, "memory"),
-        (linear(), {"fedex": {"cpu_s": 0.11, "gap_cpu_s": 0.0}}, "fedex"),
+        (whole_round(gap=0.6), "gap: all"),
+        (whole_round(combine=0.6), "gap: all"),
+        (whole_round(peak=951.0), "sites - "),
     ],
 )
-def test_each_goal_of_aggregate_can_be_missed(many, factored, missed):
-    [figure] = [figure for figure in aggregate.judge(linear(), many, factored) if not figure.ok]
+def test_each_goal_of_a_round_can_be_missed(many, missed):
+    [figure] = [figure for figure in aggregate.judge(whole_round(), many) if not figure.ok]
     assert missed in figure.name
+
+
+def test_the_memory_of_a_round_has_a_goal():
+    shown = aggregate.judge(whole_round(peak=1700.0), whole_round(peak=1700.0))
+    assert [figure.name for figure in shown if not figure.ok] == ["peak memory, 100 sites"]
+
+
+def test_the_goal_of_a_method_that_factors_can_be_missed():
+    arms = {"flexlora": {"cpu_s": 0.03, "gap_cpu_s": 0.03}, "fedex": {"cpu_s": 0.11, "gap_cpu_s": 0.0}}
+    [figure] = [figure for figure in aggregate.of_factored(arms) if not figure.ok]
+    assert "fedex" in figure.name
 
 
 def test_an_arm_of_aggregate_has_the_module_and_the_sites_that_its_figures_name():
     drawn = aggregate_arm._draw(aggregate_arm.MODULE, seed=1, std=1.0)
     assert {tuple(tensor.shape) for tensor in drawn.values()} == {(16, 11008), (4096, 16)}
     assert aggregate_arm.NUM_SITES == 10
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int4"])
+def test_a_round_of_aggregate_goes_through_all_its_parts(monkeypatch, dtype):
+    monkeypatch.setattr(aggregate_arm, "LAYERS", 1)
+    monkeypatch.setattr(aggregate_arm, "SHAPES", {"q": (640, 320)})
+    found = aggregate_arm.whole_round(5, WireConfig(dtype=dtype))
+    assert (found["num_parameters"], found["dtype"]) == (16 * 960, dtype)
+    assert set(found["seconds"]) == set(aggregate_arm.PARTS)
+    assert all(seconds > 0 for seconds in found["seconds"].values())
 
 
 def test_an_arm_that_fails_says_why():
