@@ -30,7 +30,7 @@ from torch import Tensor
 
 from server.aggregate import factored
 
-MIN_WIDTH: Final = 97  # rows and columns of a sketch: at most 10 % of a module's norm are then to be taken as chance
+MIN_WIDTH: Final = 97  # rows and columns of a sketch at least: the standard error of a module falls with their number
 MAX_WIDTH: Final = 128
 PLACES: Final = 1024  # where a module can begin to read in the sequence of signs
 BATCH: Final = 4  # sites whose sketches are multiplied at once
