@@ -46,10 +46,10 @@ def gate(
       silotune-server gate runs/triage
     """
     from common.errors import ConfigError, GateRefused
-    from server import run as server_run
+    from server import run_files
     from server.gate import decide, words
 
-    told = decide.judge_again(run_folder, server_run.stored_manifest(run_folder))
+    told = decide.judge_again(run_folder, run_files.stored_manifest(run_folder))
     if not told:
         raise ConfigError(f"{run_folder}: the run has no gate or no checkpoint; [gate] of a run file begins one")
     result = {"passed": told[-1]["stage"] if told[-1]["is_passed"] else "", "gated": told}

@@ -13,8 +13,7 @@ from rich.console import Console
 from common import config, events, privacy_plan, storage
 from common.errors import GateRefused, ProtocolError, TransportError
 from common.events import Event
-from server import link, lock, offer, report, status
-from server import run as server_run
+from server import link, lock, offer, report, run_files, status
 from server.link import Identity, Link
 from server.show import Screen
 
@@ -72,7 +71,7 @@ def run(
     # a wrong key, an old roster or a broken log is told here, before anything starts
     offer.operator(key_file, federation=federation, days=offer_days, audit_folder=audit, roster_folder=roster)
     settings = privacy_plan.resolve(settings)
-    log = server_run.prepare(settings, folder, resume=resume)
+    log = run_files.prepare(settings, folder, resume=resume)
     num_old = len(events.read(log.path)) if log.path.is_file() else 0
     options: dict[str, bool | float | int | str] = {
         "run-folder": str(folder.absolute()),
@@ -89,7 +88,7 @@ def run(
     screen = Screen(Console(file=sys.stderr if is_quiet else sys.stdout, highlight=False))
     with link.connect(address, ca_file=ca_file, identity=identity) as connected:
         names = {str(node_id): name for node_id, name in connected.names().items()}
-        storage.write_atomic(folder / server_run.NODES_FILE, json.dumps(names).encode())
+        storage.write_atomic(folder / run_files.NODES_FILE, json.dumps(names).encode())
         run_id = connected.start_run(options, bundle=link.build_bundle())
         last = _watch(connected, run_id, log.path, screen, num_old=num_old)
     return _ending(folder, last)
@@ -109,7 +108,7 @@ def watch(folder: Path, *, is_quiet: bool) -> dict[str, Any]:
         GateRefused: The gate refused what the run made.
         ProtocolError: The run failed or was interrupted; the message says why, or how to go on.
     """
-    server_run.stored_settings(folder)
+    run_files.stored_settings(folder)
     path, last = folder / events.FILE, Event()
     screen = Screen(Console(file=sys.stderr if is_quiet else sys.stdout, highlight=False))
     past, is_live = events.read(path) if path.is_file() else [], lock.is_live(folder)

@@ -19,8 +19,7 @@ from common.data import overlap
 from common.errors import ConfigError
 from common.events import EventLog
 from common.methods import FACTS
-from server import report
-from server import run as server_run
+from server import report, run_files
 from server.run import Outcome
 from server.show import Screen, percent
 from simulations import compare as comparing
@@ -74,13 +73,13 @@ class Order:
         settings = world.expect_all(settings, sites)
         folder = self.store or store.DEFAULT
         place = self.folder(settings)
-        date = manifest.date_of(place / server_run.MANIFEST_FILE if resume else None, today=self.today)
+        date = manifest.date_of(place / run_files.MANIFEST_FILE if resume else None, today=self.today)
         engine = world.load_engine(settings, store_folder=folder, num_threads=self.num_threads, date=date)
         return World(settings, engine, sites, place)
 
     def log(self, shared: World, *, resume: bool = False) -> EventLog:
         """The run's events, shown as they come; on stderr when stdout is for a program."""
-        log = server_run.prepare(shared.settings, shared.folder, resume=resume)
+        log = run_files.prepare(shared.settings, shared.folder, resume=resume)
         log.listeners.append(Screen(Console(file=sys.stderr if self.is_quiet else sys.stdout, highlight=False)))
         return log
 
@@ -137,7 +136,7 @@ def _tell_overlap(shared: World, log: EventLog) -> dict[str, int]:
 def _adapters(settings: config.RunConfig, folder: Path) -> str:
     """Where the finished adapter is, or those of the sites."""
     is_personal = FACTS[settings.aggregation.method].is_personal
-    return str(folder / "sites" / "*" / world.ADAPTER_FOLDER if is_personal else folder / server_run.EXPORT_FOLDER)
+    return str(folder / "sites" / "*" / world.ADAPTER_FOLDER if is_personal else folder / run_files.EXPORT_FOLDER)
 
 
 @contextmanager
@@ -199,7 +198,7 @@ def _ending_told(log: EventLog) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        server_run.report_failure(log, error)
+        run_files.report_failure(log, error)
         raise
 
 

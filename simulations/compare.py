@@ -19,7 +19,7 @@ from common import config, events, storage, wire
 from common.adapter import Tensors
 from common.events import Event, EventLog
 from common.model import Engine
-from server import federation
+from server import federation, run_files
 from server import run as server_run
 from server.aggregate import table
 from server.evaluate import held_out
@@ -126,7 +126,7 @@ def _pooled(shared: World) -> SiteData:
 def _train_alone(shared: World, name: str, sites: Mapping[str, SiteData], settings: config.RunConfig) -> Tensors:
     """A federation of one; scored elsewhere."""
     folder = shared.folder / "arms" / name
-    log = server_run.prepare(settings, folder)
+    log = run_files.prepare(settings, folder)
     outcome = run.in_process(
         settings, sites=sites, engine=shared.engine, folder=folder, log=log, engines=shared.engines
     )
