@@ -1,8 +1,8 @@
 """The coordinator's Flower ServerApp: builds the pieces and calls `server.run.execute`. No logic.
 
 Flower's run config says where the run is: `run-folder` as `server.run_files.prepare` left it, `base-folder` of the base
-on this machine (empty: the store), `num-threads` for torch (0: all cores), `resume`, and who signs it: `operator-key` (a
-file on this machine; empty: nobody), `federation`, `offer-days`, `audit-folder` for the log that the same key signs
+on this machine (empty: the store), `num-threads` for torch (0: all cores), `resume`, and who signs it: `operator-key`
+(a file on this machine; empty: nobody), `federation`, `offer-days`, `audit-folder` for the log that the same key signs
 (empty: beside the key) and `roster-folder`, by which sites are known (empty: by the keys that they tell first).
 `i-accept`: run though noise drowns what so few sites have to say. Of the key Flower gets the path only.
 """

@@ -1,5 +1,6 @@
 """A whole run: manifest, sites, rounds, export. The same call under every grid."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass

@@ -1,9 +1,7 @@
 """What the commands of `silotune-sim` do, between options and printing."""
 
 import datetime
-import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from common import cli, config, manifest, privacy_plan, store
@@ -22,9 +19,9 @@ from common.methods import FACTS
 from server import report, run_files
 from server.run import Outcome
 from server.show import Screen, percent
+from simulations import cli_options, world
 from simulations import compare as comparing
 from simulations import run as running
-from simulations import world
 from simulations.attacks import run as attacks
 from simulations.attacks import table as attack_table
 from simulations.compare import World
@@ -54,9 +51,7 @@ class Order:
 
     def loaded(self) -> config.RunConfig:
         """The run file with the command line's settings."""
-        named = {"model.base": self.model, "data.source": self.data}
-        given = {key: json.dumps(value, ensure_ascii=False) for key, value in named.items() if value}
-        return config.load(self.run_file, overrides={**given, **self.overrides})
+        return cli_options.load(self.run_file, model=self.model, data=self.data, overrides=self.overrides)
 
     def folder(self, settings: config.RunConfig) -> Path:
         """`--output`, or a new folder."""
@@ -80,7 +75,7 @@ class Order:
     def log(self, shared: World, *, resume: bool = False) -> EventLog:
         """The run's events, shown as they come; on stderr when stdout is for a program."""
         log = run_files.prepare(shared.settings, shared.folder, resume=resume)
-        log.listeners.append(Screen(Console(file=sys.stderr if self.is_quiet else sys.stdout, highlight=False)))
+        log.listeners.append(Screen(cli.progress(as_json=self.is_quiet)))
         return log
 
 
