@@ -41,57 +41,67 @@ def remedy(module: str, *, command: str = "") -> str:
         return ""
     name = _DISTRIBUTIONS.get(root) or canonicalize_name(root)
     first = OF_COMMAND.get(command.partition(" ")[0], "")
-    extra = next((one for one in (first, *EXTRAS) if one and name in _distributions(one)), "")
+    extra = next((one for one in (first, *EXTRAS) if one and name in brought(one)), "")
     needs = f"{command or PACKAGE} needs {name}, which is not installed in this environment"
-    if name in _distributions(""):
+    if name in brought(""):
         return f"{needs}, though silotune cannot do without it; install silotune anew: {install(first)}"
     if extra:
         return f"{needs}; it comes with the extra '{extra}': {install(extra)}"
     return f"{needs}; some requirement of silotune needs it, so install silotune anew: {install(first)}"
 
 
-def install(extra: str, *, python: str = sys.executable) -> str:
+def install(extra: str, *, python: str = sys.executable, origin: tuple[str | None, str] | None = None) -> str:
     """The command that installs silotune with an extra into this environment, from where it was installed.
 
     Args:
         extra: Of pyproject.toml; empty: none.
         python: This environment's interpreter.
+        origin: Text of the installed distribution's direct_url.json (PEP 610), which pip leaves out for an index, and
+            its version; None: as installed here.
 
     Returns:
         A line for a shell. Where it is not known what silotune was installed from, the wheel is named without a folder.
     """
-    folder, source, options = _origin()
-    pins = folder / PINS if folder is not None and (folder / PINS).is_file() else Path(PINS)
+    text, version = origin or _installed()
+    told = json.loads(text or "{}")
+    address = urlparse(told.get("url", ""))
+    path, pins, options = Path(unquote(address.path)), Path(PINS), list[str]()
+    if address.scheme == "file" and path.exists():
+        source = str(path)
+        options += ["--editable"] if told.get("dir_info", {}).get("editable") else []
+        beside = (path if path.is_dir() else path.parent) / PINS
+        pins = beside if beside.is_file() else pins
+    else:
+        source = f"{PACKAGE}-{version}-py3-none-any.whl"
     wanted = f"{source}[{extra}]" if extra else source
     return shlex.join([python, "-m", "pip", "install", *options, wanted, "-c", str(pins)])
 
 
-def _origin() -> tuple[Path | None, str, Sequence[str]]:
-    """The folder of what silotune was installed from, the thing itself, and pip's options for it (PEP 610)."""
+def _installed() -> tuple[str | None, str]:
+    """Where this silotune was installed from, as direct_url.json tells it, and its version."""
     try:
         found = importlib.metadata.distribution(PACKAGE)
     except importlib.metadata.PackageNotFoundError:  # run from its source: the root of the tree
-        root = Path(__file__).parents[1]
-        return root, str(root), ()
-    told = json.loads(found.read_text("direct_url.json") or "{}")
-    address = urlparse(told.get("url", ""))
-    path = Path(unquote(address.path))
-    if address.scheme != "file" or not path.exists():
-        return None, f"{PACKAGE}-{found.version}-py3-none-any.whl", ()
-    is_editable = told.get("dir_info", {}).get("editable", False)
-    return path if path.is_dir() else path.parent, str(path), ("--editable",) if is_editable else ()
+        return json.dumps({"url": Path(__file__).parents[1].as_uri()}), ""
+    return found.read_text("direct_url.json"), found.version
 
 
-def _distributions(extra: str) -> set[str]:
-    """Names of what an extra brings beyond silotune's own requirements; of no extra, those."""
-    try:
-        lines = importlib.metadata.requires(PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        return set()
+def brought(extra: str, requires: Sequence[str] | None = None) -> set[str]:
+    """Names of what an extra brings beyond silotune's own requirements; of the extra "", those.
+
+    Args:
+        extra: Its name.
+        requires: Requirements with their extras as markers; None: of the installed silotune.
+    """
+    if requires is None:
+        try:
+            requires = importlib.metadata.requires(PACKAGE) or []
+        except importlib.metadata.PackageNotFoundError:
+            return set()
     names: set[str] = set()
-    for one in map(Requirement, lines):
-        if one.name == PACKAGE:  # an extra that is made of others
-            names |= set().union(*map(_distributions, one.extras)) if _is_of(one, extra) else set()
+    for one in map(Requirement, requires):
+        if _is_of(one, extra) and one.name == PACKAGE:  # an extra that is made of others
+            names |= set().union(*(brought(inner, requires) for inner in one.extras))
         elif _is_of(one, extra):
             names |= {canonicalize_name(one.name), *(f"{one.name}[{inner}]" for inner in one.extras)}
     return names

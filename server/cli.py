@@ -224,7 +224,7 @@ def export(
     """
     from server import run_files
 
-    run_files.stored_settings(run_folder)  # told before torch is loaded
+    run_files.stored_manifest(run_folder)  # told before torch is loaded
 
     from server import finish
 

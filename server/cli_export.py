@@ -185,7 +185,7 @@ def compare(
 
     if against not in ("base", "prompt-only"):
         raise ConfigError(f"--against {against}: is none of base, prompt-only")
-    run_files.stored_settings(run_folder)  # told before torch is loaded
+    run_files.stored_manifest(run_folder)  # told before torch is loaded
 
     from server import compare as comparing
 

@@ -24,7 +24,7 @@ def polish(
     """
     from server import run_files
 
-    run_files.stored_settings(run_folder)  # told before torch is loaded
+    run_files.stored_manifest(run_folder)  # told before torch is loaded
 
     from server.polish import command
 
