@@ -149,7 +149,8 @@ class _Announcer(importlib.abc.MetaPathFinder):
         if fullname in SLOW and self in sys.meta_path:
             sys.meta_path.remove(self)
             if _volume.get() != "quiet":
-                print("loading torch and transformers, which takes some seconds ...", file=sys.stderr, flush=True)
+                what = fullname if fullname in ("datasets", "ray") else "torch and transformers"
+                print(f"loading {what}, which takes some seconds ...", file=sys.stderr, flush=True)
 
 
 def _announce_loading() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from common import extras
 
@@ -123,7 +124,7 @@ def test_an_extra_holds_all_that_its_commands_import(script, extra):
         root
         for root in roots
         if BROUGHT.get(root) not in {*there, "huggingface-hub"}
-        and not {Requirement(owner).name.lower().replace("_", "-") for owner in owners.get(root, ())} & there
+        and not {canonicalize_name(owner) for owner in owners.get(root, ())} & there
     }
     assert missing == set()
 
@@ -132,6 +133,22 @@ def test_control_an_extra_alone_lacks_what_another_is_for():
     assert "starlette" in reached("server.cli")
     assert "starlette" not in brought("client")
     assert {"starlette", "opacus", "scipy"} <= brought("sim")
+
+
+def test_whatever_a_requirement_requires_is_pinned_too():
+    pins = {canonicalize_name(line.partition("==")[0]) for line in (ROOT / "constraints.txt").read_text().split()}
+    waiting, seen, loose = [(name, "") for name in brought("dev") if "[" not in name], set(), set()
+    while waiting:
+        name, extra = waiting.pop()
+        if (name, extra) in seen or name == "silotune":
+            continue
+        seen.add((name, extra))
+        loose |= {name} - pins
+        for one in map(Requirement, importlib.metadata.requires(name) or []):
+            if one.marker is None or one.marker.evaluate({"extra": extra}):
+                waiting += [(canonicalize_name(one.name), inner) for inner in ("", *one.extras)]
+    assert len(seen) > 100
+    assert loose == set()
 
 
 @pytest.mark.parametrize(
