@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib.metadata
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -133,6 +134,14 @@ def test_control_an_extra_alone_lacks_what_another_is_for():
     assert "starlette" in reached("server.cli")
     assert "starlette" not in brought("client")
     assert {"starlette", "opacus", "scipy"} <= brought("sim")
+
+
+def test_no_page_installs_silotune_from_an_index_which_has_none():
+    """A name on an index could be anybody's; a wheel, a folder or a wheelhouse is ours."""
+    pages = [path for name in tracked() if (path := ROOT / name).suffix == ".md" and name != "CHANGELOG.md"]
+    lines = [line for page in pages for line in page.read_text(encoding="utf-8").splitlines() if "pip install" in line]
+    assert len(lines) > 5
+    assert not [line for line in lines if re.search(r"""install ["']?silotune(\[|$|["' ])""", line)]
 
 
 def test_whatever_a_requirement_requires_is_pinned_too():
