@@ -21,7 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 from scipy import stats
 
-from common import accounting, config, config_file, events, privacy_plan
+from common import accounting, cli, config, config_file, events, privacy_plan
 from common.config_types import RequiredLine, Section, Slug, refuse_look_alikes
 from common.errors import AccountingUnsupported, ConfigError, DataError, SilotuneError
 from server import run_files
@@ -222,7 +222,7 @@ def _run_all(
 ) -> list[str]:
     """Names of runs that failed."""
     failed = []
-    with Progress(transient=True) as bar, ThreadPoolExecutor(jobs) as pool:
+    with Progress(console=cli.progress(as_json=True), transient=True) as bar, ThreadPoolExecutor(jobs) as pool:
         task = bar.add_task("runs", total=len(waiting))
         places = {}
         for cell, seed in waiting:
