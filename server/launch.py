@@ -84,14 +84,18 @@ def run(
         "roster-folder": roster,
         "i-accept": is_noise_accepted,
     }
-    screen = Screen(cli.progress(as_json=is_quiet))
+    console = cli.progress(as_json=is_quiet)  # the SuperLink's process loads torch before its first event
+    line = (
+        f"starting {settings.name} in {folder} at the SuperLink {address}"
+    )
+    console.print(line, markup=False, soft_wrap=True)
     from server import link  # loads Flower, which watching needs not
 
     with link.connect(address, ca_file=ca_file, identity=identity) as connected:
         names = {str(node_id): name for node_id, name in connected.names().items()}
         storage.write_atomic(folder / run_files.NODES_FILE, json.dumps(names).encode())
         run_id = connected.start_run(options, bundle=link.build_bundle())
-        last = _watch(connected, run_id, log.path, screen, num_old=num_old)
+        last = _watch(connected, run_id, log.path, Screen(console), num_old=num_old)
     return _ending(folder, last)
 
 

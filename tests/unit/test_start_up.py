@@ -154,6 +154,10 @@ def test_long_commands_say_at_once_that_they_load_something(node_file, tmp_path)
         assert one["err"].splitlines()[0] == "loading torch and transformers, which takes some seconds ...", line
         assert one["asked"] == ["torch"], line
         assert one["cpu_s"] < MAX_CPU_S, line
+    away = ["server.cli", "run", str(tmp_path / "run.toml"), "--superlink", "127.0.0.1:1", "--ca", "no.pem"]
+    (started,) = play([{"line": [*away, "--output", str(tmp_path / "far")], "refused": ["torch"]}], is_apart=True)
+    assert started["out"].splitlines()[0] == f"starting tiny in {tmp_path / 'far'} at the SuperLink 127.0.0.1:1"
+    assert (started["asked"], started["code"]) == ([], 2), started["err"]
     demo = ["simulations.cli", "demo", "--output", str(tmp_path / "out"), "-q"]
     (quiet,) = play([{"line": demo, "refused": ["torch"]}], is_apart=True)
     assert quiet["err"].startswith("error: silotune-sim demo needs")
