@@ -85,9 +85,7 @@ def run(
         "i-accept": is_noise_accepted,
     }
     console = cli.progress(as_json=is_quiet)  # the SuperLink's process loads torch before its first event
-    line = (
-        f"starting {settings.name} in {folder} at the SuperLink {address}"
-    )
+    line = f"starting {settings.name} in {folder} at the SuperLink {address}"
     console.print(line, markup=False, soft_wrap=True)
     from server import link  # loads Flower, which watching needs not
 
