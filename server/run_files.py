@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from common import config, events, storage
+from common import config, events, extras, storage
 from common.errors import ConfigError, DataError, RunBusyError, SilotuneError, StorageError
 from common.events import EventLog
 from common.manifest import RunManifest, parse
@@ -58,6 +58,8 @@ def report_failure(log: EventLog, error: BaseException) -> str:
         code, reason, exit_code = kind, str(error), error.exit_code
     else:
         reason = "stopped" if isinstance(error, KeyboardInterrupt) else f"internal error {kind}"
+        if isinstance(error, ModuleNotFoundError):
+            reason = extras.remedy(error.name or "") or reason
         code, exit_code = "InternalError", 1
     if isinstance(error, RunBusyError):
         return code

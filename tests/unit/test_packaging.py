@@ -18,7 +18,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from common import extras
+from common import events, extras
+from server import run_files
+from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("client", "common", "server", "simulations")
@@ -183,6 +185,14 @@ def test_a_missing_module_is_told_with_its_extra(module, command, extra):
 def test_what_silotune_itself_needs_is_mended_by_installing_it_anew(module):
     told = extras.remedy(module, command="silotune-client serve")
     assert f"install silotune anew: {extras.install('client')}" in told
+
+
+def test_a_run_that_ends_for_want_of_a_library_says_how_to_install_it(tmp_path):
+    log = run_files.prepare(tiny.settings("tiny"), tmp_path / "run")
+    assert run_files.report_failure(log, ModuleNotFoundError("a row's text", name="jsonschema")) == "InternalError"
+    assert events.read(log.path)[-1]["reason"] == extras.remedy("jsonschema")
+    run_files.report_failure(log, ModuleNotFoundError("a row's text", name="server.gone"))
+    assert events.read(log.path)[-1]["reason"] == "internal error ModuleNotFoundError"
 
 
 @pytest.mark.parametrize("module", ["", "server.no_such_module", "common"])
