@@ -168,7 +168,9 @@ def rows_a_step(settings: config.RunConfig, data: SiteData) -> float:
 
 def rows_used(folder: Path, settings: config.RunConfig, sites: Mapping[str, SiteData]) -> int:
     """Training rows that the sites of a finished run used, each as often as it was."""
-    return round(sum(event["num_steps"] * rows_a_step(settings, sites[event["site"]]) for event in _trainings(folder)))
+    return round(
+        sum(int(event["num_steps"]) * rows_a_step(settings, sites[event["site"]]) for event in _trainings(folder))
+    )
 
 
 def rounds_trained(folder: Path) -> int:
