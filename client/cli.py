@@ -132,14 +132,16 @@ def serve(
       silotune-client serve node.toml
       silotune-client serve node.toml --without-policy
     """
-    from client import serve as serving
-    from client import service
     from common import config
 
+    node = config.load_node(node_file)  # told before torch is loaded
+
+    from client import serve as serving
+    from client import service
+
     serving.harden()
-    node = config.load_node(node_file)
     serving.check_policy(node, without_policy=without_policy)
-    agent = serving.make_agent(node, tell=lambda line: typer.echo(f"{node.site.name}: {line}"))
+    agent = serving.make_agent(node, tell=lambda line: cli.say(f"{node.site.name}: {line}"))
     server = service.serve(
         agent.answer,
         socket_path=Path(node.agent.socket),
@@ -147,7 +149,7 @@ def serve(
         courier_group=node.agent.courier_group,
         on_stranger=agent.sent_away,
     )
-    typer.echo(f"{node.site.name}: agent listens on {node.agent.socket}; stop it with Ctrl-C")
+    cli.say(f"{node.site.name}: agent listens on {node.agent.socket}; stop it with Ctrl-C")
     service.wait(server)
 
 

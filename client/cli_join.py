@@ -138,7 +138,7 @@ def link(
 
     way = proxy.of_site(config.load_node(node).link) if node else None
     through = f" through {way}" if way else ""
-    typer.echo(
+    cli.say(
         f"link: 127.0.0.1:{port} to {gateway}{through}; root certificate {state / tunnel.CERTIFICATE}; stop with Ctrl-C"
     )
     files = {"ca_file": ca, "certificate_file": certificate, "key_file": key}

@@ -24,9 +24,12 @@ def export_adapter(
     Examples:
       silotune-client export-adapter node.toml 3f9c2a71be04 own-adapter
     """
-    from client import serve
     from common import config
 
-    num_rounds = serve.make_shelf(config.load_node(node_file)).export(run, folder)
+    node = config.load_node(node_file)  # told before torch is loaded
+
+    from client import serve
+
+    num_rounds = serve.make_shelf(node).export(run, folder)
     result = {"adapter": str(folder), "num_rounds": num_rounds}
     cli.emit(result, as_json=json, show=lambda: cli.show(f"{folder}: this site's adapter after {num_rounds} rounds"))

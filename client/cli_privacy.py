@@ -48,13 +48,12 @@ def ledger_create(node_file: NodeFile, json: cli.JsonOption = False) -> None:
       silotune-client ledger create node.toml
     """
     from client import review as desk
-    from client import site_ledger
-    from client.serve import read_rows
+    from client import site_files, site_ledger
     from common import config
 
     node = config.load_node(node_file)
     paths = filter(None, (node.data.path, node.data.held_out_path))
-    rows = [row for path in paths for row in read_rows(node, path)]
+    rows = [row for path in paths for row in site_files.read_rows(node, path)]
     num_units = len({row.unit for row in rows})
     made = site_ledger.create(num_units=num_units, rows=rows, **_parts(desk.open_desk(node)))
     _told(made, json, f"next: copy {made.path} away after every run; silotune-client privacy {node_file}")

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from client.budget import COUNTS, EVALUATE
+from client.budget import COUNTS
 from client.policy_file import Policy
-from common import config, evaluation, noise, preference_score
-from common.accounting import Event
+from common import evaluation, noise, preference_score
 from common.errors import ModelError
 from common.evaluation import Score
 from common.model import Engine
@@ -34,25 +33,6 @@ class FigureNoise:
     noise_multiplier: float
     max_loss: float
     source: Noise
-
-
-def is_covered(rules: Policy, run: config.RunConfig) -> bool:
-    """Whether a policy demands that counts and figures of a run are covered: each unit is promised something."""
-    return rules.privacy.mode == "required" and run.privacy.is_private_per_unit
-
-
-def events(rules: Policy, run: config.RunConfig) -> dict[str, list[Event]]:
-    """What a run costs a unit beside its rounds: purpose to the steps of each release.
-
-    Example:
-        A run of 4 rounds that is evaluated after each has 5 evaluations.
-    """
-    if not is_covered(rules, run):
-        return {}
-    counts = [Event(1.0, rules.privacy.count_noise, 1)]
-    noise_multiplier = rules.evaluation.noise_multiplier
-    asked = [Event(1.0, noise_multiplier, 1)] * len(run.evaluated_rounds) if noise_multiplier else []
-    return {COUNTS: counts, EVALUATE: asked}
 
 
 def counts(num_units: tuple[int, int], *, rules: Policy, source: Noise) -> dict[str, int]:

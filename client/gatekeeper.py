@@ -147,7 +147,7 @@ class Gatekeeper:
         policy.check_opened(self.policy, self._dataset, head, run.run)
         if self.policy.privacy.mode == "none":
             return head
-        if not figures.is_covered(self.policy, run.run):
+        if not policy.is_covered(self.policy, run.run):
             return dataclasses.replace(head, num_held_out=0)
         released = self._payment.counts(
             run, lambda: figures.counts(num_units, rules=self.policy, source=noise.SystemNoise())
@@ -159,7 +159,7 @@ class Gatekeeper:
         if self.policy.privacy.mode == "none":
             return None
         rules = self.policy.evaluation
-        if not rules.noise_multiplier or not figures.is_covered(self.policy, run.run):
+        if not rules.noise_multiplier or not policy.is_covered(self.policy, run.run):
             raise PolicyRefusedError(
                 "evaluation.noise_multiplier: differential privacy is required, and no noise is set for held-out "
                 "figures",
@@ -206,7 +206,7 @@ class Gatekeeper:
         outgoing.check(self.policy, run, rounded, names=names)
         if reply.kind == "update" and run.run.privacy.is_private:
             self._payment.keep(run, int(rounded.head["round_index"]), rounded)
-        if reply.kind == "metrics" and figures.is_covered(self.policy, run.run):
+        if reply.kind == "metrics" and policy.is_covered(self.policy, run.run):
             self._payment.keep(run, int(rounded.head["round_index"]), rounded, kind="evaluate")
         rounded = self._sign(self._with_audit_head(rounded))
         data = wire.pack(rounded)

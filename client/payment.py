@@ -10,7 +10,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client import figures, site_ledger
+from client import policy, site_ledger
 from client.budget import COUNTS, EVALUATE, TRAIN
 from client.history import History
 from client.ledger import Ledger
@@ -54,7 +54,7 @@ class Payment:
             steps = self._history.run(run.sha256).steps
             num_done = sum(kind == TRAIN for kind, _ in steps)
             num_left = max(0, run.run.federation.num_rounds - num_done)
-            ledger, beside = self._open(), figures.events(self._rules, run.run)
+            ledger, beside = self._open(), policy.beside_rounds(self._rules, run.run)
             asked = beside.get(EVALUATE, [])[sum(kind == EVALUATE for kind, _ in steps) :]
             counts = [] if self._counts(ledger, run) else beside.get(COUNTS, [])
             if num_left or asked or counts:
@@ -76,7 +76,7 @@ class Payment:
         if known:
             return known
         made = noised()
-        (event,) = figures.events(self._rules, run.run)[COUNTS]
+        (event,) = policy.beside_rounds(self._rules, run.run)[COUNTS]
         ledger.reserve(run.sha256, 0, event, purpose=COUNTS, released=made)
         site_ledger.mirror(self._log, ledger)
         return made
@@ -116,7 +116,7 @@ class Payment:
         if kind == TRAIN:
             ledger.reserve(run.sha256, round_index, privacy_plan.event_per_round(run.run))
         else:
-            event = figures.events(self._rules, run.run)[EVALUATE][0]
+            event = policy.beside_rounds(self._rules, run.run)[EVALUATE][0]
             ledger.reserve(run.sha256, round_index, event, purpose=EVALUATE)
         site_ledger.mirror(self._log, ledger)
 

@@ -8,10 +8,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from client import figures
+from client.budget import COUNTS, EVALUATE
 from client.policy_file import FORBIDDEN, BaseRules, DatasetRules, Policy
 from client.train import schedule
 from common import config, egress, kinds, manifest, precisions, privacy_plan, site_privacy, trainable
+from common.accounting import Event
 from common.data import preference_rows
 from common.errors import AccountingUnsupported, AuthError, PolicyRefusedError
 from common.kinds import KINDS
@@ -230,6 +231,25 @@ def leaves(run: config.RunConfig) -> Iterator[str]:
         yield from (f"{name}.{key}" for key in value) if isinstance(value, dict) else (name,)
 
 
+def is_covered(rules: Policy, run: config.RunConfig) -> bool:
+    """Whether a policy demands that counts and figures of a run are covered: each unit is promised something."""
+    return rules.privacy.mode == "required" and run.privacy.is_private_per_unit
+
+
+def beside_rounds(rules: Policy, run: config.RunConfig) -> dict[str, list[Event]]:
+    """What a run costs a unit beside its rounds: purpose to the steps of each release.
+
+    Example:
+        A run of 4 rounds that is evaluated after each has 5 evaluations.
+    """
+    if not is_covered(rules, run):
+        return {}
+    counts = [Event(1.0, rules.privacy.count_noise, 1)]
+    noise_multiplier = rules.evaluation.noise_multiplier
+    asked = [Event(1.0, noise_multiplier, 1)] * len(run.evaluated_rounds) if noise_multiplier else []
+    return {COUNTS: counts, EVALUATE: asked}
+
+
 def _known() -> set[str]:
     """The dotted keys that the rules here judge, or that were found harmless."""
     others = {f"{section}.{key}".lstrip(".") for section, keys in OTHERS.items() for key in keys.split()}
@@ -400,7 +420,7 @@ def _check_cohort(policy: Policy, run: config.RunConfig) -> None:
 
 def _planned(policy: Policy, run: config.RunConfig) -> float:
     """Epsilon of the whole run at the site's own delta, counts and held-out figures included."""
-    beside = [event for events in figures.events(policy, run).values() for event in events]
+    beside = [event for events in beside_rounds(policy, run).values() for event in events]
     try:
         return privacy_plan.epsilon(run, dp_delta=policy.privacy.dp_delta, beside=beside)
     except AccountingUnsupported as error:

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from client import consent, figures, policy, policy_file, site_ledger
+from client import consent, policy, policy_file, site_ledger
 from client.history import AUDIT_FILE, History, Refusal, RunHistory
 from client.policy_file import Policy
 from client.train import schedule
@@ -301,7 +301,7 @@ def _epsilon(desk: Desk, run: RunManifest) -> str:
         return _site_level(settings)
     dp_delta = desk.policy.privacy.dp_delta
     try:
-        released = figures.events(desk.policy, settings)
+        released = policy.beside_rounds(desk.policy, settings)
         plan = privacy_plan.milestones(
             settings, dp_delta=dp_delta, beside=[event for events in released.values() for event in events]
         )
@@ -317,7 +317,7 @@ def _beside(desk: Desk, run: config.RunConfig) -> str:
     rules, asked = desk.policy, len(run.evaluated_rounds)
     if rules.privacy.mode == "none":
         return f"as they are, rounded, no noise: counts once, held-out figures {asked} times"
-    if not figures.is_covered(rules, run):
+    if not policy.is_covered(rules, run):
         return "counts of rows as they are; no held-out figure leaves"
     counts = f"numbers of units once, with noise {rules.privacy.count_noise:g}"
     if not rules.evaluation.noise_multiplier:

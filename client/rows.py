@@ -6,13 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
-from client import consent, review, serve
+from client import consent, review, site_files
 from client.data import check as checks
 from client.data import findings as noted
 from client.data import split
 from client.data.check import Preview
 from client.data.findings import Checked, Finding
-from client.serve import base_folders, read_rows
 from common import config, manifest, prompts, store, templates
 from common.config_objective import ObjectiveName
 from common.data import read
@@ -82,7 +81,7 @@ def asked(node: config.NodeConfig, run: str, given: Asked) -> Asked:
         raise ConfigError("--run: this site has no policy, so it keeps no offers; give the run's TOML file instead")
     desk = review.open_desk(node)
     found = manifest.parse(consent.load(desk.folder, consent.find(desk.history, run)).manifest)
-    base = given.base or str(store.find_by_hash(found.base_sha256, base_folders(node)))
+    base = given.base or str(store.find_by_hash(found.base_sha256, site_files.base_folders(node)))
     return _of(found.run, base=base, date=found.date)
 
 
@@ -95,7 +94,7 @@ def check(node: config.NodeConfig, given: Asked) -> Checked:
         ConfigError: No such objective.
         ModelError: The base is not on this machine, or cannot be trained on rows of that length.
     """
-    site, columns = node.site.name, serve.columns_of(node, objective=_objective(given.objective))
+    site, columns = node.site.name, site_files.columns_of(node, objective=_objective(given.objective))
     tokenizer = None
     if given.base or node.model.base:
         tokenizer = load_tokenizer(node, given)
@@ -114,7 +113,7 @@ def check(node: config.NodeConfig, given: Asked) -> Checked:
         findings += noted.find(site, problems)
     with noted.noting(findings, site=site):
         if node.data.held_out_path and len(sides) > 1 and node.data.unit_column:
-            serve.check_apart(*sides)
+            site_files.check_apart(*sides)
         elif sides and sides[0] and not findings:  # with rows missing, too few units may be none too few
             split.split(sides[0], held_out_fraction=config.DataConfig().held_out_fraction, seed=0)
     shown = _conversations([row for side in sides for row in side])
@@ -146,7 +145,7 @@ def preview(node: config.NodeConfig, given: Asked, *, limit: int) -> tuple[str, 
         ModelError: No base is named, or it is not on this machine.
     """
     tokenizer = load_tokenizer(node, given)
-    rows = _conversations(read_rows(node, node.data.path, objective=_objective(given.objective)))
+    rows = _conversations(site_files.read_rows(node, node.data.path, objective=_objective(given.objective)))
     return given.in_words(tokenizer), checks.preview(
         rows,
         tokenizer,

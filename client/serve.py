@@ -1,22 +1,19 @@
 """The agent's process: a site's own file becomes an agent behind a socket."""
 
 import faulthandler
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from client import ledger_file, personal, policy_file, self_test, sitelog
+from client import ledger_file, personal, policy_file, self_test, site_files, sitelog
 from client.agent import PERMISSIVE, Agent, SiteData
 from client.data import split
 from client.gatekeeper import Gatekeeper
 from client.personal import Shelf
 from common import config, identity, keyfile, loading, precisions, storage, store
-from common.config_objective import ObjectiveName
-from common.data import read
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError
 from common.kinds import KINDS
 from common.manifest import RunManifest
 from common.model import Engine
-from common.rows import Columns, Row
 
 LOG_FILE = "agent.jsonl"
 RESIDUALS = "residuals"
@@ -94,11 +91,11 @@ def load_data(node: config.NodeConfig, manifest: RunManifest) -> SiteData:
         DataError: Rows are missing or unusable, or a unit has rows on both sides.
     """
     objective = manifest.run.training.objective
-    rows = read_rows(node, node.data.path, objective=objective)
+    rows = site_files.read_rows(node, node.data.path, objective=objective)
     if node.data.held_out_path:
-        held_out = read_rows(node, node.data.held_out_path, objective=objective)
+        held_out = site_files.read_rows(node, node.data.held_out_path, objective=objective)
         if node.data.unit_column:
-            check_apart(rows, held_out)
+            site_files.check_apart(rows, held_out)
         return SiteData(rows, held_out)
     return SiteData(*split.for_run({node.site.name: rows}, manifest.run, secret=split_secret(node))[node.site.name])
 
@@ -116,34 +113,6 @@ def split_secret(node: config.NodeConfig) -> bytes | None:
     """
     key_file = node.agent.identity_key
     return ledger_file.derive_key(identity.load(Path(key_file)), purpose=HELD_OUT) if key_file else None
-
-
-def check_apart(train: Sequence[Row], held_out: Sequence[Row]) -> None:
-    """A patient who is trained on says nothing about those who are not.
-
-    Raises:
-        DataError: A unit has rows on both sides.
-    """
-    shared = {row.unit for row in train} & {row.unit for row in held_out}
-    if shared:
-        one = next(row for row in train if row.unit in shared)
-        other = next(row for row in held_out if row.unit == one.unit)
-        raise DataError(
-            f"{len(shared)} units have rows both in data.path and in data.held_out_path, one of them in {one.row_id} "
-            f"and in {other.row_id}; "
-            "move all rows of a unit to one side, or remove held_out_path to let the run split them"
-        )
-
-
-def read_rows(node: config.NodeConfig, path: str, *, objective: ObjectiveName = "sft") -> Sequence[Row]:
-    """One of the site's files, by its own column names; those of preferences have fixed names."""
-    return read.read(path, columns=columns_of(node, objective=objective))
-
-
-def columns_of(node: config.NodeConfig, *, objective: ObjectiveName) -> Columns:
-    """Which columns of the site's rows hold what."""
-    data = node.data
-    return Columns(data.instruction_column, data.input_column, data.output_column, data.unit_column, objective)
 
 
 class EngineLoader:
@@ -176,18 +145,10 @@ class EngineLoader:
         own, hardware = precisions.at_site(manifest.run.model, self._node.site.name), self._node.hardware
         return loading.engine_of(
             manifest.run,
-            store.find_by_hash(manifest.base_sha256, base_folders(self._node)),
+            store.find_by_hash(manifest.base_sha256, site_files.base_folders(self._node)),
             own=own.model_copy(update={"sha256": manifest.base_sha256}),
             device_name=hardware.device,
             num_threads=hardware.num_threads,
             trains=True,
             date=manifest.date,
         )
-
-
-def base_folders(node: config.NodeConfig) -> list[Path]:
-    """Where this site may have bases."""
-    if node.model.base:
-        return [Path(node.model.base)]
-    folder = Path(node.model.store) if node.model.store else store.DEFAULT
-    return sorted(path for path in folder.glob("*") if path.is_dir())

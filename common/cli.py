@@ -1,18 +1,34 @@
-"""What the three commands share: errors to exit codes, `--json`, quick help. Loads neither torch nor Flower."""
+"""What the three commands share: errors to exit codes, `--json`, `-v` and `-q`, quick help. Loads no model library."""
 
+import importlib.abc
+import importlib.metadata
 import itertools
 import json
+import platform
+import resource
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, Final
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
+import click
 import typer
+from typer.core import TyperOption
 
+from common import extras
 from common.errors import ConfigError, SilotuneError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 INTERRUPTED: Final = 130
+SLOW: Final = frozenset({"torch", "transformers", "peft", "datasets", "ray"})  # libraries that take seconds to load
+SHOWN: Final = ("torch", "transformers", "peft", "flwr")
+Volume = Literal["quiet", "normal", "verbose"]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, as the last line of stdout.")]
 SetOption = Annotated[
     list[str] | None,
@@ -44,24 +60,46 @@ def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> None:
     """Run a command and leave the process with its exit code.
 
     An error of ours is one line on stderr (and an `error` object on stdout under `--json`). Of any other error the type
-    and the code lines are shown, but not its message, which could hold a row's text.
+    and the code lines are shown, but not its message, which could hold a row's text. A library that is not installed is
+    told with the command that installs it. Before libraries are loaded that take seconds, a line on stderr says so.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    command = typer.main.get_command(app)
+    _add_options(command, is_root=True)
+    _volume.set("normal")
+    _announce_loading()
+    begin_s = time.monotonic()
+    as_json = "--json" in given
     try:
-        app(given)
+        command(given)
     except SilotuneError as error:
-        _fail(str(error), code=type(error).__name__, exit_code=error.exit_code, as_json="--json" in given)
+        _fail(str(error), code=type(error).__name__, exit_code=error.exit_code, as_json=as_json, frames=_trail(error))
     except (KeyboardInterrupt, SystemExit) as end:
         if getattr(end, "code", INTERRUPTED) != INTERRUPTED:  # typer makes an exit of an interruption
             raise
-        _fail(
-            "stopped; finished rounds are on disk", code="Interrupted", exit_code=INTERRUPTED, as_json="--json" in given
-        )
+        _fail("stopped; finished rounds are on disk", code="Interrupted", exit_code=INTERRUPTED, as_json=as_json)
     except Exception as error:  # noqa: BLE001  the program's edge
-        frames = traceback.extract_tb(error.__traceback__)
-        places = "\n".join(f"  {frame.filename}:{frame.lineno} in {frame.name}" for frame in frames)
+        name = " ".join([app.info.name or "", *itertools.takewhile(lambda word: word[:1] != "-", given[:1])])
+        if isinstance(error, ModuleNotFoundError) and (missing := extras.remedy(error.name or "", command=name)):
+            _fail(missing, code=ConfigError.__name__, exit_code=ConfigError.exit_code, as_json=as_json)
+        places = "\n".join(_frames(error))
         text = f"internal error {type(error).__name__}; please report it with these lines\n{places}"
-        _fail(text, code="InternalError", exit_code=1, as_json="--json" in given)
+        _fail(text, code="InternalError", exit_code=1, as_json=as_json)
+    finally:
+        _say_cost(begin_s)
+
+
+def progress(*, as_json: bool) -> "Console":
+    """Where progress is shown: stdout, or stderr where stdout is for a program; nowhere under `-q`."""
+    from rich.console import Console
+
+    return Console(file=sys.stderr if as_json else sys.stdout, quiet=_volume.get() == "quiet", highlight=False)
+
+
+def say(line: str) -> None:
+    """Print a line on stdout that says what goes on; not under `-q`."""
+    if _volume.get() != "quiet":
+        typer.echo(line)
 
 
 def emit(result: dict[str, Any], *, as_json: bool, show: Callable[[], None]) -> None:
@@ -100,9 +138,103 @@ def fresh_folder(parent: Path, name: str) -> Path:
     return next(folder for folder in itertools.chain([parent / name], numbered) if not folder.exists())
 
 
-def _fail(message: str, *, code: str, exit_code: int, as_json: bool) -> None:
+_volume: ContextVar[Volume] = ContextVar("volume", default="normal")
+
+
+class _Announcer(importlib.abc.MetaPathFinder):
+    """Finds no module, but says that a library is about to be loaded that takes its time; once."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        """Look at what is imported."""
+        if fullname in SLOW and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            if _volume.get() != "quiet":
+                what = fullname if fullname in ("datasets", "ray") else "torch and transformers"
+                print(f"loading {what}, which takes some seconds ...", file=sys.stderr, flush=True)
+
+
+def _announce_loading() -> None:
+    """Have it said when the first of the slow libraries is imported; not if one is there already."""
+    if SLOW.isdisjoint(sys.modules) and not any(isinstance(finder, _Announcer) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Announcer())
+
+
+def _add_options(command: click.Command, *, is_root: bool = False) -> None:
+    """Give a command `-v` and `-q`, and so all of its own; `--version` goes to the first."""
+    if isinstance(command, click.Group):
+        for inner in command.commands.values():
+            _add_options(inner)
+    flags = [
+        (["-v", "--verbose"], _set_volume, "Also show versions, seconds, memory, and where an error arose."),
+        (["-q", "--quiet"], _set_volume, "Show results and errors only."),
+        (["--version"], _show_version, "Show versions and exit."),
+    ]
+    for names, callback, text in flags if is_root else flags[:2]:
+        flag = TyperOption(
+            param_decls=names, is_flag=True, is_eager=True, expose_value=False, callback=callback, help=text
+        )
+        command.params.append(flag)
+
+
+def _set_volume(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """Take `-v` or `-q`, wherever on the line."""
+    if not value:
+        return
+    wanted: Volume = "verbose" if parameter.name == "verbose" else "quiet"
+    if _volume.get() not in ("normal", wanted):
+        raise click.UsageError("--verbose and --quiet exclude each other; give one of them", context)
+    _volume.set(wanted)
+    if wanted == "verbose":
+        print(_versions(), file=sys.stderr)
+
+
+def _show_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """Print and leave."""
+    if value and not context.resilient_parsing:
+        typer.echo(_versions())
+        context.exit()
+
+
+def _versions() -> str:
+    """Of silotune, Python, and what results depend on most; nothing is loaded for it."""
+    found = []
+    for name in (extras.PACKAGE, *SHOWN):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name} (not installed)")
+    return f"{found[0]} (Python {platform.python_version()}, {', '.join(found[1:])})"
+
+
+def _say_cost(begin_s: float) -> None:
+    """Seconds and memory of this process, under `-v`."""
+    if _volume.get() == "verbose":
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        cpu_s, peak_mib = used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+        print(f"{time.monotonic() - begin_s:.1f} s, {cpu_s:.1f} CPU s, {peak_mib:,.0f} MiB at most", file=sys.stderr)
+
+
+def _frames(error: BaseException) -> list[str]:
+    """Where an error arose, a line for each call."""
+    stack = traceback.extract_tb(error.__traceback__)
+    return [f"  {frame.filename}:{frame.lineno} in {frame.name}" for frame in stack]
+
+
+def _trail(error: BaseException) -> str:
+    """Under `-v`: where an error of ours arose, and what kinds of errors led to it, without their messages."""
+    lines: list[str] = []
+    cause: BaseException | None = error if _volume.get() == "verbose" else None
+    while cause:
+        lines += [f"  {type(cause).__name__}", *_frames(cause)]
+        cause = cause.__cause__
+    return "\n".join(lines)
+
+
+def _fail(message: str, *, code: str, exit_code: int, as_json: bool, frames: str = "") -> None:
     """Say what is wrong and exit."""
     print(f"error: {message}", file=sys.stderr)
+    if frames:
+        print(frames, file=sys.stderr)
     if as_json:
         print(json.dumps({"error": {"code": code, "message": message, "exit_code": exit_code}}))
     sys.exit(exit_code)

@@ -12,10 +12,10 @@ from common import adapter, storage, wire
 from common.adapter import Tensors
 from common.errors import DataError, ModelError
 from common.records import TensorSpec
+from server import run_files
 
 ADAPTER_FILE = "adapter_model.safetensors"
 MEMORY_FILE = "optimizer.safetensors"
-RECORD_FILE = "round.json"
 
 
 class DamagedError(ModelError):
@@ -59,14 +59,8 @@ def save(run_folder: Path, tensors: Tensors, *, memory: Tensors, num_rounds: int
         "memory_sha256": _digest(remembered),
         "run_sha256": run_sha256,
     }
-    storage.write_atomic(folder / RECORD_FILE, wire.canonical_json(record) + b"\n")
+    storage.write_atomic(folder / run_files.RECORD_FILE, wire.canonical_json(record) + b"\n")
     return digest
-
-
-def finished(run_folder: Path) -> list[int]:
-    """Numbers of rounds after which a whole checkpoint lies in the folder, ascending."""
-    names = (path.parent.name for path in run_folder.glob(f"rounds/*/{RECORD_FILE}"))
-    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def load(run_folder: Path, specs: tuple[TensorSpec, ...], *, num_rounds: int, run_sha256: str) -> Checkpoint:
@@ -79,14 +73,16 @@ def load(run_folder: Path, specs: tuple[TensorSpec, ...], *, num_rounds: int, ru
     """
     folder = folder_of(run_folder, num_rounds)
     try:
-        record = json.loads((folder / RECORD_FILE).read_bytes())
+        record = json.loads((folder / run_files.RECORD_FILE).read_bytes())
         written = record["adapter_sha256"], record["memory_sha256"], record["run_sha256"]
         data = (folder / ADAPTER_FILE).read_bytes()
         memory = (folder / MEMORY_FILE).read_bytes() if record["memory_sha256"] else b""
     except (OSError, ValueError, TypeError, KeyError) as error:
-        if (folder / RECORD_FILE).is_file():
+        if (folder / run_files.RECORD_FILE).is_file():
             raise DamagedError(f"{folder}: the checkpoint cannot be read; use an earlier round") from error
-        raise DataError(f"{folder}: no whole checkpoint; finished rounds are {finished(run_folder)}") from error
+        raise DataError(
+            f"{folder}: no whole checkpoint; finished rounds are {run_files.finished(run_folder)}"
+        ) from error
     digest = hashlib.sha256(data).hexdigest()
     if written[2] != run_sha256:
         raise ModelError(f"{folder}: the adapter belongs to another run")
@@ -105,7 +101,7 @@ def newest(
         ModelError: It belongs to another run.
     """
     damaged: list[DamagedError] = []
-    for num_rounds in reversed(finished(run_folder)):
+    for num_rounds in reversed(run_files.finished(run_folder)):
         try:
             return load(run_folder, specs, num_rounds=num_rounds, run_sha256=run_sha256), damaged
         except DamagedError as error:
@@ -119,7 +115,7 @@ def set_aside(run_folder: Path, *, after: int) -> None:
     Raises:
         StorageError: It cannot be done.
     """
-    for num_rounds in finished(run_folder):
+    for num_rounds in run_files.finished(run_folder):
         if num_rounds > after:
             folder = folder_of(run_folder, num_rounds)
             aside = folder.with_name(f"{folder.name}.damaged")
@@ -132,7 +128,7 @@ def set_aside(run_folder: Path, *, after: int) -> None:
 
 def prune(run_folder: Path, *, num_kept: int) -> None:
     """Remove all but the newest `num_kept` checkpoints; 0 keeps all."""
-    for num_rounds in finished(run_folder)[:-num_kept] if num_kept else []:
+    for num_rounds in run_files.finished(run_folder)[:-num_kept] if num_kept else []:
         shutil.rmtree(folder_of(run_folder, num_rounds))
 
 

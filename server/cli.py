@@ -72,9 +72,11 @@ def run(
       silotune-server run RUN.toml --superlink 127.0.0.1:8000 --ca ca.pem --operator-key op.pem --federation onco-eu
     """
     from common import config
+
+    settings = config.load(run_file, overrides=cli.overrides(set_))  # told before Flower is loaded
+
     from server import launch, link
 
-    settings = config.load(run_file, overrides=cli.overrides(set_))
     folder = output or cli.fresh_folder(Path(settings.output.folder), settings.name)
     result = launch.run(
         settings,
@@ -133,7 +135,7 @@ def gateway(
     from server.gateway import serve, settings
 
     config = settings.load(gateway_file)
-    typer.echo(f"gateway: sites on {config.fleet.listen}, operators on {config.control.listen}; stop it with Ctrl-C")
+    cli.say(f"gateway: sites on {config.fleet.listen}, operators on {config.control.listen}; stop it with Ctrl-C")
     serve.run(config)
 
 
@@ -220,6 +222,10 @@ def export(
       silotune-server export runs/triage --base smollm2-folder --merged merged
       silotune-server export runs/triage --to triage-1 --formats peft,merged,gguf --operator-key op.pem
     """
+    from server import run_files
+
+    run_files.stored_manifest(run_folder)  # told before torch is loaded
+
     from server import finish
 
     if to:

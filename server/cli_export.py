@@ -46,10 +46,13 @@ def gate(
       silotune-server gate runs/triage
     """
     from common.errors import ConfigError, GateRefused
-    from server import run as server_run
+    from server import run_files
+
+    manifest = run_files.stored_manifest(run_folder)  # told before torch is loaded
+
     from server.gate import decide, words
 
-    told = decide.judge_again(run_folder, server_run.stored_manifest(run_folder))
+    told = decide.judge_again(run_folder, manifest)
     if not told:
         raise ConfigError(f"{run_folder}: the run has no gate or no checkpoint; [gate] of a run file begins one")
     result = {"passed": told[-1]["stage"] if told[-1]["is_passed"] else "", "gated": told}
@@ -178,10 +181,14 @@ def compare(
           --prompt "Answer with the code alone."
     """
     from common.errors import ConfigError
-    from server import compare as comparing
+    from server import run_files
 
     if against not in ("base", "prompt-only"):
         raise ConfigError(f"--against {against}: is none of base, prompt-only")
+    run_files.stored_manifest(run_folder)  # told before torch is loaded
+
+    from server import compare as comparing
+
     order = comparing.Order(str(rows), against, prompt, max_rows, seed)  # type: ignore[arg-type]
     result = comparing.compare(run_folder, order, out=out, key=key, num_rounds=round_, base=base)
     told = (

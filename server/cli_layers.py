@@ -24,9 +24,11 @@ def layers(
       silotune-server layers /srv/models/eight-billion --share 0.5 --json
     """
     from common import store
+
+    folder = Path(base) if Path(base).is_dir() else store.resolve(base)  # told before torch is loaded
+
     from server import layers as spectrum
 
-    folder = Path(base) if Path(base).is_dir() else store.resolve(base)
     found = spectrum.measure(folder)
     chosen = spectrum.choose(found, share=share)
     told = [f"{found[name]:>10.4f}  {name}" for name in sorted(chosen, key=lambda name: -found[name])]

@@ -1,6 +1,5 @@
 """`silotune-server polish`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -23,10 +22,11 @@ def polish(
     Examples:
       silotune-server polish runs/triage
     """
-    from rich.console import Console
+    from server import run_files
+
+    run_files.stored_manifest(run_folder)  # told before torch is loaded
 
     from server.polish import command
 
-    console = Console(file=sys.stderr if json else sys.stdout, highlight=False)
-    result = command.polish(run_folder, base=base, num_threads=threads, console=console)
+    result = command.polish(run_folder, base=base, num_threads=threads, console=cli.progress(as_json=json))
     cli.emit(result, as_json=json, show=lambda: cli.show(f"adapter   {result['adapter']}"))

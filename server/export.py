@@ -107,7 +107,7 @@ def card(
         before=evaluated.get(0), after=asked or evaluated.get(num_rounds), is_asked=asked is not None,
         kind=kind, licence=licence, formats=formats,
         measured=stages.get(label) or stages.get(reached), view=view,
-        measured_before=stages.get(measure.BASE), privacy_wording=privacy_plan.wording(settings),
+        measured_before=stages.get(view.BASE), privacy_wording=privacy_plan.wording(settings),
         epsilon=privacy_plan.epsilon(settings) if settings.privacy.is_private_per_unit else None,
         spent=_spent(settings, log, num_rounds=num_rounds), gated=words.of_export(log, stage=label),
         overlap=overlap.sentence(shared[-1]) if shared else "", task_overlaps=told.task_overlaps(log),

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
+from common import extras
 from common.errors import ConfigError, ModelError
 from server import export_tokenizer
 
@@ -41,9 +42,7 @@ def require() -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ConfigError(
-                f"onnx needs the package {name}; install the extra: pip install 'silotune[onnx]'"
-            ) from error
+            raise ConfigError(f"onnx needs the package {name}; install it with: {extras.install('onnx')}") from error
 
 
 class _Logits(torch.nn.Module):

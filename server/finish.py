@@ -6,7 +6,7 @@ from pathlib import Path
 from common import adapter, events, identity, model, store
 from common.errors import ConfigError
 from common.methods import FACTS
-from server import checkpoint, export, export_folder, export_kind, lock, run, run_export
+from server import checkpoint, export, export_folder, export_kind, lock, run, run_export, run_files
 from server.export_folder import Exported
 from server.gate import decide
 from server.polish import stages, told
@@ -37,7 +37,7 @@ def export_run(
     found = stored(run_folder, num_rounds=num_rounds)
     if merged:
         export_kind.check_mergeable(found.run_manifest.run.adapter.kind)
-    adapter_folder = output or run_folder / run.EXPORT_FOLDER
+    adapter_folder = output or run_folder / run_files.EXPORT_FOLDER
     with nullcontext() if output else lock.hold(run_folder):
         export.save_adapter(
             adapter_folder, found.tensors, run_manifest=found.run_manifest, num_rounds=found.num_rounds,
@@ -140,13 +140,13 @@ def stored(run_folder: Path, *, num_rounds: int) -> Exported:
         GateRefused: The run's gate did not let it pass.
         ModelError: It is damaged.
     """
-    found = run.stored_manifest(run_folder)
+    found = run_files.stored_manifest(run_folder)
     if FACTS[found.run.aggregation.method].is_personal:
         raise ConfigError(
             f"{run_folder}: under aggregation.method = '{found.run.aggregation.method}' each site has an adapter of "
             "its own, and the coordinator none; at a site: silotune-client export-adapter NODE.toml RUN FOLDER"
         )
-    done = checkpoint.finished(run_folder)
+    done = run_files.finished(run_folder)
     log = events.read(run_folder / events.FILE)
     passed = None if num_rounds else decide.exported(found.run, log)
     wanted = num_rounds or (passed["num_rounds"] if passed else done[-1] if done else 0)

@@ -1,22 +1,20 @@
 """Starting a run at a SuperLink and watching it; the run itself is done by the SuperLink's ServerApp process."""
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from rich.console import Console
-
-from common import config, events, privacy_plan, storage
+from common import cli, config, events, privacy_plan, storage
 from common.errors import GateRefused, ProtocolError, TransportError
 from common.events import Event
-from server import link, lock, offer, report, status
-from server import run as server_run
-from server.link import Identity, Link
+from server import lock, offer, report, run_files, status
 from server.show import Screen
+
+if TYPE_CHECKING:
+    from server.link import Identity, Link
 
 POLL_S: Final = 1.0
 MAX_PAUSE_S: Final = 30.0  # between polls of a SuperLink or gateway that does not answer
@@ -28,7 +26,7 @@ def run(
     *,
     address: str,
     ca_file: Path,
-    identity: Identity | None = None,
+    identity: "Identity | None" = None,
     folder: Path,
     base: Path | None,
     resume: bool,
@@ -72,7 +70,7 @@ def run(
     # a wrong key, an old roster or a broken log is told here, before anything starts
     offer.operator(key_file, federation=federation, days=offer_days, audit_folder=audit, roster_folder=roster)
     settings = privacy_plan.resolve(settings)
-    log = server_run.prepare(settings, folder, resume=resume)
+    log = run_files.prepare(settings, folder, resume=resume)
     num_old = len(events.read(log.path)) if log.path.is_file() else 0
     options: dict[str, bool | float | int | str] = {
         "run-folder": str(folder.absolute()),
@@ -86,12 +84,16 @@ def run(
         "roster-folder": roster,
         "i-accept": is_noise_accepted,
     }
-    screen = Screen(Console(file=sys.stderr if is_quiet else sys.stdout, highlight=False))
+    console = cli.progress(as_json=is_quiet)  # the SuperLink's process loads torch before its first event
+    line = f"starting {settings.name} in {folder} at the SuperLink {address}"
+    console.print(line, markup=False, soft_wrap=True)
+    from server import link  # loads Flower, which watching needs not
+
     with link.connect(address, ca_file=ca_file, identity=identity) as connected:
         names = {str(node_id): name for node_id, name in connected.names().items()}
-        storage.write_atomic(folder / server_run.NODES_FILE, json.dumps(names).encode())
+        storage.write_atomic(folder / run_files.NODES_FILE, json.dumps(names).encode())
         run_id = connected.start_run(options, bundle=link.build_bundle())
-        last = _watch(connected, run_id, log.path, screen, num_old=num_old)
+        last = _watch(connected, run_id, log.path, Screen(console), num_old=num_old)
     return _ending(folder, last)
 
 
@@ -109,9 +111,9 @@ def watch(folder: Path, *, is_quiet: bool) -> dict[str, Any]:
         GateRefused: The gate refused what the run made.
         ProtocolError: The run failed or was interrupted; the message says why, or how to go on.
     """
-    server_run.stored_settings(folder)
+    run_files.stored_settings(folder)
     path, last = folder / events.FILE, Event()
-    screen = Screen(Console(file=sys.stderr if is_quiet else sys.stdout, highlight=False))
+    screen = Screen(cli.progress(as_json=is_quiet))
     past, is_live = events.read(path) if path.is_file() else [], lock.is_live(folder)
     starts = [number for number, event in enumerate(past) if event["kind"] == "run_started"]
     num_skipped = starts[-1] if starts else 0
@@ -140,7 +142,7 @@ def _absolute(path: Path | None) -> str:
     return str(path.absolute()) if path else ""
 
 
-def _watch(connected: Link, run_id: int, path: Path, screen: Screen, *, num_old: int) -> Event:
+def _watch(connected: "Link", run_id: int, path: Path, screen: Screen, *, num_old: int) -> Event:
     """Show events until the run is over; the last one."""
     last: Event = {}
     is_over = Poll(lambda: connected.state(run_id).is_finished, folder=path.parent)

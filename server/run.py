@@ -1,6 +1,5 @@
 """A whole run: manifest, sites, rounds, export. The same call under every grid."""
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,13 +25,13 @@ from common import (
 )
 from common.adapter import Tensors
 from common.clipping import ClipNorm
-from common.errors import ConfigError, DataError, RunBusyError, SilotuneError, StorageError
+from common.errors import ConfigError, SilotuneError
 from common.events import Event, EventLog
-from common.manifest import RunManifest, parse
+from common.manifest import RunManifest
 from common.model import Engine
 from common.noise import Noise
 from common.records import to_head
-from server import base_noise, checkpoint, export, federation, lock, rounds, run_export, trail
+from server import base_noise, checkpoint, export, federation, lock, rounds, run_export, run_files, trail
 from server.aggregate import table
 from server.checkpoint import Checkpoint
 from server.evaluate import measure, suite
@@ -45,10 +44,6 @@ from server.polish import at_sites, kept_apart, stages
 from server.polish import told as polish_told
 from server.polish.kept_apart import KnownRows
 
-RUN_FILE = "run.json"
-MANIFEST_FILE = "manifest.json"
-NODES_FILE = "nodes.json"  # names of nodes, by their numbers
-EXPORT_FOLDER = "adapter"
 EXPERIMENTAL = (
     "aggregation.method = '{method}' is experimental: that it helps, only its authors have shown; "
     "compare it with fedavg on these rows before relying on it"
@@ -146,8 +141,8 @@ def _execute(
     measured = suite.open_suite(settings, engine=engine, folder=folder, log=log)
     manifest = manifest_of(settings, engine, evaluation_sha256=measured.sha256)
     _check_size(manifest)
-    if resume and (folder / MANIFEST_FILE).exists():
-        suite.require_same(measured.sha256, stored_manifest(folder).evaluation_sha256)
+    if resume and (folder / run_files.MANIFEST_FILE).exists():
+        suite.require_same(measured.sha256, run_files.stored_manifest(folder).evaluation_sha256)
     fed = Federation(manifest, fleet, table.find(settings.aggregation.method), folder, log, suite=measured)
     fed.make_noise = make_noise
     fed.told_names = _names_of_nodes(folder, log, resume=resume)
@@ -158,7 +153,7 @@ def _execute(
     fed.memory = first.memory
     if damaged:
         checkpoint.set_aside(folder, after=first.num_rounds)
-    storage.write_atomic(folder / MANIFEST_FILE, manifest.to_bytes())
+    storage.write_atomic(folder / run_files.MANIFEST_FILE, manifest.to_bytes())
     fed.own_rows = read_own_rows(settings, engine)
     fed.apart = kept_apart.tables(measured.tasks, known or KnownRows())
     stages.check(settings, engine, fed.apart)
@@ -179,7 +174,7 @@ def _execute(
 
 def _names_of_nodes(folder: Path, log: EventLog, *, resume: bool) -> dict[int, str]:
     """Under which nodes were registered, where the run was started at a SuperLink, and which they told before."""
-    path = folder / NODES_FILE
+    path = folder / run_files.NODES_FILE
     names = {int(node_id): name for node_id, name in json.loads(path.read_bytes()).items()} if path.is_file() else {}
     past = events.read(log.path) if resume and log.path.is_file() else []
     return names | {event["node"]: event["site"] for event in past if event["kind"] == "site_joined"}
@@ -231,7 +226,7 @@ def finish(fed: Federation, tensors: Tensors, played: Sequence[stages.Finished])
     """
     manifest, folder, log = fed.manifest, fed.folder, fed.log
     if fed.method.facts.is_personal or fed.suite is None:
-        num_rounds = checkpoint.finished(folder)[-1]
+        num_rounds = run_files.finished(folder)[-1]
         sites = trained_sites(events.read(log.path), num_rounds=num_rounds)
         log.append("run_finished", adapter="", num_rounds=num_rounds, stage=measure.FINAL)
         return Outcome(tensors, sites, folder)
@@ -240,7 +235,7 @@ def finish(fed: Federation, tensors: Tensors, played: Sequence[stages.Finished])
     sites = trained_sites(history, num_rounds=chosen.num_rounds)
     told = polish_told.of_export(history, chosen.names)
     export.save_adapter(
-        folder / EXPORT_FOLDER,
+        folder / run_files.EXPORT_FOLDER,
         chosen.tensors,
         run_manifest=manifest,
         num_rounds=chosen.num_rounds,
@@ -249,7 +244,7 @@ def finish(fed: Federation, tensors: Tensors, played: Sequence[stages.Finished])
     )
     source = Exported(chosen.tensors, manifest, chosen.num_rounds, sites, told)
     run_export.write(folder, source, base=fed.suite.engine.folder, log=log)
-    log.append("run_finished", adapter=EXPORT_FOLDER, num_rounds=chosen.num_rounds, stage=chosen.stage)
+    log.append("run_finished", adapter=run_files.EXPORT_FOLDER, num_rounds=chosen.num_rounds, stage=chosen.stage)
     return Outcome(chosen.tensors, sites, folder)
 
 
@@ -266,7 +261,7 @@ def _recorded(fed: Federation, start: Tensors, *, first_round: int) -> Iterator[
         with suppress(SilotuneError):  # the run's own error is the one to tell
             fed.record("ended", outcome="failed", **trail.of_error(error))
         raise
-    fed.record("ended", outcome="finished", num_rounds=checkpoint.finished(fed.folder)[-1])
+    fed.record("ended", outcome="finished", num_rounds=run_files.finished(fed.folder)[-1])
 
 
 def trained_sites(log: Sequence[Event], *, num_rounds: int) -> dict[str, int]:
@@ -287,62 +282,6 @@ def trained_sites(log: Sequence[Event], *, num_rounds: int) -> dict[str, int]:
     return dict(sorted(dict(pairs).items()))
 
 
-def prepare(settings: config.RunConfig, folder: Path, *, resume: bool = False) -> EventLog:
-    """Make the run's folder and write the resolved run file into it.
-
-    Raises:
-        ConfigError: The folder holds a run already and `resume` is off, or it holds another run.
-        DataError: `resume` is on and there is nothing to go on from.
-        RunBusyError: A process is at work on this very run.
-    """
-    path = folder / RUN_FILE
-    resolved = config.resolved_json(settings).encode() + b"\n"
-    if path.exists() and not resume:
-        raise ConfigError(f"{folder}: holds a run already; give another output folder, or --resume to go on")
-    if resume and not path.exists():
-        raise DataError(f"{folder}: no run to resume here; leave --resume out")
-    if resume and path.read_bytes() != resolved:
-        raise ConfigError(f"{folder}: holds a run with other settings; resume it with its own run file")
-    lock.require_free(folder)
-    storage.write_atomic(path, resolved)
-    return EventLog(folder / events.FILE)
-
-
-def report_failure(log: EventLog, error: BaseException) -> str:
-    """Write why a run ended early into its events, unless the disk is full or the run is another process' work.
-
-    Args:
-        log: The run's events.
-        error: Its message is written if it is of our tree; else it could hold anything.
-
-    Returns:
-        A code: all that anybody else is told.
-    """
-    kind = type(error).__name__
-    if isinstance(error, SilotuneError):
-        code, reason, exit_code = kind, str(error), error.exit_code
-    else:
-        reason = "stopped" if isinstance(error, KeyboardInterrupt) else f"internal error {kind}"
-        code, exit_code = "InternalError", 1
-    if isinstance(error, RunBusyError):
-        return code
-    with suppress(StorageError):
-        log.append("run_failed", error=kind, reason=reason, exit_code=exit_code)
-    return code
-
-
-def stored_settings(folder: Path) -> config.RunConfig:
-    """The settings of a run folder.
-
-    Raises:
-        DataError: Not a run folder.
-    """
-    try:
-        return config.RunConfig.model_validate(json.loads((folder / RUN_FILE).read_bytes()))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: not a run folder (no readable {RUN_FILE})") from error
-
-
 def read_own_rows(settings: config.RunConfig, engine: Engine) -> OwnRows | None:
     """The coordinator's held-out rows as tokens; None if the run file names none.
 
@@ -353,20 +292,6 @@ def read_own_rows(settings: config.RunConfig, engine: Engine) -> OwnRows | None:
         return None
     rows = loading.rows_of(settings.evaluation.server_data, settings)
     return OwnRows(engine, model.encode(engine, rows, settings.data)[0])
-
-
-def stored_manifest(folder: Path) -> RunManifest:
-    """The manifest of a run folder, with the coordinator's own settings.
-
-    Raises:
-        DataError: Not a run folder, or the run has not begun.
-        WireError: The manifest was changed.
-    """
-    try:
-        public = parse((folder / MANIFEST_FILE).read_bytes())
-    except OSError as error:
-        raise DataError(f"{folder}: the run has not begun (no {MANIFEST_FILE})") from error
-    return dataclasses.replace(public, run=stored_settings(folder))
 
 
 def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from common import events
 from common.events import Event
-from server import checkpoint, export_words, lock, report, troubleshooting
+from server import export_words, lock, report, run_files, troubleshooting
 from server.evaluate import view
 from server.gate import words
 from server.polish import told
@@ -30,7 +30,7 @@ def read(folder: Path) -> dict[str, Any]:
         "states": report.states(log),
         "damaged_events": damaged,
         "damage": events.in_words(path, damaged) if damaged else "",
-        "finished_rounds": checkpoint.finished(folder),
+        "finished_rounds": run_files.finished(folder),
         "finished_stages": [told.line(stage) for stage in told.stages(log)],
         "held_out_loss": last.get("loss"),
         "held_out_after": view.stage_at_sites(last) if last else "",

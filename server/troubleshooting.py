@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from common.events import Event
 from server import export_words
-from server.evaluate import measure, view
+from server.evaluate import view
 from server.gate import words
 
 MIN_FALL: Final = 0.05  # share of the held-out loss that counts as fallen
@@ -225,11 +225,11 @@ def _by_round(log: Sequence[Event]) -> dict[int, Event]:
 
 def _against_base(log: Sequence[Event]) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, float]]]:
     """Name, figure and difference from the base of the newest adapter; one that a gate went back to is an older one."""
-    found = {name: event for name, event in view.stages(log).items() if name not in (measure.BASE, measure.PROMPT_ONLY)}
+    found = {name: event for name, event in view.stages(log).items() if name not in (view.BASE, view.PROMPT_ONLY)}
     judged = [event["stage"] for event in words.of_log(log)]
     newest = judged[0] if judged else next(reversed(found), "")
     for event in [found[newest]] if newest in found else []:
-        gains = event["gains"].get(measure.BASE, {})
+        gains = event["gains"].get(view.BASE, {})
         yield from ((name, figure, gains[name]) for name, figure in event["figures"].items() if name in gains)
 
 

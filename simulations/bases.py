@@ -2,13 +2,12 @@
 
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from common import storage
+from common import cli, storage
 from common import store as shelf
 from common.errors import ConfigError, TransportError
 from simulations import hub, smollm2
@@ -53,7 +52,7 @@ def told(result: Mapping[str, Any]) -> str:
 
 def say(text: str) -> None:
     """Tell a waiting person what goes on; stdout stays free for the result."""
-    print(text, file=sys.stderr, flush=True)
+    cli.progress(as_json=True).print(text, markup=False, soft_wrap=True)
 
 
 def _maker(name: str) -> Maker:

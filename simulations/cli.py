@@ -9,7 +9,7 @@ import typer
 from common import cli, quiet
 from common.errors import DataError
 from simulations.cli_audit import audit_app
-from simulations.cli_options import DataOption, ModelOption, OutputOption, RunFile, StoreOption, ThreadsOption
+from simulations.cli_options import DataOption, ModelOption, OutputOption, RunFile, StoreOption, ThreadsOption, checked
 
 app = cli.make(
     "silotune-sim",
@@ -98,6 +98,8 @@ def run(
       silotune-sim run RUN.toml --engine deployment --output runs/real
       silotune-sim run RUN.toml --output runs/real --resume
     """
+    given = checked(run_file, model, data, set_)
+
     from simulations import commands
 
     order = commands.Order(
@@ -106,7 +108,7 @@ def run(
         model,
         data,
         store,
-        cli.overrides(set_),
+        given,
         is_quiet=json,
         num_threads=threads,
         is_noise_accepted=i_accept,
@@ -138,10 +140,12 @@ def check(
       silotune-sim check RUN.toml
       silotune-sim check RUN.toml --rows-only --json
     """
+    given = checked(run_file, model, data, set_)
+
     from simulations import check as checking
     from simulations import commands
 
-    order = commands.Order(run_file, None, model, data, store, cli.overrides(set_), json)
+    order = commands.Order(run_file, None, model, data, store, given, json)
     found = checking.check(order.loaded(), base_folder=None if rows_only else order.base_folder)
     cli.emit(found.as_dict(), as_json=json, show=lambda: cli.show(*checking.render(found, run_file)))
     raise typer.Exit(DataError.exit_code if found.findings else 0)
@@ -170,9 +174,11 @@ def attack(
       silotune-sim attack RUN.toml --attack sign-flip --bad 2
       silotune-sim attack RUN.toml --table --bad 2 --json
     """
+    given = checked(run_file, model, data, set_)
+
     from simulations import commands
 
-    order = commands.Order(run_file, output, model, data, store, cli.overrides(set_), json, threads)
+    order = commands.Order(run_file, output, model, data, store, given, json, threads)
     result = commands.attack(order, name=attack, num_bad=bad, is_table=table)
     cli.emit(result, as_json=json, show=lambda: cli.show(*commands.attack_tables(result)))
 
@@ -249,9 +255,11 @@ def _compare(
     json: bool,
 ) -> None:
     """Shared by `demo` and `compare`."""
+    given = checked(run_file, model, data, set_)
+
     from simulations import commands
 
-    order = commands.Order(run_file, output, model, data, store, cli.overrides(set_), json, threads)
+    order = commands.Order(run_file, output, model, data, store, given, json, threads)
     result = commands.compare(order)
     cli.emit(
         result,

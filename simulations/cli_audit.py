@@ -7,7 +7,7 @@ import typer
 
 from common import cli
 from common.errors import PrivacyError
-from simulations.cli_options import DataOption, ModelOption, OutputOption, RunFile, StoreOption, ThreadsOption
+from simulations.cli_options import DataOption, ModelOption, OutputOption, RunFile, StoreOption, ThreadsOption, checked
 
 if TYPE_CHECKING:
     from simulations.audit.finding import Finding
@@ -91,10 +91,12 @@ def canaries(
       silotune-sim audit canaries RUN.toml
       silotune-sim audit canaries RUN.toml --canaries 100 --max-share 0.5 --output runs/canaries
     """
+    given = checked(run_file, model, data, set_)
+
     from simulations import commands
     from simulations.audit import canaries as auditing
 
-    order = commands.Order(run_file, output, model, data, store, cli.overrides(set_), json, threads)
+    order = commands.Order(run_file, output, model, data, store, given, json, threads)
     with commands.audited(order) as (shared, log):
         found = auditing.audit(shared, log, num_canaries=canaries, max_share=max_share, claimed_epsilon=claim)
     _tell(found, as_json=json)
@@ -118,10 +120,12 @@ def mia(
     Examples:
       silotune-sim audit mia RUN.toml --json
     """
+    given = checked(run_file, model, data, set_)
+
     from simulations import commands
     from simulations.audit import mia as auditing
 
-    order = commands.Order(run_file, output, model, data, store, cli.overrides(set_), json, threads)
+    order = commands.Order(run_file, output, model, data, store, given, json, threads)
     with commands.audited(order) as (shared, log):
         found = auditing.audit(shared, log, claimed_epsilon=claim)
     _tell(found, as_json=json)
@@ -147,11 +151,13 @@ def inversion(
       silotune-sim audit inversion RUN.toml
       silotune-sim audit inversion RUN.toml --notes 5 --set adapter.r=64
     """
+    given = checked(run_file, model, data, set_)
+
     from common.noise import SystemNoise
     from simulations import commands
     from simulations.audit import inversion as auditing
 
-    order = commands.Order(run_file, None, model, data, store, cli.overrides(set_), json, threads)
+    order = commands.Order(run_file, None, model, data, store, given, json, threads)
     shared = order.world()
     rows = auditing.choose(shared.sites, notes)
     sources = [SystemNoise() for _ in rows]

@@ -1,9 +1,7 @@
 """What the commands of `silotune-sim` do, between options and printing."""
 
 import datetime
-import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from common import cli, config, manifest, privacy_plan, store
@@ -19,13 +16,12 @@ from common.data import overlap
 from common.errors import ConfigError
 from common.events import EventLog
 from common.methods import FACTS
-from server import report
-from server import run as server_run
+from server import report, run_files
 from server.run import Outcome
 from server.show import Screen, percent
+from simulations import cli_options, world
 from simulations import compare as comparing
 from simulations import run as running
-from simulations import world
 from simulations.attacks import run as attacks
 from simulations.attacks import table as attack_table
 from simulations.compare import World
@@ -55,9 +51,7 @@ class Order:
 
     def loaded(self) -> config.RunConfig:
         """The run file with the command line's settings."""
-        named = {"model.base": self.model, "data.source": self.data}
-        given = {key: json.dumps(value, ensure_ascii=False) for key, value in named.items() if value}
-        return config.load(self.run_file, overrides={**given, **self.overrides})
+        return cli_options.load(self.run_file, model=self.model, data=self.data, overrides=self.overrides)
 
     def folder(self, settings: config.RunConfig) -> Path:
         """`--output`, or a new folder."""
@@ -74,14 +68,14 @@ class Order:
         settings = world.expect_all(settings, sites)
         folder = self.store or store.DEFAULT
         place = self.folder(settings)
-        date = manifest.date_of(place / server_run.MANIFEST_FILE if resume else None, today=self.today)
+        date = manifest.date_of(place / run_files.MANIFEST_FILE if resume else None, today=self.today)
         engine = world.load_engine(settings, store_folder=folder, num_threads=self.num_threads, date=date)
         return World(settings, engine, sites, place)
 
     def log(self, shared: World, *, resume: bool = False) -> EventLog:
         """The run's events, shown as they come; on stderr when stdout is for a program."""
-        log = server_run.prepare(shared.settings, shared.folder, resume=resume)
-        log.listeners.append(Screen(Console(file=sys.stderr if self.is_quiet else sys.stdout, highlight=False)))
+        log = run_files.prepare(shared.settings, shared.folder, resume=resume)
+        log.listeners.append(Screen(cli.progress(as_json=self.is_quiet)))
         return log
 
 
@@ -137,7 +131,7 @@ def _tell_overlap(shared: World, log: EventLog) -> dict[str, int]:
 def _adapters(settings: config.RunConfig, folder: Path) -> str:
     """Where the finished adapter is, or those of the sites."""
     is_personal = FACTS[settings.aggregation.method].is_personal
-    return str(folder / "sites" / "*" / world.ADAPTER_FOLDER if is_personal else folder / server_run.EXPORT_FOLDER)
+    return str(folder / "sites" / "*" / world.ADAPTER_FOLDER if is_personal else folder / run_files.EXPORT_FOLDER)
 
 
 @contextmanager
@@ -199,7 +193,7 @@ def _ending_told(log: EventLog) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        server_run.report_failure(log, error)
+        run_files.report_failure(log, error)
         raise
 
 

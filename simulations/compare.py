@@ -19,7 +19,7 @@ from common import config, events, storage, wire
 from common.adapter import Tensors
 from common.events import Event, EventLog
 from common.model import Engine
-from server import federation
+from server import federation, run_files
 from server import run as server_run
 from server.aggregate import table
 from server.evaluate import held_out
@@ -126,7 +126,7 @@ def _pooled(shared: World) -> SiteData:
 def _train_alone(shared: World, name: str, sites: Mapping[str, SiteData], settings: config.RunConfig) -> Tensors:
     """A federation of one; scored elsewhere."""
     folder = shared.folder / "arms" / name
-    log = server_run.prepare(settings, folder)
+    log = run_files.prepare(settings, folder)
     outcome = run.in_process(
         settings, sites=sites, engine=shared.engine, folder=folder, log=log, engines=shared.engines
     )
@@ -168,7 +168,9 @@ def rows_a_step(settings: config.RunConfig, data: SiteData) -> float:
 
 def rows_used(folder: Path, settings: config.RunConfig, sites: Mapping[str, SiteData]) -> int:
     """Training rows that the sites of a finished run used, each as often as it was."""
-    return round(sum(event["num_steps"] * rows_a_step(settings, sites[event["site"]]) for event in _trainings(folder)))
+    return round(
+        sum(int(event["num_steps"]) * rows_a_step(settings, sites[event["site"]]) for event in _trainings(folder))
+    )
 
 
 def rounds_trained(folder: Path) -> int:

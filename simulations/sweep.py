@@ -21,10 +21,10 @@ from rich.progress import Progress
 from rich.table import Table
 from scipy import stats
 
-from common import accounting, config, config_file, events, privacy_plan
+from common import accounting, cli, config, config_file, events, privacy_plan
 from common.config_types import RequiredLine, Section, Slug, refuse_look_alikes
 from common.errors import AccountingUnsupported, ConfigError, DataError, SilotuneError
-from server import run as server_run
+from server import run_files
 from simulations.bench.process import ONE_THREAD
 
 Setting = str | int | float | bool
@@ -222,7 +222,7 @@ def _run_all(
 ) -> list[str]:
     """Names of runs that failed."""
     failed = []
-    with Progress(transient=True) as bar, ThreadPoolExecutor(jobs) as pool:
+    with Progress(console=cli.progress(as_json=True), transient=True) as bar, ThreadPoolExecutor(jobs) as pool:
         task = bar.add_task("runs", total=len(waiting))
         places = {}
         for cell, seed in waiting:
@@ -240,7 +240,7 @@ def _run(run_file: Path, cell: Cell, seed: int, *, folder: Path, data: str, mode
     folder.mkdir(parents=True, exist_ok=True)
     settings = [f"--set={key}={value}" for key, value in {**cell.overrides, "seed": str(seed)}.items()]
     named = [*(["--data", data] if data else []), *(["--model", model] if model else [])]
-    resume = ["--resume"] if (folder / server_run.RUN_FILE).exists() else []
+    resume = ["--resume"] if (folder / run_files.RUN_FILE).exists() else []
     command = [sys.executable, "-m", "simulations.cli", "run", str(run_file), "--output", str(folder), "--threads", "1"]
     with (folder / LOG_FILE).open("wb") as log:
         done = subprocess.run(

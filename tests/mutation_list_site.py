@@ -415,7 +415,7 @@ SITE: Final = (
      "if spread is not None and not spread >= limit:", None,
      ("attacks/test_moves::test_a31_an_update_that_speaks_of_one_row",)),
     ("oracle-noise-required", "exact held-out figures leave where privacy is demanded",
-     "if not rules.noise_multiplier or not figures.is_covered(self.policy, run.run):", None,
+     "if not rules.noise_multiplier or not policy.is_covered(self.policy, run.run):", None,
      ("attacks/test_oracle::test_a29_evaluations_answer_nothing_where_privacy_is_demanded_and_no_noise_is_set",)),
     ("oracle-charge", "evaluations cost nothing",
      'self._payment.pay(run, plan.round_index, kind="evaluate")', None,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from client import consent, gatekeeper, history, policy, policy_file, serve
+from client import consent, gatekeeper, history, policy, policy_file, site_files
 from client.data import check as data_check
 from client.policy_file import Policy
 from common import audit, base_size, config, doctor_checks, governance, identity, kit, manifest, precisions
@@ -95,7 +95,7 @@ def rows(node: config.NodeConfig, allowed: Policy | None) -> Result:
         if not Path(path).expanduser().exists():  # else it would be taken for the name of a data set
             raise DataError(f"{path}: no such file or folder; correct data.path")
     unit_column = node.data.unit_column
-    read = {path: serve.read_rows(node, path) for path in paths}
+    read = {path: site_files.read_rows(node, path) for path in paths}
     apart = (data_check.told_apart(rows, path=path, unit_column=unit_column) for path, rows in read.items())
     report = data_check.check([row for rows in apart for row in rows])
     text = f"{count(report.num_rows, 'row')} of {count(report.num_units, 'unit')}"
@@ -247,7 +247,7 @@ def find_bases(node: config.NodeConfig) -> dict[str, Path]:
     from common.model import hash_base  # loads torch
 
     found: dict[str, Path] = {}
-    for folder in serve.base_folders(node):
+    for folder in site_files.base_folders(node):
         with suppress(ModelError):
             found[hash_base(folder)] = folder
     return found

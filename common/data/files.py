@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from common import extras
 from common.data.problems import Problems, UnusableError
 
 MAX_JSON_BYTES: Final = 512 << 20
@@ -202,7 +203,7 @@ def _read_parquet(path: Path, max_line_bytes: int, problems: Problems) -> list[L
         from pyarrow import parquet
     except ImportError as error:
         what = "reading Parquet needs `pyarrow`"
-        raise UnusableError(what, "install silotune[client], or use .jsonl") from error
+        raise UnusableError(what, f"use .jsonl, or install it with: {extras.install('client')}") from error
 
     try:
         with parquet.ParquetFile(path) as file:

@@ -6,6 +6,7 @@ Its errors are not kept as causes: their text may quote rows.
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from common import extras
 from common.data.files import Located
 from common.errors import DataError
 
@@ -59,7 +60,10 @@ def load(name: str) -> list[Located]:
         import datasets
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     except ImportError as error:
-        raise DataError(f"{name}: no such file or folder, and `datasets` is not installed to look it up") from error
+        raise DataError(
+            f"{name}: no such file or folder, and `datasets` is not installed to look it up; "
+            f"correct the path, or install it with: {extras.install('client')}"
+        ) from error
     try:
         return _located(datasets.load_dataset(name, split=SPLIT), name)
     except (OSError, ValueError, datasets.exceptions.DatasetsError, HfHubHTTPError, HFValidationError) as error:

@@ -15,18 +15,16 @@ from typing import Any, Final
 from common import adapter, events, storage, wire
 from common.errors import DataError
 from server.aggregate.method import State
-from server.evaluate import bootstrap
+from server.evaluate import bootstrap, view
 from server.evaluate.bootstrap import Scores
 from server.evaluate.suite import Suite
 from server.evaluate.task import Task
 from server.polish import told
 
 FOLDER: Final = "scores"
-BASE: Final = "base"
-PROMPT_ONLY: Final = "prompt-only"
 FINAL: Final = "final"
 PREVIOUS: Final = "previous"
-_REFERENCES: Final = (BASE, PROMPT_ONLY)
+_REFERENCES: Final = (view.BASE, view.PROMPT_ONLY)
 _STAGE: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 Figures = Mapping[str, Scores]
 
@@ -39,7 +37,7 @@ def stage_of(num_rounds: int, *, last: int) -> str:
         ('base', 'round-00002', 'final')
     """
     if not num_rounds:
-        return BASE
+        return view.BASE
     return FINAL if num_rounds == last else f"round-{num_rounds:05d}"
 
 
@@ -71,8 +69,8 @@ def measure(suite: Suite, state: State, *, stage: str) -> Mapping[str, Any]:
     adapter.write(suite.engine.model, state)
     digest = adapter.digest(state)
     event = _measure(suite, stage, digest)
-    if stage == BASE and any(task.score_baseline for task in suite.tasks):
-        _measure(suite, PROMPT_ONLY, digest)
+    if stage == view.BASE and any(task.score_baseline for task in suite.tasks):
+        _measure(suite, view.PROMPT_ONLY, digest)
     return event
 
 
@@ -113,7 +111,7 @@ def gains(after: Figures, before: Figures) -> dict[str, dict[str, float]]:
 
 def _score(task: Task, suite: Suite, stage: str) -> Figures:
     """One task; in the stage prompt-only those without a baseline have no figures."""
-    if stage != PROMPT_ONLY:
+    if stage != view.PROMPT_ONLY:
         return task.score(suite.engine)
     return task.score_baseline(suite.engine) if task.score_baseline else {}
 
@@ -133,7 +131,7 @@ def _figure(scores: Scores, kind: str) -> dict[str, Any]:
 
 def _compared(suite: Suite, stage: str) -> dict[str, str]:
     """The labels of the stages that a stage is compared to, by what they are to it."""
-    if stage == BASE:
+    if stage == view.BASE:
         return {}
     found = {name: name for name in _REFERENCES if name != stage and _file(suite.folder, name).exists()}
     return found | ({PREVIOUS: before} if (before := _before(suite, stage)) else {})

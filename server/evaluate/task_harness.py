@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from jinja2 import TemplateError
 
+from common import extras
 from common.config import RunConfig
 from common.config_tasks import TaskConfig, split_names
 from common.errors import ConfigError, DataError
@@ -68,7 +69,8 @@ def _manager(folder: Path) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ConfigError("kind harness needs lm-evaluation-harness; install silotune[harness]") from error
+        command = extras.install("harness")
+        raise ConfigError(f"kind harness needs lm-evaluation-harness; install it with: {command}") from error
     harness_yaml.render_in_sandbox()
     return TaskManager(include_defaults=False)
 

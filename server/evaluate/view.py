@@ -5,6 +5,8 @@ from typing import Any, Final
 
 from common.events import Event
 
+BASE: Final = "base"  # labels of what stages are held against
+PROMPT_ONLY: Final = "prompt-only"
 MAX_STAGES: Final = 6
 
 

@@ -11,7 +11,7 @@ from common.adapter import Tensors
 from common.errors import GateRefused
 from common.events import Event, EventLog
 from common.manifest import RunManifest
-from server import checkpoint, lock
+from server import checkpoint, lock, run_files
 from server.evaluate import fairness, measure
 from server.evaluate.suite import Suite
 from server.gate import figures, rules, words
@@ -42,7 +42,7 @@ def of_run(folder: Path, run_manifest: RunManifest) -> Iterator[Candidate]:
         DataError: A stage cannot be read.
         ModelError: A stage or a checkpoint is not what was written.
     """
-    if done := checkpoint.finished(folder):
+    if done := run_files.finished(folder):
         last = _checkpoint(folder, run_manifest, done[-1])
         yield from of_end(folder, run_manifest, last, stages.finished(folder, run_manifest, last))
 
@@ -65,7 +65,7 @@ def of_end(
     Raises:
         ModelError: A checkpoint is damaged.
     """
-    done = checkpoint.finished(folder)
+    done = run_files.finished(folder)
     before = [last, *(stage.tensors for stage in played)]
     changed = [stage for stage, was in zip(played, before, strict=False) if not _are_equal(stage.tensors, was)]
     for stage in reversed(changed):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from common.config_gate import FigureLimit, GateConfig
-from server.evaluate import fairness, measure
+from server.evaluate import fairness, view
 from server.gate.figures import Figures
 
 CLAIM_TOLERANCE: Final = 1e-2  # an audit names its claim by two digits more than this
@@ -47,8 +47,7 @@ def probes(gate: GateConfig, figures: Figures) -> Verdict:
     """No probe falls by more than `max_probe_drop` below the base on the same rows."""
     names = _of_kind(figures, "probe")
     found = [
-        _above_by_gain(gate, figures, name, over=measure.BASE, limit=-gate.max_probe_drop, name="probes")
-        for name in names
+        _above_by_gain(gate, figures, name, over=view.BASE, limit=-gate.max_probe_drop, name="probes") for name in names
     ]
     return _worst("probes", found, missing="no figure of a task of kind probe")
 
@@ -57,9 +56,9 @@ def baseline(gate: GateConfig, figures: Figures) -> Verdict:
     """Every task with a prompt-only baseline, probes aside, beats it: no figure is worse, one better by enough."""
     probing = set(_of_kind(figures, "probe"))
     tasks: dict[str, list[Verdict]] = {}
-    for figure in figures.gains.get(measure.PROMPT_ONLY, {}):
+    for figure in figures.gains.get(view.PROMPT_ONLY, {}):
         if figure not in probing:
-            told = _above_by_gain(gate, figures, figure, over=measure.PROMPT_ONLY, limit=0.0, name="baseline")
+            told = _above_by_gain(gate, figures, figure, over=view.PROMPT_ONLY, limit=0.0, name="baseline")
             tasks.setdefault(figure.partition(".")[0], []).append(told)
     found = [_beats(told, gate.min_baseline_gain) for told in tasks.values()]
     return _worst("baseline", found, missing="no figure that prompt-only has too")

@@ -10,7 +10,7 @@ from common import events, loading, model, storage, store
 from common.errors import ConfigError, DataError, TransportError
 from common.events import EventLog
 from common.manifest import RunManifest
-from server import checkpoint, lock, report, run
+from server import checkpoint, lock, report, run, run_files
 from server.aggregate import table
 from server.evaluate import suite
 from server.federation import Federation
@@ -52,7 +52,7 @@ def polish(run_folder: Path, *, base: Path | None, num_threads: int, console: Co
         ModelError: The base is not here or another one, or a stage failed.
         RunBusyError: Another process is at work in the folder.
     """
-    manifest = run.stored_manifest(run_folder)
+    manifest = run_files.stored_manifest(run_folder)
     with lock.hold(run_folder):
         return _polish(run_folder, manifest, base=base, num_threads=num_threads, console=console)
 
@@ -82,20 +82,20 @@ def _polish(
     try:
         outcome = run.finish(fed, last.tensors, stages.run(fed, last.tensors, engine=engine))
     except BaseException as error:
-        run.report_failure(log, error)
+        run_files.report_failure(log, error)
         raise
     page = report.write(run_folder)
     done = [event["stage"] for event in events.read(log.path) if event["kind"] == "polish_finished"]
     return {
         "stages": list(dict.fromkeys(done)),
-        "adapter": str(outcome.folder / run.EXPORT_FOLDER),
+        "adapter": str(outcome.folder / run_files.EXPORT_FOLDER),
         "report": str(page),
     }
 
 
 def _last_round(run_folder: Path, num_rounds: int) -> int:
     """The round after which the stages begin: the run's last, or the one at which its gate ended the rounds."""
-    done = checkpoint.finished(run_folder)
+    done = run_files.finished(run_folder)
     told = events.read(run_folder / events.FILE)
     ended = [event["num_rounds"] for event in told if event["kind"] == "stopped"][-1:] or [num_rounds]
     if ended[0] not in done:

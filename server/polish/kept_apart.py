@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from common.config_polish import PolishStage
 from common.data import overlap
 from common.data.overlap import Text
 from common.errors import DataError
 from common.rows import Row
-from server.evaluate.task import Task
+
+if TYPE_CHECKING:
+    from server.evaluate.task import Task  # loads torch
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,14 @@ class KnownRows:
     held_out: Sequence[Row] = ()
 
 
-def tables(tasks: Sequence[Task], known: KnownRows) -> list[Apart]:
+def tables(tasks: "Sequence[Task]", known: KnownRows) -> list[Apart]:
     """What no stage is to train on: rows of tasks, and held-out rows that are known."""
     found = [Apart(_name(task), task.texts) for task in tasks if task.texts]
     held_out = tuple(map(overlap.text_of, known.held_out))
     return [*found, Apart("the sites' held-out rows", held_out)] if held_out else found
 
 
-def warnings(tasks: Sequence[Task], known: KnownRows) -> list[str]:
+def warnings(tasks: "Sequence[Task]", known: KnownRows) -> list[str]:
     """What is too good of a task's figures, as sites train on its rows."""
     train, told = [overlap.text_of(row) for row in known.train], []
     for task in tasks if train else ():
@@ -68,7 +71,7 @@ def warnings(tasks: Sequence[Task], known: KnownRows) -> list[str]:
     return told
 
 
-def _name(task: Task) -> str:
+def _name(task: "Task") -> str:
     """A task, and its file."""
     return f"task {task.name} ({task.settings.non_members_data or task.settings.data})"
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from common import config, events
 from common.config_rules import MIN_SCREENED
-from server import run as server_run
+from server import run_files
 from simulations.attacks import run
 from simulations.compare import World
 
@@ -72,4 +72,4 @@ def _one(shared: World, guard: str, attack: str, *, num_bad: int, max_norm: floa
     settings = guarded(shared.settings, guard, num_bad=num_bad, max_norm=max_norm)
     folder = shared.folder / f"{guard}-{attack}".replace(" ", "-")
     own = replace(shared, settings=settings, folder=folder)
-    return run.play(own, attack, num_bad=num_bad, log=server_run.prepare(settings, folder))
+    return run.play(own, attack, num_bad=num_bad, log=run_files.prepare(settings, folder))

@@ -63,8 +63,11 @@ def measure(module: str, *arguments: str) -> dict[str, Any]:
     Raises:
         SilotuneError: It failed; the message ends with its last line.
     """
+    from common import cli  # not above: what is measured imports this module
+
     command = [sys.executable, "-m", "simulations.bench.process", module, *arguments]
-    print(f"measuring {module.rpartition('.')[2]} {' '.join(arguments)}", file=sys.stderr, flush=True)
+    line = f"measuring {module.rpartition('.')[2]} {' '.join(arguments)}"
+    cli.progress(as_json=True).print(line, markup=False, soft_wrap=True)
     done = subprocess.run(command, env={**os.environ, **ONE_THREAD}, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

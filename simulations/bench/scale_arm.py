@@ -9,7 +9,7 @@ from typing import Any
 
 from client.agent import SiteData
 from common import config
-from server import run as server_run
+from server import run_files
 from simulations import run, world
 from simulations.bench import process
 from simulations.embedded import records
@@ -34,7 +34,7 @@ def main(num_sites: str, num_rounds: str, base: str) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "run"
-        log = server_run.prepare(settings, folder)
+        log = run_files.prepare(settings, folder)
         log.listeners.append(watch)
         run.in_process(settings, sites=sites, engine=engine, folder=folder, log=log)
     return {"marks": marks, "peak_rss_mib": process.peak_rss_mib()}

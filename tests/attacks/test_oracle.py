@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from client import figures
+from client import figures, policy
 from client.agent import SiteData
 from client.figures import FigureNoise
 from client.guard import Permissive
@@ -98,7 +98,7 @@ def test_a29_what_evaluations_and_counts_cost_is_in_the_plan_and_refused_beyond_
     site = make(mode='"required"', **FIGURES)
     create_ledger(site)
     run = run_of(site)
-    beside = [event for events in figures.events(site.gate.policy, run.run).values() for event in events]
+    beside = [event for events in policy.beside_rounds(site.gate.policy, run.run).values() for event in events]
     assert beside == [accounting.Event(1.0, 4.0, 1), *[accounting.Event(1.0, 2.0, 1)] * 3]
     alone, whole = (privacy_plan.epsilon(run.run, dp_delta=1e-6, beside=more) for more in ((), beside))
     assert alone + 1 < whole < 8
@@ -116,7 +116,7 @@ def test_a29_what_was_planned_is_what_is_charged(noising):
     answers = [noising.step(kind, run=run, round_index=number) for number in (0, 1) for kind in ("evaluate", "train")]
     answers.append(noising.step("evaluate", run=run, round_index=2))
     assert [answer.kind for answer in answers] == ["metrics", "update"] * 2 + ["metrics"]
-    beside = [event for events in figures.events(noising.gate.policy, run.run).values() for event in events]
+    beside = [event for events in policy.beside_rounds(noising.gate.policy, run.run).values() for event in events]
     planned = privacy_plan.epsilon(run.run, dp_delta=1e-6, beside=beside)
     assert paid(noising).spent() == pytest.approx(planned, abs=1e-9)
 

@@ -10,8 +10,7 @@ from client import policy_file
 from client.history import AUDIT_FILE
 from client.replicas import HEADS_FILE
 from common import audit, audit_heads, identity
-from server import run as server_run
-from server import trail
+from server import run_files, trail
 from simulations import deployment
 from simulations.deployment import Site
 from tests import tiny, vault
@@ -49,7 +48,7 @@ def folder(tmp_path, tiny_base, shared_engine):
     base = {"base": tiny_base, "base_sha256": shared_engine.base_sha256, "operator": operator}
     sites = [write_site(tmp_path / name, name, **base) for name in SITES]
     changes = {"federation.num_rounds": "1", "federation.num_sites": "2", "federation.join_timeout_s": "120"}
-    log = server_run.prepare(tiny.settings(tiny_base, changes), tmp_path / "run")
+    log = run_files.prepare(tiny.settings(tiny_base, changes), tmp_path / "run")
     signing = {"operator-key": str(tmp_path / "op.pem"), "federation": "onco-eu"}
     deployment.run(sites, log=log, config={"base-folder": str(tiny_base), **signing}, timeout_s=200, num_threads=1)
     return tmp_path

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common import cli
-from server import checkpoint
+from server import run_files
 from simulations.cli import app as sim
 
 RUN = """version = 1
@@ -177,9 +177,9 @@ def test_a_full_disk_leaves_finished_rounds_usable(
     found, message = run(capsys, file)
     assert (found, "No space left" in message) == (8, True)
     monkeypatch.undo()
-    assert checkpoint.finished(file.parent / "out") == [1]
+    assert run_files.finished(file.parent / "out") == [1]
     assert run(capsys, file, "--resume")[0] == 0
-    assert checkpoint.finished(file.parent / "out") == [1, 2]
+    assert run_files.finished(file.parent / "out") == [1, 2]
 
 
 def test_json_tells_errors_to_programs(run_file: Files, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from common import adapter, events, loading, model
 from common.errors import ConfigError, ModelError
-from server import export_rehearsal, finish, run, run_export, seal
+from server import export_rehearsal, finish, run, run_export, run_files, seal
 from server.serve import engine as serving
 from server.serve import folders
 from server.serve.engine import Answer, Sampling
@@ -82,7 +82,7 @@ def test_a_base_goes_from_load_to_serve(name, tmp_path):
     settings = settings_of(name, base, **{"export.formats": ", ".join(formats)})
     engine = loading.engine_of(settings, base, device_name="cpu", num_threads=1, trains=True)
     folder = tmp_path / "run"
-    log = run.prepare(settings, folder, resume=False)
+    log = run_files.prepare(settings, folder, resume=False)
     run.execute(settings, fleet=tiny.fleet(tiny.make_nodes(engine)), engine=engine, folder=folder, log=log)
 
     told = events.read(folder / events.FILE)

@@ -11,7 +11,7 @@ import pytest
 
 from common import events, privacy_plan
 from common.errors import RemoteError
-from server import run as server_run
+from server import run_files
 from simulations import engines, run, world
 from tests import stage_data, tiny
 
@@ -51,7 +51,7 @@ def expected(tiny_base, changes, tmp_path) -> str:
 
 def in_process(base: Path, changes: dict[str, str], folder: Path) -> str:
     settings = tiny.settings(base, changes)
-    engine, log = world.load_engine(settings, num_threads=1), server_run.prepare(settings, folder)
+    engine, log = world.load_engine(settings, num_threads=1), run_files.prepare(settings, folder)
     given = {"engine": engine, "folder": folder, "log": log}
     run.in_process(settings, sites=world.load_sites(settings), is_noise_accepted=True, **given)
     return digest(folder)
@@ -94,7 +94,7 @@ def test_ray_gives_the_same_adapter(tiny_base, changes, expected, tmp_path):
 
 def test_deployment_gives_the_same_adapter(tiny_base, changes, expected, tmp_path):
     settings, heard = tiny.settings(tiny_base, changes), []
-    log = server_run.prepare(settings, tmp_path / "far")
+    log = run_files.prepare(settings, tmp_path / "far")
     log.listeners.append(lambda event: heard.append(event["kind"]))
     outcome = engines.deployed(settings, base_folder=tiny_base, log=log, num_threads=1)
     assert list(outcome.sites) == SITES
@@ -104,7 +104,7 @@ def test_deployment_gives_the_same_adapter(tiny_base, changes, expected, tmp_pat
 
 def deployed(base: Path, changes: dict[str, str], folder: Path) -> str:
     settings = tiny.settings(base, changes)
-    log = server_run.prepare(settings, folder)
+    log = run_files.prepare(settings, folder)
     engines.deployed(settings, base_folder=base, log=log, num_threads=1)
     return digest(folder)
 
@@ -175,7 +175,7 @@ def test_private_runs_of_real_processes_charge_as_planned_and_have_noise_that_no
     given = {**changes, **private}
     expected = in_process(tiny_base, given, tmp_path / "in-process")
     settings = tiny.settings(tiny_base, given)
-    log = server_run.prepare(settings, tmp_path / "far")
+    log = run_files.prepare(settings, tmp_path / "far")
     engines.deployed(settings, base_folder=tiny_base, log=log, num_threads=1, is_noise_accepted=True)
     assert digest(tmp_path / "far") != expected  # without noise they agree: see above
     plan, spent = charged(tmp_path / "far")
@@ -188,7 +188,7 @@ def test_private_runs_of_real_processes_charge_as_planned_and_have_noise_that_no
 @pytest.mark.slow
 def test_real_processes_refuse_noise_that_drowns_few_sites_unless_told(tiny_base, changes, tmp_path):
     settings = tiny.settings(tiny_base, {**changes, **AT_SERVER})
-    log = server_run.prepare(settings, tmp_path / "far")
+    log = run_files.prepare(settings, tmp_path / "far")
     with pytest.raises(RemoteError, match="noise to signal"):
         engines.deployed(settings, base_folder=tiny_base, log=log, num_threads=1)
 

@@ -23,8 +23,7 @@ from client.history import AUDIT_FILE
 from common import audit, config, events, identity, kit, wire
 from common.errors import SilotuneError
 from common.wire import Frame
-from server import admit, launch
-from server import run as server_run
+from server import admit, launch, run_files
 from simulations import guarded, run, site_files, world
 from simulations.guarded import FEDERATION, Guarded
 from tests import tiny, vault
@@ -57,7 +56,7 @@ class Case:
     def simulate(self, name: str = "simulated", **changes) -> tuple[str, str]:
         """Play it in this process; hashes of the adapter and of the base."""
         settings, folder = self.settings.model_copy(update=changes), self.folder / name
-        engine, log = world.load_engine(settings, num_threads=1), server_run.prepare(settings, folder)
+        engine, log = world.load_engine(settings, num_threads=1), run_files.prepare(settings, folder)
         run.in_process(settings, sites=world.load_sites(settings), engine=engine, folder=folder, log=log)
         return digest(folder), engine.base_sha256
 
@@ -177,7 +176,7 @@ def test_one_site_behind_gateway_and_link_trains_the_simulations_adapter(tiny_ba
         case.launch(running)
         check_log(running.nodes[SITES[0]], tmp_path / "run", ["offered", "opened"])
         check_revocation(running, SITES[0])
-    assert [*json.loads((tmp_path / "run" / server_run.NODES_FILE).read_bytes()).values()] == [SITES[0]]
+    assert [*json.loads((tmp_path / "run" / run_files.NODES_FILE).read_bytes()).values()] == [SITES[0]]
     assert digest(tmp_path / "run") == adapter
     assert case.simulate("other", seed=6)[0] != adapter  # control: the adapter depends on the seed
 

@@ -14,8 +14,7 @@ from common import audit, events, identity
 from common.audit import Entry
 from common.config import RunConfig
 from common.events import Event
-from server import link
-from server import run as server_run
+from server import link, run_files
 from server.link import RunState
 from simulations import deployment, loopback_keys, site_files
 from simulations.deployment import HOST, Federation, Process, Site
@@ -135,7 +134,7 @@ def _give_policy(folder: Path, policy: str) -> None:
 
 def _submit(settings: RunConfig, *, folder: Path, base: Path) -> dict[str, str | int]:
     """Prepare the run's folder; Flower's run config for it."""
-    server_run.prepare(settings, folder / "server" / "run")
+    run_files.prepare(settings, folder / "server" / "run")
     key = folder / OPERATOR_KEY
     paths = {"run-folder": str(folder / "server" / "run"), "base-folder": str(base), "operator-key": str(key)}
     return {**paths, "federation": FEDERATION, "num-threads": 1}

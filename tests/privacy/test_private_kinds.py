@@ -8,7 +8,7 @@ from client.train import private, unit_gradients, units
 from common import adapter, events, likelihood, model, noise
 from common.errors import ModelError
 from common.kinds import DEFAULTS
-from server import run
+from server import run, run_files
 from tests import tiny
 
 KINDS = {
@@ -101,7 +101,7 @@ def test_a_whole_private_run_of_another_kind_moves_its_adapter_and_tells_no_loss
         number: tiny.make_agent(name, engine, data=SiteData(rows[:8], rows[8:])).answer
         for number, (name, rows) in sites.items()
     }
-    log = run.prepare(settings, tmp_path)
+    log = run_files.prepare(settings, tmp_path)
     outcome = run.execute(settings, fleet=tiny.fleet(nodes), engine=engine, folder=tmp_path, log=log)
     assert any(not torch.equal(outcome.tensors[name], engine.initial[name]) for name in engine.initial)
     trained = [event for event in events.read(tmp_path / events.FILE) if event["kind"] == "site_trained"]

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from server import run as server_run
+from server import run_files
 from simulations import engines, world
 from tests import tiny
 
@@ -12,7 +12,7 @@ from tests import tiny
 def main(base: Path, folder: Path, changes: dict[str, str]) -> None:
     """Do it; print the sites."""
     settings = tiny.settings(base, changes)
-    engine, log = world.load_engine(settings, num_threads=1), server_run.prepare(settings, folder)
+    engine, log = world.load_engine(settings, num_threads=1), run_files.prepare(settings, folder)
     given = {"num_workers": 2, "num_threads": 1, "is_noise_accepted": settings.privacy.is_private_per_site}
     outcome = engines.ray(settings, engine=engine, base_folder=base, log=log, **given)
     print(*outcome.sites)

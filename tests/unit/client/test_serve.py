@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from client import rows as site_rows
-from client import serve
+from client import serve, site_files
 from client.rows import Asked
 from common import config, wire
 from common.errors import ConfigError, DataError, ModelError
@@ -176,7 +176,7 @@ def test_a_sites_preferences_are_read_as_the_run_says_and_checked_by_both_answer
     assert found.report is None
     assert ["'output'" in finding.what for finding in found.findings] == [True]
     with pytest.raises(DataError, match="'output'"):
-        serve.read_rows(own, own.data.path)
+        site_files.read_rows(own, own.data.path)
     with pytest.raises(ConfigError, match="choose one of sft, dpo, kto"):
         site_rows.check(own, Asked("ppo", 64))
 

@@ -1,4 +1,6 @@
+import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 
@@ -164,3 +166,66 @@ def test_control_the_probe_sees_a_heavy_library():
     code = "import sys, numpy\nprint(sorted({'numpy'} & set(sys.modules)))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout == "['numpy']\n"
+
+
+@pytest.mark.parametrize("place", [["-v", "go"], ["go", "-v"], ["go", "--verbose"]])
+def test_verbose_shows_where_an_error_arose_and_no_text_of_a_foreign_one(place, capsys):
+    def fail() -> None:
+        try:
+            raise ValueError(CANARY)
+        except ValueError as error:
+            raise ConfigError("key foo") from error
+
+    app = cli.make("trial", "A trial.", examples="")
+    app.command("go")(fail)
+    app.callback()(lambda: None)
+    with pytest.raises(SystemExit):
+        cli.run(app, place)
+    told = capsys.readouterr().err
+    assert "error: key foo\n  ConfigError\n" in told
+    assert "  ValueError\n" in told
+    assert "test_cli.py" in told
+    assert CANARY not in told
+    assert "CPU s" in told
+    assert run(fail) == 2
+    assert capsys.readouterr().err == "error: key foo\n"  # control: nothing of it without the option
+
+
+def test_quiet_leaves_results_and_errors(capsys):
+    def go(json: cli.JsonOption = False) -> None:
+        cli.say("under way")
+        cli.progress(as_json=json).print("half")
+        cli.emit({}, as_json=json, show=lambda: cli.show("result"))
+
+    assert run(go, "-q") == 0
+    assert capsys.readouterr().out == "result\n"
+    assert run(go) == 0
+    assert capsys.readouterr().out == "under way\nhalf\nresult\n"  # control, and the last call's -q is forgotten
+
+
+def test_verbose_and_quiet_together_are_wrong_usage(capsys):
+    assert run(lambda: None, "-q", "-v") == 2
+    assert "exclude each other" in capsys.readouterr().err
+
+
+def test_the_version_is_told_without_a_command(capsys):
+    app = cli.make("trial", "A trial.", examples="")
+    app.command("go")(lambda: None)
+    app.callback()(lambda: None)
+    with pytest.raises(SystemExit) as end:
+        cli.run(app, ["--version"])
+    assert not end.value.code
+    told = capsys.readouterr().out
+    for name in ("silotune", "torch", "transformers", "peft", "flwr"):
+        assert f"{name} {importlib.metadata.version(name)}" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [("silotune-server sta", "status"), ("silotune-server status --j", "--json"), ("silotune-server -", "--version")],
+)
+def test_the_shell_completes_commands_and_options(words, offered):
+    code = "import sys, server.cli; sys.argv = ['silotune-server']; server.cli.main()"
+    asked = {"_SILOTUNE_SERVER_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True)
+    assert offered in done.stdout.split(), done.stderr

@@ -12,7 +12,7 @@ from common.errors import ModelError, ProtocolError, WireError
 from common.records import RoundPlan, to_head
 from common.wire import Frame
 from server import broadcast as steps
-from server import checkpoint, federation, rounds, run
+from server import checkpoint, federation, rounds, run, run_files
 from server.evaluate import held_out
 from tests import tiny
 
@@ -73,7 +73,7 @@ def test_a_resumed_run_ends_with_the_same_adapter_to_the_bit(engine, tiny_base, 
     settings = tiny.settings(tiny_base, SMALL)
 
     def play(folder, *, resume: bool):
-        log = run.prepare(settings, folder, resume=resume)
+        log = run_files.prepare(settings, folder, resume=resume)
         fleet = tiny.fleet(tiny.make_nodes(engine))
         return run.execute(settings, fleet=fleet, engine=engine, folder=folder, log=log, resume=resume).tensors
 

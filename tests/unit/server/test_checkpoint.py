@@ -7,7 +7,7 @@ import torch
 
 from common import adapter, storage
 from common.errors import DataError, ModelError, StorageError
-from server import checkpoint
+from server import checkpoint, run_files
 
 STATE = {"a.lora_A.weight": torch.linspace(0, 1, 6).reshape(2, 3)}
 SPECS = adapter.specs(STATE)
@@ -60,11 +60,11 @@ def test_the_file_has_the_name_that_peft_reads(tmp_path):
 
 
 def test_only_rounds_with_a_record_count(tmp_path):
-    assert checkpoint.finished(tmp_path) == []
+    assert run_files.finished(tmp_path) == []
     for number in (2, 10, 1):
         save(tmp_path, number)
     (tmp_path / "rounds" / "00010" / "round.json").unlink()
-    assert checkpoint.finished(tmp_path) == [1, 2]
+    assert run_files.finished(tmp_path) == [1, 2]
 
 
 @pytest.mark.parametrize("failing", [1, 2])
@@ -83,7 +83,7 @@ def test_a_disk_that_fills_up_leaves_earlier_rounds_and_no_half_one(tmp_path, mo
     monkeypatch.setattr(storage.os, "replace", replace)
     with pytest.raises(StorageError, match="finished rounds on disk are intact"):
         save(tmp_path, 2)
-    assert checkpoint.finished(tmp_path) == [1]
+    assert run_files.finished(tmp_path) == [1]
     assert load(tmp_path, 1).num_rounds == 1
 
 
@@ -126,7 +126,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path, num_kept, left):
     for number in range(1, 5):
         save(tmp_path, number)
     checkpoint.prune(tmp_path, num_kept=num_kept)
-    assert checkpoint.finished(tmp_path) == left
+    assert run_files.finished(tmp_path) == left
     assert sorted(path.name for path in (tmp_path / "rounds").iterdir()) == [f"{number:05d}" for number in left]
 
 
@@ -135,4 +135,4 @@ def test_a_stray_folder_is_not_taken_for_a_round(tmp_path):
     stray = tmp_path / "rounds" / "old copy"
     stray.mkdir()
     (stray / "round.json").write_text("{}")
-    assert checkpoint.finished(tmp_path) == [1]
+    assert run_files.finished(tmp_path) == [1]

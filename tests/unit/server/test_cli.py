@@ -5,7 +5,7 @@ import json
 import pytest
 
 from common import cli, identity
-from server import run
+from server import run, run_files
 from server.cli import app
 from tests import tiny
 
@@ -24,7 +24,7 @@ def folder(shared_engine, tiny_base, tmp_path_factory):
     """A finished run."""
     settings = tiny.settings(tiny_base)
     found = tmp_path_factory.mktemp("finished") / "run"
-    log = run.prepare(settings, found)
+    log = run_files.prepare(settings, found)
     fleet = tiny.fleet(tiny.make_nodes(shared_engine))
     run.execute(settings, fleet=fleet, engine=shared_engine, folder=found, log=log)
     return found

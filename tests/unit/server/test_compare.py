@@ -9,7 +9,7 @@ from common.config_polish import PolishStage
 from common.data import preferences
 from common.errors import ConfigError, DataError
 from common.rows import Message, Row
-from server import compare, finish, run
+from server import compare, finish, run, run_files
 from server.cli import app
 from server.polish import rows as stage_rows
 from server.polish import stages
@@ -26,7 +26,7 @@ def finished(load_tiny, tiny_base, tmp_path_factory):
     engine = load_tiny(CHANGES)
     settings = tiny.settings(tiny_base, CHANGES)
     folder = tmp_path_factory.mktemp("finished") / "run"
-    log = run.prepare(settings, folder)
+    log = run_files.prepare(settings, folder)
     run.execute(settings, fleet=tiny.fleet(tiny.make_nodes(engine)), engine=engine, folder=folder, log=log)
     return folder
 

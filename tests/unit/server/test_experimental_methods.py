@@ -6,7 +6,7 @@ from scipy.linalg import orthogonal_procrustes
 
 from common import events
 from common.methods import FACTS
-from server import run
+from server import run, run_files
 from server.aggregate import factored, fedrot, gap, hetlora, lora_fair
 from tests import tiny
 
@@ -165,7 +165,7 @@ def test_the_gap_of_sites_of_different_ranks_is_that_of_what_they_hold():
 @pytest.mark.parametrize("method", ["lora_fair", "fedavg"])
 def test_a_run_says_at_its_start_that_its_method_is_experimental(engine, tiny_base, tmp_path, method):
     settings = tiny.settings(tiny_base, {"aggregation.method": method, "federation.num_rounds": "1"})
-    log = run.prepare(settings, tmp_path)
+    log = run_files.prepare(settings, tmp_path)
     run.execute(settings, fleet=tiny.fleet(tiny.make_nodes(engine)), engine=engine, folder=tmp_path, log=log)
     told = [event["kind"] for event in events.read(log.path)]
     assert ("warned" in told) == FACTS[method].is_experimental

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common import adapter, model
 from common.errors import ConfigError, DataError, ModelError, StorageError
 from common.manifest import RunManifest
-from server import export, export_probe, finish, run
+from server import export, export_probe, finish, run, run_files
 from server.aggregate import factored
 from tests import tiny
 from tests.sample_events import evaluated
@@ -202,7 +202,7 @@ def played(shared_engine, tiny_base, tmp_path_factory):
     """A run folder with three rounds."""
     settings = tiny.settings(tiny_base, {"federation.num_rounds": "3"})
     folder = tmp_path_factory.mktemp("played") / "run"
-    log = run.prepare(settings, folder)
+    log = run_files.prepare(settings, folder)
     agents = {n: tiny.make_agent(site, shared_engine) for n, site in enumerate(tiny.SITES, start=1)}
     fleet = tiny.fleet({number: agent.answer for number, agent in agents.items()})
     run.execute(settings, fleet=fleet, engine=shared_engine, folder=folder, log=log)
@@ -266,6 +266,6 @@ def test_export_refuses_to_merge_into_another_base(finished, tmp_path):
 
 
 def test_a_run_without_a_finished_round_cannot_be_exported(tmp_path, tiny_base):
-    run.prepare(tiny.settings(tiny_base), tmp_path / "run")
+    run_files.prepare(tiny.settings(tiny_base), tmp_path / "run")
     with pytest.raises(DataError):
         export_run(tmp_path / "run")

@@ -8,7 +8,7 @@ from client.agent import SiteData
 from common import adapter, events
 from common.errors import GateRefused
 from common.rows import Message, Row
-from server import run
+from server import run, run_files
 from tests import tiny
 
 PLANTED = ("953-21-4417", "918-64-2203", "977-05-8812", "940-38-1596", "962-77-3048", "925-19-6671")
@@ -52,7 +52,7 @@ def judge(load_tiny, tiny_base, tmp_path_factory):
     def play(name, rows):
         adapter.write(engine.model, engine.initial)
         agent = tiny.make_agent("north", engine, data=SiteData([*rows, *tiny.rows(24)], tiny.rows(4)))
-        log = run.prepare(settings, folder / name)
+        log = run_files.prepare(settings, folder / name)
         refused = ""
         try:
             run.execute(settings, fleet=tiny.fleet({1: agent.answer}), engine=engine, folder=folder / name, log=log)

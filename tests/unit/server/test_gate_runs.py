@@ -9,7 +9,7 @@ import torch
 from common import adapter, config, events
 from common.errors import DataError, GateRefused
 from common.manifest import parse
-from server import checkpoint, finish, report, run, status, troubleshooting
+from server import checkpoint, finish, report, run, run_files, status, troubleshooting
 from server.gate import decide
 from tests import tiny
 
@@ -21,12 +21,12 @@ SHY = {"training.learning_rate": "1e-7"}  # changes nothing that a probe could s
 def played(engine, folder, base, changes, *, resume=False, nodes=None):
     """A run in a folder; raises what the run raises."""
     settings = tiny.settings(base, changes)
-    log = run.prepare(settings, folder, resume=resume)
+    log = run_files.prepare(settings, folder, resume=resume)
     nodes = nodes or tiny.make_nodes(engine)
     try:
         return run.execute(settings, fleet=tiny.fleet(nodes), engine=engine, folder=folder, log=log, resume=resume)
     except GateRefused as error:
-        run.report_failure(log, error)
+        run_files.report_failure(log, error)
         raise
 
 
@@ -98,7 +98,7 @@ def test_nothing_that_the_gate_refused_is_exported_later(engine, tiny_base, know
         with pytest.raises(GateRefused, match="known"):
             finish.export_run(folder, num_rounds=number, output=tmp_path / "out", merged=None, base=None)
     assert not (tmp_path / "out").exists()
-    assert decide.judge_again(folder, run.stored_manifest(folder))[-1]["is_passed"] is False
+    assert decide.judge_again(folder, run_files.stored_manifest(folder))[-1]["is_passed"] is False
     page = report.render(events.read(folder / "events.jsonl"))
     assert "no checkpoint passes; nothing is exported" in page
     assert status.read(folder)["in_words"]["gate"][0] == "final: refused"
@@ -113,7 +113,7 @@ def test_a_failed_gate_goes_back_to_the_newest_checkpoint_that_passes(engine, ti
     assert judged == [("final", False), ("round-00001", True)]
     stages = [event["stage"] for event in log if event["kind"] == "measured"]
     assert stages == ["base", "final", "round-00001"]  # the last one on demand
-    manifest = run.stored_manifest(outcome.folder)
+    manifest = run_files.stored_manifest(outcome.folder)
     first = checkpoint.load(outcome.folder, manifest.tensor_specs, num_rounds=1, run_sha256=manifest.sha256)
     assert all(torch.equal(first.tensors[name], outcome.tensors[name]) for name in first.tensors)
     assert (log[-1]["kind"], log[-1]["num_rounds"], log[-1]["stage"]) == ("run_finished", 1, "round-00001")
@@ -149,7 +149,7 @@ def test_before_the_newest_round_the_best_is_judged_first(engine, tiny_base, tmp
         for line in path.read_text().splitlines()
     ]
     path.write_text("\n".join(silent) + "\n")
-    again = [event["num_rounds"] for event in decide.judge_again(path.parent, run.stored_manifest(path.parent))]
+    again = [event["num_rounds"] for event in decide.judge_again(path.parent, run_files.stored_manifest(path.parent))]
     assert again == [5, *best_first[1:], best_first[0]]
 
 
@@ -158,16 +158,18 @@ def test_a_run_without_a_gate_is_exported_as_it_was(known):
     assert told(folder, "gated", "stopped") == []
     assert finish.stored(folder, num_rounds=0).num_rounds == 2
     assert finish.stored(folder, num_rounds=1).num_rounds == 1
-    assert decide.judge_again(folder, run.stored_manifest(folder)) == []
+    assert decide.judge_again(folder, run_files.stored_manifest(folder)) == []
 
 
 def test_the_gate_is_fixed_before_training(engine, tiny_base, tmp_path):
     played(engine, tmp_path / "run", tiny_base, {"gate.rules": "loss"})
-    first = run.stored_manifest(tmp_path / "run")
+    first = run_files.stored_manifest(tmp_path / "run")
     assert first.evaluation_sha256
     assert parse(first.to_bytes()).run.gate == config.GateConfig()  # no site is told of it
     (tmp_path / "run" / "run.json").unlink()
-    log = run.prepare(tiny.settings(tiny_base, {"gate.rules": "loss", "gate.min_loss_gain": "0.5"}), tmp_path / "run")
+    log = run_files.prepare(
+        tiny.settings(tiny_base, {"gate.rules": "loss", "gate.min_loss_gain": "0.5"}), tmp_path / "run"
+    )
     with pytest.raises(DataError, match="fixed before training"):
         run.execute(
             tiny.settings(tiny_base, {"gate.rules": "loss", "gate.min_loss_gain": "0.5"}),
@@ -183,7 +185,7 @@ def test_rounds_end_early_and_a_resumed_run_ends_them_where_it_did(engine, tiny_
     changes = {"training.learning_rate": "0.2", "gate.stop_after": "1", "federation.num_rounds": "4"}
     outcome = played(engine, tmp_path / "whole", tiny_base, changes)
     stopped = told(outcome.folder, "stopped")
-    done = checkpoint.finished(outcome.folder)
+    done = run_files.finished(outcome.folder)
     assert len(stopped) == 1
     assert done == list(range(1, stopped[0]["num_rounds"] + 1))
     assert 2 <= len(done) < 4
@@ -193,13 +195,13 @@ def test_rounds_end_early_and_a_resumed_run_ends_them_where_it_did(engine, tiny_
     nodes[1] = interrupted(nodes[1], after=len(done) - 1)
     with pytest.raises(KeyboardInterrupt):
         played(engine, tmp_path / "cut", tiny_base, changes, nodes=nodes)
-    assert checkpoint.finished(tmp_path / "cut") == done[:-1]
+    assert run_files.finished(tmp_path / "cut") == done[:-1]
     for _ in range(2):  # the second time there is nothing left to do
         again = played(engine, tmp_path / "cut", tiny_base, changes, resume=True)
-        assert checkpoint.finished(again.folder) == done
+        assert run_files.finished(again.folder) == done
         assert all(torch.equal(outcome.tensors[name], again.tensors[name]) for name in again.tensors)
     control = played(engine, tmp_path / "control", tiny_base, {**changes, "gate.stop_after": "0"})
-    assert checkpoint.finished(control.folder) == [1, 2, 3, 4]
+    assert run_files.finished(control.folder) == [1, 2, 3, 4]
 
 
 def interrupted(answer, *, after):
@@ -253,7 +255,7 @@ def exit_code(arguments):
 )  # fmt: skip
 def test_leaks_are_blocked_by_the_rule_for_them(rule, poisoned, clean, known, tmp_path):
     """On a real run's checkpoints; the figures are made by hand, as events tell them."""
-    manifest = run.stored_manifest(known / "pilot")
+    manifest = run_files.stored_manifest(known / "pilot")
     gate = config.GateConfig(rules=rule)
     settings = manifest.run.model_copy(update={"gate": gate})
     passed = []
@@ -284,7 +286,7 @@ def with_figures(folder, values):
 
 
 def test_the_hash_in_a_verdict_is_that_of_the_checkpoint(known):
-    (first, *_) = decide.of_run(known / "pilot", run.stored_manifest(known / "pilot"))
+    (first, *_) = decide.of_run(known / "pilot", run_files.stored_manifest(known / "pilot"))
     digest = adapter.digest(first.tensors)
     finished = told(known / "pilot", "round_finished")
     assert (first.stage, digest) == ("final", finished[-1]["adapter_sha256"])

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from common import adapter, events, model
 from common.errors import ConfigError
 from common.kinds import KINDS
-from server import adalora, finish, run, verify
+from server import adalora, finish, run, run_files, verify
 from tests import tiny
 
 IDS_BT = torch.arange(3, 43).reshape(2, 20)
@@ -39,7 +39,7 @@ def play(load_tiny, tiny_base, tmp_path_factory):
     def whole(given):
         settings, engine = tiny.settings(tiny_base, given), load_tiny(given)
         folder = tmp_path_factory.mktemp("run")
-        log = run.prepare(settings, folder)
+        log = run_files.prepare(settings, folder)
         nodes = {number: tiny.make_agent(site, engine).answer for number, site in enumerate(("north", "south"), 1)}
         return run.execute(settings, fleet=tiny.fleet(nodes), engine=engine, folder=folder, log=log), engine
 
@@ -70,7 +70,7 @@ def test_every_kind_trains_in_a_federation_and_loads_in_plain_peft(play, load_ti
     same_base = load_tiny(changes(kind)) if base != "none" else engine
     adapter.write(same_base.model, outcome.tensors)
     wanted = logits(same_base.model)
-    loaded = plain(outcome.folder / run.EXPORT_FOLDER, tiny_base)
+    loaded = plain(outcome.folder / run_files.EXPORT_FOLDER, tiny_base)
     assert (logits(loaded) - wanted).abs().max() < 1e-5
     if KINDS[kind].is_mergeable and base == "none":
         merged = finish.export_run(
@@ -87,7 +87,7 @@ def test_an_export_refuses_what_a_kind_cannot_become_and_writes_what_it_can(play
         finish.export_to(lengths.folder, tmp_path / "a", formats="peft,merged", **given)
     finish.export_to(lengths.folder, tmp_path / "b", formats="merged,gguf", **given)
     assert verify.verify(tmp_path / "b")["formats"] == ["merged", "gguf"]
-    card = (lengths.folder / run.EXPORT_FOLDER / "README.md").read_text()
+    card = (lengths.folder / run_files.EXPORT_FOLDER / "README.md").read_text()
     assert "tags: [dora, federated" in card
     assert "| trained | DoRA, r = 4, alpha = 8.0, dropout = 0.0, targets = q_proj,down_proj" in card
     tokens, _ = play(changes("prompt_tuning", **{"federation.num_rounds": "1"}))
@@ -107,7 +107,7 @@ def test_ranks_fall_in_every_round_and_a_resumed_run_ends_with_the_same_adapter(
     assert adalora.left(whole.tensors) == told[-1]
     shutil.copytree(whole.folder, tmp_path / "run", ignore=shutil.ignore_patterns("00002", "00003"))
     settings = tiny.settings(tiny_base, given)
-    log = run.prepare(settings, tmp_path / "run", resume=True)
+    log = run_files.prepare(settings, tmp_path / "run", resume=True)
     nodes = {number: tiny.make_agent(site, engine).answer for number, site in enumerate(("north", "south"), 1)}
     again = run.execute(settings, fleet=tiny.fleet(nodes), engine=engine, folder=tmp_path / "run", log=log, resume=True)
     assert all(torch.equal(again.tensors[name], whole.tensors[name]) for name in whole.tensors)

@@ -12,7 +12,7 @@ from flwr.supercore.control import ControlHttpClient
 from common import events
 from common.errors import DataError, ProtocolError, RunBusyError, TransportError
 from common.events import EventLog
-from server import launch, lock, run, status
+from server import launch, lock, run, run_files, status
 from server.gate import decide
 from server.link import Link
 from tests import sample_events, tiny
@@ -30,7 +30,7 @@ with lock.hold(Path(sys.argv[1])):
 @pytest.fixture
 def folder(tmp_path, tiny_base):
     """A run whose last event is of its first round."""
-    log = run.prepare(tiny.settings(tiny_base), tmp_path / "run")
+    log = run_files.prepare(tiny.settings(tiny_base), tmp_path / "run")
     log.path.write_text("".join(json.dumps({"time": 1.0, **event}) + "\n" for event in sample_events.LOG))
     return tmp_path / "run"
 
@@ -72,13 +72,13 @@ def test_a_folder_has_one_process_at_work_and_a_killed_one_gives_it_up(folder, o
 
 
 def test_nothing_is_written_beside_a_live_coordinator(folder, other, engine, tiny_base):
-    settings, before = run.stored_settings(folder), (folder / events.FILE).read_bytes()
+    settings, before = run_files.stored_settings(folder), (folder / events.FILE).read_bytes()
     log, names = EventLog(folder / events.FILE), sorted(path.name for path in folder.iterdir())
     with pytest.raises(RunBusyError):
-        run.prepare(settings, folder, resume=True)
+        run_files.prepare(settings, folder, resume=True)
     with pytest.raises(RunBusyError) as caught:
         run.execute(settings, fleet=tiny.fleet({}), engine=engine, folder=folder, log=log, resume=True)
-    assert run.report_failure(log, caught.value) == "RunBusyError"
+    assert run_files.report_failure(log, caught.value) == "RunBusyError"
     with pytest.raises(RunBusyError):
         decide.judge_again(folder, run.manifest_of(settings, engine))
     assert (folder / events.FILE).read_bytes() == before

@@ -11,7 +11,7 @@ from common import adapter, roc
 from common.errors import DataError
 from common.events import EventLog
 from common.rows import Message, Row
-from server import run
+from server import run, run_files
 from server.evaluate import bootstrap, canary_rows, measure, suite, task_memorisation
 from tests import tiny
 
@@ -53,7 +53,7 @@ def trained(load_tiny, tiny_base, tmp_path_factory):
         adapter.write(engine.model, engine.initial)
         settings, folder = tiny.settings(tiny_base, CHANGES), tmp_path_factory.mktemp("trained") / "run"
         agent = tiny.make_agent("north", engine, data=SiteData([*rows, *tiny.rows(24)], tiny.rows(4)))
-        log = run.prepare(settings, folder)
+        log = run_files.prepare(settings, folder)
         return run.execute(settings, fleet=tiny.fleet({1: agent.answer}), engine=engine, folder=folder, log=log).tensors
 
     return engine, train(planted), train([])

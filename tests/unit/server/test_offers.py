@@ -5,7 +5,7 @@ import torch
 
 from common import identity
 from common.errors import ConfigError, TooFewSitesError
-from server import federation, offer
+from server import federation, offer, run_files
 from server import run as server_run
 from server.aggregate import table
 from server.federation import Federation
@@ -48,7 +48,7 @@ def fed(sites, tmp_path, clock):
     """A federation of the three that offers a signed run."""
     fleet = GridFleet(InProcessGrid({number: site.agent.answer for number, site in enumerate(sites, start=1)}))
     settings = sites[0].manifest(federation__join_timeout_s="100.0")
-    log = server_run.prepare(settings.run, tmp_path / "run")
+    log = run_files.prepare(settings.run, tmp_path / "run")
     made = Federation(settings, fleet, table.find("fedavg"), tmp_path / "run", log, clock=clock, sleep=clock.sleep)
     made.offer = sites[0].offer(settings)
     return made
@@ -57,7 +57,7 @@ def fed(sites, tmp_path, clock):
 def run_of(agents, tmp_path, engine, *, operator=None):
     """A whole run over sites; its adapter."""
     settings = tiny.settings("tiny")
-    log = server_run.prepare(settings, tmp_path)
+    log = run_files.prepare(settings, tmp_path)
     fleet = GridFleet(InProcessGrid({number: agent.answer for number, agent in enumerate(agents, start=1)}))
     done = server_run.execute(settings, fleet=fleet, engine=engine, folder=tmp_path, log=log, operator=operator)
     return done.tensors

@@ -14,7 +14,7 @@ from common import adapter, audit, config, egress, evaluation, events, identity,
 from common.errors import ConfigError, PolicyRefusedError
 from common.manifest import RunManifest, parse
 from common.model import Engine
-from server import export, finish, report, run, status
+from server import export, finish, report, run, run_files, status
 from server.evaluate import fairness
 from server.gate import decide
 from server.polish import at_sites, command, told
@@ -46,7 +46,7 @@ class World:
     def play(self, settings, *, name: str = "run", resume: bool = False, operator=None) -> Path:
         adapter.write(self.engine.model, self.engine.initial)
         folder = self.folder / name
-        log = run.prepare(settings, folder, resume=resume)
+        log = run_files.prepare(settings, folder, resume=resume)
         fleet = tiny.fleet(self.nodes or tiny.make_nodes(self.engine))
         run.execute(settings, fleet=fleet, engine=self.engine, folder=folder, log=log, resume=resume, operator=operator)
         return folder
@@ -117,7 +117,7 @@ def test_a_stage_that_harms_the_sites_is_refused_and_the_one_before_it_exported(
     assert by_name["loss"] == pytest.approx(min(gains))
     assert by_name["sites"] == pytest.approx(max(one["change"] for one in first["sites"].values()))
     assert adapter.digest(finish.stored(folder, num_rounds=0).tensors) == first["adapter_sha256"]
-    card = (folder / run.EXPORT_FOLDER / "README.md").read_text()
+    card = (folder / run_files.EXPORT_FOLDER / "README.md").read_text()
     assert f"| {of(folder, 'evaluated')[0]['loss']:.4f} | {first['loss']:.4f} |" in card
     assert f"{second['loss']:.4f}" not in card
     assert "not asked again" not in card
@@ -125,7 +125,7 @@ def test_a_stage_that_harms_the_sites_is_refused_and_the_one_before_it_exported(
 
 def test_a_stage_that_no_site_was_asked_about_passes_no_rule_of_theirs(whole, tmp_path):
     folder = Path(shutil.copytree(whole[1], tmp_path / "run"))
-    manifest = run.stored_manifest(folder)
+    manifest = run_files.stored_manifest(folder)
     assert [one["is_passed"] for one in decide.judge_again(folder, manifest)] == [False, True]  # control
     path = folder / events.FILE
     kept = [line for line in path.read_text().splitlines() if '"kind": "polish_evaluated"' not in line]
@@ -142,7 +142,7 @@ def test_figures_of_another_adapter_of_the_same_stage_do_not_count(whole, tmp_pa
     path.write_text("".join(
         (line.replace(first, "ab" * 32) if '"kind": "polish_evaluated"' in line else line) + "\n" for line in lines
     ))  # fmt: skip
-    judged = decide.judge_again(folder, run.stored_manifest(folder))
+    judged = decide.judge_again(folder, run_files.stored_manifest(folder))
     assert [one["is_passed"] for one in judged] == [False, False, True]
 
 
@@ -162,7 +162,7 @@ def test_report_status_and_card_tell_of_it(whole):
     unasked = [event for event in log if event["kind"] != "polish_evaluated"]  # control
     assert told.AT_SITES not in report.render(unasked)
     assert "Sites after 1 rounds" in report.render(unasked)
-    text = export.card(run.stored_manifest(folder), num_rounds=1, sites={"north": 3}, log=unasked, kind="adapter")
+    text = export.card(run_files.stored_manifest(folder), num_rounds=1, sites={"north": 3}, log=unasked, kind="adapter")
     assert "They were not asked again after polish." in text
 
 
@@ -244,7 +244,7 @@ def test_the_request_is_in_the_audit_log_and_its_bytes_in_what_a_run_declares(wo
     sizes = [one.facts["num_bytes"] for one in log if one.kind == "received" and one.facts["round_index"] == 2]
     assert len(sizes) == 3
     assert max(sizes) <= egress.HEAD_BYTES
-    plain, declared = world.settings({}), run.stored_manifest(folder).egress
+    plain, declared = world.settings({}), run_files.stored_manifest(folder).egress
     assert egress.bytes_per_run(declared, settings) - egress.bytes_per_run(declared, plain) == egress.HEAD_BYTES
 
 

@@ -14,7 +14,7 @@ from common import adapter, config, events
 from common.config_gate import GateConfig
 from common.errors import ConfigError, DataError, GateRefused, ModelError
 from common.model import Engine
-from server import export, finish, report, run, status
+from server import export, finish, report, run, run_files, status
 from server.evaluate import bootstrap
 from server.evaluate.bootstrap import Scores
 from server.gate import decide
@@ -38,7 +38,7 @@ class World:
         """A run; `stop_at` names a stage in whose first step it is interrupted."""
         adapter.write(self.engine.model, self.engine.initial)
         folder = self.folder / name
-        log = run.prepare(self.settings, folder, resume=resume)
+        log = run_files.prepare(self.settings, folder, resume=resume)
 
         def listen(event: events.Event) -> None:
             if event["kind"] == "polish_step" and event["stage"] == stop_at:
@@ -73,7 +73,7 @@ def of(folder, kind: str) -> list[events.Event]:
 
 
 def exported(folder) -> bytes:
-    return (folder / run.EXPORT_FOLDER / "adapter_model.safetensors").read_bytes()
+    return (folder / run_files.EXPORT_FOLDER / "adapter_model.safetensors").read_bytes()
 
 
 def test_a_run_goes_on_into_its_stages_and_tells_of_them(world):
@@ -90,7 +90,7 @@ def test_a_run_goes_on_into_its_stages_and_tells_of_them(world):
     ]
     assert sorted(path.name for path in (folder / "polish").iterdir()) == ["01-teach", "02-judge", "03-align"]
     assert [path.parent.name for path in folder.rglob("reward_model.safetensors")] == ["02-judge"]
-    card = (folder / run.EXPORT_FOLDER / "README.md").read_text()
+    card = (folder / run_files.EXPORT_FOLDER / "README.md").read_text()
     assert "| polish | teach (sft, 2 steps), then judge (reward, 2 steps), then align (dpo, 2 steps) |" in card
     assert "not covered by any privacy guarantee" in card
     assert "costs the sites' units nothing" not in card  # this run's adapter was not private
@@ -162,7 +162,7 @@ def test_stages_can_be_played_later_without_the_sites(world, tiny_base, tmp_path
 
 def test_stages_that_changed_the_adapter_come_before_rounds_where_one_is_chosen_for_export(world):
     folder = world.folder / "whole"
-    found = list(decide.of_run(folder, run.stored_manifest(folder)))
+    found = list(decide.of_run(folder, run_files.stored_manifest(folder)))
     assert [one.stage for one in found] == ["polish-03-align", "polish-01-teach", "final"]
     assert [one.names for one in found] == [("teach", "judge", "align"), ("teach",), ()]
     finished = {event["stage"]: event["adapter_sha256"] for event in of(folder, "polish_finished")}
@@ -247,7 +247,7 @@ def test_rows_that_the_result_is_judged_on_are_found_before_the_first_round(worl
 def test_polish_refuses_what_it_cannot_do(engine, nodes, tiny_base, tmp_path):
     settings = tiny.settings(tiny_base, CHANGES)
     folder = tmp_path / "run"
-    log = run.prepare(settings, folder)
+    log = run_files.prepare(settings, folder)
     run.execute(settings, fleet=tiny.fleet(nodes), engine=engine, folder=folder, log=log)
     with pytest.raises(ConfigError, match=r"no \[\[polish\]\] tables"):
         command.polish(folder, base=tiny_base, num_threads=1, console=Console())

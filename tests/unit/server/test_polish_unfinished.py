@@ -8,7 +8,7 @@ import torch
 
 from common import adapter, config, events
 from common.config_polish import PolishStage
-from server import run
+from server import run, run_files
 from server.polish import reward_model, rows, stages, unfinished
 from tests import stage_data, tiny
 
@@ -128,7 +128,7 @@ def test_a_run_that_was_stopped_within_a_stage_goes_on_there_and_leaves_no_pickl
 
     def play(name: str, *, stop_at: int = 0, resume: bool = False) -> Path:
         adapter.write(engine.model, engine.initial)
-        log = run.prepare(settings, tmp_path / name, resume=resume)
+        log = run_files.prepare(settings, tmp_path / name, resume=resume)
         log.listeners.append(lambda event: interrupt(event, stop_at))
         fleet = tiny.fleet(tiny.make_nodes(engine))
         run.execute(settings, fleet=fleet, engine=engine, folder=tmp_path / name, log=log, resume=resume)
@@ -142,7 +142,7 @@ def test_a_run_that_was_stopped_within_a_stage_goes_on_there_and_leaves_no_pickl
     log = events.read(cut / events.FILE)
     assert [event["num_steps_done"] for event in log if event["kind"] == "polish_started"] == [0, 4]
     assert [event["step"] for event in log if event["kind"] == "polish_step"] == [1, 2, 3, 4, 5, 5, 6, 7]
-    places = [folder / run.EXPORT_FOLDER / "adapter_model.safetensors" for folder in (whole, cut)]
+    places = [folder / run_files.EXPORT_FOLDER / "adapter_model.safetensors" for folder in (whole, cut)]
     assert places[0].read_bytes() == places[1].read_bytes()
     for folder in (whole, cut):
         assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {

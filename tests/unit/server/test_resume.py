@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from common import events, storage
-from server import checkpoint, federation, run
+from server import checkpoint, federation, run, run_files
 from server.evaluate import held_out
 from tests import tiny, vault
 
@@ -31,8 +31,8 @@ class World:
     def play(self, tell=lambda: None, *, nodes=None):
         """The run from where its folder is; `tell` is called after every frame and every event."""
         folder = self.folder / "run"
-        is_begun = (folder / run.RUN_FILE).exists()
-        log = run.prepare(self.settings, folder, resume=is_begun)
+        is_begun = (folder / run_files.RUN_FILE).exists()
+        log = run_files.prepare(self.settings, folder, resume=is_begun)
         log.listeners.append(lambda _: tell())
 
         def telling(site):

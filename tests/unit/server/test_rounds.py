@@ -11,7 +11,7 @@ from common import adapter, wire
 from common.errors import StorageError, TooFewSitesError, TransportError
 from common.records import OpenedHead, UpdateHead, to_head
 from common.wire import Frame
-from server import checkpoint, collect, federation, rounds
+from server import checkpoint, collect, federation, rounds, run_files
 from server.aggregate import fedavg
 from server.evaluate import held_out
 from tests import tiny
@@ -217,7 +217,7 @@ def test_a_round_with_too_few_updates_does_not_count_and_earlier_ones_stay(ready
     ) as caught:
         rounds.play(fed, state, round_index=1)
     assert caught.value.exit_code == 6
-    assert checkpoint.finished(fed.folder) == [1]
+    assert run_files.finished(fed.folder) == [1]
     found = checkpoint.load(fed.folder, engine.tensor_specs, num_rounds=1, run_sha256=fed.manifest.sha256)
     assert is_same(found.tensors, state)
 

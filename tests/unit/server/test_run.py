@@ -9,7 +9,7 @@ import torch
 
 from common import config, events, storage
 from common.errors import ConfigError, DataError, ModelError, StorageError, TooFewSitesError
-from server import checkpoint, run
+from server import checkpoint, run, run_files
 from tests import tiny
 
 CHANGES = {"evaluation.exact_match_rows": "1", "evaluation.max_new_tokens": "2", "training.batch_size": "12"}
@@ -22,7 +22,7 @@ def play(engine, tiny_base, tmp_path):
     def execute(nodes, changes=None, *, name: str = "run", resume: bool = False):
         settings = tiny.settings(tiny_base, {**CHANGES, **(changes or {})})
         folder = tmp_path / name
-        log = run.prepare(settings, folder, resume=resume)
+        log = run_files.prepare(settings, folder, resume=resume)
         outcome = run.execute(settings, fleet=tiny.fleet(nodes), engine=engine, folder=folder, log=log, resume=resume)
         return outcome, events.read(log.path)
 
@@ -56,7 +56,7 @@ def test_a_run_lowers_the_held_out_loss_and_leaves_everything_that_the_issue_nam
     assert len(losses) == 3
     assert losses[2] < losses[1] < losses[0]
     assert outcome.sites == {"north": 12, "south": 9, "west": 6}
-    assert checkpoint.finished(outcome.folder) == [1, 2]
+    assert run_files.finished(outcome.folder) == [1, 2]
     files = {path.name for path in outcome.folder.iterdir()}
     assert files == {"run.json", "manifest.json", "events.jsonl", "rounds", "adapter"}
     assert kinds(log)[0] == "run_started"
@@ -92,7 +92,7 @@ def test_a_resumed_run_ends_with_the_same_adapter_to_the_bit(play, nodes, tmp_pa
     broken = {**nodes, 2: interrupted(nodes[2], after=after, error=KeyboardInterrupt(), kind=kind)}
     with pytest.raises(KeyboardInterrupt):
         play(broken)
-    assert checkpoint.finished(tmp_path / "run") == finished
+    assert run_files.finished(tmp_path / "run") == finished
     found, log = play(nodes, resume=True)
     assert is_same(found.tensors, expected.tensors)
     assert kinds(log).count("run_started") == 2
@@ -136,7 +136,7 @@ def damage(folder, num_rounds: int):
 def test_a_damaged_checkpoint_is_not_gone_on_from_but_from_the_one_before_it(play, nodes, tmp_path, engine):
     whole, _ = play(nodes, {"output.keep_checkpoints": "2"})
     bad = damage(tmp_path / "run", 2)
-    record = json.loads((bad / checkpoint.RECORD_FILE).read_bytes())
+    record = json.loads((bad / run_files.RECORD_FILE).read_bytes())
     with pytest.raises(ModelError, match="use an earlier round"):
         checkpoint.load(tmp_path / "run", engine.tensor_specs, num_rounds=2, run_sha256=record["run_sha256"])
     again, log = play(nodes, {"output.keep_checkpoints": "2"}, resume=True)
@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_from_but_from_the_one_before_it(pla
     (warned,) = [event for event in log if event["kind"] == "warned"]
     assert str(bad) in warned["reason"]
     assert "going on after round 1" in warned["reason"]
-    assert (checkpoint.finished(tmp_path / "run"), bad.with_name("00002.damaged").is_dir()) == ([1, 2], True)
+    assert (run_files.finished(tmp_path / "run"), bad.with_name("00002.damaged").is_dir()) == ([1, 2], True)
 
 
 def test_a_checkpoint_of_another_run_is_no_damaged_one(play, nodes, tmp_path, engine):
@@ -167,7 +167,7 @@ def test_a_disk_that_fills_up_in_round_two_leaves_round_one_usable(play, nodes, 
         patch.setattr(storage.os, "replace", replace)
         with pytest.raises(StorageError, match=r"00002.*No space left"):
             play(nodes)
-    assert checkpoint.finished(tmp_path / "run") == [1]
+    assert run_files.finished(tmp_path / "run") == [1]
     found, _ = play(nodes, resume=True)
     assert is_same(found.tensors, expected.tensors)
 
@@ -187,13 +187,13 @@ def test_an_events_file_that_cannot_grow_ends_the_run_and_leaves_finished_rounds
         with pytest.raises(StorageError) as caught:
             play(nodes)
     assert caught.value.exit_code == 8
-    assert checkpoint.finished(tmp_path / "run") == [1, 2]
+    assert run_files.finished(tmp_path / "run") == [1, 2]
     play(nodes, resume=True)
 
 
 def test_only_the_newest_checkpoints_are_kept_where_asked(play, nodes, tmp_path):
     play(nodes, {"federation.num_rounds": "3", "output.keep_checkpoints": "1"})
-    assert checkpoint.finished(tmp_path / "run") == [3]
+    assert run_files.finished(tmp_path / "run") == [3]
 
 
 def test_evaluation_can_be_rarer_and_the_last_round_is_always_evaluated(play, nodes):
@@ -203,7 +203,7 @@ def test_evaluation_can_be_rarer_and_the_last_round_is_always_evaluated(play, no
 
 def test_a_site_that_fails_for_good_is_left_out_and_the_run_goes_on(play, nodes):
     outcome, log = play({**nodes, 3: tiny.spoilt(nodes[3], "train", lambda _: b"")})
-    assert checkpoint.finished(outcome.folder) == [1, 2]
+    assert run_files.finished(outcome.folder) == [1, 2]
     assert {event["site"] for event in log if event["kind"] == "site_failed"} == {"west"}
     assert outcome.sites == {"north": 12, "south": 9}
 
@@ -231,15 +231,15 @@ def test_a_site_that_dropped_out_is_still_named_as_one_whose_rows_were_used(play
 def test_sites_that_are_too_few_end_the_run_and_finished_rounds_can_be_loaded(play, nodes, tmp_path):
     with pytest.raises(TooFewSitesError):
         play({1: nodes[1], 2: trains_once(nodes[2]), 3: trains_once(nodes[3])})
-    manifest = run.stored_manifest(tmp_path / "run")
-    assert checkpoint.finished(tmp_path / "run") == [1]
+    manifest = run_files.stored_manifest(tmp_path / "run")
+    assert run_files.finished(tmp_path / "run") == [1]
     checkpoint.load(tmp_path / "run", manifest.tensor_specs, num_rounds=1, run_sha256=manifest.sha256)
 
 
 def test_a_run_folder_tells_its_settings_and_manifest(play, nodes, tmp_path, engine, tiny_base):
     play(nodes)
-    assert run.stored_settings(tmp_path / "run") == tiny.settings(tiny_base, CHANGES)
-    assert run.stored_manifest(tmp_path / "run").tensor_specs == engine.tensor_specs
+    assert run_files.stored_settings(tmp_path / "run") == tiny.settings(tiny_base, CHANGES)
+    assert run_files.stored_manifest(tmp_path / "run").tensor_specs == engine.tensor_specs
     written = json.loads((tmp_path / "run" / "run.json").read_text())
     assert written == json.loads(config.resolved_json(tiny.settings(tiny_base, CHANGES)))
 
@@ -249,7 +249,7 @@ def test_a_folder_that_is_no_run_is_an_error(tmp_path, text):
     if text is not None:
         (tmp_path / "run.json").write_text(text)
     with pytest.raises(DataError, match="not a run folder"):
-        run.stored_settings(tmp_path)
+        run_files.stored_settings(tmp_path)
 
 
 def own_file(folder):
@@ -312,7 +312,7 @@ def test_tasks_are_measured_at_base_and_end_and_between_if_told(play, nodes, tmp
     assert list(found) == ["base", "prompt-only", "round-00001", "final"]
     assert [list(event["gains"]) for event in found.values()] == [[], ["base"], *[["base", "prompt-only"]] * 2]
     assert len({event["definition_sha256"] for event in found.values()}) == 1
-    frozen = run.stored_manifest(outcome.folder)
+    frozen = run_files.stored_manifest(outcome.folder)
     assert frozen.evaluation_sha256 == found["base"]["definition_sha256"]
     assert str(tmp_path) not in (outcome.folder / "manifest.json").read_text()
     for path in (outcome.folder / "scores").iterdir():  # figures only
@@ -335,7 +335,7 @@ def test_a_schema_that_is_missing_is_found_before_the_run_starts(play, nodes, tm
     changes = {"evaluation.server_data": f'"{own_file(tmp_path)}"', "evaluation.metrics": '"json"'}
     with pytest.raises(DataError, match="no-such"):
         play(nodes, {**changes, "evaluation.json_schema": f'"{tmp_path}/no-such.json"'})
-    assert not checkpoint.finished(tmp_path / "run")
+    assert not run_files.finished(tmp_path / "run")
 
 
 def test_metrics_without_rows_of_the_coordinators_own_are_refused(tiny_base):
@@ -348,13 +348,13 @@ def test_metrics_without_rows_of_the_coordinators_own_are_refused(tiny_base):
 def test_own_rows_that_are_missing_are_found_before_the_run_starts(play, nodes, tmp_path):
     with pytest.raises(DataError, match="no-such"):
         play(nodes, {"evaluation.server_data": f'"{tmp_path}/no-such.jsonl"'})
-    assert not checkpoint.finished(tmp_path / "run")
+    assert not run_files.finished(tmp_path / "run")
 
 
 def test_an_adapter_that_no_update_could_carry_is_refused_at_once(load_tiny, nodes, tiny_base, tmp_path):
     changes = {"adapter.r": "512", "wire.max_update_mib": "1"}
     engine, settings = load_tiny(changes), tiny.settings(tiny_base, changes)
-    log = run.prepare(settings, tmp_path / "run")
+    log = run_files.prepare(settings, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"max_update_mib = 1, .* 4\.\d MiB; raise it, lower adapter\.r"):
         run.execute(settings, fleet=tiny.fleet(nodes), engine=engine, folder=tmp_path / "run", log=log)
 
@@ -362,7 +362,7 @@ def test_an_adapter_that_no_update_could_carry_is_refused_at_once(load_tiny, nod
 def test_a_node_is_called_as_it_was_registered_until_it_has_told_its_own_name(tmp_path):
     log = events.EventLog(tmp_path / events.FILE)
     assert run._names_of_nodes(tmp_path, log, resume=True) == {}  # a simulation
-    (tmp_path / run.NODES_FILE).write_text('{"1": "alder", "2": "birch"}')
+    (tmp_path / run_files.NODES_FILE).write_text('{"1": "alder", "2": "birch"}')
     log.append("site_joined", node=2, site="cedar")
     assert run._names_of_nodes(tmp_path, log, resume=False) == {1: "alder", 2: "birch"}
     assert run._names_of_nodes(tmp_path, log, resume=True) == {1: "alder", 2: "cedar"}

@@ -13,7 +13,7 @@ from client.serve import EngineLoader
 from common import config, loading, prompts, templates, wire
 from common.errors import ModelError
 from common.manifest import date_of, parse
-from server import export_folder, merge_adapters, merge_folder, run, seal, verify
+from server import export_folder, merge_adapters, merge_folder, run, run_files, seal, verify
 from server.export_folder import Exported
 from server.serve import engine as serving
 from server.serve import folders, start
@@ -65,9 +65,9 @@ def test_the_manifest_holds_the_day_of_the_launch_where_the_template_prints_one(
 
 def test_a_run_that_goes_on_keeps_its_day(manifest, tmp_path):
     tomorrow = datetime.date.fromisoformat(NEXT_DAY)
-    stored = tmp_path / run.MANIFEST_FILE
+    stored = tmp_path / run_files.MANIFEST_FILE
     assert date_of(stored, today=tomorrow) == NEXT_DAY
-    run.prepare(manifest.run, tmp_path)
+    run_files.prepare(manifest.run, tmp_path)
     stored.write_bytes(manifest.to_bytes())
     assert date_of(stored, today=tomorrow) == LAUNCH
     assert date_of(None, today=tomorrow) == NEXT_DAY

@@ -7,7 +7,7 @@ import pytest
 from common import adapter, events, identity
 from common.errors import ConfigError, DataError, GateRefused, SilotuneError
 from common.manifest import RunManifest, public_part
-from server import report, run, run_export, verify
+from server import report, run, run_export, run_files, verify
 from tests import tiny
 
 CHANGES = {"federation.num_rounds": "1"}
@@ -23,7 +23,7 @@ def play(load_tiny, tiny_base, tmp_path):
         adapter.write(engine.model, engine.initial)
         settings = tiny.settings(tiny_base, {**CHANGES, **changes})
         folder = tmp_path / name
-        log = run.prepare(settings, folder, resume=resume)
+        log = run_files.prepare(settings, folder, resume=resume)
         fleet = tiny.fleet(tiny.make_nodes(engine))
         run.execute(settings, fleet=fleet, engine=engine, folder=folder, log=log, resume=resume)
         return folder

@@ -7,7 +7,7 @@ import torch
 
 from common import adapter, events
 from common.manifest import RunManifest
-from server import run
+from server import run, run_files
 from server.aggregate import screen
 from server.aggregate.screen import Look
 from tests import tiny
@@ -117,7 +117,7 @@ def test_a_bad_site_has_no_part_in_a_run_that_leaves_it_out(engine, tiny_base, t
     agents = [tiny.make_agent(f"site-{number}", engine, count=12) for number in range(5)]
     nodes = {number: agent.answer for number, agent in enumerate(agents, start=1)}
     nodes[5] = tiny.spoilt(nodes[5], "train", tiny.with_body(alter))
-    log = run.prepare(settings, tmp_path / "run")
+    log = run_files.prepare(settings, tmp_path / "run")
     outcome = run.execute(settings, fleet=tiny.fleet(nodes), engine=engine, folder=tmp_path / "run", log=log)
     largest = max(float(tensor.abs().max()) for tensor in outcome.tensors.values())
     assert (largest > 10) == is_kept

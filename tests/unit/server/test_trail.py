@@ -10,7 +10,7 @@ from client.replicas import HEADS_FILE
 from common import audit, audit_heads, cli, events, identity
 from common.audit import AuditLog
 from common.errors import AuditError, ConfigError, StorageError, TooFewSitesError
-from server import checkpoint, federation, rounds, trail
+from server import checkpoint, federation, rounds, run_files, trail
 from server import cli as server_cli
 from server import run as server_run
 from tests import tiny, vault
@@ -35,7 +35,7 @@ def play(sites, tmp_path, engine):
 
     def whole(nodes=None, *, folder="run", operator=None, resume=False):
         settings = tiny.settings("tiny")
-        log = server_run.prepare(settings, tmp_path / folder, resume=resume)
+        log = run_files.prepare(settings, tmp_path / folder, resume=resume)
         fleet = tiny.fleet(dict(enumerate(nodes or [site.agent.answer for site in sites], start=1)))
         operator = operator or vault.operator(tmp_path)
         common = {"fleet": fleet, "engine": engine, "folder": tmp_path / folder, "log": log, "resume": resume}

@@ -58,7 +58,7 @@ def test_exposure_of_generated_summaries_grows_with_their_repeats(tmp_path):
     from client.agent import SiteData
     from common import config, events, model
     from common.rows import Message, Row
-    from server import run
+    from server import run, run_files
     from simulations import embedded
 
     train = read.read_table(str(TRIALS / "canary_ehr" / "train.jsonl"))
@@ -91,7 +91,7 @@ def test_exposure_of_generated_summaries_grows_with_their_repeats(tmp_path):
         if row["input"] in inputs
     ]
     agent = tiny.make_agent("north", engine, data=SiteData(rows, rows[:4]))
-    log = run.prepare(settings, tmp_path / "run")
+    log = run_files.prepare(settings, tmp_path / "run")
     run.execute(settings, fleet=tiny.fleet({1: agent.answer}), engine=engine, folder=tmp_path / "run", log=log)
     measured = [event for event in events.read(log.path) if event["kind"] == "measured"]
     before, after = ({name: figure["value"] for name, figure in event["figures"].items()} for event in measured)

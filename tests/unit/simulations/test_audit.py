@@ -8,7 +8,7 @@ import torch
 from common import privacy_plan, roc
 from common.errors import ConfigError, DataError
 from common.noise import SeededNoise
-from server import run as server_run
+from server import run_files
 from simulations.audit import canaries, finding, inversion, mia
 from simulations.compare import World
 from tests import tiny
@@ -31,7 +31,7 @@ def make_world(engine, tiny_base, tmp_path):
     def make(changes, *, count: int = 40) -> tuple[World, object]:
         settings = privacy_plan.resolve(tiny.settings(tiny_base, {**ONE_SITE, **changes}))
         shared = World(settings, engine, {"north": tiny.site_data("north", count)}, tmp_path / "run")
-        return shared, server_run.prepare(settings, shared.folder)
+        return shared, run_files.prepare(settings, shared.folder)
 
     return make
 

@@ -6,8 +6,7 @@ import torch
 
 from common import adapter, events
 from common.errors import DataError
-from server import report
-from server import run as server_run
+from server import report, run_files
 from simulations import compare, run
 from simulations.compare import World
 from tests import tiny
@@ -22,7 +21,7 @@ def compared(shared_engine, tiny_base, tmp_path_factory):
     settings = tiny.settings(tiny_base, changes)
     sites = {site: tiny.site_data(site, count) for site, count in tiny.SITES.items()}
     folder = tmp_path_factory.mktemp("compared") / "run"
-    log = server_run.prepare(settings, folder)
+    log = run_files.prepare(settings, folder)
     return compare.compare(World(settings, shared_engine, sites, folder), log), folder
 
 
@@ -77,7 +76,7 @@ def test_pooled_training_uses_the_rows_of_all_sites_where_steps_are_given(shared
     """With the same number of steps it would use those of one site: no upper line for a federation of three."""
     settings = tiny.settings(tiny_base, {"training.local_epochs": "0.0", "training.local_steps": "2"})
     sites = {site: tiny.site_data(site, count) for site, count in tiny.SITES.items()}
-    log = server_run.prepare(settings, tmp_path / "run")
+    log = run_files.prepare(settings, tmp_path / "run")
     results = compare.compare(World(settings, shared_engine, sites, tmp_path / "run"), log)
     one_site = settings.federation.num_rounds * 2 * settings.training.batch_size
     used = {name: arm["rows_used"] for name, arm in results.items()}
@@ -118,7 +117,7 @@ def test_a_site_alone_trains_as_it_does_in_the_federation(engine, tiny_base, tmp
     settings = tiny.settings(tiny_base)
     sites = {"north": tiny.site_data("north", 16)}
     alone = compare.alone(settings)
-    log = server_run.prepare(alone, tmp_path / "run")
+    log = run_files.prepare(alone, tmp_path / "run")
     outcome = run.in_process(alone, sites=sites, engine=engine, folder=tmp_path / "run", log=log)
     assert outcome.sites == {"north": 12}
     assert not torch.equal(outcome.tensors[engine.tensor_specs[0].name], engine.initial[engine.tensor_specs[0].name])
@@ -137,7 +136,7 @@ def test_alone_changes_nothing_but_company_and_evaluation(tiny_base):
 def test_rows_that_cannot_be_used_are_found_before_anything_is_trained(engine, tiny_base, tmp_path):
     settings = tiny.settings(tiny_base, {"data.max_length_tokens": "8"})
     sites = {site: tiny.site_data(site, count) for site, count in tiny.SITES.items()}
-    log = server_run.prepare(settings, tmp_path / "run")
+    log = run_files.prepare(settings, tmp_path / "run")
     with pytest.raises(DataError, match="over the limit of 8"):
         compare.compare(World(settings, engine, sites, tmp_path / "run"), log)
     assert not (tmp_path / "run" / "rounds").exists()

@@ -8,7 +8,7 @@ import torch
 from common import adapter, events, model, trainable, wire
 from common.errors import ConfigError
 from common.methods import FACTS
-from server import checkpoint, run
+from server import checkpoint, run, run_files
 from server.aggregate import table
 from tests import tiny
 
@@ -60,7 +60,7 @@ def play(engine, tiny_base, tmp_path):
 
     def execute(nodes, method: str, *, name: str = "run", resume: bool = False, changes=None, own_engine=engine):
         folder, found = tmp_path / name, settings(tiny_base, method, changes)
-        log = run.prepare(found, folder, resume=resume)
+        log = run_files.prepare(found, folder, resume=resume)
         outcome = run.execute(found, fleet=tiny.fleet(nodes), engine=own_engine, folder=folder, log=log, resume=resume)
         return outcome, events.read(log.path)
 
@@ -129,7 +129,7 @@ def test_a_resumed_run_ends_with_the_same_adapter_to_the_bit(play, nodes, engine
     expected, log = play(tiny.make_nodes(engine, tmp_path / "others"), method, name="whole")
     with pytest.raises(KeyboardInterrupt):
         play({**nodes, 2: stopping(nodes[2], after=1)}, method)
-    assert checkpoint.finished(tmp_path / "run") == [1]
+    assert run_files.finished(tmp_path / "run") == [1]
     restarted = tiny.make_nodes(engine, tmp_path / "sites")
     found, told = play(restarted, method, resume=True)
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
@@ -150,7 +150,7 @@ def test_the_coordinators_optimizer_lowers_the_loss_and_goes_on_after_an_interru
     assert losses[-1] < losses[0] - 0.03
     with pytest.raises(KeyboardInterrupt):
         play({**nodes, 2: stopping(nodes[2], after=2)}, method, changes=changes)
-    assert checkpoint.finished(tmp_path / "run") == [1, 2]
+    assert run_files.finished(tmp_path / "run") == [1, 2]
     found, _ = play(nodes, method, resume=True, changes=changes)
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
 
@@ -192,7 +192,7 @@ def test_a_side_adapter_that_is_too_narrow_ends_the_run_before_the_round_counts(
     narrow = load_tiny({**OWN[method], "aggregation.residual_rank": "1"})
     with pytest.raises(ConfigError, match=r"residual_rank = 1 cuts \d+\.\d % .* raise the rank"):
         play(tiny.make_nodes(narrow), method, own_engine=narrow, changes={"aggregation.residual_rank": "1"})
-    assert checkpoint.finished(tmp_path / "run") == []
+    assert run_files.finished(tmp_path / "run") == []
     loose = {"aggregation.residual_rank": "1", "aggregation.residual_max_lost": "1.0"}
     _, log = play(tiny.make_nodes(narrow), method, own_engine=narrow, name="loose", changes=loose)
     gaps = [event["gap"] for event in log if event["kind"] == "round_finished"]

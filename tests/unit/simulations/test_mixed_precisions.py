@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from common import codes, config, events, layerwise, manifest, precisions, wire
 from common.errors import CodesDifferError, ConfigError, ModelError, WireError
 from common.manifest import Offer, RunManifest
-from server import base_noise, report, run
+from server import base_noise, report, run, run_files
 from server.evaluate import by_precision
 from simulations import run as running
 from simulations import world
@@ -47,7 +47,7 @@ def offered(settings, engines) -> RunManifest:
 def played(settings, engines, tmp_path_factory):
     """A run of all three, and its events."""
     folder = tmp_path_factory.mktemp("mixed") / "run"
-    log = run.prepare(settings, folder)
+    log = run_files.prepare(settings, folder)
     sites = {site: tiny.site_data(site, count) for site, count in tiny.SITES.items()}
     running.in_process(settings, sites=sites, engine=engines.own, folder=folder, log=log, engines=engines)
     return events.read(log.path)

@@ -8,7 +8,7 @@ from common.errors import ConfigError, ModelError
 from common.manifest import RunManifest
 from common.methods import FACTS
 from common.records import RoundPlan
-from server import collect, run
+from server import collect, run, run_files
 from simulations import world
 from tests import tiny
 
@@ -43,7 +43,7 @@ def test_each_site_is_sent_and_sends_an_adapter_of_its_own_rank_and_the_loss_fal
         return node
 
     nodes = {n: listening(site, node) for (n, node), site in zip(tiny.make_nodes(engine).items(), RANKS, strict=True)}
-    log = run.prepare(found, tmp_path / "run")
+    log = run_files.prepare(found, tmp_path / "run")
     outcome = run.execute(found, fleet=tiny.fleet(nodes), engine=engine, folder=tmp_path / "run", log=log)
     losses = [event["loss"] for event in events.read(log.path) if event["kind"] == "evaluated"]
     assert losses[-1] < losses[0] - 0.03

@@ -8,8 +8,7 @@ from rich.console import Console
 
 from client.agent import SiteData
 from common import config, events, privacy_plan
-from server import run as server_run
-from server import status
+from server import run_files, status
 from simulations import run, world
 from tests import tiny
 
@@ -31,7 +30,7 @@ def play(engine, tiny_base, tmp_path):
         given = {**LEARN, "training.objective": f'"{name}"', **(changes or {})}
         settings = privacy_plan.resolve(tiny.settings(tiny_base, given))
         sites = {site: site_data(name, site, is_swapped=is_swapped) for site in tiny.SITES}
-        log = server_run.prepare(settings, tmp_path / "run")
+        log = run_files.prepare(settings, tmp_path / "run")
         run.in_process(settings, sites=sites, engine=engine, folder=tmp_path / "run", log=log)
         return [event for event in events.read(log.path) if event["kind"] == "evaluated"]
 
@@ -46,7 +45,7 @@ def site_data(name: str, site: str, *, is_swapped: bool) -> SiteData:
 @pytest.mark.parametrize(("name", "loss_of_start"), [("dpo", 0.6931), ("kto", 0.5)])
 def test_a_federation_learns_what_its_sites_prefer(play, tmp_path, name, loss_of_start):
     told = play(name)
-    card = (tmp_path / "run" / server_run.EXPORT_FOLDER / "README.md").read_text()
+    card = (tmp_path / "run" / run_files.EXPORT_FOLDER / "README.md").read_text()
     assert f"| objective | {name}, beta = 0.1, held against the base |" in card
     assert "Preferences among answers of the sites" in card
     assert f"| mean {name} loss of a preference |" in card
@@ -83,7 +82,7 @@ def test_a_private_run_of_preferences_goes_through(play, name):
 def test_a_run_of_answers_tells_nothing_of_preferences(engine, tiny_base, tmp_path):
     settings = tiny.settings(tiny_base, {"federation.num_rounds": "1"})
     sites = {site: tiny.site_data(site, count) for site, count in tiny.SITES.items()}
-    log = server_run.prepare(settings, tmp_path / "run")
+    log = run_files.prepare(settings, tmp_path / "run")
     run.in_process(settings, sites=sites, engine=engine, folder=tmp_path / "run", log=log)
     assert {event["accuracy"] for event in events.read(log.path) if event["kind"] == "evaluated"} == {None}
 

@@ -6,8 +6,7 @@ import torch
 from common import accounting, events, privacy_plan, trainable
 from common.errors import FloorRefused
 from common.methods import FACTS
-from server import report
-from server import run as server_run
+from server import report, run_files
 from simulations import run
 from tests import tiny
 
@@ -25,7 +24,7 @@ def play(engine, tiny_base, tmp_path):
     def execute(changes, *, name: str = "run", resume: bool = False):
         settings = privacy_plan.resolve(tiny.settings(tiny_base, {**PRIVATE, **changes}))
         sites = {site: tiny.site_data(site, count) for site, count in tiny.SITES.items()}
-        log = server_run.prepare(settings, tmp_path / name, resume=resume)
+        log = run_files.prepare(settings, tmp_path / name, resume=resume)
         outcome = run.in_process(settings, sites=sites, engine=engine, folder=tmp_path / name, log=log, resume=resume)
         return settings, outcome, events.read(log.path)
 
@@ -43,7 +42,7 @@ def test_a_private_run_tells_its_curve_and_no_figure_of_drawn_rows(play):
     assert {(event["train_loss"], event["seconds"]) for event in trained} == {(None, None)}
     page = report.write(outcome.folder).read_text()
     assert "Differentially private: epsilon" in page
-    card = (outcome.folder / server_run.EXPORT_FOLDER / "README.md").read_text()
+    card = (outcome.folder / run_files.EXPORT_FOLDER / "README.md").read_text()
     assert "Trained with differential privacy: epsilon" in card
     assert "A patient of two sites loses the sum" in card
 

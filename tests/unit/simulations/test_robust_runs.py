@@ -6,7 +6,7 @@ import torch
 from common import adapter, events
 from common.errors import ConfigError
 from common.manifest import RunManifest
-from server import run
+from server import run, run_files
 from tests import tiny
 
 GUARD = {"aggregation.num_bad_sites": "1", "aggregation.weighting": "uniform"}
@@ -33,7 +33,7 @@ def play(engine, tiny_base, tmp_path):
         if is_bad:
             nodes[7] = tiny.spoilt(nodes[7], "train", tiny.with_body(alter))
         folder = tmp_path / f"{rule}-{is_bad}"
-        log = run.prepare(settings, folder)
+        log = run_files.prepare(settings, folder)
         outcome = run.execute(settings, fleet=tiny.fleet(nodes), engine=engine, folder=folder, log=log)
         return outcome.tensors, events.read(log.path)
 

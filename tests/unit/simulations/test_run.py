@@ -7,7 +7,7 @@ from client.agent import SiteData
 from common import events
 from common.errors import DataError, TooFewSitesError
 from common.rows import Message, Row
-from server import run as server_run
+from server import run_files
 from simulations import run, world
 from tests import tiny
 
@@ -22,7 +22,7 @@ def play(engine, tiny_base, tmp_path):
     def execute(sites, changes=None, *, name: str = "run", resume: bool = False):
         settings = tiny.settings(tiny_base, changes)
         folder = tmp_path / name
-        log = server_run.prepare(settings, folder, resume=resume)
+        log = run_files.prepare(settings, folder, resume=resume)
         return run.in_process(settings, sites=sites, engine=engine, folder=folder, log=log, resume=resume)
 
     return execute

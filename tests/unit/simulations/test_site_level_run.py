@@ -8,7 +8,7 @@ import torch
 
 from common import events, privacy_plan
 from common.errors import FloorRefused, PrivacyError, TooFewSitesError
-from server import checkpoint, report, status
+from server import checkpoint, report, run_files, status
 from server import run as server_run
 from simulations import run, world
 from tests import tiny
@@ -34,7 +34,7 @@ def play(engine, tiny_base, tmp_path):
     def execute(changes=None, *, name="run", resume=False, is_noise_accepted=True, agents=None, **more):
         settings = privacy_plan.resolve(tiny.settings(tiny_base, {**SITE_LEVEL, **(changes or {})}))
         sites = {site: tiny.site_data(site, count) for site, count in tiny.SITES.items()}
-        log = server_run.prepare(settings, tmp_path / name, resume=resume)
+        log = run_files.prepare(settings, tmp_path / name, resume=resume)
         given = {"engine": engine, "folder": tmp_path / name, "log": log, "resume": resume, **more}
         if agents is None:
             outcome = run.in_process(settings, sites=sites, is_noise_accepted=is_noise_accepted, **given)
@@ -70,7 +70,7 @@ def test_a_run_tells_what_it_spent_and_nothing_that_no_noise_covers(play, change
     assert {(e["train_loss"], e["seconds"], e["update_norm"]) for e in trained} <= {(None, None, None)}
     assert plan["method"] != "fedavg" or {event["gap"] for event in done} == {None}  # a figure of single updates
     assert "each site as a whole" in plan["privacy_wording"]
-    card = (outcome.folder / server_run.EXPORT_FOLDER / "README.md").read_text()
+    card = (outcome.folder / run_files.EXPORT_FOLDER / "README.md").read_text()
     assert f"epsilon {spent[-1]:.3f} at delta 1e-05" in card
     assert plan["privacy_wording"] in card
     assert not any(site in card for site in tiny.SITES)
@@ -83,7 +83,7 @@ def test_a_run_tells_what_it_spent_and_nothing_that_no_noise_covers(play, change
 def test_few_sites_are_refused_unless_accepted_and_a_resume_needs_it_too(play, tmp_path):
     with pytest.raises(FloorRefused, match=r"noise to signal is \d+: with 1\.8 sites a round"):
         play(is_noise_accepted=False)
-    assert not checkpoint.finished(tmp_path / "run")
+    assert not run_files.finished(tmp_path / "run")
     play(resume=True)
     with pytest.raises(FloorRefused, match="--i-accept"):
         play(resume=True, is_noise_accepted=False)
@@ -164,8 +164,8 @@ def test_a_run_that_stopped_between_checkpoint_and_event_charges_the_round(play,
     kept = [line for line in path.read_text().splitlines() if not _is_last_round(json.loads(line))]
     path.write_text("".join(f"{line}\n" for line in kept))
     outcome, log = play(AT_SITES, resume=True)
-    spent = privacy_plan.curve(privacy_plan.resolve(server_run.stored_settings(outcome.folder)))
-    card = (outcome.folder / server_run.EXPORT_FOLDER / "README.md").read_text()
+    spent = privacy_plan.curve(privacy_plan.resolve(run_files.stored_settings(outcome.folder)))
+    card = (outcome.folder / run_files.EXPORT_FOLDER / "README.md").read_text()
     shown = float(card.partition("whole sites: epsilon ")[2].partition(" ")[0])
     assert of(log, "round_finished")[-1]["epsilon"] < shown < spent[-1]  # the lost round at the quorum's minimum
 
