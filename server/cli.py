@@ -1,6 +1,8 @@
 """`silotune-server`: what a coordinator runs."""
 
 import functools
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +33,22 @@ app.add_typer(cli_roster.app, name="roster", help="Sign and publish changes of t
 app.add_typer(cli_preferences.app, name="preferences", help="Check, build, import and rank preference data.")
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN_FOLDER")]
 RequestFile = Annotated[Path, typer.Argument(help="What the site sent.", metavar="REQUEST.json")]
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+)
+def trial(context: typer.Context) -> None:
+    """Run a whole federation on this machine, to try it: silotune-sim trial.
+
+    \b
+    Examples:
+      silotune-server trial
+      silotune-server trial my-trial --detach
+    """
+    # Another process, since nothing of a server may import simulations; in the place of this one, so that Ctrl-C and
+    # SIGTERM reach it.
+    os.execv(sys.executable, [sys.executable, "-m", "simulations.cli", "trial", *context.args])  # noqa: S606
 
 
 @app.command()

@@ -244,6 +244,40 @@ def bench(
     cli.emit(result, as_json=json, show=lambda: cli.show(table.render(result)))
 
 
+@app.command()
+def trial(
+    folder: Annotated[Path, typer.Argument(help="Of the federation; made if it is not there.")] = Path("trial"),
+    detach: Annotated[bool, typer.Option("--detach", help="Return once all parties are connected.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="Stop the one that runs there; the folder stays.")] = False,
+    json: cli.JsonOption = False,
+) -> None:
+    """Run a whole federation on this machine, to try it.
+
+    SuperLink, gateway and three sites with policies and ledgers, each of several processes; only the patients are
+    invented. Launching and approving a run is left to you. Ctrl-C stops all; the same command goes on with the folder.
+
+    \b
+    Examples:
+      silotune-server trial
+      silotune-server trial demo-federation --detach
+      silotune-server trial demo-federation --stop
+    """
+    from simulations import trial as trying
+
+    if stop:
+        trying.stop(folder)
+        return cli.emit({"folder": str(folder), "is_running": False}, as_json=json, show=lambda: cli.show("stopped"))
+
+    def announce(built: "trying.Built") -> None:
+        commands = trying.commands(folder, built)
+        result = {"folder": str(folder), "is_running": True, "sites": list(trying.SITES), "next": commands}
+        cli.emit(result, as_json=json, show=lambda: cli.show(*trying.render(folder, commands, is_detached=detach)))
+
+    if not detach:
+        return trying.serve(folder, announce=announce)
+    return announce(trying.detach(folder))
+
+
 def _compare(
     run_file: Path,
     output: Path | None,

@@ -166,7 +166,29 @@ def federation(
     logs: Path,
     prefixes: Mapping[str, Sequence[str]],
 ) -> Iterator[Guarded]:
-    """Build a federation in a temporary folder, with held-out rows as `world` splits them, and run it.
+    """Run what `built` builds; see there, and `running` for the prefixes.
+
+    Raises:
+        TransportError: Something did not start; the message names its log.
+        SilotuneError: As the commands.
+    """
+    with (
+        built(tables, settings=settings, base_folder=base_folder, policy=policy, logs=logs) as ready,
+        running(ready, logs=logs, prefixes=prefixes) as started,
+    ):
+        yield started
+
+
+@contextmanager
+def built(
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    settings: config.RunConfig,
+    base_folder: Path,
+    policy: Callable[[Path], str],
+    logs: Path,
+) -> Iterator[Built]:
+    """Build a federation in a temporary folder, with held-out rows as `world` splits them.
 
     A site with an identity would hold out units of its own choice, so that held-out rows lie in a file of their own
     here, as the simulation of the run has them.
@@ -177,15 +199,13 @@ def federation(
         base_folder: The base model's folder.
         policy: See `build`; it has to list `held_out.jsonl` beside the rows too.
         logs: See `running`.
-        prefixes: See `running`.
 
     Raises:
-        TransportError: Something did not start; the message names its log.
         SilotuneError: As the commands.
     """
     divided = _divided(tables, settings)
     with TemporaryDirectory(prefix="silotune-", ignore_cleanup_errors=True) as folder:
-        built = build(
+        yield build(
             {name: train for name, (train, _) in divided.items()},
             held_out={name: held_out for name, (_, held_out) in divided.items()},
             settings=settings,
@@ -194,8 +214,6 @@ def federation(
             policy=policy,
             logs=logs,
         )
-        with running(built, logs=logs, prefixes=prefixes) as started:
-            yield started
 
 
 def build(
@@ -239,34 +257,69 @@ def build(
         log_folder=logs.absolute() / "sites",
         num_threads=1,
         agent_lines=lines,
+        is_named=True,
     )
     for site in sites:
         path = folder / "keys" / site.name / kit.POLICY
-        path.write_text(policy(site.socket_path.parent / "rows.jsonl"))
+        path.write_text(policy(site.socket_path.parent / site_files.ROWS))
         policy_file.sign(path, identity.load(folder / ADMIN_KEY))
     return Built(folder, sites, ports)
 
 
+def kit_policy(rows_file: Path, *, base_sha256: str, changes: Mapping[str, str]) -> str:
+    """The policy that came with a site's kit, which allows nothing, with what it allows filled in.
+
+    Args:
+        rows_file: The site's rows, in the site's folder of a federation that `build` builds.
+        base_sha256: Of the base that is allowed.
+        changes: Key to value, as TOML; a key that the policy has once.
+
+    Raises:
+        KeyError: The policy has no such key, or several.
+    """
+    site, columns = rows_file.parent, json.dumps(["instruction", "input", "output", "patient_id"])
+    files = {"notes": rows_file, "held-out": rows_file.with_name(site_files.HELD_OUT)}
+    datasets = (f"{name} = {{ path = {json.dumps(str(path))}, columns = {columns}, max_rows = 10_000 }}"
+                for name, path in files.items())  # fmt: skip
+    filled = {
+        "allow": f'[{{ name = "base", sha256 = "{base_sha256}" }}]',
+        "targets": '["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]',
+        "secagg": '"none"',
+        "datasets": f"{{ {', '.join(datasets)} }}",
+        **changes,
+    }
+    lines = (site.parent / "keys" / site.name / kit.POLICY).read_text().splitlines()
+    for key, value in filled.items():
+        places = [number for number, line in enumerate(lines) if line.startswith(f"{key} = ")]
+        if len(places) != 1:
+            raise KeyError(f"{key} stands {len(places)} times in the policy of a kit")
+        lines[places[0]] = f"{key} = {value}"
+    return "\n".join([*lines, ""])
+
+
 @contextmanager
-def running(built: Built, *, logs: Path, prefixes: Mapping[str, Sequence[str]] = NO_PREFIXES) -> Iterator[Guarded]:
+def running(
+    built: Built, *, logs: Path, prefixes: Mapping[str, Sequence[str]] = NO_PREFIXES, fleet: str = ""
+) -> Iterator[Guarded]:
     """Start everything, wait until all nodes are connected; stop everything on leaving.
 
     Args:
         built: The federation.
         logs: Folder for one log file a process, and the gateway's refusals.
         prefixes: What a site's agent is started under, by the site's name, such as `unshare --net`.
+        fleet: Where the links connect, `host:port`; default: the gateway.
 
     Raises:
         TransportError: Something did not start; the message names its log.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    nodes = {site.name: site.socket_path.parent / "node.toml" for site in built.sites}
+    nodes = {site.name: site.socket_path.parent / site_files.NODE for site in built.sites}
     refusals = logs / "refusals.jsonl"
     made = built.folder / "federation"
     started = Guarded(made, built.address("control"), built.address("superlink"), refusals, nodes, [])
     with deployment.unwinding_on_sigterm(), ExitStack() as stack:
         stack.callback(deployment.stop, started.processes)
-        _start(started, built, logs=logs, prefixes=prefixes)
+        _start(started, built, logs=logs, prefixes=prefixes, fleet=fleet or built.address("fleet"))
         yield started
 
 
@@ -284,7 +337,7 @@ def _divided(
     return sides
 
 
-def _start(running: Guarded, built: Built, *, logs: Path, prefixes: Mapping[str, Sequence[str]]) -> None:
+def _start(running: Guarded, built: Built, *, logs: Path, prefixes: Mapping[str, Sequence[str]], fleet: str) -> None:
     """SuperLink, gateway and agents; then registration through the gateway; then links and couriers."""
     folder, sites = built.folder, built.sites
     env = deployment.environment(flwr_home=folder / "flower", num_threads=1)
@@ -309,7 +362,7 @@ def _start(running: Guarded, built: Built, *, logs: Path, prefixes: Mapping[str,
             connected.register((running.folder / "nodes" / f"{site.name}.pub").read_bytes(), name=site.name)
             start(
                 f"{site.name}-link",
-                _link_command(folder, site, gateway=built.address("fleet"), address=built.address(site.name)),
+                _link_command(folder, site, gateway=fleet, address=built.address(site.name)),
             )
             wait(partial(deployment.accepts, built.address(site.name)), "a link")
             keys, ca_file = folder / "keys" / site.name, site.socket_path.parent / "link" / CERTIFICATE

@@ -13,6 +13,7 @@ BENCHES: Final[Mapping[str, str]] = {
     "dp": "time and memory of a private training step against a plain one; on a GPU if there is one; about 10 minutes",
     "bytes": "bytes to a held-out loss, against float32 both ways and 4-bit messages; about 10 minutes",
     "scale": "cost and memory a site, from 1 to 1,000 virtual sites; about 15 minutes",
+    "deployment": "seconds and bytes of a round through gateway, links and agents, against one in process; 5 minutes",
     "aggregate": "all that the updates of a round cost the coordinator, against memory bandwidth; 2 minutes",
 }
 

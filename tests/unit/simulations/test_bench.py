@@ -2,6 +2,7 @@
 
 import io
 import json
+import socket
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from simulations.bench import (
     aggregate,
     aggregate_arm,
     bytes_arm,
+    deployment,
+    deployment_arm,
     dp,
     dp_arm,
     figures,
@@ -262,3 +265,28 @@ def test_four_bit_messages_are_what_bitsandbytes_makes_of_them():
     found, num_bytes = bytes_arm.filtered({"a": tensor})
     assert num_bytes == 2048 + 64 * 4 + 16 * 4
     assert 0.02 < float((found["a"] - tensor).norm() / tensor.norm()) < 0.12
+
+
+def test_a_deployed_round_is_told_in_seconds_and_bytes_of_a_site():
+    near = {"marks": [0.0, 2.0, 4.0], "frame_bytes": 800, "num_sites": 4, "adapter_sha256": "a", "wire_bytes": 0}
+    far = near | {"marks": [0.0, 5.0, 11.0], "frame_bytes": 880, "wire_bytes": 1760}
+    told = {figure.name: figure for figure in deployment.judge(near, far)}
+    assert told["a round of 4 sites, deployed"].value == 5.5
+    assert told["a round, deployed / in process"].value == 2.75
+    assert told["frames of a site and round, both ways"].value == 110
+    assert told["on the wire / frames"].value == 2
+    assert told["adapters that differ"].ok
+    other = {figure.name: figure for figure in deployment.judge(near, far | {"adapter_sha256": "b"})}
+    assert not other["adapters that differ"].ok
+
+
+def test_the_relay_between_links_and_gateway_counts_both_ways():
+    with socket.create_server(("127.0.0.1", 0)) as gateway, deployment_arm.counted(gateway.getsockname()[1]) as way:
+        with socket.create_connection(("127.0.0.1", way.port)) as link:
+            link.sendall(b"12345")
+            there, _ = gateway.accept()
+            with there:
+                assert there.recv(5) == b"12345"
+                there.sendall(b"123")
+                assert link.recv(3) == b"123"
+        assert way.num_bytes == 8
