@@ -163,7 +163,7 @@ def rows_a_step(settings: config.RunConfig, data: SiteData) -> float:
     if not privacy.is_private_per_unit:
         return settings.training.batch_size
     rows_of_units = Counter(row.unit for row in data.train).values()
-    return privacy.sampling_prob * sum(min(count, privacy.max_rows_per_unit) for count in rows_of_units)
+    return float(privacy.sampling_prob * sum(min(count, privacy.max_rows_per_unit) for count in rows_of_units))
 
 
 def rows_used(folder: Path, settings: config.RunConfig, sites: Mapping[str, SiteData]) -> int:

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -48,16 +49,16 @@ def run_script(script: str, *, folder: Path) -> subprocess.CompletedProcess[str]
     try:
         process.wait(TIMEOUT_S)
     finally:
-        stop(process)
+        stop(process, folder=folder)
     return subprocess.CompletedProcess(script, process.returncode, log.read_text(errors="replace"))
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End what the script left in the background, too."""
-    try:
+def stop(process: subprocess.Popen[bytes], *, folder: Path) -> None:
+    """End what the script left in the background, too, and the trial that went on in a session of its own."""
+    for started in folder.rglob("trial.pid"):
+        os.kill(int(started.read_text()), signal.SIGTERM)
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
 
 
 def logs(folder: Path) -> str:
