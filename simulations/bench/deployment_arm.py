@@ -12,8 +12,7 @@ from typing import Any, Final
 from common import config, events
 from common.errors import TransportError
 from common.model import hash_base
-from server import launch
-from server import run as server_run
+from server import launch, run_files
 from simulations import deployment, guarded, run, world
 from simulations.deployment import HOST
 
@@ -40,7 +39,7 @@ def main(kind: str, num_rounds: str) -> dict[str, Any]:
         folder = Path(place) / "run"
         sent = _near(settings, folder) if kind == "near" else _far(settings, folder)
         log = events.read(folder / events.FILE)
-        adapter = (folder / server_run.EXPORT_FOLDER / "adapter_model.safetensors").read_bytes()
+        adapter = (folder / run_files.EXPORT_FOLDER / "adapter_model.safetensors").read_bytes()
     counted = ("bytes_up", "bytes_down")
     return {
         "marks": [event["time"] for event in log if event["kind"] == "evaluated"],
@@ -54,7 +53,7 @@ def main(kind: str, num_rounds: str) -> dict[str, Any]:
 def _near(settings: config.RunConfig, folder: Path) -> int:
     """In this process."""
     sites, engine = world.load_sites(settings), world.load_engine(settings, num_threads=1)
-    log = server_run.prepare(settings, folder)
+    log = run_files.prepare(settings, folder)
     run.in_process(settings, sites=sites, engine=engine, folder=folder, log=log)
     return 0
 

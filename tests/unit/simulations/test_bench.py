@@ -173,11 +173,6 @@ def test_each_goal_of_a_round_can_be_missed(many, missed):
     assert missed in figure.name
 
 
-def test_the_memory_of_a_round_has_a_goal():
-    shown = aggregate.judge(whole_round(peak=1700.0), whole_round(peak=1700.0))
-    assert [figure.name for figure in shown if not figure.ok] == ["peak memory, 100 sites"]
-
-
 def test_the_goal_of_a_method_that_factors_can_be_missed():
     arms = {"flexlora": {"cpu_s": 0.03, "gap_cpu_s": 0.03}, "fedex": {"cpu_s": 0.11, "gap_cpu_s": 0.0}}
     [figure] = [figure for figure in aggregate.of_factored(arms) if not figure.ok]
