@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -268,7 +268,7 @@ def trial(
         trying.stop(folder)
         return cli.emit({"folder": str(folder), "is_running": False}, as_json=json, show=lambda: cli.show("stopped"))
 
-    def announce(built: trying.guarded.Built) -> None:
+    def announce(built: "Built") -> None:
         commands = trying.commands(folder, built)
         result = {"folder": str(folder), "is_running": True, "sites": list(trying.SITES), "next": commands}
         cli.emit(result, as_json=json, show=lambda: cli.show(*trying.render(folder, commands, is_detached=detach)))
