@@ -11,6 +11,9 @@ from common.errors import DataError
 from simulations.cli_audit import audit_app
 from simulations.cli_options import DataOption, ModelOption, OutputOption, RunFile, StoreOption, ThreadsOption, checked
 
+if TYPE_CHECKING:
+    from simulations.guarded import Built
+
 app = cli.make(
     "silotune-sim",
     "Research on one machine: the very functions that servers and sites run, with virtual sites.",
