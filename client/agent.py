@@ -56,6 +56,10 @@ def fresh_noise(run_manifest: RunManifest, round_index: int) -> Noise:
     return SystemNoise()
 
 
+def unwatched(round_index: int, step: int, num_steps: int) -> None:
+    """Nobody is told."""
+
+
 @dataclass(frozen=True)
 class SiteData:
     """A site's rows; no unit has rows in both."""
@@ -131,6 +135,7 @@ class Agent:
         guard: Asked before the agent acts and before it answers.
         state_folder: Where what sparse updates left out is kept; None takes no run that needs it.
         shelf: Where tensors are kept that stay at the site; None: no run that needs it is opened.
+        watch: Told after each training step: round, steps done, steps of the round. It stays at the site.
     """
 
     def __init__(
@@ -145,6 +150,7 @@ class Agent:
         make_noise: Callable[[RunManifest, int], Noise] = fresh_noise,
         state_folder: Path | None = None,
         shelf: Shelf | None = None,
+        watch: Callable[[int, int, int], None] = unwatched,
     ) -> None:
         self.site = site
         self._load_data = load_data
@@ -155,6 +161,7 @@ class Agent:
         self._make_noise = make_noise
         self._state_folder = state_folder
         self._shelf = shelf
+        self._watch = watch
         self._run: OpenRun | None = None
         self._opened: dict[str, RunManifest] = {}
         self._held: dict[str, Held] = {}
@@ -287,6 +294,7 @@ class Agent:
                 seed=schedule.derive_seed(settings.seed, self.site),
                 source=source,
                 proximal=settings.aggregation.proximal,
+                watch=functools.partial(self._watch, plan.round_index),
             )
 
     def _protect(

@@ -38,6 +38,7 @@ DateOption = Annotated[str, typer.Option(metavar="YYYY-MM-DD", help="The run's d
 
 @app.command()
 def check(
+    context: typer.Context,
     node_file: NodeFile,
     base: BaseOption = "",
     run: RunOption = "",
@@ -70,7 +71,9 @@ def check(
     counts = found.report.as_dict() if found.report else {}
     result = {**counts, "problems": [finding.as_dict() for finding in found.findings]}
     shown = [checks.render(found.report)] if found.report else []
-    next_step = f"next: silotune-client preview {node_file} " + (f"--run {run}" if run else "--base BASE")
+    next_step = cli.next_step(*cli.again(context, "preview", without=("json",)))
+    if not (run or base or node.model.base):
+        next_step = "next: name the base in this site's file, model.base, or check again with --base"
     ending = findings.render(found.findings) if found.findings else next_step
     cli.emit(result, as_json=json, show=lambda: cli.show(*shown, ending))
     raise typer.Exit(DataError.exit_code if found.findings else 0)
@@ -110,7 +113,9 @@ def preview(
     given = rows.Asked(objective, max_length_tokens, "truncate", system_prompt, chat_template, day, base)  # type: ignore[arg-type]
     asked = rows.asked(node, run, given)
     told, shown = rows.preview(node, asked, limit=limit)
-    next_step = f"next: silotune-client serve {node_file}"
+    next_step = "next: name the site's policy, agent.policy, and sign it; see silotune-client sign-policy --help"
+    if node.agent.policy:
+        next_step = cli.next_step("silotune-client", "serve", node_file)
     found = {"settings": asdict(asked), "rows": [item.as_dict() for item in shown]}
     cli.emit(found, as_json=json, show=lambda: cli.show(f"{told}\n", render_preview(shown), next_step))
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from client.cli_options import NodeFile
-from common import cli
+from common import cli, site_states
 
 audit_app = cli.make(
     "audit",
@@ -38,8 +38,10 @@ def runs(node_file: NodeFile, json: cli.JsonOption = False) -> None:
     from common import config
 
     table = desk.runs(desk.open_desk(config.load_node(node_file)))
-    next_step = f"next: silotune-client review {node_file} RUN"
-    cli.emit({"runs": table}, as_json=json, show=lambda: cli.show(desk.render_runs(table, now=time.time()), next_step))
+    open_ = [row for row in table if row["state"] != site_states.REFUSED]  # of those turned away no offer may be kept
+    first = next((row["run"] for row in open_ if row["state"] == site_states.WAITS), open_[0]["run"] if open_ else "")
+    told = [cli.next_step("silotune-client", "review", node_file, first[:12])] if first else []
+    cli.emit({"runs": table}, as_json=json, show=lambda: cli.show(desk.render_runs(table, now=time.time()), *told))
 
 
 def review(node_file: NodeFile, run: RunArgument, json: cli.JsonOption = False) -> None:
@@ -55,8 +57,11 @@ def review(node_file: NodeFile, run: RunArgument, json: cli.JsonOption = False) 
     from common import config
 
     page = desk.review(desk.open_desk(config.load_node(node_file)), run)
-    next_step = f"next: silotune-client approve {node_file} {page.run[:12]}, or deny"
-    cli.emit(page.as_dict(), as_json=json, show=lambda: cli.show(desk.render(page), next_step))
+    told = [
+        f"{head}: {cli.quoted(['silotune-client', word, node_file, page.run[:12]])}"
+        for head, word in (("next", "approve"), ("or", "deny"))
+    ]
+    cli.emit(page.as_dict(), as_json=json, show=lambda: cli.show(desk.render(page), *told))
 
 
 def approve(node_file: NodeFile, run: RunArgument, by: ByOption = "", json: cli.JsonOption = False) -> None:

@@ -26,7 +26,9 @@ def enroll(
 
     statement = enrolling.enroll(out, federation_id=federation, name=name)
     request_file = out / enrolling.REQUEST
-    next_step = f"next: send {request_file}, read out the words, then: silotune-client install KIT --keys {out}"
+    next_step = (
+        f"next: send {request_file}, read out the words, then: silotune-client install KIT --keys {cli.quoted([out])}"
+    )
     cli.emit(
         {"request": str(request_file), "words": statement.words},
         as_json=json,
@@ -50,7 +52,7 @@ def renew(
 
     enrolling.renew(keys)
     request_file = keys / enrolling.RENEWAL
-    next_step = f"next: send {request_file}, then: silotune-client install KIT --keys {keys}"
+    next_step = f"next: send {request_file}, then: silotune-client install KIT --keys {cli.quoted([keys])}"
     cli.emit({"request": str(request_file)}, as_json=json, show=lambda: cli.show(next_step))
 
 

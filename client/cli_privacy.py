@@ -56,7 +56,8 @@ def ledger_create(node_file: NodeFile, json: cli.JsonOption = False) -> None:
     rows = [row for path in paths for row in site_files.read_rows(node, path)]
     num_units = len({row.unit for row in rows})
     made = site_ledger.create(num_units=num_units, rows=rows, **_parts(desk.open_desk(node)))
-    _told(made, json, f"next: copy {made.path} away after every run; silotune-client privacy {node_file}")
+    keep = f"keep a copy of {made.path} elsewhere, a new one after every run"
+    _told(made, json, keep, cli.next_step("silotune-client", "privacy", node_file))
 
 
 @ledger_app.command("lower")
@@ -74,7 +75,7 @@ def ledger_lower(node_file: NodeFile, json: cli.JsonOption = False) -> None:
     from common import config
 
     found = site_ledger.lower(**_parts(desk.open_desk(config.load_node(node_file))))
-    _told(found, json, f"next: silotune-client privacy {node_file}")
+    _told(found, json, cli.next_step("silotune-client", "privacy", node_file))
 
 
 def _parts(opened: Any) -> dict[str, Any]:
@@ -88,10 +89,10 @@ def _parts(opened: Any) -> dict[str, Any]:
     }
 
 
-def _told(ledger: Any, as_json: bool, next_step: str) -> None:
+def _told(ledger: Any, as_json: bool, *ending: str) -> None:
     """The ledger's promise."""
     from dataclasses import asdict
 
     result = {"ledger": str(ledger.path), **asdict(ledger.budget().header)}
     lines = (f"{name:<12} {value}" for name, value in result.items())
-    cli.emit(result, as_json=as_json, show=lambda: cli.show(*lines, next_step))
+    cli.emit(result, as_json=as_json, show=lambda: cli.show(*lines, *ending))

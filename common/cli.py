@@ -6,10 +6,14 @@ import itertools
 import json
 import platform
 import resource
+import shlex
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 INTERRUPTED: Final = 130
+TERMINATED: Final = 128 + signal.SIGTERM
 SLOW: Final = frozenset({"torch", "transformers", "peft", "datasets", "ray"})  # libraries that take seconds to load
 SHOWN: Final = ("torch", "transformers", "peft", "flwr")
 Volume = Literal["quiet", "normal", "verbose"]
@@ -40,6 +45,39 @@ AcceptOption = Annotated[
         "--i-accept", help="Run though the noise for whole sites drowns what they have to say; resume needs it too."
     ),
 ]
+
+
+class Stopped(SystemExit):
+    """A command that was stopped from outside, after it has put its work away.
+
+    Args:
+        message: What is on the disk, and how to go on.
+        exit_code: `INTERRUPTED` or `TERMINATED`.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.message = message
+
+
+def stop_code(error: BaseException) -> int:
+    """The exit code of a command that Ctrl-C or SIGTERM ended; 0 for any other end."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return TERMINATED if isinstance(error, SystemExit) and error.code == TERMINATED else 0
+
+
+@contextmanager
+def unwinding_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end this process as an exception does, so that files and other processes are left in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def make(name: str, summary: str, *, examples: Sequence[str]) -> typer.Typer:
@@ -75,9 +113,13 @@ def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> None:
     except SilotuneError as error:
         _fail(str(error), code=type(error).__name__, exit_code=error.exit_code, as_json=as_json, frames=_trail(error))
     except (KeyboardInterrupt, SystemExit) as end:
-        if getattr(end, "code", INTERRUPTED) != INTERRUPTED:  # typer makes an exit of an interruption
+        if isinstance(end, Stopped):
+            message, exit_code = end.message, int(str(end.code))
+        elif getattr(end, "code", INTERRUPTED) == INTERRUPTED:  # typer makes an exit of an interruption
+            message, exit_code = "stopped", INTERRUPTED
+        else:
             raise
-        _fail("stopped; finished rounds are on disk", code="Interrupted", exit_code=INTERRUPTED, as_json=as_json)
+        _fail(message, code="Interrupted", exit_code=exit_code, as_json=as_json)
     except Exception as error:  # noqa: BLE001  the program's edge
         name = " ".join([app.info.name or "", *itertools.takewhile(lambda word: word[:1] != "-", given[:1])])
         if isinstance(error, ModuleNotFoundError) and (missing := extras.remedy(error.name or "", command=name)):
@@ -111,12 +153,56 @@ def emit(result: dict[str, Any], *, as_json: bool, show: Callable[[], None]) -> 
 
 
 def show(*renderables: Any) -> None:
-    """Print for people; a path in brackets is text, not markup."""
+    """Print for people; a path in brackets is text, not markup.
+
+    Lines are left whole, so that commands can be copied and searched for; tables fit a terminal.
+    """
     from rich.console import Console
     from rich.text import Text
 
-    shown = [Text(item) if isinstance(item, str) else item for item in renderables]
-    Console(highlight=False).print(*shown, sep="\n", soft_wrap=True)
+    console = Console(highlight=False)
+    for item in renderables:
+        shown = Text(item) if isinstance(item, str) else item
+        console.print(shown, soft_wrap=isinstance(shown, Text) or not console.is_terminal)
+
+
+def quoted(words: Sequence[object]) -> str:
+    """A command as a shell takes it, whatever blanks its paths have.
+
+    Example:
+        >>> quoted(["silotune-server", "status", Path("my runs/a")])
+        "silotune-server status 'my runs/a'"
+    """
+    return shlex.join(map(str, words))
+
+
+def next_step(*words: object) -> str:
+    """The line that ends a command's output: the next useful command, which works as it is printed."""
+    return f"next: {quoted(words)}"
+
+
+def again(context: typer.Context, command: str = "", *, without: Collection[str] = ()) -> tuple[str, ...]:
+    """The command that is being run, as words: what it was given, and not what is left at its default.
+
+    Args:
+        context: Of the command.
+        command: Another command of the same program that takes these options, or some of them.
+        without: Parameters to leave out, by their name in Python.
+    """
+    root = context.find_root()
+    other = root.command.get_command(root, command) if command else context.command  # type: ignore[attr-defined]
+    arguments: list[str] = []
+    options: list[str] = []
+    for parameter in other.params:
+        value = context.params.get(parameter.name)
+        if parameter.name in without or value in (None, (), []) or value == parameter.get_default(context):
+            continue
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if parameter.param_type_name == "argument":
+                arguments.append(str(item))
+            else:
+                options += [parameter.opts[0]] if item is True else [parameter.opts[0], str(item)]
+    return (str(root.command.name), str(other.name), *arguments, *options)
 
 
 def overrides(pairs: Sequence[str] | None) -> dict[str, str]:

@@ -13,6 +13,7 @@ from common.storage import storage_error
 
 FILE: Final = "events.jsonl"  # in a run's folder
 ENDS: Final = ("run_finished", "run_failed")
+INTERRUPTED: Final = "Interrupted"  # the `error` of a `run_failed` that somebody asked for
 
 MAX_NAMED: Final = 8  # damaged lines in a message
 
@@ -26,11 +27,13 @@ class EventLog:
     Attributes:
         path: The file; created with its folder by the first event.
         listeners: Called with every event after it is on disk.
+        watchers: Called with what only a person who watches needs, such as a step; it is never written.
         clock: Seconds since the epoch.
     """
 
     path: Path
     listeners: list[Callable[[Event], None]] = field(default_factory=list)
+    watchers: list[Callable[[Event], None]] = field(default_factory=list)
     clock: Callable[[], float] = time.time
 
     def append(self, kind: str, **fields: Any) -> Event:
@@ -51,6 +54,11 @@ class EventLog:
         for listener in self.listeners:
             listener(event)
         return event
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        """Tell those who watch, and write nothing."""
+        for watcher in self.watchers:
+            watcher({"kind": kind, "time": round(self.clock(), 3), **fields})
 
 
 def read(path: Path) -> list[Event]:

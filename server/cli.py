@@ -53,6 +53,7 @@ def trial(context: typer.Context) -> None:
 
 @app.command()
 def run(
+    context: typer.Context,
     run_file: Annotated[Path, typer.Argument(help="The run file.", metavar="RUN.toml")],
     superlink: Annotated[str, typer.Option(help="Address of the SuperLink on this machine, host:port.")],
     ca: Annotated[Path, typer.Option(help="PEM certificate that the SuperLink's own must lead to.")],
@@ -90,12 +91,16 @@ def run(
       silotune-server run RUN.toml --superlink 127.0.0.1:8000 --ca ca.pem --operator-key op.pem --federation onco-eu
     """
     from common import config
+    from server import begun
 
-    settings = config.load(run_file, overrides=cli.overrides(set_))  # told before Flower is loaded
+    earlier = begun.read(output).overrides if resume and output else {}
+    changes = {**earlier, **cli.overrides(set_)}
+    settings = config.load(run_file, overrides=changes)  # told before Flower is loaded
 
     from server import launch, link
 
     folder = output or cli.fresh_folder(Path(settings.output.folder), settings.name)
+    command = (*cli.again(context, without=("output", "set_", "resume")), "--output", str(folder), "--resume")
     result = launch.run(
         settings,
         address=superlink,
@@ -111,8 +116,9 @@ def run(
         audit_folder=audit_folder,
         roster_folder=roster,
         is_noise_accepted=i_accept,
+        start=begun.Begun(changes, command, str(Path.cwd()), str(base.absolute()) if base else ""),
     )
-    cli.emit(result, as_json=json, show=lambda: cli.show(f"next: silotune-server export {folder} --merged DIR"))
+    cli.emit(result, as_json=json, show=lambda: cli.show(*launch.next_steps(folder)))
 
 
 @app.command()
@@ -172,7 +178,11 @@ def methods(json: cli.JsonOption = False) -> None:
 
 
 @app.command()
-def status(run_folder: RunFolder, json: cli.JsonOption = False) -> None:
+def status(
+    run_folder: RunFolder,
+    sites: Annotated[bool, typer.Option("--sites", help="Show every site, however many.")] = False,
+    json: cli.JsonOption = False,
+) -> None:
     """Show a run's status: running, interrupted, finished or failed.
 
     Reads the run's events and draws its report.html anew. A run whose process was killed is `interrupted`, and goes on
@@ -181,12 +191,13 @@ def status(run_folder: RunFolder, json: cli.JsonOption = False) -> None:
     \b
     Examples:
       silotune-server status runs/triage
+      silotune-server status runs/triage --sites
       silotune-server status runs/triage --json
     """
     from server import status as standing
 
     result = standing.read(run_folder)
-    cli.emit(result, as_json=json, show=lambda: cli.show(standing.render(result)))
+    cli.emit(result, as_json=json, show=lambda: cli.show(standing.render(result, all_sites=sites)))
 
 
 @app.command()
@@ -204,7 +215,7 @@ def watch(run_folder: RunFolder, json: cli.JsonOption = False) -> None:
     from server import launch
 
     result = launch.watch(run_folder, is_quiet=json)
-    cli.emit(result, as_json=json, show=lambda: cli.show(f"next: silotune-server export {run_folder} --merged DIR"))
+    cli.emit(result, as_json=json, show=lambda: cli.show(*launch.next_steps(run_folder)))
 
 
 @app.command()
@@ -259,7 +270,8 @@ def export(
             gguf_type=gguf_type,
             rows=rows,
         )
-        told = (f"{to}: {sealed['formats']}", f"next: silotune-server verify {to} --signer {sealed['signer'] or 'KEY'}")
+        signer = ("--signer", sealed["signer"]) if sealed["signer"] else ()
+        told = (f"{to}: {sealed['formats']}", cli.next_step("silotune-server", "verify", to, *signer))
         return cli.emit(sealed, as_json=json, show=lambda: cli.show(*told))
     finish.refuse_without_to(
         formats=formats, operator_key=operator_key, llama_cpp=llama_cpp, gguf_type=gguf_type, rows=rows
@@ -299,7 +311,7 @@ def provision(
     result = {"federation_id": pinned.federation_id, "folder": str(out), "words": pinned.words, "epoch": 1}
     next_steps = (
         f"next: move {out}/offline to a safe, give each member one key of {out}/governance, and delete both here",
-        f"then: silotune-server admit request.json --federation {out} --words WORDS --governance KEYFILE",
+        "then admit each site that sends a request: silotune-server admit --help",
     )
     cli.emit(result, as_json=json, show=lambda: cli.show(f"words of the federation    {pinned.words}", *next_steps))
 

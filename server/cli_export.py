@@ -95,7 +95,7 @@ def merge(
         sign_with=operator_key,
     )  # fmt: skip
     lost = f"the cut to its rank lost {result['lost']:.2%} of the norm" if result["lost"] else "exact"
-    told = (f"{to}: {result['formats']}, rank {result['rank']}; {lost}", f"next: silotune-server verify {to}")
+    told = (f"{to}: {result['formats']}, rank {result['rank']}; {lost}", cli.next_step("silotune-server", "verify", to))
     cli.emit(result, as_json=json, show=lambda: cli.show(*told))
 
 
@@ -194,9 +194,15 @@ def compare(
     told = (
         f"{result['pairs']}: {result['num_pairs']} pairs; {result['num_left_out']} rows left out (equal answers)",
         f"{result['key']}: which side is which; keep it from raters",
-        f"next: silotune-server preferences rank {out} --answers NAME.jsonl --rater NAME",
+        cli.next_step(*ranking(out)),
     )
     cli.emit(result, as_json=json, show=lambda: cli.show(*told))
+
+
+def ranking(tasks: Path) -> list[object]:
+    """The command by which a first rater begins, with a file of answers beside the tasks."""
+    answers = tasks.with_name(f"{tasks.stem}-rater-1.jsonl")
+    return ["silotune-server", "preferences", "rank", tasks, "--answers", answers, "--rater", "rater-1"]
 
 
 def refuse_for_vllm(**options: object) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from common import cli
+from server import cli_export
 
 if TYPE_CHECKING:
     from server.preferences.build import Built
@@ -161,7 +162,7 @@ def blind(
     told = (
         f"{len(made.rows)} tasks; rows left out, both answers being equal: {made.num_identical}; keep {key} from raters"
     )
-    next_step = f"next: silotune-server preferences rank {tasks} --answers NAME.jsonl --rater NAME"
+    next_step = cli.next_step(*cli_export.ranking(tasks))
     cli.emit(result, as_json=json, show=lambda: cli.show(told, next_step))
 
 
@@ -231,7 +232,8 @@ def unblind(
     found = outcome.unblind(tasks, key_file=key, answer_files=answers)
     if out:
         building.write(found.built, out, is_overwriting=force)
-    next_step = f"next: silotune-server preferences check {out}" if out else "next: add --out PAIRS.jsonl"
+    checking = cli.next_step("silotune-server", "preferences", "check", out)
+    next_step = checking if out else "next: the same with --out PAIRS.jsonl"
     result = {**found.as_dict(), "out": str(out or "")}
     cli.emit(result, as_json=json, show=lambda: cli.show(*outcome.told(found), next_step))
 
@@ -261,5 +263,5 @@ def _write(built: "Built", out: Path, *, force: bool, as_json: bool) -> None:
     building.write(built, out, is_overwriting=force)
     left_out = ", ".join(f"{count} {reason}" for reason, count in built.left_out.items())
     told = f"{out}: {len(built.rows)} pairs out of {built.num_read} rows; left out: {left_out}"
-    next_step = f"next: silotune-server preferences check {out}"
+    next_step = cli.next_step("silotune-server", "preferences", "check", out)
     cli.emit({**built.as_dict(), "out": str(out)}, as_json=as_json, show=lambda: cli.show(told, next_step))

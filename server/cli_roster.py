@@ -133,8 +133,8 @@ def decide(
     result = {"name": proposed.name, "epoch": proposed.roster.epoch, "proposal": str(path)}
     words = (
         f"{proposed.name}: epoch {proposed.roster.epoch} is proposed in {path}; nothing has changed yet",
-        f"next: each member runs silotune-server roster sign {path} --key KEYFILE --pinned federation.json "
-        "--roster roster.json",
+        f"next: each member signs it: silotune-server roster sign {cli.quoted([path])} --key KEYFILE "
+        "--pinned federation.json --roster roster.json",
     )
     return cli.emit(result, as_json=as_json, show=lambda: cli.show(*words))
 
@@ -167,4 +167,4 @@ def _next(missing: int, path: Path) -> str:
     """What comes after a signature."""
     if missing:
         return f"{missing} more members sign {path}, or copies of it"
-    return f"silotune-server roster publish {path} --federation DIR"
+    return f"send {path} to the coordinator, who publishes it: silotune-server roster publish --help"

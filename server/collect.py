@@ -134,14 +134,18 @@ def max_reply_bytes(kind: str, manifest: RunManifest) -> int:
     return SMALL_REPLY_BYTES + (max_update_bytes(manifest) if kind == "train" else 0)
 
 
-def reason_of(error: SilotuneError) -> str:
+def reason_of(error: SilotuneError, fleet: Fleet) -> str:
     """Why an answer does not count, fit for the run's events: a peer's refusal, or what was wrong with its bytes.
 
-    That somebody has yet to decide is no failure, so nothing but that is told.
+    That somebody has yet to decide is no failure, so nothing but that is told. A peer tells a code alone; the reason
+    behind it stands in the place of where to look for it, if the fleet may know it.
     """
     if not isinstance(error, RemoteError):
         return f"{type(error).__name__}: {error}"
-    return str(error) if state_of(error) != site_states.WAITS else site_states.WAITS
+    if state_of(error) == site_states.WAITS:
+        return site_states.WAITS
+    reason = fleet.explain(error.reference)
+    return f"{state_of(error)} ({error.code}): {reason}" if reason else str(error)
 
 
 def state_of(error: SilotuneError) -> str:

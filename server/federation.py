@@ -135,7 +135,7 @@ class Federation:
         if node_id in self.sites:
             return self.sites[node_id].site
         known = next((site for site, known in self.names.items() if known == node_id), "")
-        return known or self.told_names.get(node_id, f"node {node_id}")
+        return known or self.told_names.get(node_id) or self.fleet.names.get(node_id, f"node {node_id}")
 
     def present(self) -> list[int]:
         """Nodes that opened the run, are connected now and answered when they were asked last."""
@@ -167,7 +167,10 @@ class Federation:
         if answer.is_late:
             self.silent.add(answer.node_id)
             self.suspects.add(answer.node_id)
-        reason, state = collect.reason_of(error), site_states.AWAY if answer.is_late else collect.state_of(error)
+        reason, state = (
+            collect.reason_of(error, self.fleet),
+            site_states.AWAY if answer.is_late else collect.state_of(error),
+        )
         self.record("failed", step=step, site=self.name(answer.node_id), **of_error(error))
         self.log.append("site_failed", site=self.name(answer.node_id), step=step, state=state, reason=reason)
 
@@ -293,7 +296,7 @@ def _admit(federation: Federation, answer: collect.Answer) -> None:
         _take_refusal(federation, answer.node_id, error)
         return
     except SilotuneError as error:
-        federation.refused[answer.node_id] = collect.reason_of(error)
+        federation.refused[answer.node_id] = collect.reason_of(error, federation.fleet)
         _tell_refusal(federation, answer.node_id, error)
         return
     told = {"site": head.site, "num_examples": head.num_examples, **of_frame(answer.frame)}
@@ -306,7 +309,7 @@ def _admit(federation: Federation, answer: collect.Answer) -> None:
 def _take_refusal(federation: Federation, node_id: int, error: RemoteError) -> None:
     """Remember a site that said no; one where a person has yet to decide counts as away and is asked again."""
     if collect.state_of(error) != site_states.WAITS:
-        federation.refused[node_id] = collect.reason_of(error)
+        federation.refused[node_id] = collect.reason_of(error, federation.fleet)
     else:
         federation.away[node_id] = site_states.WAITS
         is_known = node_id in federation.asked_at
@@ -320,7 +323,7 @@ def _tell_refusal(federation: Federation, node_id: int, error: SilotuneError) ->
     """Log why a node does not take part, or not yet; under its site's name where that is known."""
     federation.record("refused", step="open", node=str(node_id), **of_error(error))
     named = {"node": node_id, "site": federation.name(node_id), "state": collect.state_of(error)}
-    federation.log.append("site_refused", **named, reason=collect.reason_of(error))
+    federation.log.append("site_refused", **named, reason=collect.reason_of(error, federation.fleet))
 
 
 def _deciding(federation: Federation) -> set[int]:
@@ -344,6 +347,8 @@ def _read_opened(federation: Federation, answer: collect.Answer) -> OpenedHead:
 def _is_hopeless(federation: Federation) -> bool:
     """Whether every node that the run waits for has refused."""
     num_sites = federation.manifest.run.federation.num_sites
+    if federation.fleet.is_closed:
+        num_sites = len(federation.fleet.node_ids())
     return bool(num_sites) and len(federation.refused) + len(federation.sites) >= num_sites
 
 

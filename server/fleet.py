@@ -1,6 +1,6 @@
 """What the round loop needs of a network: who is there, send a frame, take the replies that have come."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -27,6 +27,21 @@ class Reply:
 
 class Fleet(Protocol):
     """The nodes of one run, as the round loop sees them."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether no other node will ever connect, as in a simulation."""
+
+    @property
+    def names(self) -> Mapping[int, str]:
+        """Sites by node where they are known before they tell, as in a simulation; for showing only."""
+
+    def explain(self, reference: str) -> str:
+        """Tell what a site's own log has under a reference, where its rows are this user's own: in a simulation.
+
+        Returns:
+            Empty everywhere else: a site's log is its own.
+        """
 
     def node_ids(self) -> list[int]:
         """Tell which nodes are connected now.

@@ -1,6 +1,6 @@
 """Any Flower `Grid` as the fleet that the round loop needs."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import httpx
@@ -19,10 +19,37 @@ class GridFleet:
 
     A frame of kind `train` travels as Flower message type `query.train`: the category says nothing (Flower knows only
     train, evaluate and query), the action is the typed call that the courier makes at the agent.
+
+    Args:
+        grid: Whose nodes.
+        is_closed: See `Fleet.is_closed`.
+        names: See `Fleet.names`.
+        explain: See `Fleet.explain`.
     """
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        is_closed: bool = False,
+        names: Mapping[int, str] | None = None,
+        explain: Callable[[str], str] = lambda reference: "",
+    ) -> None:
+        self._grid, self._is_closed, self._names, self._explain = grid, is_closed, names or {}, explain
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether no other node will ever connect."""
+        return self._is_closed
+
+    @property
+    def names(self) -> Mapping[int, str]:
+        """Sites by node where they are known before they tell."""
+        return self._names
+
+    def explain(self, reference: str) -> str:
+        """Tell what a site's own log has under a reference; empty where that is not for this user to see."""
+        return self._explain(reference)
 
     def node_ids(self) -> list[int]:
         """Tell which nodes are connected now, ascending; see `Fleet.node_ids`."""

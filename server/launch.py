@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 from common import cli, config, events, privacy_plan, storage
 from common.errors import GateRefused, ProtocolError, TransportError
 from common.events import Event
-from server import lock, offer, report, run_files, status
+from common.methods import FACTS
+from server import begun, lock, offer, report, run_files, status
 from server.show import Screen
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ def run(
     audit_folder: Path | None = None,
     roster_folder: Path | None = None,
     is_noise_accepted: bool = False,
+    start: begun.Begun | None = None,
 ) -> dict[str, Any]:
     """Submit a run, show its events as they come and return how it ended.
 
@@ -58,6 +61,7 @@ def run(
         audit_folder: Of the operator's audit log; None: beside the key.
         roster_folder: Of the federation's signed roster; None: sites are known by the keys that they tell first.
         is_noise_accepted: Run though the noise for sites as a whole drowns what they have to say.
+        start: How the run is begun, for whoever resumes it.
 
     Raises:
         ConfigError: The operator's key or the roster cannot be used, or no federation is named.
@@ -70,7 +74,7 @@ def run(
     # a wrong key, an old roster or a broken log is told here, before anything starts
     offer.operator(key_file, federation=federation, days=offer_days, audit_folder=audit, roster_folder=roster)
     settings = privacy_plan.resolve(settings)
-    log = run_files.prepare(settings, folder, resume=resume)
+    log = run_files.prepare(settings, folder, resume=resume, start=start)
     num_old = len(events.read(log.path)) if log.path.is_file() else 0
     options: dict[str, bool | float | int | str] = {
         "run-folder": str(folder.absolute()),
@@ -93,7 +97,8 @@ def run(
         names = {str(node_id): name for node_id, name in connected.names().items()}
         storage.write_atomic(folder / run_files.NODES_FILE, json.dumps(names).encode())
         run_id = connected.start_run(options, bundle=link.build_bundle())
-        last = _watch(connected, run_id, log.path, Screen(console), num_old=num_old)
+        with _watched(folder):
+            last = _watch(connected, run_id, log.path, Screen(console), num_old=num_old)
     return _ending(folder, last)
 
 
@@ -119,22 +124,46 @@ def watch(folder: Path, *, is_quiet: bool) -> dict[str, Any]:
     num_skipped = starts[-1] if starts else 0
     if is_live and past and past[-1]["kind"] in events.ENDS:
         num_skipped = len(past)  # of an earlier try: the one that is live loads its base
-    for last in events.follow(path, is_over=lambda: not lock.is_live(folder), num_skipped=num_skipped, poll_s=1.0):
-        screen(last)
+    with _watched(folder):
+        for last in events.follow(path, is_over=lambda: not lock.is_live(folder), num_skipped=num_skipped, poll_s=1.0):
+            screen(last)
     return _ending(folder, last or (events.read(path) or [last])[-1])
 
 
 def _ending(folder: Path, last: Event) -> dict[str, Any]:
     """How a run ended by its last event, as a result or as an error; its report is drawn."""
     report.write(folder)
-    if last.get("kind") not in events.ENDS:
-        raise ProtocolError(f"{folder}: the run was interrupted, its process is gone; {report.GO_ON}")
+    if last.get("kind") not in events.ENDS or last.get("error") == events.INTERRUPTED:
+        raise ProtocolError(f"{folder}: the run was interrupted, its process is gone; {begun.go_on(folder)}")
     if last.get("kind") != "run_finished":
         reason = last["reason"]
         if last.get("error") == GateRefused.__name__:
             raise GateRefused(f"{folder}: {reason}")
         raise ProtocolError(f"{folder}: the run failed: {reason}")
     return {**status.read(folder), "folder": str(folder)}
+
+
+def next_steps(folder: Path) -> list[str]:
+    """The command for a run that has finished; none where each site has its own adapter, and here is none to export."""
+    settings = run_files.stored_settings(folder)
+    if FACTS[settings.aggregation.method].is_personal:
+        return []
+    base = begun.read(folder).base
+    given = ("--base", base) if base else ()
+    return [cli.next_step("silotune-server", "export", folder, "--merged", folder / "merged", *given)]
+
+
+@contextmanager
+def _watched(folder: Path) -> Iterator[None]:
+    """Whoever stops the watching is told how to begin it again; the run goes on."""
+    try:
+        with cli.unwinding_on_sigterm():
+            yield
+    except (KeyboardInterrupt, SystemExit) as error:
+        if code := cli.stop_code(error):
+            command = cli.next_step("silotune-server", "watch", folder)
+            raise cli.Stopped(f"stopped watching; the run goes on\n{command}", code) from None
+        raise
 
 
 def _absolute(path: Path | None) -> str:

@@ -23,6 +23,7 @@ from common.trainable import in_words
 
 PAGE: Final = Path(__file__).parents[1] / "docs" / "methods.md"
 TEMPLATE: Final = Path(__file__).with_name("methods.md.j2")
+COLUMNS: Final = 80  # of a terminal
 
 
 def as_dict() -> dict[str, Any]:
@@ -45,23 +46,19 @@ def as_dict() -> dict[str, Any]:
 
 def render() -> RenderableType:
     """The table for a terminal, and why each refusal is one."""
-    kinds = Table("kind", "paper", "mean", "what is trained", "its settings", title="kinds of adapters")
+    kinds = _folding("kind", "paper", "mean", "what is trained", "its settings", title="kinds of adapters")
     for kind in KINDS.values():
         kinds.add_row(*(Text(text) for text in _kind(kind)))
-    facts = Table("method", "paper", "a site sends", "exact", "what the coordinator does", title="methods")
+    facts = _folding("method", "paper", "a site sends", "exact", "what the coordinator does", title="methods")
     for method in FACTS.values():
         facts.add_row(*(Text(text) for text in _summary(method)))
-    features = Table("method", *(feature.name for feature in FEATURES), title="what they go together with")
-    for name, row in rows():
-        features.add_row(Text(name), *(Text("yes" if cell.is_allowed else "no") for cell in row))
-    of_kinds = Table("kind", *(feature.name for feature in KIND_FEATURES), title="what they go together with")
-    for name, cells in kind_rows():
-        of_kinds.add_row(Text(name), *(Text("yes" if cell.is_allowed else "no") for cell in cells))
-    for_sites = Table("setting", "goes together", "why", title="noise for whole sites (privacy.mode = site)")
+    features = _matrix("method", [feature.name for feature in FEATURES], rows())
+    of_kinds = _matrix("kind", [feature.name for feature in KIND_FEATURES], kind_rows())
+    for_sites = _folding("setting", "goes together", "why", title="noise for whole sites (privacy.mode = site)")
     for rule in compatibility.SITE_LEVEL:
         for_sites.add_row(*(Text(text) for text in (rule.key, "yes" if rule.is_allowed else "no", rule.reason)))
     told = (Text(line) for line in (*reasons(), *together(), *wire_rules.reasons(), *kind_reasons()))
-    return Group(facts, features, _of_wire(), for_sites, kinds, of_kinds, *told)
+    return Group(facts, *features, *_of_wire(), for_sites, kinds, *of_kinds, *told)
 
 
 def rows() -> list[tuple[str, list[Cell]]]:
@@ -133,13 +130,53 @@ def _kind(kind: Kind) -> tuple[str, str, str, str, str]:
     return kind.name, f"{kind.title}, {kind.source}", mean, kind.rule, ", ".join(kind.settings) or "none"
 
 
-def _of_wire() -> Table:
+def _of_wire() -> list[Table]:
     """What sends less, and what it goes together with under one method at least."""
-    table = Table("option", "setting", *wire_rules.COLUMNS, title="on the wire")
+    settings = _folding("option", "setting", title="on the wire")
     for option in wire_rules.OPTIONS:
-        cells = ("no" if column in option.why_not else "yes" for column in wire_rules.COLUMNS)
-        table.add_row(*(Text(text) for text in (option.name, option.setting, *cells)))
+        settings.add_row(Text(option.name), Text(option.setting))
+    answers = [
+        (option.name, [column not in option.why_not for column in wire_rules.COLUMNS]) for option in wire_rules.OPTIONS
+    ]
+    return [settings, *_tables("option", wire_rules.COLUMNS, answers)]
+
+
+def _folding(first: str, *others: str, title: str) -> Table:
+    """A table whose first column is whole, and whose others go on in the next line where they are too long."""
+    table = Table(title=title)
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, overflow="fold")
     return table
+
+
+def _matrix(head: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell | KindCell]]]) -> list[Table]:
+    """Which of the features each of them goes together with."""
+    return _tables(head, columns, [(name, [cell.is_allowed for cell in cells]) for name, cells in rows])
+
+
+def _tables(head: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[bool]]]) -> list[Table]:
+    """A table of yes and no, cut into as many as it takes for each to fit a terminal."""
+    room = COLUMNS - max(len(name) for name, _ in rows) - 4
+    parts: list[list[int]] = [[]]
+    used = 0
+    for place, column in enumerate(columns):
+        width = max(map(len, column.split())) + 3
+        if used + width > room:
+            parts.append([])
+            used = 0
+        parts[-1].append(place)
+        used += width
+    tables = []
+    for places in parts:
+        table = Table(title="what they go together with")
+        table.add_column(head, no_wrap=True)
+        for place in places:
+            table.add_column(columns[place], min_width=max(map(len, columns[place].split())))
+        for name, answers in rows:
+            table.add_row(Text(name), *(Text("yes" if answers[place] else "no") for place in places))
+        tables.append(table)
+    return tables
 
 
 def _outcome(cell: Cell | KindCell) -> dict[str, Any]:

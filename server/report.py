@@ -10,7 +10,7 @@ import jinja2
 from common import events, site_states, storage
 from common.data import overlap
 from common.events import Event
-from server import export_words, gaps, lock, troubleshooting
+from server import begun, export_words, gaps, lock, troubleshooting
 from server.evaluate import by_precision, view
 from server.gate import words
 from server.polish import told
@@ -21,7 +21,6 @@ TEMPLATE: Final = Path(__file__).with_name("report.html.j2")
 WIDTH, HEIGHT, MARGIN = 720, 260, 44
 COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442")  # Okabe and Ito
 MAX_COLOURED = 7
-GO_ON: Final = "go on with the command that began it, --output its folder and --resume"
 
 
 @dataclass(frozen=True)
@@ -104,12 +103,13 @@ def render(log: Sequence[Event], *, is_live: bool = True, num_damaged: int = 0) 
     )
 
 
-def status(log: Sequence[Event], *, is_live: bool = True) -> str:
+def status(log: Sequence[Event], *, is_live: bool = True, go_on: str = begun.GO_ON) -> str:
     """How a run stands: `finished`, `failed: why`, `running`, or `interrupted`.
 
     Args:
         log: Its events.
         is_live: Whether a process is at work on it: one that was killed leaves no event of its end.
+        go_on: What to do about one that was interrupted.
 
     Example:
         >>> status([{"kind": "run_started", "num_rounds": 3}])
@@ -123,15 +123,16 @@ def status(log: Sequence[Event], *, is_live: bool = True) -> str:
     latest = log[starts[-1] :] if starts else log
     if _of(latest, "run_finished"):
         return "finished"
-    if failed := _of(latest, "run_failed"):
+    failed = _of(latest, "run_failed")
+    if failed and failed[-1].get("error") != events.INTERRUPTED:
         return f"failed: {failed[-1]['reason']}"
     done = max((event["round"] + 1 for event in _of(log, "round_finished")), default=0)
     planned = latest[0]["num_rounds"] if starts else "?"
     stages = _of(latest, "polish_started")
     stage = f", polish stage {stages[-1]['number']} of {stages[-1]['num_stages']}" if stages else ""
-    if is_live:
+    if is_live and not failed:
         return f"running, {done} of {planned} rounds{stage}"
-    return f"interrupted, {done} of {planned} rounds{stage}; {GO_ON}"
+    return f"interrupted, {done} of {planned} rounds{stage}; {go_on}"
 
 
 def states(log: Sequence[Event]) -> dict[str, list[str]]:

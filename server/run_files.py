@@ -9,11 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from common import config, events, extras, storage
+from common import cli, config, events, extras, storage
 from common.errors import ConfigError, DataError, RunBusyError, SilotuneError, StorageError
 from common.events import EventLog
 from common.manifest import RunManifest, parse
-from server import lock
+from server import begun, lock
 
 RUN_FILE: Final = "run.json"
 MANIFEST_FILE: Final = "manifest.json"
@@ -22,11 +22,20 @@ EXPORT_FOLDER: Final = "adapter"
 RECORD_FILE: Final = "round.json"  # of a checkpoint, written last
 
 
-def prepare(settings: config.RunConfig, folder: Path, *, resume: bool = False) -> EventLog:
+def prepare(
+    settings: config.RunConfig, folder: Path, *, resume: bool = False, start: begun.Begun | None = None
+) -> EventLog:
     """Make the run's folder and write the resolved run file into it.
 
+    Args:
+        settings: Resolved.
+        folder: The run's.
+        resume: Go on with the run that is there.
+        start: How the run is begun, for whoever resumes it; None: by no command.
+
     Raises:
-        ConfigError: The folder holds a run already and `resume` is off, or it holds another run.
+        ConfigError: The folder holds a run already and `resume` is off, or it holds another run; which settings differ
+            is told.
         DataError: `resume` is on and there is nothing to go on from.
         RunBusyError: A process is at work on this very run.
     """
@@ -37,9 +46,14 @@ def prepare(settings: config.RunConfig, folder: Path, *, resume: bool = False) -
     if resume and not path.exists():
         raise DataError(f"{folder}: no run to resume here; leave --resume out")
     if resume and path.read_bytes() != resolved:
-        raise ConfigError(f"{folder}: holds a run with other settings; resume it with its own run file")
+        differing = begun.differences(path.read_bytes(), resolved)
+        raise ConfigError(
+            f"{folder}: holds a run with other settings: {differing}; resume it with its own run file and without --set"
+        )
     lock.require_free(folder)
     storage.write_atomic(path, resolved)
+    if start:
+        begun.write(folder, start)
     return EventLog(folder / events.FILE)
 
 
@@ -56,8 +70,11 @@ def report_failure(log: EventLog, error: BaseException) -> str:
     kind = type(error).__name__
     if isinstance(error, SilotuneError):
         code, reason, exit_code = kind, str(error), error.exit_code
+    elif exit_code := cli.stop_code(error):
+        code = kind = events.INTERRUPTED
+        reason = "stopped by " + ("Ctrl-C" if exit_code == cli.INTERRUPTED else "SIGTERM")
     else:
-        reason = "stopped" if isinstance(error, KeyboardInterrupt) else f"internal error {kind}"
+        reason = f"internal error {kind}"
         if isinstance(error, ModuleNotFoundError):
             reason = extras.remedy(error.name or "") or reason
         code, exit_code = "InternalError", 1

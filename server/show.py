@@ -1,22 +1,26 @@
 """A run in the terminal, drawn from its events: the plan, one line a round, and what went wrong."""
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from rich.console import Console
-from rich.status import Status
 from rich.text import Text
 
 from common import site_states
 from common.data import overlap
 from common.events import Event
-from server import export_words, gaps
+from server import export_words, round_rows
 from server.evaluate import by_precision, view
 from server.gate import words
 from server.polish import told
+from server.progress import Moving, Progress, duration
+from server.round_rows import Row, Rows
 
 MAX_NAMED: Final = 12  # sites of a run that are shown one by one; more are counted
+INDENT: Final = 12  # columns of a line's head, under which the rest of a long one stands
+NOTES_INDENT: Final = 8  # under the column `round`
 _JOINING: Final = ("site_joined", "site_refused")
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 
@@ -46,7 +50,7 @@ def percent(share: float | None) -> str:
 
 @dataclass
 class Screen:
-    """Listens to events and prints; on a terminal a moving line says who is at work.
+    """Listens to events and prints; on a terminal moving lines say who is at work, and long lines are broken at words.
 
     Attributes:
         console: Where to print.
@@ -54,24 +58,35 @@ class Screen:
 
     console: Console
     _joined: dict[str, Event] = field(default_factory=dict)
+    _refused: dict[str, str] = field(default_factory=dict)
     _num_told: int = 0
     _columns: list[str] = field(default_factory=list)
-    _losses: dict[str, float] = field(default_factory=dict)
-    _round: Event = field(default_factory=dict)
+    _rows: Rows = field(default_factory=Rows)
+    _progress: Progress = field(default_factory=Progress)
     _num_rounds: int = 0
     _gap_warning: float = 0.0
     _without_gap: str = ""
-    _status: Status | None = None
     _has_header: bool = False
+    _has_epsilon: bool = False
     _num_large_gaps: int = 0
-    _curve: list[float] = field(default_factory=list)
+    _evaluation_down: int = 0
     _precisions: list[Event] = field(default_factory=list)
     _overlap: Event = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """The moving lines are of this console."""
+        self._moving = Moving(self.console, self._progress)
 
     def __call__(self, event: Event) -> None:
         """Take one event; kinds without a method of their own are not shown."""
         if event["kind"] not in _JOINING:
             self._tell_joined()
+        self._progress.take(event)
+        row = self._rows.take(event)
+        if row and event["kind"] != "evaluated":
+            self._row(row, [])
+        elif row:
+            self._evaluated(row, event)
         show = getattr(self, f"_on_{event['kind']}", None)
         if show:
             show(event)
@@ -108,7 +123,8 @@ class Screen:
         if event["privacy"] == "none":
             self._print("  privacy   [yellow]none: updates leave the sites unprotected[/]")
             return
-        self._curve = curve = event["epsilon_planned"]
+        curve = event["epsilon_planned"]
+        self._has_epsilon = True
         self._print(
             f"  privacy   epsilon {curve[-1]:.2f} at delta {event['dp_delta']:g} after the last round, "
             f"{curve[0]:.2f} after the first; noise multiplier {event['noise_multiplier']:.3f}"
@@ -133,32 +149,45 @@ class Screen:
             return
         self._joined[event["site"]] = event
         if len(self._joined) > MAX_NAMED:
-            self._set_status(f"joined: {len(self._joined)} sites")
+            self._moving.show(f"joined: {len(self._joined)} sites")
             return
         self._num_told += 1
-        self._print(f"  site      {_escape(event['site'])}: {_rows([event])}, {event['num_steps']} steps a round")
+        self._print(f"  site      {_escape(event['site'])}: {_num_rows([event])}, {event['num_steps']} steps a round")
 
     def _tell_joined(self) -> None:
         """All sites in one line, once they are there, if some came that have no line of their own."""
         if self._num_told < len(self._joined):
             self._num_told = len(self._joined)
-            self._print(f"  joined    {self._num_told} sites: {_rows(self._joined.values())}")
+            self._print(f"  joined    {self._num_told} sites: {_num_rows(self._joined.values())}")
 
     def _on_site_refused(self, event: Event) -> None:
         """A node that does not take part."""
+        who = str(event.get("site", f"node {event['node']}"))
+        if self._refused.get(who) == event["reason"]:  # it is asked before every round
+            return
+        self._refused[who] = event["reason"]
         colour = "yellow" if event.get("state") == site_states.WAITS else "red"
-        who = _escape(event.get("site", f"node {event['node']}"))
-        self._print(f"  [{colour}]site[/]      {who}: {_escape(_with_state(event))}")
+        self._print(f"  [{colour}]site[/]      {_escape(who)}: {_escape(_with_state(event))}")
 
     def _on_round_started(self, event: Event) -> None:
         """Who trains now."""
-        self._losses = {}
-        self._set_status(f"round {event['round'] + 1}/{self._num_rounds}: training at {_named(event['sites'])}")
+        self._moving.show()
 
-    def _on_site_trained(self, event: Event) -> None:
-        """One update is in."""
-        self._losses[event["site"]] = event["train_loss"]
-        self._set_status(f"round {event['round'] + 1}/{self._num_rounds}: {_named(self._losses)} done")
+    def _on_evaluation_started(self, event: Event) -> None:
+        """Who is asked now."""
+        self._moving.show()
+
+    def _on_arm_started(self, event: Event) -> None:
+        """Another arm of a comparison."""
+        self._moving.show(f"arm {event['arm']}")
+
+    def _on_arm_step(self, event: Event) -> None:
+        """Where that arm is."""
+        self._moving.show(f"arm {event['arm']}: round {event['round'] + 1}, step {event['step']}/{event['num_steps']}")
+
+    def _on_compared(self, event: Event) -> None:
+        """All arms are through."""
+        self._moving.stop()
 
     def _on_site_failed(self, event: Event) -> None:
         """An answer that does not count."""
@@ -176,28 +205,60 @@ class Screen:
                 self._print(f"  [red]{_escape(site)}[/] screening, {did}: {_escape('; '.join(seen['reasons']))}")
 
     def _on_round_finished(self, event: Event) -> None:
-        """Keep the round's figures until its held-out loss is there."""
-        self._round = event
+        """Sites that claimed too much; the figures are shown with the held-out loss."""
         for site in event["held_to_share"]:
             self._print(f"  [yellow]{_escape(site)} claims more rows than its share of a round; held to that share[/]")
-        self._set_status(f"round {event['round'] + 1}/{self._num_rounds}: evaluating")
 
     def _on_base_noise(self, event: Event) -> None:
         """How far each precision is from the files; shown with the losses at the end."""
         self._precisions = [event]
 
-    def _on_evaluated(self, event: Event) -> None:
-        """One line of the table."""
+    def _evaluated(self, row: Row, event: Event) -> None:
+        """A row of the table with its held-out figures."""
         self._precisions += [event]
-        self._header()
-        finished = self._round if event["num_rounds"] else {}
-        cells = [f"{event['num_rounds']:>6}", f"{event['loss']:>9.3f}"]
-        cells += [_cell(self._losses.get(site) if finished else None, width=_width(site)) for site in self._columns]
-        cells += _figures(finished)
-        notes = self._notes(event, finished)
-        self.console.print(Text("  ".join(cells)), Text.from_markup(notes), soft_wrap=True)
+        self._progress.note(row)
+        self._row(row, self._notes(event))
         if event["num_rounds"] == self._num_rounds:
             self._evenness(event)
+
+    def _row(self, row: Row, notes: list[str]) -> None:
+        """One line of the table, and under it what has no column."""
+        self._header()
+        cells = [f"{row.num_rounds:>6}", _cell(row.held_out_loss, width=8)]
+        cells += [_cell(row.train_losses.get(site), width=_width(site)) for site in self._columns]
+        cells += _figures(row)
+        if self._has_epsilon:
+            cells.append(f"{'-' if row.epsilon is None else format(row.epsilon, '.2f'):>7}")
+        self.console.print(Text("  ".join(cells)), soft_wrap=True)
+        under = [] if self._columns else [self._trained(row)]
+        if (row.gap or 0.0) > self._gap_warning:
+            self._num_large_gaps += 1
+            under.append("[yellow]large gap[/]")
+        if row.gap_error:
+            under.append(f"gap ± {percent(row.gap_error)}")
+        if row.gap_most:
+            module, share, error = row.gap_most
+            told = f" ± {percent(error)}" if error else ""
+            under.append(f"gap mostly in {_escape(module)}, {percent(share)}{told}")
+        self._under([note for note in [*under, *notes] if note])
+
+    def _under(self, notes: list[str]) -> None:
+        """Notes under a row: as many to a line as fit."""
+        lines: list[str] = []
+        for note in notes:
+            if lines and Text.from_markup(f"{lines[-1]}; {note}").cell_len + NOTES_INDENT <= self.console.width:
+                lines[-1] += f"; {note}"
+            else:
+                lines.append(note)
+        for line in lines:
+            self._print(" " * NOTES_INDENT + line)
+
+    def _trained(self, row: Row) -> str:
+        """The sites' training losses where they have no columns: each, or if they are many the best and the worst."""
+        losses = {site: loss for site, loss in sorted(row.train_losses.items()) if loss is not None}
+        each = ", ".join(f"{site} {loss:.3f}" for site, loss in losses.items())
+        told = each if NOTES_INDENT + len(f"train {each}") <= self.console.width else round_rows.in_brief(losses)
+        return f"train {_escape(told)}" if told else ""
 
     def _on_not_evaluated(self, event: Event) -> None:
         """No site tells held-out figures, or none any more; the coordinator may have some of its own."""
@@ -231,23 +292,23 @@ class Screen:
         self._print(
             f"  polish    {event['number']}/{event['num_stages']} {event['stage']} ({told.kind(event)}): {rows}"
         )
-        self._set_status(f"polish {event['stage']}")
+        self._moving.show(f"polish {event['stage']}")
 
     def _on_polish_step(self, event: Event) -> None:
         """Where a stage is."""
-        self._set_status(f"polish {event['stage']}: step {event['step']}/{event['num_steps']}")
+        self._moving.show(f"polish {event['stage']}: step {event['step']}/{event['num_steps']}")
 
     def _on_polish_finished(self, event: Event) -> None:
         """A stage's figures before and after."""
-        self._set_status("")
+        self._moving.stop()
         self._print(f"            {told.line(event)}, {event['num_steps']} steps, {event['seconds']:.1f} s")
         for line in told.overlaps(event):
             self._print(f"            [yellow]{_escape(line)}[/]")
 
     def _on_polish_evaluated(self, event: Event) -> None:
         """What the sites say of a stage's adapter."""
-        notes = self._notes(event, {})
-        self._print(f"  sites     after {_escape(event['stage'])}: held-out {event['loss']:.3f}  {notes}")
+        self._print(f"  sites     after {_escape(event['stage'])}: held-out {event['loss']:.3f}")
+        self._under(self._notes(event))
         self._evenness(event)
 
     def _on_gated(self, event: Event) -> None:
@@ -267,7 +328,7 @@ class Screen:
 
     def _on_run_finished(self, event: Event) -> None:
         """The end."""
-        self._set_status("")
+        self._moving.stop()
         if self._num_large_gaps:
             self._print(
                 f"[yellow]The gap passed {percent(self._gap_warning)} in {self._num_large_gaps} of the rounds: "
@@ -282,29 +343,28 @@ class Screen:
 
     def _on_run_failed(self, event: Event) -> None:
         """The end, too early."""
-        self._set_status("")
+        self._moving.stop()
 
     def _header(self) -> None:
-        """Column names, once."""
+        """Column names, once; each site has a column if all fit."""
         if self._has_header:
             return
         self._has_header = True
-        if len(self._joined) <= MAX_NAMED:
-            self._columns = sorted(self._joined)
-        else:
-            self._print(f"  {len(self._joined)} sites are too many for columns; the report has each")
-        names = [f"{'round':>6}", f"{'held-out':>9}", *(f"{site:>{_width(site)}}" for site in self._columns)]
-        names += [f"{'gap':>7}", f"{'down':>9}", f"{'up':>9}", f"{'time':>8}"]
+        names = [f"{'round':>6}", f"{'held-out':>8}"]
+        figures = [f"{'gap':>7}", f"{'down':>8}", f"{'up':>8}", f"{'time':>8}"]
+        figures += [f"{'epsilon':>7}"] if self._has_epsilon else []
+        sites = [f"{site:>{_width(site)}}" for site in sorted(self._joined)]
+        if len("  ".join([*names, *sites, *figures])) <= self.console.width:
+            self._columns, names = sorted(self._joined), [*names, *sites]
         self._print("")
-        self.console.print(Text("  ".join(names), style="bold"), soft_wrap=True)
+        self.console.print(Text("  ".join([*names, *figures]), style="bold"), soft_wrap=True)
 
-    def _notes(self, event: Event, finished: Event) -> str:
-        """What a reader should not miss."""
+    def _notes(self, event: Event) -> list[str]:
+        """What a reader should not miss of an evaluation, a line each."""
         notes = []
-        if event.get("bytes_down"):
-            notes.append(f"evaluation {size(event['bytes_down'])} down")
-        if finished and self._curve:
-            notes.append(f"epsilon {finished.get('epsilon', self._curve[event['num_rounds'] - 1]):.2f}")
+        if (down := event.get("bytes_down")) and down != self._evaluation_down:  # as a rule every one has as many
+            self._evaluation_down = down
+            notes.append(f"evaluation {size(down)} down")
         if event.get("accuracy") is not None:
             notes.append(f"agrees with {percent(event['accuracy'])}, answers {event['answer_loss']:.3f}")
         if event["server_loss"] is not None:
@@ -315,31 +375,19 @@ class Screen:
             notes.append(f"[yellow]worse than the base: {len(event['worse_than_base'])} sites[/]")
         if event["stale"]:
             notes.append(f"[yellow]stale: {_escape(', '.join(event['stale']))}[/]")
-        if finished and (finished["gap"] or 0.0) > self._gap_warning:
-            self._num_large_gaps += 1
-            notes.append("[yellow]large gap[/]")
-        if finished and (error := finished.get("gap_error")):
-            notes.append(f"gap ± {percent(error)}")
-        if most := gaps.largest(finished):
-            notes.append(f"most in {_escape(most[0])}, {percent(most[1])}{f' ± {percent(most[2])}' if most[2] else ''}")
-        return "  ".join(notes)
+        return notes
 
     def _print(self, markup: str) -> None:
-        """A line, never wrapped by us."""
-        self.console.print(markup, soft_wrap=True, highlight=False)
-
-    def _set_status(self, text: str) -> None:
-        """The moving line, on a terminal only."""
-        if not self.console.is_terminal:
-            return
-        if self._status and text:
-            self._status.update(_escape(text))
-        elif self._status:
-            self._status.stop()
-            self._status = None
-        elif text:
-            self._status = self.console.status(_escape(text))
-            self._status.start()
+        """A line; on a terminal that is too narrow for it, broken at words, with the rest under the first words."""
+        text, breaks, column = Text.from_markup(markup), list[int](), 0
+        for word in re.finditer(r"\S+\s*", text.plain) if self.console.is_terminal else ():
+            if word.start() > INDENT and column + len(word[0].rstrip()) > self.console.width:
+                breaks.append(word.start())
+                column = INDENT
+            column = max(column, word.start() if not breaks else column) + len(word[0])
+        for place, line in enumerate(text.divide(breaks)):
+            line.rstrip()
+            self.console.print(Text(" " * INDENT if place else "") + line, soft_wrap=True, highlight=False)
 
 
 def _with_state(event: Event) -> str:
@@ -348,7 +396,7 @@ def _with_state(event: Event) -> str:
     return reason if reason.startswith(state) else f"{state}: {reason}"
 
 
-def _rows(joined: Collection[Event]) -> str:
+def _num_rows(joined: Collection[Event]) -> str:
     """How many rows sites have together, and what did not fit."""
     names = ("num_examples", "num_held_out", "num_truncated", "num_dropped")
     train, held_out, cut, dropped = (sum(event[name] or 0 for event in joined) for name in names)
@@ -356,21 +404,12 @@ def _rows(joined: Collection[Event]) -> str:
     return f"{train:,} rows to train, {held_out:,} held out{lost}"
 
 
-def _named(sites: Collection[str]) -> str:
-    """Sites by name; of many, their number."""
-    return ", ".join(sites) if len(sites) <= MAX_NAMED else f"{len(sites)} sites"
-
-
-def _figures(finished: Event) -> list[str]:
-    """Gap, bytes and seconds of a round; blank for the base."""
-    if not finished:
-        return [f"{'-':>7}", f"{'-':>9}", f"{'-':>9}", f"{'-':>8}"]
-    return [
-        f"{percent(finished['gap']):>7}",
-        f"{size(finished['bytes_down']):>9}",
-        f"{size(finished['bytes_up']):>9}",
-        f"{finished['seconds']:>6.1f} s",
-    ]
+def _figures(row: Row) -> list[str]:
+    """Gap, bytes and time of a round; blank for the base."""
+    if row.bytes_down is None or row.bytes_up is None or row.seconds is None:
+        return [f"{'-':>7}", f"{'-':>8}", f"{'-':>8}", f"{'-':>8}"]
+    time = f"{row.seconds:.1f} s" if row.seconds < 100 else duration(row.seconds)
+    return [f"{percent(row.gap):>7}", f"{size(row.bytes_down):>8}", f"{size(row.bytes_up):>8}", f"{time:>8}"]
 
 
 def _cell(value: float | None, *, width: int) -> str:

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from common import events
 from common.events import Event
-from server import export_words, lock, report, run_files, troubleshooting
+from server import begun, export_words, lock, report, round_rows, run_files, troubleshooting
 from server.evaluate import view
 from server.gate import words
 from server.polish import told
@@ -25,14 +25,14 @@ def read(folder: Path) -> dict[str, Any]:
     log, damaged = events.read_damaged(path)
     last = view.last_at_sites(log) or {}
     return {
-        "status": report.status(log, is_live=is_live),
+        "status": report.status(log, is_live=is_live, go_on=begun.go_on(folder)),
         "is_live": is_live,
         "states": report.states(log),
         "damaged_events": damaged,
         "damage": events.in_words(path, damaged) if damaged else "",
         "finished_rounds": run_files.finished(folder),
         "finished_stages": [told.line(stage) for stage in told.stages(log)],
-        "held_out_loss": last.get("loss"),
+        **round_rows.as_dict(log),
         "held_out_after": view.stage_at_sites(last) if last else "",
         "exact_match": last.get("exact_match"),
         "accuracy": last.get("accuracy"),
@@ -69,12 +69,19 @@ def _in_words(log: list[Event], last: Event) -> dict[str, list[str]]:
     return {head: texts for head, texts in told.items() if any(texts)}
 
 
-def render(result: dict[str, Any]) -> Table:
-    """For people."""
+def render(result: dict[str, Any], *, all_sites: bool = False) -> Table:
+    """For people.
+
+    Args:
+        result: From `read`.
+        all_sites: Show every site; else only so many as `MAX_NAMED`, and of more the best and the worst.
+    """
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     done = result["finished_rounds"]
     loss = result["held_out_loss"]
-    table.add_row("status", str(result["status"]))
+    table.add_row("status", Text(str(result["status"])))
     if result["damage"]:
         table.add_row("damaged", Text(result["damage"]))
     for state, names in result["states"].items():
@@ -90,11 +97,15 @@ def render(result: dict[str, Any]) -> Table:
         shown = "none worth the name" if insider is None else f"{insider:.3f}"
         table.add_row("privacy", f"epsilon {spent['epsilon']:.3f} so far, against an insider {shown}")
         table.add_row("", str(spent["wording"]))
-    for site, figures in result["sites"].items():
-        stale = " (stale)" if site in result["stale"] else ""
-        table.add_row(f"  {site}", f"{figures['loss']:.3f} over {figures['num_rows']} rows{stale}")
+    losses = {site: figures["loss"] for site, figures in result["sites"].items()}
+    if len(losses) > MAX_NAMED and not all_sites:
+        table.add_row(f"{len(losses)} sites", Text(f"{round_rows.in_brief(losses)}; --sites shows each"))
+    else:
+        for site, figures in result["sites"].items():
+            stale = " (stale)" if site in result["stale"] else ""
+            table.add_row(f"  {site}", f"{figures['loss']:.3f} over {figures['num_rows']} rows{stale}")
     for head, texts in result["in_words"].items():
         for place, text in enumerate(texts):
             table.add_row("" if place else head, Text(text))
-    table.add_row("report", str(result["report"]))
+    table.add_row("report", Text(str(result["report"])))
     return table

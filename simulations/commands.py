@@ -4,7 +4,7 @@ import datetime
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from common.data import overlap
 from common.errors import ConfigError
 from common.events import EventLog
 from common.methods import FACTS
-from server import report, run_files
+from server import begun, run_files, status
 from server.run import Outcome
 from server.show import Screen, percent
 from simulations import cli_options, world
@@ -31,7 +31,7 @@ ENGINES = ("in-process", "flower", "deployment")
 
 @dataclass(frozen=True)
 class Order:
-    """A run file and what the command line says about it."""
+    """A run file and what the command line says about it; `again` is the command itself, without --output and --set."""
 
     run_file: Path
     output: Path | None
@@ -43,6 +43,7 @@ class Order:
     num_threads: int = 0
     is_noise_accepted: bool = False
     num_workers: int = 0
+    again: tuple[str, ...] = ()
     today: datetime.date = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).date())
 
     def settings(self) -> config.RunConfig:
@@ -52,6 +53,21 @@ class Order:
     def loaded(self) -> config.RunConfig:
         """The run file with the command line's settings."""
         return cli_options.load(self.run_file, model=self.model, data=self.data, overrides=self.overrides)
+
+    def changes(self) -> dict[str, str]:
+        """What the command line changes, in the run file's own words."""
+        return cli_options.changes(model=self.model, data=self.data, overrides=self.overrides)
+
+    def resumed(self) -> "Order":
+        """The same with what the run was begun with, where this command line does not say it anew."""
+        if self.output is None:
+            raise ConfigError("--resume: give the run's folder, --output DIR")
+        return replace(self, overrides={**begun.read(self.output).overrides, **self.changes()}, model="", data="")
+
+    def resuming(self, folder: Path) -> list[str]:
+        """The command that goes on with a run; empty where none began it."""
+        flags = [] if "--resume" in self.again else ["--resume"]
+        return [*self.again, "--output", str(folder), *flags] if self.again else []
 
     def folder(self, settings: config.RunConfig) -> Path:
         """`--output`, or a new folder."""
@@ -65,7 +81,7 @@ class Order:
         """Settings, base and sites; rows first, since they are quick to be found wrong."""
         settings = self.settings()
         sites = world.load_sites(settings)
-        settings = world.expect_all(settings, sites)
+        world.require_named(settings, sites)
         folder = self.store or store.DEFAULT
         place = self.folder(settings)
         date = manifest.date_of(place / run_files.MANIFEST_FILE if resume else None, today=self.today)
@@ -74,8 +90,12 @@ class Order:
 
     def log(self, shared: World, *, resume: bool = False) -> EventLog:
         """The run's events, shown as they come; on stderr when stdout is for a program."""
-        log = run_files.prepare(shared.settings, shared.folder, resume=resume)
-        log.listeners.append(Screen(cli.progress(as_json=self.is_quiet)))
+        base = str(self.base_folder(shared.settings).absolute())
+        start = begun.Begun(self.changes(), self.resuming(shared.folder), str(Path.cwd()), base)
+        log = run_files.prepare(shared.settings, shared.folder, resume=resume, start=start)
+        screen = Screen(cli.progress(as_json=self.is_quiet))
+        log.listeners.append(screen)
+        log.watchers.append(screen)
         return log
 
 
@@ -91,14 +111,14 @@ def compare(order: Order) -> dict[str, Any]:
         raise ConfigError("privacy.mode = 'site': an arm of one site has no sites to hide among; use silotune-sim run")
     world.require_global(shared.settings, what="a comparison with other arms")
     log = order.log(shared)
-    told = _tell_overlap(shared, log)
-    with _ending_told(log):
+    with _ending_told(log, cli.quoted(order.again)):
+        told = _tell_overlap(shared, log)
         results = comparing.compare(shared, log)
     figures = {
         name: {key: result[key] for key in ("held_out_loss", "exact_match", "rows_used")}
         for name, result in results.items()
     }
-    return {"comparison": figures, "overlap": told, **_places(order, shared)}
+    return {"comparison": figures, "overlap": told, **_results(order, shared)}
 
 
 def run(order: Order, *, engine: str, resume: bool) -> dict[str, Any]:
@@ -112,12 +132,13 @@ def run(order: Order, *, engine: str, resume: bool) -> dict[str, Any]:
         raise ConfigError(f"--engine {engine}: choose one of {', '.join(ENGINES)}")
     if order.num_workers and engine != "flower":
         raise ConfigError(f"--workers {order.num_workers}: only --engine flower has workers")
+    order = order.resumed() if resume else order
     shared = order.world(resume=resume)
     log = order.log(shared, resume=resume)
-    told = _tell_overlap(shared, log)
-    with _ending_told(log):
-        outcome = _play(order, shared, log, engine=engine, resume=resume)
-    return {"adapter": _adapters(shared.settings, outcome.folder), "overlap": told, **_places(order, shared)}
+    with _ending_told(log, cli.quoted(order.resuming(shared.folder))):
+        told = _tell_overlap(shared, log)
+        _play(order, shared, log, engine=engine, resume=resume)
+    return {"adapter": _adapters(shared.settings, shared.folder), "overlap": told, **_results(order, shared)}
 
 
 def _tell_overlap(shared: World, log: EventLog) -> dict[str, int]:
@@ -158,8 +179,8 @@ def attack(order: Order, *, name: str, num_bad: int, is_table: bool) -> dict[str
     if is_table:
         return {**attack_table.play(shared, num_bad=num_bad), "folder": str(shared.folder)}
     log = order.log(shared)
-    _tell_overlap(shared, log)
     with _ending_told(log):
+        _tell_overlap(shared, log)
         harm = attacks.play(shared, name, num_bad=num_bad, log=log)
     return {"attack": name, "num_bad": num_bad, **harm, "folder": str(shared.folder)}
 
@@ -188,12 +209,17 @@ def attack_tables(result: Mapping[str, Any]) -> list[Table]:
 
 
 @contextmanager
-def _ending_told(log: EventLog) -> Iterator[None]:
-    """Why a run ends early, Ctrl-C included, is an event of it; the screen clears its moving line then."""
+def _ending_told(log: EventLog, command: str = "") -> Iterator[None]:
+    """Why a run ends early is an event of it; one that is stopped from outside ends with the command to give next."""
     try:
-        yield
+        with cli.unwinding_on_sigterm():
+            yield
     except BaseException as error:
         run_files.report_failure(log, error)
+        if code := cli.stop_code(error):
+            folder = log.path.parent
+            told = f"stopped; finished rounds in {folder}: {len(run_files.finished(folder))}"
+            raise cli.Stopped(f"{told}\nnext: {command}" if command else told, code) from None
         raise
 
 
@@ -234,10 +260,10 @@ def _play(order: Order, shared: World, log: EventLog, *, engine: str, resume: bo
     )
 
 
-def _places(order: Order, shared: World) -> dict[str, str]:
-    """Where the results are; draws the report."""
-    page = report.write(shared.folder)
-    return {"folder": str(shared.folder), "report": str(page), "base": str(order.base_folder(shared.settings))}
+def _results(order: Order, shared: World) -> dict[str, Any]:
+    """What the run came to, and where everything is; draws the report."""
+    base = str(order.base_folder(shared.settings))
+    return {**status.read(shared.folder), "folder": str(shared.folder), "base": base}
 
 
 def comparison_note(result: Mapping[str, Any]) -> str:
@@ -257,8 +283,9 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
 def ending(result: Mapping[str, Any]) -> str:
     """Where everything is and what to do next."""
     folder = result["folder"]
-    places = f"\nreport    {result['report']}\nadapter   {result.get('adapter', f'{folder}/adapter')}"
-    if "/sites/" in places:
+    adapter = result.get("adapter", f"{folder}/{run_files.EXPORT_FOLDER}")
+    places = f"\nreport    {result['report']}\nadapter   {adapter}"
+    if adapter != f"{folder}/{run_files.EXPORT_FOLDER}":  # of each site, and none to export
         return places
-    return f"""{places}
-next: silotune-server export {folder} --merged {folder}/merged --base {result["base"]}"""
+    command = ("silotune-server", "export", folder, "--merged", f"{folder}/merged", "--base", result["base"])
+    return f"{places}\n{cli.next_step(*command)}"

@@ -66,16 +66,17 @@ def compare(shared: World, log: EventLog) -> dict[str, Event]:
         log=log,
         engines=shared.engines,
     )
-    used, pooled = rows_used(shared.folder, shared.settings, shared.sites), _pooled(shared)
+    taking_part = {site: shared.sites[site] for site in judge.sites}
+    used, pooled = rows_used(shared.folder, shared.settings, taking_part), _pooled(taking_part)
     results["federated"] = _scored(judge, "federated", outcome.tensors, log, rows_used=used)
     single = alone(shared.settings)
-    arms = {f"site-{site}": (data, single) for site, data in shared.sites.items()}
+    arms = {f"site-{site}": (data, single) for site, data in taking_part.items()}
     equal = with_rows(single, used, data=pooled, num_rounds=rounds_trained(shared.folder))
     arms["centralised"] = (pooled, equal)
     for name, (data, settings) in arms.items():
         log.append("arm_started", arm=name)
         site = name.removeprefix("site-")
-        tensors = _train_alone(shared, name, {site: data}, settings)
+        tensors = _train_alone(shared, name, {site: data}, settings, log)
         used = rows_used(shared.folder / "arms" / name, settings, {site: data})
         results[name] = _scored(judge, name, tensors, log, rows_used=used)
     storage.write_atomic(shared.folder / COMPARISON_FILE, wire.canonical_json(results) + b"\n")
@@ -93,9 +94,14 @@ class Judge:
         manifest = server_run.manifest_of(shared.settings, shared.engine)
         log = EventLog(shared.folder / "arms" / "judge" / events.FILE)
         method = table.find(shared.settings.aggregation.method)
-        self._federation = Federation(manifest, run.fleet_of(agents), method, shared.folder, log)
+        self._federation = Federation(manifest, run.fleet_of(agents, failures), method, shared.folder, log)
         with run.explained(failures):
             federation.wait_for_sites(self._federation)
+
+    @property
+    def sites(self) -> list[str]:
+        """Those that can take part; the run's own events say why another one cannot."""
+        return sorted(head.site for head in self._federation.sites.values())
 
     def score(self, tensors: Tensors) -> dict[str, Any]:
         """Held-out loss and exact match of one adapter, over all sites and by site."""
@@ -117,16 +123,24 @@ def _scored(judge: Judge, name: str, tensors: Tensors, log: EventLog, *, rows_us
     return result
 
 
-def _pooled(shared: World) -> SiteData:
+def _pooled(sites: Mapping[str, SiteData]) -> SiteData:
     """All sites' rows in one place; what a federation is there to avoid."""
-    sites = shared.sites.values()
-    return SiteData([row for data in sites for row in data.train], [row for data in sites for row in data.held_out])
+    parts = sites.values()
+    return SiteData([row for data in parts for row in data.train], [row for data in parts for row in data.held_out])
 
 
-def _train_alone(shared: World, name: str, sites: Mapping[str, SiteData], settings: config.RunConfig) -> Tensors:
-    """A federation of one; scored elsewhere."""
+def _train_alone(
+    shared: World, name: str, sites: Mapping[str, SiteData], settings: config.RunConfig, watched: EventLog
+) -> Tensors:
+    """A federation of one; scored elsewhere. Its steps are told to who watches the run."""
     folder = shared.folder / "arms" / name
     log = run_files.prepare(settings, folder)
+
+    def tell(event: Event) -> None:
+        if event["kind"] == "site_step":
+            watched.tell("arm_step", arm=name, **{key: event[key] for key in ("round", "step", "num_steps")})
+
+    log.watchers.append(tell)
     outcome = run.in_process(
         settings, sites=sites, engine=shared.engine, folder=folder, log=log, engines=shared.engines
     )

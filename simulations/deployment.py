@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,7 +21,7 @@ from typing import Final
 from flwr.app.user_config import UserConfig
 
 from client import line
-from common import events, quiet
+from common import cli, events, quiet
 from common.errors import RemoteError, TransportError
 from common.events import EventLog
 from server import link
@@ -159,7 +158,7 @@ def federation(
     """
     logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        stack.enter_context(unwinding_on_sigterm())
+        stack.enter_context(cli.unwinding_on_sigterm())
         keys = Path(stack.enter_context(TemporaryDirectory(prefix="silotune-keys-", ignore_cleanup_errors=True)))
         loopback_keys.write_certificates(keys)
         env = environment(flwr_home=keys / "flower", num_threads=num_threads)
@@ -184,19 +183,6 @@ def federation(
             processes.append(start(f"{site.name}-supernode", command, logs=logs, env=env))
         until(lambda: _all_there(running, sites), what="all sites", timeout_s=start_timeout_s, watched=processes)
         yield running
-
-
-@contextmanager
-def unwinding_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end this process as an exception does, so that it does not leave the others behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def superlink_command(address: str, *, ca_file: Path, certificate: Path) -> list[str]:

@@ -5,17 +5,19 @@
 
 import functools
 import pickle
+import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flwr.app.user_config import UserConfig
 from flwr.serverapp import Grid
 
 from client.agent import SiteData
-from common import config, events, storage, wire
-from common.events import EventLog
+from common import config, events, site_states, storage, wire
+from common.errors import TooFewSitesError
+from common.events import Event, EventLog
 from common.manifest import RunManifest
 from common.methods import FACTS
 from common.model import Engine
@@ -28,6 +30,7 @@ from server.run import Outcome
 from simulations import deployment, site_files, world
 from simulations.world import Engines, Failures
 
+_REFERENCE = re.compile(r"; the site's log has the reason under reference (\w+)")
 SPARE_S = 300.0  # of a deployed run beyond its own time limits: starting processes, loading the base, export
 
 
@@ -66,7 +69,7 @@ def ray(
     known = world.known_rows(data)
 
     def main(grid: Grid) -> Outcome:
-        fleet = GridFleet(grid)
+        fleet = GridFleet(grid, is_closed=True, explain=Failures(folder / "sites").explain)
         return server_run.execute(
             settings,
             fleet=fleet,
@@ -126,6 +129,7 @@ def deployed(
     Raises:
         TransportError: A process did not start or ended early; the message names its log.
         RemoteError: The run failed; the message says why.
+        TooFewSitesError: All sites have answered, and not enough of them can take part.
     """
     folder, times = log.path.parent, settings.federation
     with tempfile.TemporaryDirectory(prefix="silotune-sites-") as files:
@@ -144,9 +148,46 @@ def deployed(
             "resume": resume,
             "i-accept": is_noise_accepted,
         }
-        deployment.run(sites, log=log, config=given, timeout_s=limit_s, num_threads=num_threads)
+        hearer = _Hearer(log, Failures(folder / "sites"), num_sites=len(sites), min_sites=times.min_sites)
+        told = EventLog(log.path, [hearer])
+        deployment.run(sites, log=told, config=given, timeout_s=limit_s, num_threads=num_threads)
     world.export_personal(settings, folder)
     return _outcome(folder)
+
+
+@dataclass
+class _Hearer:
+    """Hears a deployed run for whoever simulates it: the reasons in the sites' logs are this user's own to read.
+
+    It also knows that no other site will come, which the run's own process does not.
+    """
+
+    log: EventLog
+    failures: Failures
+    num_sites: int
+    min_sites: int
+    _joined: set[str] = field(default_factory=set)
+    _refused: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self, event: Event) -> None:
+        """Pass an event on, with the reason behind a reference."""
+        if "reason" in event:
+            event = {**event, "reason": _REFERENCE.sub(self._reason, event["reason"])}
+        for listener in self.log.listeners:
+            listener(event)
+        if event["kind"] == "site_joined":
+            self._joined.add(event["site"])
+        elif event["kind"] == "site_refused" and event["state"] != site_states.WAITS:
+            self._refused[str(event["node"])] = event["reason"]
+        num_answers = len(self._joined) + len(self._refused)
+        if self._refused and num_answers >= self.num_sites and len(self._joined) < self.min_sites:
+            reasons = "; ".join(self._refused.values())
+            raise TooFewSitesError(f"{len(self._joined)} sites opened the run, {self.min_sites} are needed; {reasons}")
+
+    def _reason(self, found: re.Match[str]) -> str:
+        """What a site's log has, in the place of where to look for it."""
+        reason = self.failures.explain(found[1])
+        return f": {reason}" if reason else found[0]
 
 
 def _outcome(folder: Path) -> Outcome:

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from client import enroll, install, policy_file
 from client.link import CERTIFICATE
-from common import config, identity, kit
+from common import cli, config, identity, kit
 from common.data import read
 from common.governance import Governance
 from server import admit, link, provision
@@ -317,7 +317,7 @@ def running(
     refusals = logs / "refusals.jsonl"
     made = built.folder / "federation"
     started = Guarded(made, built.address("control"), built.address("superlink"), refusals, nodes, [])
-    with deployment.unwinding_on_sigterm(), ExitStack() as stack:
+    with cli.unwinding_on_sigterm(), ExitStack() as stack:
         stack.callback(deployment.stop, started.processes)
         _start(started, built, logs=logs, prefixes=prefixes, fleet=fleet or built.address("fleet"))
         yield started

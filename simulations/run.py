@@ -34,11 +34,11 @@ def in_process(
     """
     failures = Failures(folder / "sites")
     loaded = engines or Engines(settings, engine)
-    agents = {site: world.make_agent(site, data, loaded.at(site), failures) for site, data in sites.items()}
+    agents = {site: world.make_agent(site, data, loaded.at(site), failures, log=log) for site, data in sites.items()}
     with explained(failures):
         outcome = server_run.execute(
             settings,
-            fleet=fleet_of(agents),
+            fleet=fleet_of(agents, failures),
             engine=engine,
             folder=folder,
             log=log,
@@ -51,10 +51,11 @@ def in_process(
     return outcome
 
 
-def fleet_of(agents: Mapping[str, Agent]) -> GridFleet:
+def fleet_of(agents: Mapping[str, Agent], failures: Failures) -> GridFleet:
     """Agents as the nodes of an in-process grid, numbered in the order of their names."""
-    answers = {number: agents[site].answer for number, site in enumerate(sorted(agents), start=1)}
-    return GridFleet(InProcessGrid(answers))
+    names = dict(enumerate(sorted(agents), start=1))
+    grid = InProcessGrid({number: agents[site].answer for number, site in names.items()})
+    return GridFleet(grid, is_closed=True, names=names, explain=failures.explain)
 
 
 class explained:

@@ -1,5 +1,6 @@
 """Virtual sites: the rows of a run file, split into agents that share one loaded base, or one for each precision."""
 
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from common.data.files import Located
 from common.data.overlap import Overlap
 from common.data.problems import Problems, at_site
 from common.errors import ConfigError
+from common.events import EventLog
 from common.manifest import RunManifest
 from common.methods import FACTS
 from common.model import Engine
@@ -44,6 +46,14 @@ class Failures:
 
     folder: Path
     errors: list[Exception] = field(default_factory=list)
+
+    def explain(self, reference: str) -> str:
+        """What a virtual site's log has under a reference; empty if none has it. Sites may be other processes."""
+        for path in sorted(self.folder.rglob("*.jsonl")) if reference else ():
+            entries = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            for entry in (one for one in entries if one.get("reference") == reference):
+                return str(entry.get("message") or f"{entry['error']} at {entry['at'][-1]}")
+        return ""
 
     def reporter(self, site: str) -> Callable[[str, Exception], None]:
         """A site's `report`."""
@@ -200,8 +210,8 @@ def known_rows(sites: Mapping[str, SiteData]) -> KnownRows:
     return KnownRows([row for data in parts for row in data.train], [row for data in parts for row in data.held_out])
 
 
-def expect_all(settings: config.RunConfig, sites: Mapping[str, SiteData]) -> config.RunConfig:
-    """A simulation knows its sites: the run waits for all of them, and ends at once if one cannot take part.
+def require_named(settings: config.RunConfig, sites: Mapping[str, SiteData]) -> None:
+    """A simulation knows its sites, so that settings of a site that there is not are a mistake.
 
     Raises:
         ConfigError: `adapter.site_ranks` or `model.site_quantization` names a site that there is not.
@@ -213,10 +223,6 @@ def expect_all(settings: config.RunConfig, sites: Mapping[str, SiteData]) -> con
     for key, table in named.items():
         if unknown := sorted(table.keys() - sites.keys()):
             raise ConfigError(f"{key} names {unknown[0]}, and the sites are {', '.join(sorted(sites))}")
-    if settings.federation.num_sites:
-        return settings
-    federation = settings.federation.model_copy(update={"num_sites": len(sites)})
-    return settings.model_copy(update={"federation": federation})
 
 
 def columns_of(settings: config.RunConfig) -> Columns:
@@ -225,8 +231,21 @@ def columns_of(settings: config.RunConfig) -> Columns:
     return Columns(data.instruction_column, data.input_column, data.output_column, data.unit_column, objective)
 
 
-def make_agent(site: str, data: SiteData, engine: Engine, failures: Failures) -> Agent:
-    """One virtual site on a shared engine; its noise comes from the run's seed, so that a study can be repeated."""
+def make_agent(site: str, data: SiteData, engine: Engine, failures: Failures, *, log: EventLog | None = None) -> Agent:
+    """One virtual site on a shared engine; its noise comes from the run's seed, so that a study can be repeated.
+
+    Args:
+        site: Its name.
+        data: Its rows.
+        engine: Shared.
+        failures: Where it tells what it could not do.
+        log: Those who watch it are told of each step; None: nobody.
+    """
+
+    def watch(round_index: int, step: int, num_steps: int) -> None:
+        if log:
+            log.tell("site_step", site=site, round=round_index, step=step, num_steps=num_steps)
+
     return Agent(
         site,
         load_data=lambda _: data,
@@ -235,6 +254,7 @@ def make_agent(site: str, data: SiteData, engine: Engine, failures: Failures) ->
         make_noise=lambda run, round_index: seeded_noise(run, site=site, round_index=round_index),
         state_folder=failures.folder / site,
         shelf=Shelf(failures.folder / site / personal.FOLDER),
+        watch=watch,
     )
 
 

@@ -160,6 +160,20 @@ def write_key(path: Path, key: Ed25519PrivateKey) -> None:
     path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
 
+def write_node(site: "Vault") -> Path:
+    """The site's own file on disk, with its keys beside it."""
+    folder = site.folder
+    for name, key in (("site.pem", SITE), ("admin.pem", ADMIN)):
+        write_key(folder / name, key)
+    path = folder / "node.toml"
+    path.write_text(
+        f'[site]\nname = "north"\n[data]\npath = "rows.jsonl"\n[agent]\nlog_folder = "{folder}"\n'
+        f'policy = "{folder / "policy.toml"}"\npolicy_signer = "{identity.public_hex(ADMIN)}"\n'
+        f'identity_key = "{folder / "site.pem"}"\n'
+    )
+    return path
+
+
 def node(folder: Path, name: str, *, roster_folder: Path | None = None) -> config.NodeConfig:
     """The site's own file."""
     agent = {

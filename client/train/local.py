@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,7 +19,12 @@ from common.model import Engine
 from common.noise import Noise
 from common.objectives import Example, Objective
 
+Watch = Callable[[int, int], None]  # told after each step: how many are done, of how many
 PROVEN_STEP: Final = 1  # after it the adapter must have moved; a failure costs two steps, not a night
+
+
+def unwatched(step: int, num_steps: int) -> None:
+    """Nobody is told."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ def train(
     seed: int,
     source: Noise,
     proximal: float = 0.0,
+    watch: Watch = unwatched,
 ) -> LocalResult:
     """Train the adapter in `engine` in place.
 
@@ -75,6 +81,7 @@ def train(
         seed: Of this run and site.
         source: Of the draws and the noise where training is private.
         proximal: FedProx's mu.
+        watch: Told after each step how many are done, of how many.
 
     Raises:
         ModelError: The loss is not finite, or the adapter did not move.
@@ -87,11 +94,15 @@ def train(
     with torch.random.fork_rng():
         torch.manual_seed(schedule.derive_seed(seed, round_index))
         if privacy.is_private_per_unit:
-            _fit_privately(engine, rows, rates, training=training, privacy=privacy, source=source, proximal=proximal)
+            _fit_privately(
+                engine, rows, rates, training=training, privacy=privacy, source=source, proximal=proximal, watch=watch
+            )
             num_tokens, train_loss, spread = None, None, None
         else:
             batches = _batches(rows, training=training, first_step=first_step, num_steps=num_steps, seed=seed)
-            num_tokens, train_loss, spread = _fit(engine, batches, rates, training=training, proximal=proximal)
+            num_tokens, train_loss, spread = _fit(
+                engine, batches, rates, training=training, proximal=proximal, watch=watch
+            )
     proof.check_reload(engine)
     protection: Protection = "unit" if privacy.is_private_per_unit else "none"
     if privacy.is_private:  # for the site as a whole too: no noise covers these figures
@@ -108,6 +119,7 @@ def _fit_privately(
     privacy: PrivacyConfig,
     source: Noise,
     proximal: float,
+    watch: Watch,
 ) -> None:
     """One noised step for each rate."""
     gradients = private.gradients(
@@ -119,7 +131,7 @@ def _fit_privately(
         objective=Objective.of(training),
     )
     with contextlib.closing(gradients):
-        _steps(engine, gradients, rates, training=training, max_grad_norm=0.0, proximal=proximal)
+        _steps(engine, gradients, rates, training=training, max_grad_norm=0.0, proximal=proximal, watch=watch)
 
 
 def _fit(
@@ -129,12 +141,15 @@ def _fit(
     *,
     training: config.TrainingConfig,
     proximal: float,
+    watch: Watch,
 ) -> tuple[int, float, float]:
     """One step for each batch; how many tokens it read, the mean of its losses, and how its gradients were spread."""
     size, objective = training.micro_batch_size or training.batch_size, Objective.of(training)
     gradients = (mean_gradient(engine, batch, micro_batch_size=size, objective=objective) for batch in batches)
     max_norm = training.max_grad_norm
-    losses, norms = _steps(engine, gradients, rates, training=training, max_grad_norm=max_norm, proximal=proximal)
+    losses, norms = _steps(
+        engine, gradients, rates, training=training, max_grad_norm=max_norm, proximal=proximal, watch=watch
+    )
     num_tokens = sum(len(row.input_ids) for batch in batches for example in batch for row in example.rows)
     return num_tokens, sum(losses) / len(losses), spread_of(norms)
 
@@ -172,6 +187,7 @@ def _steps(
     training: config.TrainingConfig,
     max_grad_norm: float,
     proximal: float,
+    watch: Watch,
 ) -> tuple[list[float], list[float]]:
     """One optimiser step for each gradient that is set.
 
@@ -197,6 +213,7 @@ def _steps(
         optimizer.step()
         if number in (PROVEN_STEP, len(rates) - 1) and any(rates[: number + 1]):
             proof.check_moved(engine, before)
+        watch(number + 1, len(rates))
     return losses, [float(norm) for norm in norms]
 
 

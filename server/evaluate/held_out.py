@@ -94,12 +94,14 @@ def ask(federation: Federation, state: State, plan: RoundPlan) -> dict[str, Any]
     asked = [node_id for node_id in federation.present() if federation.sites[node_id].num_held_out]
     frames = federation.request("evaluate", plan, state, nodes=asked)
     fresh, bytes_up = set(), 0
+    federation.log.tell("evaluation_started", sites=[federation.name(node_id) for node_id in asked])
     for answer in federation.ask(frames, kind="evaluate"):
         bytes_up += len(answer.frame or b"")
         metrics = _read(federation, answer, plan)
         if metrics is not None:
             federation.metrics[metrics.site] = metrics
             fresh.add(metrics.site)
+            federation.log.tell("site_evaluated", site=metrics.site)
     told = _told(federation, is_base=not plan.round_index, fresh=fresh, server_loss=_own_loss(federation, state))
     return {**told, "bytes_down": sum(map(len, frames.values())), "bytes_up": bytes_up}
 

@@ -1,7 +1,8 @@
 """`silotune-server polish`: the stages of a run whose rounds are done, without its sites."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +23,13 @@ from server.show import Screen
 
 class _Nobody:
     """A fleet without nodes: the sites have no part in what follows the rounds."""
+
+    is_closed: bool = True
+    names: Mapping[int, str] = MappingProxyType({})
+
+    def explain(self, reference: str) -> str:
+        """There is nobody's log."""
+        return ""
 
     def node_ids(self) -> list[int]:
         """Nobody is connected."""

@@ -108,7 +108,8 @@ def _fleet(shared: World, attack: Attack, honest: list[str], failures: Failures)
     if attack.change:
         for site in agents.keys() - set(honest):
             answers[site] = updates.CheatingSite(agents[site], agents[honest[0]], manifest, attack.change).answer
-    return GridFleet(InProcessGrid(dict(enumerate(answers.values(), start=1))))
+    grid, names = InProcessGrid(dict(enumerate(answers.values(), start=1))), dict(enumerate(answers, start=1))
+    return GridFleet(grid, is_closed=True, names=names, explain=failures.explain)
 
 
 def _judge(engine: Engine, settings: config.RunConfig, tensors: Tensors, held_out: list[Row]) -> Harm:

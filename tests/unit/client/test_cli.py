@@ -42,7 +42,11 @@ def test_preview_shows_rows_and_the_next_command(node_file, tiny_base, capsys):
     assert silotune_client("preview", node_file, "--base", tiny_base, "--limit", 2) == 0
     shown = capsys.readouterr().out
     assert "ACHE" in shown
-    assert "next: silotune-client serve" in shown.replace("\n", " ")
+    assert "next: name the site's policy" in shown
+    with node_file.open("a") as file:
+        file.write('[agent]\npolicy = "policy.toml"\npolicy_signer = "' + "ab" * 32 + '"\nidentity_key = "site.pem"\n')
+    assert silotune_client("preview", node_file, "--base", tiny_base, "--limit", 2) == 0
+    assert f"next: silotune-client serve {node_file}\n" in capsys.readouterr().out
 
 
 def test_preview_takes_all_that_a_run_makes_of_rows_and_marks_the_answer_in_a_pipe(

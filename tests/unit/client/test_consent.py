@@ -30,16 +30,7 @@ def site(tmp_path, engine):
 @pytest.fixture
 def node_file(site):
     """The site's own file on disk, with its keys."""
-    folder = site.folder
-    for name, key in (("site.pem", vault.SITE), ("admin.pem", vault.ADMIN)):
-        vault.write_key(folder / name, key)
-    path = folder / "node.toml"
-    path.write_text(
-        f'[site]\nname = "north"\n[data]\npath = "rows.jsonl"\n[agent]\nlog_folder = "{folder}"\n'
-        f'policy = "{folder / "policy.toml"}"\npolicy_signer = "{identity.public_hex(vault.ADMIN)}"\n'
-        f'identity_key = "{folder / "site.pem"}"\n'
-    )
-    return path
+    return vault.write_node(site)
 
 
 def ask(site, run=None, **offer) -> str:

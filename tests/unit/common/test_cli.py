@@ -3,8 +3,10 @@ import json
 import os
 import subprocess
 import sys
+from typing import Annotated
 
 import pytest
+import typer
 
 from common import cli, errors
 from common.errors import ConfigError, SilotuneError
@@ -93,14 +95,51 @@ def test_the_message_of_a_foreign_error_is_never_shown(as_json, capsys):
     assert caught == [CANARY]  # control: it was there to be shown
 
 
-def test_ctrl_c_says_that_finished_rounds_are_kept(capsys):
+@pytest.mark.parametrize(
+    ("end", "exit_code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "stopped"),
+        (cli.Stopped("2 rounds are kept\nnext: go on", cli.TERMINATED), 143, "2 rounds are kept\nnext: go on"),
+    ],
+)
+def test_a_command_that_is_stopped_says_what_it_has_to_say(end, exit_code, message, capsys):
     def fail(json: cli.JsonOption = False) -> None:
-        raise KeyboardInterrupt
+        raise end
 
-    assert run(fail, "--json") == 130
+    assert run(fail, "--json") == exit_code
     told = capsys.readouterr()
-    assert "finished rounds are on disk" in told.err
-    assert json.loads(told.out)["error"]["code"] == "Interrupted"
+    assert told.err == f"error: {message}\n"
+    assert json.loads(told.out)["error"] == {"code": "Interrupted", "message": message, "exit_code": exit_code}
+
+
+def test_a_command_can_be_told_again_as_it_was_given():
+    told = []
+
+    def go(
+        context: typer.Context,
+        file: Annotated[str, typer.Argument()],
+        size: Annotated[int, typer.Option()] = 3,
+        is_loud: Annotated[bool, typer.Option("--loud")] = False,
+        set_: cli.SetOption = None,
+        json: cli.JsonOption = False,
+    ) -> None:
+        told.append(cli.quoted(cli.again(context)))
+        told.append(cli.quoted(cli.again(context, "other", without=("json",))))
+
+    def other(file: Annotated[str, typer.Argument()], json: cli.JsonOption = False) -> None:
+        """Takes some of the options."""
+
+    app = cli.make("trial", "A trial.", examples="")
+    app.command("go")(go)
+    app.command("other")(other)
+    for words in (["go", "my run.toml", "--json"], ["go", "--set", "a=1", "--size=4", "x", "--set", "b='c'", "--loud"]):
+        app(words, standalone_mode=False)
+    assert told == [
+        "trial go 'my run.toml' --json",
+        "trial other 'my run.toml'",
+        """trial go x --size 4 --loud --set a=1 --set 'b='"'"'c'"'"''""",
+        "trial other x",
+    ]
 
 
 @pytest.mark.parametrize("arguments", [["--no-such-option"], ["surplus"]])

@@ -146,7 +146,10 @@ def test_a_refusal_is_told_as_one(manifest):
     frame = wire.pack(Frame("refused", {"code": "DataError", "reference": "0a1b"}))
     with pytest.raises(RemoteError) as caught:
         read(frame, manifest)
-    assert collect.reason_of(caught.value) == "failed (DataError); the site's log has the reason under reference 0a1b"
+    told = collect.reason_of(caught.value, GridFleet(InProcessGrid({})))
+    assert told == "failed (DataError); the site's log has the reason under reference 0a1b"
+    simulated = GridFleet(InProcessGrid({}), explain={"0a1b": "line 3 is empty"}.get)
+    assert collect.reason_of(caught.value, simulated) == "failed (DataError): line 3 is empty"
 
 
 def test_an_update_cannot_be_larger_than_its_tensors_and_a_header(manifest, tiny_base):

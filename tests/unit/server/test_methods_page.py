@@ -1,5 +1,7 @@
+import io
 import json
 
+from rich.console import Console
 from typer.testing import CliRunner
 
 from common.kinds import KINDS
@@ -55,3 +57,13 @@ def test_the_command_prints_json():
         "reason": "the coordinator needs each site's factors, and would see their sum only",
         "nearest": "fedsvd",
     }
+
+
+def test_tables_fit_80_columns_and_no_word_of_them_is_cut():
+    out = io.StringIO()
+    Console(file=out, width=80, force_terminal=True, color_system=None).print(methods_page.render())
+    shown = out.getvalue()
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown
+    for name in (*FACTS, *KINDS):
+        assert f" {name} " in shown

@@ -8,16 +8,17 @@ from common import privacy_plan
 from server.show import Screen, percent, size
 from tests.sample_events import HOSTILE, LOG, PLAN, evaluated, finished, joined, measured, trained
 
+ENDED = {"kind": "run_finished"}
 FAILED = {"kind": "site_failed", "site": "west", "step": "train", "reason": "no answer within 60 s"}
 
 
 REFUSED = {"kind": "site_refused", "node": 4, "site": "west"}
 
 
-def drawn(events, *, terminal: bool = False) -> str:
+def drawn(events, *, terminal: bool = False, width: int = 80) -> str:
     """What a run's events look like."""
     out = io.StringIO()
-    screen = Screen(Console(file=out, width=60, force_terminal=terminal, color_system=None))
+    screen = Screen(Console(file=out, width=width, force_terminal=terminal, color_system=None))
     for event in events:
         screen({"time": 0.0, **event})
     return out.getvalue()
@@ -42,13 +43,26 @@ def test_many_sites_are_counted_as_they_join_and_told_in_one_line(terminal):
     sites = [f"site-{number:03}" for number in range(200)]
     refused = {"kind": "site_refused", "node": 4, "reason": "DataError"}
     shown = drawn(
-        [PLAN, *map(joined, sites[:150]), refused, *map(joined, sites[150:]), evaluated(0, 6.0)], terminal=terminal
+        [PLAN, *map(joined, sites[:150]), refused, *map(joined, sites[150:]), evaluated(0, 6.0), ENDED],
+        terminal=terminal,
+        width=120,
     )
     assert re.findall(r"site-\d+", shown) == sites[:12]
     assert shown.count("site      site-") == 12
     assert shown.count("joined    ") == 1
-    assert "joined    200 sites: 240,000 rows to train, 6,000 held out, 200 cut, 0 dropped as too long" in shown
+    told = "joined 200 sites: 240,000 rows to train, 6,000 held out, 200 cut, 0 dropped as too long"
+    assert told in " ".join(shown.split())
     assert ("joined: 200 sites" in shown) is terminal  # the moving line
+
+
+def test_a_refusal_is_told_once_for_all_rounds_and_another_reason_anew():
+    refused = {"kind": "site_refused", "node": 4, "site": "west", "state": "failed", "reason": "failed: no rows"}
+    shown = drawn([PLAN, refused, refused, {**refused, "reason": "failed: no base"}, {**refused, "site": "east"}])
+    assert re.findall(r"site      (.*)", shown) == [
+        "west: failed: no rows",
+        "west: failed: no base",
+        "east: failed: no rows",
+    ]
 
 
 def test_as_many_sites_as_have_a_line_each_are_not_counted():
@@ -63,18 +77,45 @@ def test_sites_that_come_later_are_counted_with_those_before():
     assert re.findall(r"  joined    (\d+) sites", drawn(log)) == ["14", "15"]
 
 
-def test_the_moving_line_counts_many_sites_and_names_few():
-    sites = [f"site-{number:03}" for number in range(13)]
-    few, many = (
-        drawn(
-            [PLAN, {"kind": "round_started", "round": 0, "sites": some}, {"kind": "run_finished"}],
-            terminal=True,
-        )
-        for some in (sites[:12], sites)
-    )
-    assert "training at 13 sites" in " ".join(many.split())
-    assert "site-011" in few
-    assert "site-011" not in many
+def names(count: int) -> list[str]:
+    return [f"site-{number:02}" for number in range(count)]
+
+
+def round_of(sites, number: int = 0, *, start: float = 1.0) -> list[dict]:
+    """The events of one round, in which each site is worse than the one before."""
+    losses = {site: start + place / 10 for place, site in enumerate(sites)}
+    began = {"kind": "round_started", "round": number, "sites": list(sites)}
+    done = [trained(site, number, loss) for site, loss in losses.items()]
+    return [began, *done, finished(number), evaluated(number + 1, 4.0, **losses)]
+
+
+@pytest.mark.parametrize("count", [3, 9, 20])
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("private", [True, False])
+def test_rounds_fit_80_columns_however_many_sites(count, terminal, private):
+    told = {"privacy": "unit", "epsilon_planned": [4.82, 8.0], "dp_delta": 1e-6, "noise_multiplier": 0.7}
+    plan = PLAN | (told | {"privacy_wording": privacy_plan.FIXED_WORDING} if private else {})
+    sites = names(count)
+    log = [plan, *map(joined, sites), evaluated(0, 6.0, **dict.fromkeys(sites, 6.0)), *round_of(sites)]
+    lines = drawn(log, terminal=terminal).splitlines()
+    table = lines[next(place for place, line in enumerate(lines) if "held-out " in line and "round" in line) :]
+    assert max(len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).rpartition("\r")[2]) for line in table) <= 80
+    assert "\x1b" not in "".join(lines) or terminal
+
+
+def test_few_sites_have_columns_and_of_many_the_best_and_the_worst_are_named():
+    told = {count: drawn([PLAN, *map(joined, names(count)), *round_of(names(count))]) for count in (2, 4, 20)}
+    assert re.search(r"round +held-out +site-00 +site-01 +gap", told[2])
+    assert "train site-00 1.000, site-01 1.100, site-02 1.200, site-03 1.300" in told[4]
+    assert "train best site-00 1.000, median 1.950, worst site-19 2.900" in told[20]
+    wide = drawn([PLAN, *map(joined, names(5)), *round_of(names(5))], width=120)
+    assert re.search(r"site-00 +site-01 +site-02 +site-03 +site-04 +gap", wide)
+
+
+def test_a_round_without_an_evaluation_has_its_row_too():
+    log = [PLAN, joined("north"), *round_of(["north"])[:-1], *round_of(["north"], 1)]
+    table = [line.split()[:3] for line in drawn(log).splitlines() if re.match(r" +\d+ ", line)]
+    assert table == [["1", "-", "1.000"], ["2", "4.000", "1.000"]]
 
 
 def test_each_evaluation_is_one_line_under_the_right_columns():
@@ -87,23 +128,16 @@ def test_each_evaluation_is_one_line_under_the_right_columns():
 
 def test_a_site_that_did_not_train_has_a_dash():
     log = [PLAN, joined("north"), joined("south"), {"kind": "round_started", "round": 0, "sites": ["north"]}]
-    shown = drawn([*log, trained("north", 0), finished(0), evaluated(1, 4.0, north=4.0)]).splitlines()[-1]
-    assert shown.split()[2:4] == ["2.500", "-"]
+    shown = drawn([*log, trained("north", 0), finished(0), evaluated(1, 4.0, north=4.0)])
+    assert re.findall(r"^ +1 .*", shown, re.MULTILINE)[0].split()[2:4] == ["2.500", "-"]
 
 
-def test_many_sites_have_no_columns():
-    sites = [f"site-{number:02}" for number in range(13)]
-    few, many = (
-        drawn([PLAN, *map(joined, some), evaluated(0, 6.0, **dict.fromkeys(some, 6.0))]) for some in (sites[:12], sites)
-    )
-    assert re.findall(r"^ +0 .*", many, re.MULTILINE)[0].split() == ["0", "6.000", "-", "-", "-", "-"]
-    assert "13 sites are too many for columns" in many
-    assert "site-11" in re.findall(r"^ +round .*", few, re.MULTILINE)[0]  # the control
-    assert "too many" not in few
-
-
-def test_lines_are_never_wrapped():
-    assert max(len(line) for line in drawn([{**PLAN, "base": "b" * 90}]).splitlines()) > 90
+def test_lines_are_whole_in_a_file_and_broken_at_words_on_a_terminal():
+    warned = {"kind": "warned", "reason": "one two three " * 20 + "/a/path/" + "b" * 90}
+    assert max(map(len, drawn([PLAN, warned]).splitlines())) > 300
+    lines = drawn([PLAN, warned], terminal=True).splitlines()
+    assert sorted(map(len, lines))[-2] <= 80
+    assert f"            /a/path/{'b' * 90}" in lines, "what is to be copied is in one piece"
 
 
 @pytest.mark.parametrize(
@@ -150,16 +184,17 @@ def test_a_large_gap_names_a_method_without_it():
 
 def test_the_module_with_a_rounds_largest_gap_is_named():
     gaps = {"base_model.model.model.layers.0.mlp.up_proj": 0.5, "base_model.model.model.layers.1.mlp.up_proj": 0.25}
-    shown = drawn([*LOG, finished(1, **gaps), evaluated(2, 3.0, north=3.0)]).splitlines()[-1]
-    assert shown.endswith("most in layers.0.mlp.up_proj, 50.0 %")
-    assert "most in" not in drawn([*LOG, finished(1, **dict.fromkeys(gaps, 0.0)), evaluated(2, 3.0, north=3.0)])
+    shown = drawn([*LOG, finished(1, **gaps), evaluated(2, 3.0, north=3.0)])
+    assert "gap mostly in layers.0.mlp.up_proj, 50.0 %" in shown
+    assert "mostly in" not in drawn([*LOG, finished(1, **dict.fromkeys(gaps, 0.0)), evaluated(2, 3.0, north=3.0)])
 
 
 def test_a_gap_that_is_an_estimate_is_shown_with_its_standard_errors():
     modules = {"base_model.model.model.layers.0.mlp.up_proj": 0.5}
     errors = {"gap_error": 0.012, "gap_module_errors": dict.fromkeys(modules, 0.034)}
-    shown = drawn([*LOG, {**finished(1, **modules), **errors}, evaluated(2, 3.0, north=3.0)]).splitlines()[-1]
-    assert "gap ± 1.2 %  most in layers.0.mlp.up_proj, 50.0 % ± 3.4 %" in shown
+    shown = drawn([*LOG, {**finished(1, **modules), **errors}, evaluated(2, 3.0, north=3.0)])
+    assert "gap ± 1.2 %\n" in shown
+    assert "gap mostly in layers.0.mlp.up_proj, 50.0 % ± 3.4 %" in shown
     assert "±" not in drawn([*LOG, finished(1, **modules), evaluated(2, 3.0, north=3.0)])  # the control
 
 
@@ -224,7 +259,7 @@ def test_a_private_run_tells_what_it_has_cost_after_each_round_as_planned():
     shown = drawn([PLAN | private, *LOG[1:]])
     assert "epsilon 8.00 at delta 1e-06 after the last round, 4.82 after the first" in shown
     assert "A patient of two sites loses the sum" in " ".join(shown.split())
-    assert re.findall(r" s +epsilon (\d\.\d\d)", shown) == ["4.82"]
+    assert re.findall(r" s +(\d\.\d\d)$", shown, re.MULTILINE) == ["4.82"]
 
 
 @pytest.mark.parametrize(

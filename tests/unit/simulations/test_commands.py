@@ -1,11 +1,18 @@
 """The commands of `silotune-sim` on the tiny base, through their own entry point."""
 
 import json
+import os
+import re
+import shlex
+import signal
+import threading
+import time
+from pathlib import Path
 
 import pytest
 
 from common import cli, events
-from server import report
+from server import report, status
 from simulations import commands
 from simulations.cli import app
 from tests import tiny
@@ -32,9 +39,23 @@ def last_json(capsys) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_compare_ends_with_one_json_line_of_all_arms(run_file, tmp_path, capsys):
-    assert silotune_sim("compare", run_file, "--output", tmp_path / "out", "--threads", 1, "--json") == 0
-    found = last_json(capsys)
+def test_compare_ends_with_one_json_line_of_all_arms_and_leaves_out_a_site_that_has_nothing_to_learn(
+    run_file, tmp_path, capsys
+):
+    with (tmp_path / "rows.jsonl").open("a") as rows:  # no answer is left of its rows at 64 tokens
+        for number in range(3):
+            row = {
+                "instruction": tiny.WORDS[number] * 200,
+                "output": "y",
+                "patient_id": f"tiny-{number}",
+                "site": "Tiny",
+            }
+            rows.write(json.dumps(row) + "\n")
+    changes = ("--set", "federation.num_sites=0", "--set", "data.too_long=truncate")
+    assert silotune_sim("compare", run_file, "--output", tmp_path / "out", "--threads", 1, *changes, "--json") == 0
+    told = capsys.readouterr()
+    assert "tiny: failed (DataError): site tiny: no answer token is left in any of 2 rows" in told.err
+    found = json.loads(told.out.splitlines()[-1])
     assert sorted(found["comparison"]) == [
         "base",
         "centralised",
@@ -65,6 +86,12 @@ def test_json_keeps_progress_off_stdout(run_file, tmp_path, capsys):
     told = capsys.readouterr()
     assert len(told.out.splitlines()) == 1
     assert "held-out" in told.err
+    assert "\x1b" not in told.err
+    found, shown = json.loads(told.out), re.findall(r"^ +1 +(\S+)", told.err, re.MULTILINE)
+    assert [f"{found['held_out_loss']:.3f}"] == shown == [f"{found['rounds'][1]['held_out_loss']:.3f}"]
+    numbers = [found[key] for key in ("base_held_out_loss", "train_loss", "gap", "bytes_down", "bytes_up", "seconds")]
+    assert all(isinstance(number, int | float) and number > 0 for number in numbers)
+    assert (found["status"], found["num_rounds"], found["epsilon"], found["gate"]) == ("finished", 1, None, None)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +125,46 @@ def test_a_folder_that_holds_a_run_is_refused_and_resume_goes_on(run_file, tmp_p
     assert silotune_sim("run", *arguments) == 0
     assert silotune_sim("run", *arguments) == 2
     assert "--resume" in capsys.readouterr().err
-    assert silotune_sim("run", *arguments, "--resume") == 0
+    bare = (run_file, "--output", tmp_path / "out", "--threads", 1, "--resume")
+    assert silotune_sim("run", *bare) == 0, "what --set changed is remembered"
+    capsys.readouterr()
+    changes = ("--set", "federation.num_rounds=3", "--set", 'data.system_prompt="Be brief, Ada"')
+    assert silotune_sim("run", *bare, *changes) == 2
+    told = capsys.readouterr().err
+    assert "data.system_prompt, federation.num_rounds (1 there, 3 given); resume it" in told
+    assert "Ada" not in told
+    run_file.write_text(run_file.read_text().replace("seed = 5", "seed = 6"))
+    assert silotune_sim("run", *bare) == 2
+    assert "other settings: seed (5 there, 6 given);" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_prints_the_command_that_goes_on(
+    run_file, tmp_path, capsys, monkeypatch, number, exit_code
+):
+    monkeypatch.chdir(tmp_path)
+    out = Path("my runs") / "a"
+
+    def stop() -> None:
+        while not (out / events.FILE).exists() or "round_finished" not in (out / events.FILE).read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=stop, daemon=True).start()
+    changes = ("--set", "federation.num_rounds=5", "--set", "evaluation.every_rounds=5")
+    assert silotune_sim("run", run_file, "--output", out, "--threads", 1, *changes) == exit_code
+    told = capsys.readouterr().err
+    done = (out / events.FILE).read_text().count('"round_finished"')
+    assert f"stopped; finished rounds in {out}: " in told
+    standing = status.read(out)["status"]
+    assert standing.startswith(f"interrupted, {done} of 5 rounds; go on with: silotune-sim run ")
+    (command,) = re.findall(r"^next: (.*)$", told, re.MULTILINE)
+    assert command in standing
+    assert 0 < done < 5
+    assert "--set" not in command
+    words = shlex.split(command)
+    assert (words[0], silotune_sim(*words[1:])) == ("silotune-sim", 0)
+    assert status.read(out)["status"] == "finished"
 
 
 def test_why_a_run_ended_is_an_event_and_its_status(run_file, tmp_path, capsys):

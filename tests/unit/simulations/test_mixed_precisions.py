@@ -196,9 +196,9 @@ def test_kinds_that_do_not_stand_on_a_sites_precision_are_refused(tiny_base):
 
 def test_a_simulation_knows_its_sites(settings):
     sites = {site: tiny.site_data(site, 8) for site in SITES}
-    world.expect_all(settings, sites)  # the control
+    world.require_named(settings, sites)  # the control
     with pytest.raises(ConfigError, match=r"model\.site_quantization names west, and the sites are north, south"):
-        world.expect_all(settings, {site: sites[site] for site in ("north", "south")})
+        world.require_named(settings, {site: sites[site] for site in ("north", "south")})
 
 
 def test_a_base_whose_files_name_layers_in_another_way_is_refused(tiny_base, settings, tmp_path):

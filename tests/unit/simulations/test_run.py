@@ -55,6 +55,15 @@ def test_a_failure_that_does_not_end_the_run_is_in_the_sites_log(play, sites, tm
     outcome = play(broken, {"federation.num_sites": "0"})
     assert sorted(outcome.sites) == ["north", "south"]
     assert "rows.jsonl line 7" in (tmp_path / "run" / "sites" / "west.jsonl").read_text()
+    refused = [event for event in events.read(tmp_path / "run" / "events.jsonl") if event["kind"] == "site_refused"]
+    assert all("failed (DataError): site west: rows.jsonl line 7: 219 tokens" in one["reason"] for one in refused)
+
+
+def test_too_few_sites_end_a_run_at_once_with_the_reason_of_one(play, sites):
+    long = Row((Message("user", "x " * 99), Message("assistant", "y")), unit="u", row_id="rows.jsonl line 7")
+    broken = {site: SiteData([long], data.held_out) for site, data in sites.items()} | {"north": sites["north"]}
+    with pytest.raises(DataError, match=r"site west: rows\.jsonl line 7: 219 tokens"):
+        play(broken, {"federation.num_sites": "0", "federation.join_timeout_s": "86400"})
 
 
 def test_too_few_sites_stays_what_it_is_where_no_site_failed(play, sites):
@@ -64,7 +73,7 @@ def test_too_few_sites_stays_what_it_is_where_no_site_failed(play, sites):
 
 def test_nodes_are_numbered_in_the_order_of_names(engine, sites, tmp_path):
     agents = {site: world.make_agent(site, data, engine, world.Failures(tmp_path)) for site, data in sites.items()}
-    assert run.fleet_of(dict(reversed(agents.items()))).node_ids() == [1, 2, 3]
+    assert run.fleet_of(dict(reversed(agents.items())), world.Failures(tmp_path)).node_ids() == [1, 2, 3]
 
 
 def test_rows_are_not_changed_by_a_run(play, sites):

@@ -81,12 +81,6 @@ def test_a_row_that_does_not_fit_is_named_by_line(settings, tmp_path):
     assert "Ada" not in str(caught.value)
 
 
-def test_a_simulation_waits_for_all_its_sites(settings):
-    sites = world.load_sites(settings())
-    assert world.expect_all(settings({"federation.num_sites": "0"}), sites).federation.num_sites == 3
-    assert world.expect_all(settings({"federation.num_sites": "2"}), sites).federation.num_sites == 2
-
-
 def test_a_base_is_found_by_path_by_name_or_in_the_package(settings, tiny_base, tmp_path):
     assert world.base_folder(settings()) == tiny_base
     (tmp_path / "store").mkdir()
@@ -110,6 +104,19 @@ def test_failures_are_in_each_sites_log_and_at_hand(tmp_path):
     failures.reporter("south")("0a1c", DataError("line 4"))
     assert [str(error) for error in failures.errors] == ["line 3", "line 4"]
     assert json.loads((tmp_path / "north.jsonl").read_text())["reference"] == "0a1b"
+    anew = Failures(tmp_path)
+    assert [anew.explain(reference) for reference in ("0a1c", "0a1e", "")] == ["line 4", "", ""]
+    failures.reporter("south")("0a1f", tripped())
+    assert anew.explain("0a1f").startswith("KeyError at ")
+    assert "row's" not in anew.explain("0a1f")
+
+
+def tripped() -> Exception:
+    try:
+        {}["a row's text"]
+    except KeyError as error:
+        return error
+    raise AssertionError
 
 
 def test_a_text_that_several_sites_have_is_held_out_at_all_of_them_or_trained_on_at_all(settings, tmp_path):
