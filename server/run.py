@@ -1,5 +1,6 @@
 """A whole run: manifest, sites, rounds, export. The same call under every grid."""
 
+import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -326,7 +327,19 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
         **_privacy(settings),
         "without_gap": compatibility.without_gap(settings),
         "polish": [stage.name for stage in settings.polish],
+        "seed": settings.seed,
+        "adapter": export.trained(settings.adapter),
+        "learning_rate": settings.training.learning_rate,
+        "objective": settings.training.objective,
+        "device": str(engine.device),
+        "versions": versions(),
     }
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Versions of this software and of what it trains with, by distribution."""
+    names = ("silotune", "torch", "transformers", "peft", "flwr", *more)
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def _privacy(settings: config.RunConfig) -> dict[str, object]:
