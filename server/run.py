@@ -32,7 +32,7 @@ from common.manifest import RunManifest
 from common.model import Engine
 from common.noise import Noise
 from common.records import to_head
-from server import base_noise, checkpoint, export, federation, lock, rounds, run_export, run_files, trail
+from server import base_noise, checkpoint, examples, export, federation, lock, rounds, run_export, trail
 from server.aggregate import table
 from server.checkpoint import Checkpoint
 from server.evaluate import measure, suite
@@ -157,6 +157,7 @@ def _execute(
     storage.write_atomic(folder / run_files.MANIFEST_FILE, manifest.to_bytes())
     fed.own_rows = read_own_rows(settings, engine)
     fed.apart = kept_apart.tables(measured.tasks, known or KnownRows())
+    fed.examples = examples.read_prompts(settings, engine)
     stages.check(settings, engine, fed.apart)
     run_export.check(manifest, engine)
     log.append("run_started", **plan(manifest, engine), **told, first_round=first.num_rounds)
@@ -244,6 +245,7 @@ def finish(fed: Federation, tensors: Tensors, played: Sequence[stages.Finished])
         log=told,
     )
     source = Exported(chosen.tensors, manifest, chosen.num_rounds, sites, told)
+    examples.write(folder, fed.examples, chosen.tensors, engine=fed.suite.engine, run=manifest.run)
     run_export.write(folder, source, base=fed.suite.engine.folder, log=log)
     log.append("run_finished", adapter=run_files.EXPORT_FOLDER, num_rounds=chosen.num_rounds, stage=chosen.stage)
     return Outcome(chosen.tensors, sites, folder)

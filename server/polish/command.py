@@ -11,7 +11,7 @@ from common.errors import ConfigError, TransportError
 from common.events import EventLog
 from common.manifest import RunManifest
 from common.model import Engine
-from server import checkpoint, report, run, run_files
+from server import checkpoint, examples, report, run, run_files
 from server.aggregate import table
 from server.evaluate import suite
 from server.federation import Federation
@@ -116,6 +116,7 @@ def _polish(run_folder: Path, manifest: RunManifest, *, engine: Engine, console:
     fed = Federation(manifest, _Nobody(), table.find(settings.aggregation.method), run_folder, log, suite=measured)
     fed.own_rows = run.read_own_rows(settings, engine)
     fed.apart = kept_apart.tables(measured.tasks, KnownRows())
+    fed.examples = examples.read_prompts(settings, engine)
     try:
         outcome = run.finish(fed, last.tensors, stages.run(fed, last.tensors, engine=engine))
     except BaseException as error:

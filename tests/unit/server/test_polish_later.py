@@ -14,7 +14,7 @@ from rich.console import Console
 from common import adapter, config, events, privacy_plan
 from common.errors import ConfigError, DataError, GateRefused, RunBusyError
 from common.events import EventLog
-from server import finish, launch, lock, report, run, status, verify
+from server import finish, launch, lock, report, run, run_files, status, verify
 from server.polish import addendum, command, later, stages
 from server.show import Screen
 from tests import stage_data, tiny
@@ -71,11 +71,11 @@ def world(shared_engine, tiny_base, tmp_path_factory) -> World:
 
     adapter.write(shared_engine.model, shared_engine.initial)
     nodes = {node: counted(answer) for node, answer in tiny.make_nodes(shared_engine).items()}
-    log = run.prepare(settings, made.folder / "whole")
+    log = run_files.prepare(settings, made.folder / "whole")
     try:
         run.execute(settings, fleet=tiny.fleet(nodes), engine=shared_engine, folder=made.folder / "whole", log=log)
     except GateRefused as error:
-        run.report_failure(log, error)
+        run_files.report_failure(log, error)
     return made
 
 
@@ -118,8 +118,8 @@ def test_a_finished_private_run_gets_another_stage_and_keeps_all_that_it_had(wor
     assert json.loads(record)["stages"][0]["seed"] == 0
     assert json.loads(record)["versions"]["torch"] == torch.__version__
     assert finished["adapter_sha256"] == told["adapter_sha256"] == of(made, "polish_finished")[-1]["adapter_sha256"]
-    assert (made / run.MANIFEST_FILE).read_bytes() == (folder / run.MANIFEST_FILE).read_bytes()
-    runs = [run.stored_settings(path) for path in (folder, made)]
+    assert (made / run_files.MANIFEST_FILE).read_bytes() == (folder / run_files.MANIFEST_FILE).read_bytes()
+    runs = [run_files.stored_settings(path) for path in (folder, made)]
     assert privacy_plan.epsilon(runs[0]) == privacy_plan.epsilon(runs[1])
 
 
@@ -138,7 +138,7 @@ def test_its_stages_begin_with_those_that_are_kept_and_its_figures_are_beside_th
 def test_report_status_card_and_seal_say_which_polish_they_show(world, polished, tmp_path):
     folder, made, _ = polished
     mark = addendum.read(made).sha256
-    page, card = (made / report.REPORT_FILE).read_text(), (made / run.EXPORT_FOLDER / "README.md").read_text()
+    page, card = (made / report.REPORT_FILE).read_text(), (made / run_files.EXPORT_FOLDER / "README.md").read_text()
     for text in (page, card, str(status.read(made)["in_words"])):
         assert mark in text
         assert "No site was asked after these stages" in text
@@ -197,7 +197,7 @@ def test_what_is_added_can_be_added_to_and_a_gate_of_its_own_can_refuse_it(world
     with pytest.raises(GateRefused, match=r"refuses polish-03-again: server-data\.exact_match not met"):
         world.polish(made, world.file(world.table("again", "sft"), gate=STRICT))
     deeper = made / addendum.FOLDER / "01"
-    assert not (deeper / run.EXPORT_FOLDER).exists()
+    assert not (deeper / run_files.EXPORT_FOLDER).exists()
     assert status.read(deeper)["status"].startswith("failed: the gate refuses")
     assert [event["stage"] for event in of(deeper, "gated")] == ["polish-03-again"]  # and not what it began with
     assert len(of(made, "later_started")) == 1
