@@ -36,8 +36,9 @@ def gate(
     run_folder: Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN_FOLDER")],
     rules: Annotated[
         Path | None,
-        typer.Option(help="Judge what it exports by these rules too; what its own gate refused stays refused.",
-                     metavar="FILE"),
+        typer.Option(
+            help="Judge what it exports by these rules too; what its own gate refused stays refused.", metavar="FILE"
+        ),
     ] = None,
     json: cli.JsonOption = False,
 ) -> None:

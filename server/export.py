@@ -113,7 +113,8 @@ def card(
         overlap=overlap.sentence(shared[-1]) if shared else "", task_overlaps=told.task_overlaps(log),
         overlaps=[f"{stage['stage']} {line}" for stage in polish for line in told.overlaps(stage)],
         system_prompt=settings.data.system_prompt, polish=polish, stage_kind=told.kind,
-        polish_private=told.PRIVATE, polish_own=told.OWN_DATA, gated_later=words.later([event for event in log if event.get("stage") == label]),
+        polish_private=told.PRIVATE, polish_own=told.OWN_DATA,
+        gated_later=words.later([event for event in log if event.get("stage") == label]),
         derived=told.derived_in_words(derived) if (derived := told.derived(log)) else [],
         has_own_gate=bool(derived and derived["has_own_gate"]),
     )  # fmt: skip

@@ -67,7 +67,11 @@ def _in_words(log: list[Event], last: Event) -> dict[str, list[str]]:
     symptoms = [f"{one.name}: {one.evidence}. {one.remedy}" for one in troubleshooting.symptoms(log)]
     derived, later = told_of_polish.derived(log), told_of_polish.later(log)
     told |= {"of": told_of_polish.derived_in_words(derived) if derived else [], "later stages": later}
-    told |= {"gate": [*words.summary(log), *words.later(log)], "export": export_words.summary(log), "What the numbers say": symptoms}
+    told |= {
+        "gate": [*words.summary(log), *words.later(log)],
+        "export": export_words.summary(log),
+        "What the numbers say": symptoms,
+    }
     return {head: texts for head, texts in told.items() if any(texts)}
 
 

@@ -16,6 +16,7 @@ from server.evaluate import measure, view
 from server.gate import words
 from server.polish import told
 
+MIN_ROWS: Final = 30  # of fewer, the bootstrap's interval is too narrow
 MAX_NAMED: Final = 4  # figures of tasks that are named; more are counted
 GUARDING: Final = ("probe", "memorisation", "pii")  # kinds of tasks that guard what was there; no gain is a use
 Answer = Literal["yes", "no", "partly", "undecided"]
@@ -78,23 +79,26 @@ def _sites(found: Evidence, log: Sequence[Event], stage: str, *, num_rounds: int
     """The sites' held-out loss against the base's."""
     asked = {event["num_rounds"]: event for event in log if event["kind"] == "evaluated"}
     last = asked.get(num_rounds if num_rounds is not None else max(asked, default=0))
-    before, after, where = asked.get(0), last, ""
+    before, after, is_before_polish = asked.get(0), last, False
     if stage.startswith(told.LABEL):
         scored = {told.label(event["number"], event["stage"]): event for event in told.at_sites(log).values()}
-        after, where = scored.get(stage, last), "" if stage in scored else " before polish"
+        after, is_before_polish = scored.get(stage, last), stage not in scored
     if before is None or after is None or after is before:
         found.open.append("the sites' loss, as they did not score both the base and this adapter")
         return
     change = change_at_sites(before, after)
     if change is None:
         share = after["loss"] / before["loss"] - 1 if before["loss"] else 0.0
-        found.open.append(f"held-out loss {_moved(share)}{where}, and one site gives no interval")
+        found.open.append(f"held-out loss {_moved(share)}, and one site gives no interval")
         return
     what = (
-        f"held-out loss {_moved(change.value)} at the mean site{where} (95 % interval {percent(change.low)} to "
+        f"held-out loss {_moved(change.value)} at the mean site (95 % interval {percent(change.low)} to "
         f"{percent(change.high)}, over {len(after['sites'])} sites)"
     )
-    side = found.open if where or change.low <= 0 <= change.high else found.good if change.high < 0 else found.bad
+    if is_before_polish:
+        found.open.append(f"what polish did to the sites' loss, as they did not score it; before it {what}")
+        return
+    side = found.open if change.low <= 0 <= change.high else found.good if change.high < 0 else found.bad
     side.append(what)
     found.is_shown |= side is found.good
     if after["worse_than_base"]:
@@ -109,6 +113,9 @@ def _tasks(found: Evidence, log: Sequence[Event], stage: str) -> None:
     for name, gain in gains.items():
         figure = measured["figures"][name]
         how = view.verdict(figure, gain)
+        if figure["num_rows"] < MIN_ROWS:
+            found.open.append(f"{name} {view.rise(gain)}, of {figure['num_rows']} rows")
+            continue
         if how != "better" or figure["kind"] not in GUARDING:
             told_of[how].append(f"{name} {view.rise(gain)}")
     found.is_shown |= bool(told_of["better"])

@@ -156,7 +156,10 @@ def judge_again(run_folder: Path, run_manifest: RunManifest) -> list[Event]:
     told: list[Event] = []
     with lock.hold(run_folder):
         for candidate in of_run(run_folder, run_manifest) if run_manifest.run.gate.is_on else ():
-            found, definition = adapter.digest(candidate.tensors), _definition(run_folder, run_manifest.evaluation_sha256)
+            found, definition = (
+                adapter.digest(candidate.tensors),
+                _definition(run_folder, run_manifest.evaluation_sha256),
+            )
             told.append(_judge(run_manifest.run, log, candidate, found, definition=definition))
             if told[-1]["is_passed"]:
                 break

@@ -16,7 +16,7 @@ from server.aggregate import table
 from server.evaluate import suite
 from server.federation import Federation
 from server.fleet import Reply
-from server.polish import addendum, kept_apart, later, stages
+from server.polish import addendum, kept_apart, later, stages, told
 from server.polish.kept_apart import KnownRows
 from server.show import Screen
 
@@ -82,9 +82,7 @@ def polish(
             _check(run_folder, manifest)
             engine = later.engine_of(manifest, manifest.run, base, num_threads)
             return _polish(run_folder, manifest, engine=engine, console=console)
-        folder, engine = later.begin(
-            run_folder, stages_file, num_kept=num_kept, base=base, num_threads=num_threads
-        )
+        folder, engine = later.begin(run_folder, stages_file, num_kept=num_kept, base=base, num_threads=num_threads)
         with later.held(folder):
             return _polish(folder, run_files.stored_manifest(folder), engine=engine, console=console)
 
@@ -110,7 +108,10 @@ def _polish(run_folder: Path, manifest: RunManifest, *, engine: Engine, console:
     settings, made = manifest.run, addendum.read(run_folder)
     wanted = later.last_round(run_folder, settings.federation.num_rounds)
     last = checkpoint.load(run_folder, manifest.tensor_specs, num_rounds=wanted, run_sha256=manifest.sha256)
-    log = EventLog(run_folder / events.FILE, [Screen(console)])
+    screen = Screen(console)
+    log = EventLog(run_folder / events.FILE, [screen])
+    if derived := told.derived(events.read(log.path)):
+        screen(derived)
     measured = later.open_suite(settings, made, engine=engine, folder=run_folder, log=log)
     suite.require_same(measured.sha256, manifest.evaluation_sha256)
     fed = Federation(manifest, _Nobody(), table.find(settings.aggregation.method), run_folder, log, suite=measured)

@@ -202,9 +202,9 @@ def refuse_site_rules(rules: Sequence[str], *, whose: str) -> None:
     """
     if found := sorted(SITE_RULES & set(rules)):
         raise ConfigError(
-            f"{whose} names the rules {', '.join(found)}, which need the sites' figures of this very adapter; no site is "
-            "asked once a run has ended, as each answers the planned evaluations and no more. Give the stages a [gate] "
-            "of rules on the coordinator's own rows"
+            f"{whose} names the rules {', '.join(found)}, which need the sites' figures of this very adapter; no site "
+            "is asked once a run has ended, as each answers the planned evaluations and no more. Give a [gate] of rules on "
+            "the coordinator's own rows"
         )
 
 
@@ -274,9 +274,7 @@ def _addendum(run_folder: Path, manifest: RunManifest, settings: config.RunConfi
     )
 
 
-def _check(
-    manifest: RunManifest, settings: config.RunConfig, made: Addendum, engine: Engine, *, folder: Path
-) -> None:
+def _check(manifest: RunManifest, settings: config.RunConfig, made: Addendum, engine: Engine, *, folder: Path) -> None:
     """Find out before anything is written what would end the stages or the export after them."""
     measured = open_suite(settings, made, engine=engine, folder=folder, log=EventLog(folder / events.FILE))
     suite.require_same(measured.sha256, manifest.evaluation_sha256)

@@ -14,14 +14,22 @@ from rich.console import Console
 from common import adapter, config, events, privacy_plan
 from common.errors import ConfigError, DataError, GateRefused, RunBusyError
 from common.events import EventLog
-from server import finish, launch, lock, report, run, run_files, status, verify
+from server import examples, finish, launch, lock, report, run, run_files, status, verify
 from server.polish import addendum, command, later, stages
 from server.show import Screen
 from tests import stage_data, tiny
 
 STAGE = {"steps": 2, "batch_size": 4, "max_length_tokens": 64, "learning_rate": 1e-2, "overlap": "allow"}
-CHANGES = {**tiny.NOISED, "federation.num_rounds": "1", "evaluation.metrics": "exact_match", "gate.min_rows": "5",
-           "evaluation.max_new_tokens": "2", "gate.rules": "loss", "evaluation.num_polish_stages": "1"}  # fmt: skip
+CHANGES = {
+    **tiny.NOISED,
+    "federation.num_rounds": "1",
+    "evaluation.metrics": "exact_match",
+    "evaluation.max_new_tokens": "2",
+    "evaluation.num_polish_stages": "1",
+    "gate.rules": "loss",
+    "gate.min_loss_gain": "50.0",
+    "gate.min_rows": "5",
+}  # no adapter of this run passes
 LENIENT = {"figures": [{"figure": "server-data.exact_match", "bound": "min", "limit": 0.0}], "min_rows": 5}
 STRICT = {"figures": [{"figure": "server-data.exact_match", "bound": "min", "limit": 1.5}], "min_rows": 5}
 
@@ -63,8 +71,11 @@ def world(shared_engine, tiny_base, tmp_path_factory) -> World:
     rows = stage_data.write(made.folder / "rows.jsonl", stage_data.instructions(10))
     plain = json.loads(config.resolved_json(tiny.settings(tiny_base, {"evaluation.server_data": rows})))
     plain["polish"] = [made.table("teach", "sft"), made.table("drill", "sft", seed=3)]
+    asked = stage_data.write(made.folder / "prompts.jsonl", [{"prompt": "What is <b>?"}, {"prompt": "Which word?"}])
     text = tiny.RUN_FILE.format(base=tiny_base) + f"polish = {json.dumps(plain['polish']).replace(': ', ' = ')}\n"
-    settings = config.parse(text, name="run.toml", overrides={**CHANGES, "evaluation.server_data": rows})
+    settings = config.parse(
+        text, name="run.toml", overrides={**CHANGES, "evaluation.server_data": rows, "output.example_prompts": asked}
+    )
 
     def counted(answer):
         return lambda frame: (made.requests.append(len(frame)), answer(frame))[1]
@@ -95,7 +106,9 @@ def of(folder: Path, kind: str) -> list[events.Event]:
 
 def hashes(folder: Path, *, but: tuple[str, ...] = ()) -> dict[str, str]:
     """Every file of a run by its hash, later stages aside."""
-    files = [path for path in folder.rglob("*") if path.is_file() and addendum.FOLDER not in path.parts[-4:]]
+    files = [
+        path for path in folder.rglob("*") if path.is_file() and addendum.FOLDER not in path.relative_to(folder).parts
+    ]
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
@@ -142,12 +155,13 @@ def test_report_status_card_and_seal_say_which_polish_they_show(world, polished,
     for text in (page, card, str(status.read(made)["in_words"])):
         assert mark in text
         assert "No site was asked after these stages" in text
-        assert "own gate refused polish-01-teach" not in text  # it was judged by figures that came before it
+        assert "own gate refused polish-01-teach" in text
     assert "fixed before the later stages" in card
     assert "it costs the sites' units nothing" in " ".join(card.split())
-    assert "later/01 (align) after polish-01-teach: finished with polish-02-align" in (
-        folder / report.REPORT_FILE
-    ).read_text()
+    assert (
+        "later/01 (align) after polish-01-teach: finished with polish-02-align"
+        in (folder / report.REPORT_FILE).read_text()
+    )
     assert status.read(folder)["in_words"]["later stages"]
     assert status.read(made)["status"] == "finished"
     sealed = finish.export_to(
@@ -156,6 +170,35 @@ def test_report_status_card_and_seal_say_which_polish_they_show(world, polished,
     found = verify.verify(Path(str(sealed["folder"])))
     assert found["addendum_sha256"] == mark
     assert any(mark in line for line in verify.told(found))
+
+
+def test_prompts_that_may_be_shown_are_answered_by_base_and_exported_adapter_in_file_and_report(world, polished):
+    folder, made, told = polished
+    kept = json.loads((made / examples.FILE).read_bytes())
+    assert kept["adapter_sha256"] == told["adapter_sha256"]
+    assert [one["prompt"] for one in kept["examples"]] == ["What is <b>?", "Which word?"]
+    assert {text for one in kept["examples"] for text in (one["base"], one["adapter"])} != {""}
+    assert kept["examples"][0]["base"] != kept["examples"][0]["adapter"]
+    page = (made / report.REPORT_FILE).read_text()
+    assert "<b>prompt</b>What is &lt;b&gt;?</p>" in page
+    assert "What is <b>" not in page
+    assert not (folder / examples.FILE).exists()  # its gate let nothing pass
+    assert "Which word" not in (made / events.FILE).read_text()
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"), [([{"text": "a"}], "no column 'prompt'"), ([{"prompt": "a " * 400}], "takes 256")]
+)
+def test_prompts_that_cannot_be_asked_are_found_before_the_first_round(world, shared_engine, tmp_path, rows, reason):
+    settings = run_files.stored_settings(world.folder / "whole")
+    output = settings.output.model_copy(update={"example_prompts": stage_data.write(tmp_path / "p.jsonl", rows)})
+    log = run_files.prepare(settings.model_copy(update={"output": output}), tmp_path / "run")
+    with pytest.raises(DataError, match=reason):
+        run.execute(
+            run_files.stored_settings(tmp_path / "run"), fleet=tiny.fleet({}), engine=shared_engine, folder=tmp_path / "run",
+            log=log,
+        )  # fmt: skip
+    assert not log.path.exists()
 
 
 def test_the_run_s_own_gate_still_refuses_what_it_refused(polished):
@@ -183,7 +226,12 @@ def test_stages_that_were_interrupted_end_with_the_same_adapter(world, polished,
         world.polish(folder, asked, num_kept=1)
     monkeypatch.undo()
     made = folder / addendum.FOLDER / "01"
-    assert "silotune-server polish" in status.read(made)["status"]
+    path = made / events.FILE
+    path.write_bytes(path.read_bytes()[: path.read_bytes().rindex(b'{"kind": "run_failed"')])  # as after a kill
+    assert (
+        "interrupted, 1 of 1 rounds, polish stage 2 of 2; go on with silotune-server polish"
+        in (status.read(made)["status"])
+    )
     told = world.polish(folder, asked, num_kept=1)
     assert told["folder"] == str(made)
     assert told["adapter_sha256"] == polished[2]["adapter_sha256"]
@@ -229,7 +277,11 @@ def test_rules_that_come_later_refuse_and_let_pass_but_lift_no_refusal(world, po
         ([("judge", "reward", {})], LENIENT, r"no table \[\[polish\]\] of a kind that trains the adapter"),
         ([("align", "dpo", {})], None, r"the run's own gate names the rules loss, which need the sites' figures"),
         ([("align", "dpo", {})], {"rules": "sites"}, r"more\.toml: \[gate\] names the rules sites"),
-        ([("align", "dpo", {})], {"rules": "probes"}, r"more\.toml: does not fit the run: .*needs a task of kind probe"),
+        (
+            [("align", "dpo", {})],
+            {"rules": "probes"},
+            r"more\.toml: does not fit the run: .*needs a task of kind probe",
+        ),
         ([("align", "dpo", {"overlap": "error"})], LENIENT, r"10 of 10 rows of task server-data"),
         ([("align", "dpo", {"data": "nowhere.jsonl"})], LENIENT, r"nowhere\.jsonl"),
     ],
@@ -276,7 +328,7 @@ def test_what_was_added_is_finished_in_its_run_and_nowhere_else(world, polished,
     with pytest.raises(DataError, match="put it back there"):
         world.polish(moved)
     (moved / addendum.FILE).write_bytes((moved / addendum.FILE).read_bytes().replace(b'"seed":0', b'"seed":1'))
-    with pytest.raises(DataError, match="is not the one that events.jsonl beside it names"):
+    with pytest.raises(DataError, match=r"is not the one that events\.jsonl beside it names"):
         finish.stored(moved, num_rounds=0)
 
 

@@ -45,11 +45,16 @@ def gains(low: float, mean: float, high: float) -> dict:
     return {"base": {"notes.f1": {"mean": mean, "low": low, "high": high}}}
 
 
+def of_rows(event: dict, num_rows: int = 40, kind: str = "answers") -> dict:
+    figures = {name: {**told, "num_rows": num_rows, "kind": kind} for name, told in event["figures"].items()}
+    return {**event, "figures": figures}
+
+
 REFUSED = {"kind": "run_failed", "error": "GateRefused", "reason": "the gate refuses final", "time": 1.0}
-BETTER = measured("final", {"notes.f1": 0.5}, gains(0.1, 0.2, 0.3))
-CHANCE = measured("final", {"notes.f1": 0.5}, gains(-0.1, 0.1, 0.3))
-HARM = measured("final", {"notes.f1": 0.5}, gains(-0.3, -0.2, -0.1))
-GUARD = {**BETTER, "figures": {"notes.f1": {**BETTER["figures"]["notes.f1"], "kind": "probe"}}}
+BETTER = of_rows(measured("final", {"notes.f1": 0.5}, gains(0.1, 0.2, 0.3)))
+CHANCE = of_rows(measured("final", {"notes.f1": 0.5}, gains(-0.1, 0.1, 0.3)))
+HARM = of_rows(measured("final", {"notes.f1": 0.5}, gains(-0.3, -0.2, -0.1)))
+FEW, GUARD = of_rows(BETTER, 29), of_rows(BETTER, kind="probe")
 PASSED = {"kind": "gated", "stage": "final", "adapter_sha256": "a", "is_passed": True, "verdicts": []}
 
 
@@ -65,13 +70,22 @@ PASSED = {"kind": "gated", "stage": "final", "adapter_sha256": "a", "is_passed":
         (after(-0.20), "undecided", ["fell 20.0 %, and one site gives no interval"]),
         ([*after(-0.20), BETTER], "yes", ["better: notes.f1 +0.200 [+0.100, +0.300]"]),
         ([*after(-0.20), GUARD], "undecided", ["one site gives no interval"]),
+        ([*after(-0.20), FEW], "undecided", ["unclear: held-out", "notes.f1 +0.200 [+0.100, +0.300], of 29 rows"]),
         ([*after(-0.20), CHANCE], "undecided", ["unclear: notes.f1 +0.100 [-0.100, +0.300]"]),
         ([*after(-0.10, -0.12, -0.14), HARM], "partly", ["Partly: worse: notes.f1 -0.200"]),
         ([*after(-0.1, -0.12, -0.14)[:-1], PASSED, END], "yes", ["the gate passed"]),
         ([*after(-0.1, -0.12, -0.14)[:-1], REFUSED], "no", ["the gate refuses all that was trained"]),
-        ([*after(-0.1, -0.12, -0.14)[:-1], {"kind": "run_failed", "reason": "disk", "time": 1.0}], "undecided", ["run failed"]),
+        (
+            [*after(-0.1, -0.12, -0.14)[:-1], {"kind": "run_failed", "reason": "disk", "time": 1.0}],
+            "undecided",
+            ["run failed"],
+        ),
         (after(-0.1, -0.12, -0.14)[:-1], "undecided", ["has not come to its end"]),
-        (after(-0.1, -0.12, -0.14, stage="polish-01-align"), "undecided", ["before polish"]),
+        (
+            after(-0.1, -0.12, -0.14, stage="polish-01-align"),
+            "undecided",
+            ["what polish did to the sites' loss", "before it held-out loss fell 12.0 %"],
+        ),
         ([{**PLAN, **TOLD}, END], "undecided", ["did not score both"]),
     ],
 )
@@ -81,7 +95,9 @@ def test_the_verdict_follows_intervals_gate_and_comparison(log, answer, parts):
     assert found.sentence.startswith(f"{answer.capitalize()}: ")
     assert all(part in found.sentence for part in parts), found.sentence
     page = report.render(log)
-    assert (found.sentence.replace("'", "&#39;") in page) == any(event["kind"] in ("evaluated", "measured") for event in log)
+    assert (found.sentence.replace("'", "&#39;") in page) == any(
+        event["kind"] in ("evaluated", "measured") for event in log
+    )
 
 
 def test_a_silent_site_s_old_figure_is_in_no_interval():
@@ -143,7 +159,8 @@ def test_ticks_are_whole_steps_of_one_two_or_five_around_all_values(low, high):
     step = ticks[1] - ticks[0]
     digit = step / 10 ** math.floor(math.log10(step) + 1e-9)
     assert round(digit, 6) in (1, 2, 5)
-    assert ticks[0] <= low + 1e-9 and ticks[-1] >= high - 1e-9
+    assert ticks[0] <= low + 1e-9
+    assert ticks[-1] >= high - 1e-9
     assert 2 <= len(ticks) <= report.NUM_TICKS + 2
     assert all(abs(tick / step - round(tick / step)) < 1e-6 for tick in ticks)
 
@@ -176,7 +193,9 @@ def test_nothing_on_the_page_is_wider_than_a_telephone(num_sites):
     assert not re.search(r"<svg[^>]*\s(width|height)=", page)  # it fits its place by its viewBox
     plain = re.findall(r'(<div class="table">)?<table(?: class="(\w+)")?>', page)
     assert all(place or kind == "plan" for place, kind in plain)  # what cannot fold scrolls in a place of its own
-    assert re.search(r'<tr class="federated"><td>federated<div class="bar" style="width: \d', page)  # in the first column
+    assert re.search(
+        r'<tr class="federated"><td>federated<div class="bar" style="width: \d', page
+    )  # in the first column
     assert ("Training loss of each site" in page) == (num_sites > report.MAX_COLUMNS)
     assert HOSTILE not in page
     assert page.count("&lt;script&gt;") == 2
