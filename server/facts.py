@@ -25,8 +25,12 @@ def _facts(log: Sequence[Event], starts: Sequence[Event]) -> Iterator[tuple[str,
     yield "privacy", _privacy(plan)
     if "device" in plan:
         yield "device of the coordinator", plan["device"]
-    if "versions" in plan:
-        yield "versions", ", ".join(f"{name} {version}" for name, version in plan["versions"].items())
+    for name, event in [
+        ("versions", plan),
+        *(("versions of the later stages", e) for e in log if e["kind"] == "derived"),
+    ]:
+        if "versions" in event:
+            yield name, ", ".join(f"{package} {version}" for package, version in event["versions"].items())
 
 
 def _times(log: Sequence[Event], first: Event, *, num_starts: int) -> Iterator[tuple[str, str]]:
@@ -42,7 +46,8 @@ def _times(log: Sequence[Event], first: Event, *, num_starts: int) -> Iterator[t
     if is_over:
         tries = f", in {num_starts} tries, pauses between them included" if num_starts > 1 else ""
         begun = added[-1] if added else first
-        yield "duration", f"{duration(ended[-1]['time'] - begun['time'])}{tries if not added else ''}"
+        took = duration(ended[-1]["time"] - begun["time"])
+        yield ("duration of the later stages", took) if added else ("duration", f"{took}{tries}")
 
 
 def _privacy(plan: dict[str, Any]) -> str:

@@ -203,8 +203,8 @@ def refuse_site_rules(rules: Sequence[str], *, whose: str) -> None:
     if found := sorted(SITE_RULES & set(rules)):
         raise ConfigError(
             f"{whose} names the rules {', '.join(found)}, which need the sites' figures of this very adapter; no site "
-            "is asked once a run has ended, as each answers the planned evaluations and no more. Give a [gate] of rules on "
-            "the coordinator's own rows"
+            "is asked once a run has ended, as each answers the planned evaluations and no more. Give a [gate] of rules "
+            "on the coordinator's own rows"
         )
 
 
@@ -322,7 +322,9 @@ def _fill(
     addendum.write(partial, made)
     lines = [json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n" for event in kept]
     storage.write_atomic(partial / events.FILE, "".join(lines).encode(errors="replace"))
-    EventLog(partial / events.FILE).append("derived", **_facts(made), refused=_refused(log, made))
+    EventLog(partial / events.FILE).append(
+        "derived", **_facts(made), versions=dict(made.versions), refused=_refused(log, made)
+    )
     try:
         partial.rename(folder)
     except OSError as error:

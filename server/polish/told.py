@@ -50,12 +50,12 @@ def derived_in_words(event: Mapping[str, Any]) -> list[str]:
     names = ", ".join(event["stages"])
     gate = "by rules of their own, fixed before they began" if event["has_own_gate"] else "as the run is"
     told = [
-        f"later stages {event['number']} ({names}) of the finished run {event['name']}, {event['run_sha256'][:12]}, "
+        f"Later stages {event['number']} ({names}) of the finished run {event['name']}, {event['run_sha256'][:12]}, "
         f"after its {event['start_stage']}; addendum {event['addendum_sha256']}",
-        f"judged {gate}. {NOT_ASKED}",
+        f"Judged {gate}. {NOT_ASKED}",
     ]
     refused = "; ".join(event["refused"])
-    return [*told, f"the run's own gate refused {event['start_stage']}: {refused}"] if refused else told
+    return [*told, f"The run's own gate refused {event['start_stage']}: {refused}"] if refused else told
 
 
 def later(log: Sequence[Event]) -> list[str]:
