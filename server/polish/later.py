@@ -203,7 +203,7 @@ def refuse_site_rules(rules: Sequence[str], *, whose: str) -> None:
     if found := sorted(SITE_RULES & set(rules)):
         raise ConfigError(
             f"{whose} names the rules {', '.join(found)}, which need the sites' figures of this very adapter; no site "
-            "is asked once a run has ended, as each answers the planned evaluations and no more. Give a [gate] of rules "
+            "is asked once a run has ended: each answers the planned evaluations and no more. Give a [gate] of rules "
             "on the coordinator's own rows"
         )
 

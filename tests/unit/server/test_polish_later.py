@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import shutil
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from common import adapter, config, events, privacy_plan
+from common import adapter, config, config_later, events, privacy_plan
 from common.errors import ConfigError, DataError, GateRefused, RunBusyError
 from common.events import EventLog
 from server import examples, finish, launch, lock, report, run, run_files, status, verify
@@ -294,6 +295,17 @@ def test_what_does_not_fit_is_named_before_anything_is_written(world, tables, ga
         world.polish(folder, asked)
     assert hashes(folder) == before
     assert not (folder / addendum.FOLDER).exists()
+
+
+def test_the_stages_file_of_the_documentation_loads(tmp_path):
+    text = Path("docs/polish.md").read_text().partition("with such a file:\n")[2].partition("\nThe stages file")[0]
+    (tmp_path / "more.toml").write_text(textwrap.dedent(text))
+    found = config_later.load_stages(tmp_path / "more.toml")
+    assert [stage.name for stage in found.polish] == ["align-2"]
+    assert found.gate.is_on
+    (tmp_path / "none.toml").write_text("version = 1\n")
+    with pytest.raises(ConfigError, match="neither rules nor figures"):
+        config_later.load_rules(tmp_path / "none.toml")
 
 
 def test_nobody_adds_to_a_run_that_is_at_work_or_not_done(world):
