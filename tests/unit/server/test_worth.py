@@ -194,7 +194,7 @@ def test_nothing_on_the_page_is_wider_than_a_telephone(num_sites):
     plain = re.findall(r'(<div class="table">)?<table(?: class="(\w+)")?>', page)
     assert all(place or kind == "plan" for place, kind in plain)  # what cannot fold scrolls in a place of its own
     assert re.search(
-        r'<tr class="federated"><td>federated<div class="bar" style="width: \d', page
+    assert re.search(r'<tr class="under"><td colspan="3"><div class="bar" style="width: \d', page)  # below its arm
     )  # in the first column
     assert ("Training loss of each site" in page) == (num_sites > report.MAX_COLUMNS)
     assert HOSTILE not in page
