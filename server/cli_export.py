@@ -53,6 +53,10 @@ def gate(
       silotune-server gate runs/triage/later/01 --rules stricter.toml
     """
     from common.errors import GateRefused
+    from server import run_files
+
+    run_files.stored_manifest(run_folder)  # told before torch is loaded
+
     from server import finish
 
     told = finish.gate_by(run_folder, rules) if rules else finish.gate_again(run_folder)

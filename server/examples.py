@@ -3,10 +3,9 @@
 They are the only texts that a run writes into its folder: in `examples.json`, not in its events.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from common import adapter, config, storage, wire
 from common.adapter import Tensors
@@ -17,8 +16,8 @@ from common.model import Engine
 from common.rows import Row
 from server.evaluate import task_answers
 from server.evaluate.task import as_base
+from server.report import EXAMPLES_FILE
 
-FILE: Final = "examples.json"
 MAX_PROMPTS: Final = 8
 _NAME: Final = "output.example_prompts"
 
@@ -73,13 +72,4 @@ def write(folder: Path, prompts: Sequence[Row], tensors: Tensors, *, engine: Eng
         for row, early, late in zip(prompts, before, after, strict=True)
     ]
     told = {"adapter_sha256": adapter.digest(tensors), "examples": found}
-    storage.write_atomic(folder / FILE, wire.canonical_json(told) + b"\n")
-
-
-def stored(folder: Path) -> list[Mapping[str, Any]]:
-    """The answers in a run's folder; none where there are none, or they cannot be read."""
-    try:
-        found = json.loads((folder / FILE).read_bytes())["examples"]
-        return [{name: str(one[name]) for name in ("prompt", "base", "adapter")} for one in found]
-    except (OSError, ValueError, TypeError, KeyError):
-        return []
+    storage.write_atomic(folder / EXAMPLES_FILE, wire.canonical_json(told) + b"\n")

@@ -1,5 +1,6 @@
 """A run as one self-contained page, drawn from its events; no script, nothing fetched."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +12,14 @@ import jinja2
 from common import events, site_states, storage
 from common.data import overlap
 from common.events import Event
-from server import examples, export_words, facts, gaps, lock, troubleshooting, worth
+from server import export_words, facts, gaps, lock, troubleshooting, worth
 from server.evaluate import by_precision, view
 from server.gate import words
 from server.polish import told
 from server.show import percent, size
 
 REPORT_FILE: Final = "report.html"
+EXAMPLES_FILE: Final = "examples.json"
 TEMPLATE: Final = Path(__file__).with_name("report.html.j2")
 WIDTH, HEIGHT = 720, 260
 LEFT, RIGHT, TOP, BOTTOM = 60, 20, 14, 52  # of the chart's picture around its curves
@@ -60,7 +62,7 @@ def write(folder: Path) -> Path:
     """
     page = folder / REPORT_FILE
     log, damaged = events.read_damaged(folder / events.FILE)
-    shown = examples.stored(folder)
+    shown = _examples(folder)
     drawn = render(log, is_live=lock.is_live(folder), num_damaged=len(damaged), shown=shown)
     storage.write_atomic(page, drawn.encode())
     return page
@@ -246,6 +248,15 @@ def nice_ticks(low: float, high: float, *, most: int) -> list[float]:
     step = nice_step(max(high - low, abs(high) * 1e-3, 1e-6), most=most)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(number * step, 10) for number in range(first, max(last, first + 1) + 1)]
+
+
+def _examples(folder: Path) -> list[Mapping[str, Any]]:
+    """The answers in a run's folder (`server.examples`); none where there are none, or they cannot be read."""
+    try:
+        found = json.loads((folder / EXAMPLES_FILE).read_bytes())["examples"]
+        return [{name: str(one[name]) for name in ("prompt", "base", "adapter")} for one in found]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
 
 
 def _base(evaluated: Sequence[Event]) -> Event | None:

@@ -32,7 +32,7 @@ from common.manifest import RunManifest
 from common.model import Engine
 from common.noise import Noise
 from common.records import to_head
-from server import base_noise, checkpoint, examples, export, federation, lock, rounds, run_export, trail
+from server import base_noise, checkpoint, examples, export, federation, lock, rounds, run_export, run_files, trail
 from server.aggregate import table
 from server.checkpoint import Checkpoint
 from server.evaluate import measure, suite

@@ -12,7 +12,7 @@ from common import intervals
 from common.errors import GateRefused
 from common.events import ENDS, Event
 from common.intervals import Estimate
-from server.evaluate import measure, view
+from server.evaluate import view
 from server.gate import words
 from server.polish import told
 
@@ -56,7 +56,7 @@ def verdict(log: Sequence[Event]) -> Worth:
         is_refused = ended.get("error") == GateRefused.__name__
         why = "the gate refuses all that was trained" if is_refused else "the run failed before its end"
         return Worth("no" if is_refused else "undecided", f"{'No' if is_refused else 'Undecided'}: {why}.")
-    found, stage = Evidence(), ended.get("stage", measure.FINAL)
+    found, stage = Evidence(), ended.get("stage", "final")
     _sites(found, log, stage, num_rounds=ended.get("num_rounds"))
     _tasks(found, log, stage)
     _arms(found, log)
@@ -108,7 +108,7 @@ def _sites(found: Evidence, log: Sequence[Event], stage: str, *, num_rounds: int
 def _tasks(found: Evidence, log: Sequence[Event], stage: str) -> None:
     """The coordinator's tasks against the base, by the paired bootstrap."""
     measured = view.stages(log).get(stage, {})
-    gains = measured.get("gains", {}).get(measure.BASE, {})
+    gains = measured.get("gains", {}).get(view.BASE, {})
     told_of: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
     for name, gain in gains.items():
         figure = measured["figures"][name]

@@ -20,7 +20,7 @@ from common.manifest import RunManifest
 from common.methods import FACTS
 from common.model import Engine
 from server import checkpoint, lock, run, run_export, run_files
-from server.evaluate import measure, suite
+from server.evaluate import measure, suite, view
 from server.gate import decide, words
 from server.polish import addendum, kept_apart, stages, told
 from server.polish.addendum import Addendum
@@ -303,7 +303,7 @@ def _fill(
     partial = folder.with_name(f".{folder.name}.partial")
     log = events.read(run_folder / events.FILE)
     kept = list(_history(log, start))
-    labels = {measure.PROMPT_ONLY, *(event["stage"] for event in kept if event["kind"] == "measured")}
+    labels = {view.PROMPT_ONLY, *(event["stage"] for event in kept if event["kind"] == "measured")}
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

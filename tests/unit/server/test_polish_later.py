@@ -15,7 +15,7 @@ from rich.console import Console
 from common import adapter, config, config_later, events, privacy_plan
 from common.errors import ConfigError, DataError, GateRefused, RunBusyError
 from common.events import EventLog
-from server import examples, finish, launch, lock, report, run, run_files, status, verify
+from server import finish, launch, lock, report, run, run_files, status, verify
 from server.polish import addendum, command, later, stages
 from server.show import Screen
 from tests import stage_data, tiny
@@ -175,7 +175,7 @@ def test_report_status_card_and_seal_say_which_polish_they_show(world, polished,
 
 def test_prompts_that_may_be_shown_are_answered_by_base_and_exported_adapter_in_file_and_report(world, polished):
     folder, made, told = polished
-    kept = json.loads((made / examples.FILE).read_bytes())
+    kept = json.loads((made / report.EXAMPLES_FILE).read_bytes())
     assert kept["adapter_sha256"] == told["adapter_sha256"]
     assert [one["prompt"] for one in kept["examples"]] == ["What is <b>?", "Which word?"]
     assert {text for one in kept["examples"] for text in (one["base"], one["adapter"])} != {""}
@@ -183,7 +183,7 @@ def test_prompts_that_may_be_shown_are_answered_by_base_and_exported_adapter_in_
     page = (made / report.REPORT_FILE).read_text()
     assert "<b>prompt</b>What is &lt;b&gt;?</p>" in page
     assert "What is <b>" not in page
-    assert not (folder / examples.FILE).exists()  # its gate let nothing pass
+    assert not (folder / report.EXAMPLES_FILE).exists()  # its gate let nothing pass
     assert "Which word" not in (made / events.FILE).read_text()
 
 
@@ -196,9 +196,12 @@ def test_prompts_that_cannot_be_asked_are_found_before_the_first_round(world, sh
     log = run_files.prepare(settings.model_copy(update={"output": output}), tmp_path / "run")
     with pytest.raises(DataError, match=reason):
         run.execute(
-            run_files.stored_settings(tmp_path / "run"), fleet=tiny.fleet({}), engine=shared_engine, folder=tmp_path / "run",
+            run_files.stored_settings(tmp_path / "run"),
+            fleet=tiny.fleet({}),
+            engine=shared_engine,
+            folder=tmp_path / "run",
             log=log,
-        )  # fmt: skip
+        )
     assert not log.path.exists()
 
 
