@@ -99,7 +99,7 @@ OTHERS: Final = {
     "gate": "rules evidence min_rows max_probe_drop min_baseline_gain max_site_rise min_loss_gain min_schema_valid "
     "max_exposure max_extracted max_pii_emission audit_file stop_after figures",
     "export": "formats gguf_type llama_cpp rows data_statement data_licence operator_key",
-    "output": "folder keep_checkpoints",
+    "output": "folder keep_checkpoints example_prompts",
 }
 _FACTOR: Final = re.compile(r"(.+)\.(lora|residual)_(A|B|(?<=lora_)H)\.weight")
 

@@ -22,7 +22,7 @@ from common.config_node import AgentConfig, HardwareConfig, LinkConfig, NodeData
 from common.config_polish import PolishStage, check_order
 from common.config_privacy import PrivacyConfig
 from common.config_training import DataConfig, FederationConfig, TrainingConfig
-from common.config_types import PATTERNS, Count, RequiredLine, Section, Slug, Tables, refuse_look_alikes
+from common.config_types import PATTERNS, Count, Line, RequiredLine, Section, Slug, Tables, refuse_look_alikes
 from common.config_wire import WireConfig
 
 __all__ = [
@@ -64,6 +64,11 @@ class OutputConfig(Section):
 
     folder: RequiredLine = Field(default="runs", description="Folder in which each run gets a folder of its own.")
     keep_checkpoints: Count = Field(default=0, description="Newest checkpoints that are kept. 0: all.")
+    example_prompts: Line = Field(
+        default="",
+        description="Path of prompts that anybody may see, a column `prompt`: the report shows what base and exported "
+        "adapter answer to the first eight. These texts are written into the run's folder; name no rows of people.",
+    )
 
 
 PRIVATE_METHOD: Final = "fedsvd"

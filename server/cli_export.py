@@ -34,30 +34,34 @@ def verify(
 
 def gate(
     run_folder: Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN_FOLDER")],
+    rules: Annotated[
+        Path | None,
+        typer.Option(
+            help="Judge what it exports by these rules too; what its own gate refused stays refused.", metavar="FILE"
+        ),
+    ] = None,
     json: cli.JsonOption = False,
 ) -> None:
     """Judge a run's checkpoints anew by its own gate: the newest, then from the best on until one passes.
 
-    From the run's figures alone: for an audit or a comparison that came after the end. Nothing is measured, and no
-    limit can be given here. Exit code 9: none passes.
+    From the run's figures alone: for an audit or a comparison that came after the end. Nothing is measured. With
+    --rules the adapter that the run exports is judged by rules that came after its end. Exit code 9: none passes.
 
     \b
     Examples:
       silotune-server gate runs/triage
+      silotune-server gate runs/triage/later/01 --rules stricter.toml
     """
-    from common.errors import ConfigError, GateRefused
+    from common.errors import GateRefused
     from server import run_files
 
-    manifest = run_files.stored_manifest(run_folder)  # told before torch is loaded
+    run_files.stored_manifest(run_folder)  # told before torch is loaded
 
-    from server.gate import decide, words
+    from server import finish
 
-    told = decide.judge_again(run_folder, manifest)
-    if not told:
-        raise ConfigError(f"{run_folder}: the run has no gate or no checkpoint; [gate] of a run file begins one")
-    result = {"passed": told[-1]["stage"] if told[-1]["is_passed"] else "", "gated": told}
-    cli.emit(result, as_json=json, show=lambda: cli.show(*words.summary(told)))
-    if not told[-1]["is_passed"]:
+    told = finish.gate_by(run_folder, rules) if rules else finish.gate_again(run_folder)
+    cli.emit(told, as_json=json, show=lambda: cli.show(*told["in_words"]))
+    if not told["passed"]:
         raise typer.Exit(GateRefused.exit_code)
 
 

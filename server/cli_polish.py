@@ -12,15 +12,27 @@ RunFolder = Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN_
 
 def polish(
     run_folder: RunFolder,
+    stages: Annotated[
+        Path | None, typer.Option(help="New stages after the end of the run, into RUN_FOLDER/later/NN.", metavar="FILE")
+    ] = None,
+    keep_stages: Annotated[
+        int | None,
+        typer.Option(min=0, help="Play them on so many of the run's own stages; default: those that it exports."),
+    ] = None,
     base: Annotated[Path | None, typer.Option(help="Folder of the base; default: model.base, in the store.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: every core.")] = 0,
     json: cli.JsonOption = False,
 ) -> None:
-    """Play the stages of `polish` that a run has left.
+    """Play the stages of `polish` that a run has left, or new ones after its end.
+
+    The sites take no part, and a private run pays nothing more. New stages get a run folder of their own, with their
+    outcome, evidence and report; what the run has made stays as it is.
 
     \b
     Examples:
       silotune-server polish runs/triage
+      silotune-server polish runs/triage --stages more-dpo.toml
+      silotune-server polish runs/triage --stages other-dpo.toml --keep-stages 1
     """
     from server import run_files
 
@@ -28,5 +40,9 @@ def polish(
 
     from server.polish import command
 
-    result = command.polish(run_folder, base=base, num_threads=threads, console=cli.progress(as_json=json))
-    cli.emit(result, as_json=json, show=lambda: cli.show(f"adapter   {result['adapter']}"))
+    console = cli.progress(as_json=json)
+    result = command.polish(
+        run_folder, base=base, num_threads=threads, console=console, stages_file=stages, num_kept=keep_stages
+    )
+    told = (f"adapter   {result['adapter']}", f"next: silotune-server export {result['folder']} --to DIR")
+    cli.emit(result, as_json=json, show=lambda: cli.show(*told))

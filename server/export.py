@@ -100,7 +100,7 @@ def card(
     text: str = _card_template().render(
         run=settings, manifest=run_manifest, sites=sites, num_rows=sum(sites.values()), num_rounds=num_rounds,
         rank=next((spec.shape[0] for spec in specs if is_lora and spec.name.endswith(factored.A_SUFFIX)), 0),
-        title=KINDS[settings.adapter.kind].title, trained=_trained(settings.adapter),
+        title=KINDS[settings.adapter.kind].title, trained=trained(settings.adapter),
         has_side=any(is_side(spec.name) for spec in run_manifest.tensor_specs),
         num_parameters=adapter.num_parameters(specs),
         base=base_name(settings.model.base), is_path=is_path(settings.model.base),
@@ -114,6 +114,9 @@ def card(
         overlaps=[f"{stage['stage']} {line}" for stage in polish for line in told.overlaps(stage)],
         system_prompt=settings.data.system_prompt, polish=polish, stage_kind=told.kind,
         polish_private=told.PRIVATE, polish_own=told.OWN_DATA,
+        gated_later=words.later([event for event in log if event.get("stage") == label]),
+        derived=told.derived_in_words(derived) if (derived := told.derived(log)) else [],
+        has_own_gate=bool(derived and derived["has_own_gate"]),
     )  # fmt: skip
     return text
 
@@ -133,7 +136,7 @@ def _spent(settings: config.RunConfig, log: Sequence[Event], *, num_rounds: int)
     return site_privacy.spent_by(settings, log, num_rounds=num_rounds)
 
 
-def _trained(settings: config.AdapterConfig) -> str:
+def trained(settings: config.AdapterConfig) -> str:
     """Kind and settings of the adapter, for people."""
     if settings.kind == "lora":
         title = f"LoRA r = {settings.r}, alpha = {settings.alpha}, {settings.targets}"

@@ -34,6 +34,7 @@ from server import (
 )
 from server.export_perplexity import Beside, Perplexity
 from server.export_probe import Probe
+from server.polish import told as polish_told
 from server.seal import FORMATS
 
 NEED_BASE: Final = frozenset({"merged", "nf4", "int8", "gguf", "onnx"})
@@ -170,6 +171,7 @@ def content_of(source: Exported, *, formats: Sequence[str], base: Path | None, g
         date=found.date,
         gguf_type=gguf_type,
         system_prompt=prompt,
+        addendum_sha256=derived["addendum_sha256"] if (derived := polish_told.derived(source.log)) else "",
     )
     told = {"num_rounds": source.num_rounds, "sites": source.sites, "log": source.log}
     adapter_card = export.card(found, **told, kind="adapter")  # type: ignore[arg-type]

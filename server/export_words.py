@@ -10,6 +10,8 @@ def lines(result: Mapping[str, Any]) -> list[str]:
     """The folder, each format's difference from the adapter, and the perplexity of merged weights."""
     signer = f"signed by {result['signer']}" if result["signer"] else "NOT SIGNED: anybody could have written it"
     told = [f"{result['name']}: {result['num_files']} files whole, {result['num_tensors']} tensors sound; {signer}"]
+    if later := result.get("addendum_sha256"):
+        told.append(f"polished after the end of its run: addendum {later}")
     logits = result.get("logits", {})
     told += [
         f"{name:<7} differs from the adapter by {figures['difference']:.2e}, limit {figures['limit']:.0e}"

@@ -19,6 +19,7 @@ from common.model import Engine
 from common.noise import Noise, SystemNoise
 from common.prompts import Encoded
 from common.records import ADAPTER, OpenedHead, RoundPlan, SiteMetrics, from_head, to_head
+from common.rows import Row
 from common.wire import Frame
 from server import broadcast, collect
 from server.aggregate.method import Method, State
@@ -76,6 +77,7 @@ class Federation:
         own_rows: The coordinator's own held-out rows, and the engine that scores them; None without any.
         suite: What the coordinator measures on its own rows; None: nothing.
         apart: Rows that no stage is to train on.
+        examples: Prompts that may be shown with their answers; none: no text is kept.
         memory: What the coordinator remembers from round to round.
         step: To the newest adapter, where it goes down as steps.
         sent_sha256: Hash of the adapter in the last requests.
@@ -105,6 +107,7 @@ class Federation:
     own_rows: OwnRows | None = None
     suite: Suite | None = None
     apart: Sequence[Apart] = ()
+    examples: Sequence[Row] = ()
     memory: Memory = field(default_factory=dict)
     step: Step | None = None
     sent_sha256: str = ""

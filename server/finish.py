@@ -2,14 +2,17 @@
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
-from common import adapter, events, identity, model, store
+from common import adapter, config_later, events, identity, model, store
 from common.errors import ConfigError
 from common.methods import FACTS
 from server import checkpoint, export, export_folder, export_kind, lock, run, run_export, run_files
+from server.evaluate import measure
 from server.export_folder import Exported
-from server.gate import decide
-from server.polish import stages, told
+from server.gate import decide, words
+from server.gate.decide import Candidate
+from server.polish import addendum, later, stages, told
 
 
 def export_run(
@@ -131,8 +134,58 @@ def refuse_without_to(**options: object) -> None:
         raise ConfigError(f"--{given[0]} is for a sealed folder; give --to DIR")
 
 
-def stored(run_folder: Path, *, num_rounds: int) -> Exported:
+def gate_again(run_folder: Path) -> dict[str, Any]:
+    """Judge a run's checkpoints anew by its own gate.
+
+    Returns:
+        `passed`: label of what passes, empty if nothing does; `gated`: events; `in_words`: lines for people.
+
+    Raises:
+        ConfigError: The run has no gate, or no checkpoint.
+        RunBusyError: Another process is at work in the folder.
+    """
+    told = decide.judge_again(run_folder, run_files.stored_manifest(run_folder))
+    if not told:
+        raise ConfigError(
+            f"{run_folder}: the run has no gate or no checkpoint; give rules with --rules FILE, or [gate] in a run file"
+        )
+    passed = told[-1]["stage"] if told[-1]["is_passed"] else ""
+    return {"passed": passed, "gated": told, "in_words": words.summary(told)}
+
+
+def gate_by(run_folder: Path, rules_file: Path) -> dict[str, Any]:
+    """Judge what a run exports by rules that came after its end; see `decide.judge_by`.
+
+    Returns:
+        As of `gate_again`.
+
+    Raises:
+        ConfigError: The file has problems, its rules do not fit the run, or need figures of sites of an adapter that no
+            site has scored.
+        GateRefused: The run's own gate lets nothing pass.
+        RunBusyError: Another process is at work in the folder.
+    """
+    gate = config_later.load_rules(rules_file)
+    found = stored(run_folder, num_rounds=0, is_judged_later=True)
+    settings, polished = found.run_manifest.run, told.stages(found.log)
+    if polished and not told.at_sites(found.log).get(polished[-1]["number"]):
+        later.refuse_site_rules(gate.rule_names, whose=str(rules_file))
+    reached = measure.stage_of(found.num_rounds, last=settings.federation.num_rounds)
+    label = told.label(polished[-1]["number"], polished[-1]["stage"]) if polished else reached
+    names = tuple(stage["stage"] for stage in polished)
+    newest = Candidate(label, found.num_rounds, found.tensors, names)
+    event = decide.judge_by(run_folder, found.run_manifest, gate, newest)
+    lines = words.later([event])
+    return {"passed": label if event["is_passed"] else "", "gated": [event], "in_words": lines}
+
+
+def stored(run_folder: Path, *, num_rounds: int, is_judged_later: bool = False) -> Exported:
     """A checkpoint of a run; 0 is the newest, polish stages included, and of a run with a gate the newest that passed.
+
+    Args:
+        run_folder: The run.
+        num_rounds: Which checkpoint.
+        is_judged_later: It is about to be judged by other rules, so that what such rules said of it does not count.
 
     Raises:
         ConfigError: The sites have adapters of their own, and the coordinator has none.
@@ -141,6 +194,7 @@ def stored(run_folder: Path, *, num_rounds: int) -> Exported:
         ModelError: It is damaged.
     """
     found = run_files.stored_manifest(run_folder)
+    addendum.read(run_folder)  # one that was changed is found
     if FACTS[found.run.aggregation.method].is_personal:
         raise ConfigError(
             f"{run_folder}: under aggregation.method = '{found.run.aggregation.method}' each site has an adapter of "
@@ -155,7 +209,8 @@ def stored(run_folder: Path, *, num_rounds: int) -> Exported:
     for stage in stages.finished(run_folder, found, state.tensors) if not num_rounds and wanted == done[-1] else ():
         if passed is None or stage.label <= passed["stage"]:
             tensors, names = stage.tensors, stage.names
-    decide.require(found.run, log, adapter_sha256=adapter.digest(tensors))
+    judged = [event for event in log if event["kind"] != "gated_later"] if is_judged_later else log
+    decide.require(found.run, judged, adapter_sha256=adapter.digest(tensors))
     sites = run.trained_sites(log, num_rounds=wanted)
     return Exported(tensors, found, wanted, sites, told.of_export(log, names))
 

@@ -1,5 +1,6 @@
 """Starting a run at a SuperLink and watching it; the run itself is done by the SuperLink's ServerApp process."""
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 POLL_S: Final = 1.0
 MAX_PAUSE_S: Final = 30.0  # between polls of a SuperLink or gateway that does not answer
 GIVE_UP_S: Final = 600.0
+TOLD_AFTER: Final = ("gated", "gated_later", "compared", "later_started", "later_finished")  # than the end of a run
 
 
 def run(
@@ -133,6 +135,10 @@ def watch(folder: Path, *, is_quiet: bool) -> dict[str, Any]:
 def _ending(folder: Path, last: Event) -> dict[str, Any]:
     """How a run ended by its last event, as a result or as an error; its report is drawn."""
     report.write(folder)
+    if last.get("kind") in TOLD_AFTER:
+        told = reversed(events.read(folder / events.FILE))
+        latest = itertools.takewhile(lambda event: event["kind"] != "run_started", told)
+        last = next((event for event in latest if event["kind"] in events.ENDS), last)
     if last.get("kind") not in events.ENDS or last.get("error") == events.INTERRUPTED:
         raise ProtocolError(f"{folder}: the run was interrupted, its process is gone; {begun.go_on(folder)}")
     if last.get("kind") != "run_finished":

@@ -1,6 +1,8 @@
 """A run as one self-contained page, drawn from its events; no script, nothing fetched."""
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -10,17 +12,22 @@ import jinja2
 from common import events, site_states, storage
 from common.data import overlap
 from common.events import Event
-from server import begun, export_words, gaps, lock, troubleshooting
+from server import begun, export_words, facts, gaps, lock, troubleshooting, worth
 from server.evaluate import by_precision, view
 from server.gate import words
 from server.polish import told
 from server.show import percent, size
 
 REPORT_FILE: Final = "report.html"
+EXAMPLES_FILE: Final = "examples.json"
 TEMPLATE: Final = Path(__file__).with_name("report.html.j2")
-WIDTH, HEIGHT, MARGIN = 720, 260, 44
+WIDTH, HEIGHT = 720, 260
+LEFT, RIGHT, TOP, BOTTOM = 60, 20, 14, 52  # of the chart's picture around its curves
+MAX_COLUMNS: Final = 3  # sites with a column in the table of rounds; more have a table of their own
+NUM_TICKS: Final = 6
 COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442")  # Okabe and Ito
 MAX_COLOURED = 7
+PLAY_ON: Final = "go on with silotune-server polish and this folder"
 
 
 @dataclass(frozen=True)
@@ -54,17 +61,33 @@ def write(folder: Path) -> Path:
     """
     page = folder / REPORT_FILE
     log, damaged = events.read_damaged(folder / events.FILE)
-    drawn = render(log, is_live=lock.is_live(folder), num_damaged=len(damaged))
+    shown = _examples(folder)
+    drawn = render(log, is_live=lock.is_live(folder), num_damaged=len(damaged), shown=shown)
     storage.write_atomic(page, drawn.encode())
     return page
 
 
-def render(log: Sequence[Event], *, is_live: bool = True, num_damaged: int = 0) -> str:
-    """Events to a page; names and reasons come from sites, so all text is escaped."""
+def render(
+    log: Sequence[Event],
+    *,
+    is_live: bool = True,
+    num_damaged: int = 0,
+    shown: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Events to a page; names and reasons come from sites, answers from a model, so all text is escaped.
+
+    Args:
+        log: The run's events.
+        is_live: Whether a process is at work on it.
+        num_damaged: Lines of the events that cannot be read.
+        shown: Answers before and after, to prompts that may be shown (`server.examples`).
+    """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    comparison = _bars(_of(log, "compared"))
     plans, evaluated, rounds = _of(log, "run_started"), _of(log, "evaluated"), _rounds(log)
-    last = view.last_at_sites(log)
+    last, derived = view.last_at_sites(log), told.derived(log)
+    sites = sorted({event["site"] for event in _of(log, "site_trained")})
     return template.render(
         plan=plans[-1] if plans else None,
         status=status(log, is_live=is_live),
@@ -75,9 +98,17 @@ def render(log: Sequence[Event], *, is_live: bool = True, num_damaged: int = 0) 
         spent=rounds[-1] if rounds and "epsilon" in rounds[-1] else None,
         num_damaged=num_damaged,
         num_large_gaps=sum((row["gap"] or 0.0) > plans[-1]["gap_warning"] for row in rounds if plans),
-        sites=sorted({event["site"] for event in _of(log, "site_trained")}),
+        sites=sites if len(sites) <= MAX_COLUMNS else [],
+        many_sites=sites if len(sites) > MAX_COLUMNS else [],
+        facts=facts.of_run(log),
+        worth=worth.verdict(log) if last or comparison or view.stages(log) else None,
+        change=worth.change_at_sites(base, last) if last and (base := _base(evaluated)) else None,
+        derived=told.derived_in_words(derived) if derived else [],
+        later=told.later(log),
+        examples=shown,
+        percent_change=worth.percent,
         chart=chart(evaluated) if evaluated else None,
-        comparison=_bars(_of(log, "compared")),
+        comparison=comparison,
         last=last,
         overlap=overlap.sentence(found[-1]) if (found := _of(log, "overlap")) else "",
         is_overlapping=bool(found and overlap.num_same(found[-1])),
@@ -94,7 +125,7 @@ def render(log: Sequence[Event], *, is_live: bool = True, num_damaged: int = 0) 
         polish_private=told.PRIVATE,
         polish_own=told.OWN_DATA,
         stage_kind=told.kind,
-        gated=words.summary(log),
+        gated=[*words.summary(log), *words.later(log)],
         exported=export_words.summary(log),
         symptoms=troubleshooting.symptoms(log),
         troubles=_of(log, "site_failed") + _refusals(log) + _flagged(log),
@@ -130,6 +161,7 @@ def status(log: Sequence[Event], *, is_live: bool = True, go_on: str = begun.GO_
     planned = latest[0]["num_rounds"] if starts else "?"
     stages = _of(latest, "polish_started")
     stage = f", polish stage {stages[-1]['number']} of {stages[-1]['num_stages']}" if stages else ""
+    go_on = PLAY_ON if _of(latest, "derived") else go_on
     if is_live and not failed:
         return f"running, {done} of {planned} rounds{stage}"
     return f"interrupted, {done} of {planned} rounds{stage}; {go_on}"
@@ -177,21 +209,60 @@ def chart(evaluated: Sequence[Event]) -> Chart:
     ]
     curves.append(("all sites", [(event["num_rounds"], event["loss"]) for event in log]))
     values = [loss for _, points in curves for _, loss in points]
-    low, high, last = min(values), max(values), max(log[-1]["num_rounds"], 1)
-    span = (high - low) or 1.0
+    last = max(log[-1]["num_rounds"], 1)
+    ticks = nice_ticks(min(values), max(values), most=NUM_TICKS)
+    low, high = ticks[0], ticks[-1]
 
     def place(number: float, loss: float) -> tuple[float, float]:
-        x = MARGIN + (WIDTH - 2 * MARGIN) * number / last
-        return round(x, 1), round(HEIGHT - MARGIN + (2 * MARGIN - HEIGHT) * (loss - low) / span, 1)
+        x = LEFT + (WIDTH - LEFT - RIGHT) * number / last
+        return round(x, 1), round(TOP + (HEIGHT - TOP - BOTTOM) * (high - loss) / (high - low), 1)
 
     lines = [
         Line(name, _colour(index, len(sites)), " ".join("{},{}".format(*place(*p)) for p in points), _line_width(name))
         for index, (name, points) in enumerate(curves)
     ]
-    step = max(1, -(-last // 10))
+    step = max(1, round(nice_step(last, most=10)))
     x_ticks = [(place(number, low)[0], str(number)) for number in range(0, last + 1, step)]
-    y_ticks = [(place(0, low + span * part / 4)[1], f"{low + span * part / 4:.2f}") for part in range(5)]
+    num_digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    y_ticks = [(place(0, value)[1], f"{value:.{num_digits}f}") for value in ticks]
     return Chart(lines, x_ticks, y_ticks)
+
+
+def nice_step(span: float, *, most: int) -> float:
+    """The smallest of 1, 2 and 5 times a power of ten that goes into a span at most so often.
+
+    Example:
+        >>> nice_step(30, most=10), nice_step(0.9, most=6)
+        (5.0, 0.2)
+    """
+    power = 10.0 ** math.floor(math.log10(span / most))
+    return next(times * power for times in (1, 2, 5, 10, 20) if span / (times * power) <= most * (1 + 1e-9))
+
+
+def nice_ticks(low: float, high: float, *, most: int) -> list[float]:
+    """Ticks at whole steps of `nice_step`, from below the lowest value to above the highest; two at least.
+
+    Example:
+        >>> nice_ticks(2.31, 4.07, most=6)
+        [2.0, 2.5, 3.0, 3.5, 4.0, 4.5]
+    """
+    step = nice_step(max(high - low, abs(high) * 1e-3, 1e-6), most=most)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(number * step, 10) for number in range(first, max(last, first + 1) + 1)]
+
+
+def _examples(folder: Path) -> list[Mapping[str, Any]]:
+    """The answers in a run's folder (`server.examples`); none where there are none, or they cannot be read."""
+    try:
+        found = json.loads((folder / EXAMPLES_FILE).read_bytes())["examples"]
+        return [{name: str(one[name]) for name in ("prompt", "base", "adapter")} for one in found]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+
+
+def _base(evaluated: Sequence[Event]) -> Event | None:
+    """What the sites said of the base."""
+    return next((event for event in reversed(evaluated) if event["num_rounds"] == 0), None)
 
 
 def _rounds(log: Sequence[Event]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """A whole run: manifest, sites, rounds, export. The same call under every grid."""
 
+import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -31,7 +32,7 @@ from common.manifest import RunManifest
 from common.model import Engine
 from common.noise import Noise
 from common.records import to_head
-from server import base_noise, checkpoint, export, federation, lock, rounds, run_export, run_files, trail
+from server import base_noise, checkpoint, examples, export, federation, lock, rounds, run_export, run_files, trail
 from server.aggregate import table
 from server.checkpoint import Checkpoint
 from server.evaluate import measure, suite
@@ -156,6 +157,7 @@ def _execute(
     storage.write_atomic(folder / run_files.MANIFEST_FILE, manifest.to_bytes())
     fed.own_rows = read_own_rows(settings, engine)
     fed.apart = kept_apart.tables(measured.tasks, known or KnownRows())
+    fed.examples = examples.read_prompts(settings, engine)
     stages.check(settings, engine, fed.apart)
     run_export.check(manifest, engine)
     log.append("run_started", **plan(manifest, engine), **told, first_round=first.num_rounds)
@@ -243,6 +245,7 @@ def finish(fed: Federation, tensors: Tensors, played: Sequence[stages.Finished])
         log=told,
     )
     source = Exported(chosen.tensors, manifest, chosen.num_rounds, sites, told)
+    examples.write(folder, fed.examples, chosen.tensors, engine=fed.suite.engine, run=manifest.run)
     run_export.write(folder, source, base=fed.suite.engine.folder, log=log)
     log.append("run_finished", adapter=run_files.EXPORT_FOLDER, num_rounds=chosen.num_rounds, stage=chosen.stage)
     return Outcome(chosen.tensors, sites, folder)
@@ -326,7 +329,19 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
         **_privacy(settings),
         "without_gap": compatibility.without_gap(settings),
         "polish": [stage.name for stage in settings.polish],
+        "seed": settings.seed,
+        "adapter": export.trained(settings.adapter),
+        "learning_rate": settings.training.learning_rate,
+        "objective": settings.training.objective,
+        "device": str(engine.device),
+        "versions": versions(),
     }
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Versions of this software and of what it trains with, by distribution."""
+    names = ("silotune", "torch", "transformers", "peft", "flwr", *more)
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def _privacy(settings: config.RunConfig) -> dict[str, object]:

@@ -45,6 +45,8 @@ class Facts:
         probe: Of the merged weights against base and adapters side by side on fixed tokens, `server/export_probe.py`;
             empty where nothing was merged.
         system_prompt: `data.system_prompt` of the run, which every chat template here begins with.
+        addendum_sha256: Of the stages after the end of the run that the adapter went through; empty: it went through
+            none.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Facts:
     perplexity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     probe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     system_prompt: str = ""
+    addendum_sha256: str = ""
 
 
 @dataclass(frozen=True)

@@ -286,6 +286,11 @@ class Screen:
         for line in view.lines(event):
             self._print(f"    {_escape(line)}")
 
+    def _on_derived(self, event: Event) -> None:
+        """Stages after the end of a run."""
+        for line in told.derived_in_words(event):
+            self._print(f"  {_escape(line)}")
+
     def _on_polish_started(self, event: Event) -> None:
         """A stage and its rows."""
         rows = f"{event['num_rows']:,} rows to train, {event['num_held_out']:,} held out{told.left_out(event)}"
@@ -316,6 +321,11 @@ class Screen:
         self._print(f"  [bold]gate, {event['stage']}: {'passed' if event['is_passed'] else '[red]refused[/]'}[/]")
         for verdict in event["verdicts"]:
             self._print(f"    {_escape(words.line(verdict))}")
+
+    def _on_gated_later(self, event: Event) -> None:
+        """What rules that came after the end say."""
+        for line in words.later([event]):
+            self._print(f"  {_escape(line)}")
 
     def _on_exported(self, event: Event) -> None:
         """The sealed folder, and how near its formats are to the adapter."""

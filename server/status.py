@@ -11,7 +11,7 @@ from common.events import Event
 from server import begun, export_words, lock, report, round_rows, run_files, troubleshooting
 from server.evaluate import view
 from server.gate import words
-from server.polish import told
+from server.polish import told as told_of_polish
 from server.show import MAX_NAMED, percent
 
 
@@ -31,7 +31,7 @@ def read(folder: Path) -> dict[str, Any]:
         "damaged_events": damaged,
         "damage": events.in_words(path, damaged) if damaged else "",
         "finished_rounds": run_files.finished(folder),
-        "finished_stages": [told.line(stage) for stage in told.stages(log)],
+        "finished_stages": [told_of_polish.line(stage) for stage in told_of_polish.stages(log)],
         **round_rows.as_dict(log),
         "held_out_after": view.stage_at_sites(last) if last else "",
         "exact_match": last.get("exact_match"),
@@ -65,7 +65,13 @@ def _in_words(log: list[Event], last: Event) -> dict[str, list[str]]:
     told = {"sites": [view.evenness(last)], "worse than base": [view.worse(last)]} if last else {}
     told |= {f"tasks, {event['stage']}": list(view.lines(event)) for event in measured}
     symptoms = [f"{one.name}: {one.evidence}. {one.remedy}" for one in troubleshooting.symptoms(log)]
-    told |= {"gate": words.summary(log), "export": export_words.summary(log), "What the numbers say": symptoms}
+    derived, later = told_of_polish.derived(log), told_of_polish.later(log)
+    told |= {"of": told_of_polish.derived_in_words(derived) if derived else [], "later stages": later}
+    told |= {
+        "gate": [*words.summary(log), *words.later(log)],
+        "export": export_words.summary(log),
+        "What the numbers say": symptoms,
+    }
     return {head: texts for head, texts in told.items() if any(texts)}
 
 

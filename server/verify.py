@@ -51,7 +51,8 @@ def verify(folder: Path, *, signer: str = "", base: Path | None = None) -> dict[
         base: The base's folder; None compares no logits.
 
     Returns:
-        `name`, `formats`, `signer` (empty if unsigned), `num_files`, `num_tensors`, `perplexity` as it was measured
+        `name`, `formats`, `signer` (empty if unsigned), `addendum_sha256` of the stages after the end of its run
+        (empty: there were none), `num_files`, `num_tensors`, `perplexity` as it was measured
         when it was merged (empty: it was not, or nothing was merged), `probe`: merged logits as they were compared then
         (empty: nothing was merged), and with a base `logits`: of each format the figures of `server/verify_logits.py`.
 
@@ -79,6 +80,7 @@ def verify(folder: Path, *, signer: str = "", base: Path | None = None) -> dict[
         "name": sealed.facts.name,
         "formats": list(sealed.facts.formats),
         "signer": found_signer,
+        "addendum_sha256": sealed.facts.addendum_sha256,
         "num_files": len(paths),
         "num_tensors": num_tensors,
         "perplexity": perplexity,

@@ -70,6 +70,29 @@ def answered(engine: Engine, rows: Sequence[Row], run: RunConfig, *, what: str, 
         DataError: A prompt and its answer are longer than the model takes.
     """
     max_new_tokens = max_new_tokens or run.evaluation.max_new_tokens
+    require_short(engine, rows, run, what=what, max_new_tokens=max_new_tokens)
+    return evaluation.generate(
+        engine,
+        rows,
+        batch_size=run.evaluation.batch_size,
+        max_new_tokens=max_new_tokens,
+        system_prompt=run.data.system_prompt,
+    )
+
+
+def require_short(engine: Engine, rows: Sequence[Row], run: RunConfig, *, what: str, max_new_tokens: int) -> None:
+    """Refuse rows that the model cannot answer, before anything is asked.
+
+    Args:
+        engine: The model.
+        rows: What will be asked.
+        run: Its settings.
+        what: What messages call it.
+        max_new_tokens: Longest answer.
+
+    Raises:
+        DataError: A prompt and its answer are longer than the model takes.
+    """
     limit = likelihood.max_length_tokens(engine)
     for row in rows:
         num_tokens = len(prompts.prompt_ids(row, engine.tokenizer, system_prompt=run.data.system_prompt)[0])
@@ -78,13 +101,6 @@ def answered(engine: Engine, rows: Sequence[Row], run: RunConfig, *, what: str, 
                 f"{what}, {row.row_id}: a prompt of {num_tokens} tokens and {max_new_tokens} new ones, "
                 f"and the model takes {limit}; lower max_new_tokens or baseline_examples, or shorten the row"
             )
-    return evaluation.generate(
-        engine,
-        rows,
-        batch_size=run.evaluation.batch_size,
-        max_new_tokens=max_new_tokens,
-        system_prompt=run.data.system_prompt,
-    )
 
 
 def with_prompt(row: Row, prompt: str, examples: Sequence[Row]) -> Row:

@@ -92,6 +92,9 @@ def _row(name: str, found: Mapping[str, Event], shown: list[str], last: Event) -
         "name": name,
         "num_rows": figure["num_rows"],
         "values": ["-" if value is None else number(value["value"]) for value in values],
+        "intervals": [
+            "" if value is None else f"{number(value['low'])} to {number(value['high'])}" for value in values
+        ],
         "gains": ["-" if gain is None else rise(gain) for gain in gains],
         "verdicts": ["" if gain is None else verdict(figure, gain) for gain in gains],
         "lower": "" if figure["higher_is_better"] else "lower is better",

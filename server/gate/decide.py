@@ -1,21 +1,28 @@
 """Which adapter of a run may be exported: the newest, or else the best before it, that the gate lets pass."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from common import adapter, config, events
+from pydantic import ValidationError
+
+from common import adapter, config, events, storage, wire
 from common.adapter import Tensors
-from common.errors import GateRefused
+from common.config_gate import GateConfig
+from common.errors import ConfigError, GateRefused, ModelError
 from common.events import Event, EventLog
 from common.manifest import RunManifest
 from server import checkpoint, lock, run_files
 from server.evaluate import fairness, measure
 from server.evaluate.suite import Suite
 from server.gate import figures, rules, words
-from server.polish import stages
+from server.polish import addendum, stages
+
+RULES_FOLDER: Final = "rules"
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,8 @@ def of_end(
 
     The newest first. Before it the polish stages that changed it, newer ones first, since each is after something else;
     then the rounds, from the best on: the one with the lowest held-out loss at the sites. Rounds after which the sites
-    were not asked, or one was silent, come last, newer ones first.
+    were not asked, or one was silent, come last, newer ones first. Of a folder with stages after the end of a run only
+    what these have left: the rest is the run's own, which its own gate has judged.
 
     Args:
         folder: The run's.
@@ -63,13 +71,19 @@ def of_end(
         played: The stages, in their order; a reward model leaves the adapter as it was.
 
     Raises:
-        ModelError: A checkpoint is damaged.
+        ModelError: A checkpoint is damaged, or stages after the end of a run have changed nothing.
     """
-    done = run_files.finished(folder)
+    done, made = run_files.finished(folder), addendum.read(folder)
     before = [last, *(stage.tensors for stage in played)]
     changed = [stage for stage, was in zip(played, before, strict=False) if not _are_equal(stage.tensors, was)]
+    if made:
+        changed = [stage for stage in changed if len(stage.names) > made.num_kept]
+        if not changed:
+            raise ModelError(f"{folder}: the new stages left the adapter as it was; there is nothing to export")
     for stage in reversed(changed):
         yield Candidate(stage.label, done[-1], stage.tensors, stage.names)
+    if made:
+        return
     losses = _losses(events.read(folder / events.FILE))
 
     def order(number: int) -> tuple[bool, float, int]:
@@ -120,7 +134,7 @@ def choose(run: config.RunConfig, candidates: Iterator[Candidate], *, suite: Sui
             return candidate
         found = adapter.digest(candidate.tensors)
         _require_measured(suite, candidate, found)
-        event = _judge(run, suite.log, candidate, found, definition=suite.sha256)
+        event = _judge(run, suite.log, candidate, found, definition=_definition(suite.folder, suite.sha256))
         if event["is_passed"]:
             return candidate
         failed.append(event)
@@ -142,11 +156,58 @@ def judge_again(run_folder: Path, run_manifest: RunManifest) -> list[Event]:
     told: list[Event] = []
     with lock.hold(run_folder):
         for candidate in of_run(run_folder, run_manifest) if run_manifest.run.gate.is_on else ():
-            found, definition = adapter.digest(candidate.tensors), run_manifest.evaluation_sha256
+            found, definition = (
+                adapter.digest(candidate.tensors),
+                _definition(run_folder, run_manifest.evaluation_sha256),
+            )
             told.append(_judge(run_manifest.run, log, candidate, found, definition=definition))
             if told[-1]["is_passed"]:
                 break
     return told
+
+
+def judge_by(run_folder: Path, run_manifest: RunManifest, gate: GateConfig, newest: Candidate) -> Event:
+    """Judge an adapter by rules that came after the end of its run, from its events; nothing is measured.
+
+    The rules go into `rules/` in the folder, under their hash, and the verdict into its events. They come on top of
+    what the run's own gate asks: what that one refused stays refused, and what these refuse is not exported either,
+    until it passes such rules again.
+
+    Args:
+        run_folder: The run, or stages after its end.
+        run_manifest: Of it.
+        gate: The rules.
+        newest: What is exported from the folder.
+
+    Returns:
+        The event `gated_later`.
+
+    Raises:
+        ConfigError: The rules do not fit the run's tasks.
+        RunBusyError: Another process is at work in the folder.
+        StorageError: Disk full or not writable.
+    """
+    settings = run_manifest.run.model_copy(update={"gate": gate})
+    _require_fitting(settings)
+    told = gate.model_dump(mode="json")
+    rules_sha256, digest = addendum.gate_sha256(told), adapter.digest(newest.tensors)
+    log = EventLog(run_folder / events.FILE)
+    with lock.hold(run_folder):
+        storage.write_atomic(run_folder / RULES_FOLDER / f"{rules_sha256}.json", wire.canonical_json(told) + b"\n")
+        return _judge(settings, log, newest, digest, definition=rules_sha256, kind="gated_later")
+
+
+def _require_fitting(settings: config.RunConfig) -> None:
+    """What the schema refuses of a run file with these rules.
+
+    Raises:
+        ConfigError: A rule needs a task that the run does not have.
+    """
+    try:
+        config.RunConfig.model_validate(json.loads(config.resolved_json(settings)))
+    except ValidationError as error:  # not chained: pydantic's own text repeats values
+        reasons = "; ".join(str(detail["msg"]).removeprefix("Value error, ") for detail in error.errors())
+        raise ConfigError(f"the rules do not fit the run: {reasons}") from None
 
 
 def exported(run: config.RunConfig, log: Sequence[Event]) -> Event | None:
@@ -166,7 +227,7 @@ def exported(run: config.RunConfig, log: Sequence[Event]) -> Event | None:
 
 
 def require(run: config.RunConfig, log: Sequence[Event], *, adapter_sha256: str) -> None:
-    """Nothing is exported that the gate has not let pass.
+    """Nothing is exported that the gate has not let pass, or that rules which came later refuse.
 
     Args:
         run: The run file.
@@ -176,6 +237,9 @@ def require(run: config.RunConfig, log: Sequence[Event], *, adapter_sha256: str)
     Raises:
         GateRefused: The gate has refused this adapter, or has not judged it.
     """
+    later = [e for e in log if e["kind"] == "gated_later" and e["adapter_sha256"] == adapter_sha256]
+    if later and not later[-1]["is_passed"]:
+        raise GateRefused(_refusal(later[-1:]))
     if not run.gate.is_on:
         return
     found = verdicts(log).get(adapter_sha256)
@@ -188,8 +252,20 @@ def verdicts(log: Sequence[Event]) -> dict[str, Event]:
     return {event["adapter_sha256"]: event for event in log if event["kind"] == "gated"}
 
 
+def _definition(folder: Path, evaluation_sha256: str) -> str:
+    """The hash under which the rules were fixed: of the evaluation, or of the addendum that has a gate of its own."""
+    made = addendum.read(folder)
+    return made.sha256 if made else evaluation_sha256
+
+
 def _judge(
-    run: config.RunConfig, log: EventLog, candidate: Candidate, adapter_sha256: str, *, definition: str
+    run: config.RunConfig,
+    log: EventLog,
+    candidate: Candidate,
+    adapter_sha256: str,
+    *,
+    definition: str,
+    kind: str = "gated",
 ) -> Event:
     """Judge one adapter and log it."""
     stage, num_rounds = candidate.stage, candidate.num_rounds
@@ -197,7 +273,7 @@ def _judge(
     told = figures.gather(run, events.read(log.path), stage=stage, num_rounds=num_rounds, polished=polished)
     found = rules.judge(run.gate, told)
     return log.append(
-        "gated",
+        kind,
         stage=stage,
         num_rounds=num_rounds,
         adapter_sha256=adapter_sha256,

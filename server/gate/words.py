@@ -43,6 +43,17 @@ def summary(log: Sequence[Event]) -> list[str]:
     return told
 
 
+def later(log: Sequence[Event]) -> list[str]:
+    """What rules that came after the end of a run say, in lines; of the same rules and adapter the last."""
+    found = {(e["adapter_sha256"], e["definition_sha256"]): e for e in log if e["kind"] == "gated_later"}
+    told = []
+    for event in found.values():
+        how = "passed" if event["is_passed"] else "refused"
+        told.append(f"{event['stage']}: {how} by rules given after the end, {event['definition_sha256'][:12]}")
+        told += [f"  {line(verdict)}" for verdict in event["verdicts"]]
+    return told
+
+
 def of_export(log: Sequence[Event], *, stage: str) -> list[str]:
     """What the gate said of an adapter, and which it refused before; empty: no gate."""
     judged = of_log(log)

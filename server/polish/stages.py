@@ -303,6 +303,8 @@ def _facts(fed: Federation, number: int, stage: PolishStage, found: StageRows, p
         "num_steps": played.num_steps,
         "num_rows": len(found.train),
         "num_held_out": len(found.held_out),
+        "seed": stage.seed,
+        "learning_rate": stage.learning_rate,
         "overlaps": {name: dict(counts) for name, counts in found.overlaps.items()},
         "adapter_sha256": adapter.digest(played.tensors),
     }

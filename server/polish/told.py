@@ -15,6 +15,10 @@ PRIVATE: Final = (
 OWN_DATA: Final = (
     "What the coordinator trained on is not covered by any privacy guarantee: the adapter may have memorised it."
 )
+NOT_ASKED: Final = (
+    "No site was asked after these stages: a new score would be one more release of a site's figures. What is told of "
+    "sites is from before them, and what the stages have left is judged on the coordinator's own rows alone."
+)
 AT_SITES: Final = "held-out loss at the sites"
 _ORDER: Final = ("loss", "margin", "accuracy", "logp_chosen", "logp_rejected", "reward", "length", "repetition")
 _OF_STAGES: Final = ("polish_started", "polish_step", "polish_finished", "polish_evaluated")
@@ -32,6 +36,37 @@ def stages(log: Sequence[Event]) -> list[dict[str, Any]]:
             losses = [asked[number]["loss"]] if number in asked else []
             found += [(AT_SITES, before, loss) for loss in losses]
         told.append({**event, "figures": found})
+    return told
+
+
+def derived(log: Sequence[Event]) -> Event | None:
+    """What the events tell of the run to which these stages were added after its end; None: they are a run's own."""
+    found = [event for event in log if event["kind"] == "derived"]
+    return found[-1] if found else None
+
+
+def derived_in_words(event: Mapping[str, Any]) -> list[str]:
+    """Which stages after the end of which run these are, in lines."""
+    names = ", ".join(event["stages"])
+    gate = "by rules of their own, fixed before they began" if event["has_own_gate"] else "as the run is"
+    told = [
+        f"Later stages {event['number']} ({names}) of the finished run {event['name']}, {event['run_sha256'][:12]}, "
+        f"after its {event['start_stage']}; addendum {event['addendum_sha256']}",
+        f"Judged {gate}. {NOT_ASKED}",
+    ]
+    refused = "; ".join(event["refused"])
+    return [*told, f"The run's own gate refused {event['start_stage']}: {refused}"] if refused else told
+
+
+def later(log: Sequence[Event]) -> list[str]:
+    """What was added to a run after its end, a line each, with what came of it."""
+    done = {event["addendum_sha256"]: event for event in log if event["kind"] == "later_finished"}
+    told = []
+    for event in log:
+        if event["kind"] == "later_started":
+            end = done.get(event["addendum_sha256"])
+            how = f"finished with {end['stage']}, adapter {end['adapter_sha256'][:12]}" if end else "not finished"
+            told.append(f"{event['folder']} ({', '.join(event['stages'])}) after {event['start_stage']}: {how}")
     return told
 
 

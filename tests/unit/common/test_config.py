@@ -245,7 +245,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "53aec77872f27106a31f1862752d7971e65e7199c3535838ecd686b1ce7029ad"
+        "6a21035a9ec1835d6f4a13523aee5c63c83d64c4482e9e08ae1943990a3297ff"
     )
 
 

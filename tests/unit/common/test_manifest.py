@@ -23,6 +23,7 @@ PRIVATE = {
     "evaluation.tasks_every_rounds": "2",
     "output.folder": "/srv/coordinator/runs",
     "output.keep_checkpoints": "3",
+    "output.example_prompts": "/srv/coordinator/prompts.jsonl",
 }
 
 
