@@ -29,6 +29,7 @@ from common import (
     preference_score,
     prompts,
     ranks,
+    roster,
     start,
     trainable,
     wire,
@@ -172,6 +173,8 @@ class Agent:
         request = None
         try:
             request = wire.unpack(frame, max_body_bytes=self._max_body_bytes)
+            if request.kind == roster.KIND:
+                return wire.pack(Frame("taken", {"epoch": self._guard.take_roster(bytes(request.body))}))
             if request.kind not in self._steps:
                 raise ProtocolError(f"no such request: '{wire.shown(request.kind)}'")
             reply = self._steps[request.kind](request)

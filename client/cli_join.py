@@ -88,7 +88,7 @@ def roster(
     keys: Annotated[Path, typer.Option(help="The folder that enroll made.", metavar="DIR")],
     json: cli.JsonOption = False,
 ) -> None:
-    """Take a newer roster into use, as after a revocation.
+    """Take a newer roster into use, where the link does not bring it.
 
     Refused unless the pinned governance signed it, this site is in it, and none newer was seen.
 
@@ -124,10 +124,14 @@ def link(
         list[str] | None,
         typer.Option(help="SHA-256 of a bundle that may run; default: this release's own.", metavar="HASH"),
     ] = None,
+    agent: Annotated[
+        Path | None, typer.Option(help="The agent's socket: bring it the gateway's newest roster.", metavar="SOCKET")
+    ] = None,
 ) -> None:
     """Carry the SuperNode's connection to the gateway, with this site's certificate.
 
-    A bundle with code of somebody else is not handed to the SuperNode. Runs until stopped.
+    A bundle with code of somebody else is not handed to the SuperNode. With --agent, the newest signed roster is
+    fetched every half minute, and the agent judges it. Runs until stopped.
 
     \b
     Examples:
@@ -144,4 +148,4 @@ def link(
         f"link: 127.0.0.1:{port} to {gateway}{through}; root certificate {state / tunnel.CERTIFICATE}; stop with Ctrl-C"
     )
     files = {"ca_file": ca, "certificate_file": certificate, "key_file": key}
-    tunnel.run(gateway=gateway, state=state, port=port, bundles=bundle or (), proxy=way, **files)
+    tunnel.run(gateway=gateway, state=state, port=port, bundles=bundle or (), proxy=way, agent=agent, **files)

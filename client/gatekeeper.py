@@ -22,7 +22,19 @@ from client.moves import Moves
 from client.payment import Payment
 from client.policy_file import DatasetRules, SignedPolicy
 from client.pressure import Limit
-from common import audit_heads, broadcast, config, egress, identity, manifest, noise, signed_frame, site_states, wire
+from common import (
+    audit_heads,
+    broadcast,
+    config,
+    egress,
+    identity,
+    manifest,
+    noise,
+    roster,
+    signed_frame,
+    site_states,
+    wire,
+)
 from common.adapter import Tensors
 from common.audit import AuditLog, Head
 from common.audit_heads import Heads
@@ -35,6 +47,7 @@ from common.errors import (
     LedgerError,
     PolicyRefusedError,
     ProtocolError,
+    RosterOutdated,
     SilotuneError,
     code_of,
 )
@@ -49,6 +62,7 @@ RULES: Final[dict[type[Exception], str]] = {
     BudgetExhausted: "privacy.max_epsilon",
     CodesDifferError: "model.codes",
     LedgerError: "privacy.ledger",
+    RosterOutdated: "roster",
 }
 REPLY_OF: Final = {"open": "opened", "train": "update", "evaluate": "metrics"}
 
@@ -110,6 +124,11 @@ class Gatekeeper:
         self._notice_policy()
         self._refresh()
         member = self._check_roster()
+        if member and offer.roster_epoch > member.seen.epoch:
+            raise RosterOutdated(
+                f"roster: this site has epoch {member.seen.epoch}, and the run is offered under {offer.roster_epoch}; "
+                "silotune-client link --agent SOCKET brings the newest, or take it by: silotune-client roster"
+            )
         operators = member.operators if member else ()
         policy.check_signature(self.policy, offer, now=self._clock(), operators=operators)
         if member:
@@ -123,6 +142,13 @@ class Gatekeeper:
             self._log.append("offered", run=offer.sha256, name=run.run.name, rule="runs.approval", **_who(offer))
         consent.require(self.policy, self.history, run, folder=self._folder)
         self._payment.check(run)
+
+    def take_roster(self, data: bytes) -> int:
+        """A newer one holds from now on, and this site must be in it; one that holds already changes nothing."""
+        self._refresh()
+        membership.take(self._roster_folder, data, rules=self.policy.federation, seen=self.history.roster)
+        found = self._check_roster()
+        return found.seen.epoch if found else 0
 
     def begins(self, make: Callable[[], Tensors], *, num_steps: int, run: RunManifest) -> None:
         """The first adapter is held against what this site makes of the seed itself."""
@@ -239,7 +265,7 @@ class Gatekeeper:
             if self._refusals.is_first_suppressed:
                 self._log.append("suppressing", max_a_minute=MAX_REFUSALS_A_MINUTE)
             return
-        step = request.kind if request is not None and request.kind in REPLY_OF else "unknown"
+        step = request.kind if request is not None and request.kind in (*REPLY_OF, roster.KIND) else "unknown"
         self._log.append(
             "refused", step=step, code=code_of(error), rule=_rule(error), reference=reference, **_run_of(request)
         )

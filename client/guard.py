@@ -9,6 +9,7 @@ from typing import Protocol
 from client.figures import FigureNoise
 from common import wire
 from common.adapter import Tensors
+from common.errors import ConfigError
 from common.manifest import Offer, RunManifest
 from common.records import OpenedHead, RoundPlan
 from common.wire import Frame
@@ -54,6 +55,9 @@ class Guard(Protocol):
     def outgoing(self, request: Frame, reply: Frame, *, run: RunManifest) -> bytes:
         """All that would leave; returns the bytes that do."""
 
+    def take_roster(self, data: bytes) -> int:
+        """A signed roster came; returns its epoch where it holds from now on, or held already."""
+
     def refused(self, reference: str, request: Frame | None, error: Exception) -> None:
         """A request was refused; None if it was no frame."""
 
@@ -90,6 +94,10 @@ class Permissive:
     def outgoing(self, request: Frame, reply: Frame, *, run: RunManifest) -> bytes:
         """Send the reply as it is."""
         return wire.pack(reply)
+
+    def take_roster(self, data: bytes) -> int:
+        """A site without a policy reads no roster."""
+        raise ConfigError("this site has no policy, so it reads no roster")
 
     def refused(self, reference: str, request: Frame | None, error: Exception) -> None:
         """Keep no log of its own."""

@@ -7,6 +7,7 @@ from typing import Final, TypeVar
 
 import grpc
 
+from common import roster
 from common.agent_pb2 import Chunk, HelloRequest
 from common.agent_pb2_grpc import AgentStub
 from common.errors import ProtocolError, RemoteError, SilotuneError, TransportError, WireError
@@ -18,7 +19,7 @@ OPTIONS: Final = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a small message could become a large one
 )
-KINDS: Final = ("open", "train", "evaluate")
+KINDS: Final = ("open", "train", "evaluate")  # of frames that a courier carries
 Result = TypeVar("Result")
 
 
@@ -35,7 +36,7 @@ def call(socket_path: Path, kind: str, frame: bytes, timeout_s: float) -> bytes:
 
     Args:
         socket_path: Where the agent listens.
-        kind: One of `KINDS`.
+        kind: One of `KINDS`, or `roster.KIND`, which the link brings.
         frame: Opaque bytes.
         timeout_s: How long the answer may take, the wait for an earlier call included.
 
@@ -48,11 +49,11 @@ def call(socket_path: Path, kind: str, frame: bytes, timeout_s: float) -> bytes:
         WireError: The frame is larger than the agent takes, or the reply did not come whole.
         RemoteError: The agent failed; its own log says why.
     """
-    if kind not in KINDS:
+    if kind not in (*KINDS, roster.KIND):
         raise ProtocolError(f"the agent has no call for frames of kind {kind[:40]!r}; it knows {', '.join(KINDS)}")
 
     def exchange(stub: AgentStub) -> bytes:
-        typed_call = {"open": stub.Open, "train": stub.Train, "evaluate": stub.Evaluate}[kind]
+        typed_call = {"open": stub.Open, "train": stub.Train, "evaluate": stub.Evaluate, roster.KIND: stub.Roster}[kind]
         return join(typed_call(pieces(frame), timeout=timeout_s), max_bytes=MAX_REPLY_BYTES)
 
     return _with_stub(socket_path, exchange)

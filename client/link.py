@@ -27,6 +27,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from client import bundle, relay
 from client import proxy as proxying
+from client.newest_roster import Messenger
 from client.proxy import Proxy
 from client.relay import PIECE_BYTES, End
 from common import keyfile, probe, storage
@@ -68,6 +69,7 @@ def run(
     port: int,
     bundles: Collection[str] = (),
     proxy: Proxy | None = None,
+    agent: Path | None = None,
 ) -> None:
     """Carry bytes until SIGTERM or SIGINT.
 
@@ -80,6 +82,7 @@ def run(
         port: Where to listen on 127.0.0.1.
         bundles: SHA-256 of the bundles that the SuperNode may be given; none: this release's own.
         proxy: Through which the gateway is reached; None: none.
+        agent: The agent's socket, to which the gateway's newest roster is brought; None: nobody brings it.
 
     Raises:
         ConfigError: A file or an address cannot be used.
@@ -92,7 +95,9 @@ def run(
     outward = outward_context(ca_file=ca_file, certificate_file=certificate_file, key_file=key_file)
     inward = inward_context(state)
     allowed = frozenset(bundles) or frozenset({bundle.SHA256})
-    asyncio.run(_serve(inward, Way(remote, outward, proxy), port=port, bundles=allowed))
+    way = Way(remote, outward, proxy)
+    messenger = Messenger(agent, lambda: _open(way), remote[0]) if agent else None
+    asyncio.run(_serve(inward, way, port=port, bundles=allowed, messenger=messenger))
 
 
 def outward_context(*, ca_file: Path, certificate_file: Path, key_file: Path) -> ssl.SSLContext:
@@ -135,7 +140,9 @@ def inward_context(state: Path) -> ssl.SSLContext:
     return context
 
 
-async def _serve(inward: ssl.SSLContext, way: Way, *, port: int, bundles: Collection[str]) -> None:
+async def _serve(
+    inward: ssl.SSLContext, way: Way, *, port: int, bundles: Collection[str], messenger: Messenger | None
+) -> None:
     """Accept connections until a signal."""
     free = asyncio.Semaphore(MAX_CONNECTIONS)
 
@@ -153,8 +160,11 @@ async def _serve(inward: ssl.SSLContext, way: Way, *, port: int, bundles: Collec
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    looking = asyncio.create_task(messenger.run()) if messenger else None
     async with server:
         await stopped.wait()
+    if looking:
+        looking.cancel()
 
 
 async def _carry(

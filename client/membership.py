@@ -8,8 +8,9 @@ from typing import Final
 
 from client.history import RosterSeen
 from client.policy_file import FederationRules
-from common import governance, kit, roster
+from common import governance, kit, roster, storage
 from common.errors import AuthError, ConfigError, PolicyRefusedError
+from common.governance import Governance
 from common.roster import Roster
 
 RULE: Final = "roster"
@@ -59,6 +60,39 @@ def check(folder: str, *, rules: FederationRules, seen: RosterSeen, site: str, i
         raise PolicyRefusedError(f"{RULE}: {error}", rule=RULE) from error
 
 
+def take(folder: str, data: bytes, *, rules: FederationRules, seen: RosterSeen) -> None:
+    """Put a roster that somebody brought into the site's folder, if the governance signed it and it is a newer one.
+
+    Who brought it does not matter. Whether this site is still in it is for `check` to say: one that was revoked must
+    not go on with the roster before.
+
+    Args:
+        folder: As for `check`.
+        data: The roster file.
+        rules: The policy's.
+        seen: The roster that was accepted last, by the site's audit log.
+
+    Raises:
+        PolicyRefusedError: By rule `roster`: the site reads no roster, or as `check`; the roster in the folder stays.
+        StorageError: It cannot be written; likewise.
+    """
+    try:
+        if not folder:
+            raise ConfigError("set agent.roster_folder in this site's own file, or start the link without --agent")
+        if len(data) > governance.MAX_FILE_BYTES:
+            raise AuthError(f"a roster of {len(data)} bytes came; the limit is {governance.MAX_FILE_BYTES}")
+        pinned, path = _pinned(Path(folder), rules=rules, seen=seen), Path(folder) / kit.ROSTER
+        here = roster.parse(governance.read(path), governance=pinned, epoch_min=1)
+        newest = (here.epoch, here.sha256) if here.epoch > seen.epoch else (seen.epoch, seen.sha256)
+        came = roster.parse(data, governance=pinned, epoch_min=newest[0])
+        if came.epoch == newest[0] and came.sha256 != newest[1]:
+            raise AuthError(f"it differs from the roster of epoch {came.epoch} seen before; tell the other sites")
+    except (AuthError, ConfigError) as error:
+        raise PolicyRefusedError(f"{RULE}: the roster that came is refused: {error}", rule=RULE) from error
+    if came.sha256 != here.sha256:
+        storage.write_atomic(path, data)
+
+
 def _check_without(rules: FederationRules) -> None:
     """A policy that asks for a roster is not kept by an agent that reads none."""
     if rules.roster_epoch_min:
@@ -67,10 +101,7 @@ def _check_without(rules: FederationRules) -> None:
 
 def _read(folder: Path, *, rules: FederationRules, seen: RosterSeen, site: str, identity_key: str) -> Membership:
     """The roster against what is pinned, what was seen and what this site is."""
-    pinned = governance.load(folder / kit.PINNED)
-    pinned_sha256 = hashlib.sha256(pinned.to_bytes()).hexdigest()
-    if pinned.federation_id != rules.id or seen.governance_sha256 not in ("", pinned_sha256):
-        raise AuthError(f"{folder / kit.PINNED} is of another federation or governance than this site is in; ask why")
+    pinned = _pinned(folder, rules=rules, seen=seen)
     path = folder / kit.ROSTER
     found = roster.load(path, governance=pinned, epoch_min=max(1, seen.epoch))
     if found.epoch < rules.roster_epoch_min:
@@ -78,9 +109,22 @@ def _read(folder: Path, *, rules: FederationRules, seen: RosterSeen, site: str, 
     if found.epoch == seen.epoch and found.sha256 != seen.sha256:
         raise AuthError(f"{path} differs from the roster of epoch {seen.epoch} seen before; tell the other sites")
     _check_own(found, site=site, identity_key=identity_key)
-    now = RosterSeen(found.epoch, found.sha256, pinned_sha256)
+    now = RosterSeen(found.epoch, found.sha256, _sha256(pinned))
     operators = frozenset(peer.identity_key for peer in found.operators)
     return Membership(now, operators, len(found.sites), {one.name: one.identity_key for one in found.sites})
+
+
+def _pinned(folder: Path, *, rules: FederationRules, seen: RosterSeen) -> Governance:
+    """The governance that this site pinned; never another one than before."""
+    pinned = governance.load(folder / kit.PINNED)
+    if pinned.federation_id != rules.id or seen.governance_sha256 not in ("", _sha256(pinned)):
+        raise AuthError(f"{folder / kit.PINNED} is of another federation or governance than this site is in; ask why")
+    return pinned
+
+
+def _sha256(pinned: Governance) -> str:
+    """What a site remembers of its governance."""
+    return hashlib.sha256(pinned.to_bytes()).hexdigest()
 
 
 def _check_own(found: Roster, *, site: str, identity_key: str) -> None:

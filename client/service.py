@@ -102,7 +102,7 @@ def wait(running: Service, *, grace_s: float = 5.0) -> None:
 
 
 class _Door(AgentServicer):
-    """The four calls of `common/agent.proto`."""
+    """The five calls of `common/agent.proto`."""
 
     def __init__(self, answer: Callable[[bytes], bytes], *, max_message_bytes: int, read_s: float = READ_S) -> None:
         self._answer, self._read_s = answer, read_s
@@ -123,6 +123,10 @@ class _Door(AgentServicer):
 
     def Evaluate(self, request_iterator: Iterator[Chunk], context: Any) -> Iterator[Chunk]:
         """Evaluate one adapter."""
+        return self._exchange(request_iterator, context)
+
+    def Roster(self, request_iterator: Iterator[Chunk], context: Any) -> Iterator[Chunk]:
+        """Judge a signed roster."""
         return self._exchange(request_iterator, context)
 
     def _exchange(self, chunks: Iterator[Chunk], context: Any) -> Iterator[Chunk]:

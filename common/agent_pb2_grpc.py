@@ -54,6 +54,11 @@ class AgentStub:
                 request_serializer=common_dot_agent__pb2.Chunk.SerializeToString,
                 response_deserializer=common_dot_agent__pb2.Chunk.FromString,
                 _registered_method=True)
+        self.Roster = channel.stream_stream(
+                '/silotune.agent.v1.Agent/Roster',
+                request_serializer=common_dot_agent__pb2.Chunk.SerializeToString,
+                response_deserializer=common_dot_agent__pb2.Chunk.FromString,
+                _registered_method=True)
 
 
 class AgentServicer:
@@ -85,6 +90,13 @@ class AgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Roster(self, request_iterator, context):
+        """The newest signed roster, from the link. The agent judges it, as it does one that lies in its folder.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -105,6 +117,11 @@ def add_AgentServicer_to_server(servicer, server):
             ),
             'Evaluate': grpc.stream_stream_rpc_method_handler(
                     servicer.Evaluate,
+                    request_deserializer=common_dot_agent__pb2.Chunk.FromString,
+                    response_serializer=common_dot_agent__pb2.Chunk.SerializeToString,
+            ),
+            'Roster': grpc.stream_stream_rpc_method_handler(
+                    servicer.Roster,
                     request_deserializer=common_dot_agent__pb2.Chunk.FromString,
                     response_serializer=common_dot_agent__pb2.Chunk.SerializeToString,
             ),
@@ -215,6 +232,33 @@ class Agent:
             request_iterator,
             target,
             '/silotune.agent.v1.Agent/Evaluate',
+            common_dot_agent__pb2.Chunk.SerializeToString,
+            common_dot_agent__pb2.Chunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Roster(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/silotune.agent.v1.Agent/Roster',
             common_dot_agent__pb2.Chunk.SerializeToString,
             common_dot_agent__pb2.Chunk.FromString,
             options,

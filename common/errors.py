@@ -94,6 +94,10 @@ class AuthError(ProtocolError):
     """A signature, certificate, proof or epoch that does not show what it must."""
 
 
+class RosterOutdated(ProtocolError):
+    """A run is offered under a newer roster of the federation than the site has."""
+
+
 class AuditError(ProtocolError):
     """An audit log is not what was written into it."""
 

@@ -23,6 +23,8 @@ from common.wire import Frame
 VERSION: Final = 5
 MAX_BYTES: Final = 4 << 20
 PURPOSE: Final = "manifest"
+ROSTER_EPOCH: Final = "roster_epoch"  # of an offer's head
+MAX_EPOCH: Final = 1 << 53  # as in common/roster.py
 MAX_OFFER_S: Final = 366 * 86_400  # longest life of an offer, from when a site looks at it
 _CODES: Final = {True: re.compile("[0-9a-f]{64}"), False: re.compile("")}  # by whether weights are 4-bit codes
 _UNTOLD: Final = {"server_data": "", "metrics": "", "json_schema": "", "tasks": (), "tasks_every_rounds": 0}
@@ -103,10 +105,13 @@ class Offer:
     Attributes:
         manifest: Its canonical bytes.
         signature: None in a simulation.
+        roster_epoch: Of the roster by which the coordinator knows the sites; 0: it reads none. Nobody signed it: it
+            only says what a site with an older roster should fetch.
     """
 
     manifest: bytes
     signature: Signature | None = None
+    roster_epoch: int = 0
 
     @property
     def sha256(self) -> str:
@@ -115,7 +120,8 @@ class Offer:
 
     def to_frame(self) -> Frame:
         """The request to open the run."""
-        return Frame("open", to_head(self.signature) if self.signature else {}, self.manifest)
+        epoch = {ROSTER_EPOCH: self.roster_epoch} if self.roster_epoch else {}
+        return Frame("open", {**(to_head(self.signature) if self.signature else {}), **epoch}, self.manifest)
 
 
 def sign(manifest: RunManifest, key: Ed25519PrivateKey, *, federation: str, not_after: int) -> Offer:
@@ -144,11 +150,15 @@ def read_offer(frame: Frame) -> Offer:
     """The offer in a request to open a run; the manifest is not parsed yet.
 
     Raises:
-        WireError: Too long, or a head that is neither empty nor a signature.
+        WireError: Too long, or a head with anything but a signature and the epoch of a roster.
     """
     if len(frame.body) > MAX_BYTES:
         raise WireError(f"run manifest of {len(frame.body)} bytes; the limit is {MAX_BYTES}")
-    return Offer(bytes(frame.body), from_head(Signature, frame.head) if frame.head else None)
+    head = dict(frame.head)
+    epoch = head.pop(ROSTER_EPOCH, 0)
+    if type(epoch) is not int or not 0 <= epoch <= MAX_EPOCH:
+        raise WireError(f"{ROSTER_EPOCH} is no number of 0 to {MAX_EPOCH}")
+    return Offer(bytes(frame.body), from_head(Signature, head) if head else None, epoch)
 
 
 def _statement(manifest: bytes, *, federation: str, signer: str, not_after: int) -> bytes:

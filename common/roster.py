@@ -20,6 +20,10 @@ from common.governance import Governance, HexKey, Slug
 
 VERSION: Final = 1
 PURPOSE: Final = "roster"
+KIND: Final = "roster"  # of the frame that brings one to an agent
+PATH: Final = "/v1/roster"  # at the gateway's listener for sites
+STANDING_PATH: Final = "/v1/standing"  # there: whether the SuperLink knows the node of the site that asks
+KNOWN: Final = "silotune-known"  # header with the SHA-256 of the roster file that the caller has
 _NODE_KEY: Final = r"^-----BEGIN PUBLIC KEY-----\n[A-Za-z0-9+/=\n]{100,400}\n-----END PUBLIC KEY-----\n$"
 _CLOSED: Final = ConfigDict(strict=True, extra="forbid")
 Epoch = Annotated[int, Field(ge=1, le=1 << 53)]

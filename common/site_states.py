@@ -11,12 +11,15 @@ FAILED: Final = "failed"
 TRAINING: Final = "training"
 AWAY: Final = "away"
 FINISHED: Final = "finished"
+OUTDATED: Final = "has an older roster"
+PENDING: Final = (WAITS, OUTDATED)  # who says so is offered the run again and may yet take part
 _OF_CODE: Final = {
     "ApprovalRequired": WAITS,
     "ApprovalDenied": DENIED,
     "BudgetExhausted": REFUSED,
     "FloorRefused": REFUSED,
     "PolicyRefusedError": REFUSED,
+    "RosterOutdated": OUTDATED,
 }
 
 

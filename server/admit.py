@@ -38,12 +38,16 @@ class Change:
         epoch: Of the roster that holds from now on.
         kit: The kit's tar file; None after a revocation.
         expires_at: End of the new certificate; None after a revocation.
+        others: Names of the sites that have an older roster.
+        is_admitted: Whether the site is new here, and has yet to hear the federation's words.
     """
 
     name: str
     epoch: int
     kit: Path | None = None
     expires_at: datetime.datetime | None = None
+    others: tuple[str, ...] = ()
+    is_admitted: bool = False
 
 
 def admit(
@@ -251,7 +255,8 @@ def _publish(held: Registry, signed: Signed, *, now: datetime.datetime) -> Chang
     data = roster.with_signatures(made.roster, signed.of_roster, pinned=held.pinned)
     change = _end(held, made, now=now) if made.kind == "revoke" else _hand_out(held, signed, data)
     storage.write_atomic(held.roster_path, data)
-    return change
+    others = tuple(site.name for site in made.roster.sites if site.name != made.name)
+    return dataclasses.replace(change, others=others, is_admitted=made.kind == "admit")
 
 
 def _end(held: Registry, made: Proposal, *, now: datetime.datetime) -> Change:

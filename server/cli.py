@@ -345,7 +345,6 @@ def admit(
         federation=federation,
         governance=governance,
         propose=propose,
-        told=lambda change: f"next: send {change.kit}, and tell the site the words of the federation",
         as_json=json,
     )
 
@@ -376,7 +375,6 @@ def rotate(
         federation=federation,
         governance=governance,
         propose=propose,
-        told=lambda change: f"next: send {change.kit} to the site",
         as_json=json,
     )
 
@@ -426,7 +424,6 @@ def revoke(
         federation=federation,
         governance=governance,
         propose=propose,
-        told=lambda _: f"next: copy {federation}/roster.json and {federation}/revoked.txt to the gateway",
         as_json=json,
     )
 

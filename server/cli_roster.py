@@ -1,6 +1,5 @@
 """`silotune-server roster`: changes of the roster that the members of the governance sign one by one."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,9 +96,7 @@ def publish(
     from server import admit
 
     change = admit.publish(federation, proposal_files, now=datetime.datetime.now(datetime.UTC))
-    kit = f"send {change.kit} to the site, and " if change.kit else ""
-    told = f"next: {kit}copy {federation}/roster.json and {federation}/revoked.txt to the gateway and to the members"
-    show_change(change, told, as_json=json)
+    show_change(change, federation=federation, as_json=json)
 
 
 def decide(
@@ -108,7 +105,6 @@ def decide(
     federation: Path,
     governance: list[Path] | None,
     propose: Path | None,
-    told: Callable[["Change"], str],
     as_json: bool,
 ) -> None:
     """Change the roster with the keys that were given, or write a proposal.
@@ -127,7 +123,7 @@ def decide(
     if governance:
         now = datetime.datetime.now(datetime.UTC)
         change = admit.at_once(federation, make, governance_files=governance, now=now)
-        return show_change(change, told(change), as_json=as_json)
+        return show_change(change, federation=federation, as_json=as_json)
     path = Path(propose or "")
     proposed = admit.propose(federation, make, path=path)
     result = {"name": proposed.name, "epoch": proposed.roster.epoch, "proposal": str(path)}
@@ -139,12 +135,33 @@ def decide(
     return cli.emit(result, as_json=as_json, show=lambda: cli.show(*words))
 
 
-def show_change(change: "Change", next_step: str, *, as_json: bool) -> None:
-    """Print a change of the roster."""
-    result = {"name": change.name, "epoch": change.epoch}
+def show_change(change: "Change", *, federation: Path, as_json: bool) -> None:
+    """Print a change of the roster, and who needs what for it to hold everywhere."""
+    result = {"name": change.name, "epoch": change.epoch, "others": list(change.others)}
     if change.kit and change.expires_at:
         result |= {"kit": str(change.kit), "expires_at": change.expires_at.isoformat()}
-    cli.emit(result, as_json=as_json, show=lambda: cli.show(f"{change.name}: roster epoch {change.epoch}", next_step))
+    steps = _handed_out(change, federation)
+    result["next"] = [f"{who}: {what}" for who, what in steps]
+    lines = [f"{change.name}: roster epoch {change.epoch}", *(f"next   {who:<11} {what}" for who, what in steps)]
+    cli.emit(result, as_json=as_json, show=lambda: cli.show(*lines))
+
+
+def _handed_out(change: "Change", federation: Path) -> list[tuple[str, str]]:
+    """Who needs what after a change of the roster, in this order."""
+    lists = f"{federation}/roster.json {federation}/revoked.txt"
+    steps = [("gateway", f"install -m 644 {lists} /etc/silotune/    (on its machine; it reads them within seconds)")]
+    if change.kit:
+        words = " --words WORDS, the federation's, which you read out" if change.is_admitted else ""
+        install = f"silotune-client install {change.kit.name} --keys KEYS{words}"
+        steps.append((change.name, f"send {change.kit}; there: {install}"))
+    if change.others:
+        names = ", ".join(change.others)
+        steps += [
+            ("other sites", f"{names}: a link with --agent fetches roster.json from the gateway within half a minute"),
+            ("without it", f"send {federation}/roster.json; there: silotune-client roster roster.json --keys KEYS"),
+        ]
+    steps.append(("members", f"send {federation}/roster.json to those who sign one by one; the next change follows it"))
+    return steps
 
 
 def _read(path: Path, *, pinned_file: Path, roster_file: Path) -> tuple[Any, list[str], dict[str, Any]]:

@@ -4,7 +4,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
@@ -32,7 +32,13 @@ from server.trail import Trail, of_error, of_frame
 
 RETRY_S: Final = 1.0  # between offers to a node whose agent is away
 SECOND_WAIT_S: Final = 5.0  # for a node that was silent; one that was only slow has the run open by now
-APPROVAL_RETRY_S: Final = 15.0  # between offers to a node where a person has to decide
+APPROVAL_RETRY_S: Final = 15.0  # between offers to a node where a person has to decide, or that fetches a roster
+ROSTER_WAIT_S: Final = 90.0  # for a node to fetch the newest roster; its link looks every half minute
+OLD_ROSTER: Final = (
+    "its roster is older than epoch {epoch} of the coordinator's; its link fetches the newest within half a minute if "
+    "roster.json was copied to the gateway (members.roster_file). Else send it: silotune-client roster roster.json "
+    "--keys KEYS"
+)
 NAMES_AN_ENTRY: Final = 500  # of 64 characters at most, so that an entry keeps within `audit.MAX_LINE_BYTES`
 STILL_SILENT: Final = "it has let a step pass and does not answer yet; it takes part again once it does"
 
@@ -73,7 +79,9 @@ class Federation:
         metrics: Last held-out figures of each site, by name.
         offer: The signed manifest; None offers it unsigned, which only sites without a policy take.
         trail: The coordinator's audit log; None where nobody signs the run.
-        asked_at: When nodes said that a person has to decide, by `clock`.
+        asked_at: When nodes said that a person has to decide, or that their roster is older, by `clock`.
+        pending: Which of the two they said last.
+        outdated_since: When nodes said first that their roster is older.
         own_rows: The coordinator's own held-out rows, and the engine that scores them; None without any.
         suite: What the coordinator measures on its own rows; None: nothing.
         apart: Rows that no stage is to train on.
@@ -104,6 +112,8 @@ class Federation:
     offer: Offer | None = None
     trail: Trail | None = None
     asked_at: dict[int, float] = field(default_factory=dict)
+    pending: dict[int, str] = field(default_factory=dict)
+    outdated_since: dict[int, float] = field(default_factory=dict)
     own_rows: OwnRows | None = None
     suite: Suite | None = None
     apart: Sequence[Apart] = ()
@@ -276,7 +286,9 @@ def join(federation: Federation) -> None:
     """Offer the run to connected nodes that have neither opened nor refused it; those whose agent was away, again."""
     known = federation.sites.keys() | federation.refused.keys() | _deciding(federation)
     newcomers = [node_id for node_id in federation.fleet.node_ids() if node_id not in known]
-    offer = wire.pack((federation.offer or Offer(federation.manifest.to_bytes())).to_frame())
+    offered = federation.offer or Offer(federation.manifest.to_bytes())
+    epoch = federation.trail.roster_epoch() if federation.trail else 0
+    offer = wire.pack(replace(offered, roster_epoch=epoch).to_frame())
     silent = [node_id for node_id in newcomers if node_id in federation.silent]
     others = [node_id for node_id in newcomers if node_id not in federation.silent]
     for node_ids, at_most_s in ((others, math.inf), (silent, SECOND_WAIT_S)):
@@ -304,29 +316,44 @@ def _admit(federation: Federation, answer: collect.Answer) -> None:
         return
     told = {"site": head.site, "num_examples": head.num_examples, **of_frame(answer.frame)}
     federation.record("opened", node=str(answer.node_id), **told)
+    federation.outdated_since.pop(answer.node_id, None)
     federation.sites[answer.node_id] = head
     federation.held[answer.node_id] = head.adapter_sha256
     federation.log.append("site_joined", node=answer.node_id, **_without_run(head))
 
 
 def _take_refusal(federation: Federation, node_id: int, error: RemoteError) -> None:
-    """Remember a site that said no; one where a person has yet to decide counts as away and is asked again."""
-    if collect.state_of(error) != site_states.WAITS:
+    """Remember a site that said no.
+
+    One where a person has yet to decide, or that has yet to fetch a roster, counts as away and is asked again; the
+    latter not for ever.
+    """
+    state, now = collect.state_of(error), federation.clock()
+    if state not in site_states.PENDING:
         federation.refused[node_id] = collect.reason_of(error, federation.fleet)
-    else:
-        federation.away[node_id] = site_states.WAITS
-        is_known = node_id in federation.asked_at
-        federation.asked_at[node_id] = federation.clock()
-        if is_known:
-            return
-    _tell_refusal(federation, node_id, error)
+        _tell_refusal(federation, node_id, error)
+        return
+    is_told = federation.pending.get(node_id) == state
+    federation.asked_at[node_id], federation.pending[node_id] = now, state
+    federation.away[node_id] = _reason(federation, error)
+    if state == site_states.OUTDATED and now - federation.outdated_since.setdefault(node_id, now) >= ROSTER_WAIT_S:
+        federation.refused[node_id] = federation.away.pop(node_id)
+    if not is_told:
+        _tell_refusal(federation, node_id, error)
+
+
+def _reason(federation: Federation, error: SilotuneError) -> str:
+    """Why a site does not take part, or not yet."""
+    if collect.state_of(error) == site_states.OUTDATED and federation.trail:
+        return OLD_ROSTER.format(epoch=federation.trail.roster_epoch())
+    return collect.reason_of(error, federation.fleet)
 
 
 def _tell_refusal(federation: Federation, node_id: int, error: SilotuneError) -> None:
     """Log why a node does not take part, or not yet; under its site's name where that is known."""
     federation.record("refused", step="open", node=str(node_id), **of_error(error))
     named = {"node": node_id, "site": federation.name(node_id), "state": collect.state_of(error)}
-    federation.log.append("site_refused", **named, reason=collect.reason_of(error, federation.fleet))
+    federation.log.append("site_refused", **named, reason=_reason(federation, error))
 
 
 def _deciding(federation: Federation) -> set[int]:
@@ -348,11 +375,16 @@ def _read_opened(federation: Federation, answer: collect.Answer) -> OpenedHead:
 
 
 def _is_hopeless(federation: Federation) -> bool:
-    """Whether every node that the run waits for has refused."""
+    """Whether every node that the run waits for has refused; one that did not get a roster will not without somebody's
+    doing, so then those that are connected are all.
+    """
     num_sites = federation.manifest.run.federation.num_sites
     if federation.fleet.is_closed:
         num_sites = len(federation.fleet.node_ids())
-    return bool(num_sites) and len(federation.refused) + len(federation.sites) >= num_sites
+    decided = federation.refused.keys() | federation.sites.keys()
+    if federation.refused.keys() & federation.outdated_since.keys():
+        return decided >= set(federation.fleet.node_ids())
+    return bool(num_sites) and len(decided) >= num_sites
 
 
 def _who_is_missing(federation: Federation, wanted: int) -> str:

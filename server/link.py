@@ -78,6 +78,15 @@ class RunState:
 
 
 @dataclass(frozen=True)
+class Node:
+    """A node that a SuperLink knows: its id, its public key, PEM, and whether it is connected now."""
+
+    node_id: int
+    public_key: bytes
+    is_online: bool
+
+
+@dataclass(frozen=True)
 class Identity:
     """An operator's certificate with its chain, and its private key, both PEM."""
 
@@ -95,10 +104,14 @@ class Link:
         """Admit a node by its public key, PEM; returns the node's id."""
         return int(self._client.RegisterNode(RegisterNodeRequest(public_key=public_key, name=name)).node_id)
 
+    def nodes(self) -> list[Node]:
+        """The nodes that are registered."""
+        nodes = self._client.ListNodes(ListNodesRequest()).nodes_info
+        return [Node(node.node_id, node.public_key, node.status == "online") for node in nodes]
+
     def online_node_ids(self) -> list[int]:
         """Tell which registered nodes are connected now, ascending."""
-        nodes = self._client.ListNodes(ListNodesRequest()).nodes_info
-        return sorted(node.node_id for node in nodes if node.status == "online")
+        return sorted(node.node_id for node in self.nodes() if node.is_online)
 
     def names(self) -> dict[int, str]:
         """The name of each node that was registered under one, by the node's id."""

@@ -291,10 +291,10 @@ def _of(log: Sequence[Event], kind: str) -> list[Event]:
 
 
 def _refusals(log: Sequence[Event]) -> list[Event]:
-    """Refusals under the name of their site, once that is known; a site that somebody approved later was no trouble."""
+    """Refusals under the name of their site, once that is known; a site that took part later was no trouble."""
     names = {event["node"]: event["site"] for event in _of(log, "site_joined")}
     refused = [{**one, "site": names.get(one["node"], _name(one))} for one in _of(log, "site_refused")]
-    return [one for one in refused if one.get("state") != site_states.WAITS or one["node"] not in names]
+    return [one for one in refused if one.get("state") not in site_states.PENDING or one["node"] not in names]
 
 
 def _name(event: Event) -> str:

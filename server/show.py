@@ -166,7 +166,7 @@ class Screen:
         if self._refused.get(who) == event["reason"]:  # it is asked before every round
             return
         self._refused[who] = event["reason"]
-        colour = "yellow" if event.get("state") == site_states.WAITS else "red"
+        colour = "yellow" if event.get("state") in site_states.PENDING else "red"
         self._print(f"  [{colour}]site[/]      {_escape(who)}: {_escape(_with_state(event))}")
 
     def _on_round_started(self, event: Event) -> None:

@@ -27,6 +27,11 @@ class SiteKeys:
         self._epoch, self._data, self._keys = 1, b"", dict[str, str]()
         self.now()
 
+    def epoch(self) -> int:
+        """The roster's epoch now; see `now`."""
+        self.now()
+        return self._epoch
+
     def now(self) -> Mapping[str, str]:
         """Public keys, hex, by site name.
 

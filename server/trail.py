@@ -111,6 +111,10 @@ class Trail:
         signed_frame.check(frame, key=known, federation=self.heads.federation)
         self.signers[site] = known
 
+    def roster_epoch(self) -> int:
+        """Of the roster by which sites are known now; 0 without one."""
+        return self.site_keys.epoch() if self.site_keys else 0
+
     def _keys(self) -> Mapping[str, str] | None:
         """The sites' keys now."""
         return self.site_keys.now() if self.site_keys else None

@@ -185,8 +185,11 @@ def federation(
         yield running
 
 
-def superlink_command(address: str, *, ca_file: Path, certificate: Path) -> list[str]:
-    """The command of a SuperLink that checks node keys and installs nothing; its key lies beside its certificate."""
+def superlink_command(address: str, *, ca_file: Path, certificate: Path, database: Path | None = None) -> list[str]:
+    """The command of a SuperLink that checks node keys and installs nothing; its key lies beside its certificate.
+
+    With a database it knows its nodes again after a restart; without one its state is in memory.
+    """
     host, port = address.split(":")
     files = [
         "--ssl-ca-certfile",
@@ -197,6 +200,7 @@ def superlink_command(address: str, *, ca_file: Path, certificate: Path) -> list
         certificate.with_suffix(".key"),
     ]
     switches = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
+    switches += ["--database", str(database)] if database else []
     return ["flower-superlink", "--host", host, "--port", port, *map(str, files), *switches]
 
 

@@ -31,6 +31,7 @@ OPERATOR: Final = "operator"
 ADMIN_KEY: Final = "admin.pem"
 NO_PREFIXES: Final[Mapping[str, Sequence[str]]] = {}
 _START_S: Final = 180.0
+_DATABASE: Final = "superlink.db"
 _FEDERATION_FILE: Final = """version = 1
 [federation]
 id = "{federation}"
@@ -338,7 +339,7 @@ def _divided(
 
 
 def _start(running: Guarded, built: Built, *, logs: Path, prefixes: Mapping[str, Sequence[str]], fleet: str) -> None:
-    """SuperLink, gateway and agents; then registration through the gateway; then links and couriers."""
+    """SuperLink, gateway and agents; then links and couriers, which the gateway registers."""
     folder, sites = built.folder, built.sites
     env = deployment.environment(flwr_home=folder / "flower", num_threads=1)
 
@@ -349,9 +350,10 @@ def _start(running: Guarded, built: Built, *, logs: Path, prefixes: Mapping[str,
         deployment.until(is_done, what=what, timeout_s=_START_S, watched=running.processes)
 
     certificate = running.folder / "servers" / f"{provision.SUPERLINK}.pem"
-    start(
-        "superlink", deployment.superlink_command(running.superlink, ca_file=running.ca_file, certificate=certificate)
-    )
+    for left in folder.glob(f"{_DATABASE}*"):  # of a federation that was killed: its nodes would count as connected
+        left.unlink()
+    files = {"ca_file": running.ca_file, "certificate": certificate, "database": folder / _DATABASE}
+    start("superlink", deployment.superlink_command(running.superlink, **files))
     gateway_file = _write_gateway(running, folder=folder, fleet=built.address("fleet"))
     start("gateway", [sys.executable, "-m", "server.cli", "gateway", str(gateway_file)])
     for site in sites:
@@ -359,7 +361,6 @@ def _start(running: Guarded, built: Built, *, logs: Path, prefixes: Mapping[str,
     wait(lambda: all(map(deployment.accepts, (running.superlink, running.control))), "SuperLink and gateway")
     with link.connect(running.control, ca_file=running.ca_file, identity=running.operator) as connected:
         for site in sites:
-            connected.register((running.folder / "nodes" / f"{site.name}.pub").read_bytes(), name=site.name)
             start(
                 f"{site.name}-link",
                 _link_command(folder, site, gateway=fleet, address=built.address(site.name)),
@@ -399,6 +400,7 @@ def _link_command(folder: Path, site: Site, *, gateway: str, address: str) -> li
         "ca": keys / kit.CA,
         "certificate": keys / kit.CERTIFICATE,
         "key": keys / enroll.TLS_KEY,
+        "agent": site.socket_path,
     }
     given = [f"--{name}={value}" for name, value in options.items()]
     return [sys.executable, "-m", "client.cli", "link", *given]

@@ -4,12 +4,13 @@ import datetime
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from client.doctor import host, keys, work
 from client.policy_file import Policy
-from common import config, doctor_checks, store, trainable
+from common import config, doctor_checks, roster, store, trainable
 from common.doctor import Result, check, ok
 from common.errors import SilotuneError
 
@@ -122,12 +123,16 @@ def _of_host(patient: Patient, node: config.NodeConfig, folder: Path | None) -> 
     path = Path(node.agent.socket)
     units = host.units_of(patient.units, folder)
     limit = host.core_limit(host.agent_pid(path))
-    outcome = host.shake_hands(patient.gateway, folder, clock=patient.clock, settings=node.link)
+    hands = partial(host.shake_hands, patient.gateway, folder, clock=patient.clock, settings=node.link)
+    outcome, standing = hands(), hands(path=roster.STANDING_PATH)
+    newest = host.ask_roster(hands, agents=node.agent.roster_folder)
     skew_s = None if outcome is None or isinstance(outcome, SilotuneError) else outcome.skew_s
     return [
         host.agent(path),
         host.core_dumps(limit, unit=units.get(host.AGENT_UNIT), pattern=host.core_pattern()),
         host.reporting(units),
         host.gateway(outcome, proxy=node.link.proxy),
+        host.registration(standing),
+        host.newest_roster(newest),
         doctor_checks.clock(skew_s),
     ]

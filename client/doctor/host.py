@@ -2,6 +2,7 @@
 
 import base64
 import grp
+import hashlib
 import os
 import pwd
 import shlex
@@ -15,7 +16,7 @@ from typing import Final
 from client import doorkeeper, enroll, line, link, service
 from client import proxy as proxying
 from client.proxy import Proxy
-from common import certs, kit, probe, quiet, wire
+from common import certs, governance, kit, probe, quiet, roster, wire
 from common.config import LinkConfig
 from common.doctor import Result, check, failed, ok, skipped, warning
 from common.errors import ConfigError, SilotuneError
@@ -173,8 +174,86 @@ def gateway(outcome: Answer | SilotuneError | None, *, proxy: str = "") -> Resul
     return failed(f"{start}; then {outcome.status}, which is no answer of our gateway", f"{_ASK} for its address")
 
 
+@check("registration", remedy="see the check of the gateway")
+def registration(outcome: Answer | SilotuneError | None) -> Result:
+    """Judge what the gateway says of this site's registration at the SuperLink.
+
+    Args:
+        outcome: From `shake_hands` on `roster.STANDING_PATH`.
+
+    Raises:
+        SilotuneError: There was no answer.
+    """
+    if outcome is None:
+        return skipped("not asked", "give --gateway HOST:PORT and --keys DIR")
+    if isinstance(outcome, SilotuneError):
+        raise outcome
+    if (outcome.status, outcome.reason) == (200, "registered"):
+        return ok("the SuperLink knows this site's node")
+    if (outcome.status, outcome.reason) == (200, "unregistered"):
+        return failed(
+            "the SuperLink does not know this site's node: it lost its state, or the courier never connected",
+            "start the courier anew (systemctl restart silotune-courier): the gateway registers it as it connects; if "
+            f"that does not help, {_ASK} to start the SuperLink with --database",
+        )
+    return _refused(outcome)
+
+
+@check("newest roster", remedy="see the check of the gateway")
+def newest_roster(outcome: Answer | SilotuneError | None) -> Result:
+    """Judge whether the agent's roster is the gateway's.
+
+    Args:
+        outcome: From `ask_roster`.
+
+    Raises:
+        SilotuneError: There was no answer.
+    """
+    if outcome is None:
+        return skipped(
+            "not asked", "give --gateway HOST:PORT and --keys DIR, as a user who may read agent.roster_folder"
+        )
+    if isinstance(outcome, SilotuneError):
+        raise outcome
+    if outcome.status == 204:
+        return ok("the agent has the roster that the gateway has")
+    if outcome.status == 200:
+        return warning(
+            "the gateway has another roster than the agent",
+            "start the link with --agent SOCKET (as the newest kit's unit does), which brings it; else take it by "
+            "silotune-client roster ROSTER.json --keys KEYS. If the agent's is newer, the coordinator must copy his to "
+            "the gateway",
+        )
+    return _refused(outcome)
+
+
+def ask_roster(hands: Callable[..., Answer | SilotuneError | None], *, agents: str) -> Answer | SilotuneError | None:
+    """Ask the gateway whether its roster is the one in the agent's folder; None where that cannot be read.
+
+    `hands` is `shake_hands` on the way to the gateway.
+    """
+    try:
+        data = governance.read(Path(agents) / kit.ROSTER) if agents else b""
+    except ConfigError:
+        return None
+    known = {roster.KNOWN: hashlib.sha256(data).hexdigest()}
+    return hands(path=roster.PATH, more=known) if data else None
+
+
+def _refused(outcome: Answer) -> Result:
+    """What the gateway said to a question that it answers itself."""
+    what, remedy = _REFUSALS.get(outcome.reason, ("no answer of our gateway", "the coordinator installs this release"))
+    return failed(f"{outcome.status}: {what}", remedy)
+
+
 def shake_hands(
-    address: str, folder: Path | None, *, clock: Callable[[], float], settings: LinkConfig = NO_PROXY
+    address: str,
+    folder: Path | None,
+    *,
+    clock: Callable[[], float],
+    path: str = DRY_PATH,
+    settings: LinkConfig = NO_PROXY,
+    more: Mapping[str, str] | None = None,
 ) -> Answer | SilotuneError | None:
     """Try the way of the link and the courier, up to a request that nobody signed and that changes nothing.
 
@@ -182,7 +261,9 @@ def shake_hands(
         address: `host:port` of the gateway's listener for sites; empty: nobody is asked.
         folder: Where certificate, TLS key and node key lie.
         clock: Unix seconds.
+        path: Of the request.
         settings: The proxy on the way.
+        more: Headers beside those of the node.
 
     Returns:
         The answer, or why there is none; None where nobody was asked.
@@ -195,10 +276,10 @@ def shake_hands(
             certificate_file=folder / kit.CERTIFICATE,
             key_file=folder / enroll.TLS_KEY,
         )
-        headers = {"content-type": "application/protobuf", **_node_header(folder / enroll.NODE_KEY)}
+        headers = {"content-type": "application/protobuf", **_node_header(folder / enroll.NODE_KEY), **(more or {})}
         way = proxying.of_site(settings)
         dial = socket.create_connection if way is None else partial(_through, way)
-        return probe.ask(address, context=context, path=DRY_PATH, headers=headers, clock=clock, dial=dial)
+        return probe.ask(address, context=context, path=path, headers=headers, clock=clock, dial=dial)
     except SilotuneError as error:
         return error
 

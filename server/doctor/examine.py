@@ -9,6 +9,7 @@ from pathlib import Path
 from common import config, doctor_checks
 from common.doctor import Result
 from common.errors import SilotuneError
+from common.probe import Answer
 from server import registry
 from server.doctor import federation, gateway, run
 from server.gateway import settings
@@ -85,6 +86,9 @@ def _of_gateway(path: Path, held: Registry | None, patient: Patient) -> list[Res
     outcome = gateway.ask_control(found, operator, ca_file=ca_file, clock=patient.clock)
     skew_s = None if outcome is None or isinstance(outcome, SilotuneError) else outcome.skew_s
     results += [gateway.fleet_listener(found, ca_file=ca_file), gateway.control_listener(outcome)]
+    is_served = isinstance(outcome, Answer) and outcome.status == 200
+    nodes = gateway.ask_nodes(found, operator if is_served else None, ca_file=ca_file)
+    results.append(gateway.registrations(held.roster if held else None, nodes))
     return [*results, gateway.end(found, now=_now(patient)), doctor_checks.clock(skew_s)]
 
 

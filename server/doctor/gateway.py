@@ -14,8 +14,10 @@ from common.doctor import Result, check, count, failed, ok, skipped, warning
 from common.errors import AuthError, SilotuneError, TransportError
 from common.probe import Answer
 from common.roster import Roster
+from server import link
 from server.gateway import members, settings, tls
 from server.gateway.settings import GatewayConfig
+from server.link import Identity, Node
 
 LIST_NODES: Final = "/v1/control/list-nodes"
 GET_RUN: Final = "/v1/fleet/get-run"
@@ -23,6 +25,10 @@ PROTOBUF: Final = {"content-type": "application/protobuf"}
 NET: Final = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 LOG_BYTES: Final = 64 << 20
 _REISSUE: Final = "run: silotune-server reissue --federation DIR; copy servers/ here, and restart the gateway"
+_REGISTER: Final = (
+    "start flower-superlink with --database FILE, as the unit of provision does; the gateway registers a site when its "
+    "courier connects: the site restarts it, or wait half a minute. By hand: silotune-server register nodes/NAME.pub"
+)
 _LISTEN: Final = "0A"
 _START: Final = "start it: silotune-server gateway GATEWAY.toml"
 _EXPOSED: Final = "whoever reaches it can start runs: flower-superlink --host 127.0.0.1, and a gateway before it"
@@ -138,6 +144,45 @@ def ask_control(
         return probe.ask(address, context=context, path=LIST_NODES, headers=PROTOBUF, host=host, clock=clock)
     except SilotuneError as error:
         return error
+
+
+def ask_nodes(
+    found: GatewayConfig, operator: tuple[Path, Path] | None, *, ca_file: Path
+) -> list[Node] | SilotuneError | None:
+    """The nodes that the SuperLink knows, why they are not known, or None where nobody was asked; see `ask_control`."""
+    if operator is None:
+        return None
+    try:
+        with link.connect(_reachable(found.control.listen), ca_file=ca_file, identity=Identity(*operator)) as connected:
+            return connected.nodes()
+    except SilotuneError as error:
+        return error
+
+
+@check("registrations", remedy="see the check of the listener for operators")
+def registrations(listed: Roster | None, nodes: list[Node] | SilotuneError | None) -> Result:
+    """Compare the roster with the nodes that the SuperLink knows; one that lost its state knows none.
+
+    Args:
+        listed: The federation's roster; None: unknown.
+        nodes: From `ask_nodes`.
+
+    Raises:
+        SilotuneError: The nodes could not be asked for.
+    """
+    if listed is None or nodes is None:
+        return skipped("not asked", "give --federation DIR, whose first operator asks, or --certificate and --key")
+    if isinstance(nodes, SilotuneError):
+        raise nodes
+    known = {node.public_key: node.is_online for node in nodes}
+    status = {site.name: known.get(site.node_key.encode("ascii")) for site in listed.sites}
+    absent = [name for name, is_online in status.items() if is_online is None]
+    if absent:
+        found = f"the SuperLink does not know {', '.join(absent)}: it lost its state, or they never connected"
+        return failed(found, _REGISTER) if len(absent) == len(status) else warning(found, _REGISTER)
+    away = [name for name, is_online in status.items() if not is_online]
+    told = f"the SuperLink knows {count(len(status), 'site')} of the roster"
+    return ok(f"{told}; not connected now: {', '.join(away)}" if away else f"{told}, all connected")
 
 
 @check("SuperLink", remedy=_EXPOSED)

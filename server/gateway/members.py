@@ -25,10 +25,12 @@ class Site:
     Attributes:
         name: As in the roster.
         node_key: SHA-256 of its node key's SubjectPublicKeyInfo in DER, hexadecimal.
+        node_pem: That key as the node sends it, PEM.
     """
 
     name: str
     node_key: str
+    node_pem: bytes
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,13 @@ class Members:
         sites: SHA-256 of a TLS key's SubjectPublicKeyInfo in DER, hexadecimal, to the site that holds it.
         operators: Such fingerprints of the operators.
         revoked: Such fingerprints that are refused whatever else lists them.
+        roster: The signed roster that says so, as it lies in its file.
     """
 
     sites: Mapping[str, Site]
     operators: frozenset[str]
     revoked: frozenset[str] = field(default_factory=frozenset)
+    roster: bytes = b""
 
     def site_of(self, fingerprint: str) -> Site | None:
         """The site that holds a TLS key, unless it was revoked."""
@@ -115,12 +119,13 @@ def load(*, roster_file: Path, governance_file: Path, watermark: Path, revoked_f
     current = roster.accept(roster_file, governance=pinned, watermark=watermark)
     sites: dict[str, Site] = {}
     for entry in current.sites:
-        site = Site(entry.name, node_key_fingerprint(entry.node_key.encode("ascii")))
+        pem = entry.node_key.encode("ascii")
+        site = Site(entry.name, node_key_fingerprint(pem), pem)
         sites[entry.tls_fingerprint] = site
         if entry.retiring_tls_fingerprint and now_s < entry.retires_at:
             sites[entry.retiring_tls_fingerprint] = site
     operators = frozenset(operator.tls_fingerprint for operator in current.operators)
-    return Members(sites, operators, read_revoked(revoked_file))
+    return Members(sites, operators, read_revoked(revoked_file), governance.read(roster_file))
 
 
 def node_key_fingerprint(pem: bytes) -> str:

@@ -16,11 +16,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from common import roster
 from common.errors import SilotuneError, StorageError
-from server.gateway import rules
+from server.gateway import rules, standing
 from server.gateway.connection import PEER
 from server.gateway.limits import Buckets
-from server.gateway.members import Members
+from server.gateway.members import Members, Site
 from server.gateway.refusals import RefusalLog, Refused
 from server.gateway.replies import Replies
 from server.gateway.rules import Body, Headers
@@ -131,6 +132,10 @@ class Proxy:
         call = self._check(request)
         try:
             async with asyncio.timeout(self.limits.exchange_timeout_s):
+                if call.path == roster.PATH:
+                    return standing.newest_roster(request.scope["headers"], known=self._members())
+                if call.path == roster.STANDING_PATH:
+                    return await standing.tell(self.upstream, self._site(request))
                 return await self._forward(request, call, stack)
         except TimeoutError:
             raise Refused(504, "slow_exchange") from None
@@ -148,8 +153,15 @@ class Proxy:
         )
         most = rules.max_body_bytes(path, self.gate.max_body_bytes)
         body = rules.check_headers(headers, max_bytes=self.limits.header_kib << 10, max_body_bytes=most)
+        if path in rules.SITE_PATHS:
+            return Call(path, self._site(request).name, body, 0)
         name = self.gate.check_peer(headers, peer.fingerprint, self._members())
         return Call(path, name, body, most)
+
+    def _site(self, request: Request) -> Site:
+        """The site that calls, by its certificate; raises Refused."""
+        peer: Peer = request.scope["state"][PEER]
+        return rules.check_certificate(peer.fingerprint, known=self._members())
 
     def _members(self) -> Members:
         """Those who may connect now; nobody while the files cannot be read."""
@@ -185,8 +197,10 @@ class Proxy:
         path = call.path
         content: bytes | AsyncIterator[bytes] = self._pieces(request, call)
         size_bytes = call.body.size_bytes
-        if check := self.gate.check_body.get(path):
-            content = check(call.name, b"".join([piece async for piece in self._pieces(request, call)]))
+        check = self.gate.check_body.get(path)
+        if check or path == rules.ACTIVATE_NODE:
+            content = b"".join([piece async for piece in self._pieces(request, call)])
+            content = check(call.name, content) if check else content
             size_bytes = len(content)
         headers = rules.forwarded(request.scope["headers"])
         if size_bytes is not None:
@@ -196,6 +210,10 @@ class Proxy:
         is_kept = False
         try:
             answer = await self.upstream.send(outgoing, stream=True)
+            if path == rules.ACTIVATE_NODE and answer.status_code == rules.UNKNOWN_NODE:
+                await answer.aclose()
+                await standing.register(self.upstream, self._site(request))
+                answer = await self.upstream.send(outgoing, stream=True)
             is_kept = answer.status_code == 200
         except httpx.HTTPError as error:
             raise Refused(502, "superlink") from error

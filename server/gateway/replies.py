@@ -22,8 +22,10 @@ from server import fleet
 from server.gateway.refusals import Refused
 
 PIECE_BYTES: Final = 5 << 20  # Flower's ArrayChunk
+MIN_PIECE_BYTES: Final = 1 << 20  # as the couriers' units set it, for slow lines
 NUM_SMALL_OBJECTS: Final = 8  # message, its records and array, each of a few hundred bytes
-OVERHEAD_BYTES: Final = 256 << 10  # of these, of the pieces' heads and of the requests that carry them
+OVERHEAD_BYTES: Final = 256 << 10  # of these and of the requests that carry them
+HEAD_BYTES: Final = 512  # of a piece: its head, its request, its name in the array
 MAX_MESSAGE_BYTES: Final = 4096  # a reply's own record: ids, dates, an error's code
 NUM_KEPT: Final = 2  # messages of one run and site whose answer may still come: this one and a late one's
 
@@ -49,7 +51,13 @@ class Grant:
     left_bytes: int = 0
 
     def __post_init__(self) -> None:
-        self.left_bytes = self.max_bytes + OVERHEAD_BYTES + min(self.max_bytes, 2 * PIECE_BYTES)
+        heads = OVERHEAD_BYTES + HEAD_BYTES * self.num_pieces
+        self.left_bytes = self.max_bytes + heads + min(self.max_bytes, 2 * PIECE_BYTES)
+
+    @property
+    def num_pieces(self) -> int:
+        """The most that the answer may be cut into."""
+        return -(-self.max_bytes // MIN_PIECE_BYTES)
 
 
 class Replies:
@@ -117,7 +125,7 @@ class Replies:
         if message.content.ByteSize() or message.ByteSize() > MAX_MESSAGE_BYTES:
             raise Refused(413, "reply_size")
         grant = self._asked(site, message.metadata.reply_to_message_id)
-        if _num_objects(tree) > NUM_SMALL_OBJECTS + -(-grant.max_bytes // PIECE_BYTES):
+        if _num_objects(tree) > NUM_SMALL_OBJECTS + grant.num_pieces:
             raise Refused(413, "reply_size")
         answer = hashlib.sha256(message.metadata.message_id.encode() + tree.SerializeToString()).hexdigest()
         if grant.answer not in ("", answer):  # the same again is Flower's own second try

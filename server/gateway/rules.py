@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from common import roster
 from server.gateway import members
-from server.gateway.members import Members
+from server.gateway.members import Members, Site
 from server.gateway.refusals import Refused
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -26,6 +27,9 @@ FLEET_PATHS: Final = frozenset(
 PULL_MESSAGES: Final = "/v1/fleet/pull-messages"
 PUSH_MESSAGES: Final = "/v1/fleet/push-messages"
 PUSH_OBJECT: Final = "/v1/fleet/push-object"
+ACTIVATE_NODE: Final = "/v1/fleet/activate-node"
+UNKNOWN_NODE: Final = 412  # Flower's answer to it where the key is not registered, or the node is online already
+SITE_PATHS: Final = frozenset({roster.PATH, roster.STANDING_PATH})  # which the gateway answers itself
 START_RUN: Final = "/v1/control/start-run"
 STREAM_LOGS: Final = "/v1/control/stream-logs"
 # What `server/link.py` calls.
@@ -113,12 +117,22 @@ def check_site(headers: Headers, fingerprint: str, *, known: Members) -> str:
     Raises:
         Refused: 403.
     """
-    site = known.site_of(fingerprint)
-    if site is None:
-        raise Refused(403, _reason(fingerprint, known))
+    site = check_certificate(fingerprint, known=known)
     if node_key_of(headers) != site.node_key:
         raise Refused(403, "node_key_other")
     return site.name
+
+
+def check_certificate(fingerprint: str, *, known: Members) -> Site:
+    """The site that a certificate's key belongs to: enough for what the gateway answers itself.
+
+    Raises:
+        Refused: 403.
+    """
+    site = known.site_of(fingerprint)
+    if site is None:
+        raise Refused(403, _reason(fingerprint, known))
+    return site
 
 
 def check_operator(fingerprint: str, *, known: Members) -> str:

@@ -118,7 +118,7 @@ def _fleet_gate(config: FleetConfig, replies: Replies) -> Gate:
     """What sites may do."""
     return Gate(
         name="fleet",
-        paths=rules.FLEET_PATHS,
+        paths=rules.FLEET_PATHS | rules.SITE_PATHS,
         max_body_bytes=config.max_body_mib << 20,
         check_peer=lambda headers, fingerprint, known: rules.check_site(headers, fingerprint, known=known),
         check_body={rules.PUSH_MESSAGES: replies.check_push},

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client import line, service
-from common import wire
+from common import roster, wire
 from common.errors import WireError
 from tests import vault
 
@@ -40,4 +40,4 @@ def _kind(data: bytes) -> str:
         kind = wire.unpack(data, max_body_bytes=vault.MAX).kind
     except WireError:
         return "train"
-    return kind if kind in line.KINDS else "train"
+    return kind if kind in (*line.KINDS, roster.KIND) else "train"

@@ -1,5 +1,8 @@
 """Attacks on a running gateway: each is refused and logged, and has a control that succeeds without the guard."""
 
+import asyncio
+import hashlib
+import logging
 import os
 import random
 import ssl
@@ -12,7 +15,13 @@ import pytest
 from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
 from flwr.proto.fab_pb2 import Fab
 
+from client import link as client_link
+from client import newest_roster
+from client.newest_roster import Messenger
+from common import kit, roster
+from common.errors import AuthError
 from server import link
+from simulations.deployment import HOST
 from tests.attacks import fuzz
 from tests.attacks import world as worlds
 from tests.attacks.world import ECHO_BUNDLE, HEARTBEAT, LIST_NODES, World
@@ -350,3 +359,54 @@ def test_g17_100_000_mutated_requests(tmp_path, monkeypatch):
     with worlds.running(tmp_path / "keys", tmp_path / "logs", **many) as world:
         check_mutations(world, num_mutations=1000, seed=17, num_threads=8, wait_s=0.3)  # warm
         check_mutations(world, num_mutations=100_000, seed=seed, num_threads=8, wait_s=0.3)
+
+
+def connect_as(world, name: str):
+    """What the link of a site opens."""
+    files = {"certificate_file": world.keys / f"{name}.pem", "key_file": world.keys / f"{name}.key"}
+    context = client_link.outward_context(ca_file=world.keys / "root-ca.pem", **files)
+    return lambda: client_link._open(client_link.Way((HOST, world.ports["fleet"]), context))
+
+
+def fetch_roster(connect, *, known: str = "") -> bytes:
+    return asyncio.run(newest_roster.fetch(connect, host=HOST, known=known))
+
+
+def test_the_gateway_gives_its_roster_to_sites_and_only_what_they_lack(world):
+    expected = (world.keys / "roster.json").read_bytes()
+    assert fetch_roster(connect_as(world, "alder")) == expected
+    assert fetch_roster(connect_as(world, "alder"), known=hashlib.sha256(expected).hexdigest()) == b""
+    assert fetch_roster(connect_as(world, "alder"), known="0" * 64) == expected
+
+
+@pytest.mark.parametrize("path", [roster.PATH, roster.STANDING_PATH])
+def test_what_the_gateway_answers_itself_is_for_sites_of_the_roster_at_their_own_door(world, path):
+    with world.refuses("not_in_roster", certificate="absent"):
+        assert world.control(path, name="absent", door="fleet").status_code == 403
+    for name, door in (("olga", "control"), (None, "superlink")):
+        assert world.control(path, name=name, door=door).status_code == 404
+    with pytest.raises(CUT):
+        world.control(path, name="stranger", door="fleet")
+    (world.keys / "revoked.txt").write_text(f"{worlds.fingerprint(world, 'holly')}\n")
+    try:
+        world.wait_for(lambda: world.control(path, name="holly", door="fleet").json() == {"detail": "revoked"})
+    finally:
+        (world.keys / "revoked.txt").write_text("")
+    world.wait_for(lambda: world.control(path, name="holly", door="fleet").status_code == 200)  # control
+
+
+def test_a_site_whose_certificate_the_gateway_does_not_know_gets_an_error_and_no_roster(world):
+    with pytest.raises(AuthError, match="403"):
+        fetch_roster(connect_as(world, "absent"))
+
+
+def test_a_fetched_roster_is_judged_by_the_agent_once_and_a_foreign_one_refused(world, member, caplog):
+    caplog.set_level(logging.WARNING)
+    before = (member.roster_folder / kit.ROSTER).read_bytes()
+    messenger = Messenger(member.door.socket_path, connect_as(world, "alder"), HOST)
+    num_entries = len(member.log())
+    for _ in range(2):
+        asyncio.run(messenger.look())
+    assert [(entry.kind, entry.facts["step"]) for entry in member.log()[num_entries:]] == [("refused", "roster")]
+    assert "the agent refused the gateway's roster: PolicyRefusedError" in caplog.text
+    assert (member.roster_folder / kit.ROSTER).read_bytes() == before

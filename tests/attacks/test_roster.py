@@ -11,10 +11,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.gatekeeper import Gatekeeper
-from common import identity, kit, wire
+from common import identity, kit, roster, wire
 from common.errors import PolicyRefusedError
 from common.governance import Governance
 from common.roster import OperatorEntry
+from common.wire import Frame
 from tests import vault
 from tests.rosters import GOOD, MEMBERS, NORTH, PINNED, changed, put, signed, site
 
@@ -80,6 +81,64 @@ def test_a09_roster_of_the_next_epoch_is_taken_and_the_one_before_never_again(me
     assert member.refused(member.step(round_index=1)) == BY_ROSTER
     with pytest.raises(PolicyRefusedError, match="5 was seen before"):  # also after a restart
         member.start()
+
+
+def hand(member, data: bytes) -> Frame:
+    """What the link does with a roster that it fetched."""
+    return member.ask(Frame(roster.KIND, {}, data))
+
+
+TRUE_ENDS = ("this site revoked", "another key under this site's name")  # the governance's word, which holds
+
+
+def test_a09_roster_that_the_link_brings_and_that_is_not_the_federations_newest(member):
+    before = (member.roster_folder / kit.ROSTER).read_bytes()
+    for data in (FORGED[name] for name in FORGED if name not in TRUE_ENDS):
+        assert member.refused(hand(member, data)) == BY_ROSTER
+        assert member.log()[-1].facts["step"] == "roster"
+        assert (member.roster_folder / kit.ROSTER).read_bytes() == before
+    assert member.step().kind == "update"  # the roster that it had holds
+    told = hand(member, signed(changed()))  # control
+    assert (told.kind, told.head, member.log()[-1].facts["epoch"]) == ("taken", {"epoch": 5}, 5)
+
+
+@pytest.mark.parametrize("name", TRUE_ENDS)
+def test_a09_roster_that_the_link_brings_and_that_ends_this_sites_part(member, name):
+    assert member.refused(hand(member, FORGED[name])) == BY_ROSTER
+    assert (member.roster_folder / kit.ROSTER).read_bytes() == FORGED[name]
+    assert member.refused(member.step()) == BY_ROSTER
+    assert member.refused(hand(member, signed(GOOD))) == BY_ROSTER  # and it does not go back
+    assert member.refused(member.step()) == BY_ROSTER
+
+
+def test_a09_the_newest_roster_is_taken_once_and_an_older_one_never_again(member, make):
+    num_entries = len(member.log())
+    assert hand(member, signed(GOOD)).head == {"epoch": 4}
+    assert len(member.log()) == num_entries  # as it does at each start of the link
+    for _ in range(2):
+        assert hand(member, signed(changed())).head == {"epoch": 5}
+    assert [entry.kind for entry in member.log()[num_entries:]] == ["roster"]
+    assert member.refused(hand(member, signed(GOOD))) == BY_ROSTER
+    assert member.refused(hand(member, signed(dataclasses.replace(changed(), sites=(NORTH,))))) == BY_ROSTER
+    assert member.refused(hand(member, bytes((4 << 20) + 1))) == BY_ROSTER
+    put(member, signed(GOOD))  # the folder alone was restored from a backup
+    assert hand(member, signed(changed())).head == {"epoch": 5}
+    assert member.step().kind == "update"
+    alone = make()
+    assert alone.refused(hand(alone, signed(changed()))) == BY_ROSTER  # a site that reads no roster
+
+
+def test_a09_run_under_a_newer_roster_waits_until_the_link_has_brought_it(member):
+    """And not by the number alone: nobody signed it, and the site's own roster decides who may offer a run."""
+    frame = dataclasses.replace(member.offer(), roster_epoch=5).to_frame()
+    assert member.refused(member.ask(frame)) == ("RosterOutdated", "roster")
+    hand(member, signed(changed()))
+    assert member.ask(frame).kind == "opened"
+    older = dataclasses.replace(member.offer(), roster_epoch=1).to_frame()
+    assert member.ask(older).kind == "opened"
+    for false in (-1, True, 1.5, "5", 1 << 60):
+        answer = member.ask(dataclasses.replace(frame, head={**frame.head, "roster_epoch": false}))
+        assert member.refused(answer)[0] == "WireError"
 
 
 def test_a09_other_governance_beside_a_roster_that_it_signed(member):

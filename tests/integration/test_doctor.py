@@ -1,5 +1,8 @@
 """Both doctors against a running SuperLink with the gateway before it, all from one provisioned federation."""
 
+import base64
+import datetime
+import functools
 import os
 import shutil
 import signal
@@ -10,10 +13,15 @@ import threading
 import time
 from contextlib import ExitStack
 
+import httpx
 import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse, DeactivateNodeRequest
 
+from client import link as client_link
 from client.doctor import host
-from common import doctor_checks, probe
+from common import certs, doctor_checks, probe, roster
 from common.config import LinkConfig
 from common.errors import AuthError, TransportError
 from server import link
@@ -53,7 +61,10 @@ class World:
     def start(self, name: str) -> None:
         commands = {
             "superlink": deployment.superlink_command(
-                self.address("superlink"), ca_file=self.keys / "ca.pem", certificate=self.keys / "server.pem"
+                self.address("superlink"),
+                ca_file=self.keys / "ca.pem",
+                certificate=self.keys / "server.pem",
+                database=self.keys / "superlink.db",
             ),
             "gateway": [sys.executable, "-m", "server.cli", "gateway", str(self.gateway_file)],
         }
@@ -76,6 +87,31 @@ class World:
         folder = keys or self.federation.keys("alder")
         return host.shake_hands(self.address("fleet"), folder, clock=lambda: time.time() + skew_s)
 
+    def standing(self, name: str = "alder"):
+        """What a site's doctor says of its registration."""
+        folder = self.federation.keys(name)
+        path = roster.STANDING_PATH
+        return host.registration(host.shake_hands(self.address("fleet"), folder, clock=time.time, path=path))
+
+    def connect(self, name: str) -> int:
+        """What a site's courier does as it starts and as it stops; the node's id."""
+        keys = self.federation.keys(name)
+        files = {"ca_file": keys / "ca.pem", "certificate_file": keys / "site.pem", "key_file": keys / "tls.key"}
+        node, now = certs.load_key(keys / "node.key"), datetime.datetime.now(datetime.UTC).isoformat()
+        pem, signature = certs.public_pem(node).encode(), node.sign(now.encode(), ec.ECDSA(hashes.SHA256()))
+        headers = {"flwr-timestamp": now, "content-type": "application/protobuf"} | {
+            f"flwr-{name}": base64.b64encode(value).decode()
+            for name, value in {"public-key": pem, "signature": signature}.items()
+        }
+        base_url, context = f"https://{self.address('fleet')}", client_link.outward_context(**files)
+        with httpx.Client(base_url=base_url, verify=context, trust_env=False, headers=headers) as client:
+            request = ActivateNodeRequest(public_key=pem, heartbeat_interval=30.0)
+            answer = client.post("/v1/fleet/activate-node", content=request.SerializeToString()).raise_for_status()
+            node_id = ActivateNodeResponse.FromString(answer.content).node_id
+            request = DeactivateNodeRequest(node_id=node_id)
+            client.post("/v1/fleet/deactivate-node", content=request.SerializeToString()).raise_for_status()
+        return node_id
+
     def examine(self, **patient):
         return {r.name: r for r in examine(Patient(self.federation.folder, self.gateway_file, **patient))}
 
@@ -92,6 +128,8 @@ def world(tmp_path_factory):
         stack.callback(lambda: deployment.stop(list(made.processes.values())))
         for name in ("superlink", "gateway"):
             made.start(name)
+        assert made.standing().status == "failed"  # nothing is registered yet
+        made.node_ids = {name: made.connect(name) for name in ("alder", "birch")}
         yield made
 
 
@@ -104,7 +142,14 @@ def test_a_healthy_site_gets_through_to_the_superlink_and_leaves_no_trace(world,
     assert all(result.status != "failed" for result in found.values())
     (key, certificate), root = operator(world), world.federation.folder / "ca" / "root.pem"
     nodes = listed(world, key, certificate, root)
-    assert nodes == []  # nothing was registered
+    assert nodes == []  # nobody was let in
+    assert found["registration"].status == "ok"
+    for change, status in (lambda data: data, "ok"), (lambda data: data + b" ", "warning"):
+        (tmp_path / "roster.json").write_bytes(change((world.federation.folder / "roster.json").read_bytes()))
+        keys, agents = world.federation.keys("alder"), str(tmp_path)
+        hands = functools.partial(host.shake_hands, world.address("fleet"), keys, clock=time.time)
+        asked = host.ask_roster(hands, agents=agents)
+        assert host.newest_roster(asked).status == status
 
 
 def operator(world):
@@ -125,7 +170,8 @@ def test_a_healthy_coordinator_passes(world):
     assert "no answer without a certificate" in found["listener for sites"].found
     assert "the SuperLink behind it answers" in found["listener for operators"].found
     assert "loopback only" in found["SuperLink"].found
-    assert len(found) == 18
+    assert "not connected now: alder, birch" in found["registrations"].found
+    assert len(found) == 19
 
 
 def test_without_the_node_key_the_certificate_is_still_tried(world, tmp_path):
@@ -269,3 +315,22 @@ def test_a_superlink_that_is_away(world):
     assert (found.status, "SuperLink behind it does not answer" in found.found) == ("failed", True)
     assert "502 superlink" in own["listener for operators"].found
     assert "nobody listens" in own["SuperLink"].found
+    assert (world.standing().status, own["registrations"].status) == ("ok", "skipped")  # it came back and knows them
+    assert {name: world.connect(name) for name in world.node_ids} == world.node_ids
+
+
+def test_a_superlink_that_lost_its_state_gets_its_sites_back_as_they_connect(world):
+    world.kill("superlink")
+    for path in world.keys.glob("superlink.db*"):
+        path.rename(path.with_name(f"lost-{path.name}"))
+    world.start("superlink")
+    found, own = world.standing(), world.examine()["registrations"]
+    assert (found.status, own.status) == ("failed", "failed")
+    assert "systemctl restart silotune-courier" in found.remedy
+    assert ("alder, birch" in own.found, "--database" in own.remedy) == (True, True)
+    world.node_ids["alder"] = world.connect("alder")
+    assert (world.standing().status, world.standing("birch").status) == ("ok", "failed")
+    assert (own := world.examine()["registrations"]).status == "warning"
+    assert ("birch" in own.found, "alder" in own.found) == (True, False)
+    world.node_ids["birch"] = world.connect("birch")
+    assert world.examine()["registrations"].status == "ok"

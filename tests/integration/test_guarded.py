@@ -7,24 +7,27 @@ lets runs pass without a person; the slow one has three, each of which approves,
 import datetime
 import hashlib
 import json
+import os
 import re
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from client import consent, line, review
+from client import consent, enroll, line, review
 from client.history import AUDIT_FILE
 from common import audit, config, events, identity, kit, wire
-from common.errors import SilotuneError
+from common.errors import ProtocolError, SilotuneError
 from common.wire import Frame
-from server import admit, launch, run_files
-from simulations import guarded, run, site_files, world
+from server import admit, launch, link, run_files
+from simulations import deployment, guarded, run, site_files, world
 from simulations.guarded import FEDERATION, Guarded
 from tests import tiny, vault
 from tests.attacks.test_no_route import UNSHARE, can_unshare
@@ -76,7 +79,7 @@ class Case:
         with started as running:
             yield running
 
-    def launch(self, running: Guarded) -> None:
+    def launch(self, running: Guarded, *, resume: bool = False) -> None:
         """What `silotune-server run` does, by the operator's certificate and key."""
         launch.run(
             self.settings,
@@ -85,7 +88,7 @@ class Case:
             identity=running.operator,
             folder=self.folder / "run",
             base=self.base,
-            resume=False,
+            resume=resume,
             is_quiet=True,
             operator_key=running.operator_key,
             federation=FEDERATION,
@@ -99,8 +102,8 @@ def held_out_rules(rows: Path) -> str:
     return f'\n[data.datasets.held-out]\npath = "{path}"\ncolumns = {columns}\nmax_rows = 100\n'
 
 
-def make_case(folder: Path, base: Path, sites: Sequence[str]) -> Case:
-    """One round of three QLoRA steps."""
+def make_case(folder: Path, base: Path, sites: Sequence[str], **more: str) -> Case:
+    """One round of three QLoRA steps, unless more changes."""
     table = [
         {"site": site, "patient_id": f"{site}-{number // 2}", "instruction": "Code it.", "output": f"{number * 7 % 5}"}
         for site in sites
@@ -108,7 +111,7 @@ def make_case(folder: Path, base: Path, sites: Sequence[str]) -> Case:
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
     count = {"federation.min_sites": str(len(sites)), "federation.num_sites": str(len(sites))}
-    changes = {**CHANGES, **count, "data.source": f'"{folder / "rows.jsonl"}"'}
+    changes = {**CHANGES, **count, "data.source": f'"{folder / "rows.jsonl"}"', **more}
     return Case(folder, base, tiny.settings(base, changes))
 
 
@@ -179,6 +182,53 @@ def test_one_site_behind_gateway_and_link_trains_the_simulations_adapter(tiny_ba
     assert [*json.loads((tmp_path / "run" / run_files.NODES_FILE).read_bytes()).values()] == [SITES[0]]
     assert digest(tmp_path / "run") == adapter
     assert case.simulate("other", seed=6)[0] != adapter  # control: the adapter depends on the seed
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_after_its_superlink_was_killed_and_its_site_learns_of_another_one_meanwhile(tiny_base, tmp_path):
+    """The couriers come back by themselves, the run finds its site, and its adapter is the simulation's."""
+    case = make_case(tmp_path, tiny_base, SITES[:1], **{"federation.num_rounds": "2"})
+    adapter, base_sha256 = case.simulate()
+    with case.federation(base_sha256, min_sites="1", approval='"none"') as running:
+        killing = threading.Thread(target=restart_superlink, args=(case, running), daemon=True)
+        killing.start()
+        with pytest.raises(ProtocolError, match="interrupted"):
+            case.launch(running)
+        killing.join(60)
+        with link.connect(running.control, ca_file=running.ca_file, identity=running.operator) as connected:
+            (node,) = connected.nodes()  # registered as before, without anybody's doing
+            wait = partial(deployment.until, timeout_s=90, watched=running.processes)
+            wait(lambda: connected.online_node_ids() == [node.node_id], what="the courier")
+        admit_another(running, tmp_path)
+        case.launch(running, resume=True)  # offered under the next epoch, so the site must have it
+        assert digest(tmp_path / "run") == adapter
+        assert [entry.facts["epoch"] for entry in entries(running.nodes[SITES[0]]) if entry.kind == "roster"] == [2, 3]
+
+
+def restart_superlink(case: Case, running: Guarded) -> None:
+    """Once the first round is over, kill the SuperLink with all that it started, and start it again."""
+    process, path = running.process("superlink"), case.folder / "run" / events.FILE
+    proc, end = Path(f"/proc/{process.popen.pid}"), time.monotonic() + TIMEOUT_S
+    command, env = ((proc / name).read_text().split("\0")[:-1] for name in ("cmdline", "environ"))
+    while not (path.is_file() and "round_finished" in path.read_text()) and time.monotonic() < end:
+        time.sleep(0.05)
+    os.killpg(process.popen.pid, signal.SIGKILL)
+    process.popen.wait()
+    variables = dict(pair.split("=", 1) for pair in env)
+    again = deployment.start("superlink", command, logs=case.folder, env=variables)
+    running.processes[running.processes.index(process)] = again
+
+
+def admit_another(running: Guarded, folder: Path) -> None:
+    """A site joins; the coordinator's folder has the next roster, which the gateway of this federation reads there."""
+    words = enroll.enroll(folder / "newcomer", federation_id=FEDERATION, name="dogwood").words
+    admit.admit(
+        running.folder,
+        request_file=folder / "newcomer" / enroll.REQUEST,
+        words=words,
+        governance_files=sorted((running.folder / "governance").iterdir())[:2],
+        now=datetime.datetime.now(datetime.UTC),
+    )
 
 
 @pytest.fixture(scope="module")

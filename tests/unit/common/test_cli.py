@@ -31,6 +31,7 @@ EXIT_CODES = {
     "WireError": 6,
     "AuthError": 6,
     "AuditError": 6,
+    "RosterOutdated": 6,
     "TooFewSitesError": 6,
     "RemoteError": 6,
     "TransportError": 7,

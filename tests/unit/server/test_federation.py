@@ -3,9 +3,11 @@
 import pytest
 
 from client.agent import Agent
+from common import manifest, wire
 from common.errors import DataError, TooFewSitesError, TransportError
+from common.wire import Frame
 from server import federation
-from tests import tiny
+from tests import rosters, tiny, vault
 
 WANT_TWO = {"federation.num_sites": "0"}
 
@@ -194,3 +196,59 @@ def test_a_refusal_is_told_under_the_sites_name_where_it_is_known_also_from_an_e
         ("node 3", "failed"),
         ("west", "failed"),
     ]
+
+
+def with_an_older_roster(node, *, num_times: int):
+    """A node that says so at the first offers."""
+    asked = []
+
+    def answer(frame: bytes) -> bytes:
+        asked.append(frame)
+        old = wire.pack(Frame("refused", {"code": "RosterOutdated", "reference": "a1"}))
+        return old if len(asked) <= num_times else node(frame)
+
+    return answer
+
+
+def test_a_site_that_fetches_the_newest_roster_is_told_at_once_and_waited_for(federate, nodes, told):
+    assert start(federate({**nodes, 3: with_an_older_roster(nodes[3], num_times=2)})) == ["north", "south", "west"]
+    assert [(event["node"], event["state"]) for event in told("site_refused")] == [(3, "has an older roster")]
+
+
+@pytest.mark.parametrize("changes", [{}, {**WANT_TWO, "federation.min_sites": "3"}])
+def test_a_site_that_gets_no_newer_roster_ends_the_run_early_and_the_reason_names_the_remedy(
+    federate, nodes, changes, tmp_path
+):
+    fed = federate({**nodes, 3: with_an_older_roster(nodes[3], num_times=99)}, changes)
+    fed.trail = vault.operator(tmp_path, roster_folder=rosters.write(tmp_path / "federation")).trail
+    fed.trail.signers.update(dict.fromkeys(["north", "south"], ""))
+    with pytest.raises(TooFewSitesError, match=r"node 3: its roster is older than epoch 4 .*silotune-client roster"):
+        start(fed)
+    waited_s = fed.clock() - 1000
+    assert federation.ROSTER_WAIT_S <= waited_s < federation.ROSTER_WAIT_S + 2 * federation.APPROVAL_RETRY_S
+    assert waited_s < fed.manifest.run.federation.join_timeout_s
+
+
+def test_control_a_site_that_is_away_is_waited_for_to_the_end(federate, nodes):
+    def away(_: bytes) -> bytes:
+        raise TransportError("no agent")
+
+    fed = federate({**nodes, 3: away})
+    with pytest.raises(TooFewSitesError):
+        start(fed)
+    assert fed.clock() - 1000 >= fed.manifest.run.federation.join_timeout_s
+
+
+def test_an_offer_names_the_epoch_of_the_coordinators_roster_as_it_is_now(federate, nodes, tmp_path):
+    heard = []
+
+    def refuse(frame: bytes) -> bytes:
+        heard.append(manifest.read_offer(wire.unpack(frame, max_body_bytes=1 << 20)))
+        return wire.pack(Frame("refused", {"code": "DataError", "reference": "a1"}))
+
+    fed = federate({1: refuse})
+    fed.trail = vault.operator(tmp_path, roster_folder=rosters.write(tmp_path / "federation")).trail
+    for _ in range(2):
+        federation.rejoin(fed)
+        rosters.write(tmp_path / "federation", rosters.signed(rosters.changed()))
+    assert [offer.roster_epoch for offer in heard] == [4, 5]

@@ -47,9 +47,11 @@ def test_a_site_is_known_by_its_certificate_and_its_node_key(joined, tmp_path):
     told: list[str] = []
     version, shown, _ = shake_hands(door(joined, "sites", told), tunnel(joined, "alder"))
     peer, known = tls.peer_of(shown), load(joined, tmp_path)
-    node = certs.load_key(joined.keys("alder") / "node.key").public_key()
+    node = certs.load_key(joined.keys("alder") / "node.key")
     assert (version, peer.name, told) == ("TLSv1.3", "alder", [])
-    assert known.site_of(peer.fingerprint) == members.Site("alder", certs.fingerprint(node))
+    assert known.site_of(peer.fingerprint) == members.Site(
+        "alder", certs.fingerprint(node.public_key()), certs.public_pem(node).encode()
+    )
 
 
 def test_a_site_does_not_get_through_the_operators_door(joined):

@@ -1,17 +1,23 @@
 """What a site may leave at the SuperLink: one answer to each message that it was handed, of the size that was said."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from flwr.proto.error_pb2 import Error
 from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree
 
+from client.doctor import host
 from common.errors import ConfigError
-from server import fleet
+from server import fleet, kits
+from server.gateway import replies as limits
 from server.gateway.refusals import Refused
 from server.gateway.replies import MAX_MESSAGE_BYTES, NUM_SMALL_OBJECTS, OVERHEAD_BYTES, PIECE_BYTES, Replies
 
 SIZE = 12 << 20
-ALLOWED = SIZE + OVERHEAD_BYTES + 2 * PIECE_BYTES
+ALLOWED = SIZE + OVERHEAD_BYTES + 12 * limits.HEAD_BYTES + 2 * PIECE_BYTES
 
 
 class Clock:
@@ -68,13 +74,39 @@ def test_a_site_that_was_not_asked_leaves_nothing(replies):
     [
         (b"\xff" * 9, (400, "reply_malformed")),
         (announcement(count=2), (400, "reply_malformed")),
-        (announcement(num_objects=NUM_SMALL_OBJECTS + 4), (413, "reply_size")),
+        (announcement(num_objects=NUM_SMALL_OBJECTS + 13), (413, "reply_size")),
         (announcement(error="a" * MAX_MESSAGE_BYTES), (413, "reply_size")),
     ],
 )
 def test_an_announcement_that_asks_for_more_room_is_refused(replies, body, told):
     hand(replies)
     assert refusal(replies.check_push, "alder", body) == told
+
+
+PIECES = """
+import random
+from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.proto.message_pb2 import PushObjectRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore import constant
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+array = Array("uint8", (12 << 20,), "silotune", random.Random(0).randbytes(12 << 20))
+ids = {"node": Node(node_id=(1 << 64) - 1), "run_id": (1 << 64) - 1, "session_id": "0" * 64}
+found = get_all_nested_objects(RecordDict({"a": ArrayRecord({"a": array})}))
+pushed = [PushObjectRequest(object_id=name, object_content=one.deflate(), **ids) for name, one in found.items()]
+print(len(pushed), sum(one.ByteSize() for one in pushed), constant.FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES)
+"""
+
+
+def test_an_answer_as_flower_cuts_it_by_the_couriers_unit_passes_whole(replies):
+    env = host.environment((kits.TEMPLATES / "silotune-courier.service.j2").read_text())
+    for changes, num_pieces in ((env, 12), ({}, 3)):
+        told = subprocess.check_output([sys.executable, "-c", PIECES], env={**os.environ, **changes}, text=True)
+        num_objects, num_bytes, num_at_once = map(int, told.split())
+        assert (num_objects, num_at_once) == (num_pieces + 3, 1 if changes else 2)
+        hand(replies, f"of {num_pieces}", run_id=num_pieces)
+        replies.check_push("alder", announcement(to=f"of {num_pieces}", num_objects=num_objects))
+        assert num_bytes < SIZE + limits.HEAD_BYTES * (num_pieces + 3)
 
 
 def test_a_second_answer_to_one_message_is_refused(replies):

@@ -17,7 +17,7 @@ KEY = ec.derive_private_key(5, ec.SECP384R1()).public_key()
 PEM = KEY.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 NODE_KEY = hashlib.sha256(KEY.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 TLS, OTHER, OPERATOR = "a" * 64, "b" * 64, "c" * 64
-KNOWN = Members({TLS: Site("alder", NODE_KEY), OTHER: Site("birch", "0" * 64)}, frozenset({OPERATOR}))
+KNOWN = Members({TLS: Site("alder", NODE_KEY, b""), OTHER: Site("birch", "0" * 64, b"")}, frozenset({OPERATOR}))
 
 
 def refusal(call, *given, **named) -> tuple[int, str]:

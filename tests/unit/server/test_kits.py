@@ -103,4 +103,19 @@ def test_commands_tell_people_and_programs(tmp_path, capsys):
     assert told(cli.app, "rotate", renewal, "--federation", folder, *signers)["epoch"] == 3
     assert told(client_cli.app, "install", kit_folder, "--keys", keys)["epoch"] == 3
     assert told(cli.app, "reissue", "--federation", folder).keys() == {"gateway", "superlink", "operator", "night"}
-    assert told(cli.app, "revoke", "alder", "--federation", folder, *signers) == {"name": "alder", "epoch": 4}
+    birch = tmp_path / "birch"
+    request = told(client_cli.app, "enroll", "--federation", "onco-eu", "--name", "birch", "--out", birch)
+    given = ["admit", request["request"], "--federation", folder, "--words", request["words"], *signers]
+    second = told(cli.app, *given)
+    assert (admitted["others"], second["others"]) == ([], ["alder"])
+    who = [step.partition(":")[0] for step in second["next"]]
+    assert who == ["gateway", "birch", "other sites", "without it", "members"]
+    for expected in (
+        f"install -m 644 {folder}/roster.json {folder}/revoked.txt /etc/silotune/",
+        f"send {folder}/kits/birch.tar; there: silotune-client install birch.tar --keys KEYS --words WORDS",
+        "other sites: alder: ",
+        f"send {folder}/roster.json; there: silotune-client roster roster.json --keys KEYS",
+    ):
+        assert expected in "\n".join(second["next"])
+    revoked = told(cli.app, "revoke", "alder", "--federation", folder, *signers)
+    assert (revoked["epoch"], revoked["others"], "kit" in revoked) == (5, ["birch"], False)
