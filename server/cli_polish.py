@@ -44,5 +44,6 @@ def polish(
     result = command.polish(
         run_folder, base=base, num_threads=threads, console=console, stages_file=stages, num_kept=keep_stages
     )
-    told = (f"adapter   {result['adapter']}", f"next: silotune-server export {result['folder']} --to DIR")
+    where = ("--to", f"{result['folder']}/export", *(("--base", base) if base else ()))
+    told = (f"adapter   {result['adapter']}", cli.next_step("silotune-server", "export", result["folder"], *where))
     cli.emit(result, as_json=json, show=lambda: cli.show(*told))

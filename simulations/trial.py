@@ -44,9 +44,9 @@ _TASK: Final = """
 # What the coordinator measures by itself, on rows of its own, before the first round and after the last.
 [[evaluation.tasks]]
 name = "region"
-kind = "answers"
+kind = "perplexity"
 data = {path}
-metrics = "exact_match"
+text_column = "text"
 """
 # What these sites change in the policy of their kit, apart from what `guarded.kit_policy` fills in.
 _POLICY: Final = {
@@ -84,8 +84,9 @@ def make(folder: Path) -> Built:
         logs=place / LOGS,
     )
     (place / BASE).symlink_to(world.EMBEDDED_BASE)
-    public = [row for row in records.generate() if row["instruction"] in (records.TRIAGE, records.FORMULARY)]
-    lines = "".join(json.dumps(row) + "\n" for row in public if row["site"] not in SITES)
+    regional = [row for row in records.generate() if row["instruction"] in (records.TRIAGE, records.FORMULARY)]
+    public = [f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in regional if row["site"] not in SITES]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in public)
     storage.write_atomic(place / PUBLIC, lines.encode())
     task = _TASK.format(path=json.dumps(str(place / PUBLIC)))
     storage.write_atomic(place / "run.toml", RUN_FILE.read_bytes() + task.encode())
