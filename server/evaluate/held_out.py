@@ -117,9 +117,7 @@ def _panel(federation: Federation) -> tuple[list[int], set[str]]:
     settings = federation.manifest.run
     limits = {"num_sites": settings.evaluation.sites_per_round, "seed": settings.seed}
     there = {
-        federation.name(node_id): node_id
-        for node_id in federation.present()
-        if federation.sites[node_id].num_held_out
+        federation.name(node_id): node_id for node_id in federation.present() if federation.sites[node_id].num_held_out
     }
     asked = sampling.panel(there, **limits)
     return [there[site] for site in asked], {*asked, *sampling.panel({*there, *federation.metrics}, **limits)}

@@ -13,6 +13,7 @@ from server import broadcast as steps
 from server import federation, rounds
 from tests import tiny
 
+WHOLE = WireConfig(down="float32")
 HALF = WireConfig(down="float32", down_density=0.5)
 FLASC = {"wire.down_density": "0.25", "wire.density": "0.25", "wire.error_feedback": "false"}
 
@@ -36,8 +37,8 @@ def test_the_mask_is_the_one_that_was_worked_by_hand():
 def test_a_density_of_one_is_the_whole_adapter_byte_for_byte():
     tensors = {"a.lora_A.weight": torch.randn(4, 9, generator=torch.Generator().manual_seed(1))}
     whole = adapter.encode(tensors, dtype="float32")
-    assert broadcast.plain_body("train", tensors, WireConfig(down="float32")) == whole
-    received = broadcast.receive(Frame("train", {}, whole), adapter.specs(tensors), settings=WireConfig(down="float32"), held=())
+    assert broadcast.plain_body("train", tensors, WHOLE) == whole
+    received = broadcast.receive(Frame("train", {}, whole), adapter.specs(tensors), settings=WHOLE, held=())
     assert torch.equal(received.tensors["a.lora_A.weight"], tensors["a.lora_A.weight"])
     with pytest.raises(WireError):  # the control: a site of the sparse run does not take it
         broadcast.receive(Frame("train", {}, whole), adapter.specs(tensors), settings=HALF, held=())
