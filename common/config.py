@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from common import config_file, config_rules, wire_rules
+from common import config_evaluation_rules, config_file, config_rules, wire_rules
 from common.config_aggregation import AggregationConfig
 from common.config_evaluation import EvaluationConfig
 from common.config_export import ExportConfig
@@ -97,8 +97,10 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_follow(cls, table: Any) -> Any:
-        """Work out what was left out and depends on other settings: the method of a private run, and `wire.down`."""
-        return wire_rules.with_down(_with_private_method(table)) if isinstance(table, dict) else table
+        """Work out what was left out and depends on other settings: method, `wire.down`, how many sites are asked."""
+        if not isinstance(table, dict):
+            return table
+        return config_evaluation_rules.with_all_asked(wire_rules.with_down(_with_private_method(table)))
 
     @property
     def evaluated_rounds(self) -> tuple[int, ...]:

@@ -152,7 +152,7 @@ def test_what_rounding_left_out_of_a_step_may_come_later_even_of_a_factor_that_i
         after, memory, _ = broadcast.settle(state, wanted, memory, sent=site.engine.tensor_specs, dtype=down)
         moves.check_step(run, Seen(index, state), Seen(index + 1, after), num_steps=3, rules=strict)
         late += [float((after[name] - state[name]).abs().max()) for name in state if name not in trained]
-        far = {name: t + 1.5 * move * (name in trained) for name, t in state.items()}
+        far = {name: t + 4 * move * (name in trained) for name, t in state.items()}
         if method == "fedavg":
             with pytest.raises(moves.PolicyRefusedError, match=r"train\.max_move"):  # the control
                 moves.check_step(run, Seen(index, state), Seen(index + 1, far), num_steps=3, rules=strict)

@@ -247,7 +247,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "6a21035a9ec1835d6f4a13523aee5c63c83d64c4482e9e08ae1943990a3297ff"
+        "a11964afb23a4d3aa01ac80c0bb2cab316d466be933746424e55918d504df7cd"
     )
 
 
@@ -338,5 +338,9 @@ def test_what_is_left_out_of_the_wire_follows_whatever_decides_the_method():
         ({"wire.down_density": "0.25"}, "int4"),
     ):
         assert config.parse(MINIMAL, name="run.toml", overrides=overrides).wire.down == down
+    fedsa = {"aggregation.method": "fedsa"}
+    assert config.parse(MINIMAL, name="run.toml", overrides=fedsa).evaluation.sites_per_round == 0
+    with pytest.raises(ConfigError, match="so all must be asked"):
+        config.parse(MINIMAL, name="run.toml", overrides={**fedsa, "evaluation.sites_per_round": "100"})
     with pytest.raises(ConfigError, match="no steps down with this method"):  # by name it is refused, as ever
         config.parse(MINIMAL, name="run.toml", overrides={"aggregation.method": "fedsvd", "wire.down": "int4"})

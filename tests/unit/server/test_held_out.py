@@ -65,12 +65,12 @@ def test_beyond_a_number_of_sites_the_same_sample_is_asked_every_time_and_anothe
     fed = ready({number: noting(number) for number in nodes}, changes)
     numbers = {name: number for number, name in enumerate(("north", "south", "west"), start=1)}
     all_there, panels = fed.fleet, []
-    for num_rounds, away in enumerate((None, None, "panel", None)):
+    for away in (None, None, "panel", None):
         panel = panels[0] if panels else []
         there = {number for number in nodes if away is None or number != numbers[panel[0]]}
         fed.fleet = all_there if away is None else tiny.fleet({number: noting(number) for number in there})
         asked.clear()
-        evaluate(fed, engine, num_rounds=num_rounds)
+        evaluate(fed, engine)
         event = told("evaluated")[-1]
         panels.append([name for name in numbers if numbers[name] in asked])
         assert len(asked) == 2

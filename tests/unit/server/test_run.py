@@ -371,7 +371,7 @@ LLAMA_70B = {"hidden": 8192, "keys": 1024, "inner": 28672, "num_layers": 80}
 
 
 @pytest.mark.parametrize(
-    ("rank", "shape", "size_mib"), [(64, LLAMA_8B, 642), (16, LLAMA_70B, 793), (64, LLAMA_70B, 3162)]
+    ("rank", "shape", "size_mib"), [(64, LLAMA_8B, 642), (16, LLAMA_70B, 792), (64, LLAMA_70B, 3162)]
 )
 def test_a_request_that_no_site_takes_is_refused_before_anything_is_sent(engine, tiny_base, rank, shape, size_mib):
     settings = tiny.settings(tiny_base, {"wire.dtype": '"int3"'})
