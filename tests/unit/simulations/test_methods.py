@@ -231,8 +231,9 @@ def test_a_site_that_was_away_is_sent_all_that_it_missed(play, nodes, engine, me
     assert last[0] == last[1]
     found = adapter.decode(last[0], engine.tensor_specs, dtype="float32")
     assert all(torch.equal(found[name], tensor) for name, tensor in outcome.tensors.items())
-    trained = [one.body for one, _ in heard[1] if one.kind == "train"]
-    sent = adapter.decode(trained[0], engine.tensor_specs, dtype="float32")  # of the second round
+    trained = [one.body for one, _ in heard[1] if one.head.get("round_index") == 1 and one.body]
+    assert len(trained) == 1  # it is scored and trained from in the second round, and crosses once
+    sent = adapter.decode(trained[0], engine.tensor_specs, dtype="float32")
     assert any(bool(tensor.any()) for name, tensor in sent.items() if "residual_B" in name)
 
 
