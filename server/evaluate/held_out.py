@@ -106,6 +106,9 @@ def ask(federation: Federation, state: State, plan: RoundPlan) -> dict[str, Any]
     told_now = [federation.metrics[site] for site in sorted(federation.metrics.keys() & counted)]
     own = _own_loss(federation, state)
     told = _told(federation, told_now, is_base=not plan.round_index, fresh=fresh, server_loss=own)
+    told_now = [federation.metrics[site] for site in sorted(federation.metrics.keys() & counted)]
+    own = _own_loss(federation, state)
+    told = _told(federation, told_now, is_base=not plan.round_index, fresh=fresh, server_loss=own)
     return {**told, "bytes_down": sum(map(len, frames.values())), "bytes_up": bytes_up}
 
 
