@@ -119,9 +119,7 @@ def _counted(
     node: Callable[[bytes], bytes], counter: Counter, run: RunManifest, *, name: str
 ) -> Callable[[bytes], bytes]:
     """A site whose frames are counted; one of a baseline is sent the adapter whole with every request to train."""
-    scored: wire.Bytes = (
-        b""  # the adapter of the last request to evaluate, which the next one to train would name by its hash
-    )
+    scored: wire.Bytes = b""  # of the last request to evaluate, which the next one to train would name by its hash
 
     def respond(data: bytes) -> bytes:
         nonlocal scored
