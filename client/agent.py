@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from client import figures, protect, residual
+from client import figures, policy, protect, residual
 from client.figures import FigureNoise
 from client.guard import Guard, Permissive
 from client.personal import Shelf
@@ -36,6 +36,7 @@ from common import (
 )
 from common.broadcast import Held
 from common.config_privacy import Protection
+from common.config_types import MAX_MESSAGE_MIB
 from common.data.problems import at_site
 from common.errors import AuthError, ConfigError, ProtocolError, SilotuneError, code_of
 from common.manifest import RunManifest
@@ -46,7 +47,7 @@ from common.records import OpenedHead, RoundPlan, SiteMetrics, TensorSpec, Updat
 from common.rows import Row
 from common.wire import Frame
 
-MAX_BODY_BYTES: Final = 600 << 20
+MAX_BODY_BYTES: Final = MAX_MESSAGE_MIB << 20
 MAX_OPEN: Final = 4  # runs; the one that was idle for longest must be offered anew
 NOT_OPEN: Final = "this run is not open at this site; the server must send its manifest first"
 PERMISSIVE: Final = Permissive()
@@ -73,7 +74,7 @@ class SiteData:
 class OpenRun:
     """A run that this site takes part in.
 
-    `fixed` are tensors that it makes itself, `start` is what the run begins with where the adapter goes down as steps,
+    `fixed` are tensors that it makes itself, `start` is what the run begins with, of the tensors that are sent,
     `specs` are all tensors, at its rank.
     """
 
@@ -201,12 +202,14 @@ class Agent:
         offer = manifest.read_offer(request)
         self._guard.before_open(offer)
         run_manifest = manifest.parse(offer.manifest)
+        policy.check_message_size(run_manifest, max_mib=self._max_body_bytes >> 20)
         run = self._take_up(run_manifest)
         self._opened[run.sha256] = run_manifest
         for sha256 in list(self._opened)[:-MAX_OPEN]:
             del self._opened[sha256]
             self._held.pop(sha256, None)
-        return Frame("opened", to_head(run.opened))
+        held = self._held.get(run.sha256, run.start)
+        return Frame("opened", {**to_head(run.opened), "adapter_sha256": held.sha256 if held else ""})
 
     def _take_up(self, run_manifest: RunManifest) -> OpenRun:
         """The run, with its base and rows in memory and those of another one let go."""
@@ -229,7 +232,7 @@ class Agent:
         privacy = run_manifest.run.privacy
         if privacy.is_private_per_unit:
             coupling.check_once(engine, method=privacy.clipping, objective=Objective.of(run_manifest.run.training))
-        fixed, begun = start.fixed(run_manifest), _start(run_manifest, engine)
+        fixed, begun = start.fixed(run_manifest), _start(run_manifest, engine, site=self.site)
         with at_site(self.site):
             data = self._load_data(run_manifest)
             train, train_report = objectives.encode(engine, data.train, run_manifest.run)
@@ -242,7 +245,6 @@ class Agent:
             num_truncated=train_report.num_truncated + held_out_report.num_truncated,
             num_dropped=train_report.num_dropped + held_out_report.num_dropped,
             num_steps=schedule.num_local_steps(len(train), run_manifest.run.training),
-            adapter_sha256=begun.sha256 if begun else "",
         )
         self._guard.begins(lambda: _begun(run_manifest, engine), num_steps=opened.num_steps, run=run_manifest)
         num_units = len({row.unit for row in train}), len({row.unit for row in held_out})
@@ -376,7 +378,7 @@ class Agent:
         received = broadcast.receive(
             request, specs, settings=settings.wire, held=(self._held.get(run.sha256), run.start)
         )
-        if settings.wire.down != "float32":
+        if not settings.wire.is_adapter_sparse:
             self._held[run.sha256] = received
         tensors = {**run.fixed, **received.tensors}
         self._guard.before_step(request, plan, tensors, run=run.manifest)
@@ -437,11 +439,11 @@ def _begun(run_manifest: RunManifest, engine: Engine) -> adapter.Tensors:
     return start.initial(run_manifest, initial_of(engine, run_manifest.run))
 
 
-def _start(run_manifest: RunManifest, engine: Engine) -> Held | None:
-    """What a site would be sent first, made from the seed; None where the adapter goes down whole."""
-    if run_manifest.run.wire.down == "float32":
+def _start(run_manifest: RunManifest, engine: Engine, *, site: str) -> Held | None:
+    """What a site would be sent first, made from the seed; None where no request names what it builds on."""
+    if run_manifest.run.wire.is_adapter_sparse:
         return None
     tensors = _begun(run_manifest, engine)
-    specs = trainable.received_specs(run_manifest.run.aggregation.method, run_manifest.tensor_specs)
-    sent = {spec.name: tensors[spec.name] for spec in specs}
-    return Held(adapter.digest(sent), sent)
+    own = ranks.specs_of(run_manifest.run.adapter, run_manifest.tensor_specs, site)
+    sent = ranks.cut(tensors, trainable.received_specs(run_manifest.run.aggregation.method, own))
+    return broadcast.kept_once(Held(adapter.digest(sent), sent))

@@ -98,7 +98,7 @@ class Gatekeeper:
         self._tell = tell
         self._policy_file, self._policy_seen = Path(node.agent.policy), signed_policy.sha256
         self.history = History()
-        self._folder = Path(node.agent.log_folder)
+        self._folder, self._max_message_mib = Path(node.agent.log_folder), node.agent.max_message_mib
         self._site, self._identity_key = node.site.name, identity.public_hex(key)
         self._roster_folder = node.agent.roster_folder
         self._clock = clock
@@ -136,6 +136,7 @@ class Gatekeeper:
         run = manifest.parse(offer.manifest)
         self._signers[offer.sha256] = offer.signature.signer if offer.signature else ""
         policy.check(self.policy, run, self.history.usage(offer.sha256, now=self._clock()), site=self._site)
+        policy.check_message_size(run, max_mib=self._max_message_mib)
         policy.check_columns(self._dataset, run.run)
         if offer.sha256 not in self.history.runs:
             consent.store(self._folder, offer)

@@ -10,10 +10,11 @@ import grpc
 from common import roster
 from common.agent_pb2 import Chunk, HelloRequest
 from common.agent_pb2_grpc import AgentStub
+from common.config_types import MAX_MESSAGE_MIB
 from common.errors import ProtocolError, RemoteError, SilotuneError, TransportError, WireError
 
 CHUNK_BYTES: Final = 1 << 20
-MAX_REPLY_BYTES: Final = 1 << 30
+MAX_REPLY_BYTES: Final = (MAX_MESSAGE_MIB + 1) << 20  # the largest update that a run file can allow, and its frame
 OPTIONS: Final = (
     ("grpc.max_receive_message_length", 2 * CHUNK_BYTES),  # of one piece, not of a frame
     ("grpc.enable_http_proxy", 0),

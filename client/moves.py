@@ -17,8 +17,9 @@ from torch import Tensor
 
 from client.policy_file import Policy
 from client.train import schedule
-from common import adapter, config, site_privacy, storage, trainable, wire
+from common import adapter, config, packing, site_privacy, storage, trainable, wire
 from common.adapter import Tensors
+from common.config_wire import WHOLE
 from common.errors import ModelError, PolicyRefusedError, WireError
 from common.manifest import RunManifest
 from common.methods import FACTS
@@ -29,6 +30,7 @@ MAX_BYTES: Final = 2047 << 20
 TOLERANCE: Final = 1e-4  # of the largest value: another machine's last bits
 ORTHONORMAL: Final = 0.05  # what an entry of A A^T may be off, 16 bits on the way included
 NOISE_STDS: Final = 10.0
+SCALE_GROWTH: Final = 1.01  # a scale is rounded up to bfloat16, by less than 2^-7 of it
 DIRECT: Final = ("fedavg", "ffa", "rolora", "fedsa")  # each value is the mean of the sites' values
 REFACTORED: Final = ("fedsvd", "flexlora")  # the product of two factors is, up to what is cut
 _SEEN: Final = "seen"
@@ -137,14 +139,34 @@ def check_step(run: config.RunConfig, last: Seen, new: Seen, *, num_steps: int, 
             _check_orthonormal(new.tensors)
         _check_products(last.tensors, new.tensors, list(per_round.values()), factor=factor, run=run)
         return
+    carried = _carried(run, last.num_rounds, num_steps=num_steps)
     for name, tensor in new.tensors.items():
         if trainable.is_side(name) or name not in last.tensors:
             continue
         trained = [move for k, move in per_round.items() if is_polished or _is_sent(run, name, k)]
+        trained += [move for k, move in carried.items() if k not in per_round and _is_sent(run, name, k)]
         largest = float(last.tensors[name].abs().max())
-        allowed = factor * _by_server(math.fsum(trained), largest, run=run) + TOLERANCE * max(largest, 1e-3)
+        allowed = factor * _by_server(math.fsum(trained), largest, run=run) * (1 + _rounding(run))
+        allowed += TOLERANCE * max(largest, 1e-3)
         moved = float((tensor - last.tensors[name]).abs().max())
         _require(moved <= allowed, f"a value of {name}", moved, allowed)
+
+
+def _rounding(run: config.RunConfig) -> float:
+    """What rounding to the nearest integer leaves out of a step, as a share of its row's largest value; at most."""
+    if run.wire.down == WHOLE:
+        return 0.0
+    return SCALE_GROWTH / (2 * packing.largest(run.wire.down))
+
+
+def _carried(run: config.RunConfig, num_rounds: int, *, num_steps: int) -> dict[int, float]:
+    """How much of the moves of rounds before the last adapter may come only now: steps are rounded, and what that
+    leaves out goes into the next one, a share of it into the one after that, and so on, trained or not.
+    """
+    share, end = _rounding(run), min(num_rounds, run.federation.num_rounds)
+    if not share:
+        return {}
+    return {k: share ** (end - k) * site_move(k, run=run, num_steps=num_steps) for k in range(end)}
 
 
 def site_move(round_index: int, *, run: config.RunConfig, num_steps: int) -> float:

@@ -3,6 +3,7 @@
 Closed world: a setting that no rule here knows is refused too, so a later version's settings need a rule first.
 """
 
+import math
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -94,8 +95,8 @@ OTHERS: Final = {
     "federation": "num_rounds sites_per_round min_sites round_timeout_s join_timeout_s num_sites",
     "privacy": "mode epsilon dp_delta sampling_prob noise_multiplier clip_norm noise_at max_rows_per_unit clipping "
     "adaptive_clipping clip_quantile clip_learning_rate",
-    "evaluation": "every_rounds server_data batch_size exact_match_rows max_new_tokens metrics json_schema tasks "
-    "tasks_every_rounds num_polish_stages",
+    "evaluation": "every_rounds sites_per_round server_data batch_size exact_match_rows max_new_tokens metrics "
+    "json_schema tasks tasks_every_rounds num_polish_stages",
     "gate": "rules evidence min_rows max_probe_drop min_baseline_gain max_site_rise min_loss_gain min_schema_valid "
     "max_exposure max_extracted max_pii_emission audit_file stop_after figures",
     "export": "formats gguf_type llama_cpp rows data_statement data_licence operator_key",
@@ -416,6 +417,21 @@ def _check_cohort(policy: Policy, run: config.RunConfig) -> None:
     _at_least("cohort.min_sites", federation.min_sites, policy.cohort.min_sites)
     if run.privacy.is_private_per_site:
         _at_least("cohort.min_sites", site_privacy.num_expected(run), policy.cohort.min_sites)
+
+
+def check_message_size(run_manifest: RunManifest, *, max_mib: int) -> None:
+    """Refuse a run whose adapter could come in a larger message than this site takes, before anything is trained.
+
+    Raises:
+        PolicyRefusedError: It could.
+    """
+    size_mib = math.ceil(run_manifest.request_bytes / (1 << 20))
+    if size_mib > max_mib:
+        raise PolicyRefusedError(
+            f"agent.max_message_mib: a request that brings this run's adapter whole has up to {size_mib} MiB, and this "
+            f"site takes {max_mib}; raise it in the site's own file, or ask for a run of a lower adapter.r",
+            rule="agent.max_message_mib",
+        )
 
 
 def _planned(policy: Policy, run: config.RunConfig) -> float:

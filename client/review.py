@@ -259,6 +259,8 @@ def _facts(desk: Desk, offer: Offer, run: RunManifest) -> dict[str, str]:
         "figures below, rounded; no row, no text",
         "bytes that leave": f"at most {declared.bytes_per_round:,} a round, "
         f"{declared.bytes_per_round * num_rounds:,} in {num_rounds} rounds{_after_rounds(settings)}",
+        "largest message that comes": f"{run.request_bytes:,} bytes, the adapter whole; this site takes "
+        f"{desk.node.agent.max_message_mib << 20:,}",
         "epsilon": _epsilon(desk, run),
         "counts and held-out figures": _beside(desk, settings),
         "rows that are read": f"all of {data.path}" + (f" and {data.held_out_path}" if data.held_out_path else ""),
@@ -397,10 +399,11 @@ def _not_default(run: config.RunConfig) -> str:
 
 
 def _refusal(desk: Desk, run: RunManifest) -> str:
-    """What the policy says."""
+    """What policy and site's own file say."""
     try:
         usage = desk.history.usage(run.sha256, now=time.time())
         policy.check(desk.policy, run, usage, site=desk.node.site.name)
+        policy.check_message_size(run, max_mib=desk.node.agent.max_message_mib)
     except PolicyRefusedError as error:
         return str(error)
     return ""

@@ -164,6 +164,7 @@ def _sparse_down_remark(facts: Facts) -> str:
 
 SERVER_OPTIMIZER: Final = "server optimizer"
 UNTRIED: Final = "the coordinator's step is more than the mean update, and nobody has tried the two together"
+STEPS: Final = Feature("steps down", _steps, keys=("wire.down",), is_asked=lambda run: run.wire.down != "float32")
 FEATURES: Final = (
     Feature("secure aggregation", _in_the_clear),
     Feature(
@@ -215,7 +216,7 @@ FEATURES: Final = (
         is_asked=lambda run: run.aggregation.robust != "none",
     ),
     Feature("sparse updates", _sparse, keys=("wire.density",), is_asked=lambda run: run.wire.density < 1),
-    Feature("steps down", _steps, keys=("wire.down",), is_asked=lambda run: run.wire.down != "float32"),
+    STEPS,
     Feature(
         "sparse download",
         _sparse_down,

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from common import config_file, config_rules
+from common import config_evaluation_rules, config_file, config_rules, wire_rules
 from common.config_aggregation import AggregationConfig
 from common.config_evaluation import EvaluationConfig
 from common.config_export import ExportConfig
@@ -96,15 +96,11 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _private_runs_refactor(cls, table: Any) -> Any:
-        """Let a private run of LoRA that names no method use `fedsvd`: its product carries no noise squared."""
-        if not isinstance(table, dict) or not config_rules.is_private(table):
+    def _defaults_follow(cls, table: Any) -> Any:
+        """Work out what was left out and depends on other settings: method, `wire.down`, how many sites are asked."""
+        if not isinstance(table, dict):
             return table
-        aggregation = table.get("aggregation", {})
-        if not isinstance(aggregation, dict) or "method" in aggregation:
-            return table
-        kind = table["adapter"].get("kind", "lora") if isinstance(table.get("adapter"), dict) else "lora"
-        return {**table, "aggregation": {**aggregation, "method": PRIVATE_METHOD if kind == "lora" else "fedavg"}}
+        return config_evaluation_rules.with_all_asked(wire_rules.with_down(_with_private_method(table)))
 
     @property
     def evaluated_rounds(self) -> tuple[int, ...]:
@@ -121,6 +117,15 @@ class RunConfig(Section):
         """Refuse values that are fine alone and contradict each other."""
         config_rules.check(self, config_rules.RUN_RULES)
         return self
+
+
+def _with_private_method(table: dict[str, Any]) -> dict[str, Any]:
+    """Let a private run of LoRA that names no method use `fedsvd`: its product carries no noise squared."""
+    aggregation = table.get("aggregation", {})
+    if not config_rules.is_private(table) or not isinstance(aggregation, dict) or "method" in aggregation:
+        return table
+    kind = table["adapter"].get("kind", "lora") if isinstance(table.get("adapter"), dict) else "lora"
+    return {**table, "aggregation": {**aggregation, "method": PRIVATE_METHOD if kind == "lora" else "fedavg"}}
 
 
 class NodeConfig(Section):

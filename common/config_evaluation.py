@@ -14,6 +14,12 @@ class EvaluationConfig(Section):
     """What is measured on held-out rows, and how often."""
 
     every_rounds: PositiveCount = Field(default=1, description="Evaluate after every so many rounds.")
+    sites_per_round: Count = Field(
+        default=100,
+        description="Most sites that are asked about an adapter: a sample by the run's seed, the same ones every time, "
+        "so that figures of two rounds are of the same rows. 0: all, which is the default where sites keep adapters "
+        "of their own (`fedsa`).",
+    )
     server_data: Line = Field(default="", description="Path of the coordinator's own held-out rows. Empty: none.")
     batch_size: int = Field(default=16, ge=1, le=65536, description="Rows in memory at once in evaluation.")
     exact_match_rows: Count = Field(

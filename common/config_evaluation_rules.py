@@ -1,8 +1,8 @@
-"""Contradictions of what the sites score after polish; `config_rules` adds them to its table."""
+"""Contradictions of what the sites score, and after polish; `config_rules` adds them to its table."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from common.config_model import BY_HASH
 from common.config_types import Contradiction
@@ -23,7 +23,24 @@ def _asks(config: RunConfig) -> bool:
     return config.evaluation.num_polish_stages > 0
 
 
+def with_all_asked(table: dict[str, Any]) -> dict[str, Any]:
+    """An unchecked table of a run file: where sites keep adapters of their own all are asked, unless it says otherwise.
+
+    A site puts down its own adapter when it scores it, so that one that is never asked would end without.
+    """
+    evaluation, aggregation = table.get("evaluation", {}), table.get("aggregation", {})
+    facts = FACTS.get(str(aggregation.get("method", ""))) if isinstance(aggregation, dict) else None
+    if not isinstance(evaluation, dict) or "sites_per_round" in evaluation or facts is None or not facts.is_personal:
+        return table
+    return {**table, "evaluation": {**evaluation, "sites_per_round": 0}}
+
+
 CONTRADICTIONS: Final[tuple[Contradiction, ...]] = (
+    (
+        ("evaluation.sites_per_round", "aggregation.method"),
+        lambda c: c.evaluation.sites_per_round > 0 and FACTS[c.aggregation.method].is_personal,
+        "a site puts down its own adapter when it is asked about it, so all must be asked; remove it, or set 0",
+    ),
     (
         ("evaluation.num_polish_stages", "polish"),
         _has_fewer_stages,

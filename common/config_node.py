@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from common.config_types import PROXY, Line, Mebibytes, RequiredLine, Section, Sha256, Slug
+from common.config_types import MAX_MESSAGE_MIB, PROXY, Line, Mebibytes, RequiredLine, Section, Sha256, Slug
 
 
 class SiteConfig(Section):
@@ -68,7 +68,11 @@ class AgentConfig(Section):
     )
     courier_group: Line = Field(default="", description="Unix group of the courier, which may open the socket too.")
     log_folder: RequiredLine = Field(default="/var/lib/silotune", description="Folder of the agent's own log.")
-    max_message_mib: Mebibytes = Field(default=600, description="Largest message on the socket, in MiB.")
+    max_message_mib: Mebibytes = Field(
+        default=MAX_MESSAGE_MIB,
+        description="Largest message on the socket, in MiB. A run whose adapter could come in a larger one is refused "
+        "when it is offered.",
+    )
     policy: Line = Field(default="", description="This site's signed policy. Empty: every run is taken.")
     policy_signer: Sha256 = Field(default="", description="Public key of the admin who signs the policy, 64 digits.")
     identity_key: Line = Field(default="", description="Private key of this site (Ed25519, PEM); signs the audit log.")

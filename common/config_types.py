@@ -50,7 +50,8 @@ RequiredLine = Annotated[str, Field(pattern=LINE, min_length=1, max_length=4096)
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
 PositiveCount = Annotated[int, Field(ge=1, le=1_000_000)]
 Seconds = Annotated[float, Field(gt=0, le=2_592_000)]
-Mebibytes = Annotated[int, Field(ge=1, le=2047)]
+MAX_MESSAGE_MIB = 2047  # of one message, at both ends; on its way it goes in pieces
+Mebibytes = Annotated[int, Field(ge=1, le=MAX_MESSAGE_MIB)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 # keys that do not go together, the first of which names the problem; whether a run is such a one; what is told

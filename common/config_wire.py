@@ -1,17 +1,19 @@
 """Section `[wire]` of the run file."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
 from common.config_types import Mebibytes, Section
+
+WHOLE: Final = "float32"  # of `down`
 
 
 class WireConfig(Section):
     """What travels."""
 
     dtype: Literal["bfloat16", "float32", "int8", "int4", "int3"] = Field(
-        default="bfloat16",
+        default="int8",
         description="Type of the deltas that go up. Integers have a scale for each rank direction and are rounded up "
         "or down by chance, so that their mean is right.",
     )
@@ -26,10 +28,11 @@ class WireConfig(Section):
         "forgotten, as in FLASC.",
     )
     down: Literal["float32", "int8", "int4", "int3"] = Field(
-        default="float32",
-        description="How the adapter goes down: whole in float32 every time, or whole once and then each round's step "
-        "as integers. What rounding leaves out of a step goes into the next, and coordinator and sites hold the same "
-        "adapter, bit by bit.",
+        default="int4",
+        description="How the adapter goes down: as each round's step in integers, or whole in float32. Either way a "
+        "site that holds it already is sent its hash, and one that lacks what a step builds on is sent it whole. What "
+        "rounding leaves out of a step goes into the next, and coordinator and sites hold the same adapter, bit by "
+        "bit. Left out, it is `float32` where the method or kind has no small steps, or where sites differ in rank.",
     )
     down_density: Annotated[float, Field(gt=0, le=1)] = Field(
         default=1.0,
@@ -47,4 +50,4 @@ class WireConfig(Section):
     @property
     def is_adapter_sparse(self) -> bool:
         """Whether the adapter that goes down to be trained is cut to its largest values (FLASC)."""
-        return self.down == "float32" and self.down_density < 1
+        return self.down == WHOLE and self.down_density < 1

@@ -1,11 +1,13 @@
-"""What may leave a site in a run: each figure with its range, the tensors' type, bytes a round. Loads no torch."""
+"""What may leave a site in a run: each figure with its range, the tensors' type, bytes a round; and how large a request
+can be that comes to it. Loads no torch.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from common import config, packing, trainable
+from common import config, packing, trainable, wire
 from common.methods import FACTS
 from common.records import OpenedHead, SiteMetrics, TensorSpec, UpdateHead
 
@@ -92,6 +94,17 @@ def declare(run: config.RunConfig, tensor_specs: Sequence[TensorSpec]) -> Egress
 def bytes_per_run(declared: Egress, run: config.RunConfig) -> int:
     """Most bytes that leave in a whole run: its rounds, what is told when it opens, and the scores after polish."""
     return declared.bytes_per_round * run.federation.num_rounds + HEAD_BYTES * (1 + run.evaluation.num_polish_stages)
+
+
+def request_bytes(run: config.RunConfig, tensor_specs: Sequence[TensorSpec]) -> int:
+    """Most bytes that a request of a run can have, its frame included: one that brings the adapter whole.
+
+    However `wire.down` is set, a site that holds nothing that a step builds on is sent it so.
+    """
+    last = run.federation.num_rounds + (1 if run.evaluation.num_polish_stages else 0)
+    specs = trainable.down_specs(run, tensor_specs, round_index=last)
+    whole = num_update_bytes(specs, dtype="float32") - HEAD_BYTES
+    return whole + wire.MAX_HEAD_BYTES + wire.OVERHEAD_BYTES
 
 
 def figures(kind: str) -> list[str]:

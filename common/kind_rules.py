@@ -101,6 +101,9 @@ def _gap(kind: Kind) -> str:
     return "" if kind.has_factors else "the gap is measured on A and B; elsewhere the table says whether there is one"
 
 
+STEPS: Final = KindFeature(
+    "steps down", _steps, "set wire.down = 'float32'", ("wire.down",), lambda run: run.wire.down != "float32"
+)
 KIND_FEATURES: Final = (
     KindFeature(
         "methods beside fedavg",
@@ -165,13 +168,7 @@ KIND_FEATURES: Final = (
         ("training.gradient_checkpointing",),
         lambda run: run.training.gradient_checkpointing,
     ),
-    KindFeature(
-        "steps down",
-        _steps,
-        "set wire.down = 'float32'",
-        ("wire.down",),
-        lambda run: run.wire.down != "float32",
-    ),
+    STEPS,
     KindFeature(
         "sparse download",
         _sparse_down,

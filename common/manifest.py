@@ -76,6 +76,11 @@ class RunManifest:
         return egress.declare(self.run, self.tensor_specs)
 
     @property
+    def request_bytes(self) -> int:
+        """Most bytes of a request that comes to a site in this run."""
+        return egress.request_bytes(self.run, self.tensor_specs)
+
+    @property
     def sha256(self) -> str:
         """The run's identity; travels in every message."""
         return hashlib.sha256(self.to_bytes()).hexdigest()

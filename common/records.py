@@ -39,8 +39,8 @@ class OpenedHead:
         num_dropped: Of both, left out because they are too long, or are pairs whose answers are the same after
             the cut; None likewise.
         num_steps: Optimiser steps that a round will take here.
-        adapter_sha256: Of the adapter that the run starts from, as this site made it from the seed; empty where the
-            adapter goes down whole.
+        adapter_sha256: Of the adapter that this site holds: the one that it was sent last, or that the run starts from,
+            as it made that from the seed; empty where its largest values go down alone.
         signer: The site's identity, which signed this answer; empty where it has none. See `common.signed_frame`.
         signature: By that key; empty likewise.
     """

@@ -2,9 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from common import compatibility, kind_rules
 from common.config_types import Contradiction
+from common.config_wire import WHOLE
+from common.kinds import KINDS
+from common.methods import FACTS
 
 if TYPE_CHECKING:
     from common.config import RunConfig
@@ -86,6 +90,32 @@ OPTIONS: Final = (
     Option("sparse steps down", "wire.down as integers, wire.down_density below 1", _DOWN),
     Option("sparse adapter down as in FLASC", "wire.down = 'float32', wire.down_density below 1", _DOWN),
 )
+
+
+def with_down(table: dict[str, Any]) -> dict[str, Any]:
+    """An unchecked table of a run file, in which `wire.down` is worked out where it was left out.
+
+    The default of the schema, steps in integers, is for methods and kinds that go together with steps; the others get
+    the adapter whole. What is no table, no method or no kind is left for the schema to refuse.
+    """
+    wire = table.get("wire", {})
+    if not isinstance(wire, dict) or "down" in wire:
+        return table
+    method, kind = _named(table, "aggregation", "method", "fedavg"), _named(table, "adapter", "kind", "lora")
+    facts, own = FACTS.get(method), KINDS.get(kind)
+    has_steps = (facts is None or not compatibility.STEPS.why_not(facts)) and (
+        own is None or not kind_rules.STEPS.why_not(own)
+    )
+    if has_steps and not _named(table, "adapter", "site_ranks", ""):
+        return table
+    return {**table, "wire": {**wire, "down": WHOLE}}
+
+
+def _named(table: Mapping[str, Any], section: str, key: str, default: str) -> str:
+    """A word of an unchecked table; the default where it is missing, and nothing where it is no word."""
+    found = table.get(section, {})
+    value = found.get(key, default) if isinstance(found, dict) else getattr(found, key, default)
+    return value if isinstance(value, str) else ""
 
 
 def reasons() -> list[str]:

@@ -51,32 +51,49 @@ def settle(
 
 
 def forms(
-    tensors: State, *, nodes: Sequence[int], held: Mapping[int, str], step: Step | None
+    tensors: State, *, nodes: Sequence[int], held: Mapping[int, str], steps: Sequence[Step]
 ) -> list[tuple[Form, bytes, list[int]]]:
     """For each form in use: the form, its body and the nodes that are sent it.
+
+    A site that missed rounds is sent their steps as long as these weigh less than the adapter.
 
     Args:
         tensors: The adapter to send, without what sites make themselves.
         nodes: Who is asked.
         held: Hash of the adapter that a node is known to hold.
-        step: To the newest adapter; None after a start.
+        steps: To the newest adapter, each from the one before; none after a start, or where the run sends none.
     """
     sha256 = adapter.digest(tensors)
-    groups: dict[str, list[int]] = {WHOLE: [], STEP: [], SAME: []}
+    groups: dict[str, list[int]] = {}
     for node in nodes:
-        groups[_form(held.get(node, ""), sha256, step)].append(node)
-    base = step.base_sha256 if step else ""
-    made = {WHOLE: Form(WHOLE, sha256, ""), STEP: Form(STEP, sha256, base), SAME: Form(SAME, sha256, sha256)}
-    bodies = {WHOLE: adapter.encode(tensors, dtype="float32") if groups[WHOLE] else b"", SAME: b""}
-    bodies[STEP] = step.body if step else b""
-    return [(made[form], bodies[form], group) for form, group in groups.items() if group]
+        groups.setdefault(held.get(node, ""), []).append(node)
+    made: dict[Form, tuple[bytes, list[int]]] = {}
+    for base_sha256, group in groups.items():
+        form, body = _form(base_sha256, sha256, steps)
+        made.setdefault(form, (body, []))[1].extend(group)
+    whole = adapter.encode(tensors, dtype="float32") if any(form.form == WHOLE for form in made) else b""
+    return [(form, whole if form.form == WHOLE else body, group) for form, (body, group) in made.items()]
 
 
-def _form(held: str, sha256: str, step: Step | None) -> str:
-    """The shortest form for a node that holds this adapter."""
+def _form(held: str, sha256: str, steps: Sequence[Step]) -> tuple[Form, bytes]:
+    """The shortest form for a node that holds this adapter, and its body but for the whole one's."""
     if held == sha256:
-        return SAME
-    return STEP if step and (step.base_sha256, step.sha256) == (held, sha256) else WHOLE
+        return Form(SAME, sha256, sha256), b""
+    bases = [step.base_sha256 for step in steps]
+    if held in bases and steps[-1].sha256 == sha256:
+        return Form(STEP, sha256, held), b"".join(step.body for step in steps[bases.index(held) :])
+    return Form(WHOLE, sha256, ""), b""
+
+
+def light(steps: Sequence[Step], *, sent: Sequence[TensorSpec]) -> list[Step]:
+    """The newest steps that follow each other and together weigh no more than the whole adapter; at least the last."""
+    limit, kept = adapter.encoded_size(sent, dtype="float32"), list[Step]()
+    for step in reversed(steps):
+        limit -= len(step.body)
+        if kept and (limit < 0 or step.sha256 != kept[0].base_sha256):
+            break
+        kept.insert(0, step)
+    return kept
 
 
 def _left_out(memory: Memory, name: str, like: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from common import ranks, site_states, trainable, wire
-from common.broadcast import plain_body
+from common.broadcast import WHOLE, plain_body
 from common.config_types import SLUG
+from common.config_wire import WHOLE as WHOLE_DOWN
 from common.errors import ProtocolError, RemoteError, SilotuneError, TooFewSitesError
 from common.events import EventLog
 from common.manifest import Offer, RunManifest
@@ -87,8 +88,8 @@ class Federation:
         apart: Rows that no stage is to train on.
         examples: Prompts that may be shown with their answers; none: no text is kept.
         memory: What the coordinator remembers from round to round.
-        step: To the newest adapter, where it goes down as steps.
-        sent_sha256: Hash of the adapter in the last requests.
+        steps: To the newest adapter, where it goes down as steps: of the last round, and of rounds that sites missed.
+        sent: Hash of the adapter in the last request to each node.
         held: Hash of the adapter that each node answered for last.
         make_noise: Source of a round's secret draws and noise, under differential privacy for sites as a whole.
         clock: Seconds, monotonic.
@@ -119,8 +120,8 @@ class Federation:
     apart: Sequence[Apart] = ()
     examples: Sequence[Row] = ()
     memory: Memory = field(default_factory=dict)
-    step: Step | None = None
-    sent_sha256: str = ""
+    steps: Sequence[Step] = ()
+    sent: dict[int, str] = field(default_factory=dict)
     held: dict[int, str] = field(default_factory=dict)
     make_noise: Callable[[int], Noise] = fresh_noise
     clock: Callable[[], float] = time.monotonic
@@ -199,7 +200,7 @@ class Federation:
 
     def record_received(self, answer: collect.Answer, plan: RoundPlan, *, step: str) -> None:
         """Write down an answer that counts, before it is used; the node holds the adapter that it was sent."""
-        self.held[answer.node_id] = self.sent_sha256
+        self.held[answer.node_id] = self.sent[answer.node_id]
         self.suspects.discard(answer.node_id)
         if self.trail and answer.frame is not None:
             self.trail.answered(self.name(answer.node_id))
@@ -227,21 +228,26 @@ class Federation:
         tensors = ranks.cut(state, trainable.down_specs(self.manifest.run, specs, round_index=plan.round_index))
         names = [self.name(node_id) for node_id in nodes]
         heads = {**to_head(plan), **(self.trail.told(names) if self.trail else {})}
-        if self.manifest.run.wire.down == "float32":
-            body = plain_body(kind, tensors, self.manifest.run.wire)
-            self.sent_sha256 = sha256(body).hexdigest()
-            return self._recorded(Frame(kind, heads, body), plan, nodes=nodes)
+        settings = self.manifest.run.wire
+        if settings.is_adapter_sparse:
+            body = plain_body(kind, tensors, settings)
+            digest = sha256(body).hexdigest()
+            return self._recorded(Frame(kind, heads, body), plan, nodes=nodes, adapter_sha256=digest)
         frames: dict[int, bytes] = {}
-        for form, body, group in broadcast.forms(tensors, nodes=nodes, held=self.held, step=self.step):
-            self.sent_sha256 = form.sha256
-            frames |= self._recorded(Frame(kind, {**heads, ADAPTER: to_head(form)}, body), plan, nodes=group)
+        for form, body, group in broadcast.forms(tensors, nodes=nodes, held=self.held, steps=self.steps):
+            is_told = settings.down != WHOLE_DOWN or form.form != WHOLE
+            request = Frame(kind, {**heads, ADAPTER: to_head(form)} if is_told else heads, body)
+            frames |= self._recorded(request, plan, nodes=group, adapter_sha256=form.sha256)
         return frames
 
-    def _recorded(self, request: Frame, plan: RoundPlan, *, nodes: Sequence[int]) -> dict[int, bytes]:
+    def _recorded(
+        self, request: Frame, plan: RoundPlan, *, nodes: Sequence[int], adapter_sha256: str
+    ) -> dict[int, bytes]:
         """One frame for these nodes, written down."""
         frame = wire.pack(request)
+        self.sent.update(dict.fromkeys(nodes, adapter_sha256))
         if self.trail:
-            facts = {"round_index": plan.round_index, "adapter_sha256": self.sent_sha256, **of_frame(frame)}
+            facts = {"round_index": plan.round_index, "adapter_sha256": adapter_sha256, **of_frame(frame)}
             names = sorted(self.name(node_id) for node_id in nodes)
             for start in range(0, len(names), NAMES_AN_ENTRY):
                 self.record("sent", step=request.kind, sites=names[start : start + NAMES_AN_ENTRY], **facts)

@@ -151,9 +151,10 @@ def _settle(fed: Federation, before: State, after: State) -> State:
     if wire.down == "float32":
         return after
     sent = trainable.received_specs(settings.aggregation.method, fed.manifest.tensor_specs)
-    held, fed.memory, fed.step = broadcast.settle(
+    held, fed.memory, step = broadcast.settle(
         before, after, fed.memory, sent=sent, dtype=wire.down, density=wire.down_density
     )
+    fed.steps = broadcast.light([*fed.steps, step], sent=sent)
     return held
 
 

@@ -26,6 +26,8 @@ from common import (
 )
 from common.adapter import Tensors
 from common.clipping import ClipNorm
+from common.config_types import MAX_MESSAGE_MIB
+from common.config_wire import WHOLE
 from common.errors import ConfigError, SilotuneError
 from common.events import Event, EventLog
 from common.manifest import RunManifest
@@ -302,9 +304,9 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
     settings = manifest.run
     method = settings.aggregation.method
     wire, received = settings.wire, trainable.received_specs(method, manifest.tensor_specs)
-    down = adapter.encoded_size(received, dtype="float32")
-    if wire.is_adapter_sparse:
-        down = packing.body_bytes(received, dtype="float32", density=wire.down_density)
+    whole = adapter.encoded_size(received, dtype="float32")
+    is_whole = wire.down == WHOLE and not wire.is_adapter_sparse
+    down = whole if is_whole else packing.body_bytes(received, dtype=wire.down, density=wire.down_density)
     turns = trainable.all_turns(method, manifest.tensor_specs)
     up = max(packing.body_bytes(specs, dtype=wire.dtype, density=wire.density) for specs in turns)
     trained = trainable.ever_trained_specs(method, manifest.tensor_specs)
@@ -323,6 +325,7 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
         "num_trained_parameters": adapter.num_parameters(trained),
         "num_tensors": len(trained),
         "bytes_down_per_site": down,
+        "bytes_evaluation_per_site": whole if wire.is_adapter_sparse else 0,
         "bytes_up_per_site": up,
         "guarding": guarding.in_words(settings.aggregation),
         "gap_warning": settings.aggregation.gap_warning,
@@ -372,12 +375,21 @@ def _site_level(manifest: RunManifest, log: EventLog, *, num_rounds: int, is_noi
 
 
 def _check_size(manifest: RunManifest) -> None:
-    """No site's update would be taken if it is larger than what the run accepts."""
-    size_mib = manifest.egress.bytes_per_message / (1 << 20)
-    if size_mib > manifest.run.wire.max_update_mib:
+    """No message may be larger than its reader takes: a site's update, and a request that brings the adapter whole.
+
+    However the adapter goes down as a rule, a site that joins late or starts anew is sent it whole.
+    """
+    size_mib, limit_mib = manifest.egress.bytes_per_message / (1 << 20), manifest.run.wire.max_update_mib
+    if size_mib > limit_mib:
         raise ConfigError(
-            f"wire.max_update_mib = {manifest.run.wire.max_update_mib}, and an update of this adapter has up to "
-            f"{size_mib:.1f} MiB; raise it, lower adapter.r, or choose fewer adapter.targets"
+            f"wire.max_update_mib = {limit_mib}, and an update of this adapter has up to {size_mib:.1f} MiB; raise it, "
+            "send integers (wire.dtype), lower adapter.r, or choose fewer adapter.targets"
+        )
+    size_mib = manifest.request_bytes / (1 << 20)
+    if size_mib > MAX_MESSAGE_MIB:
+        raise ConfigError(
+            f"a request that brings this adapter whole has up to {size_mib:.1f} MiB, and no site takes more than "
+            f"{MAX_MESSAGE_MIB} MiB (agent.max_message_mib); lower adapter.r, or choose fewer adapter.targets"
         )
 
 

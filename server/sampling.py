@@ -1,7 +1,8 @@
-"""Which sites train in a round."""
+"""Which sites train in a round, and which are asked about an adapter."""
 
+import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from common.noise import Noise
 
@@ -29,3 +30,24 @@ def poisson(sites: Sequence[str], *, sampling_prob: float, source: Noise) -> lis
     """
     ordered = sorted(sites)
     return [site for site, draw in zip(ordered, source.uniform(len(ordered)), strict=True) if draw < sampling_prob]
+
+
+def panel(sites: Collection[str], *, num_sites: int, seed: int) -> list[str]:
+    """A uniform sample that stays the same from evaluation to evaluation, so that figures can be held side by side.
+
+    Each site's place in the order is its own, a function of seed and name: one that goes is followed by the next, and
+    one that comes moves nobody but the last.
+
+    Args:
+        sites: Names of those to choose from.
+        num_sites: How many; 0 is all.
+        seed: The run's.
+
+    Example:
+        >>> panel(["a", "b", "c"], num_sites=2, seed=1), panel(["b", "c"], num_sites=2, seed=1)
+        (['b', 'c'], ['b', 'c'])
+    """
+    if not num_sites or num_sites >= len(sites):
+        return sorted(sites)
+    order = {site: hashlib.sha256(f"{seed}/evaluated/{site}".encode()).digest() for site in sites}
+    return sorted(sorted(sites, key=order.__getitem__)[:num_sites])

@@ -103,7 +103,9 @@ class Screen:
         share = percent(trained / base)
         self._print(f"  adapter   {trained:,} parameters trained ({share}), {event['num_tensors']} tensors")
         down, up = event["bytes_down_per_site"], event["bytes_up_per_site"]
-        self._print(f"  traffic   {size(down)} down and {size(up)} up, a site and round; evaluation {size(down)} down")
+        scored = event.get("bytes_evaluation_per_site", down)
+        more = f"evaluation {size(scored)} down" if scored else "what is evaluated is not sent again"
+        self._print(f"  traffic   {size(down)} down and {size(up)} up, a site and round; {more}")
         self._privacy(event)
         self._print(f"  bad sites {event['guarding']}")
 

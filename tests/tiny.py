@@ -30,6 +30,7 @@ federation.num_sites = 3
 federation.round_timeout_s = 60
 privacy.mode = "none"
 wire.dtype = "float32"
+wire.down = "float32"
 """
 NOISED = {
     "privacy.mode": "unit",

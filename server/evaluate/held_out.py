@@ -6,7 +6,7 @@ from typing import Any, Final
 from common import adapter, evaluation, events
 from common.errors import ProtocolError, SilotuneError
 from common.records import RoundPlan, SiteMetrics, from_head, to_head
-from server import collect
+from server import collect, sampling
 from server.aggregate import weights
 from server.aggregate.method import State
 from server.evaluate import by_precision, fairness
@@ -17,10 +17,11 @@ _NOT_SUMS: Final = ("site", "run_sha256", "num_rows", "seconds", "signer", "sign
 
 
 def evaluate(federation: Federation, state: State, *, num_rounds: int, generate: bool) -> float | None:
-    """Ask every site that tells figures, whether it trained or not, and log them.
+    """Ask the sites that tell figures, whether they trained or not, and log what they tell.
 
-    The mean rests on all sites that ever answered: one that is missing now counts with its last figures and is named as
-    stale, so that the mean does not fall because the worst site has gone.
+    Beyond `evaluation.sites_per_round` sites a sample is asked, the same one every time (`sampling.panel`). The mean
+    rests on all of it that ever answered: one that is missing now counts with its last figures and is named as stale,
+    so that the mean does not fall because the worst site has gone.
 
     A site answers no evaluation that comes after a later step. So where that later step, the next round, was begun
     before the run was interrupted, and nobody answers, the event is `not_evaluated` and the run goes on.
@@ -76,7 +77,7 @@ def _past(federation: Federation) -> list[events.Event]:
 
 
 def ask(federation: Federation, state: State, plan: RoundPlan) -> dict[str, Any]:
-    """Ask every site that is there and has rows held out about an adapter; see `evaluate`.
+    """Ask the sites that are there and have rows held out about an adapter; see `evaluate`.
 
     Args:
         federation: The run.
@@ -91,10 +92,10 @@ def ask(federation: Federation, state: State, plan: RoundPlan) -> dict[str, Any]
     """
     if not any(site.num_held_out for site in federation.sites.values()):
         return {"sites": {}, "server_loss": _own_loss(federation, state)}
-    asked = [node_id for node_id in federation.present() if federation.sites[node_id].num_held_out]
-    frames = federation.request("evaluate", plan, state, nodes=asked)
+    nodes, counted = _panel(federation)
+    frames = federation.request("evaluate", plan, state, nodes=nodes)
     fresh, bytes_up = set(), 0
-    federation.log.tell("evaluation_started", sites=[federation.name(node_id) for node_id in asked])
+    federation.log.tell("evaluation_started", sites=[federation.name(node_id) for node_id in nodes])
     for answer in federation.ask(frames, kind="evaluate"):
         bytes_up += len(answer.frame or b"")
         metrics = _read(federation, answer, plan)
@@ -102,8 +103,27 @@ def ask(federation: Federation, state: State, plan: RoundPlan) -> dict[str, Any]
             federation.metrics[metrics.site] = metrics
             fresh.add(metrics.site)
             federation.log.tell("site_evaluated", site=metrics.site)
-    told = _told(federation, is_base=not plan.round_index, fresh=fresh, server_loss=_own_loss(federation, state))
+    told_now = [federation.metrics[site] for site in sorted(federation.metrics.keys() & counted)]
+    own = _own_loss(federation, state)
+    told = _told(federation, told_now, is_base=not plan.round_index, fresh=fresh, server_loss=own)
+    told_now = [federation.metrics[site] for site in sorted(federation.metrics.keys() & counted)]
+    own = _own_loss(federation, state)
+    told = _told(federation, told_now, is_base=not plan.round_index, fresh=fresh, server_loss=own)
     return {**told, "bytes_down": sum(map(len, frames.values())), "bytes_up": bytes_up}
+
+
+def _panel(federation: Federation) -> tuple[list[int], set[str]]:
+    """The nodes to ask, and the names of the sites whose figures count: these, and those in whose place they are.
+
+    Of a site that is away the last figures count, and those of whoever was asked in its place only while it is away.
+    """
+    settings = federation.manifest.run
+    limits = {"num_sites": settings.evaluation.sites_per_round, "seed": settings.seed}
+    there = {
+        federation.name(node_id): node_id for node_id in federation.present() if federation.sites[node_id].num_held_out
+    }
+    asked = sampling.panel(there, **limits)
+    return [there[site] for site in asked], {*asked, *sampling.panel({*there, *federation.metrics}, **limits)}
 
 
 def mean_loss(metrics: list[SiteMetrics], *, max_share: float) -> float:
@@ -192,11 +212,12 @@ def _own_loss(federation: Federation, state: State) -> float | None:
     return nll_sum / num_tokens
 
 
-def _told(federation: Federation, *, is_base: bool, fresh: set[str], server_loss: float | None) -> dict[str, Any]:
-    """The figures of an event: over all sites, by site, and how evenly they fare."""
-    if not federation.metrics:
+def _told(
+    federation: Federation, metrics: list[SiteMetrics], *, is_base: bool, fresh: set[str], server_loss: float | None
+) -> dict[str, Any]:
+    """The figures of an event: over all sites that count, by site, and how evenly they fare."""
+    if not metrics:
         raise ProtocolError("no site answered an evaluation; see the sites' logs")
-    metrics = [federation.metrics[site] for site in sorted(federation.metrics)]
     losses, exact = {m.site: m.loss for m in metrics}, {m.site: exact_match([m]) for m in metrics}
     past = [] if is_base else _past(federation)
     change = fairness.changes(losses, fairness.base_losses(past))

@@ -8,6 +8,7 @@ from simulations.bench.aggregate_arm import HASHES, ONCE, STREAM, TENSOR_PARTS
 from simulations.bench.figures import Figure, result
 
 NUM_SITES: Final = (17, 100)
+FLOATS: Final = "bfloat16"  # what each part's goal is of
 INTEGERS: Final = ("int8", "int4")
 FACTORED: Final = ("flexlora", "fedex", "flora")
 ARM: Final = "simulations.bench.aggregate_arm"
@@ -20,7 +21,7 @@ Arm = Mapping[str, Any]
 
 def run() -> dict[str, Any]:
     """Measure a whole round of few and of many sites, integers on the wire, and one module of methods that factor."""
-    few, many = (process.measure(ARM, "round", str(num_sites)) for num_sites in NUM_SITES)
+    few, many = (process.measure(ARM, "round", str(num_sites), FLOATS) for num_sites in NUM_SITES)
     integers = [process.measure(ARM, "round", str(NUM_SITES[0]), dtype) for dtype in INTEGERS]
     factored = {name: process.measure(ARM, "factored", name) for name in FACTORED}
     return result("aggregate", [*judge(few, many), *of_integers(integers), *of_factored(factored)])

@@ -136,7 +136,7 @@ def _send(state: State, after: State, clock: Clock, settings: WireConfig) -> Non
             hashlib.sha256(body)
         else:
             held, _, step = broadcast.settle(state, after, {}, sent=adapter.specs(after), dtype=settings.down)
-            [(_, body, _)] = broadcast.forms(held, nodes=[1], held={1: step.base_sha256}, step=step)
+            [(_, body, _)] = broadcast.forms(held, nodes=[1], held={1: step.base_sha256}, steps=[step])
         wire.pack(Frame("train", {}, body))
 
 

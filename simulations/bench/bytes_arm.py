@@ -15,6 +15,8 @@ from torch import Tensor
 from common import adapter, trainable, wire
 from common.adapter import Tensors
 from common.manifest import RunManifest
+from common.records import ADAPTER
+from common.wire import Frame
 from server import run as server_run
 from server.grid import GridFleet
 from simulations import commands, world
@@ -24,9 +26,11 @@ from simulations.world import Failures
 RUN_FILE: Final = Path(__file__).parents[1] / "configs" / "bench-bytes.toml"
 MAX_BYTES: Final = 1 << 30
 BLOCK_VALUES: Final = 64  # NVFLARE's 4-bit filter calls bitsandbytes with its default
-ARMS: Final = {
-    "float32": {"wire.dtype": "float32"},
-    "nvflare": {"wire.dtype": "float32"},
+FLOATS: Final = {"wire.dtype": "float32", "wire.down": "float32"}
+ARMS: Final[Mapping[str, Mapping[str, str]]] = {
+    "float32": FLOATS,
+    "nvflare": FLOATS,
+    "default": {},
     "int3": {"wire.dtype": "int3", "wire.down": "int3"},
 }
 
@@ -114,22 +118,38 @@ def main(name: str) -> dict[str, Any]:
 def _counted(
     node: Callable[[bytes], bytes], counter: Counter, run: RunManifest, *, name: str
 ) -> Callable[[bytes], bytes]:
-    """A site whose frames are counted; for NVFLARE's arm, with its filters on both sides of the site."""
+    """A site whose frames are counted; one of a baseline is sent the adapter whole with every request to train."""
+    scored: wire.Bytes = b""  # of the last request to evaluate, which the next one to train would name by its hash
 
     def respond(data: bytes) -> bytes:
-        kind = wire.unpack(data, max_body_bytes=MAX_BYTES).kind
-        if name == "nvflare" and kind == "train":
-            return _through_filters(node, data, counter, run)
-        reply = node(data)
-        counter.add(kind, len(data) + len(reply))
+        nonlocal scored
+        request = wire.unpack(data, max_body_bytes=MAX_BYTES)
+        if ARMS[name] is not FLOATS or request.kind == "open":
+            reply = node(data)
+            counter.add(request.kind, len(data) + len(reply))
+            return reply if ARMS[name] is not FLOATS else _holding_nothing(reply)
+        if request.kind == "evaluate":
+            scored = request.body
+            return node(data)
+        head = {key: value for key, value in request.head.items() if key != ADAPTER}
+        whole = dataclasses.replace(request, head=head, body=scored)
+        if name == "nvflare":
+            return _through_filters(node, whole, counter, run)
+        reply = node(wire.pack(whole))
+        counter.add("train", len(wire.pack(whole)) + len(reply))
         return reply
 
     return respond
 
 
-def _through_filters(node: Callable[[bytes], bytes], data: bytes, counter: Counter, run: RunManifest) -> bytes:
+def _holding_nothing(opened: bytes) -> bytes:
+    """A site's answer to the offer that names no adapter, so that it is sent the first one too."""
+    found = wire.expect(opened, "opened", max_body_bytes=0)
+    return wire.pack(dataclasses.replace(found, head={**found.head, "adapter_sha256": ""}))
+
+
+def _through_filters(node: Callable[[bytes], bytes], request: Frame, counter: Counter, run: RunManifest) -> bytes:
     """The adapter down and its change up, each as NF4 with its state; our frames' heads are not counted."""
-    request = wire.unpack(data, max_body_bytes=MAX_BYTES)
     method, specs = run.run.aggregation.method, run.tensor_specs
     down, num_down = filtered(adapter.decode(request.body, trainable.received_specs(method, specs), dtype="float32"))
     answered = node(wire.pack(dataclasses.replace(request, body=adapter.encode(down, dtype="float32"))))

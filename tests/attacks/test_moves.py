@@ -13,9 +13,10 @@ from client import moves, probes
 from client.agent import SiteData
 from client.guard import Permissive
 from client.moves import FOLDER, Seen
-from common import adapter, model, start
+from common import adapter, model, start, trainable
 from common.model import initial_of
 from common.rows import Message
+from server import broadcast
 from server.aggregate import fedsvd, flexlora
 from tests import tiny
 
@@ -133,6 +134,30 @@ def test_a_method_that_turns_the_factors_is_bounded_by_the_product(site, method)
         with pytest.raises(moves.PolicyRefusedError, match=r"train\.max_move: the product of"):
             moves.check_step(run, last, Seen(index + 1, after(40.0)), num_steps=3, rules=rules)
         state = after(1.0)
+
+
+@pytest.mark.parametrize(("method", "down"), [("rolora", "int4"), ("fedavg", "int3")])
+def test_what_rounding_left_out_of_a_step_may_come_later_even_of_a_factor_that_is_not_trained(site, method, down):
+    """Every value moves as far as training can move it, at a site that allows no more; the last round's rate is low."""
+    changes = {"aggregation__method": f'"{method}"', "wire__down": f'"{down}"', "training__schedule": '"linear"'}
+    run = site.manifest(**changes, federation__num_rounds="6", training__final_rate_fraction="0.0").run
+    strict = site.gate.policy.model_copy(update={"train": site.gate.policy.train.model_copy(update={"max_move": 1.0})})
+    generator = torch.Generator().manual_seed(3)
+    state, memory, late = dict(site.engine.initial), {}, []
+    for index in range(6):
+        move = moves.site_move(index, run=run, num_steps=3)
+        trained = trainable.sent_names(method, site.engine.tensor_specs, round_index=index)
+        size = {name: move * torch.rand(t.shape, generator=generator) for name, t in state.items()}
+        wanted = {name: t + size[name] if name in trained else t for name, t in state.items()}
+        after, memory, _ = broadcast.settle(state, wanted, memory, sent=site.engine.tensor_specs, dtype=down)
+        moves.check_step(run, Seen(index, state), Seen(index + 1, after), num_steps=3, rules=strict)
+        late += [float((after[name] - state[name]).abs().max()) for name in state if name not in trained]
+        far = {name: t + 4 * move * (name in trained) for name, t in state.items()}
+        if method == "fedavg":
+            with pytest.raises(moves.PolicyRefusedError, match=r"train\.max_move"):  # the control
+                moves.check_step(run, Seen(index, state), Seen(index + 1, far), num_steps=3, rules=strict)
+        state = after
+    assert (max(late, default=0.0) > 1e-3 * move) == (method == "rolora")
 
 
 def test_fedsvds_rows_must_be_orthonormal(site):

@@ -48,7 +48,8 @@ def delta_of(frame: Frame, manifest) -> dict[str, torch.Tensor]:
 
 def test_opening_a_run_tells_counts_only(agent, manifest):
     found = opened(agent, manifest)
-    assert found == OpenedHead("north", manifest.sha256, 9, 3, 0, 0, 3)
+    start = adapter.digest(agent._run.start.tensors)
+    assert found == OpenedHead("north", manifest.sha256, 9, 3, 0, 0, 3, adapter_sha256=start)
 
 
 def test_a_run_that_is_open_is_not_prepared_again(engine, manifest):

@@ -9,7 +9,7 @@ from client import serve, site_files
 from client.rows import Asked
 from common import config, wire
 from common.errors import ConfigError, DataError, ModelError
-from common.manifest import RunManifest
+from common.manifest import Offer, RunManifest
 from common.records import OpenedHead, from_head
 from common.wire import Frame
 from tests import tiny
@@ -195,6 +195,23 @@ def test_the_sites_own_limit_on_messages_holds(node, tmp_path):
         answer = wire.unpack(serve.make_agent(node(agent=section)).answer(frame), max_body_bytes=0)
         assert answer.head["code"] == "WireError"
         assert reason in log.read_text().splitlines()[-1]
+
+
+def test_a_run_whose_adapter_could_come_in_a_larger_message_than_the_site_takes_is_refused_when_it_is_offered(
+    node, engine, tiny_base, tmp_path
+):
+    """The head of a request may have 2 MiB by itself, so that no run fits into these."""
+    log = tmp_path / "log" / serve.LOG_FILE
+    offer = Offer(RunManifest(tiny.settings(tiny_base), engine.base_sha256, engine.tensor_specs).to_bytes())
+    for max_message_mib, is_refused in ((2, True), (4, False)):
+        section = {"log_folder": str(log.parent), "max_message_mib": max_message_mib}
+        agent = serve.make_agent(node(agent=section))
+        answer = wire.unpack(agent.answer(wire.pack(offer.to_frame())), max_body_bytes=0)
+        assert (answer.head.get("code") == "PolicyRefusedError") == is_refused
+    assert (
+        log.read_text().count("agent.max_message_mib: a request that brings this run's adapter whole has up to 3 MiB")
+        == 1
+    )
 
 
 def test_an_agent_without_a_policy_starts_only_if_somebody_says_so(tmp_path):

@@ -8,6 +8,8 @@ from pydantic import ValidationError
 
 from common import config
 from common.errors import ConfigError
+from common.kinds import KINDS
+from common.methods import FACTS
 
 MINIMAL = 'version = 1\n[model]\nbase = "embedded"\n[privacy]\nmode = "none"\n'
 NODE = '[site]\nname = "north"\n[data]\npath = "rows.jsonl"\n'
@@ -245,7 +247,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "6a21035a9ec1835d6f4a13523aee5c63c83d64c4482e9e08ae1943990a3297ff"
+        "a11964afb23a4d3aa01ac80c0bb2cab316d466be933746424e55918d504df7cd"
     )
 
 
@@ -305,3 +307,40 @@ def test_a_task_takes_what_its_kind_uses(task: str, message: str):
     text = f"[[evaluation.tasks]]\nname = 'a'\ndata = 'rows.jsonl'\n{task.replace(', ', chr(10))}\n"
     text = text.replace(f"yes{chr(10)}no", "yes, no")
     assert message in problems(f"{MINIMAL}{text}")
+
+
+WHOLE_DOWN = {"fedsvd", "flexlora", "fedex", "flora", "hetlora", "lora_fair", "fedrot"}
+
+
+@pytest.mark.parametrize("method", list(FACTS))
+def test_how_the_adapter_goes_down_follows_the_method_where_it_is_left_out(method):
+    side = {"aggregation.residual_rank": "64"} if FACTS[method].base_delta == "residual" else {}
+    run = config.parse(MINIMAL, name="run.toml", overrides={"aggregation.method": method, **side})
+    assert run.wire.down == ("float32" if method in WHOLE_DOWN else "int4")
+    assert run.wire.dtype == "int8"
+    assert json.loads(config.resolved_json(run))["wire"]["down"] == run.wire.down
+    assert config.RunConfig.model_validate(json.loads(config.resolved_json(run))) == run
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_every_kind_of_adapter_has_a_way_down_where_it_is_left_out(kind):
+    run = config.parse(MINIMAL, name="run.toml", overrides={"adapter.kind": kind, "model.quantization": "none"})
+    assert run.wire.down == ("float32" if kind == "adalora" else "int4")
+
+
+def test_what_is_left_out_of_the_wire_follows_whatever_decides_the_method():
+    private = {"privacy.mode": "unit", "privacy.epsilon": "8.0", "privacy.sampling_prob": "0.01"}
+    for overrides, down in (
+        ({**private, "training.local_steps": "4"}, "float32"),  # fedsvd
+        ({**private, "training.local_steps": "4", "aggregation.method": "ffa"}, "int4"),
+        ({"aggregation.method": "fedavg", "wire.down": "float32"}, "float32"),
+        ({"aggregation.method": "fedsvd", "adapter.site_ranks": "north = 4"}, "float32"),
+        ({"wire.down_density": "0.25"}, "int4"),
+    ):
+        assert config.parse(MINIMAL, name="run.toml", overrides=overrides).wire.down == down
+    fedsa = {"aggregation.method": "fedsa"}
+    assert config.parse(MINIMAL, name="run.toml", overrides=fedsa).evaluation.sites_per_round == 0
+    with pytest.raises(ConfigError, match="so all must be asked"):
+        config.parse(MINIMAL, name="run.toml", overrides={**fedsa, "evaluation.sites_per_round": "100"})
+    with pytest.raises(ConfigError, match="no steps down with this method"):  # by name it is refused, as ever
+        config.parse(MINIMAL, name="run.toml", overrides={"aggregation.method": "fedsvd", "wire.down": "int4"})

@@ -20,7 +20,7 @@ SMALL = {"training.batch_size": "12", "wire.dtype": '"int4"', "wire.down": '"int
 BASE = {"q.lora_A.weight": torch.randn(2, 9, generator=torch.Generator().manual_seed(1))}
 AFTER = {"q.lora_A.weight": BASE["q.lora_A.weight"] + 0.01}
 SPECS = adapter.specs(BASE)
-INT4 = WireConfig(down="int4")
+INT4, FLOAT32 = WireConfig(down="int4"), WireConfig(down="float32")
 
 
 def watched(node, seen: list[tuple[str, str, int]]):
@@ -53,20 +53,24 @@ def test_a_run_sends_steps_once_and_the_hash_after_that(federate, nodes, engine,
     assert all(event["bytes_up"] < 3 * whole / 5 for event in told("round_finished"))
 
 
-def test_a_site_that_starts_anew_is_sent_the_adapter_whole(federate, nodes, engine, told):
+def test_a_site_that_starts_anew_is_sent_the_steps_from_the_start_or_the_adapter_whole(federate, nodes, engine, told):
     seen: list[tuple[str, str, int]] = []
     agents = {1: tiny.make_agent("north", engine, count=16)}
     fed = federate({**nodes, 1: watched(lambda data: agents[1].answer(data), seen)}, SMALL)
     federation.wait_for_sites(fed)
     state = rounds.play(fed, rounds.play(fed, engine.initial, round_index=0), round_index=1)
-    agents[1] = tiny.make_agent("north", engine, count=16)
-    held_out.evaluate(fed, state, num_rounds=2, generate=False)
-    assert [event["site"] for event in told("site_failed")] == ["north"]
-    seen.clear()
-    federation.rejoin(fed)
-    held_out.evaluate(fed, state, num_rounds=2, generate=False)
-    assert [(kind, form) for kind, form, _ in seen] == [("open", ""), ("evaluate", "whole")]
-    assert told("evaluated")[-1]["stale"] == []
+    (body,) = {len(step.body) for step in fed.steps}
+    for steps_left, form in ((fed.steps, "step"), (fed.steps[1:], "whole")):
+        fed.steps = steps_left  # a coordinator that was resumed has none
+        agents[1] = tiny.make_agent("north", engine, count=16)
+        held_out.evaluate(fed, state, num_rounds=2, generate=False)
+        seen.clear()
+        federation.rejoin(fed)
+        held_out.evaluate(fed, state, num_rounds=2, generate=False)
+        assert [(kind, form) for kind, form, _ in seen] == [("open", ""), ("evaluate", form)]
+        assert told("evaluated")[-1]["stale"] == []
+        assert form == "whole" or 2 * body < seen[-1][2] < 2 * body + 2000
+    assert [event["site"] for event in told("site_failed")] == ["north", "north"]
 
 
 def test_a_resumed_run_ends_with_the_same_adapter_to_the_bit(engine, tiny_base, tmp_path):
@@ -117,6 +121,36 @@ def test_a_site_comes_to_the_adapter_that_the_coordinator_holds():
     assert receive(Form("same", held.sha256, held.sha256), b"", held).tensors == BASE
 
 
+def test_steps_that_a_site_missed_lead_to_the_same_bits_and_are_kept_while_they_weigh_less_than_the_adapter():
+    state, memory, made = BASE, {}, []
+    for number in range(9):
+        moved = {name: tensor + 0.01 * number for name, tensor in state.items()}
+        state, memory, step = steps.settle(state, moved, memory, sent=SPECS, dtype="int4")
+        made = steps.light([*made, step], sent=SPECS)
+    whole, size = adapter.encoded_size(SPECS, dtype="float32"), len(made[-1].body)
+    assert len(made) == whole // size > 2
+    (form, body, nodes), *others = steps.forms(state, nodes=[1, 2], held={1: made[0].base_sha256}, steps=made)
+    assert (form.form, nodes, len(body)) == ("step", [1], len(made) * size)
+    assert [(form.form, nodes) for form, _, nodes in others] == [("whole", [2])]
+    base = [state for state in history(9) if adapter.digest(state) == made[0].base_sha256]
+    found = receive(form, body, Held(made[0].base_sha256, base[0]))
+    assert all(torch.equal(found.tensors[name], state[name]) for name in state)
+    with pytest.raises(ModelError):  # the control: a step fewer
+        receive(form, body[size:], Held(made[0].base_sha256, base[0]))
+    broken = [made[0], made[2]]
+    assert steps.light(broken, sent=SPECS) == made[2:3]  # steps that do not follow each other are no chain
+
+
+def history(num_rounds: int):
+    """The adapters of such a run, the first one's included."""
+    state, memory, found = BASE, {}, [BASE]
+    for number in range(num_rounds):
+        moved = {name: tensor + 0.01 * number for name, tensor in state.items()}
+        state, memory, _ = steps.settle(state, moved, memory, sent=SPECS, dtype="int4")
+        found.append(state)
+    return found
+
+
 @pytest.mark.parametrize("form", ["step", "same"])
 def test_a_step_from_an_adapter_that_a_site_does_not_hold_is_refused(form):
     good, body, held = step()
@@ -141,7 +175,12 @@ def test_malformed_forms_are_refused():
     with pytest.raises(WireError, match="1 bytes where"):
         receive(Form("same", held.sha256, held.sha256), b"\0", held)
     with pytest.raises(WireError, match=r"wire\.down is float32"):
-        receive(form, body, held, WireConfig())
+        receive(form, body, held, FLOAT32)
+    with pytest.raises(WireError, match="sends its largest values"):
+        receive(Form("same", held.sha256, held.sha256), b"", held, WireConfig(down="float32", down_density=0.5))
+    for size in (0, len(body) - 1, len(body) + 1, 9 * len(body)):
+        with pytest.raises(WireError, match="of steps"):
+            receive(form, (9 * body)[:size], held)
     with pytest.raises(WireError, match="does not say"):
         broadcast.receive(Frame("train", {}, body), SPECS, settings=INT4, held=(held,))
 

@@ -49,6 +49,37 @@ def test_every_site_is_asked_whether_it_trained_or_not(ready, nodes, engine, tol
     assert event["exact_match"] is None
 
 
+def test_beyond_a_number_of_sites_the_same_sample_is_asked_every_time_and_another_one_while_it_is_away(
+    ready, nodes, engine, told
+):
+    changes = {"evaluation.sites_per_round": "2"}
+    asked: list[int] = []
+
+    def noting(number: int):
+        def node(frame: bytes) -> bytes:
+            asked.append(number)
+            return nodes[number](frame)
+
+        return node
+
+    fed = ready({number: noting(number) for number in nodes}, changes)
+    numbers = {name: number for number, name in enumerate(("north", "south", "west"), start=1)}
+    all_there, panels = fed.fleet, []
+    for away in (None, None, "panel", None):
+        panel = panels[0] if panels else []
+        there = {number for number in nodes if away is None or number != numbers[panel[0]]}
+        fed.fleet = all_there if away is None else tiny.fleet({number: noting(number) for number in there})
+        asked.clear()
+        evaluate(fed, engine)
+        event = told("evaluated")[-1]
+        panels.append([name for name in numbers if numbers[name] in asked])
+        assert len(asked) == 2
+        assert event["stale"] == ([] if away is None else [panel[0]])
+        assert set(event["sites"]) == set(panels[-1]) | (set() if away is None else {panel[0]})
+    assert panels[0] == panels[1] == panels[3] != panels[2]
+    assert len(fed.metrics) == 3  # the control: the third site has figures, which count no more
+
+
 def test_the_bytes_of_an_evaluation_are_those_that_enter_and_leave_the_sites(ready, nodes, engine, told):
     counts = {"down": 0, "up": 0, "frames": 0}
 
@@ -63,6 +94,7 @@ def test_the_bytes_of_an_evaluation_are_those_that_enter_and_leave_the_sites(rea
         return node
 
     fed = ready({number: counted(answer) for number, answer in nodes.items()})
+    fed.held.clear()  # so that all are sent the adapter whole
     counts |= dict.fromkeys(counts, 0)  # what came before, the offers
     evaluate(fed, engine)
     (event,) = told("evaluated")

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from common import adapter, events, model
+from common import adapter, events, kind_rules, model
 from common.errors import ConfigError
 from common.kinds import KINDS
 from server import adalora, finish, run, run_files, verify
@@ -27,6 +27,7 @@ CASES = [(kind, base) for kind in KINDS if kind != "lora" for base in ("none", "
 def changes(kind: str, **more: str) -> dict[str, str]:
     """What turns the tiny run into one of this kind."""
     own = {"federation.num_sites": "2", "training.learning_rate": RATES.get(kind, "5e-2")}
+    own |= {"wire.dtype": "int8", "wire.down": "float32" if kind_rules.STEPS.why_not(KINDS[kind]) else "int4"}
     if "targets" in KINDS[kind].settings:
         own["adapter.targets"] = "q_proj,down_proj"
     return {**tiny.of_kind(kind), **own, **more}

@@ -7,8 +7,12 @@ import os
 import pytest
 import torch
 
+from client import policy
 from common import config, events, storage
-from common.errors import ConfigError, DataError, ModelError, StorageError, TooFewSitesError
+from common.config_types import MAX_MESSAGE_MIB
+from common.errors import ConfigError, DataError, ModelError, PolicyRefusedError, StorageError, TooFewSitesError
+from common.manifest import RunManifest
+from common.records import TensorSpec
 from server import checkpoint, run, run_files
 from tests import tiny
 
@@ -351,11 +355,44 @@ def test_own_rows_that_are_missing_are_found_before_the_run_starts(play, nodes, 
     assert not run_files.finished(tmp_path / "run")
 
 
+def of_llama(rank: int, *, hidden: int, keys: int, inner: int, num_layers: int) -> tuple[TensorSpec, ...]:
+    """The adapter of a Llama on all linear layers."""
+    modules = {"q": hidden, "k": keys, "v": keys, "o": hidden, "gate": inner, "up": inner, "down": inner}
+    return tuple(
+        TensorSpec(f"layers.{layer}.{module}.lora_{factor}.weight", shape)
+        for layer in range(num_layers)
+        for module, width in modules.items()
+        for factor, shape in (("A", (rank, hidden)), ("B", (width, rank)))
+    )
+
+
+LLAMA_8B = {"hidden": 4096, "keys": 1024, "inner": 14336, "num_layers": 32}
+LLAMA_70B = {"hidden": 8192, "keys": 1024, "inner": 28672, "num_layers": 80}
+
+
+@pytest.mark.parametrize(
+    ("rank", "shape", "size_mib"), [(64, LLAMA_8B, 642), (16, LLAMA_70B, 792), (64, LLAMA_70B, 3162)]
+)
+def test_a_request_that_no_site_takes_is_refused_before_anything_is_sent(engine, tiny_base, rank, shape, size_mib):
+    settings = tiny.settings(tiny_base, {"wire.dtype": '"int3"'})
+    found = RunManifest(settings, engine.base_sha256, of_llama(rank, **shape))
+    assert found.request_bytes >> 20 == size_mib  # the adapter in float32, its names, and a head of 2 MiB at most
+    if size_mib <= MAX_MESSAGE_MIB:
+        run._check_size(found)
+        policy.check_message_size(found, max_mib=MAX_MESSAGE_MIB)
+        with pytest.raises(PolicyRefusedError, match=r"agent\.max_message_mib: .* and this site takes 600"):
+            policy.check_message_size(found, max_mib=600)
+    else:
+        with pytest.raises(ConfigError, match=r"whole has up to \d+\.\d MiB.* 2047 MiB .*lower adapter\.r"):
+            run._check_size(found)
+
+
 def test_an_adapter_that_no_update_could_carry_is_refused_at_once(load_tiny, nodes, tiny_base, tmp_path):
     changes = {"adapter.r": "512", "wire.max_update_mib": "1"}
     engine, settings = load_tiny(changes), tiny.settings(tiny_base, changes)
     log = run_files.prepare(settings, tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"max_update_mib = 1, .* 4\.\d MiB; raise it, lower adapter\.r"):
+    remedy = r"max_update_mib = 1, .* 4\.\d MiB; raise it, send integers .*lower adapter\.r"
+    with pytest.raises(ConfigError, match=remedy):
         run.execute(settings, fleet=tiny.fleet(nodes), engine=engine, folder=tmp_path / "run", log=log)
 
 

@@ -52,3 +52,20 @@ def test_pairs_of_sites_meet():
     pairs = Counter((first, second) for k in range(2000) for first, second in [choose(k, num_sites=2)])
     assert len(pairs) == 45
     assert max(pairs.values()) < 3 * min(pairs.values())
+
+
+def test_a_panel_stays_the_same_while_sites_come_and_go():
+    whole = sampling.panel(SITES, num_sites=4, seed=1)
+    assert len(whole) == 4
+    assert whole == sampling.panel(SITES[::-1], num_sites=4, seed=1)
+    for gone in SITES:
+        rest = sampling.panel([site for site in SITES if site != gone], num_sites=4, seed=1)
+        assert len(set(whole) - set(rest)) == (gone in whole)
+        assert gone not in rest
+    assert sampling.panel(SITES, num_sites=0, seed=1) == sampling.panel(SITES, num_sites=10, seed=1) == SITES
+
+
+def test_every_site_is_in_a_panel_equally_often():
+    counts = Counter(site for seed in range(2000) for site in sampling.panel(SITES, num_sites=3, seed=seed))
+    assert set(counts) == set(SITES)
+    assert all(abs(counts[site] - 600) < 5 * (2000 * 0.3 * 0.7) ** 0.5 for site in SITES)

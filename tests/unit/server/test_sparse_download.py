@@ -13,7 +13,8 @@ from server import broadcast as steps
 from server import federation, rounds
 from tests import tiny
 
-HALF = WireConfig(down_density=0.5)
+WHOLE = WireConfig(down="float32")
+HALF = WireConfig(down="float32", down_density=0.5)
 FLASC = {"wire.down_density": "0.25", "wire.density": "0.25", "wire.error_feedback": "false"}
 
 
@@ -36,8 +37,8 @@ def test_the_mask_is_the_one_that_was_worked_by_hand():
 def test_a_density_of_one_is_the_whole_adapter_byte_for_byte():
     tensors = {"a.lora_A.weight": torch.randn(4, 9, generator=torch.Generator().manual_seed(1))}
     whole = adapter.encode(tensors, dtype="float32")
-    assert broadcast.plain_body("train", tensors, WireConfig()) == whole
-    received = broadcast.receive(Frame("train", {}, whole), adapter.specs(tensors), settings=WireConfig(), held=())
+    assert broadcast.plain_body("train", tensors, WHOLE) == whole
+    received = broadcast.receive(Frame("train", {}, whole), adapter.specs(tensors), settings=WHOLE, held=())
     assert torch.equal(received.tensors["a.lora_A.weight"], tensors["a.lora_A.weight"])
     with pytest.raises(WireError):  # the control: a site of the sparse run does not take it
         broadcast.receive(Frame("train", {}, whole), adapter.specs(tensors), settings=HALF, held=())
@@ -118,7 +119,7 @@ def test_what_a_sparse_step_leaves_out_is_in_a_later_one():
 
 def test_a_sites_probe_takes_sparse_factors_and_refuses_one_that_is_too_sparse(engine):
     def sent(density: float):
-        settings = WireConfig(down_density=density)
+        settings = WireConfig(down="float32", down_density=density)
         body = broadcast.plain_body("train", engine.initial, settings)
         return broadcast.receive(Frame("train", {}, body), engine.tensor_specs, settings=settings, held=()).tensors
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common import adapter, events, model, trainable, wire
+from common import adapter, compatibility, events, model, trainable, wire
 from common.errors import ConfigError
 from common.methods import FACTS
 from server import checkpoint, run, run_files
@@ -109,7 +109,10 @@ def test_a_run_lowers_the_held_out_loss_and_only_the_methods_tensors_travel(play
     losses = [event["loss"] for event in log if event["kind"] == "evaluated"]
     assert losses[-1] < losses[0] - 0.05
     sent = {spec.name for spec in trainable.received_specs(method, engine.tensor_specs)}
-    assert all(names_in(request.body) == sent for request, _ in heard if request.kind != "open")
+    requests = [request for request, _ in heard if request.kind != "open"]
+    assert all(names_in(request.body) == sent for request in requests if request.body)
+    crossed = [(request.kind, request.head["round_index"]) for request in requests if request.body]
+    assert crossed == [("evaluate", 1), ("evaluate", 2), ("evaluate", 3)]  # not the start, and nothing twice
     updates = [reply for _, reply in heard if reply.kind == "update"]
     expected = [set(trainable.sent_names(method, engine.tensor_specs, round_index=number)) for number in range(3)]
     assert [names_in(reply.body) for reply in updates] == expected
@@ -125,13 +128,18 @@ RESUMED = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) f
 
 
 @pytest.mark.parametrize("method", RESUMED)
-def test_a_resumed_run_ends_with_the_same_adapter_to_the_bit(play, nodes, engine, tmp_path, method):
-    expected, log = play(tiny.make_nodes(engine, tmp_path / "others"), method, name="whole")
+def test_a_resumed_run_under_the_wires_defaults_ends_with_the_same_adapter_to_the_bit(
+    play, nodes, engine, tmp_path, method
+):
+    down = "float32" if compatibility.STEPS.why_not(FACTS[method]) else "int4"
+    changes = {"wire.dtype": "int8", "wire.down": down}
+    expected, log = play(tiny.make_nodes(engine, tmp_path / "others"), method, name="whole", changes=changes)
     with pytest.raises(KeyboardInterrupt):
-        play({**nodes, 2: stopping(nodes[2], after=1)}, method)
+        play({**nodes, 2: stopping(nodes[2], after=1)}, method, changes=changes)
     assert run_files.finished(tmp_path / "run") == [1]
     restarted = tiny.make_nodes(engine, tmp_path / "sites")
-    found, told = play(restarted, method, resume=True)
+    found, told = play(restarted, method, resume=True, changes=changes)
+    assert not [event for event in told if event["kind"] == "site_failed"]
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
     losses = [[event["sites"] for event in one if event["kind"] == "evaluated"][-1] for one in (log, told)]
     assert losses[0] == losses[1]
@@ -223,8 +231,9 @@ def test_a_site_that_was_away_is_sent_all_that_it_missed(play, nodes, engine, me
     assert last[0] == last[1]
     found = adapter.decode(last[0], engine.tensor_specs, dtype="float32")
     assert all(torch.equal(found[name], tensor) for name, tensor in outcome.tensors.items())
-    trained = [one.body for one, _ in heard[1] if one.kind == "train"]
-    sent = adapter.decode(trained[0], engine.tensor_specs, dtype="float32")  # of the second round
+    trained = [one.body for one, _ in heard[1] if one.head.get("round_index") == 1 and one.body]
+    assert len(trained) == 1  # it is scored and trained from in the second round, and crosses once
+    sent = adapter.decode(trained[0], engine.tensor_specs, dtype="float32")
     assert any(bool(tensor.any()) for name, tensor in sent.items() if "residual_B" in name)
 
 

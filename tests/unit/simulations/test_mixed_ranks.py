@@ -51,8 +51,14 @@ def test_each_site_is_sent_and_sends_an_adapter_of_its_own_rank_and_the_loss_fal
     for site, rank in RANKS.items():
         own = ranks.at_rank(engine.tensor_specs, rank)
         assert {spec.shape[0] for spec in own if ".lora_A." in spec.name} == {rank}
+        crossed = [(one.kind, one.head["round_index"]) for one, _ in heard[site] if one.kind != "open" and one.body]
+        assert crossed == [
+            ("evaluate", 1),
+            ("evaluate", 2),
+            ("evaluate", 3),
+        ]  # the start it makes
         for request, reply in heard[site]:
-            if request.kind != "open":
+            if request.kind != "open" and request.body:
                 adapter.decode(request.body, trainable.received_specs(method, own), dtype="float32")
             if reply.kind == "update":
                 sent = trainable.sent_specs(method, own, round_index=reply.head["round_index"])
