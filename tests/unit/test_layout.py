@@ -34,7 +34,7 @@ def tree(tmp_path: Path) -> Tree:
 SOUND = {
     "common/errors.py": '"""Errors."""\n\n# why\nLIMIT = 1  # and how much\n',
     "common/run/config.py": "from common import errors\n\n\nclass RunConfig:\n    limit = errors.LIMIT\n",
-    "server/rounds.py": """from common.run import config
+    "server/loop.py": """from common.run import config
 from common.run.config import RunConfig
 
 
@@ -64,20 +64,20 @@ def test_a_sound_tree_passes_and_its_figures_are_right(tree, capsys):
     figures = json.loads(capsys.readouterr().out)
     assert (figures["files"], figures["functions"], figures["comment_lines"]) == (6, 3, 2)
     assert figures["folders"] == {"common": 2, "common/run": 2, "server": 2}
-    assert figures["files_with_one_importer"] == 2  # errors and config; nobody imports rounds
+    assert figures["files_with_one_importer"] == 2  # errors and config; nobody imports loop
     assert figures["functions_that_take_all_settings"] == 1
     assert figures["private_functions_called_once"] == 1
-    assert figures["largest_file"] == "server/rounds.py"
+    assert figures["largest_file"] == "server/loop.py"
     assert figures["circles_of_modules"] == figures["circles_of_folders"] == figures["problems"] == []
 
 
 @pytest.mark.parametrize(
     "back",
     [
-        "from server import rounds\n",
-        "import server.rounds\n",
-        "def late():\n    from server.rounds import play\n    return play\n",
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from server.rounds import play\n",
+        "from server import loop\n",
+        "import server.loop\n",
+        "def late():\n    from server.loop import play\n    return play\n",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from server.loop import play\n",
     ],
     ids=["from", "import", "in a function", "for types"],
 )
@@ -85,7 +85,7 @@ def test_control_a_circle_of_modules_fails_wherever_the_import_stands(tree, caps
     root = tree({**SOUND, "common/run/config.py": f"{back}class RunConfig: ...\n"})
     code, told = check(root, capsys)
     assert code == 1
-    assert "modules import each other: common.run.config server.rounds" in told
+    assert "modules import each other: common.run.config server.loop" in told
 
 
 def test_control_a_circle_of_folders_alone_fails(tree, capsys):
