@@ -227,7 +227,7 @@ class Agent:
             raise ConfigError("this run keeps tensors at the site, and this agent was given no folder for them")
         engine = self._load_engine(run_manifest)
         codes.check_quantization(engine.quantization, precisions.of_site(run_manifest.run.model, self.site))
-        codes.check(engine.codes_sha256, precisions.codes_at_site(run_manifest, self.site))
+        codes.check(engine.codes_sha256, run_manifest.codes_at(self.site))
         adapter.check_specs(engine.tensor_specs, run_manifest.tensor_specs)
         privacy = run_manifest.run.privacy
         if privacy.is_private_per_unit:

@@ -52,7 +52,7 @@ from common.errors import (
     code_of,
 )
 from common.manifest import Offer, RunManifest
-from common.records import OpenedHead, RoundPlan
+from common.records import SIGNED, OpenedHead, RoundPlan
 from common.wire import Frame
 
 MAX_REFUSALS_A_MINUTE: Final = 120  # that are logged
@@ -443,7 +443,7 @@ def _run_of(request: Frame | None) -> dict[str, str]:
 
 def _content_sha256(reply: Frame) -> str:
     """Hash of an answer without its time, the log's head and the signature, which no two answers share."""
-    head = {name: value for name, value in reply.head.items() if name not in ("seconds", *egress.AUDIT, *egress.SIGNED)}
+    head = {name: value for name, value in reply.head.items() if name not in ("seconds", *egress.AUDIT, *SIGNED)}
     return _sha256(wire.pack(dataclasses.replace(reply, head=head)))
 
 

@@ -8,7 +8,7 @@ from client.policy_file import Policy
 from common import compact, egress, ranks, trainable
 from common.errors import ModelError, PolicyRefusedError, WireError
 from common.manifest import RunManifest
-from common.records import from_head
+from common.records import SIGNED, from_head
 from common.wire import Frame
 
 
@@ -64,7 +64,7 @@ def _check_fields(reply: Frame, figures: Any) -> None:
         raise PolicyRefusedError(f"egress.metrics: {error}", rule="egress.metrics") from error
     told = {name for name, value in reply.head.items() if value is not None}
     extra = sorted(told - set(figures) - set(egress.NAMES))
-    extra += [name for name in (*egress.AUDIT, *egress.SIGNED) if reply.head.get(name)]  # the gatekeeper's, later
+    extra += [name for name in (*egress.AUDIT, *SIGNED) if reply.head.get(name)]  # the gatekeeper's, later
     if extra:
         raise PolicyRefusedError(f"egress.metrics: {', '.join(extra)} not declared", rule="egress.metrics")
     if missing := sorted(set(figures) - told):

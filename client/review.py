@@ -359,7 +359,7 @@ def _factors(run: RunManifest, site: str) -> str:
 
 def _quantised(run: RunManifest, site: str) -> str:
     """The precision of the base at this site, and that others have another."""
-    found = precisions.codes_at_site(run, site)
+    found = run.codes_at(site)
     told = f"4-bit codes {found}" if found else QUANTISED[precisions.of_site(run.run.model, site)]
     others = [name for name in precisions.used(run.run.model) if name != precisions.of_site(run.run.model, site)]
     return f"{told}; other sites train beside it as {' or '.join(others)}" if others else told

@@ -1,7 +1,7 @@
 """Messages to text by a chat template, and where in it each message and each answer is."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Final
 
@@ -10,34 +10,13 @@ from jinja2 import TemplateError
 from common import spelling, templates
 from common.errors import ModelError
 from common.rows import Message, Row
+from common.spelling import Rendered, Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-Span = tuple[int, int]
 _THOUGHT_END: Final = "</think>"
 _PRIVATE: Final = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE))  # Unicode's private use areas
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation as text.
-
-    Attributes:
-        text: All of it.
-        contents: Where the messages' own texts are, in the order of the text; the template wrote all else.
-        roles: Whose they are.
-        answers: Where each answer is that is trained on: from its own text, or from white space of the template that
-            follows the generation prompt, to the end of its end-of-turn token.
-        opening: What the template puts into the generation prompt as if an answer had begun, such as a block without
-            thoughts; nothing in most.
-    """
-
-    text: str
-    contents: tuple[Span, ...]
-    roles: tuple[str, ...]
-    answers: tuple[Span, ...] = ()
-    opening: str = ""
 
 
 def render(row: Row, tokenizer: "Tokenizer", *, system_prompt: str = "") -> Rendered:

@@ -8,14 +8,12 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from common import precisions
-from common.config_types import Contradiction, names_a_site_twice
+from common.config_tables import Contradiction, RunTables
+from common.config_types import names_a_site_twice
 from common.methods import FACTS, Facts
-
-if TYPE_CHECKING:
-    from common.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Feature:
     why_not: Callable[[Facts], str]
     remark: Callable[[Facts], str] = lambda facts: ""
     keys: tuple[str, ...] = ()
-    is_asked: Callable[["RunConfig"], bool] = lambda run: False
+    is_asked: Callable[[RunTables], bool] = lambda run: False
 
 
 @dataclass(frozen=True)
@@ -234,7 +232,7 @@ FEATURES: Final = (
 
 
 def contradictions() -> Iterator[Contradiction]:
-    """Keys, whether a run asks for both, and the message, whatever the method: of site ranks, and of `apart`."""
+    """Keys, whether a run asks for both, and the message, whatever the method: of sites that differ, and of `apart`."""
     yield (
         ("adapter.site_ranks", "adapter.r"),
         _has_odd_site_ranks,
@@ -260,6 +258,11 @@ def contradictions() -> Iterator[Contradiction]:
     for one, other in apart():
         told = f"no method goes together with both {one.name} and {other.name}; remove one of the two"
         yield (*one.keys, *other.keys), functools.partial(_asks_for_both, one=one, other=other), told
+    yield (
+        ("model.site_quantization", "model.quantization"),
+        _has_idle_precisions,
+        "name each site once, and only those whose precision differs from model.quantization, which all others have",
+    )
 
 
 def apart() -> list[tuple[Feature, Feature]]:
@@ -269,13 +272,18 @@ def apart() -> list[tuple[Feature, Feature]]:
     return [pair for pair in pairs if all(any(side.why_not(facts) for side in pair) for facts in FACTS.values())]
 
 
-def _asks_for_both(run: "RunConfig", one: Feature, other: Feature) -> bool:
+def _asks_for_both(run: RunTables, one: Feature, other: Feature) -> bool:
     return one.is_asked(run) and other.is_asked(run)
 
 
-def _has_odd_site_ranks(run: "RunConfig") -> bool:
+def _has_odd_site_ranks(run: RunTables) -> bool:
     own = run.adapter.rank_of_sites.values()
     return names_a_site_twice(run.adapter.site_ranks) or any(rank >= run.adapter.r for rank in own)
+
+
+def _has_idle_precisions(run: RunTables) -> bool:
+    own = run.model.quantization_of_sites.values()
+    return names_a_site_twice(run.model.site_quantization) or run.model.quantization in own
 
 
 @dataclass(frozen=True)
@@ -290,7 +298,7 @@ class SiteLevel:
     """
 
     key: str
-    is_asked: Callable[["RunConfig"], bool]
+    is_asked: Callable[[RunTables], bool]
     is_allowed: bool
     reason: str
 
@@ -383,7 +391,7 @@ def cells() -> Iterator[tuple[Feature, Cell]]:
             yield feature, cell(facts, feature)
 
 
-def without_gap(run: "RunConfig") -> str:
+def without_gap(run: RunTables) -> str:
     """The exact method to take where averaging both factors is too far off, among those that the run's other settings
     allow; empty if there is none or the run's own is exact.
     """

@@ -8,21 +8,22 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Any, Final, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import model_validator
 
 from common import config_evaluation_rules, config_file, config_rules, wire_rules
 from common.config_aggregation import AggregationConfig
-from common.config_evaluation import EvaluationConfig
 from common.config_export import ExportConfig
 from common.config_gate import GateConfig
 from common.config_model import AdapterConfig, ModelConfig
 from common.config_node import AgentConfig, HardwareConfig, LinkConfig, NodeDataConfig, NodeModelConfig, SiteConfig
-from common.config_polish import PolishStage, check_order
+from common.config_polish import PolishStage
 from common.config_privacy import PrivacyConfig
+from common.config_tables import NodeTables, OutputConfig, RunTables
+from common.config_tasks import EvaluationConfig
 from common.config_training import DataConfig, FederationConfig, TrainingConfig
-from common.config_types import PATTERNS, Count, Line, RequiredLine, Section, Slug, Tables, refuse_look_alikes
+from common.config_types import PATTERNS, Section
 from common.config_wire import WireConfig
 
 __all__ = [
@@ -59,40 +60,11 @@ __all__ = [
 ]
 
 
-class OutputConfig(Section):
-    """What is written at the coordinator."""
-
-    folder: RequiredLine = Field(default="runs", description="Folder in which each run gets a folder of its own.")
-    keep_checkpoints: Count = Field(default=0, description="Newest checkpoints that are kept. 0: all.")
-    example_prompts: Line = Field(
-        default="",
-        description="Path of prompts that anybody may see, a column `prompt`: the report shows what base and exported "
-        "adapter answer to the first eight. These texts are written into the run's folder; name no rows of people.",
-    )
-
-
 PRIVATE_METHOD: Final = "fedsvd"
 
 
-class RunConfig(Section):
+class RunConfig(RunTables):
     """One whole run: the file that a coordinator writes and every site can read."""
-
-    version: Annotated[Literal[1], BeforeValidator(refuse_look_alikes)] = Field(description="Version of this format.")
-    name: Slug = Field(default="run", description="Name of the run.")
-    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Seed of all randomness that need not be secret.")
-    model: ModelConfig
-    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
-    data: DataConfig = Field(default_factory=DataConfig)
-    training: TrainingConfig = Field(default_factory=TrainingConfig)
-    federation: FederationConfig = Field(default_factory=FederationConfig)
-    aggregation: AggregationConfig = Field(default_factory=AggregationConfig)
-    privacy: PrivacyConfig
-    wire: WireConfig = Field(default_factory=WireConfig)
-    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
-    gate: GateConfig = Field(default_factory=GateConfig)
-    export: ExportConfig = Field(default_factory=ExportConfig)
-    output: OutputConfig = Field(default_factory=OutputConfig)
-    polish: Annotated[Tables[PolishStage], AfterValidator(check_order)] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -101,16 +73,6 @@ class RunConfig(Section):
         if not isinstance(table, dict):
             return table
         return config_evaluation_rules.with_all_asked(wire_rules.with_down(_with_private_method(table)))
-
-    @property
-    def evaluated_rounds(self) -> tuple[int, ...]:
-        """After how many rounds the sites score the adapter; beyond the last one, polished adapters in their order.
-
-        A site answers no other evaluation, and plans what these cost.
-        """
-        last, every = self.federation.num_rounds, self.evaluation.every_rounds
-        polished = range(last + 1, last + 1 + self.evaluation.num_polish_stages)
-        return (*sorted({0, last, *range(every, last, every)}), *polished)
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
@@ -128,15 +90,8 @@ def _with_private_method(table: dict[str, Any]) -> dict[str, Any]:
     return {**table, "aggregation": {**aggregation, "method": PRIVATE_METHOD if kind == "lora" else "fedavg"}}
 
 
-class NodeConfig(Section):
+class NodeConfig(NodeTables):
     """One site: what the coordinator must never decide. The file stays at the site."""
-
-    site: SiteConfig
-    data: NodeDataConfig
-    model: NodeModelConfig = Field(default_factory=NodeModelConfig)
-    hardware: HardwareConfig = Field(default_factory=HardwareConfig)
-    agent: AgentConfig = Field(default_factory=AgentConfig)
-    link: LinkConfig = Field(default_factory=LinkConfig)
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:

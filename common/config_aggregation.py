@@ -1,12 +1,13 @@
 """Section `[aggregation]` of the run file."""
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field
 
 from common.config_types import Decay, Section
-from common.core_rules import NUM_HEADS
 from common.methods import FACTS, MethodName
+
+NUM_HEADS: Final = 4
 
 
 class AggregationConfig(Section):

@@ -1,25 +1,20 @@
 """Contradictions of what the sites score, and after polish; `config_rules` adds them to its table."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from common.config_model import BY_HASH
-from common.config_types import Contradiction
+from common.config_tables import Contradiction, RunTables
 from common.methods import FACTS
 
-if TYPE_CHECKING:
-    from common.config import RunConfig
 
-
-def _has_fewer_stages(config: RunConfig) -> bool:
+def _has_fewer_stages(config: RunTables) -> bool:
     """A manifest names no stages, so this is for the coordinator's own file; it may lack a base yet."""
     if getattr(config.model, "base", BY_HASH) == BY_HASH:
         return False
     return config.evaluation.num_polish_stages > sum(stage.changes_adapter for stage in config.polish)
 
 
-def _asks(config: RunConfig) -> bool:
+def _asks(config: RunTables) -> bool:
     return config.evaluation.num_polish_stages > 0
 
 

@@ -1,19 +1,11 @@
 """Section `[export]` of the run file: the sealed folder that a run ends with."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from common.config_tasks import split_names
-from common.config_types import EXPORT_FORMATS, Contradiction, Line, Section
-from common.methods import FACTS
-
-if TYPE_CHECKING:
-    from common.config import RunConfig
-
-ADAPTERS: Final = frozenset({"peft", "vllm"})  # all other formats hold merged weights
+from common.config_types import EXPORT_FORMATS, Line, Section
 
 
 class ExportConfig(Section):
@@ -52,41 +44,3 @@ class ExportConfig(Section):
     def names(self) -> tuple[str, ...]:
         """The formats, in the order in which they are written down."""
         return split_names(self.formats)
-
-
-def _exports_no_adapter(config: RunConfig) -> bool:
-    return bool(config.export.formats) and FACTS[config.aggregation.method].is_personal
-
-
-CONTRADICTIONS: Final[tuple[Contradiction, ...]] = (
-    (
-        ("export.formats", "aggregation.method"),
-        _exports_no_adapter,
-        "under this method each site has an adapter of its own, and the coordinator none to export; remove it",
-    ),
-    (
-        ("export.gguf_type", "export.formats"),
-        lambda c: bool(c.export.gguf_type) and "gguf" not in c.export.names,
-        "is for the format gguf; add it to export.formats, or remove this",
-    ),
-    (
-        ("export.gguf_type", "export.llama_cpp"),
-        lambda c: c.export.gguf_type not in ("", "bf16") and not c.export.llama_cpp,
-        "is written by llama-quantize; set export.llama_cpp to a checkout with it, or 'bf16'",
-    ),
-    (
-        ("export.llama_cpp", "export.formats"),
-        lambda c: bool(c.export.llama_cpp) and "gguf" not in c.export.names,
-        "writes the format gguf; add it to export.formats, or remove this",
-    ),
-    (
-        ("export.rows", "export.formats"),
-        lambda c: bool(c.export.rows) and not set(c.export.names) - ADAPTERS,
-        "is for merged weights; add merged, nf4, int8, gguf or onnx to export.formats, or remove this",
-    ),
-    (
-        ("export.operator_key", "export.formats"),
-        lambda c: bool(c.export.operator_key) and not c.export.formats,
-        "signs a folder that nobody asked for; set export.formats, or remove this",
-    ),
-)

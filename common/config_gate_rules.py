@@ -1,16 +1,11 @@
 """Contradictions of `[gate]`; `config_rules` adds them to its table."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common import config_gate
-from common.config_types import Contradiction
-
-if TYPE_CHECKING:
-    from common.config import RunConfig
+from common.config_tables import Contradiction, RunTables
 
 
 def contradictions() -> Iterator[Contradiction]:
@@ -28,34 +23,34 @@ def contradictions() -> Iterator[Contradiction]:
     yield from _OTHERS
 
 
-def _is_idle(config: RunConfig, *, key: str) -> bool:
+def _is_idle(config: RunTables, *, key: str) -> bool:
     return key in config.gate.idle
 
 
-def _lacks(config: RunConfig, rule: str, has_figure: Callable[[Any], bool]) -> bool:
+def _lacks(config: RunTables, rule: str, has_figure: Callable[[Any], bool]) -> bool:
     return rule in config.gate.rule_names and not any(has_figure(task) for task in config.evaluation.suite)
 
 
-def _has_figures_of_nothing(config: RunConfig) -> bool:
+def _has_figures_of_nothing(config: RunTables) -> bool:
     names = [task.name for task in config.evaluation.suite]
     asked = [limit.figure for limit in config.gate.figures]
     return any(not any(figure.startswith((f"{name}.", f"{name}/")) for name in names) for figure in asked)
 
 
-def _lacks_tasks(config: RunConfig) -> bool:
+def _lacks_tasks(config: RunTables) -> bool:
     asked = {"exposure", "extraction", "pii"} & set(config.gate.rule_names)
     return bool(asked) and not config.evaluation.suite
 
 
-def _audits_nothing(config: RunConfig) -> bool:
+def _audits_nothing(config: RunTables) -> bool:
     return "audit" in config.gate.rule_names and not config.privacy.is_private
 
 
-def _lacks_audit(config: RunConfig) -> bool:
+def _lacks_audit(config: RunTables) -> bool:
     return "audit" in config.gate.rule_names and not config.gate.audit_file
 
 
-def _asks_sites_after_polish(config: RunConfig) -> bool:
+def _asks_sites_after_polish(config: RunTables) -> bool:
     is_asked = not config.polish or config.evaluation.num_polish_stages > 0
     return not is_asked and bool({"sites", "loss"} & set(config.gate.rule_names))
 

@@ -3,32 +3,26 @@
 A setting that could have no effect is a contradiction too: it would do nothing and nobody would notice.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel
 
 from common import (
     compatibility,
     config_evaluation_rules,
-    config_export,
     config_gate_rules,
     config_hints,
     config_objective,
     config_site_rules,
     core_rules,
     kind_rules,
-    precisions,
     wire_rules,
 )
+from common.config_tables import Contradiction, NodeTables, RunTables
 from common.methods import FACTS
-
-if TYPE_CHECKING:
-    from common.config import NodeConfig, RunConfig
 
 ADAM_DEFAULTS = (0.9, 0.999, 1e-8)
 RESIDUAL_MAX_LOST = 0.05
@@ -81,49 +75,43 @@ def value_of(config: BaseModel, key: str) -> Any:
     return getattr(found, name) if name else [table.name for table in found]
 
 
-def is_positive(table: Mapping[str, object], key: str) -> bool:
-    """Whether an unchecked table holds a whole number over 0 under `key`."""
-    value = table.get(key)
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 def is_private(table: Mapping[str, Any]) -> bool:
     """Whether an unchecked table of a run file asks for differential privacy."""
     privacy = table.get("privacy")
     return isinstance(privacy, dict) and privacy.get("mode") in ("unit", "site")
 
 
-def _has_same_columns(config: RunConfig | NodeConfig) -> bool:
+def _has_same_columns(config: RunTables | NodeTables) -> bool:
     data = config.data
     return len({data.instruction_column, data.input_column, data.output_column}) < 3
 
 
-def _needs_more_sites(config: RunConfig) -> bool:
+def _needs_more_sites(config: RunTables) -> bool:
     wanted = max(config.federation.min_sites, config.federation.sites_per_round, config.federation.num_sites)
     return 0 < config.data.num_sites < wanted
 
 
-def _has_revision_without_hub(config: RunConfig) -> bool:
+def _has_revision_without_hub(config: RunTables) -> bool:
     base = config.model.base
     return config.model.revision != "" and (base == "embedded" or base.startswith(("/", ".", "~")))
 
 
-def _has_adam_settings(config: RunConfig) -> bool:
+def _has_adam_settings(config: RunTables) -> bool:
     training = config.training
     return (training.adam_beta1, training.adam_beta2, training.adam_epsilon) != ADAM_DEFAULTS
 
 
-def _has_idle_privacy(config: RunConfig) -> bool:
+def _has_idle_privacy(config: RunTables) -> bool:
     privacy = config.privacy
     return privacy.mode == "none" and privacy != type(privacy)(mode="none")
 
 
-def _has_idle_adaption(config: RunConfig) -> bool:
+def _has_idle_adaption(config: RunTables) -> bool:
     privacy = config.privacy
     return not privacy.adaptive_clipping and (privacy.clip_quantile, privacy.clip_learning_rate) != (0.5, 0.2)
 
 
-def _has_small_batch(config: RunConfig) -> bool:
+def _has_small_batch(config: RunTables) -> bool:
     training = config.training
     return config.privacy.max_rows_per_unit > (training.micro_batch_size or training.batch_size)
 
@@ -140,7 +128,7 @@ _SERVER_USES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _is_unused(config: RunConfig, name: str) -> bool:
+def _is_unused(config: RunTables, name: str) -> bool:
     settings = config.aggregation
     is_default = getattr(settings, name) == _SERVER_DEFAULTS[name]
     return not is_default and name not in _SERVER_USES[settings.server_optimizer]
@@ -157,7 +145,7 @@ def _unused_server_settings() -> tuple[Rule, ...]:
     )
 
 
-def _is_combined(config: RunConfig, method: str, feature: compatibility.Feature) -> bool:
+def _is_combined(config: RunTables, method: str, feature: compatibility.Feature) -> bool:
     return config.aggregation.method == method and feature.is_asked(config)
 
 
@@ -177,24 +165,103 @@ def _refused_combinations() -> tuple[Rule, ...]:
 _SITES_FOR_BAD = {"median": (2, 1), "trimmed_mean": (2, 1), "krum": (2, 3), "multi_krum": (2, 3), "bulyan": (4, 3)}
 
 
-def _has_too_few_good_sites(config: RunConfig) -> bool:
+def _has_too_few_good_sites(config: RunTables) -> bool:
     if config.aggregation.robust == "none":
         return False
     a_bad_one, more = _SITES_FOR_BAD[config.aggregation.robust]
     return config.federation.min_sites < a_bad_one * config.aggregation.num_bad_sites + more
 
 
-def _keeps_residual(config: RunConfig) -> bool:
+def _keeps_residual(config: RunTables) -> bool:
     return FACTS[config.aggregation.method].base_delta == "residual"
 
 
-def _loses_side_adapter(config: RunConfig) -> bool:
+def _loses_side_adapter(config: RunTables) -> bool:
     return _keeps_residual(config) and any(stage.reference or stage.kind == "reward" for stage in config.polish)
 
 
+def _is_idle_in_objective(config: RunTables, name: str) -> bool:
+    training = config.training
+    return (
+        getattr(training, name) != config_objective.DEFAULTS[name]
+        and name not in config_objective.USES[training.objective]
+    )
+
+
+def _has_idle_columns(config: RunTables) -> bool:
+    data = config.data
+    is_named = (data.instruction_column, data.input_column, data.output_column) != ("instruction", "input", "output")
+    return config.training.objective != "sft" and is_named and not config.evaluation.server_data
+
+
+_OF_OBJECTIVES: tuple[Contradiction, ...] = (
+    *(
+        (
+            (f"training.{name}", "training.objective"),
+            functools.partial(_is_idle_in_objective, name=name),
+            "this objective does not use it; remove it or choose another",
+        )
+        for name in config_objective.DEFAULTS
+    ),
+    (
+        ("training.reference_point", "training.objective", "privacy.mode"),
+        lambda c: c.training.objective == "kto" and c.training.reference_point == "batch" and c.privacy.is_private,
+        "a mean over the step lets one unit move the gradients of all others, which no clipping bounds; set 'zero'",
+    ),
+    (
+        ("training.objective", "evaluation.exact_match_rows"),
+        lambda c: c.training.objective != "sft" and c.evaluation.exact_match_rows > 0,
+        "held-out preferences are scored by their margins, none is answered by generation; remove exact_match_rows",
+    ),
+    (
+        ("training.objective", "data.instruction_column", "data.input_column", "data.output_column"),
+        _has_idle_columns,
+        "columns of preferences have fixed names, and there are no other rows (evaluation.server_data); remove these",
+    ),
+)
+
+_ADAPTERS = frozenset({"peft", "vllm"})  # all other formats of [export] hold merged weights
+
+
+def _exports_no_adapter(config: RunTables) -> bool:
+    return bool(config.export.formats) and FACTS[config.aggregation.method].is_personal
+
+
+_OF_EXPORTS: tuple[Contradiction, ...] = (
+    (
+        ("export.formats", "aggregation.method"),
+        _exports_no_adapter,
+        "under this method each site has an adapter of its own, and the coordinator none to export; remove it",
+    ),
+    (
+        ("export.gguf_type", "export.formats"),
+        lambda c: bool(c.export.gguf_type) and "gguf" not in c.export.names,
+        "is for the format gguf; add it to export.formats, or remove this",
+    ),
+    (
+        ("export.gguf_type", "export.llama_cpp"),
+        lambda c: c.export.gguf_type not in ("", "bf16") and not c.export.llama_cpp,
+        "is written by llama-quantize; set export.llama_cpp to a checkout with it, or 'bf16'",
+    ),
+    (
+        ("export.llama_cpp", "export.formats"),
+        lambda c: bool(c.export.llama_cpp) and "gguf" not in c.export.names,
+        "writes the format gguf; add it to export.formats, or remove this",
+    ),
+    (
+        ("export.rows", "export.formats"),
+        lambda c: bool(c.export.rows) and not set(c.export.names) - _ADAPTERS,
+        "is for merged weights; add merged, nf4, int8, gguf or onnx to export.formats, or remove this",
+    ),
+    (
+        ("export.operator_key", "export.formats"),
+        lambda c: bool(c.export.operator_key) and not c.export.formats,
+        "signs a folder that nobody asked for; set export.formats, or remove this",
+    ),
+)
+
 RUN_RULES = (
     *(Rule(*contradiction) for contradiction in compatibility.contradictions()),
-    *(Rule(*contradiction) for contradiction in precisions.contradictions()),
     *_refused_combinations(),
     *(Rule(*contradiction) for contradiction in wire_rules.contradictions()),
     *(Rule(*contradiction) for contradiction in kind_rules.contradictions()),
@@ -221,7 +288,7 @@ RUN_RULES = (
     ),
     *(Rule(*conflict) for conflict in core_rules.CONFLICTS),
     *_unused_server_settings(),
-    *(Rule(*conflict) for conflict in config_objective.CONFLICTS),
+    *(Rule(*contradiction) for contradiction in _OF_OBJECTIVES),
     Rule(
         ("aggregation.num_bad_sites", "aggregation.robust"),
         lambda c: (c.aggregation.robust != "none") != (c.aggregation.num_bad_sites > 0),
@@ -387,7 +454,7 @@ RUN_RULES = (
     ),
     *(Rule(*contradiction) for contradiction in config_evaluation_rules.CONTRADICTIONS),
     *(Rule(*contradiction) for contradiction in config_gate_rules.contradictions()),
-    *(Rule(*contradiction) for contradiction in config_export.CONTRADICTIONS),
+    *(Rule(*contradiction) for contradiction in _OF_EXPORTS),
 )
 
 NODE_RULES = (

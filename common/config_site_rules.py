@@ -1,16 +1,10 @@
 """Contradictions of a run whose noise is for sites as a whole; `config_rules` adds them to its table."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from common import accounting, compatibility
-from common.config_types import Contradiction
-
-if TYPE_CHECKING:
-    from common.config import RunConfig
+from common.config_tables import Contradiction, RunTables
 
 
 def contradictions() -> Iterator[Contradiction]:
@@ -21,16 +15,16 @@ def contradictions() -> Iterator[Contradiction]:
     yield from _OTHERS
 
 
-def _is_asked(one: compatibility.SiteLevel, config: RunConfig) -> bool:
+def _is_asked(one: compatibility.SiteLevel, config: RunTables) -> bool:
     return config.privacy.mode == "site" and one.is_asked(config)
 
 
-def _has_unit_settings(config: RunConfig) -> bool:
+def _has_unit_settings(config: RunTables) -> bool:
     privacy = config.privacy
     return privacy.mode == "site" and (privacy.max_rows_per_unit, privacy.clipping) != (1, "auto")
 
 
-def _has_large_delta(config: RunConfig) -> bool:
+def _has_large_delta(config: RunTables) -> bool:
     num_sites = config.federation.num_sites
     if config.privacy.mode != "site" or not num_sites:
         return False

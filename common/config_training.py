@@ -4,9 +4,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from common import config_rules
 from common.config_objective import ObjectiveSettings
-from common.config_types import Count, Decay, Line, PositiveCount, RequiredLine, Seconds, Section
+from common.config_types import Count, Decay, Line, PositiveCount, RequiredLine, Seconds, Section, is_positive
 
 
 class DataConfig(Section):
@@ -106,7 +105,7 @@ class TrainingConfig(ObjectiveSettings):
     @classmethod
     def _steps_replace_epochs(cls, table: Any) -> Any:
         """Let `local_steps` alone decide where `local_epochs` was left out, and say so in the resolved values."""
-        if not isinstance(table, dict) or "local_epochs" in table or not config_rules.is_positive(table, "local_steps"):
+        if not isinstance(table, dict) or "local_epochs" in table or not is_positive(table, "local_steps"):
             return table
         return {**table, "local_epochs": 0.0}
 

@@ -1,12 +1,9 @@
 """What the tables of all our files are made of: kinds of values, and a section that is frozen, strict and closed."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-
-if TYPE_CHECKING:
-    from common.config import RunConfig
 
 SLUG = r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$"
 SHA256 = r"^([0-9a-f]{64})?$"
@@ -54,15 +51,18 @@ MAX_MESSAGE_MIB = 2047  # of one message, at both ends; on its way it goes in pi
 Mebibytes = Annotated[int, Field(ge=1, le=MAX_MESSAGE_MIB)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
-# keys that do not go together, the first of which names the problem; whether a run is such a one; what is told
-Contradiction = tuple[tuple[str, ...], Callable[["RunConfig"], bool], str]
-
 
 def refuse_look_alikes(value: object) -> object:
     """Tell 1 from true and 1.0, which Python holds to be equal."""
     if type(value) is not int:
         raise ValueError("must be the whole number 1")
     return value
+
+
+def is_positive(table: Mapping[str, object], key: str) -> bool:
+    """Whether an unchecked table holds a whole number over 0 under `key`."""
+    value = table.get(key)
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _frozen(value: object) -> object:

@@ -1,23 +1,17 @@
 """Contradictions of a run whose method trains cores; `config_rules` adds them to its table. Loads no torch."""
 
-from __future__ import annotations
+from typing import Final
 
-from typing import TYPE_CHECKING, Final
-
-from common.config_types import Contradiction
+from common.config_aggregation import NUM_HEADS
+from common.config_tables import Contradiction, RunTables
 from common.methods import FACTS
 
-if TYPE_CHECKING:
-    from common.config import RunConfig
 
-NUM_HEADS: Final = 4
-
-
-def _has_cores(config: RunConfig) -> bool:
+def _has_cores(config: RunTables) -> bool:
     return FACTS[config.aggregation.method].has_cores
 
 
-def _reads_layers(config: RunConfig) -> bool:
+def _reads_layers(config: RunTables) -> bool:
     return config.privacy.is_private_per_unit and config.privacy.clipping in ("stacked", "opacus")
 
 

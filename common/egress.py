@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from common import config, packing, trainable, wire
 from common.methods import FACTS
-from common.records import OpenedHead, SiteMetrics, TensorSpec, UpdateHead
+from common.records import SIGNED, OpenedHead, SiteMetrics, TensorSpec, UpdateHead
 
 HEAD_BYTES: Final = 4096  # more than any head and a frame's own bytes
 ENTRY_BYTES: Final = 128  # of a safetensors header, besides the tensor's name
@@ -21,7 +21,6 @@ AUDIT: Final = (  # head of the site's audit log, signed; nothing of rows
     "audit_signer",
     "audit_signature",
 )
-SIGNED: Final = ("signer", "signature")  # of the whole answer; see `common.signed_frame`
 NAMES: Final = ("site", "run_sha256", "round_index", "adapter_sha256", *AUDIT, *SIGNED)  # no figures, and known already
 
 PREFERENCES: Final = ("preference_loss_sum", "num_preferred")  # told by runs that learn preferences

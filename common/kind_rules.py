@@ -7,14 +7,11 @@ docs/methods.md print the table. Cells without keys are what an export or a site
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from common import precisions
-from common.config_types import Contradiction
+from common.config_tables import Contradiction, RunTables
 from common.kinds import ALL, DEFAULTS, KINDS, Kind
-
-if TYPE_CHECKING:
-    from common.config import RunConfig
 
 QUANTIZATION: Final = ("model.quantization", "model.site_quantization")
 NO_FACTORS: Final = "it has no plain pair A and B"
@@ -36,7 +33,7 @@ class KindFeature:
     why_not: Callable[[Kind], str]
     remedy: str = ""
     keys: tuple[str, ...] = ()
-    is_asked: Callable[["RunConfig"], bool] = lambda run: False
+    is_asked: Callable[[RunTables], bool] = lambda run: False
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def _half_precision(kind: Kind) -> str:
     return f"its float32 weights stand in the base's own path{where}" if kind.float32_on else ""
 
 
-def _computes_in_half(run: "RunConfig") -> bool:
+def _computes_in_half(run: RunTables) -> bool:
     facts = KINDS[run.adapter.kind]
     return run.model.dtype in ("bfloat16", "float16") and any(q in facts.float32_on for q in precisions.used(run.model))
 
@@ -206,7 +203,7 @@ def refusals() -> Iterator[tuple[KindFeature, tuple[str, ...], str, str]]:
         yield KIND_FEATURES[number], tuple(kinds), reason, nearest
 
 
-def is_unused(run: "RunConfig", key: str) -> bool:
+def is_unused(run: RunTables, key: str) -> bool:
     """Whether a setting of `[adapter]` was set that the run's kind does not look at."""
     return key not in KINDS[run.adapter.kind].settings and getattr(run.adapter, key) != DEFAULTS[key]
 
@@ -225,13 +222,13 @@ def contradictions() -> Iterator[Contradiction]:
     yield ("adapter.dropout", "privacy.mode"), _couples_units, told
 
 
-def _is_combined(config: "RunConfig", kinds: tuple[str, ...], feature: KindFeature) -> bool:
+def _is_combined(config: RunTables, kinds: tuple[str, ...], feature: KindFeature) -> bool:
     return config.adapter.kind in kinds and feature.is_asked(config)
 
 
-def _ranks_rise(config: "RunConfig") -> bool:
+def _ranks_rise(config: RunTables) -> bool:
     return config.adapter.kind == "adalora" and config.adapter.target_r > config.adapter.r
 
 
-def _couples_units(config: "RunConfig") -> bool:
+def _couples_units(config: RunTables) -> bool:
     return config.privacy.mode == "unit" and config.adapter.dropout > 0

@@ -70,6 +70,10 @@ class RunManifest:
             }
         )
 
+    def codes_at(self, site: str) -> str:
+        """Hash of the 4-bit codes that a site must have; empty where its base has none."""
+        return self.codes_sha256 if precisions.of_site(self.run.model, site) == "nf4" else ""
+
     @property
     def egress(self) -> Egress:
         """All that leaves a site in this run; derived from run and tensors, and declared to be seen."""

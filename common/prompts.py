@@ -233,7 +233,7 @@ def shorten(row: Row, tokenizer: "Tokenizer", *, max_length_tokens: int, system_
     before, about = (
         row.messages[place].content[part] for part in (slice(row.input_start), slice(row.input_start, None))
     )
-    _, offsets = spelling.tokenise(chat.Rendered(about, ((0, len(about)),), ("user",)), tokenizer)
+    _, offsets = spelling.tokenise(spelling.Rendered(about, ((0, len(about)),), ("user",)), tokenizer)
     num_kept = len(offsets) - num_over
     while num_kept > 1:
         head, tail = _between_words(
@@ -333,7 +333,7 @@ def text_ids(text: str, tokenizer: "Tokenizer") -> list[int]:
         ModelError: The tokenizer is not fast.
     """
     spelling.require_fast(tokenizer)
-    return spelling.tokenise(chat.Rendered(text, ((0, len(text)),), ("user",)), tokenizer)[0]
+    return spelling.tokenise(spelling.Rendered(text, ((0, len(text)),), ("user",)), tokenizer)[0]
 
 
 def turn_end_id(tokenizer: "Tokenizer") -> int:
@@ -354,7 +354,7 @@ def turn_end_id(tokenizer: "Tokenizer") -> int:
     found = chat.render(row, tokenizer)
     [(start, end)] = found.answers
     tail = found.text[start:end].partition("Yes.")[2].strip()
-    ids = spelling.tokenise(chat.Rendered(tail, (), ()), tokenizer)[0]
+    ids = spelling.tokenise(spelling.Rendered(tail, (), ()), tokenizer)[0]
     if ids[0] not in tokenizer.added_tokens_decoder and len(ids) > 1:
         raise ModelError(
             "the chat template ends an answer with text that is no token of its own, so generation would not know "

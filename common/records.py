@@ -14,6 +14,7 @@ MAX_CHARACTERS: Final = 256
 HEADS: Final = "heads"  # beside a plan: where the audit logs of the others stand
 LINKS: Final = "links"  # and that the coordinator's own log continues what it was
 ADAPTER: Final = "adapter"  # in which form the adapter comes (`common.broadcast`)
+SIGNED: Final = ("signer", "signature")  # of a whole answer; see `common.signed_frame`
 
 
 @dataclass(frozen=True)

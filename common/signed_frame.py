@@ -11,8 +11,8 @@ from typing import Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common import identity, wire
-from common.egress import SIGNED
 from common.errors import AuthError
+from common.records import SIGNED
 from common.wire import Frame
 
 PURPOSE: Final = "answer"

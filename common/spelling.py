@@ -19,10 +19,30 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Core
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-    from common.chat import Rendered
-
 _PIPED: Final = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
+Span = tuple[int, int]
 Piece = tuple[int, int, frozenset[str]]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text.
+
+    Attributes:
+        text: All of it.
+        contents: Where the messages' own texts are, in the order of the text; the template wrote all else.
+        roles: Whose they are.
+        answers: Where each answer is that is trained on: from its own text, or from white space of the template that
+            follows the generation prompt, to the end of its end-of-turn token.
+        opening: What the template puts into the generation prompt as if an answer had begun, such as a block without
+            thoughts; nothing in most.
+    """
+
+    text: str
+    contents: tuple[Span, ...]
+    roles: tuple[str, ...]
+    answers: tuple[Span, ...] = ()
+    opening: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,7 +113,7 @@ def require_fast(tokenizer: "Tokenizer") -> None:
         )
 
 
-def tokenise(found: "Rendered", tokenizer: "Tokenizer") -> tuple[list[int], list[tuple[int, int]]]:
+def tokenise(found: Rendered, tokenizer: "Tokenizer") -> tuple[list[int], list[tuple[int, int]]]:
     """Give the tokens of a conversation; what its messages spell is text.
 
     Args:
@@ -111,7 +131,7 @@ def tokenise(found: "Rendered", tokenizer: "Tokenizer") -> tuple[list[int], list
     return list(result["input_ids"]), list(result["offset_mapping"])
 
 
-def pieces(found: "Rendered", tokenizer: "Tokenizer") -> list[Piece]:
+def pieces(found: Rendered, tokenizer: "Tokenizer") -> list[Piece]:
     """Give each message's own place, with the tokens that are text in it."""
     edges = [0, *(edge for span in found.contents for edge in span), len(found.text)]
     written = "\0".join(found.text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True))

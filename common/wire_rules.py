@@ -2,16 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from common import compatibility, kind_rules
-from common.config_types import Contradiction
+from common.config_tables import Contradiction, RunTables
 from common.config_wire import WHOLE
 from common.kinds import KINDS
 from common.methods import FACTS
-
-if TYPE_CHECKING:
-    from common.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Conflict:
     """
 
     keys: tuple[str, ...]
-    is_asked: Callable[["RunConfig"], bool]
+    is_asked: Callable[[RunTables], bool]
     reason: str
     nearest: str
 

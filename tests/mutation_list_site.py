@@ -265,7 +265,7 @@ SITE: Final = (
 ),
 *guards("client/agent.py",
     ("site-codes-of-the-base", "a run is trained beside another base than it names",
-     "codes.check(engine.codes_sha256, precisions.codes_at_site(run_manifest, self.site))", None,
+     "codes.check(engine.codes_sha256, run_manifest.codes_at(self.site))", None,
      ("attacks/test_codes::test_a_base_with_other_codes_than_the_manifests_is_refused",)),
 ),
 *guards("client/gatekeeper.py",

@@ -9,6 +9,7 @@ from common.data import overlap
 from common.data.overlap import Text
 from common.errors import DataError
 from common.rows import Row
+from server.polish import told
 
 if TYPE_CHECKING:
     from server.evaluate.task import Task  # loads torch
@@ -62,13 +63,13 @@ def tables(tasks: "Sequence[Task]", known: KnownRows) -> list[Apart]:
 
 def warnings(tasks: "Sequence[Task]", known: KnownRows) -> list[str]:
     """What is too good of a task's figures, as sites train on its rows."""
-    train, told = [overlap.text_of(row) for row in known.train], []
+    train, said = [overlap.text_of(row) for row in known.train], []
     for task in tasks if train else ():
         found = overlap.find(task.texts, train)
         counts = {"num_rows": len(task.texts), "num_exact": len(found.exact), "num_near": len(found.near)}
         if found.exact or found.near:
-            told.append(f"{sentence(_name(task), counts)} are trained on at the sites: its figures are too good")
-    return told
+            said.append(f"{told.sentence(_name(task), counts)} are trained on at the sites: its figures are too good")
+    return said
 
 
 def _name(task: "Task") -> str:
@@ -101,20 +102,8 @@ def compare(texts: Sequence[Text], apart: Sequence[Apart], *, stage: PolishStage
     if stage.overlap == "error":
         raise DataError(
             f"{stage.data}, stage '{stage.name}': {len(dropped)} of {len(texts)} rows stand in rows that the result is "
-            f"judged on: {'; '.join(map(sentence, overlaps, overlaps.values()))}. Remove them from one of the "
+            f"judged on: {'; '.join(map(told.sentence, overlaps, overlaps.values()))}. Remove them from one of the "
             'files, or set the stage\'s overlap to "drop", which leaves them out, or to "allow", which trains on them '
             "and says so"
         )
     return Found(overlaps=overlaps)
-
-
-def sentence(name: str, counts: Mapping[str, int]) -> str:
-    """How much of a table is trained on.
-
-    Example:
-        >>> sentence("task notes (test.jsonl)", {"num_rows": 32, "num_exact": 12, "num_near": 4})
-        '16 of 32 rows of task notes (test.jsonl) (12 word for word, 4 nearly)'
-    """
-    num_same = counts["num_exact"] + counts["num_near"]
-    kinds = f"{counts['num_exact']} word for word, {counts['num_near']} nearly"
-    return f"{num_same} of {counts['num_rows']} rows of {name} ({kinds})"

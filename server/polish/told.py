@@ -5,7 +5,6 @@ from typing import Any, Final
 
 from common.config_polish import EXPERIMENTAL
 from common.events import Event
-from server.polish import kept_apart
 
 LABEL: Final = "polish-"  # how labels of stages after the rounds begin
 PRIVATE: Final = (
@@ -126,7 +125,19 @@ def left_out(event: Mapping[str, Any]) -> str:
 
 def overlaps(event: Mapping[str, Any]) -> list[str]:
     """What a finished stage has trained on that its result is judged on: a line a table."""
-    return [f"trained on {kept_apart.sentence(*found)}" for found in event.get("overlaps", {}).items()]
+    return [f"trained on {sentence(*found)}" for found in event.get("overlaps", {}).items()]
+
+
+def sentence(name: str, counts: Mapping[str, int]) -> str:
+    """How much of a table is trained on.
+
+    Example:
+        >>> sentence("task notes (test.jsonl)", {"num_rows": 32, "num_exact": 12, "num_near": 4})
+        '16 of 32 rows of task notes (test.jsonl) (12 word for word, 4 nearly)'
+    """
+    num_same = counts["num_exact"] + counts["num_near"]
+    kinds = f"{counts['num_exact']} word for word, {counts['num_near']} nearly"
+    return f"{num_same} of {counts['num_rows']} rows of {name} ({kinds})"
 
 
 def task_overlaps(log: Sequence[Event]) -> list[str]:

@@ -128,6 +128,6 @@ def test_of_a_run_that_waits_for_approval(give, folder, engine):
 
 def test_no_command_prints_the_next_one_in_another_way():
     sources = [path for name in ("server", "client", "common", "simulations") for path in (ROOT / name).rglob("*.py")]
-    texts = {path.name: path.read_text(encoding="utf-8") for path in sources}
+    texts = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in sources}
     assert [name for name, text in texts.items() if re.search(r"(?<!`)next: silotune-", text)] == []
     assert sum(text.count("cli.next_step(") for text in texts.values()) > 8  # the control
