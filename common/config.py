@@ -69,16 +69,19 @@ class RunConfig(RunTables):
     @model_validator(mode="before")
     @classmethod
     def _defaults_follow(cls, table: Any) -> Any:
-        """Work out what was left out and depends on other settings: method, `wire.down`, how many sites are asked."""
-        if not isinstance(table, dict):
-            return table
-        return config_evaluation_rules.with_all_asked(wire_rules.with_down(_with_private_method(table)))
+        """Work out what was left out and depends on other settings."""
+        return _with_defaults(_with_private_method(table)) if isinstance(table, dict) else table
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
         """Refuse values that are fine alone and contradict each other."""
         config_rules.check(self, config_rules.RUN_RULES)
         return self
+
+
+def _with_defaults(table: dict[str, Any]) -> dict[str, Any]:
+    """An unchecked table with what was left out and follows from its method: `wire.down`, how many sites are asked."""
+    return config_evaluation_rules.with_all_asked(wire_rules.with_down(table))
 
 
 def _with_private_method(table: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +104,12 @@ class NodeConfig(NodeTables):
 
 
 RUN_FILE = config_file.Format(
-    RunConfig, rules=config_rules.RUN_RULES, patterns=PATTERNS, other=NodeConfig, other_name="a site's own file"
+    RunConfig,
+    rules=config_rules.RUN_RULES,
+    patterns=PATTERNS,
+    other=NodeConfig,
+    other_name="a site's own file",
+    fill=_with_defaults,
 )
 NODE_FILE = config_file.Format(
     NodeConfig, rules=config_rules.NODE_RULES, patterns=PATTERNS, other=RunConfig, other_name="the run file"

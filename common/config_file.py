@@ -32,6 +32,7 @@ class Format(Generic[Config]):
         patterns: What each regular expression in the schema asks for, in words.
         other: The other file's schema, to tell that a key belongs there.
         other_name: What messages call the other file.
+        fill: Adds to an unchecked table what was left out and depends on other settings.
     """
 
     schema: type[Config]
@@ -39,6 +40,7 @@ class Format(Generic[Config]):
     patterns: Mapping[str, str]
     other: type[BaseModel]
     other_name: str
+    fill: Callable[[Table], Table] = dict
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ def _problems(error: ValidationError, table: Table, form: Format[Config]) -> Ite
             yield from (Problem(leaf, partial(guide.unknown, leaf)) for leaf in _leaves(key, detail["input"]))
         elif key:
             yield Problem(key, partial(config_hints.wrong, key, detail, patterns=form.patterns))
-    config = _assume(table, form.schema, bad)
+    config = _assume(form.fill(table), form.schema, bad)
     for rule in form.rules:
         keys = tuple(tuple(key.split(".")) for key in rule.keys)
         if bad.isdisjoint((*rule.keys, *(key[0] for key in keys))) and rule.is_broken(config):

@@ -59,6 +59,7 @@ BROKEN_RULES = [
     ("training.momentum", 7, ["training.momentum = 0.9"]),
     ("training.adam_beta1", 8, ["training.optimizer = 'sgd'", "training.adam_beta1 = 0.8"]),
     ("federation.sites_per_round", 7, ["federation.sites_per_round = 1"]),
+    ("evaluation.sites_per_round", 7, ["evaluation.sites_per_round = 5", "aggregation.method = 'fedsa'"]),
     ("federation.num_sites", 7, ["federation.num_sites = 1"]),
     ("aggregation.method", 7, ["aggregation.method = 'fedsvd'", "aggregation.server_optimizer = 'fedadam'"]),
     ("aggregation.residual_rank", 7, ["aggregation.residual_rank = 8"]),
