@@ -45,7 +45,7 @@ def panel(sites: Collection[str], *, num_sites: int, seed: int) -> list[str]:
 
     Example:
         >>> panel(["a", "b", "c"], num_sites=2, seed=1), panel(["b", "c"], num_sites=2, seed=1)
-        (['b', 'c'], ['b', 'c'])
+        (['a', 'c'], ['b', 'c'])
     """
     if not num_sites or num_sites >= len(sites):
         return sorted(sites)

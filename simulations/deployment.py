@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
+import psutil
 from flwr.app.user_config import UserConfig
 
 from client import line
@@ -251,13 +252,31 @@ def start(name: str, command: Sequence[str], *, logs: Path, env: Mapping[str, st
 
 
 def stop(processes: Sequence[Process]) -> None:
-    """Stop all processes, the first (the SuperLink) last, as nodes sign off there; kill what does not end."""
+    """Stop all processes, the first (the SuperLink) last, as nodes sign off there; kill what does not end.
+
+    Flower starts apps in sessions of their own, which a signal to ours does not reach; they end when they notice that
+    their parent is gone, and are killed if they have not by then.
+    """
+    started = [child for process in processes for child in _descendants(process)]
     for group in (processes[1:], processes[:1]):
         for process in group:
             _signal(process, signal.SIGTERM)
         end = time.monotonic() + STOP_S
         for process in group:
             _reap(process, timeout_s=max(0.0, end - time.monotonic()))
+    _, left = psutil.wait_procs(started, timeout=STOP_S)
+    for child in left:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(left, timeout=STOP_S)
+
+
+def _descendants(process: Process) -> list[psutil.Process]:
+    """All that a process has started, and what these have; none if it has ended."""
+    try:
+        return list(psutil.Process(process.popen.pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
 
 
 def free_port() -> int:

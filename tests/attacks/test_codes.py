@@ -96,7 +96,8 @@ def test_a_site_that_loaded_another_precision_than_its_own_reads_no_row(make, lo
 
 def told_of_base(site, run: RunManifest, *, name: str) -> str:
     """What a site of this name reads about the base before it decides."""
-    desk = review.Desk(vault.node(site.folder, name), site.gate.policy, vault.SITE, site.gate._log, site.gate.history)
+    node, gate = vault.node(site.folder, name), site.gate
+    desk = review.Desk(node, gate.policy, vault.SITE, gate._log, gate.history, gate._policy_seen)
     return review.review(desk, run.sha256).facts["base as quantised"]
 
 

@@ -170,7 +170,10 @@ def test_the_commands_show_a_member_what_changes_and_collect_signatures(joined, 
     assert (len(first["signed_by"]), first["missing"]) == (1, 1)
     assert told(capsys, "roster", "publish", path, "--federation", joined.folder, exit_code=6)["error"]
     told(capsys, "roster", "sign", path, "--key", joined.members[2], *mine, "--yes")
-    assert told(capsys, "roster", "publish", path, "--federation", joined.folder) == {"name": "birch", "epoch": epoch}
+    published = told(capsys, "roster", "publish", path, "--federation", joined.folder)
+    assert {key: published[key] for key in ("name", "epoch")} == {"name": "birch", "epoch": epoch}
+    assert any(str(joined.folder / "roster.json") in step for step in published["next"])
+    assert published["others"] == ["alder"]
     assert [site.name for site in newest(joined).sites] == ["alder"]
 
 
