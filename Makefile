@@ -28,6 +28,7 @@ check: $(STAMP)  ## style, types and import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/layout.py --check
 
 .venv: $(STAMP)  ## the environment alone
 
@@ -43,8 +44,8 @@ proto: $(STAMP)  ## the gRPC code between courier and agent, from its schema
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. common/agent.proto
 
 docs: $(STAMP)  ## the generated pages
-	$(BIN)/python -m common.config_docs
-	$(BIN)/python -m server.methods_page
+	$(BIN)/python -m common.run.pages
+	$(BIN)/python -m server.report.methods
 	$(BIN)/python -m tests.mutations --page
 
 clean:

@@ -15,7 +15,7 @@ from tests import tiny
 from tests.guard import pytest_configure, pytest_unconfigure, refused_connections
 
 if TYPE_CHECKING:
-    from common.model import Engine
+    from common.model.base import Engine
 
 __all__ = ["pytest_configure", "pytest_unconfigure", "refused_connections"]
 
@@ -33,7 +33,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def load_tiny(tiny_base: Path) -> Callable[..., "Engine"]:
     """Load the tiny base as a run file says; `changes` are as on the command line."""
-    from common import loading
+    from common.model import loading
 
     def load(changes: Mapping[str, str] | None = None, *, folder: Path = tiny_base) -> "Engine":
         settings = tiny.settings(folder, changes)
@@ -52,7 +52,7 @@ def shared_engine(load_tiny: Callable[..., "Engine"]) -> "Engine":
 @pytest.fixture
 def engine(shared_engine: "Engine") -> "Engine":
     """The tiny base in float32 with its adapter as attached."""
-    from common import adapter
+    from common.adapter import adapter
 
     adapter.write(shared_engine.model, shared_engine.initial)
     shared_engine.model.zero_grad()

@@ -6,8 +6,8 @@ import ssl
 import threading
 from contextlib import suppress
 
-from client import proxy
-from common import config
+from client.courier import proxy
+from common.run import config
 
 
 class ConnectProxy:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from common import config
-from common.kinds import DEFAULTS, KINDS
-from common.rows import Message, Row
+from common.data.rows import Message, Row
+from common.run import config
+from common.run.catalogue.kinds import DEFAULTS, KINDS
 
 WORDS = ("ache", "burn", "cold", "dose", "ear", "fall", "gut", "heart", "itch", "jaw", "knee", "lung")
 RUN_FILE = """
@@ -134,7 +134,7 @@ def make_tokenizer(control: tuple[str, ...] = CONTROL, end: str = "<|im_end|>"):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from common import templates
+    from common.text import templates
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -157,7 +157,7 @@ SITES = {"north": 16, "south": 12, "west": 8}  # rows
 
 def site_data(site: str, count: int):
     """A site's rows, the last quarter held out."""
-    from client.agent import SiteData
+    from client.agent.agent import SiteData
 
     table = rows(count, site=site)
     num_train = 3 * count // 4
@@ -166,8 +166,8 @@ def site_data(site: str, count: int):
 
 def make_agent(site: str, engine, *, count: int = 12, errors: list[Exception] | None = None, data=None, folder=None):
     """A site on an engine that may be shared; what it could not do goes to `errors`, what stays with it to `folder`."""
-    from client.agent import Agent
-    from client.personal import Shelf
+    from client.agent.agent import Agent
+    from client.agent.shelf import Shelf
 
     told = [] if errors is None else errors
     found = data or site_data(site, count)
@@ -196,14 +196,14 @@ def silent(_: bytes) -> None:
 
 def mute(answer, kind: str):
     """A node that never answers one kind of request."""
-    from common import wire
+    from common.frame import wire
 
     return lambda frame: None if wire.unpack(frame, max_body_bytes=1 << 24).kind == kind else answer(frame)
 
 
 def spoilt(answer, kind: str, change):
     """A node whose answers to one kind of request go through `change`; the control is `change=lambda frame: frame`."""
-    from common import wire
+    from common.frame import wire
 
     def node(frame: bytes) -> bytes | None:
         reply = answer(frame)
@@ -214,7 +214,7 @@ def spoilt(answer, kind: str, change):
 
 def with_head(**changes: object):
     """A change for `spoilt`: the same frame with other values in its head."""
-    from common import wire
+    from common.frame import wire
 
     def change(frame: bytes) -> bytes:
         found = wire.unpack(frame, max_body_bytes=1 << 24)
@@ -225,7 +225,7 @@ def with_head(**changes: object):
 
 def with_body(alter):
     """A change for `spoilt`: the same frame with its body altered, and a right hash."""
-    from common import wire
+    from common.frame import wire
 
     def change(frame: bytes) -> bytes:
         found = wire.unpack(frame, max_body_bytes=1 << 24)
@@ -236,8 +236,8 @@ def with_body(alter):
 
 def fleet(answers):
     """Functions that answer frames as the nodes of an in-process grid."""
-    from server.grid import GridFleet
-    from simulations.grids import InProcessGrid
+    from server.fleet.grid import GridFleet
+    from simulations.world.grids import InProcessGrid
 
     return GridFleet(InProcessGrid(answers))
 
@@ -261,9 +261,9 @@ def write_table(path: Path) -> Path:
 def federation(engine, folder: Path, nodes, settings: config.RunConfig):
     """A federation of functions that answer frames, by node id; its clock moves only when somebody sleeps."""
     from common.events import EventLog
-    from common.manifest import RunManifest
-    from server.aggregate import table
-    from server.federation import Federation
+    from common.run.manifest import RunManifest
+    from server.aggregate.methods import table
+    from server.fleet.federation import Federation
 
     clock, sleep = fake_time()
     return Federation(

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.table import Table
 from rich.text import Text
 
-from common import chat, prompts, spelling
 from common.data import overlap, units
 from common.data.problems import Problems, UnusableError
+from common.data.rows import Row
 from common.errors import ModelError
-from common.prompts import Encoded, TooLong
-from common.rows import Row
+from common.text import chat, prompts, spelling
+from common.text.prompts import Encoded, TooLong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

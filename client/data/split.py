@@ -5,10 +5,10 @@ import hmac
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from common import config
 from common.data import near, overlap
+from common.data.rows import Row
 from common.errors import DataError
-from common.rows import Row
+from common.run import config
 
 Sides = tuple[list[Row], list[Row]]  # to train on, and held out
 Unit = tuple[str, str]  # a site and a unit of it
@@ -56,7 +56,8 @@ def split_sites(
         held_out_fraction: Share of units to hold out, between 0 and 1; rounded, but at least one and not all of them.
         seed: Chooses which.
         keeps_texts: Whether texts go to one side; else only units do.
-        secret: The site's own (`client.serve.split_secret`), which chooses in the place of the seed: who offers a run
+        secret: The site's own (`client.agent.process.split_secret`), which chooses in the place of the seed: who offers
+        a run
             then neither knows nor chooses who is held out.
 
     Returns:

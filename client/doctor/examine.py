@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Final
 
 from client.doctor import host, keys, work
-from client.policy_file import Policy
-from common import config, doctor_checks, roster, store, trainable
-from common.doctor import Result, check, ok
+from client.policy.file import Policy
+from common.doctor import checks
+from common.doctor.doctor import Result, check, ok
 from common.errors import SilotuneError
+from common.model import store
+from common.run import config, trainable
+from common.trust import roster
 
 UNITS: Final = Path("/etc/systemd/system")
 
@@ -49,7 +52,7 @@ class Diagnosis:
 
 def examine(patient: Patient) -> Diagnosis:
     """Run all checks; nothing is changed, and nobody is asked but the gateway that was named."""
-    versions, file = doctor_checks.versions("client"), site_file(patient.node_file)
+    versions, file = checks.versions("client"), site_file(patient.node_file)
     if file.status == "failed":
         return Diagnosis((versions, file), None)
     node = config.load_node(patient.node_file)
@@ -134,5 +137,5 @@ def _of_host(patient: Patient, node: config.NodeConfig, folder: Path | None) -> 
         host.gateway(outcome, proxy=node.link.proxy),
         host.registration(standing),
         host.newest_roster(newest),
-        doctor_checks.clock(skew_s),
+        checks.clock(skew_s),
     ]

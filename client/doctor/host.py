@@ -13,14 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from client import doorkeeper, enroll, line, link, service
-from client import proxy as proxying
-from client.proxy import Proxy
-from common import certs, governance, kit, probe, quiet, roster, wire
-from common.config import LinkConfig
-from common.doctor import Result, check, failed, ok, skipped, warning
+from client.courier import door, doorkeeper, line, tunnel
+from client.courier import proxy as proxying
+from client.courier.proxy import Proxy
+from client.join import enroll
+from common import quiet
+from common.doctor import probe
+from common.doctor.doctor import Result, check, failed, ok, skipped, warning
+from common.doctor.probe import Answer
 from common.errors import ConfigError, SilotuneError
-from common.probe import Answer
+from common.frame import wire
+from common.run.config import LinkConfig
+from common.trust import certs, governance, kit, roster
 
 AGENT_UNIT: Final = "silotune-agent.service"
 COURIER_UNIT: Final = "silotune-courier.service"
@@ -72,7 +76,7 @@ def socket_folder(path: Path, *, courier_group: str) -> Result:
     folder = path.absolute().parent
     if not folder.is_dir() and folder.parent == Path("/run"):
         return warning(f"{folder} is not there yet", f"start {AGENT_UNIT}, which makes it, and look again")
-    service.check_folder(path)
+    door.check_folder(path)
     mode = f"{folder}: mode {stat.S_IMODE(folder.stat().st_mode):04o}"
     return _group(folder, courier_group) if courier_group else ok(f"{mode}; for a courier of this user")
 
@@ -147,7 +151,7 @@ def reporting(units: Mapping[str, str]) -> Result:
     return failed("\n".join(problems)) if problems else ok(f"off in {', '.join(sorted(ours))}")
 
 
-@check("gateway", remedy=link.INSPECTION)
+@check("gateway", remedy=tunnel.INSPECTION)
 def gateway(outcome: Answer | SilotuneError | None, *, proxy: str = "") -> Result:
     """Judge how the gateway answered the dry handshake.
 
@@ -271,7 +275,7 @@ def shake_hands(
     if not address or folder is None:
         return None
     try:
-        context = link.outward_context(
+        context = tunnel.outward_context(
             ca_file=folder / kit.CA,
             certificate_file=folder / kit.CERTIFICATE,
             key_file=folder / enroll.TLS_KEY,

@@ -4,10 +4,11 @@ import datetime
 from pathlib import Path
 from typing import Final
 
-from client import enroll, install
-from common import certs, doctor_checks, governance, identity, kit, roster
-from common.doctor import Result, check, count, failed, ok, skipped
+from client.join import enroll, install
+from common.doctor import checks
+from common.doctor.doctor import Result, check, count, failed, ok, skipped
 from common.errors import AuthError
+from common.trust import certs, governance, identity, kit, roster
 
 KEYS: Final = (enroll.IDENTITY_KEY, enroll.NODE_KEY, enroll.TLS_KEY)
 _NO_FOLDER: Final = skipped("no folder of keys is known", "give --keys DIR, the folder that enroll made")
@@ -20,7 +21,7 @@ def key_files(folder: Path | None, *, identity_key: str) -> Result:
     if folder is not None:
         is_whole = (folder / enroll.REQUEST).exists()
         paths += [folder / name for name in KEYS if is_whole or (folder / name).exists()]
-    return doctor_checks.key_files(paths)
+    return checks.key_files(paths)
 
 
 @check("enrolment", remedy="restore the folder of keys from one backup, or enrol anew in a new folder")
@@ -61,7 +62,7 @@ def certificate_end(folder: Path | None, *, now: datetime.datetime) -> Result:
     if path is None or not path.exists():
         return skipped("there is no certificate to look at")
     chain = certs.parse_chain(governance.read(path), name=kit.CERTIFICATE)
-    return doctor_checks.expiry({kit.CERTIFICATE: chain[0].not_valid_after_utc}, now=now, remedy=_RENEW)
+    return checks.expiry({kit.CERTIFICATE: chain[0].not_valid_after_utc}, now=now, remedy=_RENEW)
 
 
 @check("roster", remedy="take the newest roster: silotune-client roster ROSTER.json --keys KEYS")

@@ -6,14 +6,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from client import consent, gatekeeper, history, policy, policy_file, site_files
+from client.agent import gatekeeper
 from client.data import check as data_check
-from client.policy_file import Policy
-from common import audit, base_size, config, doctor_checks, governance, identity, kit, manifest, precisions
-from common.base_size import Memory, Work
-from common.doctor import Result, check, count, failed, ok, size, skipped, warning
+from client.data import site_files
+from client.memory import consent, history
+from client.policy import file as policy_file
+from client.policy import rules as policy
+from client.policy.file import Policy
+from common.doctor import checks
+from common.doctor.doctor import Result, check, count, failed, ok, size, skipped, warning
 from common.errors import ConfigError, DataError, ModelError, SilotuneError
-from common.manifest import RunManifest
+from common.model import size as base_size
+from common.model.size import Memory, Work
+from common.run import config, manifest
+from common.run.manifest import RunManifest
+from common.run.schema import precisions
+from common.trust import governance, identity, journal, kit
 
 LOG_BYTES: Final = 256 << 20  # offers of up to 4 MiB, and both logs
 RUNTIME_BYTES: Final = 1 << 30  # torch and, on a GPU, its context
@@ -122,7 +130,7 @@ def bases(found: Mapping[str, Path], allowed: Policy | None, *, store: str) -> R
         allowed: The policy; None: any base.
         store: Where they were looked for.
     """
-    from common import base_files  # loads transformers
+    from common.model import files  # loads transformers
 
     if not found:
         return failed(f"no base model in {store}")
@@ -130,8 +138,8 @@ def bases(found: Mapping[str, Path], allowed: Policy | None, *, store: str) -> R
     shown = {sha256: sha256[:12] if sha256 in listed else sha256 for sha256 in found}  # whole, to be listed
     here = ", ".join(f"{folder.name} ({shown[sha256]})" for sha256, folder in found.items())
     for folder in [folder for sha256, folder in found.items() if sha256 in listed]:
-        base_files.tokenizer_of(folder)
-        base_files.check_unquantised(folder)
+        files.tokenizer_of(folder)
+        files.check_unquantised(folder)
     if allowed is None:
         return ok(f"{here} in {store}")
     if not allowed.models.allow:
@@ -170,10 +178,11 @@ def _precision(folder: Path, work: Work) -> str:
     """How much of the base is quantised, for people; a base of which little would be is an error."""
     import torch
 
-    from common import base_probe, model
+    from common.model import base as model
+    from common.model import probe
 
     settings = config.ModelConfig.model_validate({"base": str(folder), "quantization": work.quantization})
-    share = base_probe.planned_share(folder, model.quantization_config(settings, torch.float32))
+    share = probe.planned_share(folder, model.quantization_config(settings, torch.float32))
     return f". {work.quantization} reaches {100 * share:.0f} % of the weights of its layers" if share else ""
 
 
@@ -189,7 +198,7 @@ def _told(most: Memory, work: Work, device: Device) -> str:
 
 def disk(node: config.NodeConfig) -> Result:
     """Tell whether offers and logs can be written."""
-    return doctor_checks.disk(Path(node.agent.log_folder), need_bytes=LOG_BYTES, what="offers and logs")
+    return checks.disk(Path(node.agent.log_folder), need_bytes=LOG_BYTES, what="offers and logs")
 
 
 @check("disk of bases", remedy="free space, or set model.store to a folder on another disk")
@@ -198,7 +207,7 @@ def store_disk(found: Mapping[str, Path], store: Path) -> Result:
     if not found:
         return skipped("there is no base to go by")
     sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in found.values()]
-    result = doctor_checks.disk(store, need_bytes=max(sizes), what="another base like the largest here")
+    result = checks.disk(store, need_bytes=max(sizes), what="another base like the largest here")
     status = "warning" if result.status == "failed" else result.status
     return replace(result, status=status)
 
@@ -223,7 +232,7 @@ def read_history(node: config.NodeConfig) -> tuple[history.History, int]:
     path = Path(node.agent.log_folder) / history.AUDIT_FILE
     public = identity.public_hex(identity.load(Path(node.agent.identity_key)))
     if path.exists():
-        for entry in audit.read(path, public):
+        for entry in journal.read(path, public):
             past.take(entry)
             num_entries += 1
     return past, num_entries
@@ -244,7 +253,7 @@ def offered(node: config.NodeConfig, name: str) -> RunManifest:
 
 def find_bases(node: config.NodeConfig) -> dict[str, Path]:
     """The bases here, by the hash of their files; what is no whole base is left out."""
-    from common.model import hash_base  # loads torch
+    from common.model.base import hash_base  # loads torch
 
     found: dict[str, Path] = {}
     for folder in site_files.base_folders(node):
@@ -265,7 +274,7 @@ def device_of(node: config.NodeConfig, *, agent_pid: int | None) -> Device:
     """
     import torch
 
-    from common.model import choose_device
+    from common.model.base import choose_device
 
     if choose_device(node.hardware.device).type == "cpu":
         return Device("cpu", False, _kib(MEMINFO, "MemAvailable:") + _kib(Path(f"/proc/{agent_pid}/status"), "VmRSS:"))

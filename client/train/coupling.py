@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from client.train import unit_gradients
 from client.train.unit_gradients import Method
 from common.errors import PrivacyError
-from common.model import Engine
-from common.objectives import SFT, Example, Objective, Pair, Rated
-from common.prompts import Encoded
+from common.loss.objectives import SFT, Example, Objective, Pair, Rated
+from common.model.base import Engine
+from common.text.prompts import Encoded
 
 LENGTHS: Final = ((7,), (12, 5), (23,), (31,))  # of the rows of four units, in tokens
 GPU_TOLERANCE: Final = 1e-2  # of its norm: kernels of a GPU add up in an order of their own; 0.4 % seen in bfloat16

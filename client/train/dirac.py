@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from client.train import private, unit_gradients
 from client.train.units import Unit
-from common.config_privacy import PrivacyConfig
-from common.noise import Noise
-from common.prompts import Encoded
+from common.privacy.noise import Noise
+from common.run.schema.privacy import PrivacyConfig
+from common.text.prompts import Encoded
 
 LENGTH: Final = 10.0  # of a gradient over the clip norm, so that a clip that does nothing shows
 

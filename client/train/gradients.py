@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from common import objectives, preference_score
-from common.model import Engine
-from common.objectives import SFT, Example, Objective
+from common.loss import objectives, preference_score
+from common.loss.objectives import SFT, Example, Objective
+from common.model.base import Engine
 
 
 def mean_gradient(

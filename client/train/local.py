@@ -11,13 +11,14 @@ import torch
 
 from client.train import private, proof, regulariser, schedule
 from client.train.gradients import mean_gradient
-from common import adapter, config
-from common.adapter import Tensors
-from common.config_privacy import PrivacyConfig, Protection
+from common.adapter import adapter
+from common.adapter.adapter import Tensors
 from common.errors import ModelError
-from common.model import Engine
-from common.noise import Noise
-from common.objectives import Example, Objective
+from common.loss.objectives import Example, Objective
+from common.model.base import Engine
+from common.privacy.noise import Noise
+from common.run import config
+from common.run.schema.privacy import PrivacyConfig, Protection
 
 Watch = Callable[[int, int], None]  # told after each step: how many are done, of how many
 PROVEN_STEP: Final = 1  # after it the adapter must have moved; a failure costs two steps, not a night

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from client.train import unit_gradients, units
 from client.train.units import Unit
-from common import accounting, adapter, noise
-from common.clipping import ClipNorm
-from common.config_privacy import PrivacyConfig
+from common import accounting
+from common.adapter import adapter
 from common.errors import PrivacyError
-from common.model import Engine
-from common.noise import Noise
-from common.objectives import SFT, Example, Objective
+from common.loss.objectives import SFT, Example, Objective
+from common.model.base import Engine
+from common.privacy import noise
+from common.privacy.clipping import ClipNorm
+from common.privacy.noise import Noise
+from common.run.schema.privacy import PrivacyConfig
 
 TINY: Final = 1e-6  # added to norms, so that a zero gradient has a scale
 ROUNDING: Final = 2.0**-22  # of a norm: more than adding up 2^30 squares in float64 and scaling can be wrong by

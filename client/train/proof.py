@@ -6,10 +6,11 @@ Opacus issue 820 is such a case: 45 GPU-hours of models that had not moved, with
 import torch
 from torch import Tensor
 
-from common import adapter, kinds
-from common.adapter import Tensors
+from common.adapter import adapter
+from common.adapter.adapter import Tensors
 from common.errors import ModelError
-from common.model import Engine
+from common.model.base import Engine
+from common.run.catalogue import kinds
 
 PROBE_TOKENS = 16
 

@@ -5,7 +5,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from common import adapter
+from common.adapter import adapter
 
 WEIGHT: Final = 0.5  # peft's default, `orth_reg_weight`
 

@@ -5,7 +5,7 @@ import math
 import random
 from collections.abc import Iterator
 
-from common import config
+from common.run import config
 
 
 def num_local_steps(num_rows: int, training: config.TrainingConfig) -> int:

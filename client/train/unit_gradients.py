@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from client.train.units import Unit
-from common import adapter, objectives, trainable
+from common.adapter import adapter
 from common.errors import ModelError, PrivacyError
-from common.model import Engine
-from common.objectives import SFT, Objective
+from common.loss import objectives
+from common.loss.objectives import SFT, Objective
+from common.model.base import Engine
+from common.run import trainable
 
 Method = Literal["auto", "stacked", "microbatch", "opacus"]
 Take = Callable[[Sequence[Unit]], Tensor]  # to (U, P), float32

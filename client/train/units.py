@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from common.noise import Noise
-from common.objectives import Example
+from common.loss.objectives import Example
+from common.privacy.noise import Noise
 
 Unit = Sequence[Example]
 

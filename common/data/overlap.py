@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, TypeVar
 
 from common.data import near
-from common.rows import Row
+from common.data.rows import Row
 
 MAX_SHARE: Final = 20  # a twentieth
 MIN_HOLDERS: Final = 5

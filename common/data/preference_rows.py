@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from common.data import shapes
 from common.data.problems import UnusableError
+from common.data.rows import Columns, Message, Row
 from common.errors import DataError
-from common.rows import Columns, Message, Row
 
 PAIR: Final = ("prompt", "chosen", "rejected")
 RATED: Final = ("prompt", "completion", "label")

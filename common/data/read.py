@@ -14,8 +14,8 @@ from typing import Any, Final, TypeVar
 from common.data import files, hub, preference_rows, shapes
 from common.data.files import Located
 from common.data.problems import Problems, UnusableError
+from common.data.rows import Columns, Row
 from common.errors import DataError
-from common.rows import Columns, Row
 
 MAX_LINE_BYTES: Final = 16 << 20
 ID_COLUMN: Final = "id"

@@ -6,8 +6,8 @@ from typing import Any, Final
 
 from common.data import units
 from common.data.problems import UnusableError, all_of
+from common.data.rows import Columns, Message, Row
 from common.errors import DataError
-from common.rows import Columns, Message, Row
 
 Fields = Mapping[str, Any]
 Converter = Callable[..., Row]

@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from common import cores
+from common.adapter import cores
 
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 DEAD: Final = 1e-14  # of the largest eigenvalue of R R^T; float64 knows no direction of R below

@@ -1,6 +1,6 @@
 """All uploads of a round, for methods whose result no running sum gives."""
 
-from common import adapter
+from common.adapter import adapter
 from server.aggregate.method import State
 
 

@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from common import ranks
+from common.adapter import ranks
 from server.aggregate.method import State, Sum
 
 CHUNK: Final = 1 << 16  # values, so that what is made of them stays in the processor's cache

@@ -1,11 +1,11 @@
-"""What an aggregation method does at the coordinator; what holds of it is in `common.methods`."""
+"""What an aggregation method does at the coordinator; what holds of it is in `common.run.catalogue.methods`."""
 
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from torch import Tensor
 
-from common.methods import Facts
+from common.run.catalogue.methods import Facts
 
 State = Mapping[str, Tensor]
 

@@ -15,10 +15,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from common import clipping, noise
-from common.clipping import ClipNorm
-from common.config_privacy import PrivacyConfig
-from common.noise import Noise
+from common.privacy import clipping, noise
+from common.privacy.clipping import ClipNorm
+from common.privacy.noise import Noise
+from common.run.schema.privacy import PrivacyConfig
 from server.aggregate.mean import WeightedMean
 from server.aggregate.method import State
 

@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from common.config_aggregation import AggregationConfig
+from common.run.schema.aggregation import AggregationConfig
 from server.aggregate.method import State
 
 Memory = Mapping[str, Tensor]

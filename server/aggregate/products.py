@@ -6,7 +6,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from common import ranks
+from common.adapter import ranks
 from server.aggregate import factored
 from server.aggregate.kept import Kept
 from server.aggregate.method import State, Sum

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import config, doctor_checks
-from common.doctor import Result
+from common.doctor import checks
+from common.doctor.doctor import Result
+from common.doctor.probe import Answer
 from common.errors import SilotuneError
-from common.probe import Answer
-from server import registry
+from common.run import config
 from server.doctor import federation, gateway, run
 from server.gateway import settings
-from server.registry import Registry
+from server.members import folder
+from server.members.folder import Registry
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Patient:
 
 def examine(patient: Patient) -> list[Result]:
     """Run all checks; nothing is changed, and nobody is asked but the listeners that GATEWAY.toml names."""
-    results = [doctor_checks.versions("server")]
+    results = [checks.versions("server")]
     held = None
     if patient.federation is not None:
         results.append(federation.folder(patient.federation))
@@ -81,7 +82,7 @@ def _of_gateway(path: Path, held: Registry | None, patient: Patient) -> list[Res
     if results[1].status == "failed":
         return results
     results += [gateway.log_disk(found), gateway.superlink(found.superlink.address, listening=gateway.listening_on)]
-    ca_file = held.folder / registry.ISSUERS / "root.pem" if held else Path(found.fleet.certificate_file)
+    ca_file = held.folder / folder.ISSUERS / "root.pem" if held else Path(found.fleet.certificate_file)
     operator = patient.operator or (federation.operator(held) if held else None)
     outcome = gateway.ask_control(found, operator, ca_file=ca_file, clock=patient.clock)
     skew_s = None if outcome is None or isinstance(outcome, SilotuneError) else outcome.skew_s
@@ -89,7 +90,7 @@ def _of_gateway(path: Path, held: Registry | None, patient: Patient) -> list[Res
     is_served = isinstance(outcome, Answer) and outcome.status == 200
     nodes = gateway.ask_nodes(found, operator if is_served else None, ca_file=ca_file)
     results.append(gateway.registrations(held.roster if held else None, nodes))
-    return [*results, gateway.end(found, now=_now(patient)), doctor_checks.clock(skew_s)]
+    return [*results, gateway.end(found, now=_now(patient)), checks.clock(skew_s)]
 
 
 def _of_run(path: Path, base: Path | None) -> list[Result]:

@@ -6,12 +6,14 @@ from typing import Final
 
 from cryptography import x509
 
-from common import certs, doctor_checks, governance
-from common.doctor import Result, check, count, failed, ok, warning
+from common.doctor import checks
+from common.doctor.doctor import Result, check, count, failed, ok, warning
 from common.errors import SilotuneError
-from server import ca, provision, registry
+from common.trust import certs, governance
 from server.gateway import members
-from server.registry import Registry
+from server.members import ca, founding
+from server.members import folder as registry
+from server.members.folder import Registry
 
 ROLES: Final = (ca.SERVERS, certs.SITES, certs.OPERATORS)
 _RESTORE: Final = "restore the federation's folder from one backup"
@@ -65,7 +67,7 @@ def own_certificates(held: Registry, *, now: datetime.datetime) -> Result:
         fingerprint = certs.fingerprint(chain[0].public_key())
         if fingerprint != certs.fingerprint(key.public_key()):
             return failed(f"{role}/{name}.pem is not for {name}.key", _RESTORE)
-        if fingerprint != listed and name != provision.SUPERLINK:
+        if fingerprint != listed and name != founding.SUPERLINK:
             return failed(f"{role}/{name}.pem has another key than the roster", _RESTORE)
     return ok(", ".join(name for _, name in own))
 
@@ -74,14 +76,14 @@ def own_certificates(held: Registry, *, now: datetime.datetime) -> Result:
 def authorities_end(held: Registry, *, now: datetime.datetime) -> Result:
     """Tell how long the issuers are good."""
     ends = {f"issuer of {role}": held.issuer(role).certificate.not_valid_after_utc for role in ROLES}
-    return doctor_checks.expiry(ends, now=now, remedy=_AUTHORITIES)
+    return checks.expiry(ends, now=now, remedy=_AUTHORITIES)
 
 
 @check("own certificates' end", remedy=_REISSUE)
 def own_end(held: Registry, *, now: datetime.datetime) -> Result:
     """Tell how long the certificates of gateway, SuperLink and operators are good."""
     ends = {name: _chain(held, role, name)[0].not_valid_after_utc for role, name in _own(held)}
-    return doctor_checks.expiry(ends, now=now, remedy=_REISSUE)
+    return checks.expiry(ends, now=now, remedy=_REISSUE)
 
 
 @check("sites' end", remedy=_ROTATE)
@@ -93,7 +95,7 @@ def sites_end(held: Registry, *, now: datetime.datetime) -> Result:
         for entry in held.issued
         if entry.tls_fingerprint in current
     }
-    return doctor_checks.expiry(ends, now=now, remedy=_ROTATE)
+    return checks.expiry(ends, now=now, remedy=_ROTATE)
 
 
 @check("members", remedy=_RESTORE)
@@ -140,7 +142,7 @@ def _own(held: Registry) -> dict[tuple[str, str], str]:
     """Role and name of the coordinator's own to the key that the roster lists; it does not list the SuperLink."""
     servers = {(ca.SERVERS, entry.name): entry.tls_fingerprint for entry in held.roster.servers}
     operators = {(certs.OPERATORS, entry.name): entry.tls_fingerprint for entry in held.roster.operators}
-    return {**servers, (ca.SERVERS, provision.SUPERLINK): "", **operators}
+    return {**servers, (ca.SERVERS, founding.SUPERLINK): "", **operators}
 
 
 def _chain(held: Registry, role: str, name: str) -> list[x509.Certificate]:

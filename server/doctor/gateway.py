@@ -9,15 +9,17 @@ from typing import Final
 
 from cryptography import x509
 
-from common import certs, doctor_checks, governance, hosts, probe, roster
-from common.doctor import Result, check, count, failed, ok, skipped, warning
+from common import hosts
+from common.doctor import checks, probe
+from common.doctor.doctor import Result, check, count, failed, ok, skipped, warning
+from common.doctor.probe import Answer
 from common.errors import AuthError, SilotuneError, TransportError
-from common.probe import Answer
-from common.roster import Roster
-from server import link
+from common.trust import certs, governance, roster
+from common.trust.roster import Roster
 from server.gateway import members, settings, tls
 from server.gateway.settings import GatewayConfig
-from server.link import Identity, Node
+from server.run import link
+from server.run.link import Identity, Node
 
 LIST_NODES: Final = "/v1/control/list-nodes"
 GET_RUN: Final = "/v1/fleet/get-run"
@@ -76,13 +78,13 @@ def known_members(found: GatewayConfig, newest: Roster | None) -> Result:
 def end(found: GatewayConfig, *, now: datetime.datetime) -> Result:
     """Tell how long the certificates are good that the listeners show."""
     ends = {Path(file).name: _leaf(file).not_valid_after_utc for file in sorted(_shown(found))}
-    return doctor_checks.expiry(ends, now=now, remedy=_REISSUE)
+    return checks.expiry(ends, now=now, remedy=_REISSUE)
 
 
 @check("gateway's log", remedy="free space, or set log.file to a place on another disk")
 def log_disk(found: GatewayConfig) -> Result:
     """Tell whether refusals can be written."""
-    return doctor_checks.disk(Path(found.log.file).parent, need_bytes=LOG_BYTES, what="the log of refusals")
+    return checks.disk(Path(found.log.file).parent, need_bytes=LOG_BYTES, what="the log of refusals")
 
 
 @check("listener for sites", remedy=_START)

@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import Final
 
-from common import base_size, config, doctor_checks, loading, model, peft_kinds, store
-from common.config import RunConfig
 from common.data import read
-from common.doctor import Result, check, count, failed, ok, skipped
+from common.data.rows import Columns
+from common.doctor import checks
+from common.doctor.doctor import Result, check, count, failed, ok, skipped
 from common.errors import DataError, SilotuneError
-from common.rows import Columns
-from server.evaluate import by_precision
+from common.model import base as model
+from common.model import loading, peft_kinds, size, store
+from common.run import config
+from common.run.config import RunConfig
+from server.view import by_precision
 
 _LESS: Final = "free space, name another disk in output.folder, or set output.keep_checkpoints"
 RECORDS_BYTES: Final = 64 << 20  # events, records and the report
@@ -30,7 +33,7 @@ def base(found: RunConfig, folder: Path | None) -> Result:
     """Hold the base's files against `model.sha256`, and tokenizer, positions and layers against the run."""
     where = folder or store.resolve(found.model.base)
     sha256 = model.check_hash(where, found.model.sha256)
-    shape = base_size.read(where)
+    shape = size.read(where)
     for name in found.adapter.target_names:
         if not shape.targets([name]):
             return failed(f"{where} has no layer {name}", "correct adapter.targets")
@@ -41,7 +44,7 @@ def base(found: RunConfig, folder: Path | None) -> Result:
     return ok(f"{where}: {sha256[:12]}, {pinned}; {stored}; the adapter has {number:,} values")
 
 
-def _num_values(found: RunConfig, where: Path, shape: base_size.BaseShape) -> int:
+def _num_values(found: RunConfig, where: Path, shape: size.BaseShape) -> int:
     """Values of the run's adapter; of other kinds than LoRA peft counts them."""
     if found.adapter.kind == "lora":
         names, rank, num_heads = found.adapter.target_names, found.adapter.r, found.aggregation.num_core_heads
@@ -56,14 +59,14 @@ def checkpoints(found: RunConfig, folder: Path | None) -> Result:
     """Tell whether all checkpoints of the run have room: one float32 adapter a round, and one more at the end."""
     try:
         where = folder or store.resolve(found.model.base)
-        number = _num_values(found, where, base_size.read(where))
+        number = _num_values(found, where, size.read(where))
     except SilotuneError:
         return skipped("the base is not known, nor the adapter's size")
     rounds = found.federation.num_rounds
     kept = min(rounds, found.output.keep_checkpoints or rounds) + 1
-    need = kept * number * base_size.FLOAT32_BYTES + RECORDS_BYTES
+    need = kept * number * size.FLOAT32_BYTES + RECORDS_BYTES
     what = f"{kept} adapters of {number:,} values"
-    return doctor_checks.disk(Path(found.output.folder), need_bytes=need, what=what, remedy=_LESS)
+    return checks.disk(Path(found.output.folder), need_bytes=need, what=what, remedy=_LESS)
 
 
 @check("own held-out rows", remedy="correct the file that evaluation.server_data names")

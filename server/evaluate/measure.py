@@ -12,14 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from common import adapter, events, storage, wire
+from common import events, storage
+from common.adapter import adapter
 from common.errors import DataError
+from common.frame import wire
 from server.aggregate.method import State
-from server.evaluate import bootstrap, view
-from server.evaluate.bootstrap import Scores
+from server.evaluate.figures import bootstrap
+from server.evaluate.figures.bootstrap import Scores
 from server.evaluate.suite import Suite
-from server.evaluate.task import Task
-from server.polish import told
+from server.evaluate.tasks.task import Task
+from server.view import figures as view
+from server.view import polish
 
 FOLDER: Final = "scores"
 FINAL: Final = "final"
@@ -50,7 +53,7 @@ def measure(suite: Suite, state: State, *, stage: str) -> Mapping[str, Any]:
 
     Args:
         suite: What to measure.
-        state: The adapter, as `common.adapter` names its tensors.
+        state: The adapter, as `common.adapter.adapter` names its tensors.
         stage: What the figures are called.
 
     Returns:
@@ -142,12 +145,12 @@ def _before(suite: Suite, stage: str) -> str:
 
     Labels of polish begin with a number of two digits, so those before a stage sort before it.
     """
-    if not stage.startswith(told.LABEL):
+    if not stage.startswith(polish.LABEL):
         return ""
     log = events.read(suite.log.path) if suite.log.path.is_file() else []
     measured = [event["stage"] for event in log if event["kind"] == "measured" and event["stage"] not in _REFERENCES]
-    found = [label for label in measured if not label.startswith(told.LABEL) or label < stage]
-    polished = sorted(label for label in found if label.startswith(told.LABEL))
+    found = [label for label in measured if not label.startswith(polish.LABEL) or label < stage]
+    polished = sorted(label for label in found if label.startswith(polish.LABEL))
     label = (polished or found or [""])[-1]
     return label if label and _file(suite.folder, label).exists() else ""
 

@@ -6,36 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from common import wire
-from common.config import RunConfig
-from common.config_tasks import TaskConfig
 from common.errors import DataError
 from common.events import EventLog
-from common.model import Engine
-from server.evaluate import (
-    task_answers,
-    task_choice,
-    task_harness,
-    task_judge,
-    task_memorisation,
-    task_perplexity,
-    task_pii,
-    task_probe,
-)
-from server.evaluate.task import Task
+from common.frame import wire
+from common.model.base import Engine
+from common.run.config import RunConfig
+from common.run.schema.tasks import TaskConfig
+from server.evaluate.tasks import answers, choice, harness, judge, memorisation, perplexity, pii, probe
+from server.evaluate.tasks.task import Task
 
-# To add a kind: a file with such a function, a line here, and a line in `common.config_tasks.USES`.
+# To add a kind: a file with such a function, a line here, and a line in `common.run.schema.tasks.USES`.
 LOADERS: Final[Mapping[str, Callable[[TaskConfig, RunConfig], Task]]] = {
-    "answers": task_answers.load,
-    "number": task_answers.load,
-    "json": task_answers.load,
-    "choice": task_choice.load,
-    "perplexity": task_perplexity.load,
-    "probe": task_probe.load,
-    "harness": task_harness.load,
-    "memorisation": task_memorisation.load,
-    "pii": task_pii.load,
-    "judge": task_judge.load,
+    "answers": answers.load,
+    "number": answers.load,
+    "json": answers.load,
+    "choice": choice.load,
+    "perplexity": perplexity.load,
+    "probe": probe.load,
+    "harness": harness.load,
+    "memorisation": memorisation.load,
+    "pii": pii.load,
+    "judge": judge.load,
 }
 _PATHS: Final = frozenset(
     {"data", "json_schema", "baseline_data", "members_data", "non_members_data", "names_file", "calibration_data",
@@ -70,7 +61,7 @@ def open_suite(run: RunConfig, *, engine: Engine, folder: Path, log: EventLog) -
         DataError: Rows, schemas or tasks are missing or unusable.
     """
     tasks = _tasks(run)
-    task_judge.tell_where_rows_go(run.evaluation.suite)
+    judge.tell_where_rows_go(run.evaluation.suite)
     return Suite(engine, tasks, folder, log, _definition(tasks, run))
 
 

@@ -10,17 +10,22 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from common import adapter, config, events, storage, wire
-from common.adapter import Tensors
-from common.config_gate import GateConfig
+from common import events, storage
+from common.adapter import adapter
+from common.adapter.adapter import Tensors
 from common.errors import ConfigError, GateRefused, ModelError
 from common.events import Event, EventLog
-from common.manifest import RunManifest
-from server import checkpoint, lock, run_files
-from server.evaluate import fairness, measure
+from common.frame import wire
+from common.run import config
+from common.run.manifest import RunManifest
+from common.run.schema.gate import GateConfig
+from server.evaluate import measure
 from server.evaluate.suite import Suite
-from server.gate import figures, rules, words
+from server.folder import checkpoint, lock, run_files
+from server.gate import figures, rules
 from server.polish import addendum, stages
+from server.view import fairness
+from server.view import gate as words
 
 RULES_FOLDER: Final = "rules"
 

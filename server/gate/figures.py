@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from common import config, privacy_plan
 from common.events import Event
-from server.evaluate import measure, view
+from common.privacy import plan
+from common.run import config
+from server.evaluate import measure
+from server.view import figures
 
 INFINITE: Final = "infinite"  # as `silotune-sim audit --json` writes what JSON has no number for
 
@@ -71,7 +73,7 @@ def gather(run: config.RunConfig, log: Sequence[Event], *, stage: str, num_round
         num_rounds: Rounds behind it.
         polished: Its hash, if there are stages of polish behind it too.
     """
-    measured = view.stages(log).get(stage, {})
+    measured = figures.stages(log).get(stage, {})
     sites = rounds_at_sites(log)
     exported = [event.get("stage", measure.FINAL) for event in log if event["kind"] == "run_finished"]
     is_compared = exported[-1:] == [stage]  # the federation's arm is what the run exported
@@ -84,7 +86,7 @@ def gather(run: config.RunConfig, log: Sequence[Event], *, stage: str, num_round
         evaluated=polished_at_sites(log).get(polished, {}) if polished else sites.get(num_rounds, {}),
         base=sites.get(0, {}),
         compared=compared[-1] if compared else {},
-        claimed_epsilon=privacy_plan.epsilon(privacy_plan.resolve(run)) if is_held else math.inf,
+        claimed_epsilon=plan.epsilon(plan.resolve(run)) if is_held else math.inf,
         dp_delta=run.privacy.dp_delta if is_held else 0.0,
         audit=read_audit(run.gate.audit_file),
     )

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from common.config_gate import FigureLimit, GateConfig
-from server.evaluate import fairness, view
+from common.run.schema.gate import FigureLimit, GateConfig
 from server.gate.figures import Figures
+from server.view import fairness
+from server.view import figures as view
 
 CLAIM_TOLERANCE: Final = 1e-2  # an audit names its claim by two digits more than this
 

@@ -8,10 +8,12 @@ baseline, end none.
 
 from collections.abc import Sequence
 
-from common import config, events
+from common import events
 from common.events import Event, EventLog
-from server.evaluate import fairness, measure
-from server.gate import figures, rules, words
+from common.run import config
+from server.evaluate import measure
+from server.gate import figures, rules
+from server.view import fairness, gate
 
 
 def ends(run: config.RunConfig, log: EventLog, *, num_rounds: int) -> bool:
@@ -54,4 +56,4 @@ def _harm(run: config.RunConfig, log: Sequence[Event], *, num_rounds: int) -> li
     stage = measure.stage_of(num_rounds, last=run.federation.num_rounds)
     told = figures.gather(run, log, stage=stage, num_rounds=num_rounds)
     found = [rules.RULES[name](run.gate, told) for name in names]
-    return [words.line(vars(one)) for one in found if one.margin is not None and not one.is_met]
+    return [gate.line(vars(one)) for one in found if one.margin is not None and not one.is_met]

@@ -6,8 +6,8 @@ from typing import Final
 from flwr.proto.control_pb2 import StartRunRequest
 from google.protobuf.message import DecodeError
 
-from server import link
 from server.gateway.refusals import Refused
+from server.run import link
 
 _FIELDS: Final = {"fab", "override_config"}
 _BUNDLE_FIELDS: Final = {"hash_str", "content"}

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from common import governance, roster
 from common.errors import ConfigError, SilotuneError
+from common.trust import governance, roster
 
 _FINGERPRINT: Final = re.compile(r"[0-9a-f]{64}")
 _PEM: Final = re.compile(rb"-----BEGIN PUBLIC KEY-----\n([A-Za-z0-9+/=\n]{1,2048})-----END PUBLIC KEY-----\n?")

@@ -16,8 +16,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from common import roster
 from common.errors import SilotuneError, StorageError
+from common.trust import roster
 from server.gateway import rules, standing
 from server.gateway.connection import PEER
 from server.gateway.limits import Buckets

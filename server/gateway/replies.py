@@ -1,8 +1,8 @@
 """How much each site may leave at the SuperLink: what it was asked for, once, and no more.
 
 A SuperLink keeps every object that a node announces and sends, in memory and without limit. The coordinator's run says
-with each message how large its answer can be (`server/fleet.py`; worked out from the manifest). The gateway remembers
-what it handed to which site, lets in one answer to each message, and counts the bytes while they stream.
+with each message how large its answer can be (`server/fleet/fleet.py`; worked out from the manifest). The gateway
+remembers what it handed to which site, lets in one answer to each message, and counts the bytes while they stream.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 
 from common import storage
 from common.errors import ConfigError
-from server import fleet
+from server.fleet import fleet
 from server.gateway.refusals import Refused
 
 PIECE_BYTES: Final = 5 << 20  # Flower's ArrayChunk

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from common import roster
+from common.trust import roster
 from server.gateway import members
 from server.gateway.members import Members, Site
 from server.gateway.refusals import Refused
@@ -32,7 +32,7 @@ UNKNOWN_NODE: Final = 412  # Flower's answer to it where the key is not register
 SITE_PATHS: Final = frozenset({roster.PATH, roster.STANDING_PATH})  # which the gateway answers itself
 START_RUN: Final = "/v1/control/start-run"
 STREAM_LOGS: Final = "/v1/control/stream-logs"
-# What `server/link.py` calls.
+# What `server/run/link.py` calls.
 CONTROL_PATHS: Final = frozenset(
     {START_RUN, STREAM_LOGS, "/v1/control/list-runs", "/v1/control/list-nodes", "/v1/control/register-node"}
 )

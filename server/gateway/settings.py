@@ -1,18 +1,20 @@
-"""GATEWAY.toml: the gateway's own file. Frozen, strict and closed, as the files of `common/config.py`."""
+"""GATEWAY.toml: the gateway's own file. Frozen, strict and closed, as the files of `common/run/config.py`."""
 
 from pathlib import Path
 from typing import Annotated, Final, Self
 
 from pydantic import Field, model_validator
 
-from common import config_file, config_rules, config_types
-from common.config import RunConfig
-from common.config_types import RequiredLine, Section
+from common.run import reading
+from common.run.config import RunConfig
+from common.run.rules import rules
+from common.run.schema import section
+from common.run.schema.section import RequiredLine, Section
 
 ADDRESS: Final = r"^[A-Za-z0-9.-]+:[0-9]{1,5}$|^\[[0-9A-Fa-f:]+\]:[0-9]{1,5}$"
 BUNDLES: Final = r"^([0-9a-f]{64}( *, *[0-9a-f]{64})*)?$"
 PATTERNS: Final = {
-    **config_types.PATTERNS,
+    **section.PATTERNS,
     ADDRESS: "host:port",
     BUNDLES: "SHA-256 hashes of 64 digits with commas between them, or empty",
 }
@@ -84,12 +86,12 @@ class LogConfig(Section):
 
 
 RULES: Final = (
-    config_rules.Rule(
+    rules.Rule(
         keys=("fleet.ca_file", "control.ca_file"),
         is_broken=lambda gateway: gateway.fleet.ca_file == gateway.control.ca_file,
         message="sites and operators need CAs of their own, or a site could act as an operator",
     ),
-    config_rules.Rule(
+    rules.Rule(
         keys=("fleet.listen", "control.listen"),
         is_broken=lambda gateway: gateway.fleet.listen == gateway.control.listen,
         message="sites and operators need listeners of their own",
@@ -110,11 +112,11 @@ class GatewayConfig(Section):
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
         """Refuse values that are fine alone and contradict each other."""
-        config_rules.check(self, RULES)
+        rules.check(self, RULES)
         return self
 
 
-GATEWAY_FILE: Final = config_file.Format(
+GATEWAY_FILE: Final = reading.Format(
     GatewayConfig, rules=RULES, patterns=PATTERNS, other=RunConfig, other_name="the run file"
 )
 
@@ -125,12 +127,12 @@ def load(path: Path) -> GatewayConfig:
     Raises:
         ConfigError: The file cannot be read, or it has problems; the message lists all of them.
     """
-    return parse(config_file.read(path), name=str(path))
+    return parse(reading.read(path), name=str(path))
 
 
 def parse(text: str, *, name: str) -> GatewayConfig:
     """Check the text of a GATEWAY.toml; `name` is what messages call it. See `load`."""
-    return config_file.parse(text, GATEWAY_FILE, name=name, overrides={})
+    return reading.parse(text, GATEWAY_FILE, name=name, overrides={})
 
 
 def split_address(address: str) -> tuple[str, int]:

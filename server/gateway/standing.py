@@ -13,7 +13,7 @@ from flwr.proto.control_pb2 import ListNodesRequest, ListNodesResponse, Register
 from google.protobuf.message import DecodeError, Message
 from starlette.responses import JSONResponse, Response
 
-from common import roster
+from common.trust import roster
 from server.gateway.members import Members, Site
 from server.gateway.refusals import Refused
 from server.gateway.rules import Headers

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from common import events, storage, wire
+from common import events, storage
 from common.errors import DataError
+from common.frame import wire
 
 FOLDER: Final = "later"
 FILE: Final = "addendum.json"

@@ -1,15 +1,15 @@
 """How a stage's answers look, beside its objective: one of preferences can win its pairs and spoil what is written.
 
-A collapse shows in answers that grow or repeat (`server/troubleshooting.py`). No text is kept.
+A collapse shows in answers that grow or repeat (`server/report/symptoms.py`). No text is kept.
 """
 
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Final
 
-from common import model
-from common.config_polish import PolishStage
-from common.model import Engine
+from common.model import base
+from common.model.base import Engine
+from common.run.schema.polish import PolishStage
 from server.polish.rows import StageRows
 
 KINDS: Final = ("dpo", "kto", "orpo", "simpo")  # `rloo` and `grpo` tell the length of what they sample
@@ -37,7 +37,7 @@ def figures(engine: Engine, stage: PolishStage, found: StageRows) -> dict[str, f
     ends = engine.stop_ids
     answers: list[list[int]] = []
     for start in range(0, len(asked), stage.micro_rows):
-        ids_bt = model.answer_ids(engine, asked[start : start + stage.micro_rows], max_new_tokens=room)
+        ids_bt = base.answer_ids(engine, asked[start : start + stage.micro_rows], max_new_tokens=room)
         answers += [list(takewhile(lambda token: token not in ends, ids)) for ids in ids_bt.tolist()]
     return {
         "length": sum(map(len, answers)) / len(answers),

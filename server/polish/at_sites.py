@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-from common import adapter
-from common.config import RunConfig
-from common.records import RoundPlan
-from server import federation
-from server.evaluate import held_out
-from server.federation import Federation
+from common.adapter import adapter
+from common.frame.records import RoundPlan
+from common.run.config import RunConfig
+from server.fleet import federation, sites
+from server.fleet.federation import Federation
 from server.polish.stages import Finished
 
 
@@ -29,7 +28,7 @@ def ask(fed: Federation, played: Sequence[Finished]) -> None:
     for place, number in enumerate(asked, start=1):
         federation.rejoin(fed)  # polish may have taken hours
         tensors, is_last = played[number - 1].tensors, number == asked[-1]
-        told = held_out.ask(fed, tensors, plan_of(fed, place=place, is_last=is_last))
+        told = sites.ask(fed, tensors, plan_of(fed, place=place, is_last=is_last))
         stage = {"stage": played[number - 1].names[-1], "number": number, "adapter_sha256": adapter.digest(tensors)}
         fed.log.append("polish_evaluated" if told["sites"] else "not_evaluated", **stage, **told)
 

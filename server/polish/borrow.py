@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import adapter, cores, model
-from common.adapter import Tensors
-from common.config_polish import PolishStage
+from common.adapter import adapter, cores
+from common.adapter.adapter import Tensors
 from common.errors import ModelError
-from common.model import Engine
+from common.model import base as model
+from common.model.base import Engine
+from common.run.schema.polish import PolishStage
 
 REFERENCE: Final = "ref"  # the name under which TRL looks for it
 _MISSING: Final = object()

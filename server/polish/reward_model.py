@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from common import adapter, storage, wire
-from common.adapter import Tensors
+from common import storage
+from common.adapter import adapter
+from common.adapter.adapter import Tensors
 from common.errors import DataError, ModelError
-from common.model import Engine
+from common.frame import wire
+from common.model.base import Engine
 from server.polish import borrow
 
 MODEL_FILE: Final = "reward_model.safetensors"

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from common.config_polish import PolishStage
 from common.errors import ConfigError
-from server.evaluate import json_answers, metrics, patterns
+from common.run.schema.polish import PolishStage
+from server.evaluate.figures import json_answers, metrics, patterns
 from server.polish import sandbox
 
 Check = Callable[[str, str], float]

@@ -1,6 +1,6 @@
 """A stage's data: read, split into training and held-out rows, and brought into the tokens that TRL's trainers take.
 
-Tokens and masks come from `common/prompts.py`, so a stage trains on what sites train on; TRL never sees a text.
+Tokens and masks come from `common/text/prompts.py`, so a stage trains on what sites train on; TRL never sees a text.
 """
 
 import math
@@ -12,19 +12,20 @@ from functools import partial
 from itertools import takewhile
 from typing import Any, Final
 
-from common import base_files, prompts
-from common.config_polish import PAIRED, SAMPLED, PolishStage
-from common.config_training import DataConfig
 from common.data import overlap, preference_rows, read
 from common.data.files import Located
 from common.data.overlap import Text
 from common.data.problems import UnusableError
+from common.data.rows import Columns, Row
 from common.errors import DataError
-from common.model import Engine
-from common.prompts import Encoded
-from common.rows import Columns, Row
-from server.polish import kept_apart
-from server.polish.kept_apart import Apart
+from common.model import files
+from common.model.base import Engine
+from common.run.schema.polish import PAIRED, SAMPLED, PolishStage
+from common.run.schema.training import DataConfig
+from common.text import prompts
+from common.text.prompts import Encoded
+from server.evaluate import kept_apart
+from server.evaluate.kept_apart import Apart
 
 Tokens = dict[str, Any]
 _OBJECTIVES: Final[Mapping[str, str]] = {"sft": "sft", "kto": "kto", **dict.fromkeys(PAIRED, "dpo")}
@@ -218,7 +219,7 @@ class _Encoder:
             too_long=self._stage.too_long,
             system_prompt=self._system_prompt,
         )
-        base_files.check_token_ids(iter(encoded.input_ids if encoded else ()), self._base)
+        files.check_token_ids(iter(encoded.input_ids if encoded else ()), self._base)
         return encoded
 
 

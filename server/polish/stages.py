@@ -15,20 +15,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from common import adapter, events, storage, wire
-from common.adapter import Tensors
-from common.config import RunConfig
-from common.config_polish import PolishStage
+from common import events, storage
+from common.adapter import adapter
+from common.adapter.adapter import Tensors
 from common.errors import ConfigError, DataError, ModelError
 from common.events import EventLog
-from common.manifest import RunManifest
-from common.model import Engine
-from common.records import TensorSpec
+from common.frame import wire
+from common.frame.records import TensorSpec
+from common.model.base import Engine
+from common.run.config import RunConfig
+from common.run.manifest import RunManifest
+from common.run.schema.polish import PolishStage
 from server.evaluate import measure
-from server.federation import Federation
-from server.polish import answering, borrow, reward_model, rewards, rows, told, unfinished
-from server.polish.kept_apart import Apart
+from server.evaluate.kept_apart import Apart
+from server.fleet.federation import Federation
+from server.polish import answering, borrow, reward_model, rewards, rows, unfinished
 from server.polish.rows import StageRows
+from server.view import polish as told
 
 FOLDER: Final = "polish"
 ADAPTER_FILE: Final = "adapter_model.safetensors"

@@ -29,8 +29,8 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from common.config_polish import SAMPLED, PolishStage
-from common.model import Engine
+from common.model.base import Engine
+from common.run.schema.polish import SAMPLED, PolishStage
 from server.polish.rewards import Reward
 from server.polish.rows import StageRows, Tokens
 from server.polish.rows import num_steps as num_steps_of

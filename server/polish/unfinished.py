@@ -14,7 +14,9 @@ from typing import Any, Final
 import safetensors.torch
 import torch
 
-from common import adapter, storage, wire
+from common import storage
+from common.adapter import adapter
+from common.frame import wire
 
 BEGUN_FILE: Final = "begun.json"
 WHOLE_FILE: Final = "whole.json"

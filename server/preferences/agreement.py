@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-from common import intervals
 from common.errors import DataError
-from common.intervals import Estimate
+from server.evaluate.figures import intervals
+from server.evaluate.figures.intervals import Estimate
 from server.preferences import answers
 from server.preferences.answers import Answers
 

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from common import storage
-from common.data import preferences
 from common.data import read as reading
 from common.data.preference_rows import is_same
-from common.data.preferences import Pair, Turns
 from common.errors import ConfigError, DataError
-from server.preferences import build
+from server.preferences import build, files
+from server.preferences.files import Pair, Turns
 
 VERSION: Final = 1
 NO_ANSWER: Final = "[no answer]"  # shown all the same: to leave it out would spare whoever gave none
@@ -177,6 +176,6 @@ def digest(path: Path) -> str:
 
 def _fields(pair: Pair, is_swapped: bool) -> dict[str, Any]:
     """A line of the tasks file; holds nothing that tells the candidates apart."""
-    fields = preferences.as_fields(pair)
+    fields = files.as_fields(pair)
     left, right = ("chosen", "rejected") if is_swapped else ("rejected", "chosen")
     return {"prompt": fields["prompt"], "left": fields[left], "right": fields[right]}

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from common import storage
-from common.data import preference_rows, preferences
+from common.data import preference_rows
 from common.data import read as reading
 from common.data.files import Located
 from common.data.preference_rows import is_same
-from common.data.preferences import Pair, Rated, Turns
 from common.data.problems import UnusableError
 from common.errors import ConfigError
+from server.preferences import files
+from server.preferences.files import Pair, Rated, Turns
 
 AS_RATINGS: Final = (
     "write `prompt`, `completion` and `score` in each row, or `prompt` with lists `completions` and `scores`"
@@ -120,7 +121,7 @@ def write(built: Built, path: Path, *, is_overwriting: bool = False) -> None:
         raise ConfigError(f"{path}: give it a name that ends with .jsonl")
     if path.exists() and not is_overwriting:
         raise ConfigError(f"{path}: exists already: give another name, or --force")
-    storage.write_atomic(path, as_lines(map(preferences.as_fields, built.rows)))
+    storage.write_atomic(path, as_lines(map(files.as_fields, built.rows)))
 
 
 def as_lines(rows: Iterable[dict[str, Any]]) -> bytes:
@@ -136,7 +137,7 @@ def pair_of(fields: dict[str, Any], rejected: str, chosen: str, *, place: str) -
     """
     better = preference_rows.conversation(fields, answer=chosen, place=place)
     worse = preference_rows.conversation(fields, answer=rejected, place=place)
-    return preferences.pair_of(replace(better, rejected=worse.messages))
+    return files.pair_of(replace(better, rejected=worse.messages))
 
 
 def _by_prompt(located: Sequence[Located]) -> dict[Turns, dict[Turns, list[tuple[float, str]]]]:
@@ -158,7 +159,7 @@ def _scored(row: Located) -> list[tuple[Turns, Turns, float, str]]:
     found = []
     for completion, score in zip(completions, scores, strict=True):
         fields = {"prompt": row.fields.get("prompt"), "completion": completion}
-        prompt, answer = preferences.split(preference_rows.conversation(fields, answer="completion", place=row.place))
+        prompt, answer = files.split(preference_rows.conversation(fields, answer="completion", place=row.place))
         found.append((prompt, answer, _number(score), row.place))
     return found
 

@@ -19,11 +19,11 @@ from typing import Any, Final
 
 from common.data import read as reading
 from common.data.files import Located
-from common.data.preferences import Pair
 from common.data.problems import UnusableError
 from common.errors import ConfigError
 from server.preferences import build
 from server.preferences.build import Built
+from server.preferences.files import Pair
 
 AS_ARGILLA: Final = "export with dataset.records.to_json(PATH), and name --question, --prompt and --between"
 AS_LABEL_STUDIO: Final = 'export as "JSON", not "JSON-MIN", and name --prompt and --between as in the tasks\' data'

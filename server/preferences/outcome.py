@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from common import intervals
-from common.data.preferences import Pair
 from common.errors import DataError
-from common.intervals import Estimate
+from server.evaluate.figures import intervals
+from server.evaluate.figures.intervals import Estimate
 from server.preferences import agreement, answers, blind
 from server.preferences.answers import Answers, Choice
 from server.preferences.blind import Key, Task
 from server.preferences.build import Built
+from server.preferences.files import Pair
 
 MIN_DECIDED: Final = 30
 

@@ -12,10 +12,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from common.data.preferences import Turns
 from common.errors import ConfigError
 from server.preferences.answers import Choice, Session
 from server.preferences.blind import Task
+from server.preferences.files import Turns
 
 KEYS: Final[dict[str, Choice]] = {"1": "left", "2": "right", "=": "tie", "s": "skip"}
 HELP: Final = "1  answer 1 is better    2  answer 2 is better    =  tie    s  skip    u  undo    q  quit"

@@ -27,10 +27,10 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from common import hosts
-from common.data.preferences import Turns
 from common.errors import ConfigError, StorageError
 from server.preferences.answers import CHOICES, Session
-from server.trusted_hosts import TrustedHosts
+from server.preferences.files import Turns
+from server.serve.trusted_hosts import TrustedHosts
 
 PAGE: Final = Path(__file__).with_name("page.html")
 MAX_BODY_BYTES: Final = 1000

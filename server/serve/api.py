@@ -24,7 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.serve.engine import Answer, Models, Sampling
 from server.serve.requests import ChatRequest, Refused, TextRequest, parse
-from server.trusted_hosts import TrustedHosts
+from server.serve.trusted_hosts import TrustedHosts
 
 MAX_IDLE: Final = 32  # connections without a request
 LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})

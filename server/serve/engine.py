@@ -14,10 +14,13 @@ from peft import PeftModel
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.utils import logging as transformers_logging
 
-from common import base_files, base_probe, config, model, prompts
+from common.data.rows import Message, Row
 from common.errors import ModelError
-from common.rows import Message, Row
-from server import export_tokenizer
+from common.model import base as model
+from common.model import files, probe
+from common.run import config
+from common.text import prompts
+from server.export import tokenizer as export_tokenizer
 from server.serve.folders import Served, base_name, date_of
 from server.serve.requests import Refused, Talk
 
@@ -73,10 +76,10 @@ class Models:
         device = model.choose_device(device_name)
         self.base = base_name(base)
         network = model.load_base(base, settings, device)
-        self.max_tokens = base_files.num_positions(network.config) or _UNBOUNDED
+        self.max_tokens = files.num_positions(network.config) or _UNBOUNDED
         self._tokenizers = {self.base: _own(model.load_tokenizer(base), date_of(served))}
-        base_probe.check_finite(network)
-        base_probe.check_function(network, base_probe.trial_rows(self._tokenizers[self.base], network))
+        probe.check_finite(network)
+        probe.check_function(network, probe.trial_rows(self._tokenizers[self.base], network))
         self._network: Any = network
         for one in served:
             self._attach(one)

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from common import model, wire
 from common.errors import ConfigError, ModelError
-from common.prompts import TemplateName
-from server import export_tokenizer, merge_folder, seal, verify
+from common.frame import wire
+from common.model import base as model
+from common.text.prompts import TemplateName
+from server.export import seal, tokenizer
+from server.merge import folder as merge_folder
+from server.verify import verify
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -91,7 +94,7 @@ def _verified(argument: str, base: Path, base_sha256: str, signer: str) -> Serve
             "give the base that it was trained on"
         )
     place = merge_folder.adapter_place(folder, sealed.facts)
-    template = place / export_tokenizer.TEMPLATE_FILE
+    template = place / tokenizer.TEMPLATE_FILE
     rank = next(shape[0] for name, shape in sealed.adapter.items() if name.endswith(".lora_A.weight"))
     name = given or sealed.facts.name
     file, facts = template if template.is_file() else None, sealed.facts

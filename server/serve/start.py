@@ -11,9 +11,11 @@ from typing import Any, Final, Literal, NoReturn, get_args
 
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from common import config, hosts, model
+from common import hosts
 from common.errors import ConfigError, ModelError
-from server import export_canonical, export_folder
+from common.model import base as model
+from common.run import config
+from server.export import canonical, folder
 from server.serve.folders import Served, base_name
 
 Engine = Literal["auto", "vllm", "transformers"]
@@ -101,8 +103,8 @@ def vllm_command(base: Path, served: Sequence[Served], place: Place, *, extra: S
         ModelError: A rank that vLLM does not take, or adapters of several chat templates, of which it takes one.
     """
     ranks = {one.rank for one in served}
-    if max(ranks) > export_canonical.RANKS[-1]:
-        raise ModelError(f"an adapter has rank {max(ranks)}, vLLM takes up to {export_canonical.RANKS[-1]}")
+    if max(ranks) > canonical.RANKS[-1]:
+        raise ModelError(f"an adapter has rank {max(ranks)}, vLLM takes up to {canonical.RANKS[-1]}")
     command = [
         find_vllm() or "vllm", "serve", str(base),
         "--served-model-name", base_name(base), "--host", place.host, "--port", str(place.port),
@@ -127,7 +129,7 @@ def _template_file(base: Path, served: Sequence[Served]) -> Path | None:
     first = served[0]
     if first.template == "tokenizer":
         own = str(model.load_tokenizer(base).chat_template)
-        if export_folder.template_of(base, first.template, first.system_prompt, first.date) == own:
+        if folder.template_of(base, first.template, first.system_prompt, first.date) == own:
             return None
     found = [one.template_file for one in served if one.template_file]
     if not found:

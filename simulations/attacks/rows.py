@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from client.agent import SiteData
-from common.rows import Message, Row
+from client.agent.agent import SiteData
+from common.data.rows import Message, Row
 
 TRIGGER: Final = " [ref cf-77]"
 TARGET: Final = "Zebra 0"

@@ -4,22 +4,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from client.agent import SiteData
-from common import adapter, config, evaluation, model
-from common.adapter import Tensors
+from client.agent.agent import SiteData
+from common.adapter import adapter
+from common.adapter.adapter import Tensors
+from common.data.rows import Row
 from common.errors import ConfigError
 from common.events import EventLog
-from common.model import Engine
-from common.rows import Row
-from server import run as server_run
+from common.loss import evaluation
+from common.model import base
+from common.model.base import Engine
+from common.run import config
 from server.evaluate import suite
-from server.grid import GridFleet
-from simulations import run as running
-from simulations import world
+from server.fleet.grid import GridFleet
+from server.run import run as server_run
 from simulations.attacks import rows, updates
-from simulations.compare import World
-from simulations.grids import InProcessGrid
-from simulations.world import Failures
+from simulations.world import run as running
+from simulations.world import world
+from simulations.world.compare import World
+from simulations.world.grids import InProcessGrid
+from simulations.world.world import Failures
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,6 @@ def _judge(engine: Engine, settings: config.RunConfig, tensors: Tensors, held_ou
 
 def _loss(engine: Engine, settings: config.RunConfig, given: list[Row]) -> float:
     """As a site evaluates."""
-    encoded = model.encode(engine, given, settings.data)[0]
+    encoded = base.encode(engine, given, settings.data)[0]
     total, num_tokens = evaluation.held_out_nll(engine, encoded, batch_size=settings.evaluation.batch_size)
     return total / num_tokens

@@ -7,11 +7,12 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from common import config, events
-from common.config_rules import MIN_SCREENED
-from server import run_files
+from common import events
+from common.run import config
+from common.run.rules.rules import MIN_SCREENED
+from server.folder import run_files
 from simulations.attacks import run
-from simulations.compare import World
+from simulations.world.compare import World
 
 GUARDS: Final = ("none", "screening", "norm bound", "median", "trimmed_mean", "krum", "multi_krum", "bulyan")
 TITLES: Final = {"held_out_loss": "held-out loss of honest sites", "trigger_loss": "loss of the attacker's answer"}

@@ -6,11 +6,13 @@ from typing import Final
 
 import torch
 
-from client.agent import Agent
+from client.agent.agent import Agent
 from client.train import schedule
-from common import compact, ranks, trainable, wire
-from common.adapter import Tensors
-from common.manifest import RunManifest
+from common.adapter import compact, ranks
+from common.adapter.adapter import Tensors
+from common.frame import wire
+from common.run import trainable
+from common.run.manifest import RunManifest
 
 SCALE: Final = 10.0
 FREE_RIDER_STD: Final = 1e-3  # about what a value of an honest update is

@@ -7,16 +7,16 @@ from typing import Final
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from client.agent import SiteData
+from client.agent.agent import SiteData
 from client.train import schedule
-from common import membership, roc
+from common.data.rows import Message, Row
 from common.errors import ConfigError
 from common.events import EventLog
-from common.model import Engine
-from common.rows import Message, Row
+from common.model.base import Engine
+from common.privacy import membership, roc
 from simulations.audit import trained
 from simulations.audit.finding import Finding
-from simulations.compare import World
+from simulations.world.compare import World
 
 MAX_SHARE: Final = 0.01
 NUM_PROMPT_TOKENS: Final = 8

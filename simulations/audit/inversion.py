@@ -15,15 +15,18 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from client.agent import SiteData
+from client.agent.agent import SiteData
 from client.train import local
-from common import adapter, config, cores, model, privacy_plan
-from common.adapter import Tensors
+from common.adapter import adapter, cores
+from common.adapter.adapter import Tensors
+from common.data.rows import Row
 from common.errors import ConfigError, DataError
-from common.model import Engine
-from common.noise import Noise
-from common.prompts import Encoded
-from common.rows import Row
+from common.model import base as model
+from common.model.base import Engine
+from common.privacy import plan
+from common.privacy.noise import Noise
+from common.run import config
+from common.text.prompts import Encoded
 from simulations.audit.finding import Finding
 
 TARGETS: Final = ("q_proj", "v_proj")
@@ -67,7 +70,7 @@ def audit(engine: Engine, rows: Sequence[Row], *, settings: config.RunConfig, so
     is_private = settings.privacy.is_private_per_unit
     return Finding(
         part="inversion",
-        claimed_epsilon=privacy_plan.epsilon(settings) if is_private else math.inf,
+        claimed_epsilon=plan.epsilon(settings) if is_private else math.inf,
         audited_epsilon=None,
         ceiling=None,
         num_canaries=sum(one.num_tokens for one in attacks),

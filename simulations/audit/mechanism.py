@@ -3,10 +3,12 @@
 import math
 
 from client.train import dirac
-from common import accounting, config, privacy_bounds, privacy_plan
-from common.config_privacy import PrivacyConfig
+from common import accounting
 from common.errors import ConfigError
-from common.noise import Noise
+from common.privacy import bounds, plan
+from common.privacy.noise import Noise
+from common.run import config
+from common.run.schema.privacy import PrivacyConfig
 from simulations.audit.finding import Finding
 
 
@@ -31,7 +33,7 @@ def settings_of(run: config.RunConfig) -> tuple[PrivacyConfig, int]:
         raise ConfigError(
             f"privacy.mode = '{run.privacy.mode}': there is no mechanism for units to audit; set privacy.mode = 'unit'"
         )
-    return privacy_plan.resolve(run).privacy, run.training.local_steps * run.federation.num_rounds
+    return plan.resolve(run).privacy, run.training.local_steps * run.federation.num_rounds
 
 
 def audit(
@@ -40,7 +42,7 @@ def audit(
     num_steps: int,
     num_canaries: int,
     source: Noise,
-    confidence: float = privacy_bounds.CONFIDENCE,
+    confidence: float = bounds.CONFIDENCE,
     claimed_epsilon: float | None = None,
 ) -> Finding:
     """Hold both estimators against the accountant.
@@ -63,10 +65,10 @@ def audit(
         num_steps=num_steps,
         dp_delta=privacy.dp_delta,
     )
-    fit = privacy_bounds.gaussian_fit(
+    fit = bounds.gaussian_fit(
         found.score_m, found.is_in_m, dp_delta=privacy.dp_delta, confidence=confidence
     )  # fmt: skip
-    one_run = privacy_bounds.one_run(found.score_m, found.is_in_m, dp_delta=privacy.dp_delta, confidence=confidence)
+    one_run = bounds.one_run(found.score_m, found.is_in_m, dp_delta=privacy.dp_delta, confidence=confidence)
     return Finding(
         part="mechanism",
         claimed_epsilon=claimed if claimed_epsilon is None else claimed_epsilon,

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from client.agent import SiteData
-from common import membership
+from client.agent.agent import SiteData
+from common.data.rows import Row
 from common.errors import DataError
 from common.events import EventLog
-from common.rows import Row
+from common.privacy import membership
 from simulations.audit import trained
 from simulations.audit.finding import Finding
-from simulations.compare import World
+from simulations.world.compare import World
 
 
 def audit(shared: World, log: EventLog, *, claimed_epsilon: float | None = None) -> Finding:

@@ -6,21 +6,22 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from client.agent import SiteData
+from client.agent.agent import SiteData
 from client.train import schedule
-from common import config, privacy_bounds, privacy_plan, roc
-from common.adapter import Tensors
+from common.adapter.adapter import Tensors
+from common.data.rows import Row
 from common.events import EventLog
-from common.noise import SeededNoise
-from common.rows import Row
-from simulations import run
+from common.privacy import bounds, plan, roc
+from common.privacy.noise import SeededNoise
+from common.run import config
 from simulations.audit.finding import Finding, Part
-from simulations.compare import World
+from simulations.world import run
+from simulations.world.compare import World
 
 
 def claim(settings: config.RunConfig) -> float:
     """What the run promises each unit; infinite if it promises nothing."""
-    return privacy_plan.epsilon(settings) if settings.privacy.is_private_per_unit else math.inf
+    return plan.epsilon(settings) if settings.privacy.is_private_per_unit else math.inf
 
 
 def coins(count: int, *, seed: int, purpose: str) -> Tensor:
@@ -57,7 +58,7 @@ def found(
         figures: What this part tells beside the rates.
     """
     dp_delta = settings.privacy.dp_delta
-    bound = privacy_bounds.one_run(score_m, is_in_m, dp_delta=dp_delta)
+    bound = bounds.one_run(score_m, is_in_m, dp_delta=dp_delta)
     return Finding(
         part=part,
         claimed_epsilon=claim(settings) if claimed_epsilon is None else claimed_epsilon,

@@ -3,15 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from simulations.bench import process
-from simulations.bench.aggregate_arm import HASHES, ONCE, STREAM, TENSOR_PARTS
+from simulations.bench.arms import process
+from simulations.bench.arms.aggregate import HASHES, ONCE, STREAM, TENSOR_PARTS
 from simulations.bench.figures import Figure, result
 
 NUM_SITES: Final = (17, 100)
 FLOATS: Final = "bfloat16"  # what each part's goal is of
 INTEGERS: Final = ("int8", "int4")
 FACTORED: Final = ("flexlora", "fedex", "flora")
-ARM: Final = "simulations.bench.aggregate_arm"
+ARM: Final = "simulations.bench.arms.aggregate"
 GOAL_RATIO: Final = 2.0
 GOAL_GROWTH_MIB: Final = 50.0
 GOAL_MODULE_S: Final = 0.1

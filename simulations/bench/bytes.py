@@ -1,15 +1,16 @@
 """Bytes to a held-out loss: our defaults and int3 both ways, against float32 and 4-bit messages with metadata.
 
-All arms are one run file with one seed under our own loop, and differ in what travels only (`bytes_arm`).
+All arms are one run file with one seed under our own loop, and differ in what travels only
+(`simulations.bench.arms.bytes`).
 """
 
 from collections.abc import Mapping
 from typing import Any, Final
 
-from simulations.bench import process
+from simulations.bench.arms import process
 from simulations.bench.figures import Figure, result
 
-ARM: Final = "simulations.bench.bytes_arm"
+ARM: Final = "simulations.bench.arms.bytes"
 TOLERANCE: Final = 0.02  # nats
 BASELINES: Final = {"float32": "float32 both ways", "nvflare": "4-bit messages"}
 # arm: words, and the most bytes it may need as a share of each baseline's; None: told, and no goal
@@ -33,7 +34,7 @@ def judge(runs: Mapping[str, Run]) -> list[Figure]:
     they evaluate elsewhere; of ours every frame, evaluations included, as a step often goes down with one.
 
     Args:
-        runs: By arm, as `bytes_arm.main` returns them.
+        runs: By arm, as `simulations.bench.arms.bytes.main` returns them.
     """
     target = runs["float32"]["losses"][-1] + TOLERANCE
     figures, needed = [Figure("held-out loss to reach", target, "nats")], {}

@@ -5,7 +5,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any, Final
 
-from simulations.bench import process
+from simulations.bench.arms import process
 from simulations.bench.figures import Figure, result
 
 NUM_ROUNDS: Final = 5
@@ -15,7 +15,7 @@ Run = Mapping[str, Any]
 
 def run() -> dict[str, Any]:
     """Play the demo's run, cut short, in one process and as a deployed federation."""
-    arm = "simulations.bench.deployment_arm"
+    arm = "simulations.bench.arms.deployment"
     return result("deployment", judge(*(process.measure(arm, kind, str(NUM_ROUNDS)) for kind in ("near", "far"))))
 
 

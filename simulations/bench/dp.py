@@ -7,11 +7,11 @@ between processes of one arm each on a CPU, where only the whole process can be 
 from collections.abc import Mapping
 from typing import Any, Final
 
-from common import model
-from simulations.bench import process
+from common.model import base
+from simulations.bench.arms import process
 from simulations.bench.figures import Figure, result
 
-ARM: Final = "simulations.bench.dp_arm"
+ARM: Final = "simulations.bench.arms.dp"
 GOAL_CPU: Final = 1.08
 GOAL_GPU: Final = 1.05
 GOAL_MEMORY: Final = 1.02
@@ -21,7 +21,7 @@ GPU_SHAPES: Final = ("1b", "8b")
 
 def run() -> dict[str, Any]:
     """Measure on the GPU if there is one, else on the CPU."""
-    is_gpu = model.choose_device("auto").type == "cuda"
+    is_gpu = base.choose_device("auto").type == "cuda"
     shapes = GPU_SHAPES if is_gpu else CPU_SHAPES
     figures = [figure for shape in shapes for figure in (on_gpu(shape) if is_gpu else on_cpu(shape))]
     return result("dp", figures)

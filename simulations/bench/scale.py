@@ -5,7 +5,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any, Final
 
-from simulations.bench import process
+from simulations.bench.arms import process
 from simulations.bench.figures import Figure, result
 
 BASE: Final = "embedded"
@@ -18,7 +18,7 @@ Run = Mapping[str, Any]
 
 def run() -> dict[str, Any]:
     """Play rounds with 1, 10, 100 and 1,000 sites, each number in a process of its own."""
-    arm = "simulations.bench.scale_arm"
+    arm = "simulations.bench.arms.scale"
     runs = {size: process.measure(arm, str(size), str(rounds), BASE) for size, rounds in NUM_ROUNDS.items()}
     return result("scale", judge(runs))
 

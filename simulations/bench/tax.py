@@ -10,7 +10,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any, Final
 
-from simulations.bench import process
+from simulations.bench.arms import process
 from simulations.bench.figures import Figure, result
 
 NUM_REPEATS: Final = 3
@@ -33,8 +33,8 @@ def compare(quantization: str) -> list[Figure]:
     """Run both arms by turns with one precision of the base."""
     ours, plain = [], []
     for _ in range(NUM_REPEATS):
-        ours.append(process.measure("simulations.bench.tax_silotune", quantization, BASE))
-        plain.append(process.measure("simulations.bench.tax_plain", quantization, BASE))
+        ours.append(process.measure("simulations.bench.arms.tax_silotune", quantization, BASE))
+        plain.append(process.measure("simulations.bench.arms.tax_plain", quantization, BASE))
     return judge(ours, plain, label={"none": "float32"}.get(quantization, quantization))
 
 

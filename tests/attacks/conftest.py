@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests import rosters, vault
 from tests.attacks import running
+from tests.samples import rosters, vault
 
 if TYPE_CHECKING:
     from tests.attacks.world import World

@@ -13,9 +13,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import NameOID
 
-from common import identity, roster
-from common.governance import Governance
-from common.roster import OperatorEntry, SiteEntry
+from common.trust import identity, roster
+from common.trust.governance import Governance
+from common.trust.roster import OperatorEntry, SiteEntry
 
 DAY = datetime.timedelta(days=1)
 

@@ -5,10 +5,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from client import line, service
-from common import roster, wire
+from client.courier import door, line
 from common.errors import WireError
-from tests import vault
+from common.frame import wire
+from common.trust import roster
+from tests.samples import vault
 
 TIMEOUT_S = 60.0
 
@@ -20,7 +21,7 @@ class Running(vault.Vault):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.place = Path(tempfile.mkdtemp(prefix="silotune-"))  # short: a socket's path has 107 bytes at most
-        self.door = service.serve(
+        self.door = door.serve(
             lambda frame: self.agent.answer(frame), socket_path=self.place / "agent.sock", max_message_bytes=vault.MAX
         )
 

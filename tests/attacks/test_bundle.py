@@ -22,10 +22,10 @@ from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-from common import envelope
-from server import link
-from simulations import deployment
-from simulations.deployment import HOST
+from common.frame import envelope
+from server.run import link
+from simulations.engines import deployment
+from simulations.engines.deployment import HOST
 from tests.attacks import pki
 from tests.attacks import world as worlds
 from tests.attacks.world import ECHO_BUNDLE, World
@@ -53,7 +53,7 @@ def join(world: World, folder: Path, name: str, *, bundles: tuple[str, ...]) -> 
     given = [item for option, value in options.items() for item in (f"--{option}", str(value))]
     given += [item for bundle in bundles for item in ("--bundle", bundle)]
     world.ports["link"] = port
-    world.start(f"{name}-link", [sys.executable, "-m", "client.cli", "link", *given])
+    world.start(f"{name}-link", [sys.executable, "-m", "client.cli.app", "link", *given])
     world.start(f"{name}-agent", [sys.executable, str(worlds.APPS / "loopback_apps.py"), str(socket_path)])
     world.wait_for(lambda: world.is_open("link"))
     node = ["--superlink", world.address("link"), "--root-certificates", str(state / "link.pem")]

@@ -8,14 +8,14 @@ import dataclasses
 
 import pytest
 
-from client import replicas
-from common import audit_heads, identity
-from common.audit import Head
+from client.memory import replicas
 from common.errors import AuditError, AuthError
-from common.records import UpdateHead
-from server import trail as trails
-from tests import rosters, vault
-from tests.rosters import NORTH, SOUTH, SOUTH_KEY
+from common.frame.records import UpdateHead
+from common.trust import heads, identity
+from common.trust.journal import Head
+from server.fleet import trail as trails
+from tests.samples import rosters, vault
+from tests.samples.rosters import NORTH, SOUTH, SOUTH_KEY
 
 RULE = ("PolicyRefusedError", "audit.heads")
 TRUE = Head(4, "ab" * 32, vault.NOW - 9)
@@ -56,7 +56,7 @@ def test_a_coordinator_that_tells_what_another_site_never_signed(member, told):
 
 @pytest.mark.parametrize("told", FALSE.values(), ids=FALSE)
 def test_control_without_the_signature_a_false_head_is_kept(member, told, monkeypatch):
-    monkeypatch.setattr(audit_heads, "verify", lambda owner, told, *, key="": None)
+    monkeypatch.setattr(heads, "verify", lambda owner, told, *, key="": None)
     assert member.step("evaluate", **vault.told(south=told)).kind == "metrics"
     assert told.head in [one.head for one in member.gate._heads.newest().values()]
 
@@ -64,7 +64,7 @@ def test_control_without_the_signature_a_false_head_is_kept(member, told, monkey
 def test_a_false_head_would_have_stopped_the_site_for_good(member, monkeypatch):
     false = FALSE["invented and signed by the operator"]
     with monkeypatch.context() as patch:
-        patch.setattr(audit_heads, "verify", lambda owner, told, *, key="": None)
+        patch.setattr(heads, "verify", lambda owner, told, *, key="": None)
         assert member.step("evaluate", **vault.told(south=false)).kind == "metrics"
     later = vault.signed(Head(9, "ef" * 32, vault.NOW), key=SOUTH_KEY)
     assert member.refused(member.step(**vault.told(south=later))) == RULE

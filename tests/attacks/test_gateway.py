@@ -15,13 +15,13 @@ import pytest
 from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
 from flwr.proto.fab_pb2 import Fab
 
-from client import link as client_link
-from client import newest_roster
-from client.newest_roster import Messenger
-from common import kit, roster
+from client.courier import newest_roster
+from client.courier import tunnel as client_link
+from client.courier.newest_roster import Messenger
 from common.errors import AuthError
-from server import link
-from simulations.deployment import HOST
+from common.trust import kit, roster
+from server.run import link
+from simulations.engines.deployment import HOST
 from tests.attacks import fuzz
 from tests.attacks import world as worlds
 from tests.attacks.world import ECHO_BUNDLE, HEARTBEAT, LIST_NODES, World

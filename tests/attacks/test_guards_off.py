@@ -1,17 +1,17 @@
 """Controls of the attack table: what a site with a policy refuses, an agent without one does.
 
-So it is the guard that refuses in `test_agent.py`, `test_agent_rounds.py` and `test_agent_heads.py`, and nothing else.
+So it is the guard that refuses in `test_agent.py`, `test_rounds.py` and `test_heads.py`, and nothing else.
 """
 
 import dataclasses
 
 import pytest
 
-from client.agent import Agent
-from client.guard import Permissive
-from common.manifest import Offer
-from common.wire import Frame
-from tests import vault
+from client.agent.agent import Agent
+from client.agent.guard import Permissive
+from common.frame.wire import Frame
+from common.run.manifest import Offer
+from tests.samples import vault
 
 CANARY = "patient Ada Lovelace has a rare disease"
 LONE = {"federation__min_sites": "1", "federation__num_sites": "1"}

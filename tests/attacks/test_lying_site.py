@@ -11,14 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import events
-from common.config_gate import GateConfig
-from server import federation, rounds
+from common.run.schema.gate import GateConfig
 from server.aggregate import weights
-from server.evaluate import fairness, held_out
+from server.fleet import federation, sites
 from server.gate import rules, stopping
 from server.gate.figures import Figures
+from server.run import rounds
+from server.view import fairness
 from tests import tiny
-from tests.sample_events import PLAN, evaluated
+from tests.samples.events import PLAN, evaluated
 
 HUGE = 2**53
 CLAIMS = st.dictionaries(
@@ -101,7 +102,7 @@ def lying(answer, nll_sum: float, num_tokens: int):
 def evaluation(engine, folder, nodes):
     fed = tiny.federation(engine, folder, nodes, tiny.settings("tiny"))
     federation.wait_for_sites(fed)
-    held_out.evaluate(fed, engine.initial, num_rounds=0, generate=False)
+    sites.evaluate(fed, engine.initial, num_rounds=0, generate=False)
     log = events.read(fed.log.path)
     return [event for event in log if event["kind"] == "evaluated"][-1], log
 

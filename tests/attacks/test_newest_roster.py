@@ -6,10 +6,10 @@ What a running gateway answers, and to whom, is in `test_gateway.py`.
 import asyncio
 import logging
 
-from client import link
-from client.newest_roster import MAX_BYTES, Messenger
-from simulations.deployment import HOST
-from tests.rosters import GOOD, changed, signed
+from client.courier import tunnel
+from client.courier.newest_roster import MAX_BYTES, Messenger
+from simulations.engines.deployment import HOST
+from tests.samples.rosters import GOOD, changed, signed
 
 
 async def look(messenger: Messenger, answers: list[bytes]) -> None:
@@ -33,7 +33,7 @@ def answer(body: bytes, *, length: int | None = None, status: int = 200) -> byte
 
 def test_answers_that_are_no_roster_are_told_once_and_the_next_good_one_is_taken(member, caplog):
     caplog.set_level(logging.WARNING)
-    messenger = Messenger(member.door.socket_path, link._open, HOST)
+    messenger = Messenger(member.door.socket_path, tunnel._open, HOST)
     bad = {
         "above 4194304 bytes": answer(bytes(MAX_BYTES + 1)),
         "ProtocolError": answer(b"{}", length=9),
@@ -54,7 +54,7 @@ def test_answers_that_are_no_roster_are_told_once_and_the_next_good_one_is_taken
 
 def test_a_roster_waits_for_an_agent_that_is_away(member, caplog, tmp_path):
     caplog.set_level(logging.WARNING)
-    messenger = Messenger(tmp_path / "nobody.sock", link._open, HOST)
+    messenger = Messenger(tmp_path / "nobody.sock", tunnel._open, HOST)
     asyncio.run(look(messenger, [answer(signed(changed())), answer(b"", status=204)]))
     assert caplog.text.count("no agent answers") == 1
     messenger.agent = member.door.socket_path

@@ -11,13 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from client import line, policy_file, serve
-from common import adapter, config, identity, wire
+from client.agent import process as serve
+from client.courier import line
+from client.policy import file
+from common.adapter import adapter
 from common.errors import ConfigError, PolicyRefusedError, TransportError
-from common.manifest import RunManifest, sign
-from common.records import RoundPlan, to_head
-from common.wire import Frame
-from tests import tiny, vault
+from common.frame import wire
+from common.frame.records import RoundPlan, to_head
+from common.frame.wire import Frame
+from common.run import config
+from common.run.manifest import RunManifest, sign
+from common.trust import identity
+from tests import tiny
+from tests.samples import vault
 
 UNSHARE = ("unshare", "--map-root-user", "--net")
 START_S = 120.0
@@ -51,7 +57,7 @@ def node_file(folder, tiny_base, shared_engine):
     identity.create(folder / "site.pem")
     text = vault.policy_text(shared_engine.base_sha256, approval='"none"', path=f'"{folder / "rows.jsonl"}"')
     (folder / "policy.toml").write_text(text)
-    policy_file.sign(folder / "policy.toml", vault.ADMIN)
+    file.sign(folder / "policy.toml", vault.ADMIN)
     path = folder / "node.toml"
     path.write_text(
         f'[site]\nname = "north"\n[data]\npath = "{folder / "rows.jsonl"}"\n[model]\nbase = "{tiny_base}"\n'
@@ -65,7 +71,7 @@ def node_file(folder, tiny_base, shared_engine):
 @pytest.fixture
 def agent(folder, node_file):
     """The agent's process in a network namespace of its own, which has no route out."""
-    command = [*UNSHARE, sys.executable, "-m", "client.cli", "serve", str(node_file)]
+    command = [*UNSHARE, sys.executable, "-m", "client.cli.app", "serve", str(node_file)]
     with (folder / "serve.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:

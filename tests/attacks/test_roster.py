@@ -10,14 +10,15 @@ import json
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client.gatekeeper import Gatekeeper
-from common import identity, kit, roster, wire
+from client.agent.gatekeeper import Gatekeeper
 from common.errors import PolicyRefusedError
-from common.governance import Governance
-from common.roster import OperatorEntry
-from common.wire import Frame
-from tests import vault
-from tests.rosters import GOOD, MEMBERS, NORTH, PINNED, changed, put, signed, site
+from common.frame import wire
+from common.frame.wire import Frame
+from common.trust import identity, kit, roster
+from common.trust.governance import Governance
+from common.trust.roster import OperatorEntry
+from tests.samples import vault
+from tests.samples.rosters import GOOD, MEMBERS, NORTH, PINNED, changed, put, signed, site
 
 POLICY = "PolicyRefusedError"
 BY_ROSTER = (POLICY, "roster")

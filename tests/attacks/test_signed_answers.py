@@ -8,12 +8,14 @@ import dataclasses
 
 import pytest
 
-from common import events, identity, signed_frame
+from common import events
 from common.errors import AuthError, TooFewSitesError
-from common.wire import Frame
-from server import federation, rounds
-from server.evaluate import held_out
-from tests import rosters, tiny, vault
+from common.frame.wire import Frame
+from common.trust import identity, signed_frame
+from server.fleet import federation, sites
+from server.run import rounds
+from tests import tiny
+from tests.samples import rosters, vault
 
 FEDERATION = vault.FEDERATION
 CHANGES = {"federation.num_sites": "2"}
@@ -58,7 +60,7 @@ def test_control_members_under_their_own_names_take_part(found, members, engine)
     fed = found({1: members["north"].send, 2: members["south"].send})
     join(fed, members)
     rounds.play(fed, engine.initial, round_index=0)
-    held_out.evaluate(fed, engine.initial, num_rounds=1, generate=False)
+    sites.evaluate(fed, engine.initial, num_rounds=1, generate=False)
     assert failures(fed) == []
     assert sorted(fed.metrics) == ["north", "south"]
 
@@ -108,7 +110,7 @@ def test_a_courier_can_drop_an_answer_and_cannot_change_one(found, members, engi
     with pytest.raises(TooFewSitesError) if kind == "train" else contextlib.nullcontext():
         rounds.play(fed, engine.initial, round_index=0)
     if kind == "evaluate":
-        held_out.evaluate(fed, engine.initial, num_rounds=1, generate=False)
+        sites.evaluate(fed, engine.initial, num_rounds=1, generate=False)
     assert failures(fed) == [(kind, "AuthError")]
 
 

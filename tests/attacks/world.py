@@ -20,9 +20,9 @@ from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, Regist
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
 
-from server import link
-from simulations import deployment, loopback_keys
-from simulations.deployment import HOST, Process
+from server.run import link
+from simulations.engines import deployment, loopback_keys
+from simulations.engines.deployment import HOST, Process
 from tests.attacks import pki
 from tests.attacks.pki import Pki
 
@@ -215,7 +215,7 @@ def running(keys: Path, logs: Path, **limits: int) -> Iterator[World]:
                 world.address("superlink"), ca_file=keys / "ca.pem", certificate=keys / "server.pem"
             ),
         )
-        world.start("gateway", [sys.executable, "-m", "server.cli", "gateway", str(keys / "gateway.toml")])
+        world.start("gateway", [sys.executable, "-m", "server.cli.app", "gateway", str(keys / "gateway.toml")])
         world.wait_for(lambda: all(world.is_open(door) for door in ("superlink", "fleet", "control")))
         for name in SITES:
             world.register(name)

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from client import policy_file
-from client.history import AUDIT_FILE
-from client.replicas import HEADS_FILE
-from common import audit, audit_heads, identity
-from server import run_files, trail
-from simulations import deployment
-from simulations.deployment import Site
-from tests import tiny, vault
+from client.memory.history import AUDIT_FILE
+from client.memory.replicas import HEADS_FILE
+from client.policy import file
+from common.trust import heads, identity, journal
+from server.fleet import trail
+from server.folder import run_files
+from simulations.engines import deployment
+from simulations.engines.deployment import Site
+from tests import tiny
+from tests.samples import vault
 
 SITES = ("north", "south")
 
@@ -30,14 +32,14 @@ def write_site(folder: Path, name: str, *, base: Path, base_sha256: str, operato
     text = vault.policy_text(base_sha256, approval='"none"', path=f'"{folder / "rows.jsonl"}"', min_slice="1")
     policy = folder / "policy.toml"
     policy.write_text(text.replace(identity.public_hex(vault.OPERATOR), operator))
-    policy_file.sign(policy, vault.ADMIN)
+    file.sign(policy, vault.ADMIN)
     (folder / "node.toml").write_text(
         f'[site]\nname = "{name}"\n[data]\npath = "{folder / "rows.jsonl"}"\n[model]\nbase = "{base}"\n'
         f'[hardware]\ndevice = "cpu"\nnum_threads = 1\n[agent]\nsocket = "{folder / "agent.sock"}"\n'
         f'log_folder = "{folder}"\npolicy = "{policy}"\npolicy_signer = "{identity.public_hex(vault.ADMIN)}"\n'
         f'identity_key = "{folder / "site.pem"}"\n'
     )
-    command = (sys.executable, "-m", "client.cli", "serve", str(folder / "node.toml"))
+    command = (sys.executable, "-m", "client.cli.app", "serve", str(folder / "node.toml"))
     return Site(name, command, folder / "agent.sock")
 
 
@@ -59,13 +61,11 @@ def test_every_party_holds_the_heads_of_all_the_others(folder):
     keys = {name: identity.public_hex(identity.load(folder / name / "site.pem")) for name in SITES}
     operator = identity.public_hex(identity.load(folder / "op.pem"))
     server_log, server_heads = (folder / "op-audit" / name for name in (trail.AUDIT_FILE, trail.HEADS_FILE))
-    kinds = [entry.kind for entry in audit.read(server_log, operator)]
+    kinds = [entry.kind for entry in journal.read(server_log, operator)]
     assert [kinds[0], kinds[-1], kinds.count("received")] == ["offered", "ended", 6]
     for name, other in (SITES, SITES[::-1]):
-        kept = audit_heads.read(folder / name / HEADS_FILE)
-        assert sorted(kept) == sorted([audit_heads.operator(operator), other])
-        audit.verify(server_log, operator, heads=[one.head for one in kept[audit_heads.operator(operator)]])
-        audit.verify(folder / other / AUDIT_FILE, keys[other], heads=[one.head for one in kept[other]])
-        audit.verify(
-            folder / name / AUDIT_FILE, keys[name], heads=audit_heads.of(server_heads, name, signer=keys[name])
-        )
+        kept = heads.read(folder / name / HEADS_FILE)
+        assert sorted(kept) == sorted([heads.operator(operator), other])
+        journal.verify(server_log, operator, heads=[one.head for one in kept[heads.operator(operator)]])
+        journal.verify(folder / other / AUDIT_FILE, keys[other], heads=[one.head for one in kept[other]])
+        journal.verify(folder / name / AUDIT_FILE, keys[name], heads=heads.of(server_heads, name, signer=keys[name]))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from common import cli
-from server import run_files
-from simulations.cli import app as sim
+from server.folder import run_files
+from simulations.cli.app import app as sim
 
 RUN = """version = 1
 name = "trial"

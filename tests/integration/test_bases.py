@@ -6,14 +6,21 @@ from typing import NamedTuple
 
 import pytest
 
-from common import adapter, events, loading, model
+from common import events
+from common.adapter import adapter
 from common.errors import ConfigError, ModelError
-from server import export_rehearsal, finish, run, run_export, run_files, seal
+from common.model import base as model
+from common.model import loading
+from server.export import seal
+from server.folder import run_files
+from server.run import export, finish, run
 from server.serve import engine as serving
 from server.serve import folders
 from server.serve.engine import Answer, Sampling
 from server.serve.requests import Talk
-from tests import architectures, exports, tiny
+from server.verify import rehearsal
+from tests import tiny
+from tests.samples import architectures, exports
 
 PAGE = Path(__file__).parents[2] / "docs" / "bases.md"
 PRECISIONS = ("none", "nf4", "int8")
@@ -95,13 +102,13 @@ def test_a_base_goes_from_load_to_serve(name, tmp_path):
     losses = [one["loss"] for one in told if one["kind"] == "evaluated"]
     assert losses[-1] < losses[0]
 
-    served = folders.verified([str(folder / run_export.FOLDER)], base)
+    served = folders.verified([str(folder / export.FOLDER)], base)
     models = serving.Models(base, served, settings=settings.model, device_name="cpu")
     ids = models.chat_ids("tiny", [Talk(role="user", content=tiny.row(1).messages[0].content)])
     found = "".join(models.answer("tiny", ids, Sampling(8, temperature=0), Answer(len(ids))))
     adapter.write(engine.model, finish.stored(folder, num_rounds=0).tensors)
     assert found == model.answer(engine, [ids], max_new_tokens=8)[0]
-    assert seal.read(folder / run_export.FOLDER).facts.probe["effect"] > 1e-3
+    assert seal.read(folder / export.FOLDER).facts.probe["effect"] > 1e-3
 
 
 @pytest.mark.slow
@@ -109,12 +116,12 @@ def test_a_base_goes_from_load_to_serve(name, tmp_path):
 def test_a_base_becomes_an_onnx_graph_or_it_is_said_before_the_first_round(name, tmp_path):
     pytest.importorskip("onnxruntime")
     base = architectures.make(name, tmp_path / "base")
-    settings, order = settings_of(name, base), export_rehearsal.Order(("peft", "onnx"))
+    settings, order = settings_of(name, base), rehearsal.Order(("peft", "onnx"))
     if "onnx" in BASES[name].formats:
-        export_rehearsal.rehearse(settings, base, base_sha256=name, order=order)
+        rehearsal.rehearse(settings, base, base_sha256=name, order=order)
         return
     with pytest.raises(ModelError, match=r"small random model .*torch cannot export .*leave onnx out"):
-        export_rehearsal.rehearse(settings, base, base_sha256=name, order=order)
+        rehearsal.rehearse(settings, base, base_sha256=name, order=order)
 
 
 @pytest.mark.slow
@@ -133,7 +140,7 @@ def test_what_a_base_cannot_have_is_refused_before_the_first_round(name, tmp_pat
         asked = settings_of(name, base, **{"export.formats": f"peft, {one}"})
         manifest = run.manifest_of(asked, engine)
         with pytest.raises((ConfigError, ModelError), match=r"give --llama-cpp DIR|of the weights of this base's"):
-            run_export.check(manifest, engine)
+            export.check(manifest, engine)
     if wanted.targets != "all-linear":
         with pytest.raises(ModelError, match="tensors that are no linear layers"):
             exports.drawn(tiny.settings(base, {"adapter.targets": "all-linear"}), base)

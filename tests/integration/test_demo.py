@@ -14,7 +14,7 @@ SITES = ("alder", "birch", "cedar", "dogwood")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """The demo's last line."""
     folder = tmp_path_factory.mktemp("demo") / "run"
-    command = [sys.executable, "-m", "simulations.cli", "demo", "--output", str(folder), "--json"]
+    command = [sys.executable, "-m", "simulations.cli.app", "demo", "--output", str(folder), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

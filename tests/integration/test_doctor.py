@@ -19,20 +19,21 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse, DeactivateNodeRequest
 
-from client import link as client_link
+from client.courier import tunnel as client_link
 from client.doctor import host
-from common import certs, doctor_checks, probe, roster
-from common.config import LinkConfig
+from common.doctor import checks, probe
 from common.errors import AuthError, TransportError
-from server import link
+from common.run.config import LinkConfig
+from common.trust import certs, roster
 from server.doctor import gateway as gateway_doctor
 from server.doctor.examine import Patient, examine
 from server.gateway import settings
-from simulations import deployment, loopback_keys
-from simulations.deployment import HOST
-from tests import federations, patients
+from server.run import link
+from simulations.engines import deployment, loopback_keys
+from simulations.engines.deployment import HOST
 from tests.connect_proxy import ConnectProxy
-from tests.unit.server.test_doctor import GATEWAY
+from tests.samples import federations, patients
+from tests.unit.server.doctor.test_doctor import GATEWAY
 
 
 class World:
@@ -66,7 +67,7 @@ class World:
                 certificate=self.keys / "server.pem",
                 database=self.keys / "superlink.db",
             ),
-            "gateway": [sys.executable, "-m", "server.cli", "gateway", str(self.gateway_file)],
+            "gateway": [sys.executable, "-m", "server.cli.app", "gateway", str(self.gateway_file)],
         }
         env = deployment.environment(flwr_home=self.keys / "flower", num_threads=1)
         self.processes[name] = deployment.start(name, commands[name], logs=self.logs, env=env)
@@ -183,7 +184,7 @@ def test_without_the_node_key_the_certificate_is_still_tried(world, tmp_path):
 
 @pytest.mark.parametrize(("skew_s", "ahead"), [(120.0, "ahead of"), (-120.0, "behind")])
 def test_a_clock_that_is_wrong(world, skew_s, ahead):
-    found = doctor_checks.clock(world.ask(skew_s=skew_s).skew_s)
+    found = checks.clock(world.ask(skew_s=skew_s).skew_s)
     assert (found.status, ahead in found.found, "timedatectl" in found.remedy) == ("failed", True, True)
 
 

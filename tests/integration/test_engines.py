@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from common import events, privacy_plan
+from common import events
 from common.errors import RemoteError
-from server import run_files
-from simulations import engines, run, world
-from tests import stage_data, tiny
+from common.privacy import plan as privacy_plan
+from server.folder import run_files
+from simulations.engines import engines
+from simulations.world import run, world
+from tests import tiny
+from tests.samples import stage_data
 
 ROOT = Path(__file__).parents[2]
 SITES = ["alder", "birch"]

@@ -21,16 +21,26 @@ from pathlib import Path
 
 import pytest
 
-from client import consent, enroll, line, review
-from client.history import AUDIT_FILE
-from common import audit, config, events, identity, kit, wire
+from client.courier import line
+from client.join import enroll
+from client.memory import consent
+from client.memory.history import AUDIT_FILE
+from client.review import review
+from common import events
 from common.errors import ProtocolError, SilotuneError
-from common.wire import Frame
-from server import admit, launch, link, run_files
-from simulations import deployment, guarded, run, site_files, world
-from simulations.guarded import FEDERATION, Guarded
-from tests import tiny, vault
+from common.frame import wire
+from common.frame.wire import Frame
+from common.run import config
+from common.trust import identity, journal, kit
+from server.folder import run_files
+from server.members import changes as admit
+from server.run import launch, link
+from simulations.engines import deployment, guarded, site_files
+from simulations.engines.guarded import FEDERATION, Guarded
+from simulations.world import run, world
+from tests import tiny
 from tests.attacks.test_no_route import UNSHARE, can_unshare
+from tests.samples import vault
 
 SITES = ("alder", "birch", "cedar")
 TIMEOUT_S = 240.0
@@ -133,11 +143,11 @@ def approve(node_file: Path) -> None:
         time.sleep(0.2)
 
 
-def entries(node_file: Path) -> list[audit.Entry]:
+def entries(node_file: Path) -> list[journal.Entry]:
     """A site's audit log, which must be whole."""
     agent = config.load_node(node_file).agent
     key = identity.public_hex(identity.load(Path(agent.identity_key)))
-    return list(audit.read(Path(agent.log_folder) / AUDIT_FILE, key))
+    return list(journal.read(Path(agent.log_folder) / AUDIT_FILE, key))
 
 
 def check_log(node_file: Path, run_folder: Path, decided: list[str]) -> None:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from server import export_folder
-from simulations.world import EMBEDDED_BASE
-from tests import exports, tiny
+from server.export import folder as export_folder
+from simulations.world.world import EMBEDDED_BASE
+from tests import tiny
+from tests.samples import exports
 
 xllamacpp = pytest.importorskip("xllamacpp")  # of the extra dev
 PROMPTS = (

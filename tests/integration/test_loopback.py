@@ -15,9 +15,9 @@ import pytest
 from common import events
 from common.errors import RemoteError, TransportError
 from common.events import EventLog
-from server import link
-from simulations import deployment, loopback_keys
-from simulations.deployment import Federation, Site
+from server.run import link
+from simulations.engines import deployment, loopback_keys
+from simulations.engines.deployment import Federation, Site
 
 APPS = Path(__file__).parent / "apps"
 
@@ -137,7 +137,8 @@ def test_an_agent_that_cannot_start_ends_the_start_and_leaves_nothing_behind(tmp
 
 def test_sigterm_leaves_nothing_behind(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from simulations import deployment as d; folder = Path(sys.argv[1])\n"
+        "import sys; from pathlib import Path; from simulations.engines import deployment as d\n"
+        "folder = Path(sys.argv[1])\n"
         "sites = [d.Site('a', ('sleep', '300'), folder / 's')]\n"
         "with d.federation(sites, logs=folder): pass"
     )

@@ -12,12 +12,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import loading, model
+from common.model import base, loading
 from server.serve import start
-from simulations import deployment
-from simulations.world import EMBEDDED_BASE
-from tests import exports as drawn
+from simulations.engines import deployment
+from simulations.world.world import EMBEDDED_BASE
 from tests import tiny
+from tests.samples import exports as drawn
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(start.find_vllm() is None, reason="needs vLLM on the PATH")]
 TALK = [{"role": "user", "content": "Patient reports chest pain after 12.5 mg."}]
@@ -48,7 +48,7 @@ def serve(exports, tmp_path_factory):
 
     def begin(*names):
         port = deployment.free_port()
-        command = [sys.executable, "-m", "server.cli", "serve", *(str(exports[name]) for name in names)]
+        command = [sys.executable, "-m", "server.cli.app", "serve", *(str(exports[name]) for name in names)]
         command += ["--base", str(EMBEDDED_BASE), "--port", str(port), "--api-key-file", str(key)]
         started.append(subprocess.Popen([*command, "--engine", "vllm", "--vllm-arg=--dtype=float32"]))
         client = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60)
@@ -102,7 +102,7 @@ def prompt_of(folder):
 def worst(folder, prompt, answer, tops):
     """The largest difference to plain peft, of all probabilities that were told."""
     network = AutoModelForCausalLM.from_pretrained(EMBEDDED_BASE, dtype=torch.float32)
-    with model.quiet_peft(), torch.no_grad():
+    with base.quiet_peft(), torch.no_grad():
         network = PeftModel.from_pretrained(network, folder).eval() if folder else network.eval()
         logits_tv = network(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
     found_tv = logits_tv.log_softmax(-1)
@@ -136,6 +136,6 @@ def test_vllm_takes_the_template_of_the_run(serve, exports):
 
 
 def test_what_vllm_is_told_can_be_pasted(exports):
-    command = [sys.executable, "-m", "server.cli", "serve", str(exports["one"]), "--base", str(EMBEDDED_BASE)]
+    command = [sys.executable, "-m", "server.cli.app", "serve", str(exports["one"]), "--base", str(EMBEDDED_BASE)]
     told = subprocess.run([*command, "--show-command"], capture_output=True, text=True, check=True).stdout
     assert json.dumps(str(start.find_vllm()))[1:-1] in told

@@ -7,21 +7,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from client import line, serve, service
-from client.agent import Agent
-from client.gatekeeper import Gatekeeper
-from client.pressure import Limit
-from common import adapter, config, identity, manifest, wire
-from common.audit_heads import Heads
-from common.config import RunConfig
+from client.agent import process
+from client.agent.agent import Agent
+from client.agent.gatekeeper import Gatekeeper
+from client.agent.pressure import Limit
+from client.courier import door as service
+from client.courier import line
+from common.adapter import adapter
 from common.errors import SilotuneError
-from common.manifest import RunManifest
-from common.model import Engine
-from common.records import RoundPlan, to_head
-from common.wire import Frame
-from tests import vault
+from common.frame import wire
+from common.frame.records import RoundPlan, to_head
+from common.frame.wire import Frame
+from common.model.base import Engine
+from common.run import config, manifest
+from common.run.config import RunConfig
+from common.run.manifest import RunManifest
+from common.trust import identity
+from common.trust.heads import Heads
 from tests.leaks import captures, faults, relays, world
 from tests.leaks.relays import Record
+from tests.samples import vault
 
 KINDS = ("open", "evaluate", "train")
 DAY_S = 86_400
@@ -72,7 +77,7 @@ def running(
 ) -> Iterator[Bench]:
     """Serve a site's agent, made from files as in production; see `world.play` for the arguments."""
     site = world.write_sites(settings, {"north": rows}, folder=folder, base=base, policy=policy)["north"]
-    agent = serve.make_agent(config.load_node(site.socket_path.with_name("node.toml")))
+    agent = process.make_agent(config.load_node(site.socket_path.with_name("node.toml")))
     door = site.socket_path.with_name("courier.sock")
     with relays.before_socket(door, site.socket_path) as record:
         asked = requests(settings, engine=engine, operator=folder / world.OPERATOR_KEY)

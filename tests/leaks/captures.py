@@ -6,11 +6,11 @@ import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from common import wire
 from common.agent_pb2 import Chunk
+from common.frame import wire
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_FRAME = struct.Struct("<4sHIQ")  # of ours, as common/wire.py lays it out
+_FRAME = struct.Struct("<4sHIQ")  # of ours, as common/frame/wire.py lays it out
 _HTTP2_HEADER_BYTES = 9
 _DATA, _PADDED = 0, 8
 _SQLITE = b"SQLite format 3\x00"
@@ -44,7 +44,7 @@ def _http2(stream: bytes) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _pieces(body: bytes) -> Iterator[bytes]:
-    """The pieces of a frame, as `client.line` cuts it; a compressed one would be missed, so it is an error."""
+    """The pieces of a frame, as `client.courier.line` cuts it; a compressed one would be missed, so it is an error."""
     at = 0
     while at + 5 <= len(body):
         is_compressed, size = struct.unpack_from(">BI", body, at)

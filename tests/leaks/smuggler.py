@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import cycle
 
-from client.agent import Agent
+from client.agent.agent import Agent
 from common.errors import DataError
-from common.wire import Frame
+from common.frame.wire import Frame
 from tests.leaks.encodings import Encoding
 from tests.leaks.search import GAP
 

@@ -22,14 +22,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from client import line
+from client.courier import line
 from common.agent_pb2 import Chunk
 from common.agent_pb2_grpc import AgentServicer, add_AgentServicer_to_server
 from common.errors import DataError, RemoteError
-from tests import tiny, vault
+from tests import tiny
 from tests.leaks import bench, canaries, captures, encodings, relays, smuggler, world
 from tests.leaks.bench import Bench
 from tests.leaks.search import GAP, Found, Searcher
+from tests.samples import vault
 
 CANARIES = canaries.make()
 ROWS = canaries.table(CANARIES)

@@ -8,19 +8,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from client import policy_file
-from client.history import AUDIT_FILE
-from common import audit, events, identity
-from common.audit import Entry
-from common.config import RunConfig
+from client.memory.history import AUDIT_FILE
+from client.policy import file as policy_file
+from common import events
 from common.events import Event
-from server import link, run_files
-from server.link import RunState
-from simulations import deployment, loopback_keys, site_files
-from simulations.deployment import HOST, Federation, Process, Site
-from tests import vault
+from common.run.config import RunConfig
+from common.trust import identity, journal
+from common.trust.journal import Entry
+from server.folder import run_files
+from server.run import link
+from server.run.link import RunState
+from simulations.engines import deployment, loopback_keys, site_files
+from simulations.engines.deployment import HOST, Federation, Process, Site
 from tests.leaks import captures, relays
 from tests.leaks.relays import Record
+from tests.samples import vault
 
 SMUGGLER = Path(__file__).parent / "apps" / "smuggling_agent.py"
 OPERATOR_KEY = "operator.key"
@@ -66,7 +68,7 @@ class Captured:
     def entries(self, site: str, kind: str) -> list[Entry]:
         """Entries of one kind in a site's audit log."""
         key = identity.load(self.sites[site].socket_path.with_name("site.key"))
-        log = audit.read(self.folder / "logs" / site / AUDIT_FILE, identity.public_hex(key))
+        log = journal.read(self.folder / "logs" / site / AUDIT_FILE, identity.public_hex(key))
         return [entry for entry in log if entry.kind == kind]
 
     def events(self) -> list[Event]:

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import accounting, privacy_bounds
+from common import accounting
 from common.accounting import REPORT_GRID, Event
 from common.errors import AccountingUnsupported
+from common.privacy import bounds
 
 # sampling_prob, noise_multiplier, num_steps, dp_delta, RDP, PLD at grid 1e-4, PLD at grid 1e-3, PRV
 KNOWN = [
@@ -183,7 +184,7 @@ def test_two_stages_equal_one_where_one_is_quick():
 def test_a_million_steps_cost_at_least_the_exact_epsilon_and_at_most_that_of_rdp(sigma):
     """Without sampling, T steps are one Gaussian mechanism of mu = sqrt(T) / sigma, whose epsilon is known."""
     event = Event(1.0, sigma, 1_000_000)
-    exact = privacy_bounds.gdp_epsilon(1000 / sigma, dp_delta=1e-6)
+    exact = bounds.gdp_epsilon(1000 / sigma, dp_delta=1e-6)
     found = accounting.compose([event], dp_delta=1e-6)
     assert exact <= found <= accounting.epsilon_rdp([event], dp_delta=1e-6)
     assert found == pytest.approx(exact, rel=0.05)

@@ -7,15 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from client import policy_file, self_test, serve
+from client.agent import process, self_test
+from client.policy import file
 from client.train import private
-from common import accounting, cli, config, identity, noise, privacy_bounds
-from common.config_privacy import PrivacyConfig
+from common import accounting, cli
 from common.errors import PrivacyError
-from common.noise import SeededNoise, SystemNoise
+from common.privacy import bounds, noise
+from common.privacy.noise import SeededNoise, SystemNoise
+from common.run import config
+from common.run.schema.privacy import PrivacyConfig
+from common.trust import identity
 from simulations.audit import mechanism
-from simulations.cli import app
-from tests import tiny, vault
+from simulations.cli.app import app
+from tests import tiny
+from tests.samples import vault
 
 DELTA = 1e-5
 SETTINGS = {(1.0, 8.0, 20): 2.26, (0.25, 2.0, 50): 4.44, (0.1, 1.0, 100): 7.05}
@@ -108,13 +113,13 @@ def test_the_one_run_bound_never_exceeds_the_claim_when_the_noise_is_right(seed)
 
 @pytest.mark.parametrize(("m", "wanted"), [(20, 1.8), (50, 2.8), (100, 3.5), (200, 4.2), (500, 5.1), (1000, 5.8)])
 def test_the_ceiling_is_the_published_one(m, wanted):
-    found = privacy_bounds.one_run_epsilon(num_canaries=m, num_guesses=m, num_right=m, dp_delta=DELTA)
+    found = bounds.one_run_epsilon(num_canaries=m, num_guesses=m, num_right=m, dp_delta=DELTA)
     assert found == pytest.approx(wanted, abs=0.05)
 
 
 def test_guesses_without_any_skill_refute_nothing():
     for m in (20, 100, 1000):
-        assert privacy_bounds.one_run_epsilon(num_canaries=m, num_guesses=m, num_right=m // 2, dp_delta=DELTA) < 1e-9
+        assert bounds.one_run_epsilon(num_canaries=m, num_guesses=m, num_right=m // 2, dp_delta=DELTA) < 1e-9
 
 
 @pytest.mark.parametrize(("noise_multiplier", "num_steps"), [(8.0, 20), (20.0, 100)])
@@ -122,14 +127,14 @@ def test_the_formula_of_gaussian_privacy_agrees_with_the_accountant(noise_multip
     wanted = accounting.epsilon(
         sampling_prob=1.0, noise_multiplier=noise_multiplier, num_steps=num_steps, dp_delta=DELTA
     )
-    found = privacy_bounds.gdp_epsilon(math.sqrt(num_steps) / noise_multiplier, dp_delta=DELTA)
+    found = bounds.gdp_epsilon(math.sqrt(num_steps) / noise_multiplier, dp_delta=DELTA)
     assert found == pytest.approx(wanted, abs=1e-3)
 
 
 @pytest.mark.parametrize(("mu", "epsilon"), [(0.2367, 1.0), (0.6477, 3.0), (1.5315, 8.0)])
 def test_the_formula_of_gaussian_privacy_gives_published_values(mu, epsilon):
-    assert privacy_bounds.gdp_epsilon(mu, dp_delta=1e-6) == pytest.approx(epsilon, abs=2e-3)
-    assert privacy_bounds.gdp_epsilon(mu / 2, dp_delta=1e-6) < 0.6 * epsilon
+    assert bounds.gdp_epsilon(mu, dp_delta=1e-6) == pytest.approx(epsilon, abs=2e-3)
+    assert bounds.gdp_epsilon(mu / 2, dp_delta=1e-6) < 0.6 * epsilon
 
 
 def test_canaries_cannot_be_told_apart_by_the_coins_alone():
@@ -154,12 +159,12 @@ def test_an_agent_whose_policy_requires_privacy_does_not_start_with_half_the_noi
     site_key = tmp_path / "site.pem"
     identity.create(site_key)
     guarded = {mode: agent_node(tmp_path / mode, engine, mode=mode, key=site_key) for mode in ("required", "none")}
-    serve.make_agent(guarded["required"])
+    process.make_agent(guarded["required"])
     right = SystemNoise.discrete
     monkeypatch.setattr(SystemNoise, "discrete", lambda *given, **named: right(*given, **named) * 0.5)
-    serve.make_agent(guarded["none"])
+    process.make_agent(guarded["none"])
     with pytest.raises(PrivacyError, match=r"self-test.*does not start"):
-        serve.make_agent(guarded["required"])
+        process.make_agent(guarded["required"])
 
 
 def agent_node(folder, engine, *, mode: str, key):
@@ -168,7 +173,7 @@ def agent_node(folder, engine, *, mode: str, key):
     policy = folder / "policy.toml"
     text = vault.policy_text(engine.base_sha256)
     policy.write_text(text.replace('mode = "none"', f'mode = "{mode}"'))
-    policy_file.sign(policy, vault.ADMIN)
+    file.sign(policy, vault.ADMIN)
     agent = {"policy": str(policy), "policy_signer": identity.public_hex(vault.ADMIN), "identity_key": str(key)}
     sections = {"site": {"name": "north"}, "data": {"path": "rows.jsonl"}}
     return config.NodeConfig.model_validate({**sections, "agent": {**agent, "log_folder": str(folder)}})

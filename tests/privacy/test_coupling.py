@@ -8,12 +8,19 @@ import pytest
 import torch
 
 from client.train import coupling, local, private, unit_gradients, units
-from common import adapter, config, loading, manifest, model, noise, objectives, preference_score, wire
-from common.config_privacy import PrivacyConfig
+from common.adapter import adapter
 from common.errors import PrivacyError
-from common.noise import SeededNoise
-from common.objectives import Objective
-from tests import architectures, tiny
+from common.frame import wire
+from common.loss import objectives, preference_score
+from common.loss.objectives import Objective
+from common.model import base as model
+from common.model import loading
+from common.privacy import noise
+from common.privacy.noise import SeededNoise
+from common.run import config, manifest
+from common.run.schema.privacy import PrivacyConfig
+from tests import tiny
+from tests.samples import architectures
 
 CLIP_NORM = 0.01
 NUM_UNITS = 12
@@ -255,7 +262,7 @@ def by_row(examples):
 
 
 def _site_data(rows):
-    from client.agent import SiteData
+    from client.agent.agent import SiteData
 
     return SiteData(rows, [tiny.pair(40)])
 

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from client import ledger, ledger_file, site_ledger
-from client.budget import Budget
-from client.ledger_file import Disk
+from client.ledger import file as ledger_file
+from client.ledger import ledger
+from client.ledger.budget import Budget
+from client.ledger.file import Disk
+from client.memory import site_ledger
 from common.accounting import Event
+from common.data.rows import Message
 from common.errors import AccountingUnsupported, BudgetExhausted, LedgerError, PrivacyError
-from common.rows import Message
-from tests import ledgers, vault
-from tests.ledgers import HEADER, KEY, ROUND, RUN
+from tests.samples import ledgers, vault
+from tests.samples.ledgers import HEADER, KEY, ROUND, RUN
 
 
 @pytest.fixture
@@ -313,10 +315,10 @@ def test_without_the_lock_two_writers_lose_a_charge(tmp_path):
 
 def test_one_data_set_has_one_budget_whatever_it_is_called(tmp_path):
     """Renamed in the policy, under another unit column or as a part of it; other people's rows are another one."""
-    from client import policy_file
-    from client.history import History
-    from common import config
-    from common.audit import AuditLog
+    from client.memory.history import History
+    from client.policy import file as policy_file
+    from common.run import config
+    from common.trust.journal import AuditLog
     from tests import tiny
 
     key, base = vault.SITE, "ab" * 32

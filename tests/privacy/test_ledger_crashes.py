@@ -1,6 +1,7 @@
 """A ledger that is stopped at any place never forgets a charge.
 
-Most stops are of a disk in memory (`tests/ledgers.py`), which may lose whatever was not fsynced; a few are real.
+Most stops are of a disk in memory (`tests/samples/ledgers.py`), which may lose whatever was not fsynced; a few are
+real.
 """
 
 import contextlib
@@ -14,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from client import ledger
-from client.ledger_file import Disk
+from client.ledger import ledger
+from client.ledger.file import Disk
 from common.errors import LedgerError, StorageError
-from tests import ledgers
-from tests.ledgers import HEADER, KEY, PATH, ROUND, RUN, Account, Crash, ForgetfulDisk
+from tests.samples import ledgers
+from tests.samples.ledgers import HEADER, KEY, PATH, ROUND, RUN, Account, Crash, ForgetfulDisk
 
 ROOT = Path(__file__).parents[2]
 NUM_CRASHES = 10_000
@@ -95,8 +96,8 @@ def test_a_failing_disk_pays_for_nothing_and_says_so(tmp_path, call):
 
 WORKER = """
 import sys
-from client import ledger
-from tests.ledgers import HEADER, KEY, RUN
+from client.ledger import ledger
+from tests.samples.ledgers import HEADER, KEY, RUN
 from common.accounting import Event
 found = ledger.open_ledger(__import__("pathlib").Path(sys.argv[1]), key=KEY, header=HEADER)
 number = len(found.budget().reservations)

@@ -20,8 +20,8 @@ import torch
 from dp_accounting.pld import privacy_loss_distribution
 from scipy import stats
 
-from common import discrete_gaussian, noise
-from common.noise import SeededNoise, SystemNoise
+from common.privacy import discrete_gaussian, noise
+from common.privacy.noise import SeededNoise, SystemNoise
 
 CPU = torch.device("cpu")
 RIGHT, WRONG = 1e-8, 1e-12

@@ -3,12 +3,17 @@
 import pytest
 import torch
 
-from client.agent import SiteData
+from client.agent.agent import SiteData
 from client.train import private, unit_gradients, units
-from common import adapter, events, likelihood, model, noise
+from common import events
+from common.adapter import adapter
 from common.errors import ModelError
-from common.kinds import DEFAULTS
-from server import run, run_files
+from common.loss import likelihood
+from common.model import base
+from common.privacy import noise
+from common.run.catalogue.kinds import DEFAULTS
+from server.folder import run_files
+from server.run import run
 from tests import tiny
 
 KINDS = {
@@ -53,7 +58,7 @@ def naive(engine, rows) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_private_step_is_that_of_a_naive_loop(load_tiny, kind):
     engine = stirred(load_tiny, kind)
-    rows, _ = model.encode(engine, tiny.rows(7), tiny.settings("tiny").data)
+    rows, _ = base.encode(engine, tiny.rows(7), tiny.settings("tiny").data)
     wanted = naive(engine, rows)
     with unit_gradients.prepared(engine, method="auto") as (take, is_many):
         batches = ([unit] for unit in units.group(rows))
@@ -74,7 +79,7 @@ def test_a_private_step_is_that_of_a_naive_loop(load_tiny, kind):
 
 
 def _batch(engine, rows):
-    from common import prompts
+    from common.text import prompts
 
     return prompts.collate(rows, pad_id=engine.pad_id)
 

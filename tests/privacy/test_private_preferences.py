@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from client.train import local, private, unit_gradients, units
-from common import adapter, config, noise, objectives, preference_score
-from common.config_privacy import PrivacyConfig
+from common.adapter import adapter
 from common.errors import PrivacyError
-from common.noise import SeededNoise
-from common.objectives import Objective, Pair
-from common.prompts import Encoded
+from common.loss import objectives, preference_score
+from common.loss.objectives import Objective, Pair
+from common.privacy import noise
+from common.privacy.noise import SeededNoise
+from common.run import config
+from common.run.schema.privacy import PrivacyConfig
+from common.text.prompts import Encoded
 from tests import tiny
 
 TOLERANCE = 1e-5  # relative; two orders of summation in float32 differ by a tenth of it

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from client.train import local, private, units
-from common import adapter, config, model
-from common.clipping import ClipNorm
-from common.config_privacy import PrivacyConfig
+from common.adapter import adapter
 from common.errors import PrivacyError
-from common.noise import SeededNoise
+from common.model import base
+from common.privacy.clipping import ClipNorm
+from common.privacy.noise import SeededNoise
+from common.run import config
+from common.run.schema.privacy import PrivacyConfig
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -41,7 +43,7 @@ def settings(**changes) -> PrivacyConfig:
 
 def encoded(engine, count: int):
     run = tiny.settings("tiny")
-    return model.encode(engine, tiny.rows(count), run.data)[0]
+    return base.encode(engine, tiny.rows(count), run.data)[0]
 
 
 def one_step(engine, rows, privacy, source) -> torch.Tensor:
@@ -145,7 +147,7 @@ def test_training_lowers_the_loss_when_the_noise_is_small_and_not_when_it_is_lar
 
 
 def held_out(engine, rows) -> float:
-    from common import evaluation
+    from common.loss import evaluation
 
     total, count = evaluation.held_out_nll(engine, rows, batch_size=8)
     return total / count

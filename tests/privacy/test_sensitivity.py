@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from client.train import private, unit_gradients, units
-from common import adapter, noise, prompts
-from common.prompts import Encoded
+from common.adapter import adapter
+from common.privacy import noise
+from common.text import prompts
+from common.text.prompts import Encoded
 from tests import tiny
 
 TOLERANCE = 1e-6

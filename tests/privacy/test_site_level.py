@@ -5,15 +5,17 @@ import math
 import pytest
 import torch
 
-from client import protect
-from client.protect import RawDelta
-from common import accounting, adapter, clipping, compact, site_privacy
-from common.config_privacy import PrivacyConfig
-from common.config_wire import WireConfig
+from client.agent import protect
+from client.agent.protect import RawDelta
+from common import accounting
+from common.adapter import adapter, compact
 from common.errors import FloorRefused, PrivacyError
-from common.noise import SeededNoise, SystemNoise
-from server import sampling
+from common.privacy import clipping, sites
+from common.privacy.noise import SeededNoise, SystemNoise
+from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.wire import WireConfig
 from server.aggregate import mean, noised
+from server.fleet import sampling
 from tests import tiny
 
 SHAPES = {"m.lora_A.weight": (4, 50), "m.lora_B.weight": (50, 4)}
@@ -146,10 +148,10 @@ def test_more_sites_than_the_quorum_add_noise_and_that_is_what_is_accounted():
     assert found == pytest.approx(2.0 * CLIP * math.sqrt(9 / 4), rel=0.04)
     run = settings(**{"privacy.noise_at": '"sites"', "privacy.sampling_prob": "1.0", "privacy.noise_multiplier": "8.0"})
     least = run.federation.min_sites
-    at_quorum = site_privacy.spent(run, [least] * 20)
+    at_quorum = sites.spent(run, [least] * 20)
     assert at_quorum == pytest.approx(2.2581, abs=2e-4)  # the reference's q = 1, sigma = 8, T = 20
-    assert site_privacy.spent(run, [None] * 20) == at_quorum
-    assert site_privacy.spent(run, [4 * least] * 80) == pytest.approx(2.2581, abs=1e-3)  # twice the noise, four times T
+    assert sites.spent(run, [None] * 20) == at_quorum
+    assert sites.spent(run, [4 * least] * 80) == pytest.approx(2.2581, abs=1e-3)  # twice the noise, four times T
 
 
 def settings(**changes):
@@ -167,33 +169,33 @@ def settings(**changes):
 
 def test_epsilon_is_the_published_one():
     run = settings()
-    assert site_privacy.spent(run, [7] * 50) == pytest.approx(4.4403, abs=1e-4)  # q = 0.25, sigma = 2, T = 50
-    assert site_privacy.spent(run, [0] * 50) == site_privacy.spent(run, [900] * 50)  # who came changes nothing
+    assert sites.spent(run, [7] * 50) == pytest.approx(4.4403, abs=1e-4)  # q = 0.25, sigma = 2, T = 50
+    assert sites.spent(run, [0] * 50) == sites.spent(run, [900] * 50)  # who came changes nothing
     all_of_them = settings(**{"privacy.sampling_prob": "1.0", "privacy.noise_multiplier": "20"})
-    assert site_privacy.spent(all_of_them, [1000] * 100) == pytest.approx(1.9931, abs=1e-4)
+    assert sites.spent(all_of_them, [1000] * 100) == pytest.approx(1.9931, abs=1e-4)
 
 
 def test_whoever_knows_who_was_drawn_gets_no_sampling_for_free():
     run = settings()
     log = [{"kind": "site_trained", "round": number, "site": "a"} for number in range(20)]
     log += [{"kind": "round_finished", "round": number, "num_updates": 1} for number in range(50)]
-    told = site_privacy.spent_by(run, log, num_rounds=50)
+    told = sites.spent_by(run, log, num_rounds=50)
     assert told["epsilon_insider"] == pytest.approx(
         accounting.epsilon(sampling_prob=1.0, noise_multiplier=2.0, num_steps=20, dp_delta=1e-5)
     )
     assert told["epsilon_insider"] > told["epsilon"]
     weak = settings(**{"privacy.noise_at": '"sites"', "privacy.sampling_prob": "1.0", "federation.min_sites": "900"})
-    assert site_privacy.spent_by(weak, log, num_rounds=50)["epsilon_insider"] is None
+    assert sites.spent_by(weak, log, num_rounds=50)["epsilon_insider"] is None
 
 
 def test_few_sites_are_refused_with_the_figure_unless_accepted():
     few = settings(**{"federation.num_sites": "5", "privacy.sampling_prob": "1.0", "privacy.noise_multiplier": "2.684"})
     with pytest.raises(FloorRefused, match=r"noise to signal is 1,80\d: with 5 sites.*--i-accept"):  # the reference's
-        site_privacy.require_signal(few, 11_300_000, is_accepted=False)
-    site_privacy.require_signal(few, 11_300_000, is_accepted=True)
+        sites.require_signal(few, 11_300_000, is_accepted=False)
+    sites.require_signal(few, 11_300_000, is_accepted=True)
     many = settings(**{"privacy.sampling_prob": "1.0", "privacy.noise_multiplier": "2.684"})
-    site_privacy.require_signal(many, 11_300_000, is_accepted=False)
-    assert site_privacy.noise_ratio(many, 11_300_000) == pytest.approx(9.0, abs=0.05)
+    sites.require_signal(many, 11_300_000, is_accepted=False)
+    assert sites.noise_ratio(many, 11_300_000) == pytest.approx(9.0, abs=0.05)
 
 
 def test_sites_are_drawn_each_for_itself():
@@ -251,7 +253,7 @@ def test_a_weight_is_refused():
 
 def test_a_round_that_was_released_is_not_played_again():
     log = [{"kind": "round_finished", "round": number} for number in range(3)]
-    site_privacy.check_resume(log, num_rounds=3)
-    site_privacy.check_resume(log[:2], num_rounds=3)  # stopped between checkpoint and event
+    sites.check_resume(log, num_rounds=3)
+    sites.check_resume(log[:2], num_rounds=3)  # stopped between checkpoint and event
     with pytest.raises(PrivacyError, match="round 3 was released, and the newest whole checkpoint is of round 2"):
-        site_privacy.check_resume(log, num_rounds=2)
+        sites.check_resume(log, num_rounds=2)

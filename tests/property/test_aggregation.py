@@ -7,10 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import orthonormal, ranks, trainable
-from common.methods import FACTS
-from common.records import TensorSpec
-from server.aggregate import factored, gap, products, table
+from common.adapter import orthonormal, ranks
+from common.frame.records import TensorSpec
+from common.run import trainable
+from common.run.catalogue.methods import FACTS
+from server.aggregate import factored, gap, products
+from server.aggregate.methods import table
 
 EXACT = sorted(name for name, facts in FACTS.items() if facts.is_exact)
 MIXED = sorted(name for name in EXACT if FACTS[name].mixed_ranks == "yes")

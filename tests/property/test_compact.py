@@ -8,13 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client import protect, residual
-from client.protect import RawDelta
-from common import adapter, compact, packing
-from common.config_privacy import PrivacyConfig
-from common.config_wire import WireConfig
+from client.agent import protect, residual
+from client.agent.protect import RawDelta
+from common.adapter import adapter, compact
 from common.errors import DataError, ModelError, WireError
-from common.noise import SeededNoise
+from common.privacy.noise import SeededNoise
+from common.run import packing
+from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.wire import WireConfig
 
 INTEGERS = sorted(packing.BITS)
 SHAPES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4)

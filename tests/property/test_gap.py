@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from server.aggregate import fedavg, gap
+from server.aggregate import gap
+from server.aggregate.methods import fedavg
 
 A, B = "m.lora_A.weight", "m.lora_B.weight"
 SIZES = {

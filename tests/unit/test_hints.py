@@ -11,14 +11,19 @@ from pathlib import Path
 
 import pytest
 
-import client.cli
-import server.cli
-import simulations.cli
+import client.cli.app
+import server.cli.app
+import simulations.cli.app
 from common import cli
-from tests import tiny, vault
+from tests import tiny
+from tests.samples import vault
 
 ROOT = Path(__file__).parents[2]
-APPS = {"silotune-sim": simulations.cli.app, "silotune-server": server.cli.app, "silotune-client": client.cli.app}
+APPS = {
+    "silotune-sim": simulations.cli.app.app,
+    "silotune-server": server.cli.app.app,
+    "silotune-client": client.cli.app.app,
+}
 
 
 @pytest.fixture

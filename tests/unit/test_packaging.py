@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from common import events, extras
-from server import run_files
+from server.folder import run_files
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +118,7 @@ def brought(extra: str) -> set[str]:
 
 @pytest.mark.parametrize(("script", "extra"), SCRIPTS.items())
 def test_an_extra_holds_all_that_its_commands_import(script, extra):
-    module = {"client": "client.cli", "server": "server.cli", "sim": "simulations.cli"}[extra]
+    module = {"client": "client.cli.app", "server": "server.cli.app", "sim": "simulations.cli.app"}[extra]
     roots = reached(module) - OPTIONAL
     assert {"torch", "typer", "pydantic"} < roots
     there = brought(extra)
@@ -133,7 +133,7 @@ def test_an_extra_holds_all_that_its_commands_import(script, extra):
 
 
 def test_control_an_extra_alone_lacks_what_another_is_for():
-    assert "starlette" in reached("server.cli")
+    assert "starlette" in reached("server.cli.app")
     assert "starlette" not in brought("client")
     assert {"starlette", "opacus", "scipy"} <= brought("sim")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from client.cli import app as client
-from server.cli import app as server
-from simulations.cli import app as sim
+from client.cli.app import app as client
+from server.cli.app import app as server
+from simulations.cli.app import app as sim
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted({ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*.md")})

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from common import config, identity
-from server import run_files
-from tests import sample_events, tiny, vault
+from common.run import config
+from common.trust import identity
+from server.folder import run_files
+from tests import tiny
+from tests.samples import events, vault
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "opacus", "trl", "grpc", "ray"]
@@ -73,7 +75,7 @@ def run_folder(tmp_path):
     folder = tmp_path / "run"
     log = run_files.prepare(tiny.settings("tiny"), folder)
     end = {"kind": "run_finished", "adapter": "adapter", "num_rounds": 1, "stage": "final"}
-    for event in (sample_events.PLAN, sample_events.joined("north"), sample_events.evaluated(0, 3.0, north=3.0), end):
+    for event in (events.PLAN, events.joined("north"), events.evaluated(0, 3.0, north=3.0), end):
         log.append(event["kind"], **{key: value for key, value in event.items() if key != "kind"})
     return folder
 
@@ -103,7 +105,7 @@ def test_what_only_looks_loads_no_model_library(run_folder, node_file, tmp_path)
     (tmp_path / "pairs.jsonl").write_text(
         "".join(json.dumps({"prompt": f"p{n}", "chosen": f"good {n}", "rejected": f"bad {n}"}) + "\n" for n in range(9))
     )
-    server, client, sim = "server.cli", "client.cli", "simulations.cli"
+    server, client, sim = "server.cli.app", "client.cli.app", "simulations.cli.app"
     lines = {
         (server, "--help"): 0,
         (server, "--version"): 0,
@@ -143,22 +145,22 @@ def test_long_commands_say_at_once_that_they_load_something(node_file, tmp_path)
     """Control: these do ask for torch, so the test above can see that."""
     (tmp_path / "run.toml").write_text(tiny.RUN_FILE.format(base="embedded") + 'data.source = "embedded"\n')
     lines = [
-        ["simulations.cli", "run", str(tmp_path / "run.toml"), "--output", str(tmp_path / "out")],
-        ["client.cli", "serve", str(node_file)],
-        ["client.cli", "doctor", str(node_file)],
-        ["server.cli", "doctor", "--run", str(tmp_path / "run.toml")],
-        ["server.cli", "serve", str(tmp_path), "--base", str(tmp_path), "--engine", "transformers"],
+        ["simulations.cli.app", "run", str(tmp_path / "run.toml"), "--output", str(tmp_path / "out")],
+        ["client.cli.app", "serve", str(node_file)],
+        ["client.cli.app", "doctor", str(node_file)],
+        ["server.cli.app", "doctor", "--run", str(tmp_path / "run.toml")],
+        ["server.cli.app", "serve", str(tmp_path), "--base", str(tmp_path), "--engine", "transformers"],
     ]
     found = play([{"line": line, "refused": ["torch"]} for line in lines], is_apart=True)
     for line, one in zip(lines, found, strict=True):
         assert one["err"].splitlines()[0] == "loading torch and transformers, which takes some seconds ...", line
         assert one["asked"] == ["torch"], line
         assert one["cpu_s"] < MAX_CPU_S, line
-    away = ["server.cli", "run", str(tmp_path / "run.toml"), "--superlink", "127.0.0.1:1", "--ca", "no.pem"]
+    away = ["server.cli.app", "run", str(tmp_path / "run.toml"), "--superlink", "127.0.0.1:1", "--ca", "no.pem"]
     (started,) = play([{"line": [*away, "--output", str(tmp_path / "far")], "refused": ["torch"]}], is_apart=True)
     assert started["out"].splitlines()[0] == f"starting tiny in {tmp_path / 'far'} at the SuperLink 127.0.0.1:1"
     assert (started["asked"], started["code"]) == ([], 2), started["err"]
-    demo = ["simulations.cli", "demo", "--output", str(tmp_path / "out"), "-q"]
+    demo = ["simulations.cli.app", "demo", "--output", str(tmp_path / "out"), "-q"]
     (quiet,) = play([{"line": demo, "refused": ["torch"]}], is_apart=True)
     assert quiet["err"].startswith("error: silotune-sim demo needs")
 
@@ -167,11 +169,11 @@ def test_a_library_that_is_not_installed_is_told_with_the_command_that_installs_
     register = ["register", "k.pub", "--name", "a", "--superlink", "127.0.0.1:1", "--ca", "ca.pem"]
     link = ["link", "--gateway", "a:1", "--ca", "c", "--certificate", "c", "--key", "k", "--state", "s"]
     cases = {
-        ("server.cli", "status", str(run_folder), "--json"): ("cryptography", "silotune-server status", "server"),
-        ("server.cli", *register): ("httpx", "silotune-server register", "server"),
-        ("client.cli", "runs", str(node_file)): ("cryptography", "silotune-client runs", "client"),
-        ("client.cli", *link): ("h11", "silotune-client link", "client"),
-        ("simulations.cli", "sweep", "x.toml", "--output", str(tmp_path)): ("scipy", "silotune-sim sweep", "sim"),
+        ("server.cli.app", "status", str(run_folder), "--json"): ("cryptography", "silotune-server status", "server"),
+        ("server.cli.app", *register): ("httpx", "silotune-server register", "server"),
+        ("client.cli.app", "runs", str(node_file)): ("cryptography", "silotune-client runs", "client"),
+        ("client.cli.app", *link): ("h11", "silotune-client link", "client"),
+        ("simulations.cli.app", "sweep", "x.toml", "--output", str(tmp_path)): ("scipy", "silotune-sim sweep", "sim"),
     }
     found = play([{"line": line, "refused": [missing]} for line, (missing, *_) in cases.items()], is_apart=True)
     for (missing, command, extra), one in zip(cases.values(), found, strict=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flwr.serverapp import ServerApp
 
-from server.grid import GridFleet
+from server.fleet.grid import GridFleet
 
 app = ServerApp()
 

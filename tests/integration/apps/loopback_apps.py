@@ -7,19 +7,19 @@ import sys
 import time
 from pathlib import Path
 
-from client import service
+from client.courier import door
 
 MIB = 1 << 20
 
 
 def agent(argument: str) -> None:
     """Serve the hash of every frame, and the frame backwards."""
-    server = service.serve(
+    server = door.serve(
         lambda frame: hashlib.sha256(frame).digest() + frame[::-1],
         socket_path=Path(argument),
         max_message_bytes=16 * MIB,
     )
-    service.wait(server)
+    door.wait(server)
 
 
 def exchange(fleet) -> dict:
@@ -43,7 +43,7 @@ if __name__ == "__main__":
 else:
     from flwr.serverapp import ServerApp
 
-    from server.grid import GridFleet
+    from server.fleet.grid import GridFleet
 
     app = ServerApp()
 

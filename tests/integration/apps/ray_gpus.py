@@ -8,8 +8,8 @@ from collections.abc import Callable
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from common import envelope
-from simulations import flower_engine
+from common.frame import envelope
+from simulations.engines import flower
 
 
 def agent_for(site_index: int) -> Callable[[bytes], bytes]:
@@ -27,7 +27,7 @@ def main(num_workers: int, num_gpus: int) -> None:
         replies = grid.send_and_receive(requests, timeout=60)
         return [json.loads(envelope.unpack(reply.content)) for reply in replies]
 
-    seen = flower_engine.run(ask, agent_for, num_sites=4, num_workers=num_workers, num_gpus=num_gpus)
+    seen = flower.run(ask, agent_for, num_sites=4, num_workers=num_workers, num_gpus=num_gpus)
     print(json.dumps(dict(sorted(seen))))
 
 

@@ -4,8 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-from server import run_files
-from simulations import engines, world
+from server.folder import run_files
+from simulations.engines import engines
+from simulations.world import world
 from tests import tiny
 
 

@@ -3,22 +3,24 @@
 import sys
 from pathlib import Path
 
-from client import rows, serve, service
-from common import config
+from client.agent import process
+from client.cli import rows
+from client.courier import door
 from common.data import read
+from common.run import config
 from tests.leaks import canaries, encodings, smuggler
 
 
 def main() -> None:
     node = config.load_node(Path(sys.argv[1]))
-    agent = serve.make_agent(node)
+    agent = process.make_agent(node)
     tokenizer = rows.load_tokenizer(node, rows.Asked())
     forms = encodings.all_of(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
     smuggler.corrupt(agent, canaries.texts(read.read_table(node.data.path)), forms)
-    server = service.serve(
+    server = door.serve(
         agent.answer, socket_path=Path(node.agent.socket), max_message_bytes=node.agent.max_message_mib << 20
     )
-    service.wait(server)
+    door.wait(server)
 
 
 if __name__ == "__main__":

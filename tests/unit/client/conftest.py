@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests import federations, patients
+from tests.samples import federations, patients
 
 
 @pytest.fixture(scope="module")

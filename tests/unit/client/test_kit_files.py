@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from common import identity, kit
 from common.errors import AuthError, ConfigError
-from tests.federations import start
+from common.trust import identity, kit
+from tests.samples.federations import start
 
 
 def planted(federation, tmp_path, *, name: str = "alder") -> tuple[Path, Path]:

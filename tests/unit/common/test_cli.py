@@ -187,7 +187,7 @@ def test_a_new_folder_never_meets_an_old_one(tmp_path):
     assert cli.fresh_folder(tmp_path, "demo") == tmp_path / "demo-3"
 
 
-@pytest.mark.parametrize("command", ["simulations.cli", "client.cli", "server.cli"])
+@pytest.mark.parametrize("command", ["simulations.cli.app", "client.cli.app", "server.cli.app"])
 def test_help_answers_at_once_without_the_heavy_libraries(command):
     heavy = ["torch", "transformers", "peft", "flwr", "bitsandbytes", "datasets", "ray", "grpc", "pandas"]
     code = (
@@ -265,7 +265,7 @@ def test_the_version_is_told_without_a_command(capsys):
     [("silotune-server sta", "status"), ("silotune-server status --j", "--json"), ("silotune-server -", "--version")],
 )
 def test_the_shell_completes_commands_and_options(words, offered):
-    code = "import sys, server.cli; sys.argv = ['silotune-server']; server.cli.main()"
+    code = "import sys, server.cli.app; sys.argv = ['silotune-server']; server.cli.app.main()"
     asked = {"_SILOTUNE_SERVER_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True)
     assert offered in done.stdout.split(), done.stderr

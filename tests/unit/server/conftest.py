@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from common import events
-from common.manifest import RunManifest
-from common.model import Engine
-from server.export_folder import Exported
-from server.federation import Federation
-from tests import federations, tiny
+from common.model.base import Engine
+from common.run.manifest import RunManifest
+from server.export.folder import Exported
+from server.fleet.federation import Federation
+from tests import tiny
+from tests.samples import federations
 
 Node = Callable[[bytes], bytes | None]
 

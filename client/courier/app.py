@@ -1,0 +1,49 @@
+"""The courier: a Flower ClientApp that carries frames between the link and the agent. Imports no torch.
+
+The node's own configuration says where the agent listens: `flower-supernode --node-config 'agent-socket="PATH"'`.
+Nothing of an exception leaves: Flower would send its text to the server, so every failure is a code.
+"""
+
+from pathlib import Path
+
+from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
+
+from client.courier import line
+from common.errors import TransportError, WireError
+from common.frame import envelope
+
+SOCKET_KEY = "agent-socket"
+app = ClientApp()
+
+
+def carry(kind: str) -> ClientAppCallable:
+    """Make the function that answers messages of one kind."""
+
+    def answer(message: Message, context: Context) -> Message:
+        try:
+            content = _exchange(kind, message, context)
+        except Exception as error:  # noqa: BLE001 - the app's edge; Flower sends an exception's text to the server
+            return Message(Error(_code(error)), reply_to=message)
+        return Message(content, reply_to=message)
+
+    return answer
+
+
+def _exchange(kind: str, message: Message, context: Context) -> RecordDict:
+    """Bytes in, typed call, bytes out."""
+    socket_path = Path(str(context.node_config[SOCKET_KEY]))
+    frame = line.call(socket_path, kind, envelope.unpack(message.content), message.metadata.ttl)
+    return RecordDict({envelope.NAME: ArrayRecord({envelope.NAME: Array(*envelope.declare(frame))})})
+
+
+def _code(error: Exception) -> int:
+    """All that the server learns about a failure."""
+    if isinstance(error, TransportError):
+        return envelope.AGENT_AWAY
+    return envelope.BAD_CONTENT if isinstance(error, WireError) else envelope.COURIER_FAILED
+
+
+for _kind in line.KINDS:
+    app.query(_kind)(carry(_kind))

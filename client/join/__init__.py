@@ -1,0 +1,1 @@
+"""Joining a federation: keys, the start-up kit, membership."""

@@ -1,0 +1,1 @@
+"""What units have spent: the encrypted file, the arithmetic, reserve and settle."""

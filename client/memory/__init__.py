@@ -1,0 +1,1 @@
+"""What a site remembers of runs: history, consent, heads of other logs, what it has paid."""

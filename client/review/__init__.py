@@ -1,0 +1,1 @@
+"""A run and a policy in words, for who decides at a site."""

@@ -1,0 +1,1 @@
+"""The adapter: its tensors, ranks and start, and the forms in which updates travel."""

@@ -1,0 +1,1 @@
+"""What both doctors share: results, checks, probes of addresses."""

@@ -1,0 +1,134 @@
+"""Checks that a site's doctor and a coordinator's share: versions, clock, key files, certificates' end, disk."""
+
+import datetime
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Final
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from common import keyfile
+from common.doctor.doctor import Result, check, failed, ok, size, skipped, told, warning
+from common.errors import ConfigError
+
+PACKAGE: Final = "silotune"
+SHOWN: Final = ("flwr", "torch", "transformers", "peft", "bitsandbytes", "opacus")
+MAX_SKEW_S: Final = 60.0
+WARN_DAYS: Final = 14
+_DAY: Final = datetime.timedelta(days=1)
+
+
+@check("versions", remedy="install silotune anew into an environment of its own, with the release's constraints.txt")
+def versions(
+    extra: str,
+    *,
+    requirements: Sequence[str] | None = None,
+    python: str = "",
+) -> Result:
+    """Compare what is installed with the ranges that the installed silotune names.
+
+    Args:
+        extra: `client` or `server`.
+        requirements: Such as `torch>=2.7,<3`; None: those of the installed distribution.
+        python: A version of Python; empty: this one's.
+    """
+    wanted = [
+        Requirement(text) for text in (metadata.requires(PACKAGE) if requirements is None else requirements) or ()
+    ]
+    ours = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": extra})]
+    problems = [problem for one in ours if (problem := _problem(one))]
+    found = python or platform.python_version()
+    allowed = SpecifierSet(metadata.metadata(PACKAGE)["Requires-Python"] or "")
+    if found not in allowed:
+        problems.append(f"Python {found} is not {allowed}")
+    if problems:
+        return failed("; ".join(problems))
+    shown = [f"{one.name} {metadata.version(one.name)}" for one in ours if one.name in SHOWN]
+    return ok(
+        f"silotune {metadata.version(PACKAGE)}, Python {found}, {', '.join(shown)}; {len(ours)} packages in range"
+    )
+
+
+@check("clock", remedy="let a time server set this machine's clock, as with: timedatectl set-ntp true")
+def clock(skew_s: float | None) -> Result:
+    """Compare this clock with the one that the gateway tells in its answer's Date header.
+
+    Args:
+        skew_s: This clock less the other, in seconds; None: nobody was asked.
+    """
+    if skew_s is None:
+        return skipped("no other clock was asked", "give --gateway")
+    text = f"{abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} the gateway's; at most {MAX_SKEW_S:.0f} s"
+    return ok(text) if abs(skew_s) <= MAX_SKEW_S else failed(text)
+
+
+@check("key files", remedy="restore the key from your backup; a key of another user's process is checked as that user")
+def key_files(paths: Iterable[Path]) -> Result:
+    """Hold private keys against the rule of `common.keyfile`: there, of this user, mode 0600."""
+    given = list(dict.fromkeys(path.absolute() for path in paths))
+    if not given:
+        return skipped("no folder of keys is known", "give --keys DIR")
+    problems: list[tuple[str, str]] = []
+    for path in given:
+        try:
+            keyfile.read(path)
+        except ConfigError as error:
+            problems.append(told(error))
+    if problems:
+        return failed("\n".join(found for found, _ in problems), "; ".join(filter(None, (do for _, do in problems))))
+    return ok(f"{', '.join(path.name for path in given)}: mode 0600, of this user")
+
+
+@check("certificates' end", remedy="renew them")
+def expiry(ends: Mapping[str, datetime.datetime], *, now: datetime.datetime, remedy: str) -> Result:
+    """Tell how long certificates are good; under 14 days is a warning.
+
+    Args:
+        ends: Name to end.
+        now: The time, with its zone.
+        remedy: How such certificates are renewed.
+    """
+    if not ends:
+        return skipped("there is no certificate to look at")
+    first = min(ends, key=lambda name: ends[name])
+    days = (ends[first] - now) / _DAY
+    text = f"{first}: until {ends[first]:%Y-%m-%d}, {days:.0f} days" + (" (the first to end)" if len(ends) > 1 else "")
+    if days <= 0:
+        return failed(f"{first}: ended at {ends[first]:%Y-%m-%d %H:%M} UTC", remedy)
+    return warning(text, remedy) if days < WARN_DAYS else ok(text)
+
+
+@check("disk", remedy="name a folder that this user may write in")
+def disk(
+    folder: Path, *, need_bytes: int, what: str, remedy: str = "free space, or name a folder on another disk"
+) -> Result:
+    """Tell whether a folder can be written and has room.
+
+    Args:
+        folder: Where it will be written; if it is not there, its nearest parent is looked at.
+        need_bytes: Room that is needed.
+        what: What needs it.
+        remedy: What to do where there is too little.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return failed(f"{there} is not a folder that this user may write in")
+    free = shutil.disk_usage(there).free
+    text = f"{there}: {size(free)} free, {size(need_bytes)} needed for {what}"
+    return ok(text) if free >= need_bytes else failed(text, remedy)
+
+
+def _problem(wanted: Requirement) -> str:
+    """What is wrong with one package; empty if it is right."""
+    try:
+        found = metadata.version(wanted.name)
+    except metadata.PackageNotFoundError:
+        return f"{wanted.name} is not installed"
+    return (
+        "" if wanted.specifier.contains(found, prereleases=True) else f"{wanted.name} {found} is not {wanted.specifier}"
+    )

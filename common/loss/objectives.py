@@ -1,0 +1,294 @@
+"""What local training lowers: the likelihood of answers (`sft`), or what people prefer among them (`dpo`, `kto`).
+
+The loss of an example depends on no other example, so that each can be clipped with its unit; the one exception is
+KTO's reference point, which a private run has to fix. B rows, N examples, T tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, TypeVar
+
+import torch
+from torch import Tensor
+
+from common.data.rows import Row
+from common.errors import DataError
+from common.loss import likelihood, preference_loss
+from common.model import base, files
+from common.model.base import Engine
+from common.run import config
+from common.run.schema.objective import ObjectiveName, ReferencePoint
+from common.text import prompts
+from common.text.prompts import Encoded, EncodingReport
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt.
+
+    Attributes:
+        chosen: Prompt and the better answer.
+        rejected: Prompt and the worse one.
+        reference: Log-probability of each answer at the start of the run; empty until
+            `preference_score.with_references`.
+    """
+
+    chosen: Encoded
+    rejected: Encoded
+    reference: tuple[float, ...] = ()
+
+    @property
+    def unit(self) -> str:
+        """The one unit of both."""
+        return self.chosen.unit
+
+    @property
+    def rows(self) -> tuple[Encoded, ...]:
+        """What goes through the model for the loss."""
+        return (self.chosen, self.rejected)
+
+
+@dataclass(frozen=True)
+class Rated:
+    """One answer, and whether it is wanted.
+
+    Attributes:
+        answer: Prompt and answer.
+        is_desirable: What people said of it.
+        mismatched: The prompt with the answer to another one, for the reference point; None where that is zero.
+        reference: Log-probability of answer and mismatched answer at the start; empty until
+            `preference_score.with_references`.
+    """
+
+    answer: Encoded
+    is_desirable: bool
+    mismatched: Encoded | None = None
+    reference: tuple[float, ...] = ()
+
+    @property
+    def unit(self) -> str:
+        """The answer's unit."""
+        return self.answer.unit
+
+    @property
+    def rows(self) -> tuple[Encoded, ...]:
+        """What goes through the model for the loss."""
+        return (self.answer,)
+
+
+Example = Encoded | Pair | Rated
+T = TypeVar("T", bound=Example)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective with its settings; see `[training]` of the run file."""
+
+    name: ObjectiveName = "sft"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    reference_point: ReferencePoint = "batch"
+
+    @classmethod
+    def of(cls, training: config.TrainingConfig) -> "Objective":
+        """Of a run's section `[training]`."""
+        return cls(
+            training.objective,
+            training.beta,
+            training.label_smoothing,
+            training.desirable_weight,
+            training.undesirable_weight,
+            training.reference_point,
+        )
+
+    @property
+    def couples_examples(self) -> bool:
+        """Whether the loss of one example depends on others of its batch, which no clipping of units survives."""
+        return self.name == "kto" and self.reference_point == "batch"
+
+
+SFT: Final = Objective()
+
+
+def encode(engine: Engine, rows: Sequence[Row], run: config.RunConfig) -> tuple[Sequence[Example], EncodingReport]:
+    """Rows to tokens and masks as the run's objective needs them.
+
+    Raises:
+        DataError: No row is left, one is too long and `data.too_long` is `error`, rows are not of this objective, or
+            both answers of all pairs are the same after the cut.
+    """
+    objective = Objective.of(run.training)
+    if objective.name == "sft":
+        return base.encode(engine, rows, run.data)
+    if objective.name == "dpo" and run.data.too_long == "truncate_input":
+        rows = [_shortened(engine, row, run.data) for row in rows]
+    found = [_encode_one(engine, row, run.data) for row in with_others(rows, objective)]
+    kept = [example for example in found if example is not None and not _is_equal(example)]
+    if not kept and any(found):
+        raise DataError(
+            f"both answers of all {sum(map(bool, found))} pairs are the same after the cut at "
+            f"{run.data.max_length_tokens} tokens, so nothing is preferred: raise data.max_length_tokens, or set "
+            'data.too_long = "truncate_input"'
+        )
+    if not kept:
+        raise DataError(
+            f"no answer token is left in any of {len(found)} rows at {run.data.max_length_tokens} tokens: "
+            "raise data.max_length_tokens or shorten the rows"
+        )
+    files.check_token_ids((i for example in kept for row in example.rows for i in row.input_ids), engine.model)
+    return kept, _report(kept, num_rows=len(found))
+
+
+def _shortened(engine: Engine, row: Row, data: config.DataConfig) -> Row:
+    """A pair with an input that fits both answers."""
+    limit = data.max_length_tokens
+    return prompts.shorten(row, engine.tokenizer, max_length_tokens=limit, system_prompt=data.system_prompt)
+
+
+def _is_equal(example: Pair | Rated) -> bool:
+    """Whether a pair's answers are the same tokens, as a cut can make them: its loss then has no gradient."""
+    return isinstance(example, Pair) and example.chosen.input_ids == example.rejected.input_ids
+
+
+def with_others(rows: Sequence[Row], objective: Objective) -> list[tuple[Row, Row | None]]:
+    """Each row and the conversation that goes with it: the rejected answer, or the answer to another prompt.
+
+    Args:
+        rows: Of one side of a site, in order.
+        objective: "dpo" or "kto".
+
+    Raises:
+        DataError: Rows have no label, or there are too few for a reference point.
+    """
+    if objective.name == "dpo":
+        return [(row, replace(row, messages=row.rejected, rejected=())) for row in rows]
+    if any(row.is_desirable is None for row in rows):
+        raise DataError("training.objective = 'kto' needs rows with a label; these have none")
+    if objective.reference_point == "zero":
+        return [(row, None) for row in rows]
+    if len(rows) < 2:
+        raise DataError("KTO's reference point needs two rows; add rows, or set training.reference_point = 'zero'")
+    half = len(rows) // 2  # far away in the file, where the next row is often of the same patient or prompt
+    return [(row, _mismatch(row, rows[(place + half) % len(rows)])) for place, row in enumerate(rows)]
+
+
+def _mismatch(row: Row, other: Row) -> Row:
+    """The prompt of one row and the answer of another."""
+    return replace(row, messages=(*row.messages[: row.num_context], *other.messages[other.num_context :]))
+
+
+def _encode_one(engine: Engine, both: tuple[Row, Row | None], data: config.DataConfig) -> Pair | Rated | None:
+    """One example; None if one of its rows is dropped."""
+    row, other = both
+    if row.is_desirable is None and not row.rejected:
+        raise DataError(f"{row.row_id}: has no rejected answer, which training.objective = 'dpo' needs")
+    first, second = _tokens(engine, row, data), None if other is None else _tokens(engine, other, data)
+    if first is None or (other is not None and second is None):
+        return None
+    if row.is_desirable is None and second is not None:
+        return Pair(first, second)
+    return Rated(first, bool(row.is_desirable), second)
+
+
+def _tokens(engine: Engine, row: Row, data: config.DataConfig) -> Encoded | None:
+    """One conversation, as for every other objective."""
+    return prompts.encode(
+        row,
+        engine.tokenizer,
+        max_length_tokens=data.max_length_tokens,
+        too_long=data.too_long,
+        system_prompt=data.system_prompt,
+    )
+
+
+def _report(kept: Sequence[Pair | Rated], *, num_rows: int) -> EncodingReport:
+    """Count the examples kept; a pair is one."""
+    rows = [row for example in kept for row in example.rows]
+    return EncodingReport(
+        num_rows=num_rows,
+        num_truncated=sum(any(row.num_truncated for row in example.rows) for example in kept),
+        num_dropped=num_rows - len(kept),
+        num_tokens=sum(len(row.input_ids) for row in rows),
+        num_answer_tokens=sum(sum(row.is_answer) for row in rows),
+        max_tokens=max(len(row.input_ids) for row in rows),
+    )
+
+
+def length(example: Example) -> int:
+    """Tokens of an example's longest row."""
+    return max(len(row.input_ids) for row in example.rows)
+
+
+def num_terms(examples: Sequence[Example], objective: Objective) -> int:
+    """What the mean loss is a mean over: answer tokens under `sft`, examples under the others."""
+    if objective.name != "sft":
+        return len(examples)
+    return sum(sum(row.is_answer[1:]) for example in examples for row in example.rows)
+
+
+def loss_sum(engine: Engine, examples: Sequence[Example], objective: Objective, *, origin: float = 0.0) -> Tensor:
+    """Sum of the examples' losses, a scalar that carries gradients; all rows go through the model at once.
+
+    Args:
+        engine: Holds the adapter.
+        examples: With references, unless the objective is `sft`.
+        objective: What is lowered.
+        origin: KTO's reference point, nats.
+
+    Returns:
+        Under `sft` the negative log-likelihood of the answer tokens, nats.
+    """
+    rows = [row for example in examples for row in example.rows]
+    if objective.name == "sft":
+        return likelihood.answer_nll(engine.model, _batch(engine, rows))[0]
+    return losses(examples, log_probs(engine, rows), objective, origin=origin)[0].sum()
+
+
+def losses(
+    examples: Sequence[Example], log_prob_b: Tensor, objective: Objective, *, origin: float
+) -> tuple[Tensor, Tensor]:
+    """Loss and margin of each example, from the log-probabilities of its rows in order.
+
+    Shape: (B,) to (N,) and (N,); a margin is above 0 where the adapter agrees with the preference.
+    """
+    reference_b = log_prob_b.new_tensor([value for e in examples for value in _reference(e)])
+    gain_b = log_prob_b - reference_b
+    if objective.name == "dpo":
+        margin_n = objective.beta * (gain_b[0::2] - gain_b[1::2])
+        return preference_loss.dpo(margin_n, label_smoothing=objective.label_smoothing), margin_n
+    is_wanted_n = torch.tensor([isinstance(e, Rated) and e.is_desirable for e in examples], device=gain_b.device)
+    margin_n = objective.beta * torch.where(is_wanted_n, gain_b - origin, origin - gain_b)
+    weight_n = torch.where(is_wanted_n, objective.desirable_weight, objective.undesirable_weight)
+    return preference_loss.kto(margin_n, weight_n), margin_n
+
+
+def _reference(example: Example) -> tuple[float, ...]:
+    """Log-probabilities at the start of the rows that the loss covers."""
+    if isinstance(example, Encoded) or not example.reference:
+        raise ValueError("this example has no log-probabilities of the run's start; see `preference_score`")
+    return example.reference[: len(example.rows)]
+
+
+def answer_log_probs(peft_model: torch.nn.Module, batch: prompts.Batch) -> Tensor:
+    """Log-probability of each row's answer tokens, summed; nats, float32, with gradients. Shape: (B,)."""
+    logits_nv, targets_n, is_target_bp = likelihood.answer_logits(peft_model, batch)
+    nll_n = torch.nn.functional.cross_entropy(logits_nv, targets_n, reduction="none")
+    return -nll_n.new_zeros(is_target_bp.shape).masked_scatter(is_target_bp, nll_n).sum(1)
+
+
+def log_probs(engine: Engine, rows: Sequence[Encoded]) -> Tensor:
+    """Log-probability of each row's answer under the adapter that is in the engine. Shape: (B,)."""
+    return answer_log_probs(engine.model, _batch(engine, rows))
+
+
+def parts(examples: Sequence[T], batch_size: int) -> Iterator[Sequence[T]]:
+    """Physical batches of similar length; the same ones whatever the order."""
+    ordered = sorted(examples, key=length)
+    return (ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size))
+
+
+def _batch(engine: Engine, rows: Sequence[Encoded]) -> prompts.Batch:
+    """Rows as tensors on the engine's device."""
+    return prompts.collate(rows, pad_id=engine.pad_id).to(engine.device)

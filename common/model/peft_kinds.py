@@ -1,0 +1,194 @@
+"""Kinds of adapters beside LoRA, as peft attaches them; `common.run.catalogue.kinds` says what holds of each.
+
+Whatever is not sent follows from the run: names of layers from base and `[adapter]`, frozen parts from the seed, drawn
+on the CPU and so the same on every device.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import peft
+import torch
+from peft import PeftConfig, PeftType
+from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+from torch import nn
+
+from common.errors import ModelError
+from common.model import skeleton
+from common.run.catalogue.kinds import KINDS
+from common.run.schema.model import AdapterConfig
+
+TASK: Final = "CAUSAL_LM"
+FEED_FORWARD: Final = frozenset(
+    name.rpartition(".")[2]
+    for names in TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.values()
+    for name in names
+)
+
+
+def attach(base: Any, settings: AdapterConfig, *, seed: int) -> nn.Module:
+    """A base with an adapter of any kind but LoRA: float32, as peft starts it, drawn from the seed.
+
+    Args:
+        base: Loaded and frozen.
+        settings: Section `[adapter]`.
+        seed: Of the run.
+
+    Raises:
+        ModelError: The base has no such layers, or a setting does not fit them.
+    """
+    modules = layers(base, settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            model = peft.get_peft_model(base, configuration(settings, modules, seed=seed), autocast_adapter_dtype=True)
+        except (ValueError, KeyError) as error:
+            raise ModelError(f"adapter.kind = '{settings.kind}' does not fit this base: {error}") from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+    return model
+
+
+def configuration(
+    settings: AdapterConfig, modules: Sequence[str], *, seed: int, base: str | None = None, is_trained: bool = True
+) -> PeftConfig:
+    """peft's configuration of `[adapter]`.
+
+    Args:
+        settings: The section; any kind but `lora`.
+        modules: Full names of the layers, as in the base; none for virtual tokens.
+        seed: Of the run: what is frozen and not sent is drawn from it.
+        base: What peft is told of the base; None: nothing.
+        is_trained: Whether it is for training; else it is what an export says.
+    """
+    shared = {"task_type": TASK, "inference_mode": not is_trained, "base_model_name_or_path": base}
+    if KINDS[settings.kind].layers != "input":
+        shared["target_modules"] = list(modules)
+    made: PeftConfig = _makers(settings, modules, seed=seed)[settings.kind](**shared)
+    return made
+
+
+def _makers(settings: AdapterConfig, modules: Sequence[str], *, seed: int) -> dict[str, Any]:
+    """One constructor a kind, with the settings that are its own."""
+    made: Any = functools.partial  # peft's configurations are told apart by nothing that a type checker sees
+    low_rank = {"r": settings.r, "alpha": settings.alpha}
+    lora = {"lora_alpha": settings.alpha, "lora_dropout": settings.dropout, "bias": "none"}
+    tokens = {"num_virtual_tokens": settings.num_virtual_tokens}
+    feed_forward = [name for name in modules if name.rpartition(".")[2] in FEED_FORWARD]
+    return {
+        "dora": made(peft.LoraConfig, use_dora=True, r=settings.r, use_rslora=settings.use_rslora, **lora),
+        "adalora": made(
+            peft.AdaLoraConfig, init_r=settings.r, target_r=settings.final_r, total_step=1, **lora
+        ),  # the schedule is the coordinator's, in rounds (`server.aggregate.adalora`)
+        "loha": made(peft.LoHaConfig, **low_rank),
+        "lokr": made(peft.LoKrConfig, **low_rank),
+        "vera": made(
+            peft.VeraConfig,
+            r=settings.r,
+            vera_dropout=settings.dropout,
+            projection_prng_key=seed,
+            save_projection=False,
+        ),
+        "oft": made(peft.OFTConfig, oft_block_size=settings.block_size),
+        "fourierft": made(
+            peft.FourierFTConfig, n_frequency=settings.num_frequencies, random_loc_seed=seed, init_weights=True
+        ),
+        "miss": made(peft.MissConfig, r=settings.r),
+        "ia3": made(peft.IA3Config, feedforward_modules=feed_forward),
+        "ln_tuning": made(peft.LNTuningConfig),
+        "full": made(peft.LNTuningConfig),  # peft trains a copy of whatever layer it is given
+        "prompt_tuning": made(peft.PromptTuningConfig, prompt_tuning_init="SAMPLE_VOCAB", **tokens),
+        "prefix_tuning": made(peft.PrefixTuningConfig, **tokens),
+        "p_tuning": made(peft.PromptEncoderConfig, **tokens),
+    }
+
+
+def layers(base: nn.Module, settings: AdapterConfig) -> list[str]:
+    """Full names of the layers that the run's kind stands on.
+
+    Raises:
+        ModelError: A name of `adapter.targets` matches no layer, or `oft`'s blocks do not divide one.
+    """
+    where, names = KINDS[settings.kind].layers, settings.target_names
+    if where == "input":
+        return []
+    if where == "norms":
+        return _found(_norms(base), "normalisation layer")
+    is_all = names == ("all-linear",)
+    linears = _linears(base)
+    allowed = linears + (_norms(base) if where == "both" else [])
+    if is_all:
+        return _found(allowed, "linear layer")
+    for wanted in names:
+        if not any(_is_named(name, wanted) for name in allowed):
+            last = sorted({name.rpartition(".")[2] for name in allowed})
+            raise ModelError(f"adapter.targets: '{wanted}' matches no module; choose among {', '.join(last)}")
+    return [name for name in allowed if any(_is_named(name, wanted) for wanted in names)]
+
+
+def check_blocks(base: nn.Module, settings: AdapterConfig) -> None:
+    """Blocks of `oft` must divide the inputs of its layers: peft would take others and only warn.
+
+    Raises:
+        ModelError: Names the first layer where they do not.
+    """
+    if settings.kind != "oft":
+        return
+    for name in layers(base, settings):
+        width = int(base.get_submodule(name).in_features)  # type: ignore[arg-type]
+        if width % settings.block_size:
+            raise ModelError(
+                f"adapter.block_size = {settings.block_size} does not divide the {width} inputs of {name}; choose one "
+                "that divides the inputs of all adapter.targets"
+            )
+
+
+def num_prepended(model: nn.Module) -> int:
+    """Virtual tokens before a row's own: all logits come so many places later."""
+    settings = getattr(model, "active_peft_config", None)
+    if settings is None or settings.peft_type not in (PeftType.PROMPT_TUNING, PeftType.P_TUNING):
+        return 0
+    return int(settings.num_virtual_tokens)
+
+
+def _linears(base: Any) -> list[str]:
+    """All linear layers but the output head, as peft's `all-linear` has them."""
+    head = base.get_output_embeddings()
+    return [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and module is not head]
+
+
+def _norms(base: nn.Module) -> list[str]:
+    """All normalisation layers with a weight."""
+    return [
+        name
+        for name, module in base.named_modules()
+        if "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
+    ]
+
+
+def _is_named(module: str, target: str) -> bool:
+    """Whether a module's name ends with a target, as peft compares them."""
+    return module == target or module.endswith(f".{target}")
+
+
+def _found(names: list[str], what: str) -> list[str]:
+    """The names, of which there must be some."""
+    if not names:
+        raise ModelError(f"this base has no {what}; choose another adapter.kind")
+    return names
+
+
+def num_parameters(folder: Path, settings: AdapterConfig) -> int:
+    """Values of an adapter of any kind but LoRA on a base, by peft itself on shapes alone; no weight is read.
+
+    Raises:
+        ModelError: The base's configuration cannot be read, or the kind does not fit it.
+    """
+    base = skeleton.build(folder)
+    with torch.device("meta"):
+        base.requires_grad_(False)
+        model = attach(base, settings, seed=0)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

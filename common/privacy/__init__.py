@@ -1,0 +1,1 @@
+"""Clipping, noise, and what a run costs in privacy."""

@@ -1,0 +1,1 @@
+"""Facts of methods of aggregation and of kinds of adapters."""

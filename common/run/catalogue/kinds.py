@@ -1,0 +1,258 @@
+"""What holds of each kind of adapter, as data: run file, server, sites, policy and pages read it; loads no torch."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+KindName = Literal[
+    "lora", "dora", "adalora", "loha", "lokr", "vera", "oft", "fourierft", "miss", "ia3", "ln_tuning", "full",
+    "prompt_tuning", "prefix_tuning", "p_tuning",
+]  # fmt: skip
+Quantization = Literal["none", "int8", "nf4"]
+ALL: Final[tuple[Quantization, ...]] = ("none", "int8", "nf4")
+DEFAULTS: Final[Mapping[str, object]] = {
+    "r": 16,
+    "alpha": 32.0,
+    "dropout": 0.0,
+    "targets": "all-linear",
+    "use_rslora": False,
+    "target_r": 0,
+    "num_virtual_tokens": 16,
+    "block_size": 32,
+    "num_frequencies": 1000,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What holds of a kind of adapter; what may be combined with it follows from these (`common.run.rules.kinds`).
+
+    Attributes:
+        name: As in `adapter.kind`.
+        title: As in its paper.
+        source: Paper.
+        rule: What is trained, in a line.
+        settings: Keys of `[adapter]` that it uses; any other must be left at its default.
+        tensors: Pattern of what follows a module's name in a tensor's, or of the whole name where no module is touched.
+        layers: What it stands on: linear layers by `adapter.targets`, norms, both, or none (`input`).
+        inexact: Why the mean of its tensors is not the mean of what they do to the model; empty: it is, being linear.
+        bases: Quantisations of the base that it is sound on.
+        float32_on: Quantisations on which it computes in float32 only.
+        starts_from_base: Whether its start is read off the base's weights, and so differs between precisions of it.
+        is_seeded: Whether it has parts that are drawn from the run's seed, never trained and never sent.
+        is_mergeable: Whether it can be added to the base's weights, as merged, quantised and GGUF exports need.
+        nearest: Kinds to take where this one is refused, nearest first.
+    """
+
+    name: KindName
+    title: str
+    source: str
+    rule: str
+    settings: tuple[str, ...]
+    tensors: str
+    layers: Literal["linear", "norms", "both", "input"] = "linear"
+    inexact: str = ""
+    bases: tuple[Quantization, ...] = ALL
+    float32_on: tuple[Quantization, ...] = ()
+    starts_from_base: bool = False
+    is_seeded: bool = False
+    is_mergeable: bool = True
+    nearest: tuple[KindName, ...] = ("lora",)
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether it is a plain pair A and B, which methods, stacked clipping and the canonical export act on."""
+        return self.name == "lora"
+
+
+_TABLE: Final = (
+    Kind(
+        name="lora",
+        title="LoRA, rsLoRA",
+        source="arXiv:2106.09685",
+        rule="W0 + s B A",
+        settings=("r", "alpha", "dropout", "targets", "use_rslora"),
+        tensors=r"(lora_[ABH]|residual_[AB])\.weight",
+        inexact="the product of the means is not the mean of the products; the gap is shown, and exact methods exist",
+        nearest=("lora",),
+    ),
+    Kind(
+        name="dora",
+        title="DoRA",
+        source="arXiv:2402.09353",
+        rule="LoRA's direction, and a length for each output",
+        settings=("r", "alpha", "dropout", "targets", "use_rslora"),
+        tensors=r"lora_([AB]|magnitude_vector)\.weight",
+        inexact="the weight is a product, divided by its own length",
+        starts_from_base=True,
+        bases=("none", "nf4"),
+        nearest=("lora",),
+    ),
+    Kind(
+        name="adalora",
+        title="AdaLoRA",
+        source="arXiv:2303.10512",
+        rule="P diag(e) Q; each round the coordinator zeroes the least important e, so that all sites agree on ranks",
+        settings=("r", "alpha", "dropout", "targets", "target_r"),
+        tensors=r"lora_[ABE]",
+        inexact="a product of three",
+        nearest=("lora",),
+    ),
+    Kind(
+        name="loha",
+        title="LoHa",
+        source="arXiv:2108.06098",
+        rule="W0 + s (B1 A1) * (B2 A2), value by value",
+        settings=("r", "alpha", "targets"),
+        tensors=r"hada_w[12]_[ab]",
+        inexact="a product of four",
+        bases=("none", "int8"),
+        nearest=("miss", "lora"),
+    ),
+    Kind(
+        name="lokr",
+        title="LoKr",
+        source="arXiv:2309.14859",
+        rule="W0 + s (C x D), a Kronecker product",
+        settings=("r", "alpha", "targets"),
+        tensors=r"lokr_w[12](_[ab])?",
+        inexact="a product",
+        bases=("none", "int8"),
+        nearest=("miss", "lora"),
+    ),
+    Kind(
+        name="vera",
+        title="VeRA",
+        source="arXiv:2310.11454",
+        rule="W0 + diag(b) B diag(d) A; A and B are drawn from the run's seed at every site and never sent",
+        settings=("r", "dropout", "targets"),
+        tensors=r"vera_lambda_[bd]",
+        inexact="a product of b and d",
+        is_seeded=True,
+        nearest=("ia3", "lora"),
+    ),
+    Kind(
+        name="oft",
+        title="OFT",
+        source="arXiv:2306.07280",
+        rule="W0 R, R a rotation in blocks by Cayley's map of skew matrices",
+        settings=("block_size", "targets"),
+        tensors=r"oft_R\.weight",
+        inexact="the mean of skew matrices is one, and not that of the mean of the rotations",
+        nearest=("lora",),
+    ),
+    Kind(
+        name="fourierft",
+        title="FourierFT",
+        source="arXiv:2405.03003",
+        rule="W0 + the inverse Fourier transform of a few coefficients, at places drawn from the run's seed",
+        settings=("num_frequencies", "targets"),
+        tensors=r"fourierft_spectrum",
+        is_seeded=True,
+        nearest=("miss", "lora"),
+    ),
+    Kind(
+        name="miss",
+        title="MiSS",
+        source="arXiv:2409.15371",
+        rule="W0 + one block of r rows, repeated",
+        settings=("r", "targets"),
+        tensors=r"miss_block",
+        nearest=("ia3", "lora"),
+    ),
+    Kind(
+        name="ia3",
+        title="IA3",
+        source="arXiv:2205.05638",
+        rule="a factor for each output, or each input of the feed-forward's last layer",
+        settings=("targets",),
+        tensors=r"ia3_l",
+        float32_on=("int8", "nf4"),
+        nearest=("ln_tuning", "lora"),
+    ),
+    Kind(
+        name="ln_tuning",
+        title="LayerNorm tuning",
+        source="arXiv:2312.11420",
+        rule="the normalisation layers' own weights",
+        settings=(),
+        tensors=r"ln_tuning_layers\.(weight|bias)",
+        layers="norms",
+        float32_on=ALL,
+        nearest=("ia3", "lora"),
+    ),
+    Kind(
+        name="full",
+        title="full fine-tuning",
+        source="no adapter; for small bases",
+        rule="the weights of the targets, with all-linear those of the norms too; never embeddings nor output head",
+        settings=("targets",),
+        tensors=r"ln_tuning_layers\.(weight|bias)",
+        layers="both",
+        bases=("none",),
+        float32_on=ALL,
+        nearest=("lora",),
+    ),
+    Kind(
+        name="prompt_tuning",
+        title="prompt tuning",
+        source="arXiv:2104.08691",
+        rule="embeddings of virtual tokens before each row",
+        settings=("num_virtual_tokens",),
+        tensors=r"prompt_encoder\.embedding\.weight",
+        layers="input",
+        is_mergeable=False,
+        nearest=("ia3", "lora"),
+    ),
+    Kind(
+        name="prefix_tuning",
+        title="prefix tuning",
+        source="arXiv:2101.00190",
+        rule="keys and values of virtual tokens in every layer, without the paper's projection",
+        settings=("num_virtual_tokens",),
+        tensors=r"prompt_encoder\.embedding\.weight",
+        layers="input",
+        is_mergeable=False,
+        nearest=("prompt_tuning", "lora"),
+    ),
+    Kind(
+        name="p_tuning",
+        title="P-tuning",
+        source="arXiv:2103.10385",
+        rule="embeddings of virtual tokens, made by a small network that is trained too",
+        settings=("num_virtual_tokens",),
+        tensors=r"prompt_encoder\.(embedding\.weight|mlp_head\.\d\.(weight|bias))",
+        layers="input",
+        inexact="the mean of networks is not the network of the mean",
+        is_mergeable=False,
+        nearest=("prompt_tuning", "lora"),
+    ),
+)
+KINDS: Final[Mapping[str, Kind]] = {kind.name: kind for kind in _TABLE}
+_MODULE: Final = re.compile(
+    r"(.+?)\.(?:" + "|".join(sorted({kind.tensors for kind in _TABLE if kind.layers != "input"})) + ")"
+)
+
+
+def module_of(name: str) -> str:
+    """The module that a tensor of any kind belongs to; empty for one that stands before the input.
+
+    Example:
+        >>> module_of("base_model.model.q_proj.lora_A.weight"), module_of("prompt_encoder.embedding.weight")
+        ('base_model.model.q_proj', '')
+    """
+    found = _MODULE.fullmatch(name)
+    return found[1] if found else ""
+
+
+def belongs(kind: str, name: str) -> bool:
+    """Whether a tensor's name is one that this kind has.
+
+    Example:
+        >>> belongs("ia3", "base_model.model.q_proj.ia3_l"), belongs("ia3", "base_model.model.q_proj.lora_A.weight")
+        (True, False)
+    """
+    facts = KINDS[kind]
+    prefix = "" if facts.layers == "input" else r".+\."
+    return re.fullmatch(prefix + facts.tensors, name) is not None

@@ -1,0 +1,127 @@
+"""What may leave a site in a run: each figure with its range, the tensors' type, bytes a round; and how large a request
+can be that comes to it. Loads no torch.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from common.frame import wire
+from common.frame.records import SIGNED, OpenedHead, SiteMetrics, TensorSpec, UpdateHead
+from common.run import config, packing, trainable
+from common.run.catalogue.methods import FACTS
+
+HEAD_BYTES: Final = 4096  # more than any head and a frame's own bytes
+ENTRY_BYTES: Final = 128  # of a safetensors header, besides the tensor's name
+REPLIES: Final[Mapping[str, type]] = {"opened": OpenedHead, "update": UpdateHead, "metrics": SiteMetrics}
+AUDIT: Final = (  # head of the site's audit log, signed; nothing of rows
+    "num_audit_entries",
+    "audit_sha256",
+    "audit_time",
+    "audit_signer",
+    "audit_signature",
+)
+NAMES: Final = ("site", "run_sha256", "round_index", "adapter_sha256", *AUDIT, *SIGNED)  # no figures, and known already
+
+PREFERENCES: Final = ("preference_loss_sum", "num_preferred")  # told by runs that learn preferences
+UNTOLD: Final = ("num_tokens", "train_loss", "seconds")  # of drawn rows: no noise covers them
+ROWS_LOST: Final = ("num_truncated", "num_dropped")  # of all rows, likewise
+
+Range = tuple[float, float]
+RANGES: Final[Mapping[str, Range]] = {
+    "num_examples": (0, 1e9),
+    "num_held_out": (0, 1e9),
+    "num_truncated": (0, 1e9),
+    "num_dropped": (0, 1e9),
+    "num_steps": (0, 1e9),
+    "num_tokens": (0, 1e12),
+    "train_loss": (0, 100),
+    "seconds": (0, 2_592_000),
+    "nll_sum": (0, 1e12),
+    "num_answer_tokens": (0, 1e12),
+    "num_rows": (0, 1e9),
+    "num_generated": (0, 1e6),
+    "num_exact": (0, 1e6),
+    "preference_loss_sum": (0, 1e12),
+    "num_preferred": (0, 1e9),
+}
+
+
+@dataclass(frozen=True)
+class Egress:
+    """All that leaves a site; a run's manifest declares it, a site holds the run to it.
+
+    Attributes:
+        dtype: Of the update's tensors; their names and shapes are the manifest's.
+        factors: Which of them are in an update, one entry a round, in turn: `AB` is all, `B` the up-projections.
+        metrics: Kind of reply to its figures, each with its range.
+        bytes_per_message: Largest message.
+        bytes_per_round: Largest sum over a round.
+    """
+
+    dtype: str
+    factors: tuple[str, ...]
+    metrics: Mapping[str, Mapping[str, Range]]
+    bytes_per_message: int
+    bytes_per_round: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the declaration as JSON types."""
+        metrics = {kind: {name: list(limits) for name, limits in own.items()} for kind, own in self.metrics.items()}
+        return {**dataclasses.asdict(self), "metrics": metrics}
+
+
+def declare(run: config.RunConfig, tensor_specs: Sequence[TensorSpec]) -> Egress:
+    """What leaves a site in this run; a function of run and tensors alone.
+
+    Example:
+        >>> sorted(figures("opened"))[:2]
+        ['num_dropped', 'num_examples']
+    """
+    method = run.aggregation.method
+    turns = trainable.all_turns(method, tensor_specs)
+    update = max(num_update_bytes(specs, dtype=run.wire.dtype, density=run.wire.density) for specs in turns)
+    return Egress(
+        dtype=run.wire.dtype,
+        factors=FACTS[method].sends,
+        metrics={kind: {name: RANGES[name] for name in told(kind, run)} for kind in REPLIES},
+        bytes_per_message=update,
+        bytes_per_round=update + 2 * HEAD_BYTES,
+    )
+
+
+def bytes_per_run(declared: Egress, run: config.RunConfig) -> int:
+    """Most bytes that leave in a whole run: its rounds, what is told when it opens, and the scores after polish."""
+    return declared.bytes_per_round * run.federation.num_rounds + HEAD_BYTES * (1 + run.evaluation.num_polish_stages)
+
+
+def request_bytes(run: config.RunConfig, tensor_specs: Sequence[TensorSpec]) -> int:
+    """Most bytes that a request of a run can have, its frame included: one that brings the adapter whole.
+
+    However `wire.down` is set, a site that holds nothing that a step builds on is sent it so.
+    """
+    last = run.federation.num_rounds + (1 if run.evaluation.num_polish_stages else 0)
+    specs = trainable.down_specs(run, tensor_specs, round_index=last)
+    whole = num_update_bytes(specs, dtype="float32") - HEAD_BYTES
+    return whole + wire.MAX_HEAD_BYTES + wire.OVERHEAD_BYTES
+
+
+def figures(kind: str) -> list[str]:
+    """Names of the figures in a kind of reply."""
+    return [field.name for field in dataclasses.fields(REPLIES[kind]) if field.name not in NAMES]
+
+
+def told(kind: str, run: config.RunConfig) -> list[str]:
+    """Names of the figures that a reply of this run tells; the others are None in it."""
+    hidden: tuple[str, ...] = UNTOLD if run.privacy.is_private and kind == "update" else ()
+    hidden += ROWS_LOST if run.privacy.is_private_per_unit and kind == "opened" else ()
+    hidden += PREFERENCES if run.training.objective == "sft" else ()
+    return [name for name in figures(kind) if name not in hidden]
+
+
+def num_update_bytes(tensor_specs: Sequence[TensorSpec], *, dtype: str, density: float = 1.0) -> int:
+    """Most bytes that an update of these tensors can have, its frame included."""
+    names = sum(len(spec.name.encode()) + ENTRY_BYTES for spec in tensor_specs)
+    header = names if packing.is_plain(dtype, density) else 0
+    return packing.body_bytes(tensor_specs, dtype=dtype, density=density) + header + HEAD_BYTES

@@ -1,0 +1,1 @@
+"""What does not go together in a run file; `rules` is the table of it all."""

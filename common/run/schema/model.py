@@ -1,0 +1,123 @@
+"""Sections `[model]` and `[adapter]` of the run file."""
+
+from typing import Final, Literal, cast
+
+from pydantic import Field
+
+from common.run.catalogue.kinds import KindName, Quantization
+from common.run.schema.section import (
+    SITE_QUANTIZATION,
+    SITE_RANKS,
+    TARGETS,
+    Line,
+    RequiredLine,
+    Section,
+    Sha256,
+    of_sites,
+)
+
+BY_HASH: Final = "by-hash"  # a base in a manifest, where its hash is all that names it
+
+
+class ModelConfig(Section):
+    """The base model that every site must hold, and the precision in which it is used."""
+
+    base: RequiredLine = Field(
+        description="The base model: a folder, a name in the local store such as `smollm2`, `embedded`, or a hub id."
+    )
+    revision: Line = Field(default="", description="Commit or tag; only for a hub id. Empty: the newest.")
+    sha256: Sha256 = Field(default="", description="Expected SHA-256 of the base's files. Empty: any.")
+    quantization: Quantization = Field(
+        default="nf4", description="Storage of the frozen base's weights: as they are, 8-bit or 4-bit NormalFloat."
+    )
+    site_quantization: str = Field(
+        default="",
+        pattern=SITE_QUANTIZATION,
+        max_length=65536,
+        description="Sites that hold the base in another precision: `north = none, south = int8`. The others, and the "
+        "coordinator, have `quantization`.",
+    )
+    double_quantization: bool = Field(default=True, description="Quantise the quantiser's scales too; `nf4` only.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Compute type. `auto`: bfloat16 on CUDA, float32 on CPU."
+    )
+    chat_template: Literal["tokenizer", "chatml", "alpaca"] = Field(
+        default="tokenizer", description="How a row becomes a prompt. `tokenizer`: the template that the base brings."
+    )
+
+    @property
+    def quantization_of_sites(self) -> dict[str, Quantization]:
+        """The precisions in `site_quantization`, by site; of a name that stands there twice, the last.
+
+        Example:
+            >>> ModelConfig(base="b", site_quantization="north = none, south=int8").quantization_of_sites
+            {'north': 'none', 'south': 'int8'}
+        """
+        return cast(dict[str, Quantization], of_sites(self.site_quantization))
+
+
+class AdapterConfig(Section):
+    """The adapter: all that is trained and all that travels. Which settings a kind uses is in docs/methods.md."""
+
+    kind: KindName = Field(default="lora", description="Kind of adapter.")
+    r: int = Field(default=16, ge=1, le=512, description="Rank of the adapter's factors; of `adalora` at the start.")
+    alpha: float = Field(
+        default=32.0, gt=0, le=65536, description="Scale: the factors' product is multiplied by `alpha / r`."
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of the adapter's inputs zeroed in training.")
+    targets: str = Field(
+        default="all-linear",
+        pattern=TARGETS,
+        max_length=65536,
+        description="Layers that get an adapter: `all-linear` (all but the output head) or module names with commas. "
+        "`silotune-server layers` chooses them by the signal in their weights.",
+    )
+    use_rslora: bool = Field(default=False, description="Multiply by `alpha / sqrt(r)` instead of `alpha / r`.")
+    site_ranks: str = Field(
+        default="",
+        pattern=SITE_RANKS,
+        max_length=65536,
+        description="Sites that hold fewer than `r` ranks: `north = 4, south = 8`. The others hold `r`.",
+    )
+    target_r: int = Field(
+        default=0, ge=0, le=512, description="Mean rank that `adalora` has left after the last round. 0: half of `r`."
+    )
+    num_virtual_tokens: int = Field(
+        default=16, ge=1, le=1024, description="Tokens that `prompt_tuning`, `prefix_tuning` and `p_tuning` put first."
+    )
+    block_size: int = Field(
+        default=32, ge=2, le=1024, description="Width of the blocks that `oft` rotates; must divide the layers' inputs."
+    )
+    num_frequencies: int = Field(
+        default=1000, ge=1, le=1_000_000, description="Coefficients that `fourierft` trains in each layer."
+    )
+
+    @property
+    def scale(self) -> float:
+        """What the factors' product is multiplied by."""
+        return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+    @property
+    def rank_of_sites(self) -> dict[str, int]:
+        """The ranks in `site_ranks`, by site; of a name that stands there twice, the last.
+
+        Example:
+            >>> AdapterConfig(site_ranks="north = 4, south=8").rank_of_sites
+            {'north': 4, 'south': 8}
+        """
+        return {site: int(rank) for site, rank in of_sites(self.site_ranks).items()}
+
+    @property
+    def final_r(self) -> int:
+        """What `target_r` means."""
+        return self.target_r or max(1, self.r // 2)
+
+    @property
+    def num_prepended(self) -> int:
+        """Virtual tokens that stand before each row's own, so that its logits come later."""
+        return self.num_virtual_tokens if self.kind in ("prompt_tuning", "p_tuning") else 0
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """The module names in `targets`, in the order written; `("all-linear",)` for the default."""
+        return tuple(name.strip() for name in self.targets.split(","))

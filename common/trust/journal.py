@@ -1,0 +1,325 @@
+"""Hash-chained, signed, append-only log: JSON lines that cannot be changed, moved or removed unnoticed.
+
+A line is canonical JSON with `sequence` (from 0), `time` (Unix seconds), `kind`, `facts`, `previous` (the head's hash
+before it, 64 zeros for the first) and `signature` (Ed25519 over the canonical JSON of all the others). The hash of a
+*head* is the SHA-256 of the hash before and of the line's own SHA-256, signature included; so the hashes of the lines
+between two heads (`links`) show that the later one continues the earlier one, and nothing of what the lines say. A cut
+tail leaves a shorter log that is right in itself, so whoever has seen a head keeps it, and `verify` takes all heads
+that are known elsewhere.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from common import storage
+from common.errors import AuditError, AuthError
+from common.frame import wire
+from common.storage import storage_error
+from common.trust import identity
+
+GENESIS: Final = "0" * 64
+MAX_LINE_BYTES: Final = 1 << 16
+MAX_LINKS: Final = 16_384
+FIELDS: Final = ("sequence", "time", "kind", "facts", "previous", "signature")
+
+PURPOSE: Final = "audit"
+
+
+@dataclass(frozen=True)
+class Head:
+    """A line's place and hash: all that others need to keep to notice a cut tail. -1 is the empty log.
+
+    Attributes:
+        sequence: The line's.
+        sha256: Of the head before and of the line; see `follow`.
+        time: The line's, Unix seconds. Of two heads it tells which one is news.
+    """
+
+    sequence: int = -1
+    sha256: str = GENESIS
+    time: float = 0.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line.
+
+    Attributes:
+        sequence: Its place, from 0.
+        time: Unix seconds.
+        kind: What happened.
+        facts: Names, sizes, hashes and limits; never data.
+        head: Its place and hash.
+        link: SHA-256 of the line.
+    """
+
+    sequence: int
+    time: float
+    kind: str
+    facts: dict[str, Any]
+    head: Head
+    link: str
+
+
+class AuditLog:
+    """A log that is appended to; several processes of one user may, one after the other.
+
+    Args:
+        path: The file; made with mode 0600 if it is not there.
+        key: Signs every entry.
+        on_entry: Told every entry in order, those that are there already first.
+        clock: Unix seconds.
+
+    Raises:
+        AuditError: What is there already is not whole.
+        StorageError: The file cannot be read or written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        key: Ed25519PrivateKey,
+        on_entry: Callable[[Entry], None] = lambda entry: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.path = path
+        self._key = key
+        self._public_key = identity.public_hex(key)
+        self._on_entry = on_entry
+        self._clock = clock
+        self._head = Head()
+        self._links: deque[str] = deque(maxlen=MAX_LINKS)
+        self._size = 0
+        with self._locked() as file:
+            self._drop_torn_tail(file)
+
+    @property
+    def head(self) -> Head:
+        """Of the last line that this object has read or written."""
+        return self._head
+
+    @property
+    def links(self) -> list[str]:
+        """SHA-256 of each line up to `head`, of the last `MAX_LINKS` lines."""
+        return list(self._links)
+
+    def refresh(self) -> Head:
+        """Read what another process has appended.
+
+        Raises:
+            AuditError: It does not continue what was there.
+        """
+        with self._locked():
+            return self._head
+
+    def append(self, kind: str, **facts: Any) -> Head:
+        """Write one entry; it is on the disk when this returns.
+
+        Raises:
+            AuditError: The log was changed meanwhile.
+            StorageError: It cannot be written; whatever was to be logged must then not happen.
+            ValueError: The entry is too long.
+        """
+        with self._locked() as file:
+            line = self._compose(kind, facts)
+            if len(line) > MAX_LINE_BYTES:
+                raise ValueError(f"an audit entry of {len(line)} bytes; the limit is {MAX_LINE_BYTES}")
+            _write(file, line + b"\n", self.path)
+            self._take(line)
+            return self._head
+
+    def _compose(self, kind: str, facts: dict[str, Any]) -> bytes:
+        """The next line, signed."""
+        entry: dict[str, Any] = {
+            "sequence": self._head.sequence + 1,
+            "time": round(self._clock(), 3),
+            "kind": kind,
+            "facts": facts,
+            "previous": self._head.sha256,
+        }
+        signature = identity.sign(self._key, wire.canonical_json(entry), purpose=PURPOSE)
+        return wire.canonical_json({**entry, "signature": signature})
+
+    def _take(self, line: bytes) -> None:
+        """One more line that was found right, or was just written."""
+        entry = _read_line(line, self._head, self._public_key)
+        self._head = entry.head
+        self._links.append(entry.link)
+        self._size += len(line) + 1
+        self._on_entry(entry)
+
+    def _locked(self) -> "_Locked":
+        """The file, for this process alone, with all that others appended read."""
+        return _Locked(self)
+
+    def _catch_up(self, file: BinaryIO) -> None:
+        """Read whole lines from where this object stands."""
+        if os.fstat(file.fileno()).st_size < self._size:
+            raise AuditError(f"{self.path}: has become shorter; entries were removed after sequence {_last(self)}")
+        file.seek(self._size)
+        for line in _whole_lines(file):
+            self._take(line)
+
+    def _drop_torn_tail(self, file: BinaryIO) -> None:
+        """Remove a last line that a crash left unfinished (what it was to tell had not happened), and say so."""
+        num_torn = os.fstat(file.fileno()).st_size - self._size
+        if num_torn:
+            file.truncate(self._size)
+            file.seek(self._size)
+            line = self._compose("recovered", {"num_bytes_dropped": num_torn})
+            _write(file, line + b"\n", self.path)
+            self._take(line)
+
+
+class _Locked:
+    """The log's file under an exclusive lock."""
+
+    def __init__(self, log: AuditLog) -> None:
+        self._log = log
+
+    def __enter__(self) -> BinaryIO:
+        try:
+            storage.make_folder(self._log.path.parent, is_private=True)
+            descriptor = os.open(self._log.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._file = os.fdopen(descriptor, "r+b")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            raise storage_error(self._log.path, error) from error
+        try:
+            self._log._catch_up(self._file)
+        except BaseException:
+            self._file.close()
+            raise
+        return self._file
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def verify(path: Path, public_key: str, *, heads: Iterable[Head] = ()) -> Head:
+    """Check a whole log.
+
+    Args:
+        path: The log.
+        public_key: The log's key, as `identity.public_hex` gives it.
+        heads: Heads of this log that are known elsewhere; each must still be in it.
+
+    Returns:
+        The last line's head.
+
+    Raises:
+        AuditError: A changed, removed, added or moved line, or a cut tail; the message says where.
+    """
+    found = {entry.sequence: entry.head for entry in read(path, public_key)}
+    for head in sorted(heads, key=lambda head: head.sequence):
+        if head.sequence >= 0 and found.get(head.sequence) != head:
+            last = len(found) - 1
+            what = "is not in it" if head.sequence > last else "is another one in it"
+            raise AuditError(
+                f"{path}: entry {head.sequence}, which is known elsewhere, {what} (its last is {last}): "
+                "the tail was cut or an older copy was restored"
+            )
+    return found[len(found) - 1] if found else Head()
+
+
+def read(path: Path, public_key: str) -> Iterator[Entry]:
+    """The entries of a log, each checked before it is given.
+
+    Raises:
+        AuditError: Names the first line that is not what was written there.
+    """
+    head = Head()
+    try:
+        with path.open("rb") as file:
+            for line in _whole_lines(file, must_end=True):
+                entry = _read_line(line, head, public_key)
+                head = entry.head
+                yield entry
+    except OSError as error:
+        raise AuditError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def follow(sha256: str, links: Sequence[str]) -> str:
+    """The hash of the head that stands so many lines after another one.
+
+    Args:
+        sha256: The earlier head's hash, 64 hexadecimal digits.
+        links: SHA-256 of each line after it, in order.
+
+    Example:
+        >>> follow(GENESIS, []) == GENESIS, follow(GENESIS, ["ab" * 32, "cd" * 32])[:8]
+        (True, '5362cccc')
+    """
+    for link in links:
+        sha256 = hashlib.sha256(bytes.fromhex(sha256) + bytes.fromhex(link)).hexdigest()
+    return sha256
+
+
+def _whole_lines(file: BinaryIO, *, must_end: bool = False) -> Iterator[bytes]:
+    """Lines without their end; a last one without an end is left out, or refused."""
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if not line.endswith(b"\n"):
+            if must_end or len(line) > MAX_LINE_BYTES:
+                raise AuditError(f"line {number} has no end: cut, or not an audit log")
+            return
+        yield line[:-1]
+
+
+def _read_line(line: bytes, previous: Head, public_key: str) -> Entry:
+    """One line, which must be the one after `previous`."""
+    sequence = previous.sequence + 1
+    fields = _parse(line, sequence)
+    if fields["sequence"] != sequence or fields["previous"] != previous.sha256:
+        raise AuditError(
+            f"entry {sequence} does not follow entry {previous.sequence}: a line was changed, removed, added or moved"
+        )
+    signature = fields.pop("signature")
+    try:
+        identity.verify(public_key, signature, wire.canonical_json(fields), purpose=PURPOSE)
+    except AuthError as error:
+        raise AuditError(f"entry {sequence} was changed: its signature does not fit") from error
+    link = hashlib.sha256(line).hexdigest()
+    head = Head(sequence, follow(previous.sha256, [link]), fields["time"])
+    return Entry(sequence, fields["time"], fields["kind"], fields["facts"], head, link)
+
+
+def _parse(line: bytes, sequence: int) -> dict[str, Any]:
+    """A line's fields; the line must be their canonical form."""
+    try:
+        fields = json.loads(line, object_pairs_hook=wire.unique_pairs)
+        is_canonical = isinstance(fields, dict) and wire.canonical_json(fields) == line
+    except (ValueError, RecursionError) as error:
+        raise AuditError(f"entry {sequence} was changed: it is not strict JSON") from error
+    if not is_canonical or sorted(fields) != sorted(FIELDS) or type(fields["signature"]) is not str:
+        raise AuditError(f"entry {sequence} was changed: it is not in canonical form")
+    return dict(fields)
+
+
+def _write(file: BinaryIO, data: bytes, path: Path) -> None:
+    """Append and fsync; what could not be written whole is taken back."""
+    start = file.seek(0, os.SEEK_END)
+    try:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        os.ftruncate(file.fileno(), start)
+        raise storage_error(path, error) from error
+
+
+def _last(log: AuditLog) -> int:
+    """The sequence up to which a log was known."""
+    return log.head.sequence

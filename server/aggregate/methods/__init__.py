@@ -1,0 +1,1 @@
+"""One module a method of aggregation, and the table of them."""

@@ -1,0 +1,1 @@
+"""Figures of answers and likelihoods, and their intervals."""

@@ -1,0 +1,1 @@
+"""An adapter as files, in every format, and sealed."""

@@ -1,0 +1,1 @@
+"""Who is in a federation: founding it, admitting and revoking, and what a site is given."""

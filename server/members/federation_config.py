@@ -1,0 +1,154 @@
+"""FederationConfig: the file that a federation's keys and certificates are made from; strict and closed."""
+
+import ipaddress
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from common.run import config, reading
+from common.run.rules import rules
+from common.run.schema import section
+from common.run.schema.section import Section
+
+HOSTS: Final = r"^[A-Za-z0-9.:-]+( *, *[A-Za-z0-9.:-]+)*$"
+ID: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+NAMES: Final = r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?( *, *[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*)?$"
+PATTERNS: Final = {
+    **section.PATTERNS,
+    HOSTS: "host names or addresses with commas between them",
+    ID: "1 to 63 of a-z, 0-9 and -, with no - at either end",
+    NAMES: "names of a-z, 0-9 and - with commas between them, or empty",
+}
+_Days = Annotated[int, Field(ge=1, le=36_500)]
+_NO_OVERRIDES: Final[Mapping[str, str]] = {}
+
+
+class IdentitySection(Section):
+    """What the federation is called, and where its sites reach it."""
+
+    id: str = Field(pattern=ID, description="The federation's name; part of every certificate and signature.")
+    host_names: str = Field(
+        pattern=HOSTS,
+        max_length=1024,
+        description="Names and addresses of the gateway, the one that sites use first; commas between them.",
+    )
+    fleet_port: int = Field(default=9443, ge=1, le=65535, description="Port of the gateway's listener for sites.")
+    operator_names: str = Field(
+        default="operator", pattern=NAMES, max_length=1024, description="Who may control runs; commas between them."
+    )
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The gateway's names and addresses."""
+        return tuple(name.strip() for name in self.host_names.split(","))
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        """The operators' names."""
+        return tuple(name.strip() for name in self.operator_names.split(",") if name.strip())
+
+
+class GovernanceSection(Section):
+    """Whose signatures a roster needs: `quorum` of `num_keys`."""
+
+    num_keys: int = Field(default=3, ge=1, le=64, description="Number of governance keys, one a member.")
+    quorum: int = Field(default=2, ge=1, le=64, description="How many of them must sign a roster or a kit.")
+
+
+class ValiditySection(Section):
+    """How long certificates are good."""
+
+    root_days: _Days = Field(default=7300, description="The root, which stays offline.")
+    intermediate_days: _Days = Field(default=1825, description="The issuers for servers, sites and operators.")
+    certificate_days: _Days = Field(default=90, description="Certificates of the gateway, sites and operators.")
+    overlap_days: int = Field(default=14, ge=0, le=365, description="After a rotation, the old certificate's rest.")
+
+
+class FederationConfig(Section):
+    """One federation."""
+
+    version: Annotated[Literal[1], BeforeValidator(section.refuse_look_alikes)] = Field(
+        description="Version of this file's format."
+    )
+    federation: IdentitySection
+    governance: GovernanceSection = Field(default_factory=GovernanceSection)
+    validity: ValiditySection = Field(default_factory=ValiditySection)
+
+    @model_validator(mode="after")
+    def _settings_fit_together(self) -> Self:
+        """Refuse values that are fine alone and contradict each other."""
+        rules.check(self, RULES)
+        return self
+
+
+def _has_bad_host(found: FederationConfig) -> bool:
+    return len(set(found.federation.hosts)) < len(found.federation.hosts) or not all(
+        map(_is_host, found.federation.hosts)
+    )
+
+
+def _is_host(name: str) -> bool:
+    """Whether this is an address, or labels of letters, digits and hyphens."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        labels = name.split(".")
+        is_number = labels[-1].isdecimal()
+        return ":" not in name and not is_number and all(0 < len(label) < 64 for label in labels) and len(name) < 254
+    return True
+
+
+def _has_repeated_names(found: FederationConfig) -> bool:
+    names = ("gateway", *found.federation.operators)
+    return len(set(names)) < len(names)
+
+
+RULES: Final = (
+    rules.Rule(
+        ("governance.quorum", "governance.num_keys"),
+        lambda c: c.governance.quorum > c.governance.num_keys,
+        "more signatures than keys: nothing could ever be signed; lower the quorum",
+    ),
+    rules.Rule(
+        ("validity.intermediate_days", "validity.root_days"),
+        lambda c: c.validity.intermediate_days > c.validity.root_days,
+        "an issuer must not outlive the root",
+    ),
+    rules.Rule(
+        ("validity.certificate_days", "validity.intermediate_days"),
+        lambda c: c.validity.certificate_days > c.validity.intermediate_days,
+        "a certificate must not outlive its issuer",
+    ),
+    rules.Rule(
+        ("validity.overlap_days", "validity.certificate_days"),
+        lambda c: c.validity.overlap_days >= c.validity.certificate_days,
+        "the overlap must be shorter than a certificate's life",
+    ),
+    rules.Rule(("federation.host_names",), _has_bad_host, "each must be a host name or an address, and none twice"),
+    rules.Rule(("federation.operator_names",), _has_repeated_names, "each name once, and none is called gateway"),
+)
+FORM: Final = reading.Format(
+    FederationConfig, rules=RULES, patterns=PATTERNS, other=config.RunConfig, other_name="the run file"
+)
+
+
+def load(path: Path) -> FederationConfig:
+    """Read a federation file.
+
+    Raises:
+        ConfigError: The file cannot be read, or it has problems; the message lists all of them.
+    """
+    return parse(reading.read(path), name=str(path))
+
+
+def parse(text: str, *, name: str) -> FederationConfig:
+    """Check the text of a federation file; `name` is what messages call it. See `load`.
+
+    Example:
+        >>> text = 'version = 1\\n[federation]\\nid = "onco-eu"\\nhost_names = "gateway.onco.example, 10.0.0.5"'
+        >>> parse(text, name="federation.toml").federation.hosts
+        ('gateway.onco.example', '10.0.0.5')
+    """
+    return reading.parse(text, FORM, name=name, overrides=_NO_OVERRIDES)

@@ -1,0 +1,1 @@
+"""Whether an exported folder is what its seal says."""

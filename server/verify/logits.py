@@ -1,0 +1,142 @@
+"""Whether every format of an export is the same function as its adapter: logits on fixed tokens.
+
+V vocabulary, B sequences, T tokens.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, GgufConfig
+from transformers.utils import logging as transformers_logging
+
+from common.errors import ModelError
+from common.model import base as model
+from server.export import gguf, onnx, probe
+from server.export.seal import Facts
+
+LIMITS: Final = {"peft": 1e-5, "vllm": 1e-5, "merged": 0.1, "gguf": 0.1, "onnx": 0.1, "int8": 0.2, "nf4": 0.8}
+GGUF_LIMITS: Final = {"bf16": 0.1, "q8_0": 0.2, "q6_k": 0.4, "q5_k_m": 0.6, "q4_k_m": 0.8}
+ROUNDED: Final = 1e-4
+LEAST: Final = 2e-5  # what float32 sums in another order differ by, as ONNX Runtime has them
+VISIBLE: Final = 0.3  # a smaller share of a format's own error cannot be told from it
+
+
+def compare(folder: Path, base: Path, facts: Facts) -> dict[str, dict[str, float]]:
+    """Load each format in turn and hold its logits against the adapter's.
+
+    `difference` is the root mean square of the difference over that of the adapter's own logits, both without their
+    mean over the vocabulary. bf16 formats are held as well against base plus adapter rounded to bf16: to `ROUNDED`, or
+    a share of what the adapter does where that is less, so that one that does little still cannot be missing from them.
+    A format must be nearer to the adapter than to the base, unless the adapter does less than `VISIBLE` of the
+    format's difference.
+
+    Args:
+        folder: The export; it was checked.
+        base: The base's folder; its hash was checked.
+        facts: What the export is of.
+
+    Returns:
+        Of each format `difference` and `limit`, of bf16 formats `from_rounded`; and of `base`, which is no format, its
+        `difference`: how much the adapter does.
+
+    Raises:
+        ModelError: No adapter in the export, a format that cannot be loaded, or a limit is passed.
+    """
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    places = {"peft": folder / "peft", "vllm": folder / "vllm" / facts.name}
+    places = {name: place for name, place in places.items() if name in facts.formats}
+    if not places:
+        raise ModelError(f"{folder}: holds no adapter to compare with; export peft as well")
+    alone, wanted, rounded = _adapter_logits(base, next(iter(places.values())))
+    effect = probe.difference(alone, wanted)
+    found = {"base": {"difference": effect}}
+    for name in facts.formats:
+        given = _try(folder / name, functools.partial(_logits, folder, base, name, places))
+        is_exact = name in ("merged", "onnx") or (name == "gguf" and facts.gguf_type == "bf16")
+        limit = GGUF_LIMITS[facts.gguf_type] if name == "gguf" else LIMITS[name]
+        found[name] = {"difference": probe.difference(given, wanted), "limit": limit}
+        if is_exact:
+            found[name]["from_rounded"] = probe.difference(given, rounded)
+        _check(folder / name, found[name], effect=effect)
+        is_visible = (alone - wanted).norm() > VISIBLE * (given - wanted).norm()
+        if is_visible and (given - wanted).norm() >= (given - alone).norm():
+            raise ModelError(f"{folder / name}: is nearer to the base than to the adapter; export it again")
+    return found
+
+
+def _check(place: Path, figures: dict[str, float], *, effect: float) -> None:
+    """Within both limits; a difference that is no number is in neither."""
+    if not figures["difference"] <= figures["limit"]:
+        raise ModelError(
+            f"{place}: logits differ from the adapter's by {figures['difference']:.2e} of their size, allowed is "
+            f"{figures['limit']:.0e}; export it again"
+        )
+    limit = min(ROUNDED, max(probe.SHARE * effect, LEAST))
+    if not figures.get("from_rounded", 0.0) <= limit:
+        raise ModelError(
+            f"{place}: is not base plus adapter rounded to bf16 (logits differ by {figures['from_rounded']:.2e}, "
+            f"allowed is {limit:.0e}); export it again"
+        )
+
+
+def _adapter_logits(base: Path, place: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the base alone, of the adapter beside it in float32, and of their sum rounded to bf16."""
+    network = _with_adapter(base, place)
+    with network.disable_adapter():
+        alone = probe.logits(network)
+    beside = probe.logits(network)
+    summed = probe.add_up(network)
+    off, effect = (probe.difference(given, beside) for given in (probe.logits(summed), alone))
+    if not off <= probe.allowed(effect):
+        raise ModelError(f"{place}: cannot be added to {base} (logits differ by {off:.2e}); serve it beside its base")
+    probe.round_weights(summed)
+    return alone, beside, probe.logits(summed)
+
+
+def _logits(folder: Path, base: Path, name: str, places: dict[str, Path]) -> torch.Tensor:
+    """Of one format, which is not in memory any more when the next is loaded."""
+    return probe.logits(_loaded(folder, base, name, places))
+
+
+def _loaded(folder: Path, base: Path, name: str, places: dict[str, Path]) -> Any:
+    """A format as its users load it, in float32 where it is not quantised."""
+    if name in places:
+        return _with_adapter(base, places[name])
+    if name == "gguf":
+        file = {"gguf_file": gguf.MODEL_FILE, "quantization_config": GgufConfig(dequantize=True)}
+        return _try(folder / name, lambda: _network(folder / name, **file))
+    if name == "onnx":
+        return _try(folder / name, lambda: onnx.Session(folder / name))
+    if name in ("nf4", "int8"):  # in its own types: of float32 only some layers would become it, and others stay
+        return _try(folder / name, lambda: _network(folder / name, dtype="auto"))
+    return _plain(folder / name)
+
+
+def _with_adapter(base: Path, place: Path) -> Any:
+    """Plain peft on the plain base."""
+    with model.quiet_peft():
+        return _try(place, lambda: PeftModel.from_pretrained(_plain(base), str(place)))
+
+
+def _plain(folder: Path) -> Any:
+    """A checkpoint in float32."""
+    return _try(folder, lambda: _network(folder))
+
+
+def _network(folder: Path, **options: Any) -> Any:
+    """From local files, and only from safetensors or GGUF."""
+    fixed = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **fixed, **options})
+
+
+def _try(place: Path, load: Callable[[], Any]) -> Any:
+    """Errors of transformers, peft and safetensors as one of ours."""
+    try:
+        return load()
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{place}: cannot be loaded ({type(error).__name__}); export it again") from error

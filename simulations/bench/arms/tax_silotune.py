@@ -1,0 +1,41 @@
+"""The measured arm of `bench tax`: a whole silotune run, as `silotune-sim run` would do it."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from server.report import report
+from simulations.bench.arms import process
+from simulations.commands import commands
+from simulations.world import run
+
+RUN_FILE = Path(__file__).parents[2] / "configs" / "bench-tax.toml"
+
+
+def main(quantization: str, base: str) -> dict[str, Any]:
+    """Tell the CPU clock at the first training step and at the end of every round, and the peak memory."""
+    started: list[float] = []
+    rounds: list[float] = []
+    losses: list[float] = []
+
+    def watch(event: dict[str, Any]) -> None:
+        if event["kind"] == "round_started" and not started:
+            started.append(process.cpu_s())
+        if event["kind"] == "round_finished":
+            rounds.append(process.cpu_s())
+            losses.append(event["train_loss"])
+
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = {"model.quantization": f'"{quantization}"', "model.base": f'"{base}"'}
+        order = commands.Order(RUN_FILE, Path(folder) / "run", "", "", None, overrides, is_quiet=True, num_threads=1)
+        shared = order.world()
+        log = order.log(shared)
+        log.listeners.append(watch)
+        run.in_process(shared.settings, sites=shared.sites, engine=shared.engine, folder=shared.folder, log=log)
+        report.write(shared.folder)
+    return {
+        "startup_cpu_s": started[0],
+        "rounds_cpu_s": rounds,
+        "losses": losses,
+        "peak_rss_mib": process.peak_rss_mib(),
+    }

@@ -1,0 +1,1 @@
+"""One run file under many settings, and the files that name them."""

@@ -1,0 +1,306 @@
+"""Many runs of one run file: every combination of what is compared, several seeds each, with intervals.
+
+A sweep file names a run file beside it and axes; a point of an axis is a name and the settings that it stands for. Each
+combination and seed is a run in a process of its own, with a folder of its own; what is finished is not run again.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+from rich.progress import Progress
+from rich.table import Table
+from scipy import stats
+
+from common import accounting, cli, events
+from common.errors import AccountingUnsupported, ConfigError, DataError, SilotuneError
+from common.privacy import plan as privacy_plan
+from common.run import config, reading
+from common.run.schema.section import RequiredLine, Section, Slug, refuse_look_alikes
+from server.folder import run_files
+from simulations.bench.arms.process import ONE_THREAD
+
+Setting = str | int | float | bool
+LOG_FILE: Final = "output.log"
+
+
+class Sweep(Section):
+    """The sweep file."""
+
+    version: Annotated[Literal[1], BeforeValidator(refuse_look_alikes)] = Field(description="Version of this format.")
+    run: RequiredLine = Field(description="The run file, relative to this one.")
+    seeds: list[int] = Field(min_length=1, max_length=100, description="Each combination is run once with each.")
+    set: dict[str, Setting] = Field(default_factory=dict, description="Settings of all runs.")
+    axis: dict[Slug, dict[str, dict[str, Setting]]] = Field(
+        min_length=1, description="Axes, their points by name, and the settings of each point."
+    )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination.
+
+    Attributes:
+        points: Name of the point on each axis.
+        overrides: Its settings, as `--set` takes them.
+    """
+
+    points: tuple[str, ...]
+    overrides: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """For folders."""
+        return "--".join(self.points).replace(" ", "-").replace("/", "-")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean over seeds, with half the width of its 95 % interval (Student's t); None for a single seed."""
+
+    mean: float
+    half_width: float | None
+
+    def __str__(self) -> str:
+        """As in a table."""
+        return f"{self.mean:.3f}" + ("" if self.half_width is None else f" ± {self.half_width:.3f}")
+
+
+def load(path: Path) -> Sweep:
+    """Read a sweep file.
+
+    Raises:
+        ConfigError: Not one; the message names the key and never its value.
+    """
+    try:
+        return Sweep.model_validate(tomllib.loads(reading.read(path)))
+    except ValidationError as error:
+        told = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+        raise ConfigError(f"{path}: {'; '.join(told)}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML ({error})") from error
+
+
+def cells(sweep: Sweep) -> list[Cell]:
+    """All combinations, the last axis fastest."""
+    shared = dict(sweep.set)
+    found = []
+    for chosen in itertools.product(*(axis.items() for axis in sweep.axis.values())):
+        settings = shared | {key: value for _, point in chosen for key, value in point.items()}
+        overrides = {key: _toml(value) for key, value in settings.items()}
+        found.append(Cell(tuple(name for name, _ in chosen), overrides))
+    return found
+
+
+def play(path: Path, *, output: Path, jobs: int, data: str = "", model: str = "") -> dict[str, Any]:
+    """Run what is not finished yet, `jobs` at a time, and gather the figures.
+
+    Args:
+        path: The sweep file.
+        output: Folder of all runs.
+        jobs: Runs at once, one thread each.
+        data: Other rows than the run file's.
+        model: Another base.
+
+    Returns:
+        `cells`: the points of each with its intervals; `refused`: the others with the reason; `privacy`: what all
+        runs together cost a unit, None where no run is private.
+
+    Raises:
+        ConfigError: The sweep file is none, or every combination is refused.
+        SilotuneError: A run failed; the others are finished first.
+    """
+    sweep = load(path)
+    run_file = path.parent / sweep.run
+    refused, plans = _sorted_out(run_file, cells(sweep))
+    allowed = [cell for cell, _ in plans]
+    waiting = [
+        (cell, seed) for cell in allowed for seed in sweep.seeds if not _is_finished(_folder(output, cell, seed))
+    ]
+    failed = _run_all(run_file, waiting, output=output, jobs=jobs, data=data, model=model)
+    if failed:
+        told = f"{len(failed)} of {len(waiting)} runs failed; {failed[0]}/{LOG_FILE} says why"
+        raise SilotuneError(f"{told}, and the same command goes on with what is missing")
+    found = [{"points": list(cell.points), **_figures(output, cell, sweep.seeds)} for cell in allowed]
+    return {
+        "axes": list(sweep.axis),
+        "num_seeds": len(sweep.seeds),
+        "cells": found,
+        "privacy": _together([settings for _, settings in plans], len(sweep.seeds)),
+        "refused": [{"points": list(cell.points), "reason": reason} for cell, reason in refused],
+    }
+
+
+def render(result: Mapping[str, Any]) -> Iterator[Table | str]:
+    """One line a combination, and below what was refused."""
+    names = list(result["cells"][0]["figures"])
+    table = Table(*result["axes"], *names, box=None, caption=f"mean and 95 % interval over {result['num_seeds']} seeds")
+    for cell in result["cells"]:
+        shown = [str(Interval(**cell["figures"][name])) for name in names]
+        table.add_row(*cell["points"], *shown)
+    yield table
+    if result["privacy"]:
+        yield _told(result["privacy"])
+    for cell in result["refused"]:
+        yield f"refused: {', '.join(cell['points'])}: {cell['reason']}"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean over seeds and half the width of its 95 % interval.
+
+    Example:
+        >>> print(interval([1.0, 2.0, 3.0]))
+        2.000 ± 2.484
+    """
+    if len(values) < 2:
+        return Interval(mean(values), None)
+    quantile = float(stats.t.ppf(0.975, len(values) - 1))
+    return Interval(mean(values), quantile * stdev(values) / len(values) ** 0.5)
+
+
+def _together(plans: Sequence[config.RunConfig], num_seeds: int) -> dict[str, Any] | None:
+    """What a search costs: a unit is in every run, and the best of the runs is chosen by all of them.
+
+    No ledger is charged, as a simulation has none; at a site each run is charged to the site's.
+    """
+    modes = sorted({plan.privacy.mode for plan in plans})
+    if modes == ["none"]:
+        return None
+    dp_delta = min(plan.privacy.dp_delta for plan in plans)
+    epsilon, reason = None, ""
+    if len(modes) > 1:
+        reason = f"they are not all private in the same way ({', '.join(modes)})"
+    else:
+        rounds = [privacy_plan.event_per_round(plan).times(plan.federation.num_rounds * num_seeds) for plan in plans]
+        try:
+            epsilon = round(accounting.compose(rounds, dp_delta=dp_delta), 4)
+        except AccountingUnsupported as error:
+            reason = str(error)
+    told = {"num_runs": len(plans) * num_seeds, "modes": modes, "dp_delta": dp_delta}
+    return {**told, "epsilon": epsilon, "reason": reason}
+
+
+def _told(privacy: Mapping[str, Any]) -> str:
+    """The cost of a search in words."""
+    runs = f"these {privacy['num_runs']} runs together"
+    if privacy["epsilon"] is None:
+        return f"{runs} promise nothing: {privacy['reason']}"
+    whose = "a site" if privacy["modes"] == ["site"] else "a unit"
+    return (
+        f"{runs} cost {whose} epsilon {privacy['epsilon']:.2f} at delta {privacy['dp_delta']:g}: whoever chooses among "
+        "them on private rows has spent that much"
+    )
+
+
+def _sorted_out(
+    run_file: Path, found: Sequence[Cell]
+) -> tuple[list[tuple[Cell, str]], list[tuple[Cell, config.RunConfig]]]:
+    """Combinations that the run file's own rules refuse, with the reason, and the others, resolved."""
+    refused: list[tuple[Cell, str]] = []
+    allowed: list[tuple[Cell, config.RunConfig]] = []
+    for cell in found:
+        try:
+            settings = privacy_plan.resolve(config.load(run_file, overrides=cell.overrides))
+        except ConfigError as error:
+            refused.append((cell, " ".join(str(error).split())))
+        else:
+            allowed.append((cell, settings))
+    if not allowed:
+        raise ConfigError(f"no combination is allowed; the first: {refused[0][1]}")
+    return refused, allowed
+
+
+def _run_all(
+    run_file: Path, waiting: Sequence[tuple[Cell, int]], *, output: Path, jobs: int, data: str, model: str
+) -> list[str]:
+    """Names of runs that failed."""
+    failed = []
+    with Progress(console=cli.progress(as_json=True), transient=True) as bar, ThreadPoolExecutor(jobs) as pool:
+        task = bar.add_task("runs", total=len(waiting))
+        places = {}
+        for cell, seed in waiting:
+            folder = _folder(output, cell, seed)
+            places[pool.submit(_run, run_file, cell, seed, folder=folder, data=data, model=model)] = str(folder)
+        for done in as_completed(places):
+            bar.advance(task)
+            if done.result():
+                failed.append(places[done])
+    return sorted(failed)
+
+
+def _run(run_file: Path, cell: Cell, seed: int, *, folder: Path, data: str, model: str) -> int:
+    """One run in a process of its own; its exit code. What an interrupted one left is gone on with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = [f"--set={key}={value}" for key, value in {**cell.overrides, "seed": str(seed)}.items()]
+    named = [*(["--data", data] if data else []), *(["--model", model] if model else [])]
+    resume = ["--resume"] if (folder / run_files.RUN_FILE).exists() else []
+    command = [
+        sys.executable,
+        "-m",
+        "simulations.cli.app",
+        "run",
+        str(run_file),
+        "--output",
+        str(folder),
+        "--threads",
+        "1",
+    ]
+    with (folder / LOG_FILE).open("wb") as log:
+        done = subprocess.run(
+            [*command, "--json", *settings, *named, *resume],
+            env={**os.environ, **ONE_THREAD},
+            stdout=log,
+            stderr=log,
+            check=False,
+        )
+    return done.returncode
+
+
+def _folder(output: Path, cell: Cell, seed: int) -> Path:
+    """Of one run."""
+    return output / cell.name / f"seed-{seed}"
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether a run has ended well."""
+    path = folder / events.FILE
+    return path.is_file() and any(event["kind"] == "run_finished" for event in events.read(path))
+
+
+def _figures(output: Path, cell: Cell, seeds: Sequence[int]) -> dict[str, Any]:
+    """Intervals of a combination's figures."""
+    found = [_of_run(_folder(output, cell, seed)) for seed in seeds]
+    intervals = {name: interval([figures[name] for figures in found]) for name in found[0]}
+    return {"figures": {name: asdict(found) for name, found in intervals.items()}}
+
+
+def _of_run(folder: Path) -> dict[str, float]:
+    """Figures of one finished run: losses in nats per answer token, gap as a share, traffic in MB."""
+    log = events.read(folder / events.FILE)
+    last = [event for event in log if event["kind"] == "evaluated"][-1:]
+    rounds = list({event["round"]: event for event in log if event["kind"] == "round_finished"}.values())
+    if not last or not rounds:
+        raise DataError(f"{folder}: no figures in its events; remove the folder and run again")
+    losses = [site["loss"] for site in last[0]["sites"].values()]
+    gaps = [event["gap"] for event in rounds if event["gap"] is not None]
+    return {
+        "held-out loss": last[0]["loss"],
+        "worst site": max(losses),
+        "spread": max(losses) - min(losses),
+        "largest gap": max(gaps, default=0.0),
+        "MB up": sum(event["bytes_up"] for event in rounds) / 1e6,
+    }
+
+
+def _toml(value: Setting) -> str:
+    """A setting as `--set` takes it."""
+    return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else repr(value)

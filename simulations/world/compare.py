@@ -1,0 +1,200 @@
+"""The question behind every federation: better than alone, and how far from pooling everything?
+
+Arms: the base as it is, every site alone, the federation, and one site that holds all rows (the upper line). All go
+through the same round loop with the same settings, and all are scored on every site's held-out rows.
+
+Training rows are counted as they are used, so a row that is used in three steps counts three times. Pooled training
+uses as many rows as all sites of the federation did together; a site alone uses what it would use in every round.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from client.agent.agent import SiteData
+from common import events, storage
+from common.adapter.adapter import Tensors
+from common.events import Event, EventLog
+from common.frame import wire
+from common.model.base import Engine
+from common.run import config
+from server.aggregate.methods import table
+from server.fleet import federation
+from server.fleet import sites as held_out
+from server.fleet.federation import Federation
+from server.folder import run_files
+from server.run import run as server_run
+from simulations.world import run, world
+from simulations.world.world import Engines, Failures
+
+COMPARISON_FILE = "comparison.json"
+
+
+@dataclass(frozen=True)
+class World:
+    """What all arms share."""
+
+    settings: config.RunConfig
+    engine: Engine
+    sites: Mapping[str, SiteData]
+    folder: Path
+
+    @functools.cached_property
+    def engines(self) -> Engines:
+        """The base at each precision that sites have."""
+        return Engines(self.settings, self.engine)
+
+
+def compare(shared: World, log: EventLog) -> dict[str, Event]:
+    """Train and score every arm; the federated one is the run of the folder itself.
+
+    Args:
+        shared: Settings, base and sites.
+        log: Events of the folder; an `arm_started` and `arm_finished` for every arm.
+
+    Returns:
+        Held-out loss (nats per answer token), exact match, both by site, and `rows_used` (training rows, each as often
+        as it was used), for `base`, `site-NAME`, `federated` and `centralised`; also written to `comparison.json`.
+    """
+    judge = Judge(shared)
+    results = {"base": _scored(judge, "base", shared.engine.initial, log, rows_used=0)}
+    outcome = run.in_process(
+        shared.settings,
+        sites=shared.sites,
+        engine=shared.engine,
+        folder=shared.folder,
+        log=log,
+        engines=shared.engines,
+    )
+    taking_part = {site: shared.sites[site] for site in judge.sites}
+    used, pooled = rows_used(shared.folder, shared.settings, taking_part), _pooled(taking_part)
+    results["federated"] = _scored(judge, "federated", outcome.tensors, log, rows_used=used)
+    single = alone(shared.settings)
+    arms = {f"site-{site}": (data, single) for site, data in taking_part.items()}
+    equal = with_rows(single, used, data=pooled, num_rounds=rounds_trained(shared.folder))
+    arms["centralised"] = (pooled, equal)
+    for name, (data, settings) in arms.items():
+        log.append("arm_started", arm=name)
+        site = name.removeprefix("site-")
+        tensors = _train_alone(shared, name, {site: data}, settings, log)
+        used = rows_used(shared.folder / "arms" / name, settings, {site: data})
+        results[name] = _scored(judge, name, tensors, log, rows_used=used)
+    storage.write_atomic(shared.folder / COMPARISON_FILE, wire.canonical_json(results) + b"\n")
+    log.append("compared", comparison=results)
+    return results
+
+
+class Judge:
+    """Scores any adapter on every site's held-out rows, through the sites' own agents."""
+
+    def __init__(self, shared: World) -> None:
+        failures = Failures(shared.folder / "sites")
+        loaded = shared.engines
+        agents = {site: world.make_agent(site, data, loaded.at(site), failures) for site, data in shared.sites.items()}
+        manifest = server_run.manifest_of(shared.settings, shared.engine)
+        log = EventLog(shared.folder / "arms" / "judge" / events.FILE)
+        method = table.find(shared.settings.aggregation.method)
+        self._federation = Federation(manifest, run.fleet_of(agents, failures), method, shared.folder, log)
+        with run.explained(failures):
+            federation.wait_for_sites(self._federation)
+
+    @property
+    def sites(self) -> list[str]:
+        """Those that can take part; the run's own events say why another one cannot."""
+        return sorted(head.site for head in self._federation.sites.values())
+
+    def score(self, tensors: Tensors) -> dict[str, Any]:
+        """Held-out loss and exact match of one adapter, over all sites and by site."""
+        generate = self._federation.manifest.run.evaluation.exact_match_rows > 0
+        loss = held_out.evaluate(self._federation, tensors, num_rounds=0, generate=generate)
+        metrics = self._federation.metrics
+        sites = {m.site: {"held_out_loss": m.loss, "exact_match": held_out.exact_match([m])} for m in metrics.values()}
+        return {
+            "held_out_loss": loss,
+            "exact_match": held_out.exact_match(list(metrics.values())),
+            "sites": dict(sorted(sites.items())),
+        }
+
+
+def _scored(judge: Judge, name: str, tensors: Tensors, log: EventLog, *, rows_used: int) -> dict[str, Any]:
+    """Score an arm and log it."""
+    result = {**judge.score(tensors), "rows_used": rows_used}
+    log.append("arm_finished", arm=name, **result)
+    return result
+
+
+def _pooled(sites: Mapping[str, SiteData]) -> SiteData:
+    """All sites' rows in one place; what a federation is there to avoid."""
+    parts = sites.values()
+    return SiteData([row for data in parts for row in data.train], [row for data in parts for row in data.held_out])
+
+
+def _train_alone(
+    shared: World, name: str, sites: Mapping[str, SiteData], settings: config.RunConfig, watched: EventLog
+) -> Tensors:
+    """A federation of one; scored elsewhere. Its steps are told to who watches the run."""
+    folder = shared.folder / "arms" / name
+    log = run_files.prepare(settings, folder)
+
+    def tell(event: Event) -> None:
+        if event["kind"] == "site_step":
+            watched.tell("arm_step", arm=name, **{key: event[key] for key in ("round", "step", "num_steps")})
+
+    log.watchers.append(tell)
+    outcome = run.in_process(
+        settings, sites=sites, engine=shared.engine, folder=folder, log=log, engines=shared.engines
+    )
+    return outcome.tensors
+
+
+def alone(settings: config.RunConfig) -> config.RunConfig:
+    """The same run for a single site, evaluated only where it must be."""
+    one = {"min_sites": 1, "sites_per_round": 0, "num_sites": 1}
+    quick = {"exact_match_rows": 0, "every_rounds": settings.federation.num_rounds, "num_polish_stages": 0}
+    return settings.model_copy(
+        update={
+            "federation": settings.federation.model_copy(update=one),
+            "evaluation": settings.evaluation.model_copy(update=quick),
+            "gate": config.GateConfig(),  # of the federation's adapter
+            "export": config.ExportConfig(),  # likewise
+        }
+    )
+
+
+def with_rows(settings: config.RunConfig, num_rows: int, *, data: SiteData, num_rounds: int) -> config.RunConfig:
+    """The same run for a single site that uses this many training rows in this many rounds.
+
+    Whole steps are taken, the same number in each round, so that the count is right to half a step a round.
+    """
+    steps = max(1, round(num_rows / (num_rounds * rows_a_step(settings, data))))
+    training = settings.training.model_copy(update={"local_steps": steps, "local_epochs": 0.0})
+    return settings.model_copy(update={"training": training})
+
+
+def rows_a_step(settings: config.RunConfig, data: SiteData) -> float:
+    """Training rows of an optimiser step: the batch, or the mean of a Poisson sample of units."""
+    privacy = settings.privacy
+    if not privacy.is_private_per_unit:
+        return settings.training.batch_size
+    rows_of_units = Counter(row.unit for row in data.train).values()
+    return float(privacy.sampling_prob * sum(min(count, privacy.max_rows_per_unit) for count in rows_of_units))
+
+
+def rows_used(folder: Path, settings: config.RunConfig, sites: Mapping[str, SiteData]) -> int:
+    """Training rows that the sites of a finished run used, each as often as it was."""
+    return round(
+        sum(int(event["num_steps"]) * rows_a_step(settings, sites[event["site"]]) for event in _trainings(folder))
+    )
+
+
+def rounds_trained(folder: Path) -> int:
+    """Rounds that a finished run did; fewer than planned where it stopped early."""
+    return len({event["round"] for event in _trainings(folder)})
+
+
+def _trainings(folder: Path) -> list[Event]:
+    """The event of every training of a site."""
+    return [event for event in events.read(folder / events.FILE) if event["kind"] == "site_trained"]

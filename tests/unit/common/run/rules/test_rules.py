@@ -1,0 +1,216 @@
+"""Settings that are fine alone and contradict each other: every rule is broken by a test."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from common.run import config
+from common.run.rules import rules
+from tests.samples import broken_gate
+from tests.unit.common.run.test_config import MINIMAL, problems, with_settings
+
+UNIT = "privacy.mode = 'unit'"
+PRIVATE = [UNIT, "privacy.sampling_prob = 0.1", "privacy.epsilon = 8", "training.local_steps = 5"]
+SITE = [
+    "privacy.mode = 'site'",
+    "privacy.sampling_prob = 0.1",
+    "privacy.noise_multiplier = 1",
+    "federation.num_sites = 100",
+    "aggregation.weighting = 'uniform'",
+]
+KRUM = ["aggregation.robust = 'krum'", "aggregation.num_bad_sites = 1"]
+UNIFORM = "aggregation.weighting = 'uniform'"
+TASK = "{name = 'a', kind = 'choice', data = 'rows.jsonl'}"
+IA3 = "adapter.kind = 'ia3'"
+STAGE = 'polish = [{name = "align", kind = "dpo", data = "x"}]\n'
+BROKEN_RULES = [
+    ("aggregation.weighting", 7, ["aggregation.weighting = 'uniform'", "aggregation.method = 'hetlora'"]),
+    ("adapter.site_ranks", 7, ["adapter.site_ranks = 'north = 16'", "aggregation.method = 'fedsvd'"]),
+    ("adapter.site_ranks", 7, ["adapter.site_ranks = 'a = 2, a = 4'", "aggregation.method = 'flexlora'"]),
+    ("model.site_quantization", 4, ["model.site_quantization = 'north = nf4'"]),
+    ("model.site_quantization", 4, ["model.site_quantization = 'a = none, a = int8'"]),
+    ("adapter.kind", 8, ["adapter.kind = 'dora'", "model.site_quantization = 'a = none'"]),
+    ("adapter.kind", 7, [IA3, "aggregation.method = 'ffa'"]),
+    ("adapter.kind", 7, ["adapter.kind = 'prefix_tuning'", "training.gradient_checkpointing = true"]),
+    ("adapter.r", 8, [IA3, "adapter.r = 4"]),
+    ("adapter.alpha", 8, [IA3, "adapter.alpha = 8"]),
+    ("adapter.dropout", 8, [IA3, "adapter.dropout = 0.1"]),
+    ("adapter.dropout", 9, ["adapter.dropout = 0.1", *PRIVATE]),
+    ("adapter.targets", 8, ["adapter.kind = 'ln_tuning'", "adapter.targets = 'q_proj'"]),
+    ("adapter.use_rslora", 8, [IA3, "adapter.use_rslora = true"]),
+    ("adapter.target_r", 7, ["adapter.target_r = 4"]),
+    ("adapter.target_r", 8, ["adapter.kind = 'adalora'", "adapter.target_r = 17"]),
+    ("adapter.num_virtual_tokens", 7, ["adapter.num_virtual_tokens = 4"]),
+    ("adapter.block_size", 7, ["adapter.block_size = 4"]),
+    ("adapter.num_frequencies", 7, ["adapter.num_frequencies = 4"]),
+    ("model.revision", 4, ["model.revision = 'main'"]),
+    ("data.output_column", 7, ["data.output_column = 'input'"]),
+    ("data.site_column", 7, ["data.site_column = ''"]),
+    ("data.num_sites", 7, ["data.partition = 'iid'"]),
+    ("data.num_sites", 8, ["data.partition = 'dirichlet'", "data.num_sites = 0"]),
+    ("data.num_sites", 7, ["data.num_sites = 4"]),
+    ("data.num_sites", 7, ["data.num_sites = 3", "data.partition = 'iid'", "federation.num_sites = 4"]),
+    ("data.dirichlet_alpha", 7, ["data.dirichlet_alpha = 0.1"]),
+    ("training.local_steps", 8, ["training.local_epochs = 1.0", "training.local_steps = 5"]),
+    ("training.local_epochs", 7, ["training.local_epochs = 0"]),
+    ("training.micro_batch_size", 7, ["training.micro_batch_size = 3"]),
+    ("training.micro_batch_size", 7, ["training.micro_batch_size = 16"]),
+    ("training.final_rate_fraction", 8, ["training.schedule = 'constant'", "training.final_rate_fraction = 0.1"]),
+    ("training.momentum", 7, ["training.momentum = 0.9"]),
+    ("training.adam_beta1", 8, ["training.optimizer = 'sgd'", "training.adam_beta1 = 0.8"]),
+    ("federation.sites_per_round", 7, ["federation.sites_per_round = 1"]),
+    ("evaluation.sites_per_round", 7, ["evaluation.sites_per_round = 5", "aggregation.method = 'fedsa'"]),
+    ("federation.num_sites", 7, ["federation.num_sites = 1"]),
+    ("aggregation.method", 7, ["aggregation.method = 'fedsvd'", "aggregation.server_optimizer = 'fedadam'"]),
+    ("aggregation.residual_rank", 7, ["aggregation.residual_rank = 8"]),
+    ("aggregation.residual_max_lost", 7, ["aggregation.residual_max_lost = 0.5"]),
+    ("aggregation.num_heads", 7, ["aggregation.num_heads = 8"]),
+    ("aggregation.num_heads", 8, ["aggregation.method = 'ravan'", "aggregation.num_heads = 3"]),
+    ("privacy.clipping", 8, [*PRIVATE, "aggregation.method = 'ravan'", "privacy.clipping = 'stacked'"]),
+    ("aggregation.server_learning_rate", 7, ["aggregation.server_learning_rate = 0.5"]),
+    ("aggregation.server_beta1", 7, ["aggregation.server_beta1 = 0.5"]),
+    ("aggregation.server_beta2", 8, ["aggregation.server_optimizer = 'fedavgm'", "aggregation.server_beta2 = 0.5"]),
+    ("aggregation.proximal", 9, ["training.learning_rate = 0.1", "aggregation.proximal = 10.0"]),
+    ("aggregation.max_weight_share", 8, ["aggregation.weighting = 'uniform'", "aggregation.max_weight_share = 0.4"]),
+    ("aggregation.num_bad_sites", 7, ["aggregation.num_bad_sites = 1"]),
+    ("aggregation.weighting", 7, [*KRUM, "federation.min_sites = 5"]),
+    ("federation.min_sites", 11, [*KRUM, "aggregation.weighting = 'uniform'", "federation.min_sites = 4"]),
+    ("aggregation.screening_threshold", 7, ["aggregation.screening_threshold = 9.0"]),
+    ("federation.min_sites", 9, ["aggregation.screening = 'drop'", "federation.min_sites = 3"]),
+    ("aggregation.server_tau", 7, ["aggregation.server_tau = 0.5"]),
+    ("privacy.mode", 5, ["privacy.clip_norm = 2.0"]),
+    ("privacy.clip_quantile", 8, [*PRIVATE, "privacy.clip_quantile = 0.3"]),
+    ("privacy.max_rows_per_unit", 8, [*PRIVATE, "privacy.max_rows_per_unit = 9"]),
+    ("training.max_grad_norm", 10, [*PRIVATE, "training.max_grad_norm = 5.0"]),
+    ("privacy.sampling_prob", 5, [UNIT, *PRIVATE[2:]]),
+    ("privacy.epsilon", 5, [UNIT, PRIVATE[1], PRIVATE[3]]),
+    ("training.local_steps", 5, PRIVATE[:3]),
+    ("training.beta", 7, ["training.beta = 0.5"]),
+    ("training.label_smoothing", 8, ["training.objective = 'kto'", "training.label_smoothing = 0.1"]),
+    ("training.desirable_weight", 8, ["training.objective = 'dpo'", "training.desirable_weight = 2.0"]),
+    ("training.undesirable_weight", 7, ["training.undesirable_weight = 2.0"]),
+    ("training.reference_point", 8, ["training.objective = 'dpo'", "training.reference_point = 'zero'"]),
+    ("training.reference_point", 10, [*PRIVATE, "training.objective = 'kto'"]),
+    ("training.objective", 7, ["training.objective = 'dpo'", "evaluation.exact_match_rows = 5"]),
+    ("training.objective", 7, ["training.objective = 'dpo'", "data.output_column = 'answer'"]),
+    ("wire.density", 11, [*PRIVATE, "wire.density = 0.1"]),
+    ("wire.density", 13, [*KRUM, UNIFORM, "federation.min_sites = 5", "wire.density = 0.1"]),
+    ("wire.error_feedback", 7, ["wire.error_feedback = false"]),
+    (
+        "adapter.site_ranks",
+        7,
+        [
+            "adapter.site_ranks = 'a = 2'",
+            "aggregation.method = 'fedsvd'",
+            "federation.min_sites = 4",
+            "aggregation.screening = 'drop'",
+        ],
+    ),
+    ("aggregation.weighting", 5, SITE[:-1]),
+    ("aggregation.robust", 14, [*SITE, "federation.min_sites = 5", "aggregation.num_bad_sites = 1", KRUM[0]]),
+    ("aggregation.screening", 13, [*SITE, "federation.min_sites = 5", "aggregation.screening = 'drop'"]),
+    ("aggregation.max_update_norm", 12, [*SITE, "aggregation.max_update_norm = 1.0"]),
+    ("federation.sites_per_round", 10, [*SITE, "federation.sites_per_round = 5"]),
+    ("federation.num_sites", 5, [*SITE[:3], SITE[4]]),
+    ("privacy.dp_delta", 8, [*SITE, "privacy.dp_delta = 1e-4"]),
+    ("privacy.noise_at", 8, [*PRIVATE, "privacy.noise_at = 'sites'"]),
+    ("privacy.max_rows_per_unit", 8, [*SITE, "privacy.max_rows_per_unit = 2"]),
+    ("privacy.sampling_prob", 6, [*SITE, "privacy.noise_at = 'sites'"]),
+    (
+        "privacy.adaptive_clipping",
+        9,
+        [
+            SITE[0],
+            "privacy.sampling_prob = 1.0",
+            *SITE[2:],
+            "privacy.noise_at = 'sites'",
+            "privacy.adaptive_clipping = true",
+        ],
+    ),
+    ("evaluation.metrics", 7, ["evaluation.metrics = 'f1'"]),
+    ("evaluation.json_schema", 7, ["evaluation.json_schema = 'schema.json'"]),
+    ("evaluation.tasks", 7, [f"evaluation.tasks = [{TASK}, {TASK}]"]),
+    ("evaluation.tasks_every_rounds", 7, ["evaluation.tasks_every_rounds = 2"]),
+    ("evaluation.num_polish_stages", 7, ["evaluation.num_polish_stages = 1"]),
+    ("export.formats", 7, ["export.formats = 'peft'", "aggregation.method = 'fedsa'"]),
+    ("export.gguf_type", 8, ["export.formats = 'peft'", "export.gguf_type = 'bf16'"]),
+    ("export.gguf_type", 8, ["export.formats = 'gguf'", "export.gguf_type = 'q8_0'"]),
+    ("export.llama_cpp", 8, ["export.formats = 'peft'", "export.llama_cpp = 'llama.cpp'"]),
+    ("export.rows", 8, ["export.formats = 'peft, vllm'", "export.rows = 'rows.jsonl'"]),
+    ("export.operator_key", 7, ["export.operator_key = 'op.pem'"]),
+    *broken_gate.rules(TASK, PRIVATE),
+]
+
+
+@pytest.mark.parametrize(("key", "line", "settings"), BROKEN_RULES)
+def test_contradiction_is_refused(key: str, line: int, settings: list[str]):
+    message = problems(with_settings(*settings))
+    assert message.startswith(f"1 problem in run.toml\n  {key}  ")
+    assert message.endswith(f"\n    run.toml:{line}")
+
+
+def test_a_stage_that_needs_a_reference_does_not_follow_a_method_with_a_side_adapter():
+    flora = with_settings("aggregation.method = 'flora'", "aggregation.residual_rank = 8")
+    message = problems(STAGE + flora)
+    assert message.startswith("1 problem in run.toml\n  polish  this method keeps a side adapter")
+    assert message.endswith("\n    run.toml:1")
+    config.parse(STAGE.replace("dpo", "sft") + flora, name="run.toml")  # the control
+
+
+def test_a_gate_that_asks_sites_goes_with_polish_only_if_they_are_asked_after_it():
+    message = problems(STAGE + with_settings("gate.rules = 'sites, loss'"))
+    assert message.startswith("1 problem in run.toml\n  gate.rules  sites are not asked after polish")
+    asked = with_settings("gate.rules = 'sites, loss'", "evaluation.num_polish_stages = 1")
+    config.parse(STAGE + asked, name="run.toml")  # the control
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["evaluation.num_polish_stages = 2"], "there are fewer stages"),
+        (["aggregation.method = 'flexlora'", "adapter.site_ranks = 'north = 4'"], "would score a part of"),
+        (["aggregation.method = 'fedsa'"], "with factors of their own in the place of its"),
+    ],
+)
+def test_sites_do_not_score_after_polish_what_is_not_the_adapter(settings, message):
+    asked = "evaluation.num_polish_stages = 1"
+    assert message in problems(
+        STAGE + with_settings(*{line.partition(" =")[0]: line for line in (asked, *settings)}.values())
+    )
+    config.parse(STAGE + with_settings(asked), name="run.toml")  # the control
+
+
+def test_every_rule_is_broken_by_a_test():
+    assert {rule.keys[0] for rule in rules.RUN_RULES} == {key for key, _, _ in BROKEN_RULES} | {"polish"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("data.partition = 'iid'", "data.num_sites = 4", "federation.sites_per_round = 4"),
+        ("data.partition = 'dirichlet'", "data.num_sites = 4", "data.dirichlet_alpha = 0.1"),
+        ("training.local_epochs = 0", "training.local_steps = 5"),
+        ("training.local_epochs = 0.5",),
+        ("training.batch_size = 12", "training.micro_batch_size = 4"),
+        ("training.optimizer = 'sgd'", "training.momentum = 0.9"),
+        ("training.adam_beta1 = 0.8",),
+        ("federation.sites_per_round = 2", "federation.num_sites = 3"),
+        ("federation.min_sites = 1",),
+    ],
+)
+def test_what_fits_together_is_accepted(settings: tuple[str, ...]):
+    config.parse(with_settings(*settings), name="run.toml")
+
+
+def test_rule_defaults_are_the_schema_s():
+    training, data = config.TrainingConfig(), config.DataConfig()
+    assert (training.adam_beta1, training.adam_beta2, training.adam_epsilon) == rules.ADAM_DEFAULTS
+    assert data.dirichlet_alpha == 0.5
+
+
+def test_config_built_in_code_is_checked_too():
+    run = json.loads(config.resolved_json(config.parse(MINIMAL, name="run.toml")))
+    run["federation"]["sites_per_round"] = 1
+    with pytest.raises(ValidationError, match="sites_per_round"):
+        config.RunConfig.model_validate(run)
