@@ -59,9 +59,10 @@ def test_troubles_are_told_with_site_or_node():
 def test_a_comparison_is_drawn_with_the_longest_bar_for_the_worst_arm():
     arms = {
         "base": {"held_out_loss": 6.0, "exact_match": 0.0},
-        "federated": {"held_out_loss": 3.0, "exact_match": 0.5},
+        "federated": {"held_out_loss": 3.0, "exact_match": 0.5, "rows_used": 1234},
     }
     page = report.render([*LOG, {"kind": "compared", "comparison": arms}])
+    assert page.count("<td>1,234</td>") == 1
     assert "width: 100.0%" in page
     assert "width: 50.0%" in page
     assert '<tr class="federated">' in page
