@@ -31,7 +31,7 @@ from simulations.world import world
 
 SITES: Final = ("alder", "birch", "cedar")
 SCALE: Final = 4  # times the patients of the demo: differential privacy needs many
-RUN_FILE: Final = Path(__file__).parent / "configs" / "trial.toml"
+RUN_FILE: Final = Path(__file__).parents[1] / "configs" / "trial.toml"
 STATE: Final = "trial.json"  # the ports; locked while the federation runs
 PID: Final = "trial.pid"
 LOGS: Final = "logs"
