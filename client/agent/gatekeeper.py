@@ -330,7 +330,7 @@ class Gatekeeper:
         head = self._refresh()
         vouched = self._vouch(head)
         told = (head.sequence + 1, head.sha256, head.time, vouched.signer, vouched.signature)
-        return dataclasses.replace(reply, head={**reply.head, **dict(zip(egress.AUDIT, told, strict=True))})
+        return reply.with_head({**reply.head, **dict(zip(egress.AUDIT, told, strict=True))})
 
     def _admit(self, run: RunManifest) -> None:
         """The rows are read, and there are enough: the run begins, and counts as one of the day's."""
@@ -393,7 +393,7 @@ class Gatekeeper:
             "step": place[0],
             "round_index": place[1],
             "num_bytes": len(data),
-            "sha256": _sha256(data),
+            "sha256": wire.digest_of(data),
             "request_sha256": broadcast.adapter_sha256(request),
             "content_sha256": content,
         }
@@ -441,7 +441,7 @@ def _run_of(request: Frame | None) -> dict[str, str]:
 def _content_sha256(reply: Frame) -> str:
     """Hash of an answer without its time, the log's head and the signature, which no two answers share."""
     head = {name: value for name, value in reply.head.items() if name not in ("seconds", *egress.AUDIT, *SIGNED)}
-    return _sha256(wire.pack(dataclasses.replace(reply, head=head)))
+    return wire.digest(reply.with_head(head))
 
 
 def _sha256(data: wire.Bytes) -> str:

@@ -1,6 +1,5 @@
 """What leaves, held to what the manifest declared and the policy allows: exact fields, ranges, rounding, tensors."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +26,7 @@ def rounded(reply: Frame, *, digits: int) -> Frame:
         head["preference_loss_sum"] = _rounded_sum(
             reply.head["preference_loss_sum"], reply.head["num_rows"], digits=digits
         )
-    return dataclasses.replace(reply, head=head)
+    return reply.with_head(head)
 
 
 def check(policy: Policy, run_manifest: RunManifest, reply: Frame, *, names: Mapping[str, Any]) -> None:

@@ -13,7 +13,6 @@ and a module with many inputs, whose A is small, would be sent zeros for both fa
 Source: Kuo et al. 2024, arXiv:2406.05233 (FLASC), the download, which takes the largest of all values.
 """
 
-import hashlib
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,7 +89,7 @@ def _read_plain(request: Frame, tensor_specs: Sequence[TensorSpec], settings: Wi
 def adapter_sha256(request: Frame) -> str:
     """Hash of the adapter that a request is about; of the body where that is the adapter, or a manifest."""
     told = request.head.get(ADAPTER)
-    return str(told["sha256"]) if isinstance(told, dict) else hashlib.sha256(request.body).hexdigest()
+    return str(told["sha256"]) if isinstance(told, dict) else request.body_sha256.hex()
 
 
 def receive(

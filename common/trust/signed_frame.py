@@ -4,8 +4,6 @@ So a name is whose key it is: no member answers as another, and no answer stands
 refusal is not signed; it holds a code and a reference, and whoever can drop an answer can forge one.
 """
 
-import dataclasses
-import hashlib
 from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -29,9 +27,9 @@ def sign(frame: Frame, *, key: Ed25519PrivateKey, federation: str) -> Frame:
         federation: Id of the federation that is answered.
     """
     made_by = identity.public_hex(key)
-    head = {**frame.head, SIGNER: made_by, SIGNATURE: ""}
-    signature = identity.sign(key, _bytes(dataclasses.replace(frame, head=head), federation), purpose=PURPOSE)
-    return dataclasses.replace(frame, head={**head, SIGNATURE: signature})
+    unsigned = frame.with_head({**frame.head, SIGNER: made_by, SIGNATURE: ""})
+    signature = identity.sign(key, _bytes(unsigned, federation), purpose=PURPOSE)
+    return unsigned.with_head({**unsigned.head, SIGNATURE: signature})
 
 
 def check(frame: Frame, *, key: str, federation: str) -> None:
@@ -57,5 +55,5 @@ def check(frame: Frame, *, key: str, federation: str) -> None:
 def _bytes(frame: Frame, federation: str) -> bytes:
     """What is signed: everything but the signature; of the body its hash."""
     head = {**frame.head, SIGNATURE: ""}
-    body = hashlib.sha256(frame.body).hexdigest()
+    body = frame.body_sha256.hex()
     return wire.canonical_json({"federation": federation, "kind": frame.kind, "head": head, "body_sha256": body})

@@ -3,7 +3,6 @@
 Both lie in one folder a key, over all its runs: the log is this key's, and sites hold its head under the key's name.
 """
 
-import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from common.errors import AuditError, AuthError, RemoteError, SilotuneError
+from common.frame import wire
 from common.frame.records import HEADS, LINKS, UpdateHead
 from common.frame.wire import Frame
 from common.trust import heads as audit_heads
@@ -152,8 +152,8 @@ def open_trail(
 
 
 def of_frame(frame: bytes) -> dict[str, Any]:
-    """Size and hash of what went or came; a site's own log has the same hash."""
-    return {"num_bytes": len(frame), "sha256": hashlib.sha256(frame).hexdigest()}
+    """Size and digest of a whole frame that went or came; a site's own log has the same digest."""
+    return {"num_bytes": len(frame), "sha256": wire.digest_of(frame)}
 
 
 def of_error(error: BaseException) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """What was captured, as bytes to search: streams of a socket put together again, and files with all that is in them."""
 
-import hashlib
 import sqlite3
 import struct
 from collections.abc import Iterable, Iterator
@@ -114,8 +113,8 @@ def _back_up(path: Path, into: Path) -> None:
 
 
 def frames(captured: Iterable[bytes]) -> set[str]:
-    """Hashes of the whole frames of ours in captured bytes; says that the capture saw what crossed."""
-    return {hashlib.sha256(frame).hexdigest() for data in captured for frame in _frames(data)}
+    """Digests of the whole frames of ours in captured bytes; says that the capture saw what crossed."""
+    return {wire.digest_of(frame) for data in captured for frame in _frames(data)}
 
 
 def _frames(data: bytes) -> Iterator[bytes]:

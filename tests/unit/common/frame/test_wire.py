@@ -1,15 +1,18 @@
+import dataclasses
 import hashlib
 import json
 import struct
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import RemoteError, WireError
 from common.frame import wire
 from common.frame.wire import Frame
+from common.trust import identity, signed_frame
 
 VECTORS = json.loads((Path(__file__).parents[3] / "vectors" / "frames.json").read_text())
 SMALL = wire.pack(Frame("train", {"round_index": 3}, b"body"))
@@ -18,10 +21,10 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 HEADS = st.dictionaries(TEXT.filter(lambda key: key != "kind"), SCALARS | TEXT | st.lists(SCALARS, max_size=3))
 
 
-def envelope(head: bytes, body: bytes = b"", *, magic: bytes = b"SILO", version: int = 1) -> bytes:
+def envelope(head: bytes, body: bytes = b"", *, magic: bytes = b"SILO", version: int = 2) -> bytes:
     """A frame with a right hash, whatever else is wrong with it."""
-    framed = struct.pack("<4sHIQ", magic, version, len(head), len(body)) + head + body
-    return framed + hashlib.sha256(framed).digest()
+    before = struct.pack("<4sHIQ", magic, version, len(head), len(body)) + head
+    return before + body + hashlib.sha256(before + hashlib.sha256(body).digest()).digest()
 
 
 def unpack(data: bytes) -> Frame:
@@ -50,7 +53,7 @@ def test_stored_frames_stay_readable_and_are_still_written_the_same(kind):
 def test_layout_is_the_documented_one():
     head = b'{"kind":"train","round_index":3}'
     assert envelope(head, b"body") == SMALL
-    assert SMALL[:18] == b"SILO" + b"\1\0" + b"\x20\0\0\0" + b"\4\0\0\0\0\0\0\0"
+    assert SMALL[:18] == b"SILO" + b"\2\0" + b"\x20\0\0\0" + b"\4\0\0\0\0\0\0\0"
 
 
 @pytest.mark.parametrize("position", range(len(SMALL)))
@@ -69,9 +72,10 @@ def test_no_beginning_of_a_frame_is_a_frame(size):
 
 
 def test_unpack_refuses_bytes_that_no_length_declares_though_the_hash_is_right():
-    framed = wire.pack(Frame("update", {}, b"body"))[:-32] + b"more"
+    before, body = wire.pack(Frame("update", {}, b"body"))[:-36], b"bodymore"
+    digest = hashlib.sha256(before + hashlib.sha256(body).digest()).digest()
     with pytest.raises(WireError, match="declares"):
-        wire.unpack(framed + hashlib.sha256(framed).digest(), max_body_bytes=100)
+        wire.unpack(before + body + digest, max_body_bytes=100)
 
 
 def test_unpack_refuses_trailing_bytes():
@@ -79,7 +83,7 @@ def test_unpack_refuses_trailing_bytes():
         unpack(SMALL + b"\0")
 
 
-@pytest.mark.parametrize("wrong", [{"magic": b"SILX"}, {"version": 2}, {"version": 0}])
+@pytest.mark.parametrize("wrong", [{"magic": b"SILX"}, {"version": 1}, {"version": 3}, {"version": 0}])
 def test_unpack_refuses_another_format_and_names_the_remedy(wrong):
     with pytest.raises(WireError, match="same silotune release"):
         unpack(envelope(b'{"kind":"open"}', **wrong))
@@ -98,7 +102,7 @@ def test_head_over_the_limit_is_refused():
 
 
 def test_declared_lengths_are_checked_before_anything_is_hashed_or_copied():
-    huge = struct.pack("<4sHIQ", b"SILO", 1, 2**32 - 1, 2**64 - 1) + bytes(40)
+    huge = struct.pack("<4sHIQ", b"SILO", 2, 2**32 - 1, 2**64 - 1) + bytes(40)
     with pytest.raises(WireError, match="limits"):
         unpack(huge)
 
@@ -206,3 +210,31 @@ def test_arbitrary_heads_in_a_right_envelope_raise_our_error_only(head):
     except WireError:
         return
     assert json.loads(head)["kind"] is not None
+
+
+def test_the_digest_of_a_frame_is_what_ends_its_bytes_and_commits_to_head_and_body():
+    frame = Frame("update", {"site": "north"}, b"body")
+    assert wire.digest(frame) == wire.digest_of(wire.pack(frame)) == wire.pack(frame)[-32:].hex()
+    assert wire.digest(Frame("update", {"site": "south"}, b"body")) != wire.digest(frame)
+    assert wire.digest(Frame("update", {"site": "north"}, b"bodY")) != wire.digest(frame)
+
+
+def test_the_hash_of_a_body_follows_the_body_and_not_the_head():
+    frame = wire.expect(wire.pack(Frame("update", {"site": "north"}, b"body")), "update", max_body_bytes=4)
+    assert frame.body_sha256 == hashlib.sha256(b"body").digest()
+    assert frame.with_head({"site": "south"}) == Frame("update", {"site": "south"}, b"body")
+    assert frame.with_head({"site": "south"}).body_sha256 == frame.body_sha256
+    changed = dataclasses.replace(frame, body=b"other")
+    assert changed.body_sha256 == hashlib.sha256(b"other").digest()
+
+
+def test_a_large_body_is_hashed_once_to_be_signed_and_packed_and_once_to_be_read_and_checked(monkeypatch):
+    key, hashed = Ed25519PrivateKey.generate(), []
+    sha256 = hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda data: (hashed.append(len(data)), sha256(data))[1])
+    signed = signed_frame.sign(Frame("update", {"site": "north"}, bytes(5000)), key=key, federation="f")
+    packed = wire.pack(signed)
+    assert sum(size >= 5000 for size in hashed) == 1
+    arrived = wire.expect(packed, "update", max_body_bytes=5000)
+    signed_frame.check(arrived, key=identity.public_hex(key), federation="f")
+    assert sum(size >= 5000 for size in hashed) == 2

@@ -9,6 +9,8 @@ from client.memory.history import AUDIT_FILE
 from client.memory.replicas import HEADS_FILE
 from common import cli, events
 from common.errors import AuditError, ConfigError, StorageError, TooFewSitesError
+from common.frame import wire
+from common.frame.wire import Frame
 from common.trust import heads, identity, journal
 from common.trust.journal import AuditLog
 from server.cli import app as server_cli
@@ -402,5 +404,7 @@ def test_a_log_must_be_named_one_way(given, capsys):
     assert command("verify", *given, capsys=capsys)[0] == ConfigError.exit_code
 
 
-def test_hashes_are_of_the_bytes():
-    assert trail.of_frame(b"abc") == {"num_bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
+def test_what_went_is_told_by_its_size_and_digest():
+    packed = wire.pack(Frame("update", {}, b"abc"))
+    digest = hashlib.sha256(packed[:-35] + hashlib.sha256(b"abc").digest())
+    assert trail.of_frame(packed) == {"num_bytes": len(packed), "sha256": digest.hexdigest()}
