@@ -194,7 +194,7 @@ def test_nothing_on_the_page_is_wider_than_a_telephone(num_sites):
     assert not re.search(r"<svg[^>]*\s(width|height)=", page)  # it fits its place by its viewBox
     plain = re.findall(r'(<div class="table">)?<table(?: class="(\w+)")?>', page)
     assert all(place or kind == "plan" for place, kind in plain)  # what cannot fold scrolls in a place of its own
-    assert re.search(r'<tr class="under"><td colspan="3"><div class="bar" style="width: \d', page)  # below its arm
+    assert re.search(r'<tr class="under"><td colspan="4"><div class="bar" style="width: \d', page)  # below its arm
     assert ("Training loss of each site" in page) == (num_sites > report.MAX_COLUMNS)
     assert HOSTILE not in page
     assert page.count("&lt;script&gt;") == 2
