@@ -328,11 +328,11 @@ def _with_gradient(model: Any, ids_bt: Tensor) -> tuple[Tensor, Tensor]:
     seen: list[Tensor] = []
     hook = model.get_input_embeddings().register_forward_hook(lambda _, given, made: seen.append(made.requires_grad_()))
     try:
-        with torch.enable_grad():
+        with torch.enable_grad():  # whoever loads a base may have turned gradients off
             logits_btv = _logits(model, ids_bt)
+            aim = logits_btv[0, : ids_bt.shape[1] // 2].square().mean()
     finally:
         hook.remove()
-    aim = logits_btv[0, : ids_bt.shape[1] // 2].square().mean()
     (gradient_bth,) = torch.autograd.grad(aim, seen[-1])
     return logits_btv.detach(), gradient_bth.float()
 
