@@ -60,7 +60,7 @@ def is_live(folder: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return not _try(file.fileno(), fcntl.LOCK_SH, path)
+        return not try_lock(file.fileno(), fcntl.LOCK_SH, path)
 
 
 def require_free(folder: Path) -> None:
@@ -94,15 +94,24 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _take(descriptor: int, folder: Path) -> None:
     """Take the lock, or raise."""
     for number in range(_TRIES):
-        if _try(descriptor, fcntl.LOCK_EX, folder):
+        if try_lock(descriptor, fcntl.LOCK_EX, folder):
             return
         if number < _TRIES - 1:
             time.sleep(_PAUSE_S)
     raise _busy(folder)
 
 
-def _try(descriptor: int, kind: int, path: Path) -> bool:
-    """Whether the lock could be had at once."""
+def try_lock(descriptor: int, kind: int, path: Path) -> bool:
+    """Whether a lock on an open file could be had at once; it goes when the file is closed.
+
+    Args:
+        descriptor: The open file.
+        kind: `fcntl.LOCK_EX` or `fcntl.LOCK_SH`.
+        path: What messages call it.
+
+    Raises:
+        StorageError: The file system knows no locks.
+    """
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:

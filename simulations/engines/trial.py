@@ -23,6 +23,7 @@ from common import quiet, storage
 from common.errors import ConfigError, TransportError
 from common.model.base import hash_base
 from common.run import config
+from server.folder import lock
 from server.members import founding
 from simulations.embedded import records
 from simulations.engines import deployment, guarded, site_files
@@ -112,6 +113,11 @@ def load(folder: Path) -> Built:
     return Built(place, [site_files.site_at(place / name, name=name, has_policy=True) for name in SITES], ports)
 
 
+def _open(folder: Path) -> Built:
+    """The federation of a folder, made first if it is not there."""
+    return load(folder) if (folder / STATE).is_file() else make(folder)
+
+
 def serve(folder: Path, *, announce: Callable[[Built], None]) -> None:
     """Run the federation until SIGTERM, Ctrl-C or the end of one of its processes; made first if it is not there.
 
@@ -123,7 +129,7 @@ def serve(folder: Path, *, announce: Callable[[Built], None]) -> None:
         ConfigError: As `make` and `load`, or it runs already.
         TransportError: A process did not start or has ended; the message names its log.
     """
-    built = load(folder) if (folder / STATE).is_file() else make(folder)
+    built = _open(folder)
     with _alone(folder), guarded.running(built, logs=folder / LOGS) as started:
         _create_ledgers(built, folder / LOGS)
         storage.write_atomic(folder / PID, f"{os.getpid()}\n".encode())
@@ -144,7 +150,7 @@ def detach(folder: Path) -> Built:
         ConfigError: As `serve`.
         TransportError: It ended before that; the message names its log.
     """
-    built = load(folder) if (folder / STATE).is_file() else make(folder)
+    built = _open(folder)
     if is_running(folder):
         raise _busy(folder)
     logs = folder / LOGS
@@ -175,7 +181,7 @@ def stop(folder: Path) -> None:
 def is_running(folder: Path) -> bool:
     """Whether a process runs the federation of a folder."""
     with (folder / STATE).open("rb") as file:
-        return not _try_lock(file.fileno())
+        return not lock.try_lock(file.fileno(), fcntl.LOCK_SH, folder)
 
 
 def commands(folder: Path, built: Built) -> list[str]:
@@ -232,18 +238,9 @@ def _create_ledgers(built: Built, logs: Path) -> None:
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the lock of a federation while it runs."""
     with (folder / STATE).open("rb") as file:
-        if not _try_lock(file.fileno()):
+        if not lock.try_lock(file.fileno(), fcntl.LOCK_EX, folder):
             raise _busy(folder)
         yield
-
-
-def _try_lock(descriptor: int) -> bool:
-    """Whether the lock could be had at once; it goes when the file is closed."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _busy(folder: Path) -> ConfigError:
