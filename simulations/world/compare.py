@@ -9,7 +9,7 @@ uses as many rows as all sites of the federation did together; a site alone uses
 
 import functools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,17 +70,19 @@ def compare(shared: World, log: EventLog) -> dict[str, Event]:
         engines=shared.engines,
     )
     taking_part = {site: shared.sites[site] for site in judge.sites}
-    used, pooled = rows_used(shared.folder, shared.settings, taking_part), _pooled(taking_part)
+    trainings, pooled = _trainings(shared.folder), _pooled(taking_part)
+    used = rows_used(trainings, shared.settings, taking_part)
     results["federated"] = _scored(judge, "federated", outcome.tensors, log, rows_used=used)
     single = alone(shared.settings)
     arms = {f"site-{site}": (data, single) for site, data in taking_part.items()}
-    equal = with_rows(single, used, data=pooled, num_rounds=rounds_trained(shared.folder))
+    num_rounds = len({event["round"] for event in trainings})  # fewer than planned where the run stopped early
+    equal = with_rows(single, used, data=pooled, num_rounds=num_rounds)
     arms["centralised"] = (pooled, equal)
     for name, (data, settings) in arms.items():
         log.append("arm_started", arm=name)
         site = name.removeprefix("site-")
         tensors = _train_alone(shared, name, {site: data}, settings, log)
-        used = rows_used(shared.folder / "arms" / name, settings, {site: data})
+        used = rows_used(_trainings(shared.folder / "arms" / name), settings, {site: data})
         results[name] = _scored(judge, name, tensors, log, rows_used=used)
     storage.write_atomic(shared.folder / COMPARISON_FILE, wire.canonical_json(results) + b"\n")
     log.append("compared", comparison=results)
@@ -183,16 +185,9 @@ def rows_a_step(settings: config.RunConfig, data: SiteData) -> float:
     return float(privacy.sampling_prob * sum(min(count, privacy.max_rows_per_unit) for count in rows_of_units))
 
 
-def rows_used(folder: Path, settings: config.RunConfig, sites: Mapping[str, SiteData]) -> int:
-    """Training rows that the sites of a finished run used, each as often as it was."""
-    return round(
-        sum(int(event["num_steps"]) * rows_a_step(settings, sites[event["site"]]) for event in _trainings(folder))
-    )
-
-
-def rounds_trained(folder: Path) -> int:
-    """Rounds that a finished run did; fewer than planned where it stopped early."""
-    return len({event["round"] for event in _trainings(folder)})
+def rows_used(trainings: Sequence[Event], settings: config.RunConfig, sites: Mapping[str, SiteData]) -> int:
+    """Training rows that the sites of a finished run used, each as often as it was; by its `site_trained` events."""
+    return round(sum(int(event["num_steps"]) * rows_a_step(settings, sites[event["site"]]) for event in trainings))
 
 
 def _trainings(folder: Path) -> list[Event]:
