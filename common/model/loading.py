@@ -10,6 +10,7 @@ from common.model import base, files, probe, skeleton
 from common.model.base import Engine
 from common.run.config import ModelConfig, RunConfig
 from common.run.schema import precisions
+from common.run.schema.training import DataConfig
 from common.text import prompts
 
 
@@ -87,11 +88,10 @@ def _check_files(run: RunConfig, folder: Path) -> None:
         files.check_length(folder, stage.max_length_tokens, name=f"polish.max_length_tokens ({stage.name})")
 
 
-def rows_of(source: str, run: RunConfig) -> list[Row]:
+def rows_of(source: str, data: DataConfig) -> list[Row]:
     """Rows in the run's columns, each with the answer that is learnt.
 
     Raises:
         DataError: The file is missing or unusable.
     """
-    data = run.data
     return read.read(source, columns=Columns(data.instruction_column, data.input_column, data.output_column))

@@ -4,6 +4,7 @@ They are the only texts that a run writes into its folder: in `examples.json`, n
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +17,8 @@ from common.data.problems import UnusableError
 from common.data.rows import Row
 from common.frame import wire
 from common.model.base import Engine
-from common.run import config
+from common.run.schema.tasks import EvaluationConfig
+from common.run.schema.training import DataConfig
 from server.evaluate.tasks import answers
 from server.evaluate.tasks.task import as_base
 from server.report.report import EXAMPLES_FILE
@@ -25,40 +27,43 @@ MAX_PROMPTS: Final = 8
 _NAME: Final = "output.example_prompts"
 
 
-def read_prompts(run: config.RunConfig, engine: Engine) -> list[Row]:
-    """The prompts that may be shown, at most `MAX_PROMPTS`; none without the setting.
+def read_prompts(path: str, engine: Engine, *, max_new_tokens: int, system_prompt: str) -> list[Row]:
+    """The prompts that may be shown, at most `MAX_PROMPTS`; none without a path.
 
     Args:
-        run: The run file.
         engine: The base, which must be able to answer them.
 
     Raises:
         DataError: The file is missing, not rows with a column `prompt`, or one is longer than the model takes.
     """
-    if not run.output.example_prompts:
+
+    def row(given: Located) -> Row:
+        if "prompt" not in given.fields:
+            raise UnusableError("has no column 'prompt'", "give one prompt a line: text, or a list of messages")
+        fields = {"prompt": given.fields["prompt"], "completion": "-"}  # a reference that is not read
+        return preference_rows.conversation(fields, answer="completion", place=given.place)
+
+    if not path:
         return []
-    rows = read.convert_all(read.locate(run.output.example_prompts)[:MAX_PROMPTS], _row)
-    answers.require_short(engine, rows, run, what=_NAME, max_new_tokens=run.evaluation.max_new_tokens)
+    rows = read.convert_all(read.locate(path)[:MAX_PROMPTS], row)
+    answers.require_short(engine, rows, what=_NAME, max_new_tokens=max_new_tokens, system_prompt=system_prompt)
     return rows
 
 
-def _row(given: Located) -> Row:
-    """A prompt as a row; its reference is nothing."""
-    if "prompt" not in given.fields:
-        raise UnusableError("has no column 'prompt'", "give one prompt a line: text, or a list of messages")
-    fields = {"prompt": given.fields["prompt"], "completion": "-"}
-    return preference_rows.conversation(fields, answer="completion", place=given.place)
-
-
-def write(folder: Path, prompts: Sequence[Row], tensors: Tensors, *, engine: Engine, run: config.RunConfig) -> None:
+def write(
+    folder: Path,
+    prompts: Sequence[Row],
+    tensors: Tensors,
+    *,
+    engine: Engine,
+    data: DataConfig,
+    evaluation: EvaluationConfig,
+) -> None:
     """Have the base and an adapter answer, greedily, and keep the answers.
 
     Args:
-        folder: The run's.
         prompts: See `read_prompts`; none writes nothing.
-        tensors: The adapter that is exported.
-        engine: The base.
-        run: Its settings.
+        data: Has the system prompt.
 
     Raises:
         DataError: A prompt and its answer are longer than the model takes.
@@ -66,13 +71,22 @@ def write(folder: Path, prompts: Sequence[Row], tensors: Tensors, *, engine: Eng
     """
     if not prompts:
         return
+    ask = partial(
+        answers.answered,
+        engine,
+        prompts,
+        what=_NAME,
+        max_new_tokens=evaluation.max_new_tokens,
+        batch_size=evaluation.batch_size,
+        system_prompt=data.system_prompt,
+    )
     adapter.write(engine.model, tensors)
-    after = [text for text, _ in answers.answered(engine, prompts, run, what=_NAME)]
+    after = [text for text, _ in ask()]
     with as_base(engine):
-        before = [text for text, _ in answers.answered(engine, prompts, run, what=_NAME)]
-    found = [
+        before = [text for text, _ in ask()]
+    examples = [
         {"prompt": answers.shown(row), "base": early, "adapter": late}
         for row, early, late in zip(prompts, before, after, strict=True)
     ]
-    told = {"adapter_sha256": adapter.digest(tensors), "examples": found}
-    storage.write_atomic(folder / EXAMPLES_FILE, wire.canonical_json(told) + b"\n")
+    content = {"adapter_sha256": adapter.digest(tensors), "examples": examples}
+    storage.write_atomic(folder / EXAMPLES_FILE, wire.canonical_json(content) + b"\n")

@@ -29,7 +29,7 @@ class Apart:
 
 
 @dataclass(frozen=True)
-class Found:
+class Overlap:
     """What of a stage's data stands in tables that are kept apart.
 
     Attributes:
@@ -56,47 +56,47 @@ class KnownRows:
 
 def tables(tasks: "Sequence[Task]", known: KnownRows) -> list[Apart]:
     """What no stage is to train on: rows of tasks, and held-out rows that are known."""
-    found = [Apart(_name(task), task.texts) for task in tasks if task.texts]
+    rows = [Apart(_name(task), task.texts) for task in tasks if task.texts]
     held_out = tuple(map(overlap.text_of, known.held_out))
-    return [*found, Apart("the sites' held-out rows", held_out)] if held_out else found
+    return [*rows, Apart("the sites' held-out rows", held_out)] if held_out else rows
 
 
 def warnings(tasks: "Sequence[Task]", known: KnownRows) -> list[str]:
-    """What is too good of a task's figures, as sites train on its rows."""
-    train, said = [overlap.text_of(row) for row in known.train], []
+    """One sentence for each task whose figures are too good, as sites train on its rows."""
+    train, reasons = [overlap.text_of(row) for row in known.train], []
     for task in tasks if train else ():
-        found = overlap.find(task.texts, train)
-        counts = {"num_rows": len(task.texts), "num_exact": len(found.exact), "num_near": len(found.near)}
-        if found.exact or found.near:
-            said.append(f"{polish.sentence(_name(task), counts)} are trained on at the sites: its figures are too good")
-    return said
+        same = overlap.find(task.texts, train)
+        counts = {"num_rows": len(task.texts), "num_exact": len(same.exact), "num_near": len(same.near)}
+        if same.exact or same.near:
+            rows = polish.sentence(_name(task), counts)
+            reasons.append(f"{rows} are trained on at the sites: its figures are too good")
+    return reasons
 
 
 def _name(task: "Task") -> str:
-    """A task, and its file."""
+    """A task and its file, for messages."""
     return f"task {task.name} ({task.settings.non_members_data or task.settings.data})"
 
 
-def compare(texts: Sequence[Text], apart: Sequence[Apart], *, stage: PolishStage) -> Found:
+def compare(texts: Sequence[Text], apart: Sequence[Apart], *, stage: PolishStage) -> Overlap:
     """Hold a stage's data against what is kept apart, as its `overlap` says.
 
     Args:
-        texts: Of the stage's rows.
         apart: What they are not to hold.
         stage: Says what happens to rows that are the same.
 
     Raises:
         DataError: Some are, and this is an error; names files, counts and remedies.
     """
-    found = overlap.find(texts, [text for table in apart for text in table.texts])
-    dropped = found.exact | found.near
+    same = overlap.find(texts, [text for table in apart for text in table.texts])
+    dropped = same.exact | same.near
     if not dropped or stage.overlap == "drop":
-        return Found(dropped=dropped)
+        return Overlap(dropped=dropped)
     overlaps, first = {}, 0
     for table in apart:
         places = set(range(first, first + len(table.texts)))
         first += len(table.texts)
-        exact, close = places & found.other_exact, places & found.other_near
+        exact, close = places & same.other_exact, places & same.other_near
         if exact | close:
             overlaps[table.name] = {"num_rows": len(places), "num_exact": len(exact), "num_near": len(close)}
     if stage.overlap == "error":
@@ -106,4 +106,4 @@ def compare(texts: Sequence[Text], apart: Sequence[Apart], *, stage: PolishStage
             'files, or set the stage\'s overlap to "drop", which leaves them out, or to "allow", which trains on them '
             "and says so"
         )
-    return Found(overlaps=overlaps)
+    return Overlap(overlaps=overlaps)

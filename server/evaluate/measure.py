@@ -20,7 +20,6 @@ from server.aggregate.method import State
 from server.evaluate.figures import bootstrap
 from server.evaluate.figures.bootstrap import Scores
 from server.evaluate.suite import Suite
-from server.evaluate.tasks.task import Task
 from server.view import figures as view
 from server.view import polish
 
@@ -52,9 +51,7 @@ def measure(suite: Suite, state: State, *, stage: str) -> Mapping[str, Any]:
     it as well. Texts are kept nowhere.
 
     Args:
-        suite: What to measure.
         state: The adapter, as `common.adapter.adapter` names its tensors.
-        stage: What the figures are called.
 
     Returns:
         The event; empty without tasks.
@@ -80,17 +77,36 @@ def measure(suite: Suite, state: State, *, stage: str) -> Mapping[str, Any]:
 def _measure(suite: Suite, stage: str, adapter_sha256: str) -> Mapping[str, Any]:
     """One stage: scores to disk, figures to the log."""
     started = time.monotonic()
-    found = {task.name: _score(task, suite, stage) for task in suite.tasks}
-    scores = {f"{name}.{metric}": one for name, figures in found.items() for metric, one in figures.items()}
-    kinds = {task.name: task.settings.kind for task in suite.tasks}
-    _keep(suite, stage, scores)
-    references = {name: _stored(suite, label) for name, label in _compared(suite, stage).items()}
+    scores: dict[str, Scores] = {}
+    kinds = {}
+    for task in suite.tasks:  # in the stage prompt-only those without a baseline have no figures
+        score = task.score_baseline if stage == view.PROMPT_ONLY else task.score
+        for metric, rows in score(suite.engine).items() if score else ():
+            scores[f"{task.name}.{metric}"], kinds[f"{task.name}.{metric}"] = rows, task.settings.kind
+    content = {"definition_sha256": suite.sha256, "scores": {name: vars(rows) for name, rows in scores.items()}}
+    storage.write_atomic(_file(suite.folder, stage), wire.canonical_json(content))
+    references = {}
+    if stage != view.BASE:
+        labels = {name: name for name in _REFERENCES if name != stage} | {PREVIOUS: _before(suite, stage)}
+        paths = {name: _file(suite.folder, label) for name, label in labels.items() if label}
+        references = {name: _stored(path, suite.sha256) for name, path in paths.items() if path.exists()}
+    figures = {}
+    for name, rows in scores.items():
+        interval = bootstrap.interval(rows)
+        figures[name] = {
+            "value": interval.mean,
+            "low": interval.low,
+            "high": interval.high,
+            "num_rows": len(rows.rows),
+            "higher_is_better": rows.higher_is_better,
+            "kind": kinds[name],
+        }
     return suite.log.append(
         "measured",
         stage=stage,
         definition_sha256=suite.sha256,
         adapter_sha256=adapter_sha256,
-        figures={name: _figure(one, kinds[name.partition(".")[0]]) for name, one in scores.items()},
+        figures=figures,
         gains={name: gains(scores, before) for name, before in references.items()},
         seconds=round(time.monotonic() - started, 3),
     )
@@ -112,34 +128,6 @@ def gains(after: Figures, before: Figures) -> dict[str, dict[str, float]]:
         raise DataError(f"{FOLDER}/ holds scores of other rows ({error}); begin the run anew") from error
 
 
-def _score(task: Task, suite: Suite, stage: str) -> Figures:
-    """One task; in the stage prompt-only those without a baseline have no figures."""
-    if stage != view.PROMPT_ONLY:
-        return task.score(suite.engine)
-    return task.score_baseline(suite.engine) if task.score_baseline else {}
-
-
-def _figure(scores: Scores, kind: str) -> dict[str, Any]:
-    """A figure for the event."""
-    found = bootstrap.interval(scores)
-    return {
-        "value": found.mean,
-        "low": found.low,
-        "high": found.high,
-        "num_rows": len(scores.rows),
-        "higher_is_better": scores.higher_is_better,
-        "kind": kind,
-    }
-
-
-def _compared(suite: Suite, stage: str) -> dict[str, str]:
-    """The labels of the stages that a stage is compared to, by what they are to it."""
-    if stage == view.BASE:
-        return {}
-    found = {name: name for name in _REFERENCES if name != stage and _file(suite.folder, name).exists()}
-    return found | ({PREVIOUS: before} if (before := _before(suite, stage)) else {})
-
-
 def _before(suite: Suite, stage: str) -> str:
     """The stage that was measured before one of polish: the one before it, or the last round; empty if there is none.
 
@@ -148,11 +136,12 @@ def _before(suite: Suite, stage: str) -> str:
     if not stage.startswith(polish.LABEL):
         return ""
     log = events.read(suite.log.path) if suite.log.path.is_file() else []
-    measured = [event["stage"] for event in log if event["kind"] == "measured" and event["stage"] not in _REFERENCES]
-    found = [label for label in measured if not label.startswith(polish.LABEL) or label < stage]
-    polished = sorted(label for label in found if label.startswith(polish.LABEL))
-    label = (polished or found or [""])[-1]
-    return label if label and _file(suite.folder, label).exists() else ""
+    measured: list[str] = [
+        event["stage"] for event in log if event["kind"] == "measured" and event["stage"] not in _REFERENCES
+    ]
+    earlier = [label for label in measured if not label.startswith(polish.LABEL) or label < stage]
+    polished = sorted(label for label in earlier if label.startswith(polish.LABEL))
+    return (polished or earlier or [""])[-1]
 
 
 def _file(folder: Path, stage: str) -> Path:
@@ -160,27 +149,16 @@ def _file(folder: Path, stage: str) -> Path:
     return folder / FOLDER / f"{stage}.json"
 
 
-def _keep(suite: Suite, stage: str, scores: Figures) -> None:
-    """Write the scores row by row: numbers, no text."""
-    content = {"definition_sha256": suite.sha256, "scores": {name: vars(one) for name, one in scores.items()}}
-    storage.write_atomic(_file(suite.folder, stage), wire.canonical_json(content))
-
-
-def _stored(suite: Suite, stage: str) -> dict[str, Scores]:
-    """The scores of an earlier stage.
-
-    Raises:
-        DataError: They are unreadable, or of another definition.
-    """
-    path = _file(suite.folder, stage)
+def _stored(path: Path, definition_sha256: str) -> dict[str, Scores]:
+    """The scores of an earlier stage; those of other tasks or rows are refused."""
     try:
         content = json.loads(path.read_bytes())
-        found = {
-            name: Scores(tuple(map(tuple, one["rows"])), one["statistic"], one["higher_is_better"])
-            for name, one in content["scores"].items()
+        scores = {
+            name: Scores(tuple(map(tuple, fields["rows"])), fields["statistic"], fields["higher_is_better"])
+            for name, fields in content["scores"].items()
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: the scores cannot be read; begin the run anew") from error
-    if content["definition_sha256"] != suite.sha256:
+    if content["definition_sha256"] != definition_sha256:
         raise DataError(f"{path}: the scores are of other tasks or rows; begin the run anew")
-    return found
+    return scores

@@ -11,12 +11,14 @@ from common.events import EventLog
 from common.frame import wire
 from common.model.base import Engine
 from common.run.config import RunConfig
-from common.run.schema.tasks import TaskConfig
+from common.run.schema.gate import GateConfig
+from common.run.schema.tasks import EvaluationConfig, TaskConfig
+from common.run.schema.training import DataConfig
 from server.evaluate.tasks import answers, choice, harness, judge, memorisation, perplexity, pii, probe
 from server.evaluate.tasks.task import Task
 
 # To add a kind: a file with such a function, a line here, and a line in `common.run.schema.tasks.USES`.
-LOADERS: Final[Mapping[str, Callable[[TaskConfig, RunConfig], Task]]] = {
+LOADERS: Final[Mapping[str, Callable[[TaskConfig, DataConfig, EvaluationConfig], Task]]] = {
     "answers": answers.load,
     "number": answers.load,
     "json": answers.load,
@@ -60,62 +62,46 @@ def open_suite(run: RunConfig, *, engine: Engine, folder: Path, log: EventLog) -
         ConfigError: A task needs what is not installed.
         DataError: Rows, schemas or tasks are missing or unusable.
     """
-    tasks = _tasks(run)
+    tasks, sha256 = read(run.data, run.evaluation, run.gate)
     judge.tell_where_rows_go(run.evaluation.suite)
-    return Suite(engine, tasks, folder, log, _definition(tasks, run))
+    return Suite(engine, tasks, folder, log, sha256)
 
 
-def hash_of(run: RunConfig) -> str:
-    """SHA-256 of what is measured: tasks, metrics and rows, how answers are asked for, and the gate; no paths.
+def read(data: DataConfig, evaluation: EvaluationConfig, gate: GateConfig) -> tuple[tuple[Task, ...], str]:
+    """The tasks, and SHA-256 of what is measured: metrics and rows, how answers are asked for, and the gate; no paths.
 
-    Empty where nothing is measured and there is no gate.
-
-    Two runs with the same hash have comparable figures, if the base's tokenizer and template are the same too.
+    The hash is empty where nothing is measured and there is no gate. Two runs with the same hash have comparable
+    figures, if the base's tokenizer and template are the same too.
 
     Raises:
         ConfigError: A task needs what is not installed.
         DataError: Rows, schemas or tasks are missing or unusable.
     """
-    return _definition(_tasks(run), run)
-
-
-def _tasks(run: RunConfig) -> tuple[Task, ...]:
-    """The tasks of a run file, read."""
-    return tuple(LOADERS[task.kind](task, run) for task in run.evaluation.suite)
-
-
-def _definition(tasks: tuple[Task, ...], run: RunConfig) -> str:
-    """See `hash_of`."""
-    if not tasks and run.gate == type(run.gate)():
-        return ""
-    told: dict[str, object] = {
-        "tasks": [_told(task) for task in tasks],
-        "max_new_tokens": run.evaluation.max_new_tokens,
-        "system_prompt": run.data.system_prompt,
+    tasks = tuple(LOADERS[task.kind](task, data, evaluation) for task in evaluation.suite)
+    has_gate = gate != GateConfig()
+    if not tasks and not has_gate:
+        return tasks, ""
+    content: dict[str, object] = {
+        # A task without its paths: the hash of its rows stands for them.
+        "tasks": [
+            {**task.settings.model_dump(mode="json", exclude=set(_PATHS)), "sha256": task.sha256} for task in tasks
+        ],
+        "max_new_tokens": evaluation.max_new_tokens,
+        "system_prompt": data.system_prompt,
     }
-    if run.gate != type(run.gate)():
-        told["gate"] = run.gate.model_dump(mode="json", exclude={"audit_file"})
-    return hashlib.sha256(wire.canonical_json(told)).hexdigest()
+    if has_gate:
+        content["gate"] = gate.model_dump(mode="json", exclude={"audit_file"})
+    return tasks, hashlib.sha256(wire.canonical_json(content)).hexdigest()
 
 
-def require_same(found: str, frozen: str) -> None:
+def require_same(sha256: str, frozen: str) -> None:
     """Refuse to go on with another evaluation than the one that was fixed before training.
-
-    Args:
-        found: The hash now.
-        frozen: The manifest's.
 
     Raises:
         DataError: They differ.
     """
-    if found != frozen:
+    if sha256 != frozen:
         raise DataError(
             "the evaluation was fixed before training, and now its tasks, the rows in their files or the gate are "
             "others; restore them, or begin a run under another name"
         )
-
-
-def _told(task: Task) -> dict[str, object]:
-    """A task without paths; the hash of its rows stands for them."""
-    settings = task.settings.model_dump(mode="json", exclude=set(_PATHS))
-    return {**settings, "sha256": task.sha256}

@@ -128,7 +128,7 @@ def side_by_side(rows: Path | None, tensors: Tensors, *, run: config.RunConfig, 
     encoded: Sequence[Encoded] = ()
     alone = None
     if rows:
-        encoded, _ = model.encode(engine, loading.rows_of(str(rows), run)[:MAX_ROWS], run.data)
+        encoded, _ = model.encode(engine, loading.rows_of(str(rows), run.data)[:MAX_ROWS], run.data)
         alone = _scores(engine, encoded)
     adapter.write(engine.model, tensors)
     scores = _scores(engine, encoded) if rows else None

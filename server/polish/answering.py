@@ -24,7 +24,6 @@ def figures(engine: Engine, stage: PolishStage, found: StageRows) -> dict[str, f
     Args:
         engine: The base with the adapter as it is now.
         stage: Its limit of tokens holds for prompt and answer together.
-        found: The stage's data.
 
     Returns:
         `length`: mean number of tokens, at most `MAX_NEW_TOKENS`; `repetition`: mean of `repeated`. Empty for kinds

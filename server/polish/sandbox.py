@@ -190,7 +190,6 @@ def filter_of(machine: str, refused: Mapping[str, int]) -> bytes:
     """The filter as the kernel takes it; none for no calls.
 
     Args:
-        machine: As `platform.machine` tells.
         refused: Calls that fail with EPERM, by name.
 
     Returns:

@@ -97,8 +97,6 @@ def run(fed: Federation, start: Tensors, *, engine: Engine) -> list[Finished]:
 
     Args:
         fed: The run; its stages, folder and events.
-        start: The adapter after the last round.
-        engine: The coordinator's base.
 
     Returns:
         All stages, in their order.
@@ -172,11 +170,6 @@ def check(settings: RunConfig, engine: Engine, apart: Sequence[Apart] = ()) -> N
 def finished(run_folder: Path, manifest: RunManifest, start: Tensors) -> list[Finished]:
     """The stages that are on the disk, in their order.
 
-    Args:
-        run_folder: The run's folder.
-        manifest: The run.
-        start: The adapter after its last round.
-
     Raises:
         DataError: A stage cannot be read.
         ModelError: It is not what was written, or it began with another adapter.
@@ -209,12 +202,8 @@ def play(
     """Train one stage on the engine's base.
 
     Args:
-        stage: What to train.
         start: The adapter to start from; its side adapter, where there is one, stays as it is.
         engine: The base; its adapter is overwritten.
-        found: The stage's data.
-        tell: Gets a step's number and figures.
-        judge: The reward model, for `rloo`.
         unfinished_in: Where checkpoints are left, and the newest gone on from (`unfinished.begin`); None: nowhere.
 
     Raises:

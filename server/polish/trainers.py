@@ -126,14 +126,10 @@ def make(
     """A trainer that is ready to train and to evaluate on the held-out rows.
 
     Args:
-        stage: What to train, and how.
         engine: Base, adapter and tokenizer.
-        rows: The stage's data.
-        scratch: A folder that goes away.
         keeps: Leave a checkpoint there after each tenth of the stage; else nothing is written while all is well.
         tell: Gets a step's number and its figures.
         model: Trained in the place of the engine's model: the reward model.
-        reward: Scores answers, for kinds that sample.
     """
     trainer_class, config_class, own = _KINDS[stage.kind]
     options = _common(stage, engine, rows, scratch) | _keeping(stage, rows, keeps=keeps)

@@ -67,7 +67,6 @@ def begin(folder: Path, facts: Mapping[str, Any]) -> int:
     """Make a stage's folder ready; what another start, other settings or other rows have left is removed.
 
     Args:
-        folder: Of the checkpoints of one stage.
         facts: On what the stage's result depends, as JSON.
 
     Returns:

@@ -67,9 +67,7 @@ def make(source: Path, *, between: Sequence[str], seed: int, tasks: Path, key: P
 
     Args:
         source: Rows of `prompt` and two columns with the candidates' answers.
-        between: The two columns.
         seed: Draws sides and order; recorded in the key.
-        tasks: New .jsonl file for raters.
         key: New .json file, in another folder than the tasks.
 
     Returns:
@@ -94,10 +92,7 @@ def write(pairs: Sequence[Pair], *, names: tuple[str, str], seed: int, tasks: Pa
 
     Args:
         pairs: For each row of the source the first candidate's answer as the rejected, the second's as the chosen one.
-        names: The two candidates.
         seed: Draws sides and order; recorded in the key.
-        tasks: As for `make`.
-        key: As for `make`.
 
     Raises:
         DataError: The candidates never differ.

@@ -81,8 +81,6 @@ def from_edits(path: Path, *, draft: str = "draft", edited: str = "edited") -> B
 
     Args:
         path: Rows of `prompt`, a draft and the edited text.
-        draft: Column of the draft.
-        edited: Column of the edited text.
 
     Returns:
         Pairs in the file's order; drafts that nobody changed, white space aside, are counted and left out.
@@ -108,7 +106,6 @@ def write(built: Built, path: Path, *, is_overwriting: bool = False) -> None:
 
     Args:
         built: Has at least one row.
-        path: A .jsonl file.
         is_overwriting: Whether a file that is there may go.
 
     Raises:

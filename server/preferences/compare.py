@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
@@ -10,7 +11,8 @@ from common.data.rows import Message, Row
 from common.errors import ConfigError
 from common.model import loading
 from common.model.base import Engine
-from common.run import config
+from common.run.schema.tasks import EvaluationConfig
+from common.run.schema.training import DataConfig
 from server.evaluate.tasks import answers as task_answers
 from server.evaluate.tasks.task import as_base
 from server.preferences import blind
@@ -47,8 +49,6 @@ def compare(
     """Answer rows twice and write pairs whose sides are shuffled, and the key that tells them apart.
 
     Args:
-        run_folder: The run.
-        order: What to compare.
         out: New .jsonl file for raters: `prompt`, `left` and `right` a line.
         key: New .json file in another folder; None: in the run's folder, called after `out`.
         num_rounds: Which checkpoint; 0 is the newest.
@@ -69,38 +69,47 @@ def compare(
     blind.check_new(out, key)
     found = finish.stored(run_folder, num_rounds=num_rounds)
     settings = found.run_manifest.run
-    rows = loading.rows_of(order.rows, settings)[: order.max_rows or None]
+    rows = loading.rows_of(order.rows, settings.data)[: order.max_rows or None]
     engine = loading.engine_of(settings, finish.base_of(found, base), date=found.run_manifest.date)
     adapter.write(engine.model, found.tensors)
-    pairs = pairs_of(rows, answered(engine, rows, order, settings))
+    pairs = pairs_of(rows, answered(engine, rows, order.prompt, data=settings.data, evaluation=settings.evaluation))
     made = blind.write(pairs, names=(order.against, ADAPTER), seed=order.seed, tasks=out, key=key)
     return {
         "pairs": str(out), "key": str(key), "num_pairs": len(made.rows), "num_left_out": made.num_identical,
     }  # fmt: skip
 
 
-def answered(engine: Engine, rows: Sequence[Row], order: Order, run: config.RunConfig) -> list[tuple[str, str]]:
+def answered(
+    engine: Engine, rows: Sequence[Row], prompt: str, *, data: DataConfig, evaluation: EvaluationConfig
+) -> list[tuple[str, str]]:
     """For each row the other model's answer and the adapter's, greedily, with the run's own settings.
+
+    Args:
+        prompt: The system message of the other model, the base; empty: the run's.
+        data: Has the run's system prompt.
 
     Raises:
         DataError: A prompt and its answer are longer than the model takes.
     """
-    own = _generate(engine, rows, run)
-    asked = [task_answers.with_prompt(row, order.prompt, ()) for row in rows] if order.prompt else rows
+    ask = partial(
+        task_answers.answered,
+        engine,
+        what="--rows",
+        max_new_tokens=evaluation.max_new_tokens,
+        batch_size=evaluation.batch_size,
+        system_prompt=data.system_prompt,
+    )
+    ours = [text for text, _ in ask(rows)]
+    asked = [task_answers.with_prompt(row, prompt, ()) for row in rows] if prompt else rows
     with as_base(engine):
-        others = _generate(engine, asked, run)
-    return list(zip(others, own, strict=True))
+        theirs = [text for text, _ in ask(asked)]
+    return list(zip(theirs, ours, strict=True))
 
 
 def pairs_of(rows: Sequence[Row], answers: Sequence[tuple[str, str]]) -> list[Pair]:
     """The other model's answer as the rejected and the adapter's as the chosen one, as `blind.write` takes them."""
-    found = []
+    pairs = []
     for row, texts in zip(rows, answers, strict=True):
-        other, own = ((Message("assistant", text if text.strip() else blind.NO_ANSWER),) for text in texts)
-        found.append(Pair(row.messages[:-1], own, other, row.row_id))
-    return found
-
-
-def _generate(engine: Engine, rows: Sequence[Row], run: config.RunConfig) -> list[str]:
-    """Greedy answers."""
-    return [text for text, _ in task_answers.answered(engine, rows, run, what="--rows")]
+        theirs, ours = ((Message("assistant", text if text.strip() else blind.NO_ANSWER),) for text in texts)
+        pairs.append(Pair(row.messages[:-1], ours, theirs, row.row_id))
+    return pairs

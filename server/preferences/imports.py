@@ -34,9 +34,7 @@ def argilla(path: Path, *, question: str, prompt: str, between: Sequence[str]) -
     """Read an export of Argilla.
 
     Args:
-        path: A .json or .jsonl file.
         question: Name of the ranking or label question.
-        prompt: Field of the prompt.
         between: Fields of the answers, at least two.
 
     Returns:
@@ -57,7 +55,6 @@ def label_studio(path: Path, *, prompt: str, between: Sequence[str]) -> Built:
     """Read an export of Label Studio.
 
     Args:
-        path: A .json or .jsonl file.
         prompt: Column of the prompt in the tasks' `data`.
         between: Columns of the left and of the right answer.
 

@@ -88,11 +88,6 @@ def unblind(tasks_file: Path, *, key_file: Path, answer_files: Sequence[Path]) -
     Where several raters judged a task, the majority of those who preferred a side decides; as many votes for both is a
     tie. So each task counts once, however many raters there are.
 
-    Args:
-        tasks_file: What raters were shown.
-        key_file: Its key.
-        answer_files: One for each rater.
-
     Raises:
         DataError: A file is unreadable, belongs to other tasks, or answers tasks that are not there.
     """

@@ -57,7 +57,6 @@ def press(session: Session, key: str) -> str:
 
     Args:
         session: Is changed.
-        key: One of `KEYS`, or "u".
 
     Returns:
         What to tell the rater; "" if nothing.
@@ -81,9 +80,7 @@ def screen(session: Session, *, width: int, note: str = "") -> RenderableType:
     """What a rater sees: progress, prompt, two answers, keys.
 
     Args:
-        session: To show.
         width: Of the terminal, in columns; at 100 and more the answers stand side by side.
-        note: A line above the keys.
     """
     task, total = session.current, len(session.tasks)
     head = Table.grid(padding=(0, 2))

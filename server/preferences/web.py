@@ -74,7 +74,6 @@ def make(session: Session, *, token: str, host: str = LOOPBACK) -> Starlette:
 
     Args:
         session: Open; it is changed by the rater's answers.
-        token: Part of every address.
         host: What the server listens on; requests that name another host are refused, so that no other site's page can
             reach a rater's machine under its own name.
     """
@@ -132,8 +131,6 @@ def serve(session: Session, *, door: Door, say: Callable[[str], None]) -> None:
     """Serve until stopped.
 
     Args:
-        session: Open.
-        door: Where to listen.
         say: Told the address, which holds the token.
 
     Raises:

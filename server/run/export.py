@@ -44,7 +44,7 @@ def check(manifest: RunManifest, engine: Engine) -> None:
     if asked.rows and not where_there(asked.rows):
         raise DataError(f"export.rows = {asked.rows!r}: there is no such file")
     if (rows := _rows(source)) and folder.NEED_BASE & set(formats):
-        model.encode(engine, loading.rows_of(str(rows), run)[: perplexity.MAX_ROWS], run.data)
+        model.encode(engine, loading.rows_of(str(rows), run.data)[: perplexity.MAX_ROWS], run.data)
     rehearsal.rehearse(run, engine.folder, base_sha256=engine.base_sha256, order=order)
 
 

@@ -129,7 +129,12 @@ def _polish(run_folder: Path, manifest: RunManifest, *, engine: Engine, console:
     fed = Federation(manifest, _Nobody(), table.find(settings.aggregation.method), run_folder, log, suite=measured)
     fed.own_rows = run.read_own_rows(settings, engine)
     fed.apart = kept_apart.tables(measured.tasks, KnownRows())
-    fed.examples = examples.read_prompts(settings, engine)
+    fed.examples = examples.read_prompts(
+        settings.output.example_prompts,
+        engine,
+        max_new_tokens=settings.evaluation.max_new_tokens,
+        system_prompt=settings.data.system_prompt,
+    )
     try:
         outcome = run.finish(fed, last.tensors, stages.run(fed, last.tensors, engine=engine))
     except BaseException as error:

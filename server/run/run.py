@@ -154,7 +154,12 @@ def _execute(
     storage.write_atomic(folder / run_files.MANIFEST_FILE, manifest.to_bytes())
     fed.own_rows = read_own_rows(settings, engine)
     fed.apart = kept_apart.tables(measured.tasks, known or KnownRows())
-    fed.examples = examples.read_prompts(settings, engine)
+    fed.examples = examples.read_prompts(
+        settings.output.example_prompts,
+        engine,
+        max_new_tokens=settings.evaluation.max_new_tokens,
+        system_prompt=settings.data.system_prompt,
+    )
     stages.check(settings, engine, fed.apart)
     run_export.check(manifest, engine)
     log.append("run_started", **plan(manifest, engine), **told, first_round=first.num_rounds)
@@ -242,7 +247,14 @@ def finish(fed: Federation, tensors: Tensors, played: Sequence[stages.Finished])
         log=told,
     )
     source = Exported(chosen.tensors, manifest, chosen.num_rounds, sites, told)
-    examples.write(folder, fed.examples, chosen.tensors, engine=fed.suite.engine, run=manifest.run)
+    examples.write(
+        folder,
+        fed.examples,
+        chosen.tensors,
+        engine=fed.suite.engine,
+        data=manifest.run.data,
+        evaluation=manifest.run.evaluation,
+    )
     run_export.write(folder, source, base=fed.suite.engine.folder, log=log)
     log.append("run_finished", adapter=run_files.EXPORT_FOLDER, num_rounds=chosen.num_rounds, stage=chosen.stage)
     return Outcome(chosen.tensors, sites, folder)
@@ -290,7 +302,7 @@ def read_own_rows(settings: config.RunConfig, engine: Engine) -> OwnRows | None:
     """
     if not settings.evaluation.server_data:
         return None
-    rows = loading.rows_of(settings.evaluation.server_data, settings)
+    rows = loading.rows_of(settings.evaluation.server_data, settings.data)
     return OwnRows(engine, base.encode(engine, rows, settings.data)[0])
 
 

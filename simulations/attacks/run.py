@@ -101,8 +101,9 @@ def before(shared: World, *, num_bad: int) -> dict[str, Any]:
 
 def _fleet(shared: World, attack: Attack, honest: list[str], failures: Failures) -> GridFleet:
     """All sites as nodes, in the order of their names."""
-    tasks_sha256 = suite.hash_of(shared.settings)
-    manifest = server_run.manifest_of(shared.settings, shared.engine, evaluation_sha256=tasks_sha256)
+    settings = shared.settings
+    _, tasks_sha256 = suite.read(settings.data, settings.evaluation, settings.gate)
+    manifest = server_run.manifest_of(settings, shared.engine, evaluation_sha256=tasks_sha256)
     agents = {
         site: world.make_agent(site, data if site in honest else attack.rows(data), shared.engines.at(site), failures)
         for site, data in sorted(shared.sites.items())

@@ -96,7 +96,7 @@ def ray(
             num_threads,
             rows,
             str(folder.absolute() / "sites"),
-            suite.hash_of(settings),
+            suite.read(settings.data, settings.evaluation, settings.gate)[1],
             engine.date,
         )
         outcome = flower.run(

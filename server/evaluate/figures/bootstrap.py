@@ -139,7 +139,7 @@ def kappa(rows_nk: Table) -> float:
     """
     first_n, second_n = rows_nk.astype(np.int64).T
     size = int(rows_nk.max()) + 1
-    shares = [np.bincount(one, minlength=size) / len(rows_nk) for one in (first_n, second_n)]
+    shares = [np.bincount(labels_n, minlength=size) / len(rows_nk) for labels_n in (first_n, second_n)]
     by_chance = float(shares[0] @ shares[1])
     return 0.0 if by_chance == 1 else float(((first_n == second_n).mean() - by_chance) / (1 - by_chance))
 

@@ -103,7 +103,8 @@ def sign_test(count: int, total: int) -> float:
     if not 0 <= count <= total:
         raise ValueError(f"{count} of {total} is no split")
     fewer = min(count, total - count)
-    logs = [_log_binomial(total, k) - total * math.log(2) for k in range(fewer + 1)]
+    all_splits = math.lgamma(total + 1) - total * math.log(2)  # logarithms, as binomials overflow
+    logs = [all_splits - math.lgamma(k + 1) - math.lgamma(total - k + 1) for k in range(fewer + 1)]
     return min(1.0, 2 * math.fsum(map(math.exp, logs)))
 
 
@@ -118,8 +119,3 @@ def mean(values: Sequence[float]) -> Estimate:
     middle = statistics.fmean(values)
     error = statistics.stdev(values) / math.sqrt(len(values))
     return Estimate(middle, middle - Z_95 * error, middle + Z_95 * error)
-
-
-def _log_binomial(total: int, count: int) -> float:
-    """Logarithm of the number of ways to choose."""
-    return math.lgamma(total + 1) - math.lgamma(count + 1) - math.lgamma(total - count + 1)

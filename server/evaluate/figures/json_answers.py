@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import referencing
@@ -42,17 +41,16 @@ def checker(path: Path) -> Callable[[str, str], float]:
             del part["$schema"]
     timed = jsonschema.validators.extend(kind, patterns.KEYWORDS)
     validator = timed(schema, registry=referencing.Registry())  # an empty one: the default would ask the network
-    return lambda given, wanted: _score(validator, given, path=path)
 
+    def score(given: str, wanted: str) -> float:
+        try:
+            return float(validator.is_valid(json.loads(given, parse_constant=refuse)))
+        except (ValueError, RecursionError):
+            return 0.0
+        except Unresolvable as error:
+            raise DataError(f"{path}: refers to a schema that is not in it; write that into the file") from error
 
-def _score(validator: Any, given: str, *, path: Path) -> float:
-    """One answer."""
-    try:
-        return float(validator.is_valid(json.loads(given, parse_constant=refuse)))
-    except (ValueError, RecursionError):
-        return 0.0
-    except Unresolvable as error:
-        raise DataError(f"{path}: refers to a schema that is not in it; write that into the file") from error
+    return score
 
 
 def refuse(name: str) -> None:

@@ -28,10 +28,10 @@ def prefix_id(engine: Engine) -> int:
         ModelError: The tokenizer names neither.
     """
     tokenizer = engine.tokenizer
-    found = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if found is None:
+    token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if token is None:
         raise ModelError("the tokenizer names neither a start token nor an end token; set eos_token in its settings")
-    return int(found)
+    return int(token)
 
 
 def token_ids(engine: Engine, text: str) -> list[int]:
@@ -66,12 +66,12 @@ def log_likelihoods(engine: Engine, pairs: Sequence[Pair], *, batch_size: int) -
                 f"model takes {limit} together: shorten the row or remove it"
             )
     engine.model.eval()
-    order = sorted(range(len(pairs)), key=lambda place: len(pairs[place][0]) + len(pairs[place][1]))
-    found: dict[int, tuple[float, bool]] = {}
+    order = sorted(range(len(pairs)), key=lambda number: len(pairs[number][0]) + len(pairs[number][1]))
+    scored: dict[int, tuple[float, bool]] = {}
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
-        found.update(zip(places, _batch(engine, [pairs[place] for place in places]), strict=True))
-    return [found[place] for place in range(len(pairs))]
+        scored.update(zip(places, _batch(engine, [pairs[place] for place in places]), strict=True))
+    return [scored[place] for place in range(len(pairs))]
 
 
 def rolling(engine: Engine, texts: Sequence[str], *, batch_size: int) -> list[tuple[float, int]]:
@@ -118,15 +118,13 @@ def _batch(engine: Engine, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
         ids_bt[row, : len(sequence) - 1] = torch.tensor(sequence[:-1])
         mask_bt[row, : len(sequence) - 1] = 1
     logits_btv = engine.model(input_ids=ids_bt.to(engine.device), attention_mask=mask_bt.to(engine.device)).logits
-    return [_one(logits_btv[row], *pair) for row, pair in enumerate(pairs)]
-
-
-def _one(logits_tv: torch.Tensor, context: Sequence[int], following: Sequence[int]) -> tuple[float, bool]:
-    """One pair's log-likelihood and greediness."""
-    start = len(context) - 1
-    log_probs_nv = torch.log_softmax(logits_tv[start : start + len(following)].float(), dim=-1)
-    wanted_n = torch.tensor(following, device=log_probs_nv.device)
-    total = float(log_probs_nv.gather(1, wanted_n[:, None]).sum())
-    if not math.isfinite(total):
-        raise ModelError(f"a log-likelihood is {total}; the adapter has diverged, lower training.learning_rate")
-    return total, bool((log_probs_nv.argmax(dim=-1) == wanted_n).all())
+    scored = []
+    for logits_tv, (context, following) in zip(logits_btv, pairs, strict=True):
+        start = len(context) - 1
+        log_probs_nv = torch.log_softmax(logits_tv[start : start + len(following)].float(), dim=-1)
+        wanted_n = torch.tensor(following, device=log_probs_nv.device)
+        total = float(log_probs_nv.gather(1, wanted_n[:, None]).sum())
+        if not math.isfinite(total):
+            raise ModelError(f"a log-likelihood is {total}; the adapter has diverged, lower training.learning_rate")
+        scored.append((total, bool((log_probs_nv.argmax(dim=-1) == wanted_n).all())))
+    return scored

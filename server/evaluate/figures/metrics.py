@@ -46,7 +46,7 @@ def token_f1(given: str, wanted: str) -> float:
     found, reference = _squad_words(given), _squad_words(wanted)
     if not found or not reference:
         return float(found == reference)
-    return _f1(_overlap(found, reference), len(found), len(reference))
+    return _f1(_num_common(found, reference), len(found), len(reference))
 
 
 def rouge1(given: str, wanted: str) -> float:
@@ -68,8 +68,11 @@ def rouge_n(given: str, wanted: str, *, size: int) -> float:
     Source: Lin 2004, aclanthology.org/W04-1013. Of text in a-z and 0-9 words and figures are those of Google's package
     rouge-score 0.1.2, which sees no other letters.
     """
-    found, reference = (_runs(_rouge_words(text), size) for text in (given, wanted))
-    return _f1(_overlap(found, reference), len(found), len(reference))
+    found, reference = (
+        [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
+        for words in (_rouge_words(given), _rouge_words(wanted))
+    )
+    return _f1(_num_common(found, reference), len(found), len(reference))
 
 
 def rouge_l(given: str, wanted: str) -> float:
@@ -158,13 +161,8 @@ def _rouge_words(text: str) -> list[str]:
     return [str(word) for word in _WORD.findall(unicodedata.normalize("NFC", text.lower()))]
 
 
-def _runs(words: Sequence[str], size: int) -> list[tuple[str, ...]]:
-    """All runs of `size` words."""
-    return [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
-
-
-def _overlap(found: Sequence[object], reference: Sequence[object]) -> int:
-    """Items that both have, counted as often as both have them."""
+def _num_common(found: Sequence[object], reference: Sequence[object]) -> int:
+    """Items of both texts, each counted as often as both have it."""
     return sum((collections.Counter(found) & collections.Counter(reference)).values())
 
 

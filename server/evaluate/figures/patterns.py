@@ -92,7 +92,7 @@ def _others(validator: Any, wanted: Any, instance: Any, schema: Any) -> Iterator
     """Keyword `additionalProperties`."""
     patterns = schema.get("patternProperties", {})
     for name, value in instance.items() if validator.is_type(instance, "object") else ():
-        if name not in schema.get("properties", {}) and not any(compiled(one).is_in(name) for one in patterns):
+        if name not in schema.get("properties", {}) and not any(compiled(pattern).is_in(name) for pattern in patterns):
             yield from validator.descend(value, wanted, path=name)
 
 

@@ -89,7 +89,6 @@ def find(text: str, *, names: Sequence[str] = (), regions: Sequence[str] = ()) -
     """All personal data in a text; what one kind has taken is not taken again by a later one.
 
     Args:
-        text: To look at.
         names: People's names, found as whole words, whatever their case.
         regions: Countries (ISO 3166-1, such as "DE") in whose way telephone numbers may be written without a code.
 
@@ -97,7 +96,7 @@ def find(text: str, *, names: Sequence[str] = (), regions: Sequence[str] = ()) -
         Finds in the order of `KINDS`.
 
     Example:
-        >>> [(one.kind, one.value) for one in find("Mail ann@example.org, card 4111 1111 1111 1111")]
+        >>> [(piece.kind, piece.value) for piece in find("Mail ann@example.org, card 4111 1111 1111 1111")]
         [('email', 'ann@example.org'), ('card', '4111 1111 1111 1111')]
     """
     phones: tuple[str, _Search] = ("phone", partial(_phones, regions=regions))
@@ -107,19 +106,22 @@ def find(text: str, *, names: Sequence[str] = (), regions: Sequence[str] = ()) -
             if not any(is_taken[start:end]):
                 taken.append(Find(kind, start, end, text[start:end]))
                 is_taken[start:end] = b"\1" * (end - start)
-    named = [Find("name", *match.span(), match[0]) for match in _names(names).finditer(text)] if names else []
-    return taken + named
+    if names:
+        ordered = sorted((r"\s+".join(map(re.escape, name.split())) for name in names), key=len, reverse=True)
+        pattern = re.compile(rf"(?<!\w)(?:{'|'.join(ordered)})(?!\w)", re.IGNORECASE)
+        taken += [Find("name", *match.span(), match[0]) for match in pattern.finditer(text)]
+    return taken
 
 
 def new_in(answer: str, prompt: str, *, names: Sequence[str] = (), regions: Sequence[str] = ()) -> list[Find]:
     """Personal data in an answer that is not in its prompt, however it is written there.
 
     Example:
-        >>> [one.kind for one in new_in("Call 555-010-0199 or 555 010 0198.", "Her phone is (555) 010 0199.")]
+        >>> [piece.kind for piece in new_in("Call 555-010-0199 or 555 010 0198.", "Her phone is (555) 010 0199.")]
         ['phone']
     """
     known = _plain(prompt)
-    return [one for one in find(answer, names=names, regions=regions) if _plain(one.value) not in known]
+    return [piece for piece in find(answer, names=names, regions=regions) if _plain(piece.value) not in known]
 
 
 def is_luhn(digits: str) -> bool:
@@ -131,8 +133,8 @@ def is_luhn(digits: str) -> bool:
         >>> is_luhn("79927398713"), is_luhn("79927398710")
         (True, False)
     """
-    numbers = [int(one) for one in reversed(digits)]
-    doubled = [sum(divmod(2 * one, 10)) for one in numbers[1::2]]
+    numbers = [int(digit) for digit in reversed(digits)]
+    doubled = [sum(divmod(2 * number, 10)) for number in numbers[1::2]]
     return (sum(numbers[::2]) + sum(doubled)) % 10 == 0
 
 
@@ -146,12 +148,7 @@ def is_iban(text: str) -> bool:
         (True, False)
     """
     plain = re.sub(r"[ -]", "", text).upper()
-    return 15 <= len(plain) <= 34 and int("".join(str(int(one, 36)) for one in plain[4:] + plain[:4])) % 97 == 1
-
-
-def _emails(text: str) -> Iterable[tuple[int, int]]:
-    """An address at a domain with a top level of letters."""
-    return (match.span() for match in _EMAIL.finditer(text))
+    return 15 <= len(plain) <= 34 and int("".join(str(int(sign, 36)) for sign in plain[4:] + plain[:4])) % 97 == 1
 
 
 def _ibans(text: str) -> Iterable[tuple[int, int]]:
@@ -184,14 +181,18 @@ def _ssns(text: str) -> Iterable[tuple[int, int]]:
 def _birth_dates(text: str) -> Iterable[tuple[int, int]]:
     """A date that there was, after a word that says birth."""
     for match in _BIRTH.finditer(text):
-        if any(_is_past(*parts) for parts in _readings(match)):
-            found = next(match.start(name) for name in ("y", "a", "d3", "m4") if match[name] is not None)
-            yield found, match.end()
-
-
-def _records(text: str) -> Iterable[tuple[int, int]]:
-    """A number after a word that says whose record it is."""
-    return (match.span("value") for match in _RECORD.finditer(text))
+        # Year, month and day as the date may be meant: 3/4/1990 is both ways.
+        if match["y"]:
+            readings = [(int(match["y"]), int(match["m"]), int(match["d"]))]
+        elif match["y2"]:
+            year, first, second = int(match["y2"]), int(match["a"]), int(match["b"])
+            readings = [(year, first, second), (year, second, first)]
+        else:
+            name = "3" if match["m3"] else "4"
+            readings = [(int(match[f"y{name}"]), _MONTHS[match[f"m{name}"].lower()], int(match[f"d{name}"]))]
+        if any(_is_past(*parts) for parts in readings):
+            start = next(match.start(name) for name in ("y", "a", "d3", "m4") if match[name] is not None)
+            yield start, match.end()
 
 
 def _phones(text: str, regions: Sequence[str]) -> Iterable[tuple[int, int]]:
@@ -200,24 +201,23 @@ def _phones(text: str, regions: Sequence[str]) -> Iterable[tuple[int, int]]:
     A run of digits alone is a number of a region only behind a word such as phone.
     """
     for region in (None, *regions):
-        for one in PhoneNumberMatcher(text, region, leniency=Leniency.STRICT_GROUPING):
-            if not one.raw_string.isdigit() or one.raw_string.startswith("0") or _is_told(text, one.start):
-                yield one.start, one.end
-    yield from _grouped_phones(text)
-
-
-def _grouped_phones(text: str) -> Iterable[tuple[int, int]]:
-    """Seven to fifteen digits, in groups or behind a word such as phone, that are no date and no IP address."""
+        for phone in PhoneNumberMatcher(text, region, leniency=Leniency.STRICT_GROUPING):
+            digits = phone.raw_string
+            if not digits.isdigit() or digits.startswith("0") or _is_after_word(text, phone.start):
+                yield phone.start, phone.end
+    # Seven to fifteen digits, in groups or behind a word such as phone, that are no date and no IP address.
     for match in _PHONE.finditer(text):
         body = re.split(r",?\s?(?:x|ext|#)", match[0], flags=re.IGNORECASE)[0]
         digits = re.sub(r"\D", "", body)
-        is_grouped = _is_grouped(body) and (body[0] in "+(" or not _UNIT.match(text, match.end()))
-        is_phone = is_grouped or _is_told(text, match.start())
+        # Groups as measured values and amounts hardly ever have them, or a plus, a bracket or a nought first.
+        is_grouped = _GROUPED.fullmatch(body) is not None and not _AMOUNT_OR_YEARS.fullmatch(body)
+        is_grouped = (is_grouped or body[0] in "+(0") and (body[0] in "+(" or not _UNIT.match(text, match.end()))
+        is_phone = is_grouped or _is_after_word(text, match.start())
         if 7 <= len(digits) <= 15 and is_phone and not _NO_PHONE.match(body):
             yield match.span()
 
 
-def _is_told(text: str, start: int) -> bool:
+def _is_after_word(text: str, start: int) -> bool:
     """Whether a word such as phone stands before."""
     return _PHONE_WORD.search(text, max(0, start - 60), start) is not None
 
@@ -228,45 +228,21 @@ def _is_after_plus(text: str, start: int) -> bool:
 
 
 _SEARCHES: Final[tuple[tuple[str, _Search], ...]] = (
-    ("email", _emails), ("iban", _ibans), ("card", _cards), ("ssn", _ssns), ("birth_date", _birth_dates),
-    ("record_number", _records),
+    ("email", lambda text: (match.span() for match in _EMAIL.finditer(text))),
+    ("iban", _ibans), ("card", _cards), ("ssn", _ssns), ("birth_date", _birth_dates),
+    ("record_number", lambda text: (match.span("value") for match in _RECORD.finditer(text))),
 )  # fmt: skip
-
-
-def _is_grouped(body: str) -> bool:
-    """Whether digits are written as a telephone number is, without a region that says how that is.
-
-    A plus, a bracket or a nought first; else groups as measured values and amounts hardly ever have them.
-    """
-    return body[0] in "+(0" or (_GROUPED.fullmatch(body) is not None and not _AMOUNT_OR_YEARS.fullmatch(body))
-
-
-def _readings(match: re.Match[str]) -> list[tuple[int, int, int]]:
-    """Year, month and day as the date may be meant: 3/4/1990 is both ways."""
-    if match["y"]:
-        return [(int(match["y"]), int(match["m"]), int(match["d"]))]
-    if match["y2"]:
-        year, one, other = int(match["y2"]), int(match["a"]), int(match["b"])
-        return [(year, one, other), (year, other, one)]
-    name = "3" if match["m3"] else "4"
-    return [(int(match[f"y{name}"]), _MONTHS[match[f"m{name}"].lower()], int(match[f"d{name}"]))]
 
 
 def _is_past(year: int, month: int, day: int) -> bool:
     """Whether somebody alive may have been born then."""
     try:
-        found = datetime.date(year, month, day)
+        date = datetime.date(year, month, day)
     except ValueError:
         return False
-    return year >= 1900 and found <= datetime.datetime.now(datetime.UTC).date()
-
-
-def _names(names: Sequence[str]) -> re.Pattern[str]:
-    """Any of the names as whole words."""
-    ordered = sorted((r"\s+".join(map(re.escape, name.split())) for name in names), key=len, reverse=True)
-    return re.compile(rf"(?<!\w)(?:{'|'.join(ordered)})(?!\w)", re.IGNORECASE)
+    return year >= 1900 and date <= datetime.datetime.now(datetime.UTC).date()
 
 
 def _plain(text: str) -> str:
     """Letters and digits only, in one case."""
-    return "".join(one for one in text.casefold() if one.isalnum())
+    return "".join(sign for sign in text.casefold() if sign.isalnum())

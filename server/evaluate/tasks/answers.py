@@ -3,17 +3,18 @@
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from common.data import overlap
 from common.data.rows import Message, Row
 from common.errors import DataError
-from common.loss import evaluation
+from common.loss import evaluation as asking
 from common.model import loading
 from common.model.base import Engine
-from common.run.config import RunConfig
-from common.run.schema.tasks import TaskConfig
+from common.run.schema.tasks import EvaluationConfig, TaskConfig
+from common.run.schema.training import DataConfig
 from common.text import prompts
 from server.evaluate.figures import json_answers, labels, likelihood, metrics
 from server.evaluate.figures.bootstrap import Scores, of_rows
@@ -23,25 +24,26 @@ Pairs = Sequence[tuple[str, str]]  # an answer and its reference
 _METRICS: Final = {"number": ("number",), "json": ("valid_json", "json")}
 
 
-def load(settings: TaskConfig, run: RunConfig) -> Task:
+def load(settings: TaskConfig, data: DataConfig, evaluation: EvaluationConfig) -> Task:
     """Read rows, labels and schema.
 
     Raises:
         DataError: The rows, the schema or a baseline's examples are missing or unusable.
     """
-    rows = loading.rows_of(settings.data, run)[: settings.max_rows or None]
+    rows = loading.rows_of(settings.data, data)[: settings.max_rows or None]
     names = _METRICS.get(settings.kind, settings.metric_names)
     scorers = {name: _scorer(name, settings, rows) for name in names}
-    examples = examples_of(settings, run)
+    examples = examples_of(settings, data)
+    generate = asker(settings, data, evaluation)
     schema = [file_hash(settings.json_schema)] if settings.json_schema else []
 
     def score(engine: Engine, shown: Sequence[Row] = rows) -> Mapping[str, Scores]:
-        pairs = generate(engine, shown, settings, run)
+        pairs = generate(engine, shown)
         return {name: scorer(pairs) for name, scorer in scorers.items()}
 
     def baseline(engine: Engine) -> Mapping[str, Scores]:
         return score(
-            engine, [with_prompt(row, settings.baseline_prompt or run.data.system_prompt, examples) for row in rows]
+            engine, [with_prompt(row, settings.baseline_prompt or data.system_prompt, examples) for row in rows]
         )
 
     sha256 = digest([content_of(row) for row in rows], [content_of(row) for row in examples], *schema)
@@ -49,55 +51,42 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
     return Task(settings, sha256, score, baseline if settings.has_baseline else None, texts)
 
 
-def generate(engine: Engine, rows: Sequence[Row], settings: TaskConfig, run: RunConfig) -> Pairs:
-    """Greedy answers and references.
-
-    Raises:
-        DataError: A prompt and its answer are longer than the model takes.
-    """
-    return answered(engine, rows, run, what=f"task {settings.name}", max_new_tokens=settings.max_new_tokens)
-
-
-def answered(engine: Engine, rows: Sequence[Row], run: RunConfig, *, what: str, max_new_tokens: int = 0) -> Pairs:
-    """Greedy answers and references, as the run asks for answers.
-
-    Args:
-        engine: The model.
-        rows: What to ask.
-        run: Its settings.
-        what: What messages call it.
-        max_new_tokens: 0: the run's.
-
-    Raises:
-        DataError: A prompt and its answer are longer than the model takes.
-    """
-    max_new_tokens = max_new_tokens or run.evaluation.max_new_tokens
-    require_short(engine, rows, run, what=what, max_new_tokens=max_new_tokens)
-    return evaluation.generate(
-        engine,
-        rows,
-        batch_size=run.evaluation.batch_size,
-        max_new_tokens=max_new_tokens,
-        system_prompt=run.data.system_prompt,
+def asker(
+    settings: TaskConfig, data: DataConfig, evaluation: EvaluationConfig
+) -> Callable[[Engine, Sequence[Row]], Pairs]:
+    """What has a model answer the rows of a task, as its run asks for answers; see `answered`."""
+    return partial(
+        answered,
+        what=f"task {settings.name}",
+        max_new_tokens=settings.max_new_tokens or evaluation.max_new_tokens,
+        batch_size=evaluation.batch_size,
+        system_prompt=data.system_prompt,
     )
 
 
-def require_short(engine: Engine, rows: Sequence[Row], run: RunConfig, *, what: str, max_new_tokens: int) -> None:
-    """Refuse rows that the model cannot answer, before anything is asked.
+def answered(
+    engine: Engine, rows: Sequence[Row], *, what: str, max_new_tokens: int, batch_size: int, system_prompt: str
+) -> Pairs:
+    """Greedy answers and references.
 
-    Args:
-        engine: The model.
-        rows: What will be asked.
-        run: Its settings.
-        what: What messages call it.
-        max_new_tokens: Longest answer.
+    Raises:
+        DataError: A prompt and its answer are longer than the model takes; nothing was asked then.
+    """
+    require_short(engine, rows, what=what, max_new_tokens=max_new_tokens, system_prompt=system_prompt)
+    return asking.generate(
+        engine, rows, batch_size=batch_size, max_new_tokens=max_new_tokens, system_prompt=system_prompt
+    )
+
+
+def require_short(engine: Engine, rows: Sequence[Row], *, what: str, max_new_tokens: int, system_prompt: str) -> None:
+    """Refuse rows that the model cannot answer, before anything is asked; arguments as for `answered`.
 
     Raises:
         DataError: A prompt and its answer are longer than the model takes.
     """
     limit = likelihood.max_length_tokens(engine)
     for row in rows:
-        num_tokens = len(prompts.prompt_ids(row, engine.tokenizer, system_prompt=run.data.system_prompt)[0])
+        num_tokens = len(prompts.prompt_ids(row, engine.tokenizer, system_prompt=system_prompt)[0])
         if num_tokens + max_new_tokens > limit:
             raise DataError(
                 f"{what}, {row.row_id}: a prompt of {num_tokens} tokens and {max_new_tokens} new ones, "
@@ -107,21 +96,21 @@ def require_short(engine: Engine, rows: Sequence[Row], run: RunConfig, *, what: 
 
 def with_prompt(row: Row, prompt: str, examples: Sequence[Row]) -> Row:
     """A row after an instruction and answered examples; what system message it had comes after the instruction."""
-    own = row.messages[0].content if row.messages[0].role == "system" else ""
-    system = "\n\n".join(part for part in (prompt, own) if part)
+    before = row.messages[0].content if row.messages[0].role == "system" else ""
+    system = "\n\n".join(part for part in (prompt, before) if part)
     turns = [message for example in examples for message in example.messages if message.role != "system"]
     rest = [message for message in row.messages if message.role != "system"]
     first = [Message("system", system)] if system else []
     return dataclasses.replace(row, messages=(*first, *turns, *rest))
 
 
-def examples_of(settings: TaskConfig, run: RunConfig) -> list[Row]:
+def examples_of(settings: TaskConfig, data: DataConfig) -> list[Row]:
     """The first rows of the baseline's own file.
 
     Raises:
         DataError: It is missing or unusable, or has too few rows.
     """
-    found = loading.rows_of(settings.baseline_data, run) if settings.baseline_data else []
+    found = loading.rows_of(settings.baseline_data, data) if settings.baseline_data else []
     if len(found) < settings.baseline_examples:
         raise DataError(
             f"{settings.baseline_data}: {len(found)} rows, and task {settings.name} asks for baseline_examples = "
@@ -144,19 +133,19 @@ def _scorer(name: str, settings: TaskConfig, rows: Sequence[Row]) -> Callable[[P
         )
     if name in ("label_accuracy", "macro_f1"):
         known = labels.label_set(settings.labels, [row.messages[-1].content for row in rows])
-        return lambda pairs: _labelled(name, [tuple(labels.number_of(t, known) for t in pair) for pair in pairs])
+
+        def label(pairs: Pairs) -> Scores:
+            numbers = [[labels.number_of(text, known) for text in pair] for pair in pairs]
+            if name == "macro_f1":
+                return Scores(tuple((float(given), float(wanted)) for given, wanted in numbers), "macro_f1")
+            return of_rows([given == wanted for given, wanted in numbers])
+
+        return label
     if name == "json":
         check = json_answers.checker(Path(settings.json_schema).expanduser())
     else:
         check = metrics.PER_ROW.get(name, is_json)
     return lambda pairs: of_rows([check(*pair) for pair in pairs])
-
-
-def _labelled(name: str, numbers: Sequence[tuple[int, ...]]) -> Scores:
-    """Numbers of the labels given and wanted, as one of the two metrics of labels."""
-    if name == "macro_f1":
-        return Scores(tuple((float(given), float(wanted)) for given, wanted in numbers), "macro_f1")
-    return of_rows([given == wanted for given, wanted in numbers])
 
 
 def is_json(given: str, wanted: str) -> float:

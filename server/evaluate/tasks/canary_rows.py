@@ -43,9 +43,7 @@ def read(fields: Mapping[str, Any], *, num_candidates: int, where: str) -> Canar
     """One row: `prefix`, `secret`, and `candidates` (a list) or `pattern`; `prompt` and `trained` may be left out.
 
     Args:
-        fields: The row.
         num_candidates: Candidates where there is a pattern, the secret included.
-        where: What messages call the row.
 
     Raises:
         DataError: A column is missing, unknown or unusable.
@@ -59,7 +57,14 @@ def read(fields: Mapping[str, Any], *, num_candidates: int, where: str) -> Canar
     if (fields.get("candidates") is None) == (fields.get("pattern") is None):
         raise DataError(f"{where}: give one of the columns candidates (a list of texts) and pattern")
     if fields.get("candidates") is not None:
-        others = _listed(fields["candidates"], secret, where=where)
+        listed = fields["candidates"]
+        if not isinstance(listed, list) or not all(isinstance(text, str) and text.strip() for text in listed):
+            raise DataError(f"{where}: column candidates must hold a list of texts")
+        others = tuple(text for text in dict.fromkeys(listed) if text != secret)
+        if not others:
+            raise DataError(
+                f"{where}: column candidates holds nothing but the secret; it needs others to be ranked among"
+            )
     else:
         pattern = text_of(fields, "pattern", where=where)
         others = drawn(pattern, secret, count=num_candidates - 1, where=where)
@@ -72,8 +77,6 @@ def drawn(pattern: str, secret: str, *, count: int, where: str) -> tuple[str, ..
     Args:
         pattern: `#` stands for a digit, `@` for a small and `^` for a capital letter, all else for itself.
         secret: Of the same pattern.
-        count: How many.
-        where: What messages call the row.
 
     Raises:
         DataError: The secret is not of the pattern, or there are not so many texts of it.
@@ -86,7 +89,7 @@ def drawn(pattern: str, secret: str, *, count: int, where: str) -> tuple[str, ..
     if not re.fullmatch("".join(classes.get(sign, re.escape(sign)) for sign in pattern), secret):
         raise DataError(f"{where}: the secret is not of its pattern (# digit, @ small letter, ^ capital letter)")
     letters = [_FREE.get(sign, sign) for sign in pattern]
-    sizes = [len(one) for one in letters]
+    sizes = list(map(len, letters))
     if math.prod(sizes) <= count:
         raise DataError(
             f"{where}: {math.prod(sizes)} texts fit the pattern, and num_candidates asks for {count + 1}; lower it"
@@ -95,17 +98,7 @@ def drawn(pattern: str, secret: str, *, count: int, where: str) -> tuple[str, ..
     generator = np.random.default_rng(int.from_bytes(seed, "big"))
     found: dict[str, None] = {}
     while len(found) < count:
-        text = "".join(one[place] for one, place in zip(letters, generator.integers(sizes), strict=True))
+        text = "".join(signs[i] for signs, i in zip(letters, generator.integers(sizes), strict=True))
         if text != secret:
             found[text] = None
     return tuple(found)
-
-
-def _listed(candidates: object, secret: str, *, where: str) -> tuple[str, ...]:
-    """The row's own candidates, each once and without the secret."""
-    if not isinstance(candidates, list) or not all(isinstance(one, str) and one.strip() for one in candidates):
-        raise DataError(f"{where}: column candidates must hold a list of texts")
-    others = tuple(one for one in dict.fromkeys(candidates) if one != secret)
-    if not others:
-        raise DataError(f"{where}: column candidates holds nothing but the secret; it needs others to be ranked among")
-    return others

@@ -7,8 +7,8 @@ from typing import Any
 from common.data.overlap import Text
 from common.errors import DataError
 from common.model.base import Engine
-from common.run.config import RunConfig
-from common.run.schema.tasks import TaskConfig
+from common.run.schema.tasks import EvaluationConfig, TaskConfig
+from common.run.schema.training import DataConfig
 from server.evaluate.figures import likelihood
 from server.evaluate.figures.bootstrap import Scores, of_rows
 from server.evaluate.tasks.task import Task, digest, examples_of, table_of, text_of
@@ -29,31 +29,30 @@ class Choice:
     answer: int
 
 
-def load(settings: TaskConfig, run: RunConfig) -> Task:
+def load(settings: TaskConfig, data: DataConfig, evaluation: EvaluationConfig) -> Task:
     """Read the columns `question`, `choices` (a list) and `answer` (its index, from 0).
 
     Raises:
         DataError: The rows, or a baseline's examples, are missing or unusable.
     """
-    return of_table(settings, table_of(settings), run)
+    return of_table(settings, table_of(settings), batch_size=evaluation.batch_size)
 
 
-def of_table(settings: TaskConfig, table: Sequence[Mapping[str, Any]], run: RunConfig) -> Task:
-    """The task on rows that were read."""
+def of_table(settings: TaskConfig, table: Sequence[Mapping[str, Any]], *, batch_size: int) -> Task:
+    """The task on rows that were read; `batch_size` answers are in memory at once."""
     rows = [choice_of(fields, where=f"{settings.name}, row {number}") for number, fields in enumerate(table, start=1)]
     examples = [
         choice_of(fields, where=f"{settings.name}, example {number}")
         for number, fields in enumerate(examples_of(settings), start=1)
     ]
-    before = "\n\n".join([*filter(None, [settings.baseline_prompt]), *(solved(one) for one in examples), ""])
-    batch_size = run.evaluation.batch_size
+    before = "\n\n".join([*filter(None, [settings.baseline_prompt]), *(solved(example) for example in examples), ""])
 
     def baseline(engine: Engine) -> Mapping[str, Scores]:
         return score(engine, rows, before=before, batch_size=batch_size)
 
     return Task(
         settings,
-        digest([vars(row) for row in rows], [vars(one) for one in examples]),
+        digest([vars(row) for row in rows], [vars(example) for example in examples]),
         lambda engine: score(engine, rows, batch_size=batch_size),
         baseline if settings.has_baseline else None,
         tuple(Text(row.context, row.choices[row.answer]) for row in rows),
@@ -63,20 +62,14 @@ def of_table(settings: TaskConfig, table: Sequence[Mapping[str, Any]], run: RunC
 def score(engine: Engine, rows: Sequence[Choice], *, batch_size: int, before: str = "") -> Mapping[str, Scores]:
     """Accuracy of the likeliest answer (`acc`), and of the likeliest a character (`acc_norm`).
 
-    Args:
-        engine: The model.
-        rows: Questions.
-        batch_size: Answers in memory at once.
-        before: Stands before every question.
-
     Raises:
         DataError: A question and its answer are longer than the model takes.
 
     Source: lm-evaluation-harness 0.4.13, output type multiple_choice; ties go to the first.
     """
     pairs = [likelihood.encode_pair(engine, before + row.context, f" {text}") for row in rows for text in row.choices]
-    found = iter(likelihood.log_likelihoods(engine, pairs, batch_size=batch_size))
-    sums = [[next(found)[0] for _ in row.choices] for row in rows]
+    totals = iter(likelihood.log_likelihoods(engine, pairs, batch_size=batch_size))
+    sums = [[next(totals)[0] for _ in row.choices] for row in rows]
     return {
         "acc": of_rows([best(values) == row.answer for row, values in zip(rows, sums, strict=True)]),
         "acc_norm": of_rows(

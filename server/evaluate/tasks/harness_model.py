@@ -54,22 +54,21 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         Raises:
             DataError: The task samples, or a prompt is too long.
         """
-        return [self._answer(*request.args) for request in requests]
-
-    def _answer(self, context: str, settings: dict[str, Any]) -> str:
-        """One answer."""
-        if settings.get("do_sample"):
-            raise DataError("a harness task samples its answers; set do_sample: false in its generation_kwargs")
-        ids = likelihood.token_ids(self._engine, context)
-        room = likelihood.max_length_tokens(self._engine) - len(ids)
-        wanted = int(settings.get("max_gen_toks", min(room, 256)))
-        if not ids or wanted < 1 or wanted > room:
-            raise DataError(
-                f"a harness prompt of {len(ids)} tokens leaves room for {room}, and {wanted} are wanted; set "
-                "max_gen_toks in the task's generation_kwargs, or shorten its rows"
-            )
-        text = base.answer(self._engine, [ids], max_new_tokens=wanted)[0]
-        until = settings.get("until") or []
-        for stop in [until] if isinstance(until, str) else until:
-            text = text.split(stop)[0] if stop else text
-        return text
+        answers = []
+        for context, settings in (request.args for request in requests):
+            if settings.get("do_sample"):
+                raise DataError("a harness task samples its answers; set do_sample: false in its generation_kwargs")
+            ids = likelihood.token_ids(self._engine, context)
+            room = likelihood.max_length_tokens(self._engine) - len(ids)
+            wanted = int(settings.get("max_gen_toks", min(room, 256)))
+            if not ids or wanted < 1 or wanted > room:
+                raise DataError(
+                    f"a harness prompt of {len(ids)} tokens leaves room for {room}, and {wanted} are wanted; set "
+                    "max_gen_toks in the task's generation_kwargs, or shorten its rows"
+                )
+            text = base.answer(self._engine, [ids], max_new_tokens=wanted)[0]
+            until = settings.get("until") or []
+            for stop in [until] if isinstance(until, str) else until:
+                text = text.split(stop)[0] if stop else text
+            answers.append(text)
+        return answers

@@ -7,6 +7,7 @@ task is loaded. Here a folder's files are read without it, and it gets what was 
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,15 +53,18 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
 def tasks(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     """The tasks of a folder: name to file and content; a file that is not plain YAML stands under its own path.
 
-    Args:
-        folder: Of tasks, with folders in it.
-
     Returns:
         Content is empty for a file that cannot be read as plain YAML.
     """
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for path in sorted(folder.rglob("*.yaml")):
-        content = _read(path)
+        content: Any = None
+        # A file that is too large or no plain YAML has no content.
+        with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
+            if path.stat().st_size <= MAX_BYTES:
+                content = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)  # noqa: S506  a SafeLoader
+        if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+            content = {}
         found.setdefault(str(content["task"]) if isinstance(content.get("task"), str) else str(path), (path, content))
     return found
 
@@ -69,12 +73,14 @@ def check(path: Path, content: Mapping[str, Any]) -> None:
     """Refuse a task that is more than data.
 
     Args:
-        path: Its file, for messages.
         content: As read.
 
     Raises:
         DataError: A key or a value that is not in the closed lists above.
     """
+    import lm_eval.api.metrics  # noqa: F401  fills the registry
+    from lm_eval.api.registry import metric_registry
+
     for key, value in content.items():
         if key not in _TEXTS | _OTHERS:
             raise DataError(f"{path}: {key!r} runs code or includes files, or is not known; remove it")
@@ -85,10 +91,24 @@ def check(path: Path, content: Mapping[str, Any]) -> None:
     fewshot = content.get("fewshot_config") or {}
     if not isinstance(fewshot, dict) or fewshot.keys() - _FEWSHOT or fewshot.get("sampler", "default") not in _SAMPLERS:
         raise DataError(f"{path}: fewshot_config may have {', '.join(sorted(_FEWSHOT))}; see docs/evaluation.md")
-    _check_metrics(path, content.get("metric_list") or [])
-    for name in _functions(content.get("filter_list") or []):
-        if name not in _FILTERS:
-            raise DataError(f"{path}: filter {name!r} is not one of {', '.join(sorted(_FILTERS))}")
+    for entry in _listed(
+        content.get("metric_list") or []
+    ):  # of a name that is not in its registry the harness loads code
+        name: Any = entry.get("metric") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or name not in metric_registry or "hf_evaluate" in entry:
+            raise DataError(f"{path}: metric {name!r} is not one of the harness' own; any other would run code")
+        if not isinstance(entry.get("aggregation", ""), str):
+            raise DataError(f"{path}: metric {name!r}: aggregation must be text")
+    for entry in _listed(content.get("filter_list") or []):
+        for step in _listed(entry.get("filter") if isinstance(entry, dict) else None):
+            function = step.get("function") if isinstance(step, dict) else None
+            if function not in _FILTERS:
+                raise DataError(f"{path}: filter {function!r} is not one of {', '.join(sorted(_FILTERS))}")
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list, also of what stands alone."""
+    return value if isinstance(value, list) else [value]
 
 
 def render_in_sandbox() -> None:
@@ -108,21 +128,10 @@ def render_in_sandbox() -> None:
         made.filters.update(regex_replace=old.filters["regex_replace"])
         utils.env = made
     try:
-        told = utils.apply_template(_ESCAPE, {})
+        rendered = utils.apply_template(_ESCAPE, {})
     except SecurityError:
         return
-    raise ConfigError(f"lm-evaluation-harness renders templates outside the sandbox ({len(told)}); install 0.4.13")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A file's content; empty if it is not a plain YAML map."""
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            return {}
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)  # noqa: S506  a SafeLoader
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) and all(isinstance(key, str) for key in content) else {}
+    raise ConfigError(f"lm-evaluation-harness renders templates outside the sandbox ({len(rendered)}); install 0.4.13")
 
 
 def _not_plain(value: object) -> Iterator[str]:
@@ -136,24 +145,3 @@ def _not_plain(value: object) -> Iterator[str]:
             yield from _not_plain(item)
     elif value is not None and not isinstance(value, str | int | float | bool):
         yield type(value).__name__
-
-
-def _check_metrics(path: Path, listed: Any) -> None:
-    """Only metrics of the harness' own registry; of another name it would load code."""
-    import lm_eval.api.metrics  # noqa: F401  fills the registry
-    from lm_eval.api.registry import metric_registry
-
-    for entry in listed if isinstance(listed, list) else [listed]:
-        name: Any = entry.get("metric") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or name not in metric_registry or "hf_evaluate" in entry:
-            raise DataError(f"{path}: metric {name!r} is not one of the harness' own; any other would run code")
-        if not isinstance(entry.get("aggregation", ""), str):
-            raise DataError(f"{path}: metric {name!r}: aggregation must be text")
-
-
-def _functions(listed: object) -> Iterator[object]:
-    """Names of the filters' functions."""
-    for entry in listed if isinstance(listed, list) else [listed]:
-        steps = entry.get("filter") if isinstance(entry, dict) else None
-        for step in steps if isinstance(steps, list) else [steps]:
-            yield step.get("function") if isinstance(step, dict) else None

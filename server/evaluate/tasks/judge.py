@@ -8,17 +8,16 @@ import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlsplit
 
 from common.data import overlap, read
 from common.data.overlap import Text
-from common.data.rows import Row
 from common.errors import DataError
 from common.model import base, loading, store
 from common.model.base import Engine
-from common.run.config import RunConfig
-from common.run.schema.tasks import TaskConfig
+from common.run.schema.tasks import EvaluationConfig, TaskConfig
+from common.run.schema.training import DataConfig
 from server.evaluate.figures.bootstrap import Scores, of_rows
 from server.evaluate.tasks import answers, judge_ask
 from server.evaluate.tasks.judge_ask import Ask
@@ -43,7 +42,7 @@ Verdict:"""
 Pair = tuple[str, str, str]  # what was asked, and two answers
 
 
-def load(settings: TaskConfig, run: RunConfig) -> Task:
+def load(settings: TaskConfig, data: DataConfig, evaluation: EvaluationConfig) -> Task:
     """Read rows in the run's columns, whose references do not count, and the pairs that people judged.
 
     Raises:
@@ -51,25 +50,43 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
         ConfigError: The key file cannot be used.
         ModelError: The judge's folder is not on this machine.
     """
-    rows = loading.rows_of(settings.data, run)[: settings.max_rows or None]
-    examples = answers.examples_of(settings, run)
-    human = _human(settings)
+    rows = loading.rows_of(settings.data, data)[: settings.max_rows or None]
+    examples = answers.examples_of(settings, data)
+    generate = answers.asker(settings, data, evaluation)
+    human: list[tuple[str, str, str, str]] = []  # pairs with people's verdicts
+    table = read.read_table(settings.calibration_data) if settings.calibration_data else []
+    for number, fields in enumerate(table, start=1):
+        where = f"{settings.calibration_data}, row {number}"
+        prompt, first, second, label = (
+            text_of(fields, name, where=where) for name in ("prompt", "a", "b", "preferred")
+        )
+        if label not in _LABELS:
+            raise DataError(f"{where}: column preferred must hold a, b or tie")
+        human.append((prompt, first, second, label))
     server = judge_ask.of_server(settings) if settings.judge_url else None
     folder = store.resolve(settings.judge_base) if settings.judge_base else Path()
     sha256 = "" if server else base.hash_base(folder)
     calibrated: list[Mapping[str, Scores]] = []  # the judge does not change from stage to stage
 
     def score(engine: Engine) -> Mapping[str, Scores]:
-        pairs = _pairs(engine, rows, examples, settings, run)
-        here = judge_ask.of_model(folder, engine, sha256=sha256, batch_size=run.evaluation.batch_size)
+        ours, asked = generate(engine, rows), rows
+        if settings.against == "prompt-only":
+            instruction = settings.baseline_prompt or data.system_prompt
+            asked = [answers.with_prompt(row, instruction, examples) for row in rows]
+        with as_base(engine):
+            theirs = generate(engine, asked)
+        pairs = [
+            (answers.shown(row), text, other) for row, (text, _), (other, _) in zip(rows, ours, theirs, strict=True)
+        ]
+        here = judge_ask.of_model(folder, engine, sha256=sha256, batch_size=evaluation.batch_size)
         with contextlib.nullcontext(server) if server else here as ask:
             if not calibrated:
                 calibrated.append(calibration(ask, human, min_agreement=settings.min_agreement))
             return {**preferred(judge(ask, pairs)), **calibrated[0]}
 
-    told = [answers.content_of(row)[:-1] for row in rows], [answers.content_of(row) for row in examples]
+    read_rows = [answers.content_of(row)[:-1] for row in rows], [answers.content_of(row) for row in examples]
     texts = tuple(Text(overlap.text_of(row).asked) for row in rows)
-    return Task(settings, digest(*told, human, QUESTION, sha256), score, texts=texts)
+    return Task(settings, digest(*read_rows, human, QUESTION, sha256), score, texts=texts)
 
 
 def tell_where_rows_go(tasks: Sequence[TaskConfig]) -> None:
@@ -92,9 +109,9 @@ def judge(ask: Ask, pairs: Sequence[Pair]) -> list[tuple[int | None, int | None]
     differing = [pair for pair in pairs if pair[1].strip() != pair[2].strip()]
     questions = [QUESTION.format(prompt=text, first=a, second=b) for text, a, b in differing]
     questions += [QUESTION.format(prompt=text, first=b, second=a) for text, a, b in differing]
-    found = [None if word is None else _SIGNS[word] for word in (ask(questions) if questions else [])]
-    straight, turned = found[: len(differing)], found[len(differing) :]
-    verdicts = iter(zip(straight, (None if one is None else -one for one in turned), strict=True))
+    signs = [None if word is None else _SIGNS[word] for word in (ask(questions) if questions else [])]
+    straight, turned = signs[: len(differing)], signs[len(differing) :]
+    verdicts = iter(zip(straight, (None if sign is None else -sign for sign in turned), strict=True))
     return [next(verdicts) if pair[1].strip() != pair[2].strip() else (0, 0) for pair in pairs]
 
 
@@ -129,46 +146,12 @@ def calibration(ask: Ask, human: Sequence[tuple[str, str, str, str]], *, min_agr
     """
     if not human:
         return {"reliable": of_rows([0.0])}
-    found = [verdict(both) for both in judge(ask, [(text, a, b) for text, a, b, _ in human])]
-    wanted = [_LABELS[label] for *_, label in human]
-    agreement = of_rows([given == told for given, told in zip(found, wanted, strict=True)])
-    codes = tuple((given + 1.0, told + 1.0) for given, told in zip(found, wanted, strict=True))
+    verdicts = [verdict(both) for both in judge(ask, [(text, a, b) for text, a, b, _ in human])]
+    both_raters = list(zip(verdicts, [_LABELS[label] for *_, label in human], strict=True))
+    agreement = of_rows([given == wanted for given, wanted in both_raters])
+    codes = tuple((given + 1.0, wanted + 1.0) for given, wanted in both_raters)
     return {
         "agreement": agreement,
         "kappa": Scores(codes, "kappa"),
         "reliable": of_rows([float(agreement.value >= min_agreement)]),
     }
-
-
-def _pairs(
-    engine: Engine, rows: Sequence[Row], examples: Sequence[Row], settings: TaskConfig, run: RunConfig
-) -> list[Pair]:
-    """What was asked, the adapter's answer, and the other one's."""
-    own = answers.generate(engine, rows, settings, run)
-    asked = rows
-    if settings.against == "prompt-only":
-        prompt = settings.baseline_prompt or run.data.system_prompt
-        asked = [answers.with_prompt(row, prompt, examples) for row in rows]
-    with as_base(engine):
-        others = answers.generate(engine, asked, settings, run)
-    return [(answers.shown(row), text, other) for row, (text, _), (other, _) in zip(rows, own, others, strict=True)]
-
-
-def _human(settings: TaskConfig) -> list[tuple[str, str, str, str]]:
-    """Pairs with people's verdicts.
-
-    Raises:
-        DataError: The file is missing or unusable.
-    """
-    if not settings.calibration_data:
-        return []
-    table: list[dict[str, Any]] = read.read_table(settings.calibration_data)
-    return [_human_row(fields, f"{settings.calibration_data}, row {n}") for n, fields in enumerate(table, start=1)]
-
-
-def _human_row(fields: Mapping[str, Any], where: str) -> tuple[str, str, str, str]:
-    """One of them."""
-    prompt, first, second, label = (text_of(fields, name, where=where) for name in ("prompt", "a", "b", "preferred"))
-    if label not in _LABELS:
-        raise DataError(f"{where}: column preferred must hold a, b or tie")
-    return prompt, first, second, label

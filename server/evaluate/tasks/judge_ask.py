@@ -37,19 +37,29 @@ def parse(reply: str) -> str | None:
         >>> parse("**A**"), parse("Verdict: tie."), parse("A is better than B"), parse("")
         ('A', 'TIE', None, None)
     """
-    told = reply.strip()
-    found = _VERDICT.fullmatch(told) if len(told) <= MAX_VERDICT else None  # its time grows with the length cubed
-    return found[1].upper() if found else None
+    text = reply.strip()
+    match = _VERDICT.fullmatch(text) if len(text) <= MAX_VERDICT else None  # its time grows with the length cubed
+    return match[1].upper() if match else None
 
 
 def of_server(settings: TaskConfig) -> Ask:
     """Ask a server, one question after another, greedily.
 
     Raises:
-        ConfigError: The key file cannot be read, or others may read it.
+        ConfigError: The key file cannot be read, is empty, or others may read it.
     """
-    key = _key(settings.judge_key_file)
-    headers = {"authorization": f"Bearer {key}"} if key else {}
+    headers = {}
+    if path := settings.judge_key_file:
+        file = Path(path).expanduser()
+        try:
+            key, mode = file.read_text(encoding="ascii").strip(), file.stat().st_mode
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"judge_key_file {path}: cannot be read") from error
+        if mode & 0o077:
+            raise ConfigError(f"judge_key_file {path}: others may read it; chmod 600 {path}")
+        if not key or not key.isprintable():
+            raise ConfigError(f"judge_key_file {path}: holds no key on one line")
+        headers = {"authorization": f"Bearer {key}"}
     url = settings.judge_url.rstrip("/") + "/chat/completions"
 
     def ask(questions: Sequence[str]) -> list[str | None]:
@@ -68,16 +78,17 @@ def of_model(folder: Path, engine: Engine, *, sha256: str, batch_size: int) -> I
     let go at the end.
 
     Args:
-        folder: The judge's.
-        engine: The run's.
         sha256: Of the judge's files, as `model.hash_base` gives it.
-        batch_size: Texts in memory at once.
 
     Raises:
         ModelError: The folder cannot be loaded.
     """
     if sha256 != engine.base_sha256:
-        yield _by_likelihood(_load(folder), batch_size)
+        device = torch.device("cpu")
+        tokenizer = prompts.use_template(base.load_tokenizer(folder), "tokenizer")
+        settings = config.ModelConfig(base=str(folder), quantization="none")
+        model = base.load_base(folder, settings, device)
+        yield _by_likelihood(Engine(model, tokenizer, device, "", (), {}), batch_size)
         return
     with as_base(engine):
         yield _by_likelihood(engine, batch_size)
@@ -91,19 +102,11 @@ def _by_likelihood(engine: Engine, batch_size: int) -> Ask:
         asked = [prompts.prompt_ids(row, engine.tokenizer)[0] for row in rows]
         words = [engine.tokenizer(word, add_special_tokens=False)["input_ids"] for word in WORDS]
         pairs = [(ids, list(word)) for ids in asked for word in words]
-        found = [total for total, _ in likelihood.log_likelihoods(engine, pairs, batch_size=batch_size)]
-        sums = [found[start : start + len(WORDS)] for start in range(0, len(found), len(WORDS))]
-        return [WORDS[one.index(max(one))] for one in sums]
+        totals = [total for total, _ in likelihood.log_likelihoods(engine, pairs, batch_size=batch_size)]
+        by_question = [totals[start : start + len(WORDS)] for start in range(0, len(totals), len(WORDS))]
+        return [WORDS[sums.index(max(sums))] for sums in by_question]
 
     return ask
-
-
-def _load(folder: Path) -> Engine:
-    """Another model on the CPU, without an adapter."""
-    device = torch.device("cpu")
-    tokenizer = prompts.use_template(base.load_tokenizer(folder), "tokenizer")
-    settings = config.ModelConfig(base=str(folder), quantization="none")
-    return Engine(base.load_base(folder, settings, device), tokenizer, device, "", (), {})
 
 
 def _reply(client: httpx.Client, url: str, name: str, question: str) -> str:
@@ -119,40 +122,15 @@ def _reply(client: httpx.Client, url: str, name: str, question: str) -> str:
         "max_tokens": MAX_NEW_TOKENS,
     }
     try:
-        found = client.post(url, json=body)
+        reply = client.post(url, json=body)
     except httpx.HTTPError as error:
         raise TransportError(f"judge_url: {url} does not answer ({type(error).__name__}); start it") from error
-    if found.status_code != httpx.codes.OK or len(found.content) > MAX_REPLY_BYTES:
-        raise TransportError(f"judge_url: {url} answers with status {found.status_code}; see its own log")
-    return _content(found, url)
-
-
-def _content(found: httpx.Response, url: str) -> str:
-    """What an answer in OpenAI's form says."""
+    if reply.status_code != httpx.codes.OK or len(reply.content) > MAX_REPLY_BYTES:
+        raise TransportError(f"judge_url: {url} answers with status {reply.status_code}; see its own log")
     try:
-        content: Any = found.json()["choices"][0]["message"]["content"]
+        content: Any = reply.json()["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError):
         content = None
     if not isinstance(content, str):
         raise TransportError(f"judge_url: {url} does not answer as an OpenAI-compatible server does")
     return content
-
-
-def _key(path: str) -> str:
-    """The key in a file.
-
-    Raises:
-        ConfigError: It cannot be read, is empty, or others may read it.
-    """
-    if not path:
-        return ""
-    file = Path(path).expanduser()
-    try:
-        found, mode = file.read_text(encoding="ascii").strip(), file.stat().st_mode
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"judge_key_file {path}: cannot be read") from error
-    if mode & 0o077:
-        raise ConfigError(f"judge_key_file {path}: others may read it; chmod 600 {path}")
-    if not found or not found.isprintable():
-        raise ConfigError(f"judge_key_file {path}: holds no key on one line")
-    return found

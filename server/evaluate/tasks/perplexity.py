@@ -6,8 +6,8 @@ from typing import Final
 
 from common.data.overlap import Text
 from common.model.base import Engine
-from common.run.config import RunConfig
-from common.run.schema.tasks import TaskConfig
+from common.run.schema.tasks import EvaluationConfig, TaskConfig
+from common.run.schema.training import DataConfig
 from server.evaluate.figures import likelihood
 from server.evaluate.figures.bootstrap import Scores
 from server.evaluate.tasks.task import Task, digest, table_of, text_of
@@ -15,7 +15,7 @@ from server.evaluate.tasks.task import Task, digest, table_of, text_of
 MAX_WORD: Final = 20
 
 
-def load(settings: TaskConfig, run: RunConfig) -> Task:
+def load(settings: TaskConfig, data: DataConfig, evaluation: EvaluationConfig) -> Task:
     """Read the column `text_column`.
 
     Raises:
@@ -28,7 +28,7 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
     return Task(
         settings,
         digest(texts),
-        lambda engine: score(engine, texts, batch_size=run.evaluation.batch_size),
+        lambda engine: score(engine, texts, batch_size=evaluation.batch_size),
         texts=tuple(Text("", text) for text in texts),
     )
 

@@ -8,19 +8,18 @@ from phonenumbers import SUPPORTED_REGIONS
 
 from common.data import overlap
 from common.data.overlap import Text
-from common.data.rows import Row
 from common.errors import ConfigError, DataError
 from common.model import loading
 from common.model.base import Engine
-from common.run.config import RunConfig
-from common.run.schema.tasks import TaskConfig, split_names
+from common.run.schema.tasks import EvaluationConfig, TaskConfig, split_names
+from common.run.schema.training import DataConfig
 from server.evaluate.figures import pii
 from server.evaluate.figures.bootstrap import Scores, of_rows
 from server.evaluate.tasks import answers as task_answers
 from server.evaluate.tasks.task import Task, digest
 
 
-def load(settings: TaskConfig, run: RunConfig) -> Task:
+def load(settings: TaskConfig, data: DataConfig, evaluation: EvaluationConfig) -> Task:
     """Read rows in the run's columns, whose references do not count, and the names to look for.
 
     Raises:
@@ -31,15 +30,18 @@ def load(settings: TaskConfig, run: RunConfig) -> Task:
     regions = split_names(settings.phone_regions)
     if unknown := set(regions) - SUPPORTED_REGIONS:
         raise ConfigError(f"task {settings.name}: phone_regions {', '.join(sorted(unknown))}: no country's; correct it")
-    rows = loading.rows_of(settings.data, run)[: settings.max_rows or None]
+    rows = loading.rows_of(settings.data, data)[: settings.max_rows or None]
+
+    generate = task_answers.asker(settings, data, evaluation)
+    shown = ["\n".join([data.system_prompt, *(message.content for message in row.messages[:-1])]) for row in rows]
 
     def score(engine: Engine) -> Mapping[str, Scores]:
-        answers = [text for text, _ in task_answers.generate(engine, rows, settings, run)]
-        return scores(answers, [_asked(row, run.data.system_prompt) for row in rows], names=names, regions=regions)
+        answers = [text for text, _ in generate(engine, rows)]
+        return scores(answers, shown, names=names, regions=regions)
 
-    told = [task_answers.content_of(row)[:-1] for row in rows]
+    asked = [task_answers.content_of(row)[:-1] for row in rows]
     texts = tuple(Text(overlap.text_of(row).asked) for row in rows)
-    return Task(settings, digest(told, sorted(names)), score, texts=texts)
+    return Task(settings, digest(asked, sorted(names)), score, texts=texts)
 
 
 def scores(
@@ -48,13 +50,11 @@ def scores(
     """Share of answers with personal data that is not in the prompt (`emission`), and how many of each kind.
 
     Args:
-        answers: What the model wrote.
         prompts: What it was shown, for each.
         names: People to look for; without any there is no figure for names.
-        regions: As for `pii.find`.
     """
     found = [
-        Counter(one.kind for one in pii.new_in(answer, prompt, names=names, regions=regions))
+        Counter(find.kind for find in pii.new_in(answer, prompt, names=names, regions=regions))
         for answer, prompt in zip(answers, prompts, strict=True)
     ]
     kinds = [kind for kind in pii.KINDS if names or kind != "name"]
@@ -80,8 +80,3 @@ def read_names(path: str) -> list[str]:
             f"{path}: name {short[0]} has fewer than three letters and would be found everywhere; remove it"
         )
     return list(dict.fromkeys(names))
-
-
-def _asked(row: Row, system_prompt: str) -> str:
-    """All that the model was shown."""
-    return "\n".join([system_prompt, *(message.content for message in row.messages[:-1])])

@@ -35,7 +35,7 @@ def tasks(tiny_base, tmp_path):
     ]
     given = ", ".join("{" + ", ".join(f"{k} = {json.dumps(v)}" for k, v in table.items()) + "}" for table in tables)
     run = tiny.settings(tiny_base, {"evaluation.tasks": f"[{given}]"})
-    return suite._tasks(run)
+    return suite.read(run.data, run.evaluation, run.gate)[0]
 
 
 def row(asked: str, answer: str) -> Row:

@@ -65,7 +65,7 @@ def test_sides_are_shuffled_and_the_key_tells_which_is_which(finished, rows, tmp
     adapter.write(engine.model, finish.stored(finished, num_rounds=0).tensors)
     settings = tiny.settings(tiny_base, CHANGES)
     asked = tiny.rows(8)
-    pairs = compare.answered(engine, asked, compare.Order(rows), settings)
+    pairs = compare.answered(engine, asked, "", data=settings.data, evaluation=settings.evaluation)
     for line, row, swapped in zip(lines, told["rows"], told["is_swapped"], strict=True):
         left_right = (line["right"], line["left"]) if swapped else (line["left"], line["right"])
         assert left_right == tuple(text if text.strip() else blind.NO_ANSWER for text in pairs[row - 1])
@@ -82,14 +82,15 @@ def test_the_same_seed_gives_the_same_file_and_another_another(finished, rows, t
     assert made["a"] == made["b"] != made["c"]
 
 
-def test_prompt_only_is_the_base_with_the_prompt(load_tiny, tiny_base, rows, tmp_path):
+def test_prompt_only_is_the_base_with_the_prompt(load_tiny, tiny_base, tmp_path):
     engine = load_tiny(CHANGES)
     settings = tiny.settings(tiny_base, CHANGES)
-    order = compare.Order(rows, against="prompt-only", prompt="Say knee, knee, knee and nothing else at all.")
-    prompted = compare.answered(engine, tiny.rows(6), order, settings)
-    assert any(other != own for other, own in prompted)
-    plain = compare.answered(engine, tiny.rows(6), compare.Order(rows), settings)
-    assert all(other == own for other, own in plain)  # the adapter as attached is the base
+    sections = {"data": settings.data, "evaluation": settings.evaluation}
+    prompt = "Say knee, knee, knee and nothing else at all."
+    prompted = compare.answered(engine, tiny.rows(6), prompt, **sections)
+    assert any(theirs != ours for theirs, ours in prompted)
+    plain = compare.answered(engine, tiny.rows(6), "", **sections)
+    assert all(theirs == ours for theirs, ours in plain)  # the adapter as attached is the base
     with pytest.raises(DataError, match="there is nothing to rank"):
         write(compare.pairs_of(tiny.rows(6), plain), tmp_path)
 

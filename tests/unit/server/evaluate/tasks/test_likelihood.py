@@ -121,7 +121,7 @@ def run_of(tiny_base, *tasks):
 
 def score(engine, tiny_base, task):
     run = run_of(tiny_base, task)
-    return suite.LOADERS[task["kind"]](run.evaluation.tasks[0], run).score(engine)
+    return suite.LOADERS[task["kind"]](run.evaluation.tasks[0], run.data, run.evaluation).score(engine)
 
 
 def test_multiple_choice_is_that_of_the_harness(theirs, trained, tiny_base, folder):
@@ -279,7 +279,7 @@ def test_a_baseline_puts_prompt_and_examples_before_each_question(trained, tiny_
     examples = write(tmp_path / "examples.jsonl", [{**QUESTIONS[0], "answer": 1}] * 2)
     task = {"name": "c", "kind": "choice", "data": str(folder / "choices.jsonl"), "baseline_prompt": "Choose well."}
     run = run_of(tiny_base, {**task, "baseline_examples": 2, "baseline_data": str(examples)})
-    found = suite.LOADERS["choice"](run.evaluation.tasks[0], run)
+    found = suite.LOADERS["choice"](run.evaluation.tasks[0], run.data, run.evaluation)
     rows = [task_choice.choice_of({**row, "answer": n % 3}, where="") for n, row in enumerate(QUESTIONS)]
     solved = task_choice.solved(task_choice.choice_of({**QUESTIONS[0], "answer": 1}, where=""))
     shown = task_choice.score(trained, rows, batch_size=5, before=f"Choose well.\n\n{solved}\n\n{solved}\n\n")

@@ -133,8 +133,9 @@ def test_a_tasks_regions_reach_its_scores_and_must_be_countries(tiny_base):
     assert task_pii.scores(answer, ["Who?"], names=[])["num_phone"].value == 0.0
     rows = tiny_base / "config.json"
     task = TaskConfig(name="leaks", kind="pii", data=str(rows), phone_regions="DE, XX")
+    run = tiny.settings(tiny_base)
     with pytest.raises(ConfigError, match="phone_regions XX"):
-        task_pii.load(task, tiny.settings(tiny_base))
+        task_pii.load(task, run.data, run.evaluation)
 
 
 @pytest.mark.parametrize(("content", "message"), [("\n", "holds no name"), ("Ann Lee\nBo\n", "name 2 has fewer")])
