@@ -40,6 +40,7 @@ from common.errors import (
     ProtocolError,
     RosterOutdated,
     SilotuneError,
+    StorageError,
     code_of,
 )
 from common.frame import wire
@@ -132,9 +133,14 @@ class Gatekeeper:
             policy.check_members(self.policy, member.num_sites)
         run = manifest.parse(offer.manifest)
         self._signers[offer.sha256] = offer.signature.signer if offer.signature else ""
-        policy.check(self.policy, run, self.history.usage(offer.sha256, now=self._clock()), site=self._site)
-        policy.check_message_size(run, max_mib=self._max_message_mib)
-        policy.check_columns(self._dataset, run.run)
+        try:
+            policy.check(self.policy, run, self.history.usage(offer.sha256, now=self._clock()), site=self._site)
+            policy.check_message_size(run, max_mib=self._max_message_mib)
+            policy.check_columns(self._dataset, run.run.training.objective)
+        except PolicyRefusedError:
+            with suppress(ApprovalRequired, StorageError):  # kept so that people can read what the refused run asks
+                consent.store(self._folder / consent.REFUSED, offer)
+            raise
         if offer.sha256 not in self.history.runs:
             consent.store(self._folder, offer)
             self._log.append("offered", run=offer.sha256, name=run.run.name, rule="runs.approval", **_who(offer))
@@ -168,22 +174,23 @@ class Gatekeeper:
 
     def counted(self, head: OpenedHead, *, num_units: tuple[int, int], run: RunManifest) -> OpenedHead:
         """Enough rows for the policy; where it demands differential privacy, units are told, noised and charged."""
-        policy.check_opened(self.policy, self._dataset, head, run.run)
+        num_rounds = run.run.federation.num_rounds
+        policy.check_opened(self.policy, self._dataset, head, run.run.training, num_rounds=num_rounds)
         if self.policy.privacy.mode == "none":
             return head
-        if not policy.is_covered(self.policy, run.run):
+        if not policy.is_covered(self.policy, run.run.privacy):
             return dataclasses.replace(head, num_held_out=0)
         released = self._payment.counts(
             run, lambda: figures.counts(num_units, rules=self.policy, source=noise.SystemNoise())
         )
-        return figures.told(head, released, rules=self.policy)
+        return figures.head_of_units(head, released, rules=self.policy)
 
     def before_evaluation(self, plan: RoundPlan, *, run: RunManifest) -> Frame | FigureNoise | None:
         """Where privacy is demanded, no figure leaves that no noise covers, and what leaves is paid for once."""
         if self.policy.privacy.mode == "none":
             return None
         rules = self.policy.evaluation
-        if not rules.noise_multiplier or not policy.is_covered(self.policy, run.run):
+        if not rules.noise_multiplier or not policy.is_covered(self.policy, run.run.privacy):
             raise PolicyRefusedError(
                 "evaluation.noise_multiplier: differential privacy is required, and no noise is set for held-out "
                 "figures",
@@ -230,7 +237,7 @@ class Gatekeeper:
         outgoing.check(self.policy, run, rounded, names=names)
         if reply.kind == "update" and run.run.privacy.is_private:
             self._payment.keep(run, int(rounded.head["round_index"]), rounded)
-        if reply.kind == "metrics" and policy.is_covered(self.policy, run.run):
+        if reply.kind == "metrics" and policy.is_covered(self.policy, run.run.privacy):
             self._payment.keep(run, int(rounded.head["round_index"]), rounded, kind="evaluate")
         rounded = self._sign(self._with_audit_head(rounded))
         data = wire.pack(rounded)

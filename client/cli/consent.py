@@ -1,6 +1,7 @@
 """The commands by which a site reads, approves and checks runs, and signs its policy."""
 
 import getpass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +46,7 @@ def runs(node_file: NodeFile, json: cli.JsonOption = False) -> None:
 
 
 def review(node_file: NodeFile, run: RunArgument, json: cli.JsonOption = False) -> None:
-    """Show what a run asks of this site.
+    """Show what a run asks of this site, also one that the policy refused.
 
     What leaves and how much of it, what is read, and how the run differs from the last one that was approved.
 
@@ -57,11 +58,15 @@ def review(node_file: NodeFile, run: RunArgument, json: cli.JsonOption = False) 
     from common.run import config
 
     page = desk.review(desk.open_desk(config.load_node(node_file)), run)
-    told = [
+    next_steps = [
         f"{head}: {cli.quoted(['silotune-client', word, node_file, page.run[:12]])}"
         for head, word in (("next", "approve"), ("or", "deny"))
     ]
-    cli.emit(page.as_dict(), as_json=json, show=lambda: cli.show(desk.render(page), *told))
+    if not page.is_open:
+        next_steps = [
+            "next: leave it refused; or change the policy, sign it, restart the agent, and let it be offered anew"
+        ]
+    cli.emit(asdict(page), as_json=json, show=lambda: cli.show(desk.render(page), *next_steps))
 
 
 def approve(node_file: NodeFile, run: RunArgument, by: ByOption = "", json: cli.JsonOption = False) -> None:

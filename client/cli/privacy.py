@@ -1,5 +1,6 @@
 """The commands by which a site sees and keeps its privacy budget."""
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -33,7 +34,7 @@ def privacy(
     from common.run import config
 
     page = privacy_view.page(desk.open_desk(config.load_node(node_file)), run)
-    cli.emit(page.as_dict(), as_json=json, show=lambda: cli.show(privacy_view.render(page)))
+    cli.emit(asdict(page), as_json=json, show=lambda: cli.show(privacy_view.render(page)))
 
 
 @ledger_app.command("create")
@@ -92,8 +93,6 @@ def _parts(opened: Any) -> dict[str, Any]:
 
 def _told(ledger: Any, as_json: bool, *ending: str) -> None:
     """The ledger's promise."""
-    from dataclasses import asdict
-
     result = {"ledger": str(ledger.path), **asdict(ledger.budget().header)}
     lines = (f"{name:<12} {value}" for name, value in result.items())
     cli.emit(result, as_json=as_json, show=lambda: cli.show(*lines, *ending))

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from client.memory.history import History
+from client.memory.history import History, Refusal, RunHistory
 from client.policy.file import Policy
 from common import storage
 from common.errors import ApprovalDenied, ApprovalRequired, DataError, WireError
@@ -18,6 +18,7 @@ from common.run.manifest import Offer, RunManifest
 from common.trust.journal import AuditLog
 
 FOLDER: Final = "offers"
+REFUSED: Final = "refused"  # within the log's folder: offers that the policy turned away, kept to be read
 MAX_OFFERS: Final = 1000
 MIN_PREFIX: Final = 6
 FREE: Final = ("name", "seed", "date")  # what may differ under `approval = "changed_runs"`
@@ -54,20 +55,19 @@ def load(folder: Path, run_sha256: str) -> Offer:
     return offer
 
 
-def find(history: History, name: str) -> str:
-    """The hash of the run that a person means: its first digits, or its name.
+def find(history: History, name: str, *, with_refused: bool = False) -> str:
+    """The hash of the run that a person means: its first digits, or its name; runs that were refused on request.
 
     Raises:
         DataError: None or several.
     """
     is_prefix = len(name) >= MIN_PREFIX
-    found = [
-        sha256 for sha256, run in history.runs.items() if run.name == name or (is_prefix and sha256.startswith(name))
-    ]
-    if len(found) != 1:
-        shown = ", ".join(sha256[:12] for sha256 in found) or "none"
-        raise DataError(f"'{name}' names {len(found)} runs ({shown}); see: silotune-client runs")
-    return found[0]
+    known: dict[str, RunHistory | Refusal] = {**(history.refusals if with_refused else {}), **history.runs}
+    hashes = [sha256 for sha256, run in known.items() if run.name == name or (is_prefix and sha256.startswith(name))]
+    if len(hashes) != 1:
+        shown = ", ".join(sha256[:12] for sha256 in hashes) or "none"
+        raise DataError(f"'{name}' names {len(hashes)} runs ({shown}); see: silotune-client runs")
+    return hashes[0]
 
 
 def decide(log: AuditLog, run_sha256: str, *, is_approved: bool, by: str) -> None:

@@ -17,6 +17,7 @@ from client.memory.history import History
 from client.policy import rules as policy
 from client.policy.file import Policy
 from common import storage
+from common.accounting import Event
 from common.errors import PolicyRefusedError, WireError
 from common.frame import wire
 from common.frame.wire import Frame
@@ -58,7 +59,7 @@ class Payment:
             steps = self._history.run(run.sha256).steps
             num_done = sum(kind == TRAIN for kind, _ in steps)
             num_left = max(0, run.run.federation.num_rounds - num_done)
-            ledger, beside = self._open(), policy.beside_rounds(self._rules, run.run)
+            ledger, beside = self._open(), self._beside_rounds(run)
             asked = beside.get(EVALUATE, [])[sum(kind == EVALUATE for kind, _ in steps) :]
             counts = [] if self._counts(ledger, run) else beside.get(COUNTS, [])
             if num_left or asked or counts:
@@ -80,10 +81,14 @@ class Payment:
         if known:
             return known
         made = noised()
-        (event,) = policy.beside_rounds(self._rules, run.run)[COUNTS]
+        (event,) = self._beside_rounds(run)[COUNTS]
         ledger.reserve(run.sha256, 0, event, purpose=COUNTS, released=made)
         site_ledger.mirror(self._log, ledger)
         return made
+
+    def _beside_rounds(self, run: RunManifest) -> dict[str, list[Event]]:
+        asked = run.run
+        return policy.beside_rounds(self._rules, asked.privacy, num_evaluations=len(asked.evaluated_rounds))
 
     def _counts(self, ledger: Ledger, run: RunManifest) -> Mapping[str, int]:
         """Those that a run was told; empty if it was told none."""
@@ -120,7 +125,7 @@ class Payment:
         if kind == TRAIN:
             ledger.reserve(run.sha256, round_index, plan.event_per_round(run.run))
         else:
-            event = policy.beside_rounds(self._rules, run.run)[EVALUATE][0]
+            event = self._beside_rounds(run)[EVALUATE][0]
             ledger.reserve(run.sha256, round_index, event, purpose=EVALUATE)
         site_ledger.mirror(self._log, ledger)
 

@@ -1,1 +1,1 @@
-"""A site's policy: its file, its rules, and the figures that a site tells under it."""
+"""A site's policy: its file, its rules, and the figures that a site reports under it."""

@@ -1,4 +1,4 @@
-"""What a site that demands differential privacy tells beside updates: counts and held-out figures, noised and charged.
+"""What a site that demands differential privacy reports beside updates: counts and held-out figures, noised, charged.
 
 A unit is on one side of the split, and which one is the site's own secret (`client.data.split`), so that one unit more
 or less changes one of the two counts by one. In a held-out figure each unit is one number from 0 to 1.
@@ -37,7 +37,7 @@ class FigureNoise:
 
 
 def counts(num_units: tuple[int, int], *, rules: Policy, source: Noise) -> dict[str, int]:
-    """A site's numbers of units as they may be told, at least 1 each: `train` and `held_out`.
+    """A site's numbers of units as they may be reported, at least 1 each: `train` and `held_out`.
 
     Args:
         num_units: Units to train on, and held out.
@@ -52,8 +52,8 @@ def counts(num_units: tuple[int, int], *, rules: Policy, source: Noise) -> dict[
     return {"train": train, "held_out": held_out}
 
 
-def told(head: OpenedHead, released: Mapping[str, int], *, rules: Policy) -> OpenedHead:
-    """A head with units that were released in the place of rows; none held out where no figure of them may leave."""
+def head_of_units(head: OpenedHead, released: Mapping[str, int], *, rules: Policy) -> OpenedHead:
+    """A head with released numbers of units in the place of rows; none held out where no figure of them may leave."""
     held_out = released["held_out"] if rules.evaluation.noise_multiplier else 0
     return replace(head, num_examples=released["train"], num_held_out=held_out)
 
@@ -88,38 +88,36 @@ def score(
         units.setdefault(row.unit, []).append(row)
     width = 1 if objective.name == "sft" else 3
     sum_f = torch.zeros(width, dtype=torch.float64)
-    for own in units.values():
-        sum_f += _of_unit(engine, own, objective=objective, batch_size=batch_size, max_loss=noised_by.max_loss)
+    for examples in units.values():
+        sum_f += _of_unit(engine, examples, objective=objective, batch_size=batch_size, max_loss=noised_by.max_loss)
     noised_f = noise.added(
         {"f": sum_f}, noise_std=noised_by.noise_multiplier * width**0.5, clip_norm=width**0.5, source=noised_by.source
     )["f"]
     within = [min(max(float(value), 0.0), float(num_rows)) for value in noised_f]
     loss = within[0] * noised_by.max_loss
-    found = Score(loss, num_rows, num_generated=0, num_exact=0, seconds=0.0)
+    plain = Score(loss, num_rows, num_generated=0, num_exact=0, seconds=0.0)
     if objective.name == "sft":
-        return found
-    return replace(found, preference_loss_sum=within[1] * noised_by.max_loss, num_preferred=round(within[2]))
+        return plain
+    return replace(plain, preference_loss_sum=within[1] * noised_by.max_loss, num_preferred=round(within[2]))
 
 
 def _of_unit(
     engine: Engine, rows: Sequence[Example], *, objective: Objective, batch_size: int, max_loss: float
 ) -> torch.Tensor:
-    """One unit's figures from 0 to 1: its loss on answers; of preferences also their loss and its share of agreement.
-
-    A loss that is not finite counts as the largest, so that no unit can break a release off.
-    """
+    """One unit's figures from 0 to 1: loss on answers; of preferences also their loss and the share of agreement."""
+    # A loss that is not finite counts as the largest, so that no unit can break a release off.
     try:
         if objective.name == "sft":
             encoded = [row for example in rows for row in example.rows]
             nll_sum, num_tokens = evaluation.held_out_nll(engine, encoded, batch_size=batch_size)
-            found = [nll_sum / (num_tokens * max_loss)]
+            figures = [nll_sum / (num_tokens * max_loss)]
         else:
-            told_score = preference_score.score(engine, rows, objective, batch_size=batch_size)
-            found = [
-                told_score.nll_sum / (told_score.num_answer_tokens * max_loss),
-                (told_score.preference_loss_sum or 0.0) / (len(rows) * max_loss),
-                (told_score.num_preferred or 0) / len(rows),
+            scored = preference_score.score(engine, rows, objective, batch_size=batch_size)
+            figures = [
+                scored.nll_sum / (scored.num_answer_tokens * max_loss),
+                (scored.preference_loss_sum or 0.0) / (len(rows) * max_loss),
+                (scored.num_preferred or 0) / len(rows),
             ]
     except (ModelError, ZeroDivisionError):
         return torch.tensor([1.0] if objective.name == "sft" else [1.0, 1.0, 0.0], dtype=torch.float64)
-    return torch.tensor(found, dtype=torch.float64).nan_to_num(nan=1.0).clamp(0.0, 1.0)
+    return torch.tensor(figures, dtype=torch.float64).nan_to_num(nan=1.0).clamp(0.0, 1.0)

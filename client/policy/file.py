@@ -6,10 +6,11 @@ Only the schema and the way from file to record; `client.policy.rules` holds the
 import hashlib
 import json
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import AfterValidator, Field, ValidationError
@@ -34,7 +35,6 @@ FORBIDDEN: Final = ("embed_tokens", "lm_head", "modules_to_save", "bias", "embed
 
 
 def _ordered(limits: tuple[float, float]) -> tuple[float, float]:
-    """Lowest first."""
     if limits[0] > limits[1]:
         raise ValueError("the first number must not be above the second")
     return limits
@@ -42,9 +42,9 @@ def _ordered(limits: tuple[float, float]) -> tuple[float, float]:
 
 def _trainable(names: tuple[str, ...]) -> tuple[str, ...]:
     """Layers whose updates list the tokens that were seen can be allowed by nobody."""
-    found = sorted(name for name in names if any(part in name for part in FORBIDDEN))
-    if found:
-        raise ValueError(f"{', '.join(found)} can never be trained: such an update lists the tokens of the rows")
+    forbidden = sorted(name for name in names if any(part in name for part in FORBIDDEN))
+    if forbidden:
+        raise ValueError(f"{', '.join(forbidden)} can never be trained: such an update lists the tokens of the rows")
     return names
 
 
@@ -211,7 +211,7 @@ class PrivacyRules(Section):
         default=10.0,
         gt=0,
         description="Where `mode` is `required`: standard deviation of the noise on the numbers of units to train on "
-        "and held out, which a run that protects units is told once. Charged.",
+        "and held out, which a run that protects units gets once. Charged.",
     )
 
 
@@ -237,7 +237,7 @@ class DataRules(Section):
 
 
 class EvaluationRules(Section):
-    """What may be told of held-out rows."""
+    """What may be reported of held-out rows."""
 
     min_slice: int = Field(default=50, ge=1, description="Fewest rows behind a figure.")
     round_metrics_to: int = Field(default=3, ge=0, le=6, description="Decimal digits of a figure that leaves.")
@@ -372,26 +372,23 @@ def parse(text: str, *, name: str) -> Policy:
     except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{name} is not a policy in TOML: {error}") from None
     try:
-        found = Policy.model_validate_json(json_text)
+        rules = Policy.model_validate_json(json_text)
         if not problems:
-            return found
+            return rules
     except ValidationError as error:
-        empty = [problem.key for problem in problems]
-        wrong = map(_problem, error.errors(include_url=False))
-        problems += [problem for problem in wrong if problem.key not in empty]
+        unfilled = [problem.key for problem in problems]
+        for detail in error.errors(include_url=False):
+            key = reading.path_of(detail["loc"])
+            message: Callable[[], str] = partial(hints.wrong, key, dict(detail), patterns=PATTERNS)
+            if detail["type"] == "extra_forbidden":  # the value of an unknown rule is not repeated
+                message = partial(str, "there is no such rule; the policy of a startup kit has all of them")
+            elif detail["type"] == "tuple_type":
+                message = partial(str, f"must be an array (you wrote {hints.show_value(detail['input'])})")
+            if key not in unfilled:
+                problems.append(Problem(key, message))
     raise ConfigError(reading.report(problems, text, name=name)) from None
 
 
-def _problem(detail: Any) -> Problem:
-    """One of pydantic's errors by its key; the value of an unknown rule is not repeated."""
-    key = reading.path_of(detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        return Problem(key, lambda: "there is no such rule; the policy of a startup kit has all of them")
-    if detail["type"] == "tuple_type":
-        return Problem(key, lambda: f"must be an array (you wrote {hints.show_value(detail['input'])})")
-    return Problem(key, partial(hints.wrong, key, detail, patterns=PATTERNS))
-
-
 def signature_path(path: Path) -> Path:
-    """Where a policy's signature lies."""
+    """Path of a policy's signature."""
     return path.with_name(path.name + SIGNATURE_SUFFIX)

@@ -5,12 +5,15 @@ Closed world: a setting that no rule here knows is refused too, so a later versi
 
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from itertools import chain
+from operator import attrgetter
+from typing import Any, Final
 
 from client.ledger.budget import COUNTS, EVALUATE
-from client.policy.file import FORBIDDEN, BaseRules, DatasetRules, Policy
+from client.policy.file import FORBIDDEN, DatasetRules, Policy
 from client.train import schedule
 from common.accounting import Event
 from common.data import preference_rows
@@ -23,6 +26,7 @@ from common.run.catalogue import kinds
 from common.run.catalogue.kinds import KINDS
 from common.run.manifest import Offer, RunManifest
 from common.run.schema import precisions
+from common.run.schema.privacy import PrivacyConfig
 
 # What judges each setting that shapes an update: the rule of the policy by its dotted path.
 JUDGED: Final = {
@@ -105,6 +109,10 @@ OTHERS: Final = {
     "export": "formats gguf_type llama_cpp rows data_statement data_licence operator_key",
     "output": "folder keep_checkpoints example_prompts",
 }
+# All settings that a rule here judges, or that were found harmless, by their dotted keys.
+KNOWN: Final = JUDGED.keys() | HARMLESS.keys() | {
+    f"{section}.{key}".lstrip(".") for section, keys in OTHERS.items() for key in keys.split()
+}  # fmt: skip
 _FACTOR: Final = re.compile(r"(.+)\.(lora|residual)_(A|B|(?<=lora_)H)\.weight")
 
 
@@ -137,9 +145,9 @@ def check_signature(policy: Policy, offer: Offer, *, now: float, operators: Coll
         made = manifest.check_signature(offer)
     except AuthError as error:
         raise PolicyRefusedError(str(error), rule="federation.operators") from error
-    listed, told = policy.federation.operators, f"key {shown(made.signer, limit=16)} is no operator's"
-    _require(not operators or made.signer in operators, "roster", told)
-    _require(made.signer in (listed or operators), "federation.operators", told)
+    listed, stranger = policy.federation.operators, f"key {shown(made.signer, limit=16)} is no operator's"
+    _require(not operators or made.signer in operators, "roster", stranger)
+    _require(made.signer in (listed or operators), "federation.operators", stranger)
     _require(
         made.federation == policy.federation.id,
         "federation.id",
@@ -148,11 +156,11 @@ def check_signature(policy: Policy, offer: Offer, *, now: float, operators: Coll
     _require(now <= made.not_after, "federation.not_after", f"the offer ended at {made.not_after}, it is {now:.0f}")
     is_bounded = made.not_after - now <= manifest.MAX_OFFER_S
     days = manifest.MAX_OFFER_S // 86_400
-    _require(is_bounded, "federation.not_after", f"the offer is for more than {days} days; let it be made anew")
+    _require(is_bounded, "federation.not_after", f"the offer is for more than {days} days; ask for a new one")
 
 
 def check(policy: Policy, run_manifest: RunManifest, usage: Usage, *, site: str = "") -> None:
-    """Everything about a run that can be judged before a row is read.
+    """Judge everything about a run that can be judged before a row is read.
 
     Args:
         policy: What the site allows.
@@ -163,16 +171,89 @@ def check(policy: Policy, run_manifest: RunManifest, usage: Usage, *, site: str 
     Raises:
         PolicyRefusedError: Names the first rule that is broken.
     """
-    _check_settings(run_manifest)
-    base = _check_base(policy, run_manifest)
-    _check_model(base, precisions.at_site(run_manifest.run.model, site))
-    _check_adapter(policy, run_manifest)
-    _check_training(policy, run_manifest.run)
-    _check_privacy(policy, run_manifest.run)
-    _check_cohort(policy, run_manifest.run)
-    _check_texts(policy, run_manifest.run)
-    _check_egress(policy, run_manifest, usage)
-    _at_most("runs.max_per_day", usage.num_runs_today + 1, policy.runs.max_per_day)
+    # Over 60 lines, as it is a list: a line for each rule, in the order in which they are judged.
+    run, judge = run_manifest.run, partial(_judge, policy)
+    training, privacy, protection = run.training, run.privacy, policy.privacy
+    unknown = sorted(set(leaves(run.model_dump())) - KNOWN)
+    _require(not unknown, "manifest", f"no rule judges {', '.join(unknown)}")
+    base = next((base for base in policy.models.allow if base.sha256 == run_manifest.base_sha256), None)
+    if base is None:
+        digest = shown(run_manifest.base_sha256)
+        raise PolicyRefusedError(f"models.allow: the base with hash {digest} is not listed", rule="models.allow")
+    model = precisions.at_site(run.model, site)
+    judge("models.allow.quantization", model.quantization, limit=base.quantization)
+    judge("models.allow.chat_template", model.chat_template, limit=base.chat_template)
+    _check_adapter(policy, run.adapter, run_manifest.tensor_specs)
+
+    # An update must be the sum of many steps.
+    judge("train.learning_rate", training.learning_rate)
+    judge("train.optimizers", training.optimizer)
+    judge("train.objectives", training.objective)
+    judge("train.methods", run.aggregation.method)
+    judge("train.min_batch_size", training.batch_size)
+    if training.local_steps:
+        _check_num_steps(policy, training, training.local_steps, num_rounds=run.federation.num_rounds)
+    judge("train.max_warmup_fraction", training.warmup_fraction)
+    judge("train.max_pull", (run.aggregation.proximal + training.weight_decay) * training.learning_rate)
+    if training.optimizer == "adamw":
+        judge("train.adam_beta1", training.adam_beta1)
+        judge("train.adam_beta2", training.adam_beta2)
+        judge("train.max_adam_epsilon", training.adam_epsilon)
+    else:
+        judge("train.max_momentum", training.momentum)
+    if training.max_grad_norm and not privacy.is_private_per_unit:
+        judge("train.min_grad_norm", training.max_grad_norm)
+    if training.objective != "sft":
+        judge("train.beta", training.beta)
+        judge("train.max_label_smoothing", training.label_smoothing)
+        for weight in (training.desirable_weight, training.undesirable_weight):
+            judge("train.answer_weights", weight)
+    num_rounds, num_polished = run.federation.num_rounds, run.evaluation.num_polish_stages
+    is_within = num_rounds + num_polished <= policy.train.max_rounds  # each is one more adapter that the site scores
+    together = f"{num_rounds} rounds and {num_polished} adapters after polish are together above"
+    _require(is_within, "train.max_rounds", f"{together} {policy.train.max_rounds}")
+    judge("train.max_length_tokens", run.data.max_length_tokens)
+
+    _require(
+        protection.mode == "none" or privacy.is_private,
+        "privacy.mode",
+        f"differential privacy is required, the run has privacy.mode = '{privacy.mode}'",
+    )
+    _require(
+        protection.mode == "none" or not privacy.is_private_per_site or privacy.noise_at in protection.site_level,
+        "privacy.site_level",
+        f"noise for whole sites, added at '{privacy.noise_at}', is no protection of a unit, and is not allowed in its "
+        "place",
+    )
+    if privacy.is_private:
+        judge("privacy.min_noise_multiplier", privacy.noise_multiplier)
+        judge("privacy.max_clip_norm", privacy.clip_norm)
+        judge("privacy.dp_delta", privacy.dp_delta)
+        # Of the whole run at the site's own delta, counts and held-out figures included.
+        released = beside_rounds(policy, privacy, num_evaluations=len(run.evaluated_rounds))
+        try:
+            planned = plan.epsilon(run, dp_delta=protection.dp_delta, beside=[*chain(*released.values())])
+        except AccountingUnsupported as error:
+            raise PolicyRefusedError(f"privacy.max_epsilon: {error}", rule="privacy.max_epsilon") from error
+        judge("privacy.max_epsilon", planned)
+    _require(protection.secagg == "none", "privacy.secagg", "secure aggregation is required, and this version has none")
+
+    judge("cohort.min_sites", run.federation.min_sites)  # by the run file's own rules a round has at least as many
+    if privacy.is_private_per_site:
+        judge("cohort.min_sites", sites.num_expected(run))
+    prompt = run.data.system_prompt  # stands in every example, so it could ask for anything
+    is_listed = prompt in policy.data.system_prompts
+    _require(is_listed, "data.system_prompts", f"{len(prompt)} characters that are not listed")
+    if run.evaluation.exact_match_rows:
+        judge("evaluation.min_slice", run.evaluation.exact_match_rows)
+    declared = run_manifest.egress
+    for kind, names in declared.metrics.items():
+        for name in names:
+            is_listed = name in policy.egress.metrics
+            _require(is_listed, "egress.metrics", f"{kind} would report {name}, which is not listed")
+    judge("egress.max_bytes_per_message", declared.bytes_per_message)
+    judge("egress.max_bytes_per_run", max(egress.bytes_per_run(declared, run), usage.bytes_of_run))
+    judge("runs.max_per_day", usage.num_runs_today + 1)
 
 
 def check_members(policy: Policy, num_sites: int) -> None:
@@ -181,7 +262,7 @@ def check_members(policy: Policy, num_sites: int) -> None:
     Raises:
         PolicyRefusedError: The roster has fewer sites than an aggregate must come from.
     """
-    _at_least("cohort.min_sites", num_sites, policy.cohort.min_sites)
+    _judge(policy, "cohort.min_sites", num_sites)
 
 
 def check_node(policy: Policy, data: config.NodeDataConfig) -> DatasetRules:
@@ -193,30 +274,32 @@ def check_node(policy: Policy, data: config.NodeDataConfig) -> DatasetRules:
     Raises:
         PolicyRefusedError: Another file, or a column that is not listed.
     """
-    found = next((rules for rules in policy.data.datasets.values() if rules.path == data.path), None)
-    if found is None:
+    dataset = next((rules for rules in policy.data.datasets.values() if rules.path == data.path), None)
+    if dataset is None:
         raise PolicyRefusedError(f"data.datasets: {data.path} is not listed", rule="data.datasets")
     if data.held_out_path:
         listed = [rules.path for rules in policy.data.datasets.values()]
         _require(data.held_out_path in listed, "data.datasets", f"{data.held_out_path} is not listed")
     named = {data.instruction_column, data.input_column, data.output_column, data.unit_column} - {""}
-    extra = sorted(named - set(found.columns))
+    extra = sorted(named - set(dataset.columns))
     _require(not extra, "data.datasets.columns", f"{', '.join(extra)} not listed for {data.path}")
-    return found
+    return dataset
 
 
-def check_columns(dataset: DatasetRules, run: config.RunConfig) -> None:
-    """The columns that the run's objective reads beside those that the site's own file names.
+def check_columns(dataset: DatasetRules, objective: str) -> None:
+    """The columns that a run's objective reads beside those that the site's own file names.
 
     Raises:
         PolicyRefusedError: One of them is not listed.
     """
-    extra = sorted({*preference_rows.COLUMNS.get(run.training.objective, ())} - set(dataset.columns))
-    told = f"training.objective = '{run.training.objective}' reads {', '.join(extra)}, not listed for {dataset.path}"
-    _require(not extra, "data.datasets.columns", told)
+    extra = sorted({*preference_rows.COLUMNS.get(objective, ())} - set(dataset.columns))
+    reads = f"training.objective = '{objective}' reads {', '.join(extra)}, not listed for {dataset.path}"
+    _require(not extra, "data.datasets.columns", reads)
 
 
-def check_opened(policy: Policy, dataset: DatasetRules, head: OpenedHead, run: config.RunConfig) -> None:
+def check_opened(
+    policy: Policy, dataset: DatasetRules, head: OpenedHead, training: config.TrainingConfig, *, num_rounds: int
+) -> None:
     """Counts that are known once the rows are read.
 
     Raises:
@@ -224,202 +307,9 @@ def check_opened(policy: Policy, dataset: DatasetRules, head: OpenedHead, run: c
             rows than may be read.
     """
     num_rows = head.num_examples + head.num_held_out + (head.num_dropped or 0)
-    _at_least("train.min_records", head.num_examples, policy.train.min_records)
-    _check_num_steps(policy, run, head.num_steps)
-    _at_most("data.datasets.max_rows", num_rows, dataset.max_rows)
-
-
-def leaves(run: config.RunConfig) -> Iterator[str]:
-    """The dotted keys of a run file."""
-    for name, value in run.model_dump().items():
-        yield from (f"{name}.{key}" for key in value) if isinstance(value, dict) else (name,)
-
-
-def is_covered(rules: Policy, run: config.RunConfig) -> bool:
-    """Whether a policy demands that counts and figures of a run are covered: each unit is promised something."""
-    return rules.privacy.mode == "required" and run.privacy.is_private_per_unit
-
-
-def beside_rounds(rules: Policy, run: config.RunConfig) -> dict[str, list[Event]]:
-    """What a run costs a unit beside its rounds: purpose to the steps of each release.
-
-    Example:
-        A run of 4 rounds that is evaluated after each has 5 evaluations.
-    """
-    if not is_covered(rules, run):
-        return {}
-    counts = [Event(1.0, rules.privacy.count_noise, 1)]
-    noise_multiplier = rules.evaluation.noise_multiplier
-    asked = [Event(1.0, noise_multiplier, 1)] * len(run.evaluated_rounds) if noise_multiplier else []
-    return {COUNTS: counts, EVALUATE: asked}
-
-
-def _known() -> set[str]:
-    """The dotted keys that the rules here judge, or that were found harmless."""
-    others = {f"{section}.{key}".lstrip(".") for section, keys in OTHERS.items() for key in keys.split()}
-    return others | JUDGED.keys() | HARMLESS.keys()
-
-
-def _check_settings(run_manifest: RunManifest) -> None:
-    """No setting without a rule."""
-    unknown = sorted(set(leaves(run_manifest.run)) - _known())
-    _require(not unknown, "manifest", f"no rule judges {', '.join(unknown)}")
-
-
-def _check_base(policy: Policy, run_manifest: RunManifest) -> BaseRules:
-    """A base by the hash of its files."""
-    found = next((base for base in policy.models.allow if base.sha256 == run_manifest.base_sha256), None)
-    if found is None:
-        digest = shown(run_manifest.base_sha256)
-        raise PolicyRefusedError(f"models.allow: the base with hash {digest} is not listed", rule="models.allow")
-    return found
-
-
-def _check_model(base: BaseRules, model: config.ModelConfig) -> None:
-    """How the base is used."""
-    _one_of("models.allow.quantization", model.quantization, base.quantization)
-    _one_of("models.allow.chat_template", model.chat_template, base.chat_template)
-
-
-def _check_adapter(policy: Policy, run_manifest: RunManifest) -> None:
-    """Judge the tensors themselves, whatever the run's settings call them."""
-    adapter = run_manifest.run.adapter
-    _one_of("adapter.kinds", adapter.kind, policy.adapter.kinds)
-    _require(bool(run_manifest.tensor_specs), "lora.targets", "the run trains nothing")
-    for spec in run_manifest.tensor_specs:
-        if adapter.kind == "lora":
-            _check_factor(policy, spec)
-        else:
-            _check_tensor(policy, spec, kind=adapter.kind)
-    if adapter.kind != "lora":
-        number = trainable.num_values(run_manifest.tensor_specs)
-        _at_most("adapter.max_parameters", number, policy.adapter.max_parameters)
-    used = KINDS[adapter.kind].settings
-    if "r" in used:
-        for rank in (adapter.r, *adapter.rank_of_sites.values()):
-            _within("lora.r", rank, policy.lora.r)
-    if "alpha" in used:
-        _within("lora.alpha", adapter.alpha, policy.lora.alpha)
-        _within("lora.scale", adapter.scale, policy.lora.scale)
-    _at_most("lora.max_dropout", adapter.dropout, policy.lora.max_dropout)
-
-
-def _check_factor(policy: Policy, spec: TensorSpec) -> None:
-    """A factor or core of LoRA, or of a side adapter, on a layer that may be trained, of a rank that is allowed."""
-    module, kind, factor = _parts(spec.name)
-    _require(bool(module), "lora.targets", f"{shown(spec.name, limit=200)} is no factor")
-    parts = module.split(".")
-    is_allowed = parts[-1] in policy.lora.targets and not set(parts) & set(FORBIDDEN)
-    _require(is_allowed, "lora.targets", f"{shown(module, limit=200)} is not one of them")
-    rank = spec.shape[-1 if factor == "B" else 0] if len(spec.shape) == 2 else 0
-    limits = policy.lora.r if kind == "lora" else (1, policy.lora.residual_r)
-    _within("lora.r" if kind == "lora" else "lora.residual_r", rank, limits)
-
-
-def _check_tensor(policy: Policy, spec: TensorSpec, *, kind: str) -> None:
-    """A tensor of another kind: one that this kind has, on a layer that may be trained."""
-    name = shown(spec.name, limit=200)
-    _require(kinds.belongs(kind, spec.name), "adapter.kinds", f"{name} is no tensor of kind '{kind}'")
-    facts = KINDS[kind]
-    if facts.layers == "input":
-        return
-    parts = kinds.module_of(spec.name).split(".")
-    is_norm = facts.layers in ("norms", "both") and parts[-1].endswith("norm") and len(spec.shape) == 1
-    is_allowed = (is_norm or parts[-1] in policy.lora.targets) and not set(parts) & set(FORBIDDEN)
-    _require(is_allowed, "lora.targets", f"{shown('.'.join(parts), limit=200)} is not one of them")
-
-
-def _parts(name: str) -> tuple[str, str, str]:
-    """Module, `lora` or `residual`, and factor of a tensor; empty for one that is no factor."""
-    found = _FACTOR.fullmatch(name)
-    return (found[1], found[2], found[3]) if found else ("", "", "")
-
-
-def _check_training(policy: Policy, run: config.RunConfig) -> None:
-    """An update must be the sum of many steps."""
-    rules, training = policy.train, run.training
-    _within("train.learning_rate", training.learning_rate, rules.learning_rate)
-    _one_of("train.optimizers", training.optimizer, rules.optimizers)
-    _one_of("train.objectives", training.objective, rules.objectives)
-    _one_of("train.methods", run.aggregation.method, rules.methods)
-    _at_least("train.min_batch_size", training.batch_size, rules.min_batch_size)
-    if training.local_steps:
-        _check_num_steps(policy, run, training.local_steps)
-    _at_most("train.max_warmup_fraction", training.warmup_fraction, rules.max_warmup_fraction)
-    pull = (run.aggregation.proximal + training.weight_decay) * training.learning_rate
-    _at_most("train.max_pull", pull, rules.max_pull)
-    if training.optimizer == "adamw":
-        _within("train.adam_beta1", training.adam_beta1, rules.adam_beta1)
-        _within("train.adam_beta2", training.adam_beta2, rules.adam_beta2)
-        _at_most("train.max_adam_epsilon", training.adam_epsilon, rules.max_adam_epsilon)
-    else:
-        _at_most("train.max_momentum", training.momentum, rules.max_momentum)
-    if training.max_grad_norm and not run.privacy.is_private_per_unit:
-        _at_least("train.min_grad_norm", training.max_grad_norm, rules.min_grad_norm)
-    if training.objective != "sft":
-        _within("train.beta", training.beta, rules.beta)
-        _at_most("train.max_label_smoothing", training.label_smoothing, rules.max_label_smoothing)
-        for weight in (training.desirable_weight, training.undesirable_weight):
-            _within("train.answer_weights", weight, rules.answer_weights)
-    num_rounds, num_polished = run.federation.num_rounds, run.evaluation.num_polish_stages
-    is_within = num_rounds + num_polished <= rules.max_rounds  # each is one more adapter that the site scores
-    told = f"{num_rounds} rounds and {num_polished} adapters after polish are together above {rules.max_rounds}"
-    _require(is_within, "train.max_rounds", told)
-    _at_most("train.max_length_tokens", run.data.max_length_tokens, rules.max_length_tokens)
-
-
-def _check_num_steps(policy: Policy, run: config.RunConfig, num_steps: int) -> None:
-    """How many steps a round has, and the rate at which it makes them.
-
-    The rate rises and then falls, so that the first round or the last has the lowest mean.
-    """
-    _at_least("train.min_local_steps", num_steps, policy.train.min_local_steps)
-    _at_most("train.max_local_steps", num_steps, policy.train.max_local_steps)
-    num_rounds, (lowest, _) = run.federation.num_rounds, policy.train.learning_rate
-    for index in sorted({0, num_rounds - 1}):
-        rate = schedule.mean_rate(index, num_rounds=num_rounds, num_steps=num_steps, training=run.training)
-        told = (
-            f"round {index + 1} of {num_rounds} trains at a mean rate of {rate:.2g}, which is below {lowest:g}; raise "
-            "training.final_rate_fraction, or set training.schedule = 'constant'"
-        )
-        _require(rate >= lowest, "train.learning_rate", told)
-
-
-def _check_privacy(policy: Policy, run: config.RunConfig) -> None:
-    """Protection that the site requires."""
-    protection = policy.privacy
-    _require(
-        protection.mode == "none" or run.privacy.is_private,
-        "privacy.mode",
-        f"differential privacy is required, the run has privacy.mode = '{run.privacy.mode}'",
-    )
-    _require(
-        protection.mode == "none"
-        or not run.privacy.is_private_per_site
-        or run.privacy.noise_at in protection.site_level,
-        "privacy.site_level",
-        f"noise for whole sites, added at '{run.privacy.noise_at}', is no protection of a unit, and is not "
-        "allowed in its place",
-    )
-    if run.privacy.is_private:
-        _at_least("privacy.min_noise_multiplier", run.privacy.noise_multiplier, protection.min_noise_multiplier)
-        _at_most("privacy.max_clip_norm", run.privacy.clip_norm, protection.max_clip_norm)
-        _at_most("privacy.dp_delta", run.privacy.dp_delta, protection.dp_delta)
-        planned = _planned(policy, run)
-        _at_most("privacy.max_epsilon", planned, protection.max_epsilon)
-    _require(
-        protection.secagg == "none",
-        "privacy.secagg",
-        "secure aggregation is required, and this version has none",
-    )
-
-
-def _check_cohort(policy: Policy, run: config.RunConfig) -> None:
-    """How many sites an aggregate comes from; by the run file's own rules a round has at least `min_sites`."""
-    federation = run.federation
-    _at_least("cohort.min_sites", federation.min_sites, policy.cohort.min_sites)
-    if run.privacy.is_private_per_site:
-        _at_least("cohort.min_sites", sites.num_expected(run), policy.cohort.min_sites)
+    _judge(policy, "train.min_records", head.num_examples)
+    _check_num_steps(policy, training, head.num_steps, num_rounds=num_rounds)
+    _judge(policy, "data.datasets.max_rows", num_rows, limit=dataset.max_rows)
 
 
 def check_message_size(run_manifest: RunManifest, *, max_mib: int) -> None:
@@ -437,55 +327,103 @@ def check_message_size(run_manifest: RunManifest, *, max_mib: int) -> None:
         )
 
 
-def _planned(policy: Policy, run: config.RunConfig) -> float:
-    """Epsilon of the whole run at the site's own delta, counts and held-out figures included."""
-    beside = [event for events in beside_rounds(policy, run).values() for event in events]
-    try:
-        return plan.epsilon(run, dp_delta=policy.privacy.dp_delta, beside=beside)
-    except AccountingUnsupported as error:
-        raise PolicyRefusedError(f"privacy.max_epsilon: {error}", rule="privacy.max_epsilon") from error
+def leaves(run: Mapping[str, Any]) -> Iterator[str]:
+    """The dotted keys of a run file's tables."""
+    for name, value in run.items():
+        yield from (f"{name}.{key}" for key in value) if isinstance(value, dict) else (name,)
 
 
-def _check_texts(policy: Policy, run: config.RunConfig) -> None:
-    """A coordinator's text stands in every example, so it could ask for anything."""
-    is_listed = run.data.system_prompt in policy.data.system_prompts
-    _require(is_listed, "data.system_prompts", f"{len(run.data.system_prompt)} characters that are not listed")
-    if run.evaluation.exact_match_rows:
-        _at_least("evaluation.min_slice", run.evaluation.exact_match_rows, policy.evaluation.min_slice)
+def is_covered(rules: Policy, privacy: PrivacyConfig) -> bool:
+    """Whether a policy demands that counts and figures of a run are covered: each unit is promised something."""
+    return rules.privacy.mode == "required" and privacy.is_private_per_unit
 
 
-def _check_egress(policy: Policy, run_manifest: RunManifest, usage: Usage) -> None:
-    """What the manifest says will leave."""
-    rules, declared = policy.egress, run_manifest.egress
-    for kind, own in declared.metrics.items():
-        for name in own:
-            _require(name in rules.metrics, "egress.metrics", f"{kind} would tell {name}, which is not listed")
-    _at_most("egress.max_bytes_per_message", declared.bytes_per_message, rules.max_bytes_per_message)
-    whole = egress.bytes_per_run(declared, run_manifest.run)
-    _at_most("egress.max_bytes_per_run", max(whole, usage.bytes_of_run), rules.max_bytes_per_run)
+def beside_rounds(rules: Policy, privacy: PrivacyConfig, *, num_evaluations: int) -> dict[str, list[Event]]:
+    """What a run costs a unit beside its rounds: purpose to the steps of each release.
+
+    Example:
+        A run of 4 rounds that is evaluated after each has 5 evaluations.
+    """
+    if not is_covered(rules, privacy):
+        return {}
+    counts = [Event(1.0, rules.privacy.count_noise, 1)]
+    noise_multiplier = rules.evaluation.noise_multiplier
+    evaluations = [Event(1.0, noise_multiplier, 1)] * num_evaluations if noise_multiplier else []
+    return {COUNTS: counts, EVALUATE: evaluations}
 
 
-def _within(rule: str, value: float, limits: tuple[float, float]) -> None:
-    """Between two numbers, both included."""
-    _require(limits[0] <= value <= limits[1], rule, f"{value:g} is not from {limits[0]:g} to {limits[1]:g}")
+def _check_adapter(policy: Policy, adapter: config.AdapterConfig, specs: Sequence[TensorSpec]) -> None:
+    """Judge the tensors themselves, whatever the run's settings call them."""
+    judge = partial(_judge, policy)
+    judge("adapter.kinds", adapter.kind)
+    _require(bool(specs), "lora.targets", "the run trains nothing")
+    for spec in specs:
+        _check_tensor(policy, spec, kind=adapter.kind)
+    if adapter.kind != "lora":
+        judge("adapter.max_parameters", trainable.num_values(specs))
+    used = KINDS[adapter.kind].settings
+    if "r" in used:
+        for rank in (adapter.r, *adapter.rank_of_sites.values()):
+            judge("lora.r", rank)
+    if "alpha" in used:
+        judge("lora.alpha", adapter.alpha)
+        judge("lora.scale", adapter.scale)
+    judge("lora.max_dropout", adapter.dropout)
 
 
-def _at_least(rule: str, value: float, floor: float) -> None:
-    """Not below."""
-    _require(value >= floor, rule, f"{value:g} is below {floor:g}")
+def _check_tensor(policy: Policy, spec: TensorSpec, *, kind: str) -> None:
+    """A factor or core of LoRA or of a side adapter, or a tensor of another kind, on a layer that may be trained."""
+    name, rank, is_side, is_norm = shown(spec.name, limit=200), 0, False, False
+    if kind == "lora":
+        match = _FACTOR.fullmatch(spec.name)
+        module, side, factor = match.groups() if match else ("", "", "")
+        _require(bool(module), "lora.targets", f"{name} is no factor")
+        is_side = side == "residual"
+        rank = spec.shape[-1 if factor == "B" else 0] if len(spec.shape) == 2 else 0
+    else:
+        _require(kinds.belongs(kind, spec.name), "adapter.kinds", f"{name} is no tensor of kind '{kind}'")
+        layers, module = KINDS[kind].layers, kinds.module_of(spec.name)
+        if layers == "input":
+            return
+        is_norm = layers in ("norms", "both") and module.endswith("norm") and len(spec.shape) == 1
+    parts = module.split(".")
+    is_allowed = (is_norm or parts[-1] in policy.lora.targets) and not set(parts) & set(FORBIDDEN)
+    _require(is_allowed, "lora.targets", f"{shown(module, limit=200)} is not one of them")
+    if kind == "lora":
+        rule, limits = ("lora.residual_r", (1, policy.lora.residual_r)) if is_side else ("lora.r", policy.lora.r)
+        _judge(policy, rule, rank, limit=limits)
 
 
-def _at_most(rule: str, value: float, ceiling: float) -> None:
-    """Not above."""
-    _require(value <= ceiling, rule, f"{value:g} is above {ceiling:g}")
+def _check_num_steps(policy: Policy, training: config.TrainingConfig, num_steps: int, *, num_rounds: int) -> None:
+    """How many steps a round has, and the rate at which it makes them."""
+    _judge(policy, "train.min_local_steps", num_steps)
+    _judge(policy, "train.max_local_steps", num_steps)
+    lowest, _ = policy.train.learning_rate
+    for index in sorted({0, num_rounds - 1}):  # the rate rises, then falls: one of these rounds has the lowest mean
+        rate = schedule.mean_rate(index, num_rounds=num_rounds, num_steps=num_steps, training=training)
+        slow = (
+            f"round {index + 1} of {num_rounds} trains at a mean rate of {rate:.2g}, which is below {lowest:g}; raise "
+            "training.final_rate_fraction, or set training.schedule = 'constant'"
+        )
+        _require(rate >= lowest, "train.learning_rate", slow)
 
 
-def _one_of(rule: str, value: str, allowed: tuple[str, ...]) -> None:
-    """One of a few words."""
-    _require(value in allowed, rule, f"'{value}' is not one of {', '.join(allowed)}")
+def _judge(policy: Policy, rule: str, value: float | str, *, limit: Any = None) -> None:
+    """Hold a value against a rule: a list of words, a range, a floor (`min_`) or a ceiling; NaN passes none.
+
+    `limit` is what the policy has under the rule's dotted path, unless it is given.
+    """
+    limit = attrgetter(rule)(policy) if limit is None else limit
+    if isinstance(value, str):
+        _require(value in limit, rule, f"'{value}' is not one of {', '.join(limit)}")
+    elif isinstance(limit, tuple):
+        _require(limit[0] <= value <= limit[1], rule, f"{value:g} is not from {limit[0]:g} to {limit[1]:g}")
+    elif rule.rpartition(".")[2].startswith("min_"):
+        _require(value >= limit, rule, f"{value:g} is below {limit:g}")
+    else:
+        _require(value <= limit, rule, f"{value:g} is above {limit:g}")
 
 
 def _require(is_allowed: bool, rule: str, message: str) -> None:
-    """Refuse by a rule."""
     if not is_allowed:
         raise PolicyRefusedError(f"{rule}: {message}", rule=rule)

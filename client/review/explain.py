@@ -1,13 +1,12 @@
 """A site's policy in plain sentences: what may run, what must protect it, and what waits for a person."""
 
-from collections.abc import Sequence
 from typing import Final
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from client.policy.file import BaseRules, DatasetRules, Policy
+from client.policy.file import Policy
 from common.run.catalogue.kinds import KINDS
 
 MAY_RUN: Final = "May run"
@@ -32,122 +31,77 @@ def explain(policy: Policy, *, reads_roster: bool = False) -> dict[str, list[str
     Returns:
         Heading to sentences, in the order in which they are read.
     """
-    return {
-        MAY_RUN: [
-            _who(policy, reads_roster=reads_roster),
-            *_models(policy),
-            _training(policy),
-            *_rows(policy),
-            *_leaves(policy),
-        ],
-        PROTECTED: _protection(policy),
-        WAITS: [_APPROVAL[policy.runs.approval], "A changed run is another run, and waits again."][
-            : 1 if policy.runs.approval == "none" else 2
-        ],
-    }
+    # Over 60 lines, as it is one text, in the order of the policy.
+    federation, train, egress, protection = policy.federation, policy.train, policy.egress, policy.privacy
+    keys, a_day = [key[:12] for key in federation.operators], f"at most {policy.runs.max_per_day} a day"
+    if not keys and reads_roster:
+        may_run = [f"Runs of federation {federation.id} that one of the operators in its roster signed; {a_day}."]
+    elif not keys:
+        may_run = [f"No operator of {federation.id} is listed, so no run can pass."]
+    else:
+        signers = f"{'key' if len(keys) == 1 else 'one of the keys'} {', '.join(keys)}"
+        may_run = [f"Runs of federation {federation.id} that {signers} signed; {a_day}."]
+    if not policy.models.allow:
+        may_run.append("No base model is listed, so no run can pass.")
+    else:
+        bases = "; ".join(
+            f"{base.name} (files {base.sha256[:12]}; quantisation {' or '.join(base.quantization)})"
+            for base in policy.models.allow
+        )
+        layers = ", ".join(policy.lora.targets) or "no layer, so no run can pass"
+        may_run += [
+            f"On these bases: {bases}.",
+            f"An adapter of rank {policy.lora.r[0]} to {policy.lora.r[1]} on {layers}. Embeddings and the output head "
+            "are never trained.",
+        ]
+        others = [f"{name} ({KINDS[name].rule})" for name in policy.adapter.kinds if name != "lora"]
+        if others:
+            may_run.append(f"Also of at most {policy.adapter.max_parameters:,} values: {'; '.join(others)}.")
+    may_run.append(
+        f"{' or '.join(train.optimizers)} at a rate of {train.learning_rate[0]:g} to {train.learning_rate[1]:g}, at "
+        f"least {train.min_local_steps} steps a round with {train.min_batch_size} rows or more each, "
+        f"{train.max_rounds} rounds and {train.max_length_tokens} tokens a row at most."
+    )
+    if policy.data.datasets:
+        may_run += [
+            f"{rules.path} may be read: {', '.join(rules.columns)}; at most {rules.max_rows:,} rows."
+            for rules in policy.data.datasets.values()
+        ]
+        may_run.append(f"Fewer than {train.min_records:,} training rows are never trained on.")
+    else:
+        may_run.append("No file of rows is listed, so the agent does not start.")
+    message_mib, run_mib = egress.max_bytes_per_message / MIB, egress.max_bytes_per_run / MIB
+    may_run += [
+        f"At most {message_mib:,.1f} MiB leave in a message and {run_mib:,.1f} MiB in a run.",
+        f"Beside the adapter these figures leave, rounded to {policy.evaluation.round_metrics_to} digits and never of "
+        f"fewer than {policy.evaluation.min_slice} rows: {', '.join(sorted(egress.metrics)) or 'none'}. Answers never "
+        "leave.",
+    ]
+    private = (
+        f"Differential privacy is required: epsilon at most {protection.max_epsilon:g} at delta "
+        f"{protection.dp_delta:g}, noise multiplier at least {protection.min_noise_multiplier:g}, clipping at "
+        f"{protection.max_clip_norm:g} or below."
+        if protection.mode == "required"
+        else "Differential privacy is not required: text of the rows can be rebuilt from an update without it."
+    )
+    secret = (
+        "Secure aggregation is required: the coordinator sees sums only."
+        if protection.secagg == "required"
+        else "Secure aggregation is not required: the coordinator may see this site's own update."
+    )
+    approval = [_APPROVAL[policy.runs.approval]]
+    if policy.runs.approval != "none":
+        approval.append("A changed run is another run, and waits again.")
+    cohort = f"An aggregate comes from {policy.cohort.min_sites} sites or more."
+    return {MAY_RUN: may_run, PROTECTED: [private, secret, cohort], WAITS: approval}
 
 
 def render(sentences: dict[str, list[str]]) -> list[RenderableType]:
     """Show a policy's sentences for a terminal."""
     shown: list[RenderableType] = []
-    for heading, told in sentences.items():
-        lines = Table.grid(padding=(0, 1))
-        for sentence in told:
-            lines.add_row("  -", Text(sentence))
-        shown += [Text(f"\n{heading}", style="bold"), lines]
+    for heading, lines in sentences.items():
+        grid = Table.grid(padding=(0, 1))
+        for line in lines:
+            grid.add_row("  -", Text(line))
+        shown += [Text(f"\n{heading}", style="bold"), grid]
     return shown
-
-
-def _who(policy: Policy, *, reads_roster: bool) -> str:
-    """Whose runs."""
-    keys = [key[:12] for key in policy.federation.operators]
-    if not keys and reads_roster:
-        return (
-            f"Runs of federation {policy.federation.id} that one of the operators in its roster signed; at most "
-            f"{policy.runs.max_per_day} a day."
-        )
-    if not keys:
-        return f"No operator of {policy.federation.id} is listed, so no run can pass."
-    signers = f"key {_list(keys)}" if len(keys) == 1 else f"one of the keys {_list(keys)}"
-    return f"Runs of federation {policy.federation.id} that {signers} signed; at most {policy.runs.max_per_day} a day."
-
-
-def _models(policy: Policy) -> list[str]:
-    """On what base, and which parts."""
-    if not policy.models.allow:
-        return ["No base model is listed, so no run can pass."]
-    trained = _list(policy.lora.targets) or "no layer, so no run can pass"
-    low, high = policy.lora.r
-    return [
-        f"On these bases: {'; '.join(map(_base, policy.models.allow))}.",
-        f"An adapter of rank {low} to {high} on {trained}. Embeddings and the output head are never trained.",
-        *_other_kinds(policy),
-    ]
-
-
-def _other_kinds(policy: Policy) -> list[str]:
-    """Adapters of other kinds than LoRA, if any."""
-    others = [f"{name} ({KINDS[name].rule})" for name in policy.adapter.kinds if name != "lora"]
-    return [f"Also of at most {policy.adapter.max_parameters:,} values: {'; '.join(others)}."] if others else []
-
-
-def _base(base: BaseRules) -> str:
-    """One base."""
-    return f"{base.name} (files {base.sha256[:12]}; quantisation {' or '.join(base.quantization)})"
-
-
-def _training(policy: Policy) -> str:
-    """How much."""
-    rules = policy.train
-    low, high = rules.learning_rate
-    return (
-        f"{' or '.join(rules.optimizers)} at a rate of {low:g} to {high:g}, at least {rules.min_local_steps} steps a "
-        f"round with {rules.min_batch_size} rows or more each, {rules.max_rounds} rounds and "
-        f"{rules.max_length_tokens} tokens a row at most."
-    )
-
-
-def _rows(policy: Policy) -> list[str]:
-    """What is read."""
-    if not policy.data.datasets:
-        return ["No file of rows is listed, so the agent does not start."]
-    least = f"Fewer than {policy.train.min_records:,} training rows are never trained on."
-    return [*(_dataset(rules) for rules in policy.data.datasets.values()), least]
-
-
-def _dataset(rules: DatasetRules) -> str:
-    """One file."""
-    return f"{rules.path} may be read: {_list(rules.columns)}; at most {rules.max_rows:,} rows."
-
-
-def _leaves(policy: Policy) -> list[str]:
-    """What goes out."""
-    egress, evaluation = policy.egress, policy.evaluation
-    message, run = egress.max_bytes_per_message / MIB, egress.max_bytes_per_run / MIB
-    return [
-        f"At most {message:,.1f} MiB leave in a message and {run:,.1f} MiB in a run.",
-        f"Beside the adapter these figures leave, rounded to {evaluation.round_metrics_to} digits and never of fewer "
-        f"than {evaluation.min_slice} rows: {_list(sorted(egress.metrics)) or 'none'}. Answers never leave.",
-    ]
-
-
-def _protection(policy: Policy) -> list[str]:
-    """What stands between an update and the rows."""
-    rules = policy.privacy
-    private = (
-        f"Differential privacy is required: epsilon at most {rules.max_epsilon:g} at delta {rules.dp_delta:g}, noise "
-        f"multiplier at least {rules.min_noise_multiplier:g}, clipping at {rules.max_clip_norm:g} or below."
-        if rules.mode == "required"
-        else "Differential privacy is not required: text of the rows can be rebuilt from an update without it."
-    )
-    secret = (
-        "Secure aggregation is required: the coordinator sees sums only."
-        if rules.secagg == "required"
-        else "Secure aggregation is not required: the coordinator may see this site's own update."
-    )
-    return [private, secret, f"An aggregate comes from {policy.cohort.min_sites} sites or more."]
-
-
-def _list(names: Sequence[str]) -> str:
-    """Names in a sentence."""
-    return ", ".join(names)

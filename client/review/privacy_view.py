@@ -5,6 +5,7 @@ The wording of what is covered is fixed here, so that page, review and documenta
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -15,7 +16,6 @@ from rich.text import Text
 from client.ledger.budget import MAX_ROUNDS, TRAIN, Budget, Reservation
 from client.memory import consent, site_ledger
 from client.review.review import Desk
-from common.accounting import Event
 from common.errors import DataError
 from common.run import manifest
 
@@ -66,10 +66,6 @@ class Page:
     covered: list[str]
     not_covered: list[str]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Give the page as JSON types."""
-        return asdict(self)
-
 
 def page(desk: Desk, run: str = "") -> Page:
     """Read ledger and audit log.
@@ -82,9 +78,20 @@ def page(desk: Desk, run: str = "") -> Page:
         LedgerError: The ledger cannot be trusted.
         DataError: No such run, or it was never charged.
     """
-    found = site_ledger.open_site(desk.node, rules=desk.policy, key=desk.key, history=desk.history)
-    budget = found.budget()
-    charged = _chosen(desk, budget, run)
+    budget = site_ledger.open_site(desk.node, rules=desk.policy, key=desk.key, history=desk.history).budget()
+    trained = [charge for charge in budget.reservations if charge.purpose == TRAIN]
+    last_sha256 = trained[-1].run_sha256 if trained else ""
+    sha256 = consent.find(desk.history, run) if run else last_sha256
+    charged = [charge for charge in trained if charge.run_sha256 == sha256]
+    if run and not charged:
+        raise DataError(
+            f"run {sha256[:12]} was never charged to this ledger; see: silotune-client privacy without --run"
+        )
+    next_round = None
+    if charged:
+        event = charged[-1].event
+        cost, num_left = budget.cost_of(event), budget.rounds_left(event)
+        next_round = {**asdict(event), "epsilon": round(cost, 4), "num_rounds_left": num_left}
     header, data = budget.header, desk.node.data
     columns = (data.instruction_column, data.input_column, data.output_column, data.unit_column)
     names = {"unit": header.unit, "dataset": header.dataset}
@@ -95,7 +102,7 @@ def page(desk: Desk, run: str = "") -> Page:
         spent=round(budget.spent(), 4),
         remaining=round(budget.remaining, 4),
         runs=_runs(desk, budget),
-        next_round=_next_round(budget, charged[-1].event) if charged else None,
+        next_round=next_round,
         curve=_curve(desk, budget, charged) if charged else [],
         covered=[text.format(**names) for text in COVERED],
         not_covered=list(NOT_COVERED),
@@ -104,38 +111,57 @@ def page(desk: Desk, run: str = "") -> Page:
 
 def render(shown: Page) -> RenderableType:
     """The page for a terminal."""
-    facts = Table("question", "answer", title=f"privacy of '{shown.promise['dataset']}'", show_lines=True)
-    for question, answer in _facts(shown).items():
-        facts.add_row(question, Text(answer))
-    parts: list[RenderableType] = [facts]
+    promise = shown.promise
+    facts = {
+        "unit": f"{promise['unit']}; {promise['adjacency']}",
+        "budget": f"epsilon {promise['max_epsilon']:g} at delta {promise['dp_delta']:g}, for all runs together",
+        "spent": f"epsilon {shown.spent:.3f}",
+        "remaining": f"epsilon {shown.remaining:.3f}",
+        "accountant": promise["accountant"],
+        "rows that are read": f"all of {shown.reads['rows']}",
+        "columns that are read": ", ".join(shown.reads["columns"]),
+        "policy demands": f"differential privacy: {shown.required['differential_privacy']}; secure aggregation: "
+        f"{shown.required['secure_aggregation']}",
+    }
+    table = Table("question", "answer", title=f"privacy of '{promise['dataset']}'", show_lines=True)
+    for question, answer in facts.items():
+        table.add_row(question, Text(answer))
+    parts: list[RenderableType] = [table]
     if shown.runs:
-        parts.append(_run_table(shown.runs))
+        head = ("run", "name", "rounds", "steps", "epsilon", "bytes out", "last charge (UTC)")
+        table = Table(*head, title="runs, each by itself")
+        for run in shown.runs:
+            epsilon = "none" if run["epsilon"] is None else f"{run['epsilon']:.3f}"
+            last = "-" if run["last_time"] is None else time.strftime("%Y-%m-%d %H:%M", time.gmtime(run["last_time"]))
+            numbers = (str(run["num_rounds_charged"]), str(run["num_steps"]), epsilon, f"{run['bytes_out']:,}", last)
+            table.add_row(run["run"][:12], Text(run["name"]), *numbers)
+        parts.append(table)
     if shown.curve:
-        parts += [_curve_table(shown.curve), Text(_next_text(shown))]
-    parts += [Text("covered", style="bold"), *(Text(f"- {text}") for text in shown.covered)]
-    parts += [Text("not covered", style="bold"), *(Text(f"- {text}") for text in shown.not_covered)]
-    return Group(*parts)
-
-
-def _chosen(desk: Desk, budget: Budget, run: str) -> list[Reservation]:
-    """The charges of one run; of the last one if none is named."""
-    if not run:
-        sha256 = next((one.run_sha256 for one in reversed(budget.reservations) if one.purpose == TRAIN), "")
-    else:
-        sha256 = consent.find(desk.history, run)
-    found = [one for one in budget.reservations if one.run_sha256 == sha256 and one.purpose == TRAIN]
-    if run and not found:
-        raise DataError(
-            f"run {sha256[:12]} was never charged to this ledger; see: silotune-client privacy without --run"
+        table = Table("rounds", "epsilon", "", title="epsilon of the data set after so many rounds of the run")
+        for point in shown.curve:
+            kind = "planned" if point["is_planned"] else "charged"
+            table.add_row(str(point["num_rounds"]), f"{point['epsilon']:.3f}", kind)
+        following = shown.next_round or {}
+        kind = "{num_steps} steps, noise {noise_multiplier:g}, sampling {sampling_prob:g}".format(**following)
+        num_left = following["num_rounds_left"]
+        fit = f"{num_left} more fit" if num_left < MAX_ROUNDS else f"{MAX_ROUNDS} and more fit"
+        following_text = (
+            f"One more round like the last ({kind}) costs epsilon {following['epsilon']:.4f}; {fit}. Rounds do not "
+            "cost the same: the first cost the most, so the budget divided by the rounds says nothing."
         )
-    return found
+        parts += [table, Text(following_text)]
+    for heading, lines in (("covered", shown.covered), ("not covered", shown.not_covered)):
+        parts += [Text(heading, style="bold"), *(Text(f"- {line}") for line in lines)]
+    return Group(*parts)
 
 
 def _runs(desk: Desk, budget: Budget) -> list[dict[str, Any]]:
     """Runs that were charged, then those that trained here and were not."""
     costs = {cost.run_sha256: cost for cost in budget.per_run()}
     unprotected = [
-        sha256 for sha256, run in desk.history.runs.items() if _has_trained(run.steps) and sha256 not in costs
+        sha256
+        for sha256, run in desk.history.runs.items()
+        if sha256 not in costs and any(kind == "train" for kind, _ in run.steps)
     ]
     table = []
     for sha256 in [*costs, *unprotected]:
@@ -155,42 +181,26 @@ def _runs(desk: Desk, budget: Budget) -> list[dict[str, Any]]:
     return table
 
 
-def _has_trained(steps: Any) -> bool:
-    """Whether an update of a run left."""
-    return any(kind == "train" for kind, _ in steps)
-
-
-def _next_round(budget: Budget, event: Event) -> dict[str, Any]:
-    """One more round like the last one."""
-    return {**asdict(event), "epsilon": round(budget.cost_of(event), 4), "num_rounds_left": budget.rounds_left(event)}
-
-
 def _curve(desk: Desk, budget: Budget, charged: Sequence[Reservation]) -> list[dict[str, Any]]:
     """Epsilon after rounds that were charged, and after those that the run still plans, if each is like the last."""
     run_sha256 = charged[-1].run_sha256
     ends = [
         number
-        for number, one in enumerate(budget.reservations, 1)
-        if (one.run_sha256, one.purpose) == (run_sha256, TRAIN)
+        for number, charge in enumerate(budget.reservations, 1)
+        if (charge.run_sha256, charge.purpose) == (run_sha256, TRAIN)
     ]
     points = []
     for number in _some(len(ends)):
         so_far = Budget(budget.header, budget.reservations[: ends[number - 1]])
         points.append({"num_rounds": number, "epsilon": round(so_far.spent(), 4), "is_planned": False})
-    for number in _some(_num_planned(desk, charged)):
+    num_planned = 0  # where the run's offer is no longer kept
+    with suppress(DataError):
+        num_rounds = manifest.parse(consent.load(desk.folder, run_sha256).manifest).run.federation.num_rounds
+        num_planned = max(0, num_rounds - len({charge.round_index for charge in charged}))
+    for number in _some(num_planned):
         spent = budget.spent([charged[-1].event.times(number)])  # rounds alone: evaluations to come are in the review
         points.append({"num_rounds": len(ends) + number, "epsilon": round(spent, 4), "is_planned": True})
     return points
-
-
-def _num_planned(desk: Desk, charged: Sequence[Reservation]) -> int:
-    """Rounds of the run's manifest that were not charged yet; 0 if its offer is no longer kept."""
-    try:
-        offer = consent.load(desk.folder, charged[-1].run_sha256)
-    except DataError:
-        return 0
-    num_rounds = manifest.parse(offer.manifest).run.federation.num_rounds
-    return max(0, num_rounds - len({one.round_index for one in charged}))
 
 
 def _some(count: int) -> list[int]:
@@ -202,55 +212,4 @@ def _some(count: int) -> list[int]:
     """
     if count <= MAX_POINTS:
         return list(range(1, count + 1))
-    return [1 + place * (count - 1) // (MAX_POINTS - 1) for place in range(MAX_POINTS)]
-
-
-def _facts(shown: Page) -> dict[str, str]:
-    """Questions and answers."""
-    promise = shown.promise
-    return {
-        "unit": f"{promise['unit']}; {promise['adjacency']}",
-        "budget": f"epsilon {promise['max_epsilon']:g} at delta {promise['dp_delta']:g}, for all runs together",
-        "spent": f"epsilon {shown.spent:.3f}",
-        "remaining": f"epsilon {shown.remaining:.3f}",
-        "accountant": promise["accountant"],
-        "rows that are read": f"all of {shown.reads['rows']}",
-        "columns that are read": ", ".join(shown.reads["columns"]),
-        "policy demands": f"differential privacy: {shown.required['differential_privacy']}; secure aggregation: "
-        f"{shown.required['secure_aggregation']}",
-    }
-
-
-def _run_table(runs: Sequence[dict[str, Any]]) -> Table:
-    """Runs, each by itself."""
-    table = Table(
-        "run", "name", "rounds", "steps", "epsilon", "bytes out", "last charge (UTC)", title="runs, each by itself"
-    )
-    for run in runs:
-        epsilon = "none" if run["epsilon"] is None else f"{run['epsilon']:.3f}"
-        last = "-" if run["last_time"] is None else time.strftime("%Y-%m-%d %H:%M", time.gmtime(run["last_time"]))
-        numbers = (str(run["num_rounds_charged"]), str(run["num_steps"]), epsilon, f"{run['bytes_out']:,}", last)
-        table.add_row(run["run"][:12], Text(run["name"]), *numbers)
-    return table
-
-
-def _curve_table(curve: Sequence[dict[str, Any]]) -> Table:
-    """Epsilon after each round; the first is the steepest."""
-    table = Table("rounds", "epsilon", "", title="epsilon of the data set after so many rounds of the run")
-    for point in curve:
-        table.add_row(
-            str(point["num_rounds"]), f"{point['epsilon']:.3f}", "planned" if point["is_planned"] else "charged"
-        )
-    return table
-
-
-def _next_text(shown: Page) -> str:
-    """What one more round costs."""
-    following = shown.next_round or {}
-    kind = "{num_steps} steps, noise {noise_multiplier:g}, sampling {sampling_prob:g}".format(**following)
-    left = following["num_rounds_left"]
-    fit = f"{left} more fit" if left < MAX_ROUNDS else f"{MAX_ROUNDS} and more fit"
-    return (
-        f"One more round like the last ({kind}) costs epsilon {following['epsilon']:.4f}; {fit}. Rounds do not cost "
-        "the same: the first cost the most, so the budget divided by the rounds says nothing."
-    )
+    return [1 + index * (count - 1) // (MAX_POINTS - 1) for index in range(MAX_POINTS)]

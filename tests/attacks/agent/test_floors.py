@@ -100,11 +100,12 @@ def judge(rules: file.Policy, changes: dict[str, str]) -> None:
     head = OpenedHead(
         "north", BASE, num_examples=40, num_held_out=9, num_truncated=0, num_dropped=0, num_steps=num_steps
     )
-    policy.check_opened(rules, dataset, head, manifest.run)
+    num_rounds = manifest.run.federation.num_rounds
+    policy.check_opened(rules, dataset, head, manifest.run.training, num_rounds=num_rounds)
 
 
 def test_every_setting_that_shapes_an_update_is_judged_or_was_found_harmless():
-    found = {key for key in policy.leaves(tiny.settings("tiny")) if key.split(".")[0] in SECTIONS}
+    found = {key for key in policy.leaves(tiny.settings("tiny").model_dump()) if key.split(".")[0] in SECTIONS}
     assert found == policy.JUDGED.keys() | policy.HARMLESS.keys()
     assert not policy.JUDGED.keys() & policy.HARMLESS.keys()
     assert policy.JUDGED.keys() == REFUSED.keys() | ELSEWHERE

@@ -25,6 +25,11 @@ from tests.attacks.agent.test_privacy import POLICY, charges, create_ledger, pai
 FIGURES = {"min_slice": "1\nnoise_multiplier = 2.0", "secagg": '"none"\ncount_noise = 4.0'}
 
 
+def beside_rounds(rules, run):
+    released = policy.beside_rounds(rules, run.privacy, num_evaluations=len(run.evaluated_rounds))
+    return [event for events in released.values() for event in events]
+
+
 @pytest.fixture
 def noising(make):
     """A site that demands privacy, lets noised figures leave and has a ledger."""
@@ -100,7 +105,7 @@ def test_a29_what_evaluations_and_counts_cost_is_in_the_plan_and_refused_beyond_
     site = make(mode='"required"', **FIGURES)
     create_ledger(site)
     run = run_of(site)
-    beside = [event for events in policy.beside_rounds(site.gate.policy, run.run).values() for event in events]
+    beside = beside_rounds(site.gate.policy, run.run)
     assert beside == [accounting.Event(1.0, 4.0, 1), *[accounting.Event(1.0, 2.0, 1)] * 3]
     alone, whole = (plan.epsilon(run.run, dp_delta=1e-6, beside=more) for more in ((), beside))
     assert alone + 1 < whole < 8
@@ -118,7 +123,7 @@ def test_a29_what_was_planned_is_what_is_charged(noising):
     answers = [noising.step(kind, run=run, round_index=number) for number in (0, 1) for kind in ("evaluate", "train")]
     answers.append(noising.step("evaluate", run=run, round_index=2))
     assert [answer.kind for answer in answers] == ["metrics", "update"] * 2 + ["metrics"]
-    beside = [event for events in policy.beside_rounds(noising.gate.policy, run.run).values() for event in events]
+    beside = beside_rounds(noising.gate.policy, run.run)
     planned = plan.epsilon(run.run, dp_delta=1e-6, beside=beside)
     assert paid(noising).spent() == pytest.approx(planned, abs=1e-9)
 

@@ -235,12 +235,21 @@ def test_a_run_that_a_rule_turned_away_is_listed_with_the_rule_until_it_is_taken
     assert ask(site, bad) == "PolicyRefusedError"
     told = {run["name"]: (run["state"], run["rule"]) for run in listed()}
     assert told["greedy"] == ("refused by rule", "train.learning_rate")
+    shown = command(client_cli, "review", str(node_file), "greedy", capsys=capsys)[1]
+    assert shown["facts"]["training"].startswith("2 rounds") and not shown["is_open"]
+    assert shown["refusal"].startswith("train.learning_rate: 0.5 is not from")
+    with pytest.raises(DataError, match="names 0 runs"):
+        review.decide(desk(site, node_file), "greedy", is_approved=True, by="DPO")
+    assert ask(site, site.manifest(name='"stale"'), days=-1.0) == "PolicyRefusedError"
+    with pytest.raises(DataError, match=r"refused by federation.not_after before its offer was kept; agent.jsonl"):
+        page(site, node_file, "stale")
     site.start(
         site.policy.replace("learning_rate = [1e-3, 1e-1]", "learning_rate = [1e-3, 1]").replace("= 3\n", "= 4\n", 1)
     )
     assert ask(site, bad) == "ApprovalRequired"
     told = {run["name"]: (run["state"], run["rule"]) for run in listed()}
     assert told["greedy"] == ("waits for approval", "")  # control
+    assert page(site, node_file, "greedy")[0].is_open
 
 
 def test_a_run_is_training_until_its_last_round_is_answered_and_then_finished(site, node_file, monkeypatch):

@@ -95,7 +95,7 @@ def test_all_mistakes_are_told_at_once():
 
 def test_every_setting_of_a_run_has_a_rule_or_was_found_harmless():
     """A new setting needs a rule in client/policy/rules.py, or its place in KNOWN."""
-    assert set(policy.leaves(run().run)) == policy._known()
+    assert set(policy.leaves(run().run.model_dump())) == policy.KNOWN
 
 
 def test_a_refusal_names_rule_value_and_limit():
@@ -146,11 +146,11 @@ def test_preferences_are_learnt_only_where_the_policy_names_them(objective):
 
 def test_the_columns_of_preferences_must_be_listed_too():
     dataset = file.DatasetRules(path="rows.jsonl", columns=("prompt", "chosen"), max_rows=10)
-    policy.check_columns(dataset, run().run)
+    policy.check_columns(dataset, "sft")
     with pytest.raises(PolicyRefusedError, match=r"data\.datasets\.columns: .*'dpo' reads rejected, not listed"):
-        policy.check_columns(dataset, run({"training.objective": '"dpo"'}).run)
+        policy.check_columns(dataset, "dpo")
     whole = dataset.model_copy(update={"columns": ("prompt", "chosen", "rejected")})
-    policy.check_columns(whole, run({"training.objective": '"dpo"'}).run)
+    policy.check_columns(whole, "dpo")
 
 
 def test_runs_of_the_day_are_counted():
@@ -221,9 +221,15 @@ def test_a_site_reads_listed_rows_and_columns_only():
 def test_more_rows_than_may_be_read_are_refused():
     dataset = policy.check_node(rules(), node())
     head = OpenedHead("north", BASE, num_examples=80, num_held_out=20, num_truncated=0, num_dropped=0, num_steps=20)
-    policy.check_opened(rules(), dataset, head, run().run)
+    policy.check_opened(rules(), dataset, head, run().run.training, num_rounds=run().run.federation.num_rounds)
     with pytest.raises(PolicyRefusedError) as caught:
-        policy.check_opened(rules(max_rows="99"), policy.check_node(rules(max_rows="99"), node()), head, run().run)
+        policy.check_opened(
+            rules(max_rows="99"),
+            policy.check_node(rules(max_rows="99"), node()),
+            head,
+            run().run.training,
+            num_rounds=run().run.federation.num_rounds,
+        )
     assert caught.value.rule == "data.datasets.max_rows"
 
 
