@@ -236,7 +236,8 @@ def test_a_run_that_a_rule_turned_away_is_listed_with_the_rule_until_it_is_taken
     told = {run["name"]: (run["state"], run["rule"]) for run in listed()}
     assert told["greedy"] == ("refused by rule", "train.learning_rate")
     shown = command(client_cli, "review", str(node_file), "greedy", capsys=capsys)[1]
-    assert shown["facts"]["training"].startswith("2 rounds") and not shown["is_open"]
+    assert shown["facts"]["training"].startswith("2 rounds")
+    assert not shown["is_open"]
     assert shown["refusal"].startswith("train.learning_rate: 0.5 is not from")
     with pytest.raises(DataError, match="names 0 runs"):
         review.decide(desk(site, node_file), "greedy", is_approved=True, by="DPO")
