@@ -148,10 +148,9 @@ class _Bytes:
 
 
 def test_a04_setting_that_no_rule_judges(site, monkeypatch):
-    judged = {key: rule for key, rule in rules.JUDGED.items() if key != "training.momentum"}
     site.approve(site.manifest())
     with monkeypatch.context() as patch:
-        patch.setattr(rules, "JUDGED", judged)
+        patch.setattr(rules, "KNOWN", rules.KNOWN - {"training.momentum"})
         assert site.refused(site.ask(site.offer().to_frame())) == (POLICY, "manifest")
     assert site.ask(site.offer().to_frame()).kind == "opened"
 
