@@ -282,3 +282,14 @@ def make_nodes(engine, folder: Path | None = None):
     places = {site: folder / site if folder else None for site in SITES}
     named = enumerate(SITES.items(), start=1)
     return {n: make_agent(site, engine, count=count, folder=places[site]).answer for n, (site, count) in named}
+
+
+def private_step(engine, rows, privacy, source) -> None:
+    """Set the gradients of one private step, as training under unit privacy takes them."""
+    from client.train import private
+    from common.adapter import adapter
+
+    units = private.population(rows, dp_delta=privacy.dp_delta)
+    mechanism = private.Mechanism(units, parameters=adapter.parameters(engine.model), privacy=privacy, source=source)
+    with private.prepared(engine, method=privacy.clipping) as (take, _):
+        mechanism.set_gradients(([unit] for unit in mechanism.draw()), take=take)

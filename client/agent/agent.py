@@ -17,7 +17,7 @@ from client.agent.guard import Guard, Permissive
 from client.agent.shelf import Shelf
 from client.policy import figures, rules
 from client.policy.figures import FigureNoise
-from client.train import answering, coupling, local, schedule
+from client.train import answering, coupling, loop, schedule
 from common.adapter import adapter, broadcast, compact, ranks, start
 from common.adapter.broadcast import Held
 from common.data.problems import at_site
@@ -274,14 +274,14 @@ class Agent:
         )
         return Frame("update", to_head(head), body)
 
-    def _fit(self, run: OpenRun, plan: RoundPlan, start: adapter.Tensors, source: Noise) -> local.LocalResult:
+    def _fit(self, run: OpenRun, plan: RoundPlan, start: adapter.Tensors, source: Noise) -> loop.LocalResult:
         """Local training from an adapter; what it became is in the engine."""
         settings = run.manifest.run
         rows = run.train if run.is_of_answers else run.train_preferences  # scored by the whole adapter, so beforehand
         adapter.write(run.engine.model, start)
         trained = trainable.trained_names(settings.aggregation.method, run.specs, round_index=plan.round_index)
         with adapter.training_only(run.engine.model, trained):
-            return local.train(
+            return loop.train(
                 run.engine,
                 rows,
                 training=settings.training,

@@ -7,8 +7,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from client.train import unit_gradients
-from client.train.unit_gradients import Method
+from client.train import private
+from client.train.private import Method
 from common.errors import PrivacyError
 from common.loss.objectives import SFT, Example, Objective, Pair, Rated
 from common.model.base import Engine
@@ -47,7 +47,7 @@ def check(engine: Engine, *, method: Method = "auto", objective: Objective = SFT
     """
     num_tokens = len(engine.tokenizer)
     units = [[_example(length, num_tokens, objective) for length in lengths] for lengths in LENGTHS]
-    with unit_gradients.prepared(engine, method=method, objective=objective) as (take, _):
+    with private.prepared(engine, method=method, objective=objective) as (take, _):
         whole = [take([unit]) for unit in units]
         without = [take([unit]) for unit in units[1:]]
     apart = max(_distance(one, other) for one, other in zip(whole[1:], without, strict=True))

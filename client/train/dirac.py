@@ -11,8 +11,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from client.train import private, unit_gradients
-from client.train.units import Unit
+from client.train import private
+from client.train.private import Unit
 from common.privacy.noise import Noise
 from common.run.schema.privacy import PrivacyConfig
 from common.text.prompts import Encoded
@@ -33,14 +33,6 @@ class Scores:
     is_in_m: Tensor
 
 
-@dataclass(frozen=True)
-class Coordinates:
-    """Parameters without a model around them."""
-
-    model: nn.Module
-    device: torch.device
-
-
 def scores(*, num_canaries: int, privacy: PrivacyConfig, num_steps: int, source: Noise) -> Scores:
     """Take private steps over canaries, each of which is among the units with probability 1/2.
 
@@ -51,31 +43,21 @@ def scores(*, num_canaries: int, privacy: PrivacyConfig, num_steps: int, source:
         source: Of the canaries' coins, and of the mechanism's draws and noise.
     """
     is_in_m = torch.from_numpy(source.uniform(num_canaries) < 0.5)
-    population = [[Encoded((number,), (True,), str(number))] for number in is_in_m.nonzero().flatten().tolist()]
+    units = [[Encoded((number,), (True,), str(number))] for number in is_in_m.nonzero().flatten().tolist()]
     values = nn.Parameter(torch.zeros(num_canaries))
-    coordinates = Coordinates(nn.ParameterDict({"coordinates": values}), torch.device("cpu"))
-    score_m = torch.zeros(num_canaries, dtype=torch.float64)
-    steps = private.steps(
-        coordinates,
-        population,
-        take=_taking(num_canaries, length=LENGTH * privacy.clip_norm),
-        privacy=privacy,
-        num_steps=num_steps,
-        source=source,
-        units_at_once=num_canaries,
-    )
-    for _ in steps:
-        if values.grad is not None:
-            score_m += values.grad.double()
-    expected = privacy.sampling_prob * len(population)
-    return Scores(score_m * expected / privacy.clip_norm, is_in_m)
-
-
-def _taking(num_canaries: int, *, length: float) -> unit_gradients.Take:
-    """Gradients of canaries: (U, P), `length` in the place that a unit's only token names."""
+    mechanism = private.Mechanism(units, parameters={"coordinates": values}, privacy=privacy, source=source)
 
     def take(units: Sequence[Unit]) -> Tensor:
+        """(U, P): of a length over the clip norm, along the coordinate that a unit's only token names."""
         places_u = torch.tensor([unit[0].rows[0].input_ids[0] for unit in units])
-        return torch.zeros(len(units), num_canaries).scatter_(1, places_u[:, None], length)
+        zeros_up = torch.zeros(len(units), num_canaries)
+        return zeros_up.scatter_(1, places_u[:, None], LENGTH * privacy.clip_norm)
 
-    return take
+    score_m = torch.zeros(num_canaries, dtype=torch.float64)
+    for _ in range(num_steps):
+        drawn = mechanism.draw()
+        mechanism.set_gradients([drawn] if drawn else [], take=take)
+        if values.grad is not None:
+            score_m += values.grad.double()
+    expected = privacy.sampling_prob * len(units)
+    return Scores(score_m * expected / privacy.clip_norm, is_in_m)

@@ -1,30 +1,35 @@
-"""How likely a model finds the answers of a batch. B rows, T tokens, V words of the vocabulary."""
+"""How likely a model finds the answers of a batch. B lines, T tokens, V words, N answer tokens, R rows."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.model import peft_kinds
-from common.text import prompts
+from common.text.prompts import Batch
 
 
-def answer_nll(model: nn.Module, batch: prompts.Batch) -> tuple[torch.Tensor, int]:
+def answer_nll(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     """Sum of the negative log-likelihood over the answer tokens of a batch.
 
     Never the model's own `.loss`, whose normalisation couples the rows of a batch.
 
     Returns:
         The sum in nats, a float32 scalar that carries gradients, and the number of tokens in it.
-
-    Shape: `batch` holds (B, T) tensors; the logits of only those positions are formed that some row needs.
     """
-    logits_nv, targets_n, _ = answer_logits(model, batch)
-    return nn.functional.cross_entropy(logits_nv, targets_n, reduction="sum"), targets_n.numel()
+    return token_nll(model, batch).sum(), sum(batch.num_targets)
 
 
-def answer_logits(model: nn.Module, batch: prompts.Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits of the answer tokens, row after row, what they should be, and where they are.
+def row_nll(model: nn.Module, batch: Batch) -> Tensor:
+    """The same sum for each row by itself. Shape: (R,), float32, with gradients."""
+    nll_n = token_nll(model, batch)
+    num_targets_r = torch.tensor(batch.num_targets, device=nll_n.device)
+    is_target_rp = torch.arange(max(batch.num_targets), device=nll_n.device) < num_targets_r[:, None]
+    return nll_n.new_zeros(is_target_rp.shape).masked_scatter(is_target_rp, nll_n).sum(1)
 
-    Shape: (N, V) float32, (N,), and (B, P) for the P positions at which some row has an answer token; N of them True.
+
+def token_nll(model: nn.Module, batch: Batch) -> Tensor:
+    """Negative log-likelihood of each answer token, row after row. Shape: (N,), float32, nats, with gradients.
+
+    The logits of only those positions are formed that some row needs.
     """
     is_target_bt = batch.is_answer_bt[:, 1:]
     positions_p = is_target_bt.any(dim=0).nonzero().squeeze(1)
@@ -35,4 +40,4 @@ def answer_logits(model: nn.Module, batch: prompts.Batch) -> tuple[torch.Tensor,
     ).logits
     is_target_bp = is_target_bt[:, positions_p]
     targets_n = batch.input_ids_bt[:, 1:][:, positions_p][is_target_bp]
-    return logits_bpv[is_target_bp].float(), targets_n, is_target_bp
+    return nn.functional.cross_entropy(logits_bpv[is_target_bp].float(), targets_n, reduction="none")

@@ -19,7 +19,7 @@ from common.model.base import Engine
 from common.run import config
 from common.run.schema.objective import ObjectiveName, ReferencePoint
 from common.text import prompts
-from common.text.prompts import Encoded, EncodingReport
+from common.text.prompts import Batch, Encoded, EncodingReport
 
 
 @dataclass(frozen=True)
@@ -228,11 +228,21 @@ def num_terms(examples: Sequence[Example], objective: Objective) -> int:
     return sum(sum(row.is_answer[1:]) for example in examples for row in example.rows)
 
 
-def loss_sum(engine: Engine, examples: Sequence[Example], objective: Objective, *, origin: float = 0.0) -> Tensor:
+def collate(engine: Engine, units: Sequence[Sequence[Example]]) -> Batch:
+    """All rows of some units as one batch on the engine's device; the rows of an example one after the other."""
+    rows = [(row, owner) for owner, unit in enumerate(units) for example in unit for row in example.rows]
+    owners = [owner for _, owner in rows]
+    return prompts.collate([row for row, _ in rows], pad_id=engine.pad_id, owners=owners).to(engine.device)
+
+
+def loss(
+    engine: Engine, batch: Batch, examples: Sequence[Example], objective: Objective, *, origin: float = 0.0
+) -> Tensor:
     """Sum of the examples' losses, a scalar that carries gradients; all rows go through the model at once.
 
     Args:
         engine: Holds the adapter.
+        batch: The examples' rows; see `collate`.
         examples: With references, unless the objective is `sft`.
         objective: What is lowered.
         origin: KTO's reference point, nats.
@@ -240,10 +250,9 @@ def loss_sum(engine: Engine, examples: Sequence[Example], objective: Objective, 
     Returns:
         Under `sft` the negative log-likelihood of the answer tokens, nats.
     """
-    rows = [row for example in examples for row in example.rows]
     if objective.name == "sft":
-        return likelihood.answer_nll(engine.model, _batch(engine, rows))[0]
-    return losses(examples, log_probs(engine, rows), objective, origin=origin)[0].sum()
+        return likelihood.answer_nll(engine.model, batch)[0]
+    return losses(examples, -likelihood.row_nll(engine.model, batch), objective, origin=origin)[0].sum()
 
 
 def losses(
@@ -271,24 +280,12 @@ def _reference(example: Example) -> tuple[float, ...]:
     return example.reference[: len(example.rows)]
 
 
-def answer_log_probs(peft_model: torch.nn.Module, batch: prompts.Batch) -> Tensor:
-    """Log-probability of each row's answer tokens, summed; nats, float32, with gradients. Shape: (B,)."""
-    logits_nv, targets_n, is_target_bp = likelihood.answer_logits(peft_model, batch)
-    nll_n = torch.nn.functional.cross_entropy(logits_nv, targets_n, reduction="none")
-    return -nll_n.new_zeros(is_target_bp.shape).masked_scatter(is_target_bp, nll_n).sum(1)
-
-
 def log_probs(engine: Engine, rows: Sequence[Encoded]) -> Tensor:
     """Log-probability of each row's answer under the adapter that is in the engine. Shape: (B,)."""
-    return answer_log_probs(engine.model, _batch(engine, rows))
+    return -likelihood.row_nll(engine.model, collate(engine, [rows]))
 
 
 def parts(examples: Sequence[T], batch_size: int) -> Iterator[Sequence[T]]:
     """Physical batches of similar length; the same ones whatever the order."""
     ordered = sorted(examples, key=length)
     return (ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size))
-
-
-def _batch(engine: Engine, rows: Sequence[Encoded]) -> prompts.Batch:
-    """Rows as tensors on the engine's device."""
-    return prompts.collate(rows, pad_id=engine.pad_id).to(engine.device)

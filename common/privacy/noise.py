@@ -42,6 +42,12 @@ class Noise(Protocol):
     def prepare(self, size: int, *, device: torch.device) -> None:
         """Begin with the bits of the next `discrete`, which must be of this size, beside whatever else is done."""
 
+    def position(self) -> int:
+        """How much was drawn, for `go_to`; 0 of noise that nobody may draw twice."""
+
+    def go_to(self, position: int) -> None:
+        """Go on as from this position; noise that nobody may draw twice goes on afresh."""
+
 
 class Stream:
     """Random bytes in their order; the next ones may be made in a thread, as AES does not hold the interpreter.
@@ -51,6 +57,7 @@ class Stream:
     """
 
     def __init__(self, fill: Callable[[memoryview, int], None]) -> None:
+        self.num_bytes = 0
         self._fill = fill
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._maker: threading.Thread | None = None
@@ -67,6 +74,7 @@ class Stream:
         else:
             self._maker.join()
         made, self._maker, self._made = self._made, None, None
+        self.num_bytes += num_bytes
         if made is None or len(made) != num_bytes:
             raise ValueError(f"{num_bytes} bytes of noise wanted, and not so many were prepared")
         return made
@@ -120,6 +128,13 @@ class SystemNoise(_FromStream):
         self._process = os.getpid()
         self._read = stream(os.urandom(KEY_BYTES))
 
+    def position(self) -> int:
+        """Nowhere: its key must not outlive the process."""
+        return 0
+
+    def go_to(self, position: int) -> None:
+        """Draw afresh."""
+
     def _own(self) -> Stream:
         """The stream of this process."""
         if self._process != os.getpid():
@@ -135,7 +150,19 @@ class SeededNoise(_FromStream):
     """
 
     def __init__(self, seed: int) -> None:
-        self._read = stream(hashlib.sha256(b"silotune/v1/seeded-noise\0%d" % seed).digest())
+        self._key = hashlib.sha256(b"silotune/v1/seeded-noise\0%d" % seed).digest()
+        self._read = stream(self._key)
+
+    def position(self) -> int:
+        """Bytes drawn so far."""
+        return self._read.num_bytes
+
+    def go_to(self, position: int) -> None:
+        """Draw the bytes from there on."""
+        block, rest = divmod(position, _BLOCK_BYTES)
+        self._read = stream(self._key, counter=block.to_bytes(_BLOCK_BYTES, "big"))
+        self._read(rest)
+        self._read.num_bytes = position
 
     def _own(self) -> Stream:
         """The one stream."""

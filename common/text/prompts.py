@@ -73,27 +73,42 @@ class EncodingReport:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded at the right to one length.
+    """What goes through the model at once: lines of tokens, and to which rows and privacy units these belong.
 
     Attributes:
         input_ids_bt: Token ids, int64; the pad id where there is no token.
-        attention_mask_bt: 1 on tokens and 0 on padding, int64.
         is_answer_bt: True on the tokens that the loss covers, bool; never on padding.
-        units: The privacy unit of each row.
+        row_bt: Number of each token's row, int64, not descending along the lines; -1 on padding.
+        owners: Number of each row's privacy unit, from 0 up to the number of units.
+        num_targets: Of each row, the tokens whose loss counts: those of its answer but for a row's first token, which
+            nothing predicts.
     """
 
     input_ids_bt: "torch.Tensor"
-    attention_mask_bt: "torch.Tensor"
     is_answer_bt: "torch.Tensor"
-    units: tuple[str, ...]
+    row_bt: "torch.Tensor"
+    owners: tuple[int, ...]
+    num_targets: tuple[int, ...]
+
+    @property
+    def attention_mask_bt(self) -> "torch.Tensor":
+        """1 on tokens and 0 on padding, int64."""
+        return (self.row_bt >= 0).long()
+
+    def tokens_of(self, owner: int) -> "torch.Tensor":
+        """Places of one unit's tokens in the lines laid end to end, (n,), int64."""
+        import torch
+
+        rows = [row for row, own in enumerate(self.owners) if own == owner]
+        return torch.isin(self.row_bt, torch.tensor(rows, device=self.row_bt.device)).flatten().nonzero().squeeze(1)
 
     def to(self, device: "torch.device | str") -> "Batch":
         """Give the same batch on another device."""
         return replace(
             self,
             input_ids_bt=self.input_ids_bt.to(device),
-            attention_mask_bt=self.attention_mask_bt.to(device),
             is_answer_bt=self.is_answer_bt.to(device),
+            row_bt=self.row_bt.to(device),
         )
 
 
@@ -384,12 +399,13 @@ def stop_ids(tokenizer: "Tokenizer", generation: "GenerationConfig | None" = Non
     return tuple(sorted(i for i in ids if i is not None))
 
 
-def collate(batch: Sequence[Encoded], *, pad_id: int) -> Batch:
+def collate(batch: Sequence[Encoded], *, pad_id: int, owners: Sequence[int] = ()) -> Batch:
     """Pad rows at the right to the longest of them.
 
     Args:
         batch: At least one row.
         pad_id: Fills the gaps; which id it is does not matter to the mask.
+        owners: Number of each row's unit; empty: rows of one name are of one unit, numbered as they come.
 
     Returns:
         Tensors of one shape.
@@ -404,15 +420,17 @@ def collate(batch: Sequence[Encoded], *, pad_id: int) -> Batch:
     if not batch:
         raise ValueError("an empty batch has no shape")
     width = max(len(encoded.input_ids) for encoded in batch)
+    names: dict[str, int] = {}
 
     def pad(values: Sequence[int], fill: int) -> list[int]:
         return [*values, *[fill] * (width - len(values))]
 
     return Batch(
         input_ids_bt=torch.tensor([pad(e.input_ids, pad_id) for e in batch], dtype=torch.int64),
-        attention_mask_bt=torch.tensor([pad([1] * len(e.input_ids), 0) for e in batch], dtype=torch.int64),
         is_answer_bt=torch.tensor([pad(e.is_answer, 0) for e in batch], dtype=torch.bool),
-        units=tuple(e.unit for e in batch),
+        row_bt=torch.tensor([pad([row] * len(e.input_ids), -1) for row, e in enumerate(batch)], dtype=torch.int64),
+        owners=tuple(owners) or tuple(names.setdefault(e.unit, len(names)) for e in batch),
+        num_targets=tuple(sum(e.is_answer[1:]) for e in batch),
     )
 
 

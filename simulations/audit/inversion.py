@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from client.agent.agent import SiteData
-from client.train import local
+from client.train import loop
 from common.adapter import adapter, cores
 from common.adapter.adapter import Tensors
 from common.data.rows import Row
@@ -101,7 +101,7 @@ def attack(engine: Engine, note: Encoded, *, settings: config.RunConfig, source:
     if any(name.endswith(cores.WEIGHT) for name in engine.initial):
         raise ConfigError("this attack reads the span of A and B, which ravan never trains; set another method")
     adapter.write(engine.model, engine.initial)
-    local.train(
+    loop.train(
         engine,
         [note],
         training=settings.training,

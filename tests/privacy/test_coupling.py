@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from client.train import coupling, local, private, unit_gradients, units
+from client.train import coupling, loop, private
 from common.adapter import adapter
 from common.errors import PrivacyError
 from common.frame import wire
@@ -40,8 +40,8 @@ def in_training_mode(network):
 def unguarded(monkeypatch):
     """The guards off, one after the other."""
     return {
-        "mode": lambda: monkeypatch.setattr(unit_gradients, "uncoupled", in_training_mode),
-        "watch": lambda: monkeypatch.setattr(unit_gradients, "_watched", lambda network: nullcontext()),
+        "mode": lambda: monkeypatch.setattr(private, "uncoupled", in_training_mode),
+        "watch": lambda: monkeypatch.setattr(private, "_watched", lambda network, modules: nullcontext()),
     }
 
 
@@ -51,7 +51,7 @@ def moved(engine, population, objective=objectives.SFT, *, at_once: int = 1) -> 
     with torch.random.fork_rng():
         for some in (population, population[1:]):
             way = "stacked" if at_once > 1 else "auto"
-            with unit_gradients.prepared(engine, method=way, objective=objective) as (take, _):
+            with private.prepared(engine, method=way, objective=objective) as (take, _):
                 batches = (some[start : start + at_once] for start in range(0, len(some), at_once))
                 size = adapter.num_parameters(engine.tensor_specs)
                 given = {"take": take, "clip_norm": CLIP_NORM, "num_parameters": size, "device": engine.device}
@@ -196,9 +196,7 @@ def one_step(engine, population, **changes):
     """The gradient of one private step, flattened; every unit is in it unless `changes` say otherwise."""
     given = {"mode": "unit", "sampling_prob": 1.0, "noise_multiplier": 2.0**-20, "clip_norm": 1.0} | changes
     rows = [row for unit in population for row in unit]
-    gradients = private.gradients(engine, rows, privacy=PrivacyConfig(**given), num_steps=1, source=SeededNoise(1))
-    next(gradients)
-    gradients.close()
+    tiny.private_step(engine, rows, PrivacyConfig(**given), SeededNoise(1))
     own = adapter.parameters(engine.model)
     return torch.cat([own[name].grad.flatten() for name in sorted(own)])
 
@@ -272,7 +270,7 @@ def test_what_is_released_is_whole_steps_of_the_grid(engine):
     population = some_units(engine, 1)
     released = one_step(engine, population, clip_norm=2.0**-10).double() * 2**40
     assert torch.equal(released, released.round())
-    with unit_gradients.prepared(engine, method="auto") as (take, _):
+    with private.prepared(engine, method="auto") as (take, _):
         raw = take(population)[0].double()
     raw *= 2**30 / raw.norm()
     assert float((raw - raw.round()).abs().max()) > 0.4  # control
@@ -317,7 +315,7 @@ def test_a_unit_whose_gradient_is_no_number_adds_nothing_and_stops_no_round(engi
     examples = list(preference_score.with_references(engine, examples, engine.initial, batch_size=1))
     adapter.write(engine.model, engine.initial)
     spoilt = [dataclasses.replace(examples[0], reference=(float("nan"), 0.0)), *examples[1:]]
-    told = local.train(
+    told = loop.train(
         engine,
         spoilt,
         training=config.TrainingConfig(objective="dpo", local_epochs=0.0, local_steps=2, batch_size=4),
@@ -339,4 +337,4 @@ def test_a_unit_with_an_endless_gradient_counts_as_one_that_was_clipped():
 
 def test_units_are_what_is_drawn_and_a_unit_is_never_cut(engine):
     rows = model.encode(engine, tiny.rows(7), tiny.settings("tiny").data)[0]
-    assert [len(unit) for unit in units.group(rows)] == [2, 2, 2, 1]
+    assert [len(unit) for unit in private.group(rows)] == [2, 2, 2, 1]

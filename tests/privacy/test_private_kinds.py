@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from client.agent.agent import SiteData
-from client.train import private, unit_gradients, units
+from client.train import private
 from common import events
 from common.adapter import adapter
 from common.errors import ModelError
@@ -60,8 +60,8 @@ def test_a_private_step_is_that_of_a_naive_loop(load_tiny, kind):
     engine = stirred(load_tiny, kind)
     rows, _ = base.encode(engine, tiny.rows(7), tiny.settings("tiny").data)
     wanted = naive(engine, rows)
-    with unit_gradients.prepared(engine, method="auto") as (take, is_many):
-        batches = ([unit] for unit in units.group(rows))
+    with private.prepared(engine, method="auto") as (take, is_many):
+        batches = ([unit] for unit in private.group(rows))
         found, norms = private.clipped_sum(
             batches, take=take, clip_norm=CLIP_NORM, num_parameters=len(wanted), device=torch.device("cpu")
         )
@@ -86,9 +86,9 @@ def _batch(engine, rows):
 
 def test_stacked_clipping_refuses_what_is_no_lora_and_auto_takes_one_unit_at_a_time(load_tiny):
     engine = load_tiny(changes("dora"))
-    with pytest.raises(ModelError, match="stacked"), unit_gradients.prepared(engine, method="stacked"):
+    with pytest.raises(ModelError, match="stacked"), private.prepared(engine, method="stacked"):
         pass
-    with unit_gradients.prepared(engine, method="auto") as (_, is_many):
+    with private.prepared(engine, method="auto") as (_, is_many):
         assert not is_many
 
 

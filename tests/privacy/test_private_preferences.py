@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from client.train import local, private, unit_gradients, units
+from client.train import loop, private
 from common.adapter import adapter
 from common.errors import PrivacyError
 from common.loss import objectives, preference_score
@@ -92,7 +92,7 @@ def naive(engine, population, objective) -> torch.Tensor:
 
 
 def taken(engine, population, way, objective) -> torch.Tensor:
-    with unit_gradients.prepared(engine, method=way, objective=objective) as (take, is_many):
+    with private.prepared(engine, method=way, objective=objective) as (take, is_many):
         return take(population) if is_many else torch.cat([take([unit]) for unit in population])
 
 
@@ -123,7 +123,7 @@ def test_checkpointing_and_a_quantised_base_change_nothing(load_tiny, way, chang
 
 def joint(engine, population, clip_norm: float) -> torch.Tensor:
     """The clipped sum as training takes it."""
-    with unit_gradients.prepared(engine, method="stacked", objective=DPO) as (take, _):
+    with private.prepared(engine, method="stacked", objective=DPO) as (take, _):
         batches = ([unit] for unit in population)
         size = adapter.num_parameters(engine.tensor_specs)
         given = {"take": take, "clip_norm": clip_norm, "num_parameters": size, "device": engine.device}
@@ -182,17 +182,17 @@ def test_control_clipping_chosen_and_rejected_apart_exceeds_it_even_for_a_single
 
 def test_a_pair_is_drawn_whole_and_counts_as_one_row_of_its_patient(ready):
     unit = some_units(ready, DPO, (3,))[0]
-    drawn = units.poisson([unit], sampling_prob=1.0, max_rows=2, noise=SeededNoise(1))[0]
+    drawn = private.poisson([unit], sampling_prob=1.0, max_rows=2, source=SeededNoise(1))[0]
     assert len(drawn) == 2
     assert all(len(example.rows) == 2 for example in drawn)
-    assert {example.unit for example in units.group(unit)[0]} == {unit[0].unit}
+    assert {example.unit for example in private.group(unit)[0]} == {unit[0].unit}
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_reference_point_over_the_batch_is_refused_whatever_the_way(ready, way):
     with (
         pytest.raises(PrivacyError, match=r"training\.reference_point = 'zero'"),
-        unit_gradients.prepared(ready, method=way, objective=dataclasses.replace(KTO, reference_point="batch")),
+        private.prepared(ready, method=way, objective=dataclasses.replace(KTO, reference_point="batch")),
     ):
         pass
 
@@ -217,7 +217,7 @@ def test_private_training_tells_nothing_and_noise_that_drowns_every_gradient_dro
             mode="unit", sampling_prob=0.5, noise_multiplier=multiplier, clip_norm=1.0, max_rows_per_unit=2
         )
         given = {"round_index": 0, "num_rounds": 1, "seed": 1, "source": SeededNoise(1)}
-        result = local.train(engine, examples, training=training, privacy=privacy, **given)
+        result = loop.train(engine, examples, training=training, privacy=privacy, **given)
         assert (result.train_loss, result.num_tokens, result.seconds) == (None, None, None)
         score = preference_score.score(engine, examples, objective, batch_size=8)
         shares[multiplier] = score.preference_loss_sum / len(examples)

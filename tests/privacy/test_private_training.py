@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from client.train import local, private, units
+from client.train import loop, private
 from common.adapter import adapter
 from common.errors import PrivacyError
 from common.model import base
@@ -49,9 +49,7 @@ def encoded(engine, count: int):
 def one_step(engine, rows, privacy, source) -> torch.Tensor:
     """The gradient of one step, flattened."""
     engine.model.train()
-    gradients = private.gradients(engine, rows, privacy=privacy, num_steps=1, source=source)
-    next(gradients)
-    gradients.close()
+    tiny.private_step(engine, rows, privacy, source)
     found = {name: parameter.grad for name, parameter in adapter.parameters(engine.model).items()}
     return torch.cat([found[name].flatten() for name in sorted(found)])
 
@@ -93,7 +91,7 @@ def test_noise_is_drawn_once_for_all_units_of_a_step(engine):
 def test_units_are_drawn_each_with_the_probability_that_is_accounted():
     population = [[number] for number in range(2000)]
     counts = [
-        len(units.poisson(population, sampling_prob=0.1, max_rows=1, noise=SeededNoise(seed))) for seed in range(50)
+        len(private.poisson(population, sampling_prob=0.1, max_rows=1, source=SeededNoise(seed))) for seed in range(50)
     ]
     assert np.mean(counts) == pytest.approx(200, abs=5 * math.sqrt(180 / 50))
     assert np.var(counts) == pytest.approx(180, rel=1.0)  # a fixed batch size would have variance 0
@@ -102,14 +100,14 @@ def test_units_are_drawn_each_with_the_probability_that_is_accounted():
 
 def test_no_unit_has_more_rows_in_a_step_than_allowed_and_each_row_comes_up():
     unit = list(range(6))
-    found = [units.poisson([unit], sampling_prob=1.0, max_rows=2, noise=SeededNoise(seed))[0] for seed in range(60)]
+    found = [private.poisson([unit], sampling_prob=1.0, max_rows=2, source=SeededNoise(seed))[0] for seed in range(60)]
     assert all(len(set(rows)) == 2 for rows in found)
     assert {row for rows in found for row in rows} == set(unit)
 
 
 def test_what_a_round_tells_holds_no_figure_of_the_drawn_rows(engine):
     training = config.TrainingConfig(local_steps=2, batch_size=4)
-    result = local.train(
+    result = loop.train(
         engine,
         encoded(engine, 12),
         training=training,
@@ -131,7 +129,7 @@ def test_training_lowers_the_loss_when_the_noise_is_small_and_not_when_it_is_lar
         rows = encoded(engine, 24)
         training = config.TrainingConfig(local_steps=30, batch_size=8, learning_rate=2e-2)
         before = held_out(engine, rows)
-        local.train(
+        loop.train(
             engine,
             rows,
             training=training,

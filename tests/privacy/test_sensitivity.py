@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from client.train import private, unit_gradients, units
+from client.train import private
 from common.adapter import adapter
 from common.privacy import noise
 from common.text import prompts
@@ -29,7 +29,7 @@ def note(engine, text: str, *, unit: str) -> Encoded:
 
 def ours(engine, population, clip_norm: float) -> torch.Tensor:
     """The clipped sum as training takes it."""
-    with unit_gradients.prepared(engine, method="stacked") as (take, _):
+    with private.prepared(engine, method="stacked") as (take, _):
         batches = ([unit] for unit in population)
         size = adapter.num_parameters(engine.tensor_specs)
         given = {"take": take, "clip_norm": clip_norm, "num_parameters": size, "device": engine.device}
@@ -40,7 +40,7 @@ def by_own_loss(engine, population, clip_norm: float) -> torch.Tensor:
     """The control: each row's share of the model's own `.loss` times the batch, which is what Opacus would clip."""
     rows = [row for unit in population for row in unit]
     num_tokens = sum(sum(row.is_answer[1:]) for row in rows)
-    with unit_gradients.prepared(engine, method="stacked") as (take, _):
+    with private.prepared(engine, method="stacked") as (take, _):
         found = take([[row] for row in rows])
     return private.clip(found * len(rows) / num_tokens, clip_norm=clip_norm)[0] * noise.grid_step(clip_norm)
 
@@ -48,7 +48,7 @@ def by_own_loss(engine, population, clip_norm: float) -> torch.Tensor:
 def neighbours(engine):
     """Data sets and one unit more: random notes, and the worst found, short equal notes beside a long one."""
     rows = prompts.encode_all(tiny.rows(14), engine.tokenizer, max_length_tokens=64, too_long="error")[0]
-    grouped = units.group(rows)
+    grouped = private.group(rows)
     yield from ((grouped[:number], grouped[number]) for number in (1, 3, 5))
     short = [[note(engine, "a cold", unit=f"short-{number}")] for number in range(15)]
     long = [note(engine, "gut knee jaw lung " * 12, unit="long")]

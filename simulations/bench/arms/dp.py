@@ -14,16 +14,16 @@ from peft import get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from client.train import local, private, unit_gradients
-from client.train.gradients import mean_gradient
-from client.train.units import Unit
+from client.train import loop, private
+from client.train.loop import mean_gradient
+from client.train.private import Unit
 from common.adapter import adapter
 from common.errors import ModelError
 from common.model import base as model
 from common.model.base import Engine
-from common.privacy.clipping import ClipNorm
 from common.privacy.noise import SystemNoise
 from common.run import config
+from common.run.schema.privacy import PrivacyConfig
 from common.text.prompts import Encoded
 from simulations.bench.arms import process
 
@@ -72,7 +72,7 @@ def main(shape_name: str, arms: str) -> dict[str, Any]:
     names = arms.split(",")
     seconds: dict[str, list[float]] = {name: [] for name in names}
     peaks = dict.fromkeys(names, 0.0)
-    optimizer = local.make_optimizer(engine, config.TrainingConfig())
+    optimizer = loop.make_optimizer(engine, config.TrainingConfig())
     engine.model.train()
     for step in range(NUM_WARM + NUM_STEPS):
         for name in names:
@@ -159,16 +159,18 @@ def _arm(
 
         yield plain
         return
-    limit, source = ClipNorm(0.1, 1.0, 0.0), SystemNoise()
+    privacy = PrivacyConfig(mode="unit", sampling_prob=1.0, noise_multiplier=1.0, clip_norm=0.1)
+    units: list[Unit] = [[row] for row in rows]
+    mechanism = private.Mechanism(
+        units, parameters=adapter.parameters(engine.model), privacy=privacy, source=SystemNoise()
+    )
     if name not in ("stacked", "microbatch", "opacus"):
         raise ModelError(f"no such arm: {name}")
-    with unit_gradients.prepared(engine, method=name) as (take, is_many):  # type: ignore[arg-type]
+    with private.prepared(engine, method=name) as (take, is_many):  # type: ignore[arg-type]
 
         def private_step() -> None:
             optimizer.zero_grad()
-            units: list[Unit] = [[row] for row in rows]
-            batches = iter([units]) if is_many else iter([[unit] for unit in units])
-            private.set_gradients(engine, batches, take=take, limit=limit, expected=float(len(rows)), source=source)
+            mechanism.set_gradients([units] if is_many else [[unit] for unit in units], take=take)
             optimizer.step()
 
         yield private_step

@@ -13,7 +13,7 @@ from client.agent.guard import Permissive
 from client.policy import file
 from client.policy import rules as policy
 from client.policy.rules import Usage
-from client.train import gradients, local, schedule
+from client.train import loop, schedule
 from common.adapter import adapter
 from common.errors import PolicyRefusedError
 from common.frame.records import OpenedHead, TensorSpec
@@ -157,12 +157,12 @@ def similarity(engine, training: config.TrainingConfig) -> float:
     encoded = _encoded(engine, rows)
     adapter.write(engine.model, engine.initial)
     engine.model.train()
-    gradients.mean_gradient(engine, encoded, micro_batch_size=len(rows))
+    loop.mean_gradient(engine, encoded, micro_batch_size=len(rows))
     raw = {name: -p.grad.clone() for name, p in adapter.parameters(engine.model).items() if p.grad is not None}
     engine.model.zero_grad()
     none = tiny.settings("tiny").privacy
     shared = {"privacy": none, "round_index": 0, "num_rounds": 1, "seed": 1, "source": SeededNoise(1)}
-    local.train(engine, encoded, training=training, **shared)
+    loop.train(engine, encoded, training=training, **shared)
     moved = {name: p.detach() - engine.initial[name] for name, p in adapter.parameters(engine.model).items()}
     vectors = [torch.cat([part[name].flatten() for name in raw]) for part in (raw, moved)]
     return float(torch.nn.functional.cosine_similarity(*vectors, dim=0))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from client.agent.agent import Agent
-from client.train import local, schedule
+from client.train import loop, schedule
 from common.adapter import adapter
 from common.errors import RemoteError
 from common.frame import wire
@@ -77,7 +77,7 @@ def test_an_update_is_what_local_training_changed(agent, manifest, engine):
     adapter.write(engine.model, engine.initial)
     train, _ = base.encode(engine, tiny.site_data("north", 12).train, manifest.run.data)
     seed = schedule.derive_seed(5, "north")
-    told = local.train(
+    told = loop.train(
         engine,
         train,
         training=manifest.run.training,

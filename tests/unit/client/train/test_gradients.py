@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from client.train.gradients import mean_gradient
+from client.train.loop import mean_gradient
 from common.adapter import adapter
 from common.text import prompts
 from tests import tiny
@@ -54,7 +54,7 @@ def largest_difference(found, expected) -> float:
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 5, 7, 100])
 def test_the_gradient_is_that_of_the_mean_over_all_answer_tokens_for_any_cut(ready, rows, micro_batch_size):
     expected_loss, expected = naive(ready, rows)
-    loss = mean_gradient(ready, rows, micro_batch_size=micro_batch_size)
+    loss = float(mean_gradient(ready, rows, micro_batch_size=micro_batch_size))
     assert loss == pytest.approx(expected_loss, rel=TOLERANCE)
     assert largest_difference(take(ready), expected) < TOLERANCE
 

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from client.train import local, private, schedule
-from client.train.gradients import mean_gradient
+from client.train import loop, private, schedule
+from client.train.loop import mean_gradient
 from common.adapter import adapter
 from common.model import base
 from common.privacy import noise
@@ -42,7 +42,7 @@ def stirred(engine) -> dict[str, torch.Tensor]:
 
 def trained(engine, proximal: float, *, privacy=PLAIN, training=TRAINING) -> dict[str, torch.Tensor]:
     adapter.write(engine.model, stirred(engine))
-    local.train(
+    loop.train(
         engine,
         encoded(engine),
         training=training,
@@ -126,8 +126,9 @@ def private_steps(engine, monkeypatch, *, is_pulled_before_clipping: bool = Fals
         monkeypatch.setattr(private, "clip", together)
     with torch.random.fork_rng():
         torch.manual_seed(schedule.derive_seed(1, 0))
-        released = private.gradients(engine, encoded(engine), privacy=PRIVATE, num_steps=STEPS, source=SeededNoise(5))
-        for _ in released:
+        source = SeededNoise(5)
+        for _ in range(STEPS):
+            tiny.private_step(engine, encoded(engine), PRIVATE, source)
             outside = {} if is_pulled_before_clipping else pull()
             with torch.no_grad():
                 for name, parameter in parameters.items():

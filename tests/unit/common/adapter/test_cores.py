@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from client.train import private, unit_gradients
+from client.train import private
 from common.adapter import adapter, cores, orthonormal, start
 from common.errors import ModelError
 from common.loss import likelihood
@@ -161,7 +161,7 @@ def test_a_unit_is_clipped_over_its_cores_and_scales_together(begun):
     rows = base.encode(begun, tiny.rows(6), tiny.settings("tiny").data)[0]
     units = [rows[start : start + 2] for start in range(0, 6, 2)]
     names = [spec.name for spec in begun.tensor_specs if factor_of(spec.name) == "H"]
-    with adapter.training_only(begun.model, names), unit_gradients.prepared(begun, method="auto") as (take, is_many):
+    with adapter.training_only(begun.model, names), private.prepared(begun, method="auto") as (take, is_many):
         own = adapter.parameters(begun.model)
         found = torch.cat([take([unit]) for unit in units])
         losses = [likelihood.answer_nll(begun.model, prompts.collate(unit, pad_id=begun.pad_id))[0] for unit in units]

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from client.train.gradients import mean_gradient
+from client.train.loop import mean_gradient
 from common.adapter import adapter, start
 from common.data.rows import Message
 from common.errors import DataError
@@ -98,7 +98,7 @@ def test_the_log_probability_of_a_row_is_what_the_likelihood_sums(engine):
     rows = [row for pair in encoded(engine, "dpo") for row in pair.rows]
     batch = prompts.collate(rows, pad_id=engine.pad_id)
     with torch.no_grad():
-        found = objectives.answer_log_probs(engine.model, batch)
+        found = -likelihood.row_nll(engine.model, batch)
         single = [likelihood.answer_nll(engine.model, prompts.collate([row], pad_id=0))[0] for row in rows]
     assert torch.allclose(-found, torch.stack(single), atol=1e-4)
 
@@ -138,7 +138,7 @@ def test_where_nothing_has_moved_every_margin_is_exactly_zero(engine, name, batc
 def test_the_gradient_is_that_of_the_whole_batch_for_any_cut(moved, engine, name, micro_batch_size):
     examples, objective = moved(name)
     expected_loss, expected = by_autograd(engine, examples, objective)
-    loss = mean_gradient(engine, examples, micro_batch_size=micro_batch_size, objective=objective)
+    loss = float(mean_gradient(engine, examples, micro_batch_size=micro_batch_size, objective=objective))
     assert loss == pytest.approx(expected_loss, abs=TOLERANCE)
     found = take(engine)
     assert max(float((found[key] - expected[key]).abs().max()) for key in expected) < TOLERANCE
@@ -210,7 +210,7 @@ def test_the_reference_point_is_the_mean_gain_on_answers_to_other_prompts_and_ne
 def test_two_equal_answers_teach_nothing(moved, engine):
     examples, objective = moved("dpo")
     equal = [dataclasses.replace(e, rejected=e.chosen, reference=(e.reference[0],) * 2) for e in examples]
-    loss = mean_gradient(engine, equal, micro_batch_size=3, objective=objective)
+    loss = float(mean_gradient(engine, equal, micro_batch_size=3, objective=objective))
     assert loss == pytest.approx(0.6931472)
     assert max(float(value.abs().max()) for value in take(engine).values()) < TOLERANCE
     mean_gradient(engine, examples, micro_batch_size=3, objective=objective)  # the control

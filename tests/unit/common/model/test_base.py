@@ -12,7 +12,7 @@ from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn.modules import Linear4bit
 from safetensors.torch import load_file, save_file
 
-from client.train import local
+from client.train import loop
 from common.adapter import adapter
 from common.data.rows import Message
 from common.errors import ModelError
@@ -53,7 +53,7 @@ def stirred(engine) -> dict[str, torch.Tensor]:
 def train(engine, rows, **changes):
     training = config.TrainingConfig(local_steps=10, learning_rate=2e-2, schedule="constant", batch_size=4, **changes)
     privacy = PrivacyConfig(mode="none")
-    return local.train(
+    return loop.train(
         engine, rows, training=training, privacy=privacy, round_index=0, num_rounds=1, seed=1, source=SeededNoise(0)
     )
 

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from client.train import local
+from client.train import loop
 from common.adapter import adapter
 from common.model import base, loading
 from common.model.base import Engine
@@ -35,7 +35,7 @@ def test_training_lowers_the_loss_on_cuda(load_cuda, tiny_base, quantization):
     engine = load_cuda(quantization)
     settings = tiny.settings(tiny_base, {"model.quantization": quantization, "training.local_epochs": "2.0"})
     rows, _ = base.encode(engine, tiny.rows(32), settings.data)
-    train = partial(local.train, engine, rows, training=settings.training, privacy=settings.privacy)
+    train = partial(loop.train, engine, rows, training=settings.training, privacy=settings.privacy)
     losses = [train(round_index=index, num_rounds=4, seed=1, source=SeededNoise(0)).train_loss for index in range(4)]
     assert losses[-1] < 0.7 * losses[0]
     assert all(tensor.dtype == torch.float32 for tensor in adapter.parameters(engine.model).values())

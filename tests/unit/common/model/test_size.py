@@ -69,8 +69,8 @@ def test_activations_are_within_a_factor_of_two_of_what_torch_keeps(engine, tiny
         return tensor
 
     weights = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
-    ids = torch.randint(3, 200, (8, length), generator=torch.Generator().manual_seed(1))
-    batch = prompts.Batch(ids, torch.ones_like(ids), torch.ones_like(ids, dtype=torch.bool), ("a",) * 8)
+    ids = torch.randint(3, 200, (8, length), generator=torch.Generator().manual_seed(1)).tolist()
+    batch = prompts.collate([prompts.Encoded(tuple(row), (True,) * length, "a") for row in ids], pad_id=0)
     engine.model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss, _ = answer_nll(engine.model, batch)

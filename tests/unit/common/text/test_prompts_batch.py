@@ -95,7 +95,7 @@ def test_collate_pads_right_and_never_marks_padding(tokenizer):
     batch = prompts.collate([short, long], pad_id=END)
     assert batch.input_ids_bt.dtype == batch.attention_mask_bt.dtype == torch.int64
     assert batch.is_answer_bt.dtype == torch.bool
-    assert batch.units == ("p1", "p3")
+    assert batch.owners == (0, 1)
     assert batch.attention_mask_bt.sum(dim=1).tolist() == [len(short.input_ids), len(long.input_ids)]
     assert batch.input_ids_bt[0, len(short.input_ids) :].tolist() == [END, END]
     assert not batch.is_answer_bt[0, len(short.input_ids) :].any()

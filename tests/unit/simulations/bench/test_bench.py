@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from client.train import local
+from client.train import loop
 from common.adapter import adapter
 from common.errors import ConfigError, ModelError, SilotuneError
 from common.run import config
@@ -201,7 +201,7 @@ def test_the_arms_of_private_steps_do_the_same_work_on_a_small_shape():
     """Every way takes a step of the same model; a way that is not known is refused."""
     shape = dp_arm.Shape(32, 64, 1, 2, 2, 64, rows=2, tokens=16, answer_tokens=4)
     engine, rows = dp_arm.make_engine(shape, torch.device("cpu")), dp_arm.make_rows(shape)
-    optimizer = local.make_optimizer(engine, config.TrainingConfig())
+    optimizer = loop.make_optimizer(engine, config.TrainingConfig())
     engine.model.train()
     for name in ("plain", "stacked", "microbatch", "opacus"):
         with dp_arm._arm(name, engine, rows, optimizer) as take_step:

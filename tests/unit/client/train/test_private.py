@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
-from client.train import private, unit_gradients
+from client.train import private
 from common.adapter import adapter
 from common.errors import ModelError
 from common.model import base as model
@@ -123,7 +123,7 @@ def rolled(tensor, shifts):
 
 def taken(engine, units, way):
     """The same by one of the three ways."""
-    with unit_gradients.prepared(engine, method=way) as (take, is_many):
+    with private.prepared(engine, method=way) as (take, is_many):
         return take(units) if is_many else torch.cat([take([unit]) for unit in units])
 
 
@@ -233,7 +233,7 @@ def test_a_layer_whose_input_has_lost_the_rows_fails_the_step(tiny_base):
     module = engine.model.base_model.model.model.layers[0].mlp.down_proj
     whole = module.forward
     module.forward = lambda x: whole(x.flatten(0, 1)[None]).view(*x.shape[:2], -1)
-    with pytest.raises(ModelError, match="first dimension"):
+    with pytest.raises(ModelError, match="tokens of the batch"):
         taken(engine, some_units(engine), "stacked")
 
 
@@ -249,14 +249,14 @@ def test_a_factor_that_is_not_used_fails_the_step(tiny_base):
 def test_whatever_else_is_trained_makes_auto_take_one_unit_at_a_time(tiny_base):
     engine = load(tiny_base, **PRECISIONS["float32"])
     norm = engine.model.base_model.model.model.norm.weight
-    with unit_gradients.prepared(engine, method="stacked") as (_, is_many):
+    with private.prepared(engine, method="stacked") as (_, is_many):
         assert is_many
     norm.requires_grad_(True)
-    with unit_gradients.prepared(engine, method="auto") as (_, is_many):
+    with private.prepared(engine, method="auto") as (_, is_many):
         assert not is_many
     with (
         pytest.raises(ModelError, match=r"privacy\.clipping = 'stacked'"),
-        unit_gradients.prepared(engine, method="stacked"),
+        private.prepared(engine, method="stacked"),
     ):
         pass
     check(engine, some_units(engine), "microbatch")

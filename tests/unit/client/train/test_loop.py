@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from client.train import local, schedule
+from client.train import loop, schedule
 from common.adapter import adapter
 from common.errors import ModelError
 from common.privacy.noise import SeededNoise
@@ -25,7 +25,7 @@ def settings(**changes) -> config.TrainingConfig:
 def train(engine, rows, training=None, *, seed=1, round_index=0, num_rounds=2, start=None):
     """The adapter after one round, and what was told of it."""
     adapter.write(engine.model, start or engine.initial)
-    told = local.train(
+    told = loop.train(
         engine,
         rows,
         training=training or settings(),
@@ -200,3 +200,43 @@ def test_each_round_starts_with_a_fresh_optimizer(engine, rows):
     straight, _ = train(engine, rows, training, round_index=1, start=after_one)
     again, _ = train(engine, rows, training, round_index=1, start=after_one)
     assert is_same(straight, again)
+
+
+PRIVATE = PrivacyConfig(mode="unit", sampling_prob=0.5, noise_multiplier=1.0, clip_norm=0.5, max_rows_per_unit=2)
+
+
+def interrupted(engine, rows, privacy, *, num_before: int, without: str = "") -> dict[str, torch.Tensor]:
+    """The adapter of a round whose trainer was saved after some steps and continued by a new one."""
+    given = {"training": settings(), "round_index": 0, "num_rounds": 1, "seed": 1, "proximal": 0.5}
+    adapter.write(engine.model, stirred(engine))
+    with loop.Trainer(engine, rows, privacy=privacy, source=SeededNoise(3), **given) as first:
+        for _ in range(num_before):
+            first.step(first.draw())
+        state = first.state()
+    torch.manual_seed(11)
+    adapter.write(engine.model, stirred(engine))
+    with loop.Trainer(engine, rows, privacy=privacy, source=SeededNoise(3), **given) as second:
+        fresh = second.state()
+        second.load_state({**state, without: fresh[without]} if without else state)
+        while second.num_done < second.num_steps:
+            second.step(second.draw())
+    return adapter.read(engine.model)
+
+
+@pytest.mark.parametrize("privacy", [PrivacyConfig(mode="none"), PRIVATE], ids=["plain", "unit"])
+def test_a_round_that_was_saved_and_continued_ends_at_the_same_bits(load_tiny, rows, privacy):
+    engine = load_tiny({"adapter.dropout": "0.3"})
+    whole = interrupted(engine, rows, privacy, num_before=0)
+    for num_before in (1, 3):
+        assert is_same(interrupted(engine, rows, privacy, num_before=num_before), whole)
+    random = "noise" if privacy.is_private_per_unit else "random"
+    for part in (random, "optimizer"):  # controls: without either the end is another
+        assert not is_same(interrupted(engine, rows, privacy, num_before=2, without=part), whole)
+
+
+def test_control_the_round_is_another_where_its_state_is_not_loaded(load_tiny, rows):
+    engine = load_tiny({"adapter.dropout": "0.3"})
+    plain = PrivacyConfig(mode="none")
+    for part in ("num_done", "parameters"):
+        other = interrupted(engine, rows, plain, num_before=2, without=part)
+        assert not is_same(other, interrupted(engine, rows, plain, num_before=0))
