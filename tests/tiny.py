@@ -39,7 +39,7 @@ NOISED = {
     "training.local_steps": "2",
     "training.local_epochs": "0.0",
 }  # changes that make a run private for units
-SMALL = {"r": "4", "alpha": "8.0", "block_size": "16", "num_frequencies": "64", "num_virtual_tokens": "4"}
+SMALL = {"r": "4", "alpha": "8.0", "num_virtual_tokens": "4"}
 
 
 def settings(base: Path | str, changes: Mapping[str, str] | None = None) -> config.RunConfig:

@@ -16,7 +16,6 @@ from common.errors import ConfigError
 from common.model import loading, store
 from common.model.base import Engine
 from common.run import config
-from common.run.catalogue.kinds import KINDS
 from common.run.manifest import RunManifest
 from common.run.schema import precisions
 from common.trust import identity
@@ -138,8 +137,7 @@ class EngineLoader:
         run = manifest.run
         own = precisions.at_site(run.model, self._node.site.name)
         residual_rank = run.aggregation.residual_rank
-        seed = run.seed if KINDS[run.adapter.kind].is_seeded else None
-        beside = (run.training.gradient_checkpointing, residual_rank, run.aggregation.num_core_heads, seed)
+        beside = (run.training.gradient_checkpointing, residual_rank, run.aggregation.num_core_heads)
         key = (manifest.base_sha256, own, run.adapter, manifest.date, *beside)
         if self._engine is None or key != self._key:
             self._engine, self._key = None, key  # the old base's memory is free before the new one is loaded

@@ -38,8 +38,6 @@ JUDGED: Final = {
     "adapter.targets": "lora.targets",
     "adapter.site_ranks": "lora.r",
     "adapter.num_virtual_tokens": "adapter.max_parameters",
-    "adapter.block_size": "adapter.max_parameters",
-    "adapter.num_frequencies": "adapter.max_parameters",
     "training.objective": "train.objectives",
     "training.beta": "train.beta",
     "training.label_smoothing": "train.max_label_smoothing",

@@ -35,7 +35,7 @@ from common.text import prompts, templates
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NOTES: Final = (
-    "Specified to not (save|load) vera_A", "Unsupported layer type", "Position ids are not supported",
+    "Unsupported layer type", "Position ids are not supported",
     "fan_in_fan_out is set to", "The following rank_pattern keys", "The following alpha_pattern keys",
     "Model has `tie_word_embeddings=True`",
 )  # fmt: skip
@@ -305,7 +305,6 @@ def quiet_peft() -> Iterator[None]:
 def attach(base: Any, settings: config.AdapterConfig, *, seed: int) -> nn.Module:
     """Base with a float32 adapter; A from the seed, B zero. Other kinds than LoRA start as peft starts them."""
     if settings.kind != "lora":
-        peft_kinds.check_blocks(base, settings)
         with quiet_peft():
             return peft_kinds.attach(base, settings, seed=seed)
     remedy = f"choose among the linear layers of this base: {', '.join(probe.linear_names(base))}"

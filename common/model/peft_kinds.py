@@ -1,7 +1,7 @@
 """Kinds of adapters beside LoRA, as peft attaches them; `common.run.catalogue.kinds` says what holds of each.
 
-Whatever is not sent follows from the run: names of layers from base and `[adapter]`, frozen parts from the seed, drawn
-on the CPU and so the same on every device.
+Names of layers follow from base and `[adapter]`; starts are drawn from the seed on the CPU, the same on every
+device.
 """
 
 import functools
@@ -43,7 +43,7 @@ def attach(base: Any, settings: AdapterConfig, *, seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            model = peft.get_peft_model(base, configuration(settings, modules, seed=seed), autocast_adapter_dtype=True)
+            model = peft.get_peft_model(base, configuration(settings, modules), autocast_adapter_dtype=True)
         except (ValueError, KeyError) as error:
             raise ModelError(f"adapter.kind = '{settings.kind}' does not fit this base: {error}") from error
     for parameter in model.parameters():
@@ -53,28 +53,26 @@ def attach(base: Any, settings: AdapterConfig, *, seed: int) -> nn.Module:
 
 
 def configuration(
-    settings: AdapterConfig, modules: Sequence[str], *, seed: int, base: str | None = None, is_trained: bool = True
+    settings: AdapterConfig, modules: Sequence[str], *, base: str | None = None, is_trained: bool = True
 ) -> PeftConfig:
     """peft's configuration of `[adapter]`.
 
     Args:
         settings: The section; any kind but `lora`.
         modules: Full names of the layers, as in the base; none for virtual tokens.
-        seed: Of the run: what is frozen and not sent is drawn from it.
         base: What peft is told of the base; None: nothing.
         is_trained: Whether it is for training; else it is what an export says.
     """
     shared = {"task_type": TASK, "inference_mode": not is_trained, "base_model_name_or_path": base}
     if KINDS[settings.kind].layers != "input":
         shared["target_modules"] = list(modules)
-    made: PeftConfig = _makers(settings, modules, seed=seed)[settings.kind](**shared)
+    made: PeftConfig = _makers(settings, modules)[settings.kind](**shared)
     return made
 
 
-def _makers(settings: AdapterConfig, modules: Sequence[str], *, seed: int) -> dict[str, Any]:
+def _makers(settings: AdapterConfig, modules: Sequence[str]) -> dict[str, Any]:
     """One constructor a kind, with the settings that are its own."""
     made: Any = functools.partial  # peft's configurations are told apart by nothing that a type checker sees
-    low_rank = {"r": settings.r, "alpha": settings.alpha}
     lora = {"lora_alpha": settings.alpha, "lora_dropout": settings.dropout, "bias": "none"}
     tokens = {"num_virtual_tokens": settings.num_virtual_tokens}
     feed_forward = [name for name in modules if name.rpartition(".")[2] in FEED_FORWARD]
@@ -83,20 +81,6 @@ def _makers(settings: AdapterConfig, modules: Sequence[str], *, seed: int) -> di
         "adalora": made(
             peft.AdaLoraConfig, init_r=settings.r, target_r=settings.final_r, total_step=1, **lora
         ),  # the schedule is the coordinator's, in rounds (`server.aggregate.adalora`)
-        "loha": made(peft.LoHaConfig, **low_rank),
-        "lokr": made(peft.LoKrConfig, **low_rank),
-        "vera": made(
-            peft.VeraConfig,
-            r=settings.r,
-            vera_dropout=settings.dropout,
-            projection_prng_key=seed,
-            save_projection=False,
-        ),
-        "oft": made(peft.OFTConfig, oft_block_size=settings.block_size),
-        "fourierft": made(
-            peft.FourierFTConfig, n_frequency=settings.num_frequencies, random_loc_seed=seed, init_weights=True
-        ),
-        "miss": made(peft.MissConfig, r=settings.r),
         "ia3": made(peft.IA3Config, feedforward_modules=feed_forward),
         "ln_tuning": made(peft.LNTuningConfig),
         "full": made(peft.LNTuningConfig),  # peft trains a copy of whatever layer it is given
@@ -110,7 +94,7 @@ def layers(base: nn.Module, settings: AdapterConfig) -> list[str]:
     """Full names of the layers that the run's kind stands on.
 
     Raises:
-        ModelError: A name of `adapter.targets` matches no layer, or `oft`'s blocks do not divide one.
+        ModelError: A name of `adapter.targets` matches no layer.
     """
     where, names = KINDS[settings.kind].layers, settings.target_names
     if where == "input":
@@ -127,23 +111,6 @@ def layers(base: nn.Module, settings: AdapterConfig) -> list[str]:
             last = sorted({name.rpartition(".")[2] for name in allowed})
             raise ModelError(f"adapter.targets: '{wanted}' matches no module; choose among {', '.join(last)}")
     return [name for name in allowed if any(_is_named(name, wanted) for wanted in names)]
-
-
-def check_blocks(base: nn.Module, settings: AdapterConfig) -> None:
-    """Blocks of `oft` must divide the inputs of its layers: peft would take others and only warn.
-
-    Raises:
-        ModelError: Names the first layer where they do not.
-    """
-    if settings.kind != "oft":
-        return
-    for name in layers(base, settings):
-        width = int(base.get_submodule(name).in_features)  # type: ignore[arg-type]
-        if width % settings.block_size:
-            raise ModelError(
-                f"adapter.block_size = {settings.block_size} does not divide the {width} inputs of {name}; choose one "
-                "that divides the inputs of all adapter.targets"
-            )
 
 
 def num_prepended(model: nn.Module) -> int:

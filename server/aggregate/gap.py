@@ -159,9 +159,8 @@ class GapMeter:
             lefts, rights = [], []
             for weight, pairs in self._waiting:
                 (left_tq, right_qs), (old_tr, old_rs) = pairs[name], self._before[name]
-                rank = len(right_qs)
-                lefts.append(weight * (left_tq + old_tr[:, :rank].astype(np.float64)))
-                rights.append(right_qs + old_rs[:rank].astype(np.float64))
+                lefts.append(weight * (left_tq + old_tr.astype(np.float64)))
+                rights.append(right_qs + old_rs.astype(np.float64))
             product = np.concatenate(lefts, axis=1) @ np.concatenate(rights)
             self._sums[name] = self._sums[name] + product if name in self._sums else product
         self._waiting.clear()

@@ -98,8 +98,8 @@ def _chunks(flat: Tensor) -> tuple[Tensor, ...]:
     return torch.split(flat, CHUNK) if len(flat) > CHUNK else (flat,)
 
 
-def start(state: State, *, trained: Collection[str], round_index: int = 0) -> Sum:
-    """Begin a round; whatever its number, it is combined alike."""
+def start(state: State, *, trained: Collection[str]) -> Sum:
+    """Begin a round."""
     return WeightedMean({name: state[name] for name in trained})
 
 

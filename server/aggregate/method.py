@@ -25,8 +25,8 @@ class Method(Protocol):
 
     facts: Facts
 
-    def start(self, state: State, *, trained: Collection[str], round_index: int = 0) -> Sum:
-        """Begin a round, counted from 0, from the global adapter; `trained` are the tensors that sites send."""
+    def start(self, state: State, *, trained: Collection[str]) -> Sum:
+        """Begin a round from the global adapter; `trained` are the tensors that sites send."""
 
     def apply(self, state: State, combined: State) -> State:
         """The next global adapter."""

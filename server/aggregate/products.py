@@ -57,12 +57,12 @@ class MeanOfProducts:
         return {name: tensor + upload[name] for name, tensor in ranks.cut(self._state, upload).items()}
 
 
-def start(state: State, *, trained: Collection[str], round_index: int = 0) -> Sum:
+def start(state: State, *, trained: Collection[str]) -> Sum:
     """Begin a round; both factors of every module are trained."""
     return MeanOfProducts({name: state[name] for name in trained})
 
 
-def start_partitioned(state: State, *, trained: Collection[str], round_index: int = 0) -> Sum:
+def start_partitioned(state: State, *, trained: Collection[str]) -> Sum:
     """Begin a round in which component j of a product weighs among the sites that hold one, and not among all.
 
     p_i^(j) = p_i 1[q_i >= j] / sum_l p_l 1[q_l >= j],   mean = sum_j sum_i p_i^(j) b_ij a_ij

@@ -30,7 +30,7 @@ def parts(tensors: Tensors, run: config.RunConfig, *, base: str | None) -> tuple
     settings = run.adapter
     modules = [name.removeprefix("base_model.model.") for name in adapter.module_names(adapter.specs(tensors)) if name]
     with model.quiet_peft():
-        made = peft_kinds.configuration(settings, modules, seed=run.seed, base=base, is_trained=False)
+        made = peft_kinds.configuration(settings, modules, base=base, is_trained=False)
     if settings.kind == "p_tuning":
         return {_SAVED: _embeddings(tensors, settings)}, made
     if KINDS[settings.kind].layers == "input":
@@ -60,7 +60,7 @@ def _saved_name(name: str) -> str:
 @torch.no_grad()
 def _embeddings(tensors: Tensors, settings: config.AdapterConfig) -> Tensor:
     """What P-tuning's network makes: all that is left of it after training. Shape (n, h)."""
-    made = peft_kinds.configuration(settings, (), seed=0)
+    made = peft_kinds.configuration(settings, ())
     width = tensors[_EMBEDDING].shape[1]
     made.token_dim, made.encoder_hidden_size, made.num_transformer_submodules = width, width, 1  # type: ignore[attr-defined]
     encoder = PromptEncoder(made)  # type: ignore[no-untyped-call]

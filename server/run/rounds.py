@@ -235,7 +235,7 @@ def _tally(fed: Federation, state: State, source: Noise, *, round_index: int) ->
         return Tally(robust.start(names, rule=settings.robust, num_bad=settings.num_bad_sites), None)
     has_gap = facts.has_bias and KINDS[run.adapter.kind].has_factors
     meter = gap.GapMeter(state, seed=run.seed + round_index) if has_gap else None
-    return Tally(fed.method.start(state, trained=names, round_index=round_index), meter)
+    return Tally(fed.method.start(state, trained=names), meter)
 
 
 def _collect(fed: Federation, state: State, plan: RoundPlan, frames: dict[int, bytes], source: Noise) -> Tally:

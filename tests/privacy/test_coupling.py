@@ -95,7 +95,7 @@ def test_no_architecture_couples_units_and_with_the_guard_off_dropout_does(name,
         assert moved(engine, some_units(engine)) > 1.3
 
 
-@pytest.mark.parametrize("kind", ["dora", "vera", "ia3", "prompt_tuning", "prefix_tuning", "ln_tuning", "oft"])
+@pytest.mark.parametrize("kind", ["dora", "ia3", "prompt_tuning", "prefix_tuning", "ln_tuning"])
 def test_no_kind_of_adapter_couples_units(load_tiny, kind):
     coupling.check(load_tiny(tiny.of_kind(kind)))
 

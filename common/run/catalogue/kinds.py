@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 KindName = Literal[
-    "lora", "dora", "adalora", "loha", "lokr", "vera", "oft", "fourierft", "miss", "ia3", "ln_tuning", "full",
-    "prompt_tuning", "prefix_tuning", "p_tuning",
+    "lora", "dora", "adalora", "ia3", "ln_tuning", "full", "prompt_tuning", "prefix_tuning", "p_tuning",
 ]  # fmt: skip
 Quantization = Literal["none", "int8", "nf4"]
 ALL: Final[tuple[Quantization, ...]] = ("none", "int8", "nf4")
@@ -19,8 +18,6 @@ DEFAULTS: Final[Mapping[str, object]] = {
     "use_rslora": False,
     "target_r": 0,
     "num_virtual_tokens": 16,
-    "block_size": 32,
-    "num_frequencies": 1000,
 }
 
 
@@ -40,7 +37,6 @@ class Kind:
         bases: Quantisations of the base that it is sound on.
         float32_on: Quantisations on which it computes in float32 only.
         starts_from_base: Whether its start is read off the base's weights, and so differs between precisions of it.
-        is_seeded: Whether it has parts that are drawn from the run's seed, never trained and never sent.
         is_mergeable: Whether it can be added to the base's weights, as merged, quantised and GGUF exports need.
         nearest: Kinds to take where this one is refused, nearest first.
     """
@@ -56,7 +52,6 @@ class Kind:
     bases: tuple[Quantization, ...] = ALL
     float32_on: tuple[Quantization, ...] = ()
     starts_from_base: bool = False
-    is_seeded: bool = False
     is_mergeable: bool = True
     nearest: tuple[KindName, ...] = ("lora",)
 
@@ -98,68 +93,6 @@ _TABLE: Final = (
         tensors=r"lora_[ABE]",
         inexact="a product of three",
         nearest=("lora",),
-    ),
-    Kind(
-        name="loha",
-        title="LoHa",
-        source="arXiv:2108.06098",
-        rule="W0 + s (B1 A1) * (B2 A2), value by value",
-        settings=("r", "alpha", "targets"),
-        tensors=r"hada_w[12]_[ab]",
-        inexact="a product of four",
-        bases=("none", "int8"),
-        nearest=("miss", "lora"),
-    ),
-    Kind(
-        name="lokr",
-        title="LoKr",
-        source="arXiv:2309.14859",
-        rule="W0 + s (C x D), a Kronecker product",
-        settings=("r", "alpha", "targets"),
-        tensors=r"lokr_w[12](_[ab])?",
-        inexact="a product",
-        bases=("none", "int8"),
-        nearest=("miss", "lora"),
-    ),
-    Kind(
-        name="vera",
-        title="VeRA",
-        source="arXiv:2310.11454",
-        rule="W0 + diag(b) B diag(d) A; A and B are drawn from the run's seed at every site and never sent",
-        settings=("r", "dropout", "targets"),
-        tensors=r"vera_lambda_[bd]",
-        inexact="a product of b and d",
-        is_seeded=True,
-        nearest=("ia3", "lora"),
-    ),
-    Kind(
-        name="oft",
-        title="OFT",
-        source="arXiv:2306.07280",
-        rule="W0 R, R a rotation in blocks by Cayley's map of skew matrices",
-        settings=("block_size", "targets"),
-        tensors=r"oft_R\.weight",
-        inexact="the mean of skew matrices is one, and not that of the mean of the rotations",
-        nearest=("lora",),
-    ),
-    Kind(
-        name="fourierft",
-        title="FourierFT",
-        source="arXiv:2405.03003",
-        rule="W0 + the inverse Fourier transform of a few coefficients, at places drawn from the run's seed",
-        settings=("num_frequencies", "targets"),
-        tensors=r"fourierft_spectrum",
-        is_seeded=True,
-        nearest=("miss", "lora"),
-    ),
-    Kind(
-        name="miss",
-        title="MiSS",
-        source="arXiv:2409.15371",
-        rule="W0 + one block of r rows, repeated",
-        settings=("r", "targets"),
-        tensors=r"miss_block",
-        nearest=("ia3", "lora"),
     ),
     Kind(
         name="ia3",

@@ -66,7 +66,7 @@ FOREIGN: dict[str, Hint] = {
     "template": Hint("model.chat_template", "", "L"),
     "chat_template_path": Hint("model.chat_template", 'to use the base\'s own, write "tokenizer"', "T"),
     # adapter
-    "finetuning_type": Hint("adapter.kind", '"lora", "oft" or "full"; 4-bit is model.quantization = "nf4"', "L"),
+    "finetuning_type": Hint("adapter.kind", '"lora" or "full"; 4-bit is model.quantization = "nf4"', "L"),
     "use_peft": Hint("adapter.kind", 'write "full" for false', "T"),
     "peft_type": Hint("adapter.kind", "", "T"),
     "lora_r": Hint("adapter.r", "", "TA"),

@@ -96,8 +96,6 @@ def _mixed_remark(facts: Facts) -> str:
 def _momentum(facts: Facts) -> str:
     if facts.refreshes:
         return "the factors get new coordinates every round, and momentum of the old ones does not fit them"
-    if not facts.is_linear and facts.base_delta == "none":
-        return "the coordinator's step is more than the mean update, and nobody has tried the two together"
     if not facts.is_linear:
         return "what is kept beside the factors belongs to their mean, and not to another step"
     return ""
@@ -131,16 +129,12 @@ def _at_the_coordinator(facts: Facts) -> str:
 
 
 def _sparse(facts: Facts) -> str:
-    if facts.is_experimental and not facts.is_linear:
-        return UNTRIED
     if facts.refreshes:
         return "what a site keeps of a sparse update does not fit the new coordinates that the factors get every round"
     return ""
 
 
 def _steps(facts: Facts) -> str:
-    if facts.is_experimental and not facts.is_linear:
-        return UNTRIED
     if facts.refreshes:
         return "the factors get new coordinates every round, so that a step is as large as the adapter itself"
     return "" if facts.base_delta == "none" else "the side adapter is factored anew every round, and has no small step"
@@ -148,7 +142,7 @@ def _steps(facts: Facts) -> str:
 
 def _sparse_down(facts: Facts) -> str:
     if facts.is_experimental:
-        return "nobody has tried the two together" if facts.is_linear else UNTRIED
+        return "nobody has tried the two together"
     if facts.refreshes:
         return "the factors get new coordinates every round, in which a small value is no less needed than a large one"
     if facts.is_personal:
@@ -161,7 +155,6 @@ def _sparse_down_remark(facts: Facts) -> str:
 
 
 SERVER_OPTIMIZER: Final = "server optimizer"
-UNTRIED: Final = "the coordinator's step is more than the mean update, and nobody has tried the two together"
 STEPS: Final = Feature("steps down", _steps, keys=("wire.down",), is_asked=lambda run: run.wire.down != "float32")
 FEATURES: Final = (
     Feature("secure aggregation", _in_the_clear),
@@ -237,11 +230,6 @@ def contradictions() -> Iterator[Contradiction]:
         ("adapter.site_ranks", "adapter.r"),
         _has_odd_site_ranks,
         "name each site once, and only those whose rank is below adapter.r, which all others have",
-    )
-    yield (
-        ("aggregation.weighting", "aggregation.method"),
-        lambda run: run.aggregation.method == "hetlora" and run.aggregation.weighting != "examples",
-        "has no effect here, as hetlora weighs a site by its product; remove it",
     )
     compared = "compares value by value, and a smaller site has none for some; remove one of the two"
     yield (

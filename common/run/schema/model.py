@@ -85,12 +85,6 @@ class AdapterConfig(Section):
     num_virtual_tokens: int = Field(
         default=16, ge=1, le=1024, description="Tokens that `prompt_tuning`, `prefix_tuning` and `p_tuning` put first."
     )
-    block_size: int = Field(
-        default=32, ge=2, le=1024, description="Width of the blocks that `oft` rotates; must divide the layers' inputs."
-    )
-    num_frequencies: int = Field(
-        default=1000, ge=1, le=1_000_000, description="Coefficients that `fourierft` trains in each layer."
-    )
 
     @property
     def scale(self) -> float:

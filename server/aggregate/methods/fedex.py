@@ -36,8 +36,8 @@ class _MeanOfBoth:
         return {**self._factors.result(), **self._stacked.result()}
 
 
-def start(state: State, *, trained: Collection[str], round_index: int = 0) -> Sum:
-    """Begin a round; whatever its number, it is combined alike."""
+def start(state: State, *, trained: Collection[str]) -> Sum:
+    """Begin a round."""
     return _MeanOfBoth(mean.start(state, trained=trained), products.start(state, trained=trained))
 
 

@@ -7,14 +7,11 @@ from server.aggregate.method import Method
 from server.aggregate.methods import (
     fedavg,
     fedex,
-    fedrot,
     fedsa,
     fedsvd,
     ffa,
     flexlora,
     flora,
-    hetlora,
-    lora_fair,
     ravan,
     rolora,
 )
@@ -28,9 +25,6 @@ METHODS: Final[dict[str, Method]] = {
     "fedex": fedex,
     "flora": flora,
     "fedsa": fedsa,
-    "hetlora": hetlora,
-    "lora_fair": lora_fair,
-    "fedrot": fedrot,
     "ravan": ravan,
 }
 

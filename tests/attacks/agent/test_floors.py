@@ -75,8 +75,6 @@ REFUSED = {
 ELSEWHERE = {
     "adapter.targets",
     "adapter.num_virtual_tokens",
-    "adapter.block_size",
-    "adapter.num_frequencies",
     "aggregation.residual_rank",
     "aggregation.num_heads",
     "wire.max_update_mib",

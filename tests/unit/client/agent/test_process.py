@@ -104,15 +104,6 @@ def test_a_site_loads_the_precision_that_a_run_gives_it_and_keeps_it_whatever_ot
     assert loader.load(manifest({"model.site_quantization": "south = int8"})).quantization == "none"  # control
 
 
-@pytest.mark.parametrize(("kind", "is_kept"), [("vera", False), ("fourierft", False), ("miss", True)])
-def test_parts_that_are_drawn_from_a_runs_seed_are_drawn_anew_for_another(node, manifest, kind, is_kept):
-    loader = process.EngineLoader(node())
-    asked = {"adapter.kind": kind, "adapter.alpha": "32.0", "adapter.r": "16"}
-    first = loader.load(manifest(asked))
-    assert loader.load(manifest({**asked, "training.learning_rate": "1e-3"})) is first
-    assert (loader.load(manifest({**asked, "seed": "9"})) is first) == is_kept
-
-
 def test_another_adapter_is_another_engine_and_the_old_one_goes(node, manifest):
     loader = process.EngineLoader(node())
     first = weakref.ref(loader.load(manifest()).model)

@@ -31,7 +31,7 @@ def test_the_command_prints_every_method_and_why_it_refuses():
     assert "fedsvd, server optimizer: the factors get new coordinates" in shown
     assert "(nearest: ffa)" in shown
     assert all(name in shown for name in KINDS)
-    assert "nf4 base: peft cannot read such weights for it; not with loha, lokr (nearest: miss)" in shown
+    assert "nf4 base: it trains the weights themselves; not with full (nearest: lora)" in shown
 
 
 def test_the_command_prints_what_goes_together_whatever_the_method():

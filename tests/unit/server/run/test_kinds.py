@@ -24,8 +24,6 @@ RATES = {
     "full": "2e-3",
     "ln_tuning": "2e-2",
     "adalora": "5e-2",
-    "vera": "1e-1",
-    "fourierft": "1e-1",
 }
 CASES = [(kind, base) for kind in KINDS if kind != "lora" for base in ("none", "nf4") if base in KINDS[kind].bases]
 

@@ -12,6 +12,7 @@ from common import events, storage
 from common.errors import ConfigError, DataError, ModelError, PolicyRefusedError, StorageError, TooFewSitesError
 from common.frame.records import TensorSpec
 from common.run import config
+from common.run.catalogue.methods import FACTS
 from common.run.manifest import RunManifest
 from common.run.schema.section import MAX_MESSAGE_MIB
 from server.folder import checkpoint, run_files
@@ -405,3 +406,14 @@ def test_a_node_is_called_as_it_was_registered_until_it_has_told_its_own_name(tm
     log.append("site_joined", node=2, site="cedar")
     assert run._names_of_nodes(tmp_path, log, resume=False) == {1: "alder", 2: "birch"}
     assert run._names_of_nodes(tmp_path, log, resume=True) == {1: "alder", 2: "cedar"}
+
+
+@pytest.mark.parametrize("method", ["ravan", "fedavg"])
+def test_a_run_says_at_its_start_that_its_method_is_experimental(load_tiny, tiny_base, tmp_path, method):
+    changes = {"aggregation.method": method, "federation.num_rounds": "1"}
+    settings, engine = tiny.settings(tiny_base, changes), load_tiny(changes)
+    log = run_files.prepare(settings, tmp_path)
+    run.execute(settings, fleet=tiny.fleet(tiny.make_nodes(engine)), engine=engine, folder=tmp_path, log=log)
+    told = [event["kind"] for event in events.read(log.path)]
+    assert ("warned" in told) == FACTS[method].is_experimental
+    assert told.index("run_started") == 0

@@ -129,7 +129,7 @@ def test_a_run_lowers_the_held_out_loss_and_only_the_methods_tensors_travel(play
     assert all(event["gap"] < 1e-4 for event in finished if FACTS[method].is_exact and has_gap)
 
 
-QUICK = [name for name in METHODS if not FACTS[name].is_experimental or name == "fedrot"]  # whose rounds differ
+QUICK = [name for name in METHODS if not FACTS[name].is_experimental]
 RESUMED = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in METHODS]
 
 

@@ -191,7 +191,6 @@ def test_naming_the_runs_own_precision_or_a_site_twice_is_refused(tiny_base):
 def test_kinds_that_do_not_stand_on_a_sites_precision_are_refused(tiny_base):
     for kind, table, told in (
         ("full", "south = nf4", "no nf4 base with this kind"),
-        ("loha", "south = nf4", "no nf4 base with this kind"),
         ("dora", "south = nf4", "it starts from the base's weights, which differ between the sites"),
     ):
         cleared = {"adapter.kind": kind, "adapter.r": "16", "adapter.alpha": "32"}

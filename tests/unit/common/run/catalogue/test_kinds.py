@@ -14,7 +14,7 @@ from common.run.rules.kinds import KIND_FEATURES
 from tests import tiny
 
 # Written down from the papers: is what the model does linear in the tensors that travel?
-LINEAR = {"fourierft", "miss", "ia3", "ln_tuning", "full", "prompt_tuning", "prefix_tuning"}
+LINEAR = {"ia3", "ln_tuning", "full", "prompt_tuning", "prefix_tuning"}
 ASKING = {
     "methods beside fedavg": {"aggregation.method": "rolora"},
     "int8 base": {"model.quantization": "int8"},
@@ -94,10 +94,8 @@ def _logits(engine):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (tiny.of_kind("oft") | {"adapter.block_size": "48"}, "does not divide the 64 inputs"),
         (tiny.of_kind("ia3") | {"adapter.targets": "none_such"}, "matches no module"),
         (tiny.of_kind("ln_tuning") | {"model.dtype": "auto"}, ""),
-        (tiny.of_kind("fourierft") | {"adapter.num_frequencies": "1000000"}, "does not fit this base"),
     ],
 )
 def test_what_does_not_fit_the_base_is_named(load_tiny, asked, message):

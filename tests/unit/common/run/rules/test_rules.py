@@ -25,7 +25,6 @@ TASK = "{name = 'a', kind = 'choice', data = 'rows.jsonl'}"
 IA3 = "adapter.kind = 'ia3'"
 STAGE = 'polish = [{name = "align", kind = "dpo", data = "x"}]\n'
 BROKEN_RULES = [
-    ("aggregation.weighting", 7, ["aggregation.weighting = 'uniform'", "aggregation.method = 'hetlora'"]),
     ("adapter.site_ranks", 7, ["adapter.site_ranks = 'north = 16'", "aggregation.method = 'fedsvd'"]),
     ("adapter.site_ranks", 7, ["adapter.site_ranks = 'a = 2, a = 4'", "aggregation.method = 'flexlora'"]),
     ("model.site_quantization", 4, ["model.site_quantization = 'north = nf4'"]),
@@ -42,8 +41,6 @@ BROKEN_RULES = [
     ("adapter.target_r", 7, ["adapter.target_r = 4"]),
     ("adapter.target_r", 8, ["adapter.kind = 'adalora'", "adapter.target_r = 17"]),
     ("adapter.num_virtual_tokens", 7, ["adapter.num_virtual_tokens = 4"]),
-    ("adapter.block_size", 7, ["adapter.block_size = 4"]),
-    ("adapter.num_frequencies", 7, ["adapter.num_frequencies = 4"]),
     ("model.revision", 4, ["model.revision = 'main'"]),
     ("data.output_column", 7, ["data.output_column = 'input'"]),
     ("data.site_column", 7, ["data.site_column = ''"]),
