@@ -1,0 +1,85 @@
+"""LoRA's layers in few passes: the same outputs and gradients as peft's, or peft's own."""
+
+import pytest
+import torch
+
+from common.adapter import adapter
+from common.model import lora_layers
+from tests import tiny
+
+LENGTH = 2 * lora_layers.MIN_ROWS
+ATOL = 2e-5  # of float32 sums over a few hundred values, in another order
+
+
+@pytest.fixture
+def engine_of(load_tiny):
+    """A base of some precision whose adapter is not zero."""
+
+    def load(changes):
+        engine = load_tiny(changes)
+        torch.manual_seed(3)
+        for parameter in adapter.parameters(engine.model).values():
+            parameter.data = torch.randn_like(parameter) * 0.05
+            parameter.grad = None
+        return engine
+
+    return load
+
+
+def _pass(engine):
+    """Logits of one row and the adapter's gradients."""
+    ids = torch.arange(LENGTH)[None] % 50
+    engine.model.zero_grad()
+    logits = engine.model(input_ids=ids).logits
+    logits.float().square().mean().backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in adapter.parameters(engine.model).items()}
+
+
+def _kernel_calls(monkeypatch):
+    """A list that grows with each use of the short way."""
+    calls, real = [], lora_layers.LoraProduct.apply
+    monkeypatch.setattr(lora_layers.LoraProduct, "apply", lambda *args: calls.append(1) or real(*args))
+    return calls
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_outputs_and_gradients_are_those_of_peft(engine_of, monkeypatch, quantization):
+    engine, other = (engine_of({"model.quantization": quantization, "adapter.use_rslora": "true"}) for _ in "ab")
+    calls = _kernel_calls(monkeypatch)
+    expected, expected_grads = _pass(other)
+    assert not calls
+    assert lora_layers.install(engine.model) > 0
+    logits, grads = _pass(engine)
+    assert calls
+    assert torch.allclose(logits, expected, atol=ATOL)
+    for name, grad in grads.items():
+        assert torch.allclose(grad, expected_grads[name], atol=ATOL * expected_grads[name].abs().max()), name
+
+
+@pytest.mark.parametrize("case", ["off", "dropout", "hooked", "few rows"])
+def test_peft_computes_what_the_short_way_does_not(engine_of, monkeypatch, case):
+    engine = engine_of({"adapter.dropout": "0.5"} if case == "dropout" else {})
+    lora_layers.install(engine.model)
+    engine.model.train()
+    calls = _kernel_calls(monkeypatch)
+    ids = torch.arange(8 if case == "few rows" else LENGTH)[None] % 50
+    if case == "hooked":
+        for module in engine.model.modules():
+            if hasattr(module, "lora_A"):
+                module.lora_A["default"].register_forward_hook(lambda *_: None)
+    if case == "off":
+        with engine.model.disable_adapter():
+            engine.model(input_ids=ids)
+    else:
+        engine.model(input_ids=ids)
+    assert not calls
+    engine.model.eval()
+    if case in ("off", "dropout"):
+        engine.model(input_ids=ids)
+        assert calls
+
+
+def test_cores_and_other_kinds_stay_with_peft(load_tiny):
+    cored = load_tiny({"aggregation.method": "ravan"})
+    assert lora_layers.install(cored.model) == 0
+    assert lora_layers.install(load_tiny(tiny.of_kind("ia3")).model) == 0
