@@ -289,7 +289,7 @@ def work_of(run: config.RunConfig, device: Device, *, site: str = "") -> Work:
         quantization=precisions.of_site(run.model, site),
         double_quantization=run.model.double_quantization,
         dtype=automatic if run.model.dtype == "auto" else run.model.dtype,
-        targets=run.adapter.target_names,
+        targets=run.adapter.targets,
         r=run.adapter.r,
         num_rows=run.training.micro_batch_size or run.training.batch_size,
         num_tokens=run.data.max_length_tokens,

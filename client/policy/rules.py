@@ -361,7 +361,7 @@ def _check_adapter(policy: Policy, adapter: config.AdapterConfig, specs: Sequenc
         judge("adapter.max_parameters", trainable.num_values(specs))
     used = KINDS[adapter.kind].settings
     if "r" in used:
-        for rank in (adapter.r, *adapter.rank_of_sites.values()):
+        for rank in (adapter.r, *adapter.site_ranks.values()):
             judge("lora.r", rank)
     if "alpha" in used:
         judge("lora.alpha", adapter.alpha)

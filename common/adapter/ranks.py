@@ -27,7 +27,7 @@ def of_site(settings: AdapterConfig, site: str) -> int:
         settings: Section `[adapter]` of the run.
         site: Its name; one that `adapter.site_ranks` does not name has `adapter.r`.
     """
-    return settings.rank_of_sites.get(site, settings.r)
+    return settings.site_ranks.get(site, settings.r)
 
 
 def specs_of(settings: AdapterConfig, tensor_specs: Sequence[TensorSpec], site: str) -> tuple[TensorSpec, ...]:

@@ -282,7 +282,7 @@ def quantization_config(settings: config.ModelConfig, dtype: torch.dtype) -> Bit
 
 def lora_config(settings: config.AdapterConfig) -> LoraConfig:
     """peft's configuration of `[adapter]`."""
-    names = list(settings.target_names)
+    names = list(settings.targets)
     return LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
@@ -314,7 +314,9 @@ def attach(base: Any, settings: config.AdapterConfig, *, seed: int) -> nn.Module
         try:
             model = get_peft_model(base, lora_config(settings), autocast_adapter_dtype=True)
         except ValueError as error:
-            raise ModelError(f"adapter.targets = '{settings.targets}' cannot have an adapter; {remedy}") from error
+            raise ModelError(
+                f"adapter.targets = '{', '.join(settings.targets)}' cannot have an adapter; {remedy}"
+            ) from error
     probe.check_targets(model, settings, remedy=remedy)
     _initialise(model, seed=seed)
     return model

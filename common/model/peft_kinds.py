@@ -96,7 +96,7 @@ def layers(base: nn.Module, settings: AdapterConfig) -> list[str]:
     Raises:
         ModelError: A name of `adapter.targets` matches no layer.
     """
-    where, names = KINDS[settings.kind].layers, settings.target_names
+    where, names = KINDS[settings.kind].layers, settings.targets
     if where == "input":
         return []
     if where == "norms":

@@ -253,13 +253,13 @@ def check_targets(model: Any, settings: AdapterConfig, *, remedy: str) -> None:
     """
     if fused := sorted(model.targeted_parameter_names):
         raise ModelError(
-            f"adapter.targets = '{settings.targets}' would train {len(fused)} tensors that are no linear layers, such "
-            f"as {fused[0]}, and no export can hold such an adapter; {remedy}"
+            f"adapter.targets = '{', '.join(settings.targets)}' would train {len(fused)} tensors that are no linear "
+            f"layers, such as {fused[0]}, and no export can hold such an adapter; {remedy}"
         )
     if odd := [name for name in adapter.parameters(model) if not name.endswith((".lora_A.weight", ".lora_B.weight"))]:
-        raise ModelError(f"adapter.targets = '{settings.targets}' would train {odd[0]}; {remedy}")
+        raise ModelError(f"adapter.targets = '{', '.join(settings.targets)}' would train {odd[0]}; {remedy}")
     matched = {f".{name}" for name in model.targeted_module_names}
-    for wanted in settings.target_names:
+    for wanted in settings.targets:
         if wanted != "all-linear" and not any(name.endswith(f".{wanted}") for name in matched):
             raise ModelError(f"adapter.targets: '{wanted}' matches no module; {remedy}")
 
@@ -302,7 +302,7 @@ def _by_plain_peft(base: Any, pair: adapter.Tensors, settings: AdapterConfig) ->
         set_peft_model_state_dict(model, scaled, low_cpu_mem_usage=True)
     except (ValueError, KeyError, RuntimeError, ModelError) as error:
         raise ModelError(
-            f"adapter.targets = '{settings.targets}': plain peft cannot load such an adapter on this base "
+            f"adapter.targets = '{', '.join(settings.targets)}': plain peft cannot load such an adapter on this base "
             f"({type(error).__name__}); choose other layers"
         ) from error
     return model.eval()

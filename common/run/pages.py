@@ -135,7 +135,7 @@ def _write(path: Path) -> int:
 def _properties(schema: type[BaseModel]) -> dict[str, dict[str, Any]]:
     """List a section's settings as JSON Schema describes them, without arrays of tables."""
     properties: dict[str, dict[str, Any]] = schema.model_json_schema()["properties"]
-    return {name: field for name, field in properties.items() if field.get("type") != "array"}
+    return {name: field for name, field in properties.items() if "$ref" not in field.get("items", {})}
 
 
 def _tables(schema: type[BaseModel]) -> Iterator[str]:
@@ -182,7 +182,7 @@ def _default(field: dict[str, Any]) -> str:
 
 
 def _toml(value: object) -> str:
-    """Write a single value as TOML; for the values here JSON's notation is the same."""
+    """Write a value as TOML; for the defaults here JSON's notation is the same."""
     return json.dumps(value)
 
 
@@ -192,6 +192,11 @@ def _allowed(field: dict[str, Any]) -> str:
         return ", ".join(f"`{_toml(value)}`" for value in field.get("enum", [field.get("const")]))
     if field["type"] == "boolean":
         return "`true`, `false`"
+    if field["type"] == "array":
+        return f"array of {_allowed(field['items'])}" + (", not empty" if field.get("minItems") else "")
+    if field["type"] == "object":
+        (of_site,) = field["patternProperties"].values()
+        return f"table, for each site {_allowed(of_site)}"
     if field["type"] == "string":
         return "text" + _text_limits(field)
     kind = "whole number" if field["type"] == "integer" else "number"

@@ -103,8 +103,10 @@ def parse(text: str, form: Format[Config], *, name: str, overrides: Mapping[str,
     """
     name = hints.show_text(name)
     table = _parse_toml(text, name)
-    for key, value in overrides.items():
-        _put(table, tuple(key.split(".")), parse_value(value))
+    for dotted, text_of_value in overrides.items():
+        key, value = tuple(dotted.split(".")), parse_value(text_of_value)
+        is_section = len(key) == 1 and isinstance(value, dict)  # would lose what the file has in it
+        _put(table, key, text_of_value if is_section else value)
     problems = unfilled(table)
     try:
         found = form.schema.model_validate(_with_sections(table, form.schema))
@@ -132,7 +134,7 @@ def unfilled(table: object, key: Key = ()) -> list[Problem]:
 
 
 def parse_value(text: str) -> Any:
-    """Read an override's value as TOML; what is not a TOML value, or is a table, is a string.
+    """Read an override's value as TOML; what is not a TOML value is a string.
 
     Example:
         >>> parse_value("2e-4"), parse_value("nf4"), parse_value("true")
@@ -142,8 +144,7 @@ def parse_value(text: str) -> Any:
         table = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
         return text
-    is_single = set(table) == {"value"} and not isinstance(table["value"], dict)
-    return table["value"] if is_single else text
+    return table["value"] if set(table) == {"value"} else text
 
 
 def sections_of(schema: type[BaseModel]) -> dict[str, type[BaseModel]]:
@@ -184,8 +185,8 @@ def _guide(form: Format[Config]) -> hints.Guide:
 
 
 def path_of(loc: tuple[int | str, ...]) -> Key:
-    """Write a place as a key; the tables of an array are counted from 1."""
-    return tuple(str(part + 1) if isinstance(part, int) else part for part in loc)
+    """Write a place as a key; what is in an array is counted from 1."""
+    return tuple(str(part + 1) if isinstance(part, int) else part for part in loc if part != "[key]")
 
 
 def _decode(content: bytes, shown: str) -> str:
@@ -251,11 +252,11 @@ def _with_sections(table: Table, schema: type[BaseModel]) -> Table:
 def _problems(error: ValidationError, table: Table, form: Format[Config]) -> Iterator[Problem]:
     """List what is wrong: single values first, then contradictions between the values that are right."""
     guide = _guide(form)
-    arrays = arrays_of(form.schema)
+    known = {*arrays_of(form.schema), *keys_of(form.schema)}
     bad: set[str] = set()
     for detail in error.errors(include_url=False):
         key = path_of(detail["loc"])
-        bad.update({".".join(key), *(".".join(key[:end]) for end in (1, 2) if ".".join(key[:end]) in arrays)})
+        bad.update({".".join(key), *(".".join(key[:end]) for end in (1, 2) if ".".join(key[:end]) in known)})
         if detail["type"] == "extra_forbidden":
             yield from (Problem(leaf, partial(guide.unknown, leaf)) for leaf in _leaves(key, detail["input"]))
         elif key:

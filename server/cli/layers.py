@@ -32,7 +32,8 @@ def layers(
     found = spectrum.measure(folder)
     chosen = spectrum.choose(found, share=share)
     told = [f"{found[name]:>10.4f}  {name}" for name in sorted(chosen, key=lambda name: -found[name])]
-    line = f'adapter.targets = "{",".join(chosen)}"'
+    quoted = ", ".join(f'"{name}"' for name in chosen)
+    line = f"adapter.targets = [{quoted}]"
     ratios = {name: value if math.isfinite(value) else None for name, value in sorted(found.items())}
-    result = {"targets": ",".join(chosen), "num_layers": len(found), "snr": ratios}
+    result = {"targets": list(chosen), "num_layers": len(found), "snr": ratios}
     cli.emit(result, as_json=json, show=lambda: cli.show(*told, f"{len(chosen)} of {len(found)} layers", line))

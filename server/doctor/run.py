@@ -34,7 +34,7 @@ def base(found: RunConfig, folder: Path | None) -> Result:
     where = folder or store.resolve(found.model.base)
     sha256 = model.check_hash(where, found.model.sha256)
     shape = size.read(where)
-    for name in found.adapter.target_names:
+    for name in found.adapter.targets:
         if not shape.targets([name]):
             return failed(f"{where} has no layer {name}", "correct adapter.targets")
     share = loading.check(found, where)
@@ -47,7 +47,7 @@ def base(found: RunConfig, folder: Path | None) -> Result:
 def _num_values(found: RunConfig, where: Path, shape: size.BaseShape) -> int:
     """Values of the run's adapter; of other kinds than LoRA peft counts them."""
     if found.adapter.kind == "lora":
-        names, rank, num_heads = found.adapter.target_names, found.adapter.r, found.aggregation.num_core_heads
+        names, rank, num_heads = found.adapter.targets, found.adapter.r, found.aggregation.num_core_heads
         in_cores = len(shape.targets(names)) * rank * rank // num_heads if num_heads else 0
         return shape.num_adapter_parameters(names, r=rank) + in_cores
     with model.quiet_peft():

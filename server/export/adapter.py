@@ -147,7 +147,7 @@ def _spent(settings: config.RunConfig, log: Sequence[Event], *, num_rounds: int)
 def trained(settings: config.AdapterConfig) -> str:
     """Kind and settings of the adapter, for people."""
     if settings.kind == "lora":
-        title = f"LoRA r = {settings.r}, alpha = {settings.alpha}, {settings.targets}"
+        title = f"LoRA r = {settings.r}, alpha = {settings.alpha}, {', '.join(settings.targets)}"
         return title + (", rsLoRA" if settings.use_rslora else "")
     kind = KINDS[settings.kind]
     return ", ".join([kind.title, *(f"{key} = {getattr(settings, key)}" for key in kind.settings)])

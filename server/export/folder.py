@@ -60,7 +60,7 @@ class Exported:
 
 
 def parse_formats(text: str) -> tuple[str, ...]:
-    """Names with commas, each once, in the order of `seal.FORMATS`.
+    """The value of `--formats`, names with commas: each once, in the order of `seal.FORMATS`.
 
     Raises:
         ConfigError: None, or one that does not exist.

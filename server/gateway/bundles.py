@@ -1,6 +1,7 @@
 """Which runs an operator may start: those of a listed bundle, sent whole and with nothing else beside it."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Final
 
 from flwr.proto.control_pb2 import StartRunRequest
@@ -13,15 +14,14 @@ _FIELDS: Final = {"fab", "override_config"}
 _BUNDLE_FIELDS: Final = {"hash_str", "content"}
 
 
-def allowed(listed: str) -> frozenset[str]:
-    """Hashes from the setting `control.bundles`; for an empty one the hash of this version's own bundle.
+def allowed(listed: Sequence[str]) -> frozenset[str]:
+    """The hashes in the setting `control.bundles`; where it has none, that of this version's own bundle.
 
     Example:
-        >>> len(allowed(""))
+        >>> len(allowed(()))
         1
     """
-    hashes = frozenset(filter(None, (item.strip() for item in listed.split(","))))
-    return hashes or frozenset({hashlib.sha256(link.build_bundle()).hexdigest()})
+    return frozenset(listed) or frozenset({hashlib.sha256(link.build_bundle()).hexdigest()})
 
 
 def check_start(body: bytes, *, bundles: frozenset[str]) -> bytes:

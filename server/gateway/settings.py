@@ -9,14 +9,14 @@ from common.run import reading
 from common.run.config import RunConfig
 from common.run.rules import rules
 from common.run.schema import section
-from common.run.schema.section import RequiredLine, Section
+from common.run.schema.section import Array, RequiredLine, Section
 
 ADDRESS: Final = r"^[A-Za-z0-9.-]+:[0-9]{1,5}$|^\[[0-9A-Fa-f:]+\]:[0-9]{1,5}$"
-BUNDLES: Final = r"^([0-9a-f]{64}( *, *[0-9a-f]{64})*)?$"
+BUNDLE: Final = r"^[0-9a-f]{64}$"
 PATTERNS: Final = {
     **section.PATTERNS,
     ADDRESS: "host:port",
-    BUNDLES: "SHA-256 hashes of 64 digits with commas between them, or empty",
+    BUNDLE: "a SHA-256 of 64 digits of 0-9 and a-f",
 }
 
 Address = Annotated[str, Field(pattern=ADDRESS, max_length=300)]
@@ -51,8 +51,8 @@ class ControlConfig(Section):
     key_file: RequiredLine = Field(description="Its private key, PEM, mode 0600.")
     ca_file: RequiredLine = Field(description="The operators' CA, PEM; not the root, if that signed the sites' CA too.")
     max_body_mib: BodyMebibytes = Field(default=1, description="Largest request, in MiB.")
-    bundles: Annotated[str, Field(pattern=BUNDLES, max_length=4096)] = Field(
-        default="", description="SHA-256 of the bundles that a run may start. Empty: this version's own."
+    bundles: Array[Annotated[str, Field(pattern=BUNDLE)]] = Field(
+        default=(), description="SHA-256 of the bundles that a run may start. Empty: this version's own."
     )
 
 

@@ -10,16 +10,14 @@ from pydantic import BeforeValidator, Field, model_validator
 from common.run import config, reading
 from common.run.rules import rules
 from common.run.schema import section
-from common.run.schema.section import Section
+from common.run.schema.section import Array, Section
 
-HOSTS: Final = r"^[A-Za-z0-9.:-]+( *, *[A-Za-z0-9.:-]+)*$"
+HOST: Final = r"^[A-Za-z0-9.:-]+$"
 ID: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
-NAMES: Final = r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?( *, *[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*)?$"
 PATTERNS: Final = {
     **section.PATTERNS,
-    HOSTS: "host names or addresses with commas between them",
+    HOST: "a host name or an address",
     ID: "1 to 63 of a-z, 0-9 and -, with no - at either end",
-    NAMES: "names of a-z, 0-9 and - with commas between them, or empty",
 }
 _Days = Annotated[int, Field(ge=1, le=36_500)]
 _NO_OVERRIDES: Final[Mapping[str, str]] = {}
@@ -29,25 +27,13 @@ class IdentitySection(Section):
     """What the federation is called, and where its sites reach it."""
 
     id: str = Field(pattern=ID, description="The federation's name; part of every certificate and signature.")
-    host_names: str = Field(
-        pattern=HOSTS,
-        max_length=1024,
-        description="Names and addresses of the gateway, the one that sites use first; commas between them.",
+    host_names: Array[Annotated[str, Field(pattern=HOST, max_length=253)]] = Field(
+        min_length=1, description="Names and addresses of the gateway, the one that sites use first."
     )
     fleet_port: int = Field(default=9443, ge=1, le=65535, description="Port of the gateway's listener for sites.")
-    operator_names: str = Field(
-        default="operator", pattern=NAMES, max_length=1024, description="Who may control runs; commas between them."
+    operator_names: Array[Annotated[str, Field(pattern=ID)]] = Field(
+        default=("operator",), description="Who may control runs."
     )
-
-    @property
-    def hosts(self) -> tuple[str, ...]:
-        """The gateway's names and addresses."""
-        return tuple(name.strip() for name in self.host_names.split(","))
-
-    @property
-    def operators(self) -> tuple[str, ...]:
-        """The operators' names."""
-        return tuple(name.strip() for name in self.operator_names.split(",") if name.strip())
 
 
 class GovernanceSection(Section):
@@ -83,12 +69,6 @@ class FederationConfig(Section):
         return self
 
 
-def _has_bad_host(found: FederationConfig) -> bool:
-    return len(set(found.federation.hosts)) < len(found.federation.hosts) or not all(
-        map(_is_host, found.federation.hosts)
-    )
-
-
 def _is_host(name: str) -> bool:
     """Whether this is an address, or labels of letters, digits and hyphens."""
     try:
@@ -98,11 +78,6 @@ def _is_host(name: str) -> bool:
         is_number = labels[-1].isdecimal()
         return ":" not in name and not is_number and all(0 < len(label) < 64 for label in labels) and len(name) < 254
     return True
-
-
-def _has_repeated_names(found: FederationConfig) -> bool:
-    names = ("gateway", *found.federation.operators)
-    return len(set(names)) < len(names)
 
 
 RULES: Final = (
@@ -126,8 +101,14 @@ RULES: Final = (
         lambda c: c.validity.overlap_days >= c.validity.certificate_days,
         "the overlap must be shorter than a certificate's life",
     ),
-    rules.Rule(("federation.host_names",), _has_bad_host, "each must be a host name or an address, and none twice"),
-    rules.Rule(("federation.operator_names",), _has_repeated_names, "each name once, and none is called gateway"),
+    rules.Rule(
+        ("federation.host_names",),
+        lambda c: not all(map(_is_host, c.federation.host_names)),
+        "each must be a host name or an address",
+    ),
+    rules.Rule(
+        ("federation.operator_names",), lambda c: "gateway" in c.federation.operator_names, "none is called gateway"
+    ),
 )
 FORM: Final = reading.Format(
     FederationConfig, rules=RULES, patterns=PATTERNS, other=config.RunConfig, other_name="the run file"
@@ -147,8 +128,8 @@ def parse(text: str, *, name: str) -> FederationConfig:
     """Check the text of a federation file; `name` is what messages call it. See `load`.
 
     Example:
-        >>> text = 'version = 1\\n[federation]\\nid = "onco-eu"\\nhost_names = "gateway.onco.example, 10.0.0.5"'
-        >>> parse(text, name="federation.toml").federation.hosts
+        >>> text = 'version = 1\\n[federation]\\nid = "onco-eu"\\nhost_names = ["gateway.onco.example", "10.0.0.5"]'
+        >>> parse(text, name="federation.toml").federation.host_names
         ('gateway.onco.example', '10.0.0.5')
     """
     return reading.parse(text, FORM, name=name, overrides=_NO_OVERRIDES)

@@ -115,7 +115,7 @@ def _make_authorities(
     keyfile.folder(folder)
     storage.write_atomic(folder / "root.pem", root.pem)
     names = {
-        ca.SERVERS: tuple(dict.fromkeys((*config.federation.hosts, LOOPBACK))),
+        ca.SERVERS: tuple(dict.fromkeys((*config.federation.host_names, LOOPBACK))),
         **{role: (f"{role}.{name}.{certs.SUFFIX}",) for role in (certs.SITES, certs.OPERATORS)},
     }
     span = Span.of_days(now, validity.intermediate_days)
@@ -131,10 +131,11 @@ def _peers(config: FederationConfig) -> list[tuple[str, str, tuple[str, ...]]]:
     """The coordinator's own: name, role, and names in the certificate."""
     federation = config.federation
     hosts = {
-        name: certs.host_of(name, role=certs.OPERATORS, federation_id=federation.id) for name in federation.operators
+        name: certs.host_of(name, role=certs.OPERATORS, federation_id=federation.id)
+        for name in federation.operator_names
     }
     return [
-        (GATEWAY, ca.SERVERS, federation.hosts),
+        (GATEWAY, ca.SERVERS, federation.host_names),
         (SUPERLINK, ca.SERVERS, (LOOPBACK,)),
         *((name, certs.OPERATORS, (host,)) for name, host in hosts.items()),
     ]

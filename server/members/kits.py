@@ -40,7 +40,7 @@ def render(held: Registry, *, name: str) -> dict[str, bytes]:
     environment = jinja2.Environment(  # noqa: S701  the files are no HTML, and all values are checked names
         loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
-    host, port = held.config.federation.hosts[0], held.config.federation.fleet_port
+    host, port = held.config.federation.host_names[0], held.config.federation.fleet_port
     values = {
         "name": name,
         "federation_id": held.pinned.federation_id,

@@ -64,7 +64,7 @@ def noise_of(layers: Iterable[Layer]) -> Noise:
 
 def as_event(settings: ModelConfig, noise: Mapping[str, Noise]) -> dict[str, Any]:
     """What the event `base_noise` holds: each precision, its sites as far as the run names them, and its errors."""
-    named = settings.quantization_of_sites.items()
+    named = settings.site_quantization.items()
     sites = {name: sorted(site for site, own in named if own == name) or [OTHERS] for name in noise}
     return {"precisions": {name: {"sites": sites[name], **asdict(found)} for name, found in noise.items()}}
 

@@ -14,7 +14,7 @@ from common.model import loading
 from common.model.base import Engine
 from common.run.manifest import RunManifest
 from common.trust import identity
-from server.export import folder, perplexity
+from server.export import folder, perplexity, seal
 from server.export.folder import NEED_BASE, Exported
 
 FOLDER: Final = "export"
@@ -36,7 +36,7 @@ def check(manifest: RunManifest, engine: Engine) -> None:
     if not asked.formats:
         return
     source = Exported(engine.initial, manifest, 0, {}, [])
-    formats = folder.parse_formats(asked.formats)
+    formats = [name for name in seal.FORMATS if name in asked.formats]
     order = rehearsal.Order(formats, _path(asked.llama_cpp), _gguf_type(source))
     folder.check(source, formats=formats, base=engine.folder, llama_cpp=order.llama_cpp, gguf_type=order.gguf_type)
     if asked.operator_key:
@@ -69,7 +69,7 @@ def write(run_folder: Path, source: Exported, *, base: Path, log: EventLog) -> N
     asked = source.run_manifest.run.export
     if not asked.formats:
         return
-    formats = folder.parse_formats(asked.formats)
+    formats = [name for name in seal.FORMATS if name in asked.formats]
     place = run_folder / FOLDER
     shutil.rmtree(place, ignore_errors=True)
     with torch.random.fork_rng():

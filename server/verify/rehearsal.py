@@ -74,7 +74,7 @@ def rehearse(run: config.RunConfig, base: Path, *, base_sha256: str, order: Orde
 
 def _export(run: config.RunConfig, base: Path, folder: Path, order: Order) -> None:
     """The small model, an adapter with values, its export, and all that verifying finds."""
-    small = make_small(base, folder / base.name, targets=run.adapter.target_names)
+    small = make_small(base, folder / base.name, targets=run.adapter.targets)
     plain = config.ModelConfig(
         base=str(small), quantization="none", dtype="float32", chat_template=run.model.chat_template
     )

@@ -14,10 +14,11 @@ def quantization(plan: Event) -> str:
     """The precision of a run's base, the sites that have another, and how much of the coordinator's body has it.
 
     Example:
-        >>> quantization({"quantization": "nf4", "quantised_share": 1.0, "site_quantization": "south = int8"})
+        >>> quantization({"quantization": "nf4", "quantised_share": 1.0, "site_quantization": {"south": "int8"}})
         'nf4 (south = int8), 100 % of its body'
     """
-    others, share = plan.get("site_quantization", ""), plan.get("quantised_share", 0.0)
+    others = ", ".join(f"{site} = {name}" for site, name in plan.get("site_quantization", {}).items())
+    share = plan.get("quantised_share", 0.0)
     stored = f"{plan['quantization']} ({others})" if others else str(plan["quantization"])
     return f"{stored}, {percent(share)} of its body" if share else stored
 

@@ -41,9 +41,9 @@ _DATABASE: Final = "superlink.db"
 _FEDERATION_FILE: Final = """version = 1
 [federation]
 id = "{federation}"
-host_names = "{host}"
+host_names = ["{host}"]
 fleet_port = {port}
-operator_names = "{operator}"
+operator_names = ["{operator}"]
 """
 _GATEWAY_FILE: Final = """[superlink]
 address = "{superlink}"

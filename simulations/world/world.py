@@ -220,8 +220,8 @@ def require_named(settings: config.RunConfig, sites: Mapping[str, SiteData]) -> 
         ConfigError: `adapter.site_ranks` or `model.site_quantization` names a site that there is not.
     """
     named: dict[str, Mapping[str, object]] = {
-        "adapter.site_ranks": settings.adapter.rank_of_sites,
-        "model.site_quantization": settings.model.quantization_of_sites,
+        "adapter.site_ranks": settings.adapter.site_ranks,
+        "model.site_quantization": settings.model.site_quantization,
     }
     for key, table in named.items():
         if unknown := sorted(table.keys() - sites.keys()):

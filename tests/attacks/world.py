@@ -46,7 +46,7 @@ listen = "127.0.0.1:{control}"
 certificate_file = "{keys}/gateway.pem"
 key_file = "{keys}/gateway.key"
 ca_file = "{keys}/operators-ca.pem"
-bundles = "{bundles}"
+bundles = {bundles}
 [members]
 roster_file = "{keys}/roster.json"
 governance_file = "{keys}/governance.json"
@@ -203,7 +203,7 @@ def running(keys: Path, logs: Path, **limits: int) -> Iterator[World]:
             **{name: port for name, port in world.ports.items() if name != "superlink"},
             superlink=world.address("superlink"),
             keys=keys,
-            bundles=bundles,
+            bundles=[bundles],
             **{**LIMITS, **limits},
         )
     )

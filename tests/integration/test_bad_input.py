@@ -89,7 +89,7 @@ def test_a_good_run_ends_well(run_file: Files, capsys: pytest.CaptureFixture[str
         (("r = 4", "lora_r = 4"), 2, ["run.toml:7", "adapter.r"]),
         (("local_steps", "local-steps"), 2, ["run.toml:12", "training.local_steps"]),
         (('mode = "none"', 'mode = "site-dp"'), 2, ["privacy.mode", 'write "site"']),
-        (("r = 4", 'r = 4\ntargets = "q_prj"'), 4, ["adapter.targets", "q_prj", "q_proj"]),
+        (("r = 4", 'r = 4\ntargets = ["q_prj"]'), 4, ["adapter.targets", "q_prj", "q_proj"]),
         (('quantization = "none"', f'quantization = "none"\nsha256 = "{"0" * 64}"'), 4, ["hash", "0" * 64]),
         (("max_length_tokens = 128", "max_length_tokens = 9"), 3, ["data.max_length_tokens", "9"]),
     ],

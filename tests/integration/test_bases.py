@@ -1,6 +1,7 @@
 """Every architecture of docs/bases.md goes from load to serve: what its row says is possible works, the rest is refused
 before round 1."""
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,11 +36,11 @@ class Base(NamedTuple):
 
     title: str
     precisions: tuple[str, ...] = PRECISIONS
-    targets: str = "all-linear"
+    targets: tuple[str, ...] = ("all-linear",)
     formats: tuple[str, ...] = PLAIN
 
 
-ATTENTION = "q_proj, k_proj, v_proj, o_proj"
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 BASES = {
     "llama": Base("Llama", formats=WRITTEN),
     "mistral": Base("Mistral"),
@@ -68,7 +69,9 @@ def table() -> str:
     rows = [head, ["---"] * len(head)]
     for one in BASES.values():
         trains = [mark(precision in one.precisions) for precision in PRECISIONS]
-        rows.append([one.title, *trains, f"`{one.targets}`", *(mark(name in one.formats) for name in WRITTEN)])
+        rows.append(
+            [one.title, *trains, f"`{', '.join(one.targets)}`", *(mark(name in one.formats) for name in WRITTEN)]
+        )
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -78,7 +81,9 @@ def test_the_page_of_bases_is_the_table_that_is_tried():
 
 
 def settings_of(name, base, **changes):
-    return tiny.settings(base, {"adapter.targets": BASES[name].targets, "federation.num_rounds": "1", **changes})
+    return tiny.settings(
+        base, {"adapter.targets": json.dumps(BASES[name].targets), "federation.num_rounds": "1", **changes}
+    )
 
 
 @pytest.mark.slow
@@ -86,7 +91,7 @@ def settings_of(name, base, **changes):
 def test_a_base_goes_from_load_to_serve(name, tmp_path):
     base, wanted = architectures.make(name, tmp_path / "base"), BASES[name]
     formats = [one for one in wanted.formats if one != "onnx"]  # below: it takes a minute
-    settings = settings_of(name, base, **{"export.formats": ", ".join(formats)})
+    settings = settings_of(name, base, **{"export.formats": json.dumps(formats)})
     engine = loading.engine_of(settings, base, device_name="cpu", num_threads=1, trains=True)
     folder = tmp_path / "run"
     log = run_files.prepare(settings, folder, resume=False)
@@ -137,10 +142,10 @@ def test_what_a_base_cannot_have_is_refused_before_the_first_round(name, tmp_pat
             loading.engine_of(settings, base, device_name="cpu", num_threads=1)
     engine, _ = exports.drawn(settings_of(name, base), base)
     for one in (one for one in WRITTEN if one not in (*wanted.formats, "onnx")):
-        asked = settings_of(name, base, **{"export.formats": f"peft, {one}"})
+        asked = settings_of(name, base, **{"export.formats": f'["peft", "{one}"]'})
         manifest = run.manifest_of(asked, engine)
         with pytest.raises((ConfigError, ModelError), match=r"give --llama-cpp DIR|of the weights of this base's"):
             export.check(manifest, engine)
-    if wanted.targets != "all-linear":
+    if wanted.targets == ATTENTION:
         with pytest.raises(ModelError, match="tensors that are no linear layers"):
-            exports.drawn(tiny.settings(base, {"adapter.targets": "all-linear"}), base)
+            exports.drawn(tiny.settings(base, {"adapter.targets": '["all-linear"]'}), base)

@@ -79,7 +79,7 @@ def test_no_architecture_couples_units_and_with_the_guard_off_dropout_does(name,
     is_mixture = name in ("mixtral", "qwen3_moe")  # whose experts take no dropout of an adapter
     jitter = {"router_jitter_noise": 0.1} if name == "mixtral" else {}
     base = architectures.make(name, tmp_path, num_hidden_layers=1, **jitter)
-    targets = {"adapter.targets": '"q_proj,v_proj"'} if is_mixture else {}
+    targets = {"adapter.targets": '["q_proj", "v_proj"]'} if is_mixture else {}
     settings = tiny.settings(base, {"adapter.dropout": "0.1", **targets})
     engine = loading.engine_of(settings, base, device_name="cpu", num_threads=1, trains=True)
     coupling.check(engine)

@@ -18,8 +18,8 @@ NOW = datetime.datetime.now(datetime.UTC)
 TEXT = """version = 1
 [federation]
 id = "onco-eu"
-host_names = "gateway.onco.example, localhost, 127.0.0.1"
-operator_names = "operator, night"
+host_names = ["gateway.onco.example", "localhost", "127.0.0.1"]
+operator_names = ["operator", "night"]
 """
 
 

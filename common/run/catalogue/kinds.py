@@ -14,7 +14,7 @@ DEFAULTS: Final[Mapping[str, object]] = {
     "r": 16,
     "alpha": 32.0,
     "dropout": 0.0,
-    "targets": "all-linear",
+    "targets": ("all-linear",),
     "use_rslora": False,
     "target_r": 0,
     "num_virtual_tokens": 16,

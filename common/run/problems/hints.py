@@ -28,6 +28,7 @@ _KINDS = {
     "less_than_equal": "must be at most {le}",
     "less_than": "must be less than {lt}",
     "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
     "string_too_long": "must be at most {max_length} characters long",
     "value_error": "{error}",
 }

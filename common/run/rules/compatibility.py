@@ -12,7 +12,6 @@ from typing import Final
 
 from common.run.catalogue.methods import FACTS, Facts
 from common.run.schema import precisions
-from common.run.schema.section import names_a_site_twice
 from common.run.schema.tables import Contradiction, RunTables
 
 
@@ -183,7 +182,7 @@ FEATURES: Final = (
         _mixed,
         _mixed_remark,
         keys=("adapter.site_ranks",),
-        is_asked=lambda run: run.adapter.site_ranks != "",
+        is_asked=lambda run: bool(run.adapter.site_ranks),
     ),
     Feature(
         SERVER_OPTIMIZER,
@@ -229,17 +228,17 @@ def contradictions() -> Iterator[Contradiction]:
     yield (
         ("adapter.site_ranks", "adapter.r"),
         _has_odd_site_ranks,
-        "name each site once, and only those whose rank is below adapter.r, which all others have",
+        "name only sites whose rank is below adapter.r, which all others have",
     )
     compared = "compares value by value, and a smaller site has none for some; remove one of the two"
     yield (
         ("adapter.site_ranks", "aggregation.robust"),
-        lambda run: run.adapter.site_ranks != "" and run.aggregation.robust != "none",
+        lambda run: bool(run.adapter.site_ranks) and run.aggregation.robust != "none",
         f"robust aggregation {compared}",
     )
     yield (
         ("adapter.site_ranks", "aggregation.screening"),
-        lambda run: run.adapter.site_ranks != "" and run.aggregation.screening != "off",
+        lambda run: bool(run.adapter.site_ranks) and run.aggregation.screening != "off",
         f"screening {compared}",
     )
 
@@ -249,7 +248,7 @@ def contradictions() -> Iterator[Contradiction]:
     yield (
         ("model.site_quantization", "model.quantization"),
         _has_idle_precisions,
-        "name each site once, and only those whose precision differs from model.quantization, which all others have",
+        "name only sites whose precision differs from model.quantization, which all others have",
     )
 
 
@@ -265,13 +264,11 @@ def _asks_for_both(run: RunTables, one: Feature, other: Feature) -> bool:
 
 
 def _has_odd_site_ranks(run: RunTables) -> bool:
-    own = run.adapter.rank_of_sites.values()
-    return names_a_site_twice(run.adapter.site_ranks) or any(rank >= run.adapter.r for rank in own)
+    return any(rank >= run.adapter.r for rank in run.adapter.site_ranks.values())
 
 
 def _has_idle_precisions(run: RunTables) -> bool:
-    own = run.model.quantization_of_sites.values()
-    return names_a_site_twice(run.model.site_quantization) or run.model.quantization in own
+    return run.model.quantization in run.model.site_quantization.values()
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ CONTRADICTIONS: Final[tuple[Contradiction, ...]] = (
     ),
     (
         ("evaluation.num_polish_stages", "adapter.site_ranks"),
-        lambda c: _asks(c) and c.adapter.site_ranks != "",
+        lambda c: _asks(c) and bool(c.adapter.site_ranks),
         "a site of a lower rank would score a part of the polished adapter only; remove one of the two",
     ),
     (

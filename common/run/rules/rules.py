@@ -57,7 +57,8 @@ def describe(config: BaseModel, rule: Rule) -> str:
 
 def _shown(value: Any) -> str:
     """A value as it stands in the file; of an array of tables their number."""
-    return f"{len(value)} tables" if isinstance(value, tuple) else hints.show_value(value)
+    is_tables = isinstance(value, tuple) and any(isinstance(item, BaseModel) for item in value)
+    return f"{len(value)} tables" if is_tables else hints.show_value(value)
 
 
 def value_of(config: BaseModel, key: str) -> Any:
@@ -224,7 +225,7 @@ _OF_EXPORTS: tuple[Contradiction, ...] = (
     ),
     (
         ("export.gguf_type", "export.formats"),
-        lambda c: bool(c.export.gguf_type) and "gguf" not in c.export.names,
+        lambda c: bool(c.export.gguf_type) and "gguf" not in c.export.formats,
         "is for the format gguf; add it to export.formats, or remove this",
     ),
     (
@@ -234,12 +235,12 @@ _OF_EXPORTS: tuple[Contradiction, ...] = (
     ),
     (
         ("export.llama_cpp", "export.formats"),
-        lambda c: bool(c.export.llama_cpp) and "gguf" not in c.export.names,
+        lambda c: bool(c.export.llama_cpp) and "gguf" not in c.export.formats,
         "writes the format gguf; add it to export.formats, or remove this",
     ),
     (
         ("export.rows", "export.formats"),
-        lambda c: bool(c.export.rows) and not set(c.export.names) - _ADAPTERS,
+        lambda c: bool(c.export.rows) and not set(c.export.formats) - _ADAPTERS,
         "is for merged weights; add merged, nf4, int8, gguf or onnx to export.formats, or remove this",
     ),
     (
@@ -423,12 +424,12 @@ RUN_RULES = (
     ),
     Rule(
         ("evaluation.metrics", "evaluation.server_data"),
-        lambda c: c.evaluation.metrics != "" and not c.evaluation.server_data,
+        lambda c: bool(c.evaluation.metrics) and not c.evaluation.server_data,
         "metrics are of the coordinator's own rows; name their file, or remove metrics",
     ),
     Rule(
         ("evaluation.json_schema", "evaluation.metrics"),
-        lambda c: ("json" in c.evaluation.metric_names) != (c.evaluation.json_schema != ""),
+        lambda c: ("json" in c.evaluation.metrics) != (c.evaluation.json_schema != ""),
         "the metric json and the schema that it asks for belong together; set both, or none",
     ),
     Rule(

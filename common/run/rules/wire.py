@@ -103,7 +103,9 @@ def with_down(table: dict[str, Any]) -> dict[str, Any]:
     has_steps = (facts is None or not compatibility.STEPS.why_not(facts)) and (
         own is None or not kinds.STEPS.why_not(own)
     )
-    if has_steps and not _named(table, "adapter", "site_ranks", ""):
+    adapter = table.get("adapter", {})
+    ranks = adapter.get("site_ranks") if isinstance(adapter, dict) else getattr(adapter, "site_ranks", None)
+    if has_steps and not ranks:
         return table
     return {**table, "wire": {**wire, "down": WHOLE}}
 

@@ -4,8 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from common.run.schema.section import EXPORT_FORMATS, Line, Section
-from common.run.schema.tasks import split_names
+from common.run.schema.section import Array, Line, Section
 
 
 class ExportConfig(Section):
@@ -14,12 +13,8 @@ class ExportConfig(Section):
     are told nothing of it.
     """
 
-    formats: str = Field(
-        default="",
-        pattern=EXPORT_FORMATS,
-        max_length=4096,
-        description="What it holds: `peft`, `vllm`, `merged`, `nf4`, `int8`, `gguf`, `onnx`; see docs/export.md. "
-        "Empty: no such folder.",
+    formats: Array[Literal["peft", "vllm", "merged", "nf4", "int8", "gguf", "onnx"]] = Field(
+        default=(), description="What it holds; see docs/export.md. Empty: no such folder."
     )
     gguf_type: Literal["", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"] = Field(
         default="", description="Type of the matrices of `gguf`; all but `bf16` need `llama_cpp`. Empty: `bf16`."
@@ -39,8 +34,3 @@ class ExportConfig(Section):
         default="", description="Under what terms they may be learnt from, for every model card. Empty: likewise."
     )
     operator_key: Line = Field(default="", description="Private key that signs the folder. Empty: it is not signed.")
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The formats, in the order in which they are written down."""
-        return split_names(self.formats)

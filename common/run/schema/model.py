@@ -1,21 +1,13 @@
 """Sections `[model]` and `[adapter]` of the run file."""
 
-from typing import Final, Literal, cast
+from typing import Annotated, Final, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from common.run.catalogue.kinds import KindName, Quantization
-from common.run.schema.section import (
-    SITE_QUANTIZATION,
-    SITE_RANKS,
-    TARGETS,
-    Line,
-    RequiredLine,
-    Section,
-    Sha256,
-    of_sites,
-)
+from common.run.schema.section import TARGET, Array, Line, OfSites, RequiredLine, Section, Sha256
 
+ALL_LINEAR: Final = ("all-linear",)
 BY_HASH: Final = "by-hash"  # a base in a manifest, where its hash is all that names it
 
 
@@ -30,12 +22,11 @@ class ModelConfig(Section):
     quantization: Quantization = Field(
         default="nf4", description="Storage of the frozen base's weights: as they are, 8-bit or 4-bit NormalFloat."
     )
-    site_quantization: str = Field(
-        default="",
-        pattern=SITE_QUANTIZATION,
-        max_length=65536,
-        description="Sites that hold the base in another precision: `north = none, south = int8`. The others, and the "
-        "coordinator, have `quantization`.",
+    site_quantization: OfSites[Quantization] = Field(
+        default={},
+        validate_default=True,
+        description='Sites that hold the base in another precision: `{ north = "none", south = "int8" }`. The others, '
+        "and the coordinator, have `quantization`.",
     )
     double_quantization: bool = Field(default=True, description="Quantise the quantiser's scales too; `nf4` only.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -45,15 +36,14 @@ class ModelConfig(Section):
         default="tokenizer", description="How a row becomes a prompt. `tokenizer`: the template that the base brings."
     )
 
-    @property
-    def quantization_of_sites(self) -> dict[str, Quantization]:
-        """The precisions in `site_quantization`, by site; of a name that stands there twice, the last.
 
-        Example:
-            >>> ModelConfig(base="b", site_quantization="north = none, south=int8").quantization_of_sites
-            {'north': 'none', 'south': 'int8'}
-        """
-        return cast(dict[str, Quantization], of_sites(self.site_quantization))
+Rank = Annotated[int, Field(ge=1, le=512)]
+
+
+def _all_or_some(targets: tuple[str, ...]) -> tuple[str, ...]:
+    if len(targets) > 1 and ALL_LINEAR[0] in targets:
+        raise ValueError('"all-linear" names all layers; remove it, or the others')
+    return targets
 
 
 class AdapterConfig(Section):
@@ -65,19 +55,18 @@ class AdapterConfig(Section):
         default=32.0, gt=0, le=65536, description="Scale: the factors' product is multiplied by `alpha / r`."
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of the adapter's inputs zeroed in training.")
-    targets: str = Field(
-        default="all-linear",
-        pattern=TARGETS,
-        max_length=65536,
-        description="Layers that get an adapter: `all-linear` (all but the output head) or module names with commas. "
+    targets: Annotated[
+        Array[Annotated[str, Field(pattern=TARGET, max_length=1024)]], Field(min_length=1), AfterValidator(_all_or_some)
+    ] = Field(
+        default=ALL_LINEAR,
+        description="Layers that get an adapter: names of modules, or `all-linear` (all but the output head). "
         "`silotune-server layers` chooses them by the signal in their weights.",
     )
     use_rslora: bool = Field(default=False, description="Multiply by `alpha / sqrt(r)` instead of `alpha / r`.")
-    site_ranks: str = Field(
-        default="",
-        pattern=SITE_RANKS,
-        max_length=65536,
-        description="Sites that hold fewer than `r` ranks: `north = 4, south = 8`. The others hold `r`.",
+    site_ranks: OfSites[Rank] = Field(
+        default={},
+        validate_default=True,
+        description="Sites that hold fewer than `r` ranks: `{ north = 4, south = 8 }`. The others hold `r`.",
     )
     target_r: int = Field(
         default=0, ge=0, le=512, description="Mean rank that `adalora` has left after the last round. 0: half of `r`."
@@ -92,16 +81,6 @@ class AdapterConfig(Section):
         return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
 
     @property
-    def rank_of_sites(self) -> dict[str, int]:
-        """The ranks in `site_ranks`, by site; of a name that stands there twice, the last.
-
-        Example:
-            >>> AdapterConfig(site_ranks="north = 4, south=8").rank_of_sites
-            {'north': 4, 'south': 8}
-        """
-        return {site: int(rank) for site, rank in of_sites(self.site_ranks).items()}
-
-    @property
     def final_r(self) -> int:
         """What `target_r` means."""
         return self.target_r or max(1, self.r // 2)
@@ -110,8 +89,3 @@ class AdapterConfig(Section):
     def num_prepended(self) -> int:
         """Virtual tokens that stand before each row's own, so that its logits come later."""
         return self.num_virtual_tokens if self.kind in ("prompt_tuning", "p_tuning") else 0
-
-    @property
-    def target_names(self) -> tuple[str, ...]:
-        """The module names in `targets`, in the order written; `("all-linear",)` for the default."""
-        return tuple(name.strip() for name in self.targets.split(","))

@@ -5,6 +5,7 @@ The adapter's shapes and its start are the same at every precision, so that noth
 
 from common.run.catalogue.kinds import Quantization
 from common.run.schema.model import ModelConfig
+from common.run.schema.section import FrozenDict
 
 
 def of_site(settings: ModelConfig, site: str) -> Quantization:
@@ -14,7 +15,7 @@ def of_site(settings: ModelConfig, site: str) -> Quantization:
         settings: Section `[model]` of the run.
         site: Its name; one that `model.site_quantization` does not name has `model.quantization`.
     """
-    return settings.quantization_of_sites.get(site, settings.quantization)
+    return settings.site_quantization.get(site, settings.quantization)
 
 
 def at_site(settings: ModelConfig, site: str) -> ModelConfig:
@@ -24,14 +25,14 @@ def at_site(settings: ModelConfig, site: str) -> ModelConfig:
 
 def at(settings: ModelConfig, quantization: Quantization) -> ModelConfig:
     """Section `[model]` with one precision for all."""
-    return settings.model_copy(update={"quantization": quantization, "site_quantization": ""})
+    return settings.model_copy(update={"quantization": quantization, "site_quantization": FrozenDict()})
 
 
 def used(settings: ModelConfig) -> list[Quantization]:
     """Every precision of a run, the run's own first.
 
     Example:
-        >>> used(ModelConfig(base="b", quantization="nf4", site_quantization="south = none, west = int8"))
+        >>> used(ModelConfig(base="b", quantization="nf4", site_quantization={"south": "none", "west": "int8"}))
         ['nf4', 'none', 'int8']
     """
-    return list(dict.fromkeys((settings.quantization, *settings.quantization_of_sites.values())))
+    return list(dict.fromkeys((settings.quantization, *settings.site_quantization.values())))

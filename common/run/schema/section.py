@@ -1,43 +1,30 @@
 """What the tables of all our files are made of: kinds of values, and a section that is frozen, strict and closed."""
 
+import json
 from collections.abc import Mapping
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 SLUG = r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$"
 SHA256 = r"^([0-9a-f]{64})?$"
 PROXY = r"^(http://[A-Za-z0-9.:\[\]_-]+:[0-9]{1,5}/?)?$"
 LINE = r"^[^\x00-\x1f\x7f]*$"
-TARGETS = r"^[A-Za-z0-9_.]+( *, *[A-Za-z0-9_.]+)*$|^all-linear$"
-
-
-def _listed(item: str) -> str:
-    """Pattern of items with commas between them, or of nothing."""
-    return rf"^({item}( *, *{item})*)?$"
-
-
-_OF_SITE = "[a-z0-9-]{1,64} *= *"
-SITE_RANKS = _listed(_OF_SITE + "[1-9][0-9]{0,3}")
-SITE_QUANTIZATION = _listed(_OF_SITE + "(none|int8|nf4)")
-METRICS = _listed("(exact_match|f1|rouge1|rouge2|rougeL|number|json|label_accuracy|macro_f1)")
-EXPORT_FORMATS = _listed("(peft|vllm|merged|nf4|int8|gguf|onnx)")
-GATE_RULES = _listed("(probes|baseline|sites|loss|schema|exposure|extraction|pii|audit)")
-REGIONS = _listed("[A-Z]{2}")
+TARGET = r"^[A-Za-z0-9_.]+$|^all-linear$"
+REGION = r"^[A-Z]{2}$"
+GATE_RULES = (
+    r"^((probes|baseline|sites|loss|schema|exposure|extraction|pii|audit)"
+    r"( *, *(probes|baseline|sites|loss|schema|exposure|extraction|pii|audit))*)?$"
+)
 PATTERNS = {
     SLUG: "1 to 64 of a-z, 0-9 and -, with no - at either end",
     SHA256: "64 digits of 0-9 and a-f, or empty",
     PROXY: "http://host:port, without name and password and without TLS to the proxy itself, or empty",
     LINE: "one line without control characters",
-    TARGETS: '"all-linear", or module names with commas between them',
-    SITE_RANKS: 'names of sites with their ranks, such as "north = 4, south = 8", or empty',
-    SITE_QUANTIZATION: 'names of sites with none, int8 or nf4, such as "north = none, south = int8", or empty',
-    METRICS: "of exact_match, f1, rouge1, rouge2, rougeL, number, json, label_accuracy and macro_f1, with commas "
-    "between them, or empty",
+    TARGET: '"all-linear" or the name of a module',
+    REGION: 'a country as two capitals, such as "DE"',
     GATE_RULES: "of probes, baseline, sites, loss, schema, exposure, extraction, pii and audit, with commas between "
     "them, or empty",
-    EXPORT_FORMATS: "of peft, vllm, merged, nf4, int8, gguf and onnx, with commas between them, or empty",
-    REGIONS: 'countries of two capitals with commas between them, such as "DE, AT", or empty',
 }
 
 Slug = Annotated[str, Field(pattern=SLUG)]
@@ -70,23 +57,45 @@ def _frozen(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def of_sites(text: str) -> dict[str, str]:
-    """Each site's value in a setting of form `SITE_RANKS` or `SITE_QUANTIZATION`; of a name written twice, the last.
+def _array(value: object, info: ValidationInfo) -> object:
+    """A TOML array as a tuple; who wrote one text with commas reads the array to write instead."""
+    if isinstance(value, str):
+        items = [item.strip() for item in value.split(",") if item.strip()]
+        raise ValueError(f"must be an array: {info.field_name} = {json.dumps(items, ensure_ascii=False)}")
+    if not isinstance(value, list | tuple):
+        raise ValueError(f'must be an array, as in {info.field_name} = ["..."]')
+    return tuple(value)
 
-    Example:
-        >>> of_sites("north = 4, south=8")
-        {'north': '4', 'south': '8'}
-    """
-    pairs = (part.partition("=") for part in text.split(",") if part)
-    return {site.strip(): value.strip() for site, _, value in pairs}
+
+def _each_once(items: tuple[object, ...]) -> tuple[object, ...]:
+    if repeated := [item for number, item in enumerate(items) if item in items[:number]]:
+        raise ValueError(f'names "{repeated[0]}" twice; write it once')
+    return items
 
 
-def names_a_site_twice(text: str) -> bool:
-    """Whether such a setting gives a site two values."""
-    return len(of_sites(text)) < text.count("=")
+class FrozenDict(dict[str, Any]):
+    """A table that can be hashed, as all in a section must be; typed as a Mapping, so that nothing changes it."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
+def _site_table(value: object, info: ValidationInfo) -> object:
+    """A table of sites; who wrote one text with commas and equal signs reads the lines to write instead."""
+    if isinstance(value, dict):
+        return value
+    pairs = [part.partition("=")[::2] for part in value.strip("{ }").split(",")] if isinstance(value, str) else []
+    shown = {site.strip(): text.strip('" ') for site, text in pairs} or {"SITE": "VALUE"}
+    lines = [
+        f"{info.field_name}.{site} = {text if text.isdecimal() else json.dumps(text)}" for site, text in shown.items()
+    ]
+    raise ValueError(f"must be a table, with one line for each site: {', '.join(lines)}")
 
 
 T = TypeVar("T", bound=BaseModel)
+Item = TypeVar("Item")
+Array = Annotated[tuple[Item, ...], BeforeValidator(_array), AfterValidator(_each_once)]  # of texts, each once
+OfSites = Annotated[Mapping[Slug, Item], BeforeValidator(_site_table), AfterValidator(FrozenDict)]
 Tables = Annotated[tuple[T, ...], BeforeValidator(_frozen)]  # an array of tables: [[section.name]] in the file
 
 

@@ -1,12 +1,12 @@
 """Section `[evaluation]` of the run file, and its array `[[evaluation.tasks]]`: the coordinator's own rows."""
 
-from typing import Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from common import hosts
-from common.run.schema.section import METRICS, REGIONS, Count, Line, PositiveCount, RequiredLine, Section, Slug, Tables
+from common.run.schema.section import REGION, Array, Count, Line, PositiveCount, RequiredLine, Section, Slug, Tables
 
 _GENERATES: Final = ("max_new_tokens",)
 _BASELINE: Final = ("baseline_prompt", "baseline_examples", "baseline_data")
@@ -27,6 +27,7 @@ USES: Final[dict[str, tuple[str, ...]]] = {  # one line a kind: the settings tha
     "judge": (*_JUDGE, *_GENERATES, *_BASELINE),
 }
 _NEEDS: Final[dict[str, str]] = {"answers": "metrics", "json": "json_schema", "harness": "harness_tasks"}
+Metric = Literal["exact_match", "f1", "rouge1", "rouge2", "rougeL", "number", "json", "label_accuracy", "macro_f1"]
 LABEL_METRICS: Final = frozenset({"label_accuracy", "macro_f1"})
 OWN_TASK: Final = "server-data"
 
@@ -48,16 +49,11 @@ class TaskConfig(Section):
         description="Path of the rows, a file or folder as for sites; with `harness` the folder of the tasks' files."
     )
     max_rows: Count = Field(default=0, description="Use the first so many rows. 0: all.")
-    metrics: str = Field(
-        default="",
-        pattern=METRICS,
-        max_length=4096,
-        description="With `answers`: as `evaluation.metrics`; must be set.",
-    )
-    labels: Line = Field(
-        default="",
-        description="With `answers`: the closed set of labels, with commas between them, for `label_accuracy` and "
-        "`macro_f1`. Empty: the references of all rows.",
+    metrics: Array[Metric] = Field(default=(), description="With `answers`: as `evaluation.metrics`; must be set.")
+    labels: Array[RequiredLine] = Field(
+        default=(),
+        description="With `answers`: the closed set of labels, for `label_accuracy` and `macro_f1`. Empty: the "
+        "references of all rows.",
     )
     json_schema: Line = Field(
         default="", description="With `json`, and for the metric `json` of `answers`: path of the JSON schema."
@@ -66,9 +62,7 @@ class TaskConfig(Section):
         default=0, description="Longest generated answer, in tokens. 0: `evaluation.max_new_tokens`."
     )
     text_column: RequiredLine = Field(default="text", description="With `perplexity`: the column of the text.")
-    harness_tasks: Line = Field(
-        default="", description="With `harness`: names of tasks in the folder, with commas between them."
-    )
+    harness_tasks: Array[RequiredLine] = Field(default=(), description="With `harness`: names of tasks in the folder.")
     baseline_prompt: str = Field(
         default="",
         max_length=65536,
@@ -97,11 +91,9 @@ class TaskConfig(Section):
     names_file: Line = Field(
         default="", description="With `pii`: path of a text file of names, one a line, to look for. Empty: none."
     )
-    phone_regions: str = Field(
-        default="",
-        pattern=REGIONS,
-        max_length=1024,
-        description="With `pii`: countries (ISO 3166-1, such as `DE, AT`) whose telephone numbers are also found where "
+    phone_regions: Array[Annotated[str, Field(pattern=REGION)]] = Field(
+        default=(),
+        description="With `pii`: countries (ISO 3166-1, such as `DE`) whose telephone numbers are also found where "
         "they are written without a country code, as people there write them. Empty: by general patterns alone.",
     )
     judge_base: Line = Field(
@@ -140,11 +132,6 @@ class TaskConfig(Section):
     )
 
     @property
-    def metric_names(self) -> tuple[str, ...]:
-        """The names in `metrics`, each once, in the order written."""
-        return split_names(self.metrics)
-
-    @property
     def has_baseline(self) -> bool:
         """Whether the base is also scored with a prompt."""
         return bool(self.baseline_prompt or self.baseline_examples)
@@ -155,11 +142,11 @@ class TaskConfig(Section):
         for key in type(self).model_fields:
             self._require_use(key)
         needed = _NEEDS.get(self.kind, "")
-        _require(not needed or getattr(self, needed) != "", f"kind {self.kind} needs {needed}")
-        labelled = LABEL_METRICS & set(self.metric_names)
+        _require(not needed or bool(getattr(self, needed)), f"kind {self.kind} needs {needed}")
+        labelled = LABEL_METRICS & set(self.metrics)
         _require(bool(labelled) or not self.labels, "labels are for label_accuracy and macro_f1; name one in metrics")
         if self.kind == "answers":
-            is_checked = "json" in self.metric_names
+            is_checked = "json" in self.metrics
             _require(is_checked == (self.json_schema != ""), "metric json and json_schema belong together")
         _require(
             (self.baseline_examples > 0) == (self.baseline_data != ""),
@@ -240,10 +227,8 @@ class EvaluationConfig(Section):
         default=0, description="Held-out rows per site that are answered by generation at the end. 0: none."
     )
     max_new_tokens: int = Field(default=32, ge=1, le=65536, description="Longest generated answer, in tokens.")
-    metrics: str = Field(
-        default="",
-        pattern=METRICS,
-        max_length=4096,
+    metrics: Array[Metric] = Field(
+        default=(),
         description="Figures of generated answers to `server_data`, before the first round and after the last: "
         "`exact_match`, `f1` (SQuAD's), `rouge1`, `rouge2`, `rougeL`, `number` (the last, as in GSM8K), `json` (meets "
         "`json_schema`), `label_accuracy`, `macro_f1` (over the references as labels). Empty: none.",
@@ -261,11 +246,6 @@ class EvaluationConfig(Section):
         description="The sites also score the adapter after each of the last so many stages of `[[polish]]` that "
         "change it; of the stages they are told this number only. 0: they are not asked after polish.",
     )
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        """The names in `metrics`, each once, in the order written."""
-        return split_names(self.metrics)
 
     @property
     def suite(self) -> tuple[TaskConfig, ...]:

@@ -20,15 +20,15 @@ def normal(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip(_EDGES).casefold()
 
 
-def label_set(written: str, references: Sequence[str]) -> tuple[str, ...]:
-    """The closed set: those written with commas between them, or else all references; in normal form, sorted.
+def label_set(written: Sequence[str], references: Sequence[str]) -> tuple[str, ...]:
+    """The closed set: those written, or else all references; in normal form, sorted.
 
     Raises:
         DataError: A reference is not in the set, or nothing is left of it or of a label in normal form, so that an
             empty answer would be right.
     """
     wanted = {normal(text) for text in references}
-    known = {normal(text) for text in written.split(",") if text.strip()} if written else wanted
+    known = {normal(text) for text in written} if written else wanted
     if empty := [number for number, text in enumerate(references, start=1) if not normal(text)]:
         raise DataError(
             f"the reference of row {empty[0]} (so of {len(empty)} rows) is empty or punctuation alone, as which an "

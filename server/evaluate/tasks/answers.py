@@ -31,7 +31,7 @@ def load(settings: TaskConfig, data: DataConfig, evaluation: EvaluationConfig) -
         DataError: The rows, the schema or a baseline's examples are missing or unusable.
     """
     rows = loading.rows_of(settings.data, data)[: settings.max_rows or None]
-    names = _METRICS.get(settings.kind, settings.metric_names)
+    names = _METRICS.get(settings.kind, settings.metrics)
     scorers = {name: _scorer(name, settings, rows) for name in names}
     examples = examples_of(settings, data)
     generate = asker(settings, data, evaluation)

@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from common import extras
 from common.errors import ConfigError, DataError
 from common.model.base import Engine
-from common.run.schema.tasks import EvaluationConfig, TaskConfig, split_names
+from common.run.schema.tasks import EvaluationConfig, TaskConfig
 from common.run.schema.training import DataConfig
 from server.evaluate.figures import patterns
 from server.evaluate.figures.bootstrap import Scores
@@ -59,7 +59,7 @@ def load(settings: TaskConfig, data: DataConfig, evaluation: EvaluationConfig) -
         raise ConfigError(f"kind harness needs lm-evaluation-harness; install it with: {command}") from error
     harness_yaml.render_in_sandbox()
     found = harness_yaml.tasks(folder)
-    plain = {name: _plain(found, name, folder) for name in split_names(settings.harness_tasks)}
+    plain = {name: _plain(found, name, folder) for name in settings.harness_tasks}
     # What the harness copies of the rows goes when they are in memory.
     with tempfile.TemporaryDirectory() as cache, _translated("harness task"):
         configs = [

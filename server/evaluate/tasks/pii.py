@@ -11,7 +11,7 @@ from common.data.overlap import Text
 from common.errors import ConfigError, DataError
 from common.model import loading
 from common.model.base import Engine
-from common.run.schema.tasks import EvaluationConfig, TaskConfig, split_names
+from common.run.schema.tasks import EvaluationConfig, TaskConfig
 from common.run.schema.training import DataConfig
 from server.evaluate.figures import pii
 from server.evaluate.figures.bootstrap import Scores, of_rows
@@ -27,7 +27,7 @@ def load(settings: TaskConfig, data: DataConfig, evaluation: EvaluationConfig) -
         DataError: Rows or names are missing or unusable.
     """
     names = read_names(settings.names_file) if settings.names_file else []
-    regions = split_names(settings.phone_regions)
+    regions = settings.phone_regions
     if unknown := set(regions) - SUPPORTED_REGIONS:
         raise ConfigError(f"task {settings.name}: phone_regions {', '.join(sorted(unknown))}: no country's; correct it")
     rows = loading.rows_of(settings.data, data)[: settings.max_rows or None]

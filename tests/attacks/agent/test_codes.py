@@ -71,7 +71,7 @@ def test_one_changed_code_changes_the_hash(load_tiny, engine):
     assert (changed != before, codes.sha256_of(base)) == (True, before)  # control: flipped back, it is the same
 
 
-MIXED = {"model__quantization": "nf4", "model__site_quantization": "north = int8"}
+MIXED = {"model__quantization": "nf4", "model__site_quantization__north": "int8"}
 
 
 def test_a_policy_judges_the_precision_of_its_own_site(make, load_tiny, engine):
@@ -82,7 +82,7 @@ def test_a_policy_judges_the_precision_of_its_own_site(make, load_tiny, engine):
     own.engine = load_tiny({"model.quantization": "int8"})
     assert own.open(run).kind == "opened"
     alike = make(sha256=allowed + '["int8"]')  # control: the same policy, and a run that leaves the site at nf4
-    elsewhere = alike.manifest(**{**MIXED, "model__site_quantization": "south = int8"})
+    elsewhere = alike.manifest(model__quantization="nf4", model__site_quantization__south="int8")
     assert alike.refused(alike.open(elsewhere)) == ("PolicyRefusedError", "models.allow.quantization")
 
 

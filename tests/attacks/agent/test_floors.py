@@ -45,7 +45,7 @@ REFUSED = {
     "adapter.alpha": ({"adapter.alpha": "0.5"}, "lora.alpha"),
     "adapter.use_rslora": ({"adapter.use_rslora": "true", "adapter.alpha": "20.0"}, "lora.scale"),
     "adapter.dropout": ({"adapter.dropout": "0.51"}, "lora.max_dropout"),
-    "adapter.site_ranks": ({"adapter.site_ranks": "south = 1", "aggregation.method": "fedsvd"}, "lora.r"),
+    "adapter.site_ranks": ({"adapter.site_ranks.south": "1", "aggregation.method": "fedsvd"}, "lora.r"),
     "training.objective": ({"training.objective": "dpo"}, "train.objectives"),
     "training.beta": ({**DPO, "training.beta": "1e-3"}, "train.beta"),
     "training.label_smoothing": ({**DPO, "training.label_smoothing": "0.31"}, "train.max_label_smoothing"),

@@ -98,10 +98,10 @@ def test_a_base_is_loaded_once_for_runs_that_want_the_same(node, manifest):
 
 def test_a_site_loads_the_precision_that_a_run_gives_it_and_keeps_it_whatever_others_have(node, manifest):
     loader = process.EngineLoader(node())
-    first = loader.load(manifest({"model.site_quantization": "north = int8, south = nf4"}))
+    first = loader.load(manifest({"model.site_quantization.north": "int8", "model.site_quantization.south": "nf4"}))
     assert first.quantization == "int8"
-    assert loader.load(manifest({"model.site_quantization": "north = int8"})) is first
-    assert loader.load(manifest({"model.site_quantization": "south = int8"})).quantization == "none"  # control
+    assert loader.load(manifest({"model.site_quantization.north": "int8"})) is first
+    assert loader.load(manifest({"model.site_quantization.south": "int8"})).quantization == "none"  # control
 
 
 def test_another_adapter_is_another_engine_and_the_old_one_goes(node, manifest):

@@ -320,7 +320,7 @@ def test_memory_for_a_run_that_was_offered(site, engine):
         gate.before_open(offer)
     assert "rank 3" in site.find("memory", run="tiny").found
     assert "(none)" in site.find("memory", run="tiny").found
-    mixed = tiny.settings("tiny", {"model.site_quantization": f"{site.node.site.name} = nf4"})
+    mixed = tiny.settings("tiny", {f"model.site_quantization.{site.node.site.name}": "nf4"})
     assert work.work_of(mixed, WIDE, site=site.node.site.name).quantization == "nf4"
     with pytest.raises(DataError):
         work.offered(site.node, "no-such-run")

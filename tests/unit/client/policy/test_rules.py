@@ -168,7 +168,7 @@ def test_a_run_that_trains_nothing_is_refused():
 
 
 def test_every_rank_of_a_run_must_be_allowed():
-    mixed = {"aggregation.method": "fedsvd", "adapter.site_ranks": "south = 2"}
+    mixed = {"aggregation.method": "fedsvd", "adapter.site_ranks.south": "2"}
     policy.check(rules(r="[2, 16]"), run(mixed), Usage())
     assert refused(rules(r="[3, 16]"), run(mixed)).rule == "lora.r"
 

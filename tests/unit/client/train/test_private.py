@@ -220,7 +220,7 @@ def private_sum(engine, units):
 
 
 def test_a_factor_that_is_used_twice_in_a_pass_fails_the_step_and_one_by_one_is_right(tiny_base):
-    engine = load(tiny_base, targets="q_proj", **PRECISIONS["float32"])
+    engine = load(tiny_base, targets=("q_proj",), **PRECISIONS["float32"])
     layers = engine.model.base_model.model.model.layers
     layers[1].self_attn.q_proj = layers[0].self_attn.q_proj
     with pytest.raises(ModelError, match="twice"):
@@ -229,7 +229,7 @@ def test_a_factor_that_is_used_twice_in_a_pass_fails_the_step_and_one_by_one_is_
 
 
 def test_a_layer_whose_input_has_lost_the_rows_fails_the_step(tiny_base):
-    engine = load(tiny_base, targets="down_proj", **PRECISIONS["float32"])
+    engine = load(tiny_base, targets=("down_proj",), **PRECISIONS["float32"])
     module = engine.model.base_model.model.model.layers[0].mlp.down_proj
     whole = module.forward
     module.forward = lambda x: whole(x.flatten(0, 1)[None]).view(*x.shape[:2], -1)
@@ -238,7 +238,7 @@ def test_a_layer_whose_input_has_lost_the_rows_fails_the_step(tiny_base):
 
 
 def test_a_factor_that_is_not_used_fails_the_step(tiny_base):
-    engine = load(tiny_base, targets="q_proj", **PRECISIONS["float32"])
+    engine = load(tiny_base, targets=("q_proj",), **PRECISIONS["float32"])
     layers = engine.model.base_model.model.model.layers
     layers[1].self_attn.q_proj.forward = layers[1].self_attn.q_proj.base_layer.forward
     for way in ("stacked", "microbatch", "opacus"):

@@ -114,26 +114,26 @@ def test_control_without_the_fixed_layout_an_evaluation_stops_gradients(load_tin
     assert not all(torch.allclose(found[name], expected[name], rtol=0.05) for name in expected)
 
 
-@pytest.mark.parametrize("targets", ["no_such", "q_proj, v_prj", "layers.9.self_attn.q_proj"])
+@pytest.mark.parametrize("targets", ['"no_such"', '"q_proj", "v_prj"', '"layers.9.self_attn.q_proj"'])
 def test_targets_that_match_nothing_are_refused_and_what_exists_is_named(load_tiny, targets):
     with pytest.raises(ModelError, match=r"adapter\.targets.*gate_proj.*q_proj") as caught:
-        load_tiny({"adapter.targets": f'"{targets}"'})
-    assert targets.split(", ")[-1] in str(caught.value)
+        load_tiny({"adapter.targets": f"[{targets}]"})
+    assert targets.split(", ")[-1].strip('"') in str(caught.value)
 
 
-@pytest.mark.parametrize("targets", ["embed_tokens", "mlp", "q_proj,input_layernorm"])
+@pytest.mark.parametrize("targets", ['"embed_tokens"', '"mlp"', '"q_proj", "input_layernorm"'])
 def test_targets_that_are_no_linear_layers_are_refused(load_tiny, targets):
     with pytest.raises(ModelError, match=r"adapter\.targets"):
-        load_tiny({"adapter.targets": f'"{targets}"'})
+        load_tiny({"adapter.targets": f"[{targets}]"})
 
 
 def test_chosen_targets_are_the_only_ones(load_tiny):
-    engine = load_tiny({"adapter.targets": '"q_proj, v_proj"'})
+    engine = load_tiny({"adapter.targets": '["q_proj", "v_proj"]'})
     assert {name.split(".")[-1] for name in adapter.module_names(engine.tensor_specs)} == {"q_proj", "v_proj"}
 
 
 def test_one_layer_can_be_chosen(load_tiny):
-    engine = load_tiny({"adapter.targets": '"layers.1.self_attn.q_proj"'})
+    engine = load_tiny({"adapter.targets": '["layers.1.self_attn.q_proj"]'})
     assert adapter.module_names(engine.tensor_specs) == ["base_model.model.model.layers.1.self_attn.q_proj"]
 
 

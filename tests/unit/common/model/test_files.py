@@ -210,4 +210,4 @@ def test_what_needs_no_weights_is_known_without_them(own_base):
     (own_base / "model.safetensors").unlink()
     assert loading.check(tiny.settings(own_base, {"model.quantization": "nf4"}), own_base) == 1.0
     with pytest.raises(ModelError, match=r"'no_such' cannot have an adapter; choose among .* q_proj"):
-        loading.check(tiny.settings(own_base, {"adapter.targets": '"no_such"'}), own_base)
+        loading.check(tiny.settings(own_base, {"adapter.targets": '["no_such"]'}), own_base)

@@ -1,4 +1,5 @@
 import functools
+import json
 import shutil
 from pathlib import Path
 
@@ -43,14 +44,14 @@ def trial(folder: Path, quantization: str = "none"):
 def test_fused_experts_are_refused_with_the_targets_that_can_be_exported(base_of, load_tiny, name):
     with pytest.raises(ModelError, match=rf"'all-linear' would train 6 tensors .*experts.*no export.*: {ATTENTION}$"):
         load_tiny(folder=base_of(name))
-    engine = load_tiny({"adapter.targets": f'"{ATTENTION}"'}, folder=base_of(name))
+    engine = load_tiny({"adapter.targets": json.dumps(ATTENTION.split(", "))}, folder=base_of(name))
     assert {one.rpartition(".")[2] for one in adapter.module_names(engine.tensor_specs)} == set(ATTENTION.split(", "))
 
 
 @pytest.mark.parametrize(("name", "targets"), [("qwen3_moe", "gate_proj,up_proj,down_proj"), ("mixtral", "w1,w2,w3")])
 def test_experts_by_the_names_of_older_releases_are_refused_too(base_of, load_tiny, name, targets):
     with pytest.raises(ModelError, match=rf"no linear layers, such as .*experts.*: {ATTENTION}$"):
-        load_tiny({"adapter.targets": f'"{targets}"'}, folder=base_of(name))
+        load_tiny({"adapter.targets": json.dumps(targets.split(","))}, folder=base_of(name))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_experts_by_the_names_of_older_releases_are_refused_too(base_of, load_ti
 def test_a_precision_that_reaches_few_weights_is_refused_and_they_are_named(
     base_of, load_tiny, name, share, layers, quantization
 ):
-    changes = {"model.quantization": quantization, "adapter.targets": '"all-linear"'}
+    changes = {"model.quantization": quantization, "adapter.targets": '["all-linear"]'}
     wanted = rf"'{quantization}' reaches {share} of the weights .*{layers}.*set model\.quantization = 'none'"
     with pytest.raises(ModelError, match=wanted):
         load_tiny(changes, folder=base_of(name))
@@ -183,11 +184,11 @@ def test_a_probe_leaves_a_base_as_it_was(base_of, load_tiny):
 
 def test_targets_that_do_not_exist_name_those_of_other_kinds_of_layers(base_of, load_tiny):
     with pytest.raises(ModelError, match=r"choose among the linear layers of this base: c_attn, c_fc, c_proj$"):
-        load_tiny({"adapter.targets": '"q_proj"'}, folder=base_of("gpt2"))
+        load_tiny({"adapter.targets": '["q_proj"]'}, folder=base_of("gpt2"))
 
 
 def test_precisions_of_sites_are_held_against_the_base_before_it_is_offered(base_of, load_tiny):
-    changes = {"model.quantization": "none", "model.site_quantization": '"south = nf4"'}
+    changes = {"model.quantization": "none", "model.site_quantization.south": "nf4"}
     with pytest.raises(ModelError, match=r"'nf4' reaches 0 % of the weights"):
         load_tiny(changes, folder=base_of("falcon"))
 

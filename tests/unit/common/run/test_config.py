@@ -77,7 +77,7 @@ def test_config_is_frozen_and_hashable():
         ("adapter.alpha = inf", "must be"),
         ("adapter.use_rslora = 1", "must be true or false"),
         ('adapter.use_rslora = "true"', "must be true or false"),
-        ("adapter.targets = 3", "must be text in quotes"),
+        ("adapter.targets = [3]", "must be text in quotes"),
         ("adapter.kind = 1", 'must be "lora"'),
     ],
 )
@@ -102,9 +102,15 @@ def test_whole_numbers_are_numbers():
         ("adapter.r = 513", "must be at most 512 (you wrote 513)"),
         ("adapter.alpha = 0.0", "must be greater than 0 (you wrote 0.0)"),
         ("adapter.dropout = 1.0", "must be less than 1 (you wrote 1.0)"),
-        ('adapter.targets = "q_proj,,v_proj"', 'must be "all-linear", or module names with commas'),
-        ('adapter.targets = ""', 'must be "all-linear", or module names with commas'),
-        ('adapter.targets = "all-linear,q_proj"', 'must be "all-linear", or module names with commas'),
+        ('adapter.targets = ["q_proj", ""]', 'adapter.targets.2  must be "all-linear" or the name of a module'),
+        ('adapter.targets = ["q_proj, v_proj"]', 'adapter.targets.1  must be "all-linear" or the name of a module'),
+        ("adapter.targets = []", "must not be empty"),
+        ('adapter.targets = ["all-linear", "q_proj"]', '"all-linear" names all layers; remove it, or the others'),
+        ('adapter.targets = ["q_proj", "q_proj"]', 'names "q_proj" twice; write it once'),
+        ("adapter.targets = 3", "must be an array"),
+        ("adapter.site_ranks = {north = 0}", "adapter.site_ranks.north  must be at least 1"),
+        ('adapter.site_ranks = {"St. Ann" = 4}', 'adapter.site_ranks."St. Ann"  must be 1 to 64 of a-z, 0-9 and -'),
+        ("adapter.site_ranks = [4]", "must be a table, with one line for each site"),
         ('model.sha256 = "abc"', "must be 64 digits of 0-9 and a-f, or empty"),
         ('model.revision = "a\\u0000b"', "must be one line without control characters"),
         ('model.quantization = "nf8"', 'must be "none", "int8" or "nf4" (you wrote "nf8")'),
@@ -168,11 +174,33 @@ def test_local_steps_alone_turn_epochs_off():
 
 
 @pytest.mark.parametrize(
-    ("targets", "names"),
-    [("all-linear", ("all-linear",)), ("q_proj", ("q_proj",)), ("q_proj, mlp.up_proj", ("q_proj", "mlp.up_proj"))],
+    ("setting", "remedy"),
+    [
+        ('export.formats = "gguf, peft"', 'must be an array: formats = ["gguf", "peft"]'),
+        ('evaluation.metrics = "f1"', 'must be an array: metrics = ["f1"]'),
+        ('adapter.targets = "q_proj,v_proj"', 'must be an array: targets = ["q_proj", "v_proj"]'),
+        (
+            'adapter.site_ranks = "north = 4, south=8"',
+            ": site_ranks.north = 4, site_ranks.south = 8",
+        ),
+        ('model.site_quantization = "north = none"', ': site_quantization.north = "none"'),
+    ],
 )
-def test_target_names(targets: str, names: tuple[str, ...]):
-    assert config.AdapterConfig(targets=targets).target_names == names
+def test_one_text_in_the_place_of_an_array_or_a_table_gets_the_lines_to_write(setting: str, remedy: str):
+    assert f"{remedy} (you wrote" in problems(with_settings(setting))
+
+
+def test_tables_of_sites_are_the_same_however_they_are_written():
+    inline = with_settings("adapter.site_ranks = {south = 4, north = 8}", "aggregation.method = 'flexlora'")
+    first = config.parse(inline, name="run.toml")
+    second = config.parse(
+        with_settings("aggregation.method = 'flexlora'", "adapter.site_ranks.south = 4"),
+        name="run.toml",
+        overrides={"adapter.site_ranks.north": "8"},
+    )
+    assert config.sha256(first) == config.sha256(second)
+    assert hash(first) == hash(second)
+    assert config.changed(first)["adapter.site_ranks"] == {"north": 8, "south": 4}
 
 
 @pytest.mark.parametrize(
@@ -247,7 +275,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "3eb41ad05be9f2083e65a14afd6c361630059ca1652ebf814eac3e9f479c1a8d"
+        "552109fdd80455bd64f5149aa4527804e66ecbe7734f10cffaadf6340198f358"
     )
 
 
@@ -266,12 +294,14 @@ def test_resolved_json_loads_again(settings: tuple[str, ...]):
     assert config.RunConfig.model_validate_json(config.resolved_json(run)) == run
 
 
-def test_all_leaves_are_single_values_or_arrays_of_tables():
+def test_all_leaves_are_single_values_or_arrays_or_tables_of_them():
     for schema in (config.RunConfig, config.NodeConfig):
         definitions = schema.model_json_schema()["$defs"].values()
         fields = [field for section in definitions for field in section["properties"].values()]
-        types = {field.get("type", "") for field in fields if "$ref" not in field.get("items", {})}
-        assert types <= {"string", "integer", "number", "boolean"}
+        items = [field["items"] for field in fields if "$ref" not in field.get("items", {"$ref": ""})]
+        of_sites = [value for field in fields for value in field.get("patternProperties", {}).values()]
+        single = [field for field in fields if field["type"] not in ("array", "object")]
+        assert {field["type"] for field in (*single, *items, *of_sites)} <= {"string", "integer", "number", "boolean"}
 
 
 def test_all_settings_are_described():
@@ -291,12 +321,12 @@ def test_import_is_light():
     ("task", "message"),
     [
         ("kind = 'answers'", "kind answers needs metrics"),
-        ("kind = 'answers', metrics = 'f1', labels = 'yes, no'", "name one in metrics"),
-        ("kind = 'answers', metrics = 'f1', json_schema = 's.json'", "metric json and json_schema belong together"),
-        ("kind = 'answers', metrics = 'json'", "metric json and json_schema belong together"),
+        ("kind = 'answers', metrics = ['f1'], labels = ['yes', 'no']", "name one in metrics"),
+        ("kind = 'answers', metrics = ['f1'], json_schema = 's.json'", "metric json and json_schema belong together"),
+        ("kind = 'answers', metrics = ['json']", "metric json and json_schema belong together"),
         ("kind = 'json'", "kind json needs json_schema"),
         ("kind = 'harness'", "kind harness needs harness_tasks"),
-        ("kind = 'choice', metrics = 'f1'", "metrics has no effect with kind choice; remove it (it is for answers)"),
+        ("kind = 'choice', metrics = ['f1']", "metrics has no effect with kind choice; remove it (it is for answers)"),
         ("kind = 'perplexity', baseline_prompt = 'p'", "baseline_prompt has no effect with kind perplexity"),
         ("kind = 'choice', text_column = 'x'", "text_column has no effect"),
         ("kind = 'choice', baseline_examples = 2", "baseline_examples and baseline_data belong together"),
@@ -304,9 +334,8 @@ def test_import_is_light():
     ],
 )
 def test_a_task_takes_what_its_kind_uses(task: str, message: str):
-    text = f"[[evaluation.tasks]]\nname = 'a'\ndata = 'rows.jsonl'\n{task.replace(', ', chr(10))}\n"
-    text = text.replace(f"yes{chr(10)}no", "yes, no")
-    assert message in problems(f"{MINIMAL}{text}")
+    text = f"evaluation.tasks = [{{name = 'a', data = 'rows.jsonl', {task}}}]\n"
+    assert message in problems(f"{text}{MINIMAL}")
 
 
 WHOLE_DOWN = {"fedsvd", "flexlora", "fedex", "flora"}
@@ -334,7 +363,7 @@ def test_what_is_left_out_of_the_wire_follows_whatever_decides_the_method():
         ({**private, "training.local_steps": "4"}, "float32"),  # fedsvd
         ({**private, "training.local_steps": "4", "aggregation.method": "ffa"}, "int4"),
         ({"aggregation.method": "fedavg", "wire.down": "float32"}, "float32"),
-        ({"aggregation.method": "fedsvd", "adapter.site_ranks": "north = 4"}, "float32"),
+        ({"aggregation.method": "fedsvd", "adapter.site_ranks.north": "4"}, "float32"),
         ({"wire.down_density": "0.25"}, "int4"),
     ):
         assert config.parse(MINIMAL, name="run.toml", overrides=overrides).wire.down == down

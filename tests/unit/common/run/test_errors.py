@@ -190,11 +190,14 @@ def named_in(text: str) -> set[str]:
 
 def refused_values(text: str, key: str = "") -> list[str]:
     """Values that a text says to write, at its own key or after `section.key =`, and that the schema refuses."""
-    said = [(found[1], found[2]) for found in re.finditer(r"\b([a-z_]+\.[a-z_0-9]+) = ['\"]([a-z0-9_-]+)['\"]", text)]
+    said = [
+        (found[1], f'"{found[2]}"') for found in re.finditer(r"\b([a-z_]+\.[a-z_0-9]+) = ['\"]([a-z0-9_-]+)['\"]", text)
+    ]
     rest = re.sub(r"\b[a-z_]+\.[a-z_0-9]+ = ['\"][a-z0-9_-]+['\"]", "", text)
     if key and "write kind" not in text:
-        said += [(key, value) for value in re.findall(r'"([a-z0-9_-]+)"', rest) if f'"{value}" is ' not in text]
-    lines = [(place, value, f'{place} = "{value}"') for place, value in said]
+        values = re.findall(r'(?<!\[)"[a-z0-9_-]+"|\["[a-z0-9_-]+"\]', rest)
+        said += [(key, value) for value in values if f"{value} is " not in text]
+    lines = [(place, value, f"{place} = {value}") for place, value in said]
     heads = {place: "\n".join(own for own in HEAD.splitlines() if not own.startswith(f"{place} ")) for place, _ in said}
     return [line for place, _, line in lines if f"{place}  must" in message_of(f"{heads[place]}\n{line}\nzzz = 1")]
 

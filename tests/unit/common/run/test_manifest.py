@@ -19,7 +19,7 @@ PRIVATE = {
     "model.base": "/srv/coordinator/bases/eight-billion",
     "data.source": "/srv/coordinator/rows.jsonl",
     "evaluation.server_data": "/srv/coordinator/held-out.jsonl",
-    "evaluation.metrics": "f1,json",
+    "evaluation.metrics": '["f1", "json"]',
     "evaluation.json_schema": "/srv/coordinator/schema.json",
     "evaluation.tasks": "[{name = 'a', kind = 'choice', data = '/srv/coordinator/choices.jsonl'}]",
     "evaluation.tasks_every_rounds": "2",

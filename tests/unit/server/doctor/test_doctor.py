@@ -234,7 +234,7 @@ def test_a_run_file_and_its_base(run_file, tiny_base, tmp_path):
     for changed, name, part in (
         ("adapter.rank = 4\n", "run file", "adapter.rank"),
         (f'model.sha256 = "{"ab" * 32}"\n', "base model", "the run wants abab"),
-        ('adapter.targets = "q_proj,no_such"\n', "base model", "no layer no_such"),
+        ('adapter.targets = ["q_proj", "no_such"]\n', "base model", "no layer no_such"),
         (f'evaluation.server_data = "{tmp_path}/gone.jsonl"\n', "own held-out rows", "no such file"),
     ):
         run_file.write_text(text + changed)

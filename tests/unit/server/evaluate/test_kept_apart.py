@@ -21,7 +21,7 @@ def tasks(tiny_base, tmp_path):
     member, stranger = {"instruction": "member?", "output": "yes"}, {"instruction": "stranger?", "output": "yes"}
     canary = {"secret": "81", "candidates": ["81", "82"], "prefix": "pin ", "trained": True}
     tables = [
-        {"name": "codes", "kind": "answers", "data": written("codes.jsonl", *rows), "metrics": "f1", "max_rows": 2},
+        {"name": "codes", "kind": "answers", "data": written("codes.jsonl", *rows), "metrics": ["f1"], "max_rows": 2},
         {"name": "ppl", "kind": "perplexity", "data": written("texts.jsonl", {"text": "a text"})},
         {"name": "probe", "kind": "probe", "data": written("probe.jsonl", choice)},
         {"name": "pii", "kind": "pii", "data": written("pii.jsonl", rows[2])},

@@ -48,7 +48,7 @@ def test_generated_kinds_have_the_figures_that_they_promise(opened, engine, tmp_
             "name": "a",
             "kind": "answers",
             "data": data,
-            "metrics": "exact_match, label_accuracy, macro_f1",
+            "metrics": ["exact_match", "label_accuracy", "macro_f1"],
             "max_rows": 3,
         },
         {"name": "n", "kind": "number", "data": data, "max_new_tokens": 2},
@@ -63,10 +63,10 @@ def test_generated_kinds_have_the_figures_that_they_promise(opened, engine, tmp_
 
 
 def test_the_definition_is_of_rows_and_settings_and_not_of_paths(opened, tmp_path):
-    task = {"name": "a", "kind": "answers", "data": write(tmp_path / "rows.jsonl", ROWS), "metrics": "f1"}
+    task = {"name": "a", "kind": "answers", "data": write(tmp_path / "rows.jsonl", ROWS), "metrics": ["f1"]}
     first = opened(task).sha256
     assert opened({**task, "data": write(tmp_path / "moved.jsonl", ROWS)}).sha256 == first
-    assert opened({**task, "metrics": "f1, rouge1"}).sha256 != first
+    assert opened({**task, "metrics": ["f1", "rouge1"]}).sha256 != first
     assert opened({**task, "max_new_tokens": 5}).sha256 != first
     assert opened({**task, "data": write(tmp_path / "changed.jsonl", [*ROWS[:4], ROWS[0]])}).sha256 != first
     assert opened().sha256 == ""
@@ -76,11 +76,11 @@ def test_the_definition_is_of_rows_and_settings_and_not_of_paths(opened, tmp_pat
 
 
 def test_scores_of_another_definition_are_not_compared(opened, engine, tmp_path):
-    task = {"name": "a", "kind": "answers", "data": write(tmp_path / "rows.jsonl", ROWS), "metrics": "f1"}
+    task = {"name": "a", "kind": "answers", "data": write(tmp_path / "rows.jsonl", ROWS), "metrics": ["f1"]}
     measure.measure(opened(task), engine.initial, stage="base")
     assert measure.measure(opened(task), engine.initial, stage="final")["gains"]["base"]  # control
     with pytest.raises(DataError, match="other tasks or rows"):
-        measure.measure(opened({**task, "metrics": "rouge1"}), engine.initial, stage="final")
+        measure.measure(opened({**task, "metrics": ["rouge1"]}), engine.initial, stage="final")
 
 
 def test_without_tasks_nothing_is_measured_and_a_label_is_a_label(opened, engine, tmp_path):
@@ -102,14 +102,14 @@ def test_a_reference_without_a_word_is_refused_where_words_are_counted(opened, t
     rows = [{"instruction": "x", "output": "咳"}, {"instruction": "x", "output": "\U0001f600"}]
     task = {"name": "a", "kind": "answers", "data": write(tmp_path / "rows.jsonl", rows)}
     with pytest.raises(DataError, match=r"line 2 \(so of 1 rows\) has no word, so rougeL would be 0"):
-        opened({**task, "metrics": "rougeL"})
-    opened({**task, "metrics": "exact_match"})  # control
-    opened({**task, "metrics": "rougeL", "max_rows": 1})
+        opened({**task, "metrics": ["rougeL"]})
+    opened({**task, "metrics": ["exact_match"]})  # control
+    opened({**task, "metrics": ["rougeL"], "max_rows": 1})
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(opened, engine, tmp_path):
     long = [{"instruction": "x" * 300, "output": "y"}]
-    found = opened({"name": "a", "kind": "answers", "data": write(tmp_path / "rows.jsonl", long), "metrics": "f1"})
+    found = opened({"name": "a", "kind": "answers", "data": write(tmp_path / "rows.jsonl", long), "metrics": ["f1"]})
     with pytest.raises(DataError, match="lower max_new_tokens or baseline_examples"):
         measure.measure(found, engine.initial, stage="base")
 

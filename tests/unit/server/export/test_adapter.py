@@ -67,8 +67,8 @@ def logits(network) -> torch.Tensor:
     [
         {},
         {"adapter.use_rslora": "true"},
-        {"adapter.targets": '"q_proj,v_proj"'},
-        {"adapter.targets": '"layers.1.self_attn.q_proj"'},
+        {"adapter.targets": '["q_proj", "v_proj"]'},
+        {"adapter.targets": '["layers.1.self_attn.q_proj"]'},
         {"adapter.r": "3", "adapter.alpha": "7.5", "adapter.dropout": "0.1"},
     ],
     ids=["all-linear", "rslora", "chosen", "one layer", "odd"],

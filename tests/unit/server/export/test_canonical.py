@@ -20,10 +20,10 @@ CASES = {
     "r 11": {"adapter.r": "11", "adapter.alpha": "3.7"},
     "r 70": {"adapter.r": "70"},
     "rslora": {"adapter.use_rslora": "true", "adapter.r": "5"},
-    "some modules": {"adapter.targets": '"q_proj,down_proj"'},
+    "some modules": {"adapter.targets": '["q_proj", "down_proj"]'},
     "cores": {"aggregation.method": '"ravan"', "aggregation.num_heads": "3", "adapter.r": "6"},
     "one core": {"aggregation.method": '"ravan"', "aggregation.num_heads": "1", "adapter.use_rslora": "true"},
-    "one layer": {"adapter.targets": '"layers.1.self_attn.q_proj"'},
+    "one layer": {"adapter.targets": '["layers.1.self_attn.q_proj"]'},
 }
 
 

@@ -18,7 +18,7 @@ from server.verify import verify
 from tests import tiny
 from tests.samples import architectures, exports
 
-HEAD = {"adapter.targets": "lm_head, q_proj"}
+HEAD = {"adapter.targets": '["lm_head", "q_proj"]'}
 FORMATS = ("peft", "merged", "gguf")
 
 
@@ -111,7 +111,7 @@ def test_every_export_of_merged_weights_has_the_probe_and_verify_wants_it(tied, 
 
 def test_an_embedding_as_target_is_refused_at_load_with_what_can_be(tied):
     with pytest.raises(ModelError, match=r"embed_tokens.*choose among the linear layers of this base: "):
-        exports.drawn(tiny.settings(tied, {"adapter.targets": "embed_tokens"}), tied)
+        exports.drawn(tiny.settings(tied, {"adapter.targets": '["embed_tokens"]'}), tied)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ PATH = "/v1/fleet/get-run"
 
 
 def config(**changes: str) -> settings.GatewayConfig:
-    text = SETTINGS.format(superlink="127.0.0.1:1", keys="/keys", fleet=2, control=3, bundles="", **LIMITS)
+    text = SETTINGS.format(superlink="127.0.0.1:1", keys="/keys", fleet=2, control=3, bundles=[], **LIMITS)
     for old, new in changes.items():
         text = text.replace(old.replace("_IS_", " = "), new)
     return settings.parse(text, name="GATEWAY.toml")
@@ -214,7 +214,7 @@ def test_an_address_that_is_taken_is_an_error_of_one_line(tmp_path):
         taken.listen()
         port, free = taken.getsockname()[1], other.getsockname()[1]
         other.close()
-        text = SETTINGS.format(superlink="127.0.0.1:1", keys=tmp_path, fleet=free, control=port, bundles="", **LIMITS)
+        text = SETTINGS.format(superlink="127.0.0.1:1", keys=tmp_path, fleet=free, control=port, bundles=[], **LIMITS)
         with pytest.raises(
             ConfigError, match=rf"cannot listen on 127\.0\.0\.1:{port} .*choose another with control\.listen"
         ):

@@ -67,7 +67,7 @@ def world(shared_engine, tiny_base, tmp_path_factory) -> World:
     rows = stage_data.write(folder / "rows.jsonl", stage_data.instructions(10))
     kinds = [("teach", "sft", rows), ("judge", "reward", pairs), ("align", "dpo", pairs)]
     tables = [{"name": name, "kind": kind, "data": data, **STAGE} for name, kind, data in kinds]
-    own = {"evaluation.server_data": rows, "evaluation.metrics": "exact_match", "evaluation.max_new_tokens": "2"}
+    own = {"evaluation.server_data": rows, "evaluation.metrics": '["exact_match"]', "evaluation.max_new_tokens": "2"}
     plain = json.loads(config.resolved_json(tiny.settings(tiny_base, {**CHANGES, **own})))
     made = World(shared_engine, config.RunConfig.model_validate({**plain, "polish": tables}), folder)
     made.play("whole")
@@ -262,7 +262,7 @@ def test_polish_refuses_what_it_cannot_do(engine, nodes, tiny_base, tmp_path):
 def test_an_adapter_on_the_output_layer_is_refused(load_tiny):
     from common.run.schema.polish import PolishStage
 
-    engine = load_tiny({"adapter.targets": "lm_head"})
+    engine = load_tiny({"adapter.targets": '["lm_head"]'})
     stage = PolishStage(name="teach", kind="sft", data="x")
     with pytest.raises(ConfigError, match="leave lm_head out"):
         stages.play(stage, engine.initial, engine=engine, found=None, tell=None)

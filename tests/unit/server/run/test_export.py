@@ -16,7 +16,7 @@ from server.verify import verify
 from tests import tiny
 
 CHANGES = {"federation.num_rounds": "1"}
-EXPORT = {"export.formats": "peft, merged, gguf"}
+EXPORT = {"export.formats": '["peft", "merged", "gguf"]'}
 
 
 @pytest.fixture
@@ -87,10 +87,10 @@ def test_what_the_gate_refuses_is_not_exported(play, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"export.formats": "gguf", "export.llama_cpp": "/nowhere"}, ConfigError, "has no convert_hf_to_gguf.py"),
+        ({"export.formats": '["gguf"]', "export.llama_cpp": "/nowhere"}, ConfigError, "has no convert_hf_to_gguf.py"),
         ({**EXPORT, "export.rows": "no-such.jsonl"}, DataError, "no-such.jsonl"),
         ({**EXPORT, "export.operator_key": "no-such.pem"}, SilotuneError, "no-such.pem"),
-        (tiny.of_kind("ia3", **{"export.formats": "peft"}), ConfigError, "a sealed adapter is plain LoRA"),
+        (tiny.of_kind("ia3", **{"export.formats": '["peft"]'}), ConfigError, "a sealed adapter is plain LoRA"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_before_the_first_round(play, tmp_path, changes, error, message):

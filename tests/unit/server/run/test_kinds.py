@@ -33,7 +33,7 @@ def changes(kind: str, **more: str) -> dict[str, str]:
     own = {"federation.num_sites": "2", "training.learning_rate": RATES.get(kind, "5e-2")}
     own |= {"wire.dtype": "int8", "wire.down": "float32" if kinds.STEPS.why_not(KINDS[kind]) else "int4"}
     if "targets" in KINDS[kind].settings:
-        own["adapter.targets"] = "q_proj,down_proj"
+        own["adapter.targets"] = '["q_proj", "down_proj"]'
     return {**tiny.of_kind(kind), **own, **more}
 
 

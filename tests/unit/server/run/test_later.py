@@ -33,7 +33,7 @@ STAGE = {"steps": 2, "batch_size": 4, "max_length_tokens": 64, "learning_rate": 
 CHANGES = {
     **tiny.NOISED,
     "federation.num_rounds": "1",
-    "evaluation.metrics": "exact_match",
+    "evaluation.metrics": '["exact_match"]',
     "evaluation.max_new_tokens": "2",
     "evaluation.num_polish_stages": "1",
     "gate.rules": "loss",

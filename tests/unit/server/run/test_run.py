@@ -278,7 +278,7 @@ def test_the_coordinators_own_rows_are_scored_every_round(play, nodes, tmp_path)
 def test_metrics_are_of_the_base_and_of_the_last_adapter_and_in_the_card(play, nodes, tmp_path):
     changes = {
         "evaluation.server_data": f'"{own_file(tmp_path)}"',
-        "evaluation.metrics": '"exact_match, f1,rougeL,json"',
+        "evaluation.metrics": '["exact_match", "f1", "rougeL", "json"]',
         "evaluation.json_schema": f'"{tmp_path / "schema.json"}"',
         "evaluation.max_new_tokens": "6",
     }
@@ -339,7 +339,7 @@ def test_a_resumed_run_measures_what_was_fixed_before_training(play, nodes, tmp_
 
 
 def test_a_schema_that_is_missing_is_found_before_the_run_starts(play, nodes, tmp_path):
-    changes = {"evaluation.server_data": f'"{own_file(tmp_path)}"', "evaluation.metrics": '"json"'}
+    changes = {"evaluation.server_data": f'"{own_file(tmp_path)}"', "evaluation.metrics": '["json"]'}
     with pytest.raises(DataError, match="no-such"):
         play(nodes, {**changes, "evaluation.json_schema": f'"{tmp_path}/no-such.json"'})
     assert not run_files.finished(tmp_path / "run")
@@ -347,9 +347,9 @@ def test_a_schema_that_is_missing_is_found_before_the_run_starts(play, nodes, tm
 
 def test_metrics_without_rows_of_the_coordinators_own_are_refused(tiny_base):
     with pytest.raises(ConfigError, match="name their file, or remove metrics"):
-        tiny.settings(tiny_base, {"evaluation.metrics": '"f1"'})
+        tiny.settings(tiny_base, {"evaluation.metrics": '["f1"]'})
     with pytest.raises(ConfigError, match="exact_match, f1, rouge1"):
-        tiny.settings(tiny_base, {"evaluation.metrics": '"bleu"', "evaluation.server_data": '"own.jsonl"'})
+        tiny.settings(tiny_base, {"evaluation.metrics": '["bleu"]', "evaluation.server_data": '"own.jsonl"'})
 
 
 def test_own_rows_that_are_missing_are_found_before_the_run_starts(play, nodes, tmp_path):

@@ -63,7 +63,7 @@ def make(case, folder):
 def test_what_passes_before_the_first_round_is_written_and_sound_after_the_last(case, tmp_path, shared_engine):
     told = TABLE[case][-1]
     base = make(case, tmp_path / "base")
-    settings = tiny.settings(base, {"export.formats": "peft, gguf"})
+    settings = tiny.settings(base, {"export.formats": '["peft", "gguf"]'})
     if told:
         engine = dataclasses.replace(shared_engine, folder=base)  # no weight is looked at
         source = Exported(engine.initial, run.manifest_of(settings, engine), 0, {}, [])
@@ -85,7 +85,7 @@ def test_what_a_converter_cannot_do_is_known_before_the_first_round(tmp_path, ti
     checkout = tmp_path / "llama.cpp"
     checkout.mkdir()
     (checkout / "convert_hf_to_gguf.py").write_text("import sys; sys.exit('no such architecture')")
-    changes = {"export.formats": "gguf", "export.llama_cpp": str(checkout)}
+    changes = {"export.formats": '["gguf"]', "export.llama_cpp": str(checkout)}
     engine, source = exports.drawn(tiny.settings(tiny_base, changes), tiny_base)
     with pytest.raises(ModelError, match=r"tried on a small random model of this base's form: .*could not convert"):
         export.check(source.run_manifest, engine)
@@ -95,12 +95,12 @@ def test_what_a_converter_cannot_do_is_known_before_the_first_round(tmp_path, ti
 @pytest.mark.parametrize("name", ["mixtral", pytest.param("falcon", marks=pytest.mark.slow)])
 def test_a_4_bit_export_of_which_little_is_4_bit_is_refused_before_the_first_round(tmp_path, name):
     base = architectures.make(name, tmp_path / "base")
-    targets = {"mixtral": "q_proj, v_proj", "falcon": "query_key_value"}[name]
-    changes = {"export.formats": "merged, nf4", "adapter.targets": targets}
+    targets = {"mixtral": '["q_proj", "v_proj"]', "falcon": '["query_key_value"]'}[name]
+    changes = {"export.formats": '["merged", "nf4"]', "adapter.targets": targets}
     engine, source = exports.drawn(tiny.settings(base, changes), base)
     with pytest.raises(ModelError, match=r"model\.quantization = 'nf4' reaches \d+ % of the weights"):
         export.check(source.run_manifest, engine)
-    control = tiny.settings(base, {**changes, "export.formats": "merged"})
+    control = tiny.settings(base, {**changes, "export.formats": '["merged"]'})
     order = rehearsal.Order(("merged",))
     rehearsal.rehearse(control, base, base_sha256=engine.base_sha256, order=order)
 
@@ -108,7 +108,7 @@ def test_a_4_bit_export_of_which_little_is_4_bit_is_refused_before_the_first_rou
 def test_rows_of_the_export_are_read_as_it_will_read_them(tmp_path, tiny_base):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}))
-    asked = {"export.formats": "merged", "evaluation.server_data": str(rows)}
+    asked = {"export.formats": '["merged"]', "evaluation.server_data": str(rows)}
     engine, source = exports.drawn(tiny.settings(tiny_base, asked), tiny_base)
     export.check(source.run_manifest, engine)  # control
     rows.write_text(json.dumps({"text": "no answer"}))

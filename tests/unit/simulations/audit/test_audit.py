@@ -156,4 +156,4 @@ def test_a_rank_below_the_number_of_words_hides_some_of_them(invert):
 
 def test_an_adapter_that_leaves_layer_0_alone_cannot_be_attacked(invert):
     with pytest.raises(ConfigError, match="query or value"):
-        invert({"adapter.targets": "down_proj"})
+        invert({"adapter.targets": '["down_proj"]'})

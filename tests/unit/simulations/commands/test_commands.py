@@ -103,7 +103,7 @@ def test_json_keeps_progress_off_stdout(run_file, tmp_path, capsys):
         (["--set", "adapter.r=0"], 2, "adapter.r"),
         (["--data", "no-such.jsonl"], 3, "no-such.jsonl"),
         (["--model", "no-such-base"], 4, "no-such-base"),
-        (["--set", 'adapter.targets="nothing"'], 4, "nothing"),
+        (["--set", 'adapter.targets=["nothing"]'], 4, "nothing"),
         (["--set", f'model.sha256="{"ab" * 32}"'], 4, "abab"),
     ],
 )

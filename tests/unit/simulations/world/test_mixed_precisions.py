@@ -28,7 +28,8 @@ SITES = {"north": "nf4", "south": "int8", "west": "none"}
 CLASSES = {"nf4": Linear4bit, "int8": Linear8bitLt}
 MIXED = {
     "model.quantization": "nf4",
-    "model.site_quantization": "south = int8, west = none",
+    "model.site_quantization.south": "int8",
+    "model.site_quantization.west": "none",
     "training.local_epochs": "2",
     "federation.num_rounds": "2",
 }
@@ -102,7 +103,7 @@ def test_other_codes_are_refused_at_the_site_that_has_any(engines, offered, sett
 
 
 def test_the_codes_are_the_same_whether_the_coordinator_or_only_a_site_is_4_bit(tiny_base, load_tiny, offered, engine):
-    others = tiny.settings(tiny_base, {"model.site_quantization": "north = nf4"})
+    others = tiny.settings(tiny_base, {"model.site_quantization.north": "nf4"})
     assert layerwise.codes_of_run(engine, others.model) == offered.codes_sha256 == load_tiny(MIXED).codes_sha256
     assert layerwise.codes_of_run(engine, tiny.settings(tiny_base).model) == ""  # control: nobody is 4-bit
     run_manifest = RunManifest(others, engine.base_sha256, engine.tensor_specs, offered.codes_sha256)
@@ -179,24 +180,25 @@ def test_a_run_of_one_precision_tells_nothing_of_the_kind(played):
     assert "Sites by the precision" not in report.render(alike)
 
 
-def test_naming_the_runs_own_precision_or_a_site_twice_is_refused(tiny_base):
-    tiny.settings(tiny_base, {"model.site_quantization": "south = nf4"})  # the control: the run's own is none
-    for odd in ("north = none, south = none, west = none", "north = none, south = nf4", "south = nf4, south = int8"):
-        with pytest.raises(ConfigError, match=r"name each site once, and only those whose precision differs"):
-            tiny.settings(tiny_base, {"model.site_quantization": odd})
-    with pytest.raises(ConfigError, match="names of sites with none, int8 or nf4"):
-        tiny.settings(tiny_base, {"model.site_quantization": "south = fp4"})
+def test_naming_the_runs_own_precision_is_refused(tiny_base):
+    south = {"model.site_quantization.south": "nf4"}
+    tiny.settings(tiny_base, south)  # the control: the run's own is none
+    for odd in ({"model.site_quantization.south": "none"}, {**south, "model.site_quantization.north": "none"}):
+        with pytest.raises(ConfigError, match=r"name only sites whose precision differs"):
+            tiny.settings(tiny_base, odd)
+    with pytest.raises(ConfigError, match=r'site_quantization\.south  must be "none", "int8" or "nf4"'):
+        tiny.settings(tiny_base, {"model.site_quantization.south": "fp4"})
 
 
 def test_kinds_that_do_not_stand_on_a_sites_precision_are_refused(tiny_base):
-    for kind, table, told in (
-        ("full", "south = nf4", "no nf4 base with this kind"),
-        ("dora", "south = nf4", "it starts from the base's weights, which differ between the sites"),
+    for kind, told in (
+        ("full", "no nf4 base with this kind"),
+        ("dora", "it starts from the base's weights, which differ between the sites"),
     ):
         cleared = {"adapter.kind": kind, "adapter.r": "16", "adapter.alpha": "32"}
         tiny.settings(tiny_base, cleared)  # the control
         with pytest.raises(ConfigError, match=told):
-            tiny.settings(tiny_base, {**cleared, "model.site_quantization": table})
+            tiny.settings(tiny_base, {**cleared, "model.site_quantization.south": "nf4"})
 
 
 def test_a_simulation_knows_its_sites(settings):

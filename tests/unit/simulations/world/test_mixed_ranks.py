@@ -20,7 +20,8 @@ from tests import tiny
 MIXED = sorted(name for name, facts in FACTS.items() if facts.mixed_ranks != "no")
 RANKS = {"north": 4, "south": 2, "west": 1}
 CHANGES = {
-    "adapter.site_ranks": "south = 2, west = 1",
+    "adapter.site_ranks.south": "2",
+    "adapter.site_ranks.west": "1",
     "training.local_epochs": "2",
     "federation.num_rounds": "3",
 }
@@ -100,7 +101,7 @@ def test_robust_aggregation_and_mixed_ranks_do_not_go_together(tiny_base):
     asked = {"aggregation.method": "fedsvd", "federation.min_sites": "3", **guarded}
     tiny.settings(tiny_base, asked)  # the control
     with pytest.raises(ConfigError, match="a smaller site has none for some"):
-        tiny.settings(tiny_base, {**asked, "adapter.site_ranks": "south = 2"})
+        tiny.settings(tiny_base, {**asked, "adapter.site_ranks.south": "2"})
 
 
 def test_torch_sees_the_same_factors_whatever_a_shared_engine_held_before(engine, tiny_base):

@@ -74,7 +74,9 @@ def test_every_method_without_a_side_adapter_has_private_runs(play, engine, meth
 
 
 def test_sites_of_different_ranks_have_private_runs(play):
-    _, outcome, log = play({"aggregation.method": '"flexlora"', "adapter.site_ranks": '"west = 1, south = 2"'})
+    _, outcome, log = play(
+        {"aggregation.method": '"flexlora"', "adapter.site_ranks.west": "1", "adapter.site_ranks.south": "2"}
+    )
     assert sorted(outcome.sites) == ["north", "south", "west"]
     assert not [event for event in log if event["kind"] == "site_failed"]
 

@@ -19,7 +19,7 @@ ASKING = {
     "methods beside fedavg": {"aggregation.method": "rolora"},
     "int8 base": {"model.quantization": "int8"},
     "nf4 base": {"model.quantization": "nf4"},
-    "sites of different precision": {"model.site_quantization": "north = nf4"},
+    "sites of different precision": {"model.site_quantization.north": "nf4"},
     "16-bit compute": {"model.dtype": "bfloat16", "model.quantization": "int8"},
     "server optimizer": {"aggregation.server_optimizer": "fedavgm"},
     "stacked clipping": {**tiny.NOISED, "privacy.clipping": "stacked"},
@@ -94,7 +94,7 @@ def _logits(engine):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (tiny.of_kind("ia3") | {"adapter.targets": "none_such"}, "matches no module"),
+        (tiny.of_kind("ia3") | {"adapter.targets": '["none_such"]'}, "matches no module"),
         (tiny.of_kind("ln_tuning") | {"model.dtype": "auto"}, ""),
     ],
 )

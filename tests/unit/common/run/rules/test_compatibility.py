@@ -28,7 +28,7 @@ EXPECTED = {
 }
 ASKING = {
     "quantised base": {"model.quantization": "nf4"},
-    "mixed ranks": {"adapter.site_ranks": "north = 2"},
+    "mixed ranks": {"adapter.site_ranks.north": "2"},
     "server optimizer": {"aggregation.server_optimizer": "fedavgm"},
     "robust aggregation": {
         "aggregation.robust": "median",

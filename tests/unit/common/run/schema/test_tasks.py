@@ -20,8 +20,8 @@ def problems(text: str) -> str:
         ("kind = 'memorisation', members_data = 'm.jsonl'", "members_data and non_members_data belong together"),
         ("kind = 'choice', num_candidates = 64", "num_candidates has no effect with kind choice"),
         ("kind = 'json', json_schema = 's', names_file = 'n.txt'", "names_file has no effect"),
-        ("kind = 'json', json_schema = 's', phone_regions = 'DE'", "phone_regions has no effect"),
-        ("kind = 'pii', phone_regions = 'Germany'", "countries of two capitals"),
+        ("kind = 'json', json_schema = 's', phone_regions = ['DE']", "phone_regions has no effect"),
+        ("kind = 'pii', phone_regions = ['Germany']", "a country as two capitals"),
         ("kind = 'judge'", "set one of judge_base and judge_url"),
         ("kind = 'judge', judge_base = 'b', judge_url = 'http://127.0.0.1:1'", "set one of judge_base and judge_url"),
         ("kind = 'judge', judge_url = 'http://127.0.0.1:1'", "judge_url and judge_model belong together"),
@@ -37,8 +37,8 @@ def problems(text: str) -> str:
     ],
 )
 def test_settings_of_secrets_names_and_judges_fit_together(task: str, message: str):
-    text = f"[[evaluation.tasks]]\nname = 'a'\ndata = 'rows.jsonl'\n{task.replace(', ', chr(10))}\n"
-    assert message in problems(f"{MINIMAL}{text}")
+    text = f"evaluation.tasks = [{{name = 'a', data = 'rows.jsonl', {task}}}]\n"
+    assert message in problems(f"{text}{MINIMAL}")
 
 
 @pytest.mark.parametrize(
@@ -49,10 +49,10 @@ def test_settings_of_secrets_names_and_judges_fit_together(task: str, message: s
         "kind = 'judge', judge_model = 'm', judge_url = 'https://judge.example/v1', allow_remote = true",
         "kind = 'judge', judge_base = 'b', against = 'prompt-only', baseline_prompt = 'p'",
         "kind = 'memorisation', members_data = 'm', non_members_data = 'n', num_candidates = 64",
-        "kind = 'pii', names_file = 'n.txt', phone_regions = 'DE,AT', max_new_tokens = 64",
+        "kind = 'pii', names_file = 'n.txt', phone_regions = ['DE', 'AT'], max_new_tokens = 64",
     ],
 )
 def test_settings_that_fit_together_are_taken(task: str):
-    text = f"[[evaluation.tasks]]\nname = 'a'\ndata = 'rows.jsonl'\n{task.replace(', ', chr(10))}\n"
-    [found] = config.parse(f"{MINIMAL}{text}", name="run.toml").evaluation.tasks
+    text = f"evaluation.tasks = [{{name = 'a', data = 'rows.jsonl', {task}}}]\n"
+    [found] = config.parse(f"{text}{MINIMAL}", name="run.toml").evaluation.tasks
     assert found.kind == task.split("'")[1]

@@ -93,7 +93,7 @@ def test_macro_f1_is_that_of_scikit_learn():
 
 
 def test_a_label_is_one_of_a_closed_set_exactly_after_normalisation():
-    known = labels.label_set("Card arrival, lost_card", [' "lost_card".', "card  ARRIVAL"])
+    known = labels.label_set(["Card arrival", "lost_card"], [' "lost_card".', "card  ARRIVAL"])
     assert known == ("card arrival", "lost_card")
     assert [labels.number_of(text, known) for text in ("Card Arrival!", "lost_card", "a lost_card", "")] == [
         0,
@@ -101,10 +101,10 @@ def test_a_label_is_one_of_a_closed_set_exactly_after_normalisation():
         -1,
         -1,
     ]
-    assert labels.label_set("", ["Yes", "no", "yes."]) == ("no", "yes")
+    assert labels.label_set((), ["Yes", "no", "yes."]) == ("no", "yes")
     with pytest.raises(labels.DataError, match=r"row 2 \(so of 2 rows\) is empty or punctuation"):
-        labels.label_set("", ["yes", "?", "..."])
+        labels.label_set((), ["yes", "?", "..."])
     with pytest.raises(labels.DataError, match="a label is punctuation alone"):
-        labels.label_set("yes, ?", ["yes"])
+        labels.label_set(["yes", "?"], ["yes"])
     with pytest.raises(labels.DataError, match="row 2 is none of the 2 labels"):
-        labels.label_set("yes, no", ["yes", "maybe"])
+        labels.label_set(["yes", "no"], ["yes", "maybe"])

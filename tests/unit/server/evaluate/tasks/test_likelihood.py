@@ -140,7 +140,7 @@ def test_perplexity_is_that_of_the_harness_in_windows_too(theirs, trained, tiny_
 
 
 def test_the_harness_itself_runs_on_our_engine_with_the_same_figures(theirs, trained, tiny_base, folder):
-    task = {"name": "h", "kind": "harness", "data": str(folder), "harness_tasks": "c, t, a"}
+    task = {"name": "h", "kind": "harness", "data": str(folder), "harness_tasks": ["c", "t", "a"]}
     found = score(trained, tiny_base, task)
     assert {name: scores.value for name, scores in found.items()} == pytest.approx(theirs, rel=1e-6)
     assert theirs["a.exact_match"] == 0.5
@@ -149,7 +149,7 @@ def test_the_harness_itself_runs_on_our_engine_with_the_same_figures(theirs, tra
 
 def test_harness_tasks_that_would_fetch_or_run_code_are_refused(trained, tiny_base, tmp_path, folder):
     write(tmp_path / "choices.jsonl", [{"question": "q", "choices": ["a", "b"], "answer": 0}])
-    task = {"name": "h", "kind": "harness", "data": str(tmp_path), "harness_tasks": "c"}
+    task = {"name": "h", "kind": "harness", "data": str(tmp_path), "harness_tasks": ["c"]}
     good = TASK.format(name="c", file="choices.jsonl") + CHOICE
     wrong = {
         "nothing is fetched": good.replace("dataset_path: json", "dataset_path: org/name"),
