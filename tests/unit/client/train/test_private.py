@@ -182,7 +182,7 @@ def test_norms_and_clipped_sums_are_those_of_a_naive_loop(cell, way, is_left):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("targets", ["q_proj,v_proj", "down_proj"])
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("down_proj",)])
 def test_rslora_and_any_choice_of_layers_hold(tiny_base, way, targets):
     engine = load(tiny_base, use_rslora=True, targets=targets, **PRECISIONS["float32"])
     check(engine, some_units(engine), way)

@@ -108,12 +108,12 @@ def test_a_federation_file_that_contradicts_itself_is_refused(changes, told):
     ("old", "new"),
     [
         ('"onco-eu"', '"Onco EU"'),
-        ("localhost,", "localhost, localhost,"),
+        ('"localhost",', '"localhost", "localhost",'),
         ("localhost", "local..host"),
         ("localhost", "1.2.3.4.5"),
         ("127.0.0.1", "::zz"),
-        ("operator,", "gateway,"),
-        ("operator,", "night,"),
+        ('"operator",', '"gateway",'),
+        ('"operator",', '"night",'),
         ("version = 1", "version = true"),
     ],
 )

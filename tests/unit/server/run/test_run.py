@@ -348,7 +348,7 @@ def test_a_schema_that_is_missing_is_found_before_the_run_starts(play, nodes, tm
 def test_metrics_without_rows_of_the_coordinators_own_are_refused(tiny_base):
     with pytest.raises(ConfigError, match="name their file, or remove metrics"):
         tiny.settings(tiny_base, {"evaluation.metrics": '["f1"]'})
-    with pytest.raises(ConfigError, match="exact_match, f1, rouge1"):
+    with pytest.raises(ConfigError, match='"exact_match", "f1", "rouge1"'):
         tiny.settings(tiny_base, {"evaluation.metrics": '["bleu"]', "evaluation.server_data": '"own.jsonl"'})
 
 
