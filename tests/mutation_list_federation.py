@@ -296,7 +296,7 @@ FEDERATION: Final = (
 ),
 *guards("client/courier/bundle.py",
     ("link-bundle", "a coordinator runs code at a site",
-     "if found not in allowed:", None,
+     "if sha256 not in allowed:", None,
      ("unit/client/courier/test_tunnel::test_a01_bundle_with_one_changed_byte_is_not_handed_to_the_supernode",)),
 ),
 *guards("client/courier/relay.py",

@@ -96,13 +96,14 @@ def load_data(node: config.NodeConfig, manifest: RunManifest) -> SiteData:
         DataError: Rows are missing or unusable, or a unit has rows on both sides.
     """
     objective = manifest.run.training.objective
-    rows = site_files.read_rows(node, node.data.path, objective=objective)
+    rows = site_files.read_rows(node.data, node.data.path, objective=objective)
     if node.data.held_out_path:
-        held_out = site_files.read_rows(node, node.data.held_out_path, objective=objective)
+        held_out = site_files.read_rows(node.data, node.data.held_out_path, objective=objective)
         if node.data.unit_column:
             site_files.check_apart(rows, held_out)
         return SiteData(rows, held_out)
-    return SiteData(*split.for_run({node.site.name: rows}, manifest.run, secret=split_secret(node))[node.site.name])
+    name, run, secret = node.site.name, manifest.run, split_secret(node)
+    return SiteData(*split.for_run({name: rows}, run.data, run.privacy, seed=run.seed, secret=secret)[name])
 
 
 def split_secret(node: config.NodeConfig) -> bytes | None:
@@ -149,7 +150,7 @@ class EngineLoader:
         own, hardware = precisions.at_site(manifest.run.model, self._node.site.name), self._node.hardware
         return loading.engine_of(
             manifest.run,
-            store.find_by_hash(manifest.base_sha256, site_files.base_folders(self._node)),
+            store.find_by_hash(manifest.base_sha256, site_files.base_folders(self._node.model)),
             own=own.model_copy(update={"sha256": manifest.base_sha256}),
             device_name=hardware.device,
             num_threads=hardware.num_threads,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from client.cli import consent, doctor, join, personal, privacy
+from client.cli import consent, join, privacy
 from client.cli.options import NodeFile
 from common import cli, quiet
 from common.errors import DataError
@@ -20,6 +20,7 @@ app = cli.make(
         "silotune-client preview node.toml --base smollm2",
     ),
 )
+UNITS_FOLDER = Path("/etc/systemd/system")
 BaseOption = Annotated[str, typer.Option(help="A base, to count and show tokens: a folder or a name in the store.")]
 ObjectiveOption = Annotated[
     str, typer.Option(metavar="sft|dpo|kto", help="The run's training.objective: which columns are read.")
@@ -67,16 +68,17 @@ def check(
     node = config.load_node(node_file)
     today = datetime.datetime.now(datetime.UTC).date()
     given = rows.Asked(objective, max_length_tokens, date=today.isoformat(), base=base)
-    found = rows.check(node, rows.asked(node, run, given))
-    counts = found.report.as_dict() if found.report else {}
-    result = {**counts, "problems": [finding.as_dict() for finding in found.findings]}
-    shown = [checks.render(found.report)] if found.report else []
+    asked = rows.asked(node, run, given)
+    checked = rows.check(node.data, node.model, asked, site=node.site.name)
+    counts = asdict(checked.report) if checked.report else {}
+    result = {**counts, "problems": [asdict(finding) for finding in checked.findings]}
+    shown = [checks.render(checked.report)] if checked.report else []
     next_step = cli.next_step(*cli.again(context, "preview", without=("json",)))
     if not (run or base or node.model.base):
         next_step = "next: name the base in this site's file, model.base, or check again with --base"
-    ending = findings.render(found.findings) if found.findings else next_step
+    ending = findings.render(checked.findings) if checked.findings else next_step
     cli.emit(result, as_json=json, show=lambda: cli.show(*shown, ending))
-    raise typer.Exit(DataError.exit_code if found.findings else 0)
+    raise typer.Exit(DataError.exit_code if checked.findings else 0)
 
 
 @app.command()
@@ -112,12 +114,12 @@ def preview(
     day = rows.day(date, datetime.datetime.now(datetime.UTC).date())
     given = rows.Asked(objective, max_length_tokens, "truncate", system_prompt, chat_template, day, base)  # type: ignore[arg-type]
     asked = rows.asked(node, run, given)
-    told, shown = rows.preview(node, asked, limit=limit)
+    settings, shown = rows.preview(node.data, node.model, asked, limit=limit)
     next_step = "next: name the site's policy, agent.policy, and sign it; see silotune-client sign-policy --help"
     if node.agent.policy:
         next_step = cli.next_step("silotune-client", "serve", node_file)
-    found = {"settings": asdict(asked), "rows": [item.as_dict() for item in shown]}
-    cli.emit(found, as_json=json, show=lambda: cli.show(f"{told}\n", render_preview(shown), next_step))
+    result = {"settings": asdict(asked), "rows": [asdict(item) for item in shown]}
+    cli.emit(result, as_json=json, show=lambda: cli.show(f"{settings}\n", render_preview(shown), next_step))
 
 
 @app.command()
@@ -139,7 +141,7 @@ def serve(
     """
     from common.run import config
 
-    node = config.load_node(node_file)  # told before torch is loaded
+    node = config.load_node(node_file)  # a mistake in it is reported before torch is loaded
 
     from client.agent import process as serving
     from client.courier import door
@@ -158,6 +160,70 @@ def serve(
     door.wait(server)
 
 
+@app.command()
+def export_adapter(
+    node_file: NodeFile,
+    run: Annotated[str, typer.Argument(help="Hash of the run, or how it begins.")],
+    folder: Annotated[Path, typer.Argument(help="A new folder.", metavar="FOLDER")],
+    json: cli.JsonOption = False,
+) -> None:
+    """Write this site's own adapter of a personalised run as a peft folder.
+
+    It is the adapter that was scored here last. Half of it never left this site: whoever gets the folder learns from it
+    what only this site's rows taught.
+
+    \b
+    Examples:
+      silotune-client export-adapter node.toml 3f9c2a71be04 own-adapter
+    """
+    from common.run import config
+
+    node = config.load_node(node_file)  # a mistake in it is reported before torch is loaded
+
+    from client.agent import process
+
+    num_rounds = process.make_shelf(node).export(run, folder)
+    result = {"adapter": str(folder), "num_rounds": num_rounds}
+    cli.emit(result, as_json=json, show=lambda: cli.show(f"{folder}: this site's adapter after {num_rounds} rounds"))
+
+
+@app.command()
+def doctor(
+    node_file: NodeFile,
+    keys: Annotated[
+        Path | None, typer.Option(help="Folder of keys and kit; default: that of agent.identity_key.", metavar="DIR")
+    ] = None,
+    gateway: Annotated[str, typer.Option(help="Also try the gateway, host:port; else nothing is asked.")] = "",
+    run: Annotated[str, typer.Option(help="Estimate memory for an offered run: its name or hash.")] = "",
+    units: Annotated[
+        Path, typer.Option(help="Folder of the systemd units; else those in the folder of keys.", metavar="DIR")
+    ] = UNITS_FOLDER,
+    json: cli.JsonOption = False,
+) -> None:
+    """Look for what would stop a run here, and name each remedy.
+
+    Changes nothing, prints no row and no key, and says in plain sentences what the policy means. Exit code 1 if a check
+    failed.
+
+    \b
+    Examples:
+      silotune-client doctor node.toml
+      silotune-client doctor node.toml --keys /etc/silotune/keys --gateway gate.example:9443
+      silotune-client doctor node.toml --run triage
+    """
+    from client.doctor import examine
+    from client.review import explain
+    from common.doctor import doctor as doctoring
+
+    diagnosis = examine.examine(examine.Machine(node_file, keys=keys, gateway=gateway, run=run, units=units))
+    sentences = explain.explain(diagnosis.policy, reads_roster=diagnosis.reads_roster) if diagnosis.policy else {}
+    results = diagnosis.results
+    shown = (doctoring.render(results), *explain.render(sentences))
+    result = {**doctoring.as_dict(results), "policy": sentences}
+    cli.emit(result, as_json=json, show=lambda: doctoring.show(*shown))
+    raise typer.Exit(0 if doctoring.is_healthy(results) else 1)
+
+
 for _command in (
     consent.runs,
     consent.review,
@@ -166,13 +232,11 @@ for _command in (
     consent.new_key,
     consent.sign_policy,
     privacy.privacy,
-    personal.export_adapter,
     join.enroll,
     join.renew,
     join.install,
     join.roster,
     join.link,
-    doctor.doctor,
 ):
     app.command()(_command)
 app.add_typer(consent.audit_app, name="audit", help="Show and check this site's audit log.")

@@ -18,13 +18,13 @@ audit_app = cli.make(
 RunArgument = Annotated[str, typer.Argument(help="A run's name, or the first digits of its hash.", metavar="RUN")]
 NEXT = (
     "next: copy both files to where agent.policy points, and restart the agent (systemctl restart silotune-agent), "
-    "which goes on with its old policy until then; silotune-client doctor tells which one is in force"
+    "which goes on with its old policy until then; silotune-client doctor shows which one is in force"
 )
 ByOption = Annotated[str, typer.Option(help="Who decides; default: this user.")]
 
 
 def runs(node_file: NodeFile, json: cli.JsonOption = False) -> None:
-    """List the runs that this site was offered, and how it stands to each.
+    """List the runs that this site was offered, with the state of each.
 
     States: offered, waits for approval, approved, denied, refused by rule, failed, training, finished (its last round
     was answered). The reason behind a reference is in agent.jsonl.
@@ -39,10 +39,11 @@ def runs(node_file: NodeFile, json: cli.JsonOption = False) -> None:
     from common.run import config
 
     table = desk.runs(desk.open_desk(config.load_node(node_file)))
-    open_ = [row for row in table if row["state"] != site_states.REFUSED]  # of those turned away no offer may be kept
+    open_ = [row for row in table if row["state"] != site_states.REFUSED]  # of a refused one no offer may be kept
     first = next((row["run"] for row in open_ if row["state"] == site_states.WAITS), open_[0]["run"] if open_ else "")
-    told = [cli.next_step("silotune-client", "review", node_file, first[:12])] if first else []
-    cli.emit({"runs": table}, as_json=json, show=lambda: cli.show(desk.render_runs(table, now=time.time()), *told))
+    next_step = [cli.next_step("silotune-client", "review", node_file, first[:12])] if first else []
+    shown = (desk.render_runs(table, now=time.time()), *next_step)
+    cli.emit({"runs": table}, as_json=json, show=lambda: cli.show(*shown))
 
 
 def review(node_file: NodeFile, run: RunArgument, json: cli.JsonOption = False) -> None:
@@ -125,13 +126,13 @@ def sign_policy(
     signer = identity.load(key)
     rules = policies.sign(policy_file, signer)
     missing = policies.shortcomings(rules)
-    told = {
+    result = {
         "signature": str(policies.signature_path(policy_file)),
         "policy_signer": identity.public_hex(signer),
         "serial": rules.serial,
     }
-    lines = [*(f"{name:<14} {value}" for name, value in told.items()), *(f"note: {line}" for line in missing), NEXT]
-    cli.emit({**told, "notes": missing}, as_json=json, show=lambda: cli.show(*lines))
+    lines = [*(f"{name:<14} {value}" for name, value in result.items()), *(f"note: {line}" for line in missing), NEXT]
+    cli.emit({**result, "notes": missing}, as_json=json, show=lambda: cli.show(*lines))
 
 
 @audit_app.command("show")
@@ -182,7 +183,7 @@ def audit_heads(
     out: Annotated[Path | None, typer.Option(help="Copy all kept heads here, for another's audit verify.")] = None,
     json: cli.JsonOption = False,
 ) -> None:
-    """Tell where the audit logs of the others stood when this site last heard.
+    """Show the newest known heads of the other parties' audit logs.
 
     \b
     Examples:
@@ -197,7 +198,6 @@ def audit_heads(
 
 
 def _decide(node_file: Path, run: str, *, is_approved: bool, by: str, as_json: bool) -> None:
-    """What `approve` and `deny` share."""
     from client.review import review as desk
     from common.run import config
 

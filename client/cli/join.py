@@ -79,8 +79,8 @@ def install(
 
     done = installing.install(kit, keys=keys, words=words, now=datetime.datetime.now(datetime.UTC))
     result = {"name": done.name, "epoch": done.epoch, "expires_at": done.expires_at.isoformat()}
-    told = f"{done.name}: roster epoch {done.epoch}, certificate until {done.expires_at:%Y-%m-%d}"
-    cli.emit(result, as_json=json, show=lambda: cli.show(told, f"next: edit {keys}/policy.toml and {keys}/node.toml"))
+    line = f"{done.name}: roster epoch {done.epoch}, certificate until {done.expires_at:%Y-%m-%d}"
+    cli.emit(result, as_json=json, show=lambda: cli.show(line, f"next: edit {keys}/policy.toml and {keys}/node.toml"))
 
 
 def roster(
@@ -98,16 +98,12 @@ def roster(
     """
     from client.join import install as installing
 
-    found = installing.update_roster(roster_file, keys=keys)
-    result = {"federation_id": found.federation_id, "epoch": found.epoch, "sites": [site.name for site in found.sites]}
-    told = f"{found.federation_id}: roster epoch {found.epoch}, {len(found.sites)} sites"
-    cli.emit(
-        result,
-        as_json=json,
-        show=lambda: cli.show(
-            told, "next: copy roster.json to agent.roster_folder; the agent reads it before its next step"
-        ),
-    )
+    newest = installing.update_roster(roster_file, keys=keys)
+    names = [site.name for site in newest.sites]
+    result = {"federation_id": newest.federation_id, "epoch": newest.epoch, "sites": names}
+    line = f"{newest.federation_id}: roster epoch {newest.epoch}, {len(names)} sites"
+    next_step = "next: copy roster.json to agent.roster_folder; the agent reads it before its next step"
+    cli.emit(result, as_json=json, show=lambda: cli.show(line, next_step))
 
 
 def link(

@@ -55,11 +55,11 @@ def ledger_create(node_file: NodeFile, json: cli.JsonOption = False) -> None:
 
     node = config.load_node(node_file)
     paths = filter(None, (node.data.path, node.data.held_out_path))
-    rows = [row for path in paths for row in site_files.read_rows(node, path)]
+    rows = [row for path in paths for row in site_files.read_rows(node.data, path)]
     num_units = len({row.unit for row in rows})
     made = site_ledger.create(num_units=num_units, rows=rows, **_parts(desk.open_desk(node)))
     keep = f"keep a copy of {made.path} elsewhere, a new one after every run"
-    _told(made, json, keep, cli.next_step("silotune-client", "privacy", node_file))
+    _show(made, json, keep, cli.next_step("silotune-client", "privacy", node_file))
 
 
 @ledger_app.command("lower")
@@ -76,23 +76,16 @@ def ledger_lower(node_file: NodeFile, json: cli.JsonOption = False) -> None:
     from client.review import review as desk
     from common.run import config
 
-    found = site_ledger.lower(**_parts(desk.open_desk(config.load_node(node_file))))
-    _told(found, json, cli.next_step("silotune-client", "privacy", node_file))
+    lowered = site_ledger.lower(**_parts(desk.open_desk(config.load_node(node_file))))
+    _show(lowered, json, cli.next_step("silotune-client", "privacy", node_file))
 
 
-def _parts(opened: Any) -> dict[str, Any]:
-    """What a site's ledger is made of."""
-    return {
-        "node": opened.node,
-        "rules": opened.policy,
-        "key": opened.key,
-        "history": opened.history,
-        "log": opened.log,
-    }
+def _parts(desk: Any) -> dict[str, Any]:
+    return {"node": desk.node, "rules": desk.policy, "key": desk.key, "history": desk.history, "log": desk.log}
 
 
-def _told(ledger: Any, as_json: bool, *ending: str) -> None:
-    """The ledger's promise."""
+def _show(ledger: Any, as_json: bool, *ending: str) -> None:
+    """Print the ledger's promise."""
     result = {"ledger": str(ledger.path), **asdict(ledger.budget().header)}
     lines = (f"{name:<12} {value}" for name, value in result.items())
     cli.emit(result, as_json=as_json, show=lambda: cli.show(*lines, *ending))

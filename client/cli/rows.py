@@ -78,17 +78,28 @@ def asked(node: config.NodeConfig, run: str, given: Asked) -> Asked:
     if replace(given, base="", date="") != Asked():
         raise ConfigError("--run: the run says the rest; leave out all other options but --base, --limit and --json")
     if run.endswith(".toml"):
-        settings = config.load(Path(run))
-        return _of(settings, base=given.base or settings.model.base, date=given.date)
-    if not node.agent.policy:
+        settings, date = config.load(Path(run)), given.date
+        base = given.base or settings.model.base
+    elif not node.agent.policy:
         raise ConfigError("--run: this site has no policy, so it keeps no offers; give the run's TOML file instead")
-    desk = review.open_desk(node)
-    found = manifest.parse(consent.load(desk.folder, consent.find(desk.history, run)).manifest)
-    base = given.base or str(store.find_by_hash(found.base_sha256, site_files.base_folders(node)))
-    return _of(found.run, base=base, date=found.date)
+    else:
+        desk = review.open_desk(node)
+        offered = manifest.parse(consent.load(desk.folder, consent.find(desk.history, run)).manifest)
+        settings, date = offered.run, offered.date
+        base = given.base or str(store.find_by_hash(offered.base_sha256, site_files.base_folders(node.model)))
+    data = settings.data
+    return Asked(
+        settings.training.objective,
+        data.max_length_tokens,
+        data.too_long,
+        data.system_prompt,
+        settings.model.chat_template,
+        date,
+        base,
+    )
 
 
-def check(node: config.NodeConfig, given: Asked) -> Checked:
+def check(data: config.NodeDataConfig, model: config.NodeModelConfig, given: Asked, *, site: str) -> Checked:
     """Count the site's rows, held-out ones included, and find all that would stop a run; with a base, their tokens too.
 
     Of a pair each of the two answers counts as a row here, so that both are held to the limit of tokens.
@@ -97,15 +108,21 @@ def check(node: config.NodeConfig, given: Asked) -> Checked:
         ConfigError: No such objective.
         ModelError: The base is not on this machine, or cannot be trained on rows of that length.
     """
-    site, columns = node.site.name, site_files.columns_of(node, objective=_objective(given.objective))
+    columns = site_files.columns_of(data, objective=_objective(given.objective))
     tokenizer = None
-    if given.base or node.model.base:
-        tokenizer = load_tokenizer(node, given)
-        _check_base(_folder(node, given.base), given.max_length_tokens)
+    if given.base or model.base:
+        tokenizer = load_tokenizer(model, given)
+
+        from common.model import files  # loads transformers
+
+        folder = _folder(model, given.base)
+        files.check_unquantised(folder)
+        if given.max_length_tokens is not None:
+            files.check_length(folder, given.max_length_tokens)
     findings: list[Finding] = []
     sides: list[list[Row]] = []
     not_read: list[str] = []
-    for path in filter(None, (node.data.path, node.data.held_out_path)):
+    for path in filter(None, (data.path, data.held_out_path)):
         problems = Problems()
         with noted.noting(findings, site=site):
             located = read.gather(path, problems)
@@ -115,7 +132,7 @@ def check(node: config.NodeConfig, given: Asked) -> Checked:
             sides.append(list(checks.told_apart(rows, path=path, unit_column=columns.unit)))
         findings += noted.find(site, problems)
     with noted.noting(findings, site=site):
-        if node.data.held_out_path and len(sides) > 1 and node.data.unit_column:
+        if data.held_out_path and len(sides) > 1 and data.unit_column:
             site_files.check_apart(*sides)
         elif sides and sides[0] and not findings:  # with rows missing, too few units may be none too few
             split.split(sides[0], held_out_fraction=config.DataConfig().held_out_fraction, seed=0)
@@ -123,7 +140,6 @@ def check(node: config.NodeConfig, given: Asked) -> Checked:
     if not shown:
         return Checked(None, tuple(findings))
     problems = Problems()
-    held_out = _conversations(sides[1]) if len(sides) > 1 else None
     report = checks.check(
         shown,
         tokenizer=tokenizer,
@@ -131,12 +147,14 @@ def check(node: config.NodeConfig, given: Asked) -> Checked:
         too_long=given.too_long,
         system_prompt=given.system_prompt,
         problems=problems,
-        held_out=held_out,
+        held_out=_conversations(sides[1]) if len(sides) > 1 else None,
     )
     return Checked(replace(report, not_read=tuple(not_read)), (*findings, *noted.find(site, problems)))
 
 
-def preview(node: config.NodeConfig, given: Asked, *, limit: int) -> tuple[str, Sequence[Preview]]:
+def preview(
+    data: config.NodeDataConfig, model: config.NodeModelConfig, given: Asked, *, limit: int
+) -> tuple[str, Sequence[Preview]]:
     """The site's first rows as the model will get them; of a pair the chosen answer, then the rejected one.
 
     Returns:
@@ -147,8 +165,8 @@ def preview(node: config.NodeConfig, given: Asked, *, limit: int) -> tuple[str, 
         DataError: Rows are missing or unusable.
         ModelError: No base is named, or it is not on this machine.
     """
-    tokenizer = load_tokenizer(node, given)
-    rows = _conversations(site_files.read_rows(node, node.data.path, objective=_objective(given.objective)))
+    tokenizer = load_tokenizer(model, given)
+    rows = _conversations(site_files.read_rows(data, data.path, objective=_objective(given.objective)))
     return given.in_words(tokenizer), checks.preview(
         rows,
         tokenizer,
@@ -171,20 +189,6 @@ def day(text: str, today: datetime.date) -> str:
         raise ConfigError(f"--date {text}: is no date; write YYYY-MM-DD") from error
 
 
-def _of(run: config.RunConfig, *, base: str, date: str) -> Asked:
-    """The settings of a run that rows depend on."""
-    data = run.data
-    return Asked(
-        run.training.objective,
-        data.max_length_tokens,
-        data.too_long,
-        data.system_prompt,
-        run.model.chat_template,
-        date,
-        base,
-    )
-
-
 def _objective(name: str) -> ObjectiveName:
     """The objective that an option names."""
     known = next((known for known in get_args(ObjectiveName) if known == name), None)
@@ -199,27 +203,18 @@ def _conversations(rows: Sequence[Row]) -> list[Row]:
     return [row for shown in both for row in shown]
 
 
-def load_tokenizer(node: config.NodeConfig, given: Asked) -> "PreTrainedTokenizerBase":
+def load_tokenizer(model: config.NodeModelConfig, given: Asked) -> "PreTrainedTokenizerBase":
     """The tokenizer of the base that is named, else of the one that the site's file names, with the run's template."""
-    from common.model.base import load_tokenizer as load
+    from common.model import files  # loads transformers, and neither torch's training nor peft
 
-    if not (given.base or node.model.base):
+    if not (given.base or model.base):
         raise ModelError("no base model is named; give --base, or model.base in this site's file")
     if given.chat_template not in get_args(TemplateName):
         raise ConfigError(f"--chat-template {given.chat_template}: choose one of {', '.join(get_args(TemplateName))}")
-    return prompts.use_template(load(_folder(node, given.base)), given.chat_template, date=given.date)
+    tokenizer = files.tokenizer_of(_folder(model, given.base))
+    return prompts.use_template(tokenizer, given.chat_template, date=given.date)
 
 
-def _folder(node: config.NodeConfig, base: str) -> Path:
-    """Where the base is that is named, else the one that the site's file names."""
-    folder = Path(node.model.store) if node.model.store else store.DEFAULT
-    return store.resolve(base or node.model.base, store=folder)
-
-
-def _check_base(folder: Path, max_length_tokens: int | None) -> None:
-    """What a base's files say against training on them."""
-    from common.model import files  # loads transformers
-
-    files.check_unquantised(folder)
-    if max_length_tokens is not None:
-        files.check_length(folder, max_length_tokens)
+def _folder(model: config.NodeModelConfig, base: str) -> Path:
+    folder = Path(model.store) if model.store else store.DEFAULT
+    return store.resolve(base or model.base, store=folder)

@@ -23,26 +23,19 @@ def carry(kind: str) -> ClientAppCallable:
 
     def answer(message: Message, context: Context) -> Message:
         try:
-            content = _exchange(kind, message, context)
-        except Exception as error:  # noqa: BLE001 - the app's edge; Flower sends an exception's text to the server
-            return Message(Error(_code(error)), reply_to=message)
-        return Message(content, reply_to=message)
+            socket_path = Path(str(context.node_config[SOCKET_KEY]))
+            frame = line.call(socket_path, kind, envelope.unpack(message.content), message.metadata.ttl)
+            content = RecordDict({envelope.NAME: ArrayRecord({envelope.NAME: Array(*envelope.declare(frame))})})
+            return Message(content, reply_to=message)
+        except TransportError:
+            code = envelope.AGENT_AWAY
+        except WireError:
+            code = envelope.BAD_CONTENT
+        except Exception:  # noqa: BLE001 - the app's edge; Flower sends an exception's text to the server
+            code = envelope.COURIER_FAILED
+        return Message(Error(code), reply_to=message)
 
     return answer
-
-
-def _exchange(kind: str, message: Message, context: Context) -> RecordDict:
-    """Bytes in, typed call, bytes out."""
-    socket_path = Path(str(context.node_config[SOCKET_KEY]))
-    frame = line.call(socket_path, kind, envelope.unpack(message.content), message.metadata.ttl)
-    return RecordDict({envelope.NAME: ArrayRecord({envelope.NAME: Array(*envelope.declare(frame))})})
-
-
-def _code(error: Exception) -> int:
-    """All that the server learns about a failure."""
-    if isinstance(error, TransportError):
-        return envelope.AGENT_AWAY
-    return envelope.BAD_CONTENT if isinstance(error, WireError) else envelope.COURIER_FAILED
 
 
 for _kind in line.KINDS:

@@ -34,10 +34,10 @@ def check(answer: bytes, *, allowed: Collection[str]) -> bytes:
         content = GetFabResponse.FromString(answer).fab.content
     except DecodeError:
         raise AuthError("what came is no bundle; it was not handed on") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found not in allowed:
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 not in allowed:
         raise AuthError(
-            f"bundle {found} is not allowed here and was not handed on; if the coordinator runs another release, "
+            f"bundle {sha256} is not allowed here and was not handed on; if the coordinator runs another release, "
             "install that one, or read the bundle and start the link with --bundle HASH"
         )
-    return bytes(GetFabResponse(fab=Fab(hash_str=found, content=content)).SerializeToString(deterministic=True))
+    return bytes(GetFabResponse(fab=Fab(hash_str=sha256, content=content)).SerializeToString(deterministic=True))

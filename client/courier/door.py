@@ -73,18 +73,29 @@ def serve(
         ConfigError: The folder is missing or open to others, the path is too long or taken, an agent listens there, or
             there is no such group.
     """
-    group_id = _group_id(courier_group)
+    try:
+        group_id = grp.getgrnam(courier_group).gr_gid if courier_group else None
+    except KeyError as error:
+        raise ConfigError(f"there is no group {courier_group!r}; create it, or remove agent.courier_group") from error
     inner = socket_path.with_name(socket_path.name + INNER_SUFFIX)
     check_folder(inner)
     for path in (socket_path, inner):
         _clear(path)
     server = grpc.server(ThreadPoolExecutor(MAX_CALLS), options=OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
     add_AgentServicer_to_server(_Door(answer, max_message_bytes=max_message_bytes), server)
-    _bind(server, inner)
+    credentials = grpc.local_server_credentials(grpc.LocalConnectionType.UDS)
+    with making_socket(inner):
+        server.add_secure_port(f"unix:{inner.absolute()}", credentials)
     server.start()
     keeper = Doorkeeper(socket_path, inner=inner, group_id=group_id, on_stranger=on_stranger)
     if group_id is not None:
-        _admit(courier_group, group_id, socket_path)
+        try:
+            os.chown(socket_path, -1, group_id)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot give {socket_path} to group {courier_group!r}; is this user a member of it?"
+            ) from error
+        socket_path.chmod(0o660)
     return Service(server, keeper, socket_path)
 
 
@@ -131,50 +142,38 @@ class _Door(AgentServicer):
 
     def _exchange(self, chunks: Iterator[Chunk], context: Any) -> Iterator[Chunk]:
         """Wait for a turn, read within the limit, answer; so at most one frame is in memory."""
-        if not _take(self._turn, context):
+        while context.is_active():  # for as long as the caller is there
+            if self._turn.acquire(timeout=_POLL_S):
+                break
+        else:
             return
+        reply: bytes | None = None
         try:
-            frame = self._answer_safely(self._read(chunks, context), context)
+            frame = self._read(chunks, context)
+            try:
+                reply = self._answer(frame)
+            except Exception as error:  # noqa: BLE001 - gRPC would send the text, which may hold a row, to the peer
+                _log.error("the agent raised %s at %s", type(error).__name__, ", ".join(sitelog.places(error)))
         finally:
             self._turn.release()
-        yield from pieces(frame)
+        if reply is None:
+            context.abort(grpc.StatusCode.INTERNAL, "agent-failed")
+            raise RuntimeError("gRPC aborts by raising")
+        yield from pieces(reply)
 
     def _read(self, chunks: Iterator[Chunk], context: Any) -> bytes:
-        """Read a frame; a caller that begins one and does not go on loses its turn."""
-        late = threading.Timer(self._read_s, context.cancel)
+        """Join the pieces within the limit; only a code crosses if that fails."""
+        late = threading.Timer(self._read_s, context.cancel)  # who begins a frame and does not go on loses the turn
         late.daemon = True
         late.start()
         try:
-            return _read(chunks, context, max_bytes=self._max_message_bytes)
+            return join(chunks, max_bytes=self._max_message_bytes)
+        except WireError as error:
+            _log.warning("refused a frame: %s", error)
         finally:
             late.cancel()
-
-    def _answer_safely(self, frame: bytes, context: Any) -> bytes:
-        """Call the agent; should it raise, a code crosses, and the text, which may hold a row, is written nowhere."""
-        try:
-            return self._answer(frame)
-        except Exception as error:  # noqa: BLE001 - the edge of the agent's process: gRPC would send the text to the peer
-            _log.error("the agent raised %s at %s", type(error).__name__, ", ".join(sitelog.places(error)))
-        context.abort(grpc.StatusCode.INTERNAL, "agent-failed")
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "bad-frame")
         raise RuntimeError("gRPC aborts by raising")
-
-
-def _take(turn: threading.Lock, context: Any) -> bool:
-    """Wait for the lock for as long as the caller is there."""
-    while context.is_active():
-        if turn.acquire(timeout=_POLL_S):
-            return True
-    return False
-
-
-def _read(chunks: Iterator[Chunk], context: Any, *, max_bytes: int) -> bytes:
-    """Join the pieces within the limit; only a code crosses if that fails."""
-    try:
-        return join(chunks, max_bytes=max_bytes)
-    except WireError as error:
-        _log.warning("refused a frame: %s", error)
-    context.abort(grpc.StatusCode.INVALID_ARGUMENT, "bad-frame")
-    raise RuntimeError("gRPC aborts by raising")
 
 
 def check_folder(socket_path: Path) -> None:
@@ -203,29 +202,3 @@ def _clear(socket_path: Path) -> None:
         if probe.connect_ex(str(socket_path)) == 0:
             raise ConfigError(f"an agent already listens on {socket_path}; stop it or choose another path")
     socket_path.unlink()
-
-
-def _bind(server: grpc.Server, socket_path: Path) -> None:
-    """Listen with mode 0600."""
-    credentials = grpc.local_server_credentials(grpc.LocalConnectionType.UDS)
-    with making_socket(socket_path):
-        server.add_secure_port(f"unix:{socket_path.absolute()}", credentials)
-
-
-def _group_id(group: str) -> int | None:
-    """A group's number."""
-    if not group:
-        return None
-    try:
-        return grp.getgrnam(group).gr_gid
-    except KeyError as error:
-        raise ConfigError(f"there is no group {group!r}; create it, or remove agent.courier_group") from error
-
-
-def _admit(group: str, group_id: int, socket_path: Path) -> None:
-    """Let a group open the socket."""
-    try:
-        os.chown(socket_path, -1, group_id)
-    except OSError as error:
-        raise ConfigError(f"cannot give {socket_path} to group {group!r}; is this user a member of it?") from error
-    socket_path.chmod(0o660)

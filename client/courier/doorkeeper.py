@@ -41,7 +41,14 @@ class Doorkeeper:
     def __init__(self, outer: Path, *, inner: Path, group_id: int | None, on_stranger: Callable[[int], None]) -> None:
         self._inner, self._group_id, self._on_stranger = inner, group_id, on_stranger
         self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        self._listener = _listen(outer)
+        self._listener = socket.socket(socket.AF_UNIX)
+        try:
+            with making_socket(outer):
+                self._listener.bind(str(outer.absolute()))
+                self._listener.listen()
+        except ConfigError:
+            self._listener.close()
+            raise
         threading.Thread(target=self._run, name="doorkeeper", daemon=True).start()
 
     def close(self) -> None:
@@ -51,31 +58,27 @@ class Doorkeeper:
         self._listener.close()
 
     def _run(self) -> None:
-        """One caller after the other."""
+        """Join each caller to gRPC, or send it away, until the listener is closed."""
         while True:
             try:
                 caller, _ = self._listener.accept()
             except OSError:
                 return
-            self._look_at(caller)
-
-    def _look_at(self, caller: socket.socket) -> None:
-        """Join a caller to gRPC, or send it away."""
-        try:
-            user_id, group_ids = credentials(caller)
-        except OSError:
-            caller.close()
-            _log.warning("sent a caller away whose user and groups the kernel does not tell")
-            return
-        if user_id not in (0, os.getuid()) and self._group_id not in group_ids:
-            caller.close()
-            _log.warning("sent user id %d away from the socket", user_id)
-            self._on_stranger(user_id)
-        elif self._places.acquire(blocking=False):
-            threading.Thread(target=self._join, args=(caller,), name="caller", daemon=True).start()
-        else:
-            caller.close()
-            _log.warning("more than %d connections to the socket", MAX_CONNECTIONS)
+            try:
+                user_id, group_ids = credentials(caller)
+            except OSError:
+                caller.close()
+                _log.warning("sent a caller away whose user and groups the kernel does not tell")
+                continue
+            if user_id not in (0, os.getuid()) and self._group_id not in group_ids:
+                caller.close()
+                _log.warning("sent user id %d away from the socket", user_id)
+                self._on_stranger(user_id)
+            elif self._places.acquire(blocking=False):
+                threading.Thread(target=self._join, args=(caller,), name="caller", daemon=True).start()
+            else:
+                caller.close()
+                _log.warning("more than %d connections to the socket", MAX_CONNECTIONS)
 
     def _join(self, caller: socket.socket) -> None:
         """Carry bytes both ways until one side ends."""
@@ -97,10 +100,10 @@ def process(peer: socket.socket) -> tuple[int, int, int]:
 
     Source: unix(7), SO_PEERCRED.
     """
-    found: tuple[int, int, int] = _CREDENTIALS.unpack(
+    process_id, user_id, group_id = _CREDENTIALS.unpack(
         peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     )
-    return found
+    return process_id, user_id, group_id
 
 
 def credentials(caller: socket.socket) -> tuple[int, set[int]]:
@@ -110,7 +113,7 @@ def credentials(caller: socket.socket) -> tuple[int, set[int]]:
     """
     _, user_id, group_id = process(caller)
     groups = caller.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, MAX_GROUPS * _GROUP.size)
-    return user_id, {group_id, *(found[0] for found in _GROUP.iter_unpack(groups))}
+    return user_id, {group_id, *(number for (number,) in _GROUP.iter_unpack(groups))}
 
 
 @contextmanager
@@ -127,19 +130,6 @@ def making_socket(path: Path) -> Iterator[None]:
         raise ConfigError(f"cannot listen on {path}; see the permissions of its folder") from error
     finally:
         os.umask(umask)
-
-
-def _listen(path: Path) -> socket.socket:
-    """Listen with mode 0600."""
-    listener = socket.socket(socket.AF_UNIX)
-    try:
-        with making_socket(path):
-            listener.bind(str(path.absolute()))
-            listener.listen()
-    except ConfigError:
-        listener.close()
-        raise
-    return listener
 
 
 def _carry(source: socket.socket, target: socket.socket) -> None:

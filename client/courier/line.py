@@ -9,7 +9,7 @@ import grpc
 
 from common.agent_pb2 import Chunk, HelloRequest
 from common.agent_pb2_grpc import AgentStub
-from common.errors import ProtocolError, RemoteError, SilotuneError, TransportError, WireError
+from common.errors import ProtocolError, RemoteError, TransportError, WireError
 from common.run.schema.section import MAX_MESSAGE_MIB
 from common.trust import roster
 
@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Hello:
-    """What an agent tells about itself: the version of its frames, and whether it is working on one."""
+    """An agent's answer to a greeting: the version of its frames, and whether it is working on one."""
 
     wire_version: int
     is_busy: bool
@@ -110,19 +110,16 @@ def _with_stub(socket_path: Path, use: Callable[[AgentStub], Result]) -> Result:
         try:
             return use(AgentStub(channel))
         except grpc.RpcError as error:
-            raise _translated(error, socket_path=socket_path) from None  # the chain would carry the peer's text
-
-
-def _translated(error: grpc.RpcError, *, socket_path: Path) -> SilotuneError:
-    """Our error for a gRPC status; the peer's text is not repeated."""
-    match error.code():
+            code = error.code()
+    # Raised out here: the chain would carry the peer's text.
+    match code:
         case grpc.StatusCode.UNAVAILABLE:
-            return TransportError(
+            raise TransportError(
                 f"no agent answers at {socket_path}; start `silotune-client serve NODE.toml` and let this user open it"
             )
         case grpc.StatusCode.DEADLINE_EXCEEDED:
-            return TransportError(f"the agent at {socket_path} did not answer in time; its log says what it does")
+            raise TransportError(f"the agent at {socket_path} did not answer in time; its log says what it does")
         case grpc.StatusCode.RESOURCE_EXHAUSTED | grpc.StatusCode.INVALID_ARGUMENT:
-            return WireError(f"the agent at {socket_path} refused the frame: too long, or not whole")
-        case code:
-            return RemoteError(f"the agent at {socket_path} failed ({code.name}); its log says why")
+            raise WireError(f"the agent at {socket_path} refused the frame: too long, or not whole")
+        case _:
+            raise RemoteError(f"the agent at {socket_path} failed ({code.name}); its log says why")

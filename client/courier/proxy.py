@@ -115,49 +115,37 @@ def _ask(opened: socket.socket, proxy: Proxy, target: tuple[str, int], left_s: C
         headers.append(("Proxy-Authorization", f"Basic {base64.b64encode(proxy.credentials).decode('ascii')}"))
     request = h11.Request(method="CONNECT", target=name, headers=headers)
     opened.sendall((http.send(request) or b"") + (http.send(h11.EndOfMessage()) or b""))
-    while not isinstance(event := http.next_event(), h11.Response):
-        if event is not h11.NEED_DATA:
+    while not isinstance(answer := http.next_event(), h11.Response):
+        if answer is not h11.NEED_DATA:
             continue  # an answer of 1xx, after which the answer comes
-        opened.settimeout(_positive(left_s()))
+        if (timeout_s := left_s()) <= 0:
+            raise TimeoutError
+        opened.settimeout(timeout_s)
         http.receive_data(opened.recv(_PIECE_BYTES))
-    if not 200 <= event.status_code < 300:
-        raise TransportError(_refusal(event, proxy, name))
-    if http.trailing_data[0]:  # the gateway says nothing before it is spoken to
-        raise h11.RemoteProtocolError("bytes that nobody asked for")
-
-
-def _positive(left_s: float) -> float:
-    """What is left of the time.
-
-    Raises:
-        TimeoutError: Nothing.
-    """
-    if left_s <= 0:
-        raise TimeoutError
-    return left_s
-
-
-def _refusal(answer: h11.Response, proxy: Proxy, target: str) -> str:
-    """What an answer means, and what to do."""
     status = answer.status_code
     if status == _NEEDS_PASSWORD and proxy.credentials:
-        return f"{proxy} does not take the name and password (407); correct {proxy.password_file}"
+        raise TransportError(f"{proxy} does not take the name and password (407); correct {proxy.password_file}")
     if status == _NEEDS_PASSWORD:
-        asked = [value.decode("latin-1").partition(" ")[0] for name, value in answer.headers if name == _CHALLENGE]
-        if asked and all(scheme.lower() != "basic" for scheme in asked):
-            return (
-                f"{proxy} takes {shown(', '.join(asked))} only (407), and the link knows Basic; ask its administrator "
-                f"to let this machine connect to {target} without a password"
+        schemes = [value.decode("latin-1").partition(" ")[0] for key, value in answer.headers if key == _CHALLENGE]
+        if schemes and all(scheme.lower() != "basic" for scheme in schemes):
+            raise TransportError(
+                f"{proxy} takes {shown(', '.join(schemes))} only (407), and the link knows Basic; ask its "
+                f"administrator to let this machine connect to {name} without a password"
             )
-        return (
+        raise TransportError(
             f"{proxy} wants a name and a password (407); write NAME:PASSWORD into a file of mode 0600 and name it as "
             "link.proxy_auth_file"
         )
     if status == _FORBIDDEN:
-        return f"{proxy} forbids a tunnel (403); ask its administrator to allow CONNECT to {target}"
+        raise TransportError(f"{proxy} forbids a tunnel (403); ask its administrator to allow CONNECT to {name}")
     if status in _UNREACHABLE:
-        return f"{proxy} does not reach {target} ({status}); check the address, and ask its administrator"
-    return f"{proxy} answered {status} to CONNECT {target}; check link.proxy, and ask its administrator"
+        raise TransportError(f"{proxy} does not reach {name} ({status}); check the address, and ask its administrator")
+    if not 200 <= status < 300:
+        raise TransportError(
+            f"{proxy} answered {status} to CONNECT {name}; check link.proxy, and ask its administrator"
+        )
+    if http.trailing_data[0]:  # the gateway says nothing before it is spoken to
+        raise h11.RemoteProtocolError("bytes that nobody asked for")
 
 
 def _authority(host: str, port: int) -> str:

@@ -57,9 +57,14 @@ async def carry(near: End, far: End, *, bundles: Collection[str]) -> None:
         try:
             may_go_on = await _answer(request, near, far, bundles=bundles)
         finally:
-            is_sent = await _end(sending)
-        if not (may_go_on and is_sent and _begin_anew(near, far)):
+            await asyncio.wait([sending], timeout=_SPARE_S)
+            is_sent = sending.done() and sending.exception() is None
+            sending.cancel()
+        is_open = all(end.http.our_state is h11.DONE and end.http.their_state is h11.DONE for end in (near, far))
+        if not (may_go_on and is_sent and is_open):
             return
+        near.http.start_next_cycle()
+        far.http.start_next_cycle()
 
 
 async def _request(near: End, far: End) -> h11.Request | None:
@@ -83,7 +88,20 @@ async def _answer(request: h11.Request, near: End, far: End, *, bundles: Collect
     if 300 <= response.status_code < 400:  # Flower would follow it, to any place
         return await _refuse(near, "a redirect")
     if request.target == bundle.PATH and response.status_code < 300:
-        return await _hand_over_bundle(near, far, bundles=bundles)
+        # A bundle is taken whole and looked at before it is handed on.
+        body = bytearray()
+        while isinstance(event := await far.next(), h11.Data):
+            body += event.data
+            if len(body) > bundle.MAX_BYTES:
+                return await _refuse(near, f"a bundle above {bundle.MAX_BYTES} bytes")
+        try:
+            answer = bundle.check(bytes(body), allowed=bundles)
+        except AuthError as error:
+            return await _refuse(near, str(error))
+        headers = [("content-type", "application/protobuf"), ("content-length", str(len(answer)))]
+        for part in (h11.Response(status_code=200, headers=headers), h11.Data(data=answer), h11.EndOfMessage()):
+            await near.send(part)
+        return True
     codings = [value for name, value in response.headers if name == b"content-encoding"]
     if any(value.strip().lower() != b"identity" for value in codings):  # Flower would unpack it, to any size
         return await _refuse(near, "a compressed answer")
@@ -91,23 +109,6 @@ async def _answer(request: h11.Request, near: End, far: End, *, bundles: Collect
     if not await _pass_body(far, near, max_bytes=MAX_ANSWER_BYTES):
         _log.error("refused: an answer above %d bytes", MAX_ANSWER_BYTES)
         return False
-    return True
-
-
-async def _hand_over_bundle(near: End, far: End, *, bundles: Collection[str]) -> bool:
-    """Take a bundle whole, look at it, and only then hand it on."""
-    body = bytearray()
-    while isinstance(event := await far.next(), h11.Data):
-        body += event.data
-        if len(body) > bundle.MAX_BYTES:
-            return await _refuse(near, f"a bundle above {bundle.MAX_BYTES} bytes")
-    try:
-        answer = bundle.check(bytes(body), allowed=bundles)
-    except AuthError as error:
-        return await _refuse(near, str(error))
-    headers = [("content-type", "application/protobuf"), ("content-length", str(len(answer)))]
-    for part in (h11.Response(status_code=200, headers=headers), h11.Data(data=answer), h11.EndOfMessage()):
-        await near.send(part)
     return True
 
 
@@ -130,21 +131,3 @@ async def _pass_body(source: End, target: End, *, max_bytes: int | None = None) 
         if isinstance(event, h11.EndOfMessage):
             break
     return True
-
-
-async def _end(sending: asyncio.Task[bool]) -> bool:
-    """End what sends a request whose answer is there; returns whether it had sent all."""
-    await asyncio.wait([sending], timeout=_SPARE_S)
-    if not sending.done():
-        sending.cancel()
-        return False
-    return sending.exception() is None
-
-
-def _begin_anew(near: End, far: End) -> bool:
-    """Make both ends ready for the next request; returns whether both stay open."""
-    is_open = all(end.http.our_state is h11.DONE and end.http.their_state is h11.DONE for end in (near, far))
-    if is_open:
-        near.http.start_next_cycle()
-        far.http.start_next_cycle()
-    return is_open

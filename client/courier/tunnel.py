@@ -3,8 +3,7 @@
 A SuperNode cannot show a client certificate, and with a node key it refuses to speak without TLS. So it is pointed
 here, with `--root-certificates STATE/link.pem`, and the gateway sees the site's own certificate. Bundles are looked at;
 redirects, and compressed or endless answers, are refused (`client/courier/relay.py`); all else passes as it is. The
-tunnel's certificate is for 127.0.0.1 only,
-made at the first start, and its key never leaves this machine.
+tunnel's certificate is for 127.0.0.1 only, made at the first start, and its key never leaves this machine.
 """
 
 import asyncio
@@ -215,18 +214,8 @@ def _reason(error: OSError | TimeoutError | TransportError) -> str:
 
 
 def _make_certificate(certificate_file: Path, key_file: Path) -> None:
-    """Write a key and a certificate of its own for 127.0.0.1; the certificate last, as it says that both are there."""
+    """Write a key and a certificate for 127.0.0.1 that is its own root."""
     key = ec.generate_private_key(ec.SECP256R1())
-    form = serialization.PrivateFormat.PKCS8
-    private = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
-    public = _self_signed(key).public_bytes(serialization.Encoding.PEM)
-    key_file.unlink(missing_ok=True)
-    keyfile.write(key_file, private)
-    storage.write_atomic(certificate_file, public)
-
-
-def _self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
-    """A server certificate for 127.0.0.1 that is its own root."""
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "silotune link")])
     now = datetime.datetime.now(datetime.UTC)
     extensions: list[tuple[x509.ExtensionType, bool]] = [
@@ -238,4 +227,9 @@ def _self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
     builder = builder.not_valid_before(now - datetime.timedelta(minutes=5)).not_valid_after(now + _LIFETIME)
     for extension, is_critical in extensions:
         builder = builder.add_extension(extension, critical=is_critical)
-    return builder.sign(key, hashes.SHA256())
+    public = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    form = serialization.PrivateFormat.PKCS8
+    private = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+    key_file.unlink(missing_ok=True)
+    keyfile.write(key_file, private)
+    storage.write_atomic(certificate_file, public)  # last, as it says that both are there

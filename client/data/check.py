@@ -4,7 +4,7 @@ import math
 import statistics
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Final
@@ -91,10 +91,6 @@ class CheckReport:
     alike: tuple[str, ...] = ()
     not_read: tuple[str, ...] = ()
 
-    def as_dict(self) -> dict[str, Any]:
-        """Give the counts as JSON types."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Token:
@@ -131,10 +127,6 @@ class Preview:
     is_dropped: bool
     is_input_cut: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
-        """Give the preview as JSON types."""
-        return asdict(self)
-
 
 def check(
     rows: Sequence[Row],
@@ -158,9 +150,6 @@ def check(
             raises the first of the one kind and only counts the other.
         held_out: Those of the rows that are the site's own held-out ones; None: a run splits.
 
-    Returns:
-        Counts only.
-
     Raises:
         ValueError: There are no rows.
         ModelError: The tokenizer or its template cannot be used for training, and `problems` is None.
@@ -169,17 +158,15 @@ def check(
         raise ValueError("there are no rows to check")
     sizes = Counter(row.unit for row in rows).values()
     tokens = None
-    if tokenizer is not None and (whole := _encoded(rows, tokenizer, system_prompt, problems)):
-        num_control = sum(_spells_control_token(row, tokenizer) for row, _ in whole)
-        kept: dict[str, list[Encoded | None]] = {"error": [encoded for _, encoded in whole]}
-        for setting in FITTING if max_length_tokens is not None else ():
-            kept[setting] = [_fitted(*one, tokenizer, max_length_tokens, setting, system_prompt) for one in whole]
-        uncut = [encoded for _, encoded in whole]
-        tokens = _count_tokens(uncut, kept, limit=max_length_tokens, too_long=too_long, num_control=num_control)
-        if problems is not None and max_length_tokens is not None and too_long == "error":
-            _note_too_long(whole, max_length_tokens, problems)
+    if tokenizer is not None:
+        tokens = _count_tokens(rows, tokenizer, max_length_tokens, too_long, system_prompt, problems)
     first_rows = {row.unit: row.row_id for row in reversed(rows)}
     groups = units.alike(row.unit for row in rows)
+    num_trained = None
+    if held_out is not None:
+        aside = set(map(id, held_out))
+        shared = overlap.between({"": held_out}, {"": [row for row in rows if id(row) not in aside]})[""]
+        num_trained = shared.num_exact + shared.num_near
     return CheckReport(
         num_rows=len(rows),
         num_units=len(sizes),
@@ -188,7 +175,7 @@ def check(
         num_duplicates=len(rows) - len({row.messages for row in rows}),
         num_empty_inputs=sum(row.is_input_empty for row in rows),
         num_same_text=len(rows) - len(set(overlap.groups([overlap.text_of(row) for row in rows]))),
-        num_held_out_in_training=None if held_out is None else _num_trained(rows, held_out),
+        num_held_out_in_training=num_trained,
         tokens=tokens,
         num_units_alike=sum(map(len, groups)),
         alike=tuple(" and ".join(first_rows[unit] for unit in group[:3]) for group in groups[:MAX_SHOWN]),
@@ -207,16 +194,9 @@ def told_apart(rows: Sequence[Row], *, path: str, unit_column: str) -> Sequence[
 
 
 def render(report: CheckReport) -> Table:
-    """Show a report as a table.
-
-    Args:
-        report: From `check`.
-
-    Returns:
-        A table for rich's console.
-    """
+    """Show a report as a table for rich's console."""
     table = Table("count", "value", title="data check")
-    lines: dict[str, Any] = report.as_dict()
+    lines: dict[str, Any] = asdict(report)
     tokens: dict[str, Any] = lines.pop("tokens") or {}
     for share, num_tokens in tokens.pop("quantiles", {}).items():
         lines[f"tokens of a row, {share} of rows at most"] = num_tokens
@@ -263,54 +243,104 @@ def preview(
     for row in islice(rows, limit):
         whole = prompts.encode_whole(row, tokenizer, system_prompt=system_prompt)
         kept = _fitted(row, whole, tokenizer, max_length_tokens, too_long, system_prompt)
-        previews.append(replace(_preview(row, whole, kept, tokenizer), is_input_cut=too_long == "truncate_input"))
+        shown = kept or whole  # a row that would be left out is shown whole
+        pairs = list(zip(shown.input_ids, shown.is_answer, strict=True))
+        runs = [(is_answer, [i for i, _ in run]) for is_answer, run in groupby(pairs, key=lambda pair: pair[1])]
+        item = Preview(
+            row_id=row.row_id,
+            tokens=tuple(Token(i, _decode([i], tokenizer), is_answer) for i, is_answer in pairs),
+            segments=tuple((_decode(ids, tokenizer), is_answer) for is_answer, ids in runs),
+            num_truncated=shown.num_truncated,
+            is_dropped=kept is None,
+            is_input_cut=too_long == "truncate_input",
+        )
+        previews.append(item)
     return previews
 
 
 def render_preview(previews: Iterable[Preview]) -> Text:
     """Show previews: answers between `ANSWER_MARKS`, and for a terminal highlighted, all else dim.
 
-    Args:
-        previews: From `preview`.
-
     Returns:
         Text in which neither rich markup nor control characters of the data have an effect.
     """
     shown = Text()
     for item in previews:
-        shown.append(f"{_headline(item)}\n", style="bold")
+        cut = ""
+        if item.num_truncated:
+            cut = f", {item.num_truncated} tokens cut {'out of the input' if item.is_input_cut else 'off'}"
+        fate = ", too long: it would not be trained on" if item.is_dropped else ""
+        num_answer = sum(token.is_answer for token in item.tokens)
+        head = f"{item.row_id}: {len(item.tokens)} tokens, {num_answer} of them answer{cut}{fate}"
+        shown.append(f"{head}\n", style="bold")
         for text, is_answer in item.segments:
             before, after = ANSWER_MARKS if is_answer else ("", "")
+            # Invisible characters and marks of answers are spelled out, so that data cannot steer the terminal.
+            visible = "".join(
+                ascii(character)[1:-1]
+                if character in ANSWER_MARKS or (unicodedata.category(character) in HIDDEN and character not in "\n\t")
+                else character
+                for character in text
+            )
             shown.append(before)
-            shown.append(_visible(text), style="black on green" if is_answer else "dim")
+            shown.append(visible, style="black on green" if is_answer else "dim")
             shown.append(after)
         shown.append("\n\n")
     return shown
 
 
-def _encoded(
-    rows: Sequence[Row], tokenizer: "Tokenizer", system_prompt: str, problems: Problems | None
-) -> list[tuple[Row, Encoded]]:
-    """Rows at their full length, those aside that the template cannot render."""
-    found = []
+def _count_tokens(
+    rows: Sequence[Row],
+    tokenizer: "Tokenizer",
+    limit: int | None,
+    too_long: TooLong,
+    system_prompt: str,
+    problems: Problems | None,
+) -> TokenCounts | None:
+    """Lengths of whole rows, and what a limit does to them; rows that the template cannot render are left out."""
+    whole: list[tuple[Row, Encoded]] = []
     for row in rows:
         try:
-            found.append((row, prompts.encode_whole(row, tokenizer, system_prompt=system_prompt)))
+            whole.append((row, prompts.encode_whole(row, tokenizer, system_prompt=system_prompt)))
         except ModelError as error:
             if problems is None:
                 raise
             problems.add(row.row_id, UnusableError(str(error).removeprefix(f"{row.row_id}: "), ""))
-    return found
-
-
-def _note_too_long(whole: Sequence[tuple[Row, Encoded]], limit: int, problems: Problems) -> None:
-    """Every row over the limit; in a message of many, how long the longest is tells what to set."""
-    longest = max(len(encoded.input_ids) for _, encoded in whole)
-    what = f"over the limit of data.max_length_tokens = {limit}; the longest row has {longest} tokens"
-    remedy = 'raise data.max_length_tokens, shorten the rows, or set data.too_long = "truncate_input" or "drop"'
-    for row, encoded in whole:
-        if len(encoded.input_ids) > limit:
-            problems.add(row.row_id, UnusableError(what, remedy))
+    if not whole:
+        return None
+    num_control = 0
+    for row, _ in whole:
+        if any(spelling.added(tokenizer).search(message.content) for message in row.messages):
+            rendered = chat.render(row, tokenizer)
+            num_control += bool(spelling.spelled(rendered.text, spelling.pieces(rendered, tokenizer), tokenizer))
+    uncut = [encoded for _, encoded in whole]
+    fitted: dict[TooLong, list[Encoded | None]] = {}
+    for setting in FITTING if limit is not None else ():
+        fitted[setting] = [_fitted(*pair, tokenizer, limit, setting, system_prompt) for pair in whole]
+    kept: Sequence[Encoded | None] = fitted.get(too_long, uncut)
+    by_too_long: dict[str, dict[str, int]] = {}
+    for setting, ways in fitted.items():
+        pairs = [(before, after) for before, after in zip(uncut, ways, strict=True) if after is not None]
+        num_whole = sum(sum(after.is_answer) == sum(before.is_answer) for before, after in pairs)
+        by_too_long[setting] = {"num_rows": len(pairs), "num_whole_answers": num_whole}
+    lengths = sorted(len(encoded.input_ids) for encoded in uncut)
+    if problems is not None and limit is not None and too_long == "error":
+        # In a message of many, how long the longest is says what to set.
+        what = f"over the limit of data.max_length_tokens = {limit}; the longest row has {lengths[-1]} tokens"
+        remedy = 'raise data.max_length_tokens, shorten the rows, or set data.too_long = "truncate_input" or "drop"'
+        for row, encoded in whole:
+            if len(encoded.input_ids) > limit:
+                problems.add(row.row_id, UnusableError(what, remedy))
+    return TokenCounts(
+        quantiles={f"{share:.0%}": lengths[math.ceil(share * len(lengths)) - 1] for share in QUANTILES},
+        max_length_tokens=limit,
+        num_too_long=sum(limit is not None and length > limit for length in lengths),
+        num_truncated=sum(encoded is not None and encoded.num_truncated > 0 for encoded in kept),
+        num_dropped=sum(encoded is None for encoded in kept),
+        num_answer_tokens=sum(sum(encoded.is_answer) for encoded in kept if encoded is not None),
+        num_with_control_tokens=num_control,
+        by_too_long=by_too_long,
+    )
 
 
 def _fitted(
@@ -323,88 +353,6 @@ def _fitted(
     return prompts.encode(row, tokenizer, max_length_tokens=limit, too_long=way, system_prompt=system_prompt)
 
 
-def _kept(whole: Sequence[Encoded], fitted: Sequence[Encoded | None]) -> dict[str, int]:
-    """Rows that a limit leaves, and those of them with all of their answers."""
-    pairs = [(uncut, encoded) for uncut, encoded in zip(whole, fitted, strict=True) if encoded is not None]
-    num_whole = sum(sum(encoded.is_answer) == sum(uncut.is_answer) for uncut, encoded in pairs)
-    return {"num_rows": len(pairs), "num_whole_answers": num_whole}
-
-
-def _count_tokens(
-    whole: Sequence[Encoded],
-    by_too_long: Mapping[str, Sequence[Encoded | None]],
-    *,
-    limit: int | None,
-    too_long: TooLong,
-    num_control: int,
-) -> TokenCounts:
-    """Lengths of whole rows, and what a limit does to them."""
-    lengths = sorted(len(encoded.input_ids) for encoded in whole)
-    kept = by_too_long.get(too_long, whole)
-    return TokenCounts(
-        quantiles={f"{share:.0%}": lengths[math.ceil(share * len(lengths)) - 1] for share in QUANTILES},
-        max_length_tokens=limit,
-        num_too_long=sum(limit is not None and length > limit for length in lengths),
-        num_truncated=sum(encoded is not None and encoded.num_truncated > 0 for encoded in kept),
-        num_dropped=sum(encoded is None for encoded in kept),
-        num_answer_tokens=sum(sum(encoded.is_answer) for encoded in kept if encoded is not None),
-        num_with_control_tokens=num_control,
-        by_too_long={name: _kept(whole, rows) for name, rows in by_too_long.items() if name in FITTING},
-    )
-
-
-def _spells_control_token(row: Row, tokenizer: "Tokenizer") -> bool:
-    """Whether a message spells a token such as the end token, which is cut into ordinary tokens."""
-    if not any(spelling.added(tokenizer).search(message.content) for message in row.messages):
-        return False
-    found = chat.render(row, tokenizer)
-    return bool(spelling.spelled(found.text, spelling.pieces(found, tokenizer), tokenizer))
-
-
-def _num_trained(rows: Sequence[Row], held_out: Sequence[Row]) -> int:
-    """Held-out rows whose text stands in the others."""
-    aside = set(map(id, held_out))
-    counts = overlap.between({"": held_out}, {"": [row for row in rows if id(row) not in aside]})
-    return counts[""].num_exact + counts[""].num_near
-
-
-def _preview(row: Row, whole: Encoded, kept: Encoded | None, tokenizer: "Tokenizer") -> Preview:
-    """One row; a row that would be left out is shown whole."""
-    shown = kept or whole
-    pairs = list(zip(shown.input_ids, shown.is_answer, strict=True))
-    runs = [(is_answer, [i for i, _ in run]) for is_answer, run in groupby(pairs, key=lambda pair: pair[1])]
-    return Preview(
-        row_id=row.row_id,
-        tokens=tuple(Token(i, _decode([i], tokenizer), is_answer) for i, is_answer in pairs),
-        segments=tuple((_decode(ids, tokenizer), is_answer) for is_answer, ids in runs),
-        num_truncated=shown.num_truncated,
-        is_dropped=kept is None,
-    )
-
-
 def _decode(ids: list[int], tokenizer: "Tokenizer") -> str:
     """The text of tokens, control tokens included."""
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _headline(item: Preview) -> str:
-    """Where the row is from, its length and what happens to it."""
-    num_answer = sum(token.is_answer for token in item.tokens)
-    fate = ", too long: it would not be trained on" if item.is_dropped else ""
-    cut = (
-        f", {item.num_truncated} tokens cut {'out of the input' if item.is_input_cut else 'off'}"
-        if item.num_truncated
-        else ""
-    )
-    return f"{item.row_id}: {len(item.tokens)} tokens, {num_answer} of them answer{cut}{fate}"
-
-
-def _visible(text: str) -> str:
-    """Text whose control and invisible characters are spelled out, so that data cannot steer the terminal, and marks of
-    answers too."""
-    return "".join(
-        ascii(character)[1:-1]
-        if character in ANSWER_MARKS or (unicodedata.category(character) in HIDDEN and character not in "\n\t")
-        else character
-        for character in text
-    )

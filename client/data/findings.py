@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Final
 
 from rich.table import Table
@@ -23,17 +23,13 @@ class Finding:
         site: Whose rows; "" before rows are given to sites.
         place: The row or file; "" for the data as a whole.
         what: What is wrong; holds no field's value.
-        remedy: What to do; "" where `what` tells it.
+        remedy: What to do; "" where `what` says it.
     """
 
     site: str
     place: str
     what: str
     remedy: str = ""
-
-    def as_dict(self) -> dict[str, str]:
-        """Give the finding as JSON types."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -51,12 +47,12 @@ class Checked:
 
 def find(site: str, problems: Problems) -> list[Finding]:
     """Problems as findings."""
-    return [Finding(site, place, error.what, error.remedy) for place, error in problems.found]
+    return [Finding(site, where, error.what, error.remedy) for where, error in problems.found]
 
 
 @contextmanager
 def noting(findings: list[Finding], *, site: str) -> Iterator[None]:
-    """Let an error be one finding, so that the rest can still be looked at."""
+    """Turn an error into a finding, so that the rest can still be checked."""
     try:
         yield
     except (DataError, PrivacyError) as error:
@@ -64,17 +60,10 @@ def noting(findings: list[Finding], *, site: str) -> Iterator[None]:
 
 
 def render(findings: Sequence[Finding]) -> Table:
-    """Show problems as a table: those of one kind in one line, with the first places.
-
-    Args:
-        findings: At least one.
-
-    Returns:
-        A table for rich's console.
-    """
+    """Show problems, at least one, as a table: those of one kind in one line, with the first places."""
     groups: dict[tuple[str, str, str], list[str]] = {}
-    for one in findings:
-        groups.setdefault((one.site, one.what, one.remedy), []).append(one.place)
+    for finding in findings:
+        groups.setdefault((finding.site, finding.what, finding.remedy), []).append(finding.place)
     table = Table("site", "problem", "where", "remedy", title=f"{len(findings)} problems")
     for (site, what, remedy), places in groups.items():
         more = f" and {len(places) - MAX_SHOWN} more" if len(places) > MAX_SHOWN else ""

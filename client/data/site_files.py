@@ -11,14 +11,13 @@ from common.run import config
 from common.run.schema.objective import ObjectiveName
 
 
-def read_rows(node: config.NodeConfig, path: str, *, objective: ObjectiveName = "sft") -> Sequence[Row]:
+def read_rows(data: config.NodeDataConfig, path: str, *, objective: ObjectiveName = "sft") -> Sequence[Row]:
     """One of the site's files, by its own column names; those of preferences have fixed names."""
-    return read.read(path, columns=columns_of(node, objective=objective))
+    return read.read(path, columns=columns_of(data, objective=objective))
 
 
-def columns_of(node: config.NodeConfig, *, objective: ObjectiveName) -> Columns:
+def columns_of(data: config.NodeDataConfig, *, objective: ObjectiveName) -> Columns:
     """Which columns of the site's rows hold what."""
-    data = node.data
     return Columns(data.instruction_column, data.input_column, data.output_column, data.unit_column, objective)
 
 
@@ -30,18 +29,18 @@ def check_apart(train: Sequence[Row], held_out: Sequence[Row]) -> None:
     """
     shared = {row.unit for row in train} & {row.unit for row in held_out}
     if shared:
-        one = next(row for row in train if row.unit in shared)
-        other = next(row for row in held_out if row.unit == one.unit)
+        first = next(row for row in train if row.unit in shared)
+        other = next(row for row in held_out if row.unit == first.unit)
         raise DataError(
-            f"{len(shared)} units have rows both in data.path and in data.held_out_path, one of them in {one.row_id} "
+            f"{len(shared)} units have rows both in data.path and in data.held_out_path, one of them in {first.row_id} "
             f"and in {other.row_id}; "
             "move all rows of a unit to one side, or remove held_out_path to let the run split them"
         )
 
 
-def base_folders(node: config.NodeConfig) -> list[Path]:
-    """Where this site may have bases."""
-    if node.model.base:
-        return [Path(node.model.base)]
-    folder = Path(node.model.store) if node.model.store else store.DEFAULT
+def base_folders(model: config.NodeModelConfig) -> list[Path]:
+    """Folders in which this site may have bases."""
+    if model.base:
+        return [Path(model.base)]
+    folder = Path(model.store) if model.store else store.DEFAULT
     return sorted(path for path in folder.glob("*") if path.is_dir())

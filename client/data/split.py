@@ -9,6 +9,7 @@ from common.data import near, overlap
 from common.data.rows import Row
 from common.errors import DataError
 from common.run import config
+from common.run.schema.privacy import PrivacyConfig
 
 Sides = tuple[list[Row], list[Row]]  # to train on, and held out
 Unit = tuple[str, str]  # a site and a unit of it
@@ -47,9 +48,8 @@ def split_sites(
     """Keep a share of each site's units for evaluation.
 
     Units are ordered by a hash of seed, or secret, and name, and the first of them are held out: the order of rows
-    plays no part.
-    Units that have a text in common, at one site or at several, go to one side together, at the place of the first of
-    them; those that would take more than the share of a site are trained on.
+    plays no part. Units that have a text in common, at one site or at several, go to one side together, in the order
+    of the first of them; those that would take more than the share of a site are trained on.
 
     Args:
         sites: Rows by site, of at least two units each.
@@ -57,8 +57,7 @@ def split_sites(
         seed: Chooses which.
         keeps_texts: Whether texts go to one side; else only units do.
         secret: The site's own (`client.agent.process.split_secret`), which chooses in the place of the seed: who offers
-        a run
-            then neither knows nor chooses who is held out.
+            a run then neither knows nor chooses who is held out.
 
     Returns:
         By site, rows to train on and rows held out, each in the order given.
@@ -82,10 +81,9 @@ def split_sites(
     bundles.sort(key=lambda bundle: min((_rank(unit, seed, secret), site) for site, unit in bundle))
     counts = [Counter(site for site, _ in bundle) for bundle in bundles]
     chosen: dict[str, set[str]] = {site: set() for site in sites}
-    for site, unit in (
-        unit for place in overlap.choose(counts, wanted=wanted, sizes=num_units) for unit in bundles[place]
-    ):
-        chosen[site].add(unit)
+    for index in overlap.choose(counts, wanted=wanted, sizes=num_units):
+        for site, unit in bundles[index]:
+            chosen[site].add(unit)
     if empty := next((site for site, units in chosen.items() if not units), None):
         raise DataError(
             f"{_named(empty)}the rows of {num_units[empty]} units are the same or nearly the same text, here or at "
@@ -126,7 +124,12 @@ def split_each(
 
 
 def for_run(
-    sites: Mapping[str, Sequence[Row]], run: config.RunConfig, *, secret: bytes | None = None
+    sites: Mapping[str, Sequence[Row]],
+    data: config.DataConfig,
+    privacy: PrivacyConfig,
+    *,
+    seed: int,
+    secret: bytes | None = None,
 ) -> dict[str, Sides]:
     """Training and held-out rows of each site as a run says.
 
@@ -135,21 +138,22 @@ def for_run(
 
     Args:
         sites: Rows by site: of all in a simulation, of its own at a real site.
-        run: The run.
+        data: The run's.
+        privacy: The run's.
+        seed: The run's.
         secret: A real site's own, which then chooses in the place of the run's seed; each unit by itself in every run
             that is private.
 
     Raises:
         DataError: Too few units, or texts that are all alike.
     """
-    fraction, seed = run.data.held_out_fraction, run.seed
-    if run.privacy.is_private_per_unit or (secret and run.privacy.is_private):
+    fraction, keeps_texts = data.held_out_fraction, data.same_text == "together"
+    if privacy.is_private_per_unit or (secret and privacy.is_private):
         return {
             site: split_each(rows, held_out_fraction=fraction, seed=seed, site=site, secret=secret)
             for site, rows in sites.items()
         }
-    keeps_texts = run.data.same_text == "together"
-    if run.privacy.is_private:
+    if privacy.is_private:
         return {
             site: split(rows, held_out_fraction=fraction, seed=seed, site=site, keeps_texts=keeps_texts)
             for site, rows in sites.items()
@@ -159,26 +163,24 @@ def for_run(
 
 def _bundles(sites: Mapping[str, Sequence[Row]], *, keeps_texts: bool) -> list[list[Unit]]:
     """Units that have to be on one side."""
-    rows = [(site, row) for site, found in sites.items() for row in found]
-    places = {unit: place for place, unit in enumerate(dict.fromkeys((site, row.unit) for site, row in rows))}
+    rows = [(site, row) for site, site_rows in sites.items() for row in site_rows]
+    indices = {unit: index for index, unit in enumerate(dict.fromkeys((site, row.unit) for site, row in rows))}
     pairs = []
     if keeps_texts:
         for (site, row), first in zip(rows, overlap.groups([overlap.text_of(row) for _, row in rows]), strict=True):
             other_site, other = rows[first]
-            pairs.append((places[site, row.unit], places[other_site, other.unit]))
+            pairs.append((indices[site, row.unit], indices[other_site, other.unit]))
     bundles: dict[int, list[Unit]] = {}
-    for unit, first in zip(places, near.merged(len(places), pairs), strict=True):
+    for unit, first in zip(indices, near.merged(len(indices), pairs), strict=True):
         bundles.setdefault(first, []).append(unit)
     return list(bundles.values())
 
 
 def _sides(rows: Sequence[Row], held_out: set[str]) -> Sides:
-    """Rows of other units, and rows of these."""
     return [row for row in rows if row.unit not in held_out], [row for row in rows if row.unit in held_out]
 
 
 def _named(site: str) -> str:
-    """A site at the head of a message."""
     return f"site {site}: " if site else ""
 
 

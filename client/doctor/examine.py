@@ -21,7 +21,7 @@ UNITS: Final = Path("/etc/systemd/system")
 
 
 @dataclass(frozen=True)
-class Patient:
+class Machine:
     """What is looked at.
 
     Attributes:
@@ -50,22 +50,22 @@ class Diagnosis:
     reads_roster: bool = False
 
 
-def examine(patient: Patient) -> Diagnosis:
+def examine(machine: Machine) -> Diagnosis:
     """Run all checks; nothing is changed, and nobody is asked but the gateway that was named."""
-    versions, file = checks.versions("client"), site_file(patient.node_file)
+    versions, file = checks.versions("client"), site_file(machine.node_file)
     if file.status == "failed":
         return Diagnosis((versions, file), None)
-    node = config.load_node(patient.node_file)
+    node = config.load_node(machine.node_file)
     other = host.other_user(node.agent.identity_key)
     allowed = None if other else work.load_policy(node)
     own = Path(node.agent.identity_key).parent if node.agent.identity_key and not other else None
-    folder = patient.keys or own
+    folder = machine.keys or own
     results = (
         versions,
         file,
-        *_of_keys(patient, node, folder, is_agent=not other),
-        *([host.of_another(other)] if other else _of_agent(patient, node, folder, allowed)),
-        *_of_host(patient, node, folder),
+        *_of_keys(machine, node, folder, is_agent=not other),
+        *([host.of_another(other)] if other else _of_agent(machine, node, folder, allowed)),
+        *_of_host(machine, node, folder),
     )
     return Diagnosis(results, allowed, reads_roster=bool(node.agent.roster_folder))
 
@@ -77,9 +77,9 @@ def site_file(path: Path) -> Result:
     return ok(f"{path}: {node.site.name}")
 
 
-def _of_keys(patient: Patient, node: config.NodeConfig, folder: Path | None, *, is_agent: bool) -> list[Result]:
+def _of_keys(machine: Machine, node: config.NodeConfig, folder: Path | None, *, is_agent: bool) -> list[Result]:
     """Keys, certificate, roster."""
-    now = datetime.datetime.fromtimestamp(patient.clock(), datetime.UTC)
+    now = datetime.datetime.fromtimestamp(machine.clock(), datetime.UTC)
     return [
         keys.key_files(folder, identity_key=node.agent.identity_key if is_agent else ""),
         keys.own_request(folder),
@@ -89,7 +89,7 @@ def _of_keys(patient: Patient, node: config.NodeConfig, folder: Path | None, *, 
     ]
 
 
-def _of_agent(patient: Patient, node: config.NodeConfig, folder: Path | None, allowed: Policy | None) -> list[Result]:
+def _of_agent(machine: Machine, node: config.NodeConfig, folder: Path | None, allowed: Policy | None) -> list[Result]:
     """Policy, log, rows, bases, memory, disk: what the agent's user alone may read."""
     found = work.find_bases(node)
     shelf = Path(node.model.base or node.model.store or store.DEFAULT)
@@ -99,7 +99,7 @@ def _of_agent(patient: Patient, node: config.NodeConfig, folder: Path | None, al
         work.in_force(node, is_running=host.agent_pid(Path(node.agent.socket)) is not None),
         work.rows(node, allowed),
         work.bases(found, allowed, store=str(shelf)),
-        _memory(patient, node, allowed, found),
+        _memory(machine, node, allowed, found),
         work.disk(node),
         work.store_disk(found, shelf),
         host.socket_folder(Path(node.agent.socket), courier_group=node.agent.courier_group),
@@ -107,11 +107,11 @@ def _of_agent(patient: Patient, node: config.NodeConfig, folder: Path | None, al
 
 
 @check("memory", remedy="set hardware.device to what this machine has; see: silotune-client runs NODE.toml")
-def _memory(patient: Patient, node: config.NodeConfig, allowed: Policy | None, found: dict[str, Path]) -> Result:
+def _memory(machine: Machine, node: config.NodeConfig, allowed: Policy | None, found: dict[str, Path]) -> Result:
     """Estimate memory for the run that was named, or for the largest that is allowed."""
     device = work.device_of(node, agent_pid=host.agent_pid(Path(node.agent.socket)))
-    if patient.run:
-        run = work.offered(node, patient.run)
+    if machine.run:
+        run = work.offered(node, machine.run)
         planned = work.work_of(run.run, device, site=node.site.name)
         asked = replace(planned, num_trained=trainable.num_values(run.tensor_specs))
         return work.memory(found.get(run.base_sha256), asked, device)
@@ -121,12 +121,12 @@ def _memory(patient: Patient, node: config.NodeConfig, allowed: Policy | None, f
     return work.memory(largest, work.largest_work(allowed, device), device)
 
 
-def _of_host(patient: Patient, node: config.NodeConfig, folder: Path | None) -> list[Result]:
+def _of_host(machine: Machine, node: config.NodeConfig, folder: Path | None) -> list[Result]:
     """The machine, the agent, and the way out."""
     path = Path(node.agent.socket)
-    units = host.units_of(patient.units, folder)
+    units = host.units_of(machine.units, folder)
     limit = host.core_limit(host.agent_pid(path))
-    hands = partial(host.shake_hands, patient.gateway, folder, clock=patient.clock, settings=node.link)
+    hands = partial(host.shake_hands, machine.gateway, folder, clock=machine.clock, settings=node.link)
     outcome, standing = hands(), hands(path=roster.STANDING_PATH)
     newest = host.ask_roster(hands, agents=node.agent.roster_folder)
     skew_s = None if outcome is None or isinstance(outcome, SilotuneError) else outcome.skew_s

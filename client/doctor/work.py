@@ -103,7 +103,7 @@ def rows(node: config.NodeConfig, allowed: Policy | None) -> Result:
         if not Path(path).expanduser().exists():  # else it would be taken for the name of a data set
             raise DataError(f"{path}: no such file or folder; correct data.path")
     unit_column = node.data.unit_column
-    read = {path: site_files.read_rows(node, path) for path in paths}
+    read = {path: site_files.read_rows(node.data, path) for path in paths}
     apart = (data_check.told_apart(rows, path=path, unit_column=unit_column) for path, rows in read.items())
     report = data_check.check([row for rows in apart for row in rows])
     text = f"{count(report.num_rows, 'row')} of {count(report.num_units, 'unit')}"
@@ -256,7 +256,7 @@ def find_bases(node: config.NodeConfig) -> dict[str, Path]:
     from common.model.base import hash_base  # loads torch
 
     found: dict[str, Path] = {}
-    for folder in site_files.base_folders(node):
+    for folder in site_files.base_folders(node.model):
         with suppress(ModelError):
             found[hash_base(folder)] = folder
     return found

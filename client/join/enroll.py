@@ -35,7 +35,10 @@ def enroll(folder: Path, *, federation_id: str, name: str) -> Statement:
         StorageError: The disk is full and the like.
     """
     for what, value in (("--federation", federation_id), ("--name", name)):
-        _check_slug(what, value)
+        try:
+            TypeAdapter(Slug).validate_python(value)
+        except ValidationError:  # it could not stand in a certificate
+            raise ConfigError(f"{what}: 1 to 63 of a-z, 0-9 and -, with no - at either end") from None
     keyfile.folder(folder)
     statement, data = request.make(
         federation_id,
@@ -89,11 +92,3 @@ def own_statement(folder: Path) -> Statement:
         return request.parse(path.read_bytes(), name=str(path)).statement
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); run silotune-client enroll first") from error
-
-
-def _check_slug(what: str, value: str) -> None:
-    """Refuse a name that cannot stand in a certificate."""
-    try:
-        TypeAdapter(Slug).validate_python(value)
-    except ValidationError:
-        raise ConfigError(f"{what}: 1 to 63 of a-z, 0-9 and -, with no - at either end") from None

@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
-
 from client.join import enroll
 from common import keyfile, storage
 from common.errors import AuthError, ConfigError
@@ -57,24 +54,32 @@ def verify_kit(folder: Path, *, keys: Path, words: str, now: datetime.datetime) 
             until a kit was installed.
         now: The time, with its zone.
 
-    Returns:
-        What was checked.
-
     Raises:
         AuthError: Anything in the kit is not what it must be.
         ConfigError: A file is missing, a key file's mode is not 0600, or the words are needed.
     """
     pinned = _pinned(folder, keys=keys, words=words)
     files = kit.verify(folder, pinned=pinned)
-    own = enroll.own_statement(keys)
-    found = roster.parse(files[kit.ROSTER], governance=pinned, epoch_min=_epoch_min(keys))
+    name = enroll.own_statement(keys).name
+    is_first = not ((keys / WATERMARK).exists() or (keys / kit.PINNED).exists())
+    epoch_min = 1 if is_first else roster.seen_epoch(keys / WATERMARK)
+    newest = roster.parse(files[kit.ROSTER], governance=pinned, epoch_min=epoch_min)
     chain = certs.parse_chain(files[kit.CERTIFICATE], name=kit.CERTIFICATE)
     root = certs.parse_chain(files[kit.CA], name=kit.CA)
     if len(root) != 1 or certs.sha256(root[0]) != pinned.root_sha256:
         raise AuthError(f"{folder / kit.CA} is not the root that this site pinned")
     certs.check_chain(chain, root[0], name=kit.CERTIFICATE, now=now)
-    key_file = _check_own(found, chain[0], keys=keys, name=own.name)
-    return Kit(own.name, pinned, found.epoch, chain[0].not_valid_after_utc, files, key_file)
+    # The roster and the certificate hold this site's own public keys.
+    entry, fingerprint = newest.site(name), certs.fingerprint(chain[0].public_key())
+    is_own = (
+        entry.identity_key == identity.public_hex(identity.load(keys / enroll.IDENTITY_KEY))
+        and entry.node_key == certs.public_pem(certs.load_key(keys / enroll.NODE_KEY))
+        and entry.tls_fingerprint == fingerprint
+    )
+    for file in (keys / enroll.NEXT_TLS_KEY, keys / enroll.TLS_KEY):
+        if is_own and file.exists() and certs.fingerprint(certs.load_key(file).public_key()) == fingerprint:
+            return Kit(name, pinned, newest.epoch, chain[0].not_valid_after_utc, files, file)
+    raise AuthError(f"the kit is for other keys than those in {keys}; check which request was sent")
 
 
 def install(path: Path, *, keys: Path, words: str, now: datetime.datetime) -> Kit:
@@ -98,14 +103,20 @@ def install(path: Path, *, keys: Path, words: str, now: datetime.datetime) -> Ki
         ConfigError: As `verify_kit`; nothing was changed.
         StorageError: The disk is full and the like; run again.
     """
-    with tempfile.TemporaryDirectory(prefix="silotune-kit-") as own:
+    with tempfile.TemporaryDirectory(prefix="silotune-kit-") as unpacked:
         folder = path
         if not path.is_dir():
-            folder = Path(own)
+            folder = Path(unpacked)
             kit.unpack(path, folder)
         checked = verify_kit(folder, keys=keys, words=words, now=now)
     storage.write_atomic(keys / kit.ROSTER, checked.files[kit.ROSTER])
-    _note_epoch(keys, checked.pinned)  # before the pin: a pin without this note is an error for ever after
+    # The roster is noted before the pin: a pin without this note is an error for ever after.
+    watermark = keys / WATERMARK
+    if watermark.exists():
+        roster.accept(keys / kit.ROSTER, governance=checked.pinned, watermark=watermark)
+    else:
+        first = roster.load(keys / kit.ROSTER, governance=checked.pinned, epoch_min=1)
+        roster.start_watermark(watermark, first)
     for name in checked.files.keys() - _REPLACED:
         if not (keys / name).exists():
             storage.write_atomic(keys / name, checked.files[name])
@@ -124,9 +135,6 @@ def update_roster(path: Path, *, keys: Path) -> Roster:
         path: The signed roster.
         keys: Where the kit was installed.
 
-    Returns:
-        The roster.
-
     Raises:
         AuthError: Not signed by the pinned governance, older than one seen before, or without this site.
         ConfigError: A file is missing, or no kit was installed yet.
@@ -134,22 +142,13 @@ def update_roster(path: Path, *, keys: Path) -> Roster:
     """
     pinned = governance.load(keys / kit.PINNED)
     data = governance.read(path)
-    found = roster.parse(data, governance=pinned, epoch_min=roster.seen_epoch(keys / WATERMARK))
-    entry = found.site(enroll.own_statement(keys).name)
+    newest = roster.parse(data, governance=pinned, epoch_min=roster.seen_epoch(keys / WATERMARK))
+    entry = newest.site(enroll.own_statement(keys).name)
     if entry.identity_key != identity.public_hex(identity.load(keys / enroll.IDENTITY_KEY)):
         raise AuthError(f"{path} has another identity key for {entry.name} than this site's own; ask the coordinator")
     accepted = roster.accept(path, governance=pinned, watermark=keys / WATERMARK)
     storage.write_atomic(keys / kit.ROSTER, data)
     return accepted
-
-
-def _note_epoch(keys: Path, pinned: Governance) -> None:
-    """Remember the roster that was just written."""
-    watermark = keys / WATERMARK
-    if watermark.exists():
-        roster.accept(keys / kit.ROSTER, governance=pinned, watermark=watermark)
-    else:
-        roster.start_watermark(watermark, roster.load(keys / kit.ROSTER, governance=pinned, epoch_min=1))
 
 
 def _pinned(folder: Path, *, keys: Path, words: str) -> Governance:
@@ -168,30 +167,3 @@ def _pinned(folder: Path, *, keys: Path, words: str) -> Governance:
     if (keys / kit.PINNED).exists() and (keys / kit.PINNED).read_bytes() != offered.to_bytes():
         raise AuthError(f"{keys / kit.PINNED} is of another federation than the words; ask how it came there")
     return offered
-
-
-def _epoch_min(keys: Path) -> int:
-    """The highest epoch seen; 1 before the first kit."""
-    if (keys / WATERMARK).exists() or (keys / kit.PINNED).exists():
-        return roster.seen_epoch(keys / WATERMARK)
-    return 1
-
-
-def _check_own(found: Roster, certificate: x509.Certificate, *, keys: Path, name: str) -> Path:
-    """The roster and the certificate hold this site's own public keys; returns the file of the TLS key."""
-    entry = found.site(name)
-    own = certs.fingerprint(certificate.public_key())
-    is_own = (
-        entry.identity_key == identity.public_hex(identity.load(keys / enroll.IDENTITY_KEY))
-        and entry.node_key == certs.public_pem(certs.load_key(keys / enroll.NODE_KEY))
-        and entry.tls_fingerprint == own
-    )
-    for file in (keys / enroll.NEXT_TLS_KEY, keys / enroll.TLS_KEY):
-        if is_own and file.exists() and _fingerprint_of(certs.load_key(file)) == own:
-            return file
-    raise AuthError(f"the kit is for other keys than those in {keys}; check which request was sent")
-
-
-def _fingerprint_of(key: ec.EllipticCurvePrivateKey) -> str:
-    """What a roster knows a private key's certificate by."""
-    return certs.fingerprint(key.public_key())

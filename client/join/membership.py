@@ -12,7 +12,6 @@ from common import storage
 from common.errors import AuthError, ConfigError, PolicyRefusedError
 from common.trust import governance, kit, roster
 from common.trust.governance import Governance
-from common.trust.roster import Roster
 
 RULE: Final = "roster"
 
@@ -54,9 +53,28 @@ def check(folder: str, *, rules: FederationRules, seen: RosterSeen, site: str, i
     """
     try:
         if not folder:
-            _check_without(rules)
+            if rules.roster_epoch_min:
+                raise ConfigError("the policy asks for one; set agent.roster_folder in this site's own file")
             return None
-        return _read(Path(folder), rules=rules, seen=seen, site=site, identity_key=identity_key)
+        pinned, path = _pinned(Path(folder), rules=rules, seen=seen), Path(folder) / kit.ROSTER
+        newest = roster.load(path, governance=pinned, epoch_min=max(1, seen.epoch))
+        if newest.epoch < rules.roster_epoch_min:
+            raise AuthError(
+                f"{path} has epoch {newest.epoch}, the policy asks for {rules.roster_epoch_min}; fetch it anew"
+            )
+        if newest.epoch == seen.epoch and newest.sha256 != seen.sha256:
+            raise AuthError(f"{path} differs from the roster of epoch {seen.epoch} seen before; tell the other sites")
+        # A site that was revoked, or whose key was replaced, takes part in nothing.
+        if newest.site(site).identity_key != identity_key:
+            raise AuthError(
+                f"epoch {newest.epoch} has another key for {site} than this site's own; ask the coordinator"
+            )
+        return Membership(
+            RosterSeen(newest.epoch, newest.sha256, _sha256(pinned)),
+            frozenset(peer.identity_key for peer in newest.operators),
+            len(newest.sites),
+            {peer.name: peer.identity_key for peer in newest.sites},
+        )
     except (AuthError, ConfigError) as error:
         raise PolicyRefusedError(f"{RULE}: {error}", rule=RULE) from error
 
@@ -94,27 +112,6 @@ def take(folder: str, data: bytes, *, rules: FederationRules, seen: RosterSeen) 
         storage.write_atomic(path, data)
 
 
-def _check_without(rules: FederationRules) -> None:
-    """A policy that asks for a roster is not kept by an agent that reads none."""
-    if rules.roster_epoch_min:
-        raise ConfigError("the policy asks for one; set agent.roster_folder in this site's own file")
-
-
-def _read(folder: Path, *, rules: FederationRules, seen: RosterSeen, site: str, identity_key: str) -> Membership:
-    """The roster against what is pinned, what was seen and what this site is."""
-    pinned = _pinned(folder, rules=rules, seen=seen)
-    path = folder / kit.ROSTER
-    found = roster.load(path, governance=pinned, epoch_min=max(1, seen.epoch))
-    if found.epoch < rules.roster_epoch_min:
-        raise AuthError(f"{path} has epoch {found.epoch}, the policy asks for {rules.roster_epoch_min}; fetch it anew")
-    if found.epoch == seen.epoch and found.sha256 != seen.sha256:
-        raise AuthError(f"{path} differs from the roster of epoch {seen.epoch} seen before; tell the other sites")
-    _check_own(found, site=site, identity_key=identity_key)
-    now = RosterSeen(found.epoch, found.sha256, _sha256(pinned))
-    operators = frozenset(peer.identity_key for peer in found.operators)
-    return Membership(now, operators, len(found.sites), {one.name: one.identity_key for one in found.sites})
-
-
 def _pinned(folder: Path, *, rules: FederationRules, seen: RosterSeen) -> Governance:
     """The governance that this site pinned; never another one than before."""
     pinned = governance.load(folder / kit.PINNED)
@@ -124,11 +121,4 @@ def _pinned(folder: Path, *, rules: FederationRules, seen: RosterSeen) -> Govern
 
 
 def _sha256(pinned: Governance) -> str:
-    """What a site remembers of its governance."""
     return hashlib.sha256(pinned.to_bytes()).hexdigest()
-
-
-def _check_own(found: Roster, *, site: str, identity_key: str) -> None:
-    """A site that was revoked, or whose key was replaced, takes part in nothing."""
-    if found.site(site).identity_key != identity_key:
-        raise AuthError(f"epoch {found.epoch} has another key for {site} than this site's own; ask the coordinator")

@@ -5,7 +5,7 @@ told once, and the others are still found.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +51,10 @@ class Found:
 
     def as_dict(self) -> dict[str, Any]:
         """Give counts and problems as JSON types."""
-        sites = {site: report.as_dict() for site, report in self.sites.items()}
+        sites = {site: asdict(report) for site, report in self.sites.items()}
         overlaps = {site: found.as_dict() for site, found in self.overlaps.items()}
         told = {"overlap": {**overlap.total(self.overlaps.values()).as_dict(), "sites": overlaps}} if overlaps else {}
-        return {"sites": sites, **told, "problems": [finding.as_dict() for finding in self.findings]}
+        return {"sites": sites, **told, "problems": [asdict(finding) for finding in self.findings]}
 
 
 def check(settings: config.RunConfig, *, base_folder: Callable[[config.RunConfig], Path] | None) -> Found:
@@ -150,7 +150,7 @@ def _split(
     with noted.noting(errors, site=""):
         columns, source = world.columns_of(settings), settings.data.source
         rows = {site: read.scan(located, columns, source=source)[0] for site, located in parts.items()}
-        return split.for_run(rows, settings), []
+        return split.for_run(rows, settings.data, settings.privacy, seed=settings.seed), []
     return {}, errors
 
 
@@ -173,7 +173,9 @@ def _check_site(
         return
     shown: dict[str, list[Row]] = {"": list(rows)}
     with noted.noting(found.findings if is_whole else [], site=site):  # with rows missing, too few may be none too few
-        train, held_out = sides or split.for_run({"": rows}, settings)[""]  # the finding names the site
+        train, held_out = (
+            sides or split.for_run({"": rows}, data, privacy, seed=settings.seed)[""]
+        )  # the finding names the site
         shown = {"training": train, "held-out": held_out}
         num_units = len({row.unit for row in train})
         if privacy.is_private_per_unit and privacy.dp_delta > accounting.largest_delta(num_units):

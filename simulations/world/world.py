@@ -129,7 +129,10 @@ def load_sites(settings: config.RunConfig) -> dict[str, SiteData]:
     for site, own in part(located, settings).items():
         with at_site(site):
             rows[site] = read.convert(own, columns_of(settings), source=settings.data.source)
-    return {site: SiteData(*sides) for site, sides in split.for_run(rows, settings).items()}
+    return {
+        site: SiteData(*sides)
+        for site, sides in split.for_run(rows, settings.data, settings.privacy, seed=settings.seed).items()
+    }
 
 
 def load_tables(settings: config.RunConfig) -> dict[str, list[dict[str, Any]]]:
@@ -198,7 +201,10 @@ def split_sites(tables: Mapping[str, list[dict[str, Any]]], settings: config.Run
         DataError: Rows are unusable, or a site has too few.
     """
     rows = {site: read.to_rows(table, columns_of(settings)) for site, table in tables.items()}
-    return {site: SiteData(*sides) for site, sides in split.for_run(rows, settings).items()}
+    return {
+        site: SiteData(*sides)
+        for site, sides in split.for_run(rows, settings.data, settings.privacy, seed=settings.seed).items()
+    }
 
 
 def overlaps(sites: Mapping[str, SiteData]) -> dict[str, Overlap]:

@@ -32,7 +32,7 @@ from server.run import link
 from simulations.engines import deployment, loopback_keys
 from simulations.engines.deployment import HOST
 from tests.connect_proxy import ConnectProxy
-from tests.samples import federations, patients
+from tests.samples import federations, machines
 from tests.unit.server.doctor.test_doctor import GATEWAY
 
 
@@ -135,7 +135,7 @@ def world(tmp_path_factory):
 
 
 def test_a_healthy_site_gets_through_to_the_superlink_and_leaves_no_trace(world, tmp_path, tiny_base, engine):
-    site = patients.make(tmp_path / "site", world.federation, base=tiny_base, base_sha256=engine.base_sha256)
+    site = machines.make(tmp_path / "site", world.federation, base=tiny_base, base_sha256=engine.base_sha256)
     found = {result.name: result for result in site.examine(gateway=world.address("fleet")).results}
     assert (found["gateway"].status, found["clock"].status) == ("ok", "ok")
     assert found["gateway"].found.startswith("TLSv1.3")

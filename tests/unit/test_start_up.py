@@ -141,6 +141,18 @@ def test_what_only_looks_loads_no_model_library(run_folder, node_file, tmp_path)
     assert {line: one["asked"] for line, one in zip(lines, found, strict=True) if one["asked"]} == {}
 
 
+def test_tokens_are_counted_without_what_trains(node_file):
+    code = (
+        "import sys; from client.cli import app\n"
+        "try: app.main()\n"
+        "except SystemExit as end: print(end.code, sorted({'peft', 'bitsandbytes', 'transformers'} & set(sys.modules)))"
+    )
+    line = ["check", str(node_file), "--base", str(ROOT / "simulations" / "embedded" / "base"), "--json"]
+    done = subprocess.run([sys.executable, "-c", code, *line], cwd=ROOT, capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[0])["tokens"]["num_answer_tokens"] == 80
+    assert done.stdout.splitlines()[1] == "0 ['transformers']"
+
+
 def test_long_commands_say_at_once_that_they_load_something(node_file, tmp_path):
     """Control: these do ask for torch, so the test above can see that."""
     (tmp_path / "run.toml").write_text(tiny.RUN_FILE.format(base="embedded") + 'data.source = "embedded"\n')

@@ -14,7 +14,7 @@ from tests.leaks import canaries, encodings, smuggler
 def main() -> None:
     node = config.load_node(Path(sys.argv[1]))
     agent = process.make_agent(node)
-    tokenizer = rows.load_tokenizer(node, rows.Asked())
+    tokenizer = rows.load_tokenizer(node.model, rows.Asked())
     forms = encodings.all_of(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
     smuggler.corrupt(agent, canaries.texts(read.read_table(node.data.path)), forms)
     server = door.serve(

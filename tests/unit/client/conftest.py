@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.samples import federations, patients
+from tests.samples import federations, machines
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def joined(tmp_path_factory):
 @pytest.fixture
 def site(joined, tmp_path, tiny_base, engine):
     federation = joined.copy(tmp_path / "federation")
-    return patients.make(tmp_path / "site", federation, base=tiny_base, base_sha256=engine.base_sha256)
+    return machines.make(tmp_path / "site", federation, base=tiny_base, base_sha256=engine.base_sha256)
 
 
 @pytest.fixture(scope="module")

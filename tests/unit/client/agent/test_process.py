@@ -134,21 +134,29 @@ def test_a_server_cannot_choose_the_device_or_the_base(node, manifest):
     assert torch.get_num_threads() == 1
 
 
+def check_rows(node, given):
+    return site_rows.check(node.data, node.model, given, site=node.site.name)
+
+
+def preview_rows(node, given, *, limit):
+    return site_rows.preview(node.data, node.model, given, limit=limit)
+
+
 def test_check_counts_the_sites_rows_and_their_tokens(node):
-    report = site_rows.check(node(), Asked(max_length_tokens=64)).report
+    report = check_rows(node(), Asked(max_length_tokens=64)).report
     assert (report.num_rows, report.num_units) == (16, 8)
     assert report.tokens is not None
     assert report.tokens.num_dropped == 0
 
 
 def test_check_needs_no_base(node):
-    found = site_rows.check(node(model={}), Asked())
+    found = check_rows(node(model={}), Asked())
     assert found.report.tokens is None
     assert not found.findings
 
 
 def test_preview_shows_the_first_rows(node, tiny_base):
-    _, shown = site_rows.preview(node(model={}), Asked(base=str(tiny_base), max_length_tokens=64), limit=2)
+    _, shown = preview_rows(node(model={}), Asked(base=str(tiny_base), max_length_tokens=64), limit=2)
     assert len(shown) == 2
 
 
@@ -161,22 +169,22 @@ def test_a_sites_preferences_are_read_as_the_run_says_and_checked_by_both_answer
     data = process.load_data(own, run)
     assert len(data.train) + len(data.held_out) == 6
     assert all(row.rejected[-1].content == "B B" for row in data.train)
-    report = site_rows.check(own, Asked("dpo", 64)).report
+    report = check_rows(own, Asked("dpo", 64)).report
     assert (report.num_rows, report.num_units) == (12, 3)
-    _, shown = site_rows.preview(own, Asked("dpo", 64, base=str(tiny_base)), limit=2)
+    _, shown = preview_rows(own, Asked("dpo", 64, base=str(tiny_base)), limit=2)
     assert [("B B" in "".join(text for text, _ in row.segments)) for row in shown] == [False, True]
-    found = site_rows.check(own, Asked(max_length_tokens=64))
+    found = check_rows(own, Asked(max_length_tokens=64))
     assert found.report is None
     assert ["'output'" in finding.what for finding in found.findings] == [True]
     with pytest.raises(DataError, match="'output'"):
-        site_files.read_rows(own, own.data.path)
+        site_files.read_rows(own.data, own.data.path)
     with pytest.raises(ConfigError, match="choose one of sft, dpo, kto"):
-        site_rows.check(own, Asked("ppo", 64))
+        check_rows(own, Asked("ppo", 64))
 
 
 def test_preview_without_any_base_says_how_to_name_one(node):
     with pytest.raises(ModelError, match=r"--base"):
-        site_rows.preview(node(model={}), Asked(max_length_tokens=64), limit=2)
+        preview_rows(node(model={}), Asked(max_length_tokens=64), limit=2)
 
 
 def test_the_sites_own_limit_on_messages_holds(node, tmp_path):

@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from rich.console import Console
@@ -85,7 +85,7 @@ def screen(shown) -> str:
 
 def test_report_holds_no_text_of_a_row(tokenizer):
     report = check.check(ROWS, tokenizer=tokenizer, max_length_tokens=30)
-    for text in (json.dumps(report.as_dict()), screen(check.render(report)), repr(report)):
+    for text in (json.dumps(asdict(report)), screen(check.render(report)), repr(report)):
         assert CANARY not in text
 
 
@@ -103,7 +103,7 @@ def test_preview_marks_the_answer_and_nothing_else(tokenizer):
     assert answer == "b<|im_end|>"
     assert [text for text, is_answer in item.segments if is_answer] == ["b<|im_end|>"]
     assert "".join(text for text, _ in item.segments) == "".join(token.text for token in item.tokens)
-    assert json.loads(json.dumps(item.as_dict()))["tokens"][0] == {"id": 2, "text": "<|im_start|>", "is_answer": False}
+    assert json.loads(json.dumps(asdict(item)))["tokens"][0] == {"id": 2, "text": "<|im_start|>", "is_answer": False}
 
 
 def test_a_terminal_shows_answers_in_colour_under_the_number_of_their_row(tokenizer):

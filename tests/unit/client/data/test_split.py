@@ -89,7 +89,8 @@ def test_in_a_private_run_a_new_unit_pushes_no_other_to_the_other_side():
     for run in private_and_plain():
         for new in range(100, 140):
             before, after = (
-                split.for_run({"": rows_of(names)}, run)[""][0] for names in (range(20), [*range(20), new])
+                split.for_run({"": rows_of(names)}, run.data, run.privacy, seed=run.seed)[""][0]
+                for names in (range(20), [*range(20), new])
             )
             others = {row.unit for row in after} - {str(new)}
             pushed[run.privacy.mode] += others != {row.unit for row in before}
@@ -153,7 +154,7 @@ def test_in_a_private_run_no_new_text_moves_what_was_there(mode):
     }
     run = tiny.settings("tiny", {**private[mode], "data.held_out_fraction": "0.3"})
     sites = {name: [said(f"{name}-{n}", f"{name} case {n} alone") for n in range(30)] for name in ("north", "south")}
-    before = split.for_run(sites, run)
+    before = split.for_run(sites, run.data, run.privacy, seed=run.seed)
 
     def sides(parts, name):
         return [{row.unit for row in side} for side in parts[name]]
@@ -161,7 +162,7 @@ def test_in_a_private_run_no_new_text_moves_what_was_there(mode):
     moved = {"north": False, "south": False}
     for n in range(30):  # a new patient of north, whose text is one of south's
         new = {**sites, "north": [*sites["north"], said(f"new-{n}", f"south case {n} alone")]}
-        after = split.for_run(new, run)
+        after = split.for_run(new, run.data, run.privacy, seed=run.seed)
         moved["south"] |= sides(after, "south") != sides(before, "south")
         moved["north"] |= [units - {f"new-{n}"} for units in sides(after, "north")] != sides(before, "north")
     assert moved["south"] == (mode == "none")  # control: without privacy texts go to one side
@@ -177,7 +178,10 @@ def test_a_sites_secret_chooses_in_the_place_of_the_runs_seed():
         for seed in ("5", "6"):
             run = tiny.settings("tiny", {**changes, "seed": seed})
             found[seed] = [
-                {row.unit for row in split.for_run({"": rows}, run, secret=secret)[""][1]}
+                {
+                    row.unit
+                    for row in split.for_run({"": rows}, run.data, run.privacy, seed=run.seed, secret=secret)[""][1]
+                }
                 for secret in (None, b"a" * 32, b"b" * 32)
             ]
         assert found["5"][0] != found["6"][0]  # the control: without a secret the operator's seed decides
@@ -190,7 +194,10 @@ def test_under_a_secret_a_new_unit_of_a_private_run_pushes_nobody_across():
     rows = rows_of(range(60))
     for new in range(100, 130):
         before, after = (
-            {row.unit for row in split.for_run({"": found}, run, secret=b"k" * 32)[""][1]}
+            {
+                row.unit
+                for row in split.for_run({"": found}, run.data, run.privacy, seed=run.seed, secret=b"k" * 32)[""][1]
+            }
             for found in (rows, [*rows, *rows_of([new])])
         )
         assert after - {str(new)} == before

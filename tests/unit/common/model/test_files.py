@@ -198,12 +198,15 @@ def test_a_base_that_is_quantised_already_is_refused_and_the_way_out_is_named(ow
 def test_a_site_that_checks_its_rows_hears_what_is_wrong_with_the_base(own_base, tmp_path):
     source = tiny.write_table(tmp_path / "rows.jsonl")
     node = config.NodeConfig.model_validate({"site": {"name": "north"}, "data": {"path": str(source)}})
-    assert site_rows.check(node, Asked(base=str(own_base), max_length_tokens=256)).report is not None
+    assert (
+        site_rows.check(node.data, node.model, Asked(base=str(own_base), max_length_tokens=256), site="north").report
+        is not None
+    )
     with pytest.raises(ModelError, match=r"257.*256 positions"):
-        site_rows.check(node, Asked(base=str(own_base), max_length_tokens=257))
+        site_rows.check(node.data, node.model, Asked(base=str(own_base), max_length_tokens=257), site="north")
     change(own_base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ModelError, match="quantised already"):
-        site_rows.check(node, Asked(base=str(own_base)))
+        site_rows.check(node.data, node.model, Asked(base=str(own_base)), site="north")
 
 
 def test_what_needs_no_weights_is_known_without_them(own_base):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.doctor import examine
-from client.doctor.examine import Diagnosis, Patient
+from client.doctor.examine import Diagnosis, Machine
 from client.policy import file
 from common.doctor.doctor import Result
 from common.run import config
@@ -82,7 +82,7 @@ class Site:
 
     def examine(self, **options) -> Diagnosis:
         """All checks."""
-        return examine.examine(Patient(self.node_file, **{"units": self.keys, **options}))
+        return examine.examine(Machine(self.node_file, **{"units": self.keys, **options}))
 
     def find(self, name: str, **options) -> Result:
         """One check's result."""
