@@ -215,7 +215,7 @@ POLICY: Final = (
      ("attacks/agent/test_rounds::test_a14_bytes_that_the_manifest_announces",)),
     ("policy-egress.max_bytes_per_run-that-is-declared",
      "a run beyond `egress.max_bytes_per_run that is declared` is opened",
-     'judge("egress.max_bytes_per_run", max(egress.bytes_per_run(declared, run), usage.bytes_of_run))', None,
+     'judge("egress.max_bytes_per_run", max(run_manifest.plan.bytes_per_run, usage.bytes_of_run))', None,
      ("attacks/agent/test_rounds::test_a14_bytes_that_the_manifest_announces",)),
     ("policy-runs.max_per_day", "a run beyond `runs.max_per_day` is opened",
      'judge("runs.max_per_day", usage.num_runs_today + 1)', None,

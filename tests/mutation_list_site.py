@@ -401,7 +401,7 @@ SITE: Final = (
      "if reply.body:", None,
      ("attacks/agent/test_rounds::test_a20_body_under_a_reply_that_has_none",)),
     ("egress-tensors", "other tensors leave than the manifest names",
-     "compact.decode_update(reply.body, specs, run.wire)", None,
+     "compact.decode_update(reply.body, specs, run_manifest.plan.wire)", None,
      ("attacks/agent/test_rounds::test_a20_reply_with_other_tensors_or_of_another_kind",)),
 ),
 *guards("client/agent/gatekeeper.py",

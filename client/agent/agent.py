@@ -24,15 +24,16 @@ from common.data.problems import at_site
 from common.data.rows import Row
 from common.errors import AuthError, ConfigError, ProtocolError, SilotuneError, code_of
 from common.frame import wire
-from common.frame.records import OpenedHead, RoundPlan, SiteMetrics, TensorSpec, UpdateHead, read_plan, to_head
+from common.frame.records import OpenedHead, RoundPlan, SiteMetrics, UpdateHead, read_plan, to_head
 from common.frame.wire import Frame
 from common.loss import evaluation, objectives, preference_score
 from common.loss.objectives import Example, Objective
 from common.model import codes
 from common.model.base import Engine, initial_of
 from common.privacy.noise import Noise, SystemNoise
-from common.run import manifest, trainable
+from common.run import manifest
 from common.run.manifest import RunManifest
+from common.run.plan import Plan
 from common.run.schema import precisions
 from common.run.schema.privacy import Protection
 from common.run.schema.section import MAX_MESSAGE_MIB
@@ -67,7 +68,7 @@ class OpenRun:
     """A run that this site takes part in.
 
     `fixed` are tensors that it makes itself, `start` is what the run begins with, of the tensors that are sent,
-    `specs` are all tensors, at its rank.
+    `plan` is this site's own.
     """
 
     manifest: RunManifest
@@ -78,7 +79,7 @@ class OpenRun:
     held_out_rows: Sequence[Row]
     fixed: adapter.Tensors
     start: Held | None
-    specs: tuple[TensorSpec, ...]
+    plan: Plan
 
     @property
     def sha256(self) -> str:
@@ -215,7 +216,7 @@ class Agent:
 
     def _prepare(self, run_manifest: RunManifest) -> OpenRun:
         """Check the base against the manifest, then turn rows into tokens once for the whole run."""
-        if self._shelf is None and self._kept_names(run_manifest):
+        if self._shelf is None and run_manifest.plan.tensors.kept:
             raise ConfigError("this run keeps tensors at the site, and this agent was given no folder for them")
         engine = self._load_engine(run_manifest)
         codes.check_quantization(engine.quantization, precisions.of_site(run_manifest.run.model, self.site))
@@ -224,7 +225,10 @@ class Agent:
         privacy = run_manifest.run.privacy
         if privacy.is_private_per_unit:
             coupling.check_once(engine, method=privacy.clipping, objective=Objective.of(run_manifest.run.training))
-        fixed, begun = start.fixed(run_manifest), _start(run_manifest, engine, site=self.site)
+        site_plan, begun = run_manifest.plan.for_site(self.site), None
+        if not site_plan.wire.is_adapter_sparse:  # else no request names what it builds on
+            sent = ranks.cut(_begun(run_manifest, engine), site_plan.tensors.received)
+            begun = broadcast.kept_once(Held(adapter.digest(sent), sent))
         with at_site(self.site):
             data = self._load_data(run_manifest)
             train, train_report = objectives.encode(engine, data.train, run_manifest.run)
@@ -243,9 +247,9 @@ class Agent:
         opened = self._guard.counted(opened, num_units=num_units, run=run_manifest)
         if run_manifest.run.privacy.is_private_per_unit:  # no noise covers these, and nothing needs them
             opened = dataclasses.replace(opened, num_truncated=None, num_dropped=None)
-        specs = ranks.specs_of(run_manifest.run.adapter, run_manifest.tensor_specs, self.site)
         asked = _asked(engine, data.held_out, run_manifest)
-        return OpenRun(run_manifest, opened, engine, train, held_out, asked, fixed, begun, specs)
+        fixed = start.fixed(run_manifest)
+        return OpenRun(run_manifest, opened, engine, train, held_out, asked, fixed, begun, site_plan)
 
     def _train(self, request: Frame) -> Frame:
         """Train from the global adapter that came; answer with the protected delta."""
@@ -260,7 +264,7 @@ class Agent:
         self._guard.after_training(result.spread, seen.share() if seen else None)
         after = adapter.read(run.engine.model)
         body = self._protect(run, plan, before, after, trained_with=result.protection, source=source)
-        if self._shelf and self._kept_names(run.manifest):
+        if self._shelf and run.plan.tensors.kept:
             self._shelf.keep(run.manifest, plan.round_index, after)
         head = UpdateHead(
             site=self.site,
@@ -279,8 +283,7 @@ class Agent:
         settings = run.manifest.run
         rows = run.train if run.is_of_answers else run.train_preferences  # scored by the whole adapter, so beforehand
         adapter.write(run.engine.model, start)
-        trained = trainable.trained_names(settings.aggregation.method, run.specs, round_index=plan.round_index)
-        with adapter.training_only(run.engine.model, trained):
+        with adapter.training_only(run.engine.model, [spec.name for spec in run.plan.trained(plan.round_index)]):
             return loop.train(
                 run.engine,
                 rows,
@@ -306,9 +309,8 @@ class Agent:
     ) -> bytes:
         """The update's body; what a sparse one leaves out is on the disk before it leaves."""
         settings, folder = run.manifest.run, self._residual_folder(run)
-        sent = trainable.sent_names(settings.aggregation.method, run.specs, round_index=plan.round_index)
-        raw_delta = protect.subtract(after, {name: before[name] for name in sent})
-        specs = trainable.leaving_specs(settings.aggregation.method, run.specs)
+        raw_delta = protect.subtract(after, {spec.name: before[spec.name] for spec in run.plan.sent(plan.round_index)})
+        specs = run.plan.tensors.leaving
         left_out = residual.load(folder, run.sha256, plan.round_index, specs) if folder else None
         outgoing = protect.protect(
             raw_delta,
@@ -342,7 +344,7 @@ class Agent:
             return noised_by
         rows = run.held_out if run.is_of_answers else run.held_out_preferences
         adapter.write(run.engine.model, tensors)
-        if self._shelf and self._kept_names(run.manifest):
+        if self._shelf and run.plan.tensors.kept:
             self._shelf.note(run.manifest, plan.round_index, tensors)
         score = _score(run, rows, generate=plan.generate, noised_by=noised_by)
         metrics = SiteMetrics(
@@ -360,28 +362,18 @@ class Agent:
         if plan.run_sha256 not in self._opened:
             raise ProtocolError(NOT_OPEN)
         run = self._take_up(self._opened[plan.run_sha256])
-        settings = run.manifest.run
-        num_rounds = settings.federation.num_rounds
-        num_scored = num_rounds + settings.evaluation.num_polish_stages  # what the last round and polish made, too
-        last = num_rounds - 1 if request.kind == "train" else num_scored
+        last = run.plan.federation.num_rounds - 1 if request.kind == "train" else run.plan.last_scored
         if plan.round_index > last:
             raise ProtocolError(f"round {plan.round_index} is beyond the manifest's last, {last}")
-        specs = trainable.down_specs(settings, run.specs, round_index=plan.round_index)
-        received = broadcast.receive(
-            request, specs, settings=settings.wire, held=(self._held.get(run.sha256), run.start)
-        )
-        if not settings.wire.is_adapter_sparse:
+        specs, known = run.plan.down(plan.round_index), (self._held.get(run.sha256), run.start)
+        received = broadcast.receive(request, specs, settings=run.plan.wire, held=known)
+        if not run.plan.wire.is_adapter_sparse:
             self._held[run.sha256] = received
         tensors = {**run.fixed, **received.tensors}
         self._guard.before_step(request, plan, tensors, run=run.manifest)
-        if self._shelf and self._kept_names(run.manifest):
+        if self._shelf and run.plan.tensors.kept:
             tensors |= self._shelf.before(run.manifest, plan.round_index)
         return run, plan, tensors
-
-    def _kept_names(self, run_manifest: RunManifest) -> list[str]:
-        """The tensors of a run that stay here."""
-        kept = trainable.kept_specs(run_manifest.run.aggregation.method, run_manifest.tensor_specs)
-        return [spec.name for spec in kept]
 
     def _open_run(self) -> OpenRun:
         """The run that was asked for last."""
@@ -429,13 +421,3 @@ def _score(run: OpenRun, rows: Sequence[Example], *, generate: bool, noised_by: 
 def _begun(run_manifest: RunManifest, engine: Engine) -> adapter.Tensors:
     """The whole adapter that a run begins with; the engine may have been loaded for a run of another seed."""
     return start.initial(run_manifest, initial_of(engine, run_manifest.run))
-
-
-def _start(run_manifest: RunManifest, engine: Engine, *, site: str) -> Held | None:
-    """What a site would be sent first, made from the seed; None where no request names what it builds on."""
-    if run_manifest.run.wire.is_adapter_sparse:
-        return None
-    tensors = _begun(run_manifest, engine)
-    own = ranks.specs_of(run_manifest.run.adapter, run_manifest.tensor_specs, site)
-    sent = ranks.cut(tensors, trainable.received_specs(run_manifest.run.aggregation.method, own))
-    return broadcast.kept_once(Held(adapter.digest(sent), sent))

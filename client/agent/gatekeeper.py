@@ -352,7 +352,7 @@ class Gatekeeper:
 
         Of evaluations only those are answered that the run file plans, each once.
         """
-        if request.kind == "evaluate" and plan.round_index not in run.run.evaluated_rounds:
+        if request.kind == "evaluate" and plan.round_index not in run.plan.evaluated_rounds:
             raise PolicyRefusedError(
                 f"rounds: no evaluation is planned after {plan.round_index} rounds; evaluation.every_rounds is "
                 f"{run.run.evaluation.every_rounds}",
@@ -373,7 +373,7 @@ class Gatekeeper:
     def _check_bytes(self, run: RunManifest, num_bytes: int) -> None:
         """The policy's quotas, and what the manifest declared."""
         limits, whole = self.policy.egress, self.history.run(run.sha256).bytes_out + num_bytes
-        largest = min(limits.max_bytes_per_message, run.egress.bytes_per_message)
+        largest = min(limits.max_bytes_per_message, run.plan.egress.bytes_per_message)
         for rule, value, limit in (
             ("egress.max_bytes_per_message", num_bytes, largest),
             ("egress.max_bytes_per_run", whole, limits.max_bytes_per_run),

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from client.policy.file import Policy
-from common.adapter import compact, ranks
+from common.adapter import compact
 from common.errors import ModelError, PolicyRefusedError, WireError
 from common.frame.records import SIGNED, from_head
 from common.frame.wire import Frame
-from common.run import egress, trainable
+from common.run import egress
 from common.run.manifest import RunManifest
 
 
@@ -42,7 +42,7 @@ def check(policy: Policy, run_manifest: RunManifest, reply: Frame, *, names: Map
         PolicyRefusedError: A field too many or too few, a figure out of range, a slice that is too small, other
             tensors.
     """
-    declared = run_manifest.egress.metrics.get(reply.kind)
+    declared = run_manifest.plan.egress.metrics.get(reply.kind)
     if declared is None:
         raise PolicyRefusedError(f"egress: a reply of kind '{reply.kind}' is not declared", rule="egress")
     _check_fields(reply, declared.keys())
@@ -102,11 +102,9 @@ def _check_body(run_manifest: RunManifest, reply: Frame) -> None:
         if reply.body:
             raise PolicyRefusedError(f"egress: {len(reply.body)} bytes under '{reply.kind}'", rule="egress")
         return
-    run = run_manifest.run
-    own = ranks.specs_of(run.adapter, run_manifest.tensor_specs, reply.head["site"])
-    specs = trainable.sent_specs(run.aggregation.method, own, round_index=reply.head["round_index"])
+    specs = run_manifest.plan.for_site(reply.head["site"]).sent(reply.head["round_index"])
     try:
-        compact.decode_update(reply.body, specs, run.wire)
+        compact.decode_update(reply.body, specs, run_manifest.plan.wire)
     except (WireError, ModelError) as error:
         raise PolicyRefusedError(f"egress: {error}", rule="egress") from error
 

@@ -17,7 +17,7 @@ from common.adapter.adapter import Tensors
 from common.errors import ConfigError, DataError, ModelError, ProtocolError, WireError
 from common.frame import wire
 from common.frame.wire import Frame
-from common.run import manifest, trainable
+from common.run import manifest
 from common.run.manifest import RunManifest
 
 FOLDER: Final = "personal"
@@ -45,7 +45,7 @@ class Shelf:
             ProtocolError: The run goes back further than what is kept here.
             ModelError: A file is not what was written.
         """
-        specs = trainable.kept_specs(run.run.aggregation.method, run.tensor_specs)
+        specs = run.plan.tensors.kept
         rounds = self._rounds(run)
         earlier = [number for number in rounds if number < round_index]
         if earlier:
@@ -64,9 +64,9 @@ class Shelf:
             StorageError: Disk full or not writable; the round must not be answered then.
         """
         earlier = [number for number in self._rounds(run) if number < round_index]
-        names = [spec.name for spec in trainable.kept_specs(run.run.aggregation.method, run.tensor_specs)]
         head = {"round_index": round_index, "is_first": not earlier}
-        self._write(run, _FACTORS.format(round_index), head, {name: tensors[name] for name in names})
+        kept = {spec.name: tensors[spec.name] for spec in run.plan.tensors.kept}
+        self._write(run, _FACTORS.format(round_index), head, kept)
         for number in earlier[: 1 - NUM_KEPT]:
             (self._place(run) / _FACTORS.format(number)).unlink()
 

@@ -21,7 +21,7 @@ from common.errors import AccountingUnsupported, AuthError, PolicyRefusedError
 from common.frame.records import OpenedHead, TensorSpec
 from common.frame.wire import shown
 from common.privacy import plan, sites
-from common.run import config, egress, manifest, trainable
+from common.run import config, manifest, trainable
 from common.run.catalogue import kinds
 from common.run.catalogue.kinds import KINDS
 from common.run.manifest import Offer, RunManifest
@@ -244,13 +244,13 @@ def check(policy: Policy, run_manifest: RunManifest, usage: Usage, *, site: str 
     _require(is_listed, "data.system_prompts", f"{len(prompt)} characters that are not listed")
     if run.evaluation.exact_match_rows:
         judge("evaluation.min_slice", run.evaluation.exact_match_rows)
-    declared = run_manifest.egress
+    declared = run_manifest.plan.egress
     for kind, names in declared.metrics.items():
         for name in names:
             is_listed = name in policy.egress.metrics
             _require(is_listed, "egress.metrics", f"{kind} would report {name}, which is not listed")
     judge("egress.max_bytes_per_message", declared.bytes_per_message)
-    judge("egress.max_bytes_per_run", max(egress.bytes_per_run(declared, run), usage.bytes_of_run))
+    judge("egress.max_bytes_per_run", max(run_manifest.plan.bytes_per_run, usage.bytes_of_run))
     judge("runs.max_per_day", usage.num_runs_today + 1)
 
 
@@ -316,7 +316,7 @@ def check_message_size(run_manifest: RunManifest, *, max_mib: int) -> None:
     Raises:
         PolicyRefusedError: It could.
     """
-    size_mib = math.ceil(run_manifest.request_bytes / (1 << 20))
+    size_mib = math.ceil(run_manifest.plan.request_bytes / (1 << 20))
     if size_mib > max_mib:
         raise PolicyRefusedError(
             f"agent.max_message_mib: a request that brings this run's adapter whole has up to {size_mib} MiB, and this "

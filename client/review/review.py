@@ -21,7 +21,6 @@ from client.policy import rules as policy
 from client.policy.file import Policy
 from client.train import schedule
 from common import site_states
-from common.adapter import ranks
 from common.data import preference_rows
 from common.errors import AccountingUnsupported, ConfigError, DataError, LedgerError, PolicyRefusedError
 from common.frame.records import TensorSpec
@@ -190,13 +189,11 @@ def review(desk: Desk, name: str) -> Review:
         policy.check_message_size(run, max_mib=desk.node.agent.max_message_mib)
     except PolicyRefusedError as error:
         refused_by = str(error)
-    leaving = trainable.leaving_specs(
-        run.run.aggregation.method, ranks.specs_of(run.run.adapter, run.tensor_specs, desk.node.site.name)
-    )
+    leaving = run.plan.for_site(desk.node.site.name).tensors.leaving
     return Review(
         run=sha256,
         facts={**_facts_of_updates(desk, offer, run, leaving), **_facts_of_training(desk, run)},
-        metrics={kind: sorted(names) for kind, names in run.egress.metrics.items()},
+        metrics={kind: sorted(names) for kind, names in run.plan.egress.metrics.items()},
         tensors={shown(spec.name, limit=200): list(spec.shape) for spec in leaving},
         changes={key: [_value(old), _value(new)] for key, (old, new) in changes.items()},
         compared_with=before,
@@ -271,7 +268,7 @@ def render_runs(table: Sequence[dict[str, Any]], *, now: float) -> RenderableTyp
 
 def _facts_of_updates(desk: Desk, offer: Offer, run: RunManifest, leaving: Sequence[TensorSpec]) -> dict[str, str]:
     """Who asks, what leaves, and what protects it."""
-    settings, declared, made = run.run, run.egress, offer.signature
+    settings, declared, made = run.run, run.plan.egress, offer.signature
     num_rounds = settings.federation.num_rounds
     after_rounds, num_polished = "", settings.evaluation.num_polish_stages
     if num_polished:
@@ -298,7 +295,7 @@ def _facts_of_updates(desk: Desk, offer: Offer, run: RunManifest, leaving: Seque
         "figures below, rounded; no row, no text",
         "bytes that leave": f"at most {declared.bytes_per_round:,} a round, "
         f"{declared.bytes_per_round * num_rounds:,} in {num_rounds} rounds{after_rounds}",
-        "largest message that comes": f"{run.request_bytes:,} bytes, the adapter whole; this site takes "
+        "largest message that comes": f"{run.plan.request_bytes:,} bytes, the adapter whole; this site takes "
         f"{desk.node.agent.max_message_mib << 20:,}",
         "epsilon": _epsilon(desk, run),
         "counts and held-out figures": figures,
@@ -339,10 +336,10 @@ def _facts_of_training(desk: Desk, run: RunManifest) -> dict[str, str]:
         in_force += f", by which this page judges; the agent began with serial {last_serial}: restart it"
     kind, rank = settings.adapter.kind, settings.aggregation.residual_rank
     if kind == "lora":
-        sends = trainable.in_words(run.egress.factors)
+        sends = trainable.in_words(run.plan.egress.factors)
         if settings.adapter.site_ranks:
-            sends += f", at rank {ranks.of_site(settings.adapter, site)} of {settings.adapter.r}"
-        if kept := trainable.kept_specs(settings.aggregation.method, run.tensor_specs):
+            sends += f", at rank {run.plan.rank_of(site)} of {settings.adapter.r}"
+        if kept := run.plan.tensors.kept:
             sends += f"; {len(kept)} more tensors are trained and stay here"
         if rank:
             sends += f", beside a frozen adapter of rank {rank} that the coordinator fills"

@@ -13,17 +13,17 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from common.adapter import cores, ranks
+from common.adapter import cores
 from common.errors import ModelError, WireError
 from common.frame import wire
 from common.frame.records import TensorSpec
 from common.run.catalogue import kinds
-from common.run.trainable import factor_of
+from common.run.packing import MAX_HEADER_BYTES
+from common.run.trainable import at_rank, factor_of
 
 Tensors = Mapping[str, Tensor]
 WireDtype = Literal["float32", "bfloat16"]
 
-MAX_HEADER_BYTES: Final = 1 << 20
 MAX_VALUE: Final = 1e6
 SIDE: Final = "residual"  # peft's name of the side adapter
 _CODES: Final = {"float32": "F32", "bfloat16": "BF16"}
@@ -104,7 +104,7 @@ def write(model: nn.Module, tensors: Tensors) -> None:
     held = parameters(model) | side_parameters(model)
     own = {name: parameter for name, parameter in held.items() if not cores.is_scale(name)}
     found = {tensor.shape[0] for name, tensor in tensors.items() if factor_of(name) == "A"}
-    check_specs(specs(tensors), ranks.at_rank(specs(own), found.pop()) if len(found) == 1 else specs(own))
+    check_specs(specs(tensors), at_rank(specs(own), found.pop()) if len(found) == 1 else specs(own))
     if any(parameter.shape != tensors[name].shape for name, parameter in own.items()):
         own = _resized(model, own, tensors)
     for name, parameter in own.items():

@@ -1,16 +1,14 @@
-"""What may leave a site in a run: each figure with its range, the tensors' type, bytes a round; and how large a request
-can be that comes to it. Loads no torch.
-"""
+"""What may leave a site in a run: each figure with its range, the tensors' type, bytes a round. Loads no torch."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from common.frame import wire
 from common.frame.records import SIGNED, OpenedHead, SiteMetrics, TensorSpec, UpdateHead
-from common.run import config, packing, trainable
-from common.run.catalogue.methods import FACTS
+from common.run import packing
+from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.wire import WireConfig
 
 HEAD_BYTES: Final = 4096  # more than any head and a frame's own bytes
 ENTRY_BYTES: Final = 128  # of a safetensors header, besides the tensor's name
@@ -72,52 +70,46 @@ class Egress:
         return {**dataclasses.asdict(self), "metrics": metrics}
 
 
-def declare(run: config.RunConfig, tensor_specs: Sequence[TensorSpec]) -> Egress:
-    """What leaves a site in this run; a function of run and tensors alone.
+def declare(
+    turns: Sequence[Sequence[TensorSpec]],
+    *,
+    factors: tuple[str, ...],
+    settings: WireConfig,
+    privacy: PrivacyConfig,
+    learns_preferences: bool,
+) -> Egress:
+    """What leaves a site in a run.
+
+    Args:
+        turns: The tensors of an update, one entry a round, in turn.
+        factors: What these are called.
+        settings: Section `[wire]`.
+        privacy: Section `[privacy]`: a count that no noise covers is not told.
+        learns_preferences: Whether figures of preferences are told.
 
     Example:
         >>> sorted(figures("opened"))[:2]
         ['num_dropped', 'num_examples']
     """
-    method = run.aggregation.method
-    turns = trainable.all_turns(method, tensor_specs)
-    update = max(num_update_bytes(specs, dtype=run.wire.dtype, density=run.wire.density) for specs in turns)
+    update = max(num_update_bytes(specs, dtype=settings.dtype, density=settings.density) for specs in turns)
+    hidden = {
+        "opened": ROWS_LOST if privacy.is_private_per_unit else (),
+        "update": UNTOLD if privacy.is_private else (),
+        "metrics": () if learns_preferences else PREFERENCES,
+    }
+    metrics = {kind: {name: RANGES[name] for name in figures(kind) if name not in hidden[kind]} for kind in REPLIES}
     return Egress(
-        dtype=run.wire.dtype,
-        factors=FACTS[method].sends,
-        metrics={kind: {name: RANGES[name] for name in told(kind, run)} for kind in REPLIES},
+        dtype=settings.dtype,
+        factors=factors,
+        metrics=metrics,
         bytes_per_message=update,
         bytes_per_round=update + 2 * HEAD_BYTES,
     )
 
 
-def bytes_per_run(declared: Egress, run: config.RunConfig) -> int:
-    """Most bytes that leave in a whole run: its rounds, what is told when it opens, and the scores after polish."""
-    return declared.bytes_per_round * run.federation.num_rounds + HEAD_BYTES * (1 + run.evaluation.num_polish_stages)
-
-
-def request_bytes(run: config.RunConfig, tensor_specs: Sequence[TensorSpec]) -> int:
-    """Most bytes that a request of a run can have, its frame included: one that brings the adapter whole.
-
-    However `wire.down` is set, a site that holds nothing that a step builds on is sent it so.
-    """
-    last = run.federation.num_rounds + (1 if run.evaluation.num_polish_stages else 0)
-    specs = trainable.down_specs(run, tensor_specs, round_index=last)
-    whole = num_update_bytes(specs, dtype="float32") - HEAD_BYTES
-    return whole + wire.MAX_HEAD_BYTES + wire.OVERHEAD_BYTES
-
-
 def figures(kind: str) -> list[str]:
     """Names of the figures in a kind of reply."""
     return [field.name for field in dataclasses.fields(REPLIES[kind]) if field.name not in NAMES]
-
-
-def told(kind: str, run: config.RunConfig) -> list[str]:
-    """Names of the figures that a reply of this run tells; the others are None in it."""
-    hidden: tuple[str, ...] = UNTOLD if run.privacy.is_private and kind == "update" else ()
-    hidden += ROWS_LOST if run.privacy.is_private_per_unit and kind == "opened" else ()
-    hidden += PREFERENCES if run.training.objective == "sft" else ()
-    return [name for name in figures(kind) if name not in hidden]
 
 
 def num_update_bytes(tensor_specs: Sequence[TensorSpec], *, dtype: str, density: float = 1.0) -> int:

@@ -15,8 +15,8 @@ from common.errors import AuthError, ConfigError, WireError
 from common.frame import wire
 from common.frame.records import TensorSpec, from_head, to_head
 from common.frame.wire import Frame
-from common.run import config, egress
-from common.run.egress import Egress
+from common.run import config
+from common.run.plan import Plan
 from common.run.schema import precisions
 from common.run.schema.model import BY_HASH
 from common.run.schema.section import SHA256
@@ -68,7 +68,7 @@ class RunManifest:
                 "base_sha256": self.base_sha256,
                 "codes_sha256": self.codes_sha256,
                 "tensors": tensors,
-                "egress": self.egress.as_dict(),
+                "egress": self.plan.egress.as_dict(),
                 "evaluation_sha256": self.evaluation_sha256,
                 "date": self.date,
             }
@@ -78,17 +78,12 @@ class RunManifest:
         """Hash of the 4-bit codes that a site must have; empty where its base has none."""
         return self.codes_sha256 if precisions.of_site(self.run.model, site) == "nf4" else ""
 
-    @property
-    def egress(self) -> Egress:
-        """All that leaves a site in this run; derived from run and tensors, and declared to be seen."""
-        return egress.declare(self.run, self.tensor_specs)
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """The run worked out: both ends derive the same from it."""
+        return Plan.of(self.run, self.tensor_specs)
 
-    @property
-    def request_bytes(self) -> int:
-        """Most bytes of a request that comes to a site in this run."""
-        return egress.request_bytes(self.run, self.tensor_specs)
-
-    @property
+    @functools.cached_property
     def sha256(self) -> str:
         """The run's identity; travels in every message."""
         return hashlib.sha256(self.to_bytes()).hexdigest()

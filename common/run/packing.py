@@ -20,6 +20,7 @@ from common.frame.records import TensorSpec
 BITS: Final = {"int8": 8, "int4": 4, "int3": 3}
 FLOAT_BYTES: Final = {"float32": 4, "bfloat16": 2}
 SCALE_BYTES: Final = 2
+MAX_HEADER_BYTES: Final = 1 << 20  # of a safetensors body
 
 
 def largest(dtype: str) -> int:

@@ -3,17 +3,11 @@
 The one place where this is decided: training, the update, its declaration and its checks all ask here.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from common.frame.records import TensorSpec
 from common.run.catalogue.methods import FACTS
-
-if TYPE_CHECKING:
-    from common.run.config import RunConfig
 
 
 def factor_of(name: str) -> str:
@@ -81,11 +75,6 @@ def leaving_specs(method: str, tensor_specs: Sequence[TensorSpec]) -> tuple[Tens
     return tuple(spec for spec in tensor_specs if spec in names)
 
 
-def ever_trained_specs(method: str, tensor_specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    """The tensors that a site trains in some round of a run."""
-    return _with("".join(FACTS[method].trains), tensor_specs)
-
-
 def kept_specs(method: str, tensor_specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
     """The tensors that stay at a site from round to round, begin at zero and never travel."""
     return tuple(spec for spec in tensor_specs if factor_of(spec.name) in FACTS[method].client_state)
@@ -97,11 +86,18 @@ def received_specs(method: str, tensor_specs: Sequence[TensorSpec]) -> tuple[Ten
     return tuple(spec for spec in tensor_specs if factor_of(spec.name) not in own)
 
 
-def down_specs(run: RunConfig, tensor_specs: Sequence[TensorSpec], *, round_index: int) -> tuple[TensorSpec, ...]:
-    """The tensors that come with a request of a round; after polish all, since it trains also what sites make."""
-    if round_index > run.federation.num_rounds:
-        return tuple(tensor_specs)
-    return received_specs(run.aggregation.method, tensor_specs)
+def at_rank(tensor_specs: Sequence[TensorSpec], rank: int) -> tuple[TensorSpec, ...]:
+    """The factors at another rank; a tensor that is no factor of a pair is the same everywhere.
+
+    Example:
+        >>> [spec.shape for spec in at_rank([TensorSpec("q.lora_A.weight", (8, 64))], 2)]
+        [(2, 64)]
+    """
+    found = []
+    for name, shape, factor in ((spec.name, spec.shape, factor_of(spec.name)) for spec in tensor_specs):
+        cut = (rank, *shape[1:]) if factor == "A" else (*shape[:-1], rank) if factor == "B" else shape
+        found.append(TensorSpec(name, cut))
+    return tuple(found)
 
 
 def _of_turn(turns: Sequence[str], tensor_specs: Sequence[TensorSpec], *, round_index: int) -> tuple[TensorSpec, ...]:

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from common import site_states
-from common.adapter import adapter, compact, ranks
+from common.adapter import compact
 from common.adapter.adapter import Tensors
 from common.errors import RemoteError, SilotuneError, WireError
-from common.frame.records import RoundPlan, TensorSpec, UpdateHead, from_head
+from common.frame.records import RoundPlan, UpdateHead, from_head
 from common.frame.wire import Frame
-from common.run import packing, trainable
-from common.run.manifest import RunManifest
+from common.run.plan import Plan
 from server.fleet.fleet import SMALL_REPLY_BYTES, Fleet, Reply
 
 POLL_S: Final = 0.2
@@ -84,14 +83,13 @@ def ask(
         yield Answer(node, None, f"no answer within {round(deadline - began, 1):g} s", is_late=True)
 
 
-def read_update(frame: Frame, manifest: RunManifest, plan: RoundPlan, *, site: str) -> tuple[UpdateHead, Tensors]:
+def read_update(frame: Frame, plan: RoundPlan, *, expected: Plan) -> tuple[UpdateHead, Tensors]:
     """An update whose head, names, shapes, dtype, size and values were found right.
 
     Args:
         frame: What arrived.
-        manifest: The run.
         plan: What was asked.
-        site: Whose node it came from; the update has that site's rank.
+        expected: The site's own plan: the update has exactly its tensors, at its rank.
 
     Raises:
         WireError: Malformed, or for another run or round.
@@ -101,9 +99,9 @@ def read_update(frame: Frame, manifest: RunManifest, plan: RoundPlan, *, site: s
     check_round(head.run_sha256, head.round_index, plan)
     if not head.num_examples:
         raise WireError("update claims to rest on no rows")
-    if (head.train_loss is None) != manifest.run.privacy.is_private:
+    if (head.train_loss is None) != expected.privacy.is_private:
         raise WireError("update tells a training loss where the run's privacy forbids it, or none where it is due")
-    return head, compact.decode_update(frame.body, update_specs(manifest, plan, site=site), manifest.run.wire)
+    return head, compact.decode_update(frame.body, expected.sent(plan.round_index), expected.wire)
 
 
 def check_round(run_sha256: str, round_index: int, plan: RoundPlan) -> None:
@@ -114,26 +112,6 @@ def check_round(run_sha256: str, round_index: int, plan: RoundPlan) -> None:
     """
     if (run_sha256, round_index) != (plan.run_sha256, plan.round_index):
         raise WireError(f"answer is for another run, or for round {round_index} instead of {plan.round_index}")
-
-
-def update_specs(manifest: RunManifest, plan: RoundPlan, *, site: str) -> tuple[TensorSpec, ...]:
-    """The tensors that a site's update of this round must hold, no more and no less."""
-    own = ranks.specs_of(manifest.run.adapter, manifest.tensor_specs, site)
-    return trainable.sent_specs(manifest.run.aggregation.method, own, round_index=plan.round_index)
-
-
-def max_update_bytes(manifest: RunManifest) -> int:
-    """What an update of this run can weigh: its tensors and a header, and never more than `wire.max_update_mib`."""
-    turns = trainable.all_turns(manifest.run.aggregation.method, manifest.tensor_specs)
-    dtype, density = manifest.run.wire.dtype, manifest.run.wire.density
-    largest = max(packing.body_bytes(specs, dtype=dtype, density=density) for specs in turns)
-    exact = largest + (adapter.MAX_HEADER_BYTES if packing.is_plain(dtype, density) else 0)
-    return min(exact, manifest.run.wire.max_update_mib << 20)
-
-
-def max_reply_bytes(kind: str, manifest: RunManifest) -> int:
-    """Largest answer to a frame of a kind: only an update has tensors."""
-    return SMALL_REPLY_BYTES + (max_update_bytes(manifest) if kind == "train" else 0)
 
 
 def reason_of(error: SilotuneError, fleet: Fleet) -> str:

@@ -20,7 +20,6 @@ from common.frame.records import ADAPTER, OpenedHead, RoundPlan, SiteMetrics, fr
 from common.frame.wire import Frame
 from common.model.base import Engine
 from common.privacy.noise import Noise, SystemNoise
-from common.run import trainable
 from common.run.manifest import Offer, RunManifest
 from common.run.schema.section import SLUG
 from common.run.schema.wire import WHOLE as WHOLE_DOWN
@@ -31,7 +30,7 @@ from server.evaluate.kept_apart import Apart
 from server.evaluate.suite import Suite
 from server.fleet import broadcast, collect
 from server.fleet.broadcast import Step
-from server.fleet.fleet import Fleet
+from server.fleet.fleet import SMALL_REPLY_BYTES, Fleet
 from server.fleet.trail import Trail, of_error, of_frame
 
 RETRY_S: Final = 1.0  # between offers to a node whose agent is away
@@ -134,7 +133,7 @@ class Federation:
         """Send frames and yield the answers as they come, until the step's deadline; see `collect.ask`."""
         settings = self.manifest.run.federation
         timeout_s = min(at_most_s, settings.join_timeout_s if kind == "open" else settings.round_timeout_s)
-        size = collect.max_reply_bytes(kind, self.manifest)
+        size = SMALL_REPLY_BYTES + (self.manifest.plan.max_update_bytes if kind == "train" else 0)
         return collect.ask(
             self.fleet,
             frames,
@@ -217,19 +216,16 @@ class Federation:
         """
         by_rank: dict[int, list[int]] = {}
         for node_id in nodes:
-            by_rank.setdefault(ranks.of_site(self.manifest.run.adapter, self.name(node_id)), []).append(node_id)
+            by_rank.setdefault(self.manifest.plan.rank_of(self.name(node_id)), []).append(node_id)
         frames: dict[int, bytes] = {}
-        for rank, same in by_rank.items():
-            frames |= self._request(kind, plan, state, nodes=same, rank=rank)
+        for same in by_rank.values():
+            frames |= self._request(kind, plan, state, nodes=same)
         return frames
 
-    def _request(
-        self, kind: str, plan: RoundPlan, state: State, *, nodes: Sequence[int], rank: int
-    ) -> dict[int, bytes]:
+    def _request(self, kind: str, plan: RoundPlan, state: State, *, nodes: Sequence[int]) -> dict[int, bytes]:
         """Frames for nodes whose adapters have one rank."""
-        specs = ranks.at_rank(self.manifest.tensor_specs, rank)
-        tensors = ranks.cut(state, trainable.down_specs(self.manifest.run, specs, round_index=plan.round_index))
         names = [self.name(node_id) for node_id in nodes]
+        tensors = ranks.cut(state, self.manifest.plan.for_site(names[0]).down(plan.round_index))
         heads = {**to_head(plan), **(self.trail.told(names) if self.trail else {})}
         settings = self.manifest.run.wire
         if settings.is_adapter_sparse:

@@ -10,7 +10,6 @@ from common.frame.records import RoundPlan, UpdateHead
 from common.privacy import clipping
 from common.privacy import sites as site_privacy
 from common.privacy.noise import Noise
-from common.run import trainable
 from common.run.catalogue.kinds import KINDS
 from server.aggregate import adalora, gap, noised, optimizer, products, robust, weights
 from server.aggregate.method import State, Sum
@@ -61,7 +60,7 @@ def run(fed: Federation, state: State, *, first_round: int = 0) -> State:
         if stopping.ends(settings, fed.log, num_rounds=num_rounds - 1):
             break
         state = play(fed, state, round_index=num_rounds - 1)
-        if num_rounds in settings.evaluated_rounds:
+        if num_rounds in fed.manifest.plan.evaluated_rounds:
             _evaluate(fed, state, num_rounds=num_rounds)
     return state
 
@@ -73,7 +72,7 @@ def _catch_up(fed: Federation, state: State, *, num_rounds: int) -> None:
     refuse every later try to resume.
     """
     held_out.recall(fed, num_rounds=num_rounds)
-    if num_rounds not in fed.manifest.run.evaluated_rounds:
+    if num_rounds not in fed.manifest.plan.evaluated_rounds:
         return
     if held_out.is_told(fed, state, num_rounds=num_rounds):
         _measure(fed, state, num_rounds=num_rounds)
@@ -153,10 +152,9 @@ def _advance(fed: Federation, state: State, tally: Tally, *, round_index: int) -
 
 def _settle(fed: Federation, before: State, after: State) -> State:
     """The next global adapter exactly as sites will hold it."""
-    settings, wire = fed.manifest.run, fed.manifest.run.wire
+    wire, sent = fed.manifest.plan.wire, fed.manifest.plan.tensors.received
     if wire.down == "float32":
         return after
-    sent = trainable.received_specs(settings.aggregation.method, fed.manifest.tensor_specs)
     held, fed.memory, step = broadcast.settle(
         before, after, fed.memory, sent=sent, dtype=wire.down, density=wire.down_density
     )
@@ -226,9 +224,9 @@ def _tally(fed: Federation, state: State, source: Noise, *, round_index: int) ->
     """What takes a round's updates: the method's own sum, or what stands in its place."""
     facts, run = fed.method.facts, fed.manifest.run
     settings = run.aggregation
-    names = trainable.sent_names(facts.name, fed.manifest.tensor_specs, round_index=round_index)
+    names = [spec.name for spec in fed.manifest.plan.sent(round_index)]
     if run.privacy.is_private_per_site:  # and no meter, whose figure no noise would cover
-        expected = site_privacy.num_expected(run)
+        expected = fed.manifest.plan.num_expected
         start = noised.start(state, names, privacy=run.privacy, expected=expected, source=source, memory=fed.memory)
         return Tally(start, None)
     if settings.robust != "none":
@@ -286,8 +284,8 @@ def _arriving(fed: Federation, tally: Tally, plan: RoundPlan, frames: dict[int, 
 
 def _read(fed: Federation, answer: collect.Answer, plan: RoundPlan) -> tuple[UpdateHead, State]:
     """One update, checked before a float of it is used."""
-    frame = fed.expect(answer, "update", max_body_bytes=collect.max_update_bytes(fed.manifest))
-    head, change = collect.read_update(frame, fed.manifest, plan, site=fed.name(answer.node_id))
+    frame = fed.expect(answer, "update", max_body_bytes=fed.manifest.plan.max_update_bytes)
+    head, change = collect.read_update(frame, plan, expected=fed.manifest.plan.for_site(fed.name(answer.node_id)))
     if head.site != fed.name(answer.node_id) or head.num_examples != fed.sites[answer.node_id].num_examples:
         raise WireError("update is under another name, or claims another number of rows than the site opened with")
     if fed.trail:

@@ -19,11 +19,10 @@ from common.privacy import plan as privacy_plan
 from common.privacy import sites as site_privacy
 from common.privacy.clipping import ClipNorm
 from common.privacy.noise import Noise
-from common.run import config, guarding, packing, trainable
+from common.run import config, guarding, trainable
 from common.run.manifest import RunManifest
 from common.run.rules import compatibility
 from common.run.schema.section import MAX_MESSAGE_MIB
-from common.run.schema.wire import WHOLE
 from common.text import templates
 from server.aggregate.methods import table
 from server.evaluate import examples, kept_apart, measure, suite
@@ -309,14 +308,8 @@ def read_own_rows(settings: config.RunConfig, engine: Engine) -> OwnRows | None:
 def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
     """What the run will do, in figures, for the first event."""
     settings = manifest.run
-    method = settings.aggregation.method
-    wire, received = settings.wire, trainable.received_specs(method, manifest.tensor_specs)
-    whole = adapter.encoded_size(received, dtype="float32")
-    is_whole = wire.down == WHOLE and not wire.is_adapter_sparse
-    down = whole if is_whole else packing.body_bytes(received, dtype=wire.down, density=wire.down_density)
-    turns = trainable.all_turns(method, manifest.tensor_specs)
-    up = max(packing.body_bytes(specs, dtype=wire.dtype, density=wire.density) for specs in turns)
-    trained = trainable.ever_trained_specs(method, manifest.tensor_specs)
+    planned = manifest.plan
+    trained = {spec for turn in planned.tensors.trained for spec in turn}
     return {
         "name": settings.name,
         "run_sha256": manifest.sha256,
@@ -325,15 +318,15 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
         "quantization": settings.model.quantization,
         "quantised_share": engine.quantised_share,
         "site_quantization": settings.model.site_quantization,
-        "method": method,
+        "method": settings.aggregation.method,
         "privacy": settings.privacy.mode,
         "num_rounds": settings.federation.num_rounds,
         "num_base_parameters": engine.num_base_parameters,
-        "num_trained_parameters": adapter.num_parameters(trained),
+        "num_trained_parameters": trainable.num_values(list(trained)),
         "num_tensors": len(trained),
-        "bytes_down_per_site": down,
-        "bytes_evaluation_per_site": whole if wire.is_adapter_sparse else 0,
-        "bytes_up_per_site": up,
+        "bytes_down_per_site": planned.bytes_down,
+        "bytes_evaluation_per_site": planned.bytes_evaluation,
+        "bytes_up_per_site": planned.bytes_up,
         "guarding": guarding.in_words(settings.aggregation),
         "gap_warning": settings.aggregation.gap_warning,
         **_privacy(settings),
@@ -372,10 +365,9 @@ def _site_level(manifest: RunManifest, log: EventLog, *, num_rounds: int, is_noi
     run = manifest.run
     if not run.privacy.is_private_per_site:
         return {}
-    turns = trainable.all_turns(run.aggregation.method, manifest.tensor_specs)
-    num_parameters = max(adapter.num_parameters(specs) for specs in turns)
+    num_parameters = max(trainable.num_values(specs) for specs in manifest.plan.tensors.sent)
     site_privacy.require_signal(run, num_parameters, is_accepted=is_noise_accepted)
-    ClipNorm.of(run.privacy, site_privacy.num_expected(run))  # too few sites to let it follow are refused here
+    ClipNorm.of(run.privacy, manifest.plan.num_expected)  # too few sites to let it follow are refused here
     site_privacy.check_resume(events.read(log.path) if log.path.is_file() else [], num_rounds=num_rounds)
     ratio = site_privacy.noise_ratio(run, num_parameters)
     return {"noise_ratio": round(ratio, 3), "noise_accepted": is_noise_accepted, "noise_at": run.privacy.noise_at}
@@ -386,13 +378,13 @@ def _check_size(manifest: RunManifest) -> None:
 
     However the adapter goes down as a rule, a site that joins late or starts anew is sent it whole.
     """
-    size_mib, limit_mib = manifest.egress.bytes_per_message / (1 << 20), manifest.run.wire.max_update_mib
+    size_mib, limit_mib = manifest.plan.egress.bytes_per_message / (1 << 20), manifest.run.wire.max_update_mib
     if size_mib > limit_mib:
         raise ConfigError(
             f"wire.max_update_mib = {limit_mib}, and an update of this adapter has up to {size_mib:.1f} MiB; raise it, "
             "send integers (wire.dtype), lower adapter.r, or choose fewer adapter.targets"
         )
-    size_mib = manifest.request_bytes / (1 << 20)
+    size_mib = manifest.plan.request_bytes / (1 << 20)
     if size_mib > MAX_MESSAGE_MIB:
         raise ConfigError(
             f"a request that brings this adapter whole has up to {size_mib:.1f} MiB, and no site takes more than "

@@ -8,10 +8,9 @@ import torch
 
 from client.agent.agent import Agent
 from client.train import schedule
-from common.adapter import compact, ranks
+from common.adapter import compact
 from common.adapter.adapter import Tensors
 from common.frame import wire
-from common.run import trainable
 from common.run.manifest import RunManifest
 
 SCALE: Final = 10.0
@@ -88,8 +87,6 @@ class CheatingSite:
 
     def _decode(self, reply: wire.Frame) -> Tensors:
         """The tensors of an update, float32."""
-        run = self.manifest.run
-        own = ranks.specs_of(run.adapter, self.manifest.tensor_specs, reply.head["site"])
-        specs = trainable.sent_specs(run.aggregation.method, own, round_index=reply.head["round_index"])
-        sent = compact.decode_update(reply.body, specs, run.wire)
+        specs = self.manifest.plan.for_site(reply.head["site"]).sent(reply.head["round_index"])
+        sent = compact.decode_update(reply.body, specs, self.manifest.run.wire)
         return {name: tensor.float() for name, tensor in sent.items()}

@@ -66,7 +66,7 @@ def play(method: str, state, specs, *, round_index: int, weights, generator, sit
     combined = table.find(method).start(state, trained=names)
     ideal = {module: torch.zeros(shape, dtype=torch.float64) for module, shape in MODULES.items()}
     for weight, rank in itertools.zip_longest(weights, site_ranks):
-        received = ranks.cut(state, ranks.at_rank(specs, rank) if rank else specs)
+        received = ranks.cut(state, trainable.at_rank(specs, rank) if rank else specs)
         change = {name: torch.randn(received[name].shape, generator=generator) for name in names}
         local = {name: tensor + change.get(name, 0.0) for name, tensor in received.items()}
         for module, total in ideal.items():
@@ -150,7 +150,7 @@ def test_flexlora_weighs_each_component_among_the_sites_that_hold_it(case):
     combined = table.find("flexlora").start(state, trained=list(state))
     ideal = {module: torch.zeros(shape, dtype=torch.float64) for module, shape in MODULES.items()}
     for weight, held in zip(case["weights"], case["ranks"], strict=True):
-        received = ranks.cut(state, ranks.at_rank(specs, held))
+        received = ranks.cut(state, trainable.at_rank(specs, held))
         change = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in received.items()}
         combined.add(change, weight=weight)
         for module in MODULES:
@@ -175,11 +175,11 @@ def test_under_flexlora_a_round_keeps_what_its_sites_do_not_hold(held):
     state = begin("flexlora", specs, generator)
     combined = table.find("flexlora").start(state, trained=list(state))
     for rank in held:
-        combined.add({spec.name: torch.zeros(spec.shape) for spec in ranks.at_rank(specs, rank)}, weight=1.0)
+        combined.add({spec.name: torch.zeros(spec.shape) for spec in trainable.at_rank(specs, rank)}, weight=1.0)
     after = table.find("flexlora").apply(state, combined.result())
     for module in MODULES:
         assert torch.allclose(weight_of(after, module), weight_of(state, module), atol=1e-5)
-    narrow = ranks.cut(state, ranks.at_rank(specs, 2))  # the control: without it much would be missing
+    narrow = ranks.cut(state, trainable.at_rank(specs, 2))  # the control: without it much would be missing
     assert not torch.allclose(weight_of(narrow, "q_proj"), weight_of(state, "q_proj"), atol=0.1)
 
 

@@ -16,7 +16,7 @@ from common.adapter import adapter, start
 from common.frame import wire
 from common.frame.records import HEADS, LINKS, RoundPlan, to_head
 from common.frame.wire import Frame
-from common.run import config, manifest, trainable
+from common.run import config, manifest
 from common.run.manifest import Offer, RunManifest
 from common.trust import heads as audit_heads
 from common.trust import identity, journal, signed_frame
@@ -270,7 +270,7 @@ class Vault:
     def begun(self, run: RunManifest) -> dict:
         """What a coordinator sends first."""
         whole = start.initial(run, self.engine.initial)
-        return {spec.name: whole[spec.name] for spec in trainable.down_specs(run.run, run.tensor_specs, round_index=0)}
+        return {spec.name: whole[spec.name] for spec in run.plan.down(0)}
 
     def log(self) -> list[Entry]:
         """The audit log, which must be whole."""

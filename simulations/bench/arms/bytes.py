@@ -17,7 +17,6 @@ from common.adapter.adapter import Tensors
 from common.frame import wire
 from common.frame.records import ADAPTER
 from common.frame.wire import Frame
-from common.run import trainable
 from common.run.manifest import RunManifest
 from server.fleet.grid import GridFleet
 from server.run import run as server_run
@@ -153,12 +152,10 @@ def _holding_nothing(opened: bytes) -> bytes:
 
 def _through_filters(node: Callable[[bytes], bytes], request: Frame, counter: Counter, run: RunManifest) -> bytes:
     """The adapter down and its change up, each as NF4 with its state; our frames' heads are not counted."""
-    method, specs = run.run.aggregation.method, run.tensor_specs
-    down, num_down = filtered(adapter.decode(request.body, trainable.received_specs(method, specs), dtype="float32"))
+    down, num_down = filtered(adapter.decode(request.body, run.plan.tensors.received, dtype="float32"))
     answered = node(wire.pack(dataclasses.replace(request, body=adapter.encode(down, dtype="float32"))))
     reply = wire.expect(answered, "update", max_body_bytes=MAX_BYTES)
-    trained = trainable.trained_specs(method, specs, round_index=request.head["round_index"])
-    up, num_up = filtered(adapter.decode(reply.body, trained, dtype="float32"))
+    up, num_up = filtered(adapter.decode(reply.body, run.plan.trained(request.head["round_index"]), dtype="float32"))
     counter.add("train", num_down + num_up)
     return wire.pack(dataclasses.replace(reply, body=adapter.encode(up, dtype="float32")))
 

@@ -103,7 +103,7 @@ def test_a14_bytes_that_the_manifest_announces(make, rule):
 
 
 def test_a14_bytes_of_repeated_answers_count(make, engine):
-    declared = vault.make(make().folder.parent / "probe", engine).manifest().egress.bytes_per_round
+    declared = vault.make(make().folder.parent / "probe", engine).manifest().plan.egress.bytes_per_round
     site = make(max_bytes_per_run=str(2 * declared + egress.HEAD_BYTES))
     assert site.open().kind == "opened"
     answers = [site.step() for _ in range(4)]
@@ -113,7 +113,7 @@ def test_a14_bytes_of_repeated_answers_count(make, engine):
 
 def test_a14_bytes_of_one_answer_have_the_declared_limit(open_site):
     """White space in the header of the tensors: what reads them takes it, and bits could be hidden there."""
-    honest, limit = open_site.agent._steps["train"], open_site.manifest().egress.bytes_per_message
+    honest, limit = open_site.agent._steps["train"], open_site.manifest().plan.egress.bytes_per_message
 
     def padded(request, num_bytes=limit):
         reply = honest(request)

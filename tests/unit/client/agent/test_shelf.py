@@ -81,10 +81,10 @@ def test_an_update_with_b_in_it_is_refused_by_the_coordinator_and_held_back_by_t
     agent, _ = opened(engine, manifest, tmp_path)
     update = ask(agent, manifest, "train", engine.initial, 0)
     plan = RoundPlan(manifest.sha256, 0)
-    assert collect.read_update(update, manifest, plan, site="north")[1]  # the control
+    assert collect.read_update(update, plan, expected=manifest.plan.for_site("north"))[1]  # the control
     whole = dataclasses.replace(update, body=adapter.encode(engine.initial, dtype="float32"))
     with pytest.raises(ModelError, match=r"lora_B.*expected absent"):
-        collect.read_update(whole, manifest, plan, site="north")
+        collect.read_update(whole, plan, expected=manifest.plan.for_site("north"))
     with pytest.raises(PolicyRefusedError, match=r"lora_B.*expected absent"):
         outgoing._check_body(manifest, whole)
     outgoing._check_body(manifest, update)

@@ -159,7 +159,7 @@ def test_a_review_shows_every_setting_that_differs_from_its_default(site, node_f
 
 def test_a_review_says_what_leaves_and_what_is_read(site, node_file):
     found, text = page(site, node_file)
-    egress = site.manifest().egress
+    egress = site.manifest().plan.egress
     assert f"{egress.bytes_per_round:,} a round" in found.facts["bytes that leave"]
     assert f"{2 * egress.bytes_per_round:,} in 2 rounds" in found.facts["bytes that leave"]
     assert found.facts["epsilon"].startswith("none: updates leave without differential privacy")

@@ -8,6 +8,7 @@ import torch
 from common.adapter import adapter, ranks
 from common.errors import ModelError, WireError
 from common.frame.records import TensorSpec
+from common.run import packing, trainable
 
 A, B = "layers.0.q_proj.lora_A.weight", "layers.0.q_proj.lora_B.weight"
 SPECS = (TensorSpec(A, (2, 3)), TensorSpec(B, (4, 2)))
@@ -70,7 +71,7 @@ def test_a_header_that_declares_an_enormous_size_is_refused():
 
 def test_a_header_over_the_limit_is_refused_though_it_is_there():
     with pytest.raises(WireError, match="limit"):
-        decode(assemble(b"{" + b" " * adapter.MAX_HEADER_BYTES + b"}"))
+        decode(assemble(b"{" + b" " * packing.MAX_HEADER_BYTES + b"}"))
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8])
@@ -235,7 +236,7 @@ def test_gradients_have_the_new_rank_while_a_graph_of_the_old_one_is_alive(engin
     tokens = torch.tensor([[5, 6, 7]])
     graphs = []
     for rank in (4, 2, 1, 4):
-        tensors = ranks.cut(engine.initial, ranks.at_rank(engine.tensor_specs, rank))
+        tensors = ranks.cut(engine.initial, trainable.at_rank(engine.tensor_specs, rank))
         adapter.write(engine.model, tensors)
         held = engine.model(input_ids=tokens).logits.sum()
         torch.autograd.backward(held, retain_graph=True)
@@ -248,7 +249,8 @@ def test_gradients_have_the_new_rank_while_a_graph_of_the_old_one_is_alive(engin
 def test_an_adapter_of_another_rank_takes_the_place_of_the_models_at_the_same_scale(engine):
     generator = torch.Generator().manual_seed(1)
     small = {
-        spec.name: 0.1 * torch.randn(spec.shape, generator=generator) for spec in ranks.at_rank(engine.tensor_specs, 2)
+        spec.name: 0.1 * torch.randn(spec.shape, generator=generator)
+        for spec in trainable.at_rank(engine.tensor_specs, 2)
     }
     ids = torch.arange(12).unsqueeze(0) + 40
     answers = []

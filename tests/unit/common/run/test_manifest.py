@@ -243,9 +243,9 @@ def test_a_manifest_declares_every_figure_that_leaves_and_its_range():
 
 def test_a_manifest_declares_figures_of_preferences_only_where_it_learns_them():
     run = tiny.settings("tiny", {"training.objective": '"dpo"'})
-    declared = RunManifest(run, make().base_sha256, make().tensor_specs).egress.metrics["metrics"]
-    assert declared.keys() - make().egress.metrics["metrics"].keys() == set(egress.PREFERENCES)
+    declared = RunManifest(run, make().base_sha256, make().tensor_specs).plan.egress.metrics["metrics"]
+    assert declared.keys() - make().plan.egress.metrics["metrics"].keys() == set(egress.PREFERENCES)
 
 
 def test_declared_bytes_hold_the_largest_update():
-    assert make().egress.bytes_per_message >= 2 * 4 * 32 * 4 + 8 + 200
+    assert make().plan.egress.bytes_per_message >= 2 * 4 * 32 * 4 + 8 + 200

@@ -6,6 +6,7 @@ from common.errors import ModelError
 from common.frame.records import TensorSpec
 from common.run import egress, trainable
 from common.run.catalogue.methods import FACTS
+from common.run.plan import Plan
 from tests import tiny
 
 SPECS = tuple(
@@ -79,7 +80,7 @@ def test_the_declaration_allows_the_largest_update_and_not_a_whole_adapter_more(
     side = {"aggregation.residual_rank": "8"} if FACTS[method].base_delta == "residual" else {}
     run = tiny.settings("tiny", {"aggregation.method": method, **side})
     specs = specs_of(method)
-    declared = egress.declare(run, specs)
+    declared = Plan.of(run, specs).egress
     sizes = [egress.num_update_bytes(turn, dtype="float32") for turn in trainable.all_turns(method, specs)]
     assert declared.bytes_per_message == max(sizes)
     assert declared.factors == FACTS[method].sends

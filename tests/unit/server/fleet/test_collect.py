@@ -6,6 +6,7 @@ from common.errors import ModelError, RemoteError, TransportError, WireError
 from common.frame import wire
 from common.frame.records import RoundPlan, UpdateHead, to_head
 from common.frame.wire import Frame
+from common.run import packing
 from common.run.manifest import RunManifest
 from server.fleet import collect
 from server.fleet.grid import GridFleet
@@ -99,8 +100,8 @@ def update(manifest, engine):
 
 
 def read(data: bytes, manifest: RunManifest):
-    frame = wire.expect(data, "update", max_body_bytes=collect.max_update_bytes(manifest))
-    return collect.read_update(frame, manifest, RoundPlan(manifest.sha256, 1), site="north")
+    frame = wire.expect(data, "update", max_body_bytes=manifest.plan.max_update_bytes)
+    return collect.read_update(frame, RoundPlan(manifest.sha256, 1), expected=manifest.plan.for_site("north"))
 
 
 def test_a_right_update_is_read(update, manifest, engine):
@@ -155,13 +156,13 @@ def test_a_refusal_is_told_as_one(manifest):
 
 def test_an_update_cannot_be_larger_than_its_tensors_and_a_header(manifest, tiny_base):
     exact = adapter.encoded_size(manifest.tensor_specs, dtype="float32")
-    assert collect.max_update_bytes(manifest) == exact + adapter.MAX_HEADER_BYTES
+    assert manifest.plan.max_update_bytes == exact + packing.MAX_HEADER_BYTES
     small = RunManifest(
         tiny.settings(tiny_base, {"wire.max_update_mib": "1"}), manifest.base_sha256, manifest.tensor_specs
     )
-    assert collect.max_update_bytes(small) == 1 << 20
+    assert small.plan.max_update_bytes == 1 << 20
 
 
 def test_a_larger_frame_is_refused_before_it_is_parsed(update, manifest):
     with pytest.raises(WireError, match="limits are"):
-        read(update(body=bytes(collect.max_update_bytes(manifest) + 1)), manifest)
+        read(update(body=bytes(manifest.plan.max_update_bytes + 1)), manifest)

@@ -19,6 +19,7 @@ from common.model import base as model
 from common.model.base import Engine
 from common.run import config, egress
 from common.run.manifest import RunManifest, parse
+from common.run.plan import Plan
 from common.trust import identity, journal
 from server.export import adapter as export
 from server.folder import run_files
@@ -256,8 +257,9 @@ def test_the_request_is_in_the_audit_log_and_its_bytes_in_what_a_run_declares(wo
     sizes = [one.facts["num_bytes"] for one in log if one.kind == "received" and one.facts["round_index"] == 2]
     assert len(sizes) == 3
     assert max(sizes) <= egress.HEAD_BYTES
-    plain, declared = world.settings({}), run_files.stored_manifest(folder).egress
-    assert egress.bytes_per_run(declared, settings) - egress.bytes_per_run(declared, plain) == egress.HEAD_BYTES
+    specs = run_files.stored_manifest(folder).tensor_specs
+    polished, plain = (Plan.of(run, specs).bytes_per_run for run in (settings, world.settings({})))
+    assert polished - plain == egress.HEAD_BYTES
 
 
 def test_a_site_scores_as_many_as_the_manifest_names_and_in_order(engine, tmp_path):

@@ -12,6 +12,7 @@ from common.errors import StorageError, TooFewSitesError, TransportError
 from common.frame import wire
 from common.frame.records import OpenedHead, UpdateHead, to_head
 from common.frame.wire import Frame
+from common.run import packing
 from server.aggregate.methods import fedavg
 from server.fleet import collect, federation, sites
 from server.folder import checkpoint, run_files
@@ -117,7 +118,7 @@ FAULTS = {
     "pickle": lambda _: tiny.with_body(lambda body: b"\x80\x04N."),
     "a cut body": lambda _: tiny.with_body(lambda body: body[:-1]),
     "a header in UTF-16": lambda _: tiny.with_body(lambda body: utf16_header(body)),
-    "a huge body": lambda _: tiny.with_body(lambda body: body + bytes(adapter.MAX_HEADER_BYTES)),
+    "a huge body": lambda _: tiny.with_body(lambda body: body + bytes(packing.MAX_HEADER_BYTES)),
     "a flipped byte": lambda _: lambda frame: frame[:-40] + bytes([frame[-40] ^ 1]) + frame[-39:],
     "no frame": lambda _: lambda frame: b"",
     "another kind": lambda _: lambda frame: wire.pack(Frame("opened")),

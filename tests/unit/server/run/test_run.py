@@ -379,7 +379,7 @@ LLAMA_70B = {"hidden": 8192, "keys": 1024, "inner": 28672, "num_layers": 80}
 def test_a_request_that_no_site_takes_is_refused_before_anything_is_sent(engine, tiny_base, rank, shape, size_mib):
     settings = tiny.settings(tiny_base, {"wire.dtype": '"int3"'})
     found = RunManifest(settings, engine.base_sha256, of_llama(rank, **shape))
-    assert found.request_bytes >> 20 == size_mib  # the adapter in float32, its names, and a head of 2 MiB at most
+    assert found.plan.request_bytes >> 20 == size_mib  # the adapter in float32, its names, and a head of 2 MiB at most
     if size_mib <= MAX_MESSAGE_MIB:
         run._check_size(found)
         rules.check_message_size(found, max_mib=MAX_MESSAGE_MIB)

@@ -55,7 +55,7 @@ def test_each_site_is_sent_and_sends_an_adapter_of_its_own_rank_and_the_loss_fal
     assert losses[-1] < losses[0] - 0.03
     assert adapter.specs(outcome.tensors) == engine.tensor_specs
     for site, rank in RANKS.items():
-        own = ranks.at_rank(engine.tensor_specs, rank)
+        own = trainable.at_rank(engine.tensor_specs, rank)
         assert {spec.shape[0] for spec in own if ".lora_A." in spec.name} == {rank}
         crossed = [(one.kind, one.head["round_index"]) for one, _ in heard[site] if one.kind != "open" and one.body]
         assert crossed == [
@@ -77,14 +77,16 @@ def test_an_update_of_another_sites_rank_is_refused_before_a_value_is_used(engin
     plan = RoundPlan(run_manifest.sha256, 0)
     node = tiny.make_agent("south", engine)
     node.answer(wire.pack(wire.Frame("open", {}, run_manifest.to_bytes())))
-    specs = ranks.at_rank(engine.tensor_specs, 2)
+    specs = trainable.at_rank(engine.tensor_specs, 2)
     body = adapter.encode(ranks.cut(engine.initial, specs), dtype="float32")
     head = {"run_sha256": run_manifest.sha256, "round_index": 0, "generate": False}
     reply = wire.expect(node.answer(wire.pack(wire.Frame("train", head, body))), "update", max_body_bytes=1 << 24)
-    assert collect.read_update(reply, run_manifest, plan, site="south")[0].site == "south"  # the control
+    assert (
+        collect.read_update(reply, plan, expected=run_manifest.plan.for_site("south"))[0].site == "south"
+    )  # the control
     for other in ("north", "west"):
         with pytest.raises(ModelError, match="expected"):
-            collect.read_update(reply, run_manifest, plan, site=other)
+            collect.read_update(reply, plan, expected=run_manifest.plan.for_site(other))
     whole = node.answer(wire.pack(wire.Frame("train", head, adapter.encode(engine.initial, dtype="float32"))))
     assert wire.unpack(whole, max_body_bytes=1 << 24).head["code"] == "ModelError"
 
@@ -107,7 +109,7 @@ def test_robust_aggregation_and_mixed_ranks_do_not_go_together(tiny_base):
 def test_torch_sees_the_same_factors_whatever_a_shared_engine_held_before(engine, tiny_base):
     """Sites of several ranks share an engine: each writes its own rank into it."""
     for rank in (1, 4, 2):
-        tensors = ranks.cut(engine.initial, ranks.at_rank(engine.tensor_specs, rank))
+        tensors = ranks.cut(engine.initial, trainable.at_rank(engine.tensor_specs, rank))
         adapter.write(engine.model, tensors)
         assert all(torch.equal(found, tensors[name]) for name, found in adapter.read(engine.model).items())
     adapter.write(engine.model, engine.initial)
