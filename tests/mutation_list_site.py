@@ -430,7 +430,7 @@ SITE: Final = (
      'self._payment.pay(run, plan.round_index, kind="evaluate")', None,
      ("attacks/agent/test_oracle::test_a29_what_was_planned_is_what_is_charged",)),
     ("oracle-planned-evaluations", "more evaluations are answered than were approved",
-     'if request.kind == "evaluate" and plan.round_index not in run.run.evaluated_rounds:', None,
+     'if request.kind == "evaluate" and plan.round_index not in run.plan.evaluated_rounds:', None,
      ("attacks/agent/test_oracle::test_a29_no_more_evaluations_than_the_run_file_plans",)),
     ("oracle-held-out-count", "the exact number of held-out rows leaves where privacy is demanded",
      "return dataclasses.replace(head, num_held_out=0)", "return head",
