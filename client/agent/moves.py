@@ -121,7 +121,7 @@ def is_bounded(run: RunManifest, tensors: Tensors) -> bool:
     settings, training = run.run, run.run.training
     is_whole = all(tuple(tensors[spec.name].shape) == spec.shape for spec in run.tensor_specs if spec.name in tensors)
     is_clipped = training.max_grad_norm > 0 and not settings.privacy.is_private_per_unit
-    has_bound = training.optimizer == "adamw" or is_clipped
+    has_bound = training.optimizer.kind == "adamw" or is_clipped
     return (
         settings.aggregation.method in (*DIRECT, *REFACTORED)
         and settings.adapter.kind != "adalora"
@@ -188,12 +188,10 @@ def site_move(round_index: int, *, run: config.RunConfig, num_steps: int) -> flo
     """
     training = run.training
     rates = schedule.rates(round_index, num_rounds=run.federation.num_rounds, num_steps=num_steps, training=training)
-    if training.optimizer == "sgd":
-        return math.fsum(rates) * training.max_grad_norm / (1 - training.momentum)
-    steps = enumerate(rates, start=1)
-    return math.fsum(
-        rate * adam_constant(step, beta1=training.adam_beta1, beta2=training.adam_beta2) for step, rate in steps
-    )
+    if training.optimizer.kind == "sgd":
+        return math.fsum(rates) * training.max_grad_norm / (1 - training.optimizer.momentum)
+    beta1, beta2 = training.optimizer.beta1, training.optimizer.beta2
+    return math.fsum(rate * adam_constant(step, beta1=beta1, beta2=beta2) for step, rate in enumerate(rates, start=1))
 
 
 def adam_constant(step: int, *, beta1: float, beta2: float) -> float:
@@ -211,8 +209,8 @@ def _by_server(move: float, largest: float, *, run: config.RunConfig) -> float:
     settings, training, privacy = run.aggregation, run.training, run.privacy
     if not move:
         return 0.0
-    sum_rates = move if training.optimizer == "adamw" else move / training.max_grad_norm  # c_t is 1 at least
-    decayed = move + training.weight_decay * sum_rates * (largest + move)
+    sum_rates = move if training.optimizer.kind == "adamw" else move / training.max_grad_norm  # c_t is 1 at least
+    decayed = move + training.optimizer.weight_decay * sum_rates * (largest + move)
     if privacy.is_private_per_site:  # sums over an expected number of sites, and noise
         expected = sites.num_expected(run)
         shares = run.federation.num_sites / run.federation.min_sites if privacy.noise_at == "sites" else 1.0

@@ -19,7 +19,7 @@ from common.data.rows import Row
 from common.errors import ConfigError, ModelError
 from common.model import store
 from common.run import config, manifest
-from common.run.schema.objective import ObjectiveName
+from common.run.schema.training import ObjectiveName
 from common.text import prompts, templates
 from common.text.prompts import TemplateName, TooLong
 

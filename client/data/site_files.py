@@ -8,7 +8,7 @@ from common.data.rows import Columns, Row
 from common.errors import DataError
 from common.model import store
 from common.run import config
-from common.run.schema.objective import ObjectiveName
+from common.run.schema.training import ObjectiveName
 
 
 def read_rows(data: config.NodeDataConfig, path: str, *, objective: ObjectiveName = "sft") -> Sequence[Row]:

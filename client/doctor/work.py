@@ -294,7 +294,7 @@ def work_of(run: config.RunConfig, device: Device, *, site: str = "") -> Work:
         num_rows=run.training.micro_batch_size or run.training.batch_size,
         num_tokens=run.data.max_length_tokens,
         is_checkpointing=run.training.gradient_checkpointing,
-        is_adam=run.training.optimizer == "adamw",
+        is_adam=run.training.optimizer.kind == "adamw",
     )
 
 

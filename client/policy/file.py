@@ -23,8 +23,9 @@ from common.run.catalogue.methods import MethodName
 from common.run.problems import hints
 from common.run.reading import Problem
 from common.run.schema import section
-from common.run.schema.objective import ObjectiveName
 from common.run.schema.section import Count, PositiveCount, RequiredLine, Section, Slug
+from common.run.schema.shape import path_of
+from common.run.schema.training import ObjectiveName
 from common.trust import identity
 
 PURPOSE: Final = "policy"
@@ -100,7 +101,7 @@ class LoraRules(Section):
     scale: Range = Field(
         default=(0.05, 64.0),
         description="What the factors' product is multiplied by: `alpha / r`, or `alpha / sqrt(r)` under "
-        "`adapter.use_rslora`. Near 0, gradients vanish beside `training.adam_epsilon`.",
+        "`adapter.use_rslora`. Near 0, gradients vanish beside `training.optimizer.epsilon`.",
     )
     max_dropout: float = Field(default=0.5, ge=0, lt=1, description="Highest `adapter.dropout`.")
     residual_r: Count = Field(default=0, description="Highest rank of a side adapter, frozen here. 0: none.")
@@ -139,7 +140,7 @@ class TrainRules(Section):
         ge=0,
         lt=1,
         description="Share of the way back that a step may go under `aggregation.proximal` and "
-        "`training.weight_decay` together; near 1 only the last step's gradient would leave.",
+        "`training.optimizer.weight_decay` together; near 1 only the last step's gradient would leave.",
     )
     adam_beta1: Range = Field(
         default=(0.5, 0.999), description="Decay of AdamW's first moment. 0: each step is one batch's gradient."
@@ -153,7 +154,7 @@ class TrainRules(Section):
         default=0.01,
         ge=0,
         description="Lowest `training.max_grad_norm` but 0, which is no clipping: shorter gradients vanish beside "
-        "`training.adam_epsilon`.",
+        "`training.optimizer.epsilon`.",
     )
     beta: Range = Field(default=(0.01, 10.0), description="`training.beta` of preferences.")
     max_label_smoothing: float = Field(default=0.3, ge=0, lt=0.5, description="Of preferences.")
@@ -378,7 +379,7 @@ def parse(text: str, *, name: str) -> Policy:
     except ValidationError as error:
         unfilled = [problem.key for problem in problems]
         for detail in error.errors(include_url=False):
-            key = reading.path_of(detail["loc"])
+            key = path_of(detail["loc"], {})
             message: Callable[[], str] = partial(hints.wrong, key, dict(detail), patterns=PATTERNS)
             if detail["type"] == "extra_forbidden":  # the value of an unknown rule is not repeated
                 message = partial(str, "there is no such rule; the policy of a startup kit has all of them")

@@ -5,12 +5,14 @@ Closed world: a setting that no rule here knows is refused too, so a later versi
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from operator import attrgetter
 from typing import Any, Final
+
+from pydantic import BaseModel
 
 from client.ledger.budget import COUNTS, EVALUATE
 from client.policy.file import FORBIDDEN, DatasetRules, Policy
@@ -50,12 +52,12 @@ JUDGED: Final = {
     "training.schedule": "train.learning_rate",
     "training.final_rate_fraction": "train.learning_rate",
     "training.warmup_fraction": "train.max_warmup_fraction",
-    "training.optimizer": "train.optimizers",
-    "training.weight_decay": "train.max_pull",
-    "training.adam_beta1": "train.adam_beta1",
-    "training.adam_beta2": "train.adam_beta2",
-    "training.adam_epsilon": "train.max_adam_epsilon",
-    "training.momentum": "train.max_momentum",
+    "training.optimizer.kind": "train.optimizers",
+    "training.optimizer.weight_decay": "train.max_pull",
+    "training.optimizer.beta1": "train.adam_beta1",
+    "training.optimizer.beta2": "train.adam_beta2",
+    "training.optimizer.epsilon": "train.max_adam_epsilon",
+    "training.optimizer.momentum": "train.max_momentum",
     "training.max_grad_norm": "train.min_grad_norm",
     "aggregation.method": "train.methods",
     "aggregation.proximal": "train.max_pull",
@@ -172,7 +174,7 @@ def check(policy: Policy, run_manifest: RunManifest, usage: Usage, *, site: str 
     # Over 60 lines, as it is a list: a line for each rule, in the order in which they are judged.
     run, judge = run_manifest.run, partial(_judge, policy)
     training, privacy, protection = run.training, run.privacy, policy.privacy
-    unknown = sorted(set(leaves(run.model_dump())) - KNOWN)
+    unknown = sorted(set(leaves(run)) - KNOWN)
     _require(not unknown, "manifest", f"no rule judges {', '.join(unknown)}")
     base = next((base for base in policy.models.allow if base.sha256 == run_manifest.base_sha256), None)
     if base is None:
@@ -185,20 +187,20 @@ def check(policy: Policy, run_manifest: RunManifest, usage: Usage, *, site: str 
 
     # An update must be the sum of many steps.
     judge("train.learning_rate", training.learning_rate)
-    judge("train.optimizers", training.optimizer)
+    judge("train.optimizers", training.optimizer.kind)
     judge("train.objectives", training.objective)
     judge("train.methods", run.aggregation.method)
     judge("train.min_batch_size", training.batch_size)
     if training.local_steps:
         _check_num_steps(policy, training, training.local_steps, num_rounds=run.federation.num_rounds)
     judge("train.max_warmup_fraction", training.warmup_fraction)
-    judge("train.max_pull", (run.aggregation.proximal + training.weight_decay) * training.learning_rate)
-    if training.optimizer == "adamw":
-        judge("train.adam_beta1", training.adam_beta1)
-        judge("train.adam_beta2", training.adam_beta2)
-        judge("train.max_adam_epsilon", training.adam_epsilon)
+    judge("train.max_pull", (run.aggregation.proximal + training.optimizer.weight_decay) * training.learning_rate)
+    if training.optimizer.kind == "adamw":
+        judge("train.adam_beta1", training.optimizer.beta1)
+        judge("train.adam_beta2", training.optimizer.beta2)
+        judge("train.max_adam_epsilon", training.optimizer.epsilon)
     else:
-        judge("train.max_momentum", training.momentum)
+        judge("train.max_momentum", training.optimizer.momentum)
     if training.max_grad_norm and not privacy.is_private_per_unit:
         judge("train.min_grad_norm", training.max_grad_norm)
     if training.objective != "sft":
@@ -325,10 +327,11 @@ def check_message_size(run_manifest: RunManifest, *, max_mib: int) -> None:
         )
 
 
-def leaves(run: Mapping[str, Any]) -> Iterator[str]:
-    """The dotted keys of a run file's tables."""
-    for name, value in run.items():
-        yield from (f"{name}.{key}" for key in value) if isinstance(value, dict) else (name,)
+def leaves(table: BaseModel, path: str = "") -> Iterator[str]:
+    """The dotted keys of a run file's settings."""
+    for name in type(table).model_fields:
+        key, value = f"{path}.{name}".lstrip("."), getattr(table, name)
+        yield from leaves(value, key) if isinstance(value, BaseModel) else (key,)
 
 
 def is_covered(rules: Policy, privacy: PrivacyConfig) -> bool:

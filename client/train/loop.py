@@ -324,14 +324,15 @@ class Trainer:
 def make_optimizer(engine: Engine, training: config.TrainingConfig) -> torch.optim.Optimizer:
     """A fresh optimiser over the adapter; its rate is set at every step."""
     parameters = list(adapter.parameters(engine.model).values())
-    if training.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=0.0, momentum=training.momentum, weight_decay=training.weight_decay)
+    settings = training.optimizer
+    if settings.kind == "sgd":
+        return torch.optim.SGD(parameters, lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(
         parameters,
         lr=0.0,
-        betas=(training.adam_beta1, training.adam_beta2),
-        eps=training.adam_epsilon,
-        weight_decay=training.weight_decay,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
         fused=True,
     )
 

@@ -17,7 +17,7 @@ from common.loss import likelihood, preference_loss
 from common.model import base, files
 from common.model.base import Engine
 from common.run import config
-from common.run.schema.objective import ObjectiveName, ReferencePoint
+from common.run.schema.training import ObjectiveName, ReferencePoint
 from common.text import prompts
 from common.text.prompts import Batch, Encoded, EncodingReport
 

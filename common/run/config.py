@@ -6,14 +6,15 @@ has one home and one unit; what is derived from settings is a property. Nothing 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
-from pydantic import model_validator
+from pydantic import BaseModel, model_validator
 
 from common.run import reading
 from common.run.rules import evaluation, rules, wire
+from common.run.schema import shape
 from common.run.schema.aggregation import AggregationConfig
 from common.run.schema.export import ExportConfig
 from common.run.schema.gate import GateConfig
@@ -173,17 +174,19 @@ def changed(run: RunConfig) -> dict[str, Any]:
         >>> changed(parse(text, name="run.toml"))
         {'version': 1, 'model.base': 'embedded', 'adapter.r': 8, 'privacy.mode': 'none'}
     """
-    found: dict[str, Any] = {}
-    for name, field in type(run).model_fields.items():
-        value = getattr(run, name)
-        if not isinstance(value, Section):
-            found |= {name: value} if field.is_required() or value != field.get_default() else {}
-            continue
-        for key, inner in type(value).model_fields.items():
-            own = getattr(value, key)
-            if inner.is_required() or own != inner.get_default(call_default_factory=True):
-                found[f"{name}.{key}"] = own
-    return found
+    tables = shape.tables_of(type(run))
+
+    def of_table(section: BaseModel, path: str) -> Iterator[tuple[str, Any]]:
+        for name, field in type(section).model_fields.items():
+            key, value = shape.join(path, name), getattr(section, name)
+            if isinstance(value, Section):
+                yield from of_table(value, key)
+                continue
+            is_tag = name == tables[path].tag
+            if value != (tables[path].default if is_tag else field.get_default(call_default_factory=True)):
+                yield key, value
+
+    return dict(of_table(run, ""))
 
 
 def sha256(config: RunConfig | NodeConfig) -> str:

@@ -5,17 +5,20 @@ import inspect
 import json
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from common import errors
-from common.run import config, reading
+from common.run import config
 from common.run.problems import foreign, hints
 from common.run.rules import rules as config_rules
 from common.run.schema import section as config_types
+from common.run.schema import shape
+from common.run.schema.shape import Table
 
 DOCS_FILE = Path(__file__).resolve().parents[2] / "docs" / "config.md"
 EXAMPLES = {
@@ -69,6 +72,14 @@ JSON beside every result; their SHA-256 is the same for two files that mean the 
 """
 
 
+@dataclass
+class Field:
+    """A setting as JSON Schema describes it, and the variants of its table that have it so."""
+
+    says: dict[str, Any]
+    takers: list[str]
+
+
 def render() -> str:
     """Write docs/config.md: both files, what may not be combined, and other tools' names."""
     parts = [
@@ -90,11 +101,18 @@ def render() -> str:
 
 
 def example(schema: type[BaseModel]) -> str:
-    """Write a complete file: every setting with its default, or an example where there is none, and its meaning."""
-    sections = reading.sections_of(schema)
-    tops = _tops(schema)
-    parts = [_example_section("", tops)] if tops else []
-    parts += [f"[{name}]\n{_example_section(name, _properties(kind))}" for name, kind in sections.items()]
+    """Write a complete file: every setting with its default, or an example where there is none, and its meaning.
+
+    Settings of variants that are not chosen stand there as comments.
+    """
+    tables = shape.tables_of(schema)
+    parts = []
+    for path, table in tables.items():
+        fields = _fields(table, tables)
+        chosen = table.default or EXAMPLES.get(shape.join(path, table.tag), "")
+        if fields and not table.is_array:
+            lines = (_example(name, field, chosen, table) for name, same in fields.items() for field in same)
+            parts.append((f"[{path}]\n" if path else "") + "".join(lines))
     return "\n".join(parts)
 
 
@@ -132,48 +150,62 @@ def _write(path: Path) -> int:
     return 0
 
 
-def _properties(schema: type[BaseModel]) -> dict[str, dict[str, Any]]:
-    """List a section's settings as JSON Schema describes them, without arrays of tables."""
-    properties: dict[str, dict[str, Any]] = schema.model_json_schema()["properties"]
-    return {name: field for name, field in properties.items() if "$ref" not in field.get("items", {})}
+def _fields(table: Table, tables: Mapping[str, Table]) -> dict[str, list[Field]]:
+    """The settings of a table, without the tables in it: each as every variant describes it, alike ones once."""
+    found: dict[str, list[Field]] = {name: [] for name in table.names if shape.join(table.path, name) not in tables}
+    for variant, schema in table.variants.items():
+        for name, field in schema.model_json_schema()["properties"].items():
+            if name in found and name != table.tag:
+                own = next((known for known in found[name] if known.says == field), Field(field, []))
+                found[name] += [] if own in found[name] else [own]
+                own.takers.append(variant)
+    if table.tag:
+        says = next(iter(table.variants.values())).model_json_schema()["properties"][table.tag]
+        default = {"default": table.default} if table.default else {}
+        choice = {"description": says["description"], "enum": list(table.variants), **default}
+        found[table.tag] = [Field(choice, list(table.variants))]
+    return found
 
 
 def _tables(schema: type[BaseModel]) -> Iterator[str]:
-    """Write one table a section."""
-    sections = reading.sections_of(schema)
-    tops = _tops(schema)
-    if tops:
-        yield f"### Top of the file\n\n{_table(tops)}"
-    for name, kind in sections.items():
-        yield _described(f"[{name}]", kind)
-    for name, kind in reading.arrays_of(schema).items():
-        yield _described(f"[[{name}]]", kind)
+    """Write one chapter a table."""
+    tables = shape.tables_of(schema)
+    for path, table in tables.items():
+        head = f"[[{path}]]" if table.is_array else f"[{path}]" if path else "Top of the file"
+        about = [_about(table)] if path else []
+        fields = _fields(table, tables)
+        if fields:
+            yield "\n\n".join([f"### {head}", *about, _table(table, fields)])
 
 
-def _described(head: str, kind: type[BaseModel]) -> str:
-    """Write the chapter of one table."""
-    return f"### {head}\n\n{inspect.cleandoc(kind.__doc__ or '')}\n\n{_table(_properties(kind))}"
+def _about(table: Table) -> str:
+    """What a table is, or each variant of it."""
+    of_kinds: dict[str, list[str]] = {}
+    for variant, schema in table.variants.items():
+        of_kinds.setdefault(inspect.cleandoc(schema.__doc__ or ""), []).append(f"`{variant}`")
+    return "\n".join(f"- {', '.join(names)}: {words}" if table.tag else words for words, names in of_kinds.items())
 
 
-def _tops(schema: type[BaseModel]) -> dict[str, dict[str, Any]]:
-    """List the settings at the top of the file."""
-    inner = reading.sections_of(schema).keys() | reading.arrays_of(schema).keys()
-    return {name: field for name, field in _properties(schema).items() if name not in inner}
-
-
-def _table(fields: dict[str, dict[str, Any]]) -> str:
+def _table(table: Table, fields: Mapping[str, Sequence[Field]]) -> str:
     """Write one table of settings."""
     rows = [
-        (f"`{name}`", _allowed(field), _default(field), field["description"].replace("|", "\\|"))
-        for name, field in fields.items()
+        (f"`{name}`", _allowed(field.says), _default(field.says), _with(table, field) + field.says["description"])
+        for name, same in fields.items()
+        for field in same
     ]
     return _markdown_table(("key", "type, allowed", "default", "meaning"), rows)
+
+
+def _with(table: Table, field: Field) -> str:
+    """Say with which variants a setting is there."""
+    is_always = len(field.takers) == len(table.variants)
+    return "" if is_always else f"With {', '.join(f'`{taker}`' for taker in field.takers)}: "
 
 
 def _markdown_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Write a table."""
     lines = [head, tuple("---" for _ in head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
 def _default(field: dict[str, Any]) -> str:
@@ -220,17 +252,13 @@ def _number_limits(field: dict[str, Any]) -> Iterator[str]:
     return (f"{word} {limit}" for word, limit in limits.items())
 
 
-def _example_section(section: str, fields: dict[str, dict[str, Any]]) -> str:
-    """Write one section of a complete file, each setting under its meaning."""
-    return "".join(_example_setting(f"{section}.{name}".lstrip("."), field) for name, field in fields.items())
-
-
-def _example_setting(key: str, field: dict[str, Any]) -> str:
-    """Write one setting under its meaning."""
-    value = field["default"] if "default" in field else EXAMPLES[key]
-    words = f"{field['description']} ({_allowed(field)})".replace("`", "")
+def _example(name: str, field: Field, chosen: object, table: Table) -> str:
+    """Write one setting under its meaning; one that the chosen variant does not have as a comment."""
+    default = field.says.get("default", EXAMPLES.get(shape.join(table.path, name), "..."))
+    words = f"{_with(table, field)}{field.says['description']} ({_allowed(field.says)})".replace("`", "")
     meaning = textwrap.fill(words, 110, initial_indent="# ", subsequent_indent="# ")
-    return f"{meaning}\n{key.split('.')[-1]} = {_toml(value)}\n"
+    is_idle = table.tag and chosen not in field.takers
+    return f"{meaning}\n{'# ' if is_idle else ''}{name} = {_toml(default)}\n"
 
 
 def _rules(rules: tuple[config_rules.Rule, ...]) -> str:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Generic, TypeGuard, TypeVar, get_args
+from typing import Any, Final, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from common import errors
 from common.run.problems import hints, locate
 from common.run.rules import rules as config_rules
+from common.run.schema import shape
 
 MAX_FILE_BYTES = 1 << 20
 MAX_PROBLEMS = 50
@@ -108,13 +109,14 @@ def parse(text: str, form: Format[Config], *, name: str, overrides: Mapping[str,
         is_section = len(key) == 1 and isinstance(value, dict)  # would lose what the file has in it
         _put(table, key, text_of_value if is_section else value)
     problems = unfilled(table)
+    whole = _with_sections(table, form.schema)
     try:
-        found = form.schema.model_validate(_with_sections(table, form.schema))
+        found = form.schema.model_validate(whole)
         if not problems:
             return found
-    except ValidationError as error:
+    except ValidationError:
         empty = [problem.key for problem in problems]
-        problems += [problem for problem in _problems(error, table, form) if problem.key not in empty]
+        problems += [problem for problem in _problems(whole, form) if problem.key not in empty]
     # Not chained: pydantic's own text repeats the values of unknown keys, which may be secrets.
     raise errors.ConfigError(report(problems, text, name=name, overrides=overrides)) from None
 
@@ -145,48 +147,6 @@ def parse_value(text: str) -> Any:
     except (ValueError, RecursionError):
         return text
     return table["value"] if set(table) == {"value"} else text
-
-
-def sections_of(schema: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """List the tables of a schema: name to their own schema."""
-    fields = ((name, field.annotation) for name, field in schema.model_fields.items())
-    return {name: kind for name, kind in fields if _is_table(kind)}
-
-
-def arrays_of(schema: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """List the arrays of tables of a schema and of its sections: dotted name to the schema of one table."""
-    inner = {f"{name}.{key}": row for name, kind in sections_of(schema).items() for key, row in _arrays(kind).items()}
-    return {**_arrays(schema), **inner}
-
-
-def keys_of(schema: type[BaseModel]) -> tuple[str, ...]:
-    """List the dotted keys of a schema, in its order, without arrays of tables."""
-    sections, arrays = sections_of(schema), arrays_of(schema)
-    tops = [name for name in schema.model_fields if name not in sections]
-    keys = (*tops, *(f"{name}.{key}" for name, kind in sections.items() for key in kind.model_fields))
-    return tuple(key for key in keys if key not in arrays)
-
-
-def _arrays(schema: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """List the arrays of tables that stand directly in a schema."""
-    found = {name: get_args(field.annotation)[:1] for name, field in schema.model_fields.items()}
-    return {name: kinds[0] for name, kinds in found.items() if kinds and _is_table(kinds[0])}
-
-
-def _is_table(kind: object) -> TypeGuard[type[BaseModel]]:
-    """Whether a type is a table's."""
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-def _guide(form: Format[Config]) -> hints.Guide:
-    """Lead to all keys of a file, those of tables in arrays included."""
-    arrays = {name: tuple(kind.model_fields) for name, kind in arrays_of(form.schema).items()}
-    return hints.Guide(keys_of(form.schema), keys_of(form.other), form.other_name, arrays)
-
-
-def path_of(loc: tuple[int | str, ...]) -> Key:
-    """Write a place as a key; what is in an array is counted from 1."""
-    return tuple(str(part + 1) if isinstance(part, int) else part for part in loc if part != "[key]")
 
 
 def _decode(content: bytes, shown: str) -> str:
@@ -245,27 +205,63 @@ def _numbered(tables: list[Any], part: str, key: Key) -> Any:
 
 
 def _with_sections(table: Table, schema: type[BaseModel]) -> Table:
-    """Add the sections that are left out, so that a missing key is reported as itself."""
-    return {**{name: {} for name in sections_of(schema)}, **table}
+    """Add the sections that are left out, so that a missing key is reported as itself, and the variants that are."""
+    made: dict[str, Table] = {"": dict(table)}
+    for path, inner in shape.tables_of(schema).items():
+        above, _, name = path.rpartition(".")
+        if path and not inner.is_array and above in made and (not above or name in made[above]):
+            written = made[above].get(name, {})
+            if isinstance(written, dict):
+                made[path] = {inner.tag: inner.default, **written} if inner.default else dict(written)
+                made[above][name] = made[path]
+    return made[""]
 
 
-def _problems(error: ValidationError, table: Table, form: Format[Config]) -> Iterator[Problem]:
+def _problems(table: Table, form: Format[Config]) -> Iterator[Problem]:
     """List what is wrong: single values first, then contradictions between the values that are right."""
-    guide = _guide(form)
-    known = {*arrays_of(form.schema), *keys_of(form.schema)}
+    tables = shape.tables_of(form.schema)
+    arrays = {path: tuple(inner.names) for path, inner in tables.items() if inner.is_array}
+    keys = shape.keys_of(form.schema)
+    guide = hints.Guide(keys, shape.keys_of(form.other), form.other_name, arrays)
     bad: set[str] = set()
-    for detail in error.errors(include_url=False):
-        key = path_of(detail["loc"])
-        bad.update({".".join(key), *(".".join(key[:end]) for end in (1, 2) if ".".join(key[:end]) in known)})
-        if detail["type"] == "extra_forbidden":
+    for detail in _details(table, form):
+        key = shape.path_of(detail["loc"], tables)
+        path = shape.path_without_numbers(key)
+        bad.update({".".join(key), *(known for known in (*keys, *arrays) if f"{path}.".startswith(f"{known}."))})
+        here = tables.get(path.rpartition(".")[0], tables[""])
+        if detail["type"] == "extra_forbidden" and here.takers(key[-1]):
+            yield Problem(key, partial(hints.idle, key, here, variant=str(detail["loc"][-2])))
+        elif detail["type"] == "extra_forbidden":
             yield from (Problem(leaf, partial(guide.unknown, leaf)) for leaf in _leaves(key, detail["input"]))
         elif key:
-            yield Problem(key, partial(hints.wrong, key, detail, patterns=form.patterns))
-    config = _assume(form.fill(table), form.schema, bad)
+            yield Problem(key, partial(hints.wrong, key, detail, patterns=form.patterns, table=tables.get(path)))
+    config = _assume(form.fill(table), "", tables, bad)
     for rule in form.rules:
-        keys = tuple(tuple(key.split(".")) for key in rule.keys)
-        if bad.isdisjoint((*rule.keys, *(key[0] for key in keys))) and rule.is_broken(config):
-            yield Problem(keys[0], partial(config_rules.describe, config, rule), keys)
+        parts = [tuple(key.split(".")) for key in rule.keys]
+        around = {".".join(key[:end]) for key in parts for end in range(1, len(key) + 1)}
+        if bad.isdisjoint(around) and rule.is_broken(config):
+            yield Problem(parts[0], partial(config_rules.describe, config, rule), tuple(parts))
+
+
+def _details(table: Table, form: Format[Config]) -> Iterator[Any]:
+    """Pydantic's errors. A table that names no variant becomes the one that has most of its keys, to judge the rest."""
+    tables = shape.tables_of(form.schema)
+    details: list[Any] = []
+    try:
+        form.schema.model_validate(table)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+    is_untold = False
+    for detail in details:
+        if detail["type"] not in ("union_tag_not_found", "union_tag_invalid"):
+            continue
+        here = tables[shape.path_without_numbers(shape.path_of(detail["loc"], tables))]
+        written, expected = detail["input"], hints.either(here.variants)
+        told = {"loc": (*detail["loc"], "", here.tag), "input": written.get(here.tag), "ctx": {"expected": expected}}
+        yield {"type": "literal_error" if here.tag in written else "missing", **told}
+        written[here.tag] = here.variant_of(written)
+        is_untold = True
+    yield from _details(table, form) if is_untold else details
 
 
 def _leaves(key: Key, value: object) -> Iterator[Key]:
@@ -277,28 +273,22 @@ def _leaves(key: Key, value: object) -> Iterator[Key]:
         yield from _leaves((*key, name), inner)
 
 
-def _assume(table: Table, schema: type[Config], bad: set[str]) -> Config:
-    """Build a config of the values that are right and the defaults of those that are not."""
-    whole = _with_sections(table, schema)
-    sections = {name: _assume_section(whole[name], name, kind, bad) for name, kind in sections_of(schema).items()}
-    tables = {name: _assume_tables(whole.get(name), name, kind, bad) for name, kind in _arrays(schema).items()}
-    tops = {name: value for name, value in whole.items() if name in schema.model_fields and name not in bad}
-    return schema.model_construct(**{**tops, **sections, **tables})
-
-
-def _assume_tables(written: object, name: str, schema: type[BaseModel], bad: set[str]) -> tuple[BaseModel, ...]:
-    """The tables of an array; none if one of them is wrong."""
-    if not isinstance(written, list) or any(key == name or key.startswith(f"{name}.") for key in bad):
-        return ()
-    return tuple(schema.model_validate(table) for table in written)
-
-
-def _assume_section(table: object, name: str, schema: type[BaseModel], bad: set[str]) -> BaseModel:
-    """Build one section of the values that are right; required ones may be missing."""
-    written = table if isinstance(table, dict) else {}
-    good = {key: value for key, value in written.items() if key in schema.model_fields and f"{name}.{key}" not in bad}
+def _assume(written: Any, path: str, tables: Mapping[str, shape.Table], bad: set[str]) -> BaseModel:
+    """A table of the values that are right and the defaults of those that are not; required ones may be missing."""
+    table: Table = written if isinstance(written, dict) else {}
+    variant = tables[path].variant_of(table)
+    schema = tables[path].variants[variant]
+    good: Table = {tables[path].tag: variant} if variant else {}
+    for name in schema.model_fields:
+        inner = shape.join(path, name)
+        if inner in tables and not tables[inner].is_array:
+            good[name] = _assume(table.get(name), inner, tables, bad)
+        elif name in table and inner not in bad and inner in tables:
+            good[name] = tuple(_assume(item, inner, tables, bad) for item in table[name])
+        elif name in table and inner not in bad:
+            good[name] = table[name]
     try:
-        return schema.model_validate(good)
+        return schema.model_validate(good) if path else schema.model_construct(**good)
     except ValidationError:
         return schema.model_construct(**good)
 

@@ -29,7 +29,7 @@ from common.run import config
 from common.run.catalogue.methods import FACTS
 from common.run.manifest import RunManifest
 from common.run.schema import precisions
-from common.run.schema.objective import ObjectiveName
+from common.run.schema.training import ObjectiveName
 from server.evaluate.kept_apart import KnownRows
 from simulations.embedded import preferences, records
 from simulations.world import partition

@@ -33,7 +33,7 @@ OFFERS = {
     ).to_frame(),
     "a12 tiny batch": lambda site: site.offer(site.manifest(training__batch_size="1")).to_frame(),
     "a12 warm-up": lambda site: site.offer(site.manifest(training__warmup_fraction="0.9")).to_frame(),
-    "a12 optimiser": lambda site: site.offer(site.manifest(training__optimizer='"sgd"')).to_frame(),
+    "a12 optimiser": lambda site: site.offer(site.manifest(training__optimizer__kind='"sgd"')).to_frame(),
     "a12 rounds": lambda site: site.offer(site.manifest(federation__num_rounds="5")).to_frame(),
     "a12 length": lambda site: site.offer(site.manifest(data__max_length_tokens="128")).to_frame(),
     "a12 method": lambda site: site.offer(site.manifest(aggregation__method='"ffa"')).to_frame(),

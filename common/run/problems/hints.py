@@ -4,11 +4,12 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from common.run.problems import foreign
+from common.run.schema.shape import Table
 
 Key = tuple[str, ...]
 
@@ -83,9 +84,10 @@ class Guide:
         """Name the keys of this name: the one in this section or in one that is named alike, or all of them."""
         name = _plain(key[-1])
         homes = [known for known in self.own if known.split(".")[-1] == name]
-        near = difflib.get_close_matches(_plain(key[0]), [home.split(".")[0] for home in homes], n=1)
+        sections = {home.split(".")[0]: home for home in homes}
+        near = difflib.get_close_matches(_plain(key[0]), sections, n=1)
         if near and len(key) > 1:
-            return f"did you mean {near[0]}.{name}?"
+            return f"did you mean {sections[near[0]]}?"
         if homes and name != key[-1]:
             return f"did you mean {' or '.join(homes)}?"
         if homes:
@@ -110,7 +112,7 @@ class Guide:
         siblings = self._siblings(key)
         if len(key) == 1 or not siblings:
             return f"the sections are {', '.join(self._sections())}"
-        return f"{self._brackets(key[0])} has {', '.join(known.split('.')[-1] for known in siblings)}"
+        return f"{self._brackets('.'.join(key[:-1]))} has {', '.join(known.split('.')[-1] for known in siblings)}"
 
     def _brackets(self, section: str) -> str:
         """A section as its header stands in the file."""
@@ -119,7 +121,7 @@ class Guide:
     def _places(self, keys: list[str]) -> str:
         """Name the places of known keys."""
         top = "at the top, before any section"
-        return " or ".join(f"in {self._brackets(key.split('.')[0])}" if "." in key else top for key in keys)
+        return " or ".join(f"in {self._brackets(key.rpartition('.')[0])}" if "." in key else top for key in keys)
 
     def _siblings(self, key: Key) -> list[str]:
         """List the known keys of the section that a key stands in."""
@@ -131,24 +133,36 @@ class Guide:
         return [*dict.fromkeys(known.split(".")[0] for known in self.own if "." in known), *arrays]
 
 
-def wrong(key: Key, detail: Mapping[str, Any], *, patterns: Mapping[str, str]) -> str:
+def idle(key: Key, table: Table, *, variant: str) -> str:
+    """Say that a setting belongs to another variant of its table, which as `variant` does not look at it."""
+    others = either(table.takers(key[-1]))
+    setting = show_key((*key[:-1], table.tag))
+    return f"has no effect with {table.tag} = {show_value(variant)}; remove it, or set {setting} to {others}"
+
+
+def wrong(key: Key, detail: Mapping[str, Any], *, patterns: Mapping[str, str], table: Table | None = None) -> str:
     """Say what is wrong with a value, and what was written.
 
     Args:
         key: Path of the setting.
         detail: One of pydantic's errors.
         patterns: What each regular expression in the schema asks for, in words.
+        table: The table that has this path; None where it is no table's.
 
     Returns:
         One line.
     """
-    if detail["type"] == "missing":
+    kind, written = detail["type"], detail["input"]
+    if kind == "missing":
         return _MISSING.get(key, "must be set; it has no default")
-    words = _limit(key, detail["type"], detail.get("ctx", {}), patterns) or detail["msg"]
-    if detail["type"] == "value_error" and isinstance(detail["input"], dict):
+    words = _limit(key, kind, detail.get("ctx", {}), patterns) or detail["msg"]
+    if kind == "value_error" and isinstance(written, dict):
         return words  # a whole table, whose values do not go together
-    hint = foreign.VALUES.get((".".join(key), _plain(str(detail["input"]))), "")
-    return f"{words} (you wrote {show_value(detail['input'])})" + (f"; {hint}" if hint else "")
+    hint = foreign.VALUES.get((".".join(key), _plain(str(written))), "")
+    if table and table.tag and isinstance(written, str):
+        note = foreign.VALUES.get((f"{table.path}.{table.tag}", _plain(written)), f"write {show_value(written)}")
+        hint = hint or f"{note} as {table.tag} under [{table.path}]"
+    return f"{words} (you wrote {show_value(written)})" + (f"; {hint}" if hint else "")
 
 
 def fill_in(placeholder: str) -> str:
@@ -159,7 +173,7 @@ def fill_in(placeholder: str) -> str:
 def _limit(key: Key, kind: str, context: Mapping[str, Any], patterns: Mapping[str, str]) -> str:
     """Say what a value must be; nothing for a kind of error that is not known."""
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"must be a section, [{key[0]}]" if len(key) == 1 else "must be a table"
+        return "must be a table" if key[-1].isdecimal() else f"must be a section, [{show_key(key)}]"
     if kind == "tuple_type":
         return f"must be an array of tables, [[{'.'.join(key)}]]"
     if kind == "literal_error":
@@ -191,6 +205,17 @@ def show_value(value: object) -> str:
         return str(value)
     text = show_text(json.dumps(value, ensure_ascii=False, default=str))
     return _cut(_CREDENTIALS.sub("//...@", text))
+
+
+def either(values: Iterable[object]) -> str:
+    """Write a choice of values.
+
+    Example:
+        >>> either(["none", "int8", "nf4"])
+        '"none", "int8" or "nf4"'
+    """
+    *most, last = map(show_value, values)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def show_number(value: float) -> str:

@@ -13,10 +13,9 @@ from pydantic import BaseModel
 from common.run.catalogue.methods import FACTS
 from common.run.problems import hints
 from common.run.rules import compatibility, cores, evaluation, gate, kinds, sites, wire
-from common.run.schema import objective
+from common.run.schema import training as objective
 from common.run.schema.tables import Contradiction, NodeTables, RunTables
 
-ADAM_DEFAULTS = (0.9, 0.999, 1e-8)
 RESIDUAL_MAX_LOST = 0.05
 MAX_WEIGHT_SHARE = 0.5
 SCREENING_THRESHOLD = 4.0
@@ -87,11 +86,6 @@ def _needs_more_sites(config: RunTables) -> bool:
 def _has_revision_without_hub(config: RunTables) -> bool:
     base = config.model.base
     return config.model.revision != "" and (base == "embedded" or base.startswith(("/", ".", "~")))
-
-
-def _has_adam_settings(config: RunTables) -> bool:
-    training = config.training
-    return (training.adam_beta1, training.adam_beta2, training.adam_epsilon) != ADAM_DEFAULTS
 
 
 def _has_idle_privacy(config: RunTables) -> bool:
@@ -365,16 +359,6 @@ RUN_RULES = (
         ("training.final_rate_fraction", "training.schedule"),
         lambda c: c.training.schedule == "constant" and c.training.final_rate_fraction > 0,
         "has no effect with this schedule; remove it or choose 'linear' or 'cosine'",
-    ),
-    Rule(
-        ("training.momentum", "training.optimizer"),
-        lambda c: c.training.optimizer != "sgd" and c.training.momentum > 0,
-        "has no effect with this optimizer; remove it or choose sgd",
-    ),
-    Rule(
-        ("training.adam_beta1", "training.adam_beta2", "training.adam_epsilon", "training.optimizer"),
-        lambda c: c.training.optimizer != "adamw" and _has_adam_settings(c),
-        "the adam settings have no effect with this optimizer; remove them or choose adamw",
     ),
     Rule(
         ("federation.sites_per_round", "federation.min_sites"),

@@ -1,10 +1,9 @@
 """Sections `[data]`, `[training]` and `[federation]` of the run file."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
-from common.run.schema.objective import ObjectiveSettings
 from common.run.schema.section import Count, Decay, Line, PositiveCount, RequiredLine, Seconds, Section, is_positive
 
 
@@ -58,6 +57,65 @@ class DataConfig(Section):
     system_prompt: str = Field(default="", max_length=65536, description="System message before every example.")
 
 
+ObjectiveName = Literal["sft", "dpo", "kto"]
+ReferencePoint = Literal["batch", "zero"]
+
+
+class ObjectiveSettings(Section):
+    """Settings of the loss; part of `[training]`."""
+
+    objective: ObjectiveName = Field(
+        default="sft",
+        description="`sft`: likelihood of the answers. `dpo`: pairs (`prompt`, `chosen`, `rejected`). `kto`: rated "
+        "answers (`prompt`, `completion`, `label`). A site's policy must allow `dpo` and `kto` by name.",
+    )
+    beta: float = Field(
+        default=0.1,
+        gt=0,
+        le=100,
+        description="`dpo`, `kto`: how much a log-ratio to the start of the run counts; larger stays closer to it.",
+    )
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=0.5, description="`dpo`: probability that a pair is the wrong way round."
+    )
+    desirable_weight: float = Field(default=1.0, gt=0, le=1000, description="`kto`: weight of wanted answers.")
+    undesirable_weight: float = Field(default=1.0, gt=0, le=1000, description="`kto`: weight of unwanted answers.")
+    reference_point: ReferencePoint = Field(
+        default="batch",
+        description="`kto`: what a log-ratio is held against. `batch`: the mean over answers to other prompts in the "
+        "step, as published. `zero`: nothing, as in APO-zero; a private run needs it, as the mean couples units.",
+    )
+
+
+DEFAULTS: Final = {name: field.default for name, field in ObjectiveSettings.model_fields.items() if name != "objective"}
+USES: Final[dict[str, tuple[str, ...]]] = {
+    "sft": (),
+    "dpo": ("beta", "label_smoothing"),
+    "kto": ("beta", "desirable_weight", "undesirable_weight", "reference_point"),
+}
+
+
+class AdamW(Section):
+    """Adam with decoupled weight decay (arXiv:1711.05101)."""
+
+    kind: Literal["adamw"] = Field(default="adamw", description="Optimizer at the sites.")
+    weight_decay: float = Field(default=0.0, ge=0, le=100, description="Decay of weights, beside the gradient.")
+    beta1: Decay = Field(default=0.9, description="Decay of the first moment.")
+    beta2: Decay = Field(default=0.999, description="Decay of the second moment.")
+    epsilon: float = Field(default=1e-8, gt=0, le=1, description="Added to the denominator.")
+
+
+class Sgd(Section):
+    """Stochastic gradient descent, with momentum."""
+
+    kind: Literal["sgd"] = Field(default="sgd", description="Optimizer at the sites.")
+    weight_decay: float = Field(default=0.0, ge=0, le=100, description="Decay of weights, part of the gradient.")
+    momentum: Decay = Field(default=0.0, description="Momentum.")
+
+
+OptimizerConfig = Annotated[AdamW | Sgd, Field(discriminator="kind")]
+
+
 class TrainingConfig(ObjectiveSettings):
     """What a site does in one round, and the optimizer that does it."""
 
@@ -83,17 +141,7 @@ class TrainingConfig(ObjectiveSettings):
         default=0.0, ge=0, le=1, description="`linear` and `cosine`: share of `learning_rate` at which the run ends."
     )
     warmup_fraction: Decay = Field(default=0.0, description="Share of the whole run in which the rate rises from 0.")
-    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="Optimizer at the sites.")
-    weight_decay: float = Field(
-        default=0.0,
-        ge=0,
-        le=100,
-        description="Decay of weights: decoupled under `adamw`, part of the gradient under `sgd`.",
-    )
-    adam_beta1: Decay = Field(default=0.9, description="`adamw` only: decay of the first moment.")
-    adam_beta2: Decay = Field(default=0.999, description="`adamw` only: decay of the second moment.")
-    adam_epsilon: float = Field(default=1e-8, gt=0, le=1, description="`adamw` only: added to the denominator.")
-    momentum: Decay = Field(default=0.0, description="`sgd` only: momentum.")
+    optimizer: OptimizerConfig = Field(default_factory=AdamW, description="What makes steps of gradients.")
     max_grad_norm: float = Field(
         default=1.0, ge=0, le=1_000_000, description="Gradients are scaled to this L2 norm at most. 0: no clipping."
     )

@@ -150,7 +150,7 @@ class _Bytes:
 def test_a04_setting_that_no_rule_judges(site, monkeypatch):
     site.approve(site.manifest())
     with monkeypatch.context() as patch:
-        patch.setattr(rules, "KNOWN", rules.KNOWN - {"training.momentum"})
+        patch.setattr(rules, "KNOWN", rules.KNOWN - {"training.optimizer.momentum"})
         assert site.refused(site.ask(site.offer().to_frame())) == (POLICY, "manifest")
     assert site.ask(site.offer().to_frame()).kind == "opened"
 
@@ -218,7 +218,7 @@ def test_a11_rank_out_of_range(make):
         ({"training__local_steps": "1", "training__local_epochs": "0.0"}, "train.min_local_steps"),
         ({"training__batch_size": "1"}, "train.min_batch_size"),
         ({"training__warmup_fraction": "0.9"}, "train.max_warmup_fraction"),
-        ({"training__optimizer": '"sgd"'}, "train.optimizers"),
+        ({"training__optimizer__kind": '"sgd"'}, "train.optimizers"),
         ({"federation__num_rounds": "5"}, "train.max_rounds"),
         ({"data__max_length_tokens": "128"}, "train.max_length_tokens"),
     ],

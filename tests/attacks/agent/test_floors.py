@@ -20,13 +20,14 @@ from common.frame.records import OpenedHead, TensorSpec
 from common.privacy.noise import SeededNoise
 from common.run import config
 from common.run.manifest import RunManifest
+from common.run.schema import shape
 from tests import tiny
 from tests.samples import vault
 
 BASE = "ab" * 32
 SPECS = (TensorSpec("m.q_proj.lora_A.weight", (4, 64)), TensorSpec("m.q_proj.lora_B.weight", (64, 4)))
 SECTIONS = ("adapter", "training", "aggregation", "wire")
-SGD = {"training.optimizer": "sgd"}
+SGD = {"training.optimizer.kind": "sgd"}
 DPO = {"training.objective": "dpo"}
 KTO = {"training.objective": "kto"}
 # a policy that allows what the cases below need beside the setting that each is about
@@ -61,12 +62,12 @@ REFUSED = {
         "train.learning_rate",
     ),
     "training.warmup_fraction": ({"training.warmup_fraction": "0.21"}, "train.max_warmup_fraction"),
-    "training.optimizer": ({"training.optimizer": "sgd"}, "train.optimizers"),
-    "training.weight_decay": ({"training.weight_decay": "6.0"}, "train.max_pull"),
-    "training.adam_beta1": ({"training.adam_beta1": "0.0"}, "train.adam_beta1"),
-    "training.adam_beta2": ({"training.adam_beta2": "0.0"}, "train.adam_beta2"),
-    "training.adam_epsilon": ({"training.adam_epsilon": "1.0"}, "train.max_adam_epsilon"),
-    "training.momentum": ({**SGD, "training.momentum": "0.999"}, "train.max_momentum"),
+    "training.optimizer.kind": ({"training.optimizer.kind": "sgd"}, "train.optimizers"),
+    "training.optimizer.weight_decay": ({"training.optimizer.weight_decay": "6.0"}, "train.max_pull"),
+    "training.optimizer.beta1": ({"training.optimizer.beta1": "0.0"}, "train.adam_beta1"),
+    "training.optimizer.beta2": ({"training.optimizer.beta2": "0.0"}, "train.adam_beta2"),
+    "training.optimizer.epsilon": ({"training.optimizer.epsilon": "1.0"}, "train.max_adam_epsilon"),
+    "training.optimizer.momentum": ({**SGD, "training.optimizer.momentum": "0.999"}, "train.max_momentum"),
     "training.max_grad_norm": ({"training.max_grad_norm": "1e-6"}, "train.min_grad_norm"),
     "aggregation.method": ({"aggregation.method": "ffa"}, "train.methods"),
     "aggregation.proximal": ({"aggregation.proximal": "6.0"}, "train.max_pull"),
@@ -79,7 +80,8 @@ ELSEWHERE = {
     "aggregation.num_heads",
     "wire.max_update_mib",
 }
-NARROW = {"training.objective": "objectives", "training.optimizer": "optimizers"}  # refused by the default list alone
+# refused by the default list alone
+NARROW = {"training.objective": "objectives", "training.optimizer.kind": "optimizers"}
 
 
 def site_policy(setting: str = "") -> file.Policy:
@@ -103,7 +105,7 @@ def judge(rules: file.Policy, changes: dict[str, str]) -> None:
 
 
 def test_every_setting_that_shapes_an_update_is_judged_or_was_found_harmless():
-    found = {key for key in policy.leaves(tiny.settings("tiny").model_dump()) if key.split(".")[0] in SECTIONS}
+    found = {key for key in shape.keys_of(config.RunConfig) if key.split(".")[0] in SECTIONS}
     assert found == policy.JUDGED.keys() | policy.HARMLESS.keys()
     assert not policy.JUDGED.keys() & policy.HARMLESS.keys()
     assert policy.JUDGED.keys() == REFUSED.keys() | ELSEWHERE
@@ -127,10 +129,9 @@ def test_control_the_same_policy_lets_the_plain_run_and_safe_values_pass():
     judge(site_policy(), {})
     judge(site_policy(), {**DPO, "training.beta": "0.1"})
     judge(site_policy(), {**KTO, "training.desirable_weight": "2.0"})
-    judge(site_policy(), {**SGD, "training.momentum": "0.9"})
-    judge(
-        site_policy(), {"training.weight_decay": "0.1", "training.adam_beta1": "0.5", "training.adam_epsilon": "1e-7"}
-    )
+    judge(site_policy(), {**SGD, "training.optimizer.momentum": "0.9"})
+    within = {"weight_decay": "0.1", "beta1": "0.5", "epsilon": "1e-7"}
+    judge(site_policy(), {f"training.optimizer.{key}": value for key, value in within.items()})
     judge(site_policy(), {"training.max_grad_norm": "0.0"})
 
 
@@ -175,11 +176,15 @@ def _encoded(engine, rows):
 
 def test_a12_settings_that_make_an_update_the_raw_gradient(engine):
     """Epsilon far above the gradients and no memory: cosine above 0.99. What a policy allows is far from it."""
-    raw = {"training.adam_epsilon": "1.0", "training.adam_beta1": "0.0", "training.adam_beta2": "0.0"}
+    raw = {"training.optimizer.epsilon": "1.0", "training.optimizer.beta1": "0.0", "training.optimizer.beta2": "0.0"}
     whole = {**STEPS, "training.batch_size": "9", "training.local_steps": "5", "training.learning_rate": "1e-2"}
     attack = {**whole, **raw}
     assert similarity(engine, tiny.settings("tiny", attack).training) > 0.99
-    limits = {"training.adam_epsilon": "1e-7", "training.adam_beta1": "0.5", "training.adam_beta2": "0.9"}
+    limits = {
+        "training.optimizer.epsilon": "1e-7",
+        "training.optimizer.beta1": "0.5",
+        "training.optimizer.beta2": "0.9",
+    }
     assert similarity(engine, tiny.settings("tiny", {**whole, **limits}).training) < 0.9
     judge(site_policy(), {**whole, **limits})
     with pytest.raises(PolicyRefusedError):
@@ -187,7 +192,11 @@ def test_a12_settings_that_make_an_update_the_raw_gradient(engine):
 
 
 def test_a12_control_a_site_without_a_guard_opens_such_a_run(site):
-    raw = {"training__adam_epsilon": "1.0", "training__adam_beta1": "0.0", "training__adam_beta2": "0.0"}
+    raw = {
+        "training__optimizer__epsilon": "1.0",
+        "training__optimizer__beta1": "0.0",
+        "training__optimizer__beta2": "0.0",
+    }
     asked = site.offer(site.manifest(**raw)).to_frame()
     site.approve(site.manifest(**raw))
     assert site.refused(site.ask(asked)) == ("PolicyRefusedError", "train.adam_beta1")

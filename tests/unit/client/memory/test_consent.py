@@ -145,15 +145,19 @@ def test_a_rule_may_let_through_whatever_the_policy_allows(tmp_path, engine):
 
 
 def test_a_review_shows_every_setting_that_differs_from_its_default(site, node_file):
-    odd = {"training__adam_epsilon": "1e-7", "training__weight_decay": "0.01", "adapter__dropout": "0.1"}
+    odd = {
+        "training__optimizer__epsilon": "1e-7",
+        "training__optimizer__weight_decay": "0.01",
+        "adapter__dropout": "0.1",
+    }
     changed = site.manifest(**odd)
     assert ask(site, changed) == "ApprovalRequired"
     plain, other = (
         page(site, node_file, sha256)[0].facts["settings that differ from their defaults"].splitlines()
         for sha256 in (site.manifest().sha256, changed.sha256)
     )
-    assert not any("adam_epsilon" in line for line in plain)
-    new = {"training.adam_epsilon = 1e-07", "training.weight_decay = 0.01", "adapter.dropout = 0.1"}
+    assert not any("epsilon" in line for line in plain)
+    new = {"training.optimizer.epsilon = 1e-07", "training.optimizer.weight_decay = 0.01", "adapter.dropout = 0.1"}
     assert set(other) - set(plain) == new
 
 

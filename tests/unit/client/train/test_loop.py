@@ -9,6 +9,7 @@ from common.errors import ModelError
 from common.privacy.noise import SeededNoise
 from common.run import config
 from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.training import AdamW, Sgd
 from common.text import prompts
 from tests import tiny
 
@@ -56,15 +57,17 @@ def plain(engine, rows, training, *, seed, round_index, num_rounds):
     adapter.write(engine.model, stirred(engine))
     parameters = list(adapter.parameters(engine.model).values())
     kinds = {
-        "sgd": lambda: torch.optim.SGD(parameters, momentum=training.momentum, weight_decay=training.weight_decay),
+        "sgd": lambda: torch.optim.SGD(
+            parameters, momentum=training.optimizer.momentum, weight_decay=training.optimizer.weight_decay
+        ),
         "adamw": lambda: torch.optim.AdamW(
             parameters,
-            betas=(training.adam_beta1, training.adam_beta2),
-            eps=training.adam_epsilon,
-            weight_decay=training.weight_decay,
+            betas=(training.optimizer.beta1, training.optimizer.beta2),
+            eps=training.optimizer.epsilon,
+            weight_decay=training.optimizer.weight_decay,
         ),
     }
-    optimizer = kinds[training.optimizer]()
+    optimizer = kinds[training.optimizer.kind]()
     steps = training.local_steps
     order = itertools.chain.from_iterable(
         schedule.batches(
@@ -95,20 +98,17 @@ def plain(engine, rows, training, *, seed, round_index, num_rounds):
 
 
 CASES = {
-    "sgd": {"optimizer": "sgd", "learning_rate": 0.5},
-    "sgd with momentum and decay": {"optimizer": "sgd", "learning_rate": 0.5, "momentum": 0.9, "weight_decay": 0.1},
+    "sgd": {"optimizer": Sgd(), "learning_rate": 0.5},
+    "sgd with momentum and decay": {"optimizer": Sgd(momentum=0.9, weight_decay=0.1), "learning_rate": 0.5},
     "adamw": {"learning_rate": 1e-3},
     "adamw with decay and betas": {
+        "optimizer": AdamW(weight_decay=0.5, beta1=0.8, beta2=0.95, epsilon=1e-6),
         "learning_rate": 1e-3,
-        "weight_decay": 0.5,
-        "adam_beta1": 0.8,
-        "adam_beta2": 0.95,
-        "adam_epsilon": 1e-6,
     },
-    "sgd clipped": {"optimizer": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.05},
-    "sgd not clipped": {"optimizer": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0},
-    "linear with warm-up": {"optimizer": "sgd", "learning_rate": 0.5, "schedule": "linear", "warmup_fraction": 0.4},
-    "micro-batches": {"optimizer": "sgd", "learning_rate": 0.5, "micro_batch_size": 1},
+    "sgd clipped": {"optimizer": Sgd(), "learning_rate": 0.5, "max_grad_norm": 0.05},
+    "sgd not clipped": {"optimizer": Sgd(), "learning_rate": 0.1, "max_grad_norm": 0.0},
+    "linear with warm-up": {"optimizer": Sgd(), "learning_rate": 0.5, "schedule": "linear", "warmup_fraction": 0.4},
+    "micro-batches": {"optimizer": Sgd(), "learning_rate": 0.5, "micro_batch_size": 1},
 }
 
 
@@ -126,10 +126,10 @@ def test_a_round_equals_a_plain_loop(engine, rows, case, round_index):
 @pytest.mark.parametrize(
     ("case", "without"),
     [
-        ("sgd with momentum and decay", {"weight_decay": 0.0}),
-        ("sgd with momentum and decay", {"momentum": 0.0}),
-        ("adamw with decay and betas", {"adam_beta2": 0.999}),
-        ("adamw with decay and betas", {"weight_decay": 0.0}),
+        ("sgd with momentum and decay", {"optimizer": Sgd(momentum=0.9)}),
+        ("sgd with momentum and decay", {"optimizer": Sgd(weight_decay=0.1)}),
+        ("adamw with decay and betas", {"optimizer": AdamW(weight_decay=0.5, beta1=0.8, epsilon=1e-6)}),
+        ("adamw with decay and betas", {"optimizer": AdamW(beta1=0.8, beta2=0.95, epsilon=1e-6)}),
         ("sgd clipped", {"max_grad_norm": 0.0}),
         ("linear with warm-up", {"warmup_fraction": 0.0}),
         ("linear with warm-up", {"schedule": "constant"}),
@@ -195,7 +195,7 @@ def test_a_loss_that_is_not_finite_is_an_error_with_a_remedy(engine, rows):
 
 def test_each_round_starts_with_a_fresh_optimizer(engine, rows):
     """The global adapter that comes back is not the one that the moments were of."""
-    training = settings(optimizer="sgd", momentum=0.9, schedule="constant", learning_rate=0.2)
+    training = settings(optimizer=Sgd(momentum=0.9), schedule="constant", learning_rate=0.2)
     after_one, _ = train(engine, rows, training, round_index=0)
     straight, _ = train(engine, rows, training, round_index=1, start=after_one)
     again, _ = train(engine, rows, training, round_index=1, start=after_one)

@@ -13,6 +13,7 @@ from common.privacy import noise
 from common.privacy.noise import SeededNoise
 from common.run import config
 from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.training import AdamW, Sgd
 from tests import tiny
 
 MU, RATE, STEPS = 3.0, 0.05, 4
@@ -25,8 +26,7 @@ TRAINING = config.TrainingConfig(
     learning_rate=RATE,
     schedule="constant",
     warmup_fraction=0.0,
-    optimizer="sgd",
-    weight_decay=0.0,
+    optimizer=Sgd(),
     max_grad_norm=0.0,
 )
 
@@ -100,7 +100,7 @@ def test_the_pull_is_the_same_under_adamw_which_does_not_scale_it(engine):
     """One step moves nothing to pull back; the second is pulled by exactly rate * mu * (w - w_t)."""
     after = {
         (steps, mu): trained(
-            engine, mu, training=TRAINING.model_copy(update={"local_steps": steps, "optimizer": "adamw"})
+            engine, mu, training=TRAINING.model_copy(update={"local_steps": steps, "optimizer": AdamW()})
         )
         for steps, mu in itertools.product((1, 2), (0.0, MU))
     }

@@ -8,12 +8,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from common.errors import ConfigError
-from common.run import config, reading
+from common.run import config
 from common.run.problems import foreign
+from common.run.schema import shape
 
 HEAD = 'version = 1\nmodel.base = "embedded"\nprivacy.mode = "none"\n'
-RUN_KEYS = set(reading.keys_of(config.RunConfig))
-NODE_KEYS = set(reading.keys_of(config.NodeConfig))
+RUN_KEYS = set(shape.keys_of(config.RunConfig))
+NODE_KEYS = set(shape.keys_of(config.NodeConfig))
 
 BAD = """\
 # a comment with [brackets] and = signs
@@ -215,7 +216,7 @@ def test_every_hint_names_settings_and_values_that_there_are():
 
 
 def test_foreign_values_belong_to_settings_that_exist():
-    keys = RUN_KEYS | set(reading.keys_of(config.NodeConfig)) | set(config.RunConfig.model_fields)
+    keys = RUN_KEYS | set(shape.keys_of(config.NodeConfig)) | set(config.RunConfig.model_fields)
     assert {key for key, _ in foreign.VALUES} <= keys
 
 
@@ -339,7 +340,8 @@ BARE_KEYS = st.text(BARE, min_size=1, max_size=20)
 PRINTED_KEYS = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20).filter(
     lambda key: not set(key) <= set(BARE)
 )
-SECTIONS = st.sampled_from(["", *(f"{name}." for name in reading.sections_of(config.RunConfig))])
+TABLES = [path for path, table in shape.tables_of(config.RunConfig).items() if not table.is_array]
+SECTIONS = st.sampled_from([f"{path}.".lstrip(".") for path in TABLES])
 OTHER_LINES = st.lists(st.sampled_from(["# c", "", "   ", "\t# [model]", '# "', "#'''", "\r"]), max_size=5)
 
 

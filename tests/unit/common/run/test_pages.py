@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from common.run import config, reading
+from common.run import config
 from common.run import pages as config_docs
 from common.run.problems import foreign
 from common.run.rules import rules
 from common.run.schema import section as config_types
+from common.run.schema import shape
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 BLOCK = re.compile(r"^```toml\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -70,16 +71,18 @@ def test_complete_example_is_the_minimal_one_with_defaults():
 
 @pytest.mark.parametrize("schema", [config.RunConfig, config.NodeConfig])
 def test_complete_example_has_every_setting(schema: type[config_types.Section]):
-    table = tomllib.loads(config_docs.example(schema))
-    tops = [key for key, value in table.items() if not isinstance(value, dict)]
-    inner = [f"{name}.{key}" for name, section in table.items() if isinstance(section, dict) for key in section]
-    assert (*tops, *inner) == reading.keys_of(schema)
+    path, found = "", []
+    for line in config_docs.example(schema).splitlines():
+        path = line.strip("[]") if line.startswith("[") else path
+        if setting := re.match(r"(?:# )?([a-z_0-9]+) = ", line):
+            found.append(shape.join(path, setting[1]))
+    assert tuple(dict.fromkeys(found)) == shape.keys_of(schema)
 
 
 def test_document_names_every_setting_rule_and_foreign_name():
     text = config_docs.render()
     for schema in (config.RunConfig, config.NodeConfig):
-        assert all(f"| `{key.split('.')[-1]}` |" in text for key in reading.keys_of(schema))
+        assert all(f"| `{key.split('.')[-1]}` |" in text for key in shape.keys_of(schema))
     assert all(f"| `{name}` |" in text for name in foreign.FOREIGN)
     assert all(rule.message in text for rule in (*rules.RUN_RULES, *rules.NODE_RULES))
 

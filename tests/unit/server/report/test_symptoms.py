@@ -5,7 +5,8 @@ import re
 import pytest
 
 from common.errors import code_of
-from common.run import config, reading
+from common.run import config
+from common.run.schema import shape
 from server.report import report, status, symptoms
 from server.verify import verify
 from tests.samples.events import LOG, PLAN, evaluated, finished, measured
@@ -82,7 +83,7 @@ def test_a_symptom_is_found_where_it_is_and_nowhere_else(name, shows, control):
 
 
 def test_every_remedy_names_settings_and_values_that_there_are():
-    keys = {*reading.keys_of(config.RunConfig), *reading.keys_of(config.NodeConfig)}
+    keys = {*shape.keys_of(config.RunConfig), *shape.keys_of(config.NodeConfig)}
     sections = "|".join({key.split(".")[0] for key in keys if "." in key})
     remedies = {one.remedy for _, shows, _ in CASES for one in symptoms.symptoms(shows)}
     named = {match[0] for text in remedies for match in re.finditer(rf"\b(?:{sections})\.[a-z_0-9]+", text)}

@@ -124,7 +124,7 @@ ONE_STEP = {
     "adapter.r": "32",
     "training.local_epochs": "0",
     "training.local_steps": "1",
-    "training.optimizer": "sgd",
+    "training.optimizer.kind": "sgd",
     "federation.num_rounds": "1",
 }
 NOISED = {"privacy.mode": "unit", "privacy.sampling_prob": "1.0", "privacy.noise_multiplier": "1.0"}
