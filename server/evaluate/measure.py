@@ -15,6 +15,7 @@ from typing import Any, Final
 from common import events, storage
 from common.adapter import adapter
 from common.errors import DataError
+from common.events import Gain
 from common.frame import wire
 from server.aggregate.method import State
 from server.evaluate.figures import bootstrap
@@ -93,26 +94,27 @@ def _measure(suite: Suite, stage: str, adapter_sha256: str) -> Mapping[str, Any]
     figures = {}
     for name, rows in scores.items():
         interval = bootstrap.interval(rows)
-        figures[name] = {
-            "value": interval.mean,
-            "low": interval.low,
-            "high": interval.high,
-            "num_rows": len(rows.rows),
-            "higher_is_better": rows.higher_is_better,
-            "kind": kinds[name],
-        }
+        figures[name] = events.Figure(
+            value=interval.mean,
+            low=interval.low,
+            high=interval.high,
+            num_rows=len(rows.rows),
+            higher_is_better=rows.higher_is_better,
+            kind=kinds[name],
+        )
     return suite.log.append(
-        "measured",
-        stage=stage,
-        definition_sha256=suite.sha256,
-        adapter_sha256=adapter_sha256,
-        figures=figures,
-        gains={name: gains(scores, before) for name, before in references.items()},
-        seconds=round(time.monotonic() - started, 3),
+        events.Measured(
+            stage=stage,
+            definition_sha256=suite.sha256,
+            adapter_sha256=adapter_sha256,
+            figures=figures,
+            gains={name: gains(scores, before) for name, before in references.items()},
+            seconds=round(time.monotonic() - started, 3),
+        )
     )
 
 
-def gains(after: Figures, before: Figures) -> dict[str, dict[str, float]]:
+def gains(after: Figures, before: Figures) -> dict[str, Gain]:
     """How far each figure rose that both have, with its interval.
 
     Raises:
@@ -120,7 +122,7 @@ def gains(after: Figures, before: Figures) -> dict[str, dict[str, float]]:
     """
     try:
         return {
-            name: dataclasses.asdict(bootstrap.gain(scores, before[name]))
+            name: Gain(**dataclasses.asdict(bootstrap.gain(scores, before[name])))
             for name, scores in after.items()
             if name in before
         }

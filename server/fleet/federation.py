@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
-from common import site_states
+from common import events, site_states
 from common.adapter import ranks
 from common.adapter.broadcast import WHOLE, plain_body
 from common.data.rows import Row
@@ -188,7 +188,7 @@ class Federation:
             site_states.AWAY if answer.is_late else collect.state_of(error),
         )
         self.record("failed", step=step, site=self.name(answer.node_id), **of_error(error))
-        self.log.append("site_failed", site=self.name(answer.node_id), step=step, state=state, reason=reason)
+        self.log.append(events.SiteFailed(site=self.name(answer.node_id), step=step, state=state, reason=reason))
 
     def record(self, kind: str, **facts: Any) -> None:
         """Write into the audit log, if one is kept; on the disk when this returns.
@@ -283,7 +283,7 @@ def rejoin(federation: Federation) -> None:
     join(federation)
     for node_id in sorted(federation.suspects & federation.silent & set(federation.fleet.node_ids())):
         federation.log.append(
-            "site_skipped", site=federation.name(node_id), state=site_states.AWAY, reason=STILL_SILENT
+            events.SiteSkipped(site=federation.name(node_id), state=site_states.AWAY, reason=STILL_SILENT)
         )
 
 
@@ -324,7 +324,17 @@ def _admit(federation: Federation, answer: collect.Answer) -> None:
     federation.outdated_since.pop(answer.node_id, None)
     federation.sites[answer.node_id] = head
     federation.held[answer.node_id] = head.adapter_sha256
-    federation.log.append("site_joined", node=answer.node_id, **_without_run(head))
+    federation.log.append(
+        events.SiteJoined(
+            node=answer.node_id,
+            site=head.site,
+            num_examples=head.num_examples,
+            num_held_out=head.num_held_out,
+            num_truncated=head.num_truncated,
+            num_dropped=head.num_dropped,
+            num_steps=head.num_steps,
+        )
+    )
 
 
 def _take_refusal(federation: Federation, node_id: int, error: RemoteError) -> None:
@@ -357,8 +367,14 @@ def _reason(federation: Federation, error: SilotuneError) -> str:
 def _tell_refusal(federation: Federation, node_id: int, error: SilotuneError) -> None:
     """Log why a node does not take part, or not yet; under its site's name where that is known."""
     federation.record("refused", step="open", node=str(node_id), **of_error(error))
-    named = {"node": node_id, "site": federation.name(node_id), "state": collect.state_of(error)}
-    federation.log.append("site_refused", **named, reason=_reason(federation, error))
+    federation.log.append(
+        events.SiteRefused(
+            node=node_id,
+            site=federation.name(node_id),
+            state=collect.state_of(error),
+            reason=_reason(federation, error),
+        )
+    )
 
 
 def _deciding(federation: Federation) -> set[int]:
@@ -399,12 +415,3 @@ def _who_is_missing(federation: Federation, wanted: int) -> str:
     return (
         f"{len(federation.sites)} sites opened the run, {wanted} are needed; {reasons or 'no other node is connected'}"
     )
-
-
-def _without_run(head: OpenedHead) -> dict[str, Any]:
-    """An opened head for the events."""
-    return {
-        name: value
-        for name, value in to_head(head).items()
-        if name not in ("run_sha256", "adapter_sha256", "signer", "signature")
-    }

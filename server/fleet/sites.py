@@ -49,11 +49,11 @@ def evaluate(federation: Federation, state: State, *, num_rounds: int, generate:
     except ProtocolError:
         if not is_late:
             raise
-    if told is None or (is_late and told["sites"] and len(told["stale"]) == len(told["sites"])):
+    if told is None or (is_late and "sites" in told and len(told["stale"]) == len(told["sites"])):
         own = told["server_loss"] if told else _own_loss(federation, state)
-        told = {"sites": {}, "server_loss": own, "reason": TOO_LATE}
-    kind = "evaluated" if told["sites"] else "not_evaluated"
-    federation.log.append(kind, num_rounds=num_rounds, adapter_sha256=adapter.digest(state), **told)
+        told = {"server_loss": own, "reason": TOO_LATE}
+    kind = events.Evaluated if "sites" in told else events.NotEvaluated
+    federation.log.append(kind(num_rounds=num_rounds, adapter_sha256=adapter.digest(state), **told))
     return told.get("loss")
 
 
@@ -93,18 +93,18 @@ def ask(federation: Federation, state: State, plan: RoundPlan) -> dict[str, Any]
         ProtocolError: No site has ever answered.
     """
     if not any(site.num_held_out for site in federation.sites.values()):
-        return {"sites": {}, "server_loss": _own_loss(federation, state)}
+        return {"server_loss": _own_loss(federation, state)}
     nodes, counted = _panel(federation)
     frames = federation.request("evaluate", plan, state, nodes=nodes)
     fresh, bytes_up = set(), 0
-    federation.log.tell("evaluation_started", sites=[federation.name(node_id) for node_id in nodes])
+    federation.log.tell(events.EvaluationStarted(sites=[federation.name(node_id) for node_id in nodes]))
     for answer in federation.ask(frames, kind="evaluate"):
         bytes_up += len(answer.frame or b"")
         metrics = _read(federation, answer, plan)
         if metrics is not None:
             federation.metrics[metrics.site] = metrics
             fresh.add(metrics.site)
-            federation.log.tell("site_evaluated", site=metrics.site)
+            federation.log.tell(events.SiteEvaluated(site=metrics.site))
     told_now = [federation.metrics[site] for site in sorted(federation.metrics.keys() & counted)]
     own = _own_loss(federation, state)
     told = _told(federation, told_now, is_base=not plan.round_index, fresh=fresh, server_loss=own)
@@ -233,16 +233,20 @@ def _told(
         "answer_loss": answer_loss(metrics),
         "server_loss": server_loss,
         "stale": [m.site for m in metrics if m.site not in fresh],
-        "sites": {m.site: _figures(m) | {"change": change.get(m.site)} for m in metrics},
+        "sites": {m.site: _figures(m, change=change.get(m.site)) for m in metrics},
         "fairness": fairness.of_sites(losses, exact),
-        **by_precision.losses(federation.manifest.run.model, metrics),
+        "precisions": by_precision.losses(federation.manifest.run.model, metrics),
         "worse_than_base": [site for site, rise in change.items() if rise > 0],
     }
 
 
-def _figures(metrics: SiteMetrics) -> dict[str, object]:
+def _figures(metrics: SiteMetrics, *, change: float | None) -> events.SiteFigures:
     """One site's, for the events."""
-    own = [metrics]
-    told = {"loss": metrics.loss, "num_rows": metrics.num_rows, "exact_match": exact_match(own)}
-    sums = {name: value for name, value in to_head(metrics).items() if name not in _NOT_SUMS}
-    return {**told, "accuracy": accuracy(own), "sums": sums}
+    return events.SiteFigures(
+        loss=metrics.loss,
+        num_rows=metrics.num_rows,
+        exact_match=exact_match([metrics]),
+        accuracy=accuracy([metrics]),
+        sums={name: value for name, value in to_head(metrics).items() if name not in _NOT_SUMS},
+        change=change,
+    )

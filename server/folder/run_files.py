@@ -82,7 +82,7 @@ def report_failure(log: EventLog, error: BaseException) -> str:
     if isinstance(error, RunBusyError):
         return code
     with suppress(StorageError):
-        log.append("run_failed", error=kind, reason=reason, exit_code=exit_code)
+        log.append(events.RunFailed(error=kind, reason=reason, exit_code=exit_code))
     return code
 
 

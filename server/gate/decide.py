@@ -1,6 +1,5 @@
 """Which adapter of a run may be exported: the newest, or else the best before it, that the gate lets pass."""
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from common import events, storage
 from common.adapter import adapter
 from common.adapter.adapter import Tensors
 from common.errors import ConfigError, GateRefused, ModelError
-from common.events import Event, EventLog
+from common.events import Event, EventLog, Gated, GatedLater
 from common.frame import wire
 from common.run import config
 from common.run.manifest import RunManifest
@@ -199,7 +198,7 @@ def judge_by(run_folder: Path, run_manifest: RunManifest, gate: GateConfig, newe
     log = EventLog(run_folder / events.FILE)
     with lock.hold(run_folder):
         storage.write_atomic(run_folder / RULES_FOLDER / f"{rules_sha256}.json", wire.canonical_json(told) + b"\n")
-        return _judge(settings, log, newest, digest, definition=rules_sha256, kind="gated_later")
+        return _judge(settings, log, newest, digest, definition=rules_sha256, kind=GatedLater)
 
 
 def _require_fitting(settings: config.RunConfig) -> None:
@@ -270,21 +269,22 @@ def _judge(
     adapter_sha256: str,
     *,
     definition: str,
-    kind: str = "gated",
-) -> Event:
+    kind: type[Gated] | type[GatedLater] = Gated,
+) -> Gated | GatedLater:
     """Judge one adapter and log it."""
     stage, num_rounds = candidate.stage, candidate.num_rounds
     polished = adapter_sha256 if candidate.names else ""
     told = figures.gather(run, events.read(log.path), stage=stage, num_rounds=num_rounds, polished=polished)
     found = rules.judge(run.gate, told)
     return log.append(
-        kind,
-        stage=stage,
-        num_rounds=num_rounds,
-        adapter_sha256=adapter_sha256,
-        definition_sha256=definition,
-        is_passed=all(verdict.is_met for verdict in found),
-        verdicts=[dataclasses.asdict(verdict) for verdict in found],
+        kind(
+            stage=stage,
+            num_rounds=num_rounds,
+            adapter_sha256=adapter_sha256,
+            definition_sha256=definition,
+            is_passed=all(verdict.is_met for verdict in found),
+            verdicts=found,
+        )
     )
 
 

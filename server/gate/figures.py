@@ -73,7 +73,7 @@ def gather(run: config.RunConfig, log: Sequence[Event], *, stage: str, num_round
         num_rounds: Rounds behind it.
         polished: Its hash, if there are stages of polish behind it too.
     """
-    measured = figures.stages(log).get(stage, {})
+    measured: Mapping[str, Any] = figures.stages(log).get(stage, {})
     sites = rounds_at_sites(log)
     exported = [event.get("stage", measure.FINAL) for event in log if event["kind"] == "run_finished"]
     is_compared = exported[-1:] == [stage]  # the federation's arm is what the run exported

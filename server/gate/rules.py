@@ -3,36 +3,15 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
+from common.events import Verdict
 from common.run.schema.gate import FigureLimit, GateConfig
 from server.gate.figures import Figures
 from server.view import fairness
 from server.view import figures as view
 
 CLAIM_TOLERANCE: Final = 1e-2  # an audit names its claim by two digits more than this
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a rule says of an adapter.
-
-    Attributes:
-        name: The rule.
-        is_met: Whether it holds.
-        value: What was found, the worst of several; None if it is missing.
-        limit: What it is held against; None if it is missing.
-        margin: How far on the right side of the limit, in the figure's unit; below 0 on the wrong one.
-        reason: Which figure, in words.
-    """
-
-    name: str
-    is_met: bool
-    value: float | None
-    limit: float | None
-    margin: float | None
-    reason: str
 
 
 Rule = Callable[[GateConfig, Figures], Verdict]

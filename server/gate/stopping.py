@@ -26,7 +26,7 @@ def ends(run: config.RunConfig, log: EventLog, *, num_rounds: int) -> bool:
         return False
     if not any(event["kind"] == "stopped" and event["num_rounds"] == num_rounds for event in past):
         reason = f"{len(bad)} evaluations in a row were bad, gate.stop_after is {run.gate.stop_after}; {bad[-1]}"
-        log.append("stopped", num_rounds=num_rounds, reason=reason)
+        log.append(events.Stopped(num_rounds=num_rounds, reason=reason))
     return True
 
 

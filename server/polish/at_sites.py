@@ -1,8 +1,10 @@
 """The polished adapters on the sites' held-out rows, by the same request as after a round."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from common.adapter import adapter
+from common.events import NotEvaluated, PolishEvaluated
 from common.frame.records import RoundPlan
 from common.run.config import RunConfig
 from server.fleet import federation, sites
@@ -29,8 +31,12 @@ def ask(fed: Federation, played: Sequence[Finished]) -> None:
         federation.rejoin(fed)  # polish may have taken hours
         tensors, is_last = played[number - 1].tensors, number == asked[-1]
         told = sites.ask(fed, tensors, plan_of(fed, place=place, is_last=is_last))
-        stage = {"stage": played[number - 1].names[-1], "number": number, "adapter_sha256": adapter.digest(tensors)}
-        fed.log.append("polish_evaluated" if told["sites"] else "not_evaluated", **stage, **told)
+        stage: dict[str, Any] = {
+            "stage": played[number - 1].names[-1],
+            "number": number,
+            "adapter_sha256": adapter.digest(tensors),
+        }
+        fed.log.append((PolishEvaluated if "sites" in told else NotEvaluated)(**stage, **told))
 
 
 def numbers(run: RunConfig) -> list[int]:

@@ -88,7 +88,7 @@ class _Teller:
             self.last = step
             figures = {name: told[name] for name in ("loss", "reward", "rewards/margins", "kl") if name in told}
             self.log.append(
-                "polish_step", stage=self.stage, step=step, num_steps=self.num_steps, figures=_rounded(figures)
+                events.PolishStep(stage=self.stage, step=step, num_steps=self.num_steps, figures=_rounded(figures))
             )
 
 
@@ -136,7 +136,7 @@ def _play_and_keep(fed: Federation, number: int, stage: PolishStage, before: Ten
     facts = _facts(fed, number, stage, found, played) | {"seconds": round(fed.clock() - began, 3)}
     _save(folder_of(fed.folder, number, stage), stage, before, played, engine=engine, facts=facts)
     shutil.rmtree(place)
-    fed.log.append("polish_finished", **facts)
+    fed.log.append(events.PolishFinished(**facts))
     return played.tensors
 
 
@@ -267,19 +267,20 @@ def _origin(stage: PolishStage, start: Tensors, found: StageRows) -> dict[str, A
 def _tell_begin(fed: Federation, number: int, stage: PolishStage, found: StageRows, *, num_done: int) -> None:
     """Say that a stage begins, or goes on."""
     fed.log.append(
-        "polish_started",
-        stage=stage.name,
-        trainer=stage.kind,
-        number=number,
-        num_stages=len(fed.manifest.run.polish),
-        num_rows=len(found.train),
-        num_held_out=len(found.held_out),
-        num_truncated=found.num_truncated,
-        num_dropped=found.num_dropped,
-        num_equal=found.num_equal,
-        num_overlapping=found.num_overlapping,
-        reference=stage.reference,
-        num_steps_done=num_done,
+        events.PolishStarted(
+            stage=stage.name,
+            trainer=stage.kind,
+            number=number,
+            num_stages=len(fed.manifest.run.polish),
+            num_rows=len(found.train),
+            num_held_out=len(found.held_out),
+            num_truncated=found.num_truncated,
+            num_dropped=found.num_dropped,
+            num_equal=found.num_equal,
+            num_overlapping=found.num_overlapping,
+            reference=stage.reference,
+            num_steps_done=num_done,
+        )
     )
 
 
@@ -307,7 +308,7 @@ def _tell_again(fed: Federation, folder: Path) -> None:
     facts = json.loads((folder / RECORD_FILE).read_bytes())["finished"]
     log = events.read(fed.log.path) if fed.log.path.is_file() else []
     if facts["number"] not in [event["number"] for event in log if event["kind"] == "polish_finished"]:
-        fed.log.append("polish_finished", **facts)
+        fed.log.append(events.PolishFinished(**facts))
 
 
 def _reward(stage: PolishStage, engine: Engine, judge: reward_model.RewardModel | None) -> rewards.Reward | None:

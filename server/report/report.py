@@ -127,7 +127,7 @@ def render(
         gated=[*gate.summary(log), *gate.later(log)],
         exported=export.summary(log),
         symptoms=symptoms.symptoms(log),
-        troubles=_of(log, "site_failed") + _refusals(log) + _flagged(log),
+        troubles=[*_of(log, "site_failed"), *_refusals(log), *_flagged(log)],
         percent=percent,
         size=size,
     )
@@ -289,7 +289,7 @@ def _of(log: Sequence[Event], kind: str) -> list[Event]:
     return [event for event in log if event["kind"] == kind]
 
 
-def _refusals(log: Sequence[Event]) -> list[Event]:
+def _refusals(log: Sequence[Event]) -> list[dict[str, Any]]:
     """Refusals under the name of their site, once that is known; a site that took part later was no trouble."""
     names = {event["node"]: event["site"] for event in _of(log, "site_joined")}
     refused = [{**one, "site": names.get(one["node"], _name(one))} for one in _of(log, "site_refused")]
@@ -301,7 +301,7 @@ def _name(event: Event) -> str:
     return str(event.get("site", f"node {event['node']}"))
 
 
-def _flagged(log: Sequence[Event]) -> list[Event]:
+def _flagged(log: Sequence[Event]) -> list[dict[str, Any]]:
     """What screening found, as troubles of the sites."""
     troubles = []
     for event in _of(log, "screened"):

@@ -1,5 +1,6 @@
 """How a run stands, from its events alone."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def read(folder: Path) -> dict[str, Any]:
     """
     path, is_live = folder / events.FILE, lock.is_live(folder)
     log, damaged = events.read_damaged(path)
-    last = view.last_at_sites(log) or {}
+    last: Mapping[str, Any] = view.last_at_sites(log) or {}
     return {
         "status": report.status(log, is_live=is_live, go_on=begun.go_on(folder)),
         "is_live": is_live,
@@ -61,7 +62,7 @@ def _privacy(log: list[events.Event]) -> dict[str, Any]:
     return {**told, "dp_delta": plans[-1]["dp_delta"], "wording": plans[-1]["privacy_wording"]}
 
 
-def _in_words(log: list[Event], last: Event) -> dict[str, list[str]]:
+def _in_words(log: list[Event], last: Mapping[str, Any]) -> dict[str, list[str]]:
     """Lines for people, by their head."""
     measured = list(view.stages(log).values())[-1:]
     told = {"sites": [view.evenness(last)], "worse than base": [view.worse(last)]} if last else {}

@@ -70,7 +70,7 @@ class Screen:
     _num_large_gaps: int = 0
     _evaluation_down: int = 0
     _precisions: list[Event] = field(default_factory=list)
-    _overlap: Event = field(default_factory=dict)
+    _overlap: Event | None = None
 
     def __post_init__(self) -> None:
         """The moving lines are of this console."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from common.errors import GateRefused
-from common.events import ENDS, Event
+from common.events import Event
 from server.evaluate.figures import intervals
 from server.evaluate.figures.intervals import Estimate
 from server.view import figures, gate, polish
@@ -47,7 +47,7 @@ def verdict(log: Sequence[Event]) -> Worth:
     """Say whether the adapter that a run exports is better than its base, and than what each site had alone."""
     starts = [place for place, event in enumerate(log) if event["kind"] in ("run_started", "derived")]
     latest = log[starts[-1] :] if starts else log
-    ended = next((event for event in reversed(latest) if event["kind"] in ENDS), None)
+    ended = next((event for event in reversed(latest) if event["kind"] in ("run_finished", "run_failed")), None)
     if ended is None:
         return Worth("undecided", "Undecided: the run has not come to its end.")
     if ended["kind"] == "run_failed":
@@ -105,7 +105,7 @@ def _sites(found: Evidence, log: Sequence[Event], stage: str, *, num_rounds: int
 
 def _tasks(found: Evidence, log: Sequence[Event], stage: str) -> None:
     """The coordinator's tasks against the base, by the paired bootstrap."""
-    measured = figures.stages(log).get(stage, {})
+    measured: Mapping[str, Any] = figures.stages(log).get(stage, {})
     gains = measured.get("gains", {}).get(figures.BASE, {})
     told_of: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
     for name, gain in gains.items():

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 
+from common.events import BaseNoise, PrecisionNoise
 from common.model import layerwise
 from common.model.base import Engine
 from common.model.layerwise import Layer
@@ -62,11 +63,13 @@ def noise_of(layers: Iterable[Layer]) -> Noise:
     )
 
 
-def as_event(settings: ModelConfig, noise: Mapping[str, Noise]) -> dict[str, Any]:
-    """What the event `base_noise` holds: each precision, its sites as far as the run names them, and its errors."""
+def as_event(settings: ModelConfig, noise: Mapping[str, Noise]) -> BaseNoise:
+    """Each precision, its sites as far as the run names them, and its errors."""
     named = settings.site_quantization.items()
     sites = {name: sorted(site for site, own in named if own == name) or [OTHERS] for name in noise}
-    return {"precisions": {name: {"sites": sites[name], **asdict(found)} for name, found in noise.items()}}
+    return BaseNoise(
+        precisions={name: PrecisionNoise(sites=sites[name], **asdict(found)) for name, found in noise.items()}
+    )
 
 
 def _squares(layer: Layer) -> tuple[float, float]:

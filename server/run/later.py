@@ -1,5 +1,6 @@
 """Stages after the end of a run: a run folder of their own that begins with the adapter which the run has left."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -7,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from pydantic import ValidationError
 
@@ -197,9 +198,12 @@ def finish(folder: Path, log: Sequence[Event], *, stage: str) -> Path | None:
     digests = {
         polish.label(e["number"], e["stage"]): e["adapter_sha256"] for e in log if e["kind"] == "polish_finished"
     }
-    outcome = {"number": made.number, "addendum_sha256": made.sha256, "stage": stage, "adapter_sha256": digests[stage]}
-    if not any(event.items() >= outcome.items() for event in events.read(origin / events.FILE)):
-        EventLog(origin / events.FILE).append("later_finished", **outcome)
+    outcome = events.LaterFinished(
+        number=made.number, addendum_sha256=made.sha256, stage=stage, adapter_sha256=digests[stage]
+    )
+    known = [event for event in events.read(origin / events.FILE) if isinstance(event, events.LaterFinished)]
+    if outcome not in [dataclasses.replace(event, time=0.0, line="") for event in known]:
+        EventLog(origin / events.FILE).append(outcome)
     return origin
 
 
@@ -329,10 +333,9 @@ def _fill(
     checkpoint.save(partial, start.rounds, memory={}, num_rounds=start.num_rounds, run_sha256=manifest.sha256)
     storage.write_atomic(partial / run_files.RUN_FILE, config.resolved_json(settings).encode() + b"\n")
     addendum.write(partial, made)
-    lines = [json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n" for event in kept]
-    storage.write_atomic(partial / events.FILE, "".join(lines).encode(errors="replace"))
+    storage.write_atomic(partial / events.FILE, "".join(f"{event.line}\n" for event in kept).encode())
     EventLog(partial / events.FILE).append(
-        "derived", **_facts(made), versions=dict(made.versions), refused=_refused(log, made)
+        events.Derived(**_facts(made), versions=dict(made.versions), refused=_refused(log, made))
     )
     try:
         partial.rename(folder)
@@ -354,7 +357,7 @@ def _refused(log: Sequence[Event], made: Addendum) -> list[str]:
     return [words.line(verdict) for verdict in found["verdicts"] if not verdict["is_met"]] if found else []
 
 
-def _facts(made: Addendum) -> dict[str, object]:
+def _facts(made: Addendum) -> dict[str, Any]:
     """What both folders' events tell of an addendum."""
     return {
         "number": made.number,
@@ -379,4 +382,4 @@ def _tell(run_folder: Path, folder: Path) -> None:
     known = [event for event in events.read(run_folder / events.FILE) if event["kind"] == "later_started"]
     if made.sha256 not in [event["addendum_sha256"] for event in known]:
         place = folder.relative_to(run_folder).as_posix()
-        EventLog(run_folder / events.FILE).append("later_started", folder=place, **_facts(made))
+        EventLog(run_folder / events.FILE).append(events.LaterStarted(folder=place, **_facts(made)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from common import cli, events, storage
 from common.errors import GateRefused, ProtocolError, TransportError
-from common.events import Event
+from common.events import Event, RunFailed
 from common.privacy import plan
 from common.run import config
 from common.run.catalogue.methods import FACTS
@@ -123,33 +123,33 @@ def watch(folder: Path, *, is_quiet: bool) -> dict[str, Any]:
         ProtocolError: The run failed or was interrupted; the message says why, or how to go on.
     """
     run_files.stored_settings(folder)
-    path, last = folder / events.FILE, Event()
+    path = folder / events.FILE
+    last: Event | None = None
     screen = Screen(cli.progress(as_json=is_quiet))
     past, is_live = events.read(path) if path.is_file() else [], lock.is_live(folder)
     starts = [number for number, event in enumerate(past) if event["kind"] == "run_started"]
     num_skipped = starts[-1] if starts else 0
-    if is_live and past and past[-1]["kind"] in events.ENDS:
+    if is_live and past and isinstance(past[-1], events.End):
         num_skipped = len(past)  # of an earlier try: the one that is live loads its base
     with _watched(folder):
         for last in events.follow(path, is_over=lambda: not lock.is_live(folder), num_skipped=num_skipped, poll_s=1.0):
             screen(last)
-    return _ending(folder, last or (events.read(path) or [last])[-1])
+    return _ending(folder, last or (past[-1] if past else None))
 
 
-def _ending(folder: Path, last: Event) -> dict[str, Any]:
+def _ending(folder: Path, last: Event | None) -> dict[str, Any]:
     """How a run ended by its last event, as a result or as an error; its report is drawn."""
     report.write(folder)
-    if last.get("kind") in TOLD_AFTER:
+    if last and last.kind in TOLD_AFTER:
         told = reversed(events.read(folder / events.FILE))
         latest = itertools.takewhile(lambda event: event["kind"] != "run_started", told)
-        last = next((event for event in latest if event["kind"] in events.ENDS), last)
-    if last.get("kind") not in events.ENDS or last.get("error") == events.INTERRUPTED:
+        last = next((event for event in latest if isinstance(event, events.End)), last)
+    if not isinstance(last, events.End) or (isinstance(last, RunFailed) and last.error == events.INTERRUPTED):
         raise ProtocolError(f"{folder}: the run was interrupted, its process is gone; {begun.go_on(folder)}")
-    if last.get("kind") != "run_finished":
-        reason = last["reason"]
-        if last.get("error") == GateRefused.__name__:
-            raise GateRefused(f"{folder}: {reason}")
-        raise ProtocolError(f"{folder}: the run failed: {reason}")
+    if isinstance(last, RunFailed):
+        if last.error == GateRefused.__name__:
+            raise GateRefused(f"{folder}: {last.reason}")
+        raise ProtocolError(f"{folder}: the run failed: {last.reason}")
     return {**status.read(folder), "folder": str(folder)}
 
 
@@ -181,9 +181,9 @@ def _absolute(path: Path | None) -> str:
     return str(path.absolute()) if path else ""
 
 
-def _watch(connected: "Link", run_id: int, path: Path, screen: Screen, *, num_old: int) -> Event:
+def _watch(connected: "Link", run_id: int, path: Path, screen: Screen, *, num_old: int) -> Event | None:
     """Show events until the run is over; the last one."""
-    last: Event = {}
+    last: Event | None = None
     is_over = Poll(lambda: connected.state(run_id).is_finished, folder=path.parent)
     for last in events.follow(path, is_over=is_over, num_skipped=num_old, poll_s=1.0):
         screen(last)

@@ -107,18 +107,19 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
     fed.record("aggregated", round_index=round_index, num_updates=len(tally.heads), adapter_sha256=digest)
     checkpoint.prune(fed.folder, num_kept=fed.manifest.run.output.keep_checkpoints)
     fed.log.append(
-        "round_finished",
-        round=round_index,
-        adapter_sha256=digest,
-        num_updates=len(tally.heads),
-        train_loss=_train_loss(tally),
-        held_to_share=sorted(tally.held_to_share),
-        **_of_gap(norms),
-        **({} if (rank := adalora.left(after)) is None else {"rank": rank}),
-        bytes_down=bytes_down,
-        bytes_up=tally.bytes_up,
-        seconds=round(fed.clock() - started, 3),
-        **_spent(fed, tally, round_index),
+        events.RoundFinished(
+            round=round_index,
+            adapter_sha256=digest,
+            num_updates=len(tally.heads),
+            train_loss=_train_loss(tally),
+            held_to_share=sorted(tally.held_to_share),
+            **_of_gap(norms),
+            rank=adalora.left(after),
+            bytes_down=bytes_down,
+            bytes_up=tally.bytes_up,
+            seconds=round(fed.clock() - started, 3),
+            **_spent(fed, tally, round_index),
+        )
     )
     return after
 
@@ -129,7 +130,7 @@ def _gather(fed: Federation, state: State, *, round_index: int) -> tuple[Tally, 
     source = fed.make_noise(round_index)
     cohort = _choose(fed, round_index, source)
     plan = RoundPlan(fed.manifest.sha256, round_index)
-    fed.log.append("round_started", round=round_index, sites=[fed.name(node) for node in cohort])
+    fed.log.append(events.RoundStarted(round=round_index, sites=[fed.name(node) for node in cohort]))
     frames = fed.request("train", plan, state, nodes=cohort)
     tally = _collect(fed, state, plan, frames, source)
     _require_quorum(fed, tally, round_index, num_drawn=len(cohort))
@@ -162,7 +163,7 @@ def _settle(fed: Federation, before: State, after: State) -> State:
     return held
 
 
-def _spent(fed: Federation, tally: Tally, round_index: int) -> dict[str, float | None]:
+def _spent(fed: Federation, tally: Tally, round_index: int) -> dict[str, Any]:
     """What all rounds so far have cost a site as a whole; nothing in another run.
 
     The event with these figures is written before the adapter goes out, and a resumed run looks for it.
@@ -264,7 +265,7 @@ def _claims(
     for head, change, num_bytes in updates:
         shorter, length = clipping.scaled(change, run.aggregation.max_update_norm)
         told = None if run.privacy.is_private_per_site else length
-        fed.log.append("site_trained", **_of_training(head), update_norm=told, bytes_up=num_bytes)
+        fed.log.append(events.SiteTrained(**_of_training(head), update_norm=told, bytes_up=num_bytes))
         yield head.site, float(head.num_examples) if by_rows else 1.0, (head, shorter)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common import events, storage
 from common.adapter import adapter, start
@@ -161,12 +162,12 @@ def _execute(
     )
     stages.check(settings, engine, fed.apart)
     run_export.check(manifest, engine)
-    log.append("run_started", **plan(manifest, engine), **told, first_round=first.num_rounds)
+    log.append(events.RunStarted(**plan(manifest, engine), **told, first_round=first.num_rounds))
     for error in damaged:
-        log.append("warned", reason=f"{error}: going on after round {first.num_rounds}, the newest that is whole")
+        log.append(events.Warned(reason=f"{error}: going on after round {first.num_rounds}, the newest that is whole"))
     _tell_beforehand(fed, engine)
     if found := kept_apart.warnings(measured.tasks, known or KnownRows()):
-        log.append("tasks_overlap", reasons=found)
+        log.append(events.TasksOverlap(reasons=found))
     with _recorded(fed, first.tensors, first_round=first.num_rounds):
         federation.wait_for_sites(fed)
         tensors = rounds.run(fed, first.tensors, first_round=first.num_rounds)
@@ -211,9 +212,9 @@ def _tell_beforehand(fed: Federation, engine: Engine) -> None:
     """What a reader should know of base and method before the first round."""
     settings = fed.manifest.run
     if settings.model.site_quantization:
-        fed.log.append("base_noise", **base_noise.as_event(settings.model, base_noise.measure(engine, settings.model)))
+        fed.log.append(base_noise.as_event(settings.model, base_noise.measure(engine, settings.model)))
     if fed.method.facts.is_experimental:
-        fed.log.append("warned", reason=EXPERIMENTAL.format(method=settings.aggregation.method))
+        fed.log.append(events.Warned(reason=EXPERIMENTAL.format(method=settings.aggregation.method)))
 
 
 def finish(fed: Federation, tensors: Tensors, played: Sequence[stages.Finished]) -> Outcome:
@@ -231,7 +232,7 @@ def finish(fed: Federation, tensors: Tensors, played: Sequence[stages.Finished])
     if fed.method.facts.is_personal or fed.suite is None:
         num_rounds = run_files.finished(folder)[-1]
         sites = trained_sites(events.read(log.path), num_rounds=num_rounds)
-        log.append("run_finished", adapter="", num_rounds=num_rounds, stage=measure.FINAL)
+        log.append(events.RunFinished(adapter="", num_rounds=num_rounds, stage=measure.FINAL))
         return Outcome(tensors, sites, folder)
     chosen = decide.choose(manifest.run, decide.of_end(folder, manifest, tensors, played), suite=fed.suite)
     history = events.read(log.path)
@@ -255,7 +256,7 @@ def finish(fed: Federation, tensors: Tensors, played: Sequence[stages.Finished])
         evaluation=manifest.run.evaluation,
     )
     run_export.write(folder, source, base=fed.suite.engine.folder, log=log)
-    log.append("run_finished", adapter=run_files.EXPORT_FOLDER, num_rounds=chosen.num_rounds, stage=chosen.stage)
+    log.append(events.RunFinished(adapter=run_files.EXPORT_FOLDER, num_rounds=chosen.num_rounds, stage=chosen.stage))
     return Outcome(chosen.tensors, sites, folder)
 
 
@@ -305,7 +306,7 @@ def read_own_rows(settings: config.RunConfig, engine: Engine) -> OwnRows | None:
     return OwnRows(engine, base.encode(engine, rows, settings.data)[0])
 
 
-def plan(manifest: RunManifest, engine: Engine) -> dict[str, object]:
+def plan(manifest: RunManifest, engine: Engine) -> dict[str, Any]:
     """What the run will do, in figures, for the first event."""
     settings = manifest.run
     planned = manifest.plan
@@ -347,7 +348,7 @@ def versions(*more: str) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
-def _privacy(settings: config.RunConfig) -> dict[str, object]:
+def _privacy(settings: config.RunConfig) -> dict[str, Any]:
     """What the run promises to a unit or a site: the planned curve, never the whole over the number of rounds."""
     if not settings.privacy.is_private:
         return {}
@@ -360,7 +361,7 @@ def _privacy(settings: config.RunConfig) -> dict[str, object]:
     }
 
 
-def _site_level(manifest: RunManifest, log: EventLog, *, num_rounds: int, is_noise_accepted: bool) -> dict[str, object]:
+def _site_level(manifest: RunManifest, log: EventLog, *, num_rounds: int, is_noise_accepted: bool) -> dict[str, Any]:
     """Hold a run with noise for sites as a whole against its size and its past; what its first event tells of it."""
     run = manifest.run
     if not run.privacy.is_private_per_site:

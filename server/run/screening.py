@@ -25,8 +25,8 @@ def passed(fed: Federation, updates: Iterator[Update], *, round_index: int) -> I
     for site in sorted(dropped):
         fed.record("screened", round_index=round_index, site=site)
     sites = {
-        site: {"norm": seen.norm, "cosine": seen.cosine, "reasons": seen.reasons, "is_left_out": site in dropped}
+        site: events.Seen(norm=seen.norm, cosine=seen.cosine, reasons=seen.reasons, is_left_out=site in dropped)
         for site, seen in found.items()
     }
-    fed.log.append("screened", round=round_index, sites=sites)
+    fed.log.append(events.Screened(round=round_index, sites=sites))
     yield from (waiting[site] for site in waiting if site not in dropped)

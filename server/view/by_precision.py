@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.events import Event
+from common.events import Event, PrecisionLoss
 from common.frame.records import SiteMetrics
 from common.run.schema import precisions
 from common.run.schema.model import ModelConfig
@@ -33,21 +33,22 @@ def percent(share: float) -> str:
     return "100 %" if share == 1 else f"{math.floor(1000 * share) / 10:g} %"
 
 
-def losses(settings: ModelConfig, metrics: Sequence[SiteMetrics]) -> dict[str, Any]:
-    """Held-out loss over the sites of each precision, for the event `evaluated`; nothing where all sites have one.
+def losses(settings: ModelConfig, metrics: Sequence[SiteMetrics]) -> dict[str, PrecisionLoss] | None:
+    """Held-out loss over the sites of each precision; None where all sites have one.
 
     Each is over its own sites' rows: the difference between two of them is also that of their rows.
     """
     if not settings.site_quantization:
-        return {}
+        return None
     found: dict[str, list[SiteMetrics]] = {}
     for one in metrics:
         found.setdefault(precisions.of_site(settings, one.site), []).append(one)
-    told = {
-        name: {"loss": sum(m.loss_sum for m in own) / sum(m.num_terms for m in own), "sites": [m.site for m in own]}
+    return {
+        name: PrecisionLoss(
+            loss=sum(m.loss_sum for m in own) / sum(m.num_terms for m in own), sites=[m.site for m in own]
+        )
         for name, own in sorted(found.items())
     }
-    return {"precisions": told}
 
 
 def table(log: Sequence[Event]) -> list[dict[str, Any]]:

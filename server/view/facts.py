@@ -2,9 +2,8 @@
 
 import datetime
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-from common.events import ENDS, Event
+from common.events import Event
 
 
 def of_run(log: Sequence[Event]) -> list[tuple[str, str]]:
@@ -38,7 +37,7 @@ def _times(log: Sequence[Event], first: Event, *, num_starts: int) -> Iterator[t
     if "time" not in first:
         return
     yield "started", moment(first["time"])
-    ended = [event for event in log if event["kind"] in ENDS]
+    ended = [event for event in log if event["kind"] in ("run_finished", "run_failed")]
     is_over = ended and log.index(ended[-1]) > max(n for n, event in enumerate(log) if event["kind"] == "run_started")
     if added := [event for event in log if event["kind"] == "derived" and "time" in event]:
         yield "later stages started", moment(added[-1]["time"])
@@ -50,7 +49,7 @@ def _times(log: Sequence[Event], first: Event, *, num_starts: int) -> Iterator[t
         yield ("duration of the later stages", took) if added else ("duration", f"{took}{tries}")
 
 
-def _privacy(plan: dict[str, Any]) -> str:
+def _privacy(plan: Event) -> str:
     """What is promised to whom, short."""
     if plan["privacy"] == "none":
         return "none"

@@ -3,42 +3,18 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from common.events import Event
+from common.events import Event, Fairness, Spread
 
 MIN_SITES: Final = 3
 
 
-@dataclass(frozen=True)
-class Spread:
-    """One figure over sites, each site counting the same.
-
-    Attributes:
-        mean: Over sites.
-        std: Standard deviation over sites (of all of them, not of a sample).
-        worst: The figure of the site that fares worst.
-        worst_site: Its name.
-        best: The figure of the site that fares best.
-        best_site: Its name.
-        spread: Distance from worst to best.
-    """
-
-    mean: float
-    std: float
-    worst: float
-    worst_site: str
-    best: float
-    best_site: str
-    spread: float
-
-
-def spread(figures: Mapping[str, float | None], *, higher_is_better: bool) -> dict[str, Any] | None:
+def spread(figures: Mapping[str, float | None], *, higher_is_better: bool) -> Spread | None:
     """Worst, best, mean and spread over the sites that have the figure; None if none has.
 
     Example:
-        >>> spread({"north": 1.0, "south": 3.0}, higher_is_better=False)["worst_site"]
+        >>> spread({"north": 1.0, "south": 3.0}, higher_is_better=False).worst_site
         'south'
     """
     known = {site: value for site, value in sorted(figures.items()) if value is not None}
@@ -48,12 +24,12 @@ def spread(figures: Mapping[str, float | None], *, higher_is_better: bool) -> di
     std = math.sqrt(math.fsum((value - mean) ** 2 for value in known.values()) / len(known))
     low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
     best, worst = (high, low) if higher_is_better else (low, high)
-    return asdict(Spread(mean, std, known[worst], worst, known[best], best, abs(known[best] - known[worst])))
+    return Spread(mean, std, known[worst], worst, known[best], best, abs(known[best] - known[worst]))
 
 
-def of_sites(losses: Mapping[str, float], exact: Mapping[str, float | None]) -> dict[str, Any]:
+def of_sites(losses: Mapping[str, float], exact: Mapping[str, float | None]) -> Fairness:
     """The spread of the held-out loss, and of exact match where answers were generated."""
-    return {"loss": spread(losses, higher_is_better=False), "exact_match": spread(exact, higher_is_better=True)}
+    return Fairness(loss=spread(losses, higher_is_better=False), exact_match=spread(exact, higher_is_better=True))
 
 
 def trimmed(losses: Mapping[str, float]) -> float | None:

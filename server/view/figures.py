@@ -107,7 +107,7 @@ def last_at_sites(log: Sequence[Event]) -> Event | None:
     return found[-1] if found else None
 
 
-def stage_at_sites(event: Event) -> str:
+def stage_at_sites(event: Mapping[str, Any]) -> str:
     """After what the sites said it.
 
     Example:
@@ -119,7 +119,7 @@ def stage_at_sites(event: Event) -> str:
     return f"{event['num_rounds']} rounds" if event["kind"] == "evaluated" else f"polish, stage {event['stage']}"
 
 
-def evenness(event: Event) -> str:
+def evenness(event: Mapping[str, Any]) -> str:
     """How evenly the sites fare, in a line; empty for one site."""
     found = event["fairness"]["loss"]
     if found is None or len(event["sites"]) < 2:
@@ -135,7 +135,7 @@ def evenness(event: Event) -> str:
     return f"{text}; exact match: worst {exact['worst_site']} {worst}, mean {mean}"
 
 
-def worse(event: Event) -> str:
+def worse(event: Mapping[str, Any]) -> str:
     """The sites whose loss is above the base's there, with how far.
 
     Example:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.events import Event
+from common.events import Event, RunFinished
 from server.view import figures, gaps, gate
 
 
@@ -100,7 +100,7 @@ class Rows:
 def of_log(log: Sequence[Event]) -> list[Row]:
     """All rows of a run, ascending; of a round that was played again, the newest."""
     rows, found = Rows(), dict[int, Row]()
-    for event in [*log, {"kind": "run_finished"}]:
+    for event in [*log, RunFinished(adapter="", num_rounds=0, stage="")]:
         if row := rows.take(event):
             before = found.get(row.num_rounds)
             if before and before.bytes_down is not None and row.bytes_down is None:  # resumed: evaluated anew only
@@ -122,7 +122,7 @@ def as_dict(log: Sequence[Event]) -> dict[str, Any]:
     last = played[-1] if played else Row(0)
     base = rows[0] if rows and not rows[0].num_rounds else Row(0)
     judged = gate.of_log(log)
-    final = figures.last_at_sites(log) or {}
+    final: Mapping[str, Any] = figures.last_at_sites(log) or {}
     return {
         "run_sha256": plan.get("run_sha256", ""),
         "num_rounds": last.num_rounds,

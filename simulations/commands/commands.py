@@ -14,7 +14,7 @@ from rich.table import Table
 from common import cli
 from common.data import overlap
 from common.errors import ConfigError
-from common.events import EventLog
+from common.events import EventLog, Overlap, Shared
 from common.model import store
 from common.privacy import plan
 from common.run import config, manifest
@@ -120,7 +120,7 @@ def compare(order: Order) -> dict[str, Any]:
         told = _tell_overlap(shared, log)
         results = comparing.compare(shared, log)
     figures = {
-        name: {key: result[key] for key in ("held_out_loss", "exact_match", "rows_used")}
+        name: {key: getattr(result, key) for key in ("held_out_loss", "exact_match", "rows_used")}
         for name, result in results.items()
     }
     return {"comparison": figures, "overlap": told, **_results(order, shared)}
@@ -149,9 +149,10 @@ def run(order: Order, *, engine: str, resume: bool) -> dict[str, Any]:
 def _tell_overlap(shared: World, log: EventLog) -> dict[str, int]:
     """Log how many held-out rows are trained on, over all sites and by site; the former."""
     counts = world.overlaps(shared.sites)
-    told = overlap.total(counts.values()).as_dict()
-    log.append("overlap", **told, sites={site: found.as_dict() for site, found in counts.items()})
-    return told
+    total = overlap.total(counts.values())
+    sites = {site: Shared(**found.as_dict()) for site, found in counts.items()}
+    log.append(Overlap(**vars(total), sites=sites))
+    return total.as_dict()
 
 
 def _adapters(settings: config.RunConfig, folder: Path) -> str:

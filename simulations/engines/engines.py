@@ -4,6 +4,7 @@
 threads.
 """
 
+import dataclasses
 import functools
 import pickle
 import re
@@ -176,8 +177,8 @@ class _Hearer:
 
     def __call__(self, event: Event) -> None:
         """Pass an event on, with the reason behind a reference."""
-        if "reason" in event:
-            event = {**event, "reason": _REFERENCE.sub(self._reason, event["reason"])}
+        if isinstance(event, events.SiteRefused | events.SiteFailed | events.RunFailed):
+            event = dataclasses.replace(event, reason=_REFERENCE.sub(self._reason, event.reason))
         for listener in self.log.listeners:
             listener(event)
         if event["kind"] == "site_joined":

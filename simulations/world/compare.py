@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from client.agent.agent import SiteData
 from common import events, storage
 from common.adapter.adapter import Tensors
-from common.events import Event, EventLog
+from common.errors import DataError
+from common.events import Arm, Event, EventLog
 from common.frame import wire
 from common.model.base import Engine
 from common.run import config
@@ -48,7 +48,7 @@ class World:
         return Engines(self.settings, self.engine)
 
 
-def compare(shared: World, log: EventLog) -> dict[str, Event]:
+def compare(shared: World, log: EventLog) -> dict[str, Arm]:
     """Train and score every arm; the federated one is the run of the folder itself.
 
     Args:
@@ -79,13 +79,13 @@ def compare(shared: World, log: EventLog) -> dict[str, Event]:
     equal = with_rows(single, used, data=pooled, num_rounds=num_rounds)
     arms["centralised"] = (pooled, equal)
     for name, (data, settings) in arms.items():
-        log.append("arm_started", arm=name)
+        log.append(events.ArmStarted(arm=name))
         site = name.removeprefix("site-")
         tensors = _train_alone(shared, name, {site: data}, settings, log)
         used = rows_used(_trainings(shared.folder / "arms" / name), settings, {site: data})
         results[name] = _scored(judge, name, tensors, log, rows_used=used)
-    storage.write_atomic(shared.folder / COMPARISON_FILE, wire.canonical_json(results) + b"\n")
-    log.append("compared", comparison=results)
+    compared = log.append(events.Compared(comparison=results))
+    storage.write_atomic(shared.folder / COMPARISON_FILE, wire.canonical_json(compared.as_dict()["comparison"]) + b"\n")
     return results
 
 
@@ -108,23 +108,33 @@ class Judge:
         """Those that can take part; the run's own events say why another one cannot."""
         return sorted(head.site for head in self._federation.sites.values())
 
-    def score(self, tensors: Tensors) -> dict[str, Any]:
-        """Held-out loss and exact match of one adapter, over all sites and by site."""
+    def score(self, tensors: Tensors, *, rows_used: int = 0) -> Arm:
+        """Held-out loss and exact match of one adapter, over all sites and by site.
+
+        Raises:
+            DataError: No site tells held-out figures.
+        """
         generate = self._federation.manifest.run.evaluation.exact_match_rows > 0
         loss = held_out.evaluate(self._federation, tensors, num_rounds=0, generate=generate)
+        if loss is None:
+            raise DataError("no site tells held-out figures, by which arms are compared; set data.held_out_fraction")
         metrics = self._federation.metrics
-        sites = {m.site: {"held_out_loss": m.loss, "exact_match": held_out.exact_match([m])} for m in metrics.values()}
-        return {
-            "held_out_loss": loss,
-            "exact_match": held_out.exact_match(list(metrics.values())),
-            "sites": dict(sorted(sites.items())),
+        sites = {
+            m.site: events.SiteScore(held_out_loss=m.loss, exact_match=held_out.exact_match([m]))
+            for m in metrics.values()
         }
+        return Arm(
+            held_out_loss=loss,
+            exact_match=held_out.exact_match(list(metrics.values())),
+            sites=dict(sorted(sites.items())),
+            rows_used=rows_used,
+        )
 
 
-def _scored(judge: Judge, name: str, tensors: Tensors, log: EventLog, *, rows_used: int) -> dict[str, Any]:
+def _scored(judge: Judge, name: str, tensors: Tensors, log: EventLog, *, rows_used: int) -> Arm:
     """Score an arm and log it."""
-    result = {**judge.score(tensors), "rows_used": rows_used}
-    log.append("arm_finished", arm=name, **result)
+    result = judge.score(tensors, rows_used=rows_used)
+    log.append(events.ArmFinished(arm=name, **vars(result)))
     return result
 
 
@@ -142,8 +152,8 @@ def _train_alone(
     log = run_files.prepare(settings, folder)
 
     def tell(event: Event) -> None:
-        if event["kind"] == "site_step":
-            watched.tell("arm_step", arm=name, **{key: event[key] for key in ("round", "step", "num_steps")})
+        if isinstance(event, events.SiteStep):
+            watched.tell(events.ArmStep(arm=name, round=event.round, step=event.step, num_steps=event.num_steps))
 
     log.watchers.append(tell)
     outcome = run.in_process(

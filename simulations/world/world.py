@@ -21,7 +21,7 @@ from common.data.overlap import Overlap
 from common.data.problems import Problems, at_site
 from common.data.rows import Columns, Row
 from common.errors import ConfigError
-from common.events import EventLog
+from common.events import EventLog, SiteStep
 from common.model import loading, store
 from common.model.base import Engine
 from common.privacy.noise import Noise, SeededNoise
@@ -253,7 +253,7 @@ def make_agent(site: str, data: SiteData, engine: Engine, failures: Failures, *,
 
     def watch(round_index: int, step: int, num_steps: int) -> None:
         if log:
-            log.tell("site_step", site=site, round=round_index, step=step, num_steps=num_steps)
+            log.tell(SiteStep(site=site, round=round_index, step=step, num_steps=num_steps))
 
     return Agent(
         site,

@@ -1,6 +1,15 @@
 """Events of a run of two sites, as its log holds them, for what is drawn from events."""
 
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+
+from common import events
 from server.view import fairness
+
+BLANKS = {str: "", int: 0, float: 0.0, bool: False}
 
 PLAN = {
     "kind": "run_started",
@@ -20,6 +29,61 @@ PLAN = {
     "gap_warning": 0.1,
     "without_gap": "rolora",
 }
+
+
+def event(kind: str, **fields) -> events.Event:
+    """An event of a kind; what is not given is blank."""
+    return whole({"kind": kind, **fields})
+
+
+def whole(told: Mapping) -> events.Event:
+    """The event of a line in which only a few fields are given."""
+    fields = _filled(events.KINDS[told["kind"]], told)
+    return events.parse(json.dumps(fields, default=dict).encode())
+
+
+def raw(path) -> list[dict]:
+    """The lines of a log, as they are on disk."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _filled(record: type, told: Mapping) -> dict:
+    """The fields of a record, blank where they are not given, and those of the records in it."""
+    hints, found = typing.get_type_hints(record), dict(told)
+    for each in dataclasses.fields(record):
+        is_needed = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+        if each.name in found:
+            found[each.name] = _deep(hints[each.name], found[each.name])
+        elif is_needed:
+            found[each.name] = _blank(hints[each.name])
+    return found
+
+
+def _deep(kind, value):
+    """A given value, with the records in it filled."""
+    if dataclasses.is_dataclass(kind) and value is not None:
+        return _filled(kind, value)
+    inner = typing.get_args(kind)
+    if isinstance(kind, types.UnionType) and value is not None:
+        return next((_deep(one, value) for one in inner if dataclasses.is_dataclass(one)), value)
+    if typing.get_origin(kind) is Mapping:
+        return {name: _deep(inner[1], each) for name, each in value.items()}
+    return [_deep(inner[0], each) for each in value] if typing.get_origin(kind) is Sequence else value
+
+
+def _blank(kind):
+    """A value of a type that says nothing."""
+    if isinstance(kind, types.UnionType):
+        return None
+    if dataclasses.is_dataclass(kind):
+        return _filled(kind, {})
+    return (
+        BLANKS[kind]
+        if kind in BLANKS
+        else typing.get_origin(kind) and ({} if typing.get_origin(kind) is Mapping else [])
+    )
+
+
 HOSTILE = "<script>alert(1)</script>"
 
 

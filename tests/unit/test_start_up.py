@@ -76,7 +76,7 @@ def run_folder(tmp_path):
     log = run_files.prepare(tiny.settings("tiny"), folder)
     end = {"kind": "run_finished", "adapter": "adapter", "num_rounds": 1, "stage": "final"}
     for event in (events.PLAN, events.joined("north"), events.evaluated(0, 3.0, north=3.0), end):
-        log.append(event["kind"], **{key: value for key, value in event.items() if key != "kind"})
+        log.append(events.whole(event))
     return folder
 
 

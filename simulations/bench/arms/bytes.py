@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.adapter import adapter
 from common.adapter.adapter import Tensors
+from common.events import Evaluated, Event
 from common.frame import wire
 from common.frame.records import ADAPTER
 from common.frame.wire import Frame
@@ -88,9 +89,9 @@ def main(name: str) -> dict[str, Any]:
     """
     counter, losses, training, evaluation = Counter(), [], [], []
 
-    def watch(event: dict[str, Any]) -> None:
-        if event["kind"] == "evaluated":
-            losses.append(event["loss"])
+    def watch(event: Event) -> None:
+        if isinstance(event, Evaluated):
+            losses.append(event.loss)
             training.append(counter.training)
             evaluation.append(counter.evaluation)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from client.agent.agent import SiteData
+from common.events import Evaluated, Event
 from common.run import config
 from server.folder import run_files
 from simulations.bench.arms import process
@@ -28,8 +29,8 @@ def main(num_sites: str, num_rounds: str, base: str) -> dict[str, Any]:
     sites = make_sites(settings)
     marks: list[tuple[float, float]] = []
 
-    def watch(event: dict[str, Any]) -> None:
-        if event["kind"] == "evaluated":
+    def watch(event: Event) -> None:
+        if isinstance(event, Evaluated):
             marks.append((process.cpu_s(), time.monotonic()))
 
     with tempfile.TemporaryDirectory() as place:

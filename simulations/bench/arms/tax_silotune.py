@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from common.events import Event, RoundFinished, RoundStarted
 from server.report import report
 from simulations.bench.arms import process
 from simulations.commands import commands
@@ -16,14 +17,14 @@ def main(quantization: str, base: str) -> dict[str, Any]:
     """Tell the CPU clock at the first training step and at the end of every round, and the peak memory."""
     started: list[float] = []
     rounds: list[float] = []
-    losses: list[float] = []
+    losses: list[float | None] = []
 
-    def watch(event: dict[str, Any]) -> None:
-        if event["kind"] == "round_started" and not started:
+    def watch(event: Event) -> None:
+        if isinstance(event, RoundStarted) and not started:
             started.append(process.cpu_s())
-        if event["kind"] == "round_finished":
+        if isinstance(event, RoundFinished):
             rounds.append(process.cpu_s())
-            losses.append(event["train_loss"])
+            losses.append(event.train_loss)
 
     with tempfile.TemporaryDirectory() as folder:
         overrides = {"model.quantization": f'"{quantization}"', "model.base": f'"{base}"'}

@@ -1,7 +1,6 @@
 """One process at work in a run's folder, and watching it from others."""
 
 import http.server
-import json
 import subprocess
 import sys
 import threading
@@ -34,7 +33,8 @@ with lock.hold(Path(sys.argv[1])):
 def folder(tmp_path, tiny_base):
     """A run whose last event is of its first round."""
     log = run_files.prepare(tiny.settings(tiny_base), tmp_path / "run")
-    log.path.write_text("".join(json.dumps({"time": 1.0, **event}) + "\n" for event in sample_events.LOG))
+    for event in sample_events.LOG:
+        log.append(sample_events.whole(event))
     return tmp_path / "run"
 
 
@@ -117,14 +117,14 @@ def test_status_shows_what_can_be_read_of_damaged_events_and_a_resume_names_the_
 def test_a_run_can_be_watched_again_to_its_end(folder, other, capsys):
     end = {"adapter": "adapter", "num_rounds": 2, "stage": "final"}
     log = EventLog(folder / events.FILE)
-    threading.Timer(1.5, lambda: (log.append("run_finished", **end), other.kill())).start()
+    threading.Timer(1.5, lambda: (log.append(events.RunFinished(**end)), other.kill())).start()
     assert launch.watch(folder, is_quiet=True)["status"] == "finished"
 
 
 def test_watching_a_run_whose_process_is_gone_says_how_to_go_on(folder, capsys):
     with pytest.raises(ProtocolError, match=r"interrupted.*--resume"):
         launch.watch(folder, is_quiet=True)
-    EventLog(folder / events.FILE).append("run_failed", error="TooFewSitesError", reason="too few", exit_code=6)
+    EventLog(folder / events.FILE).append(events.RunFailed(error="TooFewSitesError", reason="too few", exit_code=6))
     with pytest.raises(ProtocolError, match="the run failed: too few"):
         launch.watch(folder, is_quiet=True)
 

@@ -17,6 +17,7 @@ from server.report import report, status
 from server.report import symptoms as troubleshooting
 from server.run import finish, run
 from tests import tiny
+from tests.samples import events as samples
 
 ROWS = 40
 LOUD = {"training.learning_rate": "5e-2", "training.local_epochs": "3"}  # forgets
@@ -286,7 +287,7 @@ def with_figures(folder, values):
     """A run's events, each stage with other figures."""
     shared = {"num_rows": 64, "higher_is_better": False, "kind": "memorisation"}
     figures = {name: {**shared, "value": value, "low": value, "high": value} for name, value in values.items()}
-    for event in events.read(folder / "events.jsonl"):
+    for event in samples.raw(folder / "events.jsonl"):
         yield {**event, "figures": figures} if event["kind"] == "measured" else event
 
 

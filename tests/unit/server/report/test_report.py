@@ -6,7 +6,7 @@ from common import events
 from common.errors import DataError
 from common.events import EventLog
 from server.report import report, status
-from tests.samples.events import HOSTILE, LOG, PLAN, evaluated, finished, joined, measured, trained
+from tests.samples.events import HOSTILE, LOG, PLAN, evaluated, finished, joined, measured, trained, whole
 
 
 def text_of(page: str) -> str:
@@ -162,7 +162,7 @@ def test_many_sites_share_one_colour():
 def test_a_report_is_written_beside_the_events(tmp_path):
     log = EventLog(tmp_path / "events.jsonl")
     for event in LOG:
-        log.append(**event)
+        log.append(whole(event))
     page = report.write(tmp_path)
     assert page.name == "report.html"
     assert page.read_text() == report.render(events.read(log.path), is_live=False)
@@ -177,7 +177,7 @@ def test_a_folder_without_events_has_no_report(tmp_path):
 def test_status_tells_the_last_figures(tmp_path):
     log = EventLog(tmp_path / "events.jsonl")
     for event in [*LOG, evaluated(2, 3.0, ["south"], north=3.0, south=3.5)]:
-        log.append(**event)
+        log.append(whole(event))
     found = status.read(tmp_path)
     assert (found["held_out_loss"], found["stale"], found["finished_rounds"]) == (3.0, ["south"], [])
     assert status.render(found).row_count == 8
@@ -190,7 +190,7 @@ def test_status_tells_tasks_and_sites_that_got_worse(tmp_path):
     worse = {**evaluated(2, 3.0, north=3.0, south=3.5), "worse_than_base": ["south"]}
     worse["sites"]["south"]["change"] = 0.5
     for event in [*LOG, measured("base", {"notes.f1": 0.25}), worse, measured("final", {"notes.f1": 0.5}, GAINS)]:
-        log.append(**event)
+        log.append(whole(event))
     found = status.read(tmp_path)
     assert found["in_words"]["worse than base"] == ["south +0.500"]
     assert list(found["in_words"])[-1] == "tasks, final"

@@ -9,7 +9,7 @@ from common.run import config
 from common.run.schema import shape
 from server.report import report, status, symptoms
 from server.verify import verify
-from tests.samples.events import LOG, PLAN, evaluated, finished, measured
+from tests.samples.events import LOG, PLAN, evaluated, finished, measured, whole
 
 
 def of_task(mean, *, kind="answers", width=0.05, values=(0.5, 0.5)):
@@ -159,7 +159,7 @@ def test_report_and_status_say_what_the_numbers_say(tmp_path):
 
     log = EventLog(tmp_path / "events.jsonl")
     for event in DRIFTS:
-        log.append(event["kind"], **{key: value for key, value in event.items() if key != "kind"})
+        log.append(whole(event))
     assert "What the numbers say" in report.render(DRIFTS)
     assert "What the numbers say" not in report.render(NO_DRIFT)
     found = status.read(tmp_path)

@@ -27,6 +27,7 @@ from server.run import finish, later, launch, run
 from server.run import polish as command
 from server.verify import verify
 from tests import tiny
+from tests.samples import events as samples
 from tests.samples import stage_data
 
 STAGE = {"steps": 2, "batch_size": 4, "max_length_tokens": 64, "learning_rate": 1e-2, "overlap": "allow"}
@@ -360,8 +361,9 @@ def test_watching_a_run_ends_as_the_run_did_whatever_was_added_since(world):
     folder = world.copy("watched")
     with pytest.raises(GateRefused):
         launch.watch(folder, is_quiet=True)
-    EventLog(folder / events.FILE).append("later_started", folder="later/01", stages=[], start_stage="final",
-                                          addendum_sha256="ab")  # fmt: skip
+    EventLog(folder / events.FILE).append(
+        samples.event("later_started", folder="later/01", start_stage="final", addendum_sha256="ab")
+    )
     with pytest.raises(GateRefused):
         launch.watch(folder, is_quiet=True)
     assert later.last_round(folder, 1) == 1

@@ -18,6 +18,7 @@ from common.run.schema.section import MAX_MESSAGE_MIB
 from server.folder import checkpoint, run_files
 from server.run import run
 from tests import tiny
+from tests.samples import events as samples
 
 CHANGES = {"evaluation.exact_match_rows": "1", "evaluation.max_new_tokens": "2", "training.batch_size": "12"}
 
@@ -184,10 +185,10 @@ def test_an_events_file_that_cannot_grow_ends_the_run_and_leaves_finished_rounds
 
     real = EventLog.append
 
-    def append(log, kind, **fields):
-        if kind == "round_finished" and fields["round"] == 1:
+    def append(log, event):
+        if isinstance(event, events.RoundFinished) and event.round == 1:
             raise storage.storage_error(log.path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-        return real(log, kind, **fields)
+        return real(log, event)
 
     with monkeypatch.context() as patch:
         patch.setattr(EventLog, "append", append)
@@ -403,7 +404,7 @@ def test_a_node_is_called_as_it_was_registered_until_it_has_told_its_own_name(tm
     log = events.EventLog(tmp_path / events.FILE)
     assert run._names_of_nodes(tmp_path, log, resume=True) == {}  # a simulation
     (tmp_path / run_files.NODES_FILE).write_text('{"1": "alder", "2": "birch"}')
-    log.append("site_joined", node=2, site="cedar")
+    log.append(samples.event("site_joined", node=2, site="cedar"))
     assert run._names_of_nodes(tmp_path, log, resume=False) == {1: "alder", 2: "birch"}
     assert run._names_of_nodes(tmp_path, log, resume=True) == {1: "alder", 2: "cedar"}
 
