@@ -15,8 +15,9 @@ from typing import Any, Final
 from common import events, storage
 from common.adapter import adapter
 from common.errors import DataError
-from common.events import Gain
+from common.event_kinds import Measured
 from common.frame import wire
+from common.scores import Figure, Gain
 from server.aggregate.method import State
 from server.evaluate.figures import bootstrap
 from server.evaluate.figures.bootstrap import Scores
@@ -94,7 +95,7 @@ def _measure(suite: Suite, stage: str, adapter_sha256: str) -> Mapping[str, Any]
     figures = {}
     for name, rows in scores.items():
         interval = bootstrap.interval(rows)
-        figures[name] = events.Figure(
+        figures[name] = Figure(
             value=interval.mean,
             low=interval.low,
             high=interval.high,
@@ -103,7 +104,7 @@ def _measure(suite: Suite, stage: str, adapter_sha256: str) -> Mapping[str, Any]
             kind=kinds[name],
         )
     return suite.log.append(
-        events.Measured(
+        Measured(
             stage=stage,
             definition_sha256=suite.sha256,
             adapter_sha256=adapter_sha256,

@@ -18,7 +18,7 @@ from common.adapter import adapter
 from common.adapter.adapter import Tensors
 from common.data import overlap
 from common.errors import ConfigError, ModelError
-from common.events import Event
+from common.event_kinds import Event
 from common.model import base as model
 from common.privacy import plan
 from common.privacy import sites as site_privacy

@@ -20,7 +20,7 @@ from common import storage
 from common.adapter import adapter
 from common.adapter.adapter import Tensors
 from common.errors import ConfigError
-from common.events import Event
+from common.event_kinds import Event
 from common.model import base as model
 from common.model import probe as base_probe
 from common.run import config

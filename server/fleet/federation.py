@@ -9,11 +9,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
-from common import events, site_states
+from common import site_states
 from common.adapter import ranks
 from common.adapter.broadcast import WHOLE, plain_body
 from common.data.rows import Row
 from common.errors import ProtocolError, RemoteError, SilotuneError, TooFewSitesError
+from common.event_kinds import SiteFailed, SiteJoined, SiteRefused, SiteSkipped
 from common.events import EventLog
 from common.frame import wire
 from common.frame.records import ADAPTER, OpenedHead, RoundPlan, SiteMetrics, from_head, to_head
@@ -188,7 +189,7 @@ class Federation:
             site_states.AWAY if answer.is_late else collect.state_of(error),
         )
         self.record("failed", step=step, site=self.name(answer.node_id), **of_error(error))
-        self.log.append(events.SiteFailed(site=self.name(answer.node_id), step=step, state=state, reason=reason))
+        self.log.append(SiteFailed(site=self.name(answer.node_id), step=step, state=state, reason=reason))
 
     def record(self, kind: str, **facts: Any) -> None:
         """Write into the audit log, if one is kept; on the disk when this returns.
@@ -282,9 +283,7 @@ def rejoin(federation: Federation) -> None:
     federation.doubtful.clear()
     join(federation)
     for node_id in sorted(federation.suspects & federation.silent & set(federation.fleet.node_ids())):
-        federation.log.append(
-            events.SiteSkipped(site=federation.name(node_id), state=site_states.AWAY, reason=STILL_SILENT)
-        )
+        federation.log.append(SiteSkipped(site=federation.name(node_id), state=site_states.AWAY, reason=STILL_SILENT))
 
 
 def join(federation: Federation) -> None:
@@ -325,7 +324,7 @@ def _admit(federation: Federation, answer: collect.Answer) -> None:
     federation.sites[answer.node_id] = head
     federation.held[answer.node_id] = head.adapter_sha256
     federation.log.append(
-        events.SiteJoined(
+        SiteJoined(
             node=answer.node_id,
             site=head.site,
             num_examples=head.num_examples,
@@ -368,7 +367,7 @@ def _tell_refusal(federation: Federation, node_id: int, error: SilotuneError) ->
     """Log why a node does not take part, or not yet; under its site's name where that is known."""
     federation.record("refused", step="open", node=str(node_id), **of_error(error))
     federation.log.append(
-        events.SiteRefused(
+        SiteRefused(
             node=node_id,
             site=federation.name(node_id),
             state=collect.state_of(error),

@@ -6,8 +6,10 @@ from typing import Any, Final
 from common import events
 from common.adapter import adapter
 from common.errors import ProtocolError, SilotuneError
+from common.event_kinds import Evaluated, EvaluationStarted, Event, NotEvaluated, SiteEvaluated
 from common.frame.records import RoundPlan, SiteMetrics, from_head, to_head
 from common.loss import evaluation
+from common.scores import SiteFigures
 from server.aggregate import weights
 from server.aggregate.method import State
 from server.fleet import collect, sampling
@@ -52,7 +54,7 @@ def evaluate(federation: Federation, state: State, *, num_rounds: int, generate:
     if told is None or (is_late and "sites" in told and len(told["stale"]) == len(told["sites"])):
         own = told["server_loss"] if told else _own_loss(federation, state)
         told = {"server_loss": own, "reason": TOO_LATE}
-    kind = events.Evaluated if "sites" in told else events.NotEvaluated
+    kind = Evaluated if "sites" in told else NotEvaluated
     federation.log.append(kind(num_rounds=num_rounds, adapter_sha256=adapter.digest(state), **told))
     return told.get("loss")
 
@@ -73,7 +75,7 @@ def recall(federation: Federation, *, num_rounds: int) -> None:
                     federation.metrics[site] = SiteMetrics(**names, **sums, seconds=0.0)
 
 
-def _past(federation: Federation) -> list[events.Event]:
+def _past(federation: Federation) -> list[Event]:
     """The run's events so far."""
     return events.read(federation.log.path) if federation.log.path.exists() else []
 
@@ -97,14 +99,14 @@ def ask(federation: Federation, state: State, plan: RoundPlan) -> dict[str, Any]
     nodes, counted = _panel(federation)
     frames = federation.request("evaluate", plan, state, nodes=nodes)
     fresh, bytes_up = set(), 0
-    federation.log.tell(events.EvaluationStarted(sites=[federation.name(node_id) for node_id in nodes]))
+    federation.log.tell(EvaluationStarted(sites=[federation.name(node_id) for node_id in nodes]))
     for answer in federation.ask(frames, kind="evaluate"):
         bytes_up += len(answer.frame or b"")
         metrics = _read(federation, answer, plan)
         if metrics is not None:
             federation.metrics[metrics.site] = metrics
             fresh.add(metrics.site)
-            federation.log.tell(events.SiteEvaluated(site=metrics.site))
+            federation.log.tell(SiteEvaluated(site=metrics.site))
     told_now = [federation.metrics[site] for site in sorted(federation.metrics.keys() & counted)]
     own = _own_loss(federation, state)
     told = _told(federation, told_now, is_base=not plan.round_index, fresh=fresh, server_loss=own)
@@ -240,9 +242,9 @@ def _told(
     }
 
 
-def _figures(metrics: SiteMetrics, *, change: float | None) -> events.SiteFigures:
+def _figures(metrics: SiteMetrics, *, change: float | None) -> SiteFigures:
     """One site's, for the events."""
-    return events.SiteFigures(
+    return SiteFigures(
         loss=metrics.loss,
         num_rows=metrics.num_rows,
         exact_match=exact_match([metrics]),

@@ -11,6 +11,7 @@ from typing import Final
 
 from common import cli, events, extras, storage
 from common.errors import ConfigError, DataError, RunBusyError, SilotuneError, StorageError
+from common.event_kinds import RunFailed
 from common.events import EventLog
 from common.run import config
 from common.run.manifest import RunManifest, parse
@@ -82,7 +83,7 @@ def report_failure(log: EventLog, error: BaseException) -> str:
     if isinstance(error, RunBusyError):
         return code
     with suppress(StorageError):
-        log.append(events.RunFailed(error=kind, reason=reason, exit_code=exit_code))
+        log.append(RunFailed(error=kind, reason=reason, exit_code=exit_code))
     return code
 
 

@@ -13,7 +13,8 @@ from common import events, storage
 from common.adapter import adapter
 from common.adapter.adapter import Tensors
 from common.errors import ConfigError, GateRefused, ModelError
-from common.events import Event, EventLog, Gated, GatedLater
+from common.event_kinds import Event, Gated, GatedLater
+from common.events import EventLog
 from common.frame import wire
 from common.run import config
 from common.run.manifest import RunManifest

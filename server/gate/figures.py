@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from common.events import Event
+from common.event_kinds import Event
 from common.privacy import plan
 from common.run import config
 from server.evaluate import measure

@@ -5,8 +5,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from common.events import Verdict
 from common.run.schema.gate import FigureLimit, GateConfig
+from common.scores import Verdict
 from server.gate.figures import Figures
 from server.view import fairness
 from server.view import figures as view

@@ -9,7 +9,8 @@ baseline, end none.
 from collections.abc import Sequence
 
 from common import events
-from common.events import Event, EventLog
+from common.event_kinds import Event, Stopped
+from common.events import EventLog
 from common.run import config
 from server.evaluate import measure
 from server.gate import figures, rules
@@ -26,7 +27,7 @@ def ends(run: config.RunConfig, log: EventLog, *, num_rounds: int) -> bool:
         return False
     if not any(event["kind"] == "stopped" and event["num_rounds"] == num_rounds for event in past):
         reason = f"{len(bad)} evaluations in a row were bad, gate.stop_after is {run.gate.stop_after}; {bad[-1]}"
-        log.append(events.Stopped(num_rounds=num_rounds, reason=reason))
+        log.append(Stopped(num_rounds=num_rounds, reason=reason))
     return True
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.adapter import adapter
-from common.events import NotEvaluated, PolishEvaluated
+from common.event_kinds import NotEvaluated, PolishEvaluated
 from common.frame.records import RoundPlan
 from common.run.config import RunConfig
 from server.fleet import federation, sites

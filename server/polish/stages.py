@@ -19,6 +19,7 @@ from common import events, storage
 from common.adapter import adapter
 from common.adapter.adapter import Tensors
 from common.errors import ConfigError, DataError, ModelError
+from common.event_kinds import PolishFinished, PolishStarted, PolishStep
 from common.events import EventLog
 from common.frame import wire
 from common.frame.records import TensorSpec
@@ -88,7 +89,7 @@ class _Teller:
             self.last = step
             figures = {name: told[name] for name in ("loss", "reward", "rewards/margins", "kl") if name in told}
             self.log.append(
-                events.PolishStep(stage=self.stage, step=step, num_steps=self.num_steps, figures=_rounded(figures))
+                PolishStep(stage=self.stage, step=step, num_steps=self.num_steps, figures=_rounded(figures))
             )
 
 
@@ -136,7 +137,7 @@ def _play_and_keep(fed: Federation, number: int, stage: PolishStage, before: Ten
     facts = _facts(fed, number, stage, found, played) | {"seconds": round(fed.clock() - began, 3)}
     _save(folder_of(fed.folder, number, stage), stage, before, played, engine=engine, facts=facts)
     shutil.rmtree(place)
-    fed.log.append(events.PolishFinished(**facts))
+    fed.log.append(PolishFinished(**facts))
     return played.tensors
 
 
@@ -267,7 +268,7 @@ def _origin(stage: PolishStage, start: Tensors, found: StageRows) -> dict[str, A
 def _tell_begin(fed: Federation, number: int, stage: PolishStage, found: StageRows, *, num_done: int) -> None:
     """Say that a stage begins, or goes on."""
     fed.log.append(
-        events.PolishStarted(
+        PolishStarted(
             stage=stage.name,
             trainer=stage.kind,
             number=number,
@@ -308,7 +309,7 @@ def _tell_again(fed: Federation, folder: Path) -> None:
     facts = json.loads((folder / RECORD_FILE).read_bytes())["finished"]
     log = events.read(fed.log.path) if fed.log.path.is_file() else []
     if facts["number"] not in [event["number"] for event in log if event["kind"] == "polish_finished"]:
-        fed.log.append(events.PolishFinished(**facts))
+        fed.log.append(PolishFinished(**facts))
 
 
 def _reward(stage: PolishStage, engine: Engine, judge: reward_model.RewardModel | None) -> rewards.Reward | None:

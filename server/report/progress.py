@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from common.events import Event
+from common.event_kinds import Event
 from server.view.round_rows import Row
 
 BAR_COLUMNS: Final = 20

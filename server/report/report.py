@@ -11,7 +11,7 @@ import jinja2
 
 from common import events, site_states, storage
 from common.data import overlap
-from common.events import Event
+from common.event_kinds import Event
 from server.folder import begun, lock
 from server.report import symptoms, worth
 from server.report.terminal import percent, size

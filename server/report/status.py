@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common import events
-from common.events import Event
+from common.event_kinds import Event
 from server.folder import begun, lock, run_files
 from server.report import report
 from server.report import symptoms as troubleshooting
@@ -52,7 +52,7 @@ def read(folder: Path) -> dict[str, Any]:
     }
 
 
-def _privacy(log: list[events.Event]) -> dict[str, Any]:
+def _privacy(log: list[Event]) -> dict[str, Any]:
     """What the rounds so far have cost a site as a whole; empty for another run."""
     plans = [event for event in log if event["kind"] == "run_started"]
     done = [event for event in log if event["kind"] == "round_finished" and "epsilon" in event]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from common.events import Event
+from common.event_kinds import Event
 from server.view import export, figures
 from server.view import gate as words
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from common import site_states
 from common.data import overlap
-from common.events import Event
+from common.event_kinds import Event
 from server.report.progress import Moving, Progress, duration
 from server.view import by_precision, export, gate, round_rows
 from server.view import figures as view

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from common.errors import GateRefused
-from common.events import Event
+from common.event_kinds import Event
 from server.evaluate.figures import intervals
 from server.evaluate.figures.intervals import Estimate
 from server.view import figures, gate, polish

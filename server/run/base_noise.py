@@ -7,12 +7,13 @@ from typing import Final
 
 import torch
 
-from common.events import BaseNoise, PrecisionNoise
+from common.event_kinds import BaseNoise
 from common.model import layerwise
 from common.model.base import Engine
 from common.model.layerwise import Layer
 from common.run.schema import precisions
 from common.run.schema.model import ModelConfig
+from common.scores import PrecisionNoise
 
 OTHERS: Final = "all others"
 

@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from common import events
+from common import event_kinds
 from common.adapter import adapter
 from common.errors import DataError, ModelError
 from common.events import EventLog
@@ -84,7 +84,7 @@ def write(run_folder: Path, source: Exported, *, base: Path, log: EventLog) -> N
         except ModelError:
             shutil.rmtree(place, ignore_errors=True)
             raise
-    log.append(events.Exported(folder=FOLDER, adapter_sha256=adapter.digest(source.tensors), **found))
+    log.append(event_kinds.Exported(folder=FOLDER, adapter_sha256=adapter.digest(source.tensors), **found))
 
 
 def _rows(source: Exported) -> Path | None:

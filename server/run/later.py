@@ -16,7 +16,8 @@ from common import events, storage
 from common.adapter import adapter
 from common.adapter.adapter import Tensors
 from common.errors import ConfigError, DataError, GateRefused
-from common.events import Event, EventLog
+from common.event_kinds import Derived, Event, LaterFinished, LaterStarted
+from common.events import EventLog
 from common.model import base as model
 from common.model import loading, store
 from common.model.base import Engine
@@ -198,10 +199,8 @@ def finish(folder: Path, log: Sequence[Event], *, stage: str) -> Path | None:
     digests = {
         polish.label(e["number"], e["stage"]): e["adapter_sha256"] for e in log if e["kind"] == "polish_finished"
     }
-    outcome = events.LaterFinished(
-        number=made.number, addendum_sha256=made.sha256, stage=stage, adapter_sha256=digests[stage]
-    )
-    known = [event for event in events.read(origin / events.FILE) if isinstance(event, events.LaterFinished)]
+    outcome = LaterFinished(number=made.number, addendum_sha256=made.sha256, stage=stage, adapter_sha256=digests[stage])
+    known = [event for event in events.read(origin / events.FILE) if isinstance(event, LaterFinished)]
     if outcome not in [dataclasses.replace(event, time=0.0, line="") for event in known]:
         EventLog(origin / events.FILE).append(outcome)
     return origin
@@ -335,7 +334,7 @@ def _fill(
     addendum.write(partial, made)
     storage.write_atomic(partial / events.FILE, "".join(f"{event.line}\n" for event in kept).encode())
     EventLog(partial / events.FILE).append(
-        events.Derived(**_facts(made), versions=dict(made.versions), refused=_refused(log, made))
+        Derived(**_facts(made), versions=dict(made.versions), refused=_refused(log, made))
     )
     try:
         partial.rename(folder)
@@ -382,4 +381,4 @@ def _tell(run_folder: Path, folder: Path) -> None:
     known = [event for event in events.read(run_folder / events.FILE) if event["kind"] == "later_started"]
     if made.sha256 not in [event["addendum_sha256"] for event in known]:
         place = folder.relative_to(run_folder).as_posix()
-        EventLog(run_folder / events.FILE).append(events.LaterStarted(folder=place, **_facts(made)))
+        EventLog(run_folder / events.FILE).append(LaterStarted(folder=place, **_facts(made)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from common import cli, events, storage
 from common.errors import GateRefused, ProtocolError, TransportError
-from common.events import Event, RunFailed
+from common.event_kinds import End, Event, RunFailed
 from common.privacy import plan
 from common.run import config
 from common.run.catalogue.methods import FACTS
@@ -129,7 +129,7 @@ def watch(folder: Path, *, is_quiet: bool) -> dict[str, Any]:
     past, is_live = events.read(path) if path.is_file() else [], lock.is_live(folder)
     starts = [number for number, event in enumerate(past) if event["kind"] == "run_started"]
     num_skipped = starts[-1] if starts else 0
-    if is_live and past and isinstance(past[-1], events.End):
+    if is_live and past and isinstance(past[-1], End):
         num_skipped = len(past)  # of an earlier try: the one that is live loads its base
     with _watched(folder):
         for last in events.follow(path, is_over=lambda: not lock.is_live(folder), num_skipped=num_skipped, poll_s=1.0):
@@ -143,8 +143,8 @@ def _ending(folder: Path, last: Event | None) -> dict[str, Any]:
     if last and last.kind in TOLD_AFTER:
         told = reversed(events.read(folder / events.FILE))
         latest = itertools.takewhile(lambda event: event["kind"] != "run_started", told)
-        last = next((event for event in latest if isinstance(event, events.End)), last)
-    if not isinstance(last, events.End) or (isinstance(last, RunFailed) and last.error == events.INTERRUPTED):
+        last = next((event for event in latest if isinstance(event, End)), last)
+    if not isinstance(last, End) or (isinstance(last, RunFailed) and last.error == events.INTERRUPTED):
         raise ProtocolError(f"{folder}: the run was interrupted, its process is gone; {begun.go_on(folder)}")
     if isinstance(last, RunFailed):
         if last.error == GateRefused.__name__:

@@ -6,6 +6,7 @@ from typing import Any
 
 from common import events
 from common.errors import ConfigError, SilotuneError, TooFewSitesError, WireError
+from common.event_kinds import RoundFinished, RoundStarted, SiteTrained
 from common.frame.records import RoundPlan, UpdateHead
 from common.privacy import clipping
 from common.privacy import sites as site_privacy
@@ -107,7 +108,7 @@ def play(fed: Federation, state: State, *, round_index: int) -> State:
     fed.record("aggregated", round_index=round_index, num_updates=len(tally.heads), adapter_sha256=digest)
     checkpoint.prune(fed.folder, num_kept=fed.manifest.run.output.keep_checkpoints)
     fed.log.append(
-        events.RoundFinished(
+        RoundFinished(
             round=round_index,
             adapter_sha256=digest,
             num_updates=len(tally.heads),
@@ -130,7 +131,7 @@ def _gather(fed: Federation, state: State, *, round_index: int) -> tuple[Tally, 
     source = fed.make_noise(round_index)
     cohort = _choose(fed, round_index, source)
     plan = RoundPlan(fed.manifest.sha256, round_index)
-    fed.log.append(events.RoundStarted(round=round_index, sites=[fed.name(node) for node in cohort]))
+    fed.log.append(RoundStarted(round=round_index, sites=[fed.name(node) for node in cohort]))
     frames = fed.request("train", plan, state, nodes=cohort)
     tally = _collect(fed, state, plan, frames, source)
     _require_quorum(fed, tally, round_index, num_drawn=len(cohort))
@@ -265,7 +266,7 @@ def _claims(
     for head, change, num_bytes in updates:
         shorter, length = clipping.scaled(change, run.aggregation.max_update_norm)
         told = None if run.privacy.is_private_per_site else length
-        fed.log.append(events.SiteTrained(**_of_training(head), update_norm=told, bytes_up=num_bytes))
+        fed.log.append(SiteTrained(**_of_training(head), update_norm=told, bytes_up=num_bytes))
         yield head.site, float(head.num_examples) if by_rows else 1.0, (head, shorter)
 
 

@@ -12,7 +12,8 @@ from common import events, storage
 from common.adapter import adapter, start
 from common.adapter.adapter import Tensors
 from common.errors import ConfigError, SilotuneError
-from common.events import Event, EventLog
+from common.event_kinds import Event, RunFinished, RunStarted, TasksOverlap, Warned
+from common.events import EventLog
 from common.frame.records import to_head
 from common.model import base, layerwise, loading
 from common.model.base import Engine
@@ -162,12 +163,12 @@ def _execute(
     )
     stages.check(settings, engine, fed.apart)
     run_export.check(manifest, engine)
-    log.append(events.RunStarted(**plan(manifest, engine), **told, first_round=first.num_rounds))
+    log.append(RunStarted(**plan(manifest, engine), **told, first_round=first.num_rounds))
     for error in damaged:
-        log.append(events.Warned(reason=f"{error}: going on after round {first.num_rounds}, the newest that is whole"))
+        log.append(Warned(reason=f"{error}: going on after round {first.num_rounds}, the newest that is whole"))
     _tell_beforehand(fed, engine)
     if found := kept_apart.warnings(measured.tasks, known or KnownRows()):
-        log.append(events.TasksOverlap(reasons=found))
+        log.append(TasksOverlap(reasons=found))
     with _recorded(fed, first.tensors, first_round=first.num_rounds):
         federation.wait_for_sites(fed)
         tensors = rounds.run(fed, first.tensors, first_round=first.num_rounds)
@@ -214,7 +215,7 @@ def _tell_beforehand(fed: Federation, engine: Engine) -> None:
     if settings.model.site_quantization:
         fed.log.append(base_noise.as_event(settings.model, base_noise.measure(engine, settings.model)))
     if fed.method.facts.is_experimental:
-        fed.log.append(events.Warned(reason=EXPERIMENTAL.format(method=settings.aggregation.method)))
+        fed.log.append(Warned(reason=EXPERIMENTAL.format(method=settings.aggregation.method)))
 
 
 def finish(fed: Federation, tensors: Tensors, played: Sequence[stages.Finished]) -> Outcome:
@@ -232,7 +233,7 @@ def finish(fed: Federation, tensors: Tensors, played: Sequence[stages.Finished])
     if fed.method.facts.is_personal or fed.suite is None:
         num_rounds = run_files.finished(folder)[-1]
         sites = trained_sites(events.read(log.path), num_rounds=num_rounds)
-        log.append(events.RunFinished(adapter="", num_rounds=num_rounds, stage=measure.FINAL))
+        log.append(RunFinished(adapter="", num_rounds=num_rounds, stage=measure.FINAL))
         return Outcome(tensors, sites, folder)
     chosen = decide.choose(manifest.run, decide.of_end(folder, manifest, tensors, played), suite=fed.suite)
     history = events.read(log.path)
@@ -256,7 +257,7 @@ def finish(fed: Federation, tensors: Tensors, played: Sequence[stages.Finished])
         evaluation=manifest.run.evaluation,
     )
     run_export.write(folder, source, base=fed.suite.engine.folder, log=log)
-    log.append(events.RunFinished(adapter=run_files.EXPORT_FOLDER, num_rounds=chosen.num_rounds, stage=chosen.stage))
+    log.append(RunFinished(adapter=run_files.EXPORT_FOLDER, num_rounds=chosen.num_rounds, stage=chosen.stage))
     return Outcome(chosen.tensors, sites, folder)
 
 

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 
 from common import events
+from common.event_kinds import Screened
 from common.frame.records import UpdateHead
+from common.scores import Seen
 from server.aggregate import screen
 from server.aggregate.method import State
 from server.fleet.federation import Federation
@@ -25,8 +27,8 @@ def passed(fed: Federation, updates: Iterator[Update], *, round_index: int) -> I
     for site in sorted(dropped):
         fed.record("screened", round_index=round_index, site=site)
     sites = {
-        site: events.Seen(norm=seen.norm, cosine=seen.cosine, reasons=seen.reasons, is_left_out=site in dropped)
+        site: Seen(norm=seen.norm, cosine=seen.cosine, reasons=seen.reasons, is_left_out=site in dropped)
         for site, seen in found.items()
     }
-    fed.log.append(events.Screened(round=round_index, sites=sites))
+    fed.log.append(Screened(round=round_index, sites=sites))
     yield from (waiting[site] for site in waiting if site not in dropped)

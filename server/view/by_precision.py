@@ -4,10 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.events import Event, PrecisionLoss
+from common.event_kinds import Event
 from common.frame.records import SiteMetrics
 from common.run.schema import precisions
 from common.run.schema.model import ModelConfig
+from common.scores import PrecisionLoss
 
 
 def quantization(plan: Event) -> str:

@@ -3,7 +3,7 @@
 import datetime
 from collections.abc import Iterator, Sequence
 
-from common.events import Event
+from common.event_kinds import Event
 
 
 def of_run(log: Sequence[Event]) -> list[tuple[str, str]]:

@@ -5,7 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from common.events import Event, Fairness, Spread
+from common.event_kinds import Event
+from common.scores import Fairness, Spread
 
 MIN_SITES: Final = 3
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from common.events import Event
+from common.event_kinds import Event
 
 BASE: Final = "base"  # labels of what stages are held against
 PROMPT_ONLY: Final = "prompt-only"

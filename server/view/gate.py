@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.events import Event
+from common.event_kinds import Event
 from server.view import figures
 
 

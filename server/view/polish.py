@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
-from common.events import Event
+from common.event_kinds import Event
 from common.run.schema.polish import EXPERIMENTAL
 
 LABEL: Final = "polish-"  # how labels of stages after the rounds begin

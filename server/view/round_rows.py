@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.events import Event, RunFinished
+from common.event_kinds import Event, RunFinished
 from server.view import figures, gaps, gate
 
 

@@ -14,11 +14,13 @@ from rich.table import Table
 from common import cli
 from common.data import overlap
 from common.errors import ConfigError
-from common.events import EventLog, Overlap, Shared
+from common.event_kinds import Overlap
+from common.events import EventLog
 from common.model import store
 from common.privacy import plan
 from common.run import config, manifest
 from common.run.catalogue.methods import FACTS
+from common.scores import Shared
 from server.folder import begun, run_files
 from server.report import status
 from server.report.terminal import Screen, percent

@@ -24,6 +24,7 @@ from flwr.app.user_config import UserConfig
 from client.courier import line
 from common import cli, events, quiet
 from common.errors import RemoteError, TransportError
+from common.event_kinds import Event, RunFailed
 from common.events import EventLog
 from server.run import link
 from server.run.link import Link, RunState
@@ -110,7 +111,7 @@ def run(sites: Sequence[Site], *, log: EventLog, config: UserConfig, timeout_s: 
         state = wait(running, run_id, timeout_s=_END_S)
         (logs / SERVER_LOG).write_text(running.link.log_of(run_id))
     if not state.is_completed:
-        reason = last.reason if isinstance(last, events.RunFailed) else "its server process ended"
+        reason = last.reason if isinstance(last, RunFailed) else "its server process ended"
         raise RemoteError(f"the run failed: {reason}; see {logs / SERVER_LOG}")
 
 
@@ -129,7 +130,7 @@ def wait(running: Federation, run_id: int, *, timeout_s: float) -> RunState:
     return running.link.state(run_id)
 
 
-def _relay(running: Federation, run_id: int, log: EventLog, *, num_old: int, timeout_s: float) -> events.Event | None:
+def _relay(running: Federation, run_id: int, log: EventLog, *, num_old: int, timeout_s: float) -> Event | None:
     """Tell the events that the server's process writes to those who listen here; returns the last one."""
     end = time.monotonic() + timeout_s
 
@@ -137,7 +138,7 @@ def _relay(running: Federation, run_id: int, log: EventLog, *, num_old: int, tim
         _check(running.processes, what="the run to end", end=end, timeout_s=timeout_s)
         return running.link.state(run_id).is_finished
 
-    last: events.Event | None = None
+    last: Event | None = None
     for last in events.follow(log.path, is_over=is_over, num_skipped=num_old, poll_s=2 * _POLL_S):
         for listener in log.listeners:
             listener(last)

@@ -19,7 +19,8 @@ from flwr.serverapp import Grid
 from client.agent.agent import SiteData
 from common import events, site_states, storage
 from common.errors import TooFewSitesError
-from common.events import Event, EventLog
+from common.event_kinds import Event, RunFailed, SiteFailed, SiteRefused
+from common.events import EventLog
 from common.frame import wire
 from common.frame.wire import Frame
 from common.model.base import Engine
@@ -177,7 +178,7 @@ class _Hearer:
 
     def __call__(self, event: Event) -> None:
         """Pass an event on, with the reason behind a reference."""
-        if isinstance(event, events.SiteRefused | events.SiteFailed | events.RunFailed):
+        if isinstance(event, SiteRefused | SiteFailed | RunFailed):
             event = dataclasses.replace(event, reason=_REFERENCE.sub(self._reason, event.reason))
         for listener in self.log.listeners:
             listener(event)

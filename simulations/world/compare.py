@@ -17,10 +17,12 @@ from client.agent.agent import SiteData
 from common import events, storage
 from common.adapter.adapter import Tensors
 from common.errors import DataError
-from common.events import Arm, Event, EventLog
+from common.event_kinds import ArmFinished, ArmStarted, ArmStep, Compared, Event, SiteStep
+from common.events import EventLog
 from common.frame import wire
 from common.model.base import Engine
 from common.run import config
+from common.scores import Arm, SiteScore
 from server.aggregate.methods import table
 from server.fleet import federation
 from server.fleet import sites as held_out
@@ -79,12 +81,12 @@ def compare(shared: World, log: EventLog) -> dict[str, Arm]:
     equal = with_rows(single, used, data=pooled, num_rounds=num_rounds)
     arms["centralised"] = (pooled, equal)
     for name, (data, settings) in arms.items():
-        log.append(events.ArmStarted(arm=name))
+        log.append(ArmStarted(arm=name))
         site = name.removeprefix("site-")
         tensors = _train_alone(shared, name, {site: data}, settings, log)
         used = rows_used(_trainings(shared.folder / "arms" / name), settings, {site: data})
         results[name] = _scored(judge, name, tensors, log, rows_used=used)
-    compared = log.append(events.Compared(comparison=results))
+    compared = log.append(Compared(comparison=results))
     storage.write_atomic(shared.folder / COMPARISON_FILE, wire.canonical_json(compared.as_dict()["comparison"]) + b"\n")
     return results
 
@@ -120,8 +122,7 @@ class Judge:
             raise DataError("no site tells held-out figures, by which arms are compared; set data.held_out_fraction")
         metrics = self._federation.metrics
         sites = {
-            m.site: events.SiteScore(held_out_loss=m.loss, exact_match=held_out.exact_match([m]))
-            for m in metrics.values()
+            m.site: SiteScore(held_out_loss=m.loss, exact_match=held_out.exact_match([m])) for m in metrics.values()
         }
         return Arm(
             held_out_loss=loss,
@@ -134,7 +135,7 @@ class Judge:
 def _scored(judge: Judge, name: str, tensors: Tensors, log: EventLog, *, rows_used: int) -> Arm:
     """Score an arm and log it."""
     result = judge.score(tensors, rows_used=rows_used)
-    log.append(events.ArmFinished(arm=name, **vars(result)))
+    log.append(ArmFinished(arm=name, **vars(result)))
     return result
 
 
@@ -152,8 +153,8 @@ def _train_alone(
     log = run_files.prepare(settings, folder)
 
     def tell(event: Event) -> None:
-        if isinstance(event, events.SiteStep):
-            watched.tell(events.ArmStep(arm=name, round=event.round, step=event.step, num_steps=event.num_steps))
+        if isinstance(event, SiteStep):
+            watched.tell(ArmStep(arm=name, round=event.round, step=event.step, num_steps=event.num_steps))
 
     log.watchers.append(tell)
     outcome = run.in_process(

@@ -21,7 +21,8 @@ from common.data.overlap import Overlap
 from common.data.problems import Problems, at_site
 from common.data.rows import Columns, Row
 from common.errors import ConfigError
-from common.events import EventLog, SiteStep
+from common.event_kinds import SiteStep
+from common.events import EventLog
 from common.model import loading, store
 from common.model.base import Engine
 from common.privacy.noise import Noise, SeededNoise

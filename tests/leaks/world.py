@@ -11,7 +11,7 @@ from pathlib import Path
 from client.memory.history import AUDIT_FILE
 from client.policy import file as policy_file
 from common import events
-from common.events import Event
+from common.event_kinds import Event
 from common.run.config import RunConfig
 from common.trust import identity, journal
 from common.trust.journal import Entry

@@ -6,7 +6,8 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 
-from common import events
+from common import event_kinds
+from common.event_kinds import Event
 from server.view import fairness
 
 BLANKS = {str: "", int: 0, float: 0.0, bool: False}
@@ -31,15 +32,15 @@ PLAN = {
 }
 
 
-def event(kind: str, **fields) -> events.Event:
+def event(kind: str, **fields) -> Event:
     """An event of a kind; what is not given is blank."""
     return whole({"kind": kind, **fields})
 
 
-def whole(told: Mapping) -> events.Event:
+def whole(told: Mapping) -> Event:
     """The event of a line in which only a few fields are given."""
-    fields = _filled(events.KINDS[told["kind"]], told)
-    return events.parse(json.dumps(fields, default=dict).encode())
+    fields = _filled(event_kinds.KINDS[told["kind"]], told)
+    return event_kinds.parse(json.dumps(fields, default=dict).encode())
 
 
 def raw(path) -> list[dict]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.adapter import adapter
 from common.adapter.adapter import Tensors
-from common.events import Evaluated, Event
+from common.event_kinds import Evaluated, Event
 from common.frame import wire
 from common.frame.records import ADAPTER
 from common.frame.wire import Frame

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from client.agent.agent import SiteData
-from common.events import Evaluated, Event
+from common.event_kinds import Evaluated, Event
 from common.run import config
 from server.folder import run_files
 from simulations.bench.arms import process

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common.events import Event, RoundFinished, RoundStarted
+from common.event_kinds import Event, RoundFinished, RoundStarted
 from server.report import report
 from simulations.bench.arms import process
 from simulations.commands import commands

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from common import events
+from common import event_kinds, events
 from common.errors import DataError, StorageError
-from common.events import EventLog, Stopped, Tail, Unknown, Warned
+from common.event_kinds import PolishStep, Stopped, Unknown, Warned
+from common.events import EventLog, Tail
 from tests.samples import events as samples
 
 
@@ -25,7 +26,7 @@ def test_an_event_is_a_line_with_kind_time_and_fields(log):
     assert log.path.read_text() == '{"kind": "stopped", "time": 12.346, "num_rounds": 3, "reason": "zürich"}\n'
 
 
-@pytest.mark.parametrize("kind", sorted(events.KINDS))
+@pytest.mark.parametrize("kind", sorted(event_kinds.KINDS))
 def test_an_event_of_each_kind_is_read_as_it_was_written(log, kind):
     written = log.append(samples.event(kind))
     assert events.read(log.path) == [written]
@@ -134,7 +135,7 @@ def test_a_missing_file_asks_whether_this_is_a_run(tmp_path):
 
 def test_numbers_that_json_does_not_have_are_a_mistake_of_the_caller(log):
     with pytest.raises(ValueError, match="JSON"):
-        log.append(events.PolishStep(stage="a", step=1, num_steps=2, figures={"loss": float("nan")}))
+        log.append(PolishStep(stage="a", step=1, num_steps=2, figures={"loss": float("nan")}))
     assert not log.path.exists()
 
 
@@ -215,9 +216,9 @@ def test_a_tail_reads_each_line_once_and_a_cut_one_when_it_is_whole(log):
 def test_a_tail_reads_no_more_than_was_added(log, monkeypatch):
     for number in range(200):
         log.append(Warned(reason=str(number)))
-    tail, parsed, real = Tail(log.path), [], events.parse
+    tail, parsed, real = Tail(log.path), [], event_kinds.parse
     tail.look()
-    monkeypatch.setattr(events, "parse", lambda line: parsed.append(line) or real(line))
+    monkeypatch.setattr(event_kinds, "parse", lambda line: parsed.append(line) or real(line))
     log.append(Warned(reason="new"))
     assert (looked(tail), len(parsed)) == (["new"], 1)
     assert len(events.read(log.path)) == 201  # control: a reader without a place parses all

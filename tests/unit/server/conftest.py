@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from common import events
+from common.event_kinds import Event
 from common.model.base import Engine
 from common.run.manifest import RunManifest
 from server.export.folder import Exported
@@ -34,10 +35,10 @@ def nodes(engine: Engine) -> dict[int, Node]:
 
 
 @pytest.fixture
-def told(tmp_path: Path) -> Callable[[str], list[events.Event]]:
+def told(tmp_path: Path) -> Callable[[str], list[Event]]:
     """The run's events of one kind, so far."""
 
-    def read(kind: str) -> list[events.Event]:
+    def read(kind: str) -> list[Event]:
         path = tmp_path / "run" / "events.jsonl"
         return [event for event in events.read(path) if event["kind"] == kind] if path.exists() else []
 

@@ -10,6 +10,7 @@ from flwr.supercore.control import ControlHttpClient
 
 from common import events
 from common.errors import DataError, ProtocolError, RunBusyError, TransportError
+from common.event_kinds import RunFailed, RunFinished
 from common.events import EventLog
 from server.folder import lock, run_files
 from server.gate import decide
@@ -117,14 +118,14 @@ def test_status_shows_what_can_be_read_of_damaged_events_and_a_resume_names_the_
 def test_a_run_can_be_watched_again_to_its_end(folder, other, capsys):
     end = {"adapter": "adapter", "num_rounds": 2, "stage": "final"}
     log = EventLog(folder / events.FILE)
-    threading.Timer(1.5, lambda: (log.append(events.RunFinished(**end)), other.kill())).start()
+    threading.Timer(1.5, lambda: (log.append(RunFinished(**end)), other.kill())).start()
     assert launch.watch(folder, is_quiet=True)["status"] == "finished"
 
 
 def test_watching_a_run_whose_process_is_gone_says_how_to_go_on(folder, capsys):
     with pytest.raises(ProtocolError, match=r"interrupted.*--resume"):
         launch.watch(folder, is_quiet=True)
-    EventLog(folder / events.FILE).append(events.RunFailed(error="TooFewSitesError", reason="too few", exit_code=6))
+    EventLog(folder / events.FILE).append(RunFailed(error="TooFewSitesError", reason="too few", exit_code=6))
     with pytest.raises(ProtocolError, match="the run failed: too few"):
         launch.watch(folder, is_quiet=True)
 

@@ -13,6 +13,7 @@ from client.policy.rules import Usage
 from common import events
 from common.adapter import adapter
 from common.errors import ConfigError, PolicyRefusedError
+from common.event_kinds import Event
 from common.frame import wire
 from common.loss import evaluation
 from common.model import base as model
@@ -92,7 +93,7 @@ def whole(shared_engine, tiny_base, tmp_path_factory) -> tuple[World, Path]:
     return world, world.play(world.settings({**RULES, **asked}, {}, harm))
 
 
-def of(folder: Path, kind: str) -> list[events.Event]:
+def of(folder: Path, kind: str) -> list[Event]:
     return [event for event in events.read(folder / events.FILE) if event["kind"] == kind]
 
 

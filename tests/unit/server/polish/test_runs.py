@@ -13,6 +13,7 @@ from rich.console import Console
 from common import events
 from common.adapter import adapter
 from common.errors import ConfigError, DataError, GateRefused, ModelError
+from common.event_kinds import Event
 from common.model.base import Engine
 from common.run import config
 from common.run.schema.gate import GateConfig
@@ -46,7 +47,7 @@ class World:
         folder = self.folder / name
         log = run_files.prepare(self.settings, folder, resume=resume)
 
-        def listen(event: events.Event) -> None:
+        def listen(event: Event) -> None:
             if event["kind"] == "polish_step" and event["stage"] == stop_at:
                 raise KeyboardInterrupt
 
@@ -74,7 +75,7 @@ def world(shared_engine, tiny_base, tmp_path_factory) -> World:
     return made
 
 
-def of(folder, kind: str) -> list[events.Event]:
+def of(folder, kind: str) -> list[Event]:
     return [event for event in events.read(folder / events.FILE) if event["kind"] == kind]
 
 
@@ -176,7 +177,7 @@ def test_stages_that_changed_the_adapter_come_before_rounds_where_one_is_chosen_
 
 
 def test_a_stage_that_the_gate_refuses_gives_way_to_the_one_before(world):
-    def gated(stage: str, is_passed: bool) -> events.Event:
+    def gated(stage: str, is_passed: bool) -> Event:
         told = {"kind": "gated", "stage": stage, "num_rounds": 1, "adapter_sha256": stage, "verdicts": []}
         return {**told, "is_passed": is_passed}
 

@@ -8,6 +8,7 @@ import torch
 
 from common import events
 from common.adapter import adapter
+from common.event_kinds import Event
 from common.run import config
 from common.run.schema.polish import PolishStage
 from server.folder import run_files
@@ -154,6 +155,6 @@ def test_a_run_that_was_stopped_within_a_stage_goes_on_there_and_leaves_no_pickl
         }  # fmt: skip
 
 
-def interrupt(event: events.Event, stop_at: int) -> None:
+def interrupt(event: Event, stop_at: int) -> None:
     if event["kind"] == "polish_step" and event["step"] == stop_at:
         raise KeyboardInterrupt

@@ -15,6 +15,7 @@ from rich.console import Console
 from common import events
 from common.adapter import adapter
 from common.errors import ConfigError, DataError, GateRefused, RunBusyError
+from common.event_kinds import Event
 from common.events import EventLog
 from common.privacy import plan
 from common.run import config
@@ -111,7 +112,7 @@ def polished(world) -> tuple[Path, Path, dict]:
     return folder, Path(told["folder"]), told
 
 
-def of(folder: Path, kind: str) -> list[events.Event]:
+def of(folder: Path, kind: str) -> list[Event]:
     return [event for event in events.read(folder / events.FILE) if event["kind"] == kind]
 
 

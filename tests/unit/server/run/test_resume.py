@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from common import events, storage
+from common.event_kinds import Event
 from server.fleet import federation, sites
 from server.folder import checkpoint, run_files
 from server.run import run
@@ -50,7 +51,7 @@ class World:
         given = {"fleet": fleet, "engine": self.engine, "folder": folder, "log": log, "resume": is_begun}
         return run.execute(self.settings, operator=vault.operator(self.folder), **given).tensors
 
-    def log(self) -> list[events.Event]:
+    def log(self) -> list[Event]:
         return events.read(self.folder / "run" / events.FILE)
 
 

@@ -10,6 +10,7 @@ import torch
 from client.policy import rules
 from common import events, storage
 from common.errors import ConfigError, DataError, ModelError, PolicyRefusedError, StorageError, TooFewSitesError
+from common.event_kinds import RoundFinished
 from common.frame.records import TensorSpec
 from common.run import config
 from common.run.catalogue.methods import FACTS
@@ -186,7 +187,7 @@ def test_an_events_file_that_cannot_grow_ends_the_run_and_leaves_finished_rounds
     real = EventLog.append
 
     def append(log, event):
-        if isinstance(event, events.RoundFinished) and event.round == 1:
+        if isinstance(event, RoundFinished) and event.round == 1:
             raise storage.storage_error(log.path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         return real(log, event)
 
