@@ -94,7 +94,7 @@ class RunStarted(Event, kind="run_started"):
     base: str
     quantization: str
     quantised_share: float
-    site_quantization: str
+    site_quantization: Mapping[str, str]
     method: str
     privacy: str
     num_rounds: int
