@@ -88,17 +88,17 @@ def read(folder: Path) -> Addendum | None:
         data = path.read_bytes()
         fields = json.loads(data)
         is_known = fields.pop("version") == VERSION
-        found = Addendum(**{**fields, "stages": tuple(fields["stages"])})
+        made = Addendum(**{**fields, "stages": tuple(fields["stages"])})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: cannot be read; put it back from a copy") from error
     named = [event["addendum_sha256"] for event in events.read(folder / events.FILE) if event["kind"] == "derived"]
-    if not is_known or found.to_bytes() != data or named[-1:] != [found.sha256]:
+    if not is_known or made.to_bytes() != data or named[-1:] != [made.sha256]:
         raise DataError(f"{path}: is not the one that {events.FILE} beside it names; put it back from a copy")
-    return found
+    return made
 
 
 def write(folder: Path, made: Addendum) -> None:
-    """Write it.
+    """Write the addendum into a run folder.
 
     Raises:
         StorageError: Disk full or not writable.
@@ -108,8 +108,8 @@ def write(folder: Path, made: Addendum) -> None:
 
 def folders(run_folder: Path) -> list[Path]:
     """The folders of what was added to a run, in their order."""
-    found = [path.parent for path in run_folder.glob(f"{FOLDER}/*/{FILE}") if path.parent.name.isdecimal()]
-    return sorted(found, key=lambda folder: int(folder.name))
+    added = [path.parent for path in run_folder.glob(f"{FOLDER}/*/{FILE}") if path.parent.name.isdecimal()]
+    return sorted(added, key=lambda folder: int(folder.name))
 
 
 def gate_sha256(gate: Mapping[str, Any]) -> str:

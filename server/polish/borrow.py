@@ -40,7 +40,9 @@ def lent(engine: Engine) -> Iterator[None]:
         finally:
             drop(engine.model, REFERENCE)
             for owner, forward in forwards:
-                _restore(owner, "forward", forward)
+                owner.__dict__.pop("forward", None)
+                if forward is not _MISSING:
+                    owner.__dict__["forward"] = forward
             for owner, values in configs:
                 vars(owner).clear()
                 vars(owner).update(values)
@@ -106,11 +108,3 @@ def drop(peft_model: Any, name: str) -> None:
     """Remove an adapter that may be there."""
     if name in peft_model.peft_config:
         peft_model.delete_adapter(name)
-
-
-def _restore(owner: Any, name: str, value: object) -> None:
-    """Set an instance's attribute as it was; remove it if it had none."""
-    if value is _MISSING:
-        owner.__dict__.pop(name, None)
-    else:
-        owner.__dict__[name] = value

@@ -134,13 +134,12 @@ class Judge:
         peft_model.eval()
         peft_model.set_adapter(JUDGE)
         try:
-            pairs = zip(prompts, completion_ids, strict=True)
-            return [self._score([*prompt, *answer]) for prompt, answer in pairs]
+            scores = []
+            for prompt, answer in zip(prompts, completion_ids, strict=True):  # alone, so that no padding takes part
+                ids_bt = torch.tensor([[*prompt, *answer]], device=self._engine.device)
+                logits = self._model(input_ids=ids_bt, attention_mask=torch.ones_like(ids_bt)).logits
+                scores.append(float(logits[0, 0]))
+            return scores
         finally:
             peft_model.set_adapter("default")
             peft_model.train(was_training)
-
-    def _score(self, ids: list[int]) -> float:
-        """One conversation, alone, so that no padding takes part."""
-        ids_bt = torch.tensor([ids], device=self._engine.device)
-        return float(self._model(input_ids=ids_bt, attention_mask=torch.ones_like(ids_bt)).logits[0, 0])

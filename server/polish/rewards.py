@@ -39,7 +39,13 @@ def check_of(stage: PolishStage) -> Check:
     if stage.reward == "json":
         return json_answers.checker(Path(stage.json_schema).expanduser())
     if stage.reward == "regex":
-        return _matcher(stage)
+        try:
+            pattern = patterns.Pattern(stage.pattern)
+        except ValueError as error:
+            raise ConfigError(
+                f"polish stage '{stage.name}': pattern is no regular expression ({error}); mend it"
+            ) from error
+        return lambda given, _: float(pattern.is_whole(given.strip()))
     sandbox.require()
     return lambda given, tests: float(sandbox.passes(code_of(given), tests, timeout_s=stage.test_timeout_s))
 
@@ -51,16 +57,5 @@ def code_of(answer: str) -> str:
         >>> code_of("Here:\\n```python\\nx = 1\\n```\\nDone."), code_of("x = 2")
         ('x = 1\\n', 'x = 2')
     """
-    found = _FENCED.search(answer)
-    return found[1] if found else answer
-
-
-def _matcher(stage: PolishStage) -> Check:
-    """Whether the pattern matches a whole answer, white space at its ends aside."""
-    try:
-        pattern = patterns.Pattern(stage.pattern)
-    except ValueError as error:
-        raise ConfigError(
-            f"polish stage '{stage.name}': pattern is no regular expression ({error}); mend it"
-        ) from error
-    return lambda given, _: float(pattern.is_whole(given.strip()))
+    fenced = _FENCED.search(answer)
+    return fenced[1] if fenced else answer

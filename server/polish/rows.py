@@ -69,10 +69,23 @@ def load(stage: PolishStage, engine: Engine, data: DataConfig, apart: Sequence[A
             and the stage says that this is an error, or too few rows are left.
     """
     encode = _Encoder(stage, engine, data.system_prompt)
-    given = _read(stage, encode, data)
-    found = kept_apart.compare([row.text for row in given], apart, stage=stage)
-    used = [row for place, row in enumerate(given) if place not in found.dropped]
-    tokens = [row.encode() for row in used]
+    texts: list[Text]
+    makers: list[Callable[[], list[Tokens]]]  # of a row's tokens; none if it is dropped
+    if stage.kind == "cpt":
+        raw = read.convert_all(_table(stage, "text"), _raw)
+        texts, makers = [Text("", text) for text in raw], [partial(encode.pieces, text) for text in raw]
+    elif stage.kind in SAMPLED:
+        table = _table(stage, "prompt", *filter(None, [ANSWER_OF.get(stage.reward, "")]))
+        prompted = read.convert_all(table, encode.prompt)
+        texts, makers = [text for text, _ in prompted], [partial(_listed, tokens) for _, tokens in prompted]
+    else:
+        names = (data.instruction_column, data.input_column, data.output_column)
+        rows = read.read(stage.data, columns=Columns(*names, objective=_OBJECTIVES[stage.kind]))
+        convert = {"sft": encode.answer, "kto": encode.judged}.get(stage.kind, encode.pair)
+        texts, makers = [overlap.text_of(row) for row in rows], [partial(_converted, convert, row) for row in rows]
+    same = kept_apart.compare(texts, apart, stage=stage)
+    used = [number for number in range(len(texts)) if number not in same.dropped]
+    tokens = [makers[number]() for number in used]
     num_dropped = sum(not pieces for pieces in tokens)
     if encode.num_equal and not any(tokens):
         raise DataError(
@@ -81,36 +94,13 @@ def load(stage: PolishStage, engine: Engine, data: DataConfig, apart: Sequence[A
             'its too_long to "truncate_input"'
         )
     return replace(
-        _split([row.text for row in used], tokens, stage),
+        _split([texts[number] for number in used], tokens, stage),
         num_truncated=encode.num_truncated,
         num_dropped=num_dropped - encode.num_equal,
         num_equal=encode.num_equal,
-        num_overlapping=len(found.dropped),
-        overlaps=found.overlaps,
+        num_overlapping=len(same.dropped),
+        overlaps=same.overlaps,
     )
-
-
-@dataclass(frozen=True)
-class _Given:
-    """A row that was read: what it says, and what makes tokens of it, none if it is dropped."""
-
-    text: Text
-    encode: Callable[[], list[Tokens]]
-
-
-def _read(stage: PolishStage, encode: "_Encoder", data: DataConfig) -> list[_Given]:
-    """The rows of a stage."""
-    if stage.kind == "cpt":
-        texts = read.convert_all(_table(stage, "text"), _raw)
-        return [_Given(Text("", text), partial(encode.pieces, text)) for text in texts]
-    if stage.kind in SAMPLED:
-        table = _table(stage, "prompt", *filter(None, [ANSWER_OF.get(stage.reward, "")]))
-        prompted = read.convert_all(table, encode.prompt)
-        return [_Given(text, partial(_listed, tokens)) for text, tokens in prompted]
-    names = (data.instruction_column, data.input_column, data.output_column)
-    rows = read.read(stage.data, columns=Columns(*names, objective=_OBJECTIVES[stage.kind]))
-    convert = {"sft": encode.answer, "kto": encode.judged}.get(stage.kind, encode.pair)
-    return [_Given(overlap.text_of(row), partial(_converted, convert, row)) for row in rows]
 
 
 def _converted(convert: Callable[[Row], Tokens | None], row: Row) -> list[Tokens]:
@@ -142,8 +132,8 @@ class _Encoder:
         size, end = self._stage.max_length_tokens, self._tokenizer.eos_token_id
         ids = prompts.text_ids(text, self._tokenizer)
         ids = [*ids, *([end] if end is not None else [])]
-        found = [ids[start : start + size] for start in range(0, len(ids), size)]
-        return [{"input_ids": piece, "labels": list(piece)} for piece in found if len(piece) > 1]
+        pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
+        return [{"input_ids": piece, "labels": list(piece)} for piece in pieces if len(piece) > 1]
 
     def answer(self, row: Row) -> Tokens | None:
         """Tokens, and labels on the answers alone."""
@@ -156,7 +146,9 @@ class _Encoder:
 
     def pair(self, row: Row) -> Tokens | None:
         """One prompt, and a better and a worse answer."""
-        row = self._shortened(row)
+        limit = self._stage.max_length_tokens
+        if self._stage.too_long == "truncate_input":  # the input that fits both answers
+            row = prompts.shorten(row, self._tokenizer, max_length_tokens=limit, system_prompt=self._system_prompt)
         chosen, rejected = self._encode(row), self._encode(replace(row, messages=row.rejected, rejected=()))
         if chosen is None or rejected is None:
             return None
@@ -164,7 +156,9 @@ class _Encoder:
             self.num_equal += 1
             return None
         self.num_truncated += chosen.num_truncated > 0 or rejected.num_truncated > 0
-        start = min(_begin(chosen), _begin(rejected), _num_shared(chosen.input_ids, rejected.input_ids))
+        both = zip(chosen.input_ids, rejected.input_ids, strict=False)
+        num_shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
+        start = min(_begin(chosen), _begin(rejected), num_shared)
         return {
             "prompt_ids": list(chosen.input_ids[:start]),
             "chosen_ids": _between(chosen, start, row.row_id),
@@ -203,13 +197,6 @@ class _Encoder:
             raise UnusableError(f"reward '{self._stage.reward}' needs text in '{column}'", "fill it in")
         return text, {"prompt": ids, "wanted": wanted}
 
-    def _shortened(self, row: Row) -> Row:
-        """A pair with an input that fits both answers."""
-        if self._stage.too_long != "truncate_input":
-            return row
-        limit = self._stage.max_length_tokens
-        return prompts.shorten(row, self._tokenizer, max_length_tokens=limit, system_prompt=self._system_prompt)
-
     def _encode(self, row: Row) -> Encoded | None:
         """One conversation under the stage's limit."""
         encoded = prompts.encode(
@@ -237,17 +224,12 @@ def _begin(encoded: Encoded) -> int:
     return encoded.is_answer.index(True)
 
 
-def _between(encoded: Encoded, start: int, place: str) -> list[int]:
+def _between(encoded: Encoded, start: int, row_id: str) -> list[int]:
     """From `start` to the end of the answer, which must be one."""
     end = len(encoded.is_answer) - encoded.is_answer[::-1].index(True)
     if not all(encoded.is_answer[_begin(encoded) : end]):
-        raise DataError(f"{place}: holds more than one answer to learn from; put the earlier ones into the prompt")
+        raise DataError(f"{row_id}: holds more than one answer to learn from; put the earlier ones into the prompt")
     return list(encoded.input_ids[start:end])
-
-
-def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """Tokens at the beginning that are the same."""
-    return len(list(takewhile(lambda both: both[0] == both[1], zip(first, second, strict=False))))
 
 
 def _raw(row: Located) -> str:

@@ -151,10 +151,10 @@ def passes(code: str, tests: str, *, timeout_s: float) -> bool:
         tests: Python that raises if the code is wrong; the coordinator's own.
         timeout_s: Longest time, seconds.
     """
-    token = secrets.token_hex(16)  # told at the end, so that code that leaves early has not passed
+    token = secrets.token_hex(16)  # printed at the end, so that code that leaves early has not passed
     program = f"{code}\n\n{tests}\n\nprint({token!r})\n"
-    exit_code, told = _run(program, timeout_s=timeout_s)
-    return exit_code == 0 and told.rstrip().endswith(token.encode())
+    exit_code, printed = _run(program, timeout_s=timeout_s)
+    return exit_code == 0 and printed.rstrip().endswith(token.encode())
 
 
 @functools.cache
@@ -166,7 +166,9 @@ def _missing() -> str:
         return f"there is no filter of system calls for {platform.machine()}"
     if _run("print(1)", timeout_s=20) != (0, b"1\n"):
         return "namespaces or a filter of system calls are refused by the kernel or a container"
-    return "" if _holds() and _is_alone() else "a probe could do what it must not"
+    # A probe that tries to become many, or to reach anybody, must fail at every point.
+    is_alone = _run(_BOUNDS, timeout_s=20) == (0, b"fine\n")
+    return "" if _holds() and is_alone else "a probe could do what it must not"
 
 
 def _holds() -> bool:
@@ -179,11 +181,6 @@ def _holds() -> bool:
         for name, value in names.items():
             program = program.replace(name, repr(value))
         return _run(program, timeout_s=20, refused={})[0] == 0
-
-
-def _is_alone() -> bool:
-    """Whether a probe that tries to become many, or to reach anybody, fails at every point."""
-    return _run(_BOUNDS, timeout_s=20) == (0, b"fine\n")
 
 
 def filter_of(machine: str, refused: Mapping[str, int]) -> bytes:
@@ -214,20 +211,26 @@ def _run(program: str, *, timeout_s: float, refused: Mapping[str, int] | None = 
     python, machine = os.path.realpath(sys.executable), platform.machine()
     words = filter_of(machine, REFUSED[machine] if refused is None else refused).hex()
     command = ["unshare", *NAMESPACES, "--fork"]
-    with tempfile.TemporaryDirectory(prefix="silotune-sandbox-") as root, tempfile.TemporaryFile() as told:
-        order = [*command, "--kill-child", "sh", "-c", _ENTER, "sh", root, sys.base_prefix, _whole(timeout_s), python]
+    with tempfile.TemporaryDirectory(prefix="silotune-sandbox-") as root, tempfile.TemporaryFile() as output:
+        order = [
+            *command,
+            "--kill-child",
+            "sh",
+            "-c",
+            _ENTER,
+            "sh",
+            root,
+            sys.base_prefix,
+            str(int(timeout_s) + 1),
+            python,
+        ]
         order += [_FIRST, words]
         try:  # what is printed goes into a file, whose size is limited as that of any other
             ended = subprocess.run(
-                order, input=program.encode(errors="replace"), stdout=told, stderr=subprocess.DEVNULL,
+                order, input=program.encode(errors="replace"), stdout=output, stderr=subprocess.DEVNULL,
                 timeout=timeout_s, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return 124, b""
-        told.seek(0)
-        return ended.returncode, told.read(FILE_BYTES)
-
-
-def _whole(seconds: float) -> str:
-    """Processor time is limited in whole seconds."""
-    return str(int(seconds) + 1)
+        output.seek(0)
+        return ended.returncode, output.read(FILE_BYTES)

@@ -10,8 +10,9 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,24 +20,30 @@ from common import events, storage
 from common.adapter import adapter
 from common.adapter.adapter import Tensors
 from common.errors import ConfigError, DataError, ModelError
-from common.event_kinds import PolishFinished, PolishStarted, PolishStep
+from common.event_kinds import NotEvaluated, PolishEvaluated, PolishFinished, PolishStarted, PolishStep
 from common.events import EventLog
 from common.frame import wire
-from common.frame.records import TensorSpec
+from common.frame.records import RoundPlan, TensorSpec
+from common.model import base
 from common.model.base import Engine
-from common.run.config import RunConfig
 from common.run.manifest import RunManifest
 from common.run.schema.polish import PolishStage
+from common.run.schema.training import DataConfig
 from server.evaluate import measure
 from server.evaluate.kept_apart import Apart
+from server.fleet import federation, sites
 from server.fleet.federation import Federation
-from server.polish import answering, borrow, reward_model, rewards, rows, unfinished
+from server.polish import borrow, reward_model, rewards, rows, unfinished
 from server.polish.rows import StageRows
-from server.view import polish as told
+from server.view import polish as view
 
 FOLDER: Final = "polish"
 ADAPTER_FILE: Final = "adapter_model.safetensors"
 RECORD_FILE: Final = "stage.json"
+ANSWER_KINDS: Final = ("dpo", "kto", "orpo", "simpo")  # `rloo` and `grpo` report the length of what they sample
+MAX_ANSWERS: Final = 16  # an answer on a CPU takes seconds
+MAX_ANSWER_TOKENS: Final = 128
+PIECE_TOKENS: Final = 4
 UNFINISHED: Final = "unfinished"  # folder of a stage's checkpoints while it is played
 
 
@@ -46,7 +53,7 @@ class Played:
 
     Attributes:
         tensors: The adapter afterwards; as before, for a reward model.
-        before: The objective's figures on the held-out rows, and those of `answering`, by name.
+        before: The objective's figures on the held-out rows, and those of `answer_figures`, by name.
         after: The same afterwards.
         reward: The reward model that was trained; None for other kinds.
         num_steps: Optimizer steps.
@@ -75,7 +82,7 @@ class Finished:
 
 
 @dataclass
-class _Teller:
+class _StepReport:
     """Turns a trainer's steps into events."""
 
     log: EventLog
@@ -83,11 +90,11 @@ class _Teller:
     num_steps: int
     last: int = field(default=0)
 
-    def __call__(self, step: int, told: Mapping[str, float]) -> None:
-        """One step of a few."""
+    def __call__(self, step: int, logged: Mapping[str, float]) -> None:
+        """Report a step that was not reported before an interruption."""
         if step > self.last:
             self.last = step
-            figures = {name: told[name] for name in ("loss", "reward", "rewards/margins", "kl") if name in told}
+            figures = {name: logged[name] for name in ("loss", "reward", "rewards/margins", "kl") if name in logged}
             self.log.append(
                 PolishStep(stage=self.stage, step=step, num_steps=self.num_steps, figures=_rounded(figures))
             )
@@ -115,28 +122,71 @@ def run(fed: Federation, start: Tensors, *, engine: Engine) -> list[Finished]:
         if (folder / RECORD_FILE).is_file():
             after = _stored(folder, stage, before, engine.tensor_specs)
             shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-            _tell_again(fed, folder)
+            # The process may have ended between the stage's record and its event.
+            facts = json.loads((folder / RECORD_FILE).read_bytes())["finished"]
+            log = events.read(fed.log.path) if fed.log.path.is_file() else []
+            if facts["number"] not in [event["number"] for event in log if event["kind"] == "polish_finished"]:
+                fed.log.append(PolishFinished(**facts))
         else:
-            after = _play_and_keep(fed, number, stage, before, engine=engine)
+            after = _play_and_save(fed, number, stage, before, engine=engine)
         done.append(_finished(done, number, stage, after))
     return done
 
 
-def _play_and_keep(fed: Federation, number: int, stage: PolishStage, before: Tensors, *, engine: Engine) -> Tensors:
+def _play_and_save(fed: Federation, number: int, stage: PolishStage, before: Tensors, *, engine: Engine) -> Tensors:
     """One stage from its data to its record on the disk; the adapter that it leaves."""
-    began = fed.clock()
-    found = rows.load(stage, engine, fed.manifest.run.data, fed.apart)
-    place = folder_of(fed.folder, number, stage) / UNFINISHED
-    num_done = unfinished.begin(place, _origin(stage, before, found))
-    _tell_begin(fed, number, stage, found, num_done=num_done)
-    teller = _Teller(fed.log, stage.name, rows.num_steps(stage, found))
-    judge = _judge(fed, stage, engine)
-    played = play(stage, before, engine=engine, found=found, tell=teller, judge=judge, unfinished_in=place)
-    if played.reward is None:
-        _measure(fed, played.tensors, stage=told.label(number, stage.name))
-    facts = _facts(fed, number, stage, found, played) | {"seconds": round(fed.clock() - began, 3)}
-    _save(folder_of(fed.folder, number, stage), stage, before, played, engine=engine, facts=facts)
-    shutil.rmtree(place)
+    began, stages = fed.clock(), fed.manifest.run.polish
+    data = rows.load(stage, engine, fed.manifest.run.data, fed.apart)
+    folder = folder_of(fed.folder, number, stage)
+    num_done = unfinished.begin(
+        folder / UNFINISHED,
+        {  # on what the result depends
+            "stage": stage.model_dump(mode="json"),
+            "start_sha256": adapter.digest(before),
+            "rows_sha256": hashlib.sha256(
+                wire.canonical_json({"train": list(data.train), "held_out": list(data.held_out)})
+            ).hexdigest(),
+        },
+    )
+    facts: dict[str, Any] = {
+        "stage": stage.name,
+        "trainer": stage.kind,
+        "number": number,
+        "num_stages": len(stages),
+        "num_rows": len(data.train),
+        "num_held_out": len(data.held_out),
+    }
+    fed.log.append(
+        PolishStarted(
+            **facts,
+            num_truncated=data.num_truncated,
+            num_dropped=data.num_dropped,
+            num_equal=data.num_equal,
+            num_overlapping=data.num_overlapping,
+            reference=stage.reference,
+            num_steps_done=num_done,
+        )
+    )
+    report = _StepReport(fed.log, stage.name, rows.num_steps(stage, data))
+    judge = None
+    for other_number, other in enumerate(stages, start=1):
+        if stage.reward_stage and other.name == stage.reward_stage:
+            judge = reward_model.load(folder_of(fed.folder, other_number, other), engine)
+    played = play(stage, before, engine=engine, data=data, tell=report, judge=judge, unfinished_in=folder / UNFINISHED)
+    if played.reward is None and fed.suite:
+        measure.measure(fed.suite, played.tensors, stage=view.label(number, stage.name))
+    facts |= {
+        "before": _rounded(played.before),
+        "after": _rounded(played.after),
+        "num_steps": played.num_steps,
+        "seed": stage.seed,
+        "learning_rate": stage.learning_rate,
+        "overlaps": {name: dict(counts) for name, counts in data.overlaps.items()},
+        "adapter_sha256": adapter.digest(played.tensors),
+        "seconds": round(fed.clock() - began, 3),
+    }
+    _save(folder, stage, before, played, base_sha256=engine.base_sha256, facts=facts)
+    shutil.rmtree(folder / UNFINISHED)
     fed.log.append(PolishFinished(**facts))
     return played.tensors
 
@@ -144,26 +194,19 @@ def _play_and_keep(fed: Federation, number: int, stage: PolishStage, before: Ten
 def _finished(before: Sequence[Finished], number: int, stage: PolishStage, tensors: Tensors) -> Finished:
     """A stage after those before it."""
     names = before[-1].names if before else ()
-    return Finished(told.label(number, stage.name), (*names, stage.name), tensors)
+    return Finished(view.label(number, stage.name), (*names, stage.name), tensors)
 
 
-def _measure(fed: Federation, tensors: Tensors, *, stage: str) -> None:
-    """The coordinator's evaluation of what a stage has left."""
-    if fed.suite:
-        measure.measure(fed.suite, tensors, stage=stage)
-
-
-def check(settings: RunConfig, engine: Engine, apart: Sequence[Apart] = ()) -> None:
+def check(stages: Sequence[PolishStage], engine: Engine, *, data: DataConfig, apart: Sequence[Apart] = ()) -> None:
     """Find out before the first round what would end a stage after the last.
 
     Raises:
         ConfigError: A stage cannot be played here.
         DataError: A stage's data are missing or unusable, or stand in rows that are kept `apart`.
     """
-    if settings.polish:
+    for stage in stages:
         _refuse_head(engine)
-    for stage in settings.polish:
-        rows.load(stage, engine, settings.data, apart)
+        rows.load(stage, engine, data, apart)
         if stage.kind == "grpo":
             rewards.check_of(stage)
 
@@ -175,14 +218,14 @@ def finished(run_folder: Path, manifest: RunManifest, start: Tensors) -> list[Fi
         DataError: A stage cannot be read.
         ModelError: It is not what was written, or it began with another adapter.
     """
-    found: list[Finished] = []
+    done: list[Finished] = []
     for number, stage in enumerate(manifest.run.polish, start=1):
         folder = folder_of(run_folder, number, stage)
         if not (folder / RECORD_FILE).is_file():
             break
-        tensors = _stored(folder, stage, found[-1].tensors if found else start, manifest.tensor_specs)
-        found.append(_finished(found, number, stage, tensors))
-    return found
+        tensors = _stored(folder, stage, done[-1].tensors if done else start, manifest.tensor_specs)
+        done.append(_finished(done, number, stage, tensors))
+    return done
 
 
 def folder_of(run_folder: Path, number: int, stage: PolishStage) -> Path:
@@ -195,8 +238,8 @@ def play(
     start: Tensors,
     *,
     engine: Engine,
-    found: StageRows,
-    tell: Any,
+    data: StageRows,
+    tell: Callable[[int, Mapping[str, float]], None],
     judge: reward_model.RewardModel | None = None,
     unfinished_in: Path | None = None,
 ) -> Played:
@@ -214,21 +257,21 @@ def play(
     _refuse_head(engine)
     adapter.write(engine.model, start)
     with borrow.memory_named(stage):
-        before = answering.figures(engine, stage, found)
-        played = _trained(stage, start, engine=engine, found=found, tell=tell, judge=judge, unfinished_in=unfinished_in)
-        after = answering.figures(engine, stage, found)
+        before = answer_figures(engine, stage, data)
+        played = _train(stage, start, engine=engine, data=data, tell=tell, judge=judge, unfinished_in=unfinished_in)
+        after = answer_figures(engine, stage, data)
     if played.reward:
         adapter.write(engine.model, start)
     return dataclasses.replace(played, before={**played.before, **before}, after={**played.after, **after})
 
 
-def _trained(
+def _train(
     stage: PolishStage,
     start: Tensors,
     *,
     engine: Engine,
-    found: StageRows,
-    tell: Any,
+    data: StageRows,
+    tell: Callable[[int, Mapping[str, float]], None],
     judge: reward_model.RewardModel | None,
     unfinished_in: Path | None,
 ) -> Played:
@@ -239,9 +282,11 @@ def _trained(
         scratch, keeps = unfinished_in or Path(temporary), unfinished_in is not None
         try:
             model = reward_model.build(engine, seed=stage.seed) if stage.kind == "reward" else None
-            reward = _reward(stage, engine, judge)
+            reward: rewards.Reward | None = rewards.Verified(stage) if stage.kind == "grpo" else None
+            if stage.kind == "rloo" and judge is not None:
+                reward = reward_model.Judge(engine, judge)
             trainer = trainers.make(
-                stage, engine, found, scratch=str(scratch), keeps=keeps, tell=tell, model=model, reward=reward
+                stage, engine, data, scratch=str(scratch), keeps=keeps, tell=tell, model=model, reward=reward
             )
             borrow.write_masters(engine, start)
             borrow.set_reference(engine.model, start, reference=stage.reference)
@@ -252,125 +297,50 @@ def _trained(
             borrow.drop(engine.model, reward_model.JUDGE)
         trained = reward_model.read(engine, model) if model is not None else None
         result = adapter.read(engine.model)
-        _refuse_files(scratch)
-    _refuse_diverged(result, stage)
+        # Trainers of this kind like to leave pickles behind; ours were told to write nothing but their checkpoints.
+        files = sorted(path.name for path in scratch.rglob("*") if path.is_file())
+        if left := [name for name in files if name not in unfinished.FILES]:
+            raise ModelError(
+                f"a trainer wrote {left[0]}, which no stage may; check the version of trl in constraints.txt"
+            )
+    if not all(bool((tensor.abs() <= adapter.MAX_VALUE).all()) for tensor in result.values()):
+        raise ModelError(f"polish stage '{stage.name}': the adapter diverged; lower the stage's learning_rate")
     engine.model.eval()
     return Played(start if trained else result, before, after, trained, int(trainer.state.global_step))
 
 
-def _origin(stage: PolishStage, start: Tensors, found: StageRows) -> dict[str, Any]:
-    """On what a stage's result depends."""
-    digest = hashlib.sha256(wire.canonical_json({"train": list(found.train), "held_out": list(found.held_out)}))
-    settings = stage.model_dump(mode="json")
-    return {"stage": settings, "start_sha256": adapter.digest(start), "rows_sha256": digest.hexdigest()}
-
-
-def _tell_begin(fed: Federation, number: int, stage: PolishStage, found: StageRows, *, num_done: int) -> None:
-    """Say that a stage begins, or goes on."""
-    fed.log.append(
-        PolishStarted(
-            stage=stage.name,
-            trainer=stage.kind,
-            number=number,
-            num_stages=len(fed.manifest.run.polish),
-            num_rows=len(found.train),
-            num_held_out=len(found.held_out),
-            num_truncated=found.num_truncated,
-            num_dropped=found.num_dropped,
-            num_equal=found.num_equal,
-            num_overlapping=found.num_overlapping,
-            reference=stage.reference,
-            num_steps_done=num_done,
-        )
-    )
-
-
-def _facts(fed: Federation, number: int, stage: PolishStage, found: StageRows, played: Played) -> dict[str, Any]:
-    """What is told of a finished stage."""
-    return {
-        "stage": stage.name,
-        "trainer": stage.kind,
-        "number": number,
-        "num_stages": len(fed.manifest.run.polish),
-        "before": _rounded(played.before),
-        "after": _rounded(played.after),
-        "num_steps": played.num_steps,
-        "num_rows": len(found.train),
-        "num_held_out": len(found.held_out),
-        "seed": stage.seed,
-        "learning_rate": stage.learning_rate,
-        "overlaps": {name: dict(counts) for name, counts in found.overlaps.items()},
-        "adapter_sha256": adapter.digest(played.tensors),
-    }
-
-
-def _tell_again(fed: Federation, folder: Path) -> None:
-    """Say that a stage finished, if the process ended between its record and its event."""
-    facts = json.loads((folder / RECORD_FILE).read_bytes())["finished"]
-    log = events.read(fed.log.path) if fed.log.path.is_file() else []
-    if facts["number"] not in [event["number"] for event in log if event["kind"] == "polish_finished"]:
-        fed.log.append(PolishFinished(**facts))
-
-
-def _reward(stage: PolishStage, engine: Engine, judge: reward_model.RewardModel | None) -> rewards.Reward | None:
-    """What scores the answers of a stage; None for kinds that sample none."""
-    if stage.kind == "grpo":
-        return rewards.Verified(stage)
-    if stage.kind == "rloo" and judge is not None:
-        return reward_model.Judge(engine, judge)
-    return None
-
-
-def _judge(fed: Federation, stage: PolishStage, engine: Engine) -> reward_model.RewardModel | None:
-    """The reward model that a stage names; None if it names none."""
-    for number, other in enumerate(fed.manifest.run.polish, start=1):
-        if stage.reward_stage and other.name == stage.reward_stage:
-            return reward_model.load(folder_of(fed.folder, number, other), engine)
-    return None
-
-
 def _save(
-    folder: Path, stage: PolishStage, start: Tensors, played: Played, *, engine: Engine, facts: Mapping[str, Any]
+    folder: Path, stage: PolishStage, start: Tensors, played: Played, *, base_sha256: str, facts: Mapping[str, Any]
 ) -> None:
     """Write a finished stage, its record last."""
+    path = Path(stage.data).expanduser()
     if played.reward is not None:
-        reward_model.save(folder, played.reward, base_sha256=engine.base_sha256)
+        reward_model.save(folder, played.reward, base_sha256=base_sha256)
     storage.write_atomic(folder / ADAPTER_FILE, adapter.encode(played.tensors, dtype="float32"))
     record = {
         "stage": stage.model_dump(mode="json"),
         "start_sha256": adapter.digest(start),
         "adapter_sha256": adapter.digest(played.tensors),
-        "data_sha256": _hash_data(stage),
+        "data_sha256": storage.sha256(path) if path.is_file() else "",  # a folder or a data set's name has none
         "finished": dict(facts),
     }
     storage.write_atomic(folder / RECORD_FILE, wire.canonical_json(record) + b"\n")
 
 
 def _stored(folder: Path, stage: PolishStage, start: Tensors, specs: tuple[TensorSpec, ...]) -> Tensors:
-    """The adapter of a finished stage, held against its record and against what it began with.
-
-    Raises:
-        DataError: It cannot be read.
-        ModelError: It is not what was written, or it began with another adapter or other settings.
-    """
+    """The adapter of a finished stage, held against its record and against what it began with."""
     try:
         record = json.loads((folder / RECORD_FILE).read_bytes())
         data = (folder / ADAPTER_FILE).read_bytes()
-        found = (record["stage"], record["start_sha256"], record["adapter_sha256"])
+        recorded = (record["stage"], record["start_sha256"], record["adapter_sha256"])
         record["finished"]["number"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{folder}: no whole stage; remove the folder, and it is played again") from error
-    if found != (stage.model_dump(mode="json"), adapter.digest(start), hashlib.sha256(data).hexdigest()):
+    if recorded != (stage.model_dump(mode="json"), adapter.digest(start), hashlib.sha256(data).hexdigest()):
         raise ModelError(
             f"{folder}: was changed, or began with another adapter or other settings; remove it and the stages after it"
         )
     return adapter.decode(data, specs, dtype="float32")
-
-
-def _hash_data(stage: PolishStage) -> str:
-    """Hash of a stage's data file; empty for a folder or a data set's name."""
-    path = Path(stage.data).expanduser()
-    return storage.sha256(path) if path.is_file() else ""
 
 
 def _rounded(figures: Mapping[str, float]) -> dict[str, float]:
@@ -384,13 +354,75 @@ def _refuse_head(engine: Engine) -> None:
         raise ConfigError("adapter.targets names the output layer, which no polish stage can train; leave lm_head out")
 
 
-def _refuse_diverged(tensors: Tensors, stage: PolishStage) -> None:
-    """No adapter goes on that holds what no training should give."""
-    if not all(bool((tensor.abs() <= adapter.MAX_VALUE).all()) for tensor in tensors.values()):
-        raise ModelError(f"polish stage '{stage.name}': the adapter diverged; lower the stage's learning_rate")
+def ask_sites(fed: Federation, played: Sequence[Finished]) -> None:
+    """Have the sites score what the last stages have left; one event `polish_evaluated` each, or
+    `not_evaluated` where no site tells held-out figures.
+
+    A run that goes on asks again, as after a round: a site gives the same answer to the same adapter.
+
+    Args:
+        fed: The run; its stages are done.
+        played: Its stages, in their order.
+
+    Raises:
+        ProtocolError: No site has ever answered.
+        StorageError: An event could not be written.
+    """
+    settings = fed.manifest.run
+    asked = numbers_to_evaluate(settings.polish, settings.evaluation.num_polish_stages)
+    for round_number, number in enumerate(asked, start=settings.federation.num_rounds + 1):
+        federation.rejoin(fed)  # polish may have taken hours
+        tensors = played[number - 1].tensors
+        generate = number == asked[-1] and settings.evaluation.exact_match_rows > 0  # answers are generated once
+        answers = sites.ask(fed, tensors, RoundPlan(fed.manifest.sha256, round_number, generate))
+        kind: type[PolishEvaluated | NotEvaluated] = PolishEvaluated if "sites" in answers else NotEvaluated
+        stage, sha256 = played[number - 1].names[-1], adapter.digest(tensors)
+        fed.log.append(kind(stage=stage, number=number, adapter_sha256=sha256, **answers))
 
 
-def _refuse_files(scratch: Path) -> None:
-    """Trainers of this kind like to leave pickles behind; ours were told to write nothing but their checkpoints."""
-    if left := sorted(path.name for path in scratch.rglob("*") if path.is_file() and path.name not in unfinished.FILES):
-        raise ModelError(f"a trainer wrote {left[0]}, which no stage may; check the version of trl in constraints.txt")
+def numbers_to_evaluate(stages: Sequence[PolishStage], count: int) -> list[int]:
+    """The stages, from 1, after which the sites are asked: the last `count` that train."""
+    training = [number for number, stage in enumerate(stages, start=1) if stage.changes_adapter]
+    return training[-count:] if count else []
+
+
+def answer_figures(engine: Engine, stage: PolishStage, data: StageRows) -> dict[str, float]:
+    """Length and repetition of greedy answers to the first different prompts of the held-out rows; no text is kept.
+
+    A stage of preferences can win its pairs and spoil what is written: answers that grow or repeat show a collapse
+    (`server/report/symptoms.py`).
+
+    Args:
+        engine: The base with the adapter as it is now.
+        stage: Its limit of tokens holds for prompt and answer together.
+
+    Returns:
+        `length`: mean number of tokens, at most `MAX_ANSWER_TOKENS`; `repetition`: mean of `repeated`. Empty for kinds
+        without pairs or ratings.
+    """
+    if stage.kind not in ANSWER_KINDS:
+        return {}
+    asked = list(dict.fromkeys(tuple(row["prompt_ids"]) for row in data.held_out))[:MAX_ANSWERS]
+    room = max(1, min(MAX_ANSWER_TOKENS, stage.max_length_tokens - max(map(len, asked))))
+    ends = engine.stop_ids
+    answers: list[list[int]] = []
+    for start in range(0, len(asked), stage.micro_rows):
+        ids_bt = base.answer_ids(engine, asked[start : start + stage.micro_rows], max_new_tokens=room)
+        answers += [list(takewhile(lambda token: token not in ends, ids)) for ids in ids_bt.tolist()]
+    return {
+        "length": sum(map(len, answers)) / len(answers),
+        "repetition": sum(map(repeated, answers)) / len(answers),
+    }
+
+
+def repeated(tokens: Sequence[int]) -> float:
+    """Share of an answer's pieces of four tokens that stood in it before; 0 for a shorter answer.
+
+    Source: Welleck et al. 2020, arXiv:1908.04319, section 6 (seq-rep-4).
+
+    Example:
+        >>> repeated([1, 2, 3, 4, 5]), repeated([7, 7, 7, 7, 7, 7])
+        (0.0, 0.6666666666666667)
+    """
+    pieces = list(zip(*(tokens[start:] for start in range(PIECE_TOKENS)), strict=False))
+    return 1 - len(set(pieces)) / len(pieces) if pieces else 0.0

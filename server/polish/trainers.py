@@ -36,7 +36,7 @@ from server.polish.rows import StageRows, Tokens
 from server.polish.rows import num_steps as num_steps_of
 from server.polish.unfinished import Kept
 
-NUM_TOLD: Final = 10  # steps of a stage that become events
+NUM_REPORTED: Final = 10  # steps of a stage that become events
 _MARGINS: Final = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
 FIGURES: Final[Mapping[str, Mapping[str, str]]] = {
     "sft": {"loss": "loss"},
@@ -131,58 +131,15 @@ def make(
         tell: Gets a step's number and its figures.
         model: Trained in the place of the engine's model: the reward model.
     """
-    trainer_class, config_class, own = _KINDS[stage.kind]
-    options = _common(stage, engine, rows, scratch) | _keeping(stage, rows, keeps=keeps)
-    disable_progress_bars()
-    sources: dict[str, Any] = {"reward_funcs": [reward]} if stage.kind in SAMPLED else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of TRL's own defaults and plans; nothing that a reader could act on
-        args = config_class(**options, **own(stage))
-        if args.n_gpu > 1:
-            args._n_gpu = 1  # one process on the engine's own device, however many the machine has
-        trainer = trainer_class(
-            model=model if model is not None else engine.model,
-            args=args,
-            train_dataset=Dataset.from_list(_form(rows.train, stage)),
-            eval_dataset=Dataset.from_list(_form(rows.held_out, stage)),
-            processing_class=engine.tokenizer,
-            callbacks=[_Told(tell)],
-            **sources,
-        )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def figures(trainer: Any, stage: PolishStage) -> dict[str, float]:
-    """The objective's figures on the held-out rows, as the adapter is now."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = trainer.evaluate()
-    named = {name: found.get(f"eval_{key}") for name, key in FIGURES[stage.kind].items()}
-    return {name: float(value) for name, value in named.items() if value is not None and math.isfinite(value)}
-
-
-class _Told(TrainerCallback):
-    """Passes a step's figures on."""
-
-    def __init__(self, tell: Callable[[int, Mapping[str, float]], None]) -> None:
-        self._tell = tell
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """What TRL logs of a step; its own summary at the end of training has no `loss`."""
-        if logs and "loss" in logs:
-            self._tell(state.global_step, {key: value for key, value in logs.items() if isinstance(value, float)})
-
-
-def _common(stage: PolishStage, engine: Engine, rows: StageRows, scratch: str) -> dict[str, Any]:
-    """What all kinds share: our settings, one process, no files, no reports, no mixed precision."""
+    trainer_class, config_class, of_kind = _KINDS[stage.kind]
     num_steps = num_steps_of(stage, rows)
-    return {
+    interval = max(1, num_steps // NUM_REPORTED)
+    options = {
         "output_dir": scratch,
         "report_to": "none",
         "push_to_hub": False,
         "disable_tqdm": True,
-        "logging_steps": _interval(num_steps),
+        "logging_steps": interval,
         "use_cpu": engine.device.type == "cpu",
         "bf16": False,  # autocast; the base computes in its own type, the adapter in float32
         "fp16": False,
@@ -198,80 +155,76 @@ def _common(stage: PolishStage, engine: Engine, rows: StageRows, scratch: str) -
         "max_grad_norm": stage.max_grad_norm,
         "optim": "adamw_torch",
         "dataloader_pin_memory": False,
+        "save_strategy": "no",
     }
+    if keeps:  # the checkpoint before stays until the next is whole
+        options |= {"save_strategy": "steps", "save_steps": interval, "save_total_limit": 2}
+    disable_progress_bars()
+    sources: dict[str, Any] = {"reward_funcs": [reward]} if stage.kind in SAMPLED else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of TRL's own defaults and plans; nothing that a reader could act on
+        args = config_class(**options, **of_kind(stage))
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # one process on the engine's own device, however many the machine has
+        trainer = trainer_class(
+            model=model if model is not None else engine.model,
+            args=args,
+            train_dataset=Dataset.from_list(_form(rows.train, stage)),
+            eval_dataset=Dataset.from_list(_form(rows.held_out, stage)),
+            processing_class=engine.tokenizer,
+            callbacks=[_StepLog(tell)],
+            **sources,
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
-def _keeping(stage: PolishStage, rows: StageRows, *, keeps: bool) -> dict[str, Any]:
-    """How often a checkpoint is left; the one before stays until the next is whole."""
-    if not keeps:
-        return {"save_strategy": "no"}
-    return {"save_strategy": "steps", "save_steps": _interval(num_steps_of(stage, rows)), "save_total_limit": 2}
+def figures(trainer: Any, stage: PolishStage) -> dict[str, float]:
+    """The objective's figures on the held-out rows, as the adapter is now."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        measured = trainer.evaluate()
+    named = {name: measured.get(f"eval_{key}") for name, key in FIGURES[stage.kind].items()}
+    return {name: float(value) for name, value in named.items() if value is not None and math.isfinite(value)}
 
 
-def _interval(num_steps: int) -> int:
-    """A tenth of a stage, in steps."""
-    return max(1, num_steps // NUM_TOLD)
+class _StepLog(TrainerCallback):
+    """Passes a step's figures on."""
+
+    def __init__(self, tell: Callable[[int, Mapping[str, float]], None]) -> None:
+        self._tell = tell
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """What TRL logs of a step; its own summary at the end of training has no `loss`."""
+        if logs and "loss" in logs:
+            self._tell(state.global_step, {key: value for key, value in logs.items() if isinstance(value, float)})
 
 
 def _form(rows: Sequence[Tokens], stage: PolishStage) -> list[Tokens]:
     """Rows under the names that the kind's trainer reads."""
     if stage.kind == "reward":
         return [{name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")} for row in rows]
-    if stage.kind in ("orpo", "simpo"):
-        return [_labelled(row) for row in rows]
-    return _mismatched(rows, stage.micro_rows) if stage.kind == "kto" else list(rows)
-
-
-def _labelled(row: Tokens) -> Tokens:
-    """A pair as TRL's older trainers take it."""
-    prompt = row["prompt_ids"]
-    found: Tokens = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
-    for name in ("chosen", "rejected"):
-        ids = prompt + row[f"{name}_ids"]
-        labels = [-100] * len(prompt) + row[f"{name}_ids"]
-        found |= {f"{name}_input_ids": ids, f"{name}_attention_mask": [1] * len(ids), f"{name}_labels": labels}
-    return found
-
-
-def _mismatched(rows: Sequence[Tokens], size: int) -> list[Tokens]:
-    """Give each row the answer of its neighbour within the batch, from which KTO estimates its KL term.
-
-    Source: Ethayarajh et al. 2024, section 4.1; TRL rotates within micro-batches too.
-    """
-    found = []
-    for start in range(0, len(rows), size):
-        batch = rows[start : start + size]
+    formed = []
+    if stage.kind in ("orpo", "simpo"):  # a pair as TRL's older trainers take it
+        for row in rows:
+            prompt = row["prompt_ids"]
+            pair: Tokens = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+            for name in ("chosen", "rejected"):
+                ids = prompt + row[f"{name}_ids"]
+                labels = [-100] * len(prompt) + row[f"{name}_ids"]
+                pair |= {f"{name}_input_ids": ids, f"{name}_attention_mask": [1] * len(ids), f"{name}_labels": labels}
+            formed.append(pair)
+        return formed
+    if stage.kind != "kto":
+        return list(rows)
+    # KTO estimates its KL term from the answer of the neighbour within the batch (Ethayarajh et al. 2024, section 4.1);
+    # TRL rotates within micro-batches too.
+    for start in range(0, len(rows), stage.micro_rows):
+        batch = rows[start : start + stage.micro_rows]
         answers = [row["completion_ids"] for row in batch]
         pairs = zip(batch, [answers[-1], *answers[:-1]], strict=True)
-        found += [{**row, "KL_completion_ids": other} for row, other in pairs]
-    return found
-
-
-def _sft(_: PolishStage) -> dict[str, Any]:
-    return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
-
-
-def _dpo(stage: PolishStage) -> dict[str, Any]:
-    own = {"beta": stage.beta, "loss_type": [stage.loss], "label_smoothing": stage.label_smoothing}
-    return {**own, "max_length": None}
-
-
-def _kto(stage: PolishStage) -> dict[str, Any]:
-    weights = {"desirable_weight": stage.desirable_weight, "undesirable_weight": stage.undesirable_weight}
-    return {"beta": stage.beta, **weights, "max_length": None}
-
-
-def _orpo(stage: PolishStage) -> dict[str, Any]:
-    return {"beta": stage.beta, "max_length": stage.max_length_tokens, "remove_unused_columns": False}
-
-
-def _simpo(stage: PolishStage) -> dict[str, Any]:
-    own = {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": stage.margin}
-    return {**_orpo(stage), **own}
-
-
-def _reward(_: PolishStage) -> dict[str, Any]:
-    return {"max_length": None}
+        formed += [{**row, "KL_completion_ids": other} for row, other in pairs]
+    return formed
 
 
 def _sampled(stage: PolishStage) -> dict[str, Any]:
@@ -283,14 +236,45 @@ def _sampled(stage: PolishStage) -> dict[str, Any]:
     }
 
 
+def _pairs(stage: PolishStage) -> dict[str, Any]:
+    return {"beta": stage.beta, "max_length": stage.max_length_tokens, "remove_unused_columns": False}
+
+
+def _imitation(_: PolishStage) -> dict[str, Any]:
+    return {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+
+
+# Trainer, its settings, and what of a stage goes into them besides what all kinds share.
 _KINDS: Final[Mapping[str, tuple[Any, Any, Callable[[PolishStage], dict[str, Any]]]]] = {
-    "sft": (_Sft, SFTConfig, _sft),
-    "cpt": (_Sft, SFTConfig, _sft),
-    "dpo": (_Dpo, DPOConfig, _dpo),
-    "kto": (_Kto, KTOConfig, _kto),
-    "orpo": (_Orpo, ORPOConfig, _orpo),
-    "simpo": (_Simpo, CPOConfig, _simpo),
-    "reward": (_Reward, RewardConfig, _reward),
+    "sft": (_Sft, SFTConfig, _imitation),
+    "cpt": (_Sft, SFTConfig, _imitation),
+    "dpo": (
+        _Dpo,
+        DPOConfig,
+        lambda stage: {
+            "beta": stage.beta,
+            "loss_type": [stage.loss],
+            "label_smoothing": stage.label_smoothing,
+            "max_length": None,
+        },
+    ),
+    "kto": (
+        _Kto,
+        KTOConfig,
+        lambda stage: {
+            "beta": stage.beta,
+            "desirable_weight": stage.desirable_weight,
+            "undesirable_weight": stage.undesirable_weight,
+            "max_length": None,
+        },
+    ),
+    "orpo": (_Orpo, ORPOConfig, _pairs),
+    "simpo": (
+        _Simpo,
+        CPOConfig,
+        lambda stage: {**_pairs(stage), "loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": stage.margin},
+    ),
+    "reward": (_Reward, RewardConfig, lambda _: {"max_length": None}),
     "grpo": (_Grpo, GRPOConfig, _sampled),
     "rloo": (_Rloo, RLOOConfig, _sampled),
 }

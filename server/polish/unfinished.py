@@ -8,6 +8,7 @@ down by this run. The folder goes when its stage is done, and nothing of it is e
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -58,9 +59,9 @@ class Kept:
         folder = Path(resume_from_checkpoint)
         epochs = json.loads((folder / "trainer_state.json").read_bytes())["epoch"]
         self.num_epochs_done = int(epochs + 1e-6)  # a sum of fractions may fall just short of a whole epoch
-        found = safetensors.torch.load((folder / TRAINED_FILE).read_bytes())
+        tensors = safetensors.torch.load((folder / TRAINED_FILE).read_bytes())
         for name, parameter in adapter.parameters(self.model).items():
-            parameter.data.copy_(found[name])
+            parameter.data.copy_(tensors[name])
 
 
 def begin(folder: Path, facts: Mapping[str, Any]) -> int:
@@ -75,14 +76,17 @@ def begin(folder: Path, facts: Mapping[str, Any]) -> int:
     Raises:
         StorageError: Disk full or not writable.
     """
-    told = wire.canonical_json(dict(facts))
+    content = wire.canonical_json(dict(facts))
     path = folder / BEGUN_FILE
-    if not path.is_file() or path.read_bytes() != told:
+    if not path.is_file() or path.read_bytes() != content:
         shutil.rmtree(folder, ignore_errors=True)
-        storage.write_atomic(path, told)
-    for place in folder.glob(f"{_PREFIX}*"):
-        if not _is_whole(place):
-            shutil.rmtree(place)
+        storage.write_atomic(path, content)
+    for checkpoint in folder.glob(f"{_PREFIX}*"):
+        hashes = None
+        with suppress(OSError, ValueError):
+            hashes = json.loads((checkpoint / WHOLE_FILE).read_bytes())
+        if hashes != _hashes(checkpoint):
+            shutil.rmtree(checkpoint)
     return _step(newest(folder))
 
 
@@ -91,20 +95,12 @@ def newest(folder: Path) -> Path | None:
     return max(folder.glob(f"{_PREFIX}*"), key=_step, default=None)
 
 
-def _step(place: Path | None) -> int:
+def _step(checkpoint: Path | None) -> int:
     """Steps behind a checkpoint."""
-    return int(place.name.removeprefix(_PREFIX)) if place else 0
+    return int(checkpoint.name.removeprefix(_PREFIX)) if checkpoint else 0
 
 
 def _hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of each file of a checkpoint."""
     files = sorted(path for path in folder.iterdir() if path.name != WHOLE_FILE)
     return {path.name: storage.sha256(path) for path in files}
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether a checkpoint holds the very files that were written."""
-    try:
-        return bool(json.loads((folder / WHOLE_FILE).read_bytes()) == _hashes(folder))
-    except (OSError, ValueError):
-        return False

@@ -290,7 +290,8 @@ def _check(manifest: RunManifest, settings: config.RunConfig, made: Addendum, en
     """Find out before anything is written what would end the stages or the export after them."""
     measured = open_suite(settings, made, engine=engine, folder=folder, log=EventLog(folder / events.FILE))
     suite.require_same(measured.sha256, manifest.evaluation_sha256)
-    stages.check(settings, engine, kept_apart.tables(measured.tasks, KnownRows()))
+    apart = kept_apart.tables(measured.tasks, KnownRows())
+    stages.check(settings.polish, engine, data=settings.data, apart=apart)
     export.check(RunManifest(settings, manifest.base_sha256, manifest.tensor_specs, date=manifest.date), engine)
 
 

@@ -38,7 +38,7 @@ from server.fleet.offer import Operator
 from server.folder import checkpoint, lock, run_files
 from server.folder.checkpoint import Checkpoint
 from server.gate import decide
-from server.polish import at_sites, stages
+from server.polish import stages
 from server.run import base_noise, rounds
 from server.run import export as run_export
 from server.view import polish as polish_told
@@ -161,7 +161,7 @@ def _execute(
         max_new_tokens=settings.evaluation.max_new_tokens,
         system_prompt=settings.data.system_prompt,
     )
-    stages.check(settings, engine, fed.apart)
+    stages.check(settings.polish, engine, data=settings.data, apart=fed.apart)
     run_export.check(manifest, engine)
     log.append(RunStarted(**plan(manifest, engine), **told, first_round=first.num_rounds))
     for error in damaged:
@@ -173,7 +173,7 @@ def _execute(
         federation.wait_for_sites(fed)
         tensors = rounds.run(fed, first.tensors, first_round=first.num_rounds)
         played = stages.run(fed, tensors, engine=engine)
-        at_sites.ask(fed, played)
+        stages.ask_sites(fed, played)
         return finish(fed, tensors, played)
 
 

@@ -25,7 +25,7 @@ from common.trust import identity, journal
 from server.export import adapter as export
 from server.folder import run_files
 from server.gate import decide
-from server.polish import at_sites
+from server.polish import stages as polish_stages
 from server.report import report, status
 from server.run import finish, run
 from server.run import polish as command
@@ -302,6 +302,8 @@ def test_of_the_stages_those_that_train_the_adapter_are_counted(world):
     pairs = stage_data.write(world.folder / "pairs.jsonl", stage_data.pairs(10))
     stages = ({}, {"name": "judge", "kind": "reward", "data": pairs}, {"name": "last"})
     for count, expected in ((0, []), (1, [3]), (2, [1, 3])):
-        assert at_sites.numbers(world.settings({"evaluation.num_polish_stages": str(count)}, *stages)) == expected
+        settings = world.settings({"evaluation.num_polish_stages": str(count)}, *stages)
+        asked = polish_stages.numbers_to_evaluate(settings.polish, settings.evaluation.num_polish_stages)
+        assert asked == expected
     with pytest.raises(ConfigError, match="there are fewer stages"):
         world.settings({"evaluation.num_polish_stages": "3"}, *stages)

@@ -266,4 +266,4 @@ def test_an_adapter_on_the_output_layer_is_refused(load_tiny):
     engine = load_tiny({"adapter.targets": '["lm_head"]'})
     stage = PolishStage(name="teach", kind="sft", data="x")
     with pytest.raises(ConfigError, match="leave lm_head out"):
-        stages.play(stage, engine.initial, engine=engine, found=None, tell=None)
+        stages.play(stage, engine.initial, engine=engine, data=None, tell=None)

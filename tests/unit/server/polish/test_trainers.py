@@ -50,7 +50,7 @@ def play(engine, tiny_base, files):
         found = rows.load(stage, target, tiny.settings(tiny_base).data)
         found = change(found) if change else found
         begin = target.initial if start is None else start
-        return stages.play(stage, begin, engine=target, found=found, tell=tell, judge=judge)
+        return stages.play(stage, begin, engine=target, data=found, tell=tell, judge=judge)
 
     return run
 
@@ -262,7 +262,7 @@ def test_a_preference_stage_tells_how_its_answers_look_and_imitation_does_not(pl
 
 
 def test_repetition_is_the_share_of_pieces_of_four_tokens_that_came_before():
-    from server.polish.answering import repeated
+    from server.polish.stages import repeated
 
     assert repeated([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)  # 1234 2341 3412 4123 1234
     assert repeated([5] * 10) == pytest.approx(6 / 7)

@@ -59,7 +59,7 @@ class Trial:
                 raise KeyboardInterrupt
 
         return stages.play(
-            self.stage, self.engine.initial, engine=self.engine, found=self.rows, tell=tell, judge=self.judge,
+            self.stage, self.engine.initial, engine=self.engine, data=self.rows, tell=tell, judge=self.judge,
             unfinished_in=self.place if keeps else None,
         )  # fmt: skip
 
