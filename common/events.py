@@ -12,7 +12,7 @@ from typing import BinaryIO, Final, TypeVar
 from common import event_kinds
 from common.errors import DataError
 from common.event_kinds import End, Event
-from common.storage import storage_error
+from common.journal import Journal
 
 FILE: Final = "events.jsonl"  # in a run's folder
 INTERRUPTED: Final = "Interrupted"  # the `error` of a `RunFailed` that somebody asked for
@@ -46,17 +46,8 @@ class EventLog:
         """
         event = dataclasses.replace(event, time=round(self.clock(), 3), line="")
         line = json.dumps(event.as_dict(), ensure_ascii=False, allow_nan=False) + "\n"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a+b") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - 1))
-                if size and file.read(1) != b"\n":  # a writer was killed here, and this event would become part of it
-                    file.seek(0)
-                    file.truncate(file.read().rfind(b"\n") + 1)
-                file.write(line.encode(errors="replace"))
-        except OSError as error:
-            raise storage_error(self.path, error) from error
+        with Journal(self.path, mode=None, lock="none") as file:  # a run's writers share the lock of its folder
+            file.append(line.encode(errors="replace"))
         for listener in self.listeners:
             listener(event)
         return event

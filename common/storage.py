@@ -91,7 +91,7 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     """The one translation of a failed write."""
     return StorageError(
         f"{path}: cannot write ({error.strerror or error}); free space or fix permissions, then run again; "
-        "finished rounds on disk are intact"
+        "what was finished before is intact"
     )
 
 

@@ -285,7 +285,7 @@ SITE: Final = (
      "_check_own(told.heads[own.site], own)", None,
      ("attacks/agent/test_heads::test_a_site_whose_older_log_was_restored_finds_it_out",)),
     ("site-log-continues", "a coordinator writes its log anew",
-     "if journal.follow(kept.sha256, told.links[len(told.links) - num_lines :]) != now.sha256:", None,
+     "if audit_log.follow(kept.sha256, told.links[len(told.links) - num_lines :]) != now.sha256:", None,
      ("attacks/agent/test_heads::test_a_log_that_was_written_anew_and_is_longer_stops_the_round",)),
 ),
 *guards("client/agent/gatekeeper.py",

@@ -50,8 +50,8 @@ from common.privacy import noise
 from common.run import config, egress, manifest
 from common.run.manifest import Offer, RunManifest
 from common.trust import heads, identity, roster, signed_frame
+from common.trust.audit_log import AuditLog, Head
 from common.trust.heads import Heads
-from common.trust.journal import AuditLog, Head
 
 MAX_REFUSALS_A_MINUTE: Final = 120  # that are logged
 MAX_OPENS_A_MINUTE: Final = 60  # that are answered; the same offer may come again, and each answer is logged

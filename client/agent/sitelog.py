@@ -1,7 +1,6 @@
 """A site's own log of what went wrong; the only place where the reason behind a reference is told."""
 
 import json
-import os
 import time
 import traceback
 from collections.abc import Callable
@@ -9,9 +8,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from client.agent.pressure import Limit
-from common import site_states, storage
+from common import site_states
 from common.errors import SilotuneError, code_of
-from common.storage import storage_error
+from common.journal import Journal
 
 MAX_A_MINUTE: Final = 120
 
@@ -73,13 +72,8 @@ def report(path: Path, reference: str, error: Exception) -> None:
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
     """One line with the time."""
-    try:
-        storage.make_folder(path.parent, is_private=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, storage.PRIVATE)
-        with os.fdopen(descriptor, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), **entry}) + "\n")
-    except OSError as failure:
-        raise storage_error(path, failure) from failure
+    with Journal(path) as file:
+        file.append(json.dumps({"time": round(time.time(), 3), **entry}).encode() + b"\n")
 
 
 def places(error: BaseException) -> list[str]:

@@ -95,7 +95,7 @@ def _of_agent(machine: Machine, node: config.NodeConfig, folder: Path | None, al
     shelf = Path(node.model.base or node.model.store or store.DEFAULT)
     return [
         work.rules(node, folder),
-        work.audit_log(node),
+        work.audited(node),
         work.in_force(node, is_running=host.agent_pid(Path(node.agent.socket)) is not None),
         work.rows(node, allowed),
         work.bases(found, allowed, store=str(shelf)),

@@ -21,7 +21,7 @@ from common.model.size import Memory, Work
 from common.run import config, manifest
 from common.run.manifest import RunManifest
 from common.run.schema import precisions
-from common.trust import governance, identity, journal, kit
+from common.trust import audit_log, governance, identity, kit
 
 LOG_BYTES: Final = 256 << 20  # offers of up to 4 MiB, and both logs
 RUNTIME_BYTES: Final = 1 << 30  # torch and, on a GPU, its context
@@ -68,7 +68,7 @@ def rules(node: config.NodeConfig, folder: Path | None) -> Result:
 
 
 @check("audit log", remedy="find out who changed it; restore the log from a backup, and tell the coordinator")
-def audit_log(node: config.NodeConfig) -> Result:
+def audited(node: config.NodeConfig) -> Result:
     """Check every line of the audit log, and that the policy is no older than one that was in force."""
     if not node.agent.identity_key:
         return skipped("none is kept: the site has no policy", "set agent.policy and agent.identity_key")
@@ -232,7 +232,7 @@ def read_history(node: config.NodeConfig) -> tuple[history.History, int]:
     path = Path(node.agent.log_folder) / history.AUDIT_FILE
     public = identity.public_hex(identity.load(Path(node.agent.identity_key)))
     if path.exists():
-        for entry in journal.read(path, public):
+        for entry in audit_log.read(path, public):
             past.take(entry)
             num_entries += 1
     return past, num_entries

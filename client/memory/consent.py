@@ -15,7 +15,7 @@ from common.errors import ApprovalDenied, ApprovalRequired, DataError, WireError
 from common.frame import wire
 from common.run import config, manifest
 from common.run.manifest import Offer, RunManifest
-from common.trust.journal import AuditLog
+from common.trust.audit_log import AuditLog
 
 FOLDER: Final = "offers"
 REFUSED: Final = "refused"  # within the log's folder: offers that the policy turned away, kept to be read

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from client.ledger.file import Head
 from client.policy.rules import Usage
-from common.trust.journal import Entry
+from common.trust.audit_log import Entry
 
 AUDIT_FILE: Final = "audit.jsonl"
 DAY_S: Final = 86_400

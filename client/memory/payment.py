@@ -24,7 +24,7 @@ from common.frame.wire import Frame
 from common.privacy import plan
 from common.run import config
 from common.run.manifest import RunManifest
-from common.trust.journal import AuditLog
+from common.trust.audit_log import AuditLog
 
 ANSWERS_FOLDER: Final = "answers"
 MAX_ANSWER_BYTES: Final = 2047 << 20

@@ -12,10 +12,10 @@ from typing import Final
 from common.errors import AuditError, PolicyRefusedError
 from common.frame.records import HEADS, LINKS
 from common.frame.wire import Frame
+from common.trust import audit_log
 from common.trust import heads as audit_heads
-from common.trust import journal
+from common.trust.audit_log import Head
 from common.trust.heads import Heads, SignedHead
-from common.trust.journal import Head
 
 HEADS_FILE: Final = "audit-heads.jsonl"
 RULE: Final = "audit.heads"
@@ -141,7 +141,7 @@ def _check_continues(told: Told, heads: Heads) -> None:
             f"(operations.md, Compare logs), and if the coordinator's holds entry {kept.sequence} with hash "
             f"{kept.sha256}, remove {HEADS_FILE} here"
         )
-    if journal.follow(kept.sha256, told.links[len(told.links) - num_lines :]) != now.sha256:
+    if audit_log.follow(kept.sha256, told.links[len(told.links) - num_lines :]) != now.sha256:
         raise AuditError(
             f"the audit log of {told.coordinator} is told to stand at entry {now.sequence} ({now.sha256}), which does "
             f"not continue entry {kept.sequence} ({kept.sha256}), which is kept: the log was written anew"

@@ -18,7 +18,7 @@ from common import accounting
 from common.data.rows import Row
 from common.errors import ConfigError, LedgerError
 from common.run import config
-from common.trust.journal import AuditLog
+from common.trust.audit_log import AuditLog
 
 ROW = "row"
 MAX_MARKS: Final = 2048

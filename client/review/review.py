@@ -31,7 +31,7 @@ from common.run.catalogue.kinds import KINDS
 from common.run.manifest import Offer, RunManifest
 from common.run.schema import precisions
 from common.trust import identity
-from common.trust.journal import AuditLog
+from common.trust.audit_log import AuditLog
 
 NO_EPSILON: Final = (
     "none: updates leave without differential privacy and without secure aggregation; the coordinator sees this site's "

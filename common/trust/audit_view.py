@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from common import storage
+from common.trust import audit_log
 from common.trust import heads as audit_heads
-from common.trust import journal
 
 MAX_SHOWN = 24  # characters of a fact
 
@@ -27,7 +27,7 @@ def newest(log: Path, public_key: str, *, limit: int) -> list[dict[str, Any]]:
     Raises:
         AuditError: The log is not whole.
     """
-    entries = deque(journal.read(log, public_key), maxlen=limit)
+    entries = deque(audit_log.read(log, public_key), maxlen=limit)
     return [{"sequence": e.sequence, "time": e.time, "kind": e.kind, **e.facts} for e in entries]
 
 
@@ -44,7 +44,7 @@ def verify(log: Path, public_key: str, *, heads: Path | None, owner: str) -> dic
         AuditError: The log is not whole, the message says where; or the file has no head of it that its key signed.
     """
     known = audit_heads.of(heads, owner, signer=public_key) if heads else []
-    head = journal.verify(log, public_key, heads=known)
+    head = audit_log.verify(log, public_key, heads=known)
     return {"num_entries": head.sequence + 1, "sha256": head.sha256, "num_heads_checked": len(known)}
 
 

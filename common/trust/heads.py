@@ -6,26 +6,22 @@ heads contradict each other if they are of one place and differ, or if the log i
 signed by its log's key for one federation, so whoever hands it on can neither change nor invent it. A log has one key.
 """
 
-import contextlib
-import fcntl
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from common import storage
 from common.errors import AuditError, AuthError, WireError
 from common.frame import wire
 from common.frame.records import MAX_NUMBER
+from common.journal import Journal
 from common.run.schema.section import SLUG
-from common.storage import storage_error
 from common.trust import identity
-from common.trust.journal import MAX_LINKS, Head
+from common.trust.audit_log import MAX_LINKS, Head
 
 FIELDS: Final = ("owner", "sequence", "sha256", "time", "signer", "signature", "federation")
 PURPOSE: Final = "audit-head"
@@ -171,14 +167,15 @@ class Heads:
         """
         for owner, one in told.items():
             self._check(owner, one, keys)
-        with self._locked() as file:
+        with Journal(self.path) as file:
             self._catch_up(file)
             fresh = {owner: one for owner, one in told.items() if self._is_news(owner, one)}
-            lines = b"".join(_line(owner, one) for owner, one in fresh.items())
-            if self._size + len(lines) > MAX_FILE_BYTES:
+            values = ((owner, *_values(one)) for owner, one in fresh.items())
+            lines = [wire.canonical_json(dict(zip(FIELDS, each, strict=True))) for each in values]
+            if self._size + sum(len(line) + 1 for line in lines) > MAX_FILE_BYTES:
                 raise AuditError(f"{self.path} has {self._size} bytes and takes no more heads; move it to your archive")
             if lines:
-                _append(file, lines)
+                file.append(b"".join(line + b"\n" for line in lines))
                 self._take(lines)
 
     def newest(self) -> dict[str, SignedHead]:
@@ -187,7 +184,7 @@ class Heads:
         Raises:
             AuditError: The file is no file of heads.
         """
-        with self._locked() as file:
+        with Journal(self.path) as file:
             self._catch_up(file)
         return {owner: known[max(known)] for owner, known in self._known.items()}
 
@@ -231,35 +228,20 @@ class Heads:
             raise AuditError(_contradiction(owner, head, later[-1]))
         return head.sequence >= 0 and head.sequence not in known
 
-    def _catch_up(self, file: BinaryIO) -> None:
+    def _catch_up(self, file: Journal) -> None:
         """Read what others have added; a last line that a crash cut is removed."""
-        size = os.fstat(file.fileno()).st_size
+        size = file.size_bytes
         if not self._size <= size <= MAX_FILE_BYTES:
             raise AuditError(f"{self.path} has {size} bytes: heads were removed, or it is no file of heads")
-        file.seek(self._size)
-        data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._take(whole)
-        file.truncate(self._size)
+        file.cut()
+        self._take(list(file.lines(self._size)))
 
-    def _take(self, lines: bytes) -> None:
+    def _take(self, lines: Sequence[bytes]) -> None:
         """Lines that are in the file."""
         for owner, told in _parse(lines, name=str(self.path)):
             if told.federation == self.federation:
                 self._known.setdefault(owner, {})[told.head.sequence] = told
-        self._size += len(lines)
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[BinaryIO]:
-        """The file, for this process alone."""
-        try:
-            storage.make_folder(self.path.parent, is_private=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            with os.fdopen(descriptor, "r+b") as file:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-                yield file
-        except OSError as error:
-            raise storage_error(self.path, error) from error
+        self._size += sum(len(line) + 1 for line in lines)
 
 
 def read(path: Path) -> dict[str, list[SignedHead]]:
@@ -276,7 +258,7 @@ def read(path: Path) -> dict[str, list[SignedHead]]:
     if len(data) > MAX_FILE_BYTES:
         raise AuditError(f"{path} is too large for a file of heads; the limit is {MAX_FILE_BYTES} bytes")
     found: dict[str, list[SignedHead]] = {}
-    for owner, told in _parse(data, name=str(path)):
+    for owner, told in _parse(data.splitlines(), name=str(path)):
         verify(owner, told)
         found.setdefault(owner, []).append(told)
     return {owner: sorted(heads, key=lambda told: told.head.sequence) for owner, heads in found.items()}
@@ -303,10 +285,10 @@ def of(path: Path, owner: str, *, signer: str) -> list[Head]:
     return heads
 
 
-def _parse(lines: bytes, *, name: str) -> list[tuple[str, SignedHead]]:
+def _parse(lines: Iterable[bytes], *, name: str) -> list[tuple[str, SignedHead]]:
     """Lines as owners and heads."""
     try:
-        found = [json.loads(line, object_pairs_hook=wire.unique_pairs) for line in lines.splitlines()]
+        found = [json.loads(line, object_pairs_hook=wire.unique_pairs) for line in lines]
         if any(fields.keys() != set(FIELDS) for fields in found):
             raise ValueError("not a head")
         return [_checked(*(fields[key] for key in FIELDS)) for fields in found]
@@ -340,23 +322,6 @@ def _values(told: SignedHead) -> tuple[int, str, float, str, str, str]:
     """A head's fields as they are written, after its owner."""
     head = told.head
     return head.sequence, head.sha256, head.time, told.signer, told.signature, told.federation
-
-
-def _line(owner: str, told: SignedHead) -> bytes:
-    """A head as it is kept."""
-    return wire.canonical_json(dict(zip(FIELDS, (owner, *_values(told)), strict=True))) + b"\n"
-
-
-def _append(file: BinaryIO, lines: bytes) -> None:
-    """Add and fsync; what could not be written whole is taken back."""
-    start = file.seek(0, os.SEEK_END)
-    try:
-        file.write(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    except OSError:
-        os.ftruncate(file.fileno(), start)
-        raise
 
 
 def _contradiction(owner: str, told: Head, kept: Head) -> str:

@@ -15,8 +15,8 @@ from common.frame.records import HEADS, LINKS, UpdateHead
 from common.frame.wire import Frame
 from common.trust import heads as audit_heads
 from common.trust import identity, signed_frame
+from common.trust.audit_log import AuditLog, Head
 from common.trust.heads import Heads, SignedHead
-from common.trust.journal import AuditLog, Head
 from server.fleet.site_keys import SiteKeys
 
 AUDIT_FILE: Final = "audit.jsonl"

@@ -1,12 +1,12 @@
 """What a refusal is, and the log of refusals: one JSON line each, never a body, a key or a header's value."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from common.errors import ConfigError, ProtocolError
+from common.errors import ConfigError, ProtocolError, StorageError
+from common.journal import Journal
 from server.gateway.limits import Buckets
 
 NOBODY: Final = ""
@@ -32,12 +32,12 @@ class RefusalLog:
     """Appends to one file; of one certificate 20 lines a second at most, so that nobody fills the disk."""
 
     def __init__(self, path: Path, *, wall_clock: Callable[[], float], clock: Callable[[], float]) -> None:
+        if not path.parent.is_dir():
+            raise ConfigError(f"{path}: there is no such folder for this log; make it, or set log.file to another path")
         try:
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise ConfigError(
-                f"{path}: cannot write this log ({error.strerror}); set log.file to another path"
-            ) from error
+            self._journal = Journal(path, lock="none", is_synced=False)  # callers decide how many lines there are
+        except StorageError as error:
+            raise ConfigError(f"{error}; or set log.file to another path") from error
         self._wall_clock = wall_clock
         self._buckets = Buckets(per_s=_LINES_PER_S, burst=_BURST_LINES, clock=clock)
         self._num_unwritten: dict[tuple[str, str], int] = {}
@@ -66,8 +66,8 @@ class RefusalLog:
         }
         if num_unwritten := self._num_unwritten.pop(key, 0):
             line["num_unwritten"] = num_unwritten
-        os.write(self._file, json.dumps(line).encode("ascii") + b"\n")
+        self._journal.append(json.dumps(line).encode("ascii") + b"\n")
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._file)
+        self._journal.close()

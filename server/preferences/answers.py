@@ -1,8 +1,6 @@
 """A rater's answers: one line each, on the disk before the next task is shown; a file that broke off is continued."""
 
-import fcntl
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self, get_args
 
-from common.errors import ConfigError, DataError, StorageError
+from common.errors import ConfigError, DataError
+from common.journal import Journal
 from server.preferences import blind
 from server.preferences.blind import Task
 
@@ -54,10 +53,10 @@ class Session:
         if not _NAME.fullmatch(rater):
             raise ConfigError("--rater must be a name of letters, digits, dot, dash and underscore, at most 64")
         self.tasks, digest = blind.read_tasks(tasks_file), blind.digest(tasks_file)
-        self._path, self._file = answers_file, _open(answers_file)
+        self._journal = Journal(answers_file, lock="refuse")
         try:
-            _cut_broken_line(self._file)
-            if os.fstat(self._file).st_size == 0:
+            self._journal.cut()
+            if not self._journal.size_bytes:
                 self._append({"rater": rater, "tasks_sha256": digest})
             self.answers = read(answers_file)
             if self.answers.tasks_sha256 != digest:
@@ -111,7 +110,7 @@ class Session:
 
     def close(self) -> None:
         """Let the file go."""
-        os.close(self._file)
+        self._journal.close()
 
     def __enter__(self) -> Self:
         return self
@@ -120,16 +119,8 @@ class Session:
         self.close()
 
     def _append(self, fields: dict[str, Any]) -> None:
-        """Write a line and wait until it is on the disk; a line that fails halfway is taken out again."""
-        size = os.fstat(self._file).st_size
-        line = json.dumps(fields).encode() + b"\n"
-        try:
-            if os.write(self._file, line) < len(line):
-                raise OSError("the disk is full")
-            os.fsync(self._file)
-        except OSError as error:
-            os.ftruncate(self._file, size)
-            raise StorageError(f"{self._path}: cannot write ({error.strerror or error}); free space, go on") from error
+        """Write a line and wait until it is on the disk."""
+        self._journal.append(json.dumps(fields).encode() + b"\n")
 
 
 def read(path: Path) -> Answers:
@@ -163,31 +154,6 @@ def _play(choices: dict[int, Choice], number: Any, choice: Any) -> None:
         del choices[number]
     else:
         choices[number] = choice
-
-
-def _open(path: Path) -> int:
-    """Open for appending, for this session alone."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot write ({error.strerror}); choose another place for --answers") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(file)
-        raise StorageError(f"{path}: another session writes to it; end that one first") from None
-    return file
-
-
-def _cut_broken_line(file: int) -> None:
-    """Take out what was written of a line whose end never came; nobody was told that it was kept."""
-    size = os.fstat(file).st_size
-    content = os.pread(file, size, 0)
-    whole = content.rfind(b"\n") + 1
-    if whole < size:
-        os.ftruncate(file, whole)
-        os.fsync(file)
 
 
 def of_same_tasks(found: Sequence[Answers]) -> str:

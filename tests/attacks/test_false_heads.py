@@ -12,7 +12,7 @@ from client.memory import replicas
 from common.errors import AuditError, AuthError
 from common.frame.records import UpdateHead
 from common.trust import heads, identity
-from common.trust.journal import Head
+from common.trust.audit_log import Head
 from server.fleet import trail as trails
 from tests.samples import rosters, vault
 from tests.samples.rosters import NORTH, SOUTH, SOUTH_KEY

@@ -9,7 +9,7 @@ import pytest
 from client.memory.history import AUDIT_FILE
 from client.memory.replicas import HEADS_FILE
 from client.policy import file
-from common.trust import heads, identity, journal
+from common.trust import audit_log, heads, identity
 from server.fleet import trail
 from server.folder import run_files
 from simulations.engines import deployment
@@ -61,11 +61,11 @@ def test_every_party_holds_the_heads_of_all_the_others(folder):
     keys = {name: identity.public_hex(identity.load(folder / name / "site.pem")) for name in SITES}
     operator = identity.public_hex(identity.load(folder / "op.pem"))
     server_log, server_heads = (folder / "op-audit" / name for name in (trail.AUDIT_FILE, trail.HEADS_FILE))
-    kinds = [entry.kind for entry in journal.read(server_log, operator)]
+    kinds = [entry.kind for entry in audit_log.read(server_log, operator)]
     assert [kinds[0], kinds[-1], kinds.count("received")] == ["offered", "ended", 6]
     for name, other in (SITES, SITES[::-1]):
         kept = heads.read(folder / name / HEADS_FILE)
         assert sorted(kept) == sorted([heads.operator(operator), other])
-        journal.verify(server_log, operator, heads=[one.head for one in kept[heads.operator(operator)]])
-        journal.verify(folder / other / AUDIT_FILE, keys[other], heads=[one.head for one in kept[other]])
-        journal.verify(folder / name / AUDIT_FILE, keys[name], heads=heads.of(server_heads, name, signer=keys[name]))
+        audit_log.verify(server_log, operator, heads=[one.head for one in kept[heads.operator(operator)]])
+        audit_log.verify(folder / other / AUDIT_FILE, keys[other], heads=[one.head for one in kept[other]])
+        audit_log.verify(folder / name / AUDIT_FILE, keys[name], heads=heads.of(server_heads, name, signer=keys[name]))

@@ -31,7 +31,7 @@ from common.errors import ProtocolError, SilotuneError
 from common.frame import wire
 from common.frame.wire import Frame
 from common.run import config
-from common.trust import identity, journal, kit
+from common.trust import audit_log, identity, kit
 from server.folder import run_files
 from server.members import changes as admit
 from server.run import launch, link
@@ -143,11 +143,11 @@ def approve(node_file: Path) -> None:
         time.sleep(0.2)
 
 
-def entries(node_file: Path) -> list[journal.Entry]:
+def entries(node_file: Path) -> list[audit_log.Entry]:
     """A site's audit log, which must be whole."""
     agent = config.load_node(node_file).agent
     key = identity.public_hex(identity.load(Path(agent.identity_key)))
-    return list(journal.read(Path(agent.log_folder) / AUDIT_FILE, key))
+    return list(audit_log.read(Path(agent.log_folder) / AUDIT_FILE, key))
 
 
 def check_log(node_file: Path, run_folder: Path, decided: list[str]) -> None:

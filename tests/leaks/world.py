@@ -13,8 +13,8 @@ from client.policy import file as policy_file
 from common import events
 from common.event_kinds import Event
 from common.run.config import RunConfig
-from common.trust import identity, journal
-from common.trust.journal import Entry
+from common.trust import audit_log, identity
+from common.trust.audit_log import Entry
 from server.folder import run_files
 from server.run import link
 from server.run.link import RunState
@@ -68,7 +68,7 @@ class Captured:
     def entries(self, site: str, kind: str) -> list[Entry]:
         """Entries of one kind in a site's audit log."""
         key = identity.load(self.sites[site].socket_path.with_name("site.key"))
-        log = journal.read(self.folder / "logs" / site / AUDIT_FILE, identity.public_hex(key))
+        log = audit_log.read(self.folder / "logs" / site / AUDIT_FILE, identity.public_hex(key))
         return [entry for entry in log if entry.kind == kind]
 
     def events(self) -> list[Event]:

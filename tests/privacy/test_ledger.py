@@ -318,7 +318,7 @@ def test_one_data_set_has_one_budget_whatever_it_is_called(tmp_path):
     from client.memory.history import History
     from client.policy import file as policy_file
     from common.run import config
-    from common.trust.journal import AuditLog
+    from common.trust.audit_log import AuditLog
     from tests import tiny
 
     key, base = vault.SITE, "ab" * 32

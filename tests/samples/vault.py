@@ -18,10 +18,10 @@ from common.frame.records import HEADS, LINKS, RoundPlan, to_head
 from common.frame.wire import Frame
 from common.run import config, manifest
 from common.run.manifest import Offer, RunManifest
+from common.trust import audit_log, identity, signed_frame
 from common.trust import heads as audit_heads
-from common.trust import identity, journal, signed_frame
+from common.trust.audit_log import AuditLog, Entry, Head
 from common.trust.heads import SignedHead
-from common.trust.journal import AuditLog, Entry, Head
 from server.fleet import trail
 from server.fleet.offer import Operator
 from tests import tiny
@@ -102,7 +102,7 @@ def links(num_lines: int) -> list[str]:
 
 def server_head(sequence: int = 7) -> Head:
     """The head of that log at one of its lines, of which one comes a second."""
-    return Head(sequence, journal.follow(journal.GENESIS, links(sequence + 1)), NOW - 60 + sequence)
+    return Head(sequence, audit_log.follow(audit_log.GENESIS, links(sequence + 1)), NOW - 60 + sequence)
 
 
 def signed(
@@ -274,7 +274,7 @@ class Vault:
 
     def log(self) -> list[Entry]:
         """The audit log, which must be whole."""
-        return list(journal.read(self.folder / AUDIT_FILE, identity.public_hex(self.key)))
+        return list(audit_log.read(self.folder / AUDIT_FILE, identity.public_hex(self.key)))
 
     def refused(self, answer: Frame) -> tuple[str, str]:
         """Code and rule of a refusal; nothing else left, and the log has it."""

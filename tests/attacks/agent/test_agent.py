@@ -15,7 +15,7 @@ from common.frame.records import TensorSpec
 from common.frame.wire import Frame
 from common.run import manifest
 from common.run.manifest import Offer, RunManifest
-from common.trust import identity, journal
+from common.trust import audit_log, identity
 from tests.samples import vault
 
 POLICY = "PolicyRefusedError"
@@ -118,7 +118,7 @@ def test_a03_an_approval_that_was_written_by_another_key_stops_the_site(site):
     head = site.gate._log.head
     forged = {"sequence": head.sequence + 1, "time": 1.0, "kind": "approved", "previous": head.sha256}
     forged["facts"] = {"run": site.manifest().sha256, "by": "nobody"}
-    signature = identity.sign(vault.STRANGER, wire.canonical_json(forged), purpose=journal.PURPOSE)
+    signature = identity.sign(vault.STRANGER, wire.canonical_json(forged), purpose=audit_log.PURPOSE)
     whole = log.read_bytes()
     log.write_bytes(whole + wire.canonical_json({**forged, "signature": signature}) + b"\n")
     assert site.ask(site.offer().to_frame()).head["code"] == "AuditError"

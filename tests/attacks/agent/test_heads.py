@@ -7,10 +7,10 @@ import pytest
 from client.agent import gatekeeper
 from client.memory import replicas
 from client.memory.history import AUDIT_FILE
+from common.trust import audit_log, identity
 from common.trust import heads as audit_heads
-from common.trust import identity, journal
+from common.trust.audit_log import Head
 from common.trust.heads import Heads
-from common.trust.journal import Head
 from tests.samples import vault
 from tests.samples.vault import told
 
@@ -84,7 +84,7 @@ def test_a_log_that_was_written_anew_and_is_longer_stops_the_round(open_site, ch
     assert open_site.step("evaluate", **told()).kind == "metrics"
     lines = vault.links(12)
     lines[changed] = "00" * 32
-    anew = Head(11, journal.follow(journal.GENESIS, lines), vault.NOW)
+    anew = Head(11, audit_log.follow(audit_log.GENESIS, lines), vault.NOW)
     request = told(anew) | {"links": lines}
     assert open_site.refused(open_site.step(**request)) == RULE
     assert "written anew" in str(open_site.errors[-1])
@@ -93,7 +93,7 @@ def test_a_log_that_was_written_anew_and_is_longer_stops_the_round(open_site, ch
 
 def test_control_a_longer_log_is_taken_by_who_kept_no_head_of_it(open_site):
     lines = ["00" * 32, *vault.links(12)[1:]]
-    anew = Head(11, journal.follow(journal.GENESIS, lines), vault.NOW)
+    anew = Head(11, audit_log.follow(audit_log.GENESIS, lines), vault.NOW)
     assert open_site.step(**(told(anew) | {"links": lines})).kind == "update"
 
 

@@ -11,7 +11,7 @@ from client.ledger.budget import Budget
 from client.memory import site_ledger
 from client.memory.history import AUDIT_FILE, History
 from client.train import private
-from common.trust.journal import AuditLog
+from common.trust.audit_log import AuditLog
 from tests.samples import vault
 
 POLICY = "PolicyRefusedError"

@@ -6,6 +6,7 @@ Names carry the numbers of the attack table; `test_agent.py` has the offers. Eac
 import dataclasses
 import hashlib
 import json
+import os
 import tomllib
 
 import pytest
@@ -21,7 +22,7 @@ from common.errors import AuditError, PolicyRefusedError
 from common.frame import wire
 from common.frame.wire import Frame
 from common.run import egress
-from common.trust import identity, journal
+from common.trust import identity
 from tests import tiny
 from tests.samples import vault
 
@@ -381,7 +382,7 @@ def test_an_answer_that_cannot_be_logged_does_not_leave(open_site, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         assert open_site.step().head["code"] == "StorageError"
     assert open_site.sent() == [("open", 0)]
     assert open_site.step().kind == "update"

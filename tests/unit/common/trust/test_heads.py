@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -11,8 +12,8 @@ from common.frame import wire
 from common.frame.wire import Frame
 from common.trust import heads as audit_heads
 from common.trust import identity
+from common.trust.audit_log import GENESIS, MAX_LINKS, Head
 from common.trust.heads import Heads, SignedHead
-from common.trust.journal import GENESIS, MAX_LINKS, Head
 
 FIRST, SECOND = Head(4, "a" * 64, 100.0), Head(9, "b" * 64, 200.0)
 KEY, OTHER = (Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2))
@@ -206,7 +207,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(path, heads, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(audit_heads.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(StorageError):
             heads.keep(signed(west=FIRST))
     assert path.read_bytes() == before

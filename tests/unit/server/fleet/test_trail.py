@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 
@@ -11,8 +12,8 @@ from common import cli, events
 from common.errors import AuditError, ConfigError, StorageError, TooFewSitesError
 from common.frame import wire
 from common.frame.wire import Frame
-from common.trust import heads, identity, journal
-from common.trust.journal import AuditLog
+from common.trust import audit_log, heads, identity
+from common.trust.audit_log import AuditLog
 from server.cli import app as server_cli
 from server.fleet import federation, trail
 from server.folder import checkpoint, run_files
@@ -65,7 +66,7 @@ def entries(tmp_path):
     """The coordinator's log, which must be whole; of one kind, as facts."""
 
     def read(kind: str = ""):
-        found = journal.read(tmp_path / "op-audit" / trail.AUDIT_FILE, PUBLIC)
+        found = audit_log.read(tmp_path / "op-audit" / trail.AUDIT_FILE, PUBLIC)
         return [entry.facts for entry in found if kind in ("", entry.kind)]
 
     return read
@@ -85,7 +86,7 @@ def failed(fed) -> list[tuple[str, str]]:
 def test_a_run_is_in_the_coordinators_log_from_the_offer_to_its_end(play, sites, entries, tmp_path, engine):
     play()
     run = sites[0].manifest()
-    log = list(journal.read(tmp_path / "op-audit" / trail.AUDIT_FILE, PUBLIC))
+    log = list(audit_log.read(tmp_path / "op-audit" / trail.AUDIT_FILE, PUBLIC))
     step = ["sent", "received", "received", "received"]
     expected = ["offered", "opened", "opened", "opened", *step, *[*step, "aggregated", *step] * 2, "ended"]
     assert [entry.kind for entry in log] == expected
@@ -136,7 +137,7 @@ def test_a_log_that_cannot_be_written_sends_nothing(fed, sites, monkeypatch, eng
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(StorageError):
             rounds.play(fed, engine.initial, round_index=0)
     assert [site.sent() for site in sites] == [[("open", 0)]] * 3
@@ -221,8 +222,8 @@ def test_every_site_holds_the_heads_of_all_the_others(play, sites, tmp_path):
         others = [other for other in sites if other is not site]
         assert sorted(kept) == sorted([vault.SERVER_LOG, *(other.name for other in others)])
         for other in others:
-            journal.verify(other.folder / AUDIT_FILE, SITE_KEY, heads=[one.head for one in kept[other.name]])
-        journal.verify(
+            audit_log.verify(other.folder / AUDIT_FILE, SITE_KEY, heads=[one.head for one in kept[other.name]])
+        audit_log.verify(
             tmp_path / "op-audit" / "audit.jsonl", PUBLIC, heads=[one.head for one in kept[vault.SERVER_LOG]]
         )
         assert len(kept[vault.SERVER_LOG]) == 5  # one a request
@@ -303,7 +304,7 @@ def test_a_site_whose_log_was_rolled_back_is_noticed_by_another_site(fed, sites,
 def without_south(fed, path) -> AuditLog:
     """The coordinator's log, signed anew as if south had never taken part."""
     anew = AuditLog(path, key=vault.OPERATOR)
-    for entry in journal.read(fed.trail.log.path, PUBLIC):
+    for entry in audit_log.read(fed.trail.log.path, PUBLIC):
         if entry.facts.get("site") != "south":
             anew.append(entry.kind, **entry.facts)
     return anew
@@ -328,7 +329,7 @@ def test_a_coordinator_that_writes_its_log_anew_is_noticed_by_the_sites(
     for _ in range(num_more):  # longer than what the sites know
         anew.append("received", run=fed.manifest.sha256, site="north")
     assert (anew.head.sequence > fed.trail.log.head.sequence) == bool(num_more)
-    journal.verify(anew.path, PUBLIC)  # alone it looks whole
+    audit_log.verify(anew.path, PUBLIC)  # alone it looks whole
     if not are_heads_kept:
         monkeypatch.setattr("client.memory.replicas.keep", lambda *_, **__: None)
     answers = [site.step(state=state, round_index=1, **told_by(anew)) for site in sites]
@@ -338,7 +339,7 @@ def test_a_coordinator_that_writes_its_log_anew_is_noticed_by_the_sites(
     for site, answer in zip(sites, answers, strict=True):
         assert site.refused(answer) == ("PolicyRefusedError", "audit.heads")
         with pytest.raises(AuditError, match="known elsewhere"):
-            journal.verify(anew.path, PUBLIC, heads=site.gate._heads.of(vault.SERVER_LOG))
+            audit_log.verify(anew.path, PUBLIC, heads=site.gate._heads.of(vault.SERVER_LOG))
     assert [site.step(state=state, round_index=1, **fed.trail.told()).kind for site in sites] == ["update"] * 3
 
 

@@ -82,7 +82,7 @@ def test_a_disk_that_fills_up_leaves_earlier_rounds_and_no_half_one(tmp_path, mo
         real(*given)
 
     monkeypatch.setattr(storage.os, "replace", replace)
-    with pytest.raises(StorageError, match="finished rounds on disk are intact"):
+    with pytest.raises(StorageError, match="what was finished before is intact"):
         save(tmp_path, 2)
     assert run_files.finished(tmp_path) == [1]
     assert load(tmp_path, 1).num_rounds == 1

@@ -21,7 +21,7 @@ from common.model.base import Engine
 from common.run import config, egress
 from common.run.manifest import RunManifest, parse
 from common.run.plan import Plan
-from common.trust import identity, journal
+from common.trust import audit_log, identity
 from server.export import adapter as export
 from server.folder import run_files
 from server.gate import decide
@@ -251,7 +251,7 @@ def test_the_sites_have_the_very_adapter_whatever_goes_down_in_rounds(load_tiny,
 def test_the_request_is_in_the_audit_log_and_its_bytes_in_what_a_run_declares(world, tmp_path):
     settings = world.settings(ASKED)
     folder = world.play(settings, operator=vault.operator(tmp_path))
-    log = list(journal.read(tmp_path / "op-audit" / "audit.jsonl", identity.public_hex(vault.OPERATOR)))
+    log = list(audit_log.read(tmp_path / "op-audit" / "audit.jsonl", identity.public_hex(vault.OPERATOR)))
     (sent,) = [one.facts for one in log if one.kind == "sent" and one.facts["round_index"] == 2]
     assert (sent["step"], sorted(sent["sites"])) == ("evaluate", ["north", "south", "west"])
     assert sent["adapter_sha256"] == of(folder, "polish_evaluated")[0]["adapter_sha256"]

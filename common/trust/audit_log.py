@@ -8,10 +8,10 @@ tail leaves a shorter log that is right in itself, so whoever has seen a head ke
 that are known elsewhere.
 """
 
-import fcntl
+import contextlib
 import hashlib
+import itertools
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,10 +21,9 @@ from typing import Any, BinaryIO, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from common import storage
 from common.errors import AuditError, AuthError
 from common.frame import wire
-from common.storage import storage_error
+from common.journal import Journal
 from common.trust import identity
 
 GENESIS: Final = "0" * 64
@@ -101,8 +100,7 @@ class AuditLog:
         self._head = Head()
         self._links: deque[str] = deque(maxlen=MAX_LINKS)
         self._size = 0
-        with self._locked() as file:
-            self._drop_torn_tail(file)
+        self.refresh()
 
     @property
     def head(self) -> Head:
@@ -120,7 +118,7 @@ class AuditLog:
         Raises:
             AuditError: It does not continue what was there.
         """
-        with self._locked():
+        with self._opened():
             return self._head
 
     def append(self, kind: str, **facts: Any) -> Head:
@@ -131,16 +129,27 @@ class AuditLog:
             StorageError: It cannot be written; whatever was to be logged must then not happen.
             ValueError: The entry is too long.
         """
-        with self._locked() as file:
-            line = self._compose(kind, facts)
-            if len(line) > MAX_LINE_BYTES:
-                raise ValueError(f"an audit entry of {len(line)} bytes; the limit is {MAX_LINE_BYTES}")
-            _write(file, line + b"\n", self.path)
-            self._take(line)
-            return self._head
+        with self._opened() as file:
+            return self._add(file, kind, facts)
 
-    def _compose(self, kind: str, facts: dict[str, Any]) -> bytes:
-        """The next line, signed."""
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Journal]:
+        """The file, for this process alone, with all that others appended read."""
+        with Journal(self.path) as file:
+            if file.size_bytes < self._size:
+                raise AuditError(
+                    f"{self.path}: has become shorter; entries were removed after sequence {self._head.sequence}"
+                )
+            for line in file.lines(self._size):
+                self._take(line)
+            if file.size_bytes - self._size > MAX_LINE_BYTES:
+                raise AuditError(f"{self.path}: no line of a log follows sequence {self._head.sequence}")
+            if num_torn := file.cut():  # a crash: what the line was to tell had not happened
+                self._add(file, "recovered", {"num_bytes_dropped": num_torn})
+            yield file
+
+    def _add(self, file: Journal, kind: str, facts: dict[str, Any]) -> Head:
+        """Sign and write the next line."""
         entry: dict[str, Any] = {
             "sequence": self._head.sequence + 1,
             "time": round(self._clock(), 3),
@@ -149,7 +158,12 @@ class AuditLog:
             "previous": self._head.sha256,
         }
         signature = identity.sign(self._key, wire.canonical_json(entry), purpose=PURPOSE)
-        return wire.canonical_json({**entry, "signature": signature})
+        line = wire.canonical_json({**entry, "signature": signature})
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError(f"an audit entry of {len(line)} bytes; the limit is {MAX_LINE_BYTES}")
+        file.append(line + b"\n")
+        self._take(line)
+        return self._head
 
     def _take(self, line: bytes) -> None:
         """One more line that was found right, or was just written."""
@@ -158,53 +172,6 @@ class AuditLog:
         self._links.append(entry.link)
         self._size += len(line) + 1
         self._on_entry(entry)
-
-    def _locked(self) -> "_Locked":
-        """The file, for this process alone, with all that others appended read."""
-        return _Locked(self)
-
-    def _catch_up(self, file: BinaryIO) -> None:
-        """Read whole lines from where this object stands."""
-        if os.fstat(file.fileno()).st_size < self._size:
-            raise AuditError(f"{self.path}: has become shorter; entries were removed after sequence {_last(self)}")
-        file.seek(self._size)
-        for line in _whole_lines(file):
-            self._take(line)
-
-    def _drop_torn_tail(self, file: BinaryIO) -> None:
-        """Remove a last line that a crash left unfinished (what it was to tell had not happened), and say so."""
-        num_torn = os.fstat(file.fileno()).st_size - self._size
-        if num_torn:
-            file.truncate(self._size)
-            file.seek(self._size)
-            line = self._compose("recovered", {"num_bytes_dropped": num_torn})
-            _write(file, line + b"\n", self.path)
-            self._take(line)
-
-
-class _Locked:
-    """The log's file under an exclusive lock."""
-
-    def __init__(self, log: AuditLog) -> None:
-        self._log = log
-
-    def __enter__(self) -> BinaryIO:
-        try:
-            storage.make_folder(self._log.path.parent, is_private=True)
-            descriptor = os.open(self._log.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            self._file = os.fdopen(descriptor, "r+b")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            raise storage_error(self._log.path, error) from error
-        try:
-            self._log._catch_up(self._file)
-        except BaseException:
-            self._file.close()
-            raise
-        return self._file
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
 
 def verify(path: Path, public_key: str, *, heads: Iterable[Head] = ()) -> Head:
@@ -242,7 +209,7 @@ def read(path: Path, public_key: str) -> Iterator[Entry]:
     head = Head()
     try:
         with path.open("rb") as file:
-            for line in _whole_lines(file, must_end=True):
+            for line in _whole_lines(file):
                 entry = _read_line(line, head, public_key)
                 head = entry.head
                 yield entry
@@ -266,15 +233,14 @@ def follow(sha256: str, links: Sequence[str]) -> str:
     return sha256
 
 
-def _whole_lines(file: BinaryIO, *, must_end: bool = False) -> Iterator[bytes]:
-    """Lines without their end; a last one without an end is left out, or refused."""
-    number = 0
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if not line.endswith(b"\n"):
-            if must_end or len(line) > MAX_LINE_BYTES:
-                raise AuditError(f"line {number} has no end: cut, or not an audit log")
+def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines without their end, which the last one must have, too."""
+    for number in itertools.count(1):
+        line = file.readline(MAX_LINE_BYTES + 1)
+        if not line:
             return
+        if not line.endswith(b"\n"):
+            raise AuditError(f"line {number} has no end: cut, or not an audit log")
         yield line[:-1]
 
 
@@ -306,20 +272,3 @@ def _parse(line: bytes, sequence: int) -> dict[str, Any]:
     if not is_canonical or sorted(fields) != sorted(FIELDS) or type(fields["signature"]) is not str:
         raise AuditError(f"entry {sequence} was changed: it is not in canonical form")
     return dict(fields)
-
-
-def _write(file: BinaryIO, data: bytes, path: Path) -> None:
-    """Append and fsync; what could not be written whole is taken back."""
-    start = file.seek(0, os.SEEK_END)
-    try:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    except OSError as error:
-        os.ftruncate(file.fileno(), start)
-        raise storage_error(path, error) from error
-
-
-def _last(log: AuditLog) -> int:
-    """The sequence up to which a log was known."""
-    return log.head.sequence

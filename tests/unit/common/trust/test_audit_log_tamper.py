@@ -6,8 +6,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common.errors import AuditError
-from common.trust import identity, journal
-from common.trust.journal import AuditLog, Head
+from common.trust import audit_log, identity
+from common.trust.audit_log import AuditLog, Head
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes([1]) * 32)
 PUBLIC = identity.public_hex(KEY)
@@ -36,7 +36,7 @@ def heads(lines, tmp_path_factory) -> list[Head]:
     """The head after each entry."""
     path = tmp_path_factory.mktemp("heads") / "audit.jsonl"
     path.write_bytes(b"".join(lines))
-    return [entry.head for entry in journal.read(path, PUBLIC)]
+    return [entry.head for entry in audit_log.read(path, PUBLIC)]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def path(whole, tmp_path):
 def is_found(path, data: bytes, *, heads=()) -> bool:
     path.write_bytes(data)
     try:
-        journal.verify(path, PUBLIC, heads=heads)
+        audit_log.verify(path, PUBLIC, heads=heads)
     except AuditError:
         return True
     return False
@@ -62,7 +62,7 @@ def flipped(data: bytes, bit: int) -> bytes:
 
 def test_control_the_untouched_log_is_whole(path, whole, heads):
     assert not is_found(path, whole, heads=heads)
-    assert journal.verify(path, PUBLIC) == heads[-1]
+    assert audit_log.verify(path, PUBLIC) == heads[-1]
     assert len(heads) == NUM_ENTRIES
 
 
@@ -85,8 +85,8 @@ def test_every_flipped_bit_is_found(whole, lines, heads):
 
 def _is_found_from(data: bytes, head: Head) -> bool:
     try:
-        for line in journal._whole_lines(io.BytesIO(data), must_end=True):
-            head = journal._read_line(line, head, PUBLIC).head
+        for line in audit_log._whole_lines(io.BytesIO(data)):
+            head = audit_log._read_line(line, head, PUBLIC).head
     except AuditError:
         return True
     return False
