@@ -171,7 +171,7 @@ class SiteJoined(Event, kind="site_joined"):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SiteRefused(Event, kind="site_refused"):
-    """A node does not take part, or not yet; `state` is one of `common.site_states`."""
+    """A node does not take part, or not yet; `state` is one of `common.frame.site_states`."""
 
     node: int
     site: str

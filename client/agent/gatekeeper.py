@@ -26,7 +26,6 @@ from client.policy import figures
 from client.policy import rules as policy
 from client.policy.figures import FigureNoise
 from client.policy.file import DatasetRules, SignedPolicy
-from common import site_states
 from common.adapter import broadcast
 from common.adapter.adapter import Tensors
 from common.errors import (
@@ -43,7 +42,7 @@ from common.errors import (
     StorageError,
     code_of,
 )
-from common.frame import wire
+from common.frame import site_states, wire
 from common.frame.records import SIGNED, OpenedHead, RoundPlan
 from common.frame.wire import Frame
 from common.privacy import noise

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from client.agent.pressure import Limit
-from common import site_states
 from common.errors import SilotuneError, code_of
+from common.frame import site_states
 from common.journal import Journal
 
 MAX_A_MINUTE: Final = 120

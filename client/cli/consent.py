@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from client.cli.options import NodeFile
-from common import cli, site_states
+from common import cli
+from common.frame import site_states
 
 audit_app = cli.make(
     "audit",

@@ -20,9 +20,9 @@ from client.policy import file
 from client.policy import rules as policy
 from client.policy.file import Policy
 from client.train import schedule
-from common import site_states
 from common.data import preference_rows
 from common.errors import AccountingUnsupported, ConfigError, DataError, LedgerError, PolicyRefusedError
+from common.frame import site_states
 from common.frame.records import TensorSpec
 from common.frame.wire import shown
 from common.privacy import plan as privacy_plan

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final
 
-from common import site_states
 from common.errors import RemoteError, WireError
+from common.frame import site_states
 
 MAGIC: Final = b"SILO"
 VERSION: Final = 2

@@ -5,10 +5,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from common import site_states
 from common.adapter import compact
 from common.adapter.adapter import Tensors
 from common.errors import RemoteError, SilotuneError, WireError
+from common.frame import site_states
 from common.frame.records import RoundPlan, UpdateHead, from_head
 from common.frame.wire import Frame
 from common.run.plan import Plan

@@ -9,14 +9,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
-from common import site_states
 from common.adapter import ranks
 from common.adapter.broadcast import WHOLE, plain_body
 from common.data.rows import Row
 from common.errors import ProtocolError, RemoteError, SilotuneError, TooFewSitesError
 from common.event_kinds import SiteFailed, SiteJoined, SiteRefused, SiteSkipped
 from common.events import EventLog
-from common.frame import wire
+from common.frame import site_states, wire
 from common.frame.records import ADAPTER, OpenedHead, RoundPlan, SiteMetrics, from_head, to_head
 from common.frame.wire import Frame
 from common.model.base import Engine

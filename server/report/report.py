@@ -9,9 +9,10 @@ from typing import Any, Final
 
 import jinja2
 
-from common import events, site_states, storage
+from common import events, storage
 from common.data import overlap
 from common.event_kinds import Event
+from common.frame import site_states
 from server.folder import begun, lock
 from server.report import symptoms, worth
 from server.report.terminal import percent, size

@@ -8,9 +8,9 @@ from typing import Any, Final
 from rich.console import Console
 from rich.text import Text
 
-from common import site_states
 from common.data import overlap
 from common.event_kinds import Event
+from common.frame import site_states
 from server.report.progress import Moving, Progress, duration
 from server.view import by_precision, export, gate, round_rows
 from server.view import figures as view

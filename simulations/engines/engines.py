@@ -17,11 +17,11 @@ from flwr.app.user_config import UserConfig
 from flwr.serverapp import Grid
 
 from client.agent.agent import SiteData
-from common import events, site_states, storage
+from common import events, storage
 from common.errors import TooFewSitesError
 from common.event_kinds import Event, RunFailed, SiteFailed, SiteRefused
 from common.events import EventLog
-from common.frame import wire
+from common.frame import site_states, wire
 from common.frame.wire import Frame
 from common.model.base import Engine
 from common.run import config
