@@ -5,20 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-unit test-rest check mutations proto docs .venv clean
+.PHONY: demo test check mutations proto docs .venv clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## a federated QLoRA fine-tuning on this machine, from base to comparison and report
 	$(BIN)/silotune-sim demo
 
-test: $(STAMP)  ## everything that the gate runs, in two halves side by side
-	@$(MAKE) --no-print-directory --keep-going --jobs=2 test-unit test-rest
+# Processes of the tests; each takes a whole file at a time, and the next when it is free.
+JOBS ?= 2
 
-test-unit: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" tests/unit tests/privacy tests/property
-
-test-rest: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" --ignore=tests/unit --ignore=tests/privacy --ignore=tests/property
+test: $(STAMP)  ## everything that the gate runs
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" --numprocesses=$(JOBS) --dist=loadfile
 
 mutations: $(STAMP)  ## switches guards off one at a time; a test must notice each
 	$(BIN)/python -m tests.mutations
