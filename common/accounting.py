@@ -100,12 +100,12 @@ def compose(events: Sequence[Event], *, dp_delta: float, grid: float = LEDGER_GR
     _check_delta(dp_delta)
     if not events:
         return 0.0
-    found = _epsilon(_merged(events), dp_delta, grid)
-    if found == math.inf:
+    epsilon = _epsilon(_merged(events), dp_delta, grid)
+    if epsilon == math.inf:
         raise AccountingUnsupported(
             f"epsilon is above {MAX_EPSILON:.0f}, which protects nobody; raise noise_multiplier or take fewer steps"
         )
-    return found
+    return epsilon
 
 
 def is_within(events: Sequence[Event], *, dp_delta: float, max_epsilon: float) -> bool:
@@ -262,14 +262,13 @@ def _epsilon(kinds: Kinds, dp_delta: float, grid: float) -> float:
     upper = _epsilon_rdp(kinds, dp_delta)
     if not upper <= MAX_EPSILON:
         return math.inf
-    while (found := _epsilon_pld(kinds, dp_delta, grid)) > upper and grid > 2 * FINEST_GRID:
+    while (epsilon := _epsilon_pld(kinds, dp_delta, grid)) > upper and grid > 2 * FINEST_GRID:
         grid /= 10  # of many steps with much noise each, a coarse grid rounds up by more than they cost
-    _check_agreement(found, upper)
-    return found
+    _check_agreement(epsilon, upper)
+    return epsilon
 
 
 def _epsilon_rdp(kinds: Kinds, dp_delta: float) -> float:
-    """Epsilon by RDP."""
     import dp_accounting
     from dp_accounting.rdp import RdpAccountant
 
@@ -292,25 +291,21 @@ def _check_agreement(pld: float, rdp: float) -> None:
 
 def _epsilon_pld(kinds: Kinds, dp_delta: float, grid: float) -> float:
     """Epsilon by PLD alone."""
-    losses = [_repeated(_step_loss(sampling_prob, noise, grid), steps) for sampling_prob, noise, steps in kinds]
+    # dp-accounting cuts the tails of a power by Chernoff's bound, with orders down to one in the number of cells. For
+    # many steps of few cells that cuts next to nothing, and an array of millions of cells is left. So these are
+    # composed in two stages, of which the second has more cells; the mass that is cut counts as infinite loss both
+    # times (1e-15 for each of the first stage), so the result is an upper bound as before.
+    losses = []
+    for sampling_prob, noise, num_steps in kinds:
+        loss = _step_loss(sampling_prob, noise, grid)
+        num_outer, num_left = 1, 0
+        if num_steps > MAX_STEPS_AT_ONCE and loss._pmf_remove.size**2 < num_steps:
+            num_outer, num_left = divmod(num_steps, math.isqrt(num_steps))
+        whole = loss.self_compose((num_steps - num_left) // num_outer)
+        if num_outer > 1:
+            whole = whole.self_compose(num_outer)
+        losses.append(whole.compose(loss.self_compose(num_left)) if num_left else whole)
     return float(functools.reduce(lambda left, right: left.compose(right), losses).get_epsilon_for_delta(dp_delta))
-
-
-def _repeated(loss: Any, num_steps: int) -> Any:
-    """The loss distribution of so many equal steps.
-
-    dp-accounting cuts the tails of a power by Chernoff's bound, with orders down to one in the number of cells. For
-    many steps of few cells that cuts next to nothing, and an array of millions of cells is left. So these are composed
-    in two stages, of which the second has more cells; the mass that is cut counts as infinite loss both times (1e-15
-    for each of the first stage), so the result is an upper bound as before.
-    """
-    num_cells = loss._pmf_remove.size
-    if num_steps <= MAX_STEPS_AT_ONCE or num_cells**2 >= num_steps:
-        return loss.self_compose(num_steps)
-    num_inner = math.isqrt(num_steps)
-    num_outer, num_left = divmod(num_steps, num_inner)
-    whole = loss.self_compose(num_inner).self_compose(num_outer)
-    return whole.compose(loss.self_compose(num_left)) if num_left else whole
 
 
 @functools.lru_cache(maxsize=32)

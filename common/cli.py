@@ -99,19 +99,27 @@ def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> None:
 
     An error of ours is one line on stderr (and an `error` object on stdout under `--json`). Of any other error the type
     and the code lines are shown, but not its message, which could hold a row's text. A library that is not installed is
-    told with the command that installs it. Before libraries are loaded that take seconds, a line on stderr says so.
+    named with the command that installs it. Before libraries are loaded that take seconds, a line on stderr says so.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(app)
     _add_options(command, is_root=True)
     _volume.set("normal")
-    _announce_loading()
+    if SLOW.isdisjoint(sys.modules) and not any(isinstance(finder, _Announcer) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Announcer())
     begin_s = time.monotonic()
     as_json = "--json" in given
     try:
         command(given)
     except SilotuneError as error:
-        _fail(str(error), code=type(error).__name__, exit_code=error.exit_code, as_json=as_json, frames=_trail(error))
+        # Under `-v`: where the error arose, and what kinds of errors led to it, without their messages.
+        lines: list[str] = []
+        cause: BaseException | None = error if _volume.get() == "verbose" else None
+        while cause:
+            lines += [f"  {type(cause).__name__}", *_frames(cause)]
+            cause = cause.__cause__
+        frames = "\n".join(lines)
+        _fail(str(error), code=type(error).__name__, exit_code=error.exit_code, as_json=as_json, frames=frames)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, Stopped):
             message, exit_code = end.message, int(str(end.code))
@@ -128,7 +136,10 @@ def run(app: typer.Typer, arguments: Sequence[str] | None = None) -> None:
         text = f"internal error {type(error).__name__}; please report it with these lines\n{places}"
         _fail(text, code="InternalError", exit_code=1, as_json=as_json)
     finally:
-        _say_cost(begin_s)
+        if _volume.get() == "verbose":
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            wall_s, cpu_s, peak_mib = time.monotonic() - begin_s, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+            print(f"{wall_s:.1f} s, {cpu_s:.1f} CPU s, {peak_mib:,.0f} MiB at most", file=sys.stderr)
 
 
 def progress(*, as_json: bool) -> "Console":
@@ -228,7 +239,7 @@ _volume: ContextVar[Volume] = ContextVar("volume", default="normal")
 
 
 class _Announcer(importlib.abc.MetaPathFinder):
-    """Finds no module, but says that a library is about to be loaded that takes its time; once."""
+    """Finds no module; says once that a library is about to be loaded that takes seconds."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
         """Look at what is imported."""
@@ -237,12 +248,6 @@ class _Announcer(importlib.abc.MetaPathFinder):
             if _volume.get() != "quiet":
                 what = fullname if fullname in ("datasets", "ray") else "torch and transformers"
                 print(f"loading {what}, which takes some seconds ...", file=sys.stderr, flush=True)
-
-
-def _announce_loading() -> None:
-    """Have it said when the first of the slow libraries is imported; not if one is there already."""
-    if SLOW.isdisjoint(sys.modules) and not any(isinstance(finder, _Announcer) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Announcer())
 
 
 def _add_options(command: click.Command, *, is_root: bool = False) -> None:
@@ -275,7 +280,6 @@ def _set_volume(context: click.Context, parameter: click.Parameter, value: bool)
 
 
 def _show_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-    """Print and leave."""
     if value and not context.resilient_parsing:
         typer.echo(_versions())
         context.exit()
@@ -283,21 +287,13 @@ def _show_version(context: click.Context, parameter: click.Parameter, value: boo
 
 def _versions() -> str:
     """Of silotune, Python, and what results depend on most; nothing is loaded for it."""
-    found = []
+    versions = []
     for name in (extras.PACKAGE, *SHOWN):
         try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
+            versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
-            found.append(f"{name} (not installed)")
-    return f"{found[0]} (Python {platform.python_version()}, {', '.join(found[1:])})"
-
-
-def _say_cost(begin_s: float) -> None:
-    """Seconds and memory of this process, under `-v`."""
-    if _volume.get() == "verbose":
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        cpu_s, peak_mib = used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
-        print(f"{time.monotonic() - begin_s:.1f} s, {cpu_s:.1f} CPU s, {peak_mib:,.0f} MiB at most", file=sys.stderr)
+            versions.append(f"{name} (not installed)")
+    return f"{versions[0]} (Python {platform.python_version()}, {', '.join(versions[1:])})"
 
 
 def _frames(error: BaseException) -> list[str]:
@@ -306,18 +302,7 @@ def _frames(error: BaseException) -> list[str]:
     return [f"  {frame.filename}:{frame.lineno} in {frame.name}" for frame in stack]
 
 
-def _trail(error: BaseException) -> str:
-    """Under `-v`: where an error of ours arose, and what kinds of errors led to it, without their messages."""
-    lines: list[str] = []
-    cause: BaseException | None = error if _volume.get() == "verbose" else None
-    while cause:
-        lines += [f"  {type(cause).__name__}", *_frames(cause)]
-        cause = cause.__cause__
-    return "\n".join(lines)
-
-
 def _fail(message: str, *, code: str, exit_code: int, as_json: bool, frames: str = "") -> None:
-    """Say what is wrong and exit."""
     print(f"error: {message}", file=sys.stderr)
     if frames:
         print(frames, file=sys.stderr)

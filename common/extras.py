@@ -41,7 +41,7 @@ def remedy(module: str, *, command: str = "") -> str:
         return ""
     name = _DISTRIBUTIONS.get(root) or canonicalize_name(root)
     first = OF_COMMAND.get(command.partition(" ")[0], "")
-    extra = next((one for one in (first, *EXTRAS) if one and name in brought(one)), "")
+    extra = next((extra for extra in (first, *EXTRAS) if extra and name in brought(extra)), "")
     needs = f"{command or PACKAGE} needs {name}, which is not installed in this environment"
     if name in brought(""):
         return f"{needs}, though silotune cannot do without it; install silotune anew: {install(first)}"
@@ -62,28 +62,25 @@ def install(extra: str, *, python: str = sys.executable, origin: tuple[str | Non
     Returns:
         A line for a shell. Where it is not known what silotune was installed from, the wheel is named without a folder.
     """
-    text, version = origin or _installed()
-    told = json.loads(text or "{}")
-    address = urlparse(told.get("url", ""))
+    if origin is None:
+        try:
+            distribution = importlib.metadata.distribution(PACKAGE)
+            origin = distribution.read_text("direct_url.json"), distribution.version
+        except importlib.metadata.PackageNotFoundError:  # run from its source: the root of the tree
+            origin = json.dumps({"url": Path(__file__).parents[1].as_uri()}), ""
+    text, version = origin
+    direct_url = json.loads(text or "{}")
+    address = urlparse(direct_url.get("url", ""))
     path, pins, options = Path(unquote(address.path)), Path(PINS), list[str]()
     if address.scheme == "file" and path.exists():
         source = str(path)
-        options += ["--editable"] if told.get("dir_info", {}).get("editable") else []
-        beside = (path if path.is_dir() else path.parent) / PINS
-        pins = beside if beside.is_file() else pins
+        options += ["--editable"] if direct_url.get("dir_info", {}).get("editable") else []
+        pins_there = (path if path.is_dir() else path.parent) / PINS
+        pins = pins_there if pins_there.is_file() else pins
     else:
         source = f"{PACKAGE}-{version}-py3-none-any.whl"
     wanted = f"{source}[{extra}]" if extra else source
     return shlex.join([python, "-m", "pip", "install", *options, wanted, "-c", str(pins)])
-
-
-def _installed() -> tuple[str | None, str]:
-    """Where this silotune was installed from, as direct_url.json tells it, and its version."""
-    try:
-        found = importlib.metadata.distribution(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:  # run from its source: the root of the tree
-        return json.dumps({"url": Path(__file__).parents[1].as_uri()}), ""
-    return found.read_text("direct_url.json"), found.version
 
 
 def brought(extra: str, requires: Sequence[str] | None = None) -> set[str]:
@@ -99,16 +96,10 @@ def brought(extra: str, requires: Sequence[str] | None = None) -> set[str]:
         except importlib.metadata.PackageNotFoundError:
             return set()
     names: set[str] = set()
-    for one in map(Requirement, requires):
-        if _is_of(one, extra) and one.name == PACKAGE:  # an extra that is made of others
-            names |= set().union(*(brought(inner, requires) for inner in one.extras))
-        elif _is_of(one, extra):
-            names |= {canonicalize_name(one.name), *(f"{one.name}[{inner}]" for inner in one.extras)}
+    for wanted in map(Requirement, requires):
+        is_named = bool(extra) and wanted.marker.evaluate({"extra": extra}) if wanted.marker else not extra
+        if is_named and wanted.name == PACKAGE:  # an extra that is made of others
+            names |= set().union(*(brought(inner, requires) for inner in wanted.extras))
+        elif is_named:
+            names |= {canonicalize_name(wanted.name), *(f"{wanted.name}[{inner}]" for inner in wanted.extras)}
     return names
-
-
-def _is_of(wanted: Requirement, extra: str) -> bool:
-    """Whether an extra, or silotune without any, names this requirement."""
-    if wanted.marker is None:
-        return not extra
-    return bool(extra) and wanted.marker.evaluate({"extra": extra})

@@ -20,8 +20,8 @@ def is_loopback(host: str) -> bool:
         [False, False, False, False]
     """
     with contextlib.suppress(ValueError):
-        found = ipaddress.ip_address(host)
-        return (getattr(found, "ipv4_mapped", None) or found).is_loopback
+        address = ipaddress.ip_address(host)
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
     return host == "localhost"
 
 

@@ -25,14 +25,14 @@ def folder(path: Path) -> Path:
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = path.stat()
+        facts = path.stat()
     except FileExistsError as error:
         raise ConfigError(f"{path} is a file; name a folder for the keys") from error
     except OSError as error:
         raise storage_error(path, error) from error
-    if found.st_uid != os.geteuid():
+    if facts.st_uid != os.geteuid():
         raise ConfigError(f"{path} belongs to another user; run as its owner, or: chown {os.geteuid()} {path}")
-    if found.st_mode & 0o022:
+    if facts.st_mode & 0o022:
         raise ConfigError(f"{path}: others may write in this folder of keys; run: chmod 700 {path}")
     return path
 
@@ -88,17 +88,13 @@ def read(path: Path) -> bytes:
         raise ConfigError(f"{path}: cannot open this key file ({error.strerror}); check its owner and path") from error
     harden()
     with os.fdopen(descriptor, "rb") as file:
-        _check(path, os.fstat(descriptor))
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_BYTES:
+            raise ConfigError(f"{path} is not a key file; check the path")
+        if facts.st_uid != os.geteuid():
+            raise ConfigError(
+                f"{path}: this key belongs to another user; run: chown {os.geteuid()} {path} && chmod 600 {path}"
+            )
+        if stat.S_IMODE(facts.st_mode) != MODE:
+            raise ConfigError(f"{path}: mode {stat.S_IMODE(facts.st_mode):04o}, must be 0600; run: chmod 600 {path}")
         return file.read(MAX_BYTES)
-
-
-def _check(path: Path, found: os.stat_result) -> None:
-    """Refuse a file that others could read or could have written."""
-    if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BYTES:
-        raise ConfigError(f"{path} is not a key file; check the path")
-    if found.st_uid != os.geteuid():
-        raise ConfigError(
-            f"{path}: this key belongs to another user; run: chown {os.geteuid()} {path} && chmod 600 {path}"
-        )
-    if stat.S_IMODE(found.st_mode) != MODE:
-        raise ConfigError(f"{path}: mode {stat.S_IMODE(found.st_mode):04o}, must be 0600; run: chmod 600 {path}")

@@ -41,7 +41,11 @@ def write_atomic(path: Path, data: bytes, *, mode: int | None = None) -> None:
             os.fsync(file.fileno())
             os.chmod(temporary, 0o666 & ~_UMASK if mode is None else mode)
             os.replace(temporary, path)
-        _sync_folder(path.parent)
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # makes the rename itself durable
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise storage_error(path, error) from error
     finally:
@@ -55,9 +59,9 @@ def make_folder(folder: Path, *, is_private: bool) -> None:
     Raises:
         OSError: It cannot be made.
     """
-    for place in [*reversed(folder.parents), folder] if is_private else []:
-        if not place.exists():
-            place.mkdir(mode=0o700, exist_ok=True)
+    for path in [*reversed(folder.parents), folder] if is_private else []:
+        if not path.exists():
+            path.mkdir(mode=0o700, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -93,12 +97,3 @@ def storage_error(path: Path, error: OSError) -> StorageError:
         f"{path}: cannot write ({error.strerror or error}); free space or fix permissions, then run again; "
         "what was finished before is intact"
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

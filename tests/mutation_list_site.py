@@ -354,7 +354,7 @@ SITE: Final = (
 ),
 *guards("common/keyfile.py",
     ("key-file-mode", "a key that others may read is used",
-     "if stat.S_IMODE(found.st_mode) != MODE:", None,
+     "if stat.S_IMODE(facts.st_mode) != MODE:", None,
      ("unit/common/trust/test_identity::test_a_key_file_of_another_mode_is_refused",)),
 ),
 *guards("client/agent/gatekeeper.py",

@@ -9,13 +9,12 @@ import shlex
 import socket
 import stat
 from collections.abc import Callable, Mapping
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Concatenate, Final, ParamSpec
 
 from client.courier import door, doorkeeper, line, tunnel
 from client.courier import proxy as proxying
-from client.courier.proxy import Proxy
 from client.join import enroll
 from common import quiet
 from common.doctor import probe
@@ -33,6 +32,8 @@ CORE_PATTERN: Final = Path("/proc/sys/kernel/core_pattern")
 DRY_PATH: Final = "/v1/fleet/get-run"  # without a signature the SuperLink answers 401 and does nothing
 UNAUTHENTICATED: Final = 401
 NO_PROXY: Final = LinkConfig()
+Outcome = Answer | SilotuneError | None  # why there is no answer; None: nobody was asked
+P = ParamSpec("P")
 _ASK: Final = "ask the coordinator"
 _REFUSALS: Final = {
     "not_in_roster": (
@@ -56,7 +57,7 @@ def other_user(key_file: str) -> str:
     except PermissionError:
         return "the agent's user"
     except OSError:
-        return ""  # the check of key files tells it
+        return ""  # the check of key files reports it
     try:
         return "" if owner == os.geteuid() else pwd.getpwuid(owner).pw_name
     except KeyError:
@@ -77,20 +78,16 @@ def socket_folder(path: Path, *, courier_group: str) -> Result:
     if not folder.is_dir() and folder.parent == Path("/run"):
         return warning(f"{folder} is not there yet", f"start {AGENT_UNIT}, which makes it, and look again")
     door.check_folder(path)
-    mode = f"{folder}: mode {stat.S_IMODE(folder.stat().st_mode):04o}"
-    return _group(folder, courier_group) if courier_group else ok(f"{mode}; for a courier of this user")
-
-
-def _group(folder: Path, courier_group: str) -> Result:
-    """Whether the agent can give its socket to the courier's group, and the group can enter the folder."""
+    facts = folder.stat()
+    mode = f"{folder}: mode {stat.S_IMODE(facts.st_mode):04o}"
+    if not courier_group:
+        return ok(f"{mode}; for a courier of this user")
     try:
         group = grp.getgrnam(courier_group).gr_gid
     except KeyError:
         return failed(f"there is no group {courier_group}", f"run: groupadd --system {courier_group}")
     if group not in (os.getegid(), *os.getgroups()) and os.geteuid() != 0:
         return failed(f"this user is not in group {courier_group}", f"run: usermod -aG {courier_group} USER")
-    facts = folder.stat()
-    mode = f"{folder}: mode {stat.S_IMODE(facts.st_mode):04o}"
     if not (facts.st_mode & stat.S_IXOTH or (facts.st_gid == group and facts.st_mode & stat.S_IXGRP)):
         return failed(f"{mode}: group {courier_group} cannot enter", f"run: chgrp {courier_group} {folder}; chmod 750")
     return ok(f"{mode}; group {courier_group} may enter")
@@ -103,8 +100,8 @@ def agent(path: Path) -> Result:
         return skipped(f"no agent runs at {path}", "start it with: silotune-client serve NODE.toml")
     hello = line.hello(path)
     if hello.wire_version != wire.VERSION:
-        found = f"the agent speaks version {hello.wire_version} of the frames, this release {wire.VERSION}"
-        return failed(found, "restart agent and courier with the same release")
+        versions = f"the agent speaks version {hello.wire_version} of the frames, this release {wire.VERSION}"
+        return failed(versions, "restart agent and courier with the same release")
     return ok(f"answers at {path}, {'at work' if hello.is_busy else 'idle'}")
 
 
@@ -124,7 +121,10 @@ def core_dumps(limit: str | None, *, unit: str | None, pattern: str) -> Result:
         return failed(
             f"the running agent may write a core file of {limit} bytes", "start it with silotune-client serve"
         )
-    if limit is None and _settings(unit or "").get("LimitCORE") != "0":
+    lines = (unit or "").splitlines()
+    pairs = (line.partition("=") for line in lines if not line.startswith("#"))
+    settings = {name.strip(): value.strip() for name, _, value in pairs}  # a later line wins
+    if limit is None and settings.get("LimitCORE") != "0":
         return warning(f"{AGENT_UNIT} does not set LimitCORE=0")
     if handler and Path(handler).name != "systemd-coredump":  # which keeps nothing where the limit is 0
         remedy = "run: sysctl kernel.core_pattern=core, or let that program keep nothing"
@@ -134,7 +134,7 @@ def core_dumps(limit: str | None, *, unit: str | None, pattern: str) -> Result:
 
 @check("Flower's reporting", remedy="add to the unit: Environment=FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1")
 def reporting(units: Mapping[str, str]) -> Result:
-    """Check that the units turn off what Flower tells its makers.
+    """Check that the units turn off what Flower reports to its makers.
 
     Args:
         units: Text of each unit, its drop-ins at the end, by file name.
@@ -151,21 +151,28 @@ def reporting(units: Mapping[str, str]) -> Result:
     return failed("\n".join(problems)) if problems else ok(f"off in {', '.join(sorted(ours))}")
 
 
+def _of_answer(
+    unasked: str = "give --gateway HOST:PORT and --keys DIR",
+) -> Callable[[Callable[Concatenate[Answer, P], Result]], Callable[Concatenate[Outcome, P], Result]]:
+    """Make a check of an answer one of an outcome: skipped where nobody was asked, failed where no answer came."""
+
+    def declare(judge: Callable[Concatenate[Answer, P], Result]) -> Callable[Concatenate[Outcome, P], Result]:
+        def judged(outcome: Outcome, /, *args: P.args, **kwargs: P.kwargs) -> Result:
+            if outcome is None:
+                return skipped("not asked", unasked)
+            if isinstance(outcome, SilotuneError):
+                raise outcome
+            return judge(outcome, *args, **kwargs)
+
+        return judged
+
+    return declare
+
+
 @check("gateway", remedy=tunnel.INSPECTION)
-def gateway(outcome: Answer | SilotuneError | None, *, proxy: str = "") -> Result:
-    """Judge how the gateway answered the dry handshake.
-
-    Args:
-        outcome: From `shake_hands`.
-        proxy: Through which it was asked; empty: none.
-
-    Raises:
-        SilotuneError: There was no answer.
-    """
-    if outcome is None:
-        return skipped("not asked", "give --gateway HOST:PORT and --keys DIR")
-    if isinstance(outcome, SilotuneError):
-        raise outcome
+@_of_answer()
+def gateway(outcome: Answer, *, proxy: str = "") -> Result:
+    """Judge how the gateway answered the dry handshake; `proxy` is the one through which it was asked."""
     through = f" through the proxy {proxy}" if proxy else ""
     start = f"{outcome.tls} with this site's certificate{through}"
     if outcome.reason == "node_key_missing":
@@ -179,19 +186,9 @@ def gateway(outcome: Answer | SilotuneError | None, *, proxy: str = "") -> Resul
 
 
 @check("registration", remedy="see the check of the gateway")
-def registration(outcome: Answer | SilotuneError | None) -> Result:
-    """Judge what the gateway says of this site's registration at the SuperLink.
-
-    Args:
-        outcome: From `shake_hands` on `roster.STANDING_PATH`.
-
-    Raises:
-        SilotuneError: There was no answer.
-    """
-    if outcome is None:
-        return skipped("not asked", "give --gateway HOST:PORT and --keys DIR")
-    if isinstance(outcome, SilotuneError):
-        raise outcome
+@_of_answer()
+def registration(outcome: Answer) -> Result:
+    """Judge the gateway's answer on `roster.STANDING_PATH`: this site's registration at the SuperLink."""
     if (outcome.status, outcome.reason) == (200, "registered"):
         return ok("the SuperLink knows this site's node")
     if (outcome.status, outcome.reason) == (200, "unregistered"):
@@ -204,21 +201,9 @@ def registration(outcome: Answer | SilotuneError | None) -> Result:
 
 
 @check("newest roster", remedy="see the check of the gateway")
-def newest_roster(outcome: Answer | SilotuneError | None) -> Result:
-    """Judge whether the agent's roster is the gateway's.
-
-    Args:
-        outcome: From `ask_roster`.
-
-    Raises:
-        SilotuneError: There was no answer.
-    """
-    if outcome is None:
-        return skipped(
-            "not asked", "give --gateway HOST:PORT and --keys DIR, as a user who may read agent.roster_folder"
-        )
-    if isinstance(outcome, SilotuneError):
-        raise outcome
+@_of_answer("give --gateway HOST:PORT and --keys DIR, as a user who may read agent.roster_folder")
+def newest_roster(outcome: Answer) -> Result:
+    """Judge the answer to `ask_roster`: whether the agent's roster is the gateway's."""
     if outcome.status == 204:
         return ok("the agent has the roster that the gateway has")
     if outcome.status == 200:
@@ -231,21 +216,21 @@ def newest_roster(outcome: Answer | SilotuneError | None) -> Result:
     return _refused(outcome)
 
 
-def ask_roster(hands: Callable[..., Answer | SilotuneError | None], *, agents: str) -> Answer | SilotuneError | None:
+def ask_roster(ask: Callable[..., Outcome], *, agents: str) -> Outcome:
     """Ask the gateway whether its roster is the one in the agent's folder; None where that cannot be read.
 
-    `hands` is `shake_hands` on the way to the gateway.
+    `ask` is `shake_hands` on the way to the gateway.
     """
     try:
         data = governance.read(Path(agents) / kit.ROSTER) if agents else b""
     except ConfigError:
         return None
     known = {roster.KNOWN: hashlib.sha256(data).hexdigest()}
-    return hands(path=roster.PATH, more=known) if data else None
+    return ask(path=roster.PATH, more=known) if data else None
 
 
 def _refused(outcome: Answer) -> Result:
-    """What the gateway said to a question that it answers itself."""
+    """The gateway's refusal of a question that it answers itself."""
     what, remedy = _REFUSALS.get(outcome.reason, ("no answer of our gateway", "the coordinator installs this release"))
     return failed(f"{outcome.status}: {what}", remedy)
 
@@ -258,7 +243,7 @@ def shake_hands(
     path: str = DRY_PATH,
     settings: LinkConfig = NO_PROXY,
     more: Mapping[str, str] | None = None,
-) -> Answer | SilotuneError | None:
+) -> Outcome:
     """Try the way of the link and the courier, up to a request that nobody signed and that changes nothing.
 
     Args:
@@ -269,8 +254,6 @@ def shake_hands(
         settings: The proxy on the way.
         more: Headers beside those of the node.
 
-    Returns:
-        The answer, or why there is none; None where nobody was asked.
     """
     if not address or folder is None:
         return None
@@ -280,19 +263,24 @@ def shake_hands(
             certificate_file=folder / kit.CERTIFICATE,
             key_file=folder / enroll.TLS_KEY,
         )
-        headers = {"content-type": "application/protobuf", **_node_header(folder / enroll.NODE_KEY), **(more or {})}
-        way = proxying.of_site(settings)
-        dial = socket.create_connection if way is None else partial(_through, way)
+        headers = {"content-type": "application/protobuf", **(more or {})}
+        # A SuperNode names its key in a header; a key that cannot be read is for the check of key files to report.
+        if (folder / enroll.NODE_KEY).exists():
+            with suppress(ConfigError):
+                public = certs.public_pem(certs.load_key(folder / enroll.NODE_KEY)).encode("ascii")
+                headers["flwr-public-key"] = base64.b64encode(public).decode("ascii")
+        proxy = proxying.of_site(settings)
+
+        def dial(target: tuple[str, int], timeout_s: float) -> socket.socket:
+            if proxy is None:
+                return socket.create_connection(target, timeout_s)
+            opened = proxying.connect(proxy, target, timeout_s=timeout_s)
+            opened.settimeout(timeout_s)
+            return opened
+
         return probe.ask(address, context=context, path=path, headers=headers, clock=clock, dial=dial)
     except SilotuneError as error:
         return error
-
-
-def _through(way: Proxy, target: tuple[str, int], timeout_s: float) -> socket.socket:
-    """A connection in the proxy's tunnel."""
-    opened = proxying.connect(way, target, timeout_s=timeout_s)
-    opened.settimeout(timeout_s)
-    return opened
 
 
 def units_of(*folders: Path | None) -> dict[str, str]:
@@ -300,7 +288,11 @@ def units_of(*folders: Path | None) -> dict[str, str]:
     for folder in filter(None, folders):
         names = [name for name in (AGENT_UNIT, COURIER_UNIT) if (folder / name).is_file()]
         if names:
-            return {name: _unit_text(folder / name) for name in names}
+            drop_ins = {name: sorted((folder / f"{name}.d").glob("*.conf")) for name in names}  # in systemd's order
+            return {
+                name: "\n".join(file.read_text("utf-8", errors="replace") for file in (folder / name, *drop_ins[name]))
+                for name in names
+            }
     return {}
 
 
@@ -315,7 +307,7 @@ def agent_pid(path: Path) -> int | None:
 
 
 def core_limit(pid: int | None) -> str | None:
-    """The largest core file of a process, as the kernel tells it; None without a process that can be seen."""
+    """The kernel's limit on a process' core file; None without a process that can be seen."""
     try:
         lines = Path(f"/proc/{pid}/limits").read_text().splitlines()
     except OSError:
@@ -344,26 +336,3 @@ def environment(unit: str) -> dict[str, str]:
     except ValueError as error:
         raise ConfigError("a unit has an Environment line with an open quote; correct it") from error
     return {name: value for name, _, value in pairs}
-
-
-def _settings(unit: str) -> dict[str, str]:
-    """A unit's settings of one value; a later line wins."""
-    pairs = (line.partition("=") for line in unit.splitlines() if not line.startswith("#"))
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _unit_text(path: Path) -> str:
-    """A unit and its drop-ins, in systemd's order."""
-    drop_ins = sorted(path.with_name(f"{path.name}.d").glob("*.conf"))
-    return "\n".join(file.read_text("utf-8", errors="replace") for file in (path, *drop_ins))
-
-
-def _node_header(key_file: Path) -> dict[str, str]:
-    """The header by which a SuperNode names its key; none where the key is not here."""
-    if not key_file.exists():
-        return {}
-    try:
-        key = certs.load_key(key_file)
-    except ConfigError:
-        return {}  # the check of key files tells it
-    return {"flwr-public-key": base64.b64encode(certs.public_pem(key).encode("ascii")).decode("ascii")}

@@ -49,15 +49,15 @@ def certificate(folder: Path | None, *, now: datetime.datetime) -> Result:
             return _absent(folder, name)
     chain, root = (certs.parse_chain(governance.read(folder / name), name=name) for name in (kit.CERTIFICATE, kit.CA))
     certs.check_chain(chain, root[0], name=kit.CERTIFICATE, now=now)
-    own = certs.fingerprint(certs.load_key(folder / enroll.TLS_KEY).public_key())
-    if certs.fingerprint(chain[0].public_key()) != own:
+    key = certs.load_key(folder / enroll.TLS_KEY).public_key()
+    if certs.fingerprint(chain[0].public_key()) != certs.fingerprint(key):
         return failed(f"{kit.CERTIFICATE} is not for {enroll.TLS_KEY}")
     return ok(f"{chain[0].subject.rfc4514_string()}: for {enroll.TLS_KEY}, leads to {kit.CA}")
 
 
 @check("certificate's end", remedy=_RENEW)
 def certificate_end(folder: Path | None, *, now: datetime.datetime) -> Result:
-    """Tell how long the site's certificate is good."""
+    """Check how long the site's certificate is good."""
     path = folder / kit.CERTIFICATE if folder is not None else None
     if path is None or not path.exists():
         return skipped("there is no certificate to look at")
@@ -67,13 +67,7 @@ def certificate_end(folder: Path | None, *, now: datetime.datetime) -> Result:
 
 @check("roster", remedy="take the newest roster: silotune-client roster ROSTER.json --keys KEYS")
 def membership(folder: Path | None, *, name: str, now: datetime.datetime) -> Result:
-    """Check that the pinned governance signed the roster, that it is no old one, and that it has this site's keys.
-
-    Args:
-        folder: Of the keys and the roster.
-        name: The site's.
-        now: The time, with its zone.
-    """
+    """Check that the pinned governance signed the roster, that it is no old one, and that it has this site's keys."""
     if folder is None:
         return _NO_FOLDER
     for file in (kit.PINNED, kit.ROSTER, install.WATERMARK):
@@ -81,22 +75,13 @@ def membership(folder: Path | None, *, name: str, now: datetime.datetime) -> Res
             return _absent(folder, file)
     pinned = governance.load(folder / kit.PINNED)
     epoch_min = roster.seen_epoch(folder / install.WATERMARK)
-    found = roster.load(folder / kit.ROSTER, governance=pinned, epoch_min=epoch_min)
-    if all(site.name != name for site in found.sites):
+    newest = roster.load(folder / kit.ROSTER, governance=pinned, epoch_min=epoch_min)
+    if all(site.name != name for site in newest.sites):
         return failed(
-            f"{name} is not in epoch {found.epoch} of {found.federation_id}'s roster: revoked, or never admitted",
+            f"{name} is not in epoch {newest.epoch} of {newest.federation_id}'s roster: revoked, or never admitted",
             "ask the coordinator; a revoked site enrols anew, in a new folder. If the name is wrong, correct site.name",
         )
-    others = _other_keys(folder, found, name=name, now=now)
-    if others:
-        return failed(f"the roster has other keys of {name} than {', '.join(others)}", "install the newest kit")
-    quorum = f"{pinned.quorum} of {len(pinned.keys)} governance keys must sign"
-    return ok(f"{name} is in epoch {found.epoch} of {found.federation_id}, {count(len(found.sites), 'site')}; {quorum}")
-
-
-def _other_keys(folder: Path, found: roster.Roster, *, name: str, now: datetime.datetime) -> list[str]:
-    """Files of this folder whose key the roster does not have for this site."""
-    entry, others = found.site(name), []
+    entry, others = newest.site(name), []
     path = folder / enroll.IDENTITY_KEY
     if path.exists() and identity.public_hex(identity.load(path)) != entry.identity_key:
         others.append(path.name)
@@ -105,22 +90,21 @@ def _other_keys(folder: Path, found: roster.Roster, *, name: str, now: datetime.
         others.append(path.name)
     path = folder / kit.CERTIFICATE
     if path.exists():
-        leaf = certs.parse_chain(governance.read(path), name=path.name)[0]
-        if not _is_own(found, certs.fingerprint(leaf.public_key()), name=name, now_s=now.timestamp()):
-            others.append(path.name)
-    return others
-
-
-def _is_own(found: roster.Roster, fingerprint: str, *, name: str, now_s: float) -> bool:
-    """Whether a TLS key is this site's; one that is being replaced counts until its end."""
-    try:
-        return found.site_of_tls(fingerprint, now_s=now_s).name == name
-    except AuthError:
-        return False
+        fingerprint = certs.fingerprint(certs.parse_chain(governance.read(path), name=path.name)[0].public_key())
+        try:  # a TLS key that is being replaced counts until its end
+            is_own = newest.site_of_tls(fingerprint, now_s=now.timestamp()).name == name
+        except AuthError:
+            is_own = False
+        others += [] if is_own else [path.name]
+    if others:
+        return failed(f"the roster has other keys of {name} than {', '.join(others)}", "install the newest kit")
+    quorum = f"{pinned.quorum} of {len(pinned.keys)} governance keys must sign"
+    sites = count(len(newest.sites), "site")
+    return ok(f"{name} is in epoch {newest.epoch} of {newest.federation_id}, {sites}; {quorum}")
 
 
 def _absent(folder: Path, name: str) -> Result:
-    """A file that is not there: wrong in a folder that a kit was installed in, else only not looked at."""
+    """A missing file: wrong in a folder that a kit was installed in, else only not examined."""
     is_installed = (folder / enroll.REQUEST).exists() and (folder / kit.PINNED).exists()
     if is_installed:
         return failed(f"{folder / name} is not there", "restore it from your backup, or install the newest kit")

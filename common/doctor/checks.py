@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from common import keyfile
-from common.doctor.doctor import Result, check, failed, ok, size, skipped, told, warning
+from common.doctor.doctor import Result, check, failed, ok, problem_and_remedy, size, skipped, warning
 from common.errors import ConfigError
 
 PACKAGE: Final = "silotune"
@@ -40,23 +40,32 @@ def versions(
     wanted = [
         Requirement(text) for text in (metadata.requires(PACKAGE) if requirements is None else requirements) or ()
     ]
-    ours = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": extra})]
-    problems = [problem for one in ours if (problem := _problem(one))]
-    found = python or platform.python_version()
+    ours = [package for package in wanted if package.marker is None or package.marker.evaluate({"extra": extra})]
+    problems, shown = [], []
+    for package in ours:
+        try:
+            version = metadata.version(package.name)
+        except metadata.PackageNotFoundError:
+            problems.append(f"{package.name} is not installed")
+            continue
+        if not package.specifier.contains(version, prereleases=True):
+            problems.append(f"{package.name} {version} is not {package.specifier}")
+        if package.name in SHOWN:
+            shown.append(f"{package.name} {version}")
+    python = python or platform.python_version()
     allowed = SpecifierSet(metadata.metadata(PACKAGE)["Requires-Python"] or "")
-    if found not in allowed:
-        problems.append(f"Python {found} is not {allowed}")
+    if python not in allowed:
+        problems.append(f"Python {python} is not {allowed}")
     if problems:
         return failed("; ".join(problems))
-    shown = [f"{one.name} {metadata.version(one.name)}" for one in ours if one.name in SHOWN]
     return ok(
-        f"silotune {metadata.version(PACKAGE)}, Python {found}, {', '.join(shown)}; {len(ours)} packages in range"
+        f"silotune {metadata.version(PACKAGE)}, Python {python}, {', '.join(shown)}; {len(ours)} packages in range"
     )
 
 
 @check("clock", remedy="let a time server set this machine's clock, as with: timedatectl set-ntp true")
 def clock(skew_s: float | None) -> Result:
-    """Compare this clock with the one that the gateway tells in its answer's Date header.
+    """Compare this clock with the gateway's, by the Date header of its answer.
 
     Args:
         skew_s: This clock less the other, in seconds; None: nobody was asked.
@@ -78,21 +87,15 @@ def key_files(paths: Iterable[Path]) -> Result:
         try:
             keyfile.read(path)
         except ConfigError as error:
-            problems.append(told(error))
+            problems.append(problem_and_remedy(error))
     if problems:
-        return failed("\n".join(found for found, _ in problems), "; ".join(filter(None, (do for _, do in problems))))
+        return failed("\n".join(what for what, _ in problems), "; ".join(filter(None, (do for _, do in problems))))
     return ok(f"{', '.join(path.name for path in given)}: mode 0600, of this user")
 
 
 @check("certificates' end", remedy="renew them")
 def expiry(ends: Mapping[str, datetime.datetime], *, now: datetime.datetime, remedy: str) -> Result:
-    """Tell how long certificates are good; under 14 days is a warning.
-
-    Args:
-        ends: Name to end.
-        now: The time, with its zone.
-        remedy: How such certificates are renewed.
-    """
+    """Check how long certificates, name to end, are good; under 14 days is a warning."""
     if not ends:
         return skipped("there is no certificate to look at")
     first = min(ends, key=lambda name: ends[name])
@@ -107,28 +110,10 @@ def expiry(ends: Mapping[str, datetime.datetime], *, now: datetime.datetime, rem
 def disk(
     folder: Path, *, need_bytes: int, what: str, remedy: str = "free space, or name a folder on another disk"
 ) -> Result:
-    """Tell whether a folder can be written and has room.
-
-    Args:
-        folder: Where it will be written; if it is not there, its nearest parent is looked at.
-        need_bytes: Room that is needed.
-        what: What needs it.
-        remedy: What to do where there is too little.
-    """
+    """Check that a folder, or its nearest parent that is there, can be written and has room for `what`."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return failed(f"{there} is not a folder that this user may write in")
     free = shutil.disk_usage(there).free
     text = f"{there}: {size(free)} free, {size(need_bytes)} needed for {what}"
     return ok(text) if free >= need_bytes else failed(text, remedy)
-
-
-def _problem(wanted: Requirement) -> str:
-    """What is wrong with one package; empty if it is right."""
-    try:
-        found = metadata.version(wanted.name)
-    except metadata.PackageNotFoundError:
-        return f"{wanted.name} is not installed"
-    return (
-        "" if wanted.specifier.contains(found, prereleases=True) else f"{wanted.name} {found} is not {wanted.specifier}"
-    )

@@ -1,6 +1,6 @@
 """What both doctors share: a check's result, how checks are declared, and the table that people read.
 
-A check is a plain function that returns a `Result`. It looks and changes nothing, and what it tells is counts, names,
+A check is a plain function that returns a `Result`. It looks and changes nothing, and what it reports is counts, names,
 sizes, dates and hashes: never data, keys or prompts.
 """
 
@@ -25,23 +25,19 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True)
 class Result:
-    """What one check found.
+    """The outcome of a check.
 
     Attributes:
         name: Of the check.
-        status: `failed`: a run cannot work, or is not protected; `warning`: it will, or may; `skipped`: not looked at.
+        status: `failed`: a run cannot work, or is not protected; `warning`: it will, or may; `skipped`: not examined.
         found: What there is, in one or a few lines.
-        remedy: What to do; always there after `warning` and `failed`. Of `skipped`, what would let it be looked at.
+        remedy: What to do; always there after `warning` and `failed`. Of `skipped`, what would let it be examined.
     """
 
     name: str
     status: Status
     found: str
     remedy: str = ""
-
-    def as_dict(self) -> dict[str, str]:
-        """Give the result as JSON types."""
-        return asdict(self)
 
 
 def ok(found: str) -> Result:
@@ -50,17 +46,17 @@ def ok(found: str) -> Result:
 
 
 def warning(found: str, remedy: str = "") -> Result:
-    """It works now, and should be seen to; without a remedy, the check's own is told."""
+    """It works now, and should be seen to; without a remedy, the check's own is shown."""
     return Result("", "warning", found, remedy)
 
 
 def failed(found: str, remedy: str = "") -> Result:
-    """Not as it must be; without a remedy, the check's own is told."""
+    """Not as it must be; without a remedy, the check's own is shown."""
     return Result("", "failed", found, remedy)
 
 
 def skipped(found: str, remedy: str = "") -> Result:
-    """Not looked at, and why."""
+    """Not examined, and why."""
     return Result("", "skipped", found, remedy)
 
 
@@ -68,14 +64,14 @@ def check(name: str, *, remedy: str) -> Callable[[Callable[P, Result]], Callable
     """Declare a check: give its result a name, and its failures a remedy.
 
     An error of ours that it raises is a failure; the remedy that the error's message names after its first semicolon
-    is then told instead of `remedy`. So are a file that cannot be read and a package that cannot be imported.
+    is then shown instead of `remedy`. So are a file that cannot be read and a package that cannot be imported.
 
     Example:
         >>> @check("disk", remedy="free some space")
         ... def disk(num_free: int) -> Result:
         ...     return ok("enough") if num_free else failed("full")
-        >>> disk(0).as_dict()
-        {'name': 'disk', 'status': 'failed', 'found': 'full', 'remedy': 'free some space'}
+        >>> disk(0)
+        Result(name='disk', status='failed', found='full', remedy='free some space')
     """
 
     def declare(look: Callable[P, Result]) -> Callable[P, Result]:
@@ -84,7 +80,7 @@ def check(name: str, *, remedy: str) -> Callable[[Callable[P, Result]], Callable
             try:
                 result = look(*args, **kwargs)
             except (SilotuneError, OSError, ImportError) as error:
-                result = failed(*told(error))
+                result = failed(*problem_and_remedy(error))
             needs_remedy = result.status in ("warning", "failed")
             return replace(result, name=name, remedy=result.remedy or (remedy if needs_remedy else ""))
 
@@ -93,11 +89,11 @@ def check(name: str, *, remedy: str) -> Callable[[Callable[P, Result]], Callable
     return declare
 
 
-def told(error: SilotuneError | OSError | ImportError) -> tuple[str, str]:
+def problem_and_remedy(error: SilotuneError | OSError | ImportError) -> tuple[str, str]:
     """What an error says is wrong, and the remedy that it names; empty if it names none, or several problems.
 
     Example:
-        >>> told(SilotuneError("site.key: mode 0644; run: chmod 600 site.key"))
+        >>> problem_and_remedy(SilotuneError("site.key: mode 0644; run: chmod 600 site.key"))
         ('site.key: mode 0644', 'run: chmod 600 site.key')
     """
     if isinstance(error, OSError):
@@ -129,7 +125,7 @@ def is_healthy(results: Sequence[Result]) -> bool:
 
 def as_dict(results: Sequence[Result]) -> dict[str, Any]:
     """Give results as JSON types."""
-    return {"is_healthy": is_healthy(results), "checks": [result.as_dict() for result in results]}
+    return {"is_healthy": is_healthy(results), "checks": [asdict(result) for result in results]}
 
 
 def render(results: Sequence[Result]) -> Table:

@@ -12,7 +12,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -72,7 +72,20 @@ def ask(
         AuthError: One side did not accept the other's certificate.
     """
     with _connected(address, context, host, timeout_s, dial) as secure:
-        return _exchange(secure, host or split_address(address)[0], path, headers, clock)
+        connection = http.client.HTTPConnection(host or split_address(address)[0])
+        connection.sock = secure
+        before = clock()
+        connection.request("POST", path, body=b"", headers=dict(headers))
+        response = connection.getresponse()
+        skew_s = None
+        with suppress(ValueError):
+            there = email.utils.parsedate_to_datetime(response.getheader("date") or "").timestamp()
+            skew_s = (before + clock()) / 2 - (there + _HALF_S)
+        reason: object = ""
+        with suppress(ValueError, TypeError, KeyError):
+            reason = json.loads(response.read(MAX_BODY_BYTES))["detail"]
+        is_word = isinstance(reason, str) and REASON.fullmatch(reason)
+        return Answer(str(secure.version()), response.status, str(reason) if is_word else "", skew_s)
 
 
 @contextmanager
@@ -123,34 +136,3 @@ def split_address(address: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or int(port) > 65535:
         raise ConfigError(f"{address}: not an address; write host:port")
     return host.strip("[]"), int(port)
-
-
-def _exchange(
-    secure: ssl.SSLSocket, host: str, path: str, headers: Mapping[str, str], clock: Callable[[], float]
-) -> Answer:
-    """One request over an open connection."""
-    connection = http.client.HTTPConnection(host)
-    connection.sock = secure
-    before = clock()
-    connection.request("POST", path, body=b"", headers=dict(headers))
-    response = connection.getresponse()
-    there = _date(response.getheader("date"))
-    skew = None if there is None else (before + clock()) / 2 - (there + _HALF_S)
-    return Answer(str(secure.version()), response.status, _reason(response.read(MAX_BODY_BYTES)), skew)
-
-
-def _date(header: str | None) -> float | None:
-    """A Date header as seconds since 1970."""
-    try:
-        return email.utils.parsedate_to_datetime(header or "").timestamp()
-    except ValueError:
-        return None
-
-
-def _reason(body: bytes) -> str:
-    """The gateway's word for a refusal."""
-    try:
-        told = json.loads(body)["detail"]
-    except (ValueError, TypeError, KeyError):
-        return ""
-    return told if isinstance(told, str) and REASON.fullmatch(told) else ""

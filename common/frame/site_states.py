@@ -1,4 +1,4 @@
-"""How a site stands to a run: the same words at the site, at the coordinator, in events and on every page."""
+"""A site's state in a run: the same words at the site, at the coordinator, in events and on every page."""
 
 from typing import Final
 

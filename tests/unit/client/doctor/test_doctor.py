@@ -300,7 +300,7 @@ def test_some_bases_that_are_not_here_are_a_warning(site):
 
 
 def test_memory_that_is_short(site):
-    allowed = work.load_policy(site.node)
+    allowed = work.load_policy(site.node.agent)
     job = work.largest_work(allowed, WIDE)
     assert (job.num_tokens, job.r, job.num_rows, job.quantization) == (64, 16, 8, "nf4")
     plain = work.memory(site.base, job, WIDE)
@@ -321,9 +321,10 @@ def test_memory_for_a_run_that_was_offered(site, engine):
     assert "rank 3" in site.find("memory", run="tiny").found
     assert "(none)" in site.find("memory", run="tiny").found
     mixed = tiny.settings("tiny", {f"model.site_quantization.{site.node.site.name}": "nf4"})
-    assert work.work_of(mixed, WIDE, site=site.node.site.name).quantization == "nf4"
+    sections, name = (mixed.model, mixed.adapter, mixed.training), site.node.site.name
+    assert work.work_of(*sections, num_tokens=64, device=WIDE, site=name).quantization == "nf4"
     with pytest.raises(DataError):
-        work.offered(site.node, "no-such-run")
+        work.offered(site.node.agent, "no-such-run")
     assert site.find("memory", run="no-such-run").status == "failed"
 
 
@@ -347,16 +348,16 @@ def test_a_log_folder_that_is_a_file_and_a_store_without_room(site, monkeypatch)
 
 
 def test_the_policy_in_sentences(site):
-    told = explain.explain(work.load_policy(site.node))
+    told = explain.explain(work.load_policy(site.node.agent))
     text = "\n".join(sentence for sentences in told.values() for sentence in sentences)
     assert list(told) == [explain.MAY_RUN, explain.PROTECTED, explain.WAITS]
     for part in ("rank 2 to 16", "0.001 to 0.1", "at least 3 steps", "at most 100 rows", "Every run waits", "2 sites"):
         assert part in text, part
     assert "Differential privacy is not required" in text
     site.sign(mode='"required"', secagg='"required"', approval='"none"', operators="[]")
-    stricter = explain.explain(work.load_policy(site.node))
+    stricter = explain.explain(work.load_policy(site.node.agent))
     assert "epsilon at most 8" in stricter[explain.PROTECTED][0]
     assert stricter[explain.WAITS] == ["Nothing waits: whatever is allowed above runs without anybody's approval."]
     assert "no run can pass" in stricter[explain.MAY_RUN][0]
-    by_roster = explain.explain(work.load_policy(site.node), reads_roster=True)
+    by_roster = explain.explain(work.load_policy(site.node.agent), reads_roster=True)
     assert "one of the operators in its roster" in by_roster[explain.MAY_RUN][0]

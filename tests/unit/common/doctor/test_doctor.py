@@ -8,7 +8,7 @@ from rich.console import Console
 
 from common import keyfile
 from common.doctor import checks, doctor
-from common.doctor.doctor import Result, check, failed, ok, skipped, told, warning
+from common.doctor.doctor import Result, check, failed, ok, problem_and_remedy, skipped, warning
 from common.errors import ConfigError, DataError
 
 NOW = datetime.datetime(2026, 11, 22, tzinfo=datetime.UTC)
@@ -51,8 +51,8 @@ def test_an_error_that_is_not_ours_is_no_finding():
 
 
 def test_what_python_says_of_an_import_or_a_file_is_not_repeated():
-    assert told(ImportError("secret text", name="torch")) == ("torch cannot be imported", "")
-    assert told(OSError("secret text")) == ("a file: cannot be read (damaged)", "")
+    assert problem_and_remedy(ImportError("secret text", name="torch")) == ("torch cannot be imported", "")
+    assert problem_and_remedy(OSError("secret text")) == ("a file: cannot be read (damaged)", "")
 
 
 def test_the_table_shows_markup_and_remedies_as_text_and_fits():
