@@ -23,7 +23,7 @@ COLUMNS = {"mrn": "record_number", "ssn": "ssn", "phone": "phone", "dob": "birth
 
 @needs_sentences
 def test_precision_and_recall_on_annotated_sentences_are_as_documented():
-    from simulations.bench import pii_measure
+    from tools import pii_measure
 
     found = pii_measure.measure(read.read_table(str(TRIALS / "pii_presidio" / "test.jsonl")))
     assert {kind: (round(one.precision, 3), round(one.recall, 3)) for kind, one in found.items()} == {

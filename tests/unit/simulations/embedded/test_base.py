@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from simulations.embedded import pretrain, records
+from simulations.embedded import records
+from tools.pretrain import pretrain
 
 BASE = Path(records.__file__).parent / "base"
 MAX_BYTES = 16 * 1024 * 1024
@@ -28,7 +29,7 @@ def model():
 
 def test_the_folder_is_small_and_holds_a_model_card():
     assert sum(path.stat().st_size for path in BASE.iterdir()) <= MAX_BYTES
-    assert "python -m simulations.embedded.pretrain" in (BASE / "README.md").read_text()
+    assert "python -m tools.pretrain.pretrain" in (BASE / "README.md").read_text()
 
 
 def test_base_and_tokenizer_load_without_a_warning():

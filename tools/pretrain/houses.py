@@ -11,7 +11,7 @@ from functools import lru_cache
 from random import Random
 from typing import TypeVar
 
-from simulations.embedded import lexicon
+from tools.pretrain import lexicon
 
 T = TypeVar("T")
 Values = dict[str, str]

@@ -64,7 +64,7 @@ def _pair(row: Mapping[str, str], answers: Sequence[str], source: Random) -> dic
 
 def main() -> None:
     """Write the files into a folder."""
-    parser = argparse.ArgumentParser(prog="python -m simulations.embedded.own_data", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.pretrain.own_data", description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the folder")
     for path in write(parser.parse_args().out):
         print(path)

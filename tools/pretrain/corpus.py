@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from random import Random
 
-from simulations.embedded import houses, lexicon, records
-from simulations.embedded.houses import House, below, pick
+from simulations.embedded import records
+from tools.pretrain import houses, lexicon
+from tools.pretrain.houses import House, below, pick
 
 KNOWN = {
     "finding": {name: group for group, names in lexicon.FINDINGS.items() for name in names},

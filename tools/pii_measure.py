@@ -1,6 +1,6 @@
 """Precision and recall of the detectors of personal data on annotated text.
 
-    python -m simulations.bench.pii_measure test.jsonl
+    python -m tools.pii_measure test.jsonl
 
 Rows are those of presidio-research: `text`, and `spans` with `type`, `start` and `end`.
 """

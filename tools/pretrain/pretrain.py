@@ -1,6 +1,6 @@
 """Make the small base: train its tokenizer and its weights on `corpus`, and write both with a model card.
 
-    python -m simulations.embedded.pretrain --out simulations/embedded/base --device cuda
+    python -m tools.pretrain.pretrain --out simulations/embedded/base --device cuda
 
 Shapes: b sequences in a batch, t tokens in a sequence, v tokens in the vocabulary.
 """
@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from simulations.embedded import corpus
+from tools.pretrain import corpus
 
 VOCAB_SIZE = 2048
 SEQ_LEN_TOKENS = 512
@@ -214,7 +214,7 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
 CARD = """# The embedded base
 
 A small Llama that ships with silotune so that demos and tests need no download. Its text is meaningless: never show
-its answers as medical advice. It was trained from random weights on text that `simulations/embedded/corpus.py`
+its answers as medical advice. It was trained from random weights on text that `tools/pretrain/corpus.py`
 generates, and on nothing else; the code tables of the four hospitals of `simulations/embedded/records.py` are not in
 that text.
 
@@ -260,7 +260,7 @@ def card(settings: Settings, *, num_parameters: int, final: tuple[float, float],
 def command(settings: Settings) -> str:
     """Return the command line that repeats this training."""
     return (
-        f"python -m simulations.embedded.pretrain --out simulations/embedded/base --steps {settings.steps} "
+        f"python -m tools.pretrain.pretrain --out simulations/embedded/base --steps {settings.steps} "
         f"--seed {settings.seed} --device {settings.device}\n        --batch-size {settings.batch_size} "
         f"--layers {settings.num_layers} --learning-rate {settings.learning_rate:g} --workers {settings.num_workers}"
     )

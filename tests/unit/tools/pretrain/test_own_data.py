@@ -1,6 +1,7 @@
 """The fictional coordinator's data."""
 
-from simulations.embedded import own_data, records
+from simulations.embedded import records
+from tools.pretrain import own_data
 
 
 def test_the_same_bytes_every_time(tmp_path):

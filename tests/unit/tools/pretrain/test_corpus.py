@@ -2,7 +2,8 @@ import itertools
 
 import pytest
 
-from simulations.embedded import corpus, houses, records
+from simulations.embedded import records
+from tools.pretrain import corpus, houses
 
 
 @pytest.fixture(scope="module")
