@@ -206,7 +206,7 @@ def adam_constant(step: int, *, beta1: float, beta2: float) -> float:
 
 def _by_server(move: float, largest: float, *, run: config.RunConfig) -> float:
     """How far the coordinator's arithmetic can bring a value, from how far the sites' training can."""
-    settings, training, privacy = run.aggregation, run.training, run.privacy
+    training, privacy = run.training, run.privacy
     if not move:
         return 0.0
     sum_rates = move if training.optimizer.kind == "adamw" else move / training.max_grad_norm  # c_t is 1 at least
@@ -216,12 +216,10 @@ def _by_server(move: float, largest: float, *, run: config.RunConfig) -> float:
         shares = run.federation.num_sites / run.federation.min_sites if privacy.noise_at == "sites" else 1.0
         noise = NOISE_STDS * privacy.noise_multiplier * privacy.clip_norm * math.sqrt(shares) / expected
         decayed = min(decayed, privacy.clip_norm) / privacy.sampling_prob + noise
-    rate, beta1 = settings.server_learning_rate or 1.0, settings.server_beta1  # each default is below 1
-    if settings.server_optimizer == "fedavgm":
-        return rate * decayed / (1 - beta1)
-    if settings.server_optimizer != "none":
-        return rate * decayed / settings.server_tau
-    return decayed
+    server = run.aggregation.server_optimizer
+    if server.kind == "none":
+        return decayed
+    return server.learning_rate * decayed / ((1 - server.beta1) if server.kind == "fedavgm" else server.tau)
 
 
 def _is_sent(run: config.RunConfig, name: str, round_index: int) -> bool:

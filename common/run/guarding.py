@@ -21,9 +21,10 @@ def in_words(settings: AggregationConfig) -> str:
     """
     bound = settings.max_update_norm
     bounded = f"an update is scaled down to norm {bound:g}" if bound else ""
-    others = " and ".join(filter(None, (bounded, SCREENED[settings.screening])))
-    if settings.robust == "none":
+    others = " and ".join(filter(None, (bounded, SCREENED[settings.screening.action])))
+    if settings.robust.rule == "none":
         off = f"off, but {others}" if others else "off, so one bad site can move the adapter where it likes"
         return f"{NO_SECURE_SUM}; robust aggregation: {off}"
-    rule = f"{settings.robust} against {settings.num_bad_sites} bad site{'s' * (settings.num_bad_sites > 1)}"
+    num_bad = settings.robust.num_bad_sites
+    rule = f"{settings.robust.rule} against {num_bad} bad site{'s' * (num_bad > 1)}"
     return f"{NO_SECURE_SUM}; robust aggregation: {', and '.join(filter(None, (rule, others)))}"

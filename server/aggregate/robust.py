@@ -61,7 +61,7 @@ def start(names: Collection[str], *, rule: str, num_bad: int) -> Sum:
 
     Args:
         names: Of the tensors that sites send.
-        rule: `aggregation.robust`.
+        rule: `aggregation.robust.rule`.
         num_bad: Sites that may be bad, at most.
     """
     return RobustMean(names, rule=rule, num_bad=num_bad)

@@ -142,7 +142,7 @@ def _advance(fed: Federation, state: State, tally: Tally, *, round_index: int) -
     """The next global adapter, and how much of the step it misses."""
     combined = tally.combined.result()
     averaged = fed.method.apply(state, combined)
-    step, fed.memory = optimizer.step(combined, fed.memory, settings=fed.manifest.run.aggregation)
+    step, fed.memory = optimizer.step(combined, fed.memory, settings=fed.manifest.run.aggregation.server_optimizer)
     if isinstance(tally.combined, NoisedSum):
         fed.memory = tally.combined.remembered(fed.memory)
     after = averaged if step is combined else fed.method.apply(state, step)
@@ -231,8 +231,8 @@ def _tally(fed: Federation, state: State, source: Noise, *, round_index: int) ->
         expected = fed.manifest.plan.num_expected
         start = noised.start(state, names, privacy=run.privacy, expected=expected, source=source, memory=fed.memory)
         return Tally(start, None)
-    if settings.robust != "none":
-        return Tally(robust.start(names, rule=settings.robust, num_bad=settings.num_bad_sites), None)
+    if settings.robust.rule != "none":
+        return Tally(robust.start(names, rule=settings.robust.rule, num_bad=settings.robust.num_bad_sites), None)
     has_gap = facts.has_bias and KINDS[run.adapter.kind].has_factors
     meter = gap.GapMeter(state, seed=run.seed + round_index) if has_gap else None
     return Tally(fed.method.start(state, trained=names), meter)

@@ -15,15 +15,15 @@ Update = tuple[UpdateHead, State, int]  # with the bytes of its frame
 
 def passed(fed: Federation, updates: Iterator[Update], *, round_index: int) -> Iterator[Update]:
     """The updates that count. With screening, none does before all are there, and what was seen is logged."""
-    settings = fed.manifest.run.aggregation
-    if settings.screening == "off":
+    settings = fed.manifest.run.aggregation.screening
+    if settings.action == "off":
         yield from updates
         return
     waiting = {update[0].site: update for update in updates}
     changes = {site: change for site, (_, change, _) in sorted(waiting.items())}
     past = screen.history(events.read(fed.log.path), round_index=round_index)
-    found = screen.look(changes, past, threshold=settings.screening_threshold) if changes else {}
-    dropped = screen.left_out(found) if settings.screening == "drop" else set()
+    found = screen.look(changes, past, threshold=settings.threshold) if changes else {}
+    dropped = screen.left_out(found) if settings.action == "drop" else set()
     for site in sorted(dropped):
         fed.record("screened", round_index=round_index, site=site)
     sites = {

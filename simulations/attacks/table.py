@@ -52,10 +52,10 @@ def guarded(settings: config.RunConfig, guard: str, *, num_bad: int, max_norm: f
     if guard == "norm bound":
         changes["max_update_norm"] = max_norm
     elif guard == "screening":  # which leaves sites out, so that fewer must do
-        changes["screening"] = "drop"
+        changes["screening"] = {"action": "drop"}
         given["federation"]["min_sites"] = max(settings.federation.min_sites - num_bad, MIN_SCREENED)
     elif guard != "none":
-        changes |= {"robust": guard, "num_bad_sites": num_bad}
+        changes["robust"] = {"rule": guard, "num_bad_sites": num_bad}
     return config.RunConfig.model_validate({**given, "aggregation": {**given["aggregation"], **changes}})
 
 

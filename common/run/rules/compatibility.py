@@ -188,8 +188,8 @@ FEATURES: Final = (
         SERVER_OPTIMIZER,
         _momentum,
         _momentum_remark,
-        keys=("aggregation.server_optimizer",),
-        is_asked=lambda run: run.aggregation.server_optimizer != "none",
+        keys=("aggregation.server_optimizer.kind",),
+        is_asked=lambda run: run.aggregation.server_optimizer.kind != "none",
     ),
     Feature(
         "central polishing",
@@ -202,8 +202,8 @@ FEATURES: Final = (
         "robust aggregation",
         _robust,
         _robust_remark,
-        keys=("aggregation.robust",),
-        is_asked=lambda run: run.aggregation.robust != "none",
+        keys=("aggregation.robust.rule",),
+        is_asked=lambda run: run.aggregation.robust.rule != "none",
     ),
     Feature("sparse updates", _sparse, keys=("wire.density",), is_asked=lambda run: run.wire.density < 1),
     STEPS,
@@ -232,13 +232,13 @@ def contradictions() -> Iterator[Contradiction]:
     )
     compared = "compares value by value, and a smaller site has none for some; remove one of the two"
     yield (
-        ("adapter.site_ranks", "aggregation.robust"),
-        lambda run: bool(run.adapter.site_ranks) and run.aggregation.robust != "none",
+        ("adapter.site_ranks", "aggregation.robust.rule"),
+        lambda run: bool(run.adapter.site_ranks) and run.aggregation.robust.rule != "none",
         f"robust aggregation {compared}",
     )
     yield (
-        ("adapter.site_ranks", "aggregation.screening"),
-        lambda run: bool(run.adapter.site_ranks) and run.aggregation.screening != "off",
+        ("adapter.site_ranks", "aggregation.screening.action"),
+        lambda run: bool(run.adapter.site_ranks) and run.aggregation.screening.action != "off",
         f"screening {compared}",
     )
 
@@ -296,8 +296,8 @@ SITE_LEVEL: Final = (
         "a weight by rows would let a site move the sum by more than the clip norm, and tells its rows; set 'uniform'",
     ),
     SiteLevel(
-        "aggregation.robust",
-        lambda run: run.aggregation.robust != "none",
+        "aggregation.robust.rule",
+        lambda run: run.aggregation.robust.rule != "none",
         False,
         "a median or a choice of updates moves by more than the noise is made for when one site changes; the clip norm "
         "already bounds what a bad site can do",
@@ -309,8 +309,8 @@ SITE_LEVEL: Final = (
         "privacy.clip_norm bounds an update already; remove it",
     ),
     SiteLevel(
-        "aggregation.screening",
-        lambda run: run.aggregation.screening != "off",
+        "aggregation.screening.action",
+        lambda run: run.aggregation.screening.action != "off",
         False,
         "leaving one update out for another's sake moves the sum by more than the noise is made for, and what is seen "
         "of single updates is written down without noise",
@@ -328,8 +328,8 @@ SITE_LEVEL: Final = (
         "the accountant is of sites that are drawn each for itself, not of a fixed number; set privacy.sampling_prob",
     ),
     SiteLevel(
-        "aggregation.server_optimizer",
-        lambda run: run.aggregation.server_optimizer != "none",
+        "aggregation.server_optimizer.kind",
+        lambda run: run.aggregation.server_optimizer.kind != "none",
         True,
         "it sees the noised sum only, where the method allows it",
     ),

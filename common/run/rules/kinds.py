@@ -140,9 +140,9 @@ KIND_FEATURES: Final = (
     KindFeature(
         "server optimizer",
         _server_optimizer,
-        "set aggregation.server_optimizer = 'none'",
-        ("aggregation.server_optimizer",),
-        lambda run: run.aggregation.server_optimizer != "none",
+        "set aggregation.server_optimizer.kind = 'none'",
+        ("aggregation.server_optimizer.kind",),
+        lambda run: run.aggregation.server_optimizer.kind != "none",
     ),
     KindFeature(
         "stacked clipping",

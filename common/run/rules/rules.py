@@ -18,7 +18,6 @@ from common.run.schema.tables import Contradiction, NodeTables, RunTables
 
 RESIDUAL_MAX_LOST = 0.05
 MAX_WEIGHT_SHARE = 0.5
-SCREENING_THRESHOLD = 4.0
 MIN_SCREENED = 4
 
 
@@ -49,22 +48,16 @@ def check(config: BaseModel, rules: tuple[Rule, ...]) -> None:
 
 
 def describe(config: BaseModel, rule: Rule) -> str:
-    """Say what is wrong, with the values that take part."""
-    values = ", ".join(f"{key} = {_shown(value_of(config, key))}" for key in rule.keys)
-    return f"{rule.message} ({values})"
-
-
-def _shown(value: Any) -> str:
-    """A value as it stands in the file; of an array of tables their number."""
-    is_tables = isinstance(value, tuple) and any(isinstance(item, BaseModel) for item in value)
-    return f"{len(value)} tables" if is_tables else hints.show_value(value)
-
-
-def value_of(config: BaseModel, key: str) -> Any:
-    """Look up a dotted key."""
-    section, _, name = key.partition(".")
-    found = getattr(config, section)
-    return getattr(found, name) if name else [table.name for table in found]
+    """Say what is wrong, with the values that take part; of an array of tables with their number."""
+    shown = []
+    for key in rule.keys:
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name, None)
+        is_tables = isinstance(value, tuple) and any(isinstance(item, BaseModel) for item in value)
+        if value is not None:  # else a setting that another variant of its table has
+            shown.append(f"{key} = {f'{len(value)} tables' if is_tables else hints.show_value(value)}")
+    return f"{rule.message} ({', '.join(shown)})"
 
 
 def is_private(table: Mapping[str, Any]) -> bool:
@@ -105,32 +98,6 @@ def _has_small_batch(config: RunTables) -> bool:
 
 _COLUMNS = ("data.output_column", "data.instruction_column", "data.input_column")
 
-_SERVER_DEFAULTS = {"server_learning_rate": 0.0, "server_beta1": 0.9, "server_beta2": 0.99, "server_tau": 1e-3}
-_SERVER_USES: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "fedavgm": ("server_learning_rate", "server_beta1"),
-    "fedadam": tuple(_SERVER_DEFAULTS),
-    "fedyogi": tuple(_SERVER_DEFAULTS),
-    "fedadagrad": ("server_learning_rate", "server_tau"),
-}
-
-
-def _is_unused(config: RunTables, name: str) -> bool:
-    settings = config.aggregation
-    is_default = getattr(settings, name) == _SERVER_DEFAULTS[name]
-    return not is_default and name not in _SERVER_USES[settings.server_optimizer]
-
-
-def _unused_server_settings() -> tuple[Rule, ...]:
-    return tuple(
-        Rule(
-            (f"aggregation.{name}", "aggregation.server_optimizer"),
-            functools.partial(_is_unused, name=name),
-            "this optimizer does not use it; remove it or choose another",
-        )
-        for name in _SERVER_DEFAULTS
-    )
-
 
 def _is_combined(config: RunTables, method: str, feature: compatibility.Feature) -> bool:
     return config.aggregation.method == method and feature.is_asked(config)
@@ -153,10 +120,11 @@ _SITES_FOR_BAD = {"median": (2, 1), "trimmed_mean": (2, 1), "krum": (2, 3), "mul
 
 
 def _has_too_few_good_sites(config: RunTables) -> bool:
-    if config.aggregation.robust == "none":
+    robust = config.aggregation.robust
+    if robust.rule == "none":
         return False
-    a_bad_one, more = _SITES_FOR_BAD[config.aggregation.robust]
-    return config.federation.min_sites < a_bad_one * config.aggregation.num_bad_sites + more
+    a_bad_one, more = _SITES_FOR_BAD[robust.rule]
+    return config.federation.min_sites < a_bad_one * robust.num_bad_sites + more
 
 
 def _keeps_residual(config: RunTables) -> bool:
@@ -271,37 +239,26 @@ RUN_RULES = (
         "this method keeps no side adapter; remove it",
     ),
     *(Rule(*conflict) for conflict in cores.CONFLICTS),
-    *_unused_server_settings(),
     *(Rule(*contradiction) for contradiction in _OF_OBJECTIVES),
-    Rule(
-        ("aggregation.num_bad_sites", "aggregation.robust"),
-        lambda c: (c.aggregation.robust != "none") != (c.aggregation.num_bad_sites > 0),
-        "robust aggregation and the number of bad sites that it must withstand belong together; set both, or none",
-    ),
     Rule(
         ("aggregation.max_weight_share", "aggregation.weighting"),
         lambda c: c.aggregation.weighting == "uniform" and c.aggregation.max_weight_share != MAX_WEIGHT_SHARE,
         "has no effect where all sites weigh the same; remove it",
     ),
     Rule(
-        ("aggregation.weighting", "aggregation.robust"),
-        lambda c: c.aggregation.robust != "none" and c.aggregation.weighting != "uniform",
+        ("aggregation.weighting", "aggregation.robust.rule"),
+        lambda c: c.aggregation.robust.rule != "none" and c.aggregation.weighting != "uniform",
         "under robust aggregation all sites weigh the same, as a number of rows is a site's own claim; set 'uniform'",
     ),
     Rule(
-        ("federation.min_sites", "aggregation.robust", "aggregation.num_bad_sites"),
+        ("federation.min_sites", "aggregation.robust.rule", "aggregation.robust.num_bad_sites"),
         _has_too_few_good_sites,
         "too few sites for so many bad ones; with f of them median and trimmed_mean need 2 f + 1 sites, krum and "
         "multi_krum 2 f + 3, bulyan 4 f + 3",
     ),
     Rule(
-        ("aggregation.screening_threshold", "aggregation.screening"),
-        lambda c: c.aggregation.screening == "off" and c.aggregation.screening_threshold != SCREENING_THRESHOLD,
-        "screening is off; remove the threshold, or set screening to 'report' or 'drop'",
-    ),
-    Rule(
-        ("federation.min_sites", "aggregation.screening"),
-        lambda c: c.aggregation.screening != "off" and c.federation.min_sites < MIN_SCREENED,
+        ("federation.min_sites", "aggregation.screening.action"),
+        lambda c: c.aggregation.screening.action != "off" and c.federation.min_sites < MIN_SCREENED,
         f"screening holds sites against each other and needs {MIN_SCREENED} of them at least; raise min_sites",
     ),
     Rule(

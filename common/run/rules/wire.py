@@ -36,8 +36,8 @@ CONFLICTS: Final = (
         'wire.dtype = "int4", which rounds after the noise',
     ),
     Conflict(
-        ("wire.density", "aggregation.robust"),
-        lambda run: run.wire.density < 1 and run.aggregation.robust != "none",
+        ("wire.density", "aggregation.robust.rule"),
+        lambda run: run.wire.density < 1 and run.aggregation.robust.rule != "none",
         "sites send different values, and where most send none the robust rule sees zeros",
         'wire.dtype = "int4" with density 1',
     ),

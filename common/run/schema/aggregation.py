@@ -1,6 +1,6 @@
 """Section `[aggregation]` of the run file."""
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
@@ -8,6 +8,75 @@ from common.run.catalogue.methods import FACTS, MethodName
 from common.run.schema.section import Decay, Section
 
 NUM_HEADS: Final = 4
+RobustRule = Literal["median", "trimmed_mean", "krum", "multi_krum", "bulyan"]
+
+
+_STEP: Final = "What the coordinator makes of the mean update."
+_RULE: Final = "What stands in the place of the mean where some sites may be bad."
+_ACTION: Final = "What happens to an update unlike the round's others or the site's own of late."
+
+
+class NoServerOptimizer(Section):
+    """The mean update is added as it is."""
+
+    kind: Literal["none"] = Field(default="none", description=_STEP)
+
+
+class FedAvgM(Section):
+    """Momentum of the mean update (Hsu et al. 2019, arXiv:1909.06335)."""
+
+    kind: Literal["fedavgm"] = Field(default="fedavgm", description=_STEP)
+    learning_rate: float = Field(default=0.3, gt=0, le=100, description="Rate of the coordinator's step.")
+    beta1: Decay = Field(default=0.9, description="Decay of the mean update.")
+
+
+class FedAdam(Section):
+    """Momentum, divided by the root of a running mean of squares (Reddi et al. 2021, arXiv:2003.00295)."""
+
+    kind: Literal["fedadam", "fedyogi"] = Field(default="fedadam", description=_STEP)
+    learning_rate: float = Field(default=0.01, gt=0, le=100, description="Rate of the coordinator's step.")
+    beta1: Decay = Field(default=0.9, description="Decay of the mean update.")
+    beta2: Decay = Field(default=0.99, description="Decay of the mean update's square.")
+    tau: float = Field(default=1e-3, gt=0, le=1, description="Added to the denominator. Smaller adapts more.")
+
+
+class FedAdagrad(Section):
+    """A step divided by the root of the sum of squares (Reddi et al. 2021, arXiv:2003.00295)."""
+
+    kind: Literal["fedadagrad"] = Field(default="fedadagrad", description=_STEP)
+    learning_rate: float = Field(default=0.01, gt=0, le=100, description="Rate of the coordinator's step.")
+    tau: float = Field(default=1e-3, gt=0, le=1, description="Added to the denominator. Smaller adapts more.")
+
+
+class Mean(Section):
+    """The method's own mean, which one bad site can move where it likes."""
+
+    rule: Literal["none"] = Field(default="none", description=_RULE)
+
+
+class Robust(Section):
+    """A rule that withstands some bad sites."""
+
+    rule: RobustRule = Field(description=_RULE)
+    num_bad_sites: int = Field(ge=1, le=1_000_000, description="Sites of a round that it must withstand, at most.")
+
+
+class NoScreening(Section):
+    """Every update counts."""
+
+    action: Literal["off"] = Field(default="off", description=_ACTION)
+
+
+class Screening(Section):
+    """It is written down (`report`), or left out too (`drop`), once all updates of the round are there."""
+
+    action: Literal["report", "drop"] = Field(description=_ACTION)
+    threshold: float = Field(
+        default=4.0, gt=0, le=1000, description="Distance from the median, in spreads, that is too far."
+    )
+
+
+ServerOptimizer = NoServerOptimizer | FedAvgM | FedAdam | FedAdagrad
 
 
 class AggregationConfig(Section):
@@ -38,25 +107,11 @@ class AggregationConfig(Section):
         le=1_000_000,
         description="FedProx's mu: each local step goes this times the learning rate back to the global adapter.",
     )
-    robust: Literal["none", "median", "trimmed_mean", "krum", "multi_krum", "bulyan"] = Field(
-        default="none", description="What stands in the place of the mean where some sites may be bad."
-    )
-    num_bad_sites: int = Field(
-        default=0, ge=0, le=1_000_000, description="Sites of a round that `robust` must withstand, at most."
-    )
     max_update_norm: float = Field(
         default=0.0,
         ge=0,
         le=1_000_000,
         description="Scale a longer update down to this L2 norm, over all its tensors. 0: take it as it is.",
-    )
-    screening: Literal["off", "report", "drop"] = Field(
-        default="off",
-        description="Look for updates unlike the round's others or the site's own of late, and say so (`report`) or "
-        "leave them out too (`drop`).",
-    )
-    screening_threshold: float = Field(
-        default=4.0, gt=0, le=1000, description="Distance from the median, in spreads, that `screening` calls too far."
     )
     residual_rank: int = Field(
         default=0,
@@ -76,21 +131,14 @@ class AggregationConfig(Section):
         le=512,
         description="Heads of `ravan`, which share the rank: each has a core of `adapter.r / num_heads` squared.",
     )
-    server_optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi", "fedadagrad"] = Field(
-        default="none", description="What the coordinator makes of the mean update. `none`: adds it."
+    server_optimizer: Annotated[ServerOptimizer, Field(discriminator="kind")] = Field(
+        default_factory=NoServerOptimizer, description="What the coordinator makes of the mean update."
     )
-    server_learning_rate: float = Field(
-        default=0.0,
-        ge=0,
-        le=100,
-        description="Rate of `server_optimizer`. 0: 0.3 under `fedavgm`, 0.01 under the others.",
+    robust: Annotated[Mean | Robust, Field(discriminator="rule")] = Field(
+        default_factory=Mean, description="What withstands bad sites."
     )
-    server_beta1: Decay = Field(default=0.9, description="Decay of the mean update; not under `fedadagrad`.")
-    server_beta2: Decay = Field(
-        default=0.99, description="Decay of the mean update's square; `fedadam` and `fedyogi` only."
-    )
-    server_tau: float = Field(
-        default=1e-3, gt=0, le=1, description="Added to the denominator; not under `fedavgm`. Smaller adapts more."
+    screening: Annotated[NoScreening | Screening, Field(discriminator="action")] = Field(
+        default_factory=NoScreening, description="What notices bad sites."
     )
 
     @property

@@ -275,7 +275,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "3590c8de0799926c7adcf00ef13e0745305ebc4577c3d16c1475a74c0cc5c17d"
+        "024c4bb7a5e732ee732e72cf3d22bd5ecd1ae424a3f31afc3899214df760c00f"
     )
 
 

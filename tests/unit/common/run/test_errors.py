@@ -186,15 +186,14 @@ def test_foreign_names_lead_to_settings_that_exist():
 def named_in(text: str) -> set[str]:
     """Dotted settings that a text names."""
     sections = sorted({key.split(".")[0] for key in RUN_KEYS | NODE_KEYS if "." in key})
-    return {match[0] for match in re.finditer(rf"\b(?:{'|'.join(sections)})\.[a-z_0-9]+\b", text)}
+    return {match[0] for match in re.finditer(rf"\b(?:{'|'.join(sections)})(?:\.[a-z_0-9]+)+\b", text)}
 
 
 def refused_values(text: str, key: str = "") -> list[str]:
     """Values that a text says to write, at its own key or after `section.key =`, and that the schema refuses."""
-    said = [
-        (found[1], f'"{found[2]}"') for found in re.finditer(r"\b([a-z_]+\.[a-z_0-9]+) = ['\"]([a-z0-9_-]+)['\"]", text)
-    ]
-    rest = re.sub(r"\b[a-z_]+\.[a-z_0-9]+ = ['\"][a-z0-9_-]+['\"]", "", text)
+    written = r"\b([a-z_]+(?:\.[a-z_0-9]+)+) = ['\"]([a-z0-9_-]+)['\"]"
+    said = [(found[1], f'"{found[2]}"') for found in re.finditer(written, text)]
+    rest = re.sub(written, "", text)
     if key and "write kind" not in text:
         values = re.findall(r'(?<!\[)"[a-z0-9_-]+"|\["[a-z0-9_-]+"\]', rest)
         said += [(key, value) for value in values if f"{value} is " not in text]

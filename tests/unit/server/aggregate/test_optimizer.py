@@ -1,29 +1,28 @@
 """The coordinator's optimizers against Flower's, and against steps worked by hand."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvgM, FedYogi
+from flwr.serverapp import strategy as flwr_strategy
 
-from common.run.schema.aggregation import AggregationConfig
+from common.run.schema import aggregation, shape
+from common.run.schema.aggregation import FedAdagrad, FedAdam, FedAvgM
 from server.aggregate import optimizer
 from simulations.world.grids import InProcessGrid
 
 RATE = 0.05
 OURS = {
-    "fedavgm": AggregationConfig(server_optimizer="fedavgm", server_learning_rate=RATE, server_beta1=0.7),
-    "fedadam": AggregationConfig(server_optimizer="fedadam", server_learning_rate=RATE, server_beta1=0.7),
-    "fedyogi": AggregationConfig(server_optimizer="fedyogi", server_learning_rate=RATE, server_beta1=0.7),
-    "fedadagrad": AggregationConfig(server_optimizer="fedadagrad", server_learning_rate=RATE),
+    "fedavgm": FedAvgM(learning_rate=RATE, beta1=0.7),
+    "fedadam": FedAdam(learning_rate=RATE, beta1=0.7),
+    "fedyogi": FedAdam(kind="fedyogi", learning_rate=RATE, beta1=0.7),
+    "fedadagrad": FedAdagrad(learning_rate=RATE),
 }
 FLOWERS = {
-    "fedavgm": lambda: FedAvgM(server_learning_rate=RATE, server_momentum=0.7),
-    "fedadam": lambda: FedAdam(eta=RATE, beta_1=0.7, beta_2=0.99, tau=1e-3),
-    "fedyogi": lambda: FedYogi(eta=RATE, beta_1=0.7, beta_2=0.99, tau=1e-3),
-    "fedadagrad": lambda: FedAdagrad(eta=RATE, tau=1e-3),
+    "fedavgm": lambda: flwr_strategy.FedAvgM(server_learning_rate=RATE, server_momentum=0.7),
+    "fedadam": lambda: flwr_strategy.FedAdam(eta=RATE, beta_1=0.7, beta_2=0.99, tau=1e-3),
+    "fedyogi": lambda: flwr_strategy.FedYogi(eta=RATE, beta_1=0.7, beta_2=0.99, tau=1e-3),
+    "fedadagrad": lambda: flwr_strategy.FedAdagrad(eta=RATE, tau=1e-3),
 }
 
 
@@ -50,7 +49,7 @@ def flowers(name: str, given) -> list[np.ndarray]:
     steps = []
     for number, g in enumerate(given, start=1):
         arrays = ArrayRecord({"w": Array(current)})
-        if isinstance(strategy, FedAvgM):
+        if isinstance(strategy, flwr_strategy.FedAvgM):
             strategy.current_arrays = arrays
         else:
             strategy.current_arrays = {"w": current}
@@ -80,7 +79,7 @@ def test_steps_of_fedadam_are_flowers_without_its_correction_for_the_first_round
 
 @pytest.mark.parametrize("name", OURS)
 def test_control_another_rate_gives_other_steps(name):
-    faster = OURS[name].model_copy(update={"server_learning_rate": 2 * RATE})
+    faster = OURS[name].model_copy(update={"learning_rate": 2 * RATE})
     (g,) = updates(1)
     first, _ = optimizer.step({"w": g}, {}, settings=OURS[name])
     second, _ = optimizer.step({"w": g}, {}, settings=faster)
@@ -89,7 +88,7 @@ def test_control_another_rate_gives_other_steps(name):
 
 def test_two_rounds_of_fedavgm_by_hand():
     """m = 4, then 0.5 * 4 + 2 = 4; a quarter of it each: 1 and 1."""
-    settings = AggregationConfig(server_optimizer="fedavgm", server_learning_rate=0.25, server_beta1=0.5)
+    settings = FedAvgM(learning_rate=0.25, beta1=0.5)
     first, memory = optimizer.step({"w": torch.tensor([4.0])}, {}, settings=settings)
     second, _ = optimizer.step({"w": torch.tensor([2.0])}, memory, settings=settings)
     assert (first["w"].item(), second["w"].item()) == (1.0, 1.0)
@@ -97,7 +96,7 @@ def test_two_rounds_of_fedavgm_by_hand():
 
 def test_one_round_of_fedyogi_by_hand():
     """m = 0.1 * 2, v = 0 - 0.01 * 4 * sign(0 - 4) = 0.04, step = 0.05 * 0.2 / (0.2 + 0.1)."""
-    settings = AggregationConfig(server_optimizer="fedyogi", server_learning_rate=0.05, server_tau=0.1)
+    settings = FedAdam(kind="fedyogi", learning_rate=0.05, tau=0.1)
     step, _ = optimizer.step({"w": torch.tensor([2.0])}, {}, settings=settings)
     assert step["w"].item() == pytest.approx(0.01 / 0.3)
 
@@ -113,11 +112,11 @@ def test_factors_that_are_trained_in_turn_have_a_memory_each():
 
 def test_without_an_optimizer_the_mean_is_added_as_it_is():
     mean = {"w": torch.ones(2)}
-    step, memory = optimizer.step(mean, {}, settings=AggregationConfig())
+    step, memory = optimizer.step(mean, {}, settings=aggregation.NoServerOptimizer())
     assert step is mean
     assert memory == {}
 
 
 def test_the_schema_and_the_rules_name_the_same_optimizers():
-    names = json.loads(json.dumps(AggregationConfig.model_json_schema()))["properties"]["server_optimizer"]["enum"]
+    names = shape.tables_of(aggregation.AggregationConfig)["server_optimizer"].variants
     assert set(names) == {"none", *OURS}

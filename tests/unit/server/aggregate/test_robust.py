@@ -10,7 +10,7 @@ from flwr.serverapp.strategy import Bulyan, FedMedian, FedTrimmedAvg, Krum, Mult
 
 from common.privacy import clipping
 from common.run import guarding
-from common.run.schema.aggregation import AggregationConfig
+from common.run.schema.aggregation import AggregationConfig, Robust
 from server.aggregate import mean, robust
 from simulations.world.grids import InProcessGrid
 
@@ -141,7 +141,7 @@ def test_a_long_update_is_scaled_down_and_a_short_one_is_not():
 
 
 def test_both_protections_are_told_with_what_is_asked_for():
-    told = guarding.in_words(AggregationConfig(robust="krum", num_bad_sites=2, max_update_norm=1.5))
+    told = guarding.in_words(AggregationConfig(robust=Robust(rule="krum", num_bad_sites=2), max_update_norm=1.5))
     assert "the coordinator sees each site's own update" in told
     assert told.endswith("krum against 2 bad sites, and an update is scaled down to norm 1.5")
     assert guarding.in_words(AggregationConfig(max_update_norm=1.5)).endswith(

@@ -108,7 +108,7 @@ def test_history_is_ten_rounds_of_the_events_and_a_round_that_was_played_again_c
 
 @pytest.mark.parametrize(("screening", "is_kept"), [("drop", False), ("report", True), ("off", True)])
 def test_a_bad_site_has_no_part_in_a_run_that_leaves_it_out(engine, tiny_base, tmp_path, screening, is_kept):
-    given = {"aggregation.screening": screening, "federation.min_sites": "4", "federation.num_sites": "5"}
+    given = {"aggregation.screening.action": screening, "federation.min_sites": "4", "federation.num_sites": "5"}
     settings = tiny.settings(tiny_base, {**given, "training.local_epochs": "0.0", "training.local_steps": "4"})
     specs = RunManifest(settings, engine.base_sha256, engine.tensor_specs).tensor_specs
 

@@ -44,7 +44,7 @@ def test_the_command_prints_what_goes_together_whatever_the_method():
 
 def test_the_command_prints_json():
     found = json.loads(CliRunner().invoke(app, ["methods", "--json"]).stdout)
-    assert found["site_level"]["aggregation.robust"]["is_allowed"] is False
+    assert found["site_level"]["aggregation.robust.rule"]["is_allowed"] is False
     assert ["mixed ranks", "server optimizer"] in found["apart"]
     assert "record DP" in found["wire"]["sparse up as in FLASC"]["why_not"]
     assert set(found["methods"]) == set(found["combinations"]) == set(FACTS)

@@ -18,7 +18,7 @@ seeds = [1, 2]
 "training.local_epochs" = 0.5
 [axis.method]
 ffa = { "aggregation.method" = "ffa" }
-"fedsvd adam" = { "aggregation.method" = "fedsvd", "aggregation.server_optimizer" = "fedadam" }
+"fedsvd adam" = { "aggregation.method" = "fedsvd", "aggregation.server_optimizer.kind" = "fedadam" }
 """
 
 
@@ -43,7 +43,7 @@ def test_a_sweep_runs_every_seed_once_and_says_what_is_refused(sweep_file, tmp_p
     assert figures["held-out loss"]["half_width"] > 0  # seeds differ
     (refused,) = result["refused"]
     assert refused["points"] == ["fedsvd adam"]
-    assert "aggregation.server_optimizer" in refused["reason"]
+    assert "aggregation.server_optimizer.kind" in refused["reason"]
     assert result["privacy"] is None  # no run is private
     shown = list(sweep.render(result))
     assert "fedsvd adam" in shown[1]

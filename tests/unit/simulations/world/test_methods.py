@@ -158,7 +158,7 @@ OPTIMIZERS = [("fedavg", "fedavgm", "0.5"), ("fedavg", "fedyogi", "0.02"), ("rol
 def test_the_coordinators_optimizer_lowers_the_loss_and_goes_on_after_an_interruption(
     play, nodes, tmp_path, method, name, rate
 ):
-    changes = {"aggregation.server_optimizer": name, "aggregation.server_learning_rate": rate}
+    changes = {"aggregation.server_optimizer.kind": name, "aggregation.server_optimizer.learning_rate": rate}
     expected, log = play(nodes, method, name="whole", changes=changes)
     losses = [event["loss"] for event in log if event["kind"] == "evaluated"]
     assert losses[-1] < losses[0] - 0.03
@@ -170,7 +170,7 @@ def test_the_coordinators_optimizer_lowers_the_loss_and_goes_on_after_an_interru
 
 
 def test_control_without_its_memory_a_resumed_run_ends_elsewhere(play, nodes, tmp_path, monkeypatch):
-    changes = {"aggregation.server_optimizer": "fedavgm", "aggregation.server_learning_rate": "0.5"}
+    changes = {"aggregation.server_optimizer.kind": "fedavgm", "aggregation.server_optimizer.learning_rate": "0.5"}
     expected, _ = play(nodes, "fedavg", name="whole", changes=changes)
     with pytest.raises(KeyboardInterrupt):
         play({**nodes, 2: stopping(nodes[2], after=2)}, "fedavg", changes=changes)
@@ -182,7 +182,7 @@ def test_control_without_its_memory_a_resumed_run_ends_elsewhere(play, nodes, tm
 
 def test_the_gap_is_that_of_the_mean_whatever_the_optimizer_makes_of_it(play, nodes):
     _, plain = play(nodes, "fedavg", name="plain")
-    changes = {"aggregation.server_optimizer": "fedavgm", "aggregation.server_learning_rate": "0.1"}
+    changes = {"aggregation.server_optimizer.kind": "fedavgm", "aggregation.server_optimizer.learning_rate": "0.1"}
     _, slowed = play(nodes, "fedavg", name="slowed", changes=changes)
     gaps = [next(event["gap"] for event in log if event["kind"] == "round_finished") for log in (plain, slowed)]
     assert gaps[0] == gaps[1] > 0

@@ -99,7 +99,11 @@ def test_a_simulation_knows_its_sites(tiny_base):
 
 
 def test_robust_aggregation_and_mixed_ranks_do_not_go_together(tiny_base):
-    guarded = {"aggregation.robust": "median", "aggregation.num_bad_sites": "1", "aggregation.weighting": "uniform"}
+    guarded = {
+        "aggregation.robust.rule": "median",
+        "aggregation.robust.num_bad_sites": "1",
+        "aggregation.weighting": "uniform",
+    }
     asked = {"aggregation.method": "fedsvd", "federation.min_sites": "3", **guarded}
     tiny.settings(tiny_base, asked)  # the control
     with pytest.raises(ConfigError, match="a smaller site has none for some"):

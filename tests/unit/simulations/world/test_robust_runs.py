@@ -11,7 +11,7 @@ from server.folder import run_files
 from server.run import run
 from tests import tiny
 
-GUARD = {"aggregation.num_bad_sites": "1", "aggregation.weighting": "uniform"}
+GUARD = {"aggregation.robust.num_bad_sites": "1", "aggregation.weighting": "uniform"}
 SIZES = (12, 8, 9, 10, 11, 12, 8)
 FACTOR = 1e4
 
@@ -22,7 +22,7 @@ def play(engine, tiny_base, tmp_path):
 
     def execute(rule: str, *, is_bad: bool, **changes: str):
         guard = GUARD if rule != "none" else {"aggregation.weighting": "uniform"}
-        given = {**guard, "aggregation.robust": rule, "federation.min_sites": "7", "federation.num_sites": "7"}
+        given = {**guard, "aggregation.robust.rule": rule, "federation.min_sites": "7", "federation.num_sites": "7"}
         settings = tiny.settings(tiny_base, {**given, "training.batch_size": "4", **changes})
         specs = RunManifest(settings, engine.base_sha256, engine.tensor_specs).tensor_specs
 
@@ -76,15 +76,15 @@ def test_a_bound_on_the_norm_holds_it_to_the_length_of_others_and_events_tell_wh
 
 def test_the_manifest_holds_the_guard_so_that_each_site_signs_up_for_it(engine, tiny_base):
     plain = tiny.settings(tiny_base, {"aggregation.weighting": "uniform"})
-    guarded = tiny.settings(tiny_base, {**GUARD, "aggregation.robust": "median", "federation.min_sites": "3"})
+    guarded = tiny.settings(tiny_base, {**GUARD, "aggregation.robust.rule": "median", "federation.min_sites": "3"})
     first, second = (RunManifest(one, engine.base_sha256, engine.tensor_specs) for one in (plain, guarded))
     assert first.sha256 != second.sha256
-    assert b'"robust":"median"' in second.to_bytes()
+    assert b'"rule":"median"' in second.to_bytes()
 
 
 def test_a_run_of_too_few_sites_for_the_bad_ones_is_refused(tiny_base):
     with pytest.raises(ConfigError, match="too few sites for so many bad ones"):
-        tiny.settings(tiny_base, {**GUARD, "aggregation.robust": "krum", "federation.min_sites": "4"})
+        tiny.settings(tiny_base, {**GUARD, "aggregation.robust.rule": "krum", "federation.min_sites": "4"})
 
 
 def test_an_update_that_is_all_zero_has_no_norm_and_is_left_alone():

@@ -21,7 +21,7 @@ ASKING = {
     "nf4 base": {"model.quantization": "nf4"},
     "sites of different precision": {"model.site_quantization.north": "nf4"},
     "16-bit compute": {"model.dtype": "bfloat16", "model.quantization": "int8"},
-    "server optimizer": {"aggregation.server_optimizer": "fedavgm"},
+    "server optimizer": {"aggregation.server_optimizer.kind": "fedavgm"},
     "stacked clipping": {**tiny.NOISED, "privacy.clipping": "stacked"},
     "opacus clipping": {**tiny.NOISED, "privacy.clipping": "opacus"},
     "checkpointing": {"training.gradient_checkpointing": "true"},

@@ -1,6 +1,7 @@
 """Every cell of the table of methods: what the literature says of it, and what a run file gets to hear."""
 
 import itertools
+import re
 
 import pytest
 
@@ -29,10 +30,10 @@ EXPECTED = {
 ASKING = {
     "quantised base": {"model.quantization": "nf4"},
     "mixed ranks": {"adapter.site_ranks.north": "2"},
-    "server optimizer": {"aggregation.server_optimizer": "fedavgm"},
+    "server optimizer": {"aggregation.server_optimizer.kind": "fedavgm"},
     "robust aggregation": {
-        "aggregation.robust": "median",
-        "aggregation.num_bad_sites": "1",
+        "aggregation.robust.rule": "median",
+        "aggregation.robust.num_bad_sites": "1",
         "aggregation.weighting": "uniform",
         "federation.min_sites": "3",
     },
@@ -205,22 +206,42 @@ def test_it_is_one_that_the_runs_other_settings_allow(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "setting"),
+    ("optimizer", "setting", "others"),
     [
-        ("none", "server_learning_rate"),
-        ("none", "server_beta1"),
-        ("fedavgm", "server_beta2"),
-        ("fedavgm", "server_tau"),
-        ("fedadagrad", "server_beta1"),
-        ("fedadagrad", "server_beta2"),
+        ("none", "learning_rate", '"fedavgm", "fedadam", "fedyogi" or "fedadagrad"'),
+        ("none", "beta1", '"fedavgm", "fedadam" or "fedyogi"'),
+        ("fedavgm", "beta2", '"fedadam" or "fedyogi"'),
+        ("fedavgm", "tau", '"fedadam", "fedyogi" or "fedadagrad"'),
+        ("fedadagrad", "beta1", '"fedavgm", "fedadam" or "fedyogi"'),
+        ("fedadagrad", "beta2", '"fedadam" or "fedyogi"'),
     ],
 )
-def test_a_setting_that_the_optimizer_does_not_use_is_refused(optimizer, setting):
-    with pytest.raises(ConfigError, match=rf"{setting}.*does not use it"):
-        tiny.settings("tiny", {"aggregation.server_optimizer": optimizer, f"aggregation.{setting}": "0.5"})
+def test_a_setting_that_the_optimizer_does_not_use_is_refused(optimizer, setting, others):
+    changes = {f"aggregation.server_optimizer.{key}": value for key, value in (("kind", optimizer), (setting, "0.5"))}
+    expected = (
+        f'{setting}  has no effect with kind = "{optimizer}"; remove it, or set aggregation.server_optimizer.kind'
+    )
+    with pytest.raises(ConfigError, match=re.escape(f"{expected} to {others}\n")):
+        tiny.settings("tiny", changes)
 
 
 @pytest.mark.parametrize("optimizer", ["fedavgm", "fedadam", "fedyogi", "fedadagrad"])
 def test_control_one_that_it_uses_is_taken(optimizer):
-    given = {"aggregation.server_optimizer": optimizer, "aggregation.server_learning_rate": "0.5"}
-    assert tiny.settings("tiny", given).aggregation.server_learning_rate == 0.5
+    given = {"aggregation.server_optimizer.kind": optimizer, "aggregation.server_optimizer.learning_rate": "0.5"}
+    assert tiny.settings("tiny", given).aggregation.server_optimizer.learning_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"robust.num_bad_sites": "1"}, 'num_bad_sites  has no effect with rule = "none"; remove it, or set'),
+        ({"robust.rule": "krum"}, "aggregation.robust.num_bad_sites  must be set"),
+        ({"screening.threshold": "9.0"}, 'threshold  has no effect with action = "off"; remove it, or set'),
+        ({"num_bad_sites": "1"}, "num_bad_sites  unknown setting; here it is aggregation.robust.num_bad_sites"),
+        ({"server_tau": "0.5"}, "server_tau  unknown setting; here it is aggregation.server_optimizer.tau"),
+        ({"robust": "median"}, 'must be a section, [aggregation.robust] (you wrote "median"); write "median" as rule'),
+    ],
+)
+def test_a_setting_of_a_guard_that_is_off_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        tiny.settings("tiny", {f"aggregation.{key}": value for key, value in changes.items()})
