@@ -141,7 +141,8 @@ def diverging_site(log: Sequence[Event]) -> Iterator[Symptom]:
                 "a site drifts away",
                 f"{site}: loss {losses[0]:.3f} to {losses[-1]:.3f} while the mean went {mean[0]:.3f} to {mean[-1]:.3f}",
                 "Look at that site's rows (language, columns, labels); aggregation.weighting = 'uniform' gives small "
-                "sites more weight, aggregation.proximal keeps sites together, aggregation.screening.action tells outliers.",
+                "sites more weight, aggregation.proximal keeps sites together, aggregation.screening.action names "
+                "outliers.",
             )
 
 
