@@ -139,24 +139,24 @@ def serve(
     from server.serve import start
 
     chosen = "vllm" if show_command else start.choose(engine)
-    place = start.Place(host, port, start.read_key(api_key_file))
-    start.check_place(place)
+    address = start.Address(host, port, start.read_key(api_key_file))
+    start.check_address(address)
     served = served_folders.verified(folders, base, signer=signer)
     if chosen == "vllm":
         refuse_for_vllm(quantization=quantization, device=device, max_tokens=max_tokens, queue=queue, body_kib=body_kib)
-        command = start.vllm_command(base, served, place, extra=vllm_arg or ())
+        command = start.vllm_command(base, served, address, extra=vllm_arg or ())
         if show_command:
             return cli.show(_quoted(command))
         for line in served_folders.dates_in_words(served):
             cli.show(line)
-        start.become_vllm(command, place)
+        start.become_vllm(command, address)
     options = {
         "vllm_arg": vllm_arg,
         "quantization": quantization,
         "device": device,
         "limits": (max_tokens, queue, body_kib),
     }
-    return _serve_here(base, served, place, options)
+    return _serve_here(base, served, address, options)
 
 
 def compare(
@@ -223,7 +223,7 @@ def refuse_for_vllm(**options: object) -> None:
         raise ConfigError(f"--{given[0]} is for the small server; leave it out, or take --engine transformers")
 
 
-def _serve_here(base: Path, served: Any, place: Any, options: dict[str, Any]) -> None:
+def _serve_here(base: Path, served: Any, address: Any, options: dict[str, Any]) -> None:
     """The small server, with what it needs."""
     from common import hosts
     from common.errors import ConfigError
@@ -240,7 +240,7 @@ def _serve_here(base: Path, served: Any, place: Any, options: dict[str, Any]) ->
     start.run_transformers(
         base,
         served,
-        place,
+        address,
         limits=api.Limits(max_tokens=max_tokens, queue=queue, body_kib=body_kib),
         settings=config.ModelConfig(base=str(base), quantization=options["quantization"]),
         device_name=options["device"],

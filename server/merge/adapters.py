@@ -9,7 +9,7 @@ d and k: output and input width of a module, r: rank.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -98,45 +98,45 @@ def merge(adapters: Sequence[Tensors], recipe: Recipe) -> tuple[dict[str, Tensor
     flattened products. Cut: Eckart and Young 1936.
     """
     check(recipe, len(adapters))
-    found = [factored.modules(tensors) for tensors in adapters]
-    names = sorted(set().union(*found))
+    modules = [factored.modules(tensors) for tensors in adapters]
     rank = recipe.rank or max(canonical.rank_of(tensors) for tensors in adapters)
-    merged, lost, whole = {}, 0.0, 0.0
+    merged: dict[str, Pair] = {}
+    lost, whole = 0.0, 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        for name in names:
-            pairs = [_pair(name, modules, found) for modules in found]
+        for name in sorted(set().union(*modules)):
+            b_dr, a_rk = next(pairs[name] for pairs in modules if name in pairs)
+            absent = (torch.zeros(b_dr.shape[0], 1), torch.zeros(1, a_rk.shape[1]))
+            pairs = [pairs_of.get(name, absent) for pairs_of in modules]
+            if any(b.shape[0] != b_dr.shape[0] or a.shape[1] != a_rk.shape[1] for b, a in pairs):
+                raise ModelError(f"the adapters have different shapes in {name}; merge adapters of one base")
             merged[name], (cut, size) = _merge_module(pairs, recipe, rank)
             lost, whole = lost + cut**2, whole + size**2
-    return _canonical(merged), math.sqrt(lost / whole) if whole else 0.0
-
-
-def _pair(name: str, modules: Mapping[str, Pair], found: Sequence[Mapping[str, Pair]]) -> Pair:
-    """A module's factors, or zeros of the shape that it has elsewhere."""
-    b_dr, a_rk = next(other[name] for other in found if name in other)
-    b_own, a_own = modules.get(name, (torch.zeros(b_dr.shape[0], 1), torch.zeros(1, a_rk.shape[1])))
-    if b_own.shape[0] != b_dr.shape[0] or a_own.shape[1] != a_rk.shape[1]:
-        raise ModelError(f"the adapters have different shapes in {name}; merge adapters of one base")
-    return b_own, a_own
+    listed = canonical.listed_rank(max(a_rk.shape[0] for _, a_rk in merged.values()))
+    padded: dict[str, Tensor] = {}
+    for name, (b_dr, a_rk) in merged.items():
+        missing = listed - a_rk.shape[0]
+        padded |= factored.named(name, pad(b_dr, (0, missing)), pad(a_rk, (0, 0, 0, missing)))
+    return padded, math.sqrt(lost / whole) if whole else 0.0
 
 
 def _merge_module(pairs: Sequence[Pair], recipe: Recipe, rank: int) -> tuple[Pair, tuple[float, float]]:
     """One module's result, and the norms of what was cut and of the whole."""
     if recipe.how in DENSE:
-        return _cut(_dense(pairs, recipe), rank)
-    coefficients = slerp_weights(pairs, recipe.weights[1]) if recipe.how == "slerp" else recipe.weights
-    left, right = _side_by_side(pairs, coefficients)
+        act: Callable[..., Tensor] = getattr(merge_utils, recipe.how)
+        density = min(recipe.density, 1 - 1e-12)  # at 1 peft warns that nothing is dropped
+        whole_dk = act([b_dr @ a_rk for b_dr, a_rk in pairs], torch.tensor(recipe.weights), density)
+        u_dr, s_r, vh_rk = torch.linalg.svd(whole_dk, full_matrices=False)
+        nearest = (u_dr[:, :rank] * s_r[:rank], vh_rk[:rank])
+        return nearest, (float(s_r[rank:].double().norm()), float(s_r.double().norm()))
+    weights = slerp_weights(pairs, recipe.weights[1]) if recipe.how == "slerp" else recipe.weights
+    left = torch.cat([weight * b_dr for weight, (b_dr, _) in zip(weights, pairs, strict=True)], dim=1)
+    right = torch.cat([a_rk for _, a_rk in pairs])
     if recipe.how != "svd":
         return (left, right), (0.0, 1.0)
     thin = factored.truncate(left, right, rank=rank)
     rest = torch.cat([left, -thin[0]], dim=1), torch.cat([right, thin[1]])
     return thin, (factored.norm(*rest), factored.norm(left, right))
-
-
-def _side_by_side(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
-    """A weighted sum of products, exact, as one pair."""
-    left = [weight * b_dr for weight, (b_dr, _) in zip(weights, pairs, strict=True)]
-    return torch.cat(left, dim=1), torch.cat([a_rk for _, a_rk in pairs])
 
 
 def slerp_weights(pairs: Sequence[Pair], t: float) -> tuple[float, float]:
@@ -145,8 +145,8 @@ def slerp_weights(pairs: Sequence[Pair], t: float) -> tuple[float, float]:
     cos w is the products' inner product over their norms. Where they are parallel, or one is zero: 1 - t and t.
 
     Example:
-        >>> one, other = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])
-        >>> [round(factor, 4) for factor in slerp_weights([(one, torch.ones(1, 1)), (other, torch.ones(1, 1))], 0.5)]
+        >>> east, north = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])
+        >>> [round(factor, 4) for factor in slerp_weights([(east, torch.ones(1, 1)), (north, torch.ones(1, 1))], 0.5)]
         [0.7071, 0.7071]
     """
     (b1, a1), (b2, a2) = [(b_dr.double(), a_rk.double()) for b_dr, a_rk in pairs]
@@ -157,33 +157,3 @@ def slerp_weights(pairs: Sequence[Pair], t: float) -> tuple[float, float]:
         return 1 - t, t
     angle = math.acos(cosine)
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
-
-
-def _dense(pairs: Sequence[Pair], recipe: Recipe) -> Tensor:
-    """TIES or DARE on the products, by peft; shape (d, k)."""
-    act: dict[str, Callable[..., Tensor]] = {
-        "ties": merge_utils.ties, "dare_ties": merge_utils.dare_ties, "dare_linear": merge_utils.dare_linear,
-    }  # fmt: skip
-    products = [b_dr @ a_rk for b_dr, a_rk in pairs]
-    if recipe.density == 1:  # peft warns that nothing is dropped
-        products, density = products, 1 - 1e-12
-    else:
-        density = recipe.density
-    return act[recipe.how](products, torch.tensor(recipe.weights), density)
-
-
-def _cut(whole_dk: Tensor, rank: int) -> tuple[Pair, tuple[float, float]]:
-    """The nearest product of a rank, and the norms of the rest and of the whole."""
-    u_dr, s_r, vh_rk = torch.linalg.svd(whole_dk, full_matrices=False)
-    pair = (u_dr[:, :rank] * s_r[:rank], vh_rk[:rank])
-    return pair, (float(s_r[rank:].double().norm()), float(s_r.double().norm()))
-
-
-def _canonical(merged: Mapping[str, Pair]) -> dict[str, Tensor]:
-    """All modules at one listed rank, with zeros up to it."""
-    rank = canonical.listed_rank(max(a_rk.shape[0] for _, a_rk in merged.values()))
-    found: dict[str, Tensor] = {}
-    for name, (b_dr, a_rk) in merged.items():
-        missing = rank - a_rk.shape[0]
-        found |= factored.named(name, pad(b_dr, (0, missing)), pad(a_rk, (0, 0, 0, missing)))
-    return found

@@ -26,7 +26,7 @@ from server.verify import verify
 
 CARD_TEMPLATE: Final = Path(__file__).with_name("merged_card.md.j2")
 _SECTION: Final = r"^## {}\n(.*?)(?=^## |\Z)"
-_TOLD: Final = ("Data", "Privacy", "Licences")
+_QUOTED: Final = ("Data", "Privacy", "Licences")
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,32 @@ def write(
         StorageError: Disk full or not writable.
     """
     adapters.check(recipe, len(folders))
+    try:  # under the rule for names of runs, as it becomes a folder
+        TypeAdapter(Slug).validate_python(name)
+    except ValidationError as error:
+        raise ConfigError(f"--name {wire.shown(name)}: 1 to 64 of a-z, 0-9 and -, with no - at either end") from error
     asked = export_folder.parse_formats(formats or "peft")
     key = identity.load(sign_with) if sign_with else None
     inputs = [read(folder, signer=signer) for folder in folders]
-    _check_alike(folders, inputs)
+    first = inputs[0].facts
+    for folder, facts in zip(folders, [source.facts for source in inputs], strict=True):
+        if facts.base_sha256 != first.base_sha256:
+            raise ModelError(f"{folder}: is of another base than {folders[0]}; merge adapters of one base")
+        for what in ("chat_template", "system_prompt"):
+            if getattr(facts, what) != getattr(first, what):
+                raise ModelError(
+                    f"{folder}: was trained with another {what.replace('_', ' ')} than {folders[0]}; it cannot be "
+                    "merged"
+                )
+        if facts.date != first.date:
+            raise ModelError(
+                f"{folder}: its prompts say {facts.date or 'no date'}, those of {folders[0]} "
+                f"{first.date or 'none'}; adapters of runs of one day only can be merged"
+            )
     if base:
-        model.check_hash(base, inputs[0].facts.base_sha256)
-    tensors, lost = adapters.merge([one.tensors for one in inputs], recipe)
-    content = _content(inputs, tensors, recipe, name=_checked_name(name), formats=asked, base=base, lost=lost)
+        model.check_hash(base, first.base_sha256)
+    tensors, lost = adapters.merge([source.tensors for source in inputs], recipe)
+    content = _content(inputs, tensors, recipe, name=name, formats=asked, base=base, lost=lost)
     export_folder.write_content(output, content, base=base, llama_cpp=None, key=key)
     return {
         "folder": str(output), "formats": ", ".join(asked), "signer": identity.public_hex(key) if key else "",
@@ -103,54 +121,26 @@ def read(folder: Path, *, signer: str = "") -> Input:
         AuthError: Not signed as demanded.
         ModelError: It fails `verify`, or holds no adapter.
     """
-    found = verify.verify(folder, signer=signer)
+    verified = verify.verify(folder, signer=signer)
     sealed = seal.read(folder)
-    place = adapter_place(folder, sealed.facts)
+    peft_folder = adapter_folder(folder, sealed.facts)
     specs = [TensorSpec(name, tuple(shape)) for name, shape in sealed.adapter.items()]
-    tensors = adapter.decode((place / "adapter_model.safetensors").read_bytes(), specs, dtype="float32")
+    tensors = adapter.decode((peft_folder / "adapter_model.safetensors").read_bytes(), specs, dtype="float32")
     card = (folder / "README.md").read_text(encoding="utf-8")
-    return Input(sealed.facts, storage.sha256(folder / seal.FILE), found["signer"], tensors, card)
+    return Input(sealed.facts, storage.sha256(folder / seal.FILE), verified["signer"], tensors, card)
 
 
-def adapter_place(folder: Path, facts: seal.Facts) -> Path:
-    """Where an export has its adapter.
+def adapter_folder(folder: Path, facts: seal.Facts) -> Path:
+    """The folder of an export's adapter.
 
     Raises:
         ModelError: It has none.
     """
     places = {"peft": folder / "peft", "vllm": folder / "vllm" / facts.name}
-    found = [place for name, place in places.items() if name in facts.formats]
-    if not found:
+    present = [path for name, path in places.items() if name in facts.formats]
+    if not present:
         raise ModelError(f"{folder}: holds no adapter, only {', '.join(facts.formats)}; export peft as well")
-    return found[0]
-
-
-def _checked_name(name: str) -> str:
-    """The result's name, under the rule for names of runs: it becomes a folder.
-
-    Raises:
-        ConfigError: It breaks that rule.
-    """
-    try:
-        return TypeAdapter(Slug).validate_python(name)
-    except ValidationError as error:
-        raise ConfigError(f"--name {wire.shown(name)}: 1 to 64 of a-z, 0-9 and -, with no - at either end") from error
-
-
-def _check_alike(folders: Sequence[Path], inputs: Sequence[Input]) -> None:
-    """One base and one template, or the result would be no model at all."""
-    for folder, one in zip(folders, inputs, strict=True):
-        if one.facts.base_sha256 != inputs[0].facts.base_sha256:
-            raise ModelError(f"{folder}: is of another base than {folders[0]}; merge adapters of one base")
-        if one.facts.chat_template != inputs[0].facts.chat_template:
-            raise ModelError(f"{folder}: was trained with another chat template than {folders[0]}; it cannot be merged")
-        if one.facts.system_prompt != inputs[0].facts.system_prompt:
-            raise ModelError(f"{folder}: was trained with another system prompt than {folders[0]}; it cannot be merged")
-        if one.facts.date != inputs[0].facts.date:
-            raise ModelError(
-                f"{folder}: its prompts say {one.facts.date or 'no date'}, those of {folders[0]} "
-                f"{inputs[0].facts.date or 'none'}; adapters of runs of one day only can be merged"
-            )
+    return present[0]
 
 
 def _content(
@@ -165,10 +155,10 @@ def _content(
 ) -> export_folder.Content:
     """The result as the content of a folder; its identity is the hash of the recipe and the inputs' seals."""
     first = inputs[0].facts
-    told = asdict(recipe) | {"inputs": [one.sha256 for one in inputs]}
+    ingredients = asdict(recipe) | {"inputs": [source.sha256 for source in inputs]}
     facts = seal.Facts(
         name=name,
-        run_sha256=hashlib.sha256(wire.canonical_json(told)).hexdigest(),
+        run_sha256=hashlib.sha256(wire.canonical_json(ingredients)).hexdigest(),
         base_sha256=first.base_sha256,
         num_rounds=0,
         formats=tuple(formats),
@@ -180,7 +170,7 @@ def _content(
         else "",
         system_prompt=first.system_prompt,
         date=first.date,
-        inputs=tuple(one.sha256 for one in inputs),
+        inputs=tuple(source.sha256 for source in inputs),
     )
     text = card(inputs, facts, recipe, lost=lost, licence=export_folder.licence_of(base) if base else "")
     return export_folder.Content(facts, tensors, text, text)
@@ -189,7 +179,7 @@ def _content(
 def card(inputs: Sequence[Input], facts: seal.Facts, recipe: adapters.Recipe, *, lost: float, licence: str) -> str:
     """The model card of a merged adapter; what the inputs' cards say of data, privacy and licences is in it."""
     template = jinja2.Template(CARD_TEMPLATE.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
-    sections = [{title: section(one.card, title) for title in _TOLD} for one in inputs]
+    sections = [{title: section(source.card, title) for title in _QUOTED} for source in inputs]
     rows = list(zip(inputs, recipe.weights, sections, strict=True))
     text: str = template.render(
         facts=facts, recipe=recipe, rows=rows, lost=lost, licence=licence, system_prompt=facts.system_prompt
@@ -204,5 +194,5 @@ def section(card_text: str, title: str) -> str:
         >>> section("# Name\\n\\n## Data\\n\\nRows.\\n\\n## Privacy\\n\\nNone.\\n", "Data")
         'Rows.'
     """
-    found = re.search(_SECTION.format(re.escape(title)), card_text, re.MULTILINE | re.DOTALL)
-    return found[1].strip() if found else ""
+    match = re.search(_SECTION.format(re.escape(title)), card_text, re.MULTILINE | re.DOTALL)
+    return match[1].strip() if match else ""

@@ -169,16 +169,16 @@ class Api:
         self._check_key(request)
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused("content-type must be application/json", status=415)
-        found = bytearray()
+        body = bytearray()
         try:
             async with asyncio.timeout(self._limits.body_timeout_s):
                 async for part in request.stream():
-                    found += part
-                    if len(found) > self._limits.body_kib << 10:
+                    body += part
+                    if len(body) > self._limits.body_kib << 10:
                         raise Refused(f"the body is larger than {self._limits.body_kib} KiB", status=413)
         except TimeoutError:
             raise Refused(f"the body took longer than {self._limits.body_timeout_s} s", status=408) from None
-        return bytes(found)
+        return bytes(body)
 
     def _job(self, asked: ChatRequest | TextRequest, ids: list[int]) -> Job:
         """A request against the limits.
@@ -203,17 +203,9 @@ class Api:
 
     async def _respond(self, job: Job) -> Response:
         """The whole answer, or a stream whose place in the queue is taken before its headers are sent."""
-        answer, pieces = Answer(len(job.ids)), self._pieces(job)
-        if job.is_stream:
-            stream = self._events(job, answer, pieces)
-            return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        text = "".join([piece async for piece in pieces(answer)])
-        return JSONResponse(_whole(job, answer, text))
+        answer = Answer(len(job.ids))
 
-    def _pieces(self, job: Job) -> Any:
-        """A function that answers in pieces, once it is this job's turn."""
-
-        async def run(answer: Answer) -> AsyncIterator[str]:
+        async def pieces() -> AsyncIterator[str]:
             steps: Iterator[str] = self._models.answer(job.model, job.ids, job.sampling, answer)
             try:
                 async with asyncio.timeout(self._limits.request_timeout_s), self._line.turn():
@@ -222,23 +214,30 @@ class Api:
             except TimeoutError:
                 raise Refused("the answer took too long", status=503, kind="server_error") from None
 
-        return run
+        if job.is_stream:
+            headers = {"Cache-Control": "no-store"}
+            return StreamingResponse(_events(job, answer, pieces()), media_type="text/event-stream", headers=headers)
+        text = "".join([piece async for piece in pieces()])
+        content: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if job.is_chat else {"text": text}
+        choice = {"index": 0, **content, "finish_reason": answer.finish, "logprobs": None}
+        return JSONResponse(_head(job) | {"choices": [choice], "usage": _usage(answer)})
 
-    async def _events(self, job: Job, answer: Answer, pieces: Any) -> AsyncIterator[str]:
-        """Server-sent events; what fails once they have begun is one of them."""
-        head = _head(job, "chunk")
-        try:
-            if job.is_chat:
-                yield _event(head | {"choices": [_choice(job, {"role": "assistant", "content": ""})]})
-            async for piece in pieces(answer):
-                yield _event(head | {"choices": [_choice(job, {"content": piece})]})
-        except Refused as refused:
-            yield _event(_error(refused))
-            return
-        yield _event(head | {"choices": [_choice(job, {}, finish=answer.finish)]})
-        if job.with_usage:
-            yield _event(head | {"choices": [], "usage": _usage(answer)})
-        yield "data: [DONE]\n\n"
+
+async def _events(job: Job, answer: Answer, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Server-sent events; what fails once they have begun is one of them."""
+    head = _head(job, "chunk")
+    try:
+        if job.is_chat:
+            yield _event(head | {"choices": [_choice(job, {"role": "assistant", "content": ""})]})
+        async for piece in pieces:
+            yield _event(head | {"choices": [_choice(job, {"content": piece})]})
+    except Refused as refused:
+        yield _event(_error(refused))
+        return
+    yield _event(head | {"choices": [_choice(job, {}, finish=answer.finish)]})
+    if job.with_usage:
+        yield _event(head | {"choices": [], "usage": _usage(answer)})
+    yield "data: [DONE]\n\n"
 
 
 def application(models: Models, limits: Limits, *, api_key: str = "", names: Collection[str] = LOOPBACK) -> Starlette:
@@ -251,6 +250,14 @@ def application(models: Models, limits: Limits, *, api_key: str = "", names: Col
         names: Hosts by which it may be addressed, so that no web page reaches it by a name of its own; empty: any.
     """
     api = Api(models, limits, api_key=api_key)
+
+    async def on_refused(request: Request, error: Any) -> Response:
+        headers = {"Retry-After": "1"} if error.status == 429 else None
+        return JSONResponse(_error(error), status_code=error.status, headers=headers)
+
+    async def on_http(request: Request, error: Any) -> Response:  # no such path or method
+        return JSONResponse(_error(Refused(str(error.detail))), status_code=error.status_code)
+
     return Starlette(
         routes=[
             Route("/v1/models", api.list_models, methods=["GET"]),
@@ -258,19 +265,8 @@ def application(models: Models, limits: Limits, *, api_key: str = "", names: Col
             Route("/v1/completions", api.complete, methods=["POST"]),
         ],
         middleware=[Middleware(TrustedHosts, names=names)],
-        exception_handlers={Refused: _on_refused, HTTPException: _on_http},
+        exception_handlers={Refused: on_refused, HTTPException: on_http},
     )
-
-
-async def _on_refused(request: Request, error: Any) -> Response:
-    """A refusal in OpenAI's form."""
-    headers = {"Retry-After": "1"} if error.status == 429 else None
-    return JSONResponse(_error(error), status_code=error.status, headers=headers)
-
-
-async def _on_http(request: Request, error: Any) -> Response:
-    """No such path or method, in the same form."""
-    return JSONResponse(_error(Refused(str(error.detail))), status_code=error.status_code)
 
 
 def _error(refused: Refused) -> dict[str, Any]:
@@ -287,15 +283,8 @@ def _head(job: Job, form: str = "") -> dict[str, Any]:
 
 def _choice(job: Job, delta: dict[str, str], *, finish: str | None = None) -> dict[str, Any]:
     """One piece of a stream."""
-    told: dict[str, Any] = {"delta": delta} if job.is_chat else {"text": delta.get("content", "")}
-    return {"index": 0, **told, "finish_reason": finish, "logprobs": None}
-
-
-def _whole(job: Job, answer: Answer, text: str) -> dict[str, Any]:
-    """An answer that is not a stream."""
-    told: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if job.is_chat else {"text": text}
-    choice = {"index": 0, **told, "finish_reason": answer.finish, "logprobs": None}
-    return _head(job) | {"choices": [choice], "usage": _usage(answer)}
+    content: dict[str, Any] = {"delta": delta} if job.is_chat else {"text": delta.get("content", "")}
+    return {"index": 0, **content, "finish_reason": finish, "logprobs": None}
 
 
 def _usage(answer: Answer) -> dict[str, int]:

@@ -77,24 +77,30 @@ class Models:
         self.base = base_name(base)
         network = model.load_base(base, settings, device)
         self.max_tokens = files.num_positions(network.config) or _UNBOUNDED
-        self._tokenizers = {self.base: _own(model.load_tokenizer(base), date_of(served))}
+        tokenizer = model.load_tokenizer(base)
+        if tokenizer.chat_template:  # as a run uses it
+            tokenizer = prompts.use_template(tokenizer, "tokenizer", date=date_of(served))
+        self._tokenizers = {self.base: tokenizer}
         probe.check_finite(network)
-        probe.check_function(network, probe.trial_rows(self._tokenizers[self.base], network))
+        probe.check_function(network, probe.trial_rows(tokenizer, network))
         self._network: Any = network
-        for one in served:
-            self._attach(one)
-            own = export_tokenizer.of_base(base, one.template, system_prompt=one.system_prompt, date=one.date)
-            self._tokenizers[one.name] = own
-        self._ends = {name: _end_ids(tokenizer, network) for name, tokenizer in self._tokenizers.items()}
+        for adapter in served:
+            with model.quiet_peft():
+                if isinstance(self._network, PeftModel):
+                    self._network.load_adapter(str(adapter.folder), _key(adapter.name))
+                else:
+                    self._network = PeftModel.from_pretrained(self._network, str(adapter.folder), _key(adapter.name))
+            self._tokenizers[adapter.name] = export_tokenizer.of_base(
+                base, adapter.template, system_prompt=adapter.system_prompt, date=adapter.date
+            )
+        self._ends: dict[str, set[int]] = {}
+        for name, tokenizer in self._tokenizers.items():
+            try:
+                self._ends[name] = set(prompts.stop_ids(tokenizer, network.generation_config))
+            except ModelError:  # no template that could be trained with; then those that base and tokenizer name
+                named = network.generation_config.eos_token_id
+                self._ends[name] = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
         self._network.eval()
-
-    def _attach(self, one: Served) -> None:
-        """Put an adapter beside those that are there; peft takes names without dots only."""
-        with model.quiet_peft():
-            if isinstance(self._network, PeftModel):
-                self._network.load_adapter(str(one.place), _key(one.name))
-            else:
-                self._network = PeftModel.from_pretrained(self._network, str(one.place), _key(one.name))
 
     @property
     def names(self) -> list[str]:
@@ -134,24 +140,24 @@ class Models:
 
     def answer(self, name: str, ids: Sequence[int], sampling: Sampling, answer: Answer) -> Iterator[str]:
         """Pieces of text, as soon as nothing that follows can change them; `answer` is kept up to date."""
-        tokenizer, found, told = self.tokenizer(name), [], ""
+        tokenizer, tokens, sent = self.tokenizer(name), [], ""
         for token in self._tokens(name, ids, sampling):
             answer.num_tokens += 1
             if token in self._ends[name]:
                 answer.finish = "stop"
                 break
-            found.append(token)
-            text = str(tokenizer.decode(found, skip_special_tokens=True))
-            end = _first(text, sampling.stops)
-            if end is not None:
-                yield text[len(told) : end]
+            tokens.append(token)
+            text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+            ends = [start for start in map(text.find, sampling.stops) if start >= 0]
+            if ends:
+                yield text[len(sent) : min(ends)]
                 answer.finish = "stop"
                 return
             safe = _safe(text, sampling.stops)
-            if len(safe) > len(told):
-                yield safe[len(told) :]
-                told = safe
-        rest = str(tokenizer.decode(found, skip_special_tokens=True))[len(told) :]
+            if len(safe) > len(sent):
+                yield safe[len(sent) :]
+                sent = safe
+        rest = str(tokenizer.decode(tokens, skip_special_tokens=True))[len(sent) :]
         answer.finish = answer.finish or "length"
         if rest:
             yield rest
@@ -197,29 +203,8 @@ def draw(logits_v: torch.Tensor, sampling: Sampling, generator: torch.Generator)
 
 
 def _key(name: str) -> str:
-    """A name that torch takes for a module."""
+    """A name that torch takes for a module: without dots."""
     return name.replace(".", "\u2024")
-
-
-def _own(tokenizer: PreTrainedTokenizerBase, date: str) -> PreTrainedTokenizerBase:
-    """A base with its own chat template, if it has one, as a run uses it."""
-    return prompts.use_template(tokenizer, "tokenizer", date=date) if tokenizer.chat_template else tokenizer
-
-
-def _end_ids(tokenizer: PreTrainedTokenizerBase, network: Any) -> set[int]:
-    """Every token that ends an answer; of a base without a template that could be trained with, those that base and
-    tokenizer name."""
-    try:
-        return set(prompts.stop_ids(tokenizer, network.generation_config))
-    except ModelError:
-        named = network.generation_config.eos_token_id
-        return {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
-
-
-def _first(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first text to stop at begins."""
-    found = [place for place in (text.find(stop) for stop in stops) if place >= 0]
-    return min(found, default=None)
 
 
 def _safe(text: str, stops: Sequence[str]) -> str:

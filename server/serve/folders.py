@@ -23,7 +23,7 @@ class Served:
 
     Attributes:
         name: Of the model in requests.
-        place: Its peft folder.
+        folder: Of the adapter, as peft reads it.
         template: `model.chat_template` of its run.
         template_file: Its chat template; None: it was exported without one.
         rank: Of the adapter.
@@ -32,7 +32,7 @@ class Served:
     """
 
     name: str
-    place: Path
+    folder: Path
     template: TemplateName
     template_file: Path | None
     rank: int
@@ -54,48 +54,46 @@ def verified(arguments: Sequence[str], base: Path, *, signer: str = "") -> list[
         ModelError: A folder fails `verify`, holds no adapter, or is of another base.
     """
     base_sha256 = model.hash_base(base)
-    found = [_verified(argument, base, base_sha256, signer) for argument in arguments]
-    names = [base_name(base), *(one.name for one in found)]
+    served = []
+    for argument in arguments:
+        given, _, path = argument.rpartition("=")
+        if given and not _NAME.fullmatch(given):
+            raise ConfigError(f"{wire.shown(given)}: no name for a model; 1 to 64 letters, digits, dots, - or _")
+        folder = Path(path)
+        verify.verify(folder, signer=signer)
+        sealed = seal.read(folder)
+        facts = sealed.facts
+        if facts.base_sha256 != base_sha256:
+            raise ModelError(
+                f"{folder}: is of a base with hash {facts.base_sha256[:16]}, {base} has {base_sha256[:16]}; "
+                "give the base that it was trained on"
+            )
+        adapter = merge_folder.adapter_folder(folder, facts)
+        template = adapter / tokenizer.TEMPLATE_FILE
+        rank = next(shape[0] for name, shape in sealed.adapter.items() if name.endswith(".lora_A.weight"))
+        file = template if template.is_file() else None
+        name = given or facts.name
+        served.append(Served(name, adapter, facts.chat_template, file, rank, facts.date, facts.system_prompt))
+    names = [base_name(base), *(adapter.name for adapter in served)]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"two models would be called {wire.shown(doubled[0])}; name one of them: NAME=FOLDER")
-    return found
+    return served
 
 
 def date_of(served: Sequence[Served]) -> str:
     """The day that the base's own chat template prints beside these adapters: that of the first that prints one."""
-    return next((one.date for one in served if one.date), "")
+    return next((adapter.date for adapter in served if adapter.date), "")
 
 
 def dates_in_words(served: Sequence[Served]) -> list[str]:
     """What a user is told of the days that prompts say; nothing where none does."""
     names: dict[str, list[str]] = {}
-    for one in served:
-        names.setdefault(one.date, []).append(one.name)
-    found = [f"{date} ({', '.join(of_day)})" for date, of_day in names.items() if date]
-    return [f"date in prompts, of the run: {'; '.join(found)}"] if found else []
+    for adapter in served:
+        names.setdefault(adapter.date, []).append(adapter.name)
+    dates = [f"{date} ({', '.join(of_day)})" for date, of_day in names.items() if date]
+    return [f"date in prompts, of the run: {'; '.join(dates)}"] if dates else []
 
 
 def base_name(base: Path) -> str:
     """The base's own name in requests."""
     return base.resolve().name
-
-
-def _verified(argument: str, base: Path, base_sha256: str, signer: str) -> Served:
-    """One export."""
-    given, _, path = argument.rpartition("=")
-    if given and not _NAME.fullmatch(given):
-        raise ConfigError(f"{wire.shown(given)}: no name for a model; 1 to 64 letters, digits, dots, - or _")
-    folder = Path(path)
-    verify.verify(folder, signer=signer)
-    sealed = seal.read(folder)
-    if sealed.facts.base_sha256 != base_sha256:
-        raise ModelError(
-            f"{folder}: is of a base with hash {sealed.facts.base_sha256[:16]}, {base} has {base_sha256[:16]}; "
-            "give the base that it was trained on"
-        )
-    place = merge_folder.adapter_place(folder, sealed.facts)
-    template = place / tokenizer.TEMPLATE_FILE
-    rank = next(shape[0] for name, shape in sealed.adapter.items() if name.endswith(".lora_A.weight"))
-    name = given or sealed.facts.name
-    file, facts = template if template.is_file() else None, sealed.facts
-    return Served(name, place, facts.chat_template, file, rank, facts.date, facts.system_prompt)

@@ -68,14 +68,15 @@ class _Strict(BaseModel):
         """Leave out what asks for nothing; the rest of those fields is refused as not supported."""
         if not isinstance(given, dict):
             return given
-        return {name: value for name, value in given.items() if not _asks_nothing(value, cls.neutral.get(name))}
-
-
-def _asks_nothing(value: Any, neutral: tuple[Any, ...] | None) -> bool:
-    """Whether a field that is not served has a value that it may have; types count, so that 0 is not false."""
-    if neutral is None:
-        return False
-    return value is None or any(type(value) is type(known) and value == known for known in neutral)
+        kept = {}
+        for name, value in given.items():
+            neutral = cls.neutral.get(name)
+            asks_nothing = neutral is not None and (
+                value is None or any(type(value) is type(known) and value == known for known in neutral)
+            )  # types count, so that 0 is not false
+            if not asks_nothing:
+                kept[name] = value
+        return kept
 
 
 class Part(_Strict):
@@ -134,10 +135,10 @@ class _Sampling(_Strict):
     @property
     def stops(self) -> list[str]:
         """Texts at which the answer ends, before them."""
-        found = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(found) > MAX_STOPS or not all(0 < len(text) <= 256 for text in found):
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stops) > MAX_STOPS or not all(0 < len(text) <= 256 for text in stops):
             raise Refused(f"stop: at most {MAX_STOPS} texts of 1 to 256 characters")
-        return found
+        return stops
 
 
 class ChatRequest(_Sampling):

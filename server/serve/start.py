@@ -23,7 +23,7 @@ ENGINES: Final = get_args(Engine)
 
 
 @dataclass(frozen=True)
-class Place:
+class Address:
     """Where it listens.
 
     Attributes:
@@ -46,25 +46,25 @@ def read_key(file: Path | None) -> str:
     if file is None:
         return ""
     try:
-        found, mode = file.read_text(encoding="utf-8").strip(), file.stat().st_mode
+        key, mode = file.read_text(encoding="utf-8").strip(), file.stat().st_mode
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--api-key-file {file}: cannot be read") from error
     if mode & 0o077:
         raise ConfigError(f"--api-key-file {file}: others may read it; chmod 600 {file}")
-    if len(found) < 16 or not found.isascii() or not found.isprintable():
+    if len(key) < 16 or not key.isascii() or not key.isprintable():
         raise ConfigError(f"--api-key-file {file}: needs 16 printable characters or more")
-    return found
+    return key
 
 
-def check_place(place: Place) -> None:
+def check_address(address: Address) -> None:
     """Beyond loopback only with a key.
 
     Raises:
         ConfigError: No key.
     """
-    if not hosts.is_loopback(place.host) and not place.api_key:
+    if not hosts.is_loopback(address.host) and not address.api_key:
         raise ConfigError(
-            f"--host {place.host}: whoever reaches it could ask; give --api-key-file, and put TLS before it"
+            f"--host {address.host}: whoever reaches it could ask; give --api-key-file, and put TLS before it"
         )
 
 
@@ -90,58 +90,54 @@ def find_vllm() -> str | None:
     return shutil.which("vllm", path=places)
 
 
-def vllm_command(base: Path, served: Sequence[Served], place: Place, *, extra: Sequence[str] = ()) -> list[str]:
+def vllm_command(base: Path, served: Sequence[Served], address: Address, *, extra: Sequence[str] = ()) -> list[str]:
     """The command line of vLLM's own server; its key goes by the environment, where no list of processes shows it.
 
     Args:
         base: The base's folder.
         served: Verified.
-        place: Where to listen.
+        address: Where to listen.
         extra: Arguments of vLLM's own, such as `--dtype=float32`.
 
     Raises:
         ModelError: A rank that vLLM does not take, or adapters of several chat templates, of which it takes one.
     """
-    ranks = {one.rank for one in served}
+    ranks = {adapter.rank for adapter in served}
     if max(ranks) > canonical.RANKS[-1]:
         raise ModelError(f"an adapter has rank {max(ranks)}, vLLM takes up to {canonical.RANKS[-1]}")
     command = [
         find_vllm() or "vllm", "serve", str(base),
-        "--served-model-name", base_name(base), "--host", place.host, "--port", str(place.port),
+        "--served-model-name", base_name(base), "--host", address.host, "--port", str(address.port),
         "--enable-lora", "--max-lora-rank", str(max(ranks)), "--max-loras", str(len(served)),
-        "--lora-modules", *(f"{one.name}={one.place}" for one in served),
+        "--lora-modules", *(f"{adapter.name}={adapter.folder}" for adapter in served),
     ]  # fmt: skip
-    template = _template_file(base, served)
-    if (served[0].place / GENERATION_CONFIG_NAME).is_file():  # where answers end; adapters of one template agree
-        command += ["--generation-config", str(served[0].place)]
-    return [*command, *(["--chat-template", str(template)] if template else []), *extra]
-
-
-def _template_file(base: Path, served: Sequence[Served]) -> Path | None:
-    """The one chat template of all; None: the base's own, as it is."""
+    first = served[0]
     for what, values in (
-        ("chat templates", {one.template for one in served}),
-        ("system prompts", {one.system_prompt for one in served}),
-        ("dates in their prompts", {one.date for one in served}),
+        ("chat templates", {adapter.template for adapter in served}),
+        ("system prompts", {adapter.system_prompt for adapter in served}),
+        ("dates in their prompts", {adapter.date for adapter in served}),
     ):
         if len(values) > 1:
             raise ModelError(f"the adapters were trained with different {what}, and vLLM takes one; serve them apart")
-    first = served[0]
-    if first.template == "tokenizer":
-        own = str(model.load_tokenizer(base).chat_template)
-        if folder.template_of(base, first.template, first.system_prompt, first.date) == own:
-            return None
-    found = [one.template_file for one in served if one.template_file]
-    if not found:
-        raise ModelError(
-            f"{served[0].name} was trained with the template {served[0].template}, and "
-            f"{'with a system prompt' if served[0].system_prompt else 'no system prompt'}, and exported without it; "
-            "export it again with --base"
-        )
-    return found[0]
+    if (first.folder / GENERATION_CONFIG_NAME).is_file():  # where answers end; adapters of one template agree
+        command += ["--generation-config", str(first.folder)]
+    is_own_template = first.template == "tokenizer" and (
+        folder.template_of(base, first.template, first.system_prompt, first.date)
+        == str(model.load_tokenizer(base).chat_template)
+    )
+    if not is_own_template:
+        files = [adapter.template_file for adapter in served if adapter.template_file]
+        if not files:
+            raise ModelError(
+                f"{first.name} was trained with the template {first.template}, and "
+                f"{'with a system prompt' if first.system_prompt else 'no system prompt'}, and exported without it; "
+                "export it again with --base"
+            )
+        command += ["--chat-template", str(files[0])]
+    return [*command, *extra]
 
 
-def become_vllm(command: Sequence[str], place: Place) -> NoReturn:
+def become_vllm(command: Sequence[str], address: Address) -> NoReturn:
     """Put vLLM in the place of this process, so that whoever stops the one stops the other and all that it started.
 
     It tells nobody of its use, asks no hub, and does not look for this machine's address by way of a public one, as it
@@ -149,15 +145,15 @@ def become_vllm(command: Sequence[str], place: Place) -> NoReturn:
     """
     quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     environment = {"VLLM_HOST_IP": "127.0.0.1", **os.environ, **quiet}
-    if place.api_key:
-        environment["VLLM_API_KEY"] = place.api_key
+    if address.api_key:
+        environment["VLLM_API_KEY"] = address.api_key
     os.execve(command[0], list(command), environment)  # noqa: S606 - no shell is wanted
 
 
 def run_transformers(
     base: Path,
     served: Sequence[Served],
-    place: Place,
+    address: Address,
     *,
     limits: Any,
     settings: config.ModelConfig,
@@ -169,7 +165,7 @@ def run_transformers(
     Args:
         base: The base's folder.
         served: Verified.
-        place: Where to listen.
+        address: Where to listen.
         limits: An `api.Limits`.
         settings: Quantisation and type of the base.
         device_name: `auto`, `cpu` or `cuda`.
@@ -184,10 +180,10 @@ def run_transformers(
     from server.serve import api, engine
 
     # before minutes of loading, so that a taken port is known at once
-    with hosts.listen(place.host, place.port, options="--host or --port") as listener:
+    with hosts.listen(address.host, address.port, options="--host or --port") as listener:
         models = engine.Models(base, served, settings=settings, device_name=device_name)
-        names = {*api.LOOPBACK, place.host} if hosts.is_loopback(place.host) else set()
-        app = api.application(models, limits, api_key=place.api_key, names=names)
+        names = {*api.LOOPBACK, address.host} if hosts.is_loopback(address.host) else set()
+        app = api.application(models, limits, api_key=address.api_key, names=names)
         options = uvicorn.Config(
             app, http=api.Caller, ws="none", lifespan="off", access_log=False, log_level="error", server_header=False,
             proxy_headers=False, limit_concurrency=limits.queue + 64, timeout_keep_alive=30,

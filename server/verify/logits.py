@@ -3,8 +3,8 @@
 V vocabulary, B sequences, T tokens.
 """
 
-import functools
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,78 +54,66 @@ def compare(folder: Path, base: Path, facts: Facts) -> dict[str, dict[str, float
         raise ModelError(f"{folder}: holds no adapter to compare with; export peft as well")
     alone, wanted, rounded = _adapter_logits(base, next(iter(places.values())))
     effect = probe.difference(alone, wanted)
-    found = {"base": {"difference": effect}}
+    compared = {"base": {"difference": effect}}
+    limit_rounded = min(ROUNDED, max(probe.SHARE * effect, LEAST))
     for name in facts.formats:
-        given = _try(folder / name, functools.partial(_logits, folder, base, name, places))
+        path = folder / name
+        with _readable(path):
+            given = probe.logits(_load(path, base, places.get(name)))  # one format in memory at a time
         is_exact = name in ("merged", "onnx") or (name == "gguf" and facts.gguf_type == "bf16")
         limit = GGUF_LIMITS[facts.gguf_type] if name == "gguf" else LIMITS[name]
-        found[name] = {"difference": probe.difference(given, wanted), "limit": limit}
+        difference = probe.difference(given, wanted)
+        compared[name] = {"difference": difference, "limit": limit}
         if is_exact:
-            found[name]["from_rounded"] = probe.difference(given, rounded)
-        _check(folder / name, found[name], effect=effect)
+            compared[name]["from_rounded"] = probe.difference(given, rounded)
+        if not difference <= limit:  # nor a difference that is no number
+            raise ModelError(
+                f"{path}: logits differ from the adapter's by {difference:.2e} of their size, allowed is "
+                f"{limit:.0e}; export it again"
+            )
+        if is_exact and not compared[name]["from_rounded"] <= limit_rounded:
+            raise ModelError(
+                f"{path}: is not base plus adapter rounded to bf16 (logits differ by "
+                f"{compared[name]['from_rounded']:.2e}, allowed is {limit_rounded:.0e}); export it again"
+            )
         is_visible = (alone - wanted).norm() > VISIBLE * (given - wanted).norm()
         if is_visible and (given - wanted).norm() >= (given - alone).norm():
-            raise ModelError(f"{folder / name}: is nearer to the base than to the adapter; export it again")
-    return found
+            raise ModelError(f"{path}: is nearer to the base than to the adapter; export it again")
+    return compared
 
 
-def _check(place: Path, figures: dict[str, float], *, effect: float) -> None:
-    """Within both limits; a difference that is no number is in neither."""
-    if not figures["difference"] <= figures["limit"]:
-        raise ModelError(
-            f"{place}: logits differ from the adapter's by {figures['difference']:.2e} of their size, allowed is "
-            f"{figures['limit']:.0e}; export it again"
-        )
-    limit = min(ROUNDED, max(probe.SHARE * effect, LEAST))
-    if not figures.get("from_rounded", 0.0) <= limit:
-        raise ModelError(
-            f"{place}: is not base plus adapter rounded to bf16 (logits differ by {figures['from_rounded']:.2e}, "
-            f"allowed is {limit:.0e}); export it again"
-        )
-
-
-def _adapter_logits(base: Path, place: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _adapter_logits(base: Path, folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of the base alone, of the adapter beside it in float32, and of their sum rounded to bf16."""
-    network = _with_adapter(base, place)
+    network = _with_adapter(base, folder)
     with network.disable_adapter():
         alone = probe.logits(network)
     beside = probe.logits(network)
     summed = probe.add_up(network)
     off, effect = (probe.difference(given, beside) for given in (probe.logits(summed), alone))
     if not off <= probe.allowed(effect):
-        raise ModelError(f"{place}: cannot be added to {base} (logits differ by {off:.2e}); serve it beside its base")
+        raise ModelError(f"{folder}: cannot be added to {base} (logits differ by {off:.2e}); serve it beside its base")
     probe.round_weights(summed)
     return alone, beside, probe.logits(summed)
 
 
-def _logits(folder: Path, base: Path, name: str, places: dict[str, Path]) -> torch.Tensor:
-    """Of one format, which is not in memory any more when the next is loaded."""
-    return probe.logits(_loaded(folder, base, name, places))
-
-
-def _loaded(folder: Path, base: Path, name: str, places: dict[str, Path]) -> Any:
+def _load(path: Path, base: Path, adapter: Path | None) -> Any:
     """A format as its users load it, in float32 where it is not quantised."""
-    if name in places:
-        return _with_adapter(base, places[name])
-    if name == "gguf":
-        file = {"gguf_file": gguf.MODEL_FILE, "quantization_config": GgufConfig(dequantize=True)}
-        return _try(folder / name, lambda: _network(folder / name, **file))
-    if name == "onnx":
-        return _try(folder / name, lambda: onnx.Session(folder / name))
-    if name in ("nf4", "int8"):  # in its own types: of float32 only some layers would become it, and others stay
-        return _try(folder / name, lambda: _network(folder / name, dtype="auto"))
-    return _plain(folder / name)
+    if adapter:
+        return _with_adapter(base, adapter)
+    if path.name == "gguf":
+        return _network(path, gguf_file=gguf.MODEL_FILE, quantization_config=GgufConfig(dequantize=True))
+    if path.name == "onnx":
+        return onnx.Session(path)
+    # A quantised one in its own types: of float32 only some layers would become it, and others stay.
+    return _network(path, dtype="auto") if path.name in ("nf4", "int8") else _network(path)
 
 
-def _with_adapter(base: Path, place: Path) -> Any:
+def _with_adapter(base: Path, adapter: Path) -> Any:
     """Plain peft on the plain base."""
-    with model.quiet_peft():
-        return _try(place, lambda: PeftModel.from_pretrained(_plain(base), str(place)))
-
-
-def _plain(folder: Path) -> Any:
-    """A checkpoint in float32."""
-    return _try(folder, lambda: _network(folder))
+    with model.quiet_peft(), _readable(base):
+        network = _network(base)
+    with model.quiet_peft(), _readable(adapter):
+        return PeftModel.from_pretrained(network, str(adapter))
 
 
 def _network(folder: Path, **options: Any) -> Any:
@@ -134,9 +122,10 @@ def _network(folder: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **fixed, **options})
 
 
-def _try(place: Path, load: Callable[[], Any]) -> Any:
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     """Errors of transformers, peft and safetensors as one of ours."""
     try:
-        return load()
+        yield
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{place}: cannot be loaded ({type(error).__name__}); export it again") from error
+        raise ModelError(f"{path}: cannot be loaded ({type(error).__name__}); export it again") from error

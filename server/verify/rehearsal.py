@@ -66,30 +66,25 @@ def rehearse(run: config.RunConfig, base: Path, *, base_sha256: str, order: Orde
         return
     with tempfile.TemporaryDirectory(prefix="silotune-export-") as folder, torch.random.fork_rng():
         try:
-            _export(run, base, Path(folder), order)
+            small = make_small(base, Path(folder) / base.name, targets=run.adapter.targets)
+            plain = config.ModelConfig(
+                base=str(small), quantization="none", dtype="float32", chat_template=run.model.chat_template
+            )
+            plain_run = run.model_copy(update={"model": plain})
+            engine = loading.engine_of(plain_run, small, device_name="cpu", num_threads=torch.get_num_threads())
+            generator = torch.Generator().manual_seed(run.seed)
+            drawn = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in engine.initial.items()}
+            state = {name: tensor + _STD * drawn[name] for name, tensor in engine.initial.items()}
+            adapter.check_specs(adapter.specs(state), engine.tensor_specs)
+            source = Exported(state, RunManifest(plain_run, engine.base_sha256, engine.tensor_specs), 1, {}, [])
+            export_folder.write(
+                Path(folder) / "export", source, formats=order.formats, base=small, llama_cpp=order.llama_cpp, key=None,
+                gguf_type=order.gguf_type,
+            )  # fmt: skip
+            verify.verify(Path(folder) / "export", base=small if {"peft", "vllm"} & set(order.formats) else None)
         except (ConfigError, ModelError) as error:
             raise type(error)(f"[export] was tried on a small random model of this base's form: {error}") from error
     _PASSED.add(key)
-
-
-def _export(run: config.RunConfig, base: Path, folder: Path, order: Order) -> None:
-    """The small model, an adapter with values, its export, and all that verifying finds."""
-    small = make_small(base, folder / base.name, targets=run.adapter.targets)
-    plain = config.ModelConfig(
-        base=str(small), quantization="none", dtype="float32", chat_template=run.model.chat_template
-    )
-    run = run.model_copy(update={"model": plain})
-    engine = loading.engine_of(run, small, device_name="cpu", num_threads=torch.get_num_threads())
-    generator = torch.Generator().manual_seed(run.seed)
-    drawn = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in engine.initial.items()}
-    state = {name: tensor + _STD * drawn[name] for name, tensor in engine.initial.items()}
-    adapter.check_specs(adapter.specs(state), engine.tensor_specs)
-    source = Exported(state, RunManifest(run, engine.base_sha256, engine.tensor_specs), 1, {}, [])
-    export_folder.write(
-        folder / "export", source, formats=order.formats, base=small, llama_cpp=order.llama_cpp, key=None,
-        gguf_type=order.gguf_type,
-    )  # fmt: skip
-    verify.verify(folder / "export", base=small if {"peft", "vllm"} & set(order.formats) else None)
 
 
 def make_small(base: Path, output: Path, *, targets: Sequence[str] = ()) -> Path:
@@ -110,21 +105,17 @@ def make_small(base: Path, output: Path, *, targets: Sequence[str] = ()) -> Path
         elif file.suffix in _BESIDE and not file.name.endswith(".index.json"):
             shutil.copyfile(file, output / file.name)
     settings = skeleton.settings(base)
-    _make_shallow(settings.get_text_config(), targets)
+    # Two layers, or as many as show every kind of layer and hold those that a target names.
+    text: Any = settings.get_text_config()
+    depth = text.num_hidden_layers
+    lists = {key: value for key, value in vars(text).items() if isinstance(value, list) and len(value) == depth > 1}
+    kinds = [tuple(str(value[layer]) for value in lists.values()) for layer in range(depth)]
+    wanted = max(kinds.index(kind) for kind in kinds) + 1
+    named = [int(part) + 1 for target in targets for part in target.split(".") if part.isdecimal()]
+    text.num_hidden_layers = min(depth, max(NUM_LAYERS, wanted, *named, 1))
+    for key, value in lists.items():
+        setattr(text, key, value[: text.num_hidden_layers])
     torch.manual_seed(0)
     made = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=False)  # type: ignore[no-untyped-call]
     made.save_pretrained(output)
     return output
-
-
-def _make_shallow(settings: Any, targets: Sequence[str]) -> None:
-    """Two layers, or as many as show every kind of layer and hold those that a target names."""
-    depth = settings.num_hidden_layers
-    lists = {key: value for key, value in vars(settings).items() if isinstance(value, list) and len(value) == depth > 1}
-    kinds = [tuple(str(value[layer]) for value in lists.values()) for layer in range(depth)]
-    wanted = max(kinds.index(kind) for kind in kinds) + 1
-    named = [int(part) + 1 for target in targets for part in target.split(".") if part.isdecimal()]
-    kept = min(depth, max(NUM_LAYERS, wanted, *named, 1))
-    settings.num_hidden_layers = kept
-    for key, value in lists.items():
-        setattr(settings, key, value[:kept])

@@ -1,7 +1,6 @@
 """Whether every format of an export speaks with the tokenizer and the chat template that the adapter was trained on."""
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -32,24 +31,43 @@ def check(folder: Path, facts: Facts, *, base: Path | None) -> None:
     """
     wanted = facts.chat_template_sha256
     _check_hash(folder, facts, base)
-    for place, text in _templates(folder, facts):
-        found = hashlib.sha256(text.encode()).hexdigest() if text else ""
-        if found != wanted:
+    texts: dict[Path, str] = {}  # as readers get it; empty where there is none
+    for path in (folder / "peft", folder / "vllm" / facts.name):
+        if path.relative_to(folder).parts[0] in facts.formats:
+            file = path / export_tokenizer.TEMPLATE_FILE
+            texts[path] = file.read_text(encoding="utf-8") if file.is_file() else ""
+    for path in (folder / name for name in _FOLDERS if name in facts.formats):
+        texts[path] = str(export_tokenizer.load(path).chat_template or "")
+    if "gguf" in facts.formats:
+        field = gguf.GGUFReader(folder / "gguf" / export_gguf.MODEL_FILE).get_field(gguf.Keys.Tokenizer.CHAT_TEMPLATE)
+        texts[folder / "gguf"] = str(field.contents()) if field else ""
+    for path, text in texts.items():
+        sha256 = hashlib.sha256(text.encode()).hexdigest() if text else ""
+        if sha256 != wanted:
             raise ModelError(
-                f"{place}: its chat template has hash {found[:16] or 'none'}, the adapter was trained on "
+                f"{path}: its chat template has hash {sha256[:16] or 'none'}, the adapter was trained on "
                 f"{wanted[:16] or 'one that was not at hand'}; export it again"
             )
         if text and not text.startswith(export_tokenizer.system_default(facts.system_prompt)):
-            raise ModelError(f"{place}: its chat template lacks the run's system prompt; export it again")
+            raise ModelError(f"{path}: its chat template lacks the run's system prompt; export it again")
     if "gguf" in facts.formats:
-        _check_modelfile(folder / "gguf" / "Modelfile", facts, base)
-    places = [folder / name for name in _FOLDERS if name in facts.formats]
-    if base is None or not places:
+        path = folder / "gguf" / "Modelfile"
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if base:  # to the letter
+            tokenizer = export_folder.tokenizer_of(base, facts)
+            ends = export_tokenizer.generation_of(base)
+            is_right = text == export_gguf.modelfile_of(tokenizer, ends, system_prompt=facts.system_prompt)
+        else:  # of one of our two forms
+            is_right = export_gguf.is_modelfile(text, system_prompt=facts.system_prompt)
+        if not is_right:
+            raise ModelError(f"{path}: is not the Modelfile of this model; export it again")
+    loaded = [folder / name for name in _FOLDERS if name in facts.formats]
+    if base is None or not loaded:
         return
-    own = export_folder.tokenizer_of(base, facts)
-    for place in places:
-        if odd := export_tokenizer.differences(export_tokenizer.load(place), own):
-            raise ModelError(f"{place}: its tokenizer is not the base's ({odd[0]} differs); export it again")
+    trained_with = export_folder.tokenizer_of(base, facts)
+    for path in loaded:
+        if odd := export_tokenizer.differences(export_tokenizer.load(path), trained_with):
+            raise ModelError(f"{path}: its tokenizer is not the base's ({odd[0]} differs); export it again")
 
 
 def _check_hash(folder: Path, facts: Facts, base: Path | None) -> None:
@@ -67,29 +85,3 @@ def _check_hash(folder: Path, facts: Facts, base: Path | None) -> None:
         possible &= {export_folder.template_sha256(base, facts.chat_template, facts.system_prompt, facts.date)}
     if facts.chat_template_sha256 not in possible:
         raise ModelError(f"{folder}: its chat template is not {wire.shown(facts.chat_template)}'s; export it again")
-
-
-def _templates(folder: Path, facts: Facts) -> Iterator[tuple[Path, str]]:
-    """Every place that has one, and its text as readers get it; empty where there is none."""
-    for place in (folder / "peft", folder / "vllm" / facts.name):
-        if place.relative_to(folder).parts[0] in facts.formats:
-            file = place / export_tokenizer.TEMPLATE_FILE
-            yield place, file.read_text(encoding="utf-8") if file.is_file() else ""
-    for name in (name for name in _FOLDERS if name in facts.formats):
-        yield folder / name, str(export_tokenizer.load(folder / name).chat_template or "")
-    if "gguf" in facts.formats:
-        field = gguf.GGUFReader(folder / "gguf" / export_gguf.MODEL_FILE).get_field(gguf.Keys.Tokenizer.CHAT_TEMPLATE)
-        yield folder / "gguf", str(field.contents()) if field else ""
-
-
-def _check_modelfile(path: Path, facts: Facts, base: Path | None) -> None:
-    """What we write and nothing else: with a base to the letter, without one whether it is of one of our two forms."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if base:
-        tokenizer = export_folder.tokenizer_of(base, facts)
-        ends = export_tokenizer.generation_of(base)
-        is_right = text == export_gguf.modelfile_of(tokenizer, ends, system_prompt=facts.system_prompt)
-    else:
-        is_right = export_gguf.is_modelfile(text, system_prompt=facts.system_prompt)
-    if not is_right:
-        raise ModelError(f"{path}: is not the Modelfile of this model; export it again")

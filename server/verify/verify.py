@@ -62,16 +62,23 @@ def verify(folder: Path, *, signer: str = "", base: Path | None = None) -> dict[
     """
     if not folder.is_dir():
         raise ModelError(f"{folder}: there is no such folder; check the path")
-    found_signer = seal.check_signature(folder, wanted=signer)
+    signed_by = seal.check_signature(folder, wanted=signer)
     sealed = seal.read(folder)
     paths = seal.listed(folder)
     for path in paths:
         _check_kind(folder, path)
-    _check_files(folder, paths, sealed.files)
+    # Exactly the files that were sealed, each with its bytes.
+    if added := sorted(set(paths) - sealed.files.keys()):
+        raise ModelError(f"{folder}: {wire.shown(added[0], limit=200)} was added after sealing; get the folder again")
+    if missing := sorted(sealed.files.keys() - set(paths)):
+        raise ModelError(f"{folder}: {wire.shown(missing[0], limit=200)} is missing; get the folder again")
+    for path in paths:
+        if storage.sha256(folder / path) != sealed.files[path]:
+            raise ModelError(f"{folder}: {wire.shown(path, limit=200)} was changed after sealing; get the folder again")
     _check_facts(folder, sealed)
     _check_card(folder, sealed.facts)
-    perplexity = _check_perplexity(folder, sealed.facts)
-    probe = _check_probe(folder, sealed.facts)
+    perplexity = check_perplexity(folder, sealed.facts)
+    probe = check_probe(folder, sealed.facts)
     num_tensors = _check_adapters(folder, sealed) + _check_tensors(folder, sealed)
     if base:
         model.check_hash(base, sealed.facts.base_sha256)
@@ -79,7 +86,7 @@ def verify(folder: Path, *, signer: str = "", base: Path | None = None) -> dict[
     result = {
         "name": sealed.facts.name,
         "formats": list(sealed.facts.formats),
-        "signer": found_signer,
+        "signer": signed_by,
         "addendum_sha256": sealed.facts.addendum_sha256,
         "num_files": len(paths),
         "num_tensors": num_tensors,
@@ -96,7 +103,7 @@ def verify(folder: Path, *, signer: str = "", base: Path | None = None) -> dict[
 def told(result: Mapping[str, Any]) -> list[str]:
     """A result of `verify` for people."""
     symptoms = troubleshooting.of_formats(result.get("logits", {}))
-    return [*export.lines(result), *(f"{one.name}: {one.evidence}. {one.remedy}" for one in symptoms)]
+    return [*export.lines(result), *(f"{each.name}: {each.evidence}. {each.remedy}" for each in symptoms)]
 
 
 def _check_kind(folder: Path, path: str) -> None:
@@ -105,12 +112,11 @@ def _check_kind(folder: Path, path: str) -> None:
     kind = file.suffix or file.name
     with file.open("rb") as opened:
         start = opened.read(4096)
+    # A pickle of protocol 2 or later begins with PROTO, its number and another opcode.
+    opcodes = {opcode.code.encode("latin-1") for opcode in pickletools.opcodes}
+    is_pickle = len(start) > 2 and start[:1] == b"\x80" and 2 <= start[1] <= 5 and start[2:3] in opcodes
     has_reader = kind in (".safetensors", ".gguf") or path == _ONNX_WEIGHTS  # strict; theirs could look like a pickle
-    if (
-        (kind not in KINDS and path != _ONNX_WEIGHTS)
-        or zipfile.is_zipfile(file)
-        or (_is_pickle(start) and not has_reader)
-    ):
+    if (kind not in KINDS and path != _ONNX_WEIGHTS) or zipfile.is_zipfile(file) or (is_pickle and not has_reader):
         raise ModelError(
             f"{folder}: {wire.shown(path, limit=200)} is, or may be, a pickle or a program; do not load it"
         )
@@ -123,28 +129,11 @@ def _check_kind(folder: Path, path: str) -> None:
         raise ModelError(f"{folder}: {wire.shown(path, limit=200)} is no {kind} file; get the folder again") from error
 
 
-def _is_pickle(start: bytes) -> bool:
-    """Whether a file begins as a pickle of protocol 2 or later does: PROTO, its number, another opcode."""
-    opcodes = {opcode.code.encode("latin-1") for opcode in pickletools.opcodes}
-    return len(start) > 2 and start[:1] == b"\x80" and 2 <= start[1] <= 5 and start[2:3] in opcodes
-
-
-def _check_files(folder: Path, paths: Sequence[str], sealed: Mapping[str, str]) -> None:
-    """Exactly the files that were sealed, each with its bytes."""
-    if added := sorted(set(paths) - sealed.keys()):
-        raise ModelError(f"{folder}: {wire.shown(added[0], limit=200)} was added after sealing; get the folder again")
-    if missing := sorted(sealed.keys() - set(paths)):
-        raise ModelError(f"{folder}: {wire.shown(missing[0], limit=200)} is missing; get the folder again")
-    for path in paths:
-        if storage.sha256(folder / path) != sealed[path]:
-            raise ModelError(f"{folder}: {wire.shown(path, limit=200)} was changed after sealing; get the folder again")
-
-
 def _check_facts(folder: Path, sealed: seal.Seal) -> None:
     """The formats promised are those that are there."""
     formats = set(sealed.facts.formats)
-    found = {path.split("/")[0] for path in sealed.files if "/" in path}
-    odd = sorted((formats ^ found) | (formats - set(seal.FORMATS)))
+    present = {path.split("/")[0] for path in sealed.files if "/" in path}
+    odd = sorted((formats ^ present) | (formats - set(seal.FORMATS)))
     named = f"vllm/{sealed.facts.name}/adapter_config.json"
     needed = {"vllm": named, "onnx": _ONNX, "gguf": f"gguf/{export_gguf.MODEL_FILE}"}
     odd += [path for name, path in needed.items() if name in formats and path not in sealed.files]
@@ -170,44 +159,44 @@ def _check_card(folder: Path, facts: seal.Facts) -> None:
         raise ModelError(f"{card}: lacks the system prompt that export.json names; export it again")
 
 
-def _check_perplexity(folder: Path, facts: seal.Facts) -> dict[str, Any]:
+def check_perplexity(folder: Path, facts: seal.Facts) -> dict[str, Any]:
     """What was measured when it was merged is within its limit, and the card says it."""
     if not facts.perplexity:
         return {}
-    found = export_perplexity.stored(facts.perplexity)
-    found.check(str(folder))
+    figures = export_perplexity.stored(facts.perplexity)
+    figures.check(str(folder))
     card = folder / "README.md"
-    if f"{found.merged:.4f}" not in card.read_text(encoding="utf-8"):
+    if f"{figures.merged:.4f}" not in card.read_text(encoding="utf-8"):
         raise ModelError(f"{card}: does not tell the perplexity that export.json tells; export it again")
-    return dataclasses.asdict(found)
+    return dataclasses.asdict(figures)
 
 
-def _check_probe(folder: Path, facts: seal.Facts) -> dict[str, Any]:
-    """What was merged was held against the adapter, and found to be base and adapter; the card says it."""
+def check_probe(folder: Path, facts: seal.Facts) -> dict[str, Any]:
+    """What was merged was held against the adapter, and figures to be base and adapter; the card says it."""
     if not export_folder.NEED_BASE & set(facts.formats):
         return {}
-    found = export_probe.stored(facts.probe)
-    found.check(str(folder))
+    figures = export_probe.stored(facts.probe)
+    figures.check(str(folder))
     card = folder / "README.md"
-    if export_perplexity.probed(found) not in card.read_text(encoding="utf-8"):
+    if export_perplexity.probed(figures) not in card.read_text(encoding="utf-8"):
         raise ModelError(f"{card}: does not tell of merged logits what export.json tells; export it again")
-    return dataclasses.asdict(found)
+    return dataclasses.asdict(figures)
 
 
 def _check_adapters(folder: Path, sealed: seal.Seal) -> int:
     """Every adapter is canonical, and has all modules of the run."""
     specs = [TensorSpec(name, tuple(shape)) for name, shape in sealed.adapter.items()]
-    places = [Path(path).parent for path in sealed.files if _ADAPTER.fullmatch(path)]
+    folders = [Path(path).parent for path in sealed.files if _ADAPTER.fullmatch(path)]
     promised = [name for name in ("peft", "vllm") if name in sealed.facts.formats]
-    if sorted(place.parts[0] for place in places) != promised:
-        raise ModelError(f"{folder}: the adapters promised are {promised}, found {len(places)}; export it again")
-    for place in places:
-        check_config(folder / place, specs, base=sealed.facts.base)
-        path = folder / place / "adapter_model.safetensors"
+    if sorted(path.parts[0] for path in folders) != promised:
+        raise ModelError(f"{folder}: the adapters promised are {promised}, found {len(folders)}; export it again")
+    for subfolder in folders:
+        check_config(folder / subfolder, specs, base=sealed.facts.base)
+        path = folder / subfolder / "adapter_model.safetensors"
         adapter.decode(path.read_bytes(), specs, dtype="float32")
         if storage.sha256(path) != sealed.facts.adapter_sha256:
             raise ModelError(f"{path}: holds other values than the adapter that was exported; export it again")
-    return len(specs) * len(places)
+    return len(specs) * len(folders)
 
 
 def check_config(folder: Path, specs: Sequence[TensorSpec], *, base: str) -> None:
@@ -217,17 +206,17 @@ def check_config(folder: Path, specs: Sequence[TensorSpec], *, base: str) -> Non
         ModelError: Names the first key that differs.
     """
     path = folder / "adapter_config.json"
-    found = json.loads(path.read_bytes())
-    if not isinstance(found, dict):
+    given = json.loads(path.read_bytes())
+    if not isinstance(given, dict):
         raise ModelError(f"{path}: is no object; export it again")
     rank = next(spec.shape[0] for spec in specs if spec.name.endswith(".lora_A.weight"))
     lora = peft_config.canonical(rank, adapter.module_names(specs), base=base or None)
     wanted = json.loads(json.dumps(peft_config.settings_of(lora)))
-    for key in sorted((found.keys() | wanted.keys()) - _FREE):
-        if key not in found or key not in wanted or found[key] != wanted[key]:
-            was, should = (wire.shown(side.get(key, "absent")) for side in (found, wanted))
+    for key in sorted((given.keys() | wanted.keys()) - _FREE):
+        if key not in given or key not in wanted or given[key] != wanted[key]:
+            was, should = (wire.shown(side.get(key, "absent")) for side in (given, wanted))
             raise ModelError(f"{path}: {wire.shown(key)} is {was}, of a canonical adapter {should}; export it again")
-    targets = sorted(found.get("target_modules") or [])
+    targets = sorted(given.get("target_modules") or [])
     if targets != wanted["target_modules"]:
         odd = sorted(set(targets) ^ set(wanted["target_modules"]))
         raise ModelError(f"{path}: target_modules and the run's modules differ, first {wire.shown(odd[0], limit=200)}")
@@ -237,38 +226,31 @@ def _check_tensors(folder: Path, sealed: seal.Seal) -> int:
     """Tensors of every file: as declared, and finite."""
     num_tensors = 0
     for path in sorted(path for path in sealed.files if path.endswith(".safetensors")):
-        found = seal.tensors(folder / path)
-        if found != sealed.tensors.get(path):
-            odd = sorted(found.keys() ^ sealed.tensors.get(path, {}).keys()) or sorted(found)
+        header = seal.tensors(folder / path)
+        if header != sealed.tensors.get(path):
+            odd = sorted(header.keys() ^ sealed.tensors.get(path, {}).keys()) or sorted(header)
             raise ModelError(
                 f"{folder / path}: tensors differ from those declared, such as {wire.shown(odd[0], limit=200)}"
             )
-        _check_finite(folder / path)
-        num_tensors += 0 if _ADAPTER.fullmatch(str(Path(path).with_name("adapter_config.json"))) else len(found)
+        with safe_open(folder / path, framework="pt") as opened:
+            for name in header:
+                values = opened.get_tensor(name)  # whole numbers, as quantised weights are, are always finite
+                is_finite = not values.is_floating_point() or bool(torch.isfinite(values.float()).all())
+                _require_finite(folder / path, name, is_finite=is_finite)
+        num_tensors += 0 if _ADAPTER.fullmatch(str(Path(path).with_name("adapter_config.json"))) else len(header)
     for path in sorted(path for path in sealed.files if path.endswith(".gguf")):
-        num_tensors += _check_gguf(folder / path)
+        try:
+            tensors = gguf.GGUFReader(folder / path).tensors
+        except (ValueError, OSError, KeyError, IndexError) as error:
+            raise ModelError(f"{folder / path}: not a GGUF file; export it again") from error
+        for tensor in tensors:
+            is_finite = bool(np.isfinite(gguf.dequantize(tensor.data, tensor.tensor_type)).all())
+            _require_finite(folder / path, tensor.name, is_finite=is_finite)
+        num_tensors += len(tensors)
     return num_tensors + (onnx.check(folder / _ONNX) if _ONNX in sealed.files else 0)
 
 
-def _check_finite(path: Path) -> None:
-    """No NaN and no infinity; whole numbers, as quantised weights are, have none."""
-    with safe_open(path, framework="pt") as opened:
-        for name in opened.keys():  # noqa: SIM118  not a mapping
-            values = opened.get_tensor(name)
-            if values.is_floating_point() and not bool(torch.isfinite(values.float()).all()):
-                raise ModelError(f"{path}: tensor {wire.shown(name, limit=200)} holds NaN or infinity; export it again")
-
-
-def _check_gguf(path: Path) -> int:
-    """It opens, its blocks are all there, and its values are finite."""
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, OSError, KeyError, IndexError) as error:
-        raise ModelError(f"{path}: not a GGUF file; export it again") from error
-    for tensor in reader.tensors:
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        if not np.isfinite(values).all():
-            raise ModelError(
-                f"{path}: tensor {wire.shown(tensor.name, limit=200)} holds NaN or infinity; export it again"
-            )
-    return len(reader.tensors)
+def _require_finite(path: Path, name: str, *, is_finite: bool) -> None:
+    """Refuse a tensor that is not."""
+    if not is_finite:
+        raise ModelError(f"{path}: tensor {wire.shown(name, limit=200)} holds NaN or infinity; export it again")

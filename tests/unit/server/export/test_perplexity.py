@@ -122,7 +122,7 @@ def test_figures_beyond_the_limit_are_refused_however_they_were_sealed(sealed, t
             perplexity.stored(broken)
     silent = replace(facts, perplexity=facts.perplexity | {"merged": facts.perplexity["merged"] * 1.001})
     with pytest.raises(ModelError, match="does not tell the perplexity"):
-        verify._check_perplexity(sealed, silent)
+        verify.check_perplexity(sealed, silent)
 
 
 def test_the_coordinators_own_rows_are_taken_where_the_run_file_names_them_by_a_home_folder(

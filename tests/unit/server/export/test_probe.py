@@ -102,11 +102,11 @@ def test_every_export_of_merged_weights_has_the_probe_and_verify_wants_it(tied, 
     assert probe.stored(facts.probe).effect > 0.1
     for broken in ({}, {**facts.probe, "saved": float("nan")}, {**facts.probe, "more": 1.0}):
         with pytest.raises(ModelError, match="malformed"):
-            verify._check_probe(folder, replace(facts, probe=broken))
+            verify.check_probe(folder, replace(facts, probe=broken))
     with pytest.raises(ModelError, match="are off by"):
-        verify._check_probe(folder, replace(facts, probe={**facts.probe, "saved": facts.probe["effect"]}))
+        verify.check_probe(folder, replace(facts, probe={**facts.probe, "saved": facts.probe["effect"]}))
     with pytest.raises(ModelError, match="does not tell of merged logits"):
-        verify._check_probe(folder, replace(facts, probe={**facts.probe, "effect": 2 * facts.probe["effect"]}))
+        verify.check_probe(folder, replace(facts, probe={**facts.probe, "effect": 2 * facts.probe["effect"]}))
 
 
 def test_an_embedding_as_target_is_refused_at_load_with_what_can_be(tied):

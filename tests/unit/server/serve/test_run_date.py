@@ -139,9 +139,9 @@ def test_what_serves_says_which_day_it_uses(base, export):
     for name in models.names:
         ids = models.chat_ids(name, [Talk(role="user", content="hello")])
         assert models.tokenizer(name).decode(ids).startswith(PRINTED), name
-    command = start.vllm_command(base, served, start.Place())
+    command = start.vllm_command(base, served, start.Address())
     assert command[-2:] == ["--chat-template", str(export / "peft" / "chat_template.jinja")]
     with pytest.raises(ModelError, match="different dates in their prompts"):
-        start.vllm_command(base, [*served, replace(served[0], name="other", date=NEXT_DAY)], start.Place())
+        start.vllm_command(base, [*served, replace(served[0], name="other", date=NEXT_DAY)], start.Address())
     with pytest.raises(ModelError, match="export it again"):
-        start.vllm_command(base, [replace(served[0], template_file=None)], start.Place())
+        start.vllm_command(base, [replace(served[0], template_file=None)], start.Address())

@@ -329,7 +329,7 @@ def test_another_base_and_doubled_names_are_refused(exports, tiny_base, tmp_path
 
 def test_the_command_line_for_vllm(exports, tiny_base):
     served = folders.verified([str(exports["one"]), f"new={exports['v2.1']}"], tiny_base)
-    command = start.vllm_command(tiny_base, served, start.Place(port=9000, api_key="secret-secret-secret"))
+    command = start.vllm_command(tiny_base, served, start.Address(port=9000, api_key="secret-secret-secret"))
     told = " ".join(command)
     assert Path(command[0]).name == "vllm"
     assert command[1:3] == ["serve", str(tiny_base)]
@@ -340,19 +340,19 @@ def test_the_command_line_for_vllm(exports, tiny_base):
     assert "secret" not in told
     assert "--chat-template" not in told
     alpaca = folders.verified([str(exports["alpaca"])], tiny_base)
-    command = start.vllm_command(tiny_base, alpaca, start.Place(), extra=["--dtype=half"])
+    command = start.vllm_command(tiny_base, alpaca, start.Address(), extra=["--dtype=half"])
     template = exports["alpaca"] / "peft" / "chat_template.jinja"
     assert command[-3:] == ["--chat-template", str(template), "--dtype=half"]
     with pytest.raises(ModelError, match="different chat templates"):
-        start.vllm_command(tiny_base, [*served, *alpaca], start.Place())
+        start.vllm_command(tiny_base, [*served, *alpaca], start.Address())
 
 
 def test_what_cannot_be_started_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="--engine ollama"):
         start.choose("ollama")
     with pytest.raises(ConfigError, match="give --api-key-file"):
-        start.check_place(start.Place("0.0.0.0"))
-    start.check_place(start.Place("0.0.0.0", api_key="a-key-of-some-length"))  # control
+        start.check_address(start.Address("0.0.0.0"))
+    start.check_address(start.Address("0.0.0.0", api_key="a-key-of-some-length"))  # control
     key = tmp_path / "key"
     key.write_text("a-key-of-some-length\n")
     key.chmod(0o644)
