@@ -3,7 +3,8 @@
 import copy
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -282,6 +283,19 @@ def make_nodes(engine, folder: Path | None = None):
     places = {site: folder / site if folder else None for site in SITES}
     named = enumerate(SITES.items(), start=1)
     return {n: make_agent(site, engine, count=count, folder=places[site]).answer for n, (site, count) in named}
+
+
+@contextmanager
+def padded(model) -> Iterator[None]:
+    """Rows reach the model padded to one length, as if it did not keep those of one line apart."""
+    from common.model import varlen
+
+    traits = varlen.traits_of(model)
+    varlen._traits[model] = replace(traits, can_pack=False)
+    try:
+        yield
+    finally:
+        varlen._traits[model] = traits
 
 
 def private_step(engine, rows, privacy, source) -> None:

@@ -306,7 +306,9 @@ def work_of(
         dtype=automatic if model.dtype == "auto" else model.dtype,
         targets=adapter.targets,
         r=adapter.r,
-        num_rows=training.micro_batch_size or training.batch_size,
+        num_rows=max(1, training.micro_batch_tokens // num_tokens)
+        if training.micro_batch_tokens
+        else training.micro_batch_size or training.batch_size,
         num_tokens=num_tokens,
         is_checkpointing=training.gradient_checkpointing,
         is_adam=training.optimizer.kind == "adamw",

@@ -71,6 +71,7 @@ _LESS: Final = "sends less of the same update"
 HARMLESS: Final = {
     "adapter.target_r": "masks ranks of tensors that are judged by themselves",
     "training.micro_batch_size": "the same sum in smaller pieces",
+    "training.micro_batch_tokens": "the same sum in smaller pieces",
     "training.gradient_checkpointing": "the same gradient in less memory",
     "training.reference_point": "both are functions of the step's own rows",
     "aggregation.weighting": "the count of rows is judged among the figures that leave",

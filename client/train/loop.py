@@ -176,7 +176,12 @@ class Trainer:
         self._exit = contextlib.ExitStack()
         if self._mechanism:
             method = self._privacy.clipping
-            prepared = private.prepared(self._engine, method=method, objective=self._objective)
+            prepared = private.prepared(
+                self._engine,
+                method=method,
+                objective=self._objective,
+                max_tokens=self._training.micro_batch_tokens,
+            )
             self._take, _ = self._exit.enter_context(prepared)
         return self
 
@@ -205,8 +210,13 @@ class Trainer:
                 self._mechanism.set_gradients(([unit] for unit in units), take=self._take)
             else:
                 rows = [row for unit in units for row in unit]
-                size = training.micro_batch_size or training.batch_size
-                mean = mean_gradient(self._engine, rows, micro_batch_size=size, objective=self._objective)
+                mean = mean_gradient(
+                    self._engine,
+                    rows,
+                    micro_batch_size=training.micro_batch_size or training.batch_size,
+                    micro_batch_tokens=training.micro_batch_tokens,
+                    objective=self._objective,
+                )
                 self._losses.append(mean)
                 self._norms.append(_clip(self._parameters.values(), training.max_grad_norm))
                 self._num_tokens += sum(len(row.input_ids) for example in rows for row in example.rows)
@@ -338,7 +348,12 @@ def make_optimizer(engine: Engine, training: config.TrainingConfig) -> torch.opt
 
 
 def mean_gradient(
-    engine: Engine, rows: Sequence[Example], *, micro_batch_size: int, objective: Objective = SFT
+    engine: Engine,
+    rows: Sequence[Example],
+    *,
+    micro_batch_size: int,
+    micro_batch_tokens: int = 0,
+    objective: Objective = SFT,
 ) -> Tensor:
     """Set every trainable parameter's `.grad` to that of the mean loss of a batch.
 
@@ -349,15 +364,17 @@ def mean_gradient(
         engine: Model in training mode, gradients cleared.
         rows: The logical batch.
         micro_batch_size: Examples that go through the model at once; a pair has two rows.
+        micro_batch_tokens: Tokens that do, in the place of examples; 0: examples are counted.
         objective: What is lowered.
 
     Returns:
         The mean loss, a scalar on the device: under `sft` the negative log-likelihood per answer token, nats.
     """
     num_terms = objectives.num_terms(rows, objective)
-    origin = preference_score.reference_point(engine, rows, objective, batch_size=micro_batch_size)
+    size, tokens = micro_batch_size, micro_batch_tokens
+    origin = preference_score.reference_point(engine, rows, objective, batch_size=size, max_tokens=tokens)
     total = torch.zeros((), device=engine.device)
-    for part in objectives.parts(rows, micro_batch_size):
+    for part in objectives.parts(rows, size, max_tokens=tokens):
         loss = objectives.loss(engine, objectives.collate(engine, [part]), part, objective, origin=origin)
         (loss / num_terms).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()

@@ -206,7 +206,9 @@ def clip(gradients_up: Tensor, *, clip_norm: float) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def prepared(engine: Engine, *, method: Method, objective: Objective = SFT) -> Iterator[tuple[Take, bool]]:
+def prepared(
+    engine: Engine, *, method: Method, objective: Objective = SFT, max_tokens: int = 0
+) -> Iterator[tuple[Take, bool]]:
     """Make the model's layers tell the gradients of units, until left.
 
     The loss of a unit is the sum of the negative log-likelihood, in nats, over the answer tokens of its rows, or the
@@ -218,6 +220,7 @@ def prepared(engine: Engine, *, method: Method, objective: Objective = SFT) -> I
         engine: In whatever mode; it is the same again afterwards.
         method: `auto` is `microbatch`.
         objective: What is lowered.
+        max_tokens: `microbatch` only: most tokens in memory at once, for units of several rows; 0: any number.
 
     Yields:
         A function from units to their gradients, (U, P), and whether it takes several units at once.
@@ -234,7 +237,7 @@ def prepared(engine: Engine, *, method: Method, objective: Objective = SFT) -> I
 
     def backward(units: Sequence[Unit], begin: Callable[[Batch], None] = lambda batch: None) -> Batch:
         examples = [example for unit in units for example in unit]
-        batch = objectives.collate(engine, units)
+        batch = objectives.collate(engine, units, allows_packing=method != "opacus")  # it takes a line for a row
         begin(batch)
         with _watched(engine.model, modules):
             objectives.loss(engine, batch, examples, objective).backward()  # type: ignore[no-untyped-call]
@@ -242,7 +245,7 @@ def prepared(engine: Engine, *, method: Method, objective: Objective = SFT) -> I
 
     with uncoupled(engine.model):
         if method in ("auto", "microbatch"):
-            yield lambda units: _one(trained, units, backward), False
+            yield lambda units: _one(trained, units, backward, max_tokens=max_tokens), False
             return
         factors = _factors(engine.model, trained)
         if method == "stacked" and not factors:
@@ -413,13 +416,16 @@ def _telling(module: nn.Linear, sink: _Sink, name: str) -> Callable[[Tensor], Te
     return lambda x: _Linear.apply(x, module.weight, sink, name)  # type: ignore[no-untyped-call]
 
 
-def _one(trained: Mapping[str, nn.Parameter], units: Sequence[Unit], backward: Callable[..., Batch]) -> Tensor:
-    """One unit by plain autograd."""
+def _one(
+    trained: Mapping[str, nn.Parameter], units: Sequence[Unit], backward: Callable[..., Batch], *, max_tokens: int
+) -> Tensor:
+    """One unit by plain autograd, the gradients of its parts added up."""
     if len(units) != 1:
         raise ValueError(f"{len(units)} units; this way takes one at a time")
     for parameter in trained.values():
         parameter.grad = None
-    backward(units)
+    for part in objectives.parts(units[0], len(units[0]), max_tokens=max_tokens):
+        backward([part])
     gradients = {name: parameter.grad[None] for name, parameter in trained.items() if parameter.grad is not None}
     for parameter in trained.values():
         parameter.grad = None

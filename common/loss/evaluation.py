@@ -10,6 +10,7 @@ import torch
 
 from common.data.rows import Row
 from common.errors import ModelError
+from common.loss import objectives
 from common.loss.likelihood import answer_nll
 from common.model.base import Engine, answer
 from common.text import prompts
@@ -87,8 +88,7 @@ def held_out_nll(engine: Engine, rows: Sequence[Encoded], *, batch_size: int) ->
     engine.model.eval()
     total, num_tokens = 0.0, 0
     for batch_rows in _batches(sorted(rows, key=lambda row: len(row.input_ids)), batch_size):
-        batch = prompts.collate(batch_rows, pad_id=engine.pad_id)
-        nll, count = answer_nll(engine.model, batch.to(engine.device))
+        nll, count = answer_nll(engine.model, objectives.collate(engine, [batch_rows]))
         total, num_tokens = total + float(nll), num_tokens + count
     if not math.isfinite(total):
         raise ModelError(f"held-out loss is {total}; the adapter has diverged, lower training.learning_rate")

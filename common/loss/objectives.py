@@ -14,7 +14,7 @@ from torch import Tensor
 from common.data.rows import Row
 from common.errors import DataError
 from common.loss import likelihood, preference_loss
-from common.model import base, files
+from common.model import base, files, varlen
 from common.model.base import Engine
 from common.run import config
 from common.run.schema.training import ObjectiveName, ReferencePoint
@@ -228,11 +228,18 @@ def num_terms(examples: Sequence[Example], objective: Objective) -> int:
     return sum(sum(row.is_answer[1:]) for example in examples for row in example.rows)
 
 
-def collate(engine: Engine, units: Sequence[Sequence[Example]]) -> Batch:
-    """All rows of some units as one batch on the engine's device; the rows of an example one after the other."""
+def collate(engine: Engine, units: Sequence[Sequence[Example]], *, allows_packing: bool = True) -> Batch:
+    """All rows of some units as one batch on the engine's device; the rows of an example one after the other.
+
+    They are packed into one line where the model keeps rows of a line apart and this is allowed, and padded elsewhere.
+    """
     rows = [(row, owner) for owner, unit in enumerate(units) for example in unit for row in example.rows]
-    owners = [owner for _, owner in rows]
-    return prompts.collate([row for row, _ in rows], pad_id=engine.pad_id, owners=owners).to(engine.device)
+    return prompts.collate(
+        [row for row, _ in rows],
+        pad_id=engine.pad_id,
+        owners=[owner for _, owner in rows],
+        is_packed=allows_packing and varlen.traits_of(engine.model).can_pack,
+    ).to(engine.device)
 
 
 def loss(
@@ -285,7 +292,22 @@ def log_probs(engine: Engine, rows: Sequence[Encoded]) -> Tensor:
     return -likelihood.row_nll(engine.model, collate(engine, [rows]))
 
 
-def parts(examples: Sequence[T], batch_size: int) -> Iterator[Sequence[T]]:
-    """Physical batches of similar length; the same ones whatever the order."""
-    ordered = sorted(examples, key=length)
-    return (ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size))
+def parts(examples: Sequence[T], batch_size: int, *, max_tokens: int = 0) -> Iterator[Sequence[T]]:
+    """Micro-batches of similar length; the same ones whatever the order.
+
+    Args:
+        examples: The batch.
+        batch_size: Most examples of a micro-batch, unless `max_tokens` bounds it.
+        max_tokens: Most tokens of a micro-batch of several examples; 0: any number.
+    """
+    part: list[T] = []
+    num_tokens = 0
+    for example in sorted(examples, key=length):
+        size = sum(len(row.input_ids) for row in example.rows)
+        if part and (num_tokens + size > max_tokens if max_tokens else len(part) == batch_size):
+            yield part
+            part, num_tokens = [], 0
+        part.append(example)
+        num_tokens += size
+    if part:
+        yield part

@@ -57,7 +57,9 @@ def _known(engine: Engine, part: Sequence[Example]) -> list[tuple[float, ...]]:
 
 
 @torch.no_grad()
-def reference_point(engine: Engine, examples: Sequence[Example], objective: Objective, *, batch_size: int) -> float:
+def reference_point(
+    engine: Engine, examples: Sequence[Example], objective: Objective, *, batch_size: int, max_tokens: int = 0
+) -> float:
     """KTO's reference point: how far the adapter has moved from the start on answers to other prompts, 0 at least.
 
     Returns:
@@ -68,7 +70,7 @@ def reference_point(engine: Engine, examples: Sequence[Example], objective: Obje
     if not objective.couples_examples:
         return 0.0
     total = 0.0
-    for part in objectives.parts(examples, batch_size):
+    for part in objectives.parts(examples, batch_size, max_tokens=max_tokens):
         begun = [example.reference[-1] for example in part if isinstance(example, Rated)]
         total += float(objectives.log_probs(engine, _mismatched(part)).double().sum()) - math.fsum(begun)
     return max(total / len(examples), 0.0)

@@ -90,7 +90,9 @@ class _Forward:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self._layer
         a, b, base = layer.lora_A[NAME], layer.lora_B[NAME], layer.get_base_layer()
-        is_watched = any(hooks for m in (a, b) for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks))
+        is_watched = any(
+            "forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (a, b)
+        )
         is_plain = (
             list(layer.active_adapters) == [NAME]
             and not (args or kwargs or is_watched or layer.disable_adapters or layer.merged)

@@ -77,18 +77,30 @@ class Batch:
 
     Attributes:
         input_ids_bt: Token ids, int64; the pad id where there is no token.
-        is_answer_bt: True on the tokens that the loss covers, bool; never on padding.
         row_bt: Number of each token's row, int64, not descending along the lines; -1 on padding.
+        positions_bt: Place of each token in its row, int64; 0 on padding.
+        predicting_n: Places, in the lines laid end to end, of the tokens that predict an answer's token, int64.
+        targets_n: The ids of the tokens that they predict, row after row; a row's first token is predicted by nothing.
+        lengths: Tokens of each row.
+        num_targets: Predicted tokens of each row.
         owners: Number of each row's privacy unit, from 0 up to the number of units.
-        num_targets: Of each row, the tokens whose loss counts: those of its answer but for a row's first token, which
-            nothing predicts.
+        is_packed: All rows are in one line, without padding; attention must not cross them.
     """
 
     input_ids_bt: "torch.Tensor"
-    is_answer_bt: "torch.Tensor"
     row_bt: "torch.Tensor"
-    owners: tuple[int, ...]
+    positions_bt: "torch.Tensor"
+    predicting_n: "torch.Tensor"
+    targets_n: "torch.Tensor"
+    lengths: tuple[int, ...]
     num_targets: tuple[int, ...]
+    owners: tuple[int, ...]
+    is_packed: bool
+
+    @property
+    def device(self) -> "torch.device":
+        """Where the tensors are."""
+        return self.input_ids_bt.device
 
     @property
     def attention_mask_bt(self) -> "torch.Tensor":
@@ -100,15 +112,17 @@ class Batch:
         import torch
 
         rows = [row for row, own in enumerate(self.owners) if own == owner]
-        return torch.isin(self.row_bt, torch.tensor(rows, device=self.row_bt.device)).flatten().nonzero().squeeze(1)
+        return torch.isin(self.row_bt, torch.tensor(rows, device=self.device)).flatten().nonzero().squeeze(1)
 
     def to(self, device: "torch.device | str") -> "Batch":
         """Give the same batch on another device."""
         return replace(
             self,
-            input_ids_bt=self.input_ids_bt.to(device),
-            is_answer_bt=self.is_answer_bt.to(device),
-            row_bt=self.row_bt.to(device),
+            input_ids_bt=self.input_ids_bt.to(device, non_blocking=True),
+            row_bt=self.row_bt.to(device, non_blocking=True),
+            positions_bt=self.positions_bt.to(device, non_blocking=True),
+            predicting_n=self.predicting_n.to(device, non_blocking=True),
+            targets_n=self.targets_n.to(device, non_blocking=True),
         )
 
 
@@ -399,38 +413,48 @@ def stop_ids(tokenizer: "Tokenizer", generation: "GenerationConfig | None" = Non
     return tuple(sorted(i for i in ids if i is not None))
 
 
-def collate(batch: Sequence[Encoded], *, pad_id: int, owners: Sequence[int] = ()) -> Batch:
-    """Pad rows at the right to the longest of them.
+def collate(batch: Sequence[Encoded], *, pad_id: int, owners: Sequence[int] = (), is_packed: bool = False) -> Batch:
+    """Lay rows out as the lines of one pass: each in a line of its own, padded at the right, or all in one line.
 
     Args:
         batch: At least one row.
         pad_id: Fills the gaps; which id it is does not matter to the mask.
         owners: Number of each row's unit; empty: rows of one name are of one unit, numbered as they come.
-
-    Returns:
-        Tensors of one shape.
+        is_packed: All rows in one line, for a model that keeps them apart (`common.model.varlen.traits_of`).
 
     Raises:
         ValueError: The batch is empty.
 
-    Shape: every tensor (b, t); b rows, t tokens of the longest row.
+    Shape: (b, t); b rows and t tokens of the longest, or one line of all tokens.
     """
     import torch
 
     if not batch:
         raise ValueError("an empty batch has no shape")
-    width = max(len(encoded.input_ids) for encoded in batch)
+    lengths = [len(encoded.input_ids) for encoded in batch]
+    num_lines, width = (1, sum(lengths)) if is_packed else (len(batch), max(lengths))
+    ids, rows, positions = ([fill] * (num_lines * width) for fill in (pad_id, -1, 0))
+    predicting: list[int] = []
+    targets: list[int] = []
     names: dict[str, int] = {}
-
-    def pad(values: Sequence[int], fill: int) -> list[int]:
-        return [*values, *[fill] * (width - len(values))]
-
+    start = 0
+    for row, (encoded, length) in enumerate(zip(batch, lengths, strict=True)):
+        end = start + length
+        ids[start:end], rows[start:end], positions[start:end] = encoded.input_ids, [row] * length, range(length)
+        places = [place for place in range(1, length) if encoded.is_answer[place]]
+        predicting += [start + place - 1 for place in places]
+        targets += [encoded.input_ids[place] for place in places]
+        start = end if is_packed else start + width
     return Batch(
-        input_ids_bt=torch.tensor([pad(e.input_ids, pad_id) for e in batch], dtype=torch.int64),
-        is_answer_bt=torch.tensor([pad(e.is_answer, 0) for e in batch], dtype=torch.bool),
-        row_bt=torch.tensor([pad([row] * len(e.input_ids), -1) for row, e in enumerate(batch)], dtype=torch.int64),
-        owners=tuple(owners) or tuple(names.setdefault(e.unit, len(names)) for e in batch),
-        num_targets=tuple(sum(e.is_answer[1:]) for e in batch),
+        input_ids_bt=torch.tensor(ids).view(num_lines, width),
+        row_bt=torch.tensor(rows).view(num_lines, width),
+        positions_bt=torch.tensor(positions).view(num_lines, width),
+        predicting_n=torch.tensor(predicting, dtype=torch.int64),
+        targets_n=torch.tensor(targets, dtype=torch.int64),
+        lengths=tuple(lengths),
+        num_targets=tuple(sum(encoded.is_answer[1:]) for encoded in batch),
+        owners=tuple(owners) or tuple(names.setdefault(encoded.unit, len(names)) for encoded in batch),
+        is_packed=is_packed,
     )
 
 

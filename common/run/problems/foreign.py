@@ -27,7 +27,10 @@ _ANSWERS = (
     "only the answer's tokens are trained on; whole texts by a stage of kind cpt under [[polish]] alone; remove it"
 )
 _SINKS = "results are files in the run's folder; remove it"
-_PACKING = "each example stays by itself: a packed row would mix units, which could not be clipped apart; remove it"
+_PACKING = (
+    "rows are packed wherever the base allows it, and attention never crosses a row; training.micro_batch_tokens says "
+    "how many tokens are in memory at once; remove it"
+)
 _ALWAYS = "a checkpoint is written after every round; remove it"
 _ONE_DEVICE = (
     "a site trains in one process on one device, which is hardware.device of its own file; training.micro_batch_size, "

@@ -93,7 +93,8 @@ def _has_idle_adaption(config: RunTables) -> bool:
 
 def _has_small_batch(config: RunTables) -> bool:
     training = config.training
-    return config.privacy.max_rows_per_unit > (training.micro_batch_size or training.batch_size)
+    is_large = config.privacy.max_rows_per_unit > (training.micro_batch_size or training.batch_size)
+    return is_large and not training.micro_batch_tokens
 
 
 _COLUMNS = ("data.output_column", "data.instruction_column", "data.input_column")
@@ -311,6 +312,11 @@ RUN_RULES = (
         ("training.micro_batch_size", "training.batch_size"),
         lambda c: c.training.micro_batch_size > 0 and c.training.batch_size % c.training.micro_batch_size != 0,
         "must divide batch_size",
+    ),
+    Rule(
+        ("training.micro_batch_tokens", "training.micro_batch_size"),
+        lambda c: c.training.micro_batch_tokens > 0 and c.training.micro_batch_size > 0,
+        "tokens and rows are two answers to one question; remove one of them",
     ),
     Rule(
         ("training.final_rate_fraction", "training.schedule"),

@@ -133,6 +133,12 @@ class TrainingConfig(ObjectiveSettings):
     micro_batch_size: int = Field(
         default=0, ge=0, le=65536, description="Rows in memory at once; divides `batch_size`. 0: `batch_size`."
     )
+    micro_batch_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=1 << 24,
+        description="Tokens in memory at once, in the place of rows; a longer row goes alone. 0: `micro_batch_size`.",
+    )
     learning_rate: float = Field(default=2e-4, gt=0, le=100, description="Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="cosine", description="Learning rate over the whole run, all rounds together."

@@ -3,6 +3,7 @@ import torch
 
 from client.train.loop import mean_gradient
 from common.adapter import adapter
+from common.model import varlen
 from common.text import prompts
 from tests import tiny
 
@@ -57,6 +58,30 @@ def test_the_gradient_is_that_of_the_mean_over_all_answer_tokens_for_any_cut(rea
     loss = float(mean_gradient(ready, rows, micro_batch_size=micro_batch_size))
     assert loss == pytest.approx(expected_loss, rel=TOLERANCE)
     assert largest_difference(take(ready), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 90, 10_000])
+def test_a_cut_by_tokens_gives_the_same_gradient_and_holds_no_more_than_they(ready, rows, tokens):
+    _, expected = naive(ready, rows)
+    sizes = []
+    counted = lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape)  # noqa: E731
+    handle = ready.model.register_forward_pre_hook(counted, with_kwargs=True)
+    mean_gradient(ready, rows, micro_batch_size=7, micro_batch_tokens=tokens)
+    handle.remove()
+    assert largest_difference(take(ready), expected) < TOLERANCE
+    assert sum(size.numel() for size in sizes) == sum(len(row.input_ids) for row in rows)
+    assert all(size.numel() <= max(tokens, max(len(row.input_ids) for row in rows)) for size in sizes)
+    assert len(sizes) == {1: 7, 10_000: 1}.get(tokens, len(sizes))
+
+
+def test_packed_rows_have_the_gradient_of_padded_ones(ready, rows):
+    """In float32 to 1e-6, every tensor's largest difference beside its largest value."""
+    assert varlen.traits_of(ready.model).can_pack
+    mean_gradient(ready, rows, micro_batch_size=7)
+    packed = take(ready)
+    with tiny.padded(ready.model):
+        mean_gradient(ready, rows, micro_batch_size=7)
+    assert largest_difference(packed, take(ready)) < 1e-6
 
 
 def test_control_a_mean_of_means_is_another_gradient(ready, rows):

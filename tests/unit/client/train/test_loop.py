@@ -84,7 +84,8 @@ def plain(engine, rows, training, *, seed, round_index, num_rounds):
             (rows[i] for i in itertools.islice(order, training.batch_size)), key=lambda row: len(row.input_ids)
         )
         batch = prompts.collate(chosen, pad_id=engine.pad_id)
-        labels_bt = batch.input_ids_bt.masked_fill(~batch.is_answer_bt, -100)
+        labels_bt = torch.full_like(batch.input_ids_bt, -100)
+        labels_bt.view(-1)[batch.predicting_n + 1] = batch.targets_n
         logits_btv = engine.model(batch.input_ids_bt, attention_mask=batch.attention_mask_bt).logits
         loss = torch.nn.functional.cross_entropy(logits_btv[:, :-1].flatten(0, 1), labels_bt[:, 1:].flatten())
         optimizer.zero_grad()

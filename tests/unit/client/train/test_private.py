@@ -1,6 +1,7 @@
-"""The gradient of a unit against a naive loop: every way, precision, checkpointing variant, adapter and padding."""
+"""The gradient of a unit against a naive loop: every way, precision, checkpointing variant, adapter and layout."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from client.train import private
 from common.adapter import adapter
 from common.errors import ModelError
 from common.model import base as model
+from common.model import varlen
 from common.privacy import noise
 from common.run import config
 from common.text import prompts
@@ -51,7 +53,7 @@ def some_units(engine, counts=(1, 2, 1, 3)):
     return [rows[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
-def naive(engine, units, *, together="row", is_left=False):
+def naive(engine, units, *, together="row", layout="packed"):
     """Unit by unit, by autograd of one sum, as a unit would be trained that is alone.
 
     A row is by itself and without padding; or beside the rows that are `together` with it in one pass, whose losses
@@ -63,7 +65,7 @@ def naive(engine, units, *, together="row", is_left=False):
         engine.model.zero_grad()
         passes = {"row": [[row] for row in unit], "unit": [unit], "batch": [everyone]}[together]
         for rows in passes:
-            logits = logits_of(engine, rows, is_left=is_left)
+            logits = logits_of(engine, rows, layout=layout)
             own = [nll(logits_tv, row) for logits_tv, row in zip(logits, rows, strict=True) if row in unit]
             sum(own).backward()
         found.append(flat({name: p.grad.clone() for name, p in adapter.parameters(engine.model).items()}))
@@ -71,8 +73,14 @@ def naive(engine, units, *, together="row", is_left=False):
     return torch.stack(found)
 
 
-def logits_of(engine, rows, *, is_left):
+def logits_of(engine, rows, *, layout):
     """The logits of each row's own tokens, from one pass over all of them."""
+    is_left, lengths = layout == "left", tuple(len(row.input_ids) for row in rows)
+    if layout == "packed":
+        ids = torch.tensor([[token for row in rows for token in row.input_ids]])
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        given = {"position_ids": positions, "attention_mask": varlen.mask_of(lengths, engine.device)}
+        return engine.model(input_ids=ids, **given).logits[0].float().split(lengths)
     length = max(len(row.input_ids) for row in rows)
     starts = [length - len(row.input_ids) if is_left else 0 for row in rows]
     ids, mask = torch.full((len(rows), length), engine.pad_id), torch.zeros(len(rows), length, dtype=torch.long)
@@ -94,27 +102,31 @@ def nll(logits_tv, row):
 
 
 @contextmanager
-def padded_left(model):
-    """Every batch reaches the model with its padding moved to the left; what comes out is moved back."""
-    moved = {}
+def laid_out(model, layout):
+    """Batches reach the model packed, or padded at the right, or with that padding moved to the left and back again."""
+    traits, moved = varlen.traits_of(model), {}
+    varlen._traits[model] = replace(traits, can_pack=traits.can_pack and layout == "packed")
 
     def before(module, args, kwargs):
-        mask_bt = kwargs["attention_mask"]
-        moved["shifts"], moved["keep"] = (1 - mask_bt).sum(1).tolist(), kwargs["logits_to_keep"]
+        moved["shifts"] = (1 - kwargs["attention_mask"]).sum(1).tolist()
         both = {name: rolled(kwargs[name], moved["shifts"]) for name in ("input_ids", "attention_mask")}
-        return args, {**kwargs, **both, "logits_to_keep": 0}
+        return args, {**kwargs, **both}
 
     def after(module, args, kwargs, output):
-        output.logits = rolled(output.logits, [-shift for shift in moved["shifts"]])[:, moved["keep"]]
+        output.last_hidden_state = rolled(output.last_hidden_state, [-shift for shift in moved["shifts"]])
         return output
 
+    body = varlen.base_of(model).base_model
     hooks = [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after, with_kwargs=True),
+        body.register_forward_pre_hook(before, with_kwargs=True),
+        body.register_forward_hook(after, with_kwargs=True),
     ]
+    for hook in hooks if layout != "left" else ():
+        hook.remove()
     yield moved
     for hook in hooks:
         hook.remove()
+    varlen._traits[model] = traits
 
 
 def rolled(tensor, shifts):
@@ -136,12 +148,13 @@ def apart(found, expected):
     return float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max())
 
 
-def check(engine, units, way, *, is_left=False, together="row"):
+def check(engine, units, way, *, layout="packed", together="row"):
     """Norms and clipped sums within the tolerance, at a clip norm that clips some units and not others."""
-    expected = naive(engine, units, together=together, is_left=is_left)
-    with padded_left(engine.model) if is_left else nullcontext({}) as moved:
+    assert varlen.traits_of(engine.model).can_pack
+    expected = naive(engine, units, together=together, layout=layout)
+    with laid_out(engine.model, layout) as moved:
         found = taken(engine, units, way)
-    assert any(moved.get("shifts", [])) == is_left
+    assert any(moved.get("shifts", [])) == (layout == "left")
     norms = expected.norm(dim=1)
     assert ((found.norm(dim=1) - norms).abs() / norms).max() < TOLERANCE
     clip_norm = float(norms.median())
@@ -168,17 +181,18 @@ def cell(request, tiny_base):
     return engine, precision, variant
 
 
-@pytest.mark.parametrize("is_left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("layout", ["packed", "right", "left"])
 @pytest.mark.parametrize("way", WAYS)
-def test_norms_and_clipped_sums_are_those_of_a_naive_loop(cell, way, is_left):
-    """Every engine, precision of the base, checkpointing variant and side of the padding."""
+def test_norms_and_clipped_sums_are_those_of_a_naive_loop(cell, way, layout):
+    """Every engine, precision of the base, checkpointing variant and layout of the rows."""
     engine, precision, variant = cell
     if way == "opacus" and variant == "without reentry":  # fails rather than be wrong
         with pytest.raises(ModelError, match=r"privacy\.clipping"):
             taken(engine, some_units(engine), way)
         return
     together = "row" if precision != "bfloat16" else "unit" if way == "microbatch" else "batch"
-    check(engine, some_units(engine), way, is_left=is_left, together=together)
+    layout = "right" if layout == "packed" and way == "opacus" else layout  # it takes a line for a row
+    check(engine, some_units(engine), way, layout=layout, together=together)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -232,7 +246,7 @@ def test_a_layer_whose_input_has_lost_the_rows_fails_the_step(tiny_base):
     engine = load(tiny_base, targets=("down_proj",), **PRECISIONS["float32"])
     module = engine.model.base_model.model.model.layers[0].mlp.down_proj
     whole = module.forward
-    module.forward = lambda x: whole(x.flatten(0, 1)[None]).view(*x.shape[:2], -1)
+    module.forward = lambda x: whole(x.flatten(0, 1)[:, None]).view(*x.shape[:2], -1)
     with pytest.raises(ModelError, match="tokens of the batch"):
         taken(engine, some_units(engine), "stacked")
 
@@ -270,3 +284,39 @@ def test_the_layers_are_as_before_once_it_is_over(tiny_base):
     assert all("forward" not in vars(module) for module in engine.model.modules())
     after = naive(engine, units)
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("way", ["stacked", "microbatch"])
+def test_units_that_are_packed_side_by_side_do_not_touch(tiny_base, way):
+    """Another neighbour changes no bit of a unit's gradient, and beside it that is what it is alone."""
+    engine = load(tiny_base, **PRECISIONS["float32"])
+    first, second, third = some_units(engine, (2, 1, 3))
+    others = [[prompts.Encoded(row.input_ids[::-1], row.is_answer, row.unit) for row in first], second, third]
+    with private.prepared(engine, method="stacked") as (take, _):
+        together, beside_others = take([first, second, third])[1:], take(others)[1:]
+    assert torch.equal(together, beside_others)
+    assert apart(together, taken(engine, [second, third], way)) < TOLERANCE
+
+
+def test_control_packed_units_touch_where_rows_of_a_line_see_each_other(tiny_base, monkeypatch):
+    engine = load(tiny_base, **PRECISIONS["float32"])
+    first, second = some_units(engine, (2, 3))
+    alone = taken(engine, [second], "stacked")
+    whole = varlen.mask_of
+    monkeypatch.setattr(varlen, "mask_of", lambda lengths, device: whole((sum(lengths),), device))  # the mask is off
+    with private.prepared(engine, method="stacked") as (take, _):
+        together = take([first, second])[1:]
+    assert apart(together, alone) > 100 * TOLERANCE
+
+
+def test_a_units_gradient_does_not_depend_on_how_many_of_its_rows_are_in_memory_at_once(tiny_base):
+    engine = load(tiny_base, **PRECISIONS["float32"])
+    [unit] = some_units(engine, (5,))
+    passes = []
+    handle = engine.model.register_forward_pre_hook(lambda module, args: passes.append(1))
+    whole = taken(engine, [unit], "microbatch")
+    longest = max(len(row.input_ids) for row in unit)
+    with private.prepared(engine, method="microbatch", max_tokens=longest) as (take, _):
+        assert apart(take([unit]), whole) < TOLERANCE
+    handle.remove()
+    assert len(passes) == 1 + 5

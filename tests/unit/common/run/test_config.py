@@ -275,7 +275,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "024c4bb7a5e732ee732e72cf3d22bd5ecd1ae424a3f31afc3899214df760c00f"
+        "913a3fdb588d8e8bba33fc72be5e58243a78480bec6be4c43ce0b52910fc32e3"
     )
 
 

@@ -94,22 +94,24 @@ def test_collate_pads_right_and_never_marks_padding(tokenizer):
     short, long = (prompts.encode_whole(row("a", "b" * n, unit=f"p{n}"), tokenizer) for n in (1, 3))
     batch = prompts.collate([short, long], pad_id=END)
     assert batch.input_ids_bt.dtype == batch.attention_mask_bt.dtype == torch.int64
-    assert batch.is_answer_bt.dtype == torch.bool
     assert batch.owners == (0, 1)
     assert batch.attention_mask_bt.sum(dim=1).tolist() == [len(short.input_ids), len(long.input_ids)]
     assert batch.input_ids_bt[0, len(short.input_ids) :].tolist() == [END, END]
-    assert not batch.is_answer_bt[0, len(short.input_ids) :].any()
+    flat = batch.input_ids_bt.flatten()
+    assert torch.equal(flat[batch.predicting_n + 1], batch.targets_n)
+    assert (batch.row_bt.flatten()[batch.predicting_n + 1] >= 0).all()
+    assert batch.num_targets == (sum(short.is_answer), sum(long.is_answer))
 
 
 def test_end_token_stays_in_the_mask_where_it_is_also_the_pad_token(tokenizer):
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == END
     batch = prompts.collate([prompts.encode_whole(row("a", "b"), tokenizer)] * 2, pad_id=END)
-    assert batch.input_ids_bt[batch.is_answer_bt].tolist() == [ord("b"), END] * 2
+    assert batch.targets_n.tolist() == [ord("b"), END] * 2
 
 
 def test_batch_moves_to_a_device(tokenizer):
     batch = prompts.collate([prompts.encode_whole(row("a", "b"), tokenizer)], pad_id=0).to("meta")
-    assert {t.device.type for t in (batch.input_ids_bt, batch.attention_mask_bt, batch.is_answer_bt)} == {"meta"}
+    assert {t.device.type for t in vars(batch).values() if isinstance(t, torch.Tensor)} == {"meta"}
 
 
 def test_empty_batch_is_a_callers_mistake():
@@ -123,12 +125,21 @@ lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 @given(lengths=lengths, pad_id=st.integers(0, 9))
 def test_collate_keeps_every_token(lengths, pad_id):
     batch_rows = [Encoded(tuple(range(n)), tuple(k % 2 == 0 for k in range(n)), str(n)) for n in lengths]
+    packed = prompts.collate(batch_rows, pad_id=pad_id, is_packed=True)
+    assert packed.input_ids_bt.tolist() == packed.positions_bt.tolist() == [[k for n in lengths for k in range(n)]]
+    assert packed.row_bt.tolist() == [[row for row, n in enumerate(lengths) for _ in range(n)]]
+    assert packed.targets_n.tolist() == [k for n in lengths for k in range(2, n, 2)]
+    assert packed.input_ids_bt[0, packed.predicting_n + 1].tolist() == packed.targets_n.tolist()
+    owners = [owner for row, owner in enumerate(packed.owners) for _ in range(lengths[row])]
+    for owner in set(owners):
+        assert packed.tokens_of(owner).tolist() == [place for place, own in enumerate(owners) if own == owner]
     batch = prompts.collate(batch_rows, pad_id=pad_id)
     assert batch.input_ids_bt.shape == (len(lengths), max(lengths))
     for k, n in enumerate(lengths):
         assert batch.input_ids_bt[k].tolist() == [*range(n)] + [pad_id] * (max(lengths) - n)
         assert batch.attention_mask_bt[k].tolist() == [1] * n + [0] * (max(lengths) - n)
-        assert batch.is_answer_bt[k, :n].tolist() == list(batch_rows[k].is_answer)
+        targets = batch.row_bt.flatten()[batch.predicting_n] == k
+        assert batch.targets_n[targets].tolist() == [i for i in range(1, n) if batch_rows[k].is_answer[i]]
 
 
 def test_importing_prompts_loads_neither_torch_nor_transformers():
