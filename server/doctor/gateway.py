@@ -59,7 +59,6 @@ def known_members(found: GatewayConfig, newest: Roster | None) -> Result:
     """Check that governance signed the roster, that the gateway has seen no newer one, and nor has the federation.
 
     Args:
-        found: GATEWAY.toml.
         newest: The federation's; None: unknown.
     """
     files, watermark = found.members, Path(found.members.watermark_file)
@@ -129,7 +128,6 @@ def ask_control(
     """Ask for the list of nodes as an operator.
 
     Args:
-        found: GATEWAY.toml.
         operator: Certificate and key; None: nobody is asked.
         ca_file: What the gateway's certificate must lead to.
         clock: Unix seconds.
@@ -167,7 +165,6 @@ def registrations(listed: Roster | None, nodes: list[Node] | SilotuneError | Non
 
     Args:
         listed: The federation's roster; None: unknown.
-        nodes: From `ask_nodes`.
 
     Raises:
         SilotuneError: The nodes could not be asked for.

@@ -53,11 +53,6 @@ def save_adapter(
     LoRA is written canonical (`server/export/canonical.py`), any other kind as peft saves it (`server/export/kind.py`).
 
     Args:
-        folder: Where to.
-        tensors: The adapter, under peft's names.
-        run_manifest: The run that made it.
-        num_rounds: Rounds behind it.
-        sites: Training rows by site.
         log: The run's events: the card tells what was evaluated in it.
 
     Raises:
@@ -88,13 +83,8 @@ def card(
     """The model card.
 
     Args:
-        run_manifest: The run.
-        num_rounds: Rounds behind what is exported.
-        sites: Training rows by site.
-        log: The run's events.
         kind: `adapter` for a peft folder, `folder` for a whole export.
         licence: What the base's own card says of its licence; empty: nothing.
-        formats: What an export holds.
     """
     settings = run_manifest.run
     is_lora = settings.adapter.kind == "lora"
@@ -189,14 +179,13 @@ def merge(
     weights with another, as the head of a tied base does, gets weights of its own (`server.export.probe.add_up`).
 
     Args:
-        adapter_folder: A peft folder.
         base_folder: The base, not quantised.
         output_folder: For the checkpoint; new or empty.
         chat_template: `model.chat_template` of the run: the tokenizer is saved with the template that was trained on.
         system_prompt: `data.system_prompt` of the run, which the template gives to conversations without their own.
         date: Day of the run, for a template that prints one.
-        beside_btv: Probe logits (`server.export.probe.logits`) of base and adapters as the run has them; None: of the
-        folder.
+        beside_btv: Probe logits (`server.export.probe.logits`) of base and adapters as the run has them; None: the
+            folder's.
 
     Returns:
         What the probe found.

@@ -45,7 +45,6 @@ def canonical(tensors: Tensors, settings: config.AdapterConfig) -> dict[str, Ten
 
     Args:
         tensors: Under the run's names, with or without a side adapter.
-        settings: Section `[adapter]` of the run.
 
     Returns:
         `lora_A` and `lora_B` of every module, float32, all of one rank.
@@ -79,10 +78,8 @@ def save(folder: Path, tensors: Tensors, *, base: str, card: str, made: PeftConf
     """Write an adapter as a folder that plain peft loads.
 
     Args:
-        folder: Where to.
         tensors: What `canonical` gave, or another kind's under the names of peft's files.
         base: What peft is told of the base; empty: nothing.
-        card: Text of its README.md.
         made: Configuration of another kind; None: the canonical one.
 
     Raises:

@@ -115,8 +115,6 @@ def write(
 
     Args:
         folder: Must not exist, or be empty.
-        source: What to export.
-        formats: Some of `seal.FORMATS`.
         base: The base's folder; only `peft` and `vllm` do without, and then have no chat template beside them.
         llama_cpp: A checkout of llama.cpp whose converter writes the GGUF file; None: it is written here.
         key: The operator's; None leaves the folder unsigned.

@@ -57,8 +57,6 @@ def convert(merged: Path, output: Path, *, name: str) -> None:
 
     Args:
         merged: Folder with config.json, safetensors and tokenizer files.
-        output: The file to write.
-        name: What the file says of itself.
 
     Raises:
         ConfigError: Another architecture, rotary scaling, biases, or a tokenizer that llama.cpp has no name for.
@@ -114,7 +112,6 @@ def check_checkout(llama_cpp: Path | None, kind: str) -> None:
 
     Args:
         llama_cpp: A checkout of llama.cpp; None: there is none.
-        kind: One of `TYPES`.
 
     Raises:
         ConfigError: No checkout, no converter in it or a package that it needs, or no llama-quantize; or no such type.
@@ -185,7 +182,6 @@ def modelfile_of(tokenizer: Any, generation: GenerationConfig, *, system_prompt:
     """What `ollama create` reads; the template is written where the model's is plain ChatML.
 
     Args:
-        tokenizer: With the template of the export.
         generation: Of the base or of the merged checkpoint.
         system_prompt: `data.system_prompt` of the run, which Ollama gives to conversations without their own.
 

@@ -23,8 +23,6 @@ def parts(tensors: Tensors, run: config.RunConfig, *, base: str | None) -> tuple
     """Tensors under the names of peft's files, and the configuration that tells what they are.
 
     Args:
-        tensors: The adapter under the run's names.
-        run: The run that made it.
         base: What peft is told of the base; None: nothing.
     """
     settings = run.adapter

@@ -64,7 +64,6 @@ def convert(merged: Path, output: Path) -> None:
     Inputs are `input_ids` and `attention_mask`, int64 (B, T), both axes free; output is `logits`, float32 (B, T, V).
 
     Args:
-        merged: Folder of a merged checkpoint.
         output: A new folder.
 
     Raises:
@@ -139,9 +138,6 @@ def _forget_paths(graph_model: Any) -> None:
 
 def check(path: Path) -> int:
     """A file that an ONNX runtime may be given: standard operators only, weights in one file beside it, all finite.
-
-    Args:
-        path: `model.onnx`.
 
     Returns:
         Number of tensors.

@@ -61,9 +61,6 @@ class Perplexity:
     def check(self, where: str) -> None:
         """The two must agree to `LIMIT`.
 
-        Args:
-            where: For the message.
-
         Raises:
             ModelError: They do not, or a figure is no positive number.
         """
@@ -116,7 +113,6 @@ def side_by_side(rows: Path | None, tensors: Tensors, *, run: config.RunConfig, 
     Args:
         rows: A file in the run's columns; its first `MAX_ROWS` rows are read. None: only the probe is taken.
         tensors: The adapter under the run's names, side adapter included.
-        run: The run.
         base: The base's folder, not quantised.
 
     Raises:
@@ -137,11 +133,6 @@ def side_by_side(rows: Path | None, tensors: Tensors, *, run: config.RunConfig, 
 
 def measure(beside: Beside, *, run: config.RunConfig, merged: Path) -> Perplexity | None:
     """Score a merged checkpoint on the same rows; None where there are none.
-
-    Args:
-        beside: What `side_by_side` gave.
-        run: The run.
-        merged: The merged checkpoint.
 
     Raises:
         ModelError: The checkpoint cannot be loaded.
@@ -177,7 +168,6 @@ def in_words(found: Perplexity | None, probe: Probe, *, quantization: str = "non
     Args:
         found: The figures; None: not measured.
         probe: What was found on fixed tokens.
-        quantization: Of the base during training.
     """
     head = f"## Merged and side by side\n\n{probed(probe)}\n\n"
     if found is None:

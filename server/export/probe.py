@@ -43,9 +43,6 @@ class Probe:
     def check(self, where: str) -> None:
         """Sum and checkpoint must be the adapter beside its base, but for the rounding.
 
-        Args:
-            where: For the message.
-
         Raises:
             ModelError: They are not, or a figure is no number.
         """
@@ -102,15 +99,12 @@ def difference(given_btv: Tensor, wanted_btv: Tensor, *, size_btv: Tensor | None
 
 
 def add_up(network: Any) -> Any:
-    """Merge a peft model's adapter into its base, which must be in float32: every layer in float64, rounded once.
+    """Merge a peft model's adapter into its base, in place: float32, every layer added in float64 and rounded once.
 
     A sum in float32 would be rounded to one or the other neighbour in bf16 by the order in which a processor adds, so
     that an export would not be the same where it is verified.
     A weight that another layer shares, as the head of a tied base shares the embedding, becomes the layer's own first:
     the adapter changes what the one layer does, and would change the other as well.
-
-    Args:
-        network: Changed in place.
 
     Returns:
         The base with other weights; its configuration says so where head and embedding are no longer tied.

@@ -91,8 +91,6 @@ def write(folder: Path, facts: Facts, *, specs: Sequence[TensorSpec], key: Ed255
     """Seal a folder that is whole.
 
     Args:
-        folder: The export.
-        facts: What it is of.
         specs: Names and shapes of the canonical adapter.
         key: Who signs; None leaves it unsigned.
 
@@ -141,7 +139,6 @@ def check_signature(folder: Path, *, wanted: str) -> str:
     """The signer of a folder; empty if it is unsigned and nobody demands a signer.
 
     Args:
-        folder: The export.
         wanted: Public key that must have signed, 64 hexadecimal digits; empty: any, or none.
 
     Raises:

@@ -33,9 +33,6 @@ def of_base(
     """The base's tokenizer with the chat template that a run's exports have.
 
     Args:
-        base: The base's folder.
-        name: `model.chat_template` of the run.
-        system_prompt: `data.system_prompt` of the run.
         date: Its day, for a template that prints one.
 
     Raises:
@@ -108,7 +105,6 @@ def save(tokenizer: PreTrainedTokenizerBase, base: Path, output: Path) -> None:
     Args:
         tokenizer: Of the base, with the template that is exported.
         base: The folder that it was loaded from.
-        output: The folder of a checkpoint.
 
     Raises:
         ModelError: What was written is not loaded as the tokenizer that was trained with.

@@ -28,7 +28,6 @@ def check_start(body: bytes, *, bundles: frozenset[str]) -> bytes:
     """Check a request to start a run.
 
     Args:
-        body: A `StartRunRequest`.
         bundles: SHA-256 of the bundles that may be started.
 
     Returns:

@@ -60,7 +60,7 @@ class Connection(H11Protocol):
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Learn who it is, and cut a connection too many."""
+        """Read the client's certificate, and cut a connection too many."""
         super().connection_made(transport)
         certificate = transport.get_extra_info("ssl_object").getpeercert(binary_form=True)
         peer = tls.peer_of(certificate)
@@ -130,7 +130,24 @@ class Listener(uvicorn.Server):
     """A server of uvicorn that opens its own socket, and leaves signals to whoever runs it."""
 
     def __init__(self, app: Any, door: Door) -> None:
-        super().__init__(_config(app, door))
+        super().__init__(
+            uvicorn.Config(  # without what a gateway does not need: no WebSockets, no proxy headers, no access log
+                app,
+                interface="asgi3",
+                http=H11Protocol,
+                ws="none",
+                loop="asyncio",
+                lifespan="off",
+                log_config=None,
+                log_level="error",  # what callers do wrong goes to the log of refusals
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                timeout_keep_alive=max(1, int(door.limits.header_timeout_s)),
+                timeout_graceful_shutdown=_STOP_S,
+                h11_max_incomplete_event_size=door.limits.header_kib << 10,
+            )
+        )
         self.servers: list[asyncio.base_events.Server] = []
         self._door = door
 
@@ -152,7 +169,7 @@ class Listener(uvicorn.Server):
         sslproto.SSLProtocol.max_size = _READ_BYTES
         try:
             server = await asyncio.get_running_loop().create_server(
-                self._accept,
+                lambda: Connection(self._door, config=self.config, server_state=self.server_state, app_state={}),
                 host,
                 port,
                 ssl=self._door.context,
@@ -169,27 +186,3 @@ class Listener(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave signals alone: two servers share one process."""
         yield
-
-    def _accept(self) -> Connection:
-        """Make the protocol of one connection."""
-        return Connection(self._door, config=self.config, server_state=self.server_state, app_state={})
-
-
-def _config(app: Any, door: Door) -> uvicorn.Config:
-    """uvicorn without what a gateway does not need: no WebSockets, no proxy headers, no access log."""
-    return uvicorn.Config(
-        app,
-        interface="asgi3",
-        http=H11Protocol,
-        ws="none",
-        loop="asyncio",
-        lifespan="off",
-        log_config=None,
-        log_level="error",  # what callers do wrong goes to the log of refusals
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_keep_alive=max(1, int(door.limits.header_timeout_s)),
-        timeout_graceful_shutdown=_STOP_S,
-        h11_max_incomplete_event_size=door.limits.header_kib << 10,
-    )

@@ -30,7 +30,9 @@ class Buckets:
         """Take one token; returns whether there was one."""
         now = self._clock()
         if key not in self._levels and len(self._levels) >= _MAX_KEYS:
-            self._forget_full(now)
+            # A bucket that has filled up again is as a new one.
+            levels = self._levels.items()
+            self._levels = {name: level for name, level in levels if self._tokens(name, now) < self._burst}
         tokens = self._tokens(key, now)
         self._levels[key] = (tokens - 1 if tokens >= 1 else tokens, now)
         return tokens >= 1
@@ -39,10 +41,6 @@ class Buckets:
         """How many there are now."""
         tokens, since = self._levels.get(key, (self._burst, now))
         return min(self._burst, tokens + (now - since) * self._per_s)
-
-    def _forget_full(self, now: float) -> None:
-        """Drop the buckets that have filled up again: a new one would be the same."""
-        self._levels = {key: level for key, level in self._levels.items() if self._tokens(key, now) < self._burst}
 
 
 class Seats:

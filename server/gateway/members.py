@@ -70,7 +70,7 @@ class Watched:
         self._every_s = every_s
         self._stamps: list[tuple[int, ...]] = []
         self._looked_at = float("-inf")
-        self._found: Members | SilotuneError = ConfigError("not read yet")
+        self._loaded: Members | SilotuneError = ConfigError("not read yet")
 
     def now(self) -> Members:
         """The members now.
@@ -81,28 +81,29 @@ class Watched:
         now = self._clock()
         if now - self._looked_at >= self._every_s:
             self._looked_at = now
-            self._look([(int(now / _RELOAD_S),), *(_stamp(path) for path in self._files)])
-        if isinstance(self._found, SilotuneError):
-            raise self._found.with_traceback(None)
-        return self._found
-
-    def _look(self, stamps: list[tuple[int, ...]]) -> None:
-        """Load if something changed, or nothing could be loaded last time."""
-        if stamps == self._stamps and isinstance(self._found, Members):
-            return
-        self._stamps = stamps
-        try:
-            self._found = self._load()
-        except SilotuneError as error:
-            self._found = error
-            _log.error("nobody is let in: %s", error)
+            stamps: list[tuple[int, ...]] = [(int(now / _RELOAD_S),)]
+            for path in self._files:
+                try:
+                    status = path.stat()
+                    stamps.append((status.st_mtime_ns, status.st_size, status.st_ino))
+                except OSError:  # not there
+                    stamps.append(())
+            if stamps != self._stamps or isinstance(self._loaded, SilotuneError):
+                self._stamps = stamps
+                try:
+                    self._loaded = self._load()
+                except SilotuneError as error:
+                    self._loaded = error
+                    _log.error("nobody is let in: %s", error)
+        if isinstance(self._loaded, SilotuneError):
+            raise self._loaded.with_traceback(None)
+        return self._loaded
 
 
 def load(*, roster_file: Path, governance_file: Path, watermark: Path, revoked_file: Path, now_s: float) -> Members:
     """Read the signed roster and the list of revoked keys.
 
     Args:
-        roster_file: The signed roster.
         governance_file: The governance that must have signed it.
         watermark: This gateway's note of the newest roster seen; made at the first start.
         revoked_file: See `read_revoked`.
@@ -155,12 +156,3 @@ def read_revoked(path: Path) -> frozenset[str]:
         if entry and not _FINGERPRINT.fullmatch(entry):
             raise ConfigError(f"{path}:{number}: not 64 digits of 0-9 and a-f")
     return frozenset(filter(None, entries.values()))
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    """What changes when a file does; nothing for a file that is not there."""
-    try:
-        found = path.stat()
-    except OSError:
-        return ()
-    return (found.st_mtime_ns, found.st_size, found.st_ino)

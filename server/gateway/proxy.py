@@ -5,6 +5,7 @@ The body is counted while it flows and never held, but for a run's start, whose 
 """
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
@@ -113,15 +114,13 @@ class Proxy:
             except ClientDisconnect:
                 return
             else:
-                await self._relay(response, request, send)
-
-    async def _relay(self, response: Response, request: Request, send: Send) -> None:
-        """Send an answer's body; if it breaks off, uvicorn closes the connection, so that nobody takes it for whole."""
-        try:
-            async with asyncio.timeout(self._time_s(request.scope["path"])):
-                await response(request.scope, request.receive, send)
-        except (httpx.HTTPError, TimeoutError) as error:
-            self._log(request, Refused(0, "slow_answer" if isinstance(error, TimeoutError) else "superlink"))
+                # If the body breaks off, uvicorn closes the connection, so that nobody takes it for whole.
+                try:
+                    async with asyncio.timeout(self._time_s(scope["path"])):
+                        await response(scope, receive, send)
+                except (httpx.HTTPError, TimeoutError) as error:
+                    reason = "slow_answer" if isinstance(error, TimeoutError) else "superlink"
+                    self._log(request, Refused(0, reason))
 
     def _time_s(self, path: str) -> float | None:
         """How long an answer on a path may take."""
@@ -271,19 +270,12 @@ async def _refuse(refusal: Refused, receive: Receive, send: Send) -> None:
     response = JSONResponse({"detail": refusal.reason}, refusal.status, headers={"connection": "close"})
     await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
     await send({"type": "http.response.body", "body": response.body, "more_body": True})
-    try:
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_LINGER_S):
-            await _drain(receive)
-    except TimeoutError:
-        pass
+            size_bytes = 0
+            while size_bytes < _LINGER_BYTES:
+                message = await receive()
+                size_bytes += len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    break
     await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _drain(receive: Receive) -> None:
-    """Read and forget the rest of a body, if it is short."""
-    size_bytes = 0
-    while size_bytes < _LINGER_BYTES:
-        message = await receive()
-        size_bytes += len(message.get("body", b""))
-        if message["type"] == "http.disconnect" or not message.get("more_body", False):
-            return

@@ -46,8 +46,6 @@ class RefusalLog:
         """Write one refusal.
 
         Args:
-            listener: `fleet` or `control`.
-            reason: Code of the rule.
             status: The HTTP status that was sent; 0: the connection was cut.
             certificate: The name in the caller's certificate; empty: it showed none that counts.
             path: One of the listed paths; empty: another one.

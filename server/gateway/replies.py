@@ -74,14 +74,16 @@ class Replies:
     def __init__(self, file: Path, *, wall_clock: Callable[[], float]) -> None:
         self._file = file
         self._wall_clock = wall_clock
-        self._grants: dict[str, list[Grant]] = _read(file)
+        try:
+            kept = json.loads(file.read_bytes()) if file.exists() else {}
+            self._grants: dict[str, list[Grant]] = {
+                str(site): [_grant(fields) for fields in grants] for site, grants in kept.items()
+            }
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{file}: not the gateway's own list of messages; delete it, then start again") from error
 
     def handed(self, site: str, answer: bytes) -> None:
         """Note what a site was handed.
-
-        Args:
-            site: Its name in the roster.
-            answer: The SuperLink's `PullMessagesResponse`.
 
         Raises:
             Refused: 502, the SuperLink's answer is none.
@@ -91,19 +93,19 @@ class Replies:
             messages = PullMessagesResponse.FromString(answer).messages_list
         except DecodeError:
             raise Refused(502, "superlink") from None
-        for told in (message.metadata for message in messages):
-            size = fleet.max_reply_bytes(told.group_id)
-            self._keep(site, Grant(told.message_id, told.run_id, size, told.created_at + told.ttl))
+        for facts in (message.metadata for message in messages):
+            max_bytes = fleet.max_reply_bytes(facts.group_id)
+            grant = Grant(facts.message_id, facts.run_id, max_bytes, facts.created_at + facts.ttl)
+            # A new one ends those of the same run but the newest.
+            others = [kept for kept in self._alive(site) if kept.message_id != grant.message_id]
+            same = [kept for kept in others if kept.run_id == grant.run_id][1 - NUM_KEPT :]
+            self._grants[site] = [*(kept for kept in others if kept.run_id != grant.run_id), *same, grant]
         if messages:
-            kept = {name: [asdict(grant) for grant in grants] for name, grants in self._grants.items()}
-            storage.write_atomic(self._file, json.dumps(kept).encode(), mode=0o600)
+            content = {name: [asdict(grant) for grant in grants] for name, grants in self._grants.items()}
+            storage.write_atomic(self._file, json.dumps(content).encode(), mode=0o600)
 
     def check_push(self, site: str, body: bytes) -> bytes:
         """Check the announcement of an answer.
-
-        Args:
-            site: Whose.
-            body: A `PushMessagesRequest`.
 
         Returns:
             The request without fields that this version does not know.
@@ -152,12 +154,6 @@ class Replies:
         if grants := self._alive(site):
             grants[-1].left_bytes += num_bytes
 
-    def _keep(self, site: str, grant: Grant) -> None:
-        """Add a grant; those of the same run but the newest end with it."""
-        others = [one for one in self._alive(site) if one.message_id != grant.message_id]
-        same = [one for one in others if one.run_id == grant.run_id][1 - NUM_KEPT :]
-        self._grants[site] = [*(one for one in others if one.run_id != grant.run_id), *same, grant]
-
     def _alive(self, site: str) -> list[Grant]:
         """A site's grants whose time is not over."""
         now = self._wall_clock()
@@ -177,15 +173,6 @@ def _num_objects(tree: ObjectTree) -> int:
     return 1 + sum(map(_num_objects, tree.children))
 
 
-def _read(file: Path) -> dict[str, list[Grant]]:
-    """The grants that an earlier process left."""
-    try:
-        kept = json.loads(file.read_bytes()) if file.exists() else {}
-        return {str(site): [_whole(fields) for fields in grants] for site, grants in kept.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{file}: not the gateway's own list of messages; delete it, then start again") from error
-
-
-def _whole(fields: dict[str, object]) -> Grant:
+def _grant(fields: dict[str, object]) -> Grant:
     """A grant of which nothing is spent: how much was, nobody wrote down."""
     return Grant(**{name: value for name, value in fields.items() if name != "left_bytes"})  # type: ignore[arg-type]

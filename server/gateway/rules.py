@@ -175,7 +175,7 @@ def returned(headers: Headers) -> list[tuple[bytes, bytes]]:
 
 def _all(headers: Headers, name: bytes) -> list[bytes]:
     """All values of one header."""
-    return [value for found, value in headers if found == name]
+    return [value for key, value in headers if key == name]
 
 
 def _reason(fingerprint: str, known: Members) -> str:

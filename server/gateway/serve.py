@@ -4,7 +4,7 @@ import asyncio
 import resource
 import signal
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -18,7 +18,7 @@ from server.gateway.members import Members, Watched
 from server.gateway.proxy import Gate, Proxy
 from server.gateway.refusals import RefusalLog
 from server.gateway.replies import Replies
-from server.gateway.settings import ControlConfig, FleetConfig, GatewayConfig, MembersConfig, split_address
+from server.gateway.settings import ControlConfig, FleetConfig, GatewayConfig, LimitsConfig, split_address
 
 REPLIES: Final = "replies.json"  # beside the note of the newest roster
 
@@ -26,17 +26,28 @@ REPLIES: Final = "replies.json"  # beside the note of the newest roster
 def run(config: GatewayConfig) -> None:
     """Serve until SIGTERM or SIGINT.
 
-    Args:
-        config: GATEWAY.toml.
-
     Raises:
         ConfigError: A file or an address cannot be used.
         AuthError: The roster is not signed as it must be, or too old.
     """
     tls.check_apart(Path(config.fleet.ca_file), Path(config.control.ca_file))
-    watched = _watched(config.members)
+    who = config.members
+    roster_file, governance_file, revoked_file = map(Path, (who.roster_file, who.governance_file, who.revoked_file))
+
+    def load() -> Members:
+        return members.load(
+            roster_file=roster_file,
+            governance_file=governance_file,
+            watermark=Path(who.watermark_file),
+            revoked_file=revoked_file,
+            now_s=time.time(),
+        )
+
+    files = [roster_file, governance_file, revoked_file]
+    watched = Watched(files, load=load, clock=time.monotonic, every_s=who.check_every_s)
     watched.now()
-    _allow_many_files()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a connection is an open file
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     log = RefusalLog(Path(config.log.file), wall_clock=time.time, clock=time.monotonic)
     try:
         asyncio.run(_serve(config, known=watched.now, log=log))
@@ -44,64 +55,57 @@ def run(config: GatewayConfig) -> None:
         log.close()
 
 
-def _watched(config: MembersConfig) -> Watched:
-    """Watch the files that say who may connect."""
-    files = [Path(config.roster_file), Path(config.governance_file), Path(config.revoked_file)]
-    roster_file, governance_file, revoked_file = files
-
-    def load() -> Members:
-        return members.load(
-            roster_file=roster_file,
-            governance_file=governance_file,
-            watermark=Path(config.watermark_file),
-            revoked_file=revoked_file,
-            now_s=time.time(),
-        )
-
-    return Watched(files, load=load, clock=time.monotonic, every_s=config.check_every_s)
-
-
 async def _serve(config: GatewayConfig, *, known: Callable[[], Members], log: RefusalLog) -> None:
-    """Run both listeners."""
+    """Run both listeners; when one fails the other is cancelled, and its error is raised as it is."""
     context = tls.upstream_context(Path(config.superlink.ca_file))
     async with proxy.connect(config.superlink.address, context=context) as upstream:
-        make = partial(_listener, config=config, known=known, log=log, upstream=upstream)
         replies = Replies(Path(config.members.watermark_file).with_name(REPLIES), wall_clock=time.time)
-        fleet = make(_fleet_gate(config.fleet, replies), config.fleet)
-        listeners = [fleet, make(_control_gate(config.control), config.control)]
+        fleet = Gate(
+            name="fleet",
+            paths=rules.FLEET_PATHS | rules.SITE_PATHS,
+            max_body_bytes=config.fleet.max_body_mib << 20,
+            check_peer=lambda headers, fingerprint, known: rules.check_site(headers, fingerprint, known=known),
+            check_body={rules.PUSH_MESSAGES: replies.check_push},
+            endless=frozenset(),
+            replies=replies,
+        )
+        allowed = bundles.allowed(config.control.bundles)
+        control = Gate(
+            name="control",
+            paths=rules.CONTROL_PATHS,
+            max_body_bytes=config.control.max_body_mib << 20,
+            check_peer=lambda _, fingerprint, known: rules.check_operator(fingerprint, known=known),
+            check_body={rules.START_RUN: lambda _, body: bundles.check_start(body, bundles=allowed)},
+            endless=frozenset({rules.STREAM_LOGS}),
+        )
+        make = partial(_listener, limits=config.limits, known=known, log=log, upstream=upstream)
+        listeners = [make(fleet, config.fleet), make(control, config.control)]
+
+        def stop() -> None:
+            for listener in listeners:
+                listener.should_exit = True
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, _stop, listeners)
-        await _together([listener.serve() for listener in listeners])
-
-
-async def _together(servers: Sequence[Coroutine[None, None, None]]) -> None:
-    """Run all until they end; when one fails the others are cancelled, and its error is raised as it is."""
-    tasks = [asyncio.create_task(server) for server in servers]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-
-
-def _stop(listeners: list[Listener]) -> None:
-    """Ask all listeners to end."""
-    for listener in listeners:
-        listener.should_exit = True
+            asyncio.get_running_loop().add_signal_handler(number, stop)
+        tasks = [asyncio.create_task(listener.serve()) for listener in listeners]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
 
 def _listener(
     gate: Gate,
     ends: FleetConfig | ControlConfig,
     *,
-    config: GatewayConfig,
+    limits: LimitsConfig,
     known: Callable[[], Members],
     log: RefusalLog,
     upstream: httpx.AsyncClient,
 ) -> Listener:
     """Put one listener together."""
-    limits = config.limits
     context = tls.server_context(
         certificate_file=Path(ends.certificate_file),
         key_file=Path(ends.key_file),
@@ -112,35 +116,3 @@ def _listener(
     app = Proxy(gate, known, buckets, limits, upstream, log, time.time)
     door = Door(gate.name, split_address(ends.listen), context, limits, Seats(limits.connections), log)
     return Listener(app, door)
-
-
-def _fleet_gate(config: FleetConfig, replies: Replies) -> Gate:
-    """What sites may do."""
-    return Gate(
-        name="fleet",
-        paths=rules.FLEET_PATHS | rules.SITE_PATHS,
-        max_body_bytes=config.max_body_mib << 20,
-        check_peer=lambda headers, fingerprint, known: rules.check_site(headers, fingerprint, known=known),
-        check_body={rules.PUSH_MESSAGES: replies.check_push},
-        endless=frozenset(),
-        replies=replies,
-    )
-
-
-def _control_gate(config: ControlConfig) -> Gate:
-    """What operators may do."""
-    allowed = bundles.allowed(config.bundles)
-    return Gate(
-        name="control",
-        paths=rules.CONTROL_PATHS,
-        max_body_bytes=config.max_body_mib << 20,
-        check_peer=lambda _, fingerprint, known: rules.check_operator(fingerprint, known=known),
-        check_body={rules.START_RUN: lambda _, body: bundles.check_start(body, bundles=allowed)},
-        endless=frozenset({rules.STREAM_LOGS}),
-    )
-
-
-def _allow_many_files() -> None:
-    """Raise this process' own limit on open files to what the system allows."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -53,13 +53,24 @@ def server_context(
     Raises:
         ConfigError: A file cannot be read, or the key is open to others.
     """
+
+    class Reporting(ssl.SSLObject):  # asyncio drops a connection whose handshake failed without a word
+        def do_handshake(self) -> None:
+            try:
+                super().do_handshake()
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                raise
+            except ssl.SSLError as error:
+                on_failure(str(error.reason or "UNKNOWN"))
+                raise
+
     keyfile.read(key_file)  # refuses one that is open to others
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
     context.num_tickets = 0
-    context.sslobject_class = _reporting(on_failure)
+    context.sslobject_class = Reporting
     load_files(context, certificate_file=certificate_file, key_file=key_file, ca_file=ca_file)
     return context
 
@@ -98,8 +109,8 @@ def load_files(
 
 def check_apart(first: Path, second: Path) -> None:
     """Raise ConfigError if two CA files share a key, or one holds the signer of the other."""
-    for one, other in product(_certificates(first), _certificates(second)):
-        if _fingerprint(one) == _fingerprint(other) or _has_signed(one, other) or _has_signed(other, one):
+    for ours, theirs in product(_certificates(first), _certificates(second)):
+        if _fingerprint(ours) == _fingerprint(theirs) or _has_signed(ours, theirs) or _has_signed(theirs, ours):
             raise ConfigError(
                 f"{first} and {second}: a certificate of one CA would pass for the other's; separate them"
             )
@@ -135,19 +146,3 @@ def _has_signed(signer: x509.Certificate, signed: x509.Certificate) -> bool:
     except (ValueError, TypeError, InvalidSignature):
         return False
     return True
-
-
-def _reporting(on_failure: Callable[[str], None]) -> type[ssl.SSLObject]:
-    """A TLS connection that tells why its handshake failed: asyncio drops such a connection without a word."""
-
-    class Reporting(ssl.SSLObject):
-        def do_handshake(self) -> None:
-            try:
-                super().do_handshake()
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                raise
-            except ssl.SSLError as error:
-                on_failure(str(error.reason or "UNKNOWN"))
-                raise
-
-    return Reporting

@@ -58,11 +58,6 @@ class Span:
 def make_root(federation_id: str, *, key: ec.EllipticCurvePrivateKey, span: Span) -> Issuer:
     """Make the self-signed root; only issuers may hang below it.
 
-    Args:
-        federation_id: Part of its name.
-        key: The root's.
-        span: When it is good.
-
     Source: RFC 5280, sections 4.2.1.1 to 4.2.1.12, for all certificates here.
     """
     name = _named(f"{federation_id} root", federation_id)
@@ -76,11 +71,6 @@ def make_issuer(
     """Make a role's issuer.
 
     Args:
-        federation_id: Part of its name.
-        role: `servers`, `sites` or `operators`.
-        key: The issuer's.
-        root: Signs it.
-        span: When it is good.
         names: Host names (all below them included) and addresses; it can issue for no others.
     """
     builder = _builder(
@@ -112,11 +102,8 @@ def issue(
     """Issue a certificate for TLS.
 
     Args:
-        common_name: Whom it is for.
         role: Decides whether it is for servers or clients.
-        federation_id: Part of its name.
         key: Whom it speaks for; the holder has proved to have the private half.
-        issuer: The role's.
         span: When it is good; cut where the issuer ends.
         names: Host names and addresses that it is for.
     """

@@ -101,8 +101,6 @@ def propose(folder: Path, make: Make, *, path: Path) -> Proposal:
     """Write a change that members sign one by one; nothing else is changed.
 
     Args:
-        folder: The federation's.
-        make: As for `at_once`.
         path: Of the proposal; must not be there.
 
     Raises:
@@ -122,7 +120,6 @@ def publish(folder: Path, files: Sequence[Path], *, now: datetime.datetime) -> C
     """Let a proposal hold that a quorum signed.
 
     Args:
-        folder: The federation's.
         files: The signed proposal; or copies, each signed by other members.
         now: The time, with its zone.
 
@@ -146,8 +143,6 @@ def admission(held: Registry, *, request_file: Path, words: str, now: datetime.d
     """A site's admission: check its request, issue its certificate, which counts only with the roster.
 
     Args:
-        held: The federation.
-        request_file: What `silotune-client enroll` wrote.
         words: The six words that the site's admin read out.
         now: The time, with its zone.
 
@@ -173,7 +168,6 @@ def renewal(held: Registry, *, request_file: Path, now: datetime.datetime) -> Pr
     """A certificate for a site's next TLS key; the old one is good for the overlap.
 
     Args:
-        held: The federation.
         request_file: What `silotune-client renew` wrote; the site's identity key signed it, so no words are compared.
         now: The time, with its zone.
 

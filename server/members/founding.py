@@ -34,7 +34,6 @@ def provision(config_path: Path, *, folder: Path, now: datetime.datetime) -> Gov
     """Make a federation's folder, whole or not at all.
 
     Args:
-        config_path: The federation file.
         folder: For the result; must not be there, or be empty.
         now: The time, with its zone.
 
@@ -67,7 +66,6 @@ def reissue(folder: Path, *, now: datetime.datetime) -> dict[str, datetime.datet
     """Issue new certificates for the present keys of gateway, SuperLink and operators; the roster stays as it is.
 
     Args:
-        folder: The federation's.
         now: The time, with its zone.
 
     Returns:

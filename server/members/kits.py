@@ -20,8 +20,6 @@ def make(held: Registry, *, name: str, chain: bytes) -> dict[str, bytes]:
     """Make a site's kit, without roster and checksums. It holds no secret: the private keys are at the site already.
 
     Args:
-        held: The federation.
-        name: The site's.
         chain: Its certificate and the issuer's, PEM.
 
     Returns:

@@ -107,7 +107,6 @@ def check(signed: Signed, *, current: Roster, pinned: Governance) -> None:
     """A proposal does what it says and nothing else, to the roster that holds now; its signatures, if any, are right.
 
     Args:
-        signed: As it came.
         current: The newest roster that this machine knows, verified.
         pinned: The governance, as this machine knows it.
 

@@ -83,7 +83,6 @@ def merge(adapters: Sequence[Tensors], recipe: Recipe) -> tuple[dict[str, Tensor
 
     Args:
         adapters: At least two, of one base.
-        recipe: How.
 
     Returns:
         The canonical result, and how much was lost in cutting to its rank: Frobenius norm of what was cut over that of

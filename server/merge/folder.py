@@ -64,8 +64,6 @@ def write(
     Args:
         folders: Exports with the format peft or vllm, all of one base and one chat template.
         output: A new folder.
-        recipe: How, and with which weights.
-        name: Of the result.
         formats: Some of `seal.FORMATS`, with commas; empty: peft.
         base: The base's folder; only peft and vllm do without.
         signer: Public key that must have signed every input; empty: any, or none.

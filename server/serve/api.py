@@ -244,8 +244,6 @@ def application(models: Models, limits: Limits, *, api_key: str = "", names: Col
     """The endpoint as an ASGI application.
 
     Args:
-        models: Loaded.
-        limits: Of requests.
         api_key: Bearer token that every request must bear; empty: none.
         names: Hosts by which it may be addressed, so that no web page reaches it by a name of its own; empty: any.
     """

@@ -45,7 +45,6 @@ def verified(arguments: Sequence[str], base: Path, *, signer: str = "") -> list[
 
     Args:
         arguments: Folders, each alone or as NAME=FOLDER.
-        base: The base's folder.
         signer: Public key that must have signed them; empty: any, or none.
 
     Raises:

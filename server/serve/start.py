@@ -94,9 +94,6 @@ def vllm_command(base: Path, served: Sequence[Served], address: Address, *, extr
     """The command line of vLLM's own server; its key goes by the environment, where no list of processes shows it.
 
     Args:
-        base: The base's folder.
-        served: Verified.
-        address: Where to listen.
         extra: Arguments of vLLM's own, such as `--dtype=float32`.
 
     Raises:
@@ -163,12 +160,6 @@ def run_transformers(
     """Load everything and serve until stopped.
 
     Args:
-        base: The base's folder.
-        served: Verified.
-        address: Where to listen.
-        limits: An `api.Limits`.
-        settings: Quantisation and type of the base.
-        device_name: `auto`, `cpu` or `cuda`.
         ready: Called with the address and the models' names when it listens.
 
     Raises:

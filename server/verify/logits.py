@@ -38,7 +38,6 @@ def compare(folder: Path, base: Path, facts: Facts) -> dict[str, dict[str, float
     Args:
         folder: The export; it was checked.
         base: The base's folder; its hash was checked.
-        facts: What the export is of.
 
     Returns:
         Of each format `difference` and `limit`, of bf16 formats `from_rounded`; and of `base`, which is no format, its

@@ -51,10 +51,8 @@ def rehearse(run: config.RunConfig, base: Path, *, base_sha256: str, order: Orde
     temporary files with room for them.
 
     Args:
-        run: The run.
         base: The base's folder; of its files all but the weights are read.
         base_sha256: Its hash.
-        order: What is asked for.
 
     Raises:
         ConfigError: A format is impossible for this base.
@@ -91,7 +89,6 @@ def make_small(base: Path, output: Path, *, targets: Sequence[str] = ()) -> Path
     """A random model with the base's configuration but for its depth, and with all files beside its weights.
 
     Args:
-        base: The base's folder.
         output: A new folder.
         targets: `adapter.targets`; a layer that one names by number is kept.
 

@@ -23,7 +23,6 @@ def check(folder: Path, facts: Facts, *, base: Path | None) -> None:
 
     Args:
         folder: The export; its files are those that were sealed.
-        facts: What it is of.
         base: The base's folder; None: a template that came with the base is not recomputed.
 
     Raises:

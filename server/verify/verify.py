@@ -46,7 +46,6 @@ def verify(folder: Path, *, signer: str = "", base: Path | None = None) -> dict[
     """Check an exported folder.
 
     Args:
-        folder: What `silotune-server export --to` wrote.
         signer: Public key that must have signed; empty: any, or none.
         base: The base's folder; None compares no logits.
 
