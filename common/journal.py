@@ -20,7 +20,6 @@ class Journal:
     kept. The next writer cuts it.
 
     Args:
-        path: The file; made with its folders if it is not there.
         mode: Who may read a file that is made here; None: what this process' umask leaves of 0666. Folders that are
             made for a file that is this user's alone are so, too.
         lock: What to do while another process or thread has the file open: wait, refuse, or write beside it, where

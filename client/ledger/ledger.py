@@ -22,13 +22,7 @@ DISK: Final = Disk()
 
 
 class Ledger:
-    """One ledger; make it with `create` or `open_ledger`.
-
-    Args:
-        path: Its file.
-        key: The one that it was made with.
-        disk: How the disk is reached.
-    """
+    """One ledger; make it with `create` or `open_ledger`."""
 
     def __init__(self, path: Path, *, key: bytes, disk: Disk = DISK) -> None:
         self.path = path
@@ -82,8 +76,6 @@ class Ledger:
         """Pay for a round or another release before it begins; the charge is on the disk when this returns.
 
         Args:
-            run_sha256: Of the run's manifest.
-            round_index: From 0.
             event: What the round will do, at the most.
             purpose: See `Reservation`.
             released: Likewise; kept with the charge, so that both are on the disk or neither.
@@ -166,8 +158,6 @@ def create(
     Args:
         path: Its file, mode 0600; the name is part of what is authenticated.
         key: 32 bytes, as `derive_key` gives them.
-        header: The promise.
-        disk: How the disk is reached.
         marks: By which the data set is known under another name (`client.memory.site_ledger`).
 
     Raises:
@@ -190,12 +180,9 @@ def open_ledger(
     """Open a ledger that was begun before.
 
     Args:
-        path: Its file.
-        key: The one that it was made with.
         header: What the site's settings promise now.
         expected_counter: Of the last line that the audit log knows; -1 if it knows none.
         expected_sha256: Of that line.
-        disk: How the disk is reached.
 
     Raises:
         LedgerError: It is missing, tampered with, cut, an older copy, or the settings promise something else.

@@ -35,10 +35,6 @@ class Payment:
     """The ledger of a site's data set, as the gatekeeper uses it.
 
     Args:
-        node: The site's own file.
-        rules: Its policy.
-        key: Its identity.
-        history: What its audit log says.
         log: That log, where the ledger is mirrored.
     """
 
@@ -69,7 +65,6 @@ class Payment:
         """The counts of rows that a run is told: the same ones in every process, and charged once.
 
         Args:
-            run: The run.
             noised: Makes them; called if they were not made before.
 
         Raises:

@@ -40,7 +40,6 @@ def read(request: Frame, *, signer: str, federation: str) -> Told:
     """The heads in a request; the log of whoever signed the run must be among them.
 
     Args:
-        request: To train or to evaluate.
         signer: The operator's public key under the run's manifest.
         federation: Id of this site's federation, for which they must be signed.
 
@@ -79,7 +78,6 @@ def keep(told: Told, heads: Heads, *, own: Own, keys: Mapping[str, str] | None) 
     Heads of sites that the roster here does not name (admitted since, or revoked) and of other operators are left out.
 
     Args:
-        told: As `read` gives it.
         heads: Those of the others, kept here.
         own: This site's log, which is held against what it is said to have told.
         keys: Public keys of all sites by the roster; None where this site reads none: then a log keeps the key of its

@@ -51,9 +51,6 @@ def open_site(node: config.NodeConfig, *, rules: Policy, key: Ed25519PrivateKey,
     """Open the ledger of a site's data set.
 
     Args:
-        node: The site's own file.
-        rules: Its policy.
-        key: Its identity.
         history: What its audit log says; read it before this is called, so that the ledger cannot be behind.
 
     Raises:
@@ -86,11 +83,6 @@ def create(
     """Begin the ledger of a site's data set, and tell the audit log.
 
     Args:
-        node: The site's own file.
-        rules: Its policy.
-        key: Its identity.
-        history: What its audit log says.
-        log: That log.
         num_units: Units in the data set; they bound delta.
         rows: All of its rows; they are known again under another name.
 
@@ -141,7 +133,6 @@ def marks_of(rows: Sequence[Row], *, unit: str, secret: bytes) -> dict[str, list
     Of two data sets those below a common bound are the same share of each that the sets have in common.
 
     Args:
-        rows: Of the data set.
         unit: The column of the unit, or `row`, whose names are places and tell nothing of the rows.
         secret: Of the site.
 

@@ -188,8 +188,6 @@ def load(data: wire.Bytes, tensor_specs: Sequence[TensorSpec], *, dtype: WireDty
     and never written to.
 
     Args:
-        data: What arrived.
-        tensor_specs: Names and shapes that must be there, no more and no less.
         dtype: The dtype that every tensor must have, and has here.
 
     Raises:

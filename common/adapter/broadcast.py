@@ -99,8 +99,6 @@ def receive(
 
     Args:
         request: Its head's `adapter` and its body are read.
-        tensor_specs: What is sent in this run.
-        settings: The run's `[wire]`.
         held: Adapters that this site holds: what it was sent last, and what the run starts from.
 
     Raises:

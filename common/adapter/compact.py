@@ -71,8 +71,6 @@ def encode(
     """Tensors as a compressed body.
 
     Args:
-        tensors: Finite values.
-        dtype: `float32`, `bfloat16`, `int8`, `int4` or `int3`.
         density: Share of the values that travel, the largest of all tensors together.
         draws: Of stochastic rounding; None rounds to nearest, which is biased.
         is_relative: Whether a value is large by its share of the largest in its rank direction, not by itself.

@@ -19,13 +19,7 @@ def settings_of(made: PeftConfig) -> dict[str, Any]:
 
 
 def canonical(rank: int, modules: Sequence[str], *, base: str | None = None) -> LoraConfig:
-    """peft's configuration of a canonical adapter; every module is named in full, so that no other can match.
-
-    Args:
-        rank: Of all modules.
-        modules: Their names, as the adapter's tensors have them.
-        base: What peft is told of the base; None: nothing.
-    """
+    """peft's configuration of a canonical adapter; every module is named in full, so that no other can match."""
     return LoraConfig(
         r=rank,
         lora_alpha=rank,

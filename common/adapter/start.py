@@ -21,7 +21,6 @@ def initial(run_manifest: RunManifest, attached: Tensors) -> Tensors:
     """The global adapter before the first round: no change to the base, B or the core being zero.
 
     Args:
-        run_manifest: The run.
         attached: The adapter as peft attaches it, A from the run's seed.
 
     Raises:

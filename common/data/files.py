@@ -45,7 +45,6 @@ def read_file(path: Path, *, max_line_bytes: int) -> list[Located]:
     """Read every row of a file.
 
     Args:
-        path: A file whose extension is in `READERS`.
         max_line_bytes: A longer line is refused before it is in memory.
 
     Returns:
@@ -64,8 +63,6 @@ def scan_file(path: Path, *, max_line_bytes: int, problems: Problems) -> list[Lo
     """Read what can be read of a file, and note what cannot.
 
     Args:
-        path: As for `read_file`.
-        max_line_bytes: As for `read_file`.
         problems: Gets every unusable row, and the file if it is unusable as a whole.
 
     Returns:

@@ -25,12 +25,6 @@ def is_saved(folder: Path) -> bool:
 def load_folder(folder: Path) -> list[Located]:
     """Read what `datasets.save_to_disk` wrote; of several splits the one called "train".
 
-    Args:
-        folder: Its path.
-
-    Returns:
-        The rows in order.
-
     Raises:
         DataError: The folder is damaged or has no such split.
     """
@@ -49,9 +43,6 @@ def load(name: str) -> list[Located]:
 
     Args:
         name: Such as "owner/name".
-
-    Returns:
-        The rows in order.
 
     Raises:
         DataError: There is no such path, and no such data set can be loaded.

@@ -82,8 +82,6 @@ def matches(
     missed and nothing is drawn at random.
 
     Args:
-        texts: To look at.
-        among: To compare with.
         min_similarity: Least Jaccard similarity of word runs that counts; over 0, at most 1.
         max_holders: Runs that more texts have, of both, count for nothing, and a text of such runs alone is like no
             other; None: all count.
@@ -104,11 +102,6 @@ def groups(
 ) -> list[int]:
     """Put texts that are nearly the same into one group, and whatever is nearly the same as one of those.
 
-    Args:
-        texts: To look at.
-        min_similarity: As for `find`.
-        max_holders: As for `find`.
-
     Returns:
         The first text of the group that each text is in.
     """
@@ -119,10 +112,6 @@ def groups(
 
 def merged(size: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
     """Groups of places that pairs tie together, directly or through others.
-
-    Args:
-        size: Number of places.
-        pairs: Which belong together.
 
     Returns:
         The first place of the group that each place is in.

@@ -66,9 +66,6 @@ def text_of(row: Row) -> Text:
 def groups(texts: Sequence[Text]) -> list[int]:
     """Put rows with the same text into one group, and whatever has the same text as one of those.
 
-    Args:
-        texts: Of all rows that could be on either side.
-
     Returns:
         The first row of the group that each row is in.
     """
@@ -107,12 +104,7 @@ class Matches:
 
 
 def find(texts: Sequence[Text], others: Sequence[Text]) -> Matches:
-    """Which texts are the same as one of the other side.
-
-    Args:
-        texts: The first side.
-        others: The second side.
-    """
+    """Which texts are the same as one of the other side."""
     whole_n, asked_n = _words([*texts, *others])
     kept = sorted(_first_places(whole_n, range(len(whole_n))).values())
     forms, limit, count = _forms([asked_n[place] for place in kept]), _max_holders(len(kept)), len(texts)
@@ -141,7 +133,6 @@ def choose(bundles: Sequence[Mapping[K, int]], *, wanted: Mapping[K, int], sizes
     Args:
         bundles: How many of each kind are in each; in the order in which they are tried.
         wanted: How many of each kind to hold out.
-        sizes: How many of each kind there are.
 
     Returns:
         Places of bundles.
@@ -170,15 +161,7 @@ def choose(bundles: Sequence[Mapping[K, int]], *, wanted: Mapping[K, int], sizes
 
 
 def between(held_out: Mapping[str, Sequence[Row]], train: Mapping[str, Sequence[Row]]) -> dict[str, Overlap]:
-    """Count the held-out rows of each site whose text stands in any site's training rows.
-
-    Args:
-        held_out: Rows by site.
-        train: Rows by site.
-
-    Returns:
-        Counts by site.
-    """
+    """Count the held-out rows of each site whose text stands in any site's training rows."""
     texts = [text_of(row) for rows in held_out.values() for row in rows]
     found = find(texts, [text_of(row) for rows in train.values() for row in rows])
     counts, first = {}, 0

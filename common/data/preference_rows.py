@@ -29,8 +29,6 @@ def objective_of(names: Iterable[str], *, source: str, wanted: str = "") -> str:
     """Which of the two forms a data set has.
 
     Args:
-        names: All column names in it.
-        source: What messages call it.
         wanted: "dpo" or "kto" if it must have that form; "" takes the form that it has.
 
     Raises:
@@ -53,9 +51,7 @@ def choose(names: set[str], columns: Columns, *, source: str) -> shapes.Converte
     """How rows of an objective are read.
 
     Args:
-        names: All column names in the data set.
         columns: Objective and unit column.
-        source: What messages call the data set.
 
     Returns:
         As `shapes.choose`.
@@ -77,7 +73,6 @@ def conversation(fields: Mapping[str, Any], *, answer: str, place: str) -> Row:
 
     Args:
         fields: The row; "prompt" and the answer are text or lists of messages.
-        answer: Column of the answer.
         place: Where the row was read; also its unit.
 
     Raises:

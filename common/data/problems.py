@@ -40,7 +40,6 @@ class Problems:
 
         Args:
             place: Where it is, such as "train.jsonl line 12".
-            error: What is wrong and the remedy.
         """
         self.found += [(place, each) for each in (error, *error.others)]
 
@@ -67,9 +66,6 @@ def listed(found: Sequence[tuple[str, UnusableError]]) -> tuple[str, str]:
 
 def all_of(*steps: Callable[[], Any]) -> list[Any]:
     """Do every step, so that a row with two faults is told both.
-
-    Returns:
-        What the steps gave.
 
     Raises:
         UnusableError: Of the first step that failed; those of the others are in its `others`.

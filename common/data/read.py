@@ -33,7 +33,6 @@ def read(source: str, *, columns: Columns, max_line_bytes: int = MAX_LINE_BYTES)
         source: A .jsonl, .ndjson, .json, .csv, .tsv or .parquet file; a folder, of which every such file is read, by
             name and without what `left_out` names, so a test file does not belong there; a folder made by
             `datasets.save_to_disk`; or, where no such path exists, a `datasets` id, of which the split "train" is read.
-        columns: Which columns hold what.
         max_line_bytes: A longer line of JSONL or CSV is refused before it is in memory.
 
     Returns:
@@ -51,12 +50,7 @@ def read_table(
     """Read a data set as it is, with all its columns.
 
     Args:
-        source: As for `read`.
         columns: If given, every row must fit them, as for `read`; problems are named by file and line.
-        max_line_bytes: As for `read`.
-
-    Returns:
-        Column names and values of each row, in order.
 
     Raises:
         DataError: The source is missing, empty or not readable, or a row does not fit `columns`.
@@ -70,10 +64,6 @@ def read_table(
 def to_rows(table: Sequence[Mapping[str, Any]], columns: Columns) -> list[Row]:
     """Bring a table into one form.
 
-    Args:
-        table: Column names and values of each row, all of one shape.
-        columns: Which columns hold what.
-
     Returns:
         The rows in order, called "row 1" and so on.
 
@@ -86,10 +76,6 @@ def to_rows(table: Sequence[Mapping[str, Any]], columns: Columns) -> list[Row]:
 
 def locate(source: str, max_line_bytes: int = MAX_LINE_BYTES) -> list[Located]:
     """Read a data set as it is, each row with its place; whether its columns fit a shape is not looked at.
-
-    Args:
-        source: As for `read`.
-        max_line_bytes: As for `read`.
 
     Returns:
         The rows in order, at least one.
@@ -107,9 +93,7 @@ def gather(source: str, problems: Problems, *, max_line_bytes: int = MAX_LINE_BY
     """Read what can be read of a data set, and note what cannot.
 
     Args:
-        source: As for `read`.
         problems: Gets every file and row that cannot be read.
-        max_line_bytes: As for `read`.
 
     Returns:
         The rows in order; at least one, unless there are problems.
@@ -134,9 +118,6 @@ def gather(source: str, problems: Problems, *, max_line_bytes: int = MAX_LINE_BY
 def left_out(source: str) -> list[str]:
     """What of a folder of data is never read: hidden files, README, LICENSE and their like, and subfolders.
 
-    Args:
-        source: As for `read`.
-
     Returns:
         Names; none for a file, a folder of `datasets` or an id. Any other file that cannot be read is a problem.
     """
@@ -157,11 +138,6 @@ def _is_left_out(path: Path) -> bool:
 
 def scan(located: Sequence[Located], columns: Columns, *, source: str) -> tuple[list[Row], Problems]:
     """Normalise the rows that can be, and tell which cannot.
-
-    Args:
-        located: Rows as they were read.
-        columns: Which columns hold what.
-        source: What messages call the data set.
 
     Returns:
         The rows; and the problems, of which the last may be that a file has ids more than once.
@@ -187,11 +163,6 @@ def scan(located: Sequence[Located], columns: Columns, *, source: str) -> tuple[
 def convert(located: Sequence[Located], columns: Columns, *, source: str) -> list[Row]:
     """Normalise every row, or refuse the data set with its first problems.
 
-    Args:
-        located: Rows as they were read.
-        columns: Which columns hold what.
-        source: What messages call the data set.
-
     Raises:
         DataError: The columns fit no shape, or rows are unusable: the first five are named.
     """
@@ -204,7 +175,6 @@ def convert_all(located: Sequence[Located], convert: Callable[[Located], T]) -> 
     """Every row converted, or a refusal that names the first that cannot be.
 
     Args:
-        located: Rows as they were read.
         convert: Raises `UnusableError` for a row that it cannot use.
 
     Raises:

@@ -27,11 +27,6 @@ CHAT_NAMES: Final = ("conversations", "conversation", "chat", "dialog", "dialogu
 def choose(names: set[str], columns: Columns, *, source: str) -> Converter:
     """Find the shape that a data set has.
 
-    Args:
-        names: All column names in it.
-        columns: Which columns hold what.
-        source: What messages call the data set.
-
     Returns:
         `convert(fields, *, columns, place)`, which gives a `Row` or raises `UnusableError`.
 

@@ -53,10 +53,6 @@ def name_of(value: Any, column: str) -> str:
     made one; 7, 7.0 and "7.0" are "7". Superscripts, circled and squared characters stay, as they change what a number
     says; so do case and leading zeros.
 
-    Args:
-        value: What the row has in the unit column.
-        column: Its name, for messages.
-
     Raises:
         UnusableError: It is missing, stands for a missing value, is neither text nor a number, or is a number that may
             have lost digits.
@@ -99,9 +95,6 @@ def form(value: Any, column: str) -> str:
 
 def alike(names: Iterable[str]) -> list[list[str]]:
     """Names that a reader may take for one: they differ in case, leading zeros, blanks, dashes or kind of digits only.
-
-    Args:
-        names: Each from `name_of`.
 
     Returns:
         Groups of two or more, in the order of their first names.

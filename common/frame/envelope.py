@@ -52,9 +52,6 @@ def unpack(content: Mapping[str, object]) -> bytes:
     Args:
         content: Flower's `RecordDict`, or any mapping of the same form.
 
-    Returns:
-        The frame's bytes, as they came.
-
     Raises:
         WireError: More or less than one record with one array, or bytes that differ from their declaration.
 

@@ -92,7 +92,6 @@ def unpack(data: bytes, *, max_body_bytes: int) -> Frame:
     """Bytes to frame; nothing is parsed before lengths and hash are right.
 
     Args:
-        data: What arrived.
         max_body_bytes: Largest body that the reader accepts.
 
     Raises:

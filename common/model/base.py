@@ -110,13 +110,8 @@ def load(
     """Load a base and attach a fresh adapter (B = 0, and cores of zero).
 
     Args:
-        folder: The base's files.
-        model: Section `[model]` of the run file.
-        adapter_settings: Section `[adapter]`.
-        seed: Of the adapter's initial values.
         device_name: `auto`, `cpu` or `cuda`.
         num_threads: CPU threads of torch; 0 = every core that this process may use.
-        gradient_checkpointing: Trade time for memory.
         residual_rank: Rank of the frozen side adapter (zero at first); 0: none.
         num_heads: Heads of the cores between A and B; 0: no cores.
         date: Day, YYYY-MM-DD, for a chat template that prints one; empty: the day on which it is rendered.

@@ -19,9 +19,7 @@ class Core(nn.Module):
     """H and s of one module: zero and one, see `common.adapter.cores`.
 
     Args:
-        rank: r.
         num_heads: m, which divides r.
-        device: Where A and B are.
     """
 
     def __init__(self, rank: int, num_heads: int, *, device: torch.device) -> None:
@@ -63,7 +61,6 @@ def attach(model: nn.Module, *, num_heads: int) -> None:
 
     Args:
         model: With LoRA's layers, of a rank that `num_heads` divides.
-        num_heads: m.
     """
     for module in [module for module in model.modules() if isinstance(module, LoraLayer)]:
         a_rk: Any = module.lora_A[_ADAPTER].weight

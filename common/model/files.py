@@ -31,9 +31,6 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     transformers builds some tokenizers from vocabulary and merges by the class that `tokenizer_config.json` names, and
     drops the file's own steps where that class has others. The file is what the base was trained with, so it wins.
 
-    Args:
-        folder: The base's files.
-
     Returns:
         A tokenizer with a pad token: a missing one becomes the end token, for masks go by position.
 
@@ -100,10 +97,7 @@ def check_length(
     """Refuse rows that the base has no positions for.
 
     Args:
-        folder: The base's files.
-        num_tokens: Longest row of the run.
         name: Of the setting that says so.
-        num_prepended: Virtual tokens before each row.
 
     Raises:
         ModelError: There are fewer positions.

@@ -48,7 +48,6 @@ def layers(folder: Path, settings: ModelConfig, device: torch.device) -> Iterato
     """Every layer that a quantiser would touch, in the order of the names, at the precision of `settings`.
 
     Args:
-        folder: The base's files.
         settings: Section `[model]`; of `site_quantization` nothing is read.
         device: Where to quantise, one layer at a time.
 
@@ -73,7 +72,6 @@ def codes_of_run(engine: Engine, settings: ModelConfig) -> str:
 
     Args:
         engine: The base at the run's own precision.
-        settings: Section `[model]` of the run.
 
     Raises:
         ModelError: As `layers`.

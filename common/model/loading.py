@@ -27,10 +27,7 @@ def engine_of(
     """Load a base with all that the run attaches to it: adapter, side adapter and cores.
 
     Args:
-        run: The run file.
-        folder: The base's files.
         own: How the base is loaded; None: as the run's `[model]` says.
-        device_name: `auto`, `cpu` or `cuda`.
         num_threads: CPU threads of torch; 0: all cores.
         trains: Whether rounds are trained on it, with gradient checkpointing if the run has that.
         date: Day of the run, YYYY-MM-DD, for a chat template that prints one; empty: the day on which it is rendered.
@@ -58,8 +55,6 @@ def check(run: RunConfig, folder: Path, *, own: ModelConfig | None = None) -> fl
     """Find out without a weight whether a base is fit for a run: tokens, rows, precision and the adapter's layers.
 
     Args:
-        run: The run file.
-        folder: The base's files.
         own: How the base is loaded; None: as the run's `[model]` says.
 
     Returns:

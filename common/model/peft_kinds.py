@@ -31,11 +31,6 @@ FEED_FORWARD: Final = frozenset(
 def attach(base: Any, settings: AdapterConfig, *, seed: int) -> nn.Module:
     """A base with an adapter of any kind but LoRA: float32, as peft starts it, drawn from the seed.
 
-    Args:
-        base: Loaded and frozen.
-        settings: Section `[adapter]`.
-        seed: Of the run.
-
     Raises:
         ModelError: The base has no such layers, or a setting does not fit them.
     """
@@ -58,9 +53,7 @@ def configuration(
     """peft's configuration of `[adapter]`.
 
     Args:
-        settings: The section; any kind but `lora`.
         modules: Full names of the layers, as in the base; none for virtual tokens.
-        base: What peft is told of the base; None: nothing.
         is_trained: Whether it is for training; else it is what an export says.
     """
     shared = {"task_type": TASK, "inference_mode": not is_trained, "base_model_name_or_path": base}

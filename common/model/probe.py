@@ -82,7 +82,6 @@ def check_precision(base: nn.Module, claimed: Quantization) -> float:
 
     Args:
         base: Loaded, without an adapter; or a skeleton from `planned`.
-        claimed: As `model.quantization`.
 
     Returns:
         Part of the body's weights that is quantised; 0 for `none`.
@@ -107,7 +106,6 @@ def planned_share(folder: Path, quantization: BitsAndBytesConfig | None) -> floa
     """`check_precision` of a base that is not loaded, by what the quantiser would put into its layers.
 
     Args:
-        folder: The base's files; only the configuration is read.
         quantization: bitsandbytes' settings; None: it is not quantised.
 
     Raises:
@@ -156,10 +154,6 @@ def check_function(model: Any, ids_bt: Tensor) -> Tensor:
     experts that choose among tokens, moves the logits of the first half between two rows that differ in the second:
     in a causal model by the rounding of sums in another order alone, for which 10 % of their deviation is allowed.
 
-    Args:
-        model: In evaluation mode, with or without an adapter.
-        ids_bt: From `trial_rows`.
-
     Returns:
         The logits of these rows. Shape (B, T, V).
 
@@ -200,11 +194,7 @@ def attach(
     full from the start, in training as in an export, so they are attached once.
 
     Args:
-        base: Loaded, without an adapter.
-        ids_bt: From `trial_rows`.
         fresh: Attaches the run's adapter to a base.
-        settings: Section `[adapter]`.
-        dtype: That is computed in.
         key: All that decides how this ends; what passed once in a process is not tried again.
 
     Returns:
@@ -243,11 +233,6 @@ def check_targets(model: Any, settings: AdapterConfig, *, remedy: str) -> None:
     Experts that are fused into one tensor get factors for all of them at once (peft's `target_parameters`). No plain
     adapter, method of aggregation or export has these.
 
-    Args:
-        model: With the adapter.
-        settings: Section `[adapter]`.
-        remedy: What else could be chosen.
-
     Raises:
         ModelError: Names the tensor or the target.
     """
@@ -277,7 +262,6 @@ def check_same(theirs_btv: Tensor, ours_btv: Tensor, *, dtype: torch.dtype, is_e
     Args:
         theirs_btv: Logits with the adapter as plain peft loads it.
         ours_btv: Logits with the run's.
-        dtype: That is computed in.
         is_exact: Whether the base computes in that type, and not in 8-bit integers.
 
     Raises:

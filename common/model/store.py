@@ -19,7 +19,6 @@ def resolve(base: str, *, store: Path = DEFAULT, shipped: Mapping[str, Path] | N
 
     Args:
         base: `model.base`: a folder, a name in the store, or a hub id that was fetched into the store.
-        store: Folder with base models.
         shipped: Bases that come with the calling package, by name.
 
     Raises:

@@ -70,7 +70,6 @@ def gdp_epsilon(mu: float, *, dp_delta: float) -> float:
 
     Args:
         mu: Sensitivity over standard deviation; of T equal steps sqrt(T) times that of one. At most 0 gives 0.
-        dp_delta: Delta of the promise.
 
     Example:
         >>> round(gdp_epsilon(20**0.5 / 8, dp_delta=1e-5), 3)
@@ -96,7 +95,6 @@ def gaussian_fit(scores_m: Tensor, is_in_m: Tensor, *, dp_delta: float, confiden
     Args:
         scores_m: A score for each canary, higher if it was used.
         is_in_m: Which were used; both kinds are needed.
-        dp_delta: Delta of the promise.
         confidence: Probability with which a right mechanism is not overestimated.
 
     Raises:
@@ -122,10 +120,7 @@ def one_run(scores_m: Tensor, is_in_m: Tensor, *, dp_delta: float, confidence: f
     The canaries with the highest scores are guessed to have been used and those with the lowest not to.
 
     Args:
-        scores_m: A score for each canary, higher if it was used.
         is_in_m: Which were used; each with probability 1/2, for itself.
-        dp_delta: Delta of the promise.
-        confidence: Probability with which a right mechanism is not overestimated.
     """
     num_guesses = choose_guesses(len(scores_m))
     num_right = num_right_guesses(scores_m, is_in_m, num_guesses=num_guesses)
@@ -146,11 +141,7 @@ def one_run_p_value(epsilon: float, *, num_canaries: int, num_guesses: int, num_
     """Probability of so many right guesses, or more, under (epsilon, delta); above 1 it says nothing.
 
     Args:
-        epsilon: The claim under test.
         num_canaries: m; each was used with probability 1/2, for itself.
-        num_guesses: For how many of them the attacker said whether they were used.
-        num_right: How many of these guesses were right.
-        dp_delta: Delta of the claim.
 
     Source: Steinke, Nasr and Jagielski 2023, arXiv:2305.08846, theorem 5.2 and appendix D.
     """
@@ -189,8 +180,6 @@ def num_right_guesses(scores_m: Tensor, is_in_m: Tensor, *, num_guesses: int) ->
     """Guess that the canaries with the highest scores were used and those with the lowest were not; count the right.
 
     Args:
-        scores_m: A score for each canary, higher if it was used.
-        is_in_m: Which were used.
         num_guesses: Even; half of them on each side.
     """
     half = num_guesses // 2

@@ -32,7 +32,6 @@ def scaled(change: Mapping[str, Tensor], max_norm: float) -> tuple[Mapping[str, 
     """An update, scaled down to `max_norm` in float32 where it is longer, and its norm before.
 
     Args:
-        change: One site's update.
         max_norm: Largest L2 norm over all tensors together; 0 leaves it alone.
 
     Source: Sun et al. 2019, arXiv:1911.07963, section 4; McMahan et al. 2018, arXiv:1710.06963, FlatClip.

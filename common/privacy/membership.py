@@ -22,9 +22,6 @@ def loss_drops(engine: Engine, trained: Tensors, units: Sequence[Sequence[Row]],
 
     Args:
         engine: Holds the trained adapter when this returns.
-        trained: The adapter under attack.
-        units: The rows of each.
-        data: How rows become tokens.
 
     Returns:
         One score a unit, higher for members.

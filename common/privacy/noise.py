@@ -174,7 +174,6 @@ def stream(key: bytes, *, counter: bytes = bytes(_BLOCK_BYTES)) -> Stream:
 
     Args:
         key: 32 bytes.
-        counter: The first counter block.
 
     Source: NIST SP 800-38A, section 6.5.
     """

@@ -40,9 +40,6 @@ def event_per_round(run: config.RunConfig) -> Event:
 def resolve(run: config.RunConfig) -> config.RunConfig:
     """The run with the noise that its epsilon needs, or with its own noise, held to that epsilon.
 
-    Args:
-        run: As its file says.
-
     Returns:
         The same run with `privacy.noise_multiplier` above 0; unchanged if it is not private.
 
@@ -76,7 +73,6 @@ def epsilon(run: config.RunConfig, *, dp_delta: float | None = None, beside: Seq
     """What the whole run costs a unit, or a site as a whole, at a site that has not spent anything before.
 
     Args:
-        run: Resolved.
         dp_delta: The site's own; None: the run's.
         beside: What the site releases beside its rounds.
     """
@@ -91,8 +87,6 @@ def milestones(
     """Epsilon after the first round and after each quarter of the rounds, for who decides on a plan.
 
     Args:
-        run: Resolved.
-        dp_delta: The site's own; None: the run's.
         beside: What the site releases beside its rounds, taken as released before the first.
 
     Returns:

@@ -45,7 +45,6 @@ def rates(scores_m: Tensor, is_in_m: Tensor) -> Rates:
 
     Args:
         scores_m: Higher for members.
-        is_in_m: Which are members.
 
     Raises:
         ValueError: Nobody on one of the sides.

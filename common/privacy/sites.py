@@ -48,7 +48,6 @@ def spent(run: config.RunConfig, num_updates: Sequence[int | None]) -> float:
     is protected by all these shares, its own included.
 
     Args:
-        run: Resolved.
         num_updates: Updates in each round; None where that is not known any more: the quorum's minimum.
 
     Raises:
@@ -69,7 +68,6 @@ def spent_for_insider(run: config.RunConfig, num_taken: int) -> float | None:
     Sampling saves nothing where it is known who was drawn.
 
     Args:
-        run: Resolved.
         num_taken: Updates of the site that was drawn most often, those of rounds that were broken off included.
 
     Returns:
@@ -90,8 +88,6 @@ def spent_by(run: config.RunConfig, log: Sequence[Mapping[str, Any]], *, num_rou
     """What the rounds did, from a run's events: `epsilon` and `epsilon_insider`.
 
     Args:
-        run: Resolved.
-        log: Its events so far.
         num_rounds: Rounds that were released.
     """
     counts = {event["round"]: event["num_updates"] for event in log if event["kind"] == "round_finished"}
@@ -109,7 +105,6 @@ def check_resume(log: Sequence[Mapping[str, Any]], *, num_rounds: int) -> None:
     """A round that was released is never played again: other noise on the same updates would be another release.
 
     Args:
-        log: The run's events.
         num_rounds: Rounds whose checkpoints are there.
 
     Raises:
@@ -130,12 +125,7 @@ def num_expected(run: config.RunConfig) -> float:
 
 
 def noise_ratio(run: config.RunConfig, num_parameters: int) -> float:
-    """L2 norm of the noise on a round's mean update over the largest norm that the mean can have without it.
-
-    Args:
-        run: Resolved.
-        num_parameters: Values in an update.
-    """
+    """L2 norm of the noise on a round's mean update over the largest norm that the mean can have without it."""
     return accounting.client_level_noise_ratio(
         num_sites=num_expected(run),
         noise_multiplier=run.privacy.noise_multiplier,

@@ -77,7 +77,6 @@ class AuditLog:
         path: The file; made with mode 0600 if it is not there.
         key: Signs every entry.
         on_entry: Told every entry in order, those that are there already first.
-        clock: Unix seconds.
 
     Raises:
         AuditError: What is there already is not whole.
@@ -178,12 +177,7 @@ def verify(path: Path, public_key: str, *, heads: Iterable[Head] = ()) -> Head:
     """Check a whole log.
 
     Args:
-        path: The log.
-        public_key: The log's key, as `identity.public_hex` gives it.
         heads: Heads of this log that are known elsewhere; each must still be in it.
-
-    Returns:
-        The last line's head.
 
     Raises:
         AuditError: A changed, removed, added or moved line, or a cut tail; the message says where.

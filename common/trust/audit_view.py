@@ -19,11 +19,6 @@ MAX_SHOWN = 24  # characters of a fact
 def newest(log: Path, public_key: str, *, limit: int) -> list[dict[str, Any]]:
     """The last entries; the whole log is checked on the way.
 
-    Args:
-        log: An audit log.
-        public_key: Of its signer, 64 hexadecimal digits.
-        limit: How many at most.
-
     Raises:
         AuditError: The log is not whole.
     """
@@ -35,8 +30,6 @@ def verify(log: Path, public_key: str, *, heads: Path | None, owner: str) -> dic
     """Check a log, against heads that others keep if a file of them is given.
 
     Args:
-        log: An audit log.
-        public_key: Of its signer, 64 hexadecimal digits.
         heads: What another party keeps; None: a cut tail cannot be seen.
         owner: Whose log it is, as that party calls it.
 

@@ -79,9 +79,6 @@ def parse_public(pem: str, *, what: str) -> ec.EllipticCurvePublicKey:
 def fingerprint(key: object) -> str:
     """SHA-256 of a public key (SPKI, DER), in hex: what a roster knows a certificate by.
 
-    Args:
-        key: A P-384 public key, as a certificate's `public_key()` gives it.
-
     Raises:
         AuthError: A key of another kind.
     """
@@ -112,9 +109,6 @@ def check_chain(chain: list[x509.Certificate], root: x509.Certificate, *, name: 
 
     Args:
         chain: A certificate and its issuers, the root left out; at least one.
-        root: Whom it must lead to.
-        name: What messages call the file.
-        now: The time, with its zone.
 
     Raises:
         AuthError: It is otherwise.

@@ -53,9 +53,7 @@ class Governance:
         """Check that enough members signed.
 
         Args:
-            data: The bytes that must have been signed.
             signatures: Public key to signature, both in hex. Keys that are no member's do not count.
-            purpose: As what they must have been signed.
 
         Raises:
             AuthError: Fewer valid signatures of different members than the quorum.
@@ -145,9 +143,7 @@ def parse(data: bytes, adapter: TypeAdapter[Parsed], *, name: str) -> Parsed:
     """Canonical JSON to a typed value: strict types, no unknown or repeated field.
 
     Args:
-        data: What the file holds.
         adapter: Of a dataclass that forbids extra fields.
-        name: What messages call the file.
 
     Raises:
         AuthError: The bytes are anything else.

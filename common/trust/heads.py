@@ -52,14 +52,7 @@ class SignedHead:
 
 
 def sign(head: Head, *, owner: str, federation: str, key: Ed25519PrivateKey) -> SignedHead:
-    """Vouch for where a log stands.
-
-    Args:
-        head: The log's newest.
-        owner: Whose log it is.
-        federation: Id of the federation to which it is told.
-        key: The log's own.
-    """
+    """Vouch for where a log stands."""
     signature = identity.sign(key, _signed_bytes(head, owner=owner, federation=federation), purpose=PURPOSE)
     return SignedHead(head, identity.public_hex(key), signature, federation)
 
@@ -68,8 +61,6 @@ def verify(owner: str, told: SignedHead, *, key: str = "") -> None:
     """Believe a head only if the key of its log signed it, for this owner and federation.
 
     Args:
-        owner: Whose log it is said to be.
-        told: The head.
         key: The owner's public key by the roster; empty: not known, so the head is held to the key that it names.
 
     Raises:
@@ -124,10 +115,6 @@ def from_list(items: object, *, federation: str) -> dict[str, SignedHead]:
 def links_from(items: object, *, sequence: int) -> list[str]:
     """Hashes of the last lines up to a head, from a frame: as many as the reader may need.
 
-    Args:
-        items: What came.
-        sequence: The head's.
-
     Raises:
         WireError: More of them than there can be, or no hashes.
     """
@@ -157,7 +144,6 @@ class Heads:
         """Add what is news; all of it is on the disk when this returns, or none.
 
         Args:
-            told: By owner.
             keys: Public key of each site by the roster; None: not known, so a log keeps the key of its first head.
 
         Raises:
@@ -268,8 +254,6 @@ def of(path: Path, owner: str, *, signer: str) -> list[Head]:
     """The heads of one log in a file, of which there must be some.
 
     Args:
-        path: The file.
-        owner: Whose log it is.
         signer: The log's public key; heads by another key are of another log.
 
     Raises:

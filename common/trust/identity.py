@@ -59,8 +59,6 @@ def sign(key: Ed25519PrivateKey, data: bytes, *, purpose: str) -> str:
     """Sign bytes for one purpose; returns 128 hexadecimal digits.
 
     Args:
-        key: The signer's.
-        data: Canonical bytes.
         purpose: What the bytes are, such as `roster`; the verifier must ask for the same.
 
     Raises:
@@ -73,12 +71,6 @@ def sign(key: Ed25519PrivateKey, data: bytes, *, purpose: str) -> str:
 
 def verify(public_key: str, signature: str, data: bytes, *, purpose: str) -> None:
     """Check a signature; returns only if it is right.
-
-    Args:
-        public_key: The signer's, as `public_hex` gives it.
-        signature: As `sign` gives it.
-        data: The bytes that must have been signed.
-        purpose: What they must have been signed as.
 
     Raises:
         AuthError: Another key, other bytes or another purpose; or key or signature are malformed.
@@ -100,9 +92,6 @@ def words(data: bytes) -> str:
     """Six words that two people compare by telephone: the first 96 bits of SHA-256, 16 bits a word.
 
     To find other data with the same words takes 2^96 tries.
-
-    Args:
-        data: Canonical bytes of what is compared.
 
     Returns:
         Six words of five letters with spaces between them.

@@ -56,14 +56,6 @@ def close(files: Mapping[str, bytes], signatures: Mapping[str, str], *, pinned: 
 def seal(files: Mapping[str, bytes], keys: Sequence[Ed25519PrivateKey], *, pinned: Governance) -> dict[str, bytes]:
     """Add checksums and the governance's signatures of them.
 
-    Args:
-        files: Name to content; no folders.
-        keys: Governance keys that are at hand.
-        pinned: The governance.
-
-    Returns:
-        All files of the kit.
-
     Raises:
         ConfigError: Too few governance keys, or a key that is none.
     """
@@ -74,7 +66,6 @@ def verify(folder: Path, *, pinned: Governance) -> dict[str, bytes]:
     """Check a kit and read it; what is returned is what was checked, but for the roster, which `roster.parse` checks.
 
     Args:
-        folder: The kit, unpacked.
         pinned: The governance, known from elsewhere than the kit.
 
     Returns:
@@ -107,7 +98,6 @@ def unpack(archive: Path, folder: Path) -> None:
 
     Args:
         archive: Not compressed; one folder of files that have a kit's names.
-        folder: Of its own.
 
     Raises:
         ConfigError: It cannot be read, or is no tar file.

@@ -95,11 +95,6 @@ def make(
     """State what is asked for and prove it with all three keys.
 
     Args:
-        federation_id: The federation to join.
-        name: The site's.
-        identity_key: Who the site is.
-        node_key: Its SuperNode's.
-        tls_key: Of the certificate that is asked for.
         replaces: Fingerprint of the TLS key before; empty in a first request.
 
     Returns:
@@ -120,10 +115,6 @@ def make(
 
 def parse(data: bytes, *, name: str) -> Checked:
     """Check a request's form and its three proofs; the words are the caller's to compare.
-
-    Args:
-        data: What came.
-        name: What messages call the file.
 
     Raises:
         AuthError: Another form, a proof that is not right, keys of another kind, or one key used twice.

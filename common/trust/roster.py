@@ -119,10 +119,6 @@ class Roster:
     def site_of_tls(self, fingerprint: str, *, now_s: float) -> SiteEntry:
         """Find the site that a TLS key belongs to; a replaced key counts until its end.
 
-        Args:
-            fingerprint: SHA-256 of the certificate's public key (SPKI, DER), hex.
-            now_s: Seconds since 1970, UTC.
-
         Raises:
             AuthError: No site of this roster has that key now.
         """
@@ -191,7 +187,6 @@ def load(path: Path, *, governance: Governance, epoch_min: int) -> Roster:
     """Read a roster file and believe it only if the pinned governance signed it.
 
     Args:
-        path: A file that `signed_bytes` made.
         governance: What this reader pinned; the roster cannot change it.
         epoch_min: The lowest epoch that is accepted: the highest one seen so far.
 
@@ -212,8 +207,6 @@ def accept(path: Path, *, governance: Governance, watermark: Path) -> Roster:
     """Load a roster that is no older than any accepted before, and remember it.
 
     Args:
-        path: A roster file.
-        governance: What this reader pinned.
         watermark: This reader's note of the newest roster; `start_watermark` makes it.
 
     Raises:

@@ -23,8 +23,6 @@ def sign(frame: Frame, *, key: Ed25519PrivateKey, federation: str) -> Frame:
 
     Args:
         frame: All that leaves; its head names site, run and, but when a run is opened, the round.
-        key: The site's identity.
-        federation: Id of the federation that is answered.
     """
     made_by = identity.public_hex(key)
     unsigned = frame.with_head({**frame.head, SIGNER: made_by, SIGNATURE: ""})
@@ -34,11 +32,6 @@ def sign(frame: Frame, *, key: Ed25519PrivateKey, federation: str) -> Frame:
 
 def check(frame: Frame, *, key: str, federation: str) -> None:
     """Return only if this key signed this frame for this federation.
-
-    Args:
-        frame: What arrived.
-        key: Public key of the site that the frame names, 64 hexadecimal digits.
-        federation: Id of the federation that was answered.
 
     Raises:
         AuthError: It is not signed, by another key, or anything in it was changed.
