@@ -6,7 +6,6 @@ A file is refused as a whole; the message lists the first unusable rows and neve
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,24 +38,6 @@ class Located:
     place: str
     fields: dict[str, Any]
     file: str = ""
-
-
-def read_file(path: Path, *, max_line_bytes: int) -> list[Located]:
-    """Read every row of a file.
-
-    Args:
-        max_line_bytes: A longer line is refused before it is in memory.
-
-    Returns:
-        The rows in the file's order; blank lines are skipped.
-
-    Raises:
-        DataError: The file cannot be read, or some of its rows are unusable.
-    """
-    problems = Problems()
-    rows = scan_file(path, max_line_bytes=max_line_bytes, problems=problems)
-    problems.raise_if_any()
-    return rows
 
 
 def scan_file(path: Path, *, max_line_bytes: int, problems: Problems) -> list[Located]:
@@ -110,30 +91,25 @@ def _read_json(path: Path, max_line_bytes: int, problems: Problems) -> list[Loca
     size_bytes = path.stat().st_size
     if size_bytes > MAX_JSON_BYTES:
         raise UnusableError(f"{size_bytes} bytes, over the limit of {MAX_JSON_BYTES} for JSON", "write .jsonl instead")
+    _refuse_utf16(path)
+    content = path.read_bytes()
+    body = content.removeprefix(UTF8_BOM)
+    try:
+        text = _decode(body, offset=len(content) - len(body))
+        values = _parse(text) if text.strip() else []
+        if not isinstance(values, list):
+            raise UnusableError(f"it holds one {type(values).__name__}, not a list", TO_JSON)
+    except UnusableError as error:
+        problems.add(path.name, error)
+        return []
     rows = []
-    for number, value in enumerate(_json_list(path, problems), start=1):
+    for number, value in enumerate(values, start=1):
         place = f"{path.name} row {number}"
         try:
             rows.append(Located(place, _object(value), path.name))
         except UnusableError as error:
             problems.add(place, error)
     return rows
-
-
-def _json_list(path: Path, problems: Problems) -> list[Any]:
-    """The list that a JSON file holds; empty where there is a problem."""
-    _refuse_utf16(path)
-    content = path.read_bytes()
-    body = content.removeprefix(UTF8_BOM)
-    try:
-        text = _decode(body, offset=len(content) - len(body))
-        value = _parse(text) if text.strip() else []
-        if not isinstance(value, list):
-            raise UnusableError(f"it holds one {type(value).__name__}, not a list", TO_JSON)
-    except UnusableError as error:
-        problems.add(path.name, error)
-        return []
-    return value
 
 
 def _read_table(path: Path, max_line_bytes: int, problems: Problems, *, mark: str) -> list[Located]:
@@ -146,8 +122,11 @@ def _read_table(path: Path, max_line_bytes: int, problems: Problems, *, mark: st
             problems.add(f"{path.name} line {number}", error)
     if len(problems.found) > num_before:
         return []  # with a line missing, quotes may pair up otherwise, and every later message would be wrong
-    with _csv_field_limit(max_line_bytes):
+    before = csv.field_size_limit(max_line_bytes)  # a field may be as long as a line; csv's own limit is 128 KiB
+    try:
         return _table_rows(path.name, lines, problems, mark=mark)
+    finally:
+        csv.field_size_limit(before)
 
 
 def _table_rows(name: str, lines: list[str], problems: Problems, *, mark: str) -> list[Located]:
@@ -181,16 +160,6 @@ def _header(record: list[str], *, mark: str, remedy: str) -> list[str]:
     if len(set(names)) < len(names):
         raise UnusableError("names a column twice", "give every column a name of its own")
     return names
-
-
-@contextmanager
-def _csv_field_limit(size: int) -> Iterator[None]:
-    """Let a field be as long as a line may be; the module's own limit is 128 KiB."""
-    before = csv.field_size_limit(size)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
 
 
 def _read_parquet(path: Path, max_line_bytes: int, problems: Problems) -> list[Located]:

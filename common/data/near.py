@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-NUM_WORDS: Final = 3
+NUM_WORDS: Final = 3  # of a run; Broder 1997, doi.org/10.1109/SEQUEN.1997.666900
 MIN_SIMILARITY: Final = 0.8
 # Thai, Lao, Burmese, Khmer, Japanese and Chinese have no blanks between words: each character counts.
 _UNSPACED: Final = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
@@ -36,21 +36,6 @@ def words(text: str) -> list[str]:
     """
     plain = text if text.isascii() else _INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
     return _WORD.findall(plain.casefold()) or plain.split()
-
-
-def shingles(text: str) -> frozenset[str]:
-    """All runs of three words; a shorter text is one run.
-
-    Source: Broder 1997, doi.org/10.1109/SEQUEN.1997.666900.
-    """
-    found = words(text)
-    last = max(0, len(found) - NUM_WORDS)
-    return frozenset(" ".join(found[start : start + NUM_WORDS]) for start in range(last + 1))
-
-
-def similarity(one: frozenset[str], other: frozenset[str]) -> float:
-    """Jaccard similarity: of all runs, the share that both have."""
-    return len(one & other) / len(one | other)
 
 
 def find(

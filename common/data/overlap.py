@@ -229,7 +229,4 @@ def _max_holders(num_texts: int) -> int:
 
 def _forms(asked: Sequence[Words]) -> set[Words]:
     """What is asked in so many different rows that it tells none of them from the others."""
-    counts: dict[Words, int] = {}
-    for words in asked:
-        counts[words] = counts.get(words, 0) + 1
-    return {words for words, count in counts.items() if count > _max_holders(len(asked))}
+    return {words for words, count in Counter(asked).items() if count > _max_holders(len(asked))}

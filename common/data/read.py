@@ -9,13 +9,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from common.data import files, hub, preference_rows, shapes
+from common import extras
+from common.data import files, preference_rows, shapes
 from common.data.files import Located
 from common.data.problems import Problems, UnusableError
 from common.data.rows import Columns, Row
 from common.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets  # type: ignore[import-untyped]
 
 MAX_LINE_BYTES: Final = 16 << 20
 ID_COLUMN: Final = "id"
@@ -23,6 +27,8 @@ ABOUT_ROWS: Final = ("README", "LICENSE", "LICENCE", "COPYING", "NOTICE", "CITAT
 NO_ROWS: Final = ("_SUCCESS", "Thumbs.db", "desktop.ini")  # of Spark and of Windows
 S = TypeVar("S")
 T = TypeVar("T")
+SPLIT: Final = "train"
+_SAVED: Final = ("state.json", "dataset_dict.json")
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -103,13 +109,13 @@ def gather(source: str, problems: Problems, *, max_line_bytes: int = MAX_LINE_BY
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        rows = hub.load_folder(path) if hub.is_saved(path) else _read_folder(path, max_line_bytes, problems)
+        rows = _load_saved(path) if _is_saved(path) else _read_folder(path, max_line_bytes, problems)
     elif path.exists():
         rows = files.scan_file(path, max_line_bytes=max_line_bytes, problems=problems)
     elif path.suffix.lower() in files.READERS or not _HUB_ID.fullmatch(source):
         raise DataError(f"{source}: no such file or folder: correct the path (data.path; data.source in a simulation)")
     else:
-        rows = hub.load(source)
+        rows = _load_by_id(source)
     if not rows and not problems.found:
         raise DataError(f"{source}: has no rows: name a file or folder that does")
     return rows
@@ -122,7 +128,7 @@ def left_out(source: str) -> list[str]:
         Names; none for a file, a folder of `datasets` or an id. Any other file that cannot be read is a problem.
     """
     folder = Path(source).expanduser()
-    if not folder.is_dir() or hub.is_saved(folder):
+    if not folder.is_dir() or _is_saved(folder):
         return []
     return sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if _is_left_out(path))
 
@@ -222,3 +228,44 @@ def _note_duplicate_ids(located: Sequence[Located], problems: Problems) -> None:
             f'"{ID_COLUMN}"; if it numbers rows and starts anew, leave the column out or rename it'
         )
         problems.add(", ".join(places), UnusableError(what, remedy))
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `datasets.save_to_disk` made this folder."""
+    return any((folder / name).is_file() for name in _SAVED)
+
+
+def _load_saved(folder: Path) -> list[Located]:
+    """What `datasets.save_to_disk` wrote; of several splits the one called "train"."""
+    import datasets
+
+    try:  # its errors are not kept as causes: their text may quote rows
+        saved = datasets.load_from_disk(str(folder))
+        chosen = saved[SPLIT] if isinstance(saved, datasets.DatasetDict) else saved
+        return _numbered(chosen, folder.name)
+    except (OSError, ValueError, KeyError):
+        raise DataError(f"{folder}: is not a readable saved data set with a split {SPLIT!r}: save it again") from None
+
+
+def _load_by_id(name: str) -> list[Located]:
+    """The split "train" of a data set by its id; HF_HUB_OFFLINE=1 keeps the library to its local cache."""
+    try:
+        import datasets
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    except ImportError as error:
+        raise DataError(
+            f"{name}: no such file or folder, and `datasets` is not installed to look it up; "
+            f"correct the path, or install it with: {extras.install('client')}"
+        ) from error
+    try:
+        return _numbered(datasets.load_dataset(name, split=SPLIT), name)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, HfHubHTTPError, HFValidationError) as error:
+        raise DataError(
+            f"{name}: no such file or folder, and no data set of that id with a split {SPLIT!r} can be loaded "
+            f"({type(error).__name__}): correct the path, or download the data set and name its folder"
+        ) from None
+
+
+def _numbered(rows: "datasets.Dataset", name: str) -> list[Located]:
+    """Rows with their numbers."""
+    return [Located(f"{name} row {number}", fields) for number, fields in enumerate(rows, start=1)]

@@ -46,12 +46,7 @@ def choose(names: set[str], columns: Columns, *, source: str) -> Converter:
         raise DataError(
             f"{source}: has the columns of two shapes, {listed}: remove those that are not to be trained on"
         )
-    _refuse_absent(names, columns, source=source)
-    return partial(_convert, read_turns=next(iter(fitting.values())))
-
-
-def _refuse_absent(names: set[str], columns: Columns, *, source: str) -> None:
-    """A column that the settings name and no row has would do nothing, and nobody would notice."""
+    # a column that the settings name and no row has would do nothing, and nobody would notice
     if columns.input != Columns.input and columns.input not in names:
         raise DataError(f"{source}: no row has the column {columns.input!r}: correct data.input_column")
     if columns.unit and columns.unit not in names:
@@ -59,6 +54,7 @@ def _refuse_absent(names: set[str], columns: Columns, *, source: str) -> None:
             f"{source}: no row has the column {columns.unit!r}: set data.unit_column to the one that names the patient "
             'or customer, or to "" if every row is someone else\'s'
         )
+    return partial(_convert, read_turns=next(iter(fitting.values())))
 
 
 def _nearest(names: set[str], columns: Columns) -> str:
@@ -134,18 +130,18 @@ def _turns(value: Any, name: str) -> Turns:
         raise UnusableError(f"{name!r} is {type(value).__name__} and not a list", AS_CHAT)
     if not value:
         raise UnusableError(f"{name!r} is empty", FILL_IN)
-    return tuple(_turn(item, f"{name}[{number}]") for number, item in enumerate(value))
-
-
-def _turn(item: Any, name: str) -> Message:
-    """One message."""
-    if not isinstance(item, dict) or not {"role", "content"} <= item.keys():
-        raise UnusableError(f"{name} is not an object with `role` and `content`", AS_CHAT)
-    if any(value is not None for key, value in item.items() if key not in ("role", "content")):
-        raise UnusableError(f"{name} has more than `role` and `content`, which would be lost", AS_CHAT)
-    if item["role"] not in ROLES:
-        raise UnusableError(f"{name} has another role than system, user or assistant", AS_CHAT)
-    return Message(item["role"], _filled(item["content"], f"{name}.content", is_answer=item["role"] == "assistant"))
+    turns = []
+    for number, item in enumerate(value):
+        what = f"{name}[{number}]"
+        if not isinstance(item, dict) or not {"role", "content"} <= item.keys():
+            raise UnusableError(f"{what} is not an object with `role` and `content`", AS_CHAT)
+        if any(field is not None for key, field in item.items() if key not in ("role", "content")):
+            raise UnusableError(f"{what} has more than `role` and `content`, which would be lost", AS_CHAT)
+        if item["role"] not in ROLES:
+            raise UnusableError(f"{what} has another role than system, user or assistant", AS_CHAT)
+        is_answer = item["role"] == "assistant"
+        turns.append(Message(item["role"], _filled(item["content"], f"{what}.content", is_answer=is_answer)))
+    return tuple(turns)
 
 
 def _check_order(turns: Sequence[Message]) -> None:

@@ -5,6 +5,7 @@ would share one protection. So what says the same to a reader, or to a spreadshe
 stays two, and `alike` tells of it.
 """
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -43,6 +44,7 @@ _UNSEEN: Final = frozenset(
 _OTHER_VALUE: Final = ("<super>", "<sub>", "<circle>", "<square>", "<fraction>")  # "7²" is not "72"
 _WHOLE: Final = re.compile(r"([+-]?[0-9]+)\.0+")
 _ROUNDED: Final = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?[eE]\+[0-9]+")
+_nfkc: Final = functools.partial(unicodedata.normalize, "NFKC")
 _LEADING_ZEROS: Final = re.compile(r"(?<![0-9.,])0+(?=[0-9])")
 
 
@@ -105,7 +107,7 @@ def alike(names: Iterable[str]) -> list[list[str]]:
     """
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
-        text = "".join(map(_plain, unicodedata.normalize("NFKC", name))).casefold()
+        text = "".join(map(_plain, _nfkc(name))).casefold()
         groups.setdefault(_LEADING_ZEROS.sub("", text), []).append(name)
     return [group for group in groups.values() if len(group) > 1]
 
@@ -127,15 +129,10 @@ def _number(value: Any, column: str) -> str:
 
 
 def _shown(text: str) -> str:
-    """What is seen of a text; again of its result, it may be less."""
+    """What is seen of a text, by NFKC where that says the same; again of its result, it may be less."""
     seen = (c for c in text if unicodedata.category(c) != "Cf" and c not in _UNSEEN)
-    return unicodedata.normalize("NFC", " ".join("".join(map(_folded, seen)).split()))
-
-
-def _folded(character: str) -> str:
-    """NFKC, where that says the same."""
-    is_other = unicodedata.decomposition(character).startswith(_OTHER_VALUE)
-    return character if is_other else unicodedata.normalize("NFKC", character)
+    folded = (c if unicodedata.decomposition(c).startswith(_OTHER_VALUE) else _nfkc(c) for c in seen)
+    return unicodedata.normalize("NFC", " ".join("".join(folded).split()))
 
 
 def _plain(character: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.data import files, read
+from common.data.problems import Problems
 from common.data.rows import Columns
 from common.errors import DataError
 
@@ -68,7 +69,9 @@ def test_unreadable_file(tmp_path):
 
 def test_folder_with_the_name_of_a_file(tmp_path):
     (tmp_path / "a.jsonl").mkdir()
-    assert "cannot be read" in refusal(files.read_file, tmp_path / "a.jsonl", max_line_bytes=100)
+    problems = Problems()
+    assert files.scan_file(tmp_path / "a.jsonl", max_line_bytes=100, problems=problems) == []
+    assert "cannot be read" in refusal(problems.raise_if_any)
 
 
 @pytest.mark.parametrize(

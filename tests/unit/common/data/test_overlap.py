@@ -8,6 +8,7 @@ import pytest
 from common.data import near, overlap
 from common.data.overlap import Text
 from common.data.rows import Message, Row
+from tests.samples import runs
 
 VISIT = (
     "The patient is a 64 year old woman who came in with shortness of breath for three days, worse at night, and "
@@ -81,8 +82,8 @@ def test_groups_reach_through_others_and_rows_without_text_stand_alone():
 def test_groups_are_those_of_comparing_every_two():
     draws = random.Random(3)
     texts = [" ".join(draws.choices("abcdef", k=draws.randint(1, 9))) for _ in range(120)]
-    sets = list(map(near.shingles, texts))
-    pairs = [(i, j) for i in range(120) for j in range(i) if near.similarity(sets[i], sets[j]) >= 0.5]
+    sets = list(map(runs.shingles, texts))
+    pairs = [(i, j) for i in range(120) for j in range(i) if runs.similarity(sets[i], sets[j]) >= 0.5]
     assert near.groups(texts, min_similarity=0.5) == near.merged(120, pairs)
     assert 1 < len(set(near.groups(texts, min_similarity=0.5))) < 120  # control
 

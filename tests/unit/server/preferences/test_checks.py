@@ -8,6 +8,7 @@ import pytest
 from common.data import near
 from server.preferences import checks
 from server.preferences.checks import check
+from tests.samples import runs
 
 CANARY = "Zyxwvut"
 
@@ -133,14 +134,14 @@ def test_prefix_filtering_finds_what_comparing_all_finds():
     draws = random.Random(3)
     texts = [" ".join(draws.choices("abcdef", k=draws.randint(1, 9))) for _ in range(120)]
     ours, theirs = texts[:60], texts[60:]
-    sets = list(map(near.shingles, theirs))
+    sets = list(map(runs.shingles, theirs))
     for least in (0.5, 0.8, 1.0):
-        slow = [k for k, text in enumerate(ours) if any(near.similarity(near.shingles(text), s) >= least for s in sets)]
+        slow = [k for k, text in enumerate(ours) if any(runs.similarity(runs.shingles(text), s) >= least for s in sets)]
         assert near.find(ours, theirs, min_similarity=least) == slow
     assert 0 < len(near.find(ours, theirs, min_similarity=0.5)) < 60  # control: neither nothing nor everything
 
 
 def test_similarity_is_the_hand_worked_one():
-    one, other = near.shingles("a b c d"), near.shingles("A, b c e!")
+    one, other = runs.shingles("a b c d"), runs.shingles("A, b c e!")
     assert one == {"a b c", "b c d"}
-    assert near.similarity(one, other) == pytest.approx(1 / 3)
+    assert runs.similarity(one, other) == pytest.approx(1 / 3)
