@@ -246,20 +246,13 @@ def load_base(folder: Path, settings: config.ModelConfig, device: torch.device) 
     probe.check_precision(base, settings.quantization)
     base.requires_grad_(False)
     base.config.use_cache = False
-    _keep_layout(base)
-    return base
-
-
-def _keep_layout(base: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights when a model on the CPU is evaluated.
-
-    On processors with AVX512-BF16 it repacks them at the first forward in evaluation mode, computes in bfloat16
-    whatever was asked for, and does not repack them for training: from then on no gradient passes through the layer
-    (seen in 0.50.2, with nothing but a warning of torch's).
-    """
+    # On processors with AVX512-BF16 bitsandbytes (seen in 0.50.2) repacks 4-bit weights at the first forward in
+    # evaluation mode, computes in bfloat16 whatever was asked for, and does not repack them for training: from then on
+    # no gradient passes through the layer, with nothing but a warning of torch's.
     for module in base.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+    return base
 
 
 def quantization_config(settings: config.ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -314,7 +307,9 @@ def attach(base: Any, settings: config.AdapterConfig, *, seed: int) -> nn.Module
                 f"adapter.targets = '{', '.join(settings.targets)}' cannot have an adapter; {remedy}"
             ) from error
     probe.check_targets(model, settings, remedy=remedy)
-    _initialise(model, seed=seed)
+    own = adapter.parameters(model)
+    for name, values in _drawn(own, seed=seed).items():
+        own[name].data = values.to(own[name].device)
     return model
 
 
@@ -345,13 +340,6 @@ def initial_of(engine: Engine, run: config.RunConfig) -> adapter.Tensors:
     if run.adapter.kind != "lora" or run.aggregation.num_core_heads:
         return engine.initial  # drawn from no seed, or its engine was loaded for this one
     return {**engine.initial, **_drawn(engine.initial, seed=run.seed)}
-
-
-def _initialise(model: nn.Module, *, seed: int) -> None:
-    """A from the seed, B zero."""
-    own = adapter.parameters(model)
-    for name, values in _drawn(own, seed=seed).items():
-        own[name].data = values.to(own[name].device)
 
 
 def _drawn(own: Mapping[str, torch.Tensor], *, seed: int) -> dict[str, torch.Tensor]:

@@ -39,7 +39,10 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     """
     tokenizer = _loaded(AutoTokenizer, folder)
     if (folder / FILE).is_file():
-        core = _core(folder)
+        try:
+            core = Tokenizer.from_file(str(folder / FILE))
+        except Exception as error:  # tokenizers raises no other class
+            raise ModelError(f"{folder / FILE} is damaged; fetch the base again") from error
         if tokenizer is None or not _is_same(tokenizer, core):
             tokenizer = _loaded(PreTrainedTokenizerFast, folder)
         if tokenizer is not None and ids_of(tokenizer, TEXT) != core.encode(TEXT, add_special_tokens=False).ids:
@@ -151,14 +154,6 @@ def _loaded(maker: Any, folder: Path) -> PreTrainedTokenizerBase | None:
     except Exception:  # noqa: BLE001  tokenizers raises no other class
         return None
     return found
-
-
-def _core(folder: Path) -> Tokenizer:
-    """What `tokenizer.json` says."""
-    try:
-        return Tokenizer.from_file(str(folder / FILE))
-    except Exception as error:  # tokenizers raises no other class
-        raise ModelError(f"{folder / FILE} is damaged; fetch the base again") from error
 
 
 def _is_same(tokenizer: PreTrainedTokenizerBase, core: Tokenizer) -> bool:

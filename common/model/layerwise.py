@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.pytorch_utils import Conv1D
@@ -57,14 +57,17 @@ def layers(folder: Path, settings: ModelConfig, device: torch.device) -> Iterato
     base, quantizer = _replaced(folder, settings, device)
     files = _files(folder)
     dtype = model.resolve_dtype(settings, device)
-    for name in _names(base):
+    for name in sorted(name for name, module in base.named_modules() if codes.is_quantised(module)):
         weight = _read(folder, files, f"{name}.weight").to(device)
         is_turned = issubclass(base.get_submodule(name).source_cls, Conv1D)  # type: ignore[arg-type]
         weight_dk = weight.T.contiguous() if is_turned else weight
         if settings.quantization == "none":
             yield Layer(name, weight_dk, weight_dk.to(dtype), weight_dk.to(dtype))
         else:
-            yield Layer(name, weight_dk, *_quantised(base, name, weight.to(dtype), quantizer))
+            full_name = f"{name}.weight"
+            made = quantizer.get_quantize_ops().convert({full_name: weight.to(dtype)}, model=base)[full_name]
+            used_dk = dequantize_bnb_weight(made, getattr(base.get_submodule(name), "state", None))
+            yield Layer(name, weight_dk, made.data, used_dk)
 
 
 def codes_of_run(engine: Engine, settings: ModelConfig) -> str:
@@ -90,18 +93,6 @@ def _replaced(folder: Path, settings: ModelConfig, device: torch.device) -> tupl
     base = skeleton.build(folder)
     quantizer.preprocess_model(base, device_map={"": device})
     return base, quantizer
-
-
-def _names(base: nn.Module) -> list[str]:
-    """Names of the layers that were replaced, sorted."""
-    return sorted(name for name, module in base.named_modules() if codes.is_quantised(module))
-
-
-def _quantised(base: nn.Module, name: str, weight: Tensor, quantizer: Any) -> tuple[Tensor, Tensor]:
-    """One layer as it is held in memory, and dequantised."""
-    full_name = f"{name}.weight"
-    made = quantizer.get_quantize_ops().convert({full_name: weight}, model=base)[full_name]
-    return made.data, dequantize_bnb_weight(made, getattr(base.get_submodule(name), "state", None))
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -59,28 +59,24 @@ def configuration(
     shared = {"task_type": TASK, "inference_mode": not is_trained, "base_model_name_or_path": base}
     if KINDS[settings.kind].layers != "input":
         shared["target_modules"] = list(modules)
-    made: PeftConfig = _makers(settings, modules)[settings.kind](**shared)
-    return made
-
-
-def _makers(settings: AdapterConfig, modules: Sequence[str]) -> dict[str, Any]:
-    """One constructor a kind, with the settings that are its own."""
-    made: Any = functools.partial  # peft's configurations are told apart by nothing that a type checker sees
+    make: Any = functools.partial  # peft's configurations are told apart by nothing that a type checker sees
     lora = {"lora_alpha": settings.alpha, "lora_dropout": settings.dropout, "bias": "none"}
     tokens = {"num_virtual_tokens": settings.num_virtual_tokens}
     feed_forward = [name for name in modules if name.rpartition(".")[2] in FEED_FORWARD]
-    return {
-        "dora": made(peft.LoraConfig, use_dora=True, r=settings.r, use_rslora=settings.use_rslora, **lora),
-        "adalora": made(
+    makers = {
+        "dora": make(peft.LoraConfig, use_dora=True, r=settings.r, use_rslora=settings.use_rslora, **lora),
+        "adalora": make(
             peft.AdaLoraConfig, init_r=settings.r, target_r=settings.final_r, total_step=1, **lora
         ),  # the schedule is the coordinator's, in rounds (`server.aggregate.adalora`)
-        "ia3": made(peft.IA3Config, feedforward_modules=feed_forward),
-        "ln_tuning": made(peft.LNTuningConfig),
-        "full": made(peft.LNTuningConfig),  # peft trains a copy of whatever layer it is given
-        "prompt_tuning": made(peft.PromptTuningConfig, prompt_tuning_init="SAMPLE_VOCAB", **tokens),
-        "prefix_tuning": made(peft.PrefixTuningConfig, **tokens),
-        "p_tuning": made(peft.PromptEncoderConfig, **tokens),
+        "ia3": make(peft.IA3Config, feedforward_modules=feed_forward),
+        "ln_tuning": make(peft.LNTuningConfig),
+        "full": make(peft.LNTuningConfig),  # peft trains a copy of whatever layer it is given
+        "prompt_tuning": make(peft.PromptTuningConfig, prompt_tuning_init="SAMPLE_VOCAB", **tokens),
+        "prefix_tuning": make(peft.PrefixTuningConfig, **tokens),
+        "p_tuning": make(peft.PromptEncoderConfig, **tokens),
     }
+    made: PeftConfig = makers[settings.kind](**shared)
+    return made
 
 
 def layers(base: nn.Module, settings: AdapterConfig) -> list[str]:
@@ -95,15 +91,16 @@ def layers(base: nn.Module, settings: AdapterConfig) -> list[str]:
     if where == "norms":
         return _found(_norms(base), "normalisation layer")
     is_all = names == ("all-linear",)
-    linears = _linears(base)
+    head = base.get_output_embeddings()  # type: ignore[operator]
+    linears = [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and module is not head]
     allowed = linears + (_norms(base) if where == "both" else [])
     if is_all:
         return _found(allowed, "linear layer")
     for wanted in names:
-        if not any(_is_named(name, wanted) for name in allowed):
+        if not any(f".{name}".endswith(f".{wanted}") for name in allowed):  # as peft compares them
             last = sorted({name.rpartition(".")[2] for name in allowed})
             raise ModelError(f"adapter.targets: '{wanted}' matches no module; choose among {', '.join(last)}")
-    return [name for name in allowed if any(_is_named(name, wanted) for wanted in names)]
+    return [name for name in allowed if f".{name}".endswith(tuple(f".{wanted}" for wanted in names))]
 
 
 def num_prepended(model: nn.Module) -> int:
@@ -114,12 +111,6 @@ def num_prepended(model: nn.Module) -> int:
     return int(settings.num_virtual_tokens)
 
 
-def _linears(base: Any) -> list[str]:
-    """All linear layers but the output head, as peft's `all-linear` has them."""
-    head = base.get_output_embeddings()
-    return [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and module is not head]
-
-
 def _norms(base: nn.Module) -> list[str]:
     """All normalisation layers with a weight."""
     return [
@@ -127,11 +118,6 @@ def _norms(base: nn.Module) -> list[str]:
         for name, module in base.named_modules()
         if "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
     ]
-
-
-def _is_named(module: str, target: str) -> bool:
-    """Whether a module's name ends with a target, as peft compares them."""
-    return module == target or module.endswith(f".{target}")
 
 
 def _found(names: list[str], what: str) -> list[str]:

@@ -11,6 +11,7 @@ B rows, T tokens, V vocabulary, H width of an embedding.
 """
 
 import math
+import re
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ def check_precision(base: nn.Module, claimed: Quantization) -> float:
         return 0.0
     found = precision_of(base)
     if found.share < MIN_SHARE:
-        kinds = sorted({_without_numbers(name) for name in found.others})
+        kinds = sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in found.others})  # of all layers at once
         raise ModelError(
             f"model.quantization = '{claimed}' reaches {100 * found.share:.0f} % of the weights of this base's layers: "
             f"bitsandbytes does not quantise {', '.join(kinds[:6])}{' and others' if len(kinds) > 6 else ''}; set "
@@ -214,8 +215,11 @@ def attach(
         check_function(model, ids_bt)
         _PASSED.add(key)
         return model.train(was_training)
-    with torch.random.fork_rng():
-        _stir(model)
+    with torch.random.fork_rng(), torch.no_grad():  # values for B, so that the adapter changes what the base does
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(torch.randn(parameter.shape) * _TRIAL_STD)
     ours_btv = check_function(model, ids_bt)
     pair = adapter.read(model)
     theirs = _by_plain_peft(model.unload(), pair, settings)
@@ -292,15 +296,6 @@ def _by_plain_peft(base: Any, pair: adapter.Tensors, settings: AdapterConfig) ->
     return model.eval()
 
 
-@torch.no_grad()
-def _stir(model: nn.Module) -> None:
-    """Give B values, so that the adapter changes what the base does."""
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if ".lora_B." in name:
-            parameter.copy_(torch.randn(parameter.shape) * _TRIAL_STD)
-
-
 def _logits(model: Any, ids_bt: Tensor) -> Tensor:
     """Logits of some rows, without those of virtual tokens, float32. Shape (B, T, V)."""
     found_btv: Tensor = model(input_ids=ids_bt, attention_mask=torch.ones_like(ids_bt), use_cache=False).logits
@@ -341,13 +336,3 @@ def _values(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}.weight", state.offset
         elif codes.is_quantised(module):
             yield f"{name}.weight", module.weight.SCB if module.state.SCB is None else module.state.SCB
-
-
-def _without_numbers(name: str) -> str:
-    """A tensor's name for all layers at once.
-
-    Example:
-        >>> _without_numbers("model.layers.0.mlp.experts.down_proj")
-        'model.layers.*.mlp.experts.down_proj'
-    """
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))

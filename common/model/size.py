@@ -48,8 +48,8 @@ class BaseShape:
 
     def targets(self, names: Sequence[str]) -> list[tuple[int, int]]:
         """The layers that `adapter.targets` names; `all-linear` names all."""
-        is_all = tuple(names) == ("all-linear",)
-        return [shape for name, shape in self.linears.items() if is_all or any(_is_named(name, one) for one in names)]
+        is_all, ends = tuple(names) == ("all-linear",), tuple(f".{name}" for name in names)  # as peft compares names
+        return [shape for name, shape in self.linears.items() if is_all or f".{name}".endswith(ends)]
 
     def num_adapter_parameters(self, names: Sequence[str], *, r: int) -> int:
         """Values in the two factors of all targets: r (inputs + outputs) each."""
@@ -113,7 +113,11 @@ def read(folder: Path) -> BaseShape:
                 shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{file} is damaged; fetch the base again") from error
-    linears = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if _is_linear(name, shape)}
+    linears = {
+        name.removesuffix(".weight"): shape
+        for name, shape in shapes.items()
+        if len(shape) == 2 and name.endswith(".weight") and not any(word in name for word in EMBEDDINGS)
+    }
     num_all = sum(math.prod(shape) for shape in shapes.values())
     num_linear = sum(math.prod(shape) for shape in linears.values())
     num_layers, hidden_size, vocab_size = _config(folder)
@@ -172,16 +176,6 @@ def _bytes_per_token(shape: BaseShape, work: Work) -> int:
     if work.is_checkpointing:
         layers = layers // shape.num_layers + shape.num_layers * shape.hidden_size * size
     return layers + shape.vocab_size * (size + 2 * FLOAT32_BYTES)
-
-
-def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is the weight of a linear layer, by its name and shape."""
-    return len(shape) == 2 and name.endswith(".weight") and not any(word in name for word in EMBEDDINGS)
-
-
-def _is_named(module: str, target: str) -> bool:
-    """Whether a module's name ends with a target, as peft compares them."""
-    return module == target or module.endswith(f".{target}")
 
 
 def _config(folder: Path) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.adapter import orthonormal, ranks
+from common.adapter import ranks, start
 from common.frame.records import TensorSpec
 from common.run import trainable
 from common.run.catalogue.methods import FACTS
@@ -50,7 +50,7 @@ def begin(method: str, specs, generator) -> dict[str, torch.Tensor]:
     """The middle of a run: both factors at work; A as the method starts it."""
     state = {spec.name: torch.randn(spec.shape, generator=generator) for spec in specs}
     which = FACTS[method].fixed or "A"
-    made = orthonormal.factors(specs, seed=3, which=which) if FACTS[method].has_orthonormal_start else {}
+    made = start.factors(specs, seed=3, which=which) if FACTS[method].has_orthonormal_start else {}
     return {**state, **made}
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from client.train import private
-from common.adapter import adapter, cores, orthonormal, start
+from common.adapter import adapter, cores, start
 from common.errors import ModelError
 from common.loss import likelihood
 from common.model import base
@@ -115,8 +115,8 @@ def test_a_run_begins_without_a_change_and_with_a_gradient_for_every_core(begun)
 
 
 def test_both_ends_make_the_same_factors_and_the_first_ones_are_those_of_ffa(begun):
-    both = orthonormal.factors(begun.tensor_specs, seed=5, which="AB")
-    downs = orthonormal.factors(begun.tensor_specs, seed=5)
+    both = start.factors(begun.tensor_specs, seed=5, which="AB")
+    downs = start.factors(begun.tensor_specs, seed=5)
     assert {factor_of(name) for name in both} == {"A", "B"}
     assert all(torch.equal(both[name], tensor) for name, tensor in downs.items())
     assert len(both) == 2 * len(downs)

@@ -3,13 +3,13 @@ import hashlib
 import pytest
 import torch
 
-from common.adapter import orthonormal
+from common.adapter import start
 from common.errors import ModelError
 from common.frame.records import TensorSpec
 
 
 def factor(rank: int, width: int, *, seed: int = 5, name: str = "m.lora_A.weight") -> torch.Tensor:
-    return orthonormal.factors([TensorSpec(name, (rank, width))], seed=seed)[name]
+    return start.factors([TensorSpec(name, (rank, width))], seed=seed)[name]
 
 
 @pytest.mark.parametrize(("rank", "width"), [(1, 1), (3, 3), (4, 64), (16, 1000), (64, 96)])
@@ -62,7 +62,7 @@ def test_seed_and_name_decide():
 
 def test_only_down_projections_are_made():
     specs = [TensorSpec("m.lora_A.weight", (2, 8)), TensorSpec("m.lora_B.weight", (8, 2))]
-    assert list(orthonormal.factors(specs, seed=1)) == ["m.lora_A.weight"]
+    assert list(start.factors(specs, seed=1)) == ["m.lora_A.weight"]
 
 
 def test_a_module_that_is_narrower_than_the_rank_is_refused():
