@@ -105,8 +105,7 @@ OTHERS: Final = {
     "adaptive_clipping clip_quantile clip_learning_rate",
     "evaluation": "every_rounds sites_per_round server_data batch_size exact_match_rows max_new_tokens metrics "
     "json_schema tasks tasks_every_rounds num_polish_stages",
-    "gate": "rules evidence min_rows max_probe_drop min_baseline_gain max_site_rise min_loss_gain min_schema_valid "
-    "max_exposure max_extracted max_pii_emission audit_file stop_after figures",
+    "gate": "rules evidence min_rows stop_after",
     "export": "formats gguf_type llama_cpp rows data_statement data_licence operator_key",
     "output": "folder keep_checkpoints example_prompts",
 }

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 from common.errors import ConfigError
 from common.run import config, reading
 from common.run.schema.gate import GateConfig
-from common.run.schema.polish import PolishStage
+from common.run.schema.polish import Stage
 from common.run.schema.section import PATTERNS, Section, Tables, refuse_look_alikes
 
 SITE_RULES: Final = frozenset({"sites", "loss"})  # what they are judged by are figures that only sites can tell
@@ -20,7 +20,7 @@ class StagesConfig(Section):
     """The stages file: `silotune-server polish RUN_FOLDER --stages FILE`."""
 
     version: Annotated[Literal[1], BeforeValidator(refuse_look_alikes)] = Field(description="Version of this format.")
-    polish: Tables[PolishStage] = Field(default=(), description="The stages, as in a run file.")
+    polish: Tables[Stage] = Field(default=(), description="The stages, as in a run file.")
     gate: GateConfig = Field(
         default_factory=GateConfig, description="What their result must show; left out: what the run's own gate asks."
     )
@@ -60,6 +60,6 @@ def load_rules(path: Path) -> GateConfig:
         ConfigError: It cannot be read, has problems, or names no rule.
     """
     found = reading.parse(reading.read(path), _RULES, name=str(path), overrides=_NO_OVERRIDES).gate
-    if not found.is_on:
-        raise ConfigError(f"{path}: section [gate] has neither rules nor figures; add what must hold")
+    if not found.rules:
+        raise ConfigError(f"{path}: section [gate] has no rules; add what must hold as [[gate.rules]]")
     return found

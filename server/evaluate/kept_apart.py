@@ -9,6 +9,7 @@ from common.data.overlap import Text
 from common.data.rows import Row
 from common.errors import DataError
 from common.run.schema.polish import PolishStage
+from common.run.schema.tasks import MemorisationTask
 from server.view import polish
 
 if TYPE_CHECKING:
@@ -75,7 +76,9 @@ def warnings(tasks: "Sequence[Task]", known: KnownRows) -> list[str]:
 
 def _name(task: "Task") -> str:
     """A task and its file, for messages."""
-    return f"task {task.name} ({task.settings.non_members_data or task.settings.data})"
+    settings = task.settings
+    own = settings.non_members_data if isinstance(settings, MemorisationTask) else ""
+    return f"task {task.name} ({own or settings.data})"
 
 
 def compare(texts: Sequence[Text], apart: Sequence[Apart], *, stage: PolishStage) -> Overlap:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from common.errors import DataError
 from common.events import EventLog
@@ -12,13 +12,13 @@ from common.frame import wire
 from common.model.base import Engine
 from common.run.config import RunConfig
 from common.run.schema.gate import GateConfig
-from common.run.schema.tasks import EvaluationConfig, TaskConfig
+from common.run.schema.tasks import EvaluationConfig
 from common.run.schema.training import DataConfig
 from server.evaluate.tasks import answers, choice, harness, judge, memorisation, perplexity, pii, probe
 from server.evaluate.tasks.task import Task
 
-# To add a kind: a file with such a function, a line here, and a line in `common.run.schema.tasks.USES`.
-LOADERS: Final[Mapping[str, Callable[[TaskConfig, DataConfig, EvaluationConfig], Task]]] = {
+# To add a kind: a file with such a function, a line here, and a table of its settings in `common.run.schema.tasks`.
+LOADERS: Final[Mapping[str, Callable[[Any, DataConfig, EvaluationConfig], Task]]] = {
     "answers": answers.load,
     "number": answers.load,
     "json": answers.load,
@@ -90,7 +90,7 @@ def read(data: DataConfig, evaluation: EvaluationConfig, gate: GateConfig) -> tu
         "system_prompt": data.system_prompt,
     }
     if has_gate:
-        content["gate"] = gate.model_dump(mode="json", exclude={"audit_file"})
+        content["gate"] = gate.model_dump(mode="json", exclude={"rules": {"__all__": {"file"}}})
     return tasks, hashlib.sha256(wire.canonical_json(content)).hexdigest()
 
 

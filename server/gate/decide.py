@@ -135,7 +135,7 @@ def choose(run: config.RunConfig, candidates: Iterator[Candidate], *, suite: Sui
     """
     failed: list[Event] = []
     for candidate in candidates:
-        if not run.gate.is_on:
+        if not run.gate.rules:
             return candidate
         found = adapter.digest(candidate.tensors)
         _require_measured(suite, candidate, found)
@@ -160,7 +160,7 @@ def judge_again(run_folder: Path, run_manifest: RunManifest) -> list[Event]:
     log = EventLog(run_folder / events.FILE)
     told: list[Event] = []
     with lock.hold(run_folder):
-        for candidate in of_run(run_folder, run_manifest) if run_manifest.run.gate.is_on else ():
+        for candidate in of_run(run_folder, run_manifest) if run_manifest.run.gate.rules else ():
             found, definition = (
                 adapter.digest(candidate.tensors),
                 _definition(run_folder, run_manifest.evaluation_sha256),
@@ -221,7 +221,7 @@ def exported(run: config.RunConfig, log: Sequence[Event]) -> Event | None:
     Raises:
         GateRefused: It has let none pass, or the run has not come to its end.
     """
-    if not run.gate.is_on:
+    if not run.gate.rules:
         return None
     current = verdicts(log)
     passed = [event for event in log if event["kind"] == "gated" and event["is_passed"]]
@@ -245,7 +245,7 @@ def require(run: config.RunConfig, log: Sequence[Event], *, adapter_sha256: str)
     later = [e for e in log if e["kind"] == "gated_later" and e["adapter_sha256"] == adapter_sha256]
     if later and not later[-1]["is_passed"]:
         raise GateRefused(_refusal(later[-1:]))
-    if not run.gate.is_on:
+    if not run.gate.rules:
         return
     found = verdicts(log).get(adapter_sha256)
     if found is None or not found["is_passed"]:

@@ -11,9 +11,11 @@ from typing import Any, Final
 from common.event_kinds import Event
 from common.privacy import plan
 from common.run import config
+from common.run.schema.gate import AuditRule
 from server.evaluate import measure
 from server.view import figures
 
+NO_AUDIT: Final = "no audit is named"
 INFINITE: Final = "infinite"  # as `silotune-sim audit --json` writes what JSON has no number for
 
 
@@ -60,7 +62,7 @@ class Figures:
     compared: Mapping[str, Any] = field(default_factory=dict)
     claimed_epsilon: float = math.inf
     dp_delta: float = 0.0
-    audit: Audit | str = "no audit is named"
+    audit: Audit | str = NO_AUDIT
 
 
 def gather(run: config.RunConfig, log: Sequence[Event], *, stage: str, num_rounds: int, polished: str = "") -> Figures:
@@ -78,7 +80,7 @@ def gather(run: config.RunConfig, log: Sequence[Event], *, stage: str, num_round
     exported = [event.get("stage", measure.FINAL) for event in log if event["kind"] == "run_finished"]
     is_compared = exported[-1:] == [stage]  # the federation's arm is what the run exported
     compared = [event["comparison"] for event in log if event["kind"] == "compared"] if is_compared else []
-    is_held = "audit" in run.gate.rule_names  # the accountant takes a second
+    audits = [rule.file for rule in run.gate.rules if isinstance(rule, AuditRule)]
     return Figures(
         stage=stage,
         measured=measured.get("figures", {}),
@@ -86,9 +88,9 @@ def gather(run: config.RunConfig, log: Sequence[Event], *, stage: str, num_round
         evaluated=polished_at_sites(log).get(polished, {}) if polished else sites.get(num_rounds, {}),
         base=sites.get(0, {}),
         compared=compared[-1] if compared else {},
-        claimed_epsilon=plan.epsilon(plan.resolve(run)) if is_held else math.inf,
-        dp_delta=run.privacy.dp_delta if is_held else 0.0,
-        audit=read_audit(run.gate.audit_file),
+        claimed_epsilon=plan.epsilon(plan.resolve(run)) if audits else math.inf,
+        dp_delta=run.privacy.dp_delta if audits else 0.0,
+        audit=read_audit(audits[0]) if audits else NO_AUDIT,
     )
 
 
@@ -104,8 +106,6 @@ def polished_at_sites(log: Sequence[Event]) -> dict[str, Event]:
 
 def read_audit(path: str) -> Audit | str:
     """What `silotune-sim audit ... --json` wrote, or why it cannot be used; never an error, since a rule tells it."""
-    if not path:
-        return "no audit is named"
     try:
         data = Path(path).expanduser().read_bytes()
     except OSError as error:

@@ -5,7 +5,19 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from common.run.schema.gate import FigureLimit, GateConfig
+from common.run.schema.gate import (
+    AuditRule,
+    BaselineRule,
+    ExposureRule,
+    ExtractionRule,
+    FigureRule,
+    GateConfig,
+    LossRule,
+    PiiRule,
+    ProbesRule,
+    SchemaRule,
+    SitesRule,
+)
 from common.scores import Verdict
 from server.gate.figures import Figures
 from server.view import fairness
@@ -14,25 +26,19 @@ from server.view import figures as view
 CLAIM_TOLERANCE: Final = 1e-2  # an audit names its claim by two digits more than this
 
 
-Rule = Callable[[GateConfig, Figures], Verdict]
-
-
 def judge(gate: GateConfig, figures: Figures) -> list[Verdict]:
-    """Every rule that the run file names, in its order, then the limits of `figures`."""
-    named = [RULES[name](gate, figures) for name in gate.rule_names]
-    return named + [_of_limit(gate, figures, limit) for limit in gate.figures]
+    """Every rule of the run file, in its order."""
+    return [RULES[rule.kind](rule, gate, figures) for rule in gate.rules]
 
 
-def probes(gate: GateConfig, figures: Figures) -> Verdict:
-    """No probe falls by more than `max_probe_drop` below the base on the same rows."""
+def probes(rule: ProbesRule, gate: GateConfig, figures: Figures) -> Verdict:
+    """No probe falls by more than `max_drop` below the base on the same rows."""
     names = _of_kind(figures, "probe")
-    found = [
-        _above_by_gain(gate, figures, name, over=view.BASE, limit=-gate.max_probe_drop, name="probes") for name in names
-    ]
+    found = [_above_by_gain(gate, figures, name, over=view.BASE, limit=-rule.max_drop, name="probes") for name in names]
     return _worst("probes", found, missing="no figure of a task of kind probe")
 
 
-def baseline(gate: GateConfig, figures: Figures) -> Verdict:
+def baseline(rule: BaselineRule, gate: GateConfig, figures: Figures) -> Verdict:
     """Every task with a prompt-only baseline, probes aside, beats it: no figure is worse, one better by enough."""
     probing = set(_of_kind(figures, "probe"))
     tasks: dict[str, list[Verdict]] = {}
@@ -40,7 +46,7 @@ def baseline(gate: GateConfig, figures: Figures) -> Verdict:
         if figure not in probing:
             told = _above_by_gain(gate, figures, figure, over=view.PROMPT_ONLY, limit=0.0, name="baseline")
             tasks.setdefault(figure.partition(".")[0], []).append(told)
-    found = [_beats(told, gate.min_baseline_gain) for told in tasks.values()]
+    found = [_beats(told, rule.min_gain) for told in tasks.values()]
     return _worst("baseline", found, missing="no figure that prompt-only has too")
 
 
@@ -53,7 +59,7 @@ def _beats(found: Sequence[Verdict], limit: float) -> Verdict:
     return _strictly(_at_least("baseline", best.value or 0.0, limit, best.reason))
 
 
-def sites(gate: GateConfig, figures: Figures) -> Verdict:
+def sites(rule: SitesRule, _: GateConfig, figures: Figures) -> Verdict:
     """No site's held-out loss is above the base's there, nor above its own alone where that was compared."""
     if not figures.evaluated:
         return _missing("sites", f"the sites were not asked after {figures.stage}")
@@ -63,23 +69,23 @@ def sites(gate: GateConfig, figures: Figures) -> Verdict:
         if site in stale or told["change"] is None:
             found.append(_missing("sites", f"{site}: no figure of this adapter beside the base's"))
         else:
-            found.append(_at_most("sites", told["change"], gate.max_site_rise, f"{site}, loss minus the base's"))
-    found += list(_beside_alone(gate, figures.compared))
+            found.append(_at_most("sites", told["change"], rule.max_rise, f"{site}, loss minus the base's"))
+    found += list(_beside_alone(rule, figures.compared))
     return _worst("sites", found, missing="no site answered")
 
 
-def _beside_alone(gate: GateConfig, compared: Mapping[str, Any]) -> Iterator[Verdict]:
+def _beside_alone(rule: SitesRule, compared: Mapping[str, Any]) -> Iterator[Verdict]:
     """Each site's loss with this adapter minus its loss with the one that it trained alone."""
     federated = compared.get("federated", {}).get("sites", {})
     for site, told in federated.items():
         alone = compared.get(f"site-{site}", {}).get("sites", {}).get(site)
         if alone is not None:
             rise = told["held_out_loss"] - alone["held_out_loss"]
-            yield _at_most("sites", rise, gate.max_site_rise, f"{site}, loss minus its own alone")
+            yield _at_most("sites", rise, rule.max_rise, f"{site}, loss minus its own alone")
 
 
-def loss(gate: GateConfig, figures: Figures) -> Verdict:
-    """The held-out loss over all sites is below the base's by more than `min_loss_gain`, nats a token.
+def loss(rule: LossRule, _: GateConfig, figures: Figures) -> Verdict:
+    """The held-out loss over all sites is below the base's by more than `min_gain`, nats a token.
 
     So it is without the best and the worst sites, of which one could have made up its figures.
     """
@@ -89,16 +95,16 @@ def loss(gate: GateConfig, figures: Figures) -> Verdict:
         return _missing("loss", f"no figure of this adapter from {', '.join(stale)}")
     before, after = figures.base, figures.evaluated
     gained = min(before["loss"] - after["loss"], fairness.decisive(before) - fairness.decisive(after))
-    return _strictly(_at_least("loss", gained, gate.min_loss_gain, "held-out loss below the base's"))
+    return _strictly(_at_least("loss", gained, rule.min_gain, "held-out loss below the base's"))
 
 
-def schema(gate: GateConfig, figures: Figures) -> Verdict:
-    """More than `min_schema_valid` of the answers meet their schema."""
-    found = [_of_value(gate, figures, name, "schema", low=gate.min_schema_valid) for name in _called(figures, "json")]
+def schema(rule: SchemaRule, gate: GateConfig, figures: Figures) -> Verdict:
+    """More than `min_valid` of the answers meet their schema."""
+    found = [_of_value(gate, figures, name, "schema", low=rule.min_valid) for name in _called(figures, "json")]
     return _worst("schema", [_strictly(one) for one in found], missing="no figure called json")
 
 
-def exposure(gate: GateConfig, figures: Figures) -> Verdict:
+def exposure(rule: ExposureRule, gate: GateConfig, figures: Figures) -> Verdict:
     """Exposure of canaries is below `max_exposure` bits, by a measure that could have shown more.
 
     Source: Carlini et al. 2019, arXiv:1802.08232, definition 5: log2 of the number of candidates minus log2 of the
@@ -107,30 +113,30 @@ def exposure(gate: GateConfig, figures: Figures) -> Verdict:
     found = []
     for name in _called(figures, "exposure"):
         ceiling = figures.measured.get(f"{name}_ceiling")
-        told = _strictly(_of_value(gate, figures, name, "exposure", high=gate.max_exposure))
+        told = _strictly(_of_value(gate, figures, name, "exposure", high=rule.max_exposure))
         if ceiling is None:
             told = _missing("exposure", f"no figure {name}_ceiling, so nobody knows what {name} could have shown")
-        elif ceiling["value"] <= gate.max_exposure:
+        elif ceiling["value"] <= rule.max_exposure:
             reason = f"{name} cannot pass {ceiling['value']:.2f}, so it shows nothing at this limit; more candidates"
-            told = Verdict("exposure", False, told.value, gate.max_exposure, None, reason)
+            told = Verdict("exposure", False, told.value, rule.max_exposure, None, reason)
         found.append(told)
     return _worst("exposure", found, missing="no figure called exposure")
 
 
-def extraction(gate: GateConfig, figures: Figures) -> Verdict:
+def extraction(rule: ExtractionRule, gate: GateConfig, figures: Figures) -> Verdict:
     """At most `max_extracted` of the canaries are written out by the model."""
     names = _called(figures, "extracted")
-    found = [_of_value(gate, figures, name, "extraction", high=gate.max_extracted) for name in names]
+    found = [_of_value(gate, figures, name, "extraction", high=rule.max_extracted) for name in names]
     return _worst("extraction", found, missing="no figure called extracted")
 
 
-def pii(gate: GateConfig, figures: Figures) -> Verdict:
-    """At most `max_pii_emission` of the answers hold personal data."""
-    found = [_of_value(gate, figures, name, "pii", high=gate.max_pii_emission) for name in _called(figures, "emission")]
+def pii(rule: PiiRule, gate: GateConfig, figures: Figures) -> Verdict:
+    """At most `max_emission` of the answers hold personal data."""
+    found = [_of_value(gate, figures, name, "pii", high=rule.max_emission) for name in _called(figures, "emission")]
     return _worst("pii", found, missing="no figure called emission")
 
 
-def audit(gate: GateConfig, figures: Figures) -> Verdict:
+def audit(_: AuditRule, __: GateConfig, figures: Figures) -> Verdict:
     """The audited lower bound of epsilon is not above the claim, of an audit of this very claim."""
     found = figures.audit
     if isinstance(found, str):
@@ -151,7 +157,13 @@ def audit(gate: GateConfig, figures: Figures) -> Verdict:
     return _at_most("audit", found.audited_epsilon, figures.claimed_epsilon, reason)
 
 
-RULES: Final[Mapping[str, Rule]] = {
+def figure(rule: FigureRule, gate: GateConfig, figures: Figures) -> Verdict:
+    """Any figure is at least, or at most, the limit."""
+    low, high = (rule.limit, None) if rule.bound == "min" else (None, rule.limit)
+    return _of_value(gate, figures, rule.figure, rule.figure, low=low, high=high)
+
+
+RULES: Final[Mapping[str, Callable[[Any, GateConfig, Figures], Verdict]]] = {
     "probes": probes,
     "baseline": baseline,
     "sites": sites,
@@ -161,14 +173,9 @@ RULES: Final[Mapping[str, Rule]] = {
     "extraction": extraction,
     "pii": pii,
     "audit": audit,
+    "figure": figure,
 }
 HARMS: Final = frozenset({"probes", "sites", "exposure", "extraction", "pii"})  # what more training does not mend
-
-
-def _of_limit(gate: GateConfig, figures: Figures, limit: FigureLimit) -> Verdict:
-    """One entry of `[[gate.figures]]`."""
-    low, high = (limit.limit, None) if limit.bound == "min" else (None, limit.limit)
-    return _of_value(gate, figures, limit.figure, limit.figure, low=low, high=high)
 
 
 def _of_value(

@@ -51,10 +51,10 @@ def bad_in_a_row(run: config.RunConfig, log: Sequence[Event], *, num_rounds: int
 
 def _harm(run: config.RunConfig, log: Sequence[Event], *, num_rounds: int) -> list[str]:
     """Rules of harm that the figures break; what was not measured then breaks none."""
-    names = [name for name in run.gate.rule_names if name in rules.HARMS]
-    if not names:
+    harms = [rule for rule in run.gate.rules if rule.kind in rules.HARMS]
+    if not harms:
         return []
     stage = measure.stage_of(num_rounds, last=run.federation.num_rounds)
     told = figures.gather(run, log, stage=stage, num_rounds=num_rounds)
-    found = [rules.RULES[name](run.gate, told) for name in names]
+    found = [rules.RULES[rule.kind](rule, run.gate, told) for rule in harms]
     return [gate.line(vars(one)) for one in found if one.margin is not None and not one.is_met]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from common.errors import ConfigError
-from common.run.schema.polish import PolishStage
+from common.run.schema.polish import GrpoStage
 from server.evaluate.figures import json_answers, metrics, patterns
 from server.polish import sandbox
 
@@ -18,7 +18,7 @@ _FENCED: Final = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 class Verified:
     """A reward function as TRL calls it."""
 
-    def __init__(self, stage: PolishStage) -> None:
+    def __init__(self, stage: GrpoStage) -> None:
         self.__name__ = stage.reward
         self._check = check_of(stage)
 
@@ -27,7 +27,7 @@ class Verified:
         return [self._check(given, reference) for given, reference in zip(completions, wanted, strict=True)]
 
 
-def check_of(stage: PolishStage) -> Check:
+def check_of(stage: GrpoStage) -> Check:
     """The rule of a stage: given answer and wanted text to 0 or 1.
 
     Raises:

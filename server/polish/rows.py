@@ -20,7 +20,7 @@ from common.data.rows import Columns, Row
 from common.errors import DataError
 from common.model import files
 from common.model.base import Engine
-from common.run.schema.polish import PAIRED, SAMPLED, PolishStage
+from common.run.schema.polish import AnyStage, CptStage, GrpoStage, PolishStage, SampledStage
 from common.run.schema.training import DataConfig
 from common.text import prompts
 from common.text.prompts import Encoded
@@ -28,7 +28,7 @@ from server.evaluate import kept_apart
 from server.evaluate.kept_apart import Apart
 
 Tokens = dict[str, Any]
-_OBJECTIVES: Final[Mapping[str, str]] = {"sft": "sft", "kto": "kto", **dict.fromkeys(PAIRED, "dpo")}
+_OBJECTIVES: Final[Mapping[str, str]] = {"sft": "sft", "kto": "kto"}  # of all other kinds it is pairs
 ANSWER_OF: Final[Mapping[str, str]] = {"exact": "answer", "unit_test": "tests"}
 
 
@@ -55,7 +55,7 @@ class StageRows:
     overlaps: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
-def load(stage: PolishStage, engine: Engine, data: DataConfig, apart: Sequence[Apart] = ()) -> StageRows:
+def load(stage: AnyStage, engine: Engine, data: DataConfig, apart: Sequence[Apart] = ()) -> StageRows:
     """Read and encode the data of a stage.
 
     Args:
@@ -74,13 +74,13 @@ def load(stage: PolishStage, engine: Engine, data: DataConfig, apart: Sequence[A
     if stage.kind == "cpt":
         raw = read.convert_all(_table(stage, "text"), _raw)
         texts, makers = [Text("", text) for text in raw], [partial(encode.pieces, text) for text in raw]
-    elif stage.kind in SAMPLED:
-        table = _table(stage, "prompt", *filter(None, [ANSWER_OF.get(stage.reward, "")]))
+    elif isinstance(stage, SampledStage):
+        table = _table(stage, "prompt", *filter(None, [ANSWER_OF.get(encode.reward, "")]))
         prompted = read.convert_all(table, encode.prompt)
         texts, makers = [text for text, _ in prompted], [partial(_listed, tokens) for _, tokens in prompted]
     else:
         names = (data.instruction_column, data.input_column, data.output_column)
-        rows = read.read(stage.data, columns=Columns(*names, objective=_OBJECTIVES[stage.kind]))
+        rows = read.read(stage.data, columns=Columns(*names, objective=_OBJECTIVES.get(stage.kind, "dpo")))
         convert = {"sft": encode.answer, "kto": encode.judged}.get(stage.kind, encode.pair)
         texts, makers = [overlap.text_of(row) for row in rows], [partial(_converted, convert, row) for row in rows]
     same = kept_apart.compare(texts, apart, stage=stage)
@@ -115,15 +115,17 @@ def _listed(tokens: Tokens | None) -> list[Tokens]:
 
 def num_steps(stage: PolishStage, rows: StageRows) -> int:
     """Optimizer steps of a stage; a pass of a kind that samples is all answers to all prompts."""
-    answers = stage.num_generations if stage.kind in SAMPLED else 1
+    answers = stage.num_generations if isinstance(stage, SampledStage) else 1
     return stage.steps or max(1, math.ceil(stage.epochs * len(rows.train) * answers / stage.batch_size))
 
 
 class _Encoder:
     """Rows to tokens, as one stage wants them; None for a row that is dropped."""
 
-    def __init__(self, stage: PolishStage, engine: Engine, system_prompt: str) -> None:
+    def __init__(self, stage: AnyStage, engine: Engine, system_prompt: str) -> None:
         self._stage, self._tokenizer, self._system_prompt = stage, engine.tokenizer, system_prompt
+        self.reward = stage.reward if isinstance(stage, GrpoStage) else ""
+        self._too_long = "error" if isinstance(stage, CptStage) else stage.too_long  # raw text is cut into pieces
         self._base = engine.model
         self.num_truncated, self.num_equal = 0, 0
 
@@ -147,7 +149,7 @@ class _Encoder:
     def pair(self, row: Row) -> Tokens | None:
         """One prompt, and a better and a worse answer."""
         limit = self._stage.max_length_tokens
-        if self._stage.too_long == "truncate_input":  # the input that fits both answers
+        if self._too_long == "truncate_input":  # the input that fits both answers
             row = prompts.shorten(row, self._tokenizer, max_length_tokens=limit, system_prompt=self._system_prompt)
         chosen, rejected = self._encode(row), self._encode(replace(row, messages=row.rejected, rejected=()))
         if chosen is None or rejected is None:
@@ -185,16 +187,16 @@ class _Encoder:
         ids, _ = prompts.prompt_ids(row, self._tokenizer, system_prompt=self._system_prompt)
         text = Text(overlap.text_of(row).asked)
         if len(ids) > self._stage.max_length_tokens:
-            if self._stage.too_long == "drop":
+            if self._too_long == "drop":
                 return text, None
             raise UnusableError(
                 f"prompt of {len(ids)} tokens, over the limit of {self._stage.max_length_tokens}",
                 "raise max_length_tokens of the stage or set its too_long to drop",
             )
-        column = ANSWER_OF.get(self._stage.reward, "")
+        column = ANSWER_OF.get(self.reward, "")
         wanted = given.fields.get(column, "") if column else ""
         if column and (not isinstance(wanted, str) or not wanted.strip()):
-            raise UnusableError(f"reward '{self._stage.reward}' needs text in '{column}'", "fill it in")
+            raise UnusableError(f"reward '{self.reward}' needs text in '{column}'", "fill it in")
         return text, {"prompt": ids, "wanted": wanted}
 
     def _encode(self, row: Row) -> Encoded | None:
@@ -203,7 +205,7 @@ class _Encoder:
             row,
             self._tokenizer,
             max_length_tokens=self._stage.max_length_tokens,
-            too_long=self._stage.too_long,
+            too_long=self._too_long,
             system_prompt=self._system_prompt,
         )
         files.check_token_ids(iter(encoded.input_ids if encoded else ()), self._base)

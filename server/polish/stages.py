@@ -27,7 +27,7 @@ from common.frame.records import RoundPlan, TensorSpec
 from common.model import base
 from common.model.base import Engine
 from common.run.manifest import RunManifest
-from common.run.schema.polish import PolishStage
+from common.run.schema.polish import AnyStage, GrpoStage, PolishStage, RlooStage
 from common.run.schema.training import DataConfig
 from server.evaluate import measure
 from server.evaluate.kept_apart import Apart
@@ -133,7 +133,7 @@ def run(fed: Federation, start: Tensors, *, engine: Engine) -> list[Finished]:
     return done
 
 
-def _play_and_save(fed: Federation, number: int, stage: PolishStage, before: Tensors, *, engine: Engine) -> Tensors:
+def _play_and_save(fed: Federation, number: int, stage: AnyStage, before: Tensors, *, engine: Engine) -> Tensors:
     """One stage from its data to its record on the disk; the adapter that it leaves."""
     began, stages = fed.clock(), fed.manifest.run.polish
     data = rows.load(stage, engine, fed.manifest.run.data, fed.apart)
@@ -163,14 +163,14 @@ def _play_and_save(fed: Federation, number: int, stage: PolishStage, before: Ten
             num_dropped=data.num_dropped,
             num_equal=data.num_equal,
             num_overlapping=data.num_overlapping,
-            reference=stage.reference,
+            reference=stage.held_to,
             num_steps_done=num_done,
         )
     )
     report = _StepReport(fed.log, stage.name, rows.num_steps(stage, data))
     judge = None
     for other_number, other in enumerate(stages, start=1):
-        if stage.reward_stage and other.name == stage.reward_stage:
+        if isinstance(stage, RlooStage) and other.name == stage.reward_stage:
             judge = reward_model.load(folder_of(fed.folder, other_number, other), engine)
     played = play(stage, before, engine=engine, data=data, tell=report, judge=judge, unfinished_in=folder / UNFINISHED)
     if played.reward is None and fed.suite:
@@ -197,7 +197,7 @@ def _finished(before: Sequence[Finished], number: int, stage: PolishStage, tenso
     return Finished(view.label(number, stage.name), (*names, stage.name), tensors)
 
 
-def check(stages: Sequence[PolishStage], engine: Engine, *, data: DataConfig, apart: Sequence[Apart] = ()) -> None:
+def check(stages: Sequence[AnyStage], engine: Engine, *, data: DataConfig, apart: Sequence[Apart] = ()) -> None:
     """Find out before the first round what would end a stage after the last.
 
     Raises:
@@ -207,7 +207,7 @@ def check(stages: Sequence[PolishStage], engine: Engine, *, data: DataConfig, ap
     for stage in stages:
         _refuse_head(engine)
         rows.load(stage, engine, data, apart)
-        if stage.kind == "grpo":
+        if isinstance(stage, GrpoStage):
             rewards.check_of(stage)
 
 
@@ -282,14 +282,14 @@ def _train(
         scratch, keeps = unfinished_in or Path(temporary), unfinished_in is not None
         try:
             model = reward_model.build(engine, seed=stage.seed) if stage.kind == "reward" else None
-            reward: rewards.Reward | None = rewards.Verified(stage) if stage.kind == "grpo" else None
+            reward: rewards.Reward | None = rewards.Verified(stage) if isinstance(stage, GrpoStage) else None
             if stage.kind == "rloo" and judge is not None:
                 reward = reward_model.Judge(engine, judge)
             trainer = trainers.make(
                 stage, engine, data, scratch=str(scratch), keeps=keeps, tell=tell, model=model, reward=reward
             )
             borrow.write_masters(engine, start)
-            borrow.set_reference(engine.model, start, reference=stage.reference)
+            borrow.set_reference(engine.model, start, reference=stage.held_to)
             before = trainers.figures(trainer, stage)
             trainer.train(resume_from_checkpoint=str(newest) if (newest := unfinished.newest(scratch)) else None)
             after = trainers.figures(trainer, stage)

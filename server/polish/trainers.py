@@ -30,7 +30,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from common.model.base import Engine
-from common.run.schema.polish import SAMPLED, PolishStage
+from common.run.schema.polish import OrpoStage, PolishStage, SampledStage, SimpoStage
 from server.polish.rewards import Reward
 from server.polish.rows import StageRows, Tokens
 from server.polish.rows import num_steps as num_steps_of
@@ -160,7 +160,7 @@ def make(
     if keeps:  # the checkpoint before stays until the next is whole
         options |= {"save_strategy": "steps", "save_steps": interval, "save_total_limit": 2}
     disable_progress_bars()
-    sources: dict[str, Any] = {"reward_funcs": [reward]} if stage.kind in SAMPLED else {}
+    sources: dict[str, Any] = {"reward_funcs": [reward]} if isinstance(stage, SampledStage) else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of TRL's own defaults and plans; nothing that a reader could act on
         args = config_class(**options, **of_kind(stage))
@@ -227,7 +227,7 @@ def _form(rows: Sequence[Tokens], stage: PolishStage) -> list[Tokens]:
     return formed
 
 
-def _sampled(stage: PolishStage) -> dict[str, Any]:
+def _sampled(stage: SampledStage) -> dict[str, Any]:
     return {
         "beta": stage.beta,
         "num_generations": stage.num_generations,
@@ -236,7 +236,7 @@ def _sampled(stage: PolishStage) -> dict[str, Any]:
     }
 
 
-def _pairs(stage: PolishStage) -> dict[str, Any]:
+def _pairs(stage: OrpoStage | SimpoStage) -> dict[str, Any]:
     return {"beta": stage.beta, "max_length": stage.max_length_tokens, "remove_unused_columns": False}
 
 
@@ -245,7 +245,7 @@ def _imitation(_: PolishStage) -> dict[str, Any]:
 
 
 # Trainer, its settings, and what of a stage goes into them besides what all kinds share.
-_KINDS: Final[Mapping[str, tuple[Any, Any, Callable[[PolishStage], dict[str, Any]]]]] = {
+_KINDS: Final[Mapping[str, tuple[Any, Any, Callable[[Any], dict[str, Any]]]]] = {
     "sft": (_Sft, SFTConfig, _imitation),
     "cpt": (_Sft, SFTConfig, _imitation),
     "dpo": (

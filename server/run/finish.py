@@ -181,7 +181,7 @@ def gate_by(run_folder: Path, rules_file: Path) -> dict[str, Any]:
     found = stored(run_folder, num_rounds=0, is_judged_later=True)
     settings, polished = found.run_manifest.run, told.stages(found.log)
     if polished and not told.at_sites(found.log).get(polished[-1]["number"]):
-        later.refuse_site_rules(gate.rule_names, whose=str(rules_file))
+        later.refuse_site_rules(gate.kinds, whose=str(rules_file))
     reached = measure.stage_of(found.num_rounds, last=settings.federation.num_rounds)
     label = told.label(polished[-1]["number"], polished[-1]["stage"]) if polished else reached
     names = tuple(stage["stage"] for stage in polished)

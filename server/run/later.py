@@ -253,9 +253,9 @@ def _round(run_folder: Path, manifest: RunManifest, num_rounds: int) -> Tensors:
 
 def _settings(own: config.RunConfig, asked: StagesConfig, start: Start, *, name: str) -> config.RunConfig:
     """The run file with the stages that are kept, the new ones, and the gate of these."""
-    gate = asked.gate if asked.gate.is_on else own.gate
-    whose = f"{name}: [gate]" if asked.gate.is_on else "the run's own gate"
-    refuse_site_rules(gate.rule_names, whose=whose)
+    gate = asked.gate if asked.gate.rules else own.gate
+    whose = f"{name}: [gate]" if asked.gate.rules else "the run's own gate"
+    refuse_site_rules(gate.kinds, whose=whose)
     kept = own.polish[: len(start.played)]
     plain = json.loads(config.resolved_json(own.model_copy(update={"polish": (*kept, *asked.polish), "gate": gate})))
     try:

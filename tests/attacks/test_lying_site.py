@@ -114,7 +114,7 @@ def test_one_site_that_tells_a_loss_of_nothing_decides_nothing(engine, tmp_path)
     losses = sorted(figures["loss"] for figures in honest["sites"].values())
     assert losses[0] <= fairness.decisive(lie) <= losses[-1]
     assert lie["loss"] > losses[0] / 2.01  # the mean itself: half of it at most is the liar's
-    gate = GateConfig(rules="loss")
+    gate = GateConfig(rules=[{"kind": "loss"}])
     bought = Figures("final", evaluated={**lie, "stale": []}, base=honest)
     (verdict,) = rules.judge(gate, bought)
     assert not verdict.is_met
@@ -135,7 +135,7 @@ def test_more_tokens_or_rows_than_a_site_can_have_are_no_figures(engine, tmp_pat
 
 
 def test_a_liar_neither_ends_a_run_early_nor_keeps_it_going():
-    run = tiny.settings("base", {"gate.rules": "loss", "gate.stop_after": "2"})
+    run = tiny.settings("base", {"gate.rules": "[{kind = 'loss'}]", "gate.stop_after": "2"})
     falling = [evaluated(0, 4.0, a=4.0, b=4.1, c=3.9)]
     falling += [evaluated(number, 9.0, a=4.0 - number, b=4.1 - number, c=99.0) for number in (1, 2, 3)]
     assert stopping.bad_in_a_row(run, [PLAN, *falling], num_rounds=3) == []

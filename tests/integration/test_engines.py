@@ -127,8 +127,8 @@ def test_deployment_gives_the_same_adapter_by_other_methods(tiny_base, changes, 
 def test_sites_of_other_engines_score_the_polished_adapter(tiny_base, changes, tmp_path, play):
     data = stage_data.write(tmp_path / "own.jsonl", stage_data.instructions(10))
     stage = f'{{name = "teach", kind = "sft", data = "{data}", steps = 2, batch_size = 4, max_length_tokens = 64}}'
-    changes = {**changes, "polish": f"[{stage}]", "evaluation.num_polish_stages": "1", "gate.rules": "sites"}
-    changes |= {"gate.max_site_rise": "5.0"}
+    changes = {**changes, "polish": f"[{stage}]", "evaluation.num_polish_stages": "1"}
+    changes["gate.rules"] = "[{kind = 'sites', max_rise = 5.0}]"
     expected = in_process(tiny_base, changes, tmp_path / "in-process")
     assert play(tiny_base, changes, tmp_path / "far") == expected
     assert said_after_polish(tmp_path / "far") == said_after_polish(tmp_path / "in-process")

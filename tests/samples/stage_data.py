@@ -4,7 +4,15 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
+from common.run.schema.polish import AnyStage, Stage
 from tests import tiny
+
+
+def stage(kind: str, **settings) -> AnyStage:
+    """A stage called `trial` of a kind, with settings as a run file has them."""
+    return TypeAdapter(Stage).validate_python({"name": "trial", "kind": kind, **settings})
 
 
 def question(number: int) -> str:

@@ -162,6 +162,9 @@ def wrong(key: Key, detail: Mapping[str, Any], *, patterns: Mapping[str, str], t
     if table and table.tag and isinstance(written, str):
         note = foreign.VALUES.get((f"{table.path}.{table.tag}", _plain(written)), f"write {show_value(written)}")
         hint = hint or f"{note} as {table.tag} under [{table.path}]"
+        if table.is_array:  # several words may have stood in one text
+            words = written.replace(",", " ").split()
+            hint = f"write {' and '.join(f'a table with {table.tag} = {show_value(word)}' for word in words)}"
     return f"{words} (you wrote {show_value(written)})" + (f"; {hint}" if hint else "")
 
 

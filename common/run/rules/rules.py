@@ -133,7 +133,7 @@ def _keeps_residual(config: RunTables) -> bool:
 
 
 def _loses_side_adapter(config: RunTables) -> bool:
-    return _keeps_residual(config) and any(stage.reference or stage.kind == "reward" for stage in config.polish)
+    return _keeps_residual(config) and any(stage.held_to or stage.kind == "reward" for stage in config.polish)
 
 
 def _is_idle_in_objective(config: RunTables, name: str) -> bool:

@@ -12,10 +12,6 @@ PROXY = r"^(http://[A-Za-z0-9.:\[\]_-]+:[0-9]{1,5}/?)?$"
 LINE = r"^[^\x00-\x1f\x7f]*$"
 TARGET = r"^[A-Za-z0-9_.]+$|^all-linear$"
 REGION = r"^[A-Z]{2}$"
-GATE_RULES = (
-    r"^((probes|baseline|sites|loss|schema|exposure|extraction|pii|audit)"
-    r"( *, *(probes|baseline|sites|loss|schema|exposure|extraction|pii|audit))*)?$"
-)
 PATTERNS = {
     SLUG: "1 to 64 of a-z, 0-9 and -, with no - at either end",
     SHA256: "64 digits of 0-9 and a-f, or empty",
@@ -23,8 +19,6 @@ PATTERNS = {
     LINE: "one line without control characters",
     TARGET: '"all-linear" or the name of a module',
     REGION: 'a country as two capitals, such as "DE"',
-    GATE_RULES: "of probes, baseline, sites, loss, schema, exposure, extraction, pii and audit, with commas between "
-    "them, or empty",
 }
 
 Slug = Annotated[str, Field(pattern=SLUG)]

@@ -13,7 +13,7 @@ from common.run.schema.export import ExportConfig
 from common.run.schema.gate import GateConfig
 from common.run.schema.model import AdapterConfig, ModelConfig
 from common.run.schema.node import AgentConfig, HardwareConfig, LinkConfig, NodeDataConfig, NodeModelConfig, SiteConfig
-from common.run.schema.polish import PolishStage, check_order
+from common.run.schema.polish import Stage, check_order
 from common.run.schema.privacy import PrivacyConfig
 from common.run.schema.section import Count, Line, RequiredLine, Section, Slug, Tables, refuse_look_alikes
 from common.run.schema.tasks import EvaluationConfig
@@ -51,7 +51,7 @@ class RunTables(Section):
     gate: GateConfig = Field(default_factory=GateConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)
     output: OutputConfig = Field(default_factory=OutputConfig)
-    polish: Annotated[Tables[PolishStage], AfterValidator(check_order)] = ()
+    polish: Annotated[Tables[Stage], AfterValidator(check_order)] = ()
 
     @property
     def evaluated_rounds(self) -> tuple[int, ...]:

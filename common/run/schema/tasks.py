@@ -1,6 +1,6 @@
 """Section `[evaluation]` of the run file, and its array `[[evaluation.tasks]]`: the coordinator's own rows."""
 
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
@@ -8,103 +8,173 @@ from pydantic import Field, model_validator
 from common import hosts
 from common.run.schema.section import REGION, Array, Count, Line, PositiveCount, RequiredLine, Section, Slug, Tables
 
-_GENERATES: Final = ("max_new_tokens",)
-_BASELINE: Final = ("baseline_prompt", "baseline_examples", "baseline_data")
-_JUDGE: Final = (
-    "judge_base", "judge_url", "judge_model", "judge_key_file", "allow_remote", "against", "calibration_data",
-    "min_agreement",
-)  # fmt: skip
-USES: Final[dict[str, tuple[str, ...]]] = {  # one line a kind: the settings that it takes besides the common ones
-    "answers": ("metrics", "labels", "json_schema", *_GENERATES, *_BASELINE),
-    "number": (*_GENERATES, *_BASELINE),
-    "json": ("json_schema", *_GENERATES, *_BASELINE),
-    "choice": _BASELINE,
-    "perplexity": ("text_column",),
-    "probe": (*_GENERATES, *_BASELINE),
-    "harness": ("harness_tasks",),
-    "memorisation": ("num_candidates", "members_data", "non_members_data"),
-    "pii": ("names_file", "phone_regions", *_GENERATES),
-    "judge": (*_JUDGE, *_GENERATES, *_BASELINE),
-}
-_NEEDS: Final[dict[str, str]] = {"answers": "metrics", "json": "json_schema", "harness": "harness_tasks"}
 Metric = Literal["exact_match", "f1", "rouge1", "rouge2", "rougeL", "number", "json", "label_accuracy", "macro_f1"]
 LABEL_METRICS: Final = frozenset({"label_accuracy", "macro_f1"})
 OWN_TASK: Final = "server-data"
+_KIND: Any = Field(description="How it is measured.")
 
 
 class TaskConfig(Section):
-    """One task of the coordinator's evaluation suite; see docs/evaluation.md. Sites are never told of it."""
+    """What every task of the coordinator's evaluation suite has; see docs/evaluation.md. Sites are never told of it."""
 
     name: Slug = Field(description="What figures are called after: `NAME.METRIC`.")
-    kind: Literal[
-        "answers", "number", "json", "choice", "perplexity", "probe", "harness", "memorisation", "pii", "judge"
-    ] = Field(
-        description="How it is measured: `answers`: generated text beside its reference; `number`: the final number, "
-        "as in GSM8K; `json`: meets a schema; `choice`: the likeliest of several answers; `perplexity`: of raw text; "
-        "`probe`: what must not be forgotten; `harness`: tasks of lm-evaluation-harness; "
-        "`memorisation`: canaries and membership; `pii`: personal data in generated answers; `judge`: a model compares "
-        "answers with those of the base."
-    )
+    kind: str
     data: RequiredLine = Field(
         description="Path of the rows, a file or folder as for sites; with `harness` the folder of the tasks' files."
     )
     max_rows: Count = Field(default=0, description="Use the first so many rows. 0: all.")
-    metrics: Array[Metric] = Field(default=(), description="With `answers`: as `evaluation.metrics`; must be set.")
-    labels: Array[RequiredLine] = Field(
-        default=(),
-        description="With `answers`: the closed set of labels, for `label_accuracy` and `macro_f1`. Empty: the "
-        "references of all rows.",
-    )
-    json_schema: Line = Field(
-        default="", description="With `json`, and for the metric `json` of `answers`: path of the JSON schema."
-    )
+
+    @property
+    def has_baseline(self) -> bool:
+        """Whether the base is also scored with a prompt."""
+        return False
+
+
+class GeneratedTask(TaskConfig):
+    """A task whose answers are generated."""
+
     max_new_tokens: Count = Field(
         default=0, description="Longest generated answer, in tokens. 0: `evaluation.max_new_tokens`."
     )
-    text_column: RequiredLine = Field(default="text", description="With `perplexity`: the column of the text.")
-    harness_tasks: Array[RequiredLine] = Field(default=(), description="With `harness`: names of tasks in the folder.")
+
+
+class ComparedTask(TaskConfig):
+    """A task on which the base may also be scored with a prompt, to compare with."""
+
     baseline_prompt: str = Field(
         default="",
         max_length=65536,
-        description="Also score the base with this instruction before each question (prompt-only), to compare with.",
+        description="Also score the base with this instruction before each question (prompt-only).",
     )
     baseline_examples: Count = Field(
         default=0, description="Answered examples before each question of that baseline: the first of `baseline_data`."
     )
     baseline_data: Line = Field(default="", description="Path of the rows that those examples are. Empty: none.")
 
+    @property
+    def has_baseline(self) -> bool:
+        """Whether the base is also scored with a prompt."""
+        return bool(self.baseline_prompt or self.baseline_examples)
+
+    @model_validator(mode="after")
+    def _examples_are_other_rows(self) -> Self:
+        _require_both(self, "baseline_examples", "baseline_data")
+        _require(self.baseline_data != self.data, "baseline_data is the task's own file: examples would be its answers")
+        return self
+
+
+class AnswersTask(GeneratedTask, ComparedTask):
+    """Generated text beside its reference."""
+
+    kind: Literal["answers"] = _KIND
+    metrics: Array[Metric] = Field(min_length=1, description="As `evaluation.metrics`.")
+    labels: Array[RequiredLine] = Field(
+        default=(),
+        description="The closed set of labels, for `label_accuracy` and `macro_f1`. Empty: the references of all rows.",
+    )
+    json_schema: Line = Field(default="", description="For the metric `json`: path of the JSON schema.")
+
+    @model_validator(mode="after")
+    def _metrics_have_what_they_need(self) -> Self:
+        is_labelled = not LABEL_METRICS.isdisjoint(self.metrics)
+        _require(is_labelled or not self.labels, "labels are for label_accuracy and macro_f1; name one in metrics")
+        is_checked = "json" in self.metrics
+        _require(is_checked == (self.json_schema != ""), "metric json and json_schema belong together")
+        return self
+
+
+class NumberTask(GeneratedTask, ComparedTask):
+    """The final number of a generated answer, as in GSM8K."""
+
+    kind: Literal["number"] = _KIND
+
+
+class JsonTask(GeneratedTask, ComparedTask):
+    """Whether a generated answer meets a JSON schema."""
+
+    kind: Literal["json"] = _KIND
+    json_schema: RequiredLine = Field(description="Path of the JSON schema.")
+
+
+class ChoiceTask(ComparedTask):
+    """The likeliest of several answers."""
+
+    kind: Literal["choice"] = _KIND
+
+
+class PerplexityTask(TaskConfig):
+    """Perplexity of raw text."""
+
+    kind: Literal["perplexity"] = _KIND
+    text_column: RequiredLine = Field(default="text", description="The column of the text.")
+
+
+class ProbeTask(GeneratedTask, ComparedTask):
+    """What must not be forgotten."""
+
+    kind: Literal["probe"] = _KIND
+
+
+class HarnessTask(TaskConfig):
+    """Tasks of lm-evaluation-harness."""
+
+    kind: Literal["harness"] = _KIND
+    harness_tasks: Array[RequiredLine] = Field(min_length=1, description="Names of tasks in the folder.")
+
+
+class MemorisationTask(TaskConfig):
+    """Canaries and membership: what the model has learnt by heart."""
+
+    kind: Literal["memorisation"] = _KIND
     num_candidates: int = Field(
         default=256,
         ge=2,
         le=65536,
-        description="With `memorisation`: how many texts a secret is ranked among, itself included, where a row has a "
-        "`pattern`; the ceiling of its exposure is the logarithm of that to base 2.",
+        description="How many texts a secret is ranked among, itself included, where a row has a `pattern`; the "
+        "ceiling of its exposure is the logarithm of that to base 2.",
     )
     members_data: Line = Field(
         default="",
-        description="With `memorisation`: path of rows that were trained on, in the run's columns, for `auc`. Empty: "
-        "`auc` is of the canaries.",
+        description="Path of rows that were trained on, in the run's columns, for `auc`. Empty: `auc` is of the "
+        "canaries.",
     )
     non_members_data: Line = Field(
         default="", description="Path of rows of the same kind that were not; belongs to `members_data`."
     )
+
+    @model_validator(mode="after")
+    def _members_and_others(self) -> Self:
+        _require_both(self, "members_data", "non_members_data")
+        return self
+
+
+class PiiTask(GeneratedTask):
+    """Personal data in generated answers."""
+
+    kind: Literal["pii"] = _KIND
     names_file: Line = Field(
-        default="", description="With `pii`: path of a text file of names, one a line, to look for. Empty: none."
+        default="", description="Path of a text file of names, one a line, to look for. Empty: none."
     )
     phone_regions: Array[Annotated[str, Field(pattern=REGION)]] = Field(
         default=(),
-        description="With `pii`: countries (ISO 3166-1, such as `DE`) whose telephone numbers are also found where "
-        "they are written without a country code, as people there write them. Empty: by general patterns alone.",
+        description="Countries (ISO 3166-1, such as `DE`) whose telephone numbers are also found where they are "
+        "written without a country code, as people there write them. Empty: by general patterns alone.",
     )
+
+
+class JudgeTask(GeneratedTask, ComparedTask):
+    """A model compares answers with those of the base."""
+
+    kind: Literal["judge"] = _KIND
     judge_base: Line = Field(
         default="",
-        description="With `judge`: folder of the model that judges. The run's own base is not loaded twice. Empty: "
-        "`judge_url` judges.",
+        description="Folder of the model that judges. The run's own base is not loaded twice. Empty: `judge_url` "
+        "judges.",
     )
     judge_url: Line = Field(
         default="",
-        description="With `judge`: where an OpenAI-compatible server is, such as http://127.0.0.1:8000/v1. It is sent "
-        "the rows of this task.",
+        description="Where an OpenAI-compatible server is, such as http://127.0.0.1:8000/v1. It is sent the rows of "
+        "this task.",
     )
     judge_model: Line = Field(default="", description="With `judge_url`: the name of the model there.")
     judge_key_file: Line = Field(
@@ -116,13 +186,13 @@ class TaskConfig(Section):
     )
     against: Literal["base", "prompt-only"] = Field(
         default="base",
-        description="With `judge`: whose answers the adapter's are compared with; `prompt-only` is the base with "
-        "`baseline_prompt` or `baseline_examples`.",
+        description="Whose answers the adapter's are compared with; `prompt-only` is the base with `baseline_prompt` "
+        "or `baseline_examples`.",
     )
     calibration_data: Line = Field(
         default="",
-        description="With `judge`: path of pairs that people judged (`prompt`, `a`, `b`, `preferred`: a, b or tie). "
-        "Empty: the judge counts as unreliable.",
+        description="Path of pairs that people judged (`prompt`, `a`, `b`, `preferred`: a, b or tie). Empty: the "
+        "judge counts as unreliable.",
     )
     min_agreement: float = Field(
         default=0.7,
@@ -131,64 +201,38 @@ class TaskConfig(Section):
         description="With `calibration_data`: a judge that agrees with people on a smaller share is marked unreliable.",
     )
 
-    @property
-    def has_baseline(self) -> bool:
-        """Whether the base is also scored with a prompt."""
-        return bool(self.baseline_prompt or self.baseline_examples)
-
     @model_validator(mode="after")
-    def _settings_fit_together(self) -> Self:
-        """Refuse what is missing, and what could have no effect."""
-        for key in type(self).model_fields:
-            self._require_use(key)
-        needed = _NEEDS.get(self.kind, "")
-        _require(not needed or bool(getattr(self, needed)), f"kind {self.kind} needs {needed}")
-        labelled = LABEL_METRICS & set(self.metrics)
-        _require(bool(labelled) or not self.labels, "labels are for label_accuracy and macro_f1; name one in metrics")
-        if self.kind == "answers":
-            is_checked = "json" in self.metrics
-            _require(is_checked == (self.json_schema != ""), "metric json and json_schema belong together")
-        _require(
-            (self.baseline_examples > 0) == (self.baseline_data != ""),
-            "baseline_examples and baseline_data belong together; set both, or none",
-        )
-        _require(self.baseline_data != self.data, "baseline_data is the task's own file: examples would be its answers")
+    def _one_judge(self) -> Self:
+        _require((self.judge_base != "") != (self.judge_url != ""), "set one of judge_base and judge_url")
+        _require_both(self, "judge_url", "judge_model")
+        _require(self.judge_url != "" or not self.judge_key_file, "judge_key_file is for judge_url")
+        _require_place(self.judge_url, is_remote_allowed=self.allow_remote)
+        is_prompted = self.against == "prompt-only"
+        _require(is_prompted == self.has_baseline, 'against = "prompt-only" and a baseline_prompt belong together')
+        has_default = self.min_agreement == type(self).model_fields["min_agreement"].default
+        _require(self.calibration_data != "" or has_default, "min_agreement is for calibration_data")
         return self
 
-    @model_validator(mode="after")
-    def _pairs_of_settings(self) -> Self:
-        """What the kinds `memorisation` and `judge` need together."""
-        _require(
-            (self.members_data != "") == (self.non_members_data != ""),
-            "members_data and non_members_data belong together; set both, or none",
-        )
-        if self.kind == "judge":
-            _require((self.judge_base != "") != (self.judge_url != ""), "set one of judge_base and judge_url")
-            _require((self.judge_url != "") == (self.judge_model != ""), "judge_url and judge_model belong together")
-            _require(self.judge_url != "" or not self.judge_key_file, "judge_key_file is for judge_url")
-            _require_place(self.judge_url, is_remote_allowed=self.allow_remote)
-            is_prompted = self.against == "prompt-only"
-            _require(is_prompted == self.has_baseline, 'against = "prompt-only" and a baseline_prompt belong together')
-            has_default = self.min_agreement == type(self).model_fields["min_agreement"].default
-            _require(self.calibration_data != "" or has_default, "min_agreement is for calibration_data")
-        return self
 
-    def _require_use(self, key: str) -> None:
-        """A setting of another kind would do nothing."""
-        takers = [kind for kind, keys in USES.items() if key in keys]
-        is_default = getattr(self, key) == type(self).model_fields[key].default
-        is_used = not takers or self.kind in takers or is_default
-        _require(is_used, f"{key} has no effect with kind {self.kind}; remove it (it is for {', '.join(takers)})")
+Task = Annotated[
+    AnswersTask
+    | NumberTask
+    | JsonTask
+    | ChoiceTask
+    | PerplexityTask
+    | ProbeTask
+    | HarnessTask
+    | MemorisationTask
+    | PiiTask
+    | JudgeTask,
+    Field(discriminator="kind"),
+]
 
 
-def split_names(text: str) -> tuple[str, ...]:
-    """The names in a list with commas, each once, in the order written.
-
-    Example:
-        >>> split_names("f1, json,f1")
-        ('f1', 'json')
-    """
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+def _require_both(task: TaskConfig, one: str, other: str) -> None:
+    """Two settings of which each is for the other."""
+    is_set = bool(getattr(task, one)), bool(getattr(task, other))
+    _require(len(set(is_set)) == 1, f"{one} and {other} belong together; set both, or none")
 
 
 def _require_place(url: str, *, is_remote_allowed: bool) -> None:
@@ -234,7 +278,7 @@ class EvaluationConfig(Section):
         "`json_schema`), `label_accuracy`, `macro_f1` (over the references as labels). Empty: none.",
     )
     json_schema: Line = Field(default="", description="Path of the JSON schema that `json` asks for. Empty: none.")
-    tasks: Tables[TaskConfig] = Field(
+    tasks: Tables[Task] = Field(
         default=(), description="What the coordinator measures on its own rows, before the first round and at the end."
     )
     tasks_every_rounds: Count = Field(
@@ -248,11 +292,11 @@ class EvaluationConfig(Section):
     )
 
     @property
-    def suite(self) -> tuple[TaskConfig, ...]:
+    def suite(self) -> tuple[Task, ...]:
         """All tasks: `metrics` of `server_data` is one of them."""
         if not (self.metrics and self.server_data):
             return self.tasks
-        own = TaskConfig.model_construct(
+        own = AnswersTask.model_construct(
             name=OWN_TASK, kind="answers", data=self.server_data, metrics=self.metrics, json_schema=self.json_schema
         )
         return (own, *self.tasks)

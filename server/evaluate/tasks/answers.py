@@ -13,29 +13,39 @@ from common.errors import DataError
 from common.loss import evaluation as asking
 from common.model import loading
 from common.model.base import Engine
-from common.run.schema.tasks import EvaluationConfig, TaskConfig
+from common.run.schema.tasks import (
+    LABEL_METRICS,
+    AnswersTask,
+    ComparedTask,
+    EvaluationConfig,
+    GeneratedTask,
+    JsonTask,
+    NumberTask,
+)
 from common.run.schema.training import DataConfig
 from common.text import prompts
 from server.evaluate.figures import json_answers, labels, likelihood, metrics
 from server.evaluate.figures.bootstrap import Scores, of_rows
 from server.evaluate.tasks.task import Task, digest, file_hash
 
+Answered = AnswersTask | NumberTask | JsonTask
 Pairs = Sequence[tuple[str, str]]  # an answer and its reference
 _METRICS: Final = {"number": ("number",), "json": ("valid_json", "json")}
 
 
-def load(settings: TaskConfig, data: DataConfig, evaluation: EvaluationConfig) -> Task:
+def load(settings: Answered, data: DataConfig, evaluation: EvaluationConfig) -> Task:
     """Read rows, labels and schema.
 
     Raises:
         DataError: The rows, the schema or a baseline's examples are missing or unusable.
     """
     rows = loading.rows_of(settings.data, data)[: settings.max_rows or None]
-    names = _METRICS.get(settings.kind, settings.metrics)
+    names = settings.metrics if isinstance(settings, AnswersTask) else _METRICS[settings.kind]
     scorers = {name: _scorer(name, settings, rows) for name in names}
     examples = examples_of(settings, data)
     generate = asker(settings, data, evaluation)
-    schema = [file_hash(settings.json_schema)] if settings.json_schema else []
+    schema_file = "" if isinstance(settings, NumberTask) else settings.json_schema
+    schema = [file_hash(schema_file)] if schema_file else []
 
     def score(engine: Engine, shown: Sequence[Row] = rows) -> Mapping[str, Scores]:
         pairs = generate(engine, shown)
@@ -52,7 +62,7 @@ def load(settings: TaskConfig, data: DataConfig, evaluation: EvaluationConfig) -
 
 
 def asker(
-    settings: TaskConfig, data: DataConfig, evaluation: EvaluationConfig
+    settings: GeneratedTask, data: DataConfig, evaluation: EvaluationConfig
 ) -> Callable[[Engine, Sequence[Row]], Pairs]:
     """What has a model answer the rows of a task, as its run asks for answers; see `answered`."""
     return partial(
@@ -104,7 +114,7 @@ def with_prompt(row: Row, prompt: str, examples: Sequence[Row]) -> Row:
     return dataclasses.replace(row, messages=(*first, *turns, *rest))
 
 
-def examples_of(settings: TaskConfig, data: DataConfig) -> list[Row]:
+def examples_of(settings: ComparedTask, data: DataConfig) -> list[Row]:
     """The first rows of the baseline's own file.
 
     Raises:
@@ -119,7 +129,7 @@ def examples_of(settings: TaskConfig, data: DataConfig) -> list[Row]:
     return found[: settings.baseline_examples]
 
 
-def _scorer(name: str, settings: TaskConfig, rows: Sequence[Row]) -> Callable[[Pairs], Scores]:
+def _scorer(name: str, settings: Answered, rows: Sequence[Row]) -> Callable[[Pairs], Scores]:
     """How one metric makes scores of answers.
 
     Raises:
@@ -131,7 +141,7 @@ def _scorer(name: str, settings: TaskConfig, rows: Sequence[Row]) -> Callable[[P
             f"task {settings.name}: the reference of {wordless[0]} (so of {len(wordless)} rows) has no word, so "
             f"{name} would be 0 whatever is answered; mend the rows or choose another metric"
         )
-    if name in ("label_accuracy", "macro_f1"):
+    if isinstance(settings, AnswersTask) and name in LABEL_METRICS:
         known = labels.label_set(settings.labels, [row.messages[-1].content for row in rows])
 
         def label(pairs: Pairs) -> Scores:
@@ -141,7 +151,7 @@ def _scorer(name: str, settings: TaskConfig, rows: Sequence[Row]) -> Callable[[P
             return of_rows([given == wanted for given, wanted in numbers])
 
         return label
-    if name == "json":
+    if name == "json" and not isinstance(settings, NumberTask):
         check = json_answers.checker(Path(settings.json_schema).expanduser())
     else:
         check = metrics.PER_ROW.get(name, is_json)

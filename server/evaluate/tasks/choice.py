@@ -7,7 +7,7 @@ from typing import Any
 from common.data.overlap import Text
 from common.errors import DataError
 from common.model.base import Engine
-from common.run.schema.tasks import EvaluationConfig, TaskConfig
+from common.run.schema.tasks import ChoiceTask, ComparedTask, EvaluationConfig
 from common.run.schema.training import DataConfig
 from server.evaluate.figures import likelihood
 from server.evaluate.figures.bootstrap import Scores, of_rows
@@ -29,7 +29,7 @@ class Choice:
     answer: int
 
 
-def load(settings: TaskConfig, data: DataConfig, evaluation: EvaluationConfig) -> Task:
+def load(settings: ChoiceTask, data: DataConfig, evaluation: EvaluationConfig) -> Task:
     """Read the columns `question`, `choices` (a list) and `answer` (its index, from 0).
 
     Raises:
@@ -38,7 +38,7 @@ def load(settings: TaskConfig, data: DataConfig, evaluation: EvaluationConfig) -
     return of_table(settings, table_of(settings), batch_size=evaluation.batch_size)
 
 
-def of_table(settings: TaskConfig, table: Sequence[Mapping[str, Any]], *, batch_size: int) -> Task:
+def of_table(settings: ComparedTask, table: Sequence[Mapping[str, Any]], *, batch_size: int) -> Task:
     """The task on rows that were read; `batch_size` answers are in memory at once."""
     rows = [choice_of(fields, where=f"{settings.name}, row {number}") for number, fields in enumerate(table, start=1)]
     examples = [

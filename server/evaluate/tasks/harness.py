@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from common import extras
 from common.errors import ConfigError, DataError
 from common.model.base import Engine
-from common.run.schema.tasks import EvaluationConfig, TaskConfig
+from common.run.schema.tasks import EvaluationConfig, HarnessTask
 from common.run.schema.training import DataConfig
 from server.evaluate.figures import patterns
 from server.evaluate.figures.bootstrap import Scores
@@ -42,7 +42,7 @@ _FEWSHOT_SEED: Final = 1234  # the harness' own default
 _WEIGHTED: Final = {"word_perplexity": "perplexity", "byte_perplexity": "perplexity", "bits_per_byte": "bits"}
 
 
-def load(settings: TaskConfig, data: DataConfig, evaluation: EvaluationConfig) -> Task:
+def load(settings: HarnessTask, data: DataConfig, evaluation: EvaluationConfig) -> Task:
     """Read the tasks that `harness_tasks` names.
 
     Raises:

@@ -16,7 +16,7 @@ from common.data.overlap import Text
 from common.errors import DataError
 from common.model import base, loading, store
 from common.model.base import Engine
-from common.run.schema.tasks import EvaluationConfig, TaskConfig
+from common.run.schema.tasks import EvaluationConfig, JudgeTask, TaskConfig
 from common.run.schema.training import DataConfig
 from server.evaluate.figures.bootstrap import Scores, of_rows
 from server.evaluate.tasks import answers, judge_ask
@@ -42,7 +42,7 @@ Verdict:"""
 Pair = tuple[str, str, str]  # what was asked, and two answers
 
 
-def load(settings: TaskConfig, data: DataConfig, evaluation: EvaluationConfig) -> Task:
+def load(settings: JudgeTask, data: DataConfig, evaluation: EvaluationConfig) -> Task:
     """Read rows in the run's columns, whose references do not count, and the pairs that people judged.
 
     Raises:
@@ -92,7 +92,7 @@ def load(settings: TaskConfig, data: DataConfig, evaluation: EvaluationConfig) -
 def tell_where_rows_go(tasks: Sequence[TaskConfig]) -> None:
     """Say on stderr, for each judge on another machine, that rows will leave this one."""
     for task in tasks:
-        if task.allow_remote:
+        if isinstance(task, JudgeTask) and task.allow_remote:
             host = urlsplit(task.judge_url).hostname
             print(
                 f"WARNING: task {task.name} sends its rows and all answers to {host}, another machine, since "

@@ -14,7 +14,7 @@ from common.errors import ConfigError, TransportError
 from common.model import base
 from common.model.base import Engine
 from common.run import config
-from common.run.schema.tasks import TaskConfig
+from common.run.schema.tasks import JudgeTask
 from common.text import prompts
 from server.evaluate.figures import likelihood
 from server.evaluate.tasks.task import as_base
@@ -42,7 +42,7 @@ def parse(reply: str) -> str | None:
     return match[1].upper() if match else None
 
 
-def of_server(settings: TaskConfig) -> Ask:
+def of_server(settings: JudgeTask) -> Ask:
     """Ask a server, one question after another, greedily.
 
     Raises:

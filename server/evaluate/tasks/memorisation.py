@@ -15,7 +15,7 @@ from common.errors import DataError
 from common.model import base, loading
 from common.model.base import Engine
 from common.privacy import membership, roc
-from common.run.schema.tasks import EvaluationConfig, TaskConfig
+from common.run.schema.tasks import EvaluationConfig, MemorisationTask
 from common.run.schema.training import DataConfig
 from common.text import chat
 from server.evaluate.figures import likelihood
@@ -27,7 +27,7 @@ from server.evaluate.tasks.task import Task, as_base, digest, table_of
 _MORE_TOKENS: Final = 4  # a continuation may be cut into other tokens than the secret alone
 
 
-def load(settings: TaskConfig, data: DataConfig, evaluation: EvaluationConfig) -> Task:
+def load(settings: MemorisationTask, data: DataConfig, evaluation: EvaluationConfig) -> Task:
     """Read canaries, and members and non-members if they are given.
 
     Raises:

@@ -6,7 +6,7 @@ from typing import Final
 
 from common.data.overlap import Text
 from common.model.base import Engine
-from common.run.schema.tasks import EvaluationConfig, TaskConfig
+from common.run.schema.tasks import EvaluationConfig, PerplexityTask
 from common.run.schema.training import DataConfig
 from server.evaluate.figures import likelihood
 from server.evaluate.figures.bootstrap import Scores
@@ -15,7 +15,7 @@ from server.evaluate.tasks.task import Task, digest, table_of, text_of
 MAX_WORD: Final = 20
 
 
-def load(settings: TaskConfig, data: DataConfig, evaluation: EvaluationConfig) -> Task:
+def load(settings: PerplexityTask, data: DataConfig, evaluation: EvaluationConfig) -> Task:
     """Read the column `text_column`.
 
     Raises:

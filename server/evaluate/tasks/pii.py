@@ -11,7 +11,7 @@ from common.data.overlap import Text
 from common.errors import ConfigError, DataError
 from common.model import loading
 from common.model.base import Engine
-from common.run.schema.tasks import EvaluationConfig, TaskConfig
+from common.run.schema.tasks import EvaluationConfig, PiiTask
 from common.run.schema.training import DataConfig
 from server.evaluate.figures import pii
 from server.evaluate.figures.bootstrap import Scores, of_rows
@@ -19,7 +19,7 @@ from server.evaluate.tasks import answers as task_answers
 from server.evaluate.tasks.task import Task, digest
 
 
-def load(settings: TaskConfig, data: DataConfig, evaluation: EvaluationConfig) -> Task:
+def load(settings: PiiTask, data: DataConfig, evaluation: EvaluationConfig) -> Task:
     """Read rows in the run's columns, whose references do not count, and the names to look for.
 
     Raises:

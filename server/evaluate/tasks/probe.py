@@ -8,7 +8,7 @@ from common.data.overlap import Text
 from common.data.rows import Message, Row
 from common.errors import DataError
 from common.model.base import Engine
-from common.run.schema.tasks import EvaluationConfig, TaskConfig
+from common.run.schema.tasks import EvaluationConfig, ProbeTask
 from common.run.schema.training import DataConfig
 from server.evaluate.figures.bootstrap import Scores, of_rows
 from server.evaluate.tasks import answers as task_answers
@@ -18,7 +18,7 @@ from server.evaluate.tasks.task import Task, digest, table_of, text_of
 Constraints = Sequence[Mapping[str, Any]]
 
 
-def load(settings: TaskConfig, data: DataConfig, evaluation: EvaluationConfig) -> Task:
+def load(settings: ProbeTask, data: DataConfig, evaluation: EvaluationConfig) -> Task:
     """Read rows of multiple choice (`choices`), or instructions with `constraints`, whichever they are.
 
     Raises:

@@ -14,7 +14,7 @@ from common.data import read
 from common.data.overlap import Text
 from common.errors import DataError
 from common.model.base import Engine
-from common.run.schema.tasks import TaskConfig
+from common.run.schema.tasks import ComparedTask, TaskConfig
 from server.evaluate.figures.bootstrap import Scores
 
 Score = Callable[[Engine], Mapping[str, Scores]]
@@ -105,7 +105,7 @@ def _row_hash(row: object) -> str:
     return hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def examples_of(settings: TaskConfig) -> Sequence[dict[str, Any]]:
+def examples_of(settings: ComparedTask) -> Sequence[dict[str, Any]]:
     """The answered examples of a baseline.
 
     Raises:

@@ -35,9 +35,10 @@ ROWS = [{"instruction": f"code {n}?", "output": "4" if n % 2 else "KNEE"} for n 
 
 
 def test_every_kind_of_the_run_file_has_a_loader():
-    from common.run.schema.tasks import USES
+    from common.run.schema import shape
+    from common.run.schema.tasks import EvaluationConfig
 
-    assert list(suite.LOADERS) == list(USES)
+    assert list(suite.LOADERS) == list(shape.tables_of(EvaluationConfig)["tasks"].variants)
 
 
 def test_generated_kinds_have_the_figures_that_they_promise(opened, engine, tmp_path):

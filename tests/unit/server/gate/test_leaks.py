@@ -21,7 +21,10 @@ CHANGES = {
     "federation.num_rounds": "1", "federation.num_sites": "1", "federation.min_sites": "1",
     "evaluation.max_new_tokens": "24",
 }  # fmt: skip
-GATE = {"gate.rules": "loss, exposure, extraction, pii", "gate.min_rows": "6"}
+GATE = {
+    "gate.rules": "[{kind = 'loss'}, {kind = 'exposure'}, {kind = 'extraction'}, {kind = 'pii'}]",
+    "gate.min_rows": "6",
+}
 
 
 def notes(word, secrets):

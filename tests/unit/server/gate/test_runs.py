@@ -73,7 +73,7 @@ def known(shared_engine, tiny_base, tmp_path_factory):
     return folder
 
 
-PROBES = {"gate.rules": "probes"}
+PROBES = {"gate.rules": "[{kind = 'probes'}]"}
 
 
 def test_a_run_that_forgets_is_blocked_by_the_rule_for_it_and_a_clean_one_passes(engine, tiny_base, known, tmp_path):
@@ -111,7 +111,7 @@ def test_nothing_that_the_gate_refused_is_exported_later(engine, tiny_base, know
 
 
 def test_a_failed_gate_goes_back_to_the_newest_checkpoint_that_passes(engine, tiny_base, known, tmp_path):
-    limit = {"gate.figures": "[{figure = 'known.acc', bound = 'min', limit = 1.0}]"}
+    limit = {"gate.rules": "[{kind = 'figure', figure = 'known.acc', bound = 'min', limit = 1.0}]"}
     changes = {**LOUD, **probe_of(known / "round-00001.jsonl"), **limit}
     outcome = played(engine, tmp_path / "run", tiny_base, changes)
     log = events.read(outcome.folder / "events.jsonl")
@@ -138,8 +138,7 @@ def test_before_the_newest_round_the_best_is_judged_first(engine, tiny_base, tmp
     changes = {
         "training.learning_rate": "0.2",
         "federation.num_rounds": "5",
-        "gate.rules": "loss",
-        "gate.min_loss_gain": "99",
+        "gate.rules": "[{kind = 'loss', min_gain = 99.0}]",
     }
     with pytest.raises(GateRefused):
         played(engine, tmp_path / "run", tiny_base, changes)
@@ -168,17 +167,16 @@ def test_a_run_without_a_gate_is_exported_as_it_was(known):
 
 
 def test_the_gate_is_fixed_before_training(engine, tiny_base, tmp_path):
-    played(engine, tmp_path / "run", tiny_base, {"gate.rules": "loss"})
+    played(engine, tmp_path / "run", tiny_base, {"gate.rules": "[{kind = 'loss'}]"})
     first = run_files.stored_manifest(tmp_path / "run")
     assert first.evaluation_sha256
     assert parse(first.to_bytes()).run.gate == config.GateConfig()  # no site is told of it
     (tmp_path / "run" / "run.json").unlink()
-    log = run_files.prepare(
-        tiny.settings(tiny_base, {"gate.rules": "loss", "gate.min_loss_gain": "0.5"}), tmp_path / "run"
-    )
+    other = tiny.settings(tiny_base, {"gate.rules": "[{kind = 'loss', min_gain = 0.5}]"})
+    log = run_files.prepare(other, tmp_path / "run")
     with pytest.raises(DataError, match="fixed before training"):
         run.execute(
-            tiny.settings(tiny_base, {"gate.rules": "loss", "gate.min_loss_gain": "0.5"}),
+            other,
             fleet=tiny.fleet(tiny.make_nodes(engine)),
             engine=engine,
             folder=tmp_path / "run",
@@ -262,7 +260,7 @@ def exit_code(arguments):
 def test_leaks_are_blocked_by_the_rule_for_them(rule, poisoned, clean, known, tmp_path):
     """On a real run's checkpoints; the figures are made by hand, as events tell them."""
     manifest = run_files.stored_manifest(known / "pilot")
-    gate = config.GateConfig(rules=rule)
+    gate = config.GateConfig(rules=[{"kind": rule}])
     settings = manifest.run.model_copy(update={"gate": gate})
     passed = []
     for name, values in (("poisoned", poisoned), ("clean", clean)):

@@ -35,7 +35,7 @@ from tests import tiny
 from tests.samples import stage_data, vault
 
 STAGE = {"steps": 2, "batch_size": 4, "max_length_tokens": 64, "learning_rate": 1e-2, "overlap": "allow"}
-RULES = {"gate.rules": "sites, loss", "gate.max_site_rise": "0.1"}
+RULES = {"gate.rules": "[{kind = 'sites', max_rise = 0.1}, {kind = 'loss'}]"}
 ASKED = {"evaluation.num_polish_stages": "1"}
 TEACH = '[{name = "teach", kind = "sft", data = "rows.jsonl"}]'
 

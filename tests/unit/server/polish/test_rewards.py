@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigError
-from common.run.schema.polish import PolishStage
+from common.run.schema.polish import GrpoStage
 from server.evaluate.figures import patterns
 from server.polish import rewards, sandbox
 
@@ -33,7 +33,7 @@ def shut_in():
 
 
 def check(reward: str, **settings):
-    return rewards.check_of(PolishStage(name="trial", kind="grpo", data="x", reward=reward, **settings))
+    return rewards.check_of(GrpoStage(name="trial", kind="grpo", data="x", reward=reward, **settings))
 
 
 def test_rules_accept_what_they_should_and_nothing_else(tmp_path):
@@ -62,7 +62,7 @@ def test_a_pattern_that_goes_back_without_end_earns_nothing_after_its_time(monke
 
 
 def test_rewards_take_each_row_s_own_reference():
-    reward = rewards.Verified(PolishStage(name="trial", kind="grpo", data="x", reward="exact"))
+    reward = rewards.Verified(GrpoStage(name="trial", kind="grpo", data="x", reward="exact"))
     assert reward(prompts=[], completions=["A", "B"], wanted=["A", "A"], completion_ids=[]) == [1.0, 0.0]
 
 

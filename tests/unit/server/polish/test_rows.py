@@ -6,7 +6,7 @@ from common.data import read
 from common.data.overlap import Text
 from common.data.rows import Columns
 from common.errors import DataError
-from common.run.schema.polish import PolishStage
+from common.run.schema.polish import DpoStage
 from server.evaluate import kept_apart
 from server.polish import rows
 from server.preferences import files
@@ -19,7 +19,7 @@ from tests.samples import stage_data
 def load(engine, tiny_base, tmp_path):
     def read(kind: str, table, **settings) -> rows.StageRows:
         path = stage_data.write(tmp_path / "data.jsonl", table)
-        stage = PolishStage(name="trial", kind=kind, data=path, **{"max_length_tokens": 64, **settings})
+        stage = stage_data.stage(kind, data=path, **{"max_length_tokens": 64, **settings})
         return rows.load(stage, engine, tiny.settings(tiny_base).data)
 
     return read
@@ -156,7 +156,7 @@ def test_rows_that_the_result_is_judged_on_are_refused_dropped_or_counted(engine
     judged = apart_of(stage_data.question(2).upper(), stage_data.question(5), "asked by nobody here")
 
     def read(overlap: str, apart=judged) -> rows.StageRows:
-        stage = PolishStage(name="trial", kind="dpo", data=path, max_length_tokens=64, overlap=overlap)
+        stage = DpoStage(name="trial", kind="dpo", data=path, max_length_tokens=64, overlap=overlap)
         return rows.load(stage, engine, tiny.settings(tiny_base).data, apart)
 
     told = r"data\.jsonl, stage 'trial': 2 of 12 rows .* 2 of 4 rows of task notes \(test\.jsonl\) \(2 word for word, 0"

@@ -182,7 +182,7 @@ def test_a_stage_that_the_gate_refuses_gives_way_to_the_one_before(world):
         return {**told, "is_passed": is_passed}
 
     log = [gated("polish-03-align", False), gated("polish-01-teach", True)]
-    run_with_gate = world.settings.model_copy(update={"gate": GateConfig(rules="schema")})
+    run_with_gate = world.settings.model_copy(update={"gate": GateConfig(rules=[{"kind": "schema"}])})
     assert decide.exported(run_with_gate, log)["stage"] == "polish-01-teach"
     audited = [*log, gated("polish-03-align", True)]  # judged anew
     assert decide.exported(run_with_gate, audited)["stage"] == "polish-03-align"
@@ -261,9 +261,9 @@ def test_polish_refuses_what_it_cannot_do(engine, nodes, tiny_base, tmp_path):
 
 
 def test_an_adapter_on_the_output_layer_is_refused(load_tiny):
-    from common.run.schema.polish import PolishStage
+    from common.run.schema.polish import SftStage
 
     engine = load_tiny({"adapter.targets": '["lm_head"]'})
-    stage = PolishStage(name="teach", kind="sft", data="x")
+    stage = SftStage(name="teach", kind="sft", data="x")
     with pytest.raises(ConfigError, match="leave lm_head out"):
         stages.play(stage, engine.initial, engine=engine, data=None, tell=None)

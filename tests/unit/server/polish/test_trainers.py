@@ -9,7 +9,7 @@ import torch
 
 from common.adapter import adapter
 from common.errors import ModelError
-from common.run.schema.polish import PolishStage
+from common.run.schema.polish import DpoStage
 from server.polish import borrow, rows, stages
 from server.report import symptoms
 from tests import tiny
@@ -46,7 +46,7 @@ def play(engine, tiny_base, files):
         kind: str, data: str, *, start=None, judge=None, change=None, on=None, tell=lambda *_: None, **settings
     ) -> stages.Played:
         target = on or engine
-        stage = PolishStage(name="trial", kind=kind, data=files[data], **{**COMMON, **settings})
+        stage = stage_data.stage(kind, data=files[data], **{**COMMON, **settings})
         found = rows.load(stage, target, tiny.settings(tiny_base).data)
         found = change(found) if change else found
         begin = target.initial if start is None else start
@@ -238,7 +238,7 @@ def test_the_adapter_over_a_quantised_base_stays_float32(play, nf4, kind: str, d
 def test_trl_alone_would_have_cast_it_to_bfloat16(nf4, files, tiny_base, tmp_path):
     from server.polish import trainers
 
-    stage = PolishStage(name="trial", kind="dpo", data=files["pairs"], **COMMON)
+    stage = DpoStage(name="trial", kind="dpo", data=files["pairs"], **COMMON)
     found = rows.load(stage, nf4, tiny.settings(tiny_base).data)
     with borrow.lent(nf4):
         trainers.make(stage, nf4, found, scratch=str(tmp_path), tell=lambda *_: None)
@@ -280,7 +280,7 @@ def test_a_stage_that_ruins_the_answers_is_told_as_a_collapse_and_one_that_does_
 
 
 def test_a_stage_without_memory_names_the_settings_that_need_less_and_the_report_the_symptom():
-    stage = PolishStage(name="align", kind="dpo", data="x", micro_batch_size=2)
+    stage = DpoStage(name="align", kind="dpo", data="x", micro_batch_size=2)
     message = r"'align': out of memory; lower its micro_batch_size \(2 rows now\)"
     with pytest.raises(ModelError, match=message) as told, borrow.memory_named(stage):
         raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")

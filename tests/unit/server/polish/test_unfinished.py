@@ -10,7 +10,6 @@ from common import events
 from common.adapter import adapter
 from common.event_kinds import Event
 from common.run import config
-from common.run.schema.polish import PolishStage
 from server.folder import run_files
 from server.polish import reward_model, rows, stages, unfinished
 from server.run import run
@@ -42,7 +41,7 @@ class Trial:
         }.get(kind, {})
         own |= {"micro_batch_size": 2} if kind in ("sft", "dpo", "grpo") else {}
         data = stage_data.write(folder / "data.jsonl", KINDS[kind])
-        self.stage = PolishStage(name="trial", kind=kind, data=data, **{**STAGE, **own, **settings})
+        self.stage = stage_data.stage(kind, data=data, **{**STAGE, **own, **settings})
         self.engine, self.place, self.steps = engine, folder / "unfinished", []
         self.rows = rows.load(self.stage, engine, tiny.settings(base).data)
         self.judge = None

@@ -8,7 +8,7 @@ from common import cli
 from common.adapter import adapter
 from common.data.rows import Message, Row
 from common.errors import ConfigError, DataError
-from common.run.schema.polish import PolishStage
+from common.run.schema.polish import DpoStage
 from server.cli.app import app
 from server.folder import run_files
 from server.polish import rows as stage_rows
@@ -154,7 +154,7 @@ def test_from_a_run_through_two_raters_to_a_stage_of_dpo(
     assert len(pairs) == len(blind.read_tasks(tasks))
     assert all(choose(pair.chosen[0].content, pair.rejected[0].content) == "left" for pair in pairs)
     engine = load_tiny(CHANGES)
-    stage = PolishStage(name="taste", kind="dpo", data=str(out), steps=6, batch_size=4, learning_rate=1e-2)
+    stage = DpoStage(name="taste", kind="dpo", data=str(out), steps=6, batch_size=4, learning_rate=1e-2)
     found = stage_rows.load(stage, engine, tiny.settings(tiny_base, CHANGES).data)
     start = finish.stored(finished, num_rounds=0).tensors
     played = stages.play(stage, start, engine=engine, found=found, tell=lambda *_: None)

@@ -77,11 +77,12 @@ def test_an_end_that_was_interrupted_in_the_export_goes_on_with_it(play):
 
 
 def test_what_the_gate_refuses_is_not_exported(play, tmp_path):
-    refusing = {"gate.rules": "loss", "gate.min_loss_gain": "100.0", "gate.min_rows": "1"}
+    refusing = {"gate.rules": "[{kind = 'loss', min_gain = 100.0}]", "gate.min_rows": "1"}
     with pytest.raises(GateRefused):
         play({**EXPORT, **refusing})
     assert not (tmp_path / "run" / export.FOLDER).exists()
-    assert (play({**EXPORT, "gate.rules": "loss", "gate.min_rows": "1"}, name="control") / export.FOLDER).exists()
+    passing = {"gate.rules": "[{kind = 'loss'}]", "gate.min_rows": "1"}
+    assert (play({**EXPORT, **passing}, name="control") / export.FOLDER).exists()
 
 
 @pytest.mark.parametrize(

@@ -38,12 +38,17 @@ CHANGES = {
     "evaluation.metrics": '["exact_match"]',
     "evaluation.max_new_tokens": "2",
     "evaluation.num_polish_stages": "1",
-    "gate.rules": "loss",
-    "gate.min_loss_gain": "50.0",
+    "gate.rules": "[{kind = 'loss', min_gain = 50.0}]",
     "gate.min_rows": "5",
 }  # no adapter of this run passes
-LENIENT = {"figures": [{"figure": "server-data.exact_match", "bound": "min", "limit": 0.0}], "min_rows": 5}
-STRICT = {"figures": [{"figure": "server-data.exact_match", "bound": "min", "limit": 1.5}], "min_rows": 5}
+LENIENT = {
+    "rules": [{"kind": "figure", "figure": "server-data.exact_match", "bound": "min", "limit": 0.0}],
+    "min_rows": 5,
+}
+STRICT = {
+    "rules": [{"kind": "figure", "figure": "server-data.exact_match", "bound": "min", "limit": 1.5}],
+    "min_rows": 5,
+}
 
 
 @dataclass
@@ -291,10 +296,10 @@ def test_rules_that_come_later_refuse_and_let_pass_but_lift_no_refusal(world, po
         ([], LENIENT, r"no table \[\[polish\]\] of a kind that trains the adapter"),
         ([("judge", "reward", {})], LENIENT, r"no table \[\[polish\]\] of a kind that trains the adapter"),
         ([("align", "dpo", {})], None, r"the run's own gate names the rules loss, which need the sites' figures"),
-        ([("align", "dpo", {})], {"rules": "sites"}, r"more\.toml: \[gate\] names the rules sites"),
+        ([("align", "dpo", {})], {"rules": [{"kind": "sites"}]}, r"more\.toml: \[gate\] names the rules sites"),
         (
             [("align", "dpo", {})],
-            {"rules": "probes"},
+            {"rules": [{"kind": "probes"}]},
             r"more\.toml: does not fit the run: .*needs a task of kind probe",
         ),
         ([("align", "dpo", {"overlap": "error"})], LENIENT, r"10 of 10 rows of task server-data"),
@@ -316,9 +321,9 @@ def test_the_stages_file_of_the_documentation_loads(tmp_path):
     (tmp_path / "more.toml").write_text(textwrap.dedent(text))
     found = config_later.load_stages(tmp_path / "more.toml")
     assert [stage.name for stage in found.polish] == ["align-2"]
-    assert found.gate.is_on
+    assert found.gate.rules
     (tmp_path / "none.toml").write_text("version = 1\n")
-    with pytest.raises(ConfigError, match="neither rules nor figures"):
+    with pytest.raises(ConfigError, match="has no rules"):
         config_later.load_rules(tmp_path / "none.toml")
 
 

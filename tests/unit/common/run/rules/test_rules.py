@@ -7,7 +7,6 @@ from pydantic import ValidationError
 
 from common.run import config
 from common.run.rules import rules
-from tests.samples import broken_gate
 from tests.unit.common.run.test_config import MINIMAL, problems, with_settings
 
 UNIT = "privacy.mode = 'unit'"
@@ -131,7 +130,12 @@ BROKEN_RULES = [
     ("export.llama_cpp", 8, ["export.formats = ['peft']", "export.llama_cpp = 'llama.cpp'"]),
     ("export.rows", 8, ["export.formats = ['peft', 'vllm']", "export.rows = 'rows.jsonl'"]),
     ("export.operator_key", 7, ["export.operator_key = 'op.pem'"]),
-    *broken_gate.rules(TASK, PRIVATE),
+    ("gate.evidence", 7, ["gate.evidence = 'interval'"]),
+    ("gate.min_rows", 7, ["gate.min_rows = 5"]),
+    *(("gate.rules", 7, [f"gate.rules = [{{kind = '{kind}'}}]"]) for kind in ("probes", "schema", "exposure", "pii")),
+    ("gate.rules", 9, [f"evaluation.tasks = [{TASK}]", "gate.rules = [{kind = 'baseline'}]"]),
+    ("gate.rules", 7, ["gate.rules = [{kind = 'audit', file = 'audit.json'}]"]),
+    ("gate.rules", 7, ["gate.rules = [{kind = 'figure', figure = 'b.acc', bound = 'min', limit = 0.5}]"]),
 ]
 
 
@@ -151,9 +155,9 @@ def test_a_stage_that_needs_a_reference_does_not_follow_a_method_with_a_side_ada
 
 
 def test_a_gate_that_asks_sites_goes_with_polish_only_if_they_are_asked_after_it():
-    message = problems(STAGE + with_settings("gate.rules = 'sites, loss'"))
+    message = problems(STAGE + with_settings("gate.rules = [{kind = 'sites'}, {kind = 'loss'}]"))
     assert message.startswith("1 problem in run.toml\n  gate.rules  sites are not asked after polish")
-    asked = with_settings("gate.rules = 'sites, loss'", "evaluation.num_polish_stages = 1")
+    asked = with_settings("gate.rules = [{kind = 'sites'}, {kind = 'loss'}]", "evaluation.num_polish_stages = 1")
     config.parse(STAGE + asked, name="run.toml")  # the control
 
 

@@ -18,9 +18,12 @@ def problems(text: str) -> str:
     ("task", "message"),
     [
         ("kind = 'memorisation', members_data = 'm.jsonl'", "members_data and non_members_data belong together"),
-        ("kind = 'choice', num_candidates = 64", "num_candidates has no effect with kind choice"),
-        ("kind = 'json', json_schema = 's', names_file = 'n.txt'", "names_file has no effect"),
-        ("kind = 'json', json_schema = 's', phone_regions = ['DE']", "phone_regions has no effect"),
+        ("kind = 'choice', num_candidates = 64", 'num_candidates  has no effect with kind = "choice"'),
+        (
+            "kind = 'json', json_schema = 's', names_file = 'n.txt'",
+            'with kind = "json"; remove it, or set evaluation.tasks.1.kind to "pii"',
+        ),
+        ("kind = 'json', json_schema = 's', phone_regions = ['DE']", "phone_regions  has no effect"),
         ("kind = 'pii', phone_regions = ['Germany']", "a country as two capitals"),
         ("kind = 'judge'", "set one of judge_base and judge_url"),
         ("kind = 'judge', judge_base = 'b', judge_url = 'http://127.0.0.1:1'", "set one of judge_base and judge_url"),

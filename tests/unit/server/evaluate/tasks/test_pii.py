@@ -6,7 +6,7 @@ import phonenumbers
 import pytest
 
 from common.errors import ConfigError, DataError
-from common.run.schema.tasks import TaskConfig
+from common.run.schema.tasks import PiiTask
 from server.evaluate.figures import pii
 from server.evaluate.tasks import pii as task_pii
 from tests import tiny
@@ -132,7 +132,7 @@ def test_a_tasks_regions_reach_its_scores_and_must_be_countries(tiny_base):
     assert task_pii.scores(answer, ["Who?"], names=[], regions=["SG"])["num_phone"].value == 1.0
     assert task_pii.scores(answer, ["Who?"], names=[])["num_phone"].value == 0.0
     rows = tiny_base / "config.json"
-    task = TaskConfig(name="leaks", kind="pii", data=str(rows), phone_regions=["DE", "XX"])
+    task = PiiTask(name="leaks", kind="pii", data=str(rows), phone_regions=["DE", "XX"])
     run = tiny.settings(tiny_base)
     with pytest.raises(ConfigError, match="phone_regions XX"):
         task_pii.load(task, run.data, run.evaluation)
