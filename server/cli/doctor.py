@@ -37,7 +37,7 @@ def doctor(
     if (certificate is None) != (key is None):
         raise ConfigError("--certificate and --key go together; give both, or neither")
     operator = (certificate, key) if certificate is not None and key is not None else None
-    patient = examine.Patient(federation, gateway, run, base, superlink, operator)
-    results = examine.examine(patient)
+    machine = examine.Machine(federation, gateway, run, base, superlink, operator)
+    results = examine.examine(machine)
     cli.emit(doctoring.as_dict(results), as_json=json, show=lambda: doctoring.show(doctoring.render(results)))
     raise typer.Exit(0 if doctoring.is_healthy(results) else 1)

@@ -59,8 +59,8 @@ def authorities(held: Registry, *, now: datetime.datetime) -> Result:
 @check("own certificates", remedy=_REISSUE)
 def own_certificates(held: Registry, *, now: datetime.datetime) -> Result:
     """Check the certificates of gateway, SuperLink and operators: for their keys, under the root, in the roster."""
-    root, own = _root(held), _own(held)
-    for (role, name), listed in own.items():
+    root, peers = _root(held), _peers(held)
+    for (role, name), listed in peers.items():
         chain = _chain(held, role, name)
         certs.check_chain(chain, root, name=f"{role}/{name}.pem", now=now)
         key = certs.load_key(held.folder / role / f"{name}.key")
@@ -69,26 +69,26 @@ def own_certificates(held: Registry, *, now: datetime.datetime) -> Result:
             return failed(f"{role}/{name}.pem is not for {name}.key", _RESTORE)
         if fingerprint != listed and name != founding.SUPERLINK:
             return failed(f"{role}/{name}.pem has another key than the roster", _RESTORE)
-    return ok(", ".join(name for _, name in own))
+    return ok(", ".join(name for _, name in peers))
 
 
 @check("authorities' end", remedy=_AUTHORITIES)
 def authorities_end(held: Registry, *, now: datetime.datetime) -> Result:
-    """Tell how long the issuers are good."""
+    """Check how long the issuers are valid."""
     ends = {f"issuer of {role}": held.issuer(role).certificate.not_valid_after_utc for role in ROLES}
     return checks.expiry(ends, now=now, remedy=_AUTHORITIES)
 
 
 @check("own certificates' end", remedy=_REISSUE)
 def own_end(held: Registry, *, now: datetime.datetime) -> Result:
-    """Tell how long the certificates of gateway, SuperLink and operators are good."""
-    ends = {name: _chain(held, role, name)[0].not_valid_after_utc for role, name in _own(held)}
+    """Check how long the certificates of gateway, SuperLink and operators are valid."""
+    ends = {name: _chain(held, role, name)[0].not_valid_after_utc for role, name in _peers(held)}
     return checks.expiry(ends, now=now, remedy=_REISSUE)
 
 
 @check("sites' end", remedy=_ROTATE)
 def sites_end(held: Registry, *, now: datetime.datetime) -> Result:
-    """Tell how long the certificates are good that the sites were given."""
+    """Check how long the sites' certificates are valid."""
     current = {site.tls_fingerprint: site.name for site in held.roster.sites}
     ends = {
         current[entry.tls_fingerprint]: datetime.datetime.fromtimestamp(entry.expires_at, datetime.UTC)
@@ -123,7 +123,7 @@ def load(path: Path) -> Registry | None:
     try:
         return registry.load(path)
     except SilotuneError:
-        return None  # the check of the folder tells it
+        return None  # the check of the folder reports it
 
 
 def operator(held: Registry) -> tuple[Path, Path] | None:
@@ -138,7 +138,7 @@ def _root(held: Registry) -> x509.Certificate:
     return certs.parse_chain(governance.read(path), name=str(path))[0]
 
 
-def _own(held: Registry) -> dict[tuple[str, str], str]:
+def _peers(held: Registry) -> dict[tuple[str, str], str]:
     """Role and name of the coordinator's own to the key that the roster lists; it does not list the SuperLink."""
     servers = {(ca.SERVERS, entry.name): entry.tls_fingerprint for entry in held.roster.servers}
     operators = {(certs.OPERATORS, entry.name): entry.tls_fingerprint for entry in held.roster.operators}

@@ -39,29 +39,29 @@ _EXPOSED: Final = "whoever reaches it can start runs: flower-superlink --host 12
 @check("gateway's file", remedy="correct the file; docs/gateway.md shows it whole")
 def file(path: Path) -> Result:
     """Check GATEWAY.toml, and that its two CAs are apart."""
-    found = settings.load(path)
-    tls.check_apart(Path(found.fleet.ca_file), Path(found.control.ca_file))
-    return ok(f"{path}: sites on {found.fleet.listen}, operators on {found.control.listen}")
+    config = settings.load(path)
+    tls.check_apart(Path(config.fleet.ca_file), Path(config.control.ca_file))
+    return ok(f"{path}: sites on {config.fleet.listen}, operators on {config.control.listen}")
 
 
 @check("gateway's keys", remedy="copy servers/gateway.pem and gateway.key of the federation's folder here again")
-def certificates(found: GatewayConfig) -> Result:
+def certificates(config: GatewayConfig) -> Result:
     """Load what both listeners show and trust; keys must be of mode 0600 and belong to their certificates."""
-    for ends in (found.fleet, found.control):
+    for ends in (config.fleet, config.control):
         files = {"certificate_file": Path(ends.certificate_file), "key_file": Path(ends.key_file)}
         tls.server_context(**files, ca_file=Path(ends.ca_file), on_failure=lambda _: None)
-    tls.upstream_context(Path(found.superlink.ca_file))
-    return ok(f"{', '.join(sorted(_shown(found)))} with their keys, and all three CAs")
+    tls.upstream_context(Path(config.superlink.ca_file))
+    return ok(f"{', '.join(sorted(_shown(config)))} with their keys, and all three CAs")
 
 
 @check("gateway's roster", remedy="copy roster.json and revoked.txt of the federation's folder to the gateway")
-def known_members(found: GatewayConfig, newest: Roster | None) -> Result:
+def known_members(config: GatewayConfig, newest: Roster | None) -> Result:
     """Check that governance signed the roster, that the gateway has seen no newer one, and nor has the federation.
 
     Args:
         newest: The federation's; None: unknown.
     """
-    files, watermark = found.members, Path(found.members.watermark_file)
+    files, watermark = config.members, Path(config.members.watermark_file)
     pinned = governance.load(Path(files.governance_file))
     epoch_min = roster.seen_epoch(watermark) if watermark.exists() else 1
     current = roster.load(Path(files.roster_file), governance=pinned, epoch_min=epoch_min)
@@ -74,22 +74,22 @@ def known_members(found: GatewayConfig, newest: Roster | None) -> Result:
 
 
 @check("gateway's end", remedy=_REISSUE)
-def end(found: GatewayConfig, *, now: datetime.datetime) -> Result:
-    """Tell how long the certificates are good that the listeners show."""
-    ends = {Path(file).name: _leaf(file).not_valid_after_utc for file in sorted(_shown(found))}
+def end(config: GatewayConfig, *, now: datetime.datetime) -> Result:
+    """Check how long the listeners' certificates are valid."""
+    ends = {Path(file).name: _leaf(file).not_valid_after_utc for file in sorted(_shown(config))}
     return checks.expiry(ends, now=now, remedy=_REISSUE)
 
 
 @check("gateway's log", remedy="free space, or set log.file to a place on another disk")
-def log_disk(found: GatewayConfig) -> Result:
-    """Tell whether refusals can be written."""
-    return checks.disk(Path(found.log.file).parent, need_bytes=LOG_BYTES, what="the log of refusals")
+def log_disk(config: GatewayConfig) -> Result:
+    """Check that refusals can be written."""
+    return checks.disk(Path(config.log.file).parent, need_bytes=LOG_BYTES, what="the log of refusals")
 
 
 @check("listener for sites", remedy=_START)
-def fleet_listener(found: GatewayConfig, *, ca_file: Path) -> Result:
+def fleet_listener(config: GatewayConfig, *, ca_file: Path) -> Result:
     """Check that it listens with TLS 1.3 and its certificate, and that it answers nobody who shows none."""
-    address, host = _reachable(found.fleet.listen), _host(found.fleet.certificate_file)
+    address, host = _reachable(config.fleet.listen), _host(config.fleet.certificate_file)
     context = _context(ca_file)
     version = probe.shake_hands(address, context=context, host=host)
     try:
@@ -123,7 +123,7 @@ def control_listener(outcome: Answer | SilotuneError | None) -> Result:
 
 
 def ask_control(
-    found: GatewayConfig, operator: tuple[Path, Path] | None, *, ca_file: Path, clock: Callable[[], float]
+    config: GatewayConfig, operator: tuple[Path, Path] | None, *, ca_file: Path, clock: Callable[[], float]
 ) -> Answer | SilotuneError | None:
     """Ask for the list of nodes as an operator.
 
@@ -139,21 +139,23 @@ def ask_control(
         return None
     try:
         context = _context(ca_file, operator)
-        host = _host(found.control.certificate_file)
-        address = _reachable(found.control.listen)
+        host = _host(config.control.certificate_file)
+        address = _reachable(config.control.listen)
         return probe.ask(address, context=context, path=LIST_NODES, headers=PROTOBUF, host=host, clock=clock)
     except SilotuneError as error:
         return error
 
 
 def ask_nodes(
-    found: GatewayConfig, operator: tuple[Path, Path] | None, *, ca_file: Path
+    config: GatewayConfig, operator: tuple[Path, Path] | None, *, ca_file: Path
 ) -> list[Node] | SilotuneError | None:
     """The nodes that the SuperLink knows, why they are not known, or None where nobody was asked; see `ask_control`."""
     if operator is None:
         return None
     try:
-        with link.connect(_reachable(found.control.listen), ca_file=ca_file, identity=Identity(*operator)) as connected:
+        with link.connect(
+            _reachable(config.control.listen), ca_file=ca_file, identity=Identity(*operator)
+        ) as connected:
             return connected.nodes()
     except SilotuneError as error:
         return error
@@ -177,11 +179,11 @@ def registrations(listed: Roster | None, nodes: list[Node] | SilotuneError | Non
     status = {site.name: known.get(site.node_key.encode("ascii")) for site in listed.sites}
     absent = [name for name, is_online in status.items() if is_online is None]
     if absent:
-        found = f"the SuperLink does not know {', '.join(absent)}: it lost its state, or they never connected"
-        return failed(found, _REGISTER) if len(absent) == len(status) else warning(found, _REGISTER)
+        lost = f"the SuperLink does not know {', '.join(absent)}: it lost its state, or they never connected"
+        return failed(lost, _REGISTER) if len(absent) == len(status) else warning(lost, _REGISTER)
     away = [name for name, is_online in status.items() if not is_online]
-    told = f"the SuperLink knows {count(len(status), 'site')} of the roster"
-    return ok(f"{told}; not connected now: {', '.join(away)}" if away else f"{told}, all connected")
+    known_sites = f"the SuperLink knows {count(len(status), 'site')} of the roster"
+    return ok(f"{known_sites}; not connected now: {', '.join(away)}" if away else f"{known_sites}, all connected")
 
 
 @check("SuperLink", remedy=_EXPOSED)
@@ -197,15 +199,15 @@ def superlink(address: str, *, listening: Callable[[int], set[str]]) -> Result:
     host, port = probe.split_address(address)
     if not hosts.is_loopback(host):
         return warning(f"{address} is not an address of this machine alone")
-    found = listening(port)
-    if not found:
+    addresses = listening(port)
+    if not addresses:
         return failed(f"nobody listens on {address}", "start flower-superlink; docs/gateway.md shows how")
-    exposed = sorted(one for one in found if not hosts.is_loopback(one))
+    exposed = sorted(each for each in addresses if not hosts.is_loopback(each))
     return warning(f"it listens on {', '.join(exposed)}, port {port}") if exposed else ok(f"{address}, loopback only")
 
 
 def listening_on(port: int) -> set[str]:
-    """The addresses of this machine on which somebody listens on a port, as the kernel tells them."""
+    """The addresses of this machine on which somebody listens on a port, as the kernel lists them."""
     return {address for path in NET if path.exists() for address in listeners(path.read_text(), port)}
 
 
@@ -220,18 +222,16 @@ def listeners(table: str, port: int) -> set[str]:
     """
     rows = (line.split() for line in table.splitlines()[1:])
     ends = (row[1].split(":") for row in rows if row[3] == _LISTEN)
-    return {_address(host) for host, number in ends if int(number, 16) == port}
+    listening = set()
+    for host in [host for host, number in ends if int(number, 16) == port]:
+        words = (bytes.fromhex(host[start : start + 8])[::-1] for start in range(0, len(host), 8))
+        listening.add(str(ipaddress.ip_address(b"".join(words))))
+    return listening
 
 
-def _address(digits: str) -> str:
-    """An address from the kernel's words of four bytes, lowest byte first."""
-    words = (bytes.fromhex(digits[start : start + 8])[::-1] for start in range(0, len(digits), 8))
-    return str(ipaddress.ip_address(b"".join(words)))
-
-
-def _shown(found: GatewayConfig) -> set[str]:
+def _shown(config: GatewayConfig) -> set[str]:
     """The files of the certificates that the listeners show."""
-    return {found.fleet.certificate_file, found.control.certificate_file}
+    return {config.fleet.certificate_file, config.control.certificate_file}
 
 
 def _reachable(listen: str) -> str:

@@ -6,10 +6,10 @@ enforced by TLS itself. Every listener trusts exactly one issuer, not the root.
 
 import datetime
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -80,7 +80,7 @@ def make_issuer(
         signer=root.key.public_key(),
         span=span,
     )
-    permitted = [_as_range(name) for name in names]
+    permitted = [_general_name(name, ipaddress.ip_network) for name in names]
     builder = (
         _as_authority(builder, path_length=0)
         .add_extension(x509.ExtendedKeyUsage([_USAGE[role]]), critical=True)
@@ -119,7 +119,9 @@ def issue(
         builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([_USAGE[role]]), critical=True)
-        .add_extension(x509.SubjectAlternativeName([_as_name(name) for name in names]), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([_general_name(name, ipaddress.ip_address) for name in names]), critical=False
+        )
         .sign(issuer.key, hashes.SHA384())
     )
 
@@ -206,17 +208,9 @@ def _named(common_name: str, federation_id: str) -> x509.Name:
     return x509.Name([organisation, x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
 
 
-def _as_name(name: str) -> x509.GeneralName:
-    """A host name or an address."""
+def _general_name(name: str, parse: Callable[[str], Any]) -> x509.GeneralName:
+    """A host name (as a constraint, with all below it), or what `parse` makes of an address."""
     try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        return x509.DNSName(name)
-
-
-def _as_range(name: str) -> x509.GeneralName:
-    """A host name with all below it, or the range of one address."""
-    try:
-        return x509.IPAddress(ipaddress.ip_network(name))
+        return x509.IPAddress(parse(name))
     except ValueError:
         return x509.DNSName(name)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from common import storage
@@ -224,7 +223,16 @@ def _with_kit(
     held: Registry, entry: SiteEntry, checked: Checked, *, kind: Literal["admit", "rotate"], now: datetime.datetime
 ) -> Proposal:
     """Issue the certificate and fill in the kit."""
-    certificate = _issue(held, checked, now=now)
+    federation_id = held.pinned.federation_id
+    certificate = ca.issue(  # for the site's name and nothing else
+        entry.name,
+        role=certs.SITES,
+        federation_id=federation_id,
+        key=checked.tls_key,
+        issuer=held.issuer(certs.SITES),
+        span=Span.of_days(now, held.config.validity.certificate_days),
+        names=[certs.host_of(entry.name, role=certs.SITES, federation_id=federation_id)],
+    )
     chain = certificate.public_bytes(Encoding.PEM) + held.issuer(certs.SITES).pem
     others = (site for site in held.roster.sites if site.name != entry.name)
     sites = tuple(sorted((*others, entry), key=lambda site: site.name))
@@ -249,20 +257,18 @@ def _publish(held: Registry, signed: Signed, *, now: datetime.datetime) -> Chang
     """Write the kit or the list of revoked keys, and last of all the roster, with which the change holds."""
     made = signed.proposal
     data = roster.with_signatures(made.roster, signed.of_roster, pinned=held.pinned)
-    change = _end(held, made, now=now) if made.kind == "revoke" else _hand_out(held, signed, data)
+    if made.kind == "revoke":
+        issued = [dataclasses.replace(e, is_revoked=True) if e.name == made.name else e for e in held.issued]
+        serials = [int(entry.serial, 16) for entry in issued if entry.is_revoked]
+        crl = ca.revocation_list(serials, issuer=held.issuer(certs.SITES), now=now)
+        registry.write_issued(held.folder, issued)
+        storage.write_atomic(held.crl_path, crl)
+        change = Change(made.name, made.roster.epoch)
+    else:
+        change = _hand_out(held, signed, data)
     storage.write_atomic(held.roster_path, data)
     others = tuple(site.name for site in made.roster.sites if site.name != made.name)
     return dataclasses.replace(change, others=others, is_admitted=made.kind == "admit")
-
-
-def _end(held: Registry, made: Proposal, *, now: datetime.datetime) -> Change:
-    """Revoke what was issued to a site."""
-    issued = [dataclasses.replace(e, is_revoked=True) if e.name == made.name else e for e in held.issued]
-    serials = [int(entry.serial, 16) for entry in issued if entry.is_revoked]
-    crl = ca.revocation_list(serials, issuer=held.issuer(certs.SITES), now=now)
-    registry.write_issued(held.folder, issued)
-    storage.write_atomic(held.crl_path, crl)
-    return Change(made.name, made.roster.epoch)
 
 
 def _hand_out(held: Registry, signed: Signed, roster_bytes: bytes) -> Change:
@@ -278,36 +284,18 @@ def _hand_out(held: Registry, signed: Signed, roster_bytes: bytes) -> Change:
         expires_at=int(certificate.not_valid_after_utc.timestamp()),
     )
     registry.write_issued(held.folder, (*held.issued, issued))
-    tar = _write_kit(held.folder / registry.KITS, entry.name, files)
-    storage.write_atomic(held.folder / registry.NODES / f"{entry.name}.pub", entry.node_key.encode("ascii"))
-    return Change(entry.name, made.roster.epoch, tar, certificate.not_valid_after_utc)
-
-
-def _issue(held: Registry, checked: Checked, *, now: datetime.datetime) -> x509.Certificate:
-    """A certificate for the site's name and nothing else."""
-    name, federation_id = checked.statement.name, held.pinned.federation_id
-    return ca.issue(
-        name,
-        role=certs.SITES,
-        federation_id=federation_id,
-        key=checked.tls_key,
-        issuer=held.issuer(certs.SITES),
-        span=Span.of_days(now, held.config.validity.certificate_days),
-        names=[certs.host_of(name, role=certs.SITES, federation_id=federation_id)],
-    )
-
-
-def _write_kit(folder: Path, name: str, files: dict[str, bytes]) -> Path:
-    """Write a kit as a folder, which replaces an older one, and as a tar file; returns the latter."""
-    try:
+    folder, name = held.folder / registry.KITS, entry.name
+    try:  # a folder, which replaces an older one, and a tar file
         folder.mkdir(exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=folder, prefix=f".{name}."))
-        made.chmod(0o755)
-        for file, data in files.items():
-            (made / file).write_bytes(data)
+        made_folder = Path(tempfile.mkdtemp(dir=folder, prefix=f".{name}."))
+        made_folder.chmod(0o755)
+        for file, content in files.items():
+            (made_folder / file).write_bytes(content)
         shutil.rmtree(folder / name, ignore_errors=True)
-        made.rename(folder / name)
+        made_folder.rename(folder / name)
     except OSError as error:
         raise storage.storage_error(folder / name, error) from error
-    storage.write_atomic(folder / f"{name}.tar", kits.tar(name, files))
-    return folder / f"{name}.tar"
+    tar = folder / f"{name}.tar"
+    storage.write_atomic(tar, kits.tar(name, files))
+    storage.write_atomic(held.folder / registry.NODES / f"{entry.name}.pub", entry.node_key.encode("ascii"))
+    return Change(entry.name, made.roster.epoch, tar, certificate.not_valid_after_utc)

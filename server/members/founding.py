@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from common import keyfile, storage
@@ -55,8 +54,21 @@ def provision(config_path: Path, *, folder: Path, now: datetime.datetime) -> Gov
         public = tuple(identity.public_hex(key) for key in keys)
         pinned = Governance(config.federation.id, config.governance.quorum, public, root_sha256)
         storage.write_atomic(made / kit.PINNED, pinned.to_bytes())
-        _write_start(made, pinned, keys, peers=_make_peers(config, made, issuers=issuers, now=now))
-        storage.write_atomic(made / registry.ISSUERS / "sites.crl", _empty_crl(issuers, now))
+        entries: dict[str, list[PeerEntry]] = {ca.SERVERS: [], certs.OPERATORS: []}
+        for name, role, names in _peers(config):
+            certs.create_tls_key(made / role / f"{name}.key")
+            entry, _ = _certify(config, made, name=name, role=role, names=names, issuer=issuers[role], now=now)
+            if name != SUPERLINK:  # which nobody meets but the gateway
+                entries[role].append(entry)
+        operators = []
+        for peer in entries[certs.OPERATORS]:  # each has a key that signs runs, beside the one for TLS
+            key = identity.create(made / certs.OPERATORS / f"{peer.name}{SIGNING_SUFFIX}")
+            operators.append(OperatorEntry(peer.name, peer.tls_fingerprint, identity.public_hex(key)))
+        first = roster.make(pinned, epoch=1, servers=tuple(entries[ca.SERVERS]), operators=tuple(operators))
+        storage.write_atomic(made / kit.ROSTER, roster.signed_bytes(first, keys, pinned=pinned))
+        registry.write_issued(made, ())
+        crl = ca.revocation_list((), issuer=issuers[certs.SITES], now=now)
+        storage.write_atomic(made / registry.ISSUERS / "sites.crl", crl)
         for unit in sorted(UNITS.iterdir()):
             storage.write_atomic(made / UNITS.name / unit.name, unit.read_bytes())
     return pinned
@@ -139,25 +151,6 @@ def _peers(config: FederationConfig) -> list[tuple[str, str, tuple[str, ...]]]:
     ]
 
 
-def _make_peers(
-    config: FederationConfig, folder: Path, *, issuers: dict[str, Issuer], now: datetime.datetime
-) -> dict[str, list[PeerEntry]]:
-    """Make keys and certificates; returns the roster's entries by role: nobody meets the SuperLink but the gateway."""
-    entries: dict[str, list[PeerEntry]] = {ca.SERVERS: [], certs.OPERATORS: []}
-    for name, role, names in _peers(config):
-        certs.create_tls_key(folder / role / f"{name}.key")
-        entry, _ = _certify(config, folder, name=name, role=role, names=names, issuer=issuers[role], now=now)
-        if name != SUPERLINK:
-            entries[role].append(entry)
-    return entries
-
-
-def _make_operator(peer: PeerEntry, folder: Path) -> OperatorEntry:
-    """Give an operator the key that signs runs, beside the one for TLS."""
-    key = identity.create(folder / certs.OPERATORS / f"{peer.name}{SIGNING_SUFFIX}")
-    return OperatorEntry(peer.name, peer.tls_fingerprint, identity.public_hex(key))
-
-
 def _certify(
     config: FederationConfig,
     folder: Path,
@@ -181,22 +174,3 @@ def _certify(
     )
     storage.write_atomic(folder / role / f"{name}.pem", certificate.public_bytes(Encoding.PEM) + issuer.pem)
     return PeerEntry(name, certs.fingerprint(key)), certificate.not_valid_after_utc
-
-
-def _write_start(
-    folder: Path, pinned: Governance, keys: Sequence[Ed25519PrivateKey], *, peers: dict[str, list[PeerEntry]]
-) -> None:
-    """Write the roster of epoch 1, which has no sites, and the empty list."""
-    first = roster.make(
-        pinned,
-        epoch=1,
-        servers=tuple(peers[ca.SERVERS]),
-        operators=tuple(_make_operator(peer, folder) for peer in peers[certs.OPERATORS]),
-    )
-    storage.write_atomic(folder / kit.ROSTER, roster.signed_bytes(first, keys, pinned=pinned))
-    registry.write_issued(folder, ())
-
-
-def _empty_crl(issuers: dict[str, Issuer], now: datetime.datetime) -> bytes:
-    """The revocation list of the first day."""
-    return ca.revocation_list((), issuer=issuers[certs.SITES], now=now)

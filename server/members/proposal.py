@@ -20,7 +20,7 @@ from common.errors import AuthError, ConfigError
 from common.frame import wire
 from common.trust import certs, governance, identity, kit, roster
 from common.trust.governance import Governance, HexKey, Slug
-from common.trust.roster import Roster, SiteEntry
+from common.trust.roster import Roster
 
 _CLOSED: Final = ConfigDict(strict=True, extra="forbid")
 _SIGNATURE: Final = r"^[0-9a-f]{128}$"
@@ -121,7 +121,16 @@ def check(signed: Signed, *, current: Roster, pinned: Governance) -> None:
             f"the proposal makes epoch {made.roster.epoch} and follows roster {made.follows[:16]}; the roster here is "
             f"of epoch {current.epoch} ({current.sha256[:16]}); get the newest roster, or have the change proposed anew"
         )
-    _check_change(made, current)
+    # The one site of the proposal changes as its kind says, and nothing else does.
+    rest = [site for site in current.sites if site.name != made.name]
+    others = [site for site in made.roster.sites if site.name != made.name]
+    unchanged = dataclasses.replace(made.roster, epoch=current.epoch, sites=current.sites) == current
+    was, is_there = (any(site.name == made.name for site in held.sites) for held in (current, made.roster))
+    wanted = {"admit": (False, True), "rotate": (True, True), "revoke": (True, False)}[made.kind]
+    if rest != others or not unchanged or (was, is_there) != wanted:
+        raise AuthError(f"the proposal says '{made.kind} {made.name}' and changes something else; do not sign it")
+    if made.kind == "rotate" and made.roster.site(made.name).identity_key != current.site(made.name).identity_key:
+        raise AuthError(f"the proposal gives {made.name} another identity key; a new key is for a new admission")
     _check_kit(made, pinned)
     for key, pair in signed.signatures.items():
         if key not in pinned.keys:
@@ -165,25 +174,22 @@ def in_words(made: Proposal, *, current: Roster) -> list[str]:
     new = {site.name: site for site in made.roster.sites}
     lines = [f"{made.kind} {made.name}: epoch {current.epoch} to {made.roster.epoch} of {made.roster.federation_id}"]
     lines += [f"- {name} leaves, and its keys are never accepted again" for name in sorted(old.keys() - new.keys())]
-    lines += [f"+ {name} joins: {_keys(new[name])}" for name in sorted(new.keys() - old.keys())]
+    for name in sorted(new.keys() - old.keys()):
+        keys = f"identity {_short(new[name].identity_key)}, TLS {_short(new[name].tls_fingerprint)}"
+        lines.append(f"+ {name} joins: {keys}")
     for name in sorted(old.keys() & new.keys()):
-        lines += [f"~ {name}: {text}" for text in _changed_keys(old[name], new[name])]
+        before, after = old[name], new[name]
+        for key in ("identity_key", "tls_fingerprint"):
+            if getattr(before, key) != getattr(after, key):
+                lines.append(f"~ {name}: {key} {_short(getattr(before, key))} to {_short(getattr(after, key))}")
+        if before.node_key != after.node_key:
+            lines.append(f"~ {name}: node_key changes")
+        if before.retires_at != after.retires_at:
+            end = datetime.fromtimestamp(after.retires_at, UTC)
+            lines.append(f"~ {name}: old certificate is good until {end:%Y-%m-%d %H:%M} UTC")
     lines += [f"{len(new)} sites then: {', '.join(sorted(new)) or 'none'}"]
     digest = hashlib.sha256(kit.sums(made.files)).hexdigest()
     return [*lines, f"kit of {len(made.kit)} files, SHA-256 of its checksums {digest}"] if made.kit else lines
-
-
-def _check_change(made: Proposal, current: Roster) -> None:
-    """The one site of the proposal changes as its kind says, and nothing else does."""
-    rest = [site for site in current.sites if site.name != made.name]
-    others = [site for site in made.roster.sites if site.name != made.name]
-    unchanged = dataclasses.replace(made.roster, epoch=current.epoch, sites=current.sites) == current
-    was, is_there = (any(site.name == made.name for site in held.sites) for held in (current, made.roster))
-    wanted = {"admit": (False, True), "rotate": (True, True), "revoke": (True, False)}[made.kind]
-    if rest != others or not unchanged or (was, is_there) != wanted:
-        raise AuthError(f"the proposal says '{made.kind} {made.name}' and changes something else; do not sign it")
-    if made.kind == "rotate" and made.roster.site(made.name).identity_key != current.site(made.name).identity_key:
-        raise AuthError(f"the proposal gives {made.name} another identity key; a new key is for a new admission")
 
 
 def _check_kit(made: Proposal, pinned: Governance) -> None:
@@ -204,21 +210,6 @@ def _check_kit(made: Proposal, pinned: Governance) -> None:
         raise AuthError("the proposal's kit has another root or another key's certificate; do not sign it")
 
 
-def _keys(site: SiteEntry) -> str:
-    """A site's keys, shortened; enough digits that nobody finds another key with the same."""
-    return f"identity {site.identity_key[:32]}, TLS {site.tls_fingerprint[:32]}"
-
-
-def _changed_keys(old: SiteEntry, new: SiteEntry) -> list[str]:
-    """What a site's entry says now and said before."""
-    changes = []
-    for name in ("identity_key", "tls_fingerprint", "node_key"):
-        before, after = getattr(old, name), getattr(new, name)
-        if before != after:
-            shown = f"{before[:32]} to {after[:32]}" if name != "node_key" else "changes"
-            changes.append(f"{name} {shown}")
-    if new.retires_at != old.retires_at:
-        changes.append(
-            f"old certificate is good until {datetime.fromtimestamp(new.retires_at, UTC):%Y-%m-%d %H:%M} UTC"
-        )
-    return changes
+def _short(key: str) -> str:
+    """Enough digits of a key that nobody finds another with the same."""
+    return key[:32]

@@ -26,7 +26,7 @@ from common.errors import AuthError, TransportError
 from common.run.config import LinkConfig
 from common.trust import certs, roster
 from server.doctor import gateway as gateway_doctor
-from server.doctor.examine import Patient, examine
+from server.doctor.examine import Machine, examine
 from server.gateway import settings
 from server.run import link
 from simulations.engines import deployment, loopback_keys
@@ -114,7 +114,7 @@ class World:
         return node_id
 
     def examine(self, **patient):
-        return {r.name: r for r in examine(Patient(self.federation.folder, self.gateway_file, **patient))}
+        return {r.name: r for r in examine(Machine(self.federation.folder, self.gateway_file, **patient))}
 
 
 def is_open(port: int) -> bool:

@@ -11,7 +11,7 @@ from common.model.size import FLOAT32_BYTES
 from common.trust import roster
 from server.cli.app import app
 from server.doctor import gateway, run
-from server.doctor.examine import Patient, examine
+from server.doctor.examine import Machine, examine
 from tests import tiny
 from tests.samples import federations
 from tests.samples.federations import NOW
@@ -49,7 +49,7 @@ def silotune_server(*arguments: object) -> int:
 
 
 def find(name: str, **patient):
-    (found,) = [result for result in examine(Patient(**patient)) if result.name == name]
+    (found,) = [result for result in examine(Machine(**patient)) if result.name == name]
     return found
 
 
@@ -68,7 +68,7 @@ def run_file(tiny_base, tmp_path):
 
 
 def test_a_healthy_federation_passes(joined):
-    found = {result.name: result.status for result in examine(Patient(joined.folder))}
+    found = {result.name: result.status for result in examine(Machine(joined.folder))}
     assert found.pop("governance") == "warning"  # the members' keys are still there
     assert set(found.values()) == {"ok"}
     assert len(found) == 8
@@ -134,7 +134,7 @@ def test_own_certificates_of_other_keys(joined):
 )
 def test_certificates_that_end(joined, days, own, authorities):
     moment = (NOW + datetime.timedelta(days=days)).timestamp()
-    found = {result.name: result for result in examine(Patient(joined.folder, clock=lambda: moment))}
+    found = {result.name: result for result in examine(Machine(joined.folder, clock=lambda: moment))}
     assert found["own certificates' end"].status == found["sites' end"].status == own
     assert found["authorities' end"].status == authorities
     assert own == "ok" or "reissue" in found["own certificates' end"].remedy
@@ -187,7 +187,7 @@ def test_a_gateway_whose_file_or_keys_are_wrong(joined, gateway_file):
 
 
 def test_a_gateway_that_does_not_run(joined, gateway_file):
-    found = {result.name: result for result in examine(Patient(joined.folder, gateway_file))}
+    found = {result.name: result for result in examine(Machine(joined.folder, gateway_file))}
     for name in ("listener for sites", "listener for operators", "SuperLink"):
         assert found[name].status == "failed", found[name]
         assert "start" in found[name].remedy
@@ -227,7 +227,7 @@ def test_the_kernel_tells_who_listens():
 
 
 def test_a_run_file_and_its_base(run_file, tiny_base, tmp_path):
-    found = {result.name: result.status for result in examine(Patient(run=run_file))}
+    found = {result.name: result.status for result in examine(Machine(run=run_file))}
     assert found.pop("own held-out rows") == "skipped"
     assert set(found.values()) == {"ok"}
     text = run_file.read_text()
