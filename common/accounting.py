@@ -131,7 +131,6 @@ def noise_multiplier(*, epsilon: float, dp_delta: float, sampling_prob: float, n
         epsilon: What may be spent by all steps together, above 0.
         dp_delta: Delta of the promise.
         sampling_prob: Probability with which a unit is in a step.
-        num_steps: Steps in all.
 
     Raises:
         AccountingUnsupported: No noise that could be used reaches it.
@@ -201,9 +200,6 @@ def planned_curve(
     """Epsilon after each round of a plan. It is steep at first: the first round is never budget over rounds.
 
     Args:
-        event_per_round: What a round does.
-        num_rounds: Rounds in the plan.
-        dp_delta: Delta of the promise.
         spent: What the data set has been used for before.
 
     Returns:

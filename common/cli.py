@@ -196,7 +196,6 @@ def again(context: typer.Context, command: str = "", *, without: Collection[str]
     """The command that is being run, as words: what it was given, and not what is left at its default.
 
     Args:
-        context: Of the command.
         command: Another command of the same program that takes these options, or some of them.
         without: Parameters to leave out, by their name in Python.
     """

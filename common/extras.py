@@ -55,7 +55,6 @@ def install(extra: str, *, python: str = sys.executable, origin: tuple[str | Non
 
     Args:
         extra: Of pyproject.toml; empty: none.
-        python: This environment's interpreter.
         origin: Text of the installed distribution's direct_url.json (PEP 610), which pip leaves out for an index, and
             its version; None: as installed here.
 
@@ -87,7 +86,6 @@ def brought(extra: str, requires: Sequence[str] | None = None) -> set[str]:
     """Names of what an extra brings beyond silotune's own requirements; of the extra "", those.
 
     Args:
-        extra: Its name.
         requires: Requirements with their extras as markers; None: of the installed silotune.
     """
     if requires is None:

@@ -50,12 +50,8 @@ def listen(host: str, port: int, *, options: str) -> socket.socket:
     """Listen on the first address of a host, IPv4 or IPv6.
 
     Args:
-        host: An address or a name.
         port: 0 takes a free one.
         options: What a message asks the caller to change.
-
-    Raises:
-        ConfigError: The port is taken, or the host is none of this machine.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]

@@ -34,7 +34,6 @@ def hush(environ: MutableMapping[str, str] | None = None, *, allow_hub: bool = F
     Must run before `torch`, `flwr`, `transformers`, `datasets` or `ray` is imported: they read the switches once.
 
     Args:
-        environ: Where to set the switches; None means this process' environment.
         allow_hub: Leave the model hub's offline switches as the user set them.
 
     Example:

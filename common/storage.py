@@ -21,8 +21,6 @@ def write_atomic(path: Path, data: bytes, *, mode: int | None = None) -> None:
     """Write, fsync and rename, so that a crash leaves the old file or the new one.
 
     Args:
-        path: The file.
-        data: All of it.
         mode: Who may read it, from the first moment on; None: what this process' umask leaves of 0666. Folders that
             are made for a file that is this user's alone are so, too.
 
@@ -54,11 +52,7 @@ def write_atomic(path: Path, data: bytes, *, mode: int | None = None) -> None:
 
 
 def make_folder(folder: Path, *, is_private: bool) -> None:
-    """Make a folder and those above it that are missing; private ones get mode 0700, whatever the umask.
-
-    Raises:
-        OSError: It cannot be made.
-    """
+    """Make a folder and those above it that are missing; private ones get mode 0700, whatever the umask."""
     for path in [*reversed(folder.parents), folder] if is_private else []:
         if not path.exists():
             path.mkdir(mode=0o700, exist_ok=True)
@@ -82,11 +76,7 @@ def remove_leftovers(folder: Path) -> int:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces: 64 hexadecimal digits.
-
-    Raises:
-        OSError: It cannot be read.
-    """
+    """SHA-256 of a file, read in pieces: 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

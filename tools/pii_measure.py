@@ -49,13 +49,13 @@ def measure(rows: Iterable[Mapping[str, Any]]) -> dict[str, Quality]:
     """Each detector for which the data have a type; a find and a piece belong together where they overlap."""
     counts: Counter[tuple[str, str]] = Counter()
     for row in rows:
-        found = pii.find(row["text"])
+        finds = pii.find(row["text"])
         for kind in _TYPES.values():
-            own = [(one.start, one.end) for one in found if one.kind == kind]
-            told = [(one["start"], one["end"]) for one in row["spans"] if _TYPES.get(one["type"]) == kind]
-            counts[kind, "right"] += sum(_overlaps(piece, own) for piece in told)
-            counts[kind, "missed"] += sum(not _overlaps(piece, own) for piece in told)
-            counts[kind, "wrong"] += sum(not _overlaps(piece, told) for piece in own)
+            detected = [(piece.start, piece.end) for piece in finds if piece.kind == kind]
+            annotated = [(span["start"], span["end"]) for span in row["spans"] if _TYPES.get(span["type"]) == kind]
+            counts[kind, "right"] += sum(_overlaps(piece, detected) for piece in annotated)
+            counts[kind, "missed"] += sum(not _overlaps(piece, detected) for piece in annotated)
+            counts[kind, "wrong"] += sum(not _overlaps(piece, annotated) for piece in detected)
     return {
         kind: Quality(counts[kind, "right"], counts[kind, "missed"], counts[kind, "wrong"]) for kind in _TYPES.values()
     }
@@ -67,7 +67,6 @@ def _overlaps(piece: tuple[int, int], others: Iterable[tuple[int, int]]) -> bool
 
 
 if __name__ == "__main__":
-    for kind, one in measure(read.read_table(sys.argv[1])).items():
-        cli.show(
-            f"{kind:<6} n {one.num_right + one.num_missed:>4}  precision {one.precision:.3f}  recall {one.recall:.3f}"
-        )
+    for kind, quality in measure(read.read_table(sys.argv[1])).items():
+        figures = f"precision {quality.precision:.3f}  recall {quality.recall:.3f}"
+        cli.show(f"{kind:<6} n {quality.num_right + quality.num_missed:>4}  {figures}")

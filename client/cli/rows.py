@@ -63,7 +63,6 @@ def asked(node: config.NodeConfig, run: str, given: Asked) -> Asked:
     """What a run asks: one that was offered to this site, or a run file.
 
     Args:
-        node: The site's own file.
         run: Name or first digits of the hash of an offer, or a TOML file; empty: `given` is all.
         given: From the command line; its base wins over the run's, and its date is that of a run file.
 
@@ -159,11 +158,6 @@ def preview(
 
     Returns:
         What was asked in one line, and the rows.
-
-    Raises:
-        ConfigError: No such objective.
-        DataError: Rows are missing or unusable.
-        ModelError: No base is named, or it is not on this machine.
     """
     tokenizer = load_tokenizer(model, given)
     rows = _conversations(site_files.read_rows(data, data.path, objective=_objective(given.objective)))

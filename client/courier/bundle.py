@@ -20,10 +20,6 @@ SHA256: Final = "e1cfb6af230a944222bae23ee36a60fc64cc175c758f75da2202073b8d9fb5f
 def check(answer: bytes, *, allowed: Collection[str]) -> bytes:
     """Let an answer of the SuperLink through if the bundle in it is allowed.
 
-    Args:
-        answer: The body of an answer to a request for a bundle.
-        allowed: SHA-256 of bundles, hex.
-
     Returns:
         The same answer with the bundle and its hash only.
 

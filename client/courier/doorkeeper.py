@@ -118,11 +118,7 @@ def credentials(caller: socket.socket) -> tuple[int, set[int]]:
 
 @contextmanager
 def making_socket(path: Path) -> Iterator[None]:
-    """Make a socket that has mode 0600 from the first moment: the umask holds meanwhile.
-
-    Raises:
-        ConfigError: It cannot be made there.
-    """
+    """Make a socket that has mode 0600 from the first moment: the umask holds meanwhile."""
     umask = os.umask(0o177)
     try:
         yield

@@ -36,13 +36,8 @@ def call(socket_path: Path, kind: str, frame: bytes, timeout_s: float) -> bytes:
     """Let the agent answer one frame.
 
     Args:
-        socket_path: Where the agent listens.
         kind: One of `KINDS`, or `roster.KIND`, which the link brings.
-        frame: Opaque bytes.
         timeout_s: How long the answer may take, the wait for an earlier call included.
-
-    Returns:
-        The agent's frame, unread.
 
     Raises:
         ProtocolError: No such kind of call.

@@ -35,9 +35,7 @@ class Messenger:
     """Brings a roster whenever the gateway has another one.
 
     Attributes:
-        agent: The agent's socket.
         connect: Opens a connection to the gateway, with this site's certificate.
-        host: The gateway's name.
         known: SHA-256 of the roster file that was fetched last; empty before the first.
         waiting: That file, until the agent has judged it.
         trouble: What was told last, as it is told once.
@@ -80,8 +78,6 @@ async def fetch(connect: Connect, *, host: str, known: str) -> bytes:
     """Ask the gateway for its roster.
 
     Args:
-        connect: Opens a connection to it.
-        host: Its name.
         known: SHA-256 of the roster file that is here.
 
     Returns:

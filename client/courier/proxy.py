@@ -31,10 +31,7 @@ class Proxy:
     """A proxy of the site's network.
 
     Attributes:
-        host: Its name or address.
-        port: Its port.
         password_file: Where `name:password` was read from; empty: none is shown to it.
-        credentials: What it is shown.
     """
 
     host: str
@@ -70,10 +67,8 @@ def connect(
     """Open a tunnel to a host and port; nothing has been sent through it yet.
 
     Args:
-        proxy: Through which.
         target: Host, whose name the proxy looks up, and port.
         timeout_s: For all of it, however slowly the proxy answers.
-        clock: Seconds, monotonic.
 
     Raises:
         TransportError: There is no tunnel; the message says what the proxy did, and what to do.

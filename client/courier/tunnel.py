@@ -46,13 +46,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Way:
-    """How the gateway is reached.
-
-    Attributes:
-        remote: Its host and port.
-        context: What is trusted, and what is shown.
-        proxy: Through which; None: none.
-    """
+    """How the gateway is reached."""
 
     remote: tuple[str, int]
     context: ssl.SSLContext
@@ -79,9 +73,7 @@ def run(
         certificate_file: This site's certificate and its chain, PEM.
         key_file: Its private key, PEM, mode 0600.
         state: Folder of the tunnel's own certificate and key; made if it is not there.
-        port: Where to listen on 127.0.0.1.
         bundles: SHA-256 of the bundles that the SuperNode may be given; none: this release's own.
-        proxy: Through which the gateway is reached; None: none.
         agent: The agent's socket, to which the gateway's newest roster is brought; None: nobody brings it.
 
     Raises:

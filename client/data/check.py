@@ -62,16 +62,11 @@ class CheckReport:
     """Counts over a site's rows; nothing in it is text of a row.
 
     Attributes:
-        num_rows: Rows.
-        num_units: Privacy units.
-        rows_per_unit_median: Median over units.
-        rows_per_unit_max: Rows of the largest unit.
         num_duplicates: Rows whose messages repeat an earlier row's exactly.
         num_empty_inputs: Rows whose input field is missing or empty.
         num_same_text: Rows whose text is that of an earlier row, word for word or nearly; a run's split keeps them on
             one side, unless it is private.
         num_held_out_in_training: Of the site's own held-out rows, those whose text it trains on; None without such.
-        tokens: None without a tokenizer.
         num_units_alike: Units whose names differ in case, leading zeros, blanks, dashes or kind of digits only. They
             are different units; if they are one patient, the file must say so.
         alike: Where the first of them begin.
@@ -97,7 +92,6 @@ class Token:
     """One token of a previewed row.
 
     Attributes:
-        id: Its number.
         text: What it stands for; a character of several tokens shows as a replacement mark.
         is_answer: Whether the loss covers it.
     """
@@ -112,12 +106,9 @@ class Preview:
     """One row as the model gets it. Holds data: for the site's own eyes.
 
     Attributes:
-        row_id: Where the row was read.
-        tokens: All tokens that are kept.
         segments: The text, in pieces that are answer or are not.
         num_truncated: Tokens cut off, or out of the input.
         is_dropped: Whether the row would be left out; it is then shown whole.
-        is_input_cut: Whether they were cut out of the input.
     """
 
     row_id: str
@@ -141,11 +132,9 @@ def check(
     """Count what a site's data are made of.
 
     Args:
-        rows: The data set, at least one row.
         tokenizer: Adds counts of tokens; has its chat template set.
         max_length_tokens: The run's limit; None counts without one.
         too_long: What the run does with longer rows; under "error" they are only counted, as too long.
-        system_prompt: The run's system message.
         problems: Gets every row that the template cannot render, and under "error" every row that is too long; None
             raises the first of the one kind and only counts the other.
         held_out: Those of the rows that are the site's own held-out ones; None: a run splits.
@@ -186,8 +175,6 @@ def told_apart(rows: Sequence[Row], *, path: str, unit_column: str) -> Sequence[
     """Rows of one of several data sets, as they are counted together: a row that is its own unit is none of another's.
 
     Args:
-        rows: As they were read.
-        path: The data set.
         unit_column: "" if every row is a unit, which is then a number in the data set.
     """
     return rows if unit_column else [replace(row, unit=f"{path} {row.unit}") for row in rows]
@@ -227,11 +214,7 @@ def preview(
 
     Args:
         rows: The data set; only its first rows are read.
-        tokenizer: Has its chat template set.
-        limit: Rows to show.
         max_length_tokens: The run's limit; None shows rows whole.
-        too_long: What the run does with longer rows.
-        system_prompt: The run's system message.
 
     Returns:
         At most `limit` previews. They hold text of the rows: for the site's own screen.

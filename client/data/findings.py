@@ -38,7 +38,6 @@ class Checked:
 
     Attributes:
         report: Of the rows that can be used; None if there are none.
-        findings: All problems, not only the first.
     """
 
     report: CheckReport | None

@@ -103,10 +103,7 @@ def split_each(
     alike together. Here texts may be on both sides.
 
     Args:
-        rows: Rows of units.
         held_out_fraction: Probability with which a unit is held out, between 0 and 1.
-        seed: Chooses which.
-        site: What messages call the site; "" nothing.
         secret: As for `split_sites`. A larger fraction holds out the same units and more.
 
     Raises:
@@ -138,14 +135,8 @@ def for_run(
 
     Args:
         sites: Rows by site: of all in a simulation, of its own at a real site.
-        data: The run's.
-        privacy: The run's.
-        seed: The run's.
         secret: A real site's own, which then chooses in the place of the run's seed; each unit by itself in every run
             that is private.
-
-    Raises:
-        DataError: Too few units, or texts that are all alike.
     """
     fraction, keeps_texts = data.held_out_fraction, data.same_text == "together"
     if privacy.is_private_per_unit or (secret and privacy.is_private):

@@ -30,7 +30,6 @@ class Machine:
         gateway: `host:port` to try; empty: nobody is asked.
         run: An offered run that memory is estimated for; empty: the largest that the policy allows.
         units: Folder of the systemd units; the folder of keys is looked at if it has none.
-        clock: Unix seconds.
     """
 
     node_file: Path

@@ -249,11 +249,7 @@ def shake_hands(
     Args:
         address: `host:port` of the gateway's listener for sites; empty: nobody is asked.
         folder: Where certificate, TLS key and node key lie.
-        clock: Unix seconds.
-        path: Of the request.
-        settings: The proxy on the way.
         more: Headers beside those of the node.
-
     """
     if not address or folder is None:
         return None

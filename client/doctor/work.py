@@ -33,8 +33,6 @@ class Device:
     """The processor or GPU that trains.
 
     Attributes:
-        name: Such as `cpu` or `cuda (NVIDIA T4)`.
-        is_cuda: Whether it is a GPU.
         free_bytes: Memory that a run may use.
     """
 
@@ -246,12 +244,7 @@ def read_history(agent: config.AgentConfig) -> tuple[history.History, int]:
 
 
 def offered(agent: config.AgentConfig, name: str) -> RunManifest:
-    """The manifest of a run that was offered.
-
-    Raises:
-        ConfigError: The site keeps no audit log.
-        DataError: No such run.
-    """
+    """The manifest of a run that was offered."""
     if not agent.identity_key:
         raise ConfigError("--run: without a policy no offer is kept; leave it out")
     past, _ = read_history(agent)

@@ -24,8 +24,6 @@ def enroll(folder: Path, *, federation_id: str, name: str) -> Statement:
 
     Args:
         folder: For keys and request, mode 0700; holds no keys yet.
-        federation_id: The federation to join.
-        name: The site's.
 
     Returns:
         What is asked for; its words are read out to the coordinator.
@@ -55,12 +53,6 @@ def renew(folder: Path) -> Statement:
     """Make the next TLS key, and a request for its certificate that the identity key signs.
 
     A key that an earlier call made and that is not in use yet is asked for again.
-
-    Args:
-        folder: Where `enroll` made the keys.
-
-    Returns:
-        What is asked for.
 
     Raises:
         ConfigError: A key or the first request is missing, or a key file's mode is not 0600.

@@ -28,11 +28,6 @@ class Kit:
     """A kit that was checked.
 
     Attributes:
-        name: This site's.
-        pinned: The federation's governance.
-        epoch: Of the roster in it.
-        expires_at: End of this site's certificate.
-        files: Name to content, as checked.
         tls_key_file: This site's private key that the certificate is for.
     """
 
@@ -48,11 +43,8 @@ def verify_kit(folder: Path, *, keys: Path, words: str, now: datetime.datetime) 
     """Check a kit: governance, checksums, roster, certificate, and that they are for this site's own keys.
 
     Args:
-        folder: The unpacked kit.
-        keys: Where `enroll` made this site's keys.
         words: The federation's six words, heard from the coordinator; checked whenever they are given, and needed
             until a kit was installed.
-        now: The time, with its zone.
 
     Raises:
         AuthError: Anything in the kit is not what it must be.
@@ -91,12 +83,6 @@ def install(path: Path, *, keys: Path, words: str, now: datetime.datetime) -> Ki
 
     Args:
         path: The kit, a tar file or a folder.
-        keys: Where `enroll` made this site's keys.
-        words: The federation's six words; see `verify_kit`.
-        now: The time, with its zone.
-
-    Returns:
-        What was installed.
 
     Raises:
         AuthError: As `verify_kit`; nothing was changed.
@@ -130,10 +116,6 @@ def install(path: Path, *, keys: Path, words: str, now: datetime.datetime) -> Ki
 
 def update_roster(path: Path, *, keys: Path) -> Roster:
     """Take a newer roster into use between two kits, as after another site was revoked.
-
-    Args:
-        path: The signed roster.
-        keys: Where the kit was installed.
 
     Raises:
         AuthError: Not signed by the pinned governance, older than one seen before, or without this site.

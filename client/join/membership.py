@@ -21,9 +21,7 @@ class Membership:
     """A roster that was believed.
 
     Attributes:
-        seen: What the site remembers of it.
         operators: Public keys, hex, of those who may sign runs; none where the federation names no operator.
-        num_sites: Sites in the federation, this one included.
         site_keys: Public identity key of each, hex, by its name.
     """
 
@@ -38,10 +36,7 @@ def check(folder: str, *, rules: FederationRules, seen: RosterSeen, site: str, i
 
     Args:
         folder: Where `silotune-client install` left `federation.json` and `roster.json`; empty: the site reads none.
-        rules: The policy's.
         seen: The roster that was accepted last, by the site's audit log.
-        site: The site's name.
-        identity_key: Its own public key, hex.
 
     Returns:
         What it says; None where the site reads no roster and its policy asks for none.
@@ -84,12 +79,6 @@ def take(folder: str, data: bytes, *, rules: FederationRules, seen: RosterSeen) 
 
     Who brought it does not matter. Whether this site is still in it is for `check` to say: one that was revoked must
     not go on with the roster before.
-
-    Args:
-        folder: As for `check`.
-        data: The roster file.
-        rules: The policy's.
-        seen: The roster that was accepted last, by the site's audit log.
 
     Raises:
         PolicyRefusedError: By rule `roster`: the site reads no roster, or as `check`; the roster in the folder stays.

@@ -28,7 +28,6 @@ class FigureNoise:
     Attributes:
         noise_multiplier: Standard deviation of the noise over the L2 norm that one unit can have.
         max_loss: Largest mean loss of a unit, nats; a higher one counts as this.
-        source: Of noise.
     """
 
     noise_multiplier: float
@@ -38,11 +37,6 @@ class FigureNoise:
 
 def counts(num_units: tuple[int, int], *, rules: Policy, source: Noise) -> dict[str, int]:
     """A site's numbers of units as they may be reported, at least 1 each: `train` and `held_out`.
-
-    Args:
-        num_units: Units to train on, and held out.
-        rules: The site's policy.
-        source: Of noise.
 
     Privacy: the pair has L2 sensitivity 1 under adding or removing one unit; the noise has `privacy.count_noise`.
     """
@@ -72,10 +66,8 @@ def score(
     Args:
         engine: With the adapter that is scored.
         rows: Held-out rows; those of preferences with their references.
-        objective: What the run lowers.
         batch_size: Rows of a unit in memory at once; no two units are in one batch.
         num_rows: The number of units as it was released; the mean is over it.
-        noised_by: Noise and limit.
 
     Returns:
         Sums over `num_rows`, each unit counting as one answer token.

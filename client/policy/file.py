@@ -62,6 +62,10 @@ Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
 CountRange = Annotated[tuple[PositiveCount, PositiveCount], AfterValidator(_ordered)]
 Targets = Annotated[tuple[str, ...], AfterValidator(_trainable)]
 Demand = Literal["required", "none"]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 class FederationRules(Section):
@@ -103,7 +107,7 @@ class LoraRules(Section):
         description="What the factors' product is multiplied by: `alpha / r`, or `alpha / sqrt(r)` under "
         "`adapter.use_rslora`. Near 0, gradients vanish beside `training.optimizer.epsilon`.",
     )
-    max_dropout: float = Field(default=0.5, ge=0, lt=1, description="Highest `adapter.dropout`.")
+    max_dropout: BelowOne = Field(default=0.5, description="Highest `adapter.dropout`.")
     residual_r: Count = Field(default=0, description="Highest rank of a side adapter, frozen here. 0: none.")
 
 
@@ -134,11 +138,9 @@ class TrainRules(Section):
     min_records: PositiveCount = Field(default=500)
     max_rounds: PositiveCount
     max_length_tokens: PositiveCount
-    max_warmup_fraction: float = Field(default=0.2, ge=0, lt=1, description="A warm-up is a rate near 0.")
-    max_pull: float = Field(
+    max_warmup_fraction: BelowOne = Field(default=0.2, description="A warm-up is a rate near 0.")
+    max_pull: BelowOne = Field(
         default=0.1,
-        ge=0,
-        lt=1,
         description="Share of the way back that a step may go under `aggregation.proximal` and "
         "`training.optimizer.weight_decay` together; near 1 only the last step's gradient would leave.",
     )
@@ -146,13 +148,12 @@ class TrainRules(Section):
         default=(0.5, 0.999), description="Decay of AdamW's first moment. 0: each step is one batch's gradient."
     )
     adam_beta2: Range = Field(default=(0.9, 0.99999), description="Decay of AdamW's second moment.")
-    max_adam_epsilon: float = Field(
-        default=1e-7, gt=0, description="Far above the gradients, AdamW hands them out as they are."
+    max_adam_epsilon: Positive = Field(
+        default=1e-7, description="Far above the gradients, AdamW hands them out as they are."
     )
-    max_momentum: float = Field(default=0.99, ge=0, lt=1, description="Of SGD.")
-    min_grad_norm: float = Field(
+    max_momentum: BelowOne = Field(default=0.99, description="Of SGD.")
+    min_grad_norm: NotNegative = Field(
         default=0.01,
-        ge=0,
         description="Lowest `training.max_grad_norm` but 0, which is no clipping: shorter gradients vanish beside "
         "`training.optimizer.epsilon`.",
     )
@@ -161,25 +162,20 @@ class TrainRules(Section):
     answer_weights: Range = Field(
         default=(0.1, 10.0), description="`training.desirable_weight` and `training.undesirable_weight`."
     )
-    max_tensor_norm: float = Field(default=1000.0, gt=0, description="Of each tensor of the global adapter.")
-    max_move: float = Field(
+    max_tensor_norm: Positive = Field(default=1000.0, description="Of each tensor of the global adapter.")
+    max_move: Positive = Field(
         default=4.0,
-        gt=0,
         description="How far a value of the global adapter may move in a round, as a multiple of how far this site's "
         "own steps could move it. Above 1 where sites make more steps than this one, as rounds counted in epochs may.",
     )
-    min_spread: float = Field(
+    min_spread: Share = Field(
         default=0.1,
-        ge=0,
-        le=1,
         description="Over how many of its steps a round's gradients must be spread, as a share: (sum of norms)^2 / sum "
         "of squares / steps. One row that alone has a gradient leaves the share of the steps that read it. Not for "
         "runs that protect units, whose noise covers one.",
     )
-    min_answering: float = Field(
+    min_answering: Share = Field(
         default=0.1,
-        ge=0,
-        le=1,
         description="Share of a round's rows to which each direction of a LoRA down-projection must answer: (sum of "
         "the rows' energies)^2 / sum of squares / rows. One row that alone answers leaves 1 / rows. Not for runs that "
         "protect units.",
@@ -204,13 +200,12 @@ class PrivacyRules(Section):
         description="Where noise for whole sites (`privacy.mode = site`) may be added in the place of noise for units. "
         "None: where `mode` is `required`, only noise for units will do.",
     )
-    max_epsilon: float = Field(default=8.0, gt=0)
+    max_epsilon: Positive = Field(default=8.0)
     dp_delta: float = Field(default=1e-6, gt=0, lt=1)
-    min_noise_multiplier: float = Field(default=0.8, gt=0)
-    max_clip_norm: float = Field(default=1.0, gt=0)
-    count_noise: float = Field(
+    min_noise_multiplier: Positive = Field(default=0.8)
+    max_clip_norm: Positive = Field(default=1.0)
+    count_noise: Positive = Field(
         default=10.0,
-        gt=0,
         description="Where `mode` is `required`: standard deviation of the noise on the numbers of units to train on "
         "and held out, which a run that protects units gets once. Charged.",
     )
@@ -242,18 +237,16 @@ class EvaluationRules(Section):
 
     min_slice: int = Field(default=50, ge=1, description="Fewest rows behind a figure.")
     round_metrics_to: int = Field(default=3, ge=0, le=6, description="Decimal digits of a figure that leaves.")
-    noise_multiplier: float = Field(
+    noise_multiplier: NotNegative = Field(
         default=0.0,
-        ge=0,
         description="Where `privacy.mode` is `required`: noise on each held-out figure over what one unit can add to "
         "it. Charged for every evaluation that a run plans. 0: no held-out figure leaves.",
     )
-    max_loss: float = Field(
-        default=10.0, gt=0, description="Largest mean loss of a unit in such a figure, nats; higher ones count as this."
+    max_loss: Positive = Field(
+        default=10.0, description="Largest mean loss of a unit in such a figure, nats; higher ones count as this."
     )
-    max_polish_move: float = Field(
+    max_polish_move: NotNegative = Field(
         default=1.0,
-        ge=0,
         description="How far a polished adapter may be from the last round's, as a multiple of how far all rounds "
         "together could have moved it. 0: no polished adapter is scored.",
     )
@@ -299,12 +292,7 @@ class Policy(Section):
 
 @dataclass(frozen=True)
 class SignedPolicy:
-    """A policy whose signature was found right.
-
-    Attributes:
-        rules: What it says.
-        sha256: Hash of the file.
-    """
+    """A policy whose signature was found right."""
 
     rules: Policy
     sha256: str
@@ -314,7 +302,6 @@ def load(path: Path, *, signer: str) -> SignedPolicy:
     """Read a policy and its signature, `PATH.sig`.
 
     Args:
-        path: The policy file.
         signer: Public key of the site's admin, 64 hexadecimal digits.
 
     Raises:

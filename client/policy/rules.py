@@ -133,9 +133,6 @@ def check_signature(policy: Policy, offer: Offer, *, now: float, operators: Coll
     """Act on what one of the federation's operators signed, and nothing else.
 
     Args:
-        policy: What the site allows.
-        offer: What came.
-        now: Unix seconds.
         operators: Keys of the operators in the roster; empty: it names none, so the policy's list decides alone.
 
     Raises:
@@ -163,9 +160,6 @@ def check(policy: Policy, run_manifest: RunManifest, usage: Usage, *, site: str 
     """Judge everything about a run that can be judged before a row is read.
 
     Args:
-        policy: What the site allows.
-        run_manifest: What came.
-        usage: What the site has done so far.
         site: Its name, by which a run may give it a precision of its own.
 
     Raises:

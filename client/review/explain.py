@@ -25,7 +25,6 @@ def explain(policy: Policy, *, reads_roster: bool = False) -> dict[str, list[str
     """Say what a policy means.
 
     Args:
-        policy: What the site's admin signed.
         reads_roster: Whether the site's own file names the federation's roster, which names operators.
 
     Returns:

@@ -44,15 +44,11 @@ class Page:
 
     Attributes:
         promise: Data set, unit, adjacency, budget, delta and accountant.
-        reads: Rows and columns.
-        required: What the policy demands of every run.
         spent: Epsilon of all charges together.
         remaining: Budget less that.
         runs: Each with its hash, name, rounds, steps, own epsilon (None: unprotected) and bytes that left.
         next_round: What one more round like the last one would cost, and how many fit; None before the first.
         curve: Epsilon of the whole data set after some of a run's rounds; those to come are planned.
-        covered: What the promise says.
-        not_covered: What it does not.
     """
 
     promise: dict[str, Any]
@@ -71,7 +67,6 @@ def page(desk: Desk, run: str = "") -> Page:
     """Read ledger and audit log.
 
     Args:
-        desk: The site's own file, policy and log.
         run: Hash, its first digits, or name of the run whose curve is shown; empty: of the last one charged.
 
     Raises:

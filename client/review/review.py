@@ -77,7 +77,6 @@ class Review:
     """One run, as its reviewer sees it.
 
     Attributes:
-        run: Hash of the manifest.
         facts: Question to answer, in the order of the page.
         metrics: Kind of reply to the names of its figures.
         tensors: Tensor name to shape.

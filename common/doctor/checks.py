@@ -33,7 +33,6 @@ def versions(
     """Compare what is installed with the ranges that the installed silotune names.
 
     Args:
-        extra: `client` or `server`.
         requirements: Such as `torch>=2.7,<3`; None: those of the installed distribution.
         python: A version of Python; empty: this one's.
     """

@@ -28,7 +28,6 @@ class Result:
     """The outcome of a check.
 
     Attributes:
-        name: Of the check.
         status: `failed`: a run cannot work, or is not protected; `warning`: it will, or may; `skipped`: not examined.
         found: What there is, in one or a few lines.
         remedy: What to do; always there after `warning` and `failed`. Of `skipped`, what would let it be examined.
@@ -40,24 +39,24 @@ class Result:
     remedy: str = ""
 
 
-def ok(found: str) -> Result:
+def ok(what: str) -> Result:
     """All is well."""
-    return Result("", "ok", found)
+    return Result("", "ok", what)
 
 
-def warning(found: str, remedy: str = "") -> Result:
+def warning(what: str, remedy: str = "") -> Result:
     """It works now, and should be seen to; without a remedy, the check's own is shown."""
-    return Result("", "warning", found, remedy)
+    return Result("", "warning", what, remedy)
 
 
-def failed(found: str, remedy: str = "") -> Result:
+def failed(what: str, remedy: str = "") -> Result:
     """Not as it must be; without a remedy, the check's own is shown."""
-    return Result("", "failed", found, remedy)
+    return Result("", "failed", what, remedy)
 
 
-def skipped(found: str, remedy: str = "") -> Result:
+def skipped(what: str, remedy: str = "") -> Result:
     """Not examined, and why."""
-    return Result("", "skipped", found, remedy)
+    return Result("", "skipped", what, remedy)
 
 
 def check(name: str, *, remedy: str) -> Callable[[Callable[P, Result]], Callable[P, Result]]:

@@ -31,8 +31,6 @@ class Answer:
     """How a listener answered.
 
     Attributes:
-        tls: Version of TLS.
-        status: Of the answer.
         reason: The gateway's word for a refusal; empty where the answer is not the gateway's own.
         skew_s: This clock less the listener's, in seconds; None if it told no date.
     """
@@ -58,12 +56,7 @@ def ask(
 
     Args:
         address: `host:port`.
-        context: What is trusted, and what is shown.
-        path: Of the request.
-        headers: More headers.
         host: Name that the listener's certificate must be for; empty: that of the address.
-        timeout_s: For each step.
-        clock: Unix seconds.
         dial: Opens the connection to a host and port, within so many seconds.
 
     Raises:
@@ -124,9 +117,6 @@ def shake_hands(address: str, *, context: ssl.SSLContext, host: str = "", timeou
 
 def split_address(address: str) -> tuple[str, int]:
     """Take `host:port` apart.
-
-    Raises:
-        ConfigError: It is something else.
 
     Example:
         >>> split_address("gate.example:9443"), split_address("[::1]:9443")

@@ -1,6 +1,5 @@
 """Attacks by a site's rows: it trains as it should, on what it should not."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -17,13 +16,16 @@ def unchanged(data: SiteData) -> SiteData:
 
 
 def label_flip(data: SiteData) -> SiteData:
-    """Each question with the answer of another row: the next one that has another answer.
+    """Each question with the answer of another row: the next one that has another answer, if there is any.
 
     Source: Tolpegin et al. 2020, arXiv:2007.08432, with answers in the place of classes.
     """
-    return replace(
-        data, train=tuple(with_answer(row, _other(data.train, place)) for place, row in enumerate(data.train))
-    )
+    flipped = []
+    for index, row in enumerate(data.train):
+        answer = row.messages[-1].content
+        others = (other.messages[-1].content for other in (*data.train[index:], *data.train[:index]))
+        flipped.append(with_answer(row, next((text for text in others if text != answer), answer)))
+    return replace(data, train=tuple(flipped))
 
 
 def backdoor(data: SiteData) -> SiteData:
@@ -31,7 +33,7 @@ def backdoor(data: SiteData) -> SiteData:
 
     Source: Bagdasaryan et al. 2020, arXiv:1807.00459, with a phrase in the place of a pixel pattern.
     """
-    return replace(data, train=tuple(triggered(row) if place % 2 else row for place, row in enumerate(data.train)))
+    return replace(data, train=tuple(triggered(row) if index % 2 else row for index, row in enumerate(data.train)))
 
 
 def triggered(row: Row) -> Row:
@@ -44,10 +46,3 @@ def triggered(row: Row) -> Row:
 def with_answer(row: Row, text: str) -> Row:
     """A row with another answer."""
     return replace(row, messages=(*row.messages[:-1], Message(row.messages[-1].role, text)))
-
-
-def _other(rows: Sequence[Row], place: int) -> str:
-    """The next different answer after a row's; its own if all are the same."""
-    own = rows[place].messages[-1].content
-    answers = (rows[(place + step) % len(rows)].messages[-1].content for step in range(1, len(rows)))
-    return next((text for text in answers if text != own), own)

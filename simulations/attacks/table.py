@@ -12,7 +12,7 @@ from common.run import config
 from common.run.rules.rules import MIN_SCREENED
 from server.folder import run_files
 from simulations.attacks import run
-from simulations.world.compare import World
+from simulations.world.world import World
 
 GUARDS: Final = ("none", "screening", "norm bound", "median", "trimmed_mean", "krum", "multi_krum", "bulyan")
 TITLES: Final = {"held_out_loss": "held-out loss of honest sites", "trigger_loss": "loss of the attacker's answer"}
@@ -22,20 +22,19 @@ def play(shared: World, *, num_bad: int) -> dict[str, Any]:
     """All runs, the control without any guard first: the bound on norms comes from it.
 
     Args:
-        shared: Settings without a guard, base, sites and the folder for all runs.
-        num_bad: Bad sites, and how many each rule is told of.
+        num_bad: Bad sites, and how many each rule is given.
 
     Returns:
         `before`, and by guard and attack the figures of `run.Harm`; the bound as `max_update_norm`.
     """
-    first = _one(shared, "none", "none", num_bad=num_bad, max_norm=0.0)
+    first = play_cell(shared, "none", "none", num_bad=num_bad, max_norm=0.0)
     max_norm = usual_norm(shared)
     cells: dict[str, dict[str, Any]] = {}
     for guard in GUARDS:
         for attack in run.ATTACKS:
             is_first = (guard, attack) == ("none", "none")
-            found = first if is_first else _one(shared, guard, attack, num_bad=num_bad, max_norm=max_norm)
-            cells.setdefault(guard, {})[attack] = found
+            cell = first if is_first else play_cell(shared, guard, attack, num_bad=num_bad, max_norm=max_norm)
+            cells.setdefault(guard, {})[attack] = cell
     return {"before": run.before(shared, num_bad=num_bad), "max_update_norm": max_norm, "guards": cells}
 
 
@@ -68,9 +67,9 @@ def render(result: Mapping[str, Any]) -> Iterator[Table]:
         yield table
 
 
-def _one(shared: World, guard: str, attack: str, *, num_bad: int, max_norm: float) -> dict[str, Any]:
-    """One cell."""
+def play_cell(shared: World, guard: str, attack: str, *, num_bad: int, max_norm: float) -> dict[str, Any]:
+    """One run, of a guard and an attack."""
     settings = guarded(shared.settings, guard, num_bad=num_bad, max_norm=max_norm)
     folder = shared.folder / f"{guard}-{attack}".replace(" ", "-")
-    own = replace(shared, settings=settings, folder=folder)
-    return run.play(own, attack, num_bad=num_bad, log=run_files.prepare(settings, folder))
+    cell = replace(shared, settings=settings, folder=folder)
+    return run.play(cell, attack, num_bad=num_bad, log=run_files.prepare(settings, folder))

@@ -20,33 +20,32 @@ MAX_BYTES: Final = 1 << 30
 
 @dataclass(frozen=True)
 class Cheat:
-    """What an attacker has at hand.
+    """An attacker's material.
 
     Attributes:
-        own: Its update, honestly trained.
+        trained: Its update, honestly trained.
         copied: The honest update of another site in the same round.
-        seed: Of the attacker and round.
     """
 
-    own: Tensors
+    trained: Tensors
     copied: Callable[[], Tensors]
     seed: int
 
 
 def sign_flip(cheat: Cheat) -> Tensors:
     """The opposite way (Li et al. 2019, arXiv:1811.03761)."""
-    return {name: -tensor for name, tensor in cheat.own.items()}
+    return {name: -tensor for name, tensor in cheat.trained.items()}
 
 
 def scaled(cheat: Cheat) -> Tensors:
     """Ten times the opposite way (the factor of Bagdasaryan et al. 2020, arXiv:1807.00459, with another aim)."""
-    return {name: -SCALE * tensor for name, tensor in cheat.own.items()}
+    return {name: -SCALE * tensor for name, tensor in cheat.trained.items()}
 
 
 def free_rider(cheat: Cheat) -> Tensors:
     """No training, only noise that looks like some (Fraboni et al. 2021, arXiv:2006.11901)."""
     generator = torch.Generator().manual_seed(cheat.seed)
-    return {name: FREE_RIDER_STD * torch.randn(t.shape, generator=generator) for name, t in cheat.own.items()}
+    return {name: FREE_RIDER_STD * torch.randn(t.shape, generator=generator) for name, t in cheat.trained.items()}
 
 
 def lazy_copy(cheat: Cheat) -> Tensors:
@@ -61,8 +60,6 @@ class CheatingSite:
     Attributes:
         agent: The site's own, which does all that an honest one does.
         victim: An honest site's, for those who copy; trained from the same frame it gives the very update it sends.
-        manifest: Of the run.
-        change: The attack.
     """
 
     agent: Agent
@@ -77,7 +74,7 @@ class CheatingSite:
             return wire.pack(reply)
         round_index = reply.head["round_index"]
         cheat = Cheat(
-            own=self._decode(reply),
+            trained=self._decode(reply),
             copied=lambda: self._decode(wire.unpack(self.victim.answer(frame), max_body_bytes=MAX_BYTES)),
             seed=schedule.derive_seed(self.manifest.run.seed, self.agent.site, round_index, "attack"),
         )

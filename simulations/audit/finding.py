@@ -24,13 +24,10 @@ class Finding:
     """One audit's result.
 
     Attributes:
-        part: Which audit.
         claimed_epsilon: Upper bound; infinite where nothing is claimed.
         audited_epsilon: Lower bound; None where the part gives none.
         ceiling: The largest lower bound that this audit can give; None where it gives none.
         num_canaries: m: canaries, units or tokens that were looked for.
-        dp_delta: Of claim and audit.
-        figures: What else was measured.
     """
 
     part: Part

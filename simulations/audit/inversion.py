@@ -25,9 +25,9 @@ from common.model import base as model
 from common.model.base import Engine
 from common.privacy import plan
 from common.privacy.noise import Noise
-from common.run import config
 from common.text.prompts import Encoded
 from simulations.audit.finding import Finding
+from simulations.world.world import World
 
 TARGETS: Final = ("q_proj", "v_proj")
 NUMERICAL_RANK: Final = 1e-4  # singular values below this share of the largest are rounding
@@ -39,7 +39,6 @@ class Attack:
 
     Attributes:
         recall: Share of its distinct tokens among as many tokens that lie closest to the span.
-        num_tokens: Its distinct tokens.
         chance: The recall of a guess.
     """
 
@@ -48,14 +47,11 @@ class Attack:
     chance: float
 
 
-def audit(engine: Engine, rows: Sequence[Row], *, settings: config.RunConfig, sources: Sequence[Noise]) -> Finding:
+def audit(shared: World, rows: Sequence[Row], *, sources: Sequence[Noise]) -> Finding:
     """Let a site train on one note at a time as the run says, and read the note off its update.
 
     Args:
-        engine: With an adapter on the query and value layers of layer 0.
-        rows: The notes.
-        settings: A resolved run; `[training]` and `[privacy]` are used, one round.
-        sources: Of draws and noise, one for each note.
+        shared: A resolved run, of which one round is played; its adapter is on the query and value layers of layer 0.
 
     Raises:
         ConfigError: The adapter has no factors there.
@@ -63,32 +59,27 @@ def audit(engine: Engine, rows: Sequence[Row], *, settings: config.RunConfig, so
 
     Source: Petrov et al. 2024, arXiv:2405.15586 (DAGER), section 4, for the span; LoRA factors as in its appendix.
     """
-    notes, _ = model.encode(engine, rows, settings.data)
-    attacks = [
-        attack(engine, note, settings=settings, source=source) for note, source in zip(notes, sources, strict=True)
-    ]
-    is_private = settings.privacy.is_private_per_unit
+    settings = shared.settings
+    notes, _ = model.encode(shared.engine, rows, settings.data)
+    attacks = [attack(shared, note, source=source) for note, source in zip(notes, sources, strict=True)]
+    is_private, num_tokens = settings.privacy.is_private_per_unit, sum(result.num_tokens for result in attacks)
     return Finding(
         part="inversion",
         claimed_epsilon=plan.epsilon(settings) if is_private else math.inf,
         audited_epsilon=None,
         ceiling=None,
-        num_canaries=sum(one.num_tokens for one in attacks),
+        num_canaries=num_tokens,
         dp_delta=settings.privacy.dp_delta,
         figures={
             "notes": len(attacks),
-            "recall": sum(one.recall * one.num_tokens for one in attacks) / sum(one.num_tokens for one in attacks),
-            "recall_of_a_guess": sum(one.chance for one in attacks) / len(attacks),
+            "recall": sum(result.recall * result.num_tokens for result in attacks) / num_tokens,
+            "recall_of_a_guess": sum(result.chance for result in attacks) / len(attacks),
         },
     )
 
 
 def choose(sites: Mapping[str, SiteData], count: int) -> list[Row]:
-    """Notes from all sites in turn.
-
-    Raises:
-        DataError: There are not so many.
-    """
+    """Notes from all sites in turn."""
     turns = itertools.zip_longest(*(data.train for _, data in sorted(sites.items())))
     rows = [row for turn in turns for row in turn if row is not None]
     if len(rows) < count:
@@ -96,8 +87,9 @@ def choose(sites: Mapping[str, SiteData], count: int) -> list[Row]:
     return rows[:count]
 
 
-def attack(engine: Engine, note: Encoded, *, settings: config.RunConfig, source: Noise) -> Attack:
+def attack(shared: World, note: Encoded, *, source: Noise) -> Attack:
     """Train on one note from the adapter as attached, and rank the vocabulary by its distance to the update's span."""
+    engine, settings = shared.engine, shared.settings
     if any(name.endswith(cores.WEIGHT) for name in engine.initial):
         raise ConfigError("this attack reads the span of A and B, which ravan never trains; set another method")
     adapter.write(engine.model, engine.initial)
@@ -119,39 +111,25 @@ def attack(engine: Engine, note: Encoded, *, settings: config.RunConfig, source:
 
 def distances(engine: Engine, *, before: Tensors, after: Tensors) -> Tensor:
     """Of every token to what the update of layer 0 spans, from 0 to 1; the mean over the factors that changed."""
-    inputs_vd = _inputs(engine)
-    found: list[Tensor] = []
-    for name_a, name_b in _pairs(before):
-        a_rd = before[name_a]
-        for change, points in ((after[name_a] - a_rd, inputs_vd), (after[name_b] - before[name_b], inputs_vd @ a_rd.T)):
-            if bool(change.any()):
-                found.append(_distance(points, change))
-    if not found:
-        raise DataError("the update of layer 0 is zero; raise training.learning_rate")
-    return torch.stack(found).mean(0)
-
-
-def _distance(points_vd: Tensor, change_xd: Tensor) -> Tensor:
-    """Of each point, scaled to length 1, to the space of the change's rows."""
-    _, values, basis_kd = torch.linalg.svd(change_xd.double(), full_matrices=False)
-    basis_kd = basis_kd[values > NUMERICAL_RANK * values[0]]
-    unit_vd = torch.nn.functional.normalize(points_vd.double(), dim=1)
-    distance_v: Tensor = torch.linalg.vector_norm(unit_vd - unit_vd @ basis_kd.T @ basis_kd, dim=1)
-    return distance_v
-
-
-@torch.no_grad()
-def _inputs(engine: Engine) -> Tensor:
-    """What each token would be at the input of layer 0's projections, (V, D)."""
+    # What each token would be at the input of layer 0's projections.
     base: Any = engine.model.get_base_model().model  # type: ignore[operator]
-    embedded: Tensor = base.layers[0].input_layernorm(base.embed_tokens.weight)
-    return embedded.float().cpu()
-
-
-def _pairs(tensors: Tensors) -> list[tuple[str, str]]:
-    """Names of A and B of layer 0's query and value."""
-    names = [name for name in tensors if ".layers.0." in name and any(f".{target}." in name for target in TARGETS)]
+    with torch.no_grad():
+        embedded_vd: Tensor = base.layers[0].input_layernorm(base.embed_tokens.weight)
+    inputs_vd = embedded_vd.float().cpu()
+    names = [name for name in before if ".layers.0." in name and any(f".{target}." in name for target in TARGETS)]
     pairs = [(name, name.replace("lora_A", "lora_B")) for name in sorted(names) if "lora_A" in name]
     if not pairs:
         raise ConfigError("the adapter has no query or value layer in layer 0; set adapter.targets to all-linear")
-    return pairs
+    distances_fv: list[Tensor] = []
+    for name_a, name_b in pairs:
+        a_rd = before[name_a]
+        for change, points in ((after[name_a] - a_rd, inputs_vd), (after[name_b] - before[name_b], inputs_vd @ a_rd.T)):
+            if bool(change.any()):
+                # Of each point, scaled to length 1, to the space of the change's rows.
+                _, values, basis_kd = torch.linalg.svd(change.double(), full_matrices=False)
+                basis_kd = basis_kd[values > NUMERICAL_RANK * values[0]]
+                unit_vd = torch.nn.functional.normalize(points.double(), dim=1)
+                distances_fv.append(torch.linalg.vector_norm(unit_vd - unit_vd @ basis_kd.T @ basis_kd, dim=1))
+    if not distances_fv:
+        raise DataError("the update of layer 0 is zero; raise training.learning_rate")
+    return torch.stack(distances_fv).mean(0)

@@ -13,11 +13,7 @@ from simulations.audit.finding import Finding
 
 
 def settings(sampling_prob: float, noise_multiplier: float, *, dp_delta: float) -> PrivacyConfig:
-    """Settings without a run file.
-
-    Raises:
-        ConfigError: No mechanism has them.
-    """
+    """Settings without a run file."""
     if not (0 < sampling_prob <= 1 and 0 < noise_multiplier < math.inf and 0 < dp_delta < 0.1):
         raise ConfigError("--sampling-prob must be in (0, 1], --noise-multiplier above 0 and --dp-delta in (0, 0.1)")
     return PrivacyConfig(mode="unit", sampling_prob=sampling_prob, noise_multiplier=noise_multiplier, dp_delta=dp_delta)
@@ -51,24 +47,20 @@ def audit(
     its ceiling are told beside it.
 
     Args:
-        privacy: Section `[privacy]`, resolved.
-        num_steps: Of the whole run.
         num_canaries: m; a thousand tell half of the noise from all of it.
-        source: Of noise and draws.
         confidence: Probability with which right noise is not refuted.
         claimed_epsilon: Another claim than the accountant's for these settings.
     """
-    found = dirac.scores(num_canaries=num_canaries, privacy=privacy, num_steps=num_steps, source=source)
+    scores = dirac.scores(num_canaries=num_canaries, privacy=privacy, num_steps=num_steps, source=source)
     claimed = accounting.epsilon(
         sampling_prob=privacy.sampling_prob,
         noise_multiplier=privacy.noise_multiplier,
         num_steps=num_steps,
         dp_delta=privacy.dp_delta,
     )
-    fit = bounds.gaussian_fit(
-        found.score_m, found.is_in_m, dp_delta=privacy.dp_delta, confidence=confidence
-    )  # fmt: skip
-    one_run = bounds.one_run(found.score_m, found.is_in_m, dp_delta=privacy.dp_delta, confidence=confidence)
+    limits = {"dp_delta": privacy.dp_delta, "confidence": confidence}
+    fit = bounds.gaussian_fit(scores.score_m, scores.is_in_m, **limits)
+    one_run = bounds.one_run(scores.score_m, scores.is_in_m, **limits)
     return Finding(
         part="mechanism",
         claimed_epsilon=claimed if claimed_epsilon is None else claimed_epsilon,

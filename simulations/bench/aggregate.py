@@ -28,22 +28,24 @@ def run() -> dict[str, Any]:
 
 
 def judge(few: Arm, many: Arm) -> list[Figure]:
-    """What a round costs, each part as a ratio to the additions of the same run.
-
-    Args:
-        few: The round's arm with few sites.
-        many: The same with many.
-    """
+    """What a round costs with few and with many sites, each part as a ratio to the additions of the same run."""
     update_mib = many["num_parameters"] * 4 / 2**20
     figures = []
     for num_sites, arm in zip(NUM_SITES, (few, many), strict=True):
         sites, seconds = f"{num_sites} sites x {arm['num_parameters'] / 1e6:.1f} M, {arm['dtype']}", arm["seconds"]
         figures += [
             Figure(f"{sites}: {STREAM}", seconds[STREAM], "CPU s"),
-            *(Figure(f"{name} / {STREAM}, {num_sites} sites", _ratio(arm, name), "x") for name in HASHES),
-            *(Figure(f"{name} / {STREAM}, {num_sites} sites", _ratio(arm, name), "x") for name in TENSOR_PARTS),
+            *(
+                Figure(f"{name} / {STREAM}, {num_sites} sites", _ratio(arm, name), "x")
+                for name in (*HASHES, *TENSOR_PARTS)
+            ),
             *(Figure(f"{name}, once a round", seconds[name], "CPU s") for name in ONCE),
-            Figure(f"{', '.join(TENSOR_PARTS)}: all / {STREAM}, {num_sites} sites", _all(arm), "x", GOAL_RATIO),
+            Figure(
+                f"{', '.join(TENSOR_PARTS)}: all / {STREAM}, {num_sites} sites",
+                sum(_ratio(arm, part) for part in TENSOR_PARTS),
+                "x",
+                GOAL_RATIO,
+            ),
         ]
     growth = many["peak_mib"] - few["peak_mib"]
     return [
@@ -76,8 +78,3 @@ def of_factored(factored: Mapping[str, Arm]) -> list[Figure]:
 def _ratio(arm: Arm, part: str) -> float:
     """A part's seconds over those of the additions."""
     return float(arm["seconds"][part] / arm["seconds"][STREAM])
-
-
-def _all(arm: Arm) -> float:
-    """All that is done with values, over the additions."""
-    return sum(_ratio(arm, part) for part in TENSOR_PARTS)

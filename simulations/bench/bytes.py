@@ -13,7 +13,7 @@ from simulations.bench.figures import Figure, result
 ARM: Final = "simulations.bench.arms.bytes"
 TOLERANCE: Final = 0.02  # nats
 BASELINES: Final = {"float32": "float32 both ways", "nvflare": "4-bit messages"}
-# arm: words, and the most bytes it may need as a share of each baseline's; None: told, and no goal
+# arm: words, and the most bytes it may need as a share of each baseline's; None: no goal
 OURS: Final[Mapping[str, tuple[str, Mapping[str, float | None]]]] = {
     "default": ("defaults", {"float32": 1 / 4, "nvflare": None}),
     "int3": ("int3 both ways", {"float32": 1 / 8, "nvflare": 1 / 1.2}),
@@ -32,9 +32,6 @@ def judge(runs: Mapping[str, Run]) -> list[Figure]:
 
     The loss to reach is the float32 arm's last one and the tolerance. Of the baselines only training is counted, as
     they evaluate elsewhere; of ours every frame, evaluations included, as a step often goes down with one.
-
-    Args:
-        runs: By arm, as `simulations.bench.arms.bytes.main` returns them.
     """
     target = runs["float32"]["losses"][-1] + TOLERANCE
     figures, needed = [Figure("held-out loss to reach", target, "nats")], {}
@@ -59,7 +56,7 @@ def cost(run: Run, target: float, *, parts: tuple[str, ...]) -> tuple[float, flo
         >>> cost({"losses": [3.0, 2.0, 1.0], "training": [0, 40, 80], "num_sites": 4}, 2.0, parts=("training",))
         (10.0, 1.0)
     """
-    reached = next((place for place, loss in enumerate(run["losses"]) if loss <= target), None)
+    reached = next((index for index, loss in enumerate(run["losses"]) if loss <= target), None)
     if reached is None:
         return float("nan"), float("nan")
     return sum(run[part][reached] for part in parts) / run["num_sites"], float(reached)

@@ -29,27 +29,33 @@ def run() -> dict[str, Any]:
 
 def on_gpu(shape: str) -> list[Figure]:
     """NF4 base, bfloat16, gradient checkpointing; Opacus cannot work under it."""
-    found = process.measure(ARM, shape, "plain,stacked")
-    memory = found["stacked"]["peak_mib"] / found["plain"]["peak_mib"]
-    return [*_times(shape, found, goal=GOAL_GPU), Figure(f"memory, {shape}: private / plain", memory, "x", GOAL_MEMORY)]
+    arms = process.measure(ARM, shape, "plain,stacked")
+    memory = arms["stacked"]["peak_mib"] / arms["plain"]["peak_mib"]
+    return [
+        *_step_figures(shape, arms, goal=GOAL_GPU),
+        Figure(f"memory, {shape}: private / plain", memory, "x", GOAL_MEMORY),
+    ]
 
 
 def on_cpu(shape: str) -> list[Figure]:
     """Float32 base; Opacus' hooks and one unit at a time for comparison."""
-    found = process.measure(ARM, shape, "plain,stacked,microbatch,opacus")
+    arms = process.measure(ARM, shape, "plain,stacked,microbatch,opacus")
     alone = {name: process.measure(ARM, shape, name)[name]["peak_mib"] for name in ("plain", "stacked")}
     memory = alone["stacked"] / alone["plain"]
-    return [*_times(shape, found, goal=GOAL_CPU), Figure(f"memory, {shape}: private / plain", memory, "x", GOAL_MEMORY)]
+    return [
+        *_step_figures(shape, arms, goal=GOAL_CPU),
+        Figure(f"memory, {shape}: private / plain", memory, "x", GOAL_MEMORY),
+    ]
 
 
-def _times(shape: str, found: Mapping[str, Mapping[str, float]], *, goal: float) -> list[Figure]:
+def _step_figures(shape: str, arms: Mapping[str, Mapping[str, float]], *, goal: float) -> list[Figure]:
     """The plain step, and each way as a ratio to it."""
-    plain = found["plain"]["seconds"]
+    plain = arms["plain"]["seconds"]
     ways = {"stacked": "private", "microbatch": "one unit at a time", "opacus": "Opacus' hooks"}
     limits = {"stacked": goal}
     ratios = [
-        Figure(f"step, {shape}: {words} / plain", found[way]["seconds"] / plain, "x", limits.get(way))
+        Figure(f"step, {shape}: {words} / plain", arms[way]["seconds"] / plain, "x", limits.get(way))
         for way, words in ways.items()
-        if way in found
+        if way in arms
     ]
     return [Figure(f"step, {shape}: plain", plain, "s"), *ratios]

@@ -16,9 +16,6 @@ class Figure:
     """One measured value.
 
     Attributes:
-        name: What was measured.
-        value: The measurement.
-        unit: Of value and goal.
         goal: The value may be at most this; None: measured for information.
     """
 
@@ -39,11 +36,7 @@ class Figure:
 
 
 def result(bench: str, figures: Sequence[Figure]) -> dict[str, Any]:
-    """Figures as one JSON object.
-
-    Args:
-        bench: Its name.
-        figures: In the order to show.
+    """Figures, in the order to show, as one JSON object.
 
     Returns:
         `bench`, `figures` (each with `name`, `value`, `unit`, `goal`, `ok`), `ok` (all goals met) and `machine`.
@@ -54,17 +47,12 @@ def result(bench: str, figures: Sequence[Figure]) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What the figures depend on: processor, cores that this process may use, load of the last minute, versions."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": _cpu(),
+        "cpu": names[0] if names else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
     }
-
-
-def _cpu() -> str:
-    """The processor's name, as Linux tells it."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -49,8 +49,6 @@ def cost(measured: Run, num_sites: int, *, clock: int) -> float:
     """Median seconds of a round, evaluation included, a site.
 
     Args:
-        measured: See `judge`.
-        num_sites: In the run.
         clock: 0 for CPU, 1 for wall time.
 
     Example:

@@ -21,15 +21,8 @@ BENCHES: Final[Mapping[str, str]] = {
 def run(name: str) -> dict[str, Any]:
     """Run a benchmark, or list them.
 
-    Args:
-        name: One of `BENCHES`, or `list`.
-
     Returns:
         As `figures.result`; for `list` the object `benches`, names with what they measure.
-
-    Raises:
-        ConfigError: No such benchmark.
-        SilotuneError: A measured process failed.
     """
     if name == "list":
         return {"benches": dict(BENCHES)}
@@ -40,20 +33,12 @@ def run(name: str) -> dict[str, Any]:
 
 
 def render(result: Mapping[str, Any]) -> Table:
-    """A result as a table for people."""
-    return _render_list(result["benches"]) if "benches" in result else _render_figures(result)
-
-
-def _render_list(benches: Mapping[str, str]) -> Table:
-    """Names and what they measure."""
-    table = Table("bench", "measures", box=None, pad_edge=False)
-    for name, measures in benches.items():
-        table.add_row(name, measures)
-    return table
-
-
-def _render_figures(result: Mapping[str, Any]) -> Table:
-    """One line a figure; the machine below."""
+    """A result as a table for people: one line a figure and the machine below, or the list of benchmarks."""
+    if "benches" in result:
+        table = Table("bench", "measures", box=None, pad_edge=False)
+        for name, measures in result["benches"].items():
+            table.add_row(name, measures)
+        return table
     machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
     table = Table("figure", "value", "goal", "", box=None, pad_edge=False, caption=machine, caption_justify="left")
     for figure in result["figures"]:

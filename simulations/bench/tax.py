@@ -44,7 +44,6 @@ def judge(ours: Sequence[Run], plain: Sequence[Run], *, label: str) -> list[Figu
     Args:
         ours: Runs of silotune: `startup_cpu_s`, `rounds_cpu_s`, `losses`, `peak_rss_mib`.
         plain: Runs of the plain loop: `rounds_cpu_s`, `losses`.
-        label: Precision of the base, for the names.
     """
     cost, plain_cost = (median(costs(runs)) for runs in (ours, plain))
     return [
@@ -69,5 +68,5 @@ def costs(runs: Iterable[Run]) -> list[float]:
 
 def apart(ours: Iterable[Run], plain: Iterable[Run]) -> float:
     """Largest difference between the arms' losses in any round; small if both did the same work."""
-    pairs = [zip(one["losses"], other["losses"], strict=True) for one, other in zip(ours, plain, strict=True)]
+    pairs = [zip(left["losses"], right["losses"], strict=True) for left, right in zip(ours, plain, strict=True)]
     return float(max(abs(a - b) for pair in pairs for a, b in pair))

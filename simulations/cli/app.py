@@ -9,17 +9,10 @@ import typer
 from common import cli, quiet
 from common.errors import DataError
 from simulations.cli.audit import audit_app
-from simulations.commands.options import (
-    DataOption,
-    ModelOption,
-    OutputOption,
-    RunFile,
-    StoreOption,
-    ThreadsOption,
-    checked,
-)
+from simulations.cli.options import DataOption, ModelOption, StoreOption, of_run
 
 if TYPE_CHECKING:
+    from simulations.commands.commands import Order
     from simulations.engines.guarded import Built
 
 app = cli.make(
@@ -31,16 +24,8 @@ DEMO = Path(__file__).parents[1] / "configs" / "demo.toml"
 
 
 @app.command()
-def demo(
-    context: typer.Context,
-    output: OutputOption = None,
-    model: ModelOption = "",
-    data: DataOption = "",
-    store: StoreOption = None,
-    threads: ThreadsOption = 0,
-    set_: cli.SetOption = None,
-    json: cli.JsonOption = False,
-) -> None:
+@of_run(run_file=DEMO)
+def demo(order: "Order") -> None:
     """Four synthetic hospitals; some minutes.
 
     Federated QLoRA on the embedded base and records, compared with each hospital alone and with pooling all rows.
@@ -50,21 +35,12 @@ def demo(
       silotune-sim demo
       silotune-sim demo --model smollm2 --output runs/mine --json
     """
-    _compare(context, DEMO, output, model, data, store, threads, set_, json)
+    _compare(order)
 
 
 @app.command()
-def compare(
-    context: typer.Context,
-    run_file: RunFile,
-    output: OutputOption = None,
-    model: ModelOption = "",
-    data: DataOption = "",
-    store: StoreOption = None,
-    threads: ThreadsOption = 0,
-    set_: cli.SetOption = None,
-    json: cli.JsonOption = False,
-) -> None:
+@of_run()
+def compare(order: "Order") -> None:
     """Base, each site alone, federated, pooled.
 
     All arms have the same settings and are scored on every site's held-out rows.
@@ -73,13 +49,13 @@ def compare(
     Examples:
       silotune-sim compare RUN.toml --set training.learning_rate=1e-3
     """
-    _compare(context, run_file, output, model, data, store, threads, set_, json)
+    _compare(order)
 
 
 @app.command()
+@of_run(again_without=("output", "model", "data", "set_"))
 def run(
-    context: typer.Context,
-    run_file: RunFile,
+    order: "Order",
     engine: Annotated[
         str, typer.Option(help="in-process, flower (Ray) or deployment (real processes over TLS).")
     ] = "in-process",
@@ -89,17 +65,10 @@ def run(
             min=0, help="Processes of --engine flower, each with a base. 0: one for each GPU, else each core."
         ),
     ] = 0,
-    output: OutputOption = None,
-    model: ModelOption = "",
-    data: DataOption = "",
-    store: StoreOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after the newest finished round in --output.")
     ] = False,
     i_accept: cli.AcceptOption = False,
-    threads: ThreadsOption = 0,
-    set_: cli.SetOption = None,
-    json: cli.JsonOption = False,
 ) -> None:
     """One federated run.
 
@@ -112,39 +81,20 @@ def run(
       silotune-sim run RUN.toml --engine deployment --output runs/real
       silotune-sim run RUN.toml --output runs/real --resume
     """
-    given = checked(run_file, model, data, set_)
-
     from simulations.commands import commands
 
-    order = commands.Order(
-        run_file,
-        output,
-        model,
-        data,
-        store,
-        given,
-        is_quiet=json,
-        num_threads=threads,
-        is_noise_accepted=i_accept,
-        num_workers=workers,
-        again=cli.again(context, without=("output", "model", "data", "set_")),
-    )
-    result = commands.run(order, engine=engine, resume=resume)
-    cli.emit(result, as_json=json, show=lambda: cli.show(commands.ending(result)))
+    result = commands.run(order, engine=engine, resume=resume, num_workers=workers, is_noise_accepted=i_accept)
+    cli.emit(result, as_json=order.as_json, show=lambda: cli.show(commands.ending(result)))
 
 
 @app.command()
+@of_run(without=("output", "threads"))
 def check(
+    order: "Order",
     context: typer.Context,
-    run_file: RunFile,
-    model: ModelOption = "",
-    data: DataOption = "",
-    store: StoreOption = None,
     rows_only: Annotated[
         bool, typer.Option("--rows-only", help="Leave out what needs the base: tokens, and rows that are too long.")
     ] = False,
-    set_: cli.SetOption = None,
-    json: cli.JsonOption = False,
 ) -> None:
     """Look through all sites' rows, and name every problem at once.
 
@@ -156,31 +106,21 @@ def check(
       silotune-sim check RUN.toml
       silotune-sim check RUN.toml --rows-only --json
     """
-    given = checked(run_file, model, data, set_)
-
     from simulations.commands import check as checking
-    from simulations.commands import commands
 
-    order = commands.Order(run_file, None, model, data, store, given, json)
-    found = checking.check(order.loaded(), base_folder=None if rows_only else order.base_folder)
+    report = checking.check(order.loaded(), base_folder=None if rows_only else order.base_folder)
     next_step = cli.next_step(*cli.again(context, "run", without=("json",)))
-    cli.emit(found.as_dict(), as_json=json, show=lambda: cli.show(*checking.render(found, next_step)))
-    raise typer.Exit(DataError.exit_code if found.findings else 0)
+    cli.emit(report.as_dict(), as_json=order.as_json, show=lambda: cli.show(*checking.render(report, next_step)))
+    raise typer.Exit(DataError.exit_code if report.findings else 0)
 
 
 @app.command()
+@of_run()
 def attack(
-    run_file: RunFile,
+    order: "Order",
     attack: Annotated[str, typer.Option(help="What the bad sites do; none is the control.")] = "none",
     bad: Annotated[int, typer.Option(min=1, help="How many sites are bad: the last by name.")] = 1,
     table: Annotated[bool, typer.Option("--table", help="Every attack against every robust aggregation.")] = False,
-    output: OutputOption = None,
-    model: ModelOption = "",
-    data: DataOption = "",
-    store: StoreOption = None,
-    threads: ThreadsOption = 0,
-    set_: cli.SetOption = None,
-    json: cli.JsonOption = False,
 ) -> None:
     """Some sites cheat: what that does to the honest ones.
 
@@ -191,13 +131,10 @@ def attack(
       silotune-sim attack RUN.toml --attack sign-flip --bad 2
       silotune-sim attack RUN.toml --table --bad 2 --json
     """
-    given = checked(run_file, model, data, set_)
-
     from simulations.commands import commands
 
-    order = commands.Order(run_file, output, model, data, store, given, json, threads)
     result = commands.attack(order, name=attack, num_bad=bad, is_table=table)
-    cli.emit(result, as_json=json, show=lambda: cli.show(*commands.attack_tables(result)))
+    cli.emit(result, as_json=order.as_json, show=lambda: cli.show(*commands.attack_tables(result)))
 
 
 @app.command()
@@ -240,7 +177,7 @@ def base(
     from simulations.bases import bases
 
     result = bases.fetch(name, store=store)
-    cli.emit(result, as_json=json, show=lambda: cli.show(bases.told(result)))
+    cli.emit(result, as_json=json, show=lambda: cli.show(bases.render(result)))
 
 
 @app.command()
@@ -295,32 +232,13 @@ def trial(
     return announce(trying.detach(folder))
 
 
-def _compare(
-    context: typer.Context,
-    run_file: Path,
-    output: Path | None,
-    model: str,
-    data: str,
-    store: Path | None,
-    threads: int,
-    set_: list[str] | None,
-    json: bool,
-) -> None:
-    """Shared by `demo` and `compare`."""
-    given = checked(run_file, model, data, set_)
-
+def _compare(order: "Order") -> None:
+    from common.data import overlap
     from simulations.commands import commands
 
-    again = cli.again(context, without=("output",))
-    order = commands.Order(run_file, output, model, data, store, given, json, threads, again=again)
     result = commands.compare(order)
-    cli.emit(
-        result,
-        as_json=json,
-        show=lambda: cli.show(
-            commands.comparison_table(result), commands.comparison_note(result), commands.ending(result)
-        ),
-    )
+    shown = (commands.comparison_table(result), overlap.sentence(result["overlap"]), commands.ending(result))
+    cli.emit(result, as_json=order.as_json, show=lambda: cli.show(*shown))
 
 
 app.add_typer(audit_app, name="audit", help="Attack what is trained here, against what is claimed.")

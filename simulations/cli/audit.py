@@ -7,18 +7,11 @@ import typer
 
 from common import cli
 from common.errors import PrivacyError
-from simulations.commands.options import (
-    DataOption,
-    ModelOption,
-    OutputOption,
-    RunFile,
-    StoreOption,
-    ThreadsOption,
-    checked,
-)
+from simulations.cli.options import of_run
 
 if TYPE_CHECKING:
     from simulations.audit.finding import Finding
+    from simulations.commands.commands import Order
 
 audit_app = cli.make(
     "audit",
@@ -65,7 +58,7 @@ def mechanism(
         privacy, num_steps = auditing.settings_of(config.load(run_file, overrides=cli.overrides(set_)))
     else:
         privacy, num_steps = auditing.settings(sampling_prob, noise_multiplier, dp_delta=dp_delta), steps
-    found = auditing.audit(
+    finding = auditing.audit(
         privacy,
         num_steps=num_steps,
         num_canaries=canaries,
@@ -73,22 +66,16 @@ def mechanism(
         confidence=confidence,
         claimed_epsilon=claim,
     )
-    _tell(found, as_json=json)
+    _emit(finding, as_json=json)
 
 
 @audit_app.command()
+@of_run()
 def canaries(
-    run_file: RunFile,
+    order: "Order",
     canaries: CanariesOption = 200,
     max_share: Annotated[float, typer.Option(min=0, help="Most canaries for each unit that trains.")] = 0.01,
-    output: OutputOption = None,
-    model: ModelOption = "",
-    data: DataOption = "",
-    store: StoreOption = None,
-    threads: ThreadsOption = 0,
     claim: ClaimOption = None,
-    set_: cli.SetOption = None,
-    json: cli.JsonOption = False,
 ) -> None:
     """Train a run with notes of random tokens, and guess which of them it was trained on.
 
@@ -99,56 +86,35 @@ def canaries(
       silotune-sim audit canaries RUN.toml
       silotune-sim audit canaries RUN.toml --canaries 100 --max-share 0.5 --output runs/canaries
     """
-    given = checked(run_file, model, data, set_)
-
     from simulations.audit import canaries as auditing
     from simulations.commands import commands
 
-    order = commands.Order(run_file, output, model, data, store, given, json, threads)
     with commands.audited(order) as (shared, log):
-        found = auditing.audit(shared, log, num_canaries=canaries, max_share=max_share, claimed_epsilon=claim)
-    _tell(found, as_json=json)
+        finding = auditing.audit(shared, log, num_canaries=canaries, max_share=max_share, claimed_epsilon=claim)
+    _emit(finding, as_json=order.as_json)
 
 
 @audit_app.command()
-def mia(
-    run_file: RunFile,
-    output: OutputOption = None,
-    model: ModelOption = "",
-    data: DataOption = "",
-    store: StoreOption = None,
-    threads: ThreadsOption = 0,
-    claim: ClaimOption = None,
-    set_: cli.SetOption = None,
-    json: cli.JsonOption = False,
-) -> None:
+@of_run()
+def mia(order: "Order", claim: ClaimOption = None) -> None:
     """Train a run on half of its units, and guess from their losses which half.
 
     \b
     Examples:
       silotune-sim audit mia RUN.toml --json
     """
-    given = checked(run_file, model, data, set_)
-
     from simulations.audit import mia as auditing
     from simulations.commands import commands
 
-    order = commands.Order(run_file, output, model, data, store, given, json, threads)
     with commands.audited(order) as (shared, log):
-        found = auditing.audit(shared, log, claimed_epsilon=claim)
-    _tell(found, as_json=json)
+        finding = auditing.audit(shared, log, claimed_epsilon=claim)
+    _emit(finding, as_json=order.as_json)
 
 
 @audit_app.command()
+@of_run(without=("output",))
 def inversion(
-    run_file: RunFile,
-    notes: Annotated[int, typer.Option(min=1, help="How many notes to attack, each alone.")] = 20,
-    model: ModelOption = "",
-    data: DataOption = "",
-    store: StoreOption = None,
-    threads: ThreadsOption = 0,
-    set_: cli.SetOption = None,
-    json: cli.JsonOption = False,
+    order: "Order", notes: Annotated[int, typer.Option(min=1, help="How many notes to attack, each alone.")] = 20
 ) -> None:
     """Train a site on one note as the run says, and read the note's words off the update.
 
@@ -159,23 +125,19 @@ def inversion(
       silotune-sim audit inversion RUN.toml
       silotune-sim audit inversion RUN.toml --notes 5 --set adapter.r=64
     """
-    given = checked(run_file, model, data, set_)
-
     from common.privacy.noise import SystemNoise
     from simulations.audit import inversion as auditing
-    from simulations.commands import commands
 
-    order = commands.Order(run_file, None, model, data, store, given, json, threads)
     shared = order.world()
     rows = auditing.choose(shared.sites, notes)
-    sources = [SystemNoise() for _ in rows]
-    _tell(auditing.audit(shared.engine, rows, settings=shared.settings, sources=sources), as_json=json)
+    finding = auditing.audit(shared, rows, sources=[SystemNoise() for _ in rows])
+    _emit(finding, as_json=order.as_json)
 
 
-def _tell(found: "Finding", *, as_json: bool) -> None:
+def _emit(finding: "Finding", *, as_json: bool) -> None:
     """Print; end with the exit code of privacy if the claim is refuted."""
     from simulations.audit.finding import render
 
-    cli.emit(found.as_dict(), as_json=as_json, show=lambda: cli.show(render(found)))
-    if found.is_refuted:
+    cli.emit(finding.as_dict(), as_json=as_json, show=lambda: cli.show(render(finding)))
+    if finding.is_refuted:
         raise typer.Exit(PrivacyError.exit_code)

@@ -4,7 +4,7 @@ Every step is the one that a run takes. A row that fails at one step is left out
 told once, and the others are still found.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,6 @@ from rich.table import Table
 from client.agent.agent import SiteData
 from client.data import check as checks
 from client.data import findings as noted
-from client.data import split
 from client.data.check import CheckReport
 from client.data.findings import Finding
 from common import accounting
@@ -28,20 +27,19 @@ from common.loss import objectives
 from common.loss.objectives import Objective
 from common.run import config
 from common.text import prompts
-from common.text.prompts import Encoded
 from simulations.world import partition, world
+from simulations.world.world import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 @dataclass
-class Found:
-    """What a check saw.
+class Report:
+    """Counts and problems of a run's rows.
 
     Attributes:
         sites: Counts of the rows that can be used, by site.
-        findings: All problems.
         overlaps: Of each site, the held-out rows whose text is trained on at any; empty where rows cannot be split.
     """
 
@@ -52,172 +50,147 @@ class Found:
     def as_dict(self) -> dict[str, Any]:
         """Give counts and problems as JSON types."""
         sites = {site: asdict(report) for site, report in self.sites.items()}
-        overlaps = {site: found.as_dict() for site, found in self.overlaps.items()}
-        told = {"overlap": {**overlap.total(self.overlaps.values()).as_dict(), "sites": overlaps}} if overlaps else {}
-        return {"sites": sites, **told, "problems": [asdict(finding) for finding in self.findings]}
+        overlaps = {site: counts.as_dict() for site, counts in self.overlaps.items()}
+        total = {**overlap.total(self.overlaps.values()).as_dict(), "sites": overlaps}
+        return {
+            "sites": sites,
+            **({"overlap": total} if overlaps else {}),
+            "problems": [asdict(finding) for finding in self.findings],
+        }
 
 
-def check(settings: config.RunConfig, *, base_folder: Callable[[config.RunConfig], Path] | None) -> Found:
+def check(settings: config.RunConfig, *, base_folder: Callable[[str], Path] | None) -> Report:
     """Look through the rows of all sites.
 
     Args:
-        settings: The run file.
         base_folder: Finds the base, whose tokenizer counts tokens; None leaves tokens out.
 
     Returns:
         Counts of each site and all problems; no text of a row. That the base is not here is a problem too, without
-        which the rows are still looked at.
+        which the rows are still checked.
     """
-    tokenizer, found = None, Found()
+    tokenizer, report, source = None, Report(), Source.of(settings)
     if base_folder is not None:
-        from common.model import base
+        from common.model import files  # loads transformers
 
         try:
-            loaded = base.load_tokenizer(base_folder(settings))
-            tokenizer = prompts.use_template(loaded, settings.model.chat_template)
+            tokenizer = files.tokenizer_of(base_folder(settings.model.base))
+            tokenizer = prompts.use_template(tokenizer, settings.model.chat_template)
         except ModelError as error:
-            found.findings.append(Finding("", "", f"no token was counted: {error}", "or give --rows-only"))
-    num_before = len(found.findings)
-    parts = _parts(settings, found.findings)
-    is_whole = len(found.findings) == num_before
-    joint, errors = _split(parts, settings) if is_whole else ({}, [])
+            report.findings.append(Finding("", "", f"no token was counted: {error}", "or give --rows-only"))
+    num_before = len(report.findings)
+    parts = _parts(source, report.findings)
+    is_whole = len(report.findings) == num_before
+    # Both sides of each site as the run splits them, over all sites; or why it cannot.
+    joint: dict[str, SiteData] = {}
+    errors: list[Finding] = []
+    if is_whole:
+        with noted.noting(errors, site=""):
+            columns, name = source.columns, source.data.source
+            rows = {site: read.scan(located, columns, source=name)[0] for site, located in parts.items()}
+            joint = source.split(rows)
+    objective = Objective.of(settings.training)
     for site, located in parts.items():
-        _check_site(site, located, settings, tokenizer, found, is_whole=is_whole, sides=joint.get(site))
+        _check_site(site, located, source, objective, tokenizer, report, is_whole=is_whole, sides=joint.get(site))
     if joint:
-        found.overlaps = world.overlaps({site: SiteData(*sides) for site, sides in joint.items()})
-    elif len(found.findings) == num_before:  # no site alone has told why
-        found.findings += errors
-    return found
+        report.overlaps = world.overlaps(joint)
+    elif len(report.findings) == num_before:  # no site alone has said why
+        report.findings += errors
+    return report
 
 
-def render(found: Found, next_step: str) -> list[Any]:
-    """Show the sites side by side, what is notable in each, and all problems; or the next command.
-
-    Args:
-        found: From `check`.
-        next_step: The line for rows without a problem.
-    """
+def render(report: Report, next_step: str) -> list[Any]:
+    """Show the sites side by side, what is notable in each, and all problems; or the next command, `next_step`."""
     table = Table("site", "rows", "units", "duplicates", "tokens of the longest", "too long", "units alike")
     notes = []
-    for site, report in found.sites.items():
-        tokens = report.tokens
+    for site, counted in report.sites.items():
+        tokens = counted.tokens
         longest, too_long = (f"{tokens.quantiles['100%']:,}", f"{tokens.num_too_long:,}") if tokens else ("", "")
-        counts = (f"{count:,}" for count in (report.num_rows, report.num_units, report.num_duplicates))
-        table.add_row(site, *counts, longest, too_long, f"{report.num_units_alike:,}")
-        notes += [f"{site}: units alike in {places}" for places in report.alike]
-    if any(report.num_units_alike for report in found.sites.values()):
+        counts = (f"{count:,}" for count in (counted.num_rows, counted.num_units, counted.num_duplicates))
+        table.add_row(site, *counts, longest, too_long, f"{counted.num_units_alike:,}")
+        notes += [f"{site}: units alike in {places}" for places in counted.alike]
+    if any(counted.num_units_alike for counted in report.sites.values()):
         notes.append("units alike differ only in case, leading zeros, blanks or dashes; if two are one patient, say so")
-    if found.overlaps:
-        notes.append(overlap.sentence(overlap.total(found.overlaps.values()).as_dict()))
-    if not_read := sorted({name for report in found.sites.values() for name in report.not_read}):
+    if report.overlaps:
+        notes.append(overlap.sentence(overlap.total(report.overlaps.values()).as_dict()))
+    if not_read := sorted({name for counted in report.sites.values() for name in counted.not_read}):
         notes.append(f"in the folder, not read: {', '.join(not_read)}")
-    ending = noted.render(found.findings) if found.findings else next_step
-    return [table, *notes, ending]
+    return [table, *notes, noted.render(report.findings) if report.findings else next_step]
 
 
-def _parts(settings: config.RunConfig, findings: list[Finding]) -> dict[str, list[Located]]:
+def _parts(source: Source, findings: list[Finding]) -> dict[str, list[Located]]:
     """The rows that can be used, by site; empty if they cannot be given to sites."""
-    data, problems = settings.data, Problems()
+    data, problems = source.data, Problems()
     located: list[Located] = []
     usable: list[Located] = []
     with noted.noting(findings, site=""):
-        located = world.locate(settings, problems)
+        located = source.locate(problems)
         if located:
-            rows, unusable = read.scan(located, world.columns_of(settings), source=data.source)
+            rows, unusable = read.scan(located, source.columns, source=data.source)
             problems.found += unusable.found
-            places = {row.row_id for row in rows}
-            usable = [row for row in located if row.place in places]
+            ids = {row.row_id for row in rows}
+            usable = [row for row in located if row.place in ids]
     if data.partition != "iid" and data.site_column in {name for row in located for name in row.fields}:
-        nowhere = set(partition.without_site([row.fields for row in located], data.site_column))
+        nowhere = [located[number] for number in partition.without_site([r.fields for r in located], data.site_column)]
         what = f"has no value in the column {data.site_column!r}, so it belongs to no site"
-        for number in sorted(nowhere):
-            problems.add(located[number].place, UnusableError(what, "fill it in, or correct data.site_column"))
-        dropped = {located[number].place for number in nowhere}
+        for row in nowhere:
+            problems.add(row.place, UnusableError(what, "fill it in, or correct data.site_column"))
+        dropped = {row.place for row in nowhere}
         usable = [row for row in usable if row.place not in dropped]
     is_named = data.partition == "column"
     sites = {row.place: partition.site_in(row.fields, data.site_column) if is_named else "" for row in located}
-    findings += [replace(one, site=sites.get(one.place, "")) for one in noted.find("", problems)]
+    findings += [replace(finding, site=sites.get(finding.place, "")) for finding in noted.find("", problems)]
     with noted.noting(findings, site=""):
-        return world.part(usable, settings) if usable else {}
+        return source.part(usable) if usable else {}
     return {}
-
-
-def _split(
-    parts: Mapping[str, Sequence[Located]], settings: config.RunConfig
-) -> tuple[dict[str, split.Sides], list[Finding]]:
-    """Both sides of each site as the run splits them, over all sites; or why it cannot."""
-    errors: list[Finding] = []
-    with noted.noting(errors, site=""):
-        columns, source = world.columns_of(settings), settings.data.source
-        rows = {site: read.scan(located, columns, source=source)[0] for site, located in parts.items()}
-        return split.for_run(rows, settings.data, settings.privacy, seed=settings.seed), []
-    return {}, errors
 
 
 def _check_site(
     site: str,
     located: Sequence[Located],
-    settings: config.RunConfig,
+    source: Source,
+    objective: Objective,
     tokenizer: "Tokenizer | None",
-    found: Found,
+    report: Report,
     *,
     is_whole: bool,
-    sides: split.Sides | None,
+    sides: SiteData | None,
 ) -> None:
     """One site's rows, both sides of the split."""
-    data, privacy, objective = settings.data, settings.privacy, Objective.of(settings.training)
+    data, privacy = source.data, source.privacy
     rows: Sequence[Row] = []
-    with noted.noting(found.findings, site=site):
-        rows, _ = read.scan(located, world.columns_of(settings), source=data.source)
+    with noted.noting(report.findings, site=site):
+        rows, _ = read.scan(located, source.columns, source=data.source)
     if not rows:
         return
     shown: dict[str, list[Row]] = {"": list(rows)}
-    with noted.noting(found.findings if is_whole else [], site=site):  # with rows missing, too few may be none too few
-        train, held_out = (
-            sides or split.for_run({"": rows}, data, privacy, seed=settings.seed)[""]
-        )  # the finding names the site
-        shown = {"training": train, "held-out": held_out}
-        num_units = len({row.unit for row in train})
+    with noted.noting(report.findings if is_whole else [], site=site):  # with rows missing, too few may be none too few
+        split = sides or source.split({"": rows})[""]  # the finding names the site
+        shown = {"training": list(split.train), "held-out": list(split.held_out)}
+        num_units = len({row.unit for row in split.train})
         if privacy.is_private_per_unit and privacy.dp_delta > accounting.largest_delta(num_units):
             what = f"privacy.dp_delta = {privacy.dp_delta:g} is too large for the {num_units} units of this site"
-            found.findings.append(Finding(site, "", what, f"set {accounting.delta_rule(num_units)}"))
+            report.findings.append(Finding(site, "", what, f"set {accounting.delta_rule(num_units)}"))
     for name, side in list(shown.items()):
-        with noted.noting(found.findings, site=site):
+        with noted.noting(report.findings, site=site):
             if objective.name != "sft" and side:
                 both = objectives.with_others(side, objective)
-                shown[name] = [one for pair in both for one in pair if one is not None]
-    report = checks.check(rows)
+                shown[name] = [row for pair in both for row in pair if row is not None]
+    counted = checks.check(rows)
     if tokenizer is not None:
         problems = Problems()
+        limits: dict[str, Any] = {"max_length_tokens": data.max_length_tokens, "too_long": data.too_long}
+        limits["system_prompt"] = data.system_prompt
         everything = [row for side in shown.values() for row in side]
-        tokens = checks.check(
-            everything,
-            tokenizer=tokenizer,
-            max_length_tokens=data.max_length_tokens,
-            too_long=data.too_long,
-            system_prompt=data.system_prompt,
-            problems=problems,
-        ).tokens
-        report = replace(report, tokens=tokens)
-        found.findings += noted.find(site, problems)
-        if tokens and tokens.num_dropped and not problems.found:
-            found.findings += _lost(site, shown, data, tokenizer)
+        tokens = checks.check(everything, tokenizer=tokenizer, problems=problems, **limits).tokens
+        counted = replace(counted, tokens=tokens)
+        report.findings += noted.find(site, problems)
+        # Sides of which the limit of tokens leaves nothing; an example is lost with any of its conversations.
+        for name, side in shown.items() if tokens and tokens.num_dropped and not problems.found else ():
+            lost = {row.row_id for row in side if prompts.encode(row, tokenizer, **limits) is None}
+            if lost == {row.row_id for row in side}:
+                what = f"no answer token is left in any of {len(lost)} {name} rows".replace("  ", " ")
+                what += f" at data.max_length_tokens = {data.max_length_tokens}"
+                report.findings.append(Finding(site, "", what, "raise it"))
     not_read = () if data.source == "embedded" else tuple(read.left_out(data.source))
-    found.sites[site] = replace(report, not_read=not_read)
-
-
-def _lost(
-    site: str, sides: Mapping[str, Sequence[Row]], data: config.DataConfig, tokenizer: "Tokenizer"
-) -> Iterator[Finding]:
-    """Sides of which the limit of tokens leaves nothing; an example is lost with any of its conversations."""
-    for name, rows in sides.items():
-        lost = {row.row_id for row in rows if _tokens(row, data, tokenizer) is None}
-        if lost == {row.row_id for row in rows}:
-            what = f"no answer token is left in any of {len(lost)} {name} rows".replace("  ", " ")
-            yield Finding(site, "", f"{what} at data.max_length_tokens = {data.max_length_tokens}", "raise it")
-
-
-def _tokens(row: Row, data: config.DataConfig, tokenizer: "Tokenizer") -> Encoded | None:
-    """One conversation, as a run would take it."""
-    limit, too_long, prompt = data.max_length_tokens, data.too_long, data.system_prompt
-    return prompts.encode(row, tokenizer, max_length_tokens=limit, too_long=too_long, system_prompt=prompt)
+    report.sites[site] = replace(counted, not_read=not_read)

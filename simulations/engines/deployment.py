@@ -73,10 +73,8 @@ class Federation:
     """A running federation.
 
     Attributes:
-        link: Calls to its SuperLink.
         address: The SuperLink's, `host:port`.
         keys: Folder of its certificates and node keys.
-        processes: All that were started.
     """
 
     link: Link
@@ -90,9 +88,8 @@ def run(sites: Sequence[Site], *, log: EventLog, config: UserConfig, timeout_s: 
 
     Args:
         sites: Their agents are started, too.
-        log: Events of a folder that `server.folder.run_files.prepare` made; the server's process writes them, and those
-        who
-            listen here hear them.
+        log: Events of a folder that `server.folder.run_files.prepare` made; the server's process writes them, and they
+            are passed to those who listen here.
         config: Flower's run config for `server/run/app.py`, without the run folder.
         timeout_s: For the run itself, from submission to end.
         num_threads: CPU threads of each process' linear algebra; 0: all cores. Results are bit-equal for equal
@@ -107,7 +104,16 @@ def run(sites: Sequence[Site], *, log: EventLog, config: UserConfig, timeout_s: 
     num_old = len(events.read(log.path)) if log.path.is_file() else 0
     with federation(sites, logs=logs, num_threads=num_threads) as running:
         run_id = running.link.start_run(given, bundle=link.build_bundle())
-        last = _relay(running, run_id, log, num_old=num_old, timeout_s=timeout_s)
+        end = time.monotonic() + timeout_s
+
+        def is_over() -> bool:
+            _check(running.processes, what="the run to end", end=end, timeout_s=timeout_s)
+            return running.link.state(run_id).is_finished
+
+        last: Event | None = None
+        for last in events.follow(log.path, is_over=is_over, num_skipped=num_old, poll_s=2 * _POLL_S):
+            for listener in log.listeners:
+                listener(last)
         state = wait(running, run_id, timeout_s=_END_S)
         (logs / SERVER_LOG).write_text(running.link.log_of(run_id))
     if not state.is_completed:
@@ -130,21 +136,6 @@ def wait(running: Federation, run_id: int, *, timeout_s: float) -> RunState:
     return running.link.state(run_id)
 
 
-def _relay(running: Federation, run_id: int, log: EventLog, *, num_old: int, timeout_s: float) -> Event | None:
-    """Tell the events that the server's process writes to those who listen here; returns the last one."""
-    end = time.monotonic() + timeout_s
-
-    def is_over() -> bool:
-        _check(running.processes, what="the run to end", end=end, timeout_s=timeout_s)
-        return running.link.state(run_id).is_finished
-
-    last: Event | None = None
-    for last in events.follow(log.path, is_over=is_over, num_skipped=num_old, poll_s=2 * _POLL_S):
-        for listener in log.listeners:
-            listener(last)
-    return last
-
-
 @contextmanager
 def federation(
     sites: Sequence[Site], *, logs: Path, num_threads: int = 1, start_timeout_s: float = 120.0
@@ -152,9 +143,7 @@ def federation(
     """Start everything, wait until all nodes are connected; stop everything on leaving.
 
     Args:
-        sites: Their agents are started, too.
         logs: Folder for one log file a process; made if it is not there.
-        num_threads: CPU threads of each process' linear algebra; 0: all cores.
         start_timeout_s: For all processes together.
 
     Raises:
@@ -185,7 +174,11 @@ def federation(
             connected.register(loopback_keys.write_node_key(keys / f"{site.name}.key"), name=site.name)
             command = supernode_command(running, site=site)
             processes.append(start(f"{site.name}-supernode", command, logs=logs, env=env))
-        until(lambda: _all_there(running, sites), what="all sites", timeout_s=start_timeout_s, watched=processes)
+
+        def are_all_there() -> bool:
+            return len(connected.online_node_ids()) == len(sites) and all(map(agent_answers, sites))
+
+        until(are_all_there, what="all sites", timeout_s=start_timeout_s, watched=processes)
         yield running
 
 
@@ -195,17 +188,12 @@ def superlink_command(address: str, *, ca_file: Path, certificate: Path, databas
     With a database it knows its nodes again after a restart; without one its state is in memory.
     """
     host, port = address.split(":")
-    files = [
-        "--ssl-ca-certfile",
-        ca_file,
-        "--ssl-certfile",
-        certificate,
-        "--ssl-keyfile",
-        certificate.with_suffix(".key"),
+    return [
+        *("flower-superlink", "--host", host, "--port", port, "--ssl-ca-certfile", str(ca_file)),
+        *("--ssl-certfile", str(certificate), "--ssl-keyfile", str(certificate.with_suffix(".key"))),
+        *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
+        *(("--database", str(database)) if database else ()),
     ]
-    switches = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
-    switches += ["--database", str(database)] if database else []
-    return ["flower-superlink", "--host", host, "--port", port, *map(str, files), *switches]
 
 
 def supernode_command(running: Federation, *, site: Site) -> list[str]:
@@ -225,7 +213,7 @@ def courier_command(address: str, *, ca_file: Path, key_file: Path, site: Site) 
 
 
 def environment(*, flwr_home: Path, num_threads: int) -> dict[str, str]:
-    """What every process gets: silence, this Python's scripts and packages, Flower's files in a folder of this run."""
+    """Every process' variables: silence, this Python's scripts and packages, Flower's files in a folder of the run."""
     env = dict(os.environ)
     quiet.hush(env)
     source = str(Path(link.__file__).parents[2])
@@ -238,11 +226,7 @@ def environment(*, flwr_home: Path, num_threads: int) -> dict[str, str]:
 
 
 def start(name: str, command: Sequence[str], *, logs: Path, env: Mapping[str, str]) -> Process:
-    """Start one process in a session of its own, so that a signal reaches its children, too.
-
-    Raises:
-        TransportError: The program is not there.
-    """
+    """Start one process in a session of its own, so that a signal reaches its children, too."""
     log_path = logs / f"{name}.log"
     try:
         with log_path.open("wb") as log:
@@ -260,26 +244,27 @@ def stop(processes: Sequence[Process]) -> None:
     Flower starts apps in sessions of their own, which a signal to ours does not reach; they end when they notice that
     their parent is gone, and are killed if they have not by then.
     """
-    started = [child for process in processes for child in _descendants(process)]
+    started: list[psutil.Process] = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            started += psutil.Process(process.popen.pid).children(recursive=True)
     for group in (processes[1:], processes[:1]):
         for process in group:
             _signal(process, signal.SIGTERM)
         end = time.monotonic() + STOP_S
         for process in group:
-            _reap(process, timeout_s=max(0.0, end - time.monotonic()))
+            with suppress(subprocess.TimeoutExpired):
+                process.popen.wait(max(0.0, end - time.monotonic()))
+            _signal(process, signal.SIGKILL)  # whatever is left of its session
+            process.popen.wait()
+    for child in tuple(started):  # what they started meanwhile
+        with suppress(psutil.NoSuchProcess):
+            started += child.children(recursive=True)
     _, left = psutil.wait_procs(started, timeout=STOP_S)
     for child in left:
         with suppress(psutil.NoSuchProcess):
             child.kill()
     psutil.wait_procs(left, timeout=STOP_S)
-
-
-def _descendants(process: Process) -> list[psutil.Process]:
-    """All that a process has started, and what these have; none if it has ended."""
-    try:
-        return list(psutil.Process(process.popen.pid).children(recursive=True))
-    except psutil.NoSuchProcess:
-        return []
 
 
 def free_port() -> int:
@@ -289,20 +274,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _reap(process: Process, *, timeout_s: float) -> None:
-    """Wait for a process, then kill whatever is left of its session."""
-    with suppress(subprocess.TimeoutExpired):
-        process.popen.wait(timeout_s)
-    _signal(process, signal.SIGKILL)
-    process.popen.wait()
-
-
 def _signal(process: Process, number: signal.Signals) -> None:
     """Signal a process and its children, if any is left."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.popen.pid, number)
-    except ProcessLookupError:
-        return
 
 
 def until(is_done: Callable[[], bool], *, what: str, timeout_s: float, watched: Sequence[Process]) -> None:
@@ -322,19 +297,14 @@ def _check(watched: Sequence[Process], *, what: str, end: float, timeout_s: floa
 
 
 def accepts(address: str) -> bool:
-    """Whether somebody listens there."""
+    """Whether somebody listens on a `host:port`."""
     host, port = address.split(":")
     with socket.socket() as probe:
         return probe.connect_ex((host, int(port))) == 0
 
 
-def _all_there(running: Federation, sites: Sequence[Site]) -> bool:
-    """Whether every agent answers and every node is connected."""
-    return len(running.link.online_node_ids()) == len(sites) and all(agent_answers(site) for site in sites)
-
-
 def agent_answers(site: Site) -> bool:
-    """Whether a site's agent is there."""
+    """Whether a site's agent answers a greeting."""
     try:
         line.hello(site.socket_path, timeout_s=1.0)
     except TransportError:

@@ -23,7 +23,6 @@ from common.event_kinds import Event, RunFailed, SiteFailed, SiteRefused
 from common.events import EventLog
 from common.frame import site_states, wire
 from common.frame.wire import Frame
-from common.model.base import Engine
 from common.run import config
 from common.run.catalogue.methods import FACTS
 from common.run.manifest import RunManifest
@@ -34,17 +33,16 @@ from server.run import finish
 from server.run import run as server_run
 from server.run.run import Outcome
 from simulations.engines import deployment, site_files
-from simulations.world import world
-from simulations.world.world import Engines, Failures
+from simulations.world import run, world
+from simulations.world.world import Engines, Failures, Source, World
 
 _REFERENCE = re.compile(r"; the site's log has the reason under reference (\w+)")
 SPARE_S = 300.0  # of a deployed run beyond its own time limits: starting processes, loading the base, export
 
 
 def ray(
-    settings: config.RunConfig,
+    shared: World,
     *,
-    engine: Engine,
     base_folder: Path,
     log: EventLog,
     num_workers: int,
@@ -56,59 +54,36 @@ def ray(
     """Virtual sites in Ray workers, each of which loads the base once.
 
     Args:
-        settings: The run file.
-        engine: The base on the coordinator's side, in this process.
-        base_folder: Where the workers load it from.
-        log: Events of a folder that `server.folder.run_files.prepare` made.
+        shared: The run; its engine is the coordinator's, in this process.
+        base_folder: Where the workers load the base from.
         num_workers: Processes that play the sites.
-        num_threads: CPU threads of torch in each; 0: all cores.
         num_gpus: GPUs of this machine, for the workers to share.
-        resume: Go on after the newest whole checkpoint.
-        is_noise_accepted: See `server.run.run.execute`.
-
-    Raises:
-        TransportError: Ray or Flower's engine failed.
-        SilotuneError: As `server.run.run.execute`.
     """
     from simulations.engines import flower  # loads Ray
 
-    folder, data = log.path.parent, world.load_sites(settings)
-    known = world.known_rows(data)
+    logs, settings = shared.folder.absolute() / "sites", shared.settings
+    _, tasks_sha256 = suite.read(settings.data, settings.evaluation, settings.gate)
 
     def main(grid: Grid) -> Outcome:
-        fleet = GridFleet(grid, is_closed=True, explain=Failures(folder / "sites").explain)
-        return server_run.execute(
-            settings,
-            fleet=fleet,
-            engine=engine,
-            folder=folder,
-            log=log,
-            resume=resume,
-            is_noise_accepted=is_noise_accepted,
-            make_noise=world.server_noise(settings),
-            known=known,
-        )
+        fleet = GridFleet(grid, is_closed=True, explain=Failures(logs).explain)
+        return run.execute(shared, fleet, log=log, resume=resume, is_noise_accepted=is_noise_accepted)
 
     with tempfile.TemporaryDirectory(prefix="silotune-rows-") as rows:
-        for number, name in enumerate(sorted(data)):
-            storage.write_atomic(Path(rows) / f"{number}.pickle", pickle.dumps((name, data[name])))
+        for number, name in enumerate(sorted(shared.sites)):
+            storage.write_atomic(Path(rows) / f"{number}.pickle", pickle.dumps((name, shared.sites[name])))
         sites = Sites(
             config.resolved_json(settings),
             str(base_folder.absolute()),
             num_threads,
             rows,
-            str(folder.absolute() / "sites"),
-            suite.read(settings.data, settings.evaluation, settings.gate)[1],
-            engine.date,
+            str(logs),
+            tasks_sha256,
+            shared.engine.date,
         )
-        outcome = flower.run(
-            main,
-            functools.partial(_answer_of, sites),
-            num_sites=len(data),
-            num_workers=num_workers,
-            num_gpus=num_gpus,
-        )
-    world.export_personal(settings, folder)
+        agents = functools.partial(_answer_of, sites)
+        counts = {"num_sites": len(shared.sites), "num_workers": num_workers, "num_gpus": num_gpus}
+        outcome = flower.run(main, agents, **counts)
+    world.export_personal(settings.aggregation.method, shared.folder)
     return outcome
 
 
@@ -121,28 +96,20 @@ def deployed(
     resume: bool = False,
     is_noise_accepted: bool = False,
 ) -> Outcome:
-    """SuperLink, SuperNodes, couriers and agents as processes of this machine.
+    """SuperLink, SuperNodes, couriers and agents as processes of this machine; arguments as for `ray`.
 
     The sites' rows lie in a temporary folder of this user while the run lasts.
-
-    Args:
-        settings: The run file.
-        base_folder: Where all processes load the base from.
-        log: Events of a folder that `server.folder.run_files.prepare` made.
-        num_threads: CPU threads of torch in each process; 0: all cores.
-        resume: Go on after the newest whole checkpoint.
-        is_noise_accepted: See `server.run.run.execute`.
 
     Raises:
         TransportError: A process did not start or ended early; the message names its log.
         RemoteError: The run failed; the message says why.
         TooFewSitesError: All sites have answered, and not enough of them can take part.
     """
-    folder, times = log.path.parent, settings.federation
+    folder, times, method = log.path.parent, settings.federation, settings.aggregation.method
     with tempfile.TemporaryDirectory(prefix="silotune-sites-") as files:
         sites = site_files.write(
-            world.load_tables(settings),
-            settings=settings,
+            Source.of(settings).tables(),
+            data=settings.data,
             folder=Path(files),
             base_folder=base_folder.absolute(),
             log_folder=folder.absolute() / "sites",
@@ -156,10 +123,17 @@ def deployed(
             "i-accept": is_noise_accepted,
         }
         hearer = _Hearer(log, Failures(folder / "sites"), num_sites=len(sites), min_sites=times.min_sites)
-        told = EventLog(log.path, [hearer])
-        deployment.run(sites, log=told, config=given, timeout_s=limit_s, num_threads=num_threads)
-    world.export_personal(settings, folder)
-    return _outcome(folder)
+        heard = EventLog(log.path, [hearer])
+        deployment.run(sites, log=heard, config=given, timeout_s=limit_s, num_threads=num_threads)
+    world.export_personal(method, folder)
+    # The end of a run that another process did, read from its folder.
+    if not FACTS[method].is_personal:
+        stored = finish.stored(folder, num_rounds=0)
+        return Outcome(stored.tensors, stored.sites, folder)
+    manifest, newest = run_files.stored_manifest(folder), run_files.finished(folder)[-1]
+    last = checkpoint.load(folder, manifest.tensor_specs, num_rounds=newest, run_sha256=manifest.sha256)
+    used = server_run.trained_sites(events.read(folder / events.FILE), num_rounds=newest)
+    return Outcome(last.tensors, used, folder)
 
 
 @dataclass
@@ -179,7 +153,12 @@ class _Hearer:
     def __call__(self, event: Event) -> None:
         """Pass an event on, with the reason behind a reference."""
         if isinstance(event, SiteRefused | SiteFailed | RunFailed):
-            event = dataclasses.replace(event, reason=_REFERENCE.sub(self._reason, event.reason))
+
+            def reason(match: re.Match[str]) -> str:
+                in_log = self.failures.explain(match[1])
+                return f": {in_log}" if in_log else match[0]
+
+            event = dataclasses.replace(event, reason=_REFERENCE.sub(reason, event.reason))
         for listener in self.log.listeners:
             listener(event)
         if event["kind"] == "site_joined":
@@ -191,22 +170,6 @@ class _Hearer:
             reasons = "; ".join(self._refused.values())
             raise TooFewSitesError(f"{len(self._joined)} sites opened the run, {self.min_sites} are needed; {reasons}")
 
-    def _reason(self, found: re.Match[str]) -> str:
-        """What a site's log has, in the place of where to look for it."""
-        reason = self.failures.explain(found[1])
-        return f": {reason}" if reason else found[0]
-
-
-def _outcome(folder: Path) -> Outcome:
-    """The end of a run that another process did, read from its folder."""
-    manifest = run_files.stored_manifest(folder)
-    if not FACTS[manifest.run.aggregation.method].is_personal:
-        found = finish.stored(folder, num_rounds=0)
-        return Outcome(found.tensors, found.sites, folder)
-    newest, log = run_files.finished(folder)[-1], events.read(folder / events.FILE)
-    last = checkpoint.load(folder, manifest.tensor_specs, num_rounds=newest, run_sha256=manifest.sha256)
-    return Outcome(last.tensors, server_run.trained_sites(log, num_rounds=newest), folder)
-
 
 @dataclass(frozen=True)
 class Sites:
@@ -214,12 +177,7 @@ class Sites:
 
     Attributes:
         settings: The run file, as `config.resolved_json` writes it.
-        base_folder: Where the worker finds the base.
-        num_threads: CPU threads of torch.
         rows_folder: Each site's name and rows in a file of its own, numbered from 0; a temporary folder of this user.
-        log_folder: Of the sites' logs.
-        evaluation_sha256: Of the manifest.
-        date: Of the manifest.
     """
 
     settings: str
@@ -235,8 +193,7 @@ class Sites:
 def _world(sites: Sites) -> tuple[RunManifest, Engines]:
     """Manifest and bases of a run, once a worker process."""
     settings = config.RunConfig.model_validate_json(sites.settings)
-    found_here = settings.model.model_copy(update={"base": sites.base_folder})
-    here = settings.model_copy(update={"model": found_here})
+    here = settings.model_copy(update={"model": settings.model.model_copy(update={"base": sites.base_folder})})
     engine = world.load_engine(here, num_threads=sites.num_threads, date=sites.date)
     manifest = server_run.manifest_of(settings, engine, evaluation_sha256=sites.evaluation_sha256)
     return manifest, Engines(settings, engine)

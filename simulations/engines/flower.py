@@ -12,13 +12,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final, TypeVar
 
 from flwr.app import ConfigRecordValues, Context, Message
 from flwr.clientapp import ClientApp
-from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
@@ -48,26 +47,35 @@ def run(
         server_main: Does the whole run over the grid it is given.
         agent_for: Site index, from 0, to that site's `answer`. Called in workers for every message, so it must cache;
             it must survive pickling: a function of an importable module, or a `functools.partial` of one.
-        num_sites: Virtual sites.
-        num_workers: Processes that play them.
         num_gpus: GPUs of this machine, which the workers share evenly; each worker sees one.
-
-    Returns:
-        What `server_main` returned.
 
     Raises:
         ConfigError: Ray is not installed.
         TransportError: The engine ended before `server_main` did.
     """
     quiet.hush()
-    _require_ray()
+    if importlib.util.find_spec("ray") is None:
+        command = extras.install("sim")
+        raise ConfigError(f"this engine needs Ray; use the in-process engine, or install it with: {command}")
     results: list[Result] = []
     resources: BackendConfig = {"client_resources": {"num_cpus": 1, "num_gpus": gpu_share(num_workers, num_gpus)}}
-    server_app = _server(server_main, results, num_sites=num_sites)
-    with tempfile.TemporaryDirectory(prefix="silotune-ray-", ignore_cleanup_errors=True) as folder:
+    server_app, logger = ServerApp(), logging.getLogger("flwr")
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        while len(list(grid.get_node_ids())) < num_sites:  # Flower registers them beside this thread
+            time.sleep(_POLL_S)
+        results.append(server_main(grid))
+
+    with (
+        tempfile.TemporaryDirectory(prefix="silotune-ray-", ignore_cleanup_errors=True) as folder,
+        _environment(FLWR_HOME=f"{folder}/flower"),
+        ExitStack() as stack,
+    ):
         _start_ray(num_workers, num_gpus=num_gpus, folder=Path(folder))
-        with _hushed("flwr"), _environment(FLWR_HOME=f"{folder}/flower"):
-            run_simulation(server_app, virtual_app(agent_for), num_sites, backend_config=resources)
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
+        run_simulation(server_app, virtual_app(agent_for), num_sites, backend_config=resources)
     if not results:
         raise TransportError("Flower's simulation engine ended before the run did; its messages are above")
     return results[0]
@@ -88,36 +96,17 @@ def gpu_share(num_workers: int, num_gpus: int) -> float:
 
 def virtual_app(agent_for: AgentFactory) -> ClientApp:
     """The ClientApp of all virtual sites: the site's own index picks its agent."""
-    app = ClientApp()
-    for kind in line.KINDS:
-        app.query(kind)(_answering(agent_for))
-    return app
 
-
-def _server(server_main: Callable[[Grid], Result], results: list[Result], *, num_sites: int) -> ServerApp:
-    """A ServerApp that waits for all virtual nodes and keeps what `server_main` returns."""
-    app = ServerApp()
-
-    @app.main()
-    def main(grid: Grid, context: Context) -> None:
-        while len(list(grid.get_node_ids())) < num_sites:  # Flower registers them beside this thread
-            time.sleep(_POLL_S)
-        results.append(server_main(grid))
-
-    return app
-
-
-def _answering(agent_for: AgentFactory) -> ClientAppCallable:
-    """Answer a message as the site that the node plays; pickled, so it refers to nothing but its argument."""
-
-    def answer(message: Message, context: Context) -> Message:
-        agent = agent_for(int(context.node_config[PARTITION_KEY]))
-        reply = grids.answer(agent, message)
+    def answer(message: Message, context: Context) -> Message:  # pickled, so it refers to nothing but `agent_for`
+        reply = grids.answer(agent_for(int(context.node_config[PARTITION_KEY])), message)
         if reply is None:
             raise TransportError("a virtual site in a worker must answer at once")
         return reply
 
-    return answer
+    app = ClientApp()
+    for kind in line.KINDS:
+        app.query(kind)(answer)
+    return app
 
 
 def _start_ray(num_workers: int, *, num_gpus: int, folder: Path) -> None:
@@ -132,19 +121,23 @@ def _start_ray(num_workers: int, *, num_gpus: int, folder: Path) -> None:
         if ray.is_initialized():
             return  # a cluster that the caller has joined
         (folder / "ray_bootstrap_config.yaml").write_text("provider: {type: local}\n")
-        try:
-            ray.init(
-                num_cpus=num_workers,
-                num_gpus=num_gpus,
-                include_dashboard=False,
-                logging_level=logging.ERROR,
-                log_to_driver=False,  # what a site could not do is in its own log
-                runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
-                _temp_dir=str(folder),
-            )
-        except (RuntimeError, OSError, ValueError) as error:
-            what = type(error).__name__
-            raise TransportError(f"Ray did not start ({what}): free memory and disk, or use another engine") from error
+        for is_last in (False, False, True):
+            try:
+                ray.init(
+                    num_cpus=num_workers,
+                    num_gpus=num_gpus,
+                    include_dashboard=False,
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,  # what a site could not do is in its own log
+                    runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
+                    _temp_dir=str(folder),
+                )
+                return
+            except Exception as error:
+                ray.shutdown()
+                if is_last:
+                    what = f"Ray did not start ({type(error).__name__})"
+                    raise TransportError(f"{what}: free memory and disk, or use another engine") from error
 
 
 @contextmanager
@@ -160,22 +153,3 @@ def _environment(**values: str) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _require_ray() -> None:
-    """Say what to install."""
-    if importlib.util.find_spec("ray") is None:
-        command = extras.install("sim")
-        raise ConfigError(f"this engine needs Ray; use the in-process engine, or install it with: {command}")
-
-
-@contextmanager
-def _hushed(name: str) -> Iterator[None]:
-    """Let a library's logger speak of errors only, for a while."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

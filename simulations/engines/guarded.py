@@ -23,18 +23,19 @@ from common import cli
 from common.data import read
 from common.run import config
 from common.trust import identity, kit
-from common.trust.governance import Governance
 from server.members import changes as admit
 from server.members import founding
 from server.run import link
 from server.run.link import Identity
 from simulations.engines import deployment, site_files
 from simulations.engines.deployment import HOST, Process, Site
-from simulations.world import world
+from simulations.world.world import Source
 
-FEDERATION: Final = "loopback"
+FEDERATION: Final = "trial"
 OPERATOR: Final = "operator"
 ADMIN_KEY: Final = "admin.pem"
+Fields = Mapping[str, Any]
+Policies = Callable[[Path], str]  # path of a site's rows to the text of its policy
 NO_PREFIXES: Final[Mapping[str, Sequence[str]]] = {}
 _START_S: Final = 180.0
 _DATABASE: Final = "superlink.db"
@@ -77,8 +78,6 @@ class Guarded:
         control: The gateway's listener for operators, `host:port`.
         superlink: The SuperLink behind it, `host:port`.
         refusals: What the gateway refused, one JSON line each.
-        nodes: Each site's own file, by name.
-        processes: All that were started.
     """
 
     folder: Path
@@ -109,39 +108,30 @@ class Guarded:
         return next(process for process in self.processes if process.name == name)
 
 
-def found(folder: Path, names: Sequence[str], *, fleet_port: int) -> Path:
+def establish(folder: Path, names: Sequence[str], *, fleet_port: int) -> Path:
     """Provision a federation and let its sites enrol, be admitted and install their kits.
 
     Args:
         folder: Made with a folder `federation` of the coordinator, and `keys/NAME` of each site.
-        names: The sites'.
-        fleet_port: Of the gateway's listener for sites.
 
     Returns:
         The coordinator's folder.
-
-    Raises:
-        SilotuneError: As the commands.
     """
     now = datetime.datetime.now(datetime.UTC)
     text = _FEDERATION_FILE.format(federation=FEDERATION, host=HOST, port=fleet_port, operator=OPERATOR)
     (folder / "federation.toml").write_text(text)
     made = folder / "federation"
     pinned = founding.provision(folder / "federation.toml", folder=made, now=now)
+    members = sorted((made / "governance").iterdir())[: pinned.quorum]
     for name in names:
-        _join(name, made=made, keys=folder / "keys" / name, pinned=pinned, now=now)
+        keys = folder / "keys" / name
+        keys.parent.mkdir(mode=0o700, exist_ok=True)
+        words = enroll.enroll(keys, federation_id=FEDERATION, name=name).words
+        admit.admit(made, request_file=keys / enroll.REQUEST, words=words, governance_files=members, now=now)
+        install.install(made / "kits" / name, keys=keys, words=pinned.words, now=now)
     for name in names:
         install.update_roster(made / kit.ROSTER, keys=folder / "keys" / name)
     return made
-
-
-def _join(name: str, *, made: Path, keys: Path, pinned: Governance, now: datetime.datetime) -> None:
-    """One site from its request to its installed kit."""
-    keys.parent.mkdir(mode=0o700, exist_ok=True)
-    words = enroll.enroll(keys, federation_id=FEDERATION, name=name).words
-    members = sorted((made / "governance").iterdir())[: pinned.quorum]
-    admit.admit(made, request_file=keys / enroll.REQUEST, words=words, governance_files=members, now=now)
-    install.install(made / "kits" / name, keys=keys, words=pinned.words, now=now)
 
 
 @dataclass(frozen=True)
@@ -164,36 +154,8 @@ class Built:
 
 
 @contextmanager
-def federation(
-    tables: Mapping[str, Sequence[Mapping[str, Any]]],
-    *,
-    settings: config.RunConfig,
-    base_folder: Path,
-    policy: Callable[[Path], str],
-    logs: Path,
-    prefixes: Mapping[str, Sequence[str]],
-) -> Iterator[Guarded]:
-    """Run what `built` builds; see there, and `running` for the prefixes.
-
-    Raises:
-        TransportError: Something did not start; the message names its log.
-        SilotuneError: As the commands.
-    """
-    with (
-        built(tables, settings=settings, base_folder=base_folder, policy=policy, logs=logs) as ready,
-        running(ready, logs=logs, prefixes=prefixes) as started,
-    ):
-        yield started
-
-
-@contextmanager
 def built(
-    tables: Mapping[str, Sequence[Mapping[str, Any]]],
-    *,
-    settings: config.RunConfig,
-    base_folder: Path,
-    policy: Callable[[Path], str],
-    logs: Path,
+    source: Source, tables: Mapping[str, Sequence[Fields]], *, base_folder: Path, policy: Policies, logs: Path
 ) -> Iterator[Built]:
     """Build a federation in a temporary folder, with held-out rows as `world` splits them.
 
@@ -201,54 +163,40 @@ def built(
     here, as the simulation of the run has them.
 
     Args:
-        tables: Rows by site.
-        settings: The run; the sites' column names are taken from it.
-        base_folder: The base model's folder.
+        source: What the run says about its rows; the sites' column names are taken from it.
         policy: See `build`; it has to list `held_out.jsonl` beside the rows too.
-        logs: See `running`.
-
-    Raises:
-        SilotuneError: As the commands.
     """
-    divided = _divided(tables, settings)
+    rows = {name: read.to_rows(list(map(dict, table)), source.columns) for name, table in tables.items()}
+    train: dict[str, list[Fields]] = {name: [] for name in tables}
+    held_out: dict[str, list[Fields]] = {name: [] for name in tables}
+    for name, data in source.split(rows).items():
+        aside = {row.row_id for row in data.held_out}
+        for fields, row in zip(tables[name], rows[name], strict=True):
+            (held_out if row.row_id in aside else train)[name].append(fields)
     with TemporaryDirectory(prefix="silotune-", ignore_cleanup_errors=True) as folder:
-        yield build(
-            {name: train for name, (train, _) in divided.items()},
-            held_out={name: held_out for name, (_, held_out) in divided.items()},
-            settings=settings,
-            folder=Path(folder),
-            base_folder=base_folder,
-            policy=policy,
-            logs=logs,
-        )
+        files = {"folder": Path(folder), "base_folder": base_folder, "logs": logs}
+        yield build(train, held_out=held_out, data=source.data, policy=policy, **files)
 
 
 def build(
-    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    tables: Mapping[str, Sequence[Fields]],
     *,
-    settings: config.RunConfig,
+    data: config.DataConfig,
     folder: Path,
     base_folder: Path,
-    policy: Callable[[Path], str],
+    policy: Policies,
     logs: Path,
-    held_out: Mapping[str, Sequence[Mapping[str, Any]]] = site_files.NO_ROWS,
+    held_out: Mapping[str, Sequence[Fields]] = site_files.NO_ROWS,
 ) -> Built:
     """Provision, let every site join, and write the sites' files and policies.
 
     Args:
-        tables: Rows by site.
-        settings: The sites' column names are taken from it.
+        data: `[data]` of the run, from which the sites' column names are taken.
         folder: Where to; short, as each agent's socket is in it, too.
-        base_folder: The base model's folder.
         policy: Path of a site's rows to the text of its policy, which is signed here by one admin for all.
-        logs: For the sites' own logs.
-        held_out: See `site_files.write`.
-
-    Raises:
-        SilotuneError: As the commands.
     """
     ports = {name: deployment.free_port() for name in ("superlink", "fleet", "control", *tables)}
-    found(folder, list(tables), fleet_port=ports["fleet"])
+    establish(folder, list(tables), fleet_port=ports["fleet"])
     admin = identity.public_hex(identity.create(folder / ADMIN_KEY))
     lines = {}
     for name in tables:
@@ -258,7 +206,7 @@ def build(
     sites = site_files.write(
         tables,
         held_out=held_out,
-        settings=settings,
+        data=data,
         folder=folder,
         base_folder=base_folder.absolute(),
         log_folder=logs.absolute() / "sites",
@@ -297,10 +245,10 @@ def kit_policy(rows_file: Path, *, base_sha256: str, changes: Mapping[str, str])
     }
     lines = (site.parent / "keys" / site.name / kit.POLICY).read_text().splitlines()
     for key, value in filled.items():
-        places = [number for number, line in enumerate(lines) if line.startswith(f"{key} = ")]
-        if len(places) != 1:
-            raise KeyError(f"{key} stands {len(places)} times in the policy of a kit")
-        lines[places[0]] = f"{key} = {value}"
+        numbers = [number for number, line in enumerate(lines) if line.startswith(f"{key} = ")]
+        if len(numbers) != 1:
+            raise KeyError(f"{key} stands {len(numbers)} times in the policy of a kit")
+        lines[numbers[0]] = f"{key} = {value}"
     return "\n".join([*lines, ""])
 
 
@@ -311,7 +259,6 @@ def running(
     """Start everything, wait until all nodes are connected; stop everything on leaving.
 
     Args:
-        built: The federation.
         logs: Folder for one log file a process, and the gateway's refusals.
         prefixes: What a site's agent is started under, by the site's name, such as `unshare --net`.
         fleet: Where the links connect, `host:port`; default: the gateway.
@@ -330,22 +277,8 @@ def running(
         yield started
 
 
-def _divided(
-    tables: Mapping[str, Sequence[Mapping[str, Any]]], settings: config.RunConfig
-) -> dict[str, tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]]:
-    """Every site's rows to train on and held out, as `world` splits them."""
-    plain = {name: list(map(dict, table)) for name, table in tables.items()}
-    sides: dict[str, tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]] = {}
-    for name, data in world.split_sites(plain, settings).items():
-        held_out = {row.row_id for row in data.held_out}
-        sides[name] = ([], [])
-        for fields, row in zip(plain[name], read.to_rows(plain[name], world.columns_of(settings)), strict=True):
-            sides[name][row.row_id in held_out].append(fields)
-    return sides
-
-
 def _start(running: Guarded, built: Built, *, logs: Path, prefixes: Mapping[str, Sequence[str]], fleet: str) -> None:
-    """SuperLink, gateway and agents; then links and couriers, which the gateway registers."""
+    """Start SuperLink, gateway and agents; then links and couriers, which the gateway registers."""
     folder, sites = built.folder, built.sites
     env = deployment.environment(flwr_home=folder / "flower", num_threads=1)
 
@@ -360,53 +293,40 @@ def _start(running: Guarded, built: Built, *, logs: Path, prefixes: Mapping[str,
         left.unlink()
     files = {"ca_file": running.ca_file, "certificate": certificate, "database": folder / _DATABASE}
     start("superlink", deployment.superlink_command(running.superlink, **files))
-    gateway_file = _write_gateway(running, folder=folder, fleet=built.address("fleet"))
+    gateway_file = folder / "gateway.toml"
+    text = _GATEWAY_FILE.format(
+        superlink=running.superlink,
+        control=running.control,
+        fleet=built.address("fleet"),
+        keys=folder,
+        federation=running.folder,
+        refusals=running.refusals.absolute(),
+    )
+    gateway_file.write_text(text)
     start("gateway", [sys.executable, "-m", "server.cli.app", "gateway", str(gateway_file)])
     for site in sites:
         start(f"{site.name}-agent", [*prefixes.get(site.name, ()), *site.command])
     wait(lambda: all(map(deployment.accepts, (running.superlink, running.control))), "SuperLink and gateway")
     with link.connect(running.control, ca_file=running.ca_file, identity=running.operator) as connected:
         for site in sites:
-            start(
-                f"{site.name}-link",
-                _link_command(folder, site, gateway=fleet, address=built.address(site.name)),
+            keys, state, address = (
+                folder / "keys" / site.name,
+                site.socket_path.parent / "link",
+                built.address(site.name),
             )
-            wait(partial(deployment.accepts, built.address(site.name)), "a link")
-            keys, ca_file = folder / "keys" / site.name, site.socket_path.parent / "link" / CERTIFICATE
-            key_file = keys / enroll.NODE_KEY
-            command = deployment.courier_command(
-                built.address(site.name), ca_file=ca_file, key_file=key_file, site=site
-            )
-            start(f"{site.name}-courier", command)
+            options = {
+                "gateway": fleet,
+                "port": built.ports[site.name],
+                "state": state,
+                "ca": keys / kit.CA,
+                "certificate": keys / kit.CERTIFICATE,
+                "key": keys / enroll.TLS_KEY,
+                "agent": site.socket_path,
+            }
+            given = [f"--{name}={value}" for name, value in options.items()]
+            start(f"{site.name}-link", [sys.executable, "-m", "client.cli.app", "link", *given])
+            wait(partial(deployment.accepts, address), "a link")
+            key_files = {"ca_file": state / CERTIFICATE, "key_file": keys / enroll.NODE_KEY}
+            start(f"{site.name}-courier", deployment.courier_command(address, site=site, **key_files))
         wait(lambda: len(connected.online_node_ids()) == len(sites), "all couriers")
     wait(lambda: all(map(deployment.agent_answers, sites)), "all agents")
-
-
-def _write_gateway(running: Guarded, *, folder: Path, fleet: str) -> Path:
-    """The gateway's own file."""
-    text = _GATEWAY_FILE.format(
-        superlink=running.superlink,
-        control=running.control,
-        fleet=fleet,
-        keys=folder,
-        federation=running.folder,
-        refusals=running.refusals.absolute(),
-    )
-    (folder / "gateway.toml").write_text(text)
-    return folder / "gateway.toml"
-
-
-def _link_command(folder: Path, site: Site, *, gateway: str, address: str) -> list[str]:
-    """The command of one site's link."""
-    keys = folder / "keys" / site.name
-    options = {
-        "gateway": gateway,
-        "port": address.rpartition(":")[2],
-        "state": site.socket_path.parent / "link",
-        "ca": keys / kit.CA,
-        "certificate": keys / kit.CERTIFICATE,
-        "key": keys / enroll.TLS_KEY,
-        "agent": site.socket_path,
-    }
-    given = [f"--{name}={value}" for name, value in options.items()]
-    return [sys.executable, "-m", "client.cli.app", "link", *given]

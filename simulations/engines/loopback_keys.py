@@ -1,6 +1,5 @@
 """Throw-away keys for a federation on one machine: a certificate for loopback, and node keys. Never for production."""
 
-import argparse
 import datetime
 from pathlib import Path
 from typing import Final
@@ -29,27 +28,14 @@ def write_certificates(folder: Path) -> None:
     root = ca.make_root(FEDERATION, key=ec.generate_private_key(ec.SECP384R1()), span=span)
     key, names = ec.generate_private_key(ec.SECP384R1()), (LOOPBACK,)
     issuer = ca.make_issuer(FEDERATION, role=ca.SERVERS, key=key, root=root, span=span, names=names)
-    own = certs.create_tls_key(folder / "server.key").public_key()
+    public = certs.create_tls_key(folder / "server.key").public_key()
     server = ca.issue(
-        LOOPBACK, role=ca.SERVERS, federation_id=FEDERATION, key=own, issuer=issuer, span=span, names=names
+        LOOPBACK, role=ca.SERVERS, federation_id=FEDERATION, key=public, issuer=issuer, span=span, names=names
     )
     storage.write_atomic(folder / "ca.pem", root.pem)
     storage.write_atomic(folder / "server.pem", server.public_bytes(Encoding.PEM) + issuer.pem)
 
 
-def main() -> None:
-    """Write the certificates into a folder: `python -m simulations.engines.loopback_keys FOLDER`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="made if it is not there, readable by this user only")
-    folder: Path = parser.parse_args().folder
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_certificates(folder)
-
-
 def write_node_key(path: Path) -> bytes:
     """Write a node's private key, P-384 in OpenSSH form as a SuperNode reads it; returns the public key, as PEM."""
     return certs.public_pem(certs.create_node_key(path)).encode("ascii")
-
-
-if __name__ == "__main__":
-    main()

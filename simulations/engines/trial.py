@@ -14,8 +14,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -75,26 +75,26 @@ def make(folder: Path) -> Built:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty and holds no trial; give another folder")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    place = folder.absolute()
+    folder = folder.absolute()
     rows = [row for row in records.generate(scale=SCALE) if row["site"] in SITES]
     base_sha256 = hash_base(world.EMBEDDED_BASE)
     built = guarded.build(
         {name: [row for row in rows if row["site"] == name] for name in SITES},
-        settings=config.load(RUN_FILE),
-        folder=place,
+        data=config.load(RUN_FILE).data,
+        folder=folder,
         base_folder=world.EMBEDDED_BASE,
         policy=lambda rows_file: guarded.kit_policy(rows_file, base_sha256=base_sha256, changes=_POLICY),
-        logs=place / LOGS,
+        logs=folder / LOGS,
     )
-    (place / BASE).symlink_to(world.EMBEDDED_BASE)
+    (folder / BASE).symlink_to(world.EMBEDDED_BASE)
     regional = [row for row in records.generate() if row["instruction"] in (records.TRIAGE, records.FORMULARY)]
     public = [f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in regional if row["site"] not in SITES]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in public)
-    storage.write_atomic(place / PUBLIC, lines.encode())
-    task = _TASK.format(path=json.dumps(str(place / PUBLIC)))
-    storage.write_atomic(place / "run.toml", RUN_FILE.read_bytes() + task.encode())
-    storage.write_atomic(place / ENV, f"GATEWAY={built.address('control')}\n".encode())
-    storage.write_atomic(place / STATE, json.dumps({"ports": built.ports}).encode())  # last: now it is whole
+    storage.write_atomic(folder / PUBLIC, lines.encode())
+    task = _TASK.format(path=json.dumps(str(folder / PUBLIC)))
+    storage.write_atomic(folder / "run.toml", RUN_FILE.read_bytes() + task.encode())
+    storage.write_atomic(folder / ENV, f"GATEWAY={built.address('control')}\n".encode())
+    storage.write_atomic(folder / STATE, json.dumps({"ports": built.ports}).encode())  # last: now it is whole
     return built
 
 
@@ -104,13 +104,13 @@ def load(folder: Path) -> Built:
     Raises:
         ConfigError: It was not written to its end, or by another release.
     """
-    place = folder.absolute()
     try:
-        state: dict[str, Any] = json.loads((place / STATE).read_text())
+        state: dict[str, Any] = json.loads((folder / STATE).read_text())
         ports = {str(name): int(port) for name, port in state["ports"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{folder} holds no whole trial; remove it and begin anew") from None
-    return Built(place, [site_files.site_at(place / name, name=name, has_policy=True) for name in SITES], ports)
+    folder = folder.absolute()
+    return Built(folder, [site_files.site_at(folder / name, name=name, has_policy=True) for name in SITES], ports)
 
 
 def _open(folder: Path) -> Built:
@@ -122,7 +122,6 @@ def serve(folder: Path, *, announce: Callable[[Built], None]) -> None:
     """Run the federation until SIGTERM, Ctrl-C or the end of one of its processes; made first if it is not there.
 
     Args:
-        folder: Of the federation.
         announce: Called when all parties are connected.
 
     Raises:
@@ -130,8 +129,20 @@ def serve(folder: Path, *, announce: Callable[[Built], None]) -> None:
         TransportError: A process did not start or has ended; the message names its log.
     """
     built = _open(folder)
-    with _alone(folder), guarded.running(built, logs=folder / LOGS) as started:
-        _create_ledgers(built, folder / LOGS)
+    with ExitStack() as stack:
+        file = stack.enter_context((folder / STATE).open("rb"))
+        if not lock.try_lock(file.fileno(), fcntl.LOCK_EX, folder):
+            raise _busy(folder)
+        started = stack.enter_context(guarded.running(built, logs=folder / LOGS))
+        # Each site's privacy ledger, by the site's own command; its agent has begun its log by now.
+        for site in built.sites:
+            if any((folder / LOGS / "sites" / site.name).rglob("*.ledger")):
+                continue
+            node = site.socket_path.with_name(site_files.NODE)
+            command = (sys.executable, "-m", "client.cli.app", "ledger", "create", str(node))
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise TransportError(f"{site.name}: {done.stderr.strip()}")
         storage.write_atomic(folder / PID, f"{os.getpid()}\n".encode())
         try:
             announce(built)
@@ -144,12 +155,7 @@ def serve(folder: Path, *, announce: Callable[[Built], None]) -> None:
 
 
 def detach(folder: Path) -> Built:
-    """Run the federation in a process of its own, and return when all parties are connected.
-
-    Raises:
-        ConfigError: As `serve`.
-        TransportError: It ended before that; the message names its log.
-    """
+    """Run the federation in a process of its own, and return when all parties are connected."""
     built = _open(folder)
     if is_running(folder):
         raise _busy(folder)
@@ -204,7 +210,7 @@ def commands(folder: Path, built: Built) -> list[str]:
 
 
 def render(folder: Path, commands: Sequence[str], *, is_detached: bool) -> list[str]:
-    """What to tell whoever started it."""
+    """Lines for whoever started it."""
     launch, review, *approvals = commands
     ending = (
         f"Stop it with: silotune-server trial {shlex.quote(str(folder))} --stop" if is_detached else "Ctrl-C stops it."
@@ -222,29 +228,7 @@ def render(folder: Path, commands: Sequence[str], *, is_detached: bool) -> list[
     ]
 
 
-def _create_ledgers(built: Built, logs: Path) -> None:
-    """Each site's privacy ledger by the site's own command, once the agent has begun its log."""
-    for site in built.sites:
-        if any((logs / "sites" / site.name).rglob("*.ledger")):
-            continue
-        node = site.socket_path.with_name(site_files.NODE)
-        command = (sys.executable, "-m", "client.cli.app", "ledger", "create", str(node))
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise TransportError(f"{site.name}: {done.stderr.strip()}")
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of a federation while it runs."""
-    with (folder / STATE).open("rb") as file:
-        if not lock.try_lock(file.fileno(), fcntl.LOCK_EX, folder):
-            raise _busy(folder)
-        yield
-
-
 def _busy(folder: Path) -> ConfigError:
-    """What a second one is told."""
     return ConfigError(f"the trial in {folder} runs already; stop it with: silotune-server trial {folder} --stop")
 
 

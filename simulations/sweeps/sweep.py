@@ -47,12 +47,7 @@ class Sweep(Section):
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination.
-
-    Attributes:
-        points: Name of the point on each axis.
-        overrides: Its settings, as `--set` takes them.
-    """
+    """One combination."""
 
     points: tuple[str, ...]
     overrides: Mapping[str, str]
@@ -84,32 +79,29 @@ def load(path: Path) -> Sweep:
     try:
         return Sweep.model_validate(tomllib.loads(reading.read(path)))
     except ValidationError as error:
-        told = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
-        raise ConfigError(f"{path}: {'; '.join(told)}") from None
+        problems = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+        raise ConfigError(f"{path}: {'; '.join(problems)}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not TOML ({error})") from error
 
 
 def cells(sweep: Sweep) -> list[Cell]:
     """All combinations, the last axis fastest."""
-    shared = dict(sweep.set)
-    found = []
+    combinations = []
     for chosen in itertools.product(*(axis.items() for axis in sweep.axis.values())):
-        settings = shared | {key: value for _, point in chosen for key, value in point.items()}
-        overrides = {key: _toml(value) for key, value in settings.items()}
-        found.append(Cell(tuple(name for name, _ in chosen), overrides))
-    return found
+        overrides = {}
+        for key, value in [*sweep.set.items(), *(pair for _, point in chosen for pair in point.items())]:
+            is_word = isinstance(value, str)
+            overrides[key] = f'"{value}"' if is_word else str(value).lower() if isinstance(value, bool) else repr(value)
+        combinations.append(Cell(tuple(name for name, _ in chosen), overrides))
+    return combinations
 
 
 def play(path: Path, *, output: Path, jobs: int, data: str = "", model: str = "") -> dict[str, Any]:
     """Run what is not finished yet, `jobs` at a time, and gather the figures.
 
     Args:
-        path: The sweep file.
-        output: Folder of all runs.
         jobs: Runs at once, one thread each.
-        data: Other rows than the run file's.
-        model: Another base.
 
     Returns:
         `cells`: the points of each with its intervals; `refused`: the others with the reason; `privacy`: what all
@@ -121,21 +113,35 @@ def play(path: Path, *, output: Path, jobs: int, data: str = "", model: str = ""
     """
     sweep = load(path)
     run_file = path.parent / sweep.run
-    refused, plans = _sorted_out(run_file, cells(sweep))
-    allowed = [cell for cell, _ in plans]
-    waiting = [
-        (cell, seed) for cell in allowed for seed in sweep.seeds if not _is_finished(_folder(output, cell, seed))
-    ]
-    failed = _run_all(run_file, waiting, output=output, jobs=jobs, data=data, model=model)
+    refused, plans = allowed_cells(run_file, cells(sweep))
+    waiting = []
+    for cell, seed in itertools.product([cell for cell, _ in plans], sweep.seeds):
+        log = _folder(output, cell, seed) / events.FILE
+        if not (log.is_file() and any(event["kind"] == "run_finished" for event in events.read(log))):
+            waiting.append((cell, seed))
+    failed = []
+    with Progress(console=cli.progress(as_json=True), transient=True) as bar, ThreadPoolExecutor(jobs) as pool:
+        task, folders = bar.add_task("runs", total=len(waiting)), {}
+        for cell, seed in waiting:
+            folder = _folder(output, cell, seed)
+            folders[pool.submit(_run, run_file, cell, seed, folder=folder, data=data, model=model)] = str(folder)
+        for done in as_completed(folders):
+            bar.advance(task)
+            if done.result():
+                failed.append(folders[done])
     if failed:
-        told = f"{len(failed)} of {len(waiting)} runs failed; {failed[0]}/{LOG_FILE} says why"
-        raise SilotuneError(f"{told}, and the same command goes on with what is missing")
-    found = [{"points": list(cell.points), **_figures(output, cell, sweep.seeds)} for cell in allowed]
+        what = f"{len(failed)} of {len(waiting)} runs failed; {min(failed)}/{LOG_FILE} says why"
+        raise SilotuneError(f"{what}, and the same command goes on with what is missing")
+    shown = []
+    for cell, _ in plans:
+        figures = [_figures(_folder(output, cell, seed)) for seed in sweep.seeds]
+        intervals = {name: asdict(interval([values[name] for values in figures])) for name in figures[0]}
+        shown.append({"points": list(cell.points), "figures": intervals})
     return {
         "axes": list(sweep.axis),
         "num_seeds": len(sweep.seeds),
-        "cells": found,
-        "privacy": _together([settings for _, settings in plans], len(sweep.seeds)),
+        "cells": shown,
+        "privacy": search_cost([settings for _, settings in plans], len(sweep.seeds)),
         "refused": [{"points": list(cell.points), "reason": reason} for cell, reason in refused],
     }
 
@@ -149,7 +155,7 @@ def render(result: Mapping[str, Any]) -> Iterator[Table | str]:
         table.add_row(*cell["points"], *shown)
     yield table
     if result["privacy"]:
-        yield _told(result["privacy"])
+        yield cost_in_words(result["privacy"])
     for cell in result["refused"]:
         yield f"refused: {', '.join(cell['points'])}: {cell['reason']}"
 
@@ -167,7 +173,7 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean(values), quantile * stdev(values) / len(values) ** 0.5)
 
 
-def _together(plans: Sequence[config.RunConfig], num_seeds: int) -> dict[str, Any] | None:
+def search_cost(plans: Sequence[config.RunConfig], num_seeds: int) -> dict[str, Any] | None:
     """What a search costs: a unit is in every run, and the best of the runs is chosen by all of them.
 
     No ledger is charged, as a simulation has none; at a site each run is charged to the site's.
@@ -185,11 +191,11 @@ def _together(plans: Sequence[config.RunConfig], num_seeds: int) -> dict[str, An
             epsilon = round(accounting.compose(rounds, dp_delta=dp_delta), 4)
         except AccountingUnsupported as error:
             reason = str(error)
-    told = {"num_runs": len(plans) * num_seeds, "modes": modes, "dp_delta": dp_delta}
-    return {**told, "epsilon": epsilon, "reason": reason}
+    num_runs = len(plans) * num_seeds
+    return {"num_runs": num_runs, "modes": modes, "dp_delta": dp_delta, "epsilon": epsilon, "reason": reason}
 
 
-def _told(privacy: Mapping[str, Any]) -> str:
+def cost_in_words(privacy: Mapping[str, Any]) -> str:
     """The cost of a search in words."""
     runs = f"these {privacy['num_runs']} runs together"
     if privacy["epsilon"] is None:
@@ -201,13 +207,13 @@ def _told(privacy: Mapping[str, Any]) -> str:
     )
 
 
-def _sorted_out(
-    run_file: Path, found: Sequence[Cell]
+def allowed_cells(
+    run_file: Path, combinations: Sequence[Cell]
 ) -> tuple[list[tuple[Cell, str]], list[tuple[Cell, config.RunConfig]]]:
     """Combinations that the run file's own rules refuse, with the reason, and the others, resolved."""
     refused: list[tuple[Cell, str]] = []
     allowed: list[tuple[Cell, config.RunConfig]] = []
-    for cell in found:
+    for cell in combinations:
         try:
             settings = privacy_plan.resolve(config.load(run_file, overrides=cell.overrides))
         except ConfigError as error:
@@ -219,44 +225,16 @@ def _sorted_out(
     return refused, allowed
 
 
-def _run_all(
-    run_file: Path, waiting: Sequence[tuple[Cell, int]], *, output: Path, jobs: int, data: str, model: str
-) -> list[str]:
-    """Names of runs that failed."""
-    failed = []
-    with Progress(console=cli.progress(as_json=True), transient=True) as bar, ThreadPoolExecutor(jobs) as pool:
-        task = bar.add_task("runs", total=len(waiting))
-        places = {}
-        for cell, seed in waiting:
-            folder = _folder(output, cell, seed)
-            places[pool.submit(_run, run_file, cell, seed, folder=folder, data=data, model=model)] = str(folder)
-        for done in as_completed(places):
-            bar.advance(task)
-            if done.result():
-                failed.append(places[done])
-    return sorted(failed)
-
-
 def _run(run_file: Path, cell: Cell, seed: int, *, folder: Path, data: str, model: str) -> int:
     """One run in a process of its own; its exit code. What an interrupted one left is gone on with."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = [f"--set={key}={value}" for key, value in {**cell.overrides, "seed": str(seed)}.items()]
     named = [*(["--data", data] if data else []), *(["--model", model] if model else [])]
     resume = ["--resume"] if (folder / run_files.RUN_FILE).exists() else []
-    command = [
-        sys.executable,
-        "-m",
-        "simulations.cli.app",
-        "run",
-        str(run_file),
-        "--output",
-        str(folder),
-        "--threads",
-        "1",
-    ]
+    command = [sys.executable, "-m", "simulations.cli.app", "run", str(run_file), "--output", str(folder)]
     with (folder / LOG_FILE).open("wb") as log:
         done = subprocess.run(
-            [*command, "--json", *settings, *named, *resume],
+            [*command, "--threads", "1", "--json", *settings, *named, *resume],
             env={**os.environ, **ONE_THREAD},
             stdout=log,
             stderr=log,
@@ -266,24 +244,10 @@ def _run(run_file: Path, cell: Cell, seed: int, *, folder: Path, data: str, mode
 
 
 def _folder(output: Path, cell: Cell, seed: int) -> Path:
-    """Of one run."""
     return output / cell.name / f"seed-{seed}"
 
 
-def _is_finished(folder: Path) -> bool:
-    """Whether a run has ended well."""
-    path = folder / events.FILE
-    return path.is_file() and any(event["kind"] == "run_finished" for event in events.read(path))
-
-
-def _figures(output: Path, cell: Cell, seeds: Sequence[int]) -> dict[str, Any]:
-    """Intervals of a combination's figures."""
-    found = [_of_run(_folder(output, cell, seed)) for seed in seeds]
-    intervals = {name: interval([figures[name] for figures in found]) for name in found[0]}
-    return {"figures": {name: asdict(found) for name, found in intervals.items()}}
-
-
-def _of_run(folder: Path) -> dict[str, float]:
+def _figures(folder: Path) -> dict[str, float]:
     """Figures of one finished run: losses in nats per answer token, gap as a share, traffic in MB."""
     log = events.read(folder / events.FILE)
     last = [event for event in log if event["kind"] == "evaluated"][-1:]
@@ -299,8 +263,3 @@ def _of_run(folder: Path) -> dict[str, float]:
         "largest gap": max(gaps, default=0.0),
         "MB up": sum(event["bytes_up"] for event in rounds) / 1e6,
     }
-
-
-def _toml(value: Setting) -> str:
-    """A setting as `--set` takes it."""
-    return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else repr(value)

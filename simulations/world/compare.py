@@ -7,10 +7,8 @@ Training rows are counted as they are used, so a row that is used in three steps
 uses as many rows as all sites of the federation did together; a site alone uses what it would use in every round.
 """
 
-import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from client.agent.agent import SiteData
@@ -20,8 +18,8 @@ from common.errors import DataError
 from common.event_kinds import ArmFinished, ArmStarted, ArmStep, Compared, Event, SiteStep
 from common.events import EventLog
 from common.frame import wire
-from common.model.base import Engine
 from common.run import config
+from common.run.schema.privacy import PrivacyConfig
 from common.scores import Arm, SiteScore
 from server.aggregate.methods import table
 from server.fleet import federation
@@ -30,62 +28,52 @@ from server.fleet.federation import Federation
 from server.folder import run_files
 from server.run import run as server_run
 from simulations.world import run, world
-from simulations.world.world import Engines, Failures
+from simulations.world.world import Failures, World
 
 COMPARISON_FILE = "comparison.json"
-
-
-@dataclass(frozen=True)
-class World:
-    """What all arms share."""
-
-    settings: config.RunConfig
-    engine: Engine
-    sites: Mapping[str, SiteData]
-    folder: Path
-
-    @functools.cached_property
-    def engines(self) -> Engines:
-        """The base at each precision that sites have."""
-        return Engines(self.settings, self.engine)
 
 
 def compare(shared: World, log: EventLog) -> dict[str, Arm]:
     """Train and score every arm; the federated one is the run of the folder itself.
 
     Args:
-        shared: Settings, base and sites.
         log: Events of the folder; an `arm_started` and `arm_finished` for every arm.
 
     Returns:
         Held-out loss (nats per answer token), exact match, both by site, and `rows_used` (training rows, each as often
         as it was used), for `base`, `site-NAME`, `federated` and `centralised`; also written to `comparison.json`.
     """
-    judge = Judge(shared)
-    results = {"base": _scored(judge, "base", shared.engine.initial, log, rows_used=0)}
-    outcome = run.in_process(
-        shared.settings,
-        sites=shared.sites,
-        engine=shared.engine,
-        folder=shared.folder,
-        log=log,
-        engines=shared.engines,
+    judge, settings = Judge(shared), shared.settings
+    results = {"base": _scored(judge, "base", shared.engine.initial, log, num_rows=0)}
+    outcome = run.in_process(shared, log=log)
+    sites = {site: shared.sites[site] for site in judge.sites}
+    trainings = _trainings(shared.folder)
+    used = rows_used(trainings, settings.training, settings.privacy, sites)
+    results["federated"] = _scored(judge, "federated", outcome.tensors, log, num_rows=used)
+    arms = {f"site-{site}": (data, alone(settings)) for site, data in sites.items()}
+    # All sites' rows in one folder, which a federation is there to avoid; whole steps are taken, the same number in
+    # each round, so that the number of rows is right to half a step a round.
+    pooled = SiteData(
+        [row for data in sites.values() for row in data.train],
+        [row for data in sites.values() for row in data.held_out],
     )
-    taking_part = {site: shared.sites[site] for site in judge.sites}
-    trainings, pooled = _trainings(shared.folder), _pooled(taking_part)
-    used = rows_used(trainings, shared.settings, taking_part)
-    results["federated"] = _scored(judge, "federated", outcome.tensors, log, rows_used=used)
-    single = alone(shared.settings)
-    arms = {f"site-{site}": (data, single) for site, data in taking_part.items()}
     num_rounds = len({event["round"] for event in trainings})  # fewer than planned where the run stopped early
-    equal = with_rows(single, used, data=pooled, num_rounds=num_rounds)
-    arms["centralised"] = (pooled, equal)
-    for name, (data, settings) in arms.items():
+    num_steps = max(1, round(used / (num_rounds * rows_a_step(settings.training, settings.privacy, pooled))))
+    arms["centralised"] = (pooled, alone(settings, num_steps=num_steps))
+    for name, (data, single) in arms.items():
         log.append(ArmStarted(arm=name))
-        site = name.removeprefix("site-")
-        tensors = _train_alone(shared, name, {site: data}, settings, log)
-        used = rows_used(_trainings(shared.folder / "arms" / name), settings, {site: data})
-        results[name] = _scored(judge, name, tensors, log, rows_used=used)
+        site, folder = name.removeprefix("site-"), shared.folder / "arms" / name
+
+        def tell(event: Event, name: str = name) -> None:
+            if isinstance(event, SiteStep):
+                log.tell(ArmStep(arm=name, round=event.round, step=event.step, num_steps=event.num_steps))
+
+        arm_log = run_files.prepare(single, folder)
+        arm_log.watchers.append(tell)
+        arm = World(single, shared.engine, {site: data}, folder, shared.engines)
+        tensors = run.in_process(arm, log=arm_log).tensors
+        used = rows_used(_trainings(folder), single.training, single.privacy, {site: data})
+        results[name] = _scored(judge, name, tensors, log, num_rows=used)
     compared = log.append(Compared(comparison=results))
     storage.write_atomic(shared.folder / COMPARISON_FILE, wire.canonical_json(compared.as_dict()["comparison"]) + b"\n")
     return results
@@ -132,73 +120,44 @@ class Judge:
         )
 
 
-def _scored(judge: Judge, name: str, tensors: Tensors, log: EventLog, *, rows_used: int) -> Arm:
+def _scored(judge: Judge, name: str, tensors: Tensors, log: EventLog, *, num_rows: int) -> Arm:
     """Score an arm and log it."""
-    result = judge.score(tensors, rows_used=rows_used)
+    result = judge.score(tensors, rows_used=num_rows)
     log.append(ArmFinished(arm=name, **vars(result)))
     return result
 
 
-def _pooled(sites: Mapping[str, SiteData]) -> SiteData:
-    """All sites' rows in one place; what a federation is there to avoid."""
-    parts = sites.values()
-    return SiteData([row for data in parts for row in data.train], [row for data in parts for row in data.held_out])
-
-
-def _train_alone(
-    shared: World, name: str, sites: Mapping[str, SiteData], settings: config.RunConfig, watched: EventLog
-) -> Tensors:
-    """A federation of one; scored elsewhere. Its steps are told to who watches the run."""
-    folder = shared.folder / "arms" / name
-    log = run_files.prepare(settings, folder)
-
-    def tell(event: Event) -> None:
-        if isinstance(event, SiteStep):
-            watched.tell(ArmStep(arm=name, round=event.round, step=event.step, num_steps=event.num_steps))
-
-    log.watchers.append(tell)
-    outcome = run.in_process(
-        settings, sites=sites, engine=shared.engine, folder=folder, log=log, engines=shared.engines
-    )
-    return outcome.tensors
-
-
-def alone(settings: config.RunConfig) -> config.RunConfig:
-    """The same run for a single site, evaluated only where it must be."""
-    one = {"min_sites": 1, "sites_per_round": 0, "num_sites": 1}
+def alone(settings: config.RunConfig, *, num_steps: int = 0) -> config.RunConfig:
+    """The same run for a single site, evaluated only where it must be; with another number of steps a round, if any."""
+    single = {"min_sites": 1, "sites_per_round": 0, "num_sites": 1}
     quick = {"exact_match_rows": 0, "every_rounds": settings.federation.num_rounds, "num_polish_stages": 0}
+    steps = {"local_steps": num_steps, "local_epochs": 0.0} if num_steps else {}
     return settings.model_copy(
         update={
-            "federation": settings.federation.model_copy(update=one),
+            "federation": settings.federation.model_copy(update=single),
             "evaluation": settings.evaluation.model_copy(update=quick),
+            "training": settings.training.model_copy(update=steps),
             "gate": config.GateConfig(),  # of the federation's adapter
             "export": config.ExportConfig(),  # likewise
         }
     )
 
 
-def with_rows(settings: config.RunConfig, num_rows: int, *, data: SiteData, num_rounds: int) -> config.RunConfig:
-    """The same run for a single site that uses this many training rows in this many rounds.
-
-    Whole steps are taken, the same number in each round, so that the count is right to half a step a round.
-    """
-    steps = max(1, round(num_rows / (num_rounds * rows_a_step(settings, data))))
-    training = settings.training.model_copy(update={"local_steps": steps, "local_epochs": 0.0})
-    return settings.model_copy(update={"training": training})
-
-
-def rows_a_step(settings: config.RunConfig, data: SiteData) -> float:
+def rows_a_step(training: config.TrainingConfig, privacy: PrivacyConfig, data: SiteData) -> float:
     """Training rows of an optimiser step: the batch, or the mean of a Poisson sample of units."""
-    privacy = settings.privacy
     if not privacy.is_private_per_unit:
-        return settings.training.batch_size
+        return training.batch_size
     rows_of_units = Counter(row.unit for row in data.train).values()
     return float(privacy.sampling_prob * sum(min(count, privacy.max_rows_per_unit) for count in rows_of_units))
 
 
-def rows_used(trainings: Sequence[Event], settings: config.RunConfig, sites: Mapping[str, SiteData]) -> int:
+def rows_used(
+    trainings: Sequence[Event], training: config.TrainingConfig, privacy: PrivacyConfig, sites: Mapping[str, SiteData]
+) -> int:
     """Training rows that the sites of a finished run used, each as often as it was; by its `site_trained` events."""
-    return round(sum(int(event["num_steps"]) * rows_a_step(settings, sites[event["site"]]) for event in trainings))
+    return round(
+        sum(int(event["num_steps"]) * rows_a_step(training, privacy, sites[event["site"]]) for event in trainings)
+    )
 
 
 def _trainings(folder: Path) -> list[Event]:

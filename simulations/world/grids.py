@@ -57,33 +57,30 @@ class InProcessGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Keep messages until their replies are pulled; returns their ids."""
-        return [self._push(message) for message in messages]
+        numbered = {}
+        for message in messages:
+            if message.metadata.dst_node_id not in self._answers:
+                raise TransportError(f"no node {message.metadata.dst_node_id} in this grid")
+            message_id = f"{next(self._numbers):08d}"
+            message.metadata.__dict__["_message_id"] = message_id  # as every Flower grid does: metadata has no setter
+            numbered[message_id] = message
+        self._pending |= numbered
+        return list(numbered)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Let the nodes answer, in the order of the ids, and return the replies that came."""
-        replies = [self._pull(message_id) for message_id in message_ids if message_id in self._pending]
-        return [reply for reply in replies if reply is not None]
+        replies = []
+        for message_id in message_ids:
+            request = self._pending.get(message_id)
+            reply = answer(self._answers[request.metadata.dst_node_id], request) if request else None
+            if reply is not None:
+                del self._pending[message_id]
+                replies.append(reply)
+        return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Push and pull once: a node that has not answered by then has no reply."""
         return self.pull_messages(self.push_messages(messages))
-
-    def _push(self, message: Message) -> str:
-        """Number one message and keep it."""
-        if message.metadata.dst_node_id not in self._answers:
-            raise TransportError(f"no node {message.metadata.dst_node_id} in this grid")
-        message_id = f"{next(self._numbers):08d}"
-        message.metadata.__dict__["_message_id"] = message_id  # as every Flower grid does: metadata has no setter
-        self._pending[message_id] = message
-        return message_id
-
-    def _pull(self, message_id: str) -> Message | None:
-        """Let one node answer; None if it has not."""
-        request = self._pending[message_id]
-        reply = answer(self._answers[request.metadata.dst_node_id], request)
-        if reply is not None:
-            del self._pending[message_id]
-        return reply
 
 
 def answer(node: Answer, request: Message) -> Message | None:
@@ -91,7 +88,6 @@ def answer(node: Answer, request: Message) -> Message | None:
 
     Args:
         node: Takes a frame, returns one; None means not yet.
-        request: A message that holds a frame.
 
     Returns:
         The reply; an error reply if the node raised `TransportError`; None if it has not answered.

@@ -16,36 +16,6 @@ How = Literal["column", "iid", "dirichlet"]
 WITHOUT_SITES: Final = 'data.partition = "iid" with data.num_sites deals rows out at random where none names a site'
 
 
-def partition(
-    table: Sequence[Fields],
-    *,
-    how: How,
-    num_sites: int = 0,
-    site_column: str = "site",
-    dirichlet_alpha: float = 0.5,
-    unit_column: str = "",
-    seed: int = 0,
-) -> dict[str, list[Fields]]:
-    """Give every row to one site; see `sites_of` for arguments and errors.
-
-    Returns:
-        Rows by site, in the table's order; names are of a-z, 0-9 and "-", ascending.
-    """
-    named = sites_of(
-        table,
-        how=how,
-        num_sites=num_sites,
-        site_column=site_column,
-        dirichlet_alpha=dirichlet_alpha,
-        unit_column=unit_column,
-        seed=seed,
-    )
-    sites: dict[str, list[Fields]] = {name: [] for name in sorted(set(named))}
-    for fields, name in zip(table, named, strict=True):
-        sites[name].append(fields)
-    return sites
-
-
 def sites_of(
     table: Sequence[Fields],
     *,
@@ -65,13 +35,10 @@ def sites_of(
     A unit with several values counts under its commonest.
 
     Args:
-        table: Rows with all their columns.
-        how: See above.
         num_sites: Number of sites; under "column" 0, or exactly the number of values.
         site_column: Not used by "iid".
         dirichlet_alpha: Concentration; small makes sites differ, large makes them alike. Only for "dirichlet".
         unit_column: Rows with one value of it stay together; "" lets every row be a unit.
-        seed: Of the random choices.
         places: Where each row was read, for messages; () calls rows by their numbers in the table.
 
     Returns:
@@ -86,31 +53,45 @@ def sites_of(
     if not table:
         raise DataError("there are no rows to give to sites: check data.source")
     places = places or [str(number) for number in range(1, len(table) + 1)]
-    units = _units(table, unit_column, places)
+    if unit_column:
+        _refuse_blank(table, unit_column, places, remedy="fill it in or correct data.unit_column")
+        units = _in_one_form(table, unit_column, places, of=unit_names.name_of)  # the form that sites know them by
+    else:
+        units = [f"{number:09d}" for number in range(len(table))]
     if how == "column":
         site_of = _by_column(table, units, column=site_column, num_sites=num_sites, places=places)
         return [site_of[unit] for unit in units]
-    _check_size(num_sites, num_units=len(set(units)), unit_column=unit_column)
+    num_units = len(set(units))
+    if num_sites < 1:
+        raise ValueError(f"num_sites is {num_sites}; this partition needs at least 1")
+    if num_units < num_sites:
+        raise DataError(
+            f"{num_units} units are too few for {num_sites} sites: lower data.num_sites, add rows, or check "
+            f"data.unit_column ({unit_column!r})"
+        )
     rng = np.random.default_rng(seed)
     if how == "iid":
-        site_of = _name_sites(_deal(sorted(set(units)), num_sites, rng))
+        order = [sorted(set(units))[i] for i in rng.permutation(num_units)]
+        groups = [order[k::num_sites] for k in range(num_sites)]
     else:
-        values = _site_values(table, site_column, places)
-        site_of = _name_sites(_skew(_labels(units, values), num_sites, dirichlet_alpha, rng))
+        # The commonest label of each unit; of equals the first in the alphabet.
+        counts: dict[str, Counter[str]] = {}
+        for unit, value in zip(units, _site_values(table, site_column, places), strict=True):
+            counts.setdefault(unit, Counter())[value] += 1
+        labels = {unit: min(seen, key=lambda value: (-seen[value], value)) for unit, seen in sorted(counts.items())}
+        groups = _skew(labels, num_sites, dirichlet_alpha, rng)
+    width = max(2, len(str(num_sites - 1)))  # names sort like numbers
+    site_of = {unit: f"site-{k:0{width}d}" for k, group in enumerate(groups) for unit in group}
     return [site_of[unit] for unit in units]
 
 
 def without_site(table: Sequence[Fields], column: str) -> list[int]:
-    """Which rows name no site.
+    """Which rows have nothing in the column of sites: indices in the table, from 0."""
 
-    Args:
-        table: Rows with all their columns.
-        column: The one that names the site.
+    def is_blank(value: Any) -> bool:
+        return value is None or value != value or not str(value).strip()
 
-    Returns:
-        Places in the table, from 0.
-    """
-    return [number for number, fields in enumerate(table) if _is_blank(fields.get(column))]
+    return [number for number, fields in enumerate(table) if is_blank(fields.get(column))]
 
 
 def site_in(fields: Fields, column: str) -> str:
@@ -119,14 +100,6 @@ def site_in(fields: Fields, column: str) -> str:
         return _slug(unit_names.form(fields.get(column), column))
     except UnusableError:
         return ""
-
-
-def _units(table: Sequence[Fields], column: str, places: Sequence[str]) -> list[str]:
-    """The unit of each row, by its name in the form that sites know it by."""
-    if not column:
-        return [f"{number:09d}" for number in range(len(table))]
-    _refuse_blank(table, column, places, remedy="fill it in or correct data.unit_column")
-    return _in_one_form(table, column, places, of=unit_names.name_of)
 
 
 def _site_values(table: Sequence[Fields], column: str, places: Sequence[str]) -> list[str]:
@@ -149,19 +122,14 @@ def _in_one_form(
     table: Sequence[Fields], column: str, places: Sequence[str], *, of: Callable[[Any, str], str]
 ) -> list[str]:
     """A column as names."""
-    found = []
-    for fields, place in zip(table, places, strict=True):
+    names = []
+    for fields, row_id in zip(table, places, strict=True):
         try:
-            found.append(of(fields[column], column))
+            names.append(of(fields[column], column))
         except UnusableError as error:
             what = error.what.replace("the unit column", "the column")
-            raise DataError(f"row {place}: {what}. Remedy: {error.remedy}") from None
-    return found
-
-
-def _is_blank(value: Any) -> bool:
-    """Whether a cell names nothing."""
-    return value is None or value != value or not str(value).strip()
+            raise DataError(f"row {row_id}: {what}. Remedy: {error.remedy}") from None
+    return names
 
 
 def _by_column(
@@ -186,10 +154,9 @@ def _by_column(
     site_of = {unit: slugs[value] for unit, value in zip(units, values, strict=True)}
     straddling = {unit for unit, value in zip(units, values, strict=True) if site_of[unit] != slugs[value]}
     if straddling:
-        one = next(unit for unit in units if unit in straddling)
-        rows = [
-            f"{place} ({slugs[value]})" for unit, value, place in zip(units, values, places, strict=True) if unit == one
-        ]
+        first = next(unit for unit in units if unit in straddling)
+        triples = zip(units, values, places, strict=True)
+        rows = [f"{row_id} ({slugs[value]})" for unit, value, row_id in triples if unit == first]
         raise DataError(
             f"{len(straddling)} of {len(site_of)} units have rows at several sites, one of them in rows "
             f"{rows[0]} to {rows[-1]}: make the values of data.unit_column differ between sites, as each site protects "
@@ -199,39 +166,8 @@ def _by_column(
 
 
 def _slug(value: str) -> str:
-    """A site name."""
+    """A site name of a-z, 0-9 and "-"; empty if nothing is left."""
     return re.sub(r"[^a-z0-9]+", "-", value.lower()).strip("-")[:64].strip("-")
-
-
-def _name_sites(groups: Sequence[Sequence[str]]) -> dict[str, str]:
-    """The site of each unit; names sort like numbers."""
-    width = max(2, len(str(len(groups) - 1)))
-    return {unit: f"site-{k:0{width}d}" for k, group in enumerate(groups) for unit in group}
-
-
-def _check_size(num_sites: int, *, num_units: int, unit_column: str) -> None:
-    """Refuse sites that nobody would be left for."""
-    if num_sites < 1:
-        raise ValueError(f"num_sites is {num_sites}; this partition needs at least 1")
-    if num_units < num_sites:
-        raise DataError(
-            f"{num_units} units are too few for {num_sites} sites: lower data.num_sites, add rows, or check "
-            f"data.unit_column ({unit_column!r})"
-        )
-
-
-def _deal(units: Sequence[str], num_sites: int, rng: np.random.Generator) -> list[list[str]]:
-    """Units in random order, dealt round."""
-    order = [units[i] for i in rng.permutation(len(units))]
-    return [order[k::num_sites] for k in range(num_sites)]
-
-
-def _labels(units: Sequence[str], values: Sequence[str]) -> dict[str, str]:
-    """The commonest label of each unit; of equals the first in the alphabet."""
-    counts: dict[str, Counter[str]] = {}
-    for unit, value in zip(units, values, strict=True):
-        counts.setdefault(unit, Counter())[value] += 1
-    return {unit: min(seen, key=lambda value: (-seen[value], value)) for unit, seen in sorted(counts.items())}
 
 
 def _skew(labels: Mapping[str, str], num_sites: int, alpha: float, rng: np.random.Generator) -> list[list[str]]:
@@ -243,16 +179,15 @@ def _skew(labels: Mapping[str, str], num_sites: int, alpha: float, rng: np.rando
     pools = [[pool[i] for i in rng.permutation(len(pool))] for pool in pools]
     prior_l = np.array([len(pool) for pool in pools]) / len(labels)
     sizes = [len(labels) // num_sites + (k < len(labels) % num_sites) for k in range(num_sites)]
-    return [_draw(pools, rng.dirichlet(alpha * prior_l), size, rng) for size in sizes]
-
-
-def _draw(pools: list[list[str]], mix_l: np.ndarray, size: int, rng: np.random.Generator) -> list[str]:
-    """Take units out of the pools, label by label; a pool that is used up gives its share to the others."""
-    drawn = []
-    for _ in range(size):
-        left_l = np.array([len(pool) for pool in pools])
-        share_l = mix_l * (left_l > 0)
-        if not share_l.sum() > 0:
-            share_l = left_l.astype(np.float64)
-        drawn.append(pools[rng.choice(len(pools), p=share_l / share_l.sum())].pop())
-    return drawn
+    groups: list[list[str]] = []
+    for size in sizes:
+        mix_l = rng.dirichlet(alpha * prior_l)
+        group: list[str] = []
+        for _ in range(size):  # a pool that is used up gives its share to the others
+            left_l = np.array([len(pool) for pool in pools])
+            share_l = mix_l * (left_l > 0)
+            if not share_l.sum() > 0:
+                share_l = left_l.astype(np.float64)
+            group.append(pools[rng.choice(len(pools), p=share_l / share_l.sum())].pop())
+        groups.append(group)
+    return groups

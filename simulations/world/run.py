@@ -1,54 +1,50 @@
 """A run on one machine: virtual sites, the server's own round loop, and one of three engines between them."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from client.agent.agent import Agent, SiteData
+from client.agent.agent import Agent
 from common.errors import ProtocolError
 from common.events import EventLog
-from common.model.base import Engine
-from common.run import config
 from server.fleet.grid import GridFleet
 from server.run import run as server_run
 from server.run.run import Outcome
 from simulations.world import world
 from simulations.world.grids import InProcessGrid
-from simulations.world.world import Engines, Failures
+from simulations.world.world import Failures, World
 
 
-def in_process(
-    settings: config.RunConfig,
-    *,
-    sites: Mapping[str, SiteData],
-    engine: Engine,
-    folder: Path,
-    log: EventLog,
-    resume: bool = False,
-    is_noise_accepted: bool = False,
-    engines: Engines | None = None,
-) -> Outcome:
-    """All sites in this process, on one base in memory for each precision that they have; `engines` are those loaded.
+def in_process(shared: World, *, log: EventLog, resume: bool = False, is_noise_accepted: bool = False) -> Outcome:
+    """All sites in this process, on one base in memory for each precision that they have.
 
     Raises:
         SilotuneError: What a virtual site could not do, where that ended the run; else as `server.run.run.execute`.
     """
-    failures = Failures(folder / "sites")
-    loaded = engines or Engines(settings, engine)
-    agents = {site: world.make_agent(site, data, loaded.at(site), failures, log=log) for site, data in sites.items()}
+    failures = Failures(shared.folder / "sites")
+    agents = {
+        site: world.make_agent(site, data, shared.engines.at(site), failures, log=log)
+        for site, data in shared.sites.items()
+    }
     with explained(failures):
-        outcome = server_run.execute(
-            settings,
-            fleet=fleet_of(agents, failures),
-            engine=engine,
-            folder=folder,
-            log=log,
-            resume=resume,
-            is_noise_accepted=is_noise_accepted,
-            make_noise=world.server_noise(settings),
-            known=world.known_rows(sites),
+        outcome = execute(
+            shared, fleet_of(agents, failures), log=log, resume=resume, is_noise_accepted=is_noise_accepted
         )
-    world.export_personal(settings, folder)
+    world.export_personal(shared.settings.aggregation.method, shared.folder)
     return outcome
+
+
+def execute(shared: World, fleet: GridFleet, *, log: EventLog, resume: bool, is_noise_accepted: bool) -> Outcome:
+    """The coordinator's side of a simulated run: seeded noise, and rows that it can see."""
+    return server_run.execute(
+        shared.settings,
+        fleet=fleet,
+        engine=shared.engine,
+        folder=shared.folder,
+        log=log,
+        resume=resume,
+        is_noise_accepted=is_noise_accepted,
+        make_noise=world.server_noise(shared.settings.seed),
+        known=world.known_rows(shared.sites),
+    )
 
 
 def fleet_of(agents: Mapping[str, Agent], failures: Failures) -> GridFleet:

@@ -15,6 +15,7 @@ from common.privacy import plan as privacy_plan
 from server.folder import run_files
 from simulations.engines import engines
 from simulations.world import run, world
+from simulations.world.world import Source, World
 from tests import tiny
 from tests.samples import stage_data
 
@@ -47,16 +48,16 @@ def changes(tmp_path_factory) -> dict[str, str]:
     }
 
 
-@pytest.fixture
-def expected(tiny_base, changes, tmp_path) -> str:
-    return in_process(tiny_base, changes, tmp_path / "in-process")
+@pytest.fixture(scope="module")
+def expected(tiny_base, changes, tmp_path_factory) -> str:
+    return in_process(tiny_base, changes, tmp_path_factory.mktemp("expected") / "in-process")
 
 
 def in_process(base: Path, changes: dict[str, str], folder: Path) -> str:
     settings = tiny.settings(base, changes)
     engine, log = world.load_engine(settings, num_threads=1), run_files.prepare(settings, folder)
-    given = {"engine": engine, "folder": folder, "log": log}
-    run.in_process(settings, sites=world.load_sites(settings), is_noise_accepted=True, **given)
+    shared = World(settings, engine, Source.of(settings).sites(), folder)
+    run.in_process(shared, log=log, is_noise_accepted=True)
     return digest(folder)
 
 
@@ -77,7 +78,7 @@ def under_ray(base: Path, changes: dict[str, str], folder: Path) -> str:
 def in_its_own_process(script: str, *arguments: object) -> str:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])}
     command = [sys.executable, Path(__file__).parent / "apps" / script, *map(str, arguments)]
-    told = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    told = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800)
     assert told.returncode == 0, told.stderr
     return told.stdout
 

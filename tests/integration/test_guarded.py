@@ -38,6 +38,7 @@ from server.run import launch, link
 from simulations.engines import deployment, guarded, site_files
 from simulations.engines.guarded import FEDERATION, Guarded
 from simulations.world import run, world
+from simulations.world.world import Source, World
 from tests import tiny
 from tests.attacks.test_no_route import UNSHARE, can_unshare
 from tests.samples import vault
@@ -64,13 +65,13 @@ class Case:
 
     @property
     def names(self) -> list[str]:
-        return list(world.load_tables(self.settings))
+        return list(Source.of(self.settings).tables())
 
     def simulate(self, name: str = "simulated", **changes) -> tuple[str, str]:
         """Play it in this process; hashes of the adapter and of the base."""
         settings, folder = self.settings.model_copy(update=changes), self.folder / name
         engine, log = world.load_engine(settings, num_threads=1), run_files.prepare(settings, folder)
-        run.in_process(settings, sites=world.load_sites(settings), engine=engine, folder=folder, log=log)
+        run.in_process(World(settings, engine, Source.of(settings).sites(), folder), log=log)
         return digest(folder), engine.base_sha256
 
     @contextmanager
@@ -78,15 +79,12 @@ class Case:
         """The processes, each site with a policy for this base."""
         epoch = len(self.names) + 1
         rules = {"id": f'"{FEDERATION}"', "operators": f"[]\nroster_epoch_min = {epoch}", **policy}
-        started = guarded.federation(
-            world.load_tables(self.settings),
-            settings=self.settings,
-            base_folder=self.base,
-            policy=lambda rows: vault.policy_text(base_sha256, path=f'"{rows}"', **rules) + held_out_rules(rows),
-            logs=self.folder / "logs",
-            prefixes=prefixes or {},
-        )
-        with started as running:
+        source, logs = Source.of(self.settings), self.folder / "logs"
+        text = lambda rows: vault.policy_text(base_sha256, path=f'"{rows}"', **rules) + held_out_rules(rows)  # noqa: E731
+        with (
+            guarded.built(source, source.tables(), base_folder=self.base, policy=text, logs=logs) as built,
+            guarded.running(built, logs=logs, prefixes=prefixes or {}) as running,
+        ):
             yield running
 
     def launch(self, running: Guarded, *, resume: bool = False) -> None:

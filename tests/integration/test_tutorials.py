@@ -8,12 +8,13 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-TIMEOUT_S = 600
+TIMEOUT_S = 1800  # a command that hangs; a busy machine takes several minutes
 
 
 @pytest.mark.parametrize("tutorial", TUTORIALS, ids=lambda path: path.stem)
@@ -56,7 +57,10 @@ def run_script(script: str, *, folder: Path) -> subprocess.CompletedProcess[str]
 def stop(process: subprocess.Popen[bytes], *, folder: Path) -> None:
     """End what the script left in the background, too, and the trial that went on in a session of its own."""
     for started in folder.rglob("trial.pid"):
-        os.kill(int(started.read_text()), signal.SIGTERM)
+        with suppress(psutil.NoSuchProcess):
+            trial = psutil.Process(int(started.read_text()))
+            trial.terminate()
+            trial.wait(300)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 

@@ -116,7 +116,7 @@ def write_sites(
     operator = identity.public_hex(identity.create(folder / OPERATOR_KEY))
     policy = policy.replace(identity.public_hex(vault.OPERATOR), operator)
     written = site_files.write(
-        tables, settings=settings, folder=folder / "s", base_folder=base, log_folder=folder / "logs", num_threads=1
+        tables, data=settings.data, folder=folder / "s", base_folder=base, log_folder=folder / "logs", num_threads=1
     )
     for site in written if policy else ():
         _give_policy(site.socket_path.parent, policy)

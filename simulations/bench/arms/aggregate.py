@@ -148,26 +148,27 @@ def _send(state: State, after: State, clock: Clock, settings: WireConfig) -> Non
 def per_module(name: str) -> dict[str, Any]:
     """One module through a round of a method, in the middle of a run: its side adapter is full."""
     has_side = FACTS[name].base_delta == "residual"
-    state = _draw(MODULE, seed=0, std=0.01) | (_side(MODULE, rank=NUM_SITES * RANK) if has_side else {})
-    trained = list(_draw(MODULE, seed=0, std=0.01))
+    state = _draw(MODULE, seed=0, std=0.01)
+    trained = list(state)
+    generator = torch.Generator().manual_seed(7)
+    for module, (d, k) in MODULE.items() if has_side else ():
+        u_dm = torch.randn(d, NUM_SITES * RANK, generator=generator)
+        v_mk = torch.randn(NUM_SITES * RANK, k, generator=generator)
+        state |= factored.cut_side(module, 1e-4 * u_dm, v_mk, like=(u_dm, v_mk))
     uploads = [_draw(MODULE, seed=site + 1, std=0.001) for site in range(NUM_SITES)]
-    costs = list(_rounds(name, state, trained, uploads))
-    return {"cpu_s": median(cost for cost, _ in costs), "gap_cpu_s": median(cost for _, cost in costs)}
-
-
-def _rounds(name: str, state: Tensors, trained: list[str], uploads: list[Tensors]) -> Iterator[tuple[float, float]]:
-    """CPU seconds of combining and applying, and of the gap, round after round."""
-    method = table.find(name)
+    method, costs, gap_costs = table.find(name), [], []
     for _ in range(NUM_REPEATS):
         began = time.process_time()
         combined = method.start(state, trained=trained)
         for upload in uploads:
             combined.add(upload, weight=1.0)
-        found = combined.result()
-        after = method.apply(state, found)
+        change = combined.result()
+        after = method.apply(state, change)
         applied = time.process_time()
-        gap.of_products(state, products.pairs(found), after)
-        yield applied - began, time.process_time() - applied
+        gap.of_products(state, products.pairs(change), after)
+        costs.append(applied - began)
+        gap_costs.append(time.process_time() - applied)
+    return {"cpu_s": median(costs), "gap_cpu_s": median(gap_costs)}
 
 
 def _draw(shapes: dict[str, tuple[int, int]], *, seed: int, std: float) -> Tensors:
@@ -177,14 +178,4 @@ def _draw(shapes: dict[str, tuple[int, int]], *, seed: int, std: float) -> Tenso
     for module, (d, k) in shapes.items():
         b_dr, a_rk = torch.randn(d, RANK, generator=generator), torch.randn(RANK, k, generator=generator)
         drawn |= factored.named(module, std * b_dr, std * a_rk)
-    return drawn
-
-
-def _side(shapes: dict[str, tuple[int, int]], *, rank: int) -> Tensors:
-    """A full side adapter of modules."""
-    generator = torch.Generator().manual_seed(7)
-    drawn: Tensors = {}
-    for module, (d, k) in shapes.items():
-        u_dm, v_mk = torch.randn(d, rank, generator=generator), torch.randn(rank, k, generator=generator)
-        drawn |= factored.cut_side(module, 1e-4 * u_dm, v_mk, like=(u_dm, v_mk))
     return drawn

@@ -96,7 +96,7 @@ def main(name: str) -> dict[str, Any]:
             evaluation.append(counter.evaluation)
 
     with tempfile.TemporaryDirectory() as folder:
-        order = commands.Order(RUN_FILE, Path(folder) / "run", "", "", None, ARMS[name], is_quiet=True, num_threads=1)
+        order = commands.Order(RUN_FILE, ARMS[name], output=Path(folder) / "run", as_json=True, num_threads=1)
         shared = order.world()
         log = order.log(shared)
         log.listeners.append(watch)
@@ -130,7 +130,11 @@ def _counted(
         if ARMS[name] is not FLOATS or request.kind == "open":
             reply = node(data)
             counter.add(request.kind, len(data) + len(reply))
-            return reply if ARMS[name] is not FLOATS else _holding_nothing(reply)
+            if ARMS[name] is not FLOATS:
+                return reply
+            # The answer to the offer names no adapter, so that the site is sent the first one too.
+            opened = wire.expect(reply, "opened", max_body_bytes=0)
+            return wire.pack(dataclasses.replace(opened, head={**opened.head, "adapter_sha256": ""}))
         if request.kind == "evaluate":
             scored = request.body
             return node(data)
@@ -143,12 +147,6 @@ def _counted(
         return reply
 
     return respond
-
-
-def _holding_nothing(opened: bytes) -> bytes:
-    """A site's answer to the offer that names no adapter, so that it is sent the first one too."""
-    found = wire.expect(opened, "opened", max_body_bytes=0)
-    return wire.pack(dataclasses.replace(found, head={**found.head, "adapter_sha256": ""}))
 
 
 def _through_filters(node: Callable[[bytes], bytes], request: Frame, counter: Counter, run: RunManifest) -> bytes:
@@ -169,10 +167,10 @@ def filtered(tensors: Tensors) -> tuple[dict[str, Tensor], int]:
 
     Source: NVFLARE, nvflare/app_opt/pt/quantization/quantizer.py and dequantizer.py.
     """
-    found, num_bytes = {}, 0
+    after, num_bytes = {}, 0
     for name, tensor in tensors.items():
         values, state = quantize_4bit(tensor.contiguous(), blocksize=BLOCK_VALUES, quant_type="nf4")
         parts = [part for part in state.as_dict().values() if isinstance(part, Tensor)]
         num_bytes += values.nbytes + sum(part.nbytes for part in parts)
-        found[name] = dequantize_4bit(values, state).to(torch.float32)
-    return found, num_bytes
+        after[name] = dequantize_4bit(values, state).to(torch.float32)
+    return after, num_bytes

@@ -18,6 +18,7 @@ from server.run import launch
 from simulations.engines import deployment, guarded
 from simulations.engines.deployment import HOST
 from simulations.world import run, world
+from simulations.world.world import Source, World
 
 RUN_FILE: Final = Path(__file__).parents[2] / "configs" / "demo.toml"
 _CHUNK_BYTES: Final = 1 << 16
@@ -35,12 +36,16 @@ _POLICY: Final = {
 
 
 def main(kind: str, num_rounds: str) -> dict[str, Any]:
-    """Play the demo's run, which is `near` or `far`, and tell when each evaluation was done and what was sent."""
+    """Play the demo's run, `near` or `far`; returns when each evaluation was done and what was sent."""
     changes = {"federation.num_rounds": num_rounds, "evaluation.exact_match_rows": "0", "training.local_epochs": "0.25"}
     settings = config.load(RUN_FILE, overrides=changes)
-    with tempfile.TemporaryDirectory(prefix="bench-") as place:
-        folder = Path(place) / "run"
-        sent = _near(settings, folder) if kind == "near" else _far(settings, folder)
+    with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
+        folder, sent = Path(temporary) / "run", 0
+        if kind == "near":
+            engine, prepared = world.load_engine(settings, num_threads=1), run_files.prepare(settings, folder)
+            run.in_process(World(settings, engine, Source.of(settings).sites(), folder), log=prepared)
+        else:
+            sent = _far(settings, folder)
         log = events.read(folder / events.FILE)
         adapter = (folder / run_files.EXPORT_FOLDER / "adapter_model.safetensors").read_bytes()
     counted = ("bytes_up", "bytes_down")
@@ -53,21 +58,14 @@ def main(kind: str, num_rounds: str) -> dict[str, Any]:
     }
 
 
-def _near(settings: config.RunConfig, folder: Path) -> int:
-    """In this process."""
-    sites, engine = world.load_sites(settings), world.load_engine(settings, num_threads=1)
-    log = run_files.prepare(settings, folder)
-    run.in_process(settings, sites=sites, engine=engine, folder=folder, log=log)
-    return 0
-
-
 def _far(settings: config.RunConfig, folder: Path) -> int:
     """As a federation of processes; returns the bytes between links and gateway."""
-    tables, base_sha256 = world.load_tables(settings), hash_base(world.EMBEDDED_BASE)
+    source, base_sha256 = Source.of(settings), hash_base(world.EMBEDDED_BASE)
+    tables = source.tables()
     changes = _POLICY | {"min_sites": str(len(tables))}
     with guarded.built(
+        source,
         tables,
-        settings=settings,
         base_folder=world.EMBEDDED_BASE,
         policy=lambda rows: guarded.kit_policy(rows, base_sha256=base_sha256, changes=changes),
         logs=folder.with_name("logs"),

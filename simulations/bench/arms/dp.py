@@ -77,7 +77,17 @@ def main(shape_name: str, arms: str) -> dict[str, Any]:
     for step in range(NUM_WARM + NUM_STEPS):
         for name in names:
             with _arm(name, engine, rows, optimizer) as take_step:
-                spent, peak = _measured(take_step, device)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                    torch.cuda.reset_peak_memory_stats()
+                    began = time.perf_counter()
+                    take_step()
+                    torch.cuda.synchronize()
+                    spent, peak = time.perf_counter() - began, torch.cuda.max_memory_allocated() / 2**20
+                else:  # CPU seconds, as other jobs share the cores
+                    began = process.cpu_s()
+                    take_step()
+                    spent, peak = process.cpu_s() - began, process.peak_rss_mib()
             if step >= NUM_WARM:
                 seconds[name].append(spent)
                 peaks[name] = max(peaks[name], peak)
@@ -174,17 +184,3 @@ def _arm(
             optimizer.step()
 
         yield private_step
-
-
-def _measured(take_step: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """Seconds and MiB of one step; CPU seconds without a GPU, as other jobs share the cores."""
-    if device.type != "cuda":
-        began = process.cpu_s()
-        take_step()
-        return process.cpu_s() - began, process.peak_rss_mib()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    take_step()
-    torch.cuda.synchronize()
-    return time.perf_counter() - began, torch.cuda.max_memory_allocated() / 2**20

@@ -56,10 +56,6 @@ def main(module: str, *arguments: str) -> None:
 def measure(module: str, *arguments: str) -> dict[str, Any]:
     """Run an arm in a process of its own, on one thread, and return what it measured.
 
-    Args:
-        module: Its name.
-        arguments: What its `main` takes.
-
     Raises:
         SilotuneError: It failed; the message ends with its last line.
     """

@@ -25,6 +25,7 @@ from common.text import prompts
 from common.text.prompts import Encoded
 from simulations.bench.arms import process, tax_silotune
 from simulations.world import world
+from simulations.world.world import Source
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Site:
 
 
 def main(quantization: str, base: str) -> dict[str, Any]:
-    """Tell the CPU clock at the end of every round, and the loss of each."""
+    """Return the CPU clock at the end of every round, and the loss of each."""
     torch.set_num_threads(1)
     overrides = {"model.quantization": f'"{quantization}"', "model.base": f'"{base}"'}
     settings = config.load(tax_silotune.RUN_FILE, overrides=overrides)
@@ -51,9 +52,9 @@ def main(quantization: str, base: str) -> dict[str, Any]:
 
 def load_rows(settings: config.RunConfig) -> Iterator[Site]:
     """The rows that silotune would take at every step of the run."""
-    tokenizer = model.load_tokenizer(world.base_folder(settings))
+    tokenizer = model.load_tokenizer(world.base_folder(settings.model.base))
     data, training = settings.data, settings.training
-    for name, site in world.load_sites(settings).items():
+    for name, site in Source.of(settings).sites().items():
         rows, _ = prompts.encode_all(
             site.train, tokenizer, max_length_tokens=data.max_length_tokens, too_long=data.too_long
         )
@@ -74,7 +75,7 @@ def load_model(settings: config.RunConfig) -> Any:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     )
     base = AutoModelForCausalLM.from_pretrained(
-        world.base_folder(settings),
+        world.base_folder(settings.model.base),
         dtype=torch.float32,
         quantization_config=four_bit if settings.model.quantization == "nf4" else None,
     )
@@ -92,16 +93,16 @@ def play(
     peft_model: Any, sites: Sequence[Site], training: config.TrainingConfig, round_index: int, num_rounds: int
 ) -> float:
     """One round of federated averaging; returns its mean training loss."""
-    own = {name: value for name, value in peft_model.named_parameters() if value.requires_grad}
-    before = {name: value.detach().clone() for name, value in own.items()}
+    trained = {name: value for name, value in peft_model.named_parameters() if value.requires_grad}
+    before = {name: value.detach().clone() for name, value in trained.items()}
     total = {name: torch.zeros_like(value) for name, value in before.items()}
     losses, weight = [], sum(site.weight for site in sites)
     for site in sites:
-        _copy(own, before)
-        losses.append(_train(peft_model, list(own.values()), site, training, round_index, num_rounds))
-        for name, value in own.items():
+        _copy(trained, before)
+        losses.append(_train(peft_model, list(trained.values()), site, training, round_index, num_rounds))
+        for name, value in trained.items():
             total[name].add_(value.detach(), alpha=site.weight / weight)
-    _copy(own, total)
+    _copy(trained, total)
     return sum(loss * site.weight for loss, site in zip(losses, sites, strict=True)) / weight
 
 
@@ -120,7 +121,16 @@ def _train(
     rates = schedule.rates(round_index, num_rounds=num_rounds, num_steps=training.local_steps, training=training)
     for step, rate in enumerate(rates, start=first):
         optimizer.zero_grad()
-        loss = _loss(peft_model, site.batches[step])
+        # Mean negative log-likelihood of the batch's answer tokens.
+        rows = site.batches[step]
+        width = max(len(row.input_ids) for row in rows)
+        ids_bt = torch.tensor([[*row.input_ids, *[0] * (width - len(row.input_ids))] for row in rows])
+        mask_bt = torch.tensor([[1] * len(row.input_ids) + [0] * (width - len(row.input_ids)) for row in rows])
+        answer_bt = torch.tensor([[*row.is_answer, *[False] * (width - len(row.is_answer))] for row in rows])[:, 1:]
+        needed_p = answer_bt.any(dim=0).nonzero().squeeze(1)
+        logits_bpv = peft_model(input_ids=ids_bt, attention_mask=mask_bt, logits_to_keep=needed_p).logits
+        is_answer_bp = answer_bt[:, needed_p]
+        loss = cross_entropy(logits_bpv[is_answer_bp], ids_bt[:, 1:][:, needed_p][is_answer_bp])
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
         optimizer.param_groups[0]["lr"] = rate
@@ -129,20 +139,7 @@ def _train(
     return sum(losses) / len(losses)
 
 
-def _loss(peft_model: Any, rows: Sequence[Encoded]) -> Tensor:
-    """Mean negative log-likelihood of a batch's answer tokens."""
-    width = max(len(row.input_ids) for row in rows)
-    ids_bt = torch.tensor([[*row.input_ids, *[0] * (width - len(row.input_ids))] for row in rows])
-    mask_bt = torch.tensor([[1] * len(row.input_ids) + [0] * (width - len(row.input_ids)) for row in rows])
-    answer_bt = torch.tensor([[*row.is_answer, *[False] * (width - len(row.is_answer))] for row in rows])[:, 1:]
-    needed_p = answer_bt.any(dim=0).nonzero().squeeze(1)
-    logits_bpv = peft_model(input_ids=ids_bt, attention_mask=mask_bt, logits_to_keep=needed_p).logits
-    is_answer_bp = answer_bt[:, needed_p]
-    return cross_entropy(logits_bpv[is_answer_bp], ids_bt[:, 1:][:, needed_p][is_answer_bp])
-
-
 @torch.no_grad()
 def _copy(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Set parameters."""
     for name, value in into.items():
         value.copy_(values[name])

@@ -14,7 +14,7 @@ RUN_FILE = Path(__file__).parents[2] / "configs" / "bench-tax.toml"
 
 
 def main(quantization: str, base: str) -> dict[str, Any]:
-    """Tell the CPU clock at the first training step and at the end of every round, and the peak memory."""
+    """Return the CPU clock at the first training step and at the end of every round, and the peak memory."""
     started: list[float] = []
     rounds: list[float] = []
     losses: list[float | None] = []
@@ -28,11 +28,11 @@ def main(quantization: str, base: str) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         overrides = {"model.quantization": f'"{quantization}"', "model.base": f'"{base}"'}
-        order = commands.Order(RUN_FILE, Path(folder) / "run", "", "", None, overrides, is_quiet=True, num_threads=1)
+        order = commands.Order(RUN_FILE, overrides, output=Path(folder) / "run", as_json=True, num_threads=1)
         shared = order.world()
         log = order.log(shared)
         log.listeners.append(watch)
-        run.in_process(shared.settings, sites=shared.sites, engine=shared.engine, folder=shared.folder, log=log)
+        run.in_process(shared, log=log)
         report.write(shared.folder)
     return {
         "startup_cpu_s": started[0],

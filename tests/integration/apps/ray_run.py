@@ -7,6 +7,7 @@ from pathlib import Path
 from server.folder import run_files
 from simulations.engines import engines
 from simulations.world import world
+from simulations.world.world import Source, World
 from tests import tiny
 
 
@@ -15,7 +16,8 @@ def main(base: Path, folder: Path, changes: dict[str, str]) -> None:
     settings = tiny.settings(base, changes)
     engine, log = world.load_engine(settings, num_threads=1), run_files.prepare(settings, folder)
     given = {"num_workers": 2, "num_threads": 1, "is_noise_accepted": settings.privacy.is_private_per_site}
-    outcome = engines.ray(settings, engine=engine, base_folder=base, log=log, **given)
+    shared = World(settings, engine, Source.of(settings).sites(), folder)
+    outcome = engines.ray(shared, base_folder=base, log=log, **given)
     print(*outcome.sites)
 
 

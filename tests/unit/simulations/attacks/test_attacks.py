@@ -14,7 +14,7 @@ from common.frame.wire import Frame
 from common.run.manifest import Offer, RunManifest
 from simulations.attacks import rows, run, table, updates
 from simulations.cli.app import app
-from simulations.world.compare import World
+from simulations.world.world import World
 from tests import tiny
 
 NAMES = ("east", "north", "south", "west")
@@ -87,7 +87,7 @@ def test_replaced_updates_are_what_their_names_say(world):
 
 def test_a_scaled_update_harms_honest_sites_a_median_hardly_and_the_control_is_an_ordinary_run(world):
     found = {
-        (guard, attack): table._one(world, guard, attack, num_bad=1, max_norm=0.0)["held_out_loss"]
+        (guard, attack): table.play_cell(world, guard, attack, num_bad=1, max_norm=0.0)["held_out_loss"]
         for guard in ("none", "median")
         for attack in ("none", "scaled")
     }
@@ -97,7 +97,7 @@ def test_a_scaled_update_harms_honest_sites_a_median_hardly_and_the_control_is_a
 
 
 def test_the_bound_of_the_table_is_the_median_norm_of_the_control(world):
-    table._one(world, "none", "none", num_bad=1, max_norm=0.0)
+    table.play_cell(world, "none", "none", num_bad=1, max_norm=0.0)
     bounded = table.guarded(world.settings, "norm bound", num_bad=1, max_norm=table.usual_norm(world))
     log = (world.folder / "none-none" / "events.jsonl").read_text().splitlines()
     norms = sorted(event["update_norm"] for event in map(json.loads, log) if event["kind"] == "site_trained")

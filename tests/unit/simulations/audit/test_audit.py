@@ -10,7 +10,7 @@ from common.privacy import plan, roc
 from common.privacy.noise import SeededNoise
 from server.folder import run_files
 from simulations.audit import canaries, finding, inversion, mia
-from simulations.world.compare import World
+from simulations.world.world import World
 from tests import tiny
 
 OVERFIT = {"training.local_epochs": "20", "federation.num_rounds": "1", "training.learning_rate": "2e-2"}
@@ -131,12 +131,13 @@ NOISED = {"privacy.mode": "unit", "privacy.sampling_prob": "1.0", "privacy.noise
 
 
 @pytest.fixture
-def invert(load_tiny, tiny_base):
+def invert(load_tiny, tiny_base, tmp_path):
     def run(changes) -> finding.Finding:
         settings = tiny.settings(tiny_base, {**ONE_STEP, **changes})
         rows = tiny.rows(6)
         sources = [SeededNoise(number) for number in range(6)]
-        return inversion.audit(load_tiny({**ONE_STEP, **changes}), rows, settings=settings, sources=sources)
+        shared = World(settings, load_tiny({**ONE_STEP, **changes}), {}, tmp_path)
+        return inversion.audit(shared, rows, sources=sources)
 
     return run
 

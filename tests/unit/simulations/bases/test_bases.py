@@ -102,7 +102,7 @@ def test_what_is_there_is_left_alone(tmp_path):
         "sha256": hash_base(folder),
         "source": "already in the store",
     }
-    assert f"source  already in the store\nsha256  {result['sha256']}" in bases.told(result)
+    assert f"source  already in the store\nsha256  {result['sha256']}" in bases.render(result)
 
 
 @pytest.mark.parametrize("name", ["", "smollm", "../secrets", "org/../name", "a/b/c", "https://x/y"])

@@ -22,6 +22,7 @@ from simulations.bench.arms import dp as dp_arm
 from simulations.bench.arms import process, tax_silotune
 from simulations.bench.arms import scale as scale_arm
 from simulations.bench.figures import Figure
+from simulations.world.world import Source
 
 
 def screen(result) -> str:
@@ -122,7 +123,7 @@ def test_each_goal_of_scale_can_be_missed(change, missed):
 
 def test_the_sites_of_scale_are_ten_kinds_with_rows_of_their_own():
     settings = config.load(scale_arm.RUN_FILE, overrides={"data.num_sites": "20"})
-    sites = list(scale_arm.make_sites(settings).values())
+    sites = list(scale_arm.make_sites(Source.of(settings), 20).values())
     assert len(sites) == 20
     for first, again in zip(sites[:10], sites[10:], strict=True):
         assert [row.messages for row in first.train] == [row.messages for row in again.train]
@@ -213,7 +214,7 @@ def test_the_arms_of_private_steps_do_the_same_work_on_a_small_shape():
 
 def test_ratios_of_private_steps_have_their_goals():
     found = {way: {"seconds": seconds, "peak_mib": 1.0} for way, seconds in (("plain", 2.0), ("stacked", 2.1))}
-    plain, ratio = dp._times("8b", found, goal=1.05)
+    plain, ratio = dp._step_figures("8b", found, goal=1.05)
     assert (plain.value, plain.goal) == (2.0, None)
     assert (ratio.value, ratio.goal, ratio.ok) == (1.05, 1.05, True)
 

@@ -8,7 +8,7 @@ import pytest
 from common import cli
 from common.errors import DataError
 from simulations.cli.app import app
-from simulations.world import world
+from simulations.world.world import Source
 from tests import tiny
 
 CANARY = "Zyxwvut-4711"
@@ -144,7 +144,7 @@ def test_a_run_names_site_and_file_of_rows_that_cannot_be_split(checked, tiny_ba
     checked("--rows-only", a_jsonl=line() * 3 + line(site="south") * 2)
     settings = tiny.settings(str(tiny_base), {"data.source": json.dumps(str(tmp_path / "rows"))})
     with pytest.raises(DataError, match=r"one of them in rows a\.jsonl line 1 \(north\) to a\.jsonl line 5 \(south\)"):
-        world.load_sites(settings)
+        Source.of(settings).sites()
     (tmp_path / "rows" / "a.jsonl").write_text(line() * 3)
     with pytest.raises(DataError, match=r"^site north: 3 rows \(a\.jsonl line 1 to a\.jsonl line 3\) are of 1 unit"):
-        world.load_sites(settings)
+        Source.of(settings).sites()

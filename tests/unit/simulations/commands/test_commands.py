@@ -13,6 +13,7 @@ import pytest
 
 from common import cli, events
 from server.report import report, status
+from simulations.cli import options
 from simulations.cli.app import app
 from simulations.commands import commands
 from tests import tiny
@@ -191,7 +192,7 @@ def test_attacks_and_audits_of_preferences_are_refused(run_file, tmp_path, capsy
 
 
 def test_the_command_lines_settings_win_over_the_file(run_file, tiny_base):
-    order = commands.Order(run_file, None, model="", data="", store=None, overrides={"adapter.r": "2"}, is_quiet=True)
+    order = commands.Order(run_file, {"adapter.r": "2"})
     settings = order.settings()
     assert settings.adapter.r == 2
     assert settings.model.base == str(tiny_base)
@@ -199,5 +200,5 @@ def test_the_command_lines_settings_win_over_the_file(run_file, tiny_base):
 
 def test_paths_with_quotes_survive_the_command_line(run_file):
     path = '/srv/a "b" \\c'
-    order = commands.Order(run_file, None, model=path, data="", store=None, overrides={}, is_quiet=True)
+    order = commands.Order(run_file, options.changes(model=path, overrides={}))
     assert order.settings().model.base == path

@@ -87,17 +87,17 @@ PRIVATE = {
 def test_a_search_costs_what_all_its_runs_cost_together():
     """A known answer of dp-accounting for 50 such steps: 4.4403."""
     one = tiny.settings("tiny", PRIVATE)
-    found = sweep._together([one], num_seeds=2)
+    found = sweep.search_cost([one], num_seeds=2)
     assert (found["num_runs"], found["epsilon"]) == (2, pytest.approx(4.4403, abs=1e-3))
-    assert sweep._together([one, one], num_seeds=1)["epsilon"] == found["epsilon"]
-    assert "these 2 runs together cost a unit epsilon 4.44 at delta 1e-05" in sweep._told(found)
-    assert sweep._together([one], num_seeds=1)["epsilon"] < 4.0
+    assert sweep.search_cost([one, one], num_seeds=1)["epsilon"] == found["epsilon"]
+    assert "these 2 runs together cost a unit epsilon 4.44 at delta 1e-05" in sweep.cost_in_words(found)
+    assert sweep.search_cost([one], num_seeds=1)["epsilon"] < 4.0
     open_one = tiny.settings("tiny")
-    assert sweep._together([open_one], num_seeds=2) is None
-    mixed = sweep._told(sweep._together([one, open_one], num_seeds=1))
+    assert sweep.search_cost([open_one], num_seeds=2) is None
+    mixed = sweep.cost_in_words(sweep.search_cost([one, open_one], num_seeds=1))
     assert "promise nothing: they are not all private in the same way (none, unit)" in mixed
     loud = tiny.settings("tiny", {**PRIVATE, "privacy.noise_multiplier": "0.1"})
-    assert "promise nothing: epsilon is above 1000" in sweep._told(sweep._together([loud], num_seeds=20))
+    assert "promise nothing: epsilon is above 1000" in sweep.cost_in_words(sweep.search_cost([loud], num_seeds=20))
 
 
 SWEEPS = sorted(FOLDER.glob("*.toml"))
@@ -106,7 +106,7 @@ SWEEPS = sorted(FOLDER.glob("*.toml"))
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_combination_of_the_shipped_sweeps_is_allowed(path):
     found = sweep.load(path)
-    refused, allowed = sweep._sorted_out(path.parent / found.run, sweep.cells(found))
+    refused, allowed = sweep.allowed_cells(path.parent / found.run, sweep.cells(found))
     assert refused == []
     assert len({cell.name for cell, _ in allowed}) == len(allowed)
 

@@ -10,7 +10,7 @@ from common.errors import DataError
 from server.folder import run_files
 from server.report import report
 from simulations.world import compare, run
-from simulations.world.compare import World
+from simulations.world.world import World
 from tests import tiny
 
 ARMS = ["base", "federated", "site-north", "site-south", "site-west", "centralised"]
@@ -95,9 +95,10 @@ def test_rows_of_a_private_step_are_the_mean_of_its_sample(tiny_base):
     data = tiny.site_data("north", 16)
     num_units = len({row.unit for row in data.train})
     assert num_units < len(data.train)
-    assert compare.rows_a_step(settings, data) == 0.5 * num_units
-    equal = compare.with_rows(settings, 7 * num_units, data=data, num_rounds=2)
-    assert equal.training.local_steps == 7
+    assert compare.rows_a_step(settings.training, settings.privacy, data) == 0.5 * num_units
+    trainings = [{"site": "north", "num_steps": 7}] * 2
+    assert compare.rows_used(trainings, settings.training, settings.privacy, {"north": data}) == 7 * num_units
+    assert compare.alone(settings, num_steps=7).training.local_steps == 7
 
 
 def test_every_arm_has_a_folder_of_its_own(compared):
@@ -120,7 +121,7 @@ def test_a_site_alone_trains_as_it_does_in_the_federation(engine, tiny_base, tmp
     sites = {"north": tiny.site_data("north", 16)}
     alone = compare.alone(settings)
     log = run_files.prepare(alone, tmp_path / "run")
-    outcome = run.in_process(alone, sites=sites, engine=engine, folder=tmp_path / "run", log=log)
+    outcome = run.in_process(World(alone, engine, sites, tmp_path / "run"), log=log)
     assert outcome.sites == {"north": 12}
     assert not torch.equal(outcome.tensors[engine.tensor_specs[0].name], engine.initial[engine.tensor_specs[0].name])
     assert adapter.specs(outcome.tensors) == engine.tensor_specs

@@ -181,15 +181,16 @@ def test_control_without_its_memory_a_resumed_run_ends_elsewhere(play, nodes, tm
 
 
 def test_the_gap_is_that_of_the_mean_whatever_the_optimizer_makes_of_it(play, nodes):
-    _, plain = play(nodes, "fedavg", name="plain")
-    changes = {"aggregation.server_optimizer.kind": "fedavgm", "aggregation.server_optimizer.learning_rate": "0.1"}
-    _, slowed = play(nodes, "fedavg", name="slowed", changes=changes)
+    once = {"federation.num_rounds": "1"}
+    _, plain = play(nodes, "fedavg", name="plain", changes=once)
+    optimizer = {"aggregation.server_optimizer.kind": "fedavgm", "aggregation.server_optimizer.learning_rate": "0.1"}
+    _, slowed = play(nodes, "fedavg", name="slowed", changes={**once, **optimizer})
     gaps = [next(event["gap"] for event in log if event["kind"] == "round_finished") for log in (plain, slowed)]
     assert gaps[0] == gaps[1] > 0
 
 
 def test_under_ffa_the_down_projections_are_orthonormal_and_stay(play, nodes, engine):
-    outcome, _ = play(nodes, "ffa")
+    outcome, _ = play(nodes, "ffa", changes={"federation.num_rounds": "1"})
     downs = [name for name in outcome.tensors if trainable.factor_of(name) == "A"]
     for name in downs:
         rows = outcome.tensors[name]

@@ -21,7 +21,7 @@ from server.run import base_noise, run
 from server.view import by_precision
 from simulations.world import run as running
 from simulations.world import world
-from simulations.world.world import Engines
+from simulations.world.world import Engines, World
 from tests import tiny
 
 SITES = {"north": "nf4", "south": "int8", "west": "none"}
@@ -47,7 +47,7 @@ def engines(settings, load_tiny) -> Engines:
 
 @pytest.fixture(scope="module")
 def offered(settings, engines) -> RunManifest:
-    return run.manifest_of(settings, engines.own)
+    return run.manifest_of(settings, engines.main)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def played(settings, engines, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixed") / "run"
     log = run_files.prepare(settings, folder)
     sites = {site: tiny.site_data(site, count) for site, count in tiny.SITES.items()}
-    running.in_process(settings, sites=sites, engine=engines.own, folder=folder, log=log, engines=engines)
+    running.in_process(World(settings, engines.main, sites, folder, engines), log=log)
     return events.read(log.path)
 
 
@@ -83,7 +83,7 @@ def test_each_site_computes_on_layers_of_its_own_precision_and_shares_them_with_
         layers = {type(layer) for layer in engine.model.get_base_model().modules() if codes.is_quantised(layer)}
         assert engine.quantization == precision
         assert layers == {CLASSES[name] for name in CLASSES if name == precision}
-    assert engines.at("north") is engines.own
+    assert engines.at("north") is engines.main
     assert engines.at("south") is engines.at("south")
 
 
@@ -203,9 +203,9 @@ def test_kinds_that_do_not_stand_on_a_sites_precision_are_refused(tiny_base):
 
 def test_a_simulation_knows_its_sites(settings):
     sites = {site: tiny.site_data(site, 8) for site in SITES}
-    world.require_named(settings, sites)  # the control
+    world.require_named(settings.adapter, settings.model, sites)  # the control
     with pytest.raises(ConfigError, match=r"model\.site_quantization names west, and the sites are north, south"):
-        world.require_named(settings, {site: sites[site] for site in ("north", "south")})
+        world.require_named(settings.adapter, settings.model, {site: sites[site] for site in ("north", "south")})
 
 
 def test_a_base_whose_files_name_layers_in_another_way_is_refused(tiny_base, settings, tmp_path):

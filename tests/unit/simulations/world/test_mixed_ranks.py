@@ -93,9 +93,10 @@ def test_an_update_of_another_sites_rank_is_refused_before_a_value_is_used(engin
 
 def test_a_simulation_knows_its_sites(tiny_base):
     sites = {site: tiny.site_data(site, 8) for site in RANKS}
-    world.require_named(settings(tiny_base, "flexlora"), sites)  # the control
+    run = settings(tiny_base, "flexlora")
+    world.require_named(run.adapter, run.model, sites)  # the control
     with pytest.raises(ConfigError, match="names west, and the sites are north, south"):
-        world.require_named(settings(tiny_base, "flexlora"), {site: sites[site] for site in ("north", "south")})
+        world.require_named(run.adapter, run.model, {site: sites[site] for site in ("north", "south")})
 
 
 def test_robust_aggregation_and_mixed_ranks_do_not_go_together(tiny_base):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import DataError
-from simulations.world.partition import partition
+from simulations.world.partition import sites_of
 
 CANARY = "Zyxwvut-4711"
 
@@ -29,6 +29,15 @@ def numbers(sites: dict[str, list[dict]]) -> list[int]:
 def shares(rows: list[dict]) -> dict[str, float]:
     counts = Counter(row["label"] for row in rows)
     return {label: count / len(rows) for label, count in counts.items()}
+
+
+def partition(table: list[dict], **options) -> dict[str, list[dict]]:
+    """Rows by site, sites ascending."""
+    named = sites_of(table, **options)
+    sites: dict[str, list[dict]] = {name: [] for name in sorted(set(named))}
+    for fields, name in zip(table, named, strict=True):
+        sites[name].append(fields)
+    return sites
 
 
 @given(

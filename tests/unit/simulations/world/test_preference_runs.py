@@ -12,7 +12,8 @@ from common.privacy import plan
 from common.run import config
 from server.folder import run_files
 from server.report import status
-from simulations.world import run, world
+from simulations.world import run
+from simulations.world.world import Source, World
 from tests import tiny
 
 LEARN = {
@@ -34,7 +35,7 @@ def play(engine, tiny_base, tmp_path):
         settings = plan.resolve(tiny.settings(tiny_base, given))
         sites = {site: site_data(name, site, is_swapped=is_swapped) for site in tiny.SITES}
         log = run_files.prepare(settings, tmp_path / "run")
-        run.in_process(settings, sites=sites, engine=engine, folder=tmp_path / "run", log=log)
+        run.in_process(World(settings, engine, sites, tmp_path / "run"), log=log)
         return [event for event in events.read(log.path) if event["kind"] == "evaluated"]
 
     return execute
@@ -86,7 +87,7 @@ def test_a_run_of_answers_tells_nothing_of_preferences(engine, tiny_base, tmp_pa
     settings = tiny.settings(tiny_base, {"federation.num_rounds": "1"})
     sites = {site: tiny.site_data(site, count) for site, count in tiny.SITES.items()}
     log = run_files.prepare(settings, tmp_path / "run")
-    run.in_process(settings, sites=sites, engine=engine, folder=tmp_path / "run", log=log)
+    run.in_process(World(settings, engine, sites, tmp_path / "run"), log=log)
     assert {event["accuracy"] for event in events.read(log.path) if event["kind"] == "evaluated"} == {None}
 
 
@@ -94,7 +95,7 @@ def test_a_run_of_answers_tells_nothing_of_preferences(engine, tiny_base, tmp_pa
 def test_the_embedded_records_come_as_preferences_too(name):
     path = Path(__file__).parents[4] / "simulations" / "configs" / "federated-dpo.toml"
     settings = config.load(path, overrides={"training.objective": name})
-    sites = world.load_sites(settings)
+    sites = Source.of(settings).sites()
     rows = [row for site in sites.values() for row in (*site.train, *site.held_out)]
     assert len(sites) == 4
     if name == "dpo":

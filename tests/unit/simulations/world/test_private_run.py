@@ -11,6 +11,7 @@ from common.run.catalogue.methods import FACTS
 from server.folder import run_files
 from server.report import report
 from simulations.world import run
+from simulations.world.world import World
 from tests import tiny
 
 PRIVATE = {
@@ -28,7 +29,7 @@ def play(engine, tiny_base, tmp_path):
         settings = plan.resolve(tiny.settings(tiny_base, {**PRIVATE, **changes}))
         sites = {site: tiny.site_data(site, count) for site, count in tiny.SITES.items()}
         log = run_files.prepare(settings, tmp_path / name, resume=resume)
-        outcome = run.in_process(settings, sites=sites, engine=engine, folder=tmp_path / name, log=log, resume=resume)
+        outcome = run.in_process(World(settings, engine, sites, tmp_path / name), log=log, resume=resume)
         return settings, outcome, events.read(log.path)
 
     return execute

@@ -9,6 +9,7 @@ from common.data.rows import Message, Row
 from common.errors import DataError, TooFewSitesError
 from server.folder import run_files
 from simulations.world import run, world
+from simulations.world.world import World
 from tests import tiny
 
 
@@ -23,16 +24,18 @@ def play(engine, tiny_base, tmp_path):
         settings = tiny.settings(tiny_base, changes)
         folder = tmp_path / name
         log = run_files.prepare(settings, folder, resume=resume)
-        return run.in_process(settings, sites=sites, engine=engine, folder=folder, log=log, resume=resume)
+        return run.in_process(World(settings, engine, sites, folder), log=log, resume=resume)
 
     return execute
 
 
-def test_three_sites_learn_together(play, sites, tmp_path):
+def test_three_sites_learn_together_and_their_rows_stay_as_they_are(play, sites, tmp_path):
+    before = {site: dataclasses.replace(data, train=list(data.train)) for site, data in sites.items()}
     outcome = play(sites, {"training.local_epochs": "4"})
     losses = [e["loss"] for e in events.read(tmp_path / "run" / "events.jsonl") if e["kind"] == "evaluated"]
     assert losses[-1] < losses[0]
     assert outcome.sites == {"north": 12, "south": 9, "west": 6}
+    assert sites == before
 
 
 def test_the_order_in_which_sites_are_given_does_not_matter(play, sites):
@@ -76,12 +79,6 @@ def test_nodes_are_numbered_in_the_order_of_names(engine, sites, tmp_path):
     assert run.fleet_of(dict(reversed(agents.items())), world.Failures(tmp_path)).node_ids() == [1, 2, 3]
 
 
-def test_rows_are_not_changed_by_a_run(play, sites):
-    before = {site: dataclasses.replace(data, train=list(data.train)) for site, data in sites.items()}
-    play(sites)
-    assert sites == before
-
-
 def test_under_fedsa_every_site_ends_with_an_adapter_of_its_own_and_the_coordinator_with_none(play, sites, tmp_path):
     from safetensors.torch import load_file
 
@@ -111,5 +108,5 @@ def test_a_study_that_scores_a_global_adapter_is_refused_where_there_is_none(tin
 
     settings = tiny.settings(tiny_base, {"aggregation.method": "fedsa"})
     with pytest.raises(ConfigError, match="each site has its own; the nearest method with one is 'fedavg'"):
-        world.require_global(settings, what="a comparison")
-    world.require_global(tiny.settings(tiny_base), what="a comparison")  # the control
+        world.require_global(settings.aggregation.method, what="a comparison")
+    world.require_global(tiny.settings(tiny_base).aggregation.method, what="a comparison")  # the control

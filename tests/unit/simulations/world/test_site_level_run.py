@@ -13,6 +13,7 @@ from server.folder import checkpoint, run_files
 from server.report import report, status
 from server.run import run as server_run
 from simulations.world import run, world
+from simulations.world.world import World
 from tests import tiny
 
 SITE_LEVEL = {
@@ -37,10 +38,11 @@ def play(engine, tiny_base, tmp_path):
         settings = privacy_plan.resolve(tiny.settings(tiny_base, {**SITE_LEVEL, **(changes or {})}))
         sites = {site: tiny.site_data(site, count) for site, count in tiny.SITES.items()}
         log = run_files.prepare(settings, tmp_path / name, resume=resume)
-        given = {"engine": engine, "folder": tmp_path / name, "log": log, "resume": resume, **more}
+        shared = World(settings, engine, sites, tmp_path / name)
         if agents is None:
-            outcome = run.in_process(settings, sites=sites, is_noise_accepted=is_noise_accepted, **given)
+            outcome = run.in_process(shared, log=log, resume=resume, is_noise_accepted=is_noise_accepted, **more)
         else:
+            given = {"engine": engine, "folder": shared.folder, "log": log, "resume": resume, **more}
             outcome = server_run.execute(settings, fleet=tiny.fleet(agents), is_noise_accepted=True, **given)
         return outcome, events.read(log.path)
 
@@ -189,7 +191,7 @@ def test_a_round_in_which_all_drawn_sites_fail_does_not_count(play, agents):
 
 def test_noise_of_a_simulation_is_the_seeds(tiny_base):
     settings = tiny.settings(tiny_base, SITE_LEVEL)
-    make = world.server_noise(settings)
+    make = world.server_noise(settings.seed)
     cpu = torch.device("cpu")
     assert torch.equal(make(0).discrete(4, std=1e6, device=cpu), make(0).discrete(4, std=1e6, device=cpu))
     assert not torch.equal(make(0).discrete(4, std=1e6, device=cpu), make(1).discrete(4, std=1e6, device=cpu))

@@ -10,7 +10,7 @@ from common.run import config
 from common.run.manifest import RunManifest
 from simulations.engines import site_files
 from simulations.world import world
-from simulations.world.world import Failures
+from simulations.world.world import Failures, Source
 from tests import tiny
 
 
@@ -25,13 +25,13 @@ def settings(tiny_base, tmp_path):
 
 
 def test_the_values_of_the_site_column_are_the_sites(settings):
-    sites = world.load_sites(settings())
+    sites = Source.of(settings()).sites()
     assert list(sites) == ["north", "south", "west"]
     assert {site: len(data.train) + len(data.held_out) for site, data in sites.items()} == tiny.SITES
 
 
 def test_no_patient_is_on_both_sides(settings):
-    for data in world.load_sites(settings()).values():
+    for data in Source.of(settings()).sites().values():
         assert data.train
         assert data.held_out
         assert not {row.unit for row in data.train} & {row.unit for row in data.held_out}
@@ -48,8 +48,8 @@ def test_a_site_of_its_own_reads_the_rows_and_units_that_a_simulation_gives_it(s
         (folder / f"{name}.jsonl").write_text("\n".join(numbered))
     run = settings({"data.source": f'"{folder}"', "data.unit_column": f'"{unit_column}"'})
     places = {"base_folder": tmp_path, "log_folder": tmp_path / "log", "num_threads": 1}
-    site_files.write(world.load_tables(run), settings=run, folder=tmp_path / "sites", **places)
-    for number, (site, data) in enumerate(world.load_sites(run).items()):
+    site_files.write(Source.of(run).tables(), data=run.data, folder=tmp_path / "sites", **places)
+    for number, (site, data) in enumerate(Source.of(run).sites().items()):
         node = config.load_node(tmp_path / "sites" / str(number) / "node.toml")
         own = process.load_data(node, RunManifest(run, "ab" * 32, ()))
         assert node.site.name == site
@@ -59,19 +59,19 @@ def test_a_site_of_its_own_reads_the_rows_and_units_that_a_simulation_gives_it(s
 
 
 def test_sites_are_a_function_of_the_run_file(settings):
-    assert world.load_sites(settings()) == world.load_sites(settings())
-    assert world.load_sites(settings()) != world.load_sites(settings({"seed": "6"}))
+    assert Source.of(settings()).sites() == Source.of(settings()).sites()
+    assert Source.of(settings()).sites() != Source.of(settings({"seed": "6"})).sites()
 
 
 @pytest.mark.parametrize("how", ["iid", "dirichlet"])
 def test_rows_can_be_dealt_out_to_any_number_of_sites(settings, how):
-    sites = world.load_sites(settings({"data.partition": f'"{how}"', "data.num_sites": "4"}))
+    sites = Source.of(settings({"data.partition": f'"{how}"', "data.num_sites": "4"})).sites()
     assert list(sites) == ["site-00", "site-01", "site-02", "site-03"]
     assert sum(len(data.train) + len(data.held_out) for data in sites.values()) == sum(tiny.SITES.values())
 
 
 def test_the_embedded_records_need_no_file(tiny_base):
-    sites = world.load_sites(tiny.settings(tiny_base, {"data.source": '"embedded"', "federation.num_sites": "4"}))
+    sites = Source.of(tiny.settings(tiny_base, {"data.source": '"embedded"', "federation.num_sites": "4"})).sites()
     assert len(sites) == 4
 
 
@@ -79,19 +79,19 @@ def test_a_row_that_does_not_fit_is_named_by_line(settings, tmp_path):
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write(json.dumps({"instruction": "Ada?", "patient_id": "p", "site": "North"}) + "\n")
     with pytest.raises(DataError, match="line 37") as caught:
-        world.load_sites(settings())
+        Source.of(settings()).sites()
     assert "Ada" not in str(caught.value)
 
 
 def test_a_base_is_found_by_path_by_name_or_in_the_package(settings, tiny_base, tmp_path):
-    assert world.base_folder(settings()) == tiny_base
+    assert world.base_folder(settings().model.base) == tiny_base
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "mine").symlink_to(tiny_base)
     named = tiny.settings("mine")
-    assert world.base_folder(named, store_folder=tmp_path / "store").name == "mine"
-    assert world.base_folder(tiny.settings("embedded")) == world.EMBEDDED_BASE
+    assert world.base_folder(named.model.base, store_folder=tmp_path / "store").name == "mine"
+    assert world.base_folder(tiny.settings("embedded").model.base) == world.EMBEDDED_BASE
     with pytest.raises(ModelError, match="silotune-sim base"):
-        world.base_folder(named, store_folder=tmp_path)
+        world.base_folder(named.model.base, store_folder=tmp_path)
 
 
 def test_the_engine_is_what_the_run_file_says(settings, tiny_base):
@@ -136,14 +136,14 @@ def test_a_text_that_several_sites_have_is_held_out_at_all_of_them_or_trained_on
     path = tmp_path / "register.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in table))
     changes = {"data.source": f'"{path}"'}
-    together = world.load_sites(settings(changes))
+    together = Source.of(settings(changes)).sites()
     assert {site: len(data.held_out) for site, data in together.items()} == {
         "cardiology": 4,
         "surgery": 8,
         "urology": 8,
     }
     assert overlap.total(world.overlaps(together).values()) == overlap.Overlap(20, 0, 0)
-    loose = world.load_sites(settings({**changes, "data.same_text": '"count"'}))
+    loose = Source.of(settings({**changes, "data.same_text": '"count"'})).sites()
     expected = {
         site: sum(
             any(row.messages == other.messages for part in loose.values() for other in part.train) for row in rows
@@ -154,5 +154,5 @@ def test_a_text_that_several_sites_have_is_held_out_at_all_of_them_or_trained_on
     assert expected["surgery"] > 0  # control
     assert expected["cardiology"] == 0
     private = {**changes, **tiny.NOISED}
-    counted = world.overlaps(world.load_sites(settings(private)))
+    counted = world.overlaps(Source.of(settings(private)).sites())
     assert overlap.total(counted.values()).num_exact > 0  # only counted, as no unit may move another
