@@ -1,6 +1,5 @@
 """The finished adapter as a peft folder, and merged into a bf16 checkpoint."""
 
-import functools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ import jinja2
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from common import storage
 from common.adapter import adapter
@@ -34,9 +33,11 @@ from server.export import kind as export_kind
 from server.export import tokenizer as export_tokenizer
 from server.export.probe import Probe
 from server.view import figures, gate
-from server.view import polish as told
+from server.view import polish as polish_view
 
-CARD_TEMPLATE = Path(__file__).with_name("card.md.j2")
+_CARDS = jinja2.Environment(  # noqa: S701  Markdown, no HTML
+    loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined
+)
 
 
 def save_adapter(
@@ -58,16 +59,22 @@ def save_adapter(
     Raises:
         StorageError: Disk full or not writable.
     """
-    found, made = finished(tensors, run_manifest.run)
+    run = run_manifest.run
+    base = shared_base(run.model.base)
+    saved, made = finished(tensors, run.adapter, base=base)
     text = card(run_manifest, num_rounds=num_rounds, sites=sites, log=log, kind="adapter")
-    canonical.save(folder, found, base=told_base(run_manifest.run.model.base), card=text, made=made)
+    canonical.save(folder, saved, base=base, card=text, made=made)
 
 
-def finished(tensors: Tensors, run: config.RunConfig) -> tuple[Tensors, PeftConfig | None]:
-    """An adapter as peft's files have it: LoRA canonical, any other kind with the configuration that it needs."""
-    if run.adapter.kind == "lora":
-        return canonical.canonical(tensors, run.adapter), None
-    return export_kind.parts(tensors, run, base=told_base(run.model.base) or None)
+def finished(tensors: Tensors, settings: config.AdapterConfig, *, base: str) -> tuple[Tensors, PeftConfig | None]:
+    """An adapter as peft's files have it: LoRA canonical, any other kind with the configuration that it needs.
+
+    Args:
+        base: See `shared_base`.
+    """
+    if settings.kind == "lora":
+        return canonical.canonical(tensors, settings), None
+    return export_kind.parts(tensors, settings, base=base or None)
 
 
 def card(
@@ -91,11 +98,14 @@ def card(
     specs = canonical.specs(run_manifest.tensor_specs) if is_lora else run_manifest.tensor_specs
     evaluated = {event["num_rounds"]: event for event in log if event["kind"] == "evaluated"}
     shared = [event for event in log if event["kind"] == "overlap"]
-    stages, polish = figures.stages(log), told.stages(log)
-    asked = told.at_sites(log).get(polish[-1]["number"]) if polish else None
+    stages, polish = figures.stages(log), polish_view.stages(log)
+    asked = polish_view.at_sites(log).get(polish[-1]["number"]) if polish else None
     reached = measure.stage_of(num_rounds, last=settings.federation.num_rounds)
-    label = told.label(polish[-1]["number"], polish[-1]["stage"]) if polish else reached
-    text: str = _card_template().render(
+    label = polish_view.label(polish[-1]["number"], polish[-1]["stage"]) if polish else reached
+    spent = None  # what the rounds cost a site as a whole, where the run promises that
+    if settings.privacy.is_private_per_site:
+        spent = site_privacy.spent_by(settings, log, num_rounds=num_rounds)
+    text: str = _CARDS.get_template("card.md.j2").render(
         run=settings, manifest=run_manifest, sites=sites, num_rows=sum(sites.values()), num_rounds=num_rounds,
         rank=next((spec.shape[0] for spec in specs if is_lora and spec.name.endswith(factored.A_SUFFIX)), 0),
         title=KINDS[settings.adapter.kind].title, trained=trained(settings.adapter),
@@ -107,31 +117,16 @@ def card(
         measured=stages.get(label) or stages.get(reached), view=figures,
         measured_before=stages.get(figures.BASE), privacy_wording=plan.wording(settings),
         epsilon=plan.epsilon(settings) if settings.privacy.is_private_per_unit else None,
-        spent=_spent(settings, log, num_rounds=num_rounds), gated=gate.of_export(log, stage=label),
-        overlap=overlap.sentence(shared[-1]) if shared else "", task_overlaps=told.task_overlaps(log),
-        overlaps=[f"{stage['stage']} {line}" for stage in polish for line in told.overlaps(stage)],
-        system_prompt=settings.data.system_prompt, polish=polish, stage_kind=told.kind,
-        polish_private=told.PRIVATE, polish_own=told.OWN_DATA,
+        spent=spent, gated=gate.of_export(log, stage=label),
+        overlap=overlap.sentence(shared[-1]) if shared else "", task_overlaps=polish_view.task_overlaps(log),
+        overlaps=[f"{stage['stage']} {line}" for stage in polish for line in polish_view.overlaps(stage)],
+        system_prompt=settings.data.system_prompt, polish=polish, stage_kind=polish_view.kind,
+        polish_private=polish_view.PRIVATE, polish_own=polish_view.OWN_DATA,
         gated_later=gate.later([event for event in log if event.get("stage") == label]),
-        derived=told.derived_in_words(derived) if (derived := told.derived(log)) else [],
+        derived=polish_view.derived_in_words(derived) if (derived := polish_view.derived(log)) else [],
         has_own_gate=bool(derived and derived["has_own_gate"]),
     )  # fmt: skip
     return text
-
-
-@functools.cache
-def _card_template() -> jinja2.Template:
-    """Compiled once: an export has a card for the folder and one for each adapter."""
-    text = CARD_TEMPLATE.read_text(encoding="utf-8")
-    made: jinja2.Template = jinja2.Template(text, undefined=jinja2.StrictUndefined)
-    return made
-
-
-def _spent(settings: config.RunConfig, log: Sequence[Event], *, num_rounds: int) -> dict[str, float | None] | None:
-    """What the rounds cost a site as a whole; None where the run promises nothing of that kind."""
-    if not settings.privacy.is_private_per_site:
-        return None
-    return site_privacy.spent_by(settings, log, num_rounds=num_rounds)
 
 
 def trained(settings: config.AdapterConfig) -> str:
@@ -148,13 +143,13 @@ def is_path(base: str) -> bool:
     return base.startswith(("/", ".", "~")) or Path(base).is_dir()
 
 
-def told_base(base: str) -> str:
-    """What peft is told of the base: a name that means the same elsewhere, or nothing."""
+def shared_base(base: str) -> str:
+    """The base's name in peft's files: one that means the same elsewhere, or nothing."""
     return "" if is_path(base) else base
 
 
 def base_name(base: str) -> str:
-    """What others are told of the base: of a path only its last part.
+    """The base's name in what others read: of a path only its last part.
 
     Example:
         >>> base_name("/srv/models/eight-billion"), base_name("org/name")
@@ -208,26 +203,28 @@ def merge(
     probe.round_weights(merged)
     rounded_btv = probe.logits(merged)
     merged.generation_config.eos_token_id = list(prompts.stop_ids(tokenizer, merged.generation_config))
+    # Beside the target first, so that a half-written checkpoint never bears its name.
     partial = output_folder.with_name(f".{output_folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _save_merged(merged.to(torch.bfloat16), tokenizer, base_folder, partial)
+        merged.to(torch.bfloat16).save_pretrained(partial)
+        export_tokenizer.save(tokenizer, base_folder, partial)
         del network, merged  # before the next one: each is the whole base in float32
         with _fitting(adapter_folder, base_folder):
             saved_btv = probe.logits(_float32(partial))
-        found = Probe(
+        measured = Probe(
             effect=probe.difference(alone_btv, wanted_btv),
             summed=probe.difference(summed_btv, wanted_btv),
             rounding=probe.difference(rounded_btv, summed_btv),
             saved=probe.difference(saved_btv, rounded_btv),
         )
-        found.check(str(adapter_folder))
+        measured.check(str(adapter_folder))
         partial.rename(output_folder)
     except OSError as error:
         raise storage.storage_error(output_folder, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return found
+    return measured
 
 
 @contextmanager
@@ -245,9 +242,3 @@ def _float32(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
-
-
-def _save_merged(merged: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, base_folder: Path, partial: Path) -> None:
-    """Into a folder beside the target first, so that a half-written checkpoint never bears its name."""
-    merged.save_pretrained(partial)  # type: ignore[operator]
-    export_tokenizer.save(tokenizer, base_folder, partial)

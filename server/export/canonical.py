@@ -51,11 +51,11 @@ def canonical(tensors: Tensors, settings: config.AdapterConfig) -> dict[str, Ten
 
     Shape: A (r, k), B (d, r).
     """
-    found: dict[str, Tensor] = {}
+    padded: dict[str, Tensor] = {}
     for module, (b_dr, a_rk) in factored.effective(tensors).items():
         missing = listed_rank(a_rk.shape[0]) - a_rk.shape[0]
-        found |= factored.named(module, pad(settings.scale * b_dr, (0, missing)), pad(a_rk, (0, 0, 0, missing)))
-    return found
+        padded |= factored.named(module, pad(settings.scale * b_dr, (0, missing)), pad(a_rk, (0, 0, 0, missing)))
+    return padded
 
 
 def rank_of(tensors: Tensors) -> int:
@@ -79,7 +79,7 @@ def save(folder: Path, tensors: Tensors, *, base: str, card: str, made: PeftConf
 
     Args:
         tensors: What `canonical` gave, or another kind's under the names of peft's files.
-        base: What peft is told of the base; empty: nothing.
+        base: The base's name in the configuration; empty: none.
         made: Configuration of another kind; None: the canonical one.
 
     Raises:

@@ -34,7 +34,7 @@ from server.export import tokenizer as export_tokenizer
 from server.export.perplexity import Beside, Perplexity
 from server.export.probe import Probe
 from server.export.seal import FORMATS
-from server.view import polish as polish_told
+from server.view import polish
 
 NEED_BASE: Final = frozenset({"merged", "nf4", "int8", "gguf", "onnx"})
 _LICENCE: Final = re.compile(r"^license:\s*([\w.+-]{1,64})\s*$", re.MULTILINE)
@@ -87,7 +87,6 @@ class Content:
         made: Configuration of another kind; None: the adapter is canonical.
         beside: Gives base and adapters side by side as a run has them; None: there is no run, only the adapter.
         quantization: Of the base during training, for the card.
-        run: The run of `beside`.
     """
 
     facts: seal.Facts
@@ -97,7 +96,6 @@ class Content:
     made: PeftConfig | None = None
     beside: Callable[[], Beside] | None = None
     quantization: str = "none"
-    run: config.RunConfig | None = None
 
 
 def write(
@@ -129,11 +127,11 @@ def write(
     """
     content = content_of(source, formats=formats, base=base, gguf_type=gguf_type)
     if base:
-        found = source.run_manifest
+        manifest = source.run_manifest
         beside = functools.partial(
-            perplexity.side_by_side, rows, source.tensors, run=found.run, base=base, date=found.date
+            perplexity.side_by_side, rows, source.tensors, run=manifest.run, base=base, date=manifest.date
         )
-        content = dataclasses.replace(content, beside=beside, run=found.run)
+        content = dataclasses.replace(content, beside=beside)
     write_content(folder, content, base=base, llama_cpp=llama_cpp, key=key)
 
 
@@ -151,30 +149,39 @@ def check(
 
 def content_of(source: Exported, *, formats: Sequence[str], base: Path | None, gguf_type: str = "bf16") -> Content:
     """A run's checkpoint as the content of a folder."""
-    found = source.run_manifest
-    _check_kind(found.run.adapter.kind, formats)
-    tensors, made = export.finished(source.tensors, found.run)
-    prompt = found.run.data.system_prompt
+    manifest, run = source.run_manifest, source.run_manifest.run
+    # What this kind of adapter can become.
+    kind = KINDS[run.adapter.kind]
+    plain = [name for name in ("peft", "vllm") if name in formats]
+    if plain and not kind.has_factors:
+        raise ConfigError(
+            f"--formats {plain[0]}: a sealed adapter is plain LoRA, and this run trained '{run.adapter.kind}'; give "
+            "--output for its peft folder" + (", or export merged" if kind.is_mergeable else "")
+        )
+    if NEED_BASE & set(formats):
+        export_kind.check_mergeable(run.adapter.kind)
+    base_shared = export.shared_base(run.model.base)
+    tensors, made = export.finished(source.tensors, run.adapter, base=base_shared)
+    template, prompt = run.model.chat_template, run.data.system_prompt
     facts = seal.Facts(
-        name=found.run.name,
-        run_sha256=found.sha256,
-        base_sha256=found.base_sha256,
+        name=run.name,
+        run_sha256=manifest.sha256,
+        base_sha256=manifest.base_sha256,
         num_rounds=source.num_rounds,
         formats=tuple(formats),
-        base=export.told_base(found.run.model.base),
+        base=base_shared,
         adapter_sha256="" if made else hashlib.sha256(canonical.encoded(tensors)).hexdigest(),
-        chat_template=found.run.model.chat_template,
-        chat_template_sha256=template_sha256(base, found.run.model.chat_template, prompt, found.date) if base else "",
-        date=found.date,
+        chat_template=template,
+        chat_template_sha256=template_sha256(base, template, prompt, manifest.date) if base else "",
+        date=manifest.date,
         gguf_type=gguf_type,
         system_prompt=prompt,
-        addendum_sha256=derived["addendum_sha256"] if (derived := polish_told.derived(source.log)) else "",
+        addendum_sha256=derived["addendum_sha256"] if (derived := polish.derived(source.log)) else "",
     )
-    told = {"num_rounds": source.num_rounds, "sites": source.sites, "log": source.log}
-    adapter_card = export.card(found, **told, kind="adapter")  # type: ignore[arg-type]
+    card = functools.partial(export.card, manifest, num_rounds=source.num_rounds, sites=source.sites, log=source.log)
     licence = licence_of(base) if base else ""
-    card = export.card(found, **told, kind="folder", licence=licence, formats=formats)  # type: ignore[arg-type]
-    return Content(facts, tensors, adapter_card, card, made, quantization=found.run.model.quantization)
+    folder_card = card(kind="folder", licence=licence, formats=formats)
+    return Content(facts, tensors, card(kind="adapter"), folder_card, made, quantization=run.model.quantization)
 
 
 def write_content(
@@ -188,7 +195,21 @@ def write_content(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        facts = _fill(partial, content, base=base, llama_cpp=llama_cpp)
+        facts, card = content.facts, content.card
+        for target in [name for name in ("peft", f"vllm/{facts.name}") if name.split("/")[0] in facts.formats]:
+            _save_adapter(partial / target, content)
+            if base:
+                tokenizer = tokenizer_of(base, facts)
+                template = str(tokenizer.chat_template)
+                storage.write_atomic(partial / target / export_tokenizer.TEMPLATE_FILE, template.encode())
+                ends = export_tokenizer.ended(base, tokenizer).to_json_string()
+                storage.write_atomic(partial / target / GENERATION_CONFIG_NAME, ends.encode())
+        if base and NEED_BASE & set(facts.formats):
+            probe, measured = _fill_merged(partial, content, base=base, llama_cpp=llama_cpp)
+            figures = dataclasses.asdict(measured) if measured else {}
+            facts = dataclasses.replace(facts, probe=dataclasses.asdict(probe), perplexity=figures)
+            card += "\n" + perplexity.in_words(measured, probe, quantization=content.quantization)
+        storage.write_atomic(partial / "README.md", card.encode())
         seal.write(partial, facts, specs=() if content.made else adapter.specs(content.adapter), key=key)
         if folder.exists():
             folder.rmdir()
@@ -222,47 +243,11 @@ def _check_possible(content: Content, base: Path | None, llama_cpp: Path | None)
             gguf.check(base)
 
 
-def _check_kind(kind: str, formats: Sequence[str]) -> None:
-    """What this kind of adapter can become."""
-    facts = KINDS[kind]
-    plain = [name for name in ("peft", "vllm") if name in formats]
-    if plain and not facts.has_factors:
-        raise ConfigError(
-            f"--formats {plain[0]}: a sealed adapter is plain LoRA, and this run trained '{kind}'; give --output for "
-            "its peft folder" + (", or export merged" if facts.is_mergeable else "")
-        )
-    if NEED_BASE & set(formats):
-        export_kind.check_mergeable(kind)
-
-
-def _fill(folder: Path, content: Content, *, base: Path | None, llama_cpp: Path | None) -> seal.Facts:
-    """Every format, then the card; what is known then."""
-    formats, name = content.facts.formats, content.facts.name
-    tokenizer = tokenizer_of(base, content.facts) if base else None
-    for target in [target for target in ("peft", f"vllm/{name}") if target.split("/")[0] in formats]:
-        _save_adapter(folder / target, content)
-        if base and tokenizer:
-            template = str(tokenizer.chat_template)
-            storage.write_atomic(folder / target / export_tokenizer.TEMPLATE_FILE, template.encode())
-            ends = export_tokenizer.ended(base, tokenizer).to_json_string()
-            storage.write_atomic(folder / target / GENERATION_CONFIG_NAME, ends.encode())
-    facts, card = content.facts, content.card
-    if base and NEED_BASE & set(formats):
-        probe, measured = _fill_merged(folder, content, base=base, llama_cpp=llama_cpp)
-        figures = dataclasses.asdict(measured) if measured else {}
-        facts = dataclasses.replace(facts, probe=dataclasses.asdict(probe), perplexity=figures)
-        told = perplexity.in_words(measured, probe, quantization=content.quantization)
-        card = f"{card}\n{told}"
-    storage.write_atomic(folder / "README.md", card.encode())
-    return facts
-
-
 def _fill_merged(
     folder: Path, content: Content, *, base: Path, llama_cpp: Path | None
 ) -> tuple[Probe, Perplexity | None]:
     """All that is made from the merged checkpoint, which goes again if nobody asked for it; how good it is."""
     scratch, merged, facts = folder / ".adapter", folder / "merged", content.facts
-    formats = facts.formats
     beside = content.beside() if content.beside else None
     _save_adapter(scratch, content)
     probe = export.merge(
@@ -270,16 +255,25 @@ def _fill_merged(
         beside_btv=beside.logits_btv if beside else None,
     )  # fmt: skip
     shutil.rmtree(scratch)
-    measured = perplexity.measure(beside, run=content.run, merged=merged) if beside and content.run else None
+    measured = perplexity.measure(beside, merged, facts.chat_template) if beside else None
     if measured:
         measured.check(facts.name)
-    for kind in [kind for kind in ("nf4", "int8") if kind in formats]:
+    for kind in [kind for kind in ("nf4", "int8") if kind in facts.formats]:
         quantise(merged, folder / kind, kind=kind)
-    if "gguf" in formats:
-        _save_gguf(folder / "gguf", merged, content.facts, llama_cpp=llama_cpp)
-    if "onnx" in formats:
+    if "gguf" in facts.formats:
+        (folder / "gguf").mkdir()
+        output = folder / "gguf" / gguf.MODEL_FILE
+        if llama_cpp:
+            gguf.run_converter(llama_cpp, merged, output, name=facts.name)
+        else:
+            gguf.convert(merged, output, name=facts.name)
+        if llama_cpp and facts.gguf_type != "bf16":
+            gguf.run_quantize(llama_cpp, output, kind=facts.gguf_type)
+        text = gguf.modelfile(merged, system_prompt=facts.system_prompt)
+        storage.write_atomic(folder / "gguf" / "Modelfile", text.encode())
+    if "onnx" in facts.formats:
         onnx.convert(merged, folder / "onnx")
-    if "merged" not in formats:
+    if "merged" not in facts.formats:
         shutil.rmtree(merged)
     return probe, measured
 
@@ -287,20 +281,6 @@ def _fill_merged(
 def _save_adapter(folder: Path, content: Content) -> None:
     """A peft folder with its card."""
     canonical.save(folder, content.adapter, base=content.facts.base, card=content.adapter_card, made=content.made)
-
-
-def _save_gguf(folder: Path, merged: Path, facts: seal.Facts, *, llama_cpp: Path | None) -> None:
-    """Model and Modelfile."""
-    folder.mkdir()
-    output = folder / gguf.MODEL_FILE
-    if llama_cpp:
-        gguf.run_converter(llama_cpp, merged, output, name=facts.name)
-    else:
-        gguf.convert(merged, output, name=facts.name)
-    if llama_cpp and facts.gguf_type != "bf16":
-        gguf.run_quantize(llama_cpp, output, kind=facts.gguf_type)
-    text = gguf.modelfile(merged, system_prompt=facts.system_prompt)
-    storage.write_atomic(folder / "Modelfile", text.encode())
 
 
 def template_of(base: Path, name: prompts.TemplateName, system_prompt: str, date: str) -> str:
@@ -313,12 +293,12 @@ def template_of(base: Path, name: prompts.TemplateName, system_prompt: str, date
 
 
 def tokenizer_of(base: Path, facts: seal.Facts) -> PreTrainedTokenizerBase:
-    """The base's tokenizer with the template that a seal tells of."""
+    """The base's tokenizer with the template of an export."""
     return export_tokenizer.of_base(base, facts.chat_template, system_prompt=facts.system_prompt, date=facts.date)
 
 
 def template_sha256(base: Path, name: prompts.TemplateName, system_prompt: str, date: str) -> str:
-    """Its hash, for the seal."""
+    """The hash of `template_of`, for the seal."""
     return hashlib.sha256(template_of(base, name, system_prompt, date).encode()).hexdigest()
 
 
@@ -345,5 +325,5 @@ def licence_of(base: Path) -> str:
         return ""
     if not text.startswith("---\n"):
         return ""
-    found = _LICENCE.search(text.split("\n---", 1)[0])
-    return found[1] if found else ""
+    match = _LICENCE.search(text.split("\n---", 1)[0])
+    return match[1] if match else ""

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -67,7 +68,25 @@ def convert(merged: Path, output: Path, *, name: str) -> None:
     settings = skeleton.settings(merged).to_dict()
     writer = gguf.GGUFWriter(output, "llama")
     try:
-        _add_facts(writer, settings, name=name)
+        # The shape of a Llama, as llama.cpp's converter names it.
+        num_heads = settings["num_attention_heads"]
+        head_size = settings.get("head_dim") or settings["hidden_size"] // num_heads
+        writer.add_type("model")
+        writer.add_name(name)
+        writer.add_file_type(LlamaFileType.MOSTLY_BF16)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_context_length(settings["max_position_embeddings"])
+        writer.add_embedding_length(settings["hidden_size"])
+        writer.add_block_count(settings["num_hidden_layers"])
+        writer.add_feed_forward_length(settings["intermediate_size"])
+        writer.add_head_count(num_heads)
+        writer.add_head_count_kv(settings.get("num_key_value_heads") or num_heads)
+        writer.add_key_length(head_size)
+        writer.add_value_length(head_size)
+        writer.add_rope_dimension_count(head_size)
+        writer.add_rope_freq_base((settings.get("rope_parameters") or {}).get("rope_theta", 10000.0))
+        writer.add_layer_norm_rms_eps(settings["rms_norm_eps"])
+        writer.add_vocab_size(settings["vocab_size"])
         _add_tokenizer(writer, merged, num_tokens=settings["vocab_size"])
         for tensor_name, values, kind in _tensors(merged, settings):
             writer.add_tensor(tensor_name, values, raw_dtype=kind)
@@ -135,16 +154,13 @@ def _missing(requirements: Path) -> list[str]:
     lines = [line.split("#")[0].split() for line in requirements.read_text(encoding="utf-8").splitlines()]
     included = [_missing(requirements.parent / words[1]) for words in lines if words[:1] == ["-r"] and len(words) > 1]
     named = [match[0] for words in lines if words and (match := re.match(r"\w[\w.-]*", words[0]))]
-    return sorted({*(name for name in named if not _is_installed(name)), *itertools.chain.from_iterable(included)})
-
-
-def _is_installed(name: str) -> bool:
-    """Whether this Python has a package."""
-    try:
-        metadata.distribution(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+    missing = set(itertools.chain.from_iterable(included))
+    for name in named:
+        try:
+            metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            missing.add(name)
+    return sorted(missing)
 
 
 def _quantizer(llama_cpp: Path) -> Path:
@@ -190,39 +206,30 @@ def modelfile_of(tokenizer: Any, generation: GenerationConfig, *, system_prompt:
     """
     texts = [tokenizer.decode([number]) for number in prompts.stop_ids(tokenizer, generation)]
     stops = "".join(f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}\n" for text in texts if text.strip())
-    template = _CHATML if _is_chatml(tokenizer, system_prompt) else _NO_TEMPLATE
-    return f"FROM ./{MODEL_FILE}\n{_system(system_prompt)}{template}{stops}"
+    # Whether conversations come out as ChatML, whatever the template's source says; a default system prompt is not, but
+    # for the run's own, which the line SYSTEM has.
+    template = str(tokenizer.chat_template or "").removeprefix(export_tokenizer.system_default(system_prompt))
+    talk = [{"role": role, "content": f"{role} says"} for role in ("system", "user", "assistant", "user")]
+    is_chatml = bool(tokenizer.chat_template)
+    for part in (talk, talk[1:]) if is_chatml else ():
+        render = partial(tokenizer.apply_chat_template, part, tokenize=False, add_generation_prompt=True)
+        try:
+            is_chatml = is_chatml and render(chat_template=template) == render(chat_template=templates.CHATML)
+        except jinja2.TemplateError:  # it refuses some of these roles, as no ChatML does
+            is_chatml = False
+    return f"FROM ./{MODEL_FILE}\n{_system(system_prompt)}{_CHATML if is_chatml else _NO_TEMPLATE}{stops}"
 
 
 def is_modelfile(text: str, *, system_prompt: str = "") -> bool:
     """Whether `modelfile_of` may have written it: its file, this system prompt, its template or none, stop words."""
     head = f"FROM ./{MODEL_FILE}\n{_system(system_prompt)}"
-    rests = [text.removeprefix(head + told) for told in (_CHATML, _NO_TEMPLATE) if text.startswith(head + told)]
+    rests = [text.removeprefix(head + part) for part in (_CHATML, _NO_TEMPLATE) if text.startswith(head + part)]
     return any(_STOPS.fullmatch(rest) for rest in rests)
 
 
 def _system(system_prompt: str) -> str:
     """The line of a Modelfile that holds the run's system prompt, or none."""
     return f'SYSTEM """{system_prompt}"""\n' if system_prompt else ""
-
-
-def _is_chatml(tokenizer: Any, system_prompt: str) -> bool:
-    """Whether conversations come out as ChatML, whatever the template's source says; a default system prompt is not,
-    but for the run's own, which the line SYSTEM has."""
-    if not tokenizer.chat_template:
-        return False
-    own = str(tokenizer.chat_template).removeprefix(export_tokenizer.system_default(system_prompt))
-    talk = [{"role": role, "content": f"{role} says"} for role in ("system", "user", "assistant", "user")]
-    try:
-        return all(_rendered(tokenizer, part, own) == _rendered(tokenizer, part) for part in (talk, talk[1:]))
-    except jinja2.TemplateError:  # it refuses some of these roles, as no ChatML does
-        return False
-
-
-def _rendered(tokenizer: Any, talk: list[dict[str, str]], template: str = templates.CHATML) -> str:
-    """A conversation up to where the model speaks."""
-    told = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True, chat_template=template)
-    return str(told)
 
 
 def check(base: Path) -> None:
@@ -234,7 +241,14 @@ def check(base: Path) -> None:
     """
     network = skeleton.build(base)
     settings = network.config.to_dict()
-    _check_plain({**settings, "architectures": [type(network).__name__]})
+    # Only what the tensors and facts of `convert` say in full.
+    for key, wanted in _PLAIN.items():
+        given = [type(network).__name__] if key == "architectures" else settings.get(key, wanted)
+        if given != wanted:
+            raise ConfigError(f"gguf: the base has {key} = {given}, written here is {wanted}; {_REMEDY}")
+    rope = settings.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ConfigError(f"gguf: the base has rotary scaling '{rope['rope_type']}', written here is none; {_REMEDY}")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, settings["num_hidden_layers"])
     for name in network.state_dict():
         _name(names, name)
@@ -252,38 +266,6 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _check_plain(settings: dict[str, Any]) -> None:
-    """Only what the tensors and facts below say in full."""
-    for key, wanted in _PLAIN.items():
-        if settings.get(key, wanted) != wanted:
-            raise ConfigError(f"gguf: the base has {key} = {settings[key]}, written here is {wanted}; {_REMEDY}")
-    rope = settings.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"gguf: the base has rotary scaling '{rope['rope_type']}', written here is none; {_REMEDY}")
-
-
-def _add_facts(writer: gguf.GGUFWriter, settings: dict[str, Any], *, name: str) -> None:
-    """The shape of a Llama, as llama.cpp's converter names it."""
-    num_heads = settings["num_attention_heads"]
-    head_size = settings.get("head_dim") or settings["hidden_size"] // num_heads
-    writer.add_type("model")
-    writer.add_name(name)
-    writer.add_file_type(LlamaFileType.MOSTLY_BF16)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_context_length(settings["max_position_embeddings"])
-    writer.add_embedding_length(settings["hidden_size"])
-    writer.add_block_count(settings["num_hidden_layers"])
-    writer.add_feed_forward_length(settings["intermediate_size"])
-    writer.add_head_count(num_heads)
-    writer.add_head_count_kv(settings.get("num_key_value_heads") or num_heads)
-    writer.add_key_length(head_size)
-    writer.add_value_length(head_size)
-    writer.add_rope_dimension_count(head_size)
-    writer.add_rope_freq_base((settings.get("rope_parameters") or {}).get("rope_theta", 10000.0))
-    writer.add_layer_norm_rms_eps(settings["rms_norm_eps"])
-    writer.add_vocab_size(settings["vocab_size"])
-
-
 def _add_tokenizer(writer: gguf.GGUFWriter, merged: Path, *, num_tokens: int) -> None:
     """Tokens, kinds and merges of a byte-level BPE; special tokens and chat template by the gguf package."""
     stored = _json(merged / "tokenizer.json")
@@ -299,26 +281,17 @@ def _add_tokenizer(writer: gguf.GGUFWriter, merged: Path, *, num_tokens: int) ->
     writer.add_token_types([kinds.get(number, TokenType.UNUSED) for number in range(num_tokens)])
     special = gguf.SpecialVocab(merged, load_merges=True, n_vocab=num_tokens)
     special.add_special_token = {"bos": False, "eos": False} | special.add_special_token
-    special.special_token_ids |= _ends(merged)
-    special.add_to_gguf(writer, quiet=True)
-
-
-def _ends(merged: Path) -> dict[str, int]:
-    """What ends an answer, in the three places that GGUF has for it: end of text, of a turn and of a message.
-
-    llama.cpp stops at each of them, and at tokens whose name it knows.
-    """
+    # What ends an answer, in the three fields that GGUF has for it: end of text, of a turn and of a message. llama.cpp
+    # stops at each of them, and at tokens whose name it knows.
     tokenizer = AutoTokenizer.from_pretrained(merged, local_files_only=True)
-    if not tokenizer.chat_template:
-        return {}
-    turn_end = prompts.turn_end_id(tokenizer)
-    ids = {turn_end if tokenizer.eos_token_id is None else tokenizer.eos_token_id: "eos"}
-    ids.setdefault(turn_end, "eot")
-    others = [
-        number for number in prompts.stop_ids(tokenizer, export_tokenizer.generation_of(merged)) if number not in ids
-    ]
-    ids |= dict.fromkeys(others[:1], "eom")
-    return {name: number for number, name in ids.items()}
+    if tokenizer.chat_template:
+        turn_end = prompts.turn_end_id(tokenizer)
+        ends = {turn_end if tokenizer.eos_token_id is None else tokenizer.eos_token_id: "eos"}
+        ends.setdefault(turn_end, "eot")
+        stops = prompts.stop_ids(tokenizer, export_tokenizer.generation_of(merged))
+        ends |= dict.fromkeys([number for number in stops if number not in ends][:1], "eom")
+        special.special_token_ids |= {name: number for number, name in ends.items()}
+    special.add_to_gguf(writer, quiet=True)
 
 
 def pre_tokenizer_name(stored: dict[str, Any]) -> str:
@@ -338,8 +311,8 @@ def pre_tokenizer_name(stored: dict[str, Any]) -> str:
         >>> pre_tokenizer_name({"model": {"type": "BPE"}, "normalizer": None, "pre_tokenizer": pieces})
         'gpt-2'
     """
-    found = stored["pre_tokenizer"] or {}
-    steps = found.get("pretokenizers", [found])
+    cut = stored["pre_tokenizer"] or {}
+    steps = cut.get("pretokenizers", [cut])
     is_plain = (
         stored["model"]["type"] == "BPE" and stored["normalizer"] is None and steps[-1].get("type") == "ByteLevel"
     )
@@ -361,13 +334,13 @@ def _tensors(
     for file in sorted(merged.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  not a mapping
-                found = _name(names, name)
+                gguf_name = _name(names, name)
                 values = opened.get_tensor(name).to(torch.float32).numpy()
                 part = name.split(".")[-2]
                 if part in heads:
-                    values = _interleave(values, num_heads=heads[part])
+                    values = interleave(values, num_heads=heads[part])
                 kind = GGMLQuantizationType.BF16 if values.ndim > 1 else GGMLQuantizationType.F32
-                yield found, gguf.quantize(values, kind), kind
+                yield gguf_name, gguf.quantize(values, kind), kind
 
 
 def _name(names: Any, name: str) -> str:
@@ -378,7 +351,7 @@ def _name(names: Any, name: str) -> str:
     return found
 
 
-def _interleave(weight_dk: "np.ndarray[Any, Any]", *, num_heads: int) -> "np.ndarray[Any, Any]":
+def interleave(weight_dk: "np.ndarray[Any, Any]", *, num_heads: int) -> "np.ndarray[Any, Any]":
     """Rows of a head from (all first halves, all second halves) to pairs, as llama.cpp rotates neighbours.
 
     Source: llama.cpp, `LlamaModel.permute` of its converter.

@@ -3,6 +3,8 @@
 n virtual tokens, h width of an embedding.
 """
 
+from typing import Any
+
 import torch
 from peft import PeftConfig, PromptEncoder
 from torch import Tensor
@@ -19,21 +21,30 @@ _EMBEDDING = "prompt_encoder.embedding.weight"
 _SAVED = "prompt_embeddings"
 
 
-def parts(tensors: Tensors, run: config.RunConfig, *, base: str | None) -> tuple[dict[str, Tensor], PeftConfig]:
-    """Tensors under the names of peft's files, and the configuration that tells what they are.
+@torch.no_grad()
+def parts(
+    tensors: Tensors, settings: config.AdapterConfig, *, base: str | None
+) -> tuple[dict[str, Tensor], PeftConfig]:
+    """Tensors under the names of peft's files, and the configuration that says what they are.
 
     Args:
-        base: What peft is told of the base; None: nothing.
+        base: Its name in the configuration; None: none.
     """
-    settings = run.adapter
     modules = [name.removeprefix("base_model.model.") for name in adapter.module_names(adapter.specs(tensors)) if name]
     with model.quiet_peft():
         made = peft_kinds.configuration(settings, modules, base=base, is_trained=False)
-    if settings.kind == "p_tuning":
-        return {_SAVED: _embeddings(tensors, settings)}, made
+    if settings.kind == "p_tuning":  # what its network makes is all that is left of it after training, shape (n, h)
+        network: Any = peft_kinds.configuration(settings, ())
+        network.token_dim = network.encoder_hidden_size = tensors[_EMBEDDING].shape[1]
+        network.num_transformer_submodules = 1
+        encoder = PromptEncoder(network)  # type: ignore[no-untyped-call]
+        encoder.load_state_dict({name.removeprefix("prompt_encoder."): tensor for name, tensor in tensors.items()})
+        return {_SAVED: encoder(torch.arange(settings.num_virtual_tokens)[None])[0].clone()}, made
     if KINDS[settings.kind].layers == "input":
         return {_SAVED: tensors[_EMBEDDING]}, made
-    return {_saved_name(name): tensor for name, tensor in tensors.items()}, made
+    # DoRA's lengths lie in a module of their own, which peft's files do not name.
+    lengths = ".lora_magnitude_vector"
+    return {name.replace(f"{lengths}.weight", lengths): tensor for name, tensor in tensors.items()}, made
 
 
 def check_mergeable(kind: str) -> None:
@@ -47,21 +58,3 @@ def check_mergeable(kind: str) -> None:
             f"'{kind}' is virtual tokens before the input and no part of any weight, so it cannot be merged; give "
             "--output for its peft folder"
         )
-
-
-def _saved_name(name: str) -> str:
-    """DoRA's lengths lie in a module of their own, which peft's files do not name."""
-    magnitude = ".lora_magnitude_vector"
-    return name.removesuffix(".weight") if name.endswith(magnitude + ".weight") else name
-
-
-@torch.no_grad()
-def _embeddings(tensors: Tensors, settings: config.AdapterConfig) -> Tensor:
-    """What P-tuning's network makes: all that is left of it after training. Shape (n, h)."""
-    made = peft_kinds.configuration(settings, ())
-    width = tensors[_EMBEDDING].shape[1]
-    made.token_dim, made.encoder_hidden_size, made.num_transformer_submodules = width, width, 1  # type: ignore[attr-defined]
-    encoder = PromptEncoder(made)  # type: ignore[no-untyped-call]
-    encoder.load_state_dict({name.removeprefix("prompt_encoder."): tensor for name, tensor in tensors.items()})
-    found: Tensor = encoder(torch.arange(settings.num_virtual_tokens)[None])[0]
-    return found.clone()

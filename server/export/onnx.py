@@ -54,8 +54,8 @@ class _Logits(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Shape (B, T, V)."""
-        found: torch.Tensor = self.network(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        return found
+        logits: torch.Tensor = self.network(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return logits
 
 
 def convert(merged: Path, output: Path) -> None:
@@ -71,35 +71,32 @@ def convert(merged: Path, output: Path) -> None:
         ModelError: torch cannot export this architecture.
     """
     require()
-    network = _load(merged)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    try:  # with attention written out, as the exporter knows each of its steps
+        network: Any = AutoModelForCausalLM.from_pretrained(
+            merged, dtype=torch.float32, attn_implementation="eager", **options
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"onnx: {merged} cannot be loaded ({type(error).__name__}); export it again") from error
     try:
         program = _exported(network)
     except torch.onnx.errors.OnnxExporterError as error:
         raise ModelError(
             f"onnx: torch cannot export {type(network).__name__} ({type(error).__name__}); leave onnx out of --formats"
         ) from error
-    _forget_paths(program.model)
+    # The exporter notes for every node which line of which file of this machine it comes from.
+    graph_model = program.model
+    for node in graph_model.graph.all_nodes():
+        for part in (node, *node.outputs):
+            part.metadata_props.clear()
+    graph_model.graph.metadata_props.clear()
+    graph_model.metadata_props.clear()
     output.mkdir()
     program.save(output / MODEL_FILE, external_data=True)
     AutoConfig.from_pretrained(merged, local_files_only=True).save_pretrained(output)
     tokenizer.copy(merged, output)
     shutil.copyfile(merged / GENERATION_CONFIG_NAME, output / GENERATION_CONFIG_NAME)
-
-
-def _load(merged: Path) -> Any:
-    """In float32, with attention written out: the exporter knows each of its steps."""
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            merged,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation="eager",
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"onnx: {merged} cannot be loaded ({type(error).__name__}); export it again") from error
 
 
 def _exported(network: Any) -> Any:
@@ -126,16 +123,6 @@ def _exported(network: Any) -> Any:
         logger.setLevel(level)
 
 
-def _forget_paths(graph_model: Any) -> None:
-    """The exporter notes for every node which line of which file of this machine it comes from."""
-    for node in graph_model.graph.all_nodes():
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-    graph_model.graph.metadata_props.clear()
-    graph_model.metadata_props.clear()
-
-
 def check(path: Path) -> int:
     """A file that an ONNX runtime may be given: standard operators only, weights in one file beside it, all finite.
 
@@ -152,7 +139,20 @@ def check(path: Path) -> int:
 
     try:
         graph_model = onnx.load(str(path), load_external_data=False)
-        _check_graph(path, graph_model)
+        # No operator that a plain runtime does not know, no function, no file but the one beside.
+        domains = {node.domain for node in graph_model.graph.node} | {
+            entry.domain for entry in graph_model.opset_import
+        }
+        if domains - _DOMAINS or graph_model.functions:
+            raise ModelError(f"{path}: has operators or functions beyond ONNX' own; do not load it")
+        end = 0
+        for tensor in graph_model.graph.initializer:
+            facts = {entry.key: entry.value for entry in tensor.external_data}
+            if facts and facts.get("location") != WEIGHTS_FILE:
+                raise ModelError(f"{path}: reads a file other than {WEIGHTS_FILE}; do not load it")
+            end = max(end, int(facts.get("offset", 0)) + int(facts.get("length", 0)))
+        if (path.parent / WEIGHTS_FILE).stat().st_size != end:
+            raise ModelError(f"{path}: {WEIGHTS_FILE} does not end where the graph's weights end; export it again")
         onnx.checker.check_model(str(path))
         graph_model = onnx.load(str(path))
     except (DecodeError, OSError, ValueError, onnx.checker.ValidationError) as error:
@@ -162,21 +162,6 @@ def check(path: Path) -> int:
         if values.dtype.kind == "f" and not bool(np.isfinite(values).all()):
             raise ModelError(f"{path}: a weight holds NaN or infinity; export it again")
     return len(graph_model.graph.initializer)
-
-
-def _check_graph(path: Path, graph_model: Any) -> None:
-    """No operator that a plain runtime does not know, no function, no file but the one beside."""
-    domains = {node.domain for node in graph_model.graph.node} | {entry.domain for entry in graph_model.opset_import}
-    if domains - _DOMAINS or graph_model.functions:
-        raise ModelError(f"{path}: has operators or functions beyond ONNX' own; do not load it")
-    end = 0
-    for tensor in graph_model.graph.initializer:
-        facts = {entry.key: entry.value for entry in tensor.external_data}
-        if facts and facts.get("location") != WEIGHTS_FILE:
-            raise ModelError(f"{path}: reads a file other than {WEIGHTS_FILE}; do not load it")
-        end = max(end, int(facts.get("offset", 0)) + int(facts.get("length", 0)))
-    if (path.parent / WEIGHTS_FILE).stat().st_size != end:
-        raise ModelError(f"{path}: {WEIGHTS_FILE} does not end where the graph's weights end; export it again")
 
 
 class Session:

@@ -1,11 +1,10 @@
 """The perplexity of a merged checkpoint against its base with the adapters side by side, on rows that are given."""
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -17,7 +16,7 @@ from common.model import base as model
 from common.model import loading
 from common.model.base import Engine
 from common.run import config
-from common.text.prompts import Encoded
+from common.text.prompts import Encoded, TemplateName
 from server.evaluate.figures import bootstrap
 from server.evaluate.figures.bootstrap import Scores
 from server.export import probe as export_probe
@@ -74,22 +73,6 @@ class Perplexity:
             )
 
 
-def stored(figures: Mapping[str, Any]) -> Perplexity:
-    """The figures of a seal.
-
-    Raises:
-        ModelError: They are none.
-    """
-    try:
-        found = Perplexity(**figures)
-        values = (float(value) for value in dataclasses.astuple(found))
-        if not all(math.isfinite(value) for value in values):
-            raise ValueError("not finite")
-        return found
-    except (TypeError, ValueError) as error:
-        raise ModelError("the seal's figures of perplexity are malformed; get the folder again") from error
-
-
 @dataclass(frozen=True)
 class Beside:
     """Base and adapters side by side, as the run has them.
@@ -119,7 +102,7 @@ def side_by_side(rows: Path | None, tensors: Tensors, *, run: config.RunConfig, 
         DataError: The rows are missing or unusable.
         ModelError: The base cannot be loaded.
     """
-    plain = run.model_copy(update={"model": _plain(run, base)})
+    plain = run.model_copy(update={"model": plain_model(base, run.model.chat_template)})
     engine = loading.engine_of(plain, base, num_threads=torch.get_num_threads(), date=date)
     encoded: Sequence[Encoded] = ()
     alone = None
@@ -131,7 +114,7 @@ def side_by_side(rows: Path | None, tensors: Tensors, *, run: config.RunConfig, 
     return Beside(export_probe.logits(engine.model), encoded, alone, scores)
 
 
-def measure(beside: Beside, *, run: config.RunConfig, merged: Path) -> Perplexity | None:
+def measure(beside: Beside, merged: Path, chat_template: TemplateName) -> Perplexity | None:
     """Score a merged checkpoint on the same rows; None where there are none.
 
     Raises:
@@ -140,37 +123,35 @@ def measure(beside: Beside, *, run: config.RunConfig, merged: Path) -> Perplexit
     if beside.alone is None or beside.scores is None:
         return None
     device = model.choose_device("auto")
-    network = model.load_base(merged, _plain(run, merged), device)
+    network = model.load_base(merged, plain_model(merged, chat_template), device)
     engine = Engine(network, model.load_tokenizer(merged), device, "", (), {})
-    found = _scores(engine, beside.encoded)
-    num_tokens = sum(int(row[1]) for row in found.rows)
-    gained = bootstrap.gain(found, beside.scores)
-    values = (beside.alone.value, beside.scores.value, found.value)
+    scores = _scores(engine, beside.encoded)
+    num_tokens = sum(int(row[1]) for row in scores.rows)
+    gained = bootstrap.gain(scores, beside.scores)
+    values = (beside.alone.value, beside.scores.value, scores.value)
     return Perplexity(len(beside.encoded), num_tokens, *values, gained.low, gained.high)
 
 
-def _plain(run: config.RunConfig, folder: Path) -> config.ModelConfig:
+def plain_model(folder: Path, chat_template: TemplateName) -> config.ModelConfig:
     """A checkpoint in float32, without quantisation."""
-    return config.ModelConfig(
-        base=str(folder), quantization="none", dtype="float32", chat_template=run.model.chat_template
-    )
+    return config.ModelConfig(base=str(folder), quantization="none", dtype="float32", chat_template=chat_template)
 
 
 def _scores(engine: Engine, encoded: Sequence[Encoded]) -> Scores:
     """Of each row its negative log-likelihood and its answer tokens."""
-    found = tuple(evaluation.held_out_nll(engine, [row], batch_size=1) for row in encoded)
-    return Scores(found, "perplexity", higher_is_better=False)
+    rows = tuple(evaluation.held_out_nll(engine, [row], batch_size=1) for row in encoded)
+    return Scores(rows, "perplexity", higher_is_better=False)
 
 
-def in_words(found: Perplexity | None, probe: Probe, *, quantization: str = "none") -> str:
+def in_words(figures: Perplexity | None, probe: Probe, *, quantization: str = "none") -> str:
     """The section of a model card.
 
     Args:
-        found: The figures; None: not measured.
-        probe: What was found on fixed tokens.
+        figures: The figures; None: not measured.
+        probe: What was figures on fixed tokens.
     """
     head = f"## Merged and side by side\n\n{probed(probe)}\n\n"
-    if found is None:
+    if figures is None:
         return f"{head}{NOT_MEASURED}\n"
     trained = (
         ""
@@ -179,18 +160,18 @@ def in_words(found: Perplexity | None, probe: Probe, *, quantization: str = "non
     )
     return (
         f"{head}"
-        f"| perplexity of {found.num_tokens:,} answer tokens in {found.num_rows:,} rows | |\n|---|---|\n"
-        f"| base alone | {found.base:.4f} |\n"
-        f"| base and adapters side by side, float32 | {found.side_by_side:.4f} |\n"
-        f"| merged in float32, rounded to bf16 | {found.merged:.4f} |\n\n"
-        f"Merged / side by side: {found.ratio:.5f}, difference {found.low:+.5f} to {found.high:+.5f} (95 %, paired "
-        f"bootstrap over rows); beyond {math.exp(LIMIT):.3f} either way it would not have been "
+        f"| perplexity of {figures.num_tokens:,} answer tokens in {figures.num_rows:,} rows | |\n|---|---|\n"
+        f"| base alone | {figures.base:.4f} |\n"
+        f"| base and adapters side by side, float32 | {figures.side_by_side:.4f} |\n"
+        f"| merged in float32, rounded to bf16 | {figures.merged:.4f} |\n\n"
+        f"Merged / side by side: {figures.ratio:.5f}, difference {figures.low:+.5f} to {figures.high:+.5f} (95 %, "
+        f"paired bootstrap over rows); beyond {math.exp(LIMIT):.3f} either way it would not have been "
         f"exported.{trained}\n"
     )
 
 
 def probed(probe: Probe) -> str:
-    """What the probe found, for a card."""
+    """What the probe figures, for a card."""
     return (
         f"On fixed random tokens the adapter moves the logits by {probe.effect:.2e} of their size. The sum of base and "
         f"adapter in float32 is off by {probe.summed:.2e}, what its rounding to bf16 adds is {probe.rounding:.2e}."

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,6 +19,10 @@ from torch import Tensor, nn
 
 from common.errors import ModelError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Record = TypeVar("Record", bound="DataclassInstance")
 SHAPE_BT: Final = (4, 32)
 SHARE: Final = 0.02  # of the adapter's effect: float32 sums in another order differ by far less
 FLOOR: Final = 1e-4  # of the logits: a smaller effect is lost in the rounding of float32 and bf16
@@ -46,10 +50,10 @@ class Probe:
         Raises:
             ModelError: They are not, or a figure is no number.
         """
-        for what, found in (("the sum of base and adapter", self.summed), ("the merged checkpoint", self.saved)):
-            if not found <= allowed(self.effect):
+        for what, off in (("the sum of base and adapter", self.summed), ("the merged checkpoint", self.saved)):
+            if not off <= allowed(self.effect):
                 raise ModelError(
-                    f"{where}: logits of {what} are off by {found:.2e} of their size, where the adapter itself moves "
+                    f"{where}: logits of {what} are off by {off:.2e} of their size, where the adapter itself moves "
                     f"them by {self.effect:.2e}; allowed is {allowed(self.effect):.0e}. Serve the adapter beside its "
                     "base (format peft or vllm), and report this base and these targets as a fault of silotune"
                 )
@@ -68,19 +72,19 @@ def allowed(effect: float) -> float:
     return max(SHARE * effect, FLOOR)
 
 
-def stored(figures: Mapping[str, Any]) -> Probe:
-    """The figures of a seal.
+def stored(kind: type[Record], figures: Mapping[str, Any], *, what: str) -> Record:
+    """Figures of a seal as a record of floats.
 
     Raises:
-        ModelError: They are none.
+        ModelError: They are none; `what` names them.
     """
     try:
-        found = Probe(**figures)
-        if not all(math.isfinite(float(value)) for value in dataclasses.astuple(found)):
+        record = kind(**figures)
+        if not all(math.isfinite(float(value)) for value in dataclasses.astuple(record)):
             raise ValueError("not finite")
-        return found
+        return record
     except (TypeError, ValueError) as error:
-        raise ModelError("the seal's figures of merged logits are malformed; get the folder again") from error
+        raise ModelError(f"the seal's figures of {what} are malformed; get the folder again") from error
 
 
 @torch.no_grad()
@@ -89,8 +93,8 @@ def logits(network: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     num_tokens = network.config.get_text_config().vocab_size
     ids_bt = torch.randint(num_tokens, SHAPE_BT, generator=generator)
-    found_btv: Tensor = network.eval()(input_ids=ids_bt.to(network.device)).logits.float().cpu()
-    return found_btv - found_btv.mean(dim=-1, keepdim=True)
+    logits_btv: Tensor = network.eval()(input_ids=ids_bt.to(network.device)).logits.float().cpu()
+    return logits_btv - logits_btv.mean(dim=-1, keepdim=True)
 
 
 def difference(given_btv: Tensor, wanted_btv: Tensor, *, size_btv: Tensor | None = None) -> float:

@@ -98,14 +98,14 @@ def write(folder: Path, facts: Facts, *, specs: Sequence[TensorSpec], key: Ed255
         StorageError: Disk full or not writable.
     """
     paths = listed(folder)
-    found = {
+    content = {
         "version": VERSION,
         "facts": dataclasses.asdict(facts),
         "adapter": {spec.name: list(spec.shape) for spec in specs},
         "files": {path: storage.sha256(folder / path) for path in paths},
         "tensors": {path: tensors(folder / path) for path in paths if path.endswith(".safetensors")},
     }
-    data = wire.canonical_json(found)
+    data = wire.canonical_json(content)
     storage.write_atomic(folder / FILE, data)
     if key:
         signed = {"signer": identity.public_hex(key), "signature": identity.sign(key, data, purpose=PURPOSE)}
@@ -120,13 +120,13 @@ def read(folder: Path) -> Seal:
     """
     try:
         data = _bytes(folder / FILE)
-        found = json.loads(data, object_pairs_hook=wire.unique_pairs)
-        lists = {key: tuple(found["facts"][key]) for key in ("formats", "inputs")}
-        facts = Facts(**{**found["facts"], **lists})
+        content = json.loads(data, object_pairs_hook=wire.unique_pairs)
+        lists = {key: tuple(content["facts"][key]) for key in ("formats", "inputs")}
+        facts = Facts(**{**content["facts"], **lists})
         if facts.date:
             datetime.date.fromisoformat(facts.date)
-        sealed = Seal(facts, dict(found["adapter"]), dict(found["files"]), dict(found["tensors"]))
-        if found["version"] != VERSION or wire.canonical_json(found) != data:
+        sealed = Seal(facts, dict(content["adapter"]), dict(content["files"]), dict(content["tensors"]))
+        if content["version"] != VERSION or wire.canonical_json(content) != data:
             raise ValueError("another version, or not canonical")
     except OSError as error:
         raise ModelError(f"{folder}: no readable {FILE}; only what `export --to` wrote can be verified") from error
@@ -152,8 +152,8 @@ def check_signature(folder: Path, *, wanted: str) -> str:
             )
         return ""
     try:
-        found = json.loads(_bytes(path), object_pairs_hook=wire.unique_pairs)
-        signer, signature = str(found["signer"]), str(found["signature"])
+        fields = json.loads(_bytes(path), object_pairs_hook=wire.unique_pairs)
+        signer, signature = str(fields["signer"]), str(fields["signature"])
         data = _bytes(folder / FILE)
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise AuthError(f"{path}: not a signature; get the folder again") from error
@@ -171,7 +171,7 @@ def listed(folder: Path) -> list[str]:
     Raises:
         ModelError: A link, a socket or the like.
     """
-    found = []
+    names = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
@@ -179,8 +179,8 @@ def listed(folder: Path) -> list[str]:
                 f"{folder}: {wire.shown(name, limit=200)} is a link or no plain file; get the folder again"
             )
         if path.is_file() and name not in (FILE, SIGNATURE_FILE):
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def tensors(path: Path) -> dict[str, list[Any]]:

@@ -94,9 +94,9 @@ def ended(base: Path, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     Raises:
         ModelError: The base's settings cannot be read, or the template cannot be used for training.
     """
-    found = generation_of(base)
-    found.eos_token_id = list(prompts.stop_ids(tokenizer, found))
-    return found
+    settings = generation_of(base)
+    settings.eos_token_id = list(prompts.stop_ids(tokenizer, settings))
+    return settings
 
 
 def save(tokenizer: PreTrainedTokenizerBase, base: Path, output: Path) -> None:
@@ -111,7 +111,9 @@ def save(tokenizer: PreTrainedTokenizerBase, base: Path, output: Path) -> None:
         OSError: Disk full or not writable.
     """
     _copy(base, output, {*_FILES, *type(tokenizer).vocab_files_names.values()} - {CONFIG_FILE, TEMPLATE_FILE})
-    settings = _settings(base)
+    file = base / CONFIG_FILE
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings = {key: value for key, value in stored.items() if key not in _NOT_EXPORTED}
     _write(output, settings)
     if tokenizer.chat_template:
         storage.write_atomic(output / TEMPLATE_FILE, str(tokenizer.chat_template).encode())
@@ -125,13 +127,6 @@ def save(tokenizer: PreTrainedTokenizerBase, base: Path, output: Path) -> None:
             f"there says ({odd[0]} differs), so whoever loads a merged export would give it other tokens; export peft "
             "or vllm alone"
         )
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """The base's tokenizer_config.json, without what is of its place."""
-    file = folder / CONFIG_FILE
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return {key: value for key, value in found.items() if key not in _NOT_EXPORTED}
 
 
 def _write(folder: Path, settings: dict[str, Any]) -> None:
@@ -173,5 +168,5 @@ def differences(given: PreTrainedTokenizerBase, wanted: PreTrainedTokenizerBase)
     text = f"{files.TEXT} <|im_end|></s>"
     odd = [] if given(text)["input_ids"] == wanted(text)["input_ids"] else ["text in tokens"]
     odd += [] if given.get_vocab() == wanted.get_vocab() else ["the vocabulary"]
-    maps = [{**found.special_tokens_map, "pad_token": None} for found in (given, wanted)]
+    maps = [{**tokenizer.special_tokens_map, "pad_token": None} for tokenizer in (given, wanted)]
     return odd + ([] if maps[0] == maps[1] else ["a special token"])

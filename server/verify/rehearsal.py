@@ -20,6 +20,7 @@ from common.model import loading, skeleton
 from common.run import config
 from common.run.manifest import RunManifest
 from server.export import folder as export_folder
+from server.export import perplexity
 from server.export.folder import Exported
 from server.verify import verify
 
@@ -65,10 +66,7 @@ def rehearse(run: config.RunConfig, base: Path, *, base_sha256: str, order: Orde
     with tempfile.TemporaryDirectory(prefix="silotune-export-") as folder, torch.random.fork_rng():
         try:
             small = make_small(base, Path(folder) / base.name, targets=run.adapter.targets)
-            plain = config.ModelConfig(
-                base=str(small), quantization="none", dtype="float32", chat_template=run.model.chat_template
-            )
-            plain_run = run.model_copy(update={"model": plain})
+            plain_run = run.model_copy(update={"model": perplexity.plain_model(small, run.model.chat_template)})
             engine = loading.engine_of(plain_run, small, device_name="cpu", num_threads=torch.get_num_threads())
             generator = torch.Generator().manual_seed(run.seed)
             drawn = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in engine.initial.items()}

@@ -162,7 +162,7 @@ def check_perplexity(folder: Path, facts: seal.Facts) -> dict[str, Any]:
     """What was measured when it was merged is within its limit, and the card says it."""
     if not facts.perplexity:
         return {}
-    figures = export_perplexity.stored(facts.perplexity)
+    figures = export_probe.stored(export_perplexity.Perplexity, facts.perplexity, what="perplexity")
     figures.check(str(folder))
     card = folder / "README.md"
     if f"{figures.merged:.4f}" not in card.read_text(encoding="utf-8"):
@@ -174,7 +174,7 @@ def check_probe(folder: Path, facts: seal.Facts) -> dict[str, Any]:
     """What was merged was held against the adapter, and figures to be base and adapter; the card says it."""
     if not export_folder.NEED_BASE & set(facts.formats):
         return {}
-    figures = export_probe.stored(facts.probe)
+    figures = export_probe.stored(export_probe.Probe, facts.probe, what="merged logits")
     figures.check(str(folder))
     card = folder / "README.md"
     if export_perplexity.probed(figures) not in card.read_text(encoding="utf-8"):

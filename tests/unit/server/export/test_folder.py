@@ -90,7 +90,7 @@ def test_gguf_of_the_embedded_base_keeps_its_shape_and_tokens(tmp_path):
 
 def test_heads_are_interleaved_as_llama_cpp_does():
     weight_dk = np.arange(8)[:, None]  # two heads of four rows: a head's halves are 0 1 and 2 3
-    assert export_gguf._interleave(weight_dk, num_heads=2).ravel().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert export_gguf.interleave(weight_dk, num_heads=2).ravel().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -14,7 +14,7 @@ from common.model import base as model
 from common.run.manifest import RunManifest
 from server.export import adapter as export
 from server.export import folder as export_folder
-from server.export import perplexity, seal
+from server.export import perplexity, probe, seal
 from server.export.folder import Exported
 from server.run import finish
 from server.verify import verify
@@ -61,7 +61,7 @@ def merged_without_side(source, base, folder):
 
 def test_the_figures_are_those_of_the_runs_own_model_and_of_the_merged_one(sealed, engine_and_source, rows):
     engine, source = engine_and_source
-    found = perplexity.stored(seal.read(sealed).facts.perplexity)
+    found = probe.stored(perplexity.Perplexity, seal.read(sealed).facts.perplexity, what="perplexity")
     adapter.write(engine.model, source.tensors)
     encoded, _ = model.encode(engine, [tiny.row(number) for number in range(10)], source.run_manifest.run.data)
     nll, num_tokens = evaluation.held_out_nll(engine, encoded, batch_size=4)
@@ -84,7 +84,7 @@ def test_cores_are_measured_as_they_are_trained(load_tiny, tiny_base, rows, tmp_
     source = Exported(state, RunManifest(settings, engine.base_sha256, engine.tensor_specs), 2, {"north": 9}, [])
     folder = tmp_path / "export"
     export_folder.write(folder, source, formats=("merged",), base=tiny_base, llama_cpp=None, key=None, rows=rows)
-    found = perplexity.stored(seal.read(folder).facts.perplexity)
+    found = probe.stored(perplexity.Perplexity, seal.read(folder).facts.perplexity, what="perplexity")
     assert abs(math.log(found.ratio)) < perplexity.LIMIT / 2
     assert abs(math.log(found.base / found.side_by_side)) > 5 * perplexity.LIMIT
 
@@ -104,7 +104,7 @@ def test_control_a_merge_that_forgets_the_side_adapter_is_refused(engine_and_sou
     broken = merged_without_side(source, tiny_base, tmp_path)
     run = source.run_manifest.run
     beside = perplexity.side_by_side(rows, source.tensors, run=run, base=tiny_base)
-    found = perplexity.measure(beside, run=run, merged=broken / "merged")
+    found = perplexity.measure(beside, broken / "merged", run.model.chat_template)
     with pytest.raises(ModelError, match=r"tiny: the merged checkpoint has perplexity .* side by side"):
         found.check("tiny")
     with pytest.raises(ModelError, match="the sum of base and adapter are off by"):  # and by the probe, without rows
@@ -116,10 +116,10 @@ def test_figures_beyond_the_limit_are_refused_however_they_were_sealed(sealed, t
     facts = seal.read(sealed).facts
     beyond = facts.perplexity | {"merged": 1.02 * facts.perplexity["side_by_side"]}
     with pytest.raises(ModelError, match="a ratio within"):
-        perplexity.stored(beyond).check("x")
+        probe.stored(perplexity.Perplexity, beyond, what="perplexity").check("x")
     for broken in ({**beyond, "merged": float("nan")}, {"merged": 1.0}, {**beyond, "base": "much"}):
         with pytest.raises(ModelError, match="malformed"):
-            perplexity.stored(broken)
+            probe.stored(perplexity.Perplexity, broken, what="perplexity")
     silent = replace(facts, perplexity=facts.perplexity | {"merged": facts.perplexity["merged"] * 1.001})
     with pytest.raises(ModelError, match="does not tell the perplexity"):
         verify.check_perplexity(sealed, silent)

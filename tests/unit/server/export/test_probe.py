@@ -99,7 +99,7 @@ def test_an_adapter_that_does_next_to_nothing_is_held_to_what_it_does(tied, tmp_
 def test_every_export_of_merged_weights_has_the_probe_and_verify_wants_it(tied, whole):
     folder, _, _ = whole
     facts = seal.read(folder).facts
-    assert probe.stored(facts.probe).effect > 0.1
+    assert probe.stored(probe.Probe, facts.probe, what="merged logits").effect > 0.1
     for broken in ({}, {**facts.probe, "saved": float("nan")}, {**facts.probe, "more": 1.0}):
         with pytest.raises(ModelError, match="malformed"):
             verify.check_probe(folder, replace(facts, probe=broken))

@@ -93,7 +93,7 @@ def test_serve_gives_it_to_conversations_without_a_system_message(spoken, tiny_b
     talk = [Talk(role="user", content=ASKED.messages[0].content)]
     assert models.chat_ids("tiny", talk) == wanted
     assert models.chat_ids("base", talk) == prompts.prompt_ids(ASKED, tokenizer)[0]  # control: not the base's
-    command = start.vllm_command(tiny_base, served, start.Place())
+    command = start.vllm_command(tiny_base, served, start.Address())
     assert command[command.index("--chat-template") + 1] == str(spoken[0] / "peft/chat_template.jinja")
 
 
@@ -101,8 +101,8 @@ def test_vllm_takes_one_system_prompt(spoken, tiny_base, load_tiny, tmp_path):
     plain = exports.write(tmp_path / "plain", load_tiny(), tiny_base, seed=1, template="tokenizer")
     served = folders.verified([str(spoken[0]), str(plain)], tiny_base)
     with pytest.raises(ModelError, match="different system prompts"):
-        start.vllm_command(tiny_base, served, start.Place())
-    assert "--chat-template" not in start.vllm_command(tiny_base, served[1:], start.Place())  # control
+        start.vllm_command(tiny_base, served, start.Address())
+    assert "--chat-template" not in start.vllm_command(tiny_base, served[1:], start.Address())  # control
 
 
 def test_adapters_of_one_system_prompt_are_merged_with_it_and_of_two_not_at_all(spoken, tiny_base, load_tiny, tmp_path):

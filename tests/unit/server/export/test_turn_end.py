@@ -87,7 +87,7 @@ def test_verify_knows_the_modelfile_s_stops(base, export):
 
 def test_vllm_is_told_what_ends_an_answer(base, export):
     served = folders.verified([str(export)], base)
-    command = start.vllm_command(base, served, start.Place())
+    command = start.vllm_command(base, served, start.Address())
     assert command[-2:] == ["--generation-config", str(export / "peft")]
 
 
