@@ -38,7 +38,7 @@ def check(manifest: RunManifest, engine: Engine) -> None:
         return
     source = Exported(engine.initial, manifest, 0, {}, [])
     formats = [name for name in seal.FORMATS if name in asked.formats]
-    order = rehearsal.Order(formats, _path(asked.llama_cpp), _gguf_type(source))
+    order = rehearsal.Order(formats, _path(asked.llama_cpp), asked.gguf_type)
     folder.check(source, formats=formats, base=engine.folder, llama_cpp=order.llama_cpp, gguf_type=order.gguf_type)
     if asked.operator_key:
         identity.load(Path(asked.operator_key).expanduser())
@@ -77,7 +77,7 @@ def write(run_folder: Path, source: Exported, *, base: Path, log: EventLog) -> N
         folder.write(
             place, source, formats=formats, base=base, llama_cpp=_path(asked.llama_cpp),
             key=identity.load(Path(asked.operator_key).expanduser()) if asked.operator_key else None,
-            gguf_type=_gguf_type(source), rows=_rows(source) if NEED_BASE & set(formats) else None,
+            gguf_type=asked.gguf_type, rows=_rows(source) if NEED_BASE & set(formats) else None,
         )  # fmt: skip
         try:
             found = verify.verify(place, base=base if {"peft", "vllm"} & set(formats) else None)
@@ -96,11 +96,6 @@ def _rows(source: Exported) -> Path | None:
 def where_there(named: str) -> Path | None:
     """A file that a run file names, if it is there."""
     return Path(named) if named and Path(named).expanduser().exists() else None
-
-
-def _gguf_type(source: Exported) -> str:
-    """As `server.export.folder` calls it."""
-    return source.run_manifest.run.export.gguf_type or "bf16"
 
 
 def _path(text: str) -> Path | None:

@@ -5,6 +5,7 @@ combination and seed is a run in a process of its own, with a folder of its own;
 """
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from common.run.schema.section import RequiredLine, Section, Slug, refuse_look_a
 from server.folder import run_files
 from simulations.bench.arms.process import ONE_THREAD
 
-Setting = str | int | float | bool
+Setting = str | int | float | bool | list[str] | dict[str, str | int]
 LOG_FILE: Final = "output.log"
 
 
@@ -91,8 +92,7 @@ def cells(sweep: Sweep) -> list[Cell]:
     for chosen in itertools.product(*(axis.items() for axis in sweep.axis.values())):
         overrides = {}
         for key, value in [*sweep.set.items(), *(pair for _, point in chosen for pair in point.items())]:
-            is_word = isinstance(value, str)
-            overrides[key] = f'"{value}"' if is_word else str(value).lower() if isinstance(value, bool) else repr(value)
+            overrides[key] = _toml(value)
         combinations.append(Cell(tuple(name for name, _ in chosen), overrides))
     return combinations
 
@@ -263,3 +263,10 @@ def _figures(folder: Path) -> dict[str, float]:
         "largest gap": max(gaps, default=0.0),
         "MB up": sum(event["bytes_up"] for event in rounds) / 1e6,
     }
+
+
+def _toml(value: Setting) -> str:
+    """A setting as `--set` takes it; but for tables JSON's notation is TOML's."""
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{json.dumps(key)} = {json.dumps(inner)}' for key, inner in value.items())} }}"
+    return json.dumps(value, ensure_ascii=False)

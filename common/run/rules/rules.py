@@ -188,12 +188,12 @@ _OF_EXPORTS: tuple[Contradiction, ...] = (
     ),
     (
         ("export.gguf_type", "export.formats"),
-        lambda c: bool(c.export.gguf_type) and "gguf" not in c.export.formats,
+        lambda c: c.export.gguf_type != "bf16" and "gguf" not in c.export.formats,
         "is for the format gguf; add it to export.formats, or remove this",
     ),
     (
         ("export.gguf_type", "export.llama_cpp"),
-        lambda c: c.export.gguf_type not in ("", "bf16") and not c.export.llama_cpp,
+        lambda c: "gguf" in c.export.formats and c.export.gguf_type != "bf16" and not c.export.llama_cpp,
         "is written by llama-quantize; set export.llama_cpp to a checkout with it, or 'bf16'",
     ),
     (

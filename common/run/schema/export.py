@@ -16,8 +16,8 @@ class ExportConfig(Section):
     formats: Array[Literal["peft", "vllm", "merged", "nf4", "int8", "gguf", "onnx"]] = Field(
         default=(), description="What it holds; see docs/export.md. Empty: no such folder."
     )
-    gguf_type: Literal["", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"] = Field(
-        default="", description="Type of the matrices of `gguf`; all but `bf16` need `llama_cpp`. Empty: `bf16`."
+    gguf_type: Literal["bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"] = Field(
+        default="bf16", description="Type of the matrices of `gguf`; all but `bf16` need `llama_cpp`."
     )
     llama_cpp: Line = Field(default="", description="A llama.cpp checkout that writes `gguf`. Empty: written here.")
     rows: Line = Field(

@@ -275,7 +275,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "3f33e8b81dc8babf6940eb4309cd4954f92a23201f95a45b4628557acec2eaa3"
+        "4e85bd810439196d5f691185af678ccc6424afe6b0c780ad7bee87c0fb662d61"
     )
 
 

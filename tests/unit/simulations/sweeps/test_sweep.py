@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigError, SilotuneError
+from common.run import config
 from simulations.sweeps import sweep
 from tests import tiny
 
@@ -109,6 +110,16 @@ def test_every_combination_of_the_shipped_sweeps_is_allowed(path):
     refused, allowed = sweep.allowed_cells(path.parent / found.run, sweep.cells(found))
     assert refused == []
     assert len({cell.name for cell, _ in allowed}) == len(allowed)
+
+
+def test_a_setting_may_be_an_array_or_a_table(sweep_file, tmp_path):
+    text = SWEEP.replace("[axis.method]", '"adapter.targets" = ["q_proj", "v_proj"]\n[axis.method]')
+    ranks = '{ "aggregation.method" = "flexlora", "adapter.site_ranks" = { north = 2, south = 1 } }'
+    (tmp_path / "ranks.toml").write_text(f"{text}mixed = {ranks}\n")
+    cell = next(cell for cell in sweep.cells(sweep.load(tmp_path / "ranks.toml")) if cell.name == "mixed")
+    run = config.load(tmp_path / "run.toml", overrides=cell.overrides)
+    assert run.adapter.targets == ("q_proj", "v_proj")
+    assert run.adapter.site_ranks == {"north": 2, "south": 1}
 
 
 def test_the_interval_is_students():

@@ -125,7 +125,7 @@ BROKEN_RULES = [
     ("evaluation.tasks_every_rounds", 7, ["evaluation.tasks_every_rounds = 2"]),
     ("evaluation.num_polish_stages", 7, ["evaluation.num_polish_stages = 1"]),
     ("export.formats", 7, ["export.formats = ['peft']", "aggregation.method = 'fedsa'"]),
-    ("export.gguf_type", 8, ["export.formats = ['peft']", "export.gguf_type = 'bf16'"]),
+    ("export.gguf_type", 8, ["export.formats = ['peft']", "export.gguf_type = 'q8_0'"]),
     ("export.gguf_type", 8, ["export.formats = ['gguf']", "export.gguf_type = 'q8_0'"]),
     ("export.llama_cpp", 8, ["export.formats = ['peft']", "export.llama_cpp = 'llama.cpp'"]),
     ("export.rows", 8, ["export.formats = ['peft', 'vllm']", "export.rows = 'rows.jsonl'"]),
