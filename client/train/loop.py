@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,11 +24,14 @@ from common.privacy.noise import Noise
 from common.run import config
 from common.run.catalogue import kinds
 from common.run.schema.privacy import PrivacyConfig, Protection
+from common.run.schema.training import AdamW, Sgd
 
 Watch = Callable[[int, int], None]  # called after each step: how many are done, of how many
 PROVEN_STEP: Final = 2  # after it the adapter must have moved; a failure costs two steps, not a night
 PROBE_TOKENS: Final = 16
 REGULARISER_WEIGHT: Final = 0.5  # peft's default, `orth_reg_weight`
+
+_reloaded: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that have passed `check_reload`
 
 
 def unwatched(step: int, num_steps: int) -> None:
@@ -101,7 +105,9 @@ def train(
         while trainer.num_done < trainer.num_steps:
             trainer.step(trainer.draw())
             watch(trainer.num_done, trainer.num_steps)
-    check_reload(engine)
+    if engine.model not in _reloaded:
+        check_reload(engine)
+        _reloaded.add(engine.model)
     return trainer.result(seconds=time.monotonic() - started)
 
 
@@ -147,7 +153,7 @@ class Trainer:
         self._rates = schedule.rates(round_index, num_rounds=num_rounds, num_steps=self.num_steps, training=training)
         self._parameters = adapter.parameters(engine.model)
         self._origin = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-        self._optimizer = make_optimizer(engine, training)
+        self._optimizer = make_optimizer(self._parameters.values(), training.optimizer)
         self._num_tokens = 0
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
@@ -172,7 +178,8 @@ class Trainer:
 
     def __enter__(self) -> Self:
         """Set the model's mode, and under unit privacy hold the model so that units do not touch."""
-        self._engine.model.train()
+        if not self._engine.model.training:
+            self._engine.model.train()
         self._exit = contextlib.ExitStack()
         if self._mechanism:
             method = self._privacy.clipping
@@ -331,10 +338,9 @@ class Trainer:
             )
 
 
-def make_optimizer(engine: Engine, training: config.TrainingConfig) -> torch.optim.Optimizer:
-    """A fresh optimiser over the adapter; its rate is set at every step."""
-    parameters = list(adapter.parameters(engine.model).values())
-    settings = training.optimizer
+def make_optimizer(trained: Iterable[nn.Parameter], settings: AdamW | Sgd) -> torch.optim.Optimizer:
+    """A fresh optimiser over the adapter, as `[training.optimizer]` says; its rate is set at every step."""
+    parameters = list(trained)
     if settings.kind == "sgd":
         return torch.optim.SGD(parameters, lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(

@@ -199,9 +199,9 @@ def clip(gradients_up: Tensor, *, clip_norm: float) -> tuple[Tensor, Tensor]:
     is_finite_u = norms_u.isfinite()
     scales_u = (clip_norm / (norms_u * (1 + ROUNDING) + TINY)).clamp(max=1.0)
     total_p = gradients_up.new_zeros(gradients_up.shape[1], dtype=torch.float64)
-    for gradient_p, scale, is_finite in zip(gradients_up, scales_u, is_finite_u.tolist(), strict=True):
-        if is_finite:
-            total_p += noise.to_grid(gradient_p.double() * scale, clip_norm=clip_norm)
+    for gradient_p, scale, is_finite in zip(gradients_up, scales_u, is_finite_u, strict=True):
+        steps_p = noise.to_grid(gradient_p.double() * scale, clip_norm=clip_norm)
+        total_p += torch.where(is_finite, steps_p, 0.0)
     return total_p, norms_u
 
 

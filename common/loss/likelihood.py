@@ -23,10 +23,10 @@ def answer_nll(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
 
 def row_nll(model: nn.Module, batch: Batch) -> Tensor:
     """The same sum for each row by itself. Shape: (R,), float32, with gradients."""
-    nll_n = token_nll(model, batch)
-    num_targets_r = torch.tensor(batch.num_targets, device=nll_n.device)
-    is_target_rp = torch.arange(max(batch.num_targets), device=nll_n.device) < num_targets_r[:, None]
-    return nll_n.new_zeros(is_target_rp.shape).masked_scatter(is_target_rp, nll_n).sum(1)
+    nll_n, width = token_nll(model, batch), max(batch.num_targets)
+    cells = [row * width + place for row, number in enumerate(batch.num_targets) for place in range(number)]
+    cells_n = torch.tensor(cells, dtype=torch.int64).to(nll_n.device, non_blocking=True)
+    return nll_n.new_zeros(len(batch.lengths) * width).scatter(0, cells_n, nll_n).view(-1, width).sum(1)
 
 
 def token_nll(model: nn.Module, batch: Batch) -> Tensor:
@@ -61,5 +61,5 @@ def token_nll(model: nn.Module, batch: Batch) -> Tensor:
             model(**inputs)
         finally:
             handle.remove()
-        hidden_nh = hidden[-1][:, skipped:].flatten(0, 1)[batch.predicting_n]
+        hidden_nh = hidden[-1][:, skipped:].flatten(0, 1).index_select(0, batch.predicting_n)
         return linear_nll(hidden_nh.to(head.weight.dtype), head.weight, batch.targets_n, bias_v=head.bias)

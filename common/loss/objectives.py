@@ -243,7 +243,7 @@ def collate(engine: Engine, units: Sequence[Sequence[Example]], *, allows_packin
 
 
 def loss(
-    engine: Engine, batch: Batch, examples: Sequence[Example], objective: Objective, *, origin: float = 0.0
+    engine: Engine, batch: Batch, examples: Sequence[Example], objective: Objective, *, origin: float | Tensor = 0.0
 ) -> Tensor:
     """Sum of the examples' losses, a scalar that carries gradients; all rows go through the model at once.
 
@@ -263,18 +263,20 @@ def loss(
 
 
 def losses(
-    examples: Sequence[Example], log_prob_b: Tensor, objective: Objective, *, origin: float
+    examples: Sequence[Example], log_prob_b: Tensor, objective: Objective, *, origin: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Loss and margin of each example, from the log-probabilities of its rows in order.
 
     Shape: (B,) to (N,) and (N,); a margin is above 0 where the adapter agrees with the preference.
     """
-    reference_b = log_prob_b.new_tensor([value for e in examples for value in _reference(e)])
+    reference_b = torch.tensor([value for e in examples for value in _reference(e)], dtype=log_prob_b.dtype)
+    reference_b = reference_b.to(log_prob_b.device, non_blocking=True)
     gain_b = log_prob_b - reference_b
     if objective.name == "dpo":
         margin_n = objective.beta * (gain_b[0::2] - gain_b[1::2])
         return preference_loss.dpo(margin_n, label_smoothing=objective.label_smoothing), margin_n
-    is_wanted_n = torch.tensor([isinstance(e, Rated) and e.is_desirable for e in examples], device=gain_b.device)
+    is_wanted_n = torch.tensor([isinstance(e, Rated) and e.is_desirable for e in examples])
+    is_wanted_n = is_wanted_n.to(gain_b.device, non_blocking=True)
     margin_n = objective.beta * torch.where(is_wanted_n, gain_b - origin, origin - gain_b)
     weight_n = torch.where(is_wanted_n, objective.desirable_weight, objective.undesirable_weight)
     return preference_loss.kto(margin_n, weight_n), margin_n

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from common.adapter import adapter
 from common.errors import ModelError
@@ -59,21 +60,21 @@ def _known(engine: Engine, part: Sequence[Example]) -> list[tuple[float, ...]]:
 @torch.no_grad()
 def reference_point(
     engine: Engine, examples: Sequence[Example], objective: Objective, *, batch_size: int, max_tokens: int = 0
-) -> float:
+) -> Tensor:
     """KTO's reference point: how far the adapter has moved from the start on answers to other prompts, 0 at least.
 
     Returns:
-        Mean log-ratio, nats; 0 where the objective has no such point.
+        Mean log-ratio, nats, a float64 scalar on the device; 0 where the objective has no such point.
 
     Source: Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1; as TRL 1.16 estimates it.
     """
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
     if not objective.couples_examples:
-        return 0.0
-    total = 0.0
+        return total
     for part in objectives.parts(examples, batch_size, max_tokens=max_tokens):
         begun = [example.reference[-1] for example in part if isinstance(example, Rated)]
-        total += float(objectives.log_probs(engine, _mismatched(part)).double().sum()) - math.fsum(begun)
-    return max(total / len(examples), 0.0)
+        total += objectives.log_probs(engine, _mismatched(part)).double().sum() - math.fsum(begun)
+    return (total / len(examples)).clamp(min=0.0)
 
 
 def _mismatched(part: Sequence[Example]) -> list[Encoded]:

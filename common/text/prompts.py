@@ -116,14 +116,11 @@ class Batch:
 
     def to(self, device: "torch.device | str") -> "Batch":
         """Give the same batch on another device."""
-        return replace(
-            self,
-            input_ids_bt=self.input_ids_bt.to(device, non_blocking=True),
-            row_bt=self.row_bt.to(device, non_blocking=True),
-            positions_bt=self.positions_bt.to(device, non_blocking=True),
-            predicting_n=self.predicting_n.to(device, non_blocking=True),
-            targets_n=self.targets_n.to(device, non_blocking=True),
-        )
+        names = ("input_ids_bt", "row_bt", "positions_bt", "predicting_n", "targets_n")
+        if str(device).startswith("cuda"):  # out of pinned memory a copy does not hold the host up
+            pinned = {name: getattr(self, name).pin_memory() for name in names}
+            return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in pinned.items()})
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def use_template(tokenizer: "Tokenizer", name: TemplateName, *, date: str = "") -> "Tokenizer":

@@ -72,7 +72,7 @@ def main(shape_name: str, arms: str) -> dict[str, Any]:
     names = arms.split(",")
     seconds: dict[str, list[float]] = {name: [] for name in names}
     peaks = dict.fromkeys(names, 0.0)
-    optimizer = loop.make_optimizer(engine, config.TrainingConfig())
+    optimizer = loop.make_optimizer(adapter.parameters(engine.model).values(), config.TrainingConfig().optimizer)
     engine.model.train()
     for step in range(NUM_WARM + NUM_STEPS):
         for name in names:

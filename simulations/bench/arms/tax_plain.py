@@ -36,10 +36,10 @@ class Site:
     weight: float
 
 
-def main(quantization: str, base: str) -> dict[str, Any]:
+def main(quantization: str, base: str, local_steps: str) -> dict[str, Any]:
     """Return the CPU clock at the end of every round, and the loss of each."""
     torch.set_num_threads(1)
-    overrides = {"model.quantization": f'"{quantization}"', "model.base": f'"{base}"'}
+    overrides = tax_silotune.settings(quantization, base, local_steps)
     settings = config.load(tax_silotune.RUN_FILE, overrides=overrides)
     sites = list(load_rows(settings))
     peft_model = load_model(settings)

@@ -13,7 +13,16 @@ from simulations.world import run
 RUN_FILE = Path(__file__).parents[2] / "configs" / "bench-tax.toml"
 
 
-def main(quantization: str, base: str) -> dict[str, Any]:
+def settings(quantization: str, base: str, local_steps: str) -> dict[str, str]:
+    """What an arm changes of the run file."""
+    return {
+        "model.quantization": f'"{quantization}"',
+        "model.base": f'"{base}"',
+        "training.local_steps": local_steps,
+    }
+
+
+def main(quantization: str, base: str, local_steps: str) -> dict[str, Any]:
     """Return the CPU clock at the first training step and at the end of every round, and the peak memory."""
     started: list[float] = []
     rounds: list[float] = []
@@ -27,7 +36,7 @@ def main(quantization: str, base: str) -> dict[str, Any]:
             losses.append(event.train_loss)
 
     with tempfile.TemporaryDirectory() as folder:
-        overrides = {"model.quantization": f'"{quantization}"', "model.base": f'"{base}"'}
+        overrides = settings(quantization, base, local_steps)
         order = commands.Order(RUN_FILE, overrides, output=Path(folder) / "run", as_json=True, num_threads=1)
         shared = order.world()
         log = order.log(shared)
