@@ -148,11 +148,11 @@ def audit_show(
     Examples:
       silotune-client audit show node.toml --last 50
     """
-    from client.memory import trail
+    from client.memory import replicas
     from common.run import config
     from common.trust import audit_view
 
-    entries = audit_view.newest(*trail.log_of(config.load_node(node_file)), limit=last)
+    entries = audit_view.newest(*replicas.log_of(config.load_node(node_file)), limit=last)
     cli.emit({"entries": entries}, as_json=json, show=lambda: cli.show(audit_view.render(entries)))
 
 
@@ -168,12 +168,12 @@ def audit_verify(
     Examples:
       silotune-client audit verify node.toml --heads heads.jsonl
     """
-    from client.memory import trail
+    from client.memory import replicas
     from common.run import config
     from common.trust import audit_view
 
     node = config.load_node(node_file)
-    result = audit_view.verify(*trail.log_of(node), heads=heads, owner=node.site.name)
+    result = audit_view.verify(*replicas.log_of(node), heads=heads, owner=node.site.name)
     line = f"{result['num_entries']} entries, whole; head {result['sha256']}"
     cli.emit(result, as_json=json, show=lambda: cli.show(line))
 
@@ -190,11 +190,11 @@ def audit_heads(
     Examples:
       silotune-client audit heads node.toml --out heads.jsonl
     """
-    from client.memory import trail
+    from client.memory import replicas
     from common.run import config
     from common.trust import audit_view
 
-    result = audit_view.kept(trail.heads_of(config.load_node(node_file)), out=out)
+    result = audit_view.kept(replicas.heads_of(config.load_node(node_file)), out=out)
     cli.emit(result, as_json=json, show=lambda: cli.show(audit_view.render_heads(result["heads"])))
 
 

@@ -160,7 +160,13 @@ class Budget:
         runs: dict[str, list[Reservation]] = {}
         for one in self.reservations:
             runs.setdefault(one.run_sha256, []).append(one)
-        return [_run_cost(run_sha256, own, self.header.dp_delta) for run_sha256, own in runs.items()]
+        costs = []
+        for run_sha256, charges in runs.items():
+            epsilon = accounting.compose([one.event for one in charges], dp_delta=self.header.dp_delta)
+            rounds = [one.event.num_steps for one in charges if one.purpose == TRAIN]
+            num_evaluations = sum(one.purpose == EVALUATE for one in charges)
+            costs.append(RunCost(run_sha256, len(rounds), sum(rounds), num_evaluations, epsilon, charges[-1].time))
+        return costs
 
     def _refusal(self, after: float) -> str:
         """What remains, and what was asked for."""
@@ -174,12 +180,3 @@ class Budget:
         events = [*(one.event for one in self.reservations), event.times(number), *beside]
         limit, dp_delta = self.header.max_epsilon, self.header.dp_delta
         return accounting.is_within(events, dp_delta=dp_delta, max_epsilon=limit)
-
-
-def _run_cost(run_sha256: str, own: Sequence[Reservation], dp_delta: float) -> RunCost:
-    """One run's charges added up."""
-    events = [one.event for one in own]
-    epsilon = accounting.compose(events, dp_delta=dp_delta)
-    rounds = [one.event.num_steps for one in own if one.purpose == TRAIN]
-    num_evaluations = sum(one.purpose == EVALUATE for one in own)
-    return RunCost(run_sha256, len(rounds), sum(rounds), num_evaluations, epsilon, own[-1].time)

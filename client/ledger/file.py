@@ -197,32 +197,20 @@ def _replace(path: Path, data: bytes, disk: Disk) -> None:
     """Write beside, fsync, rename, fsync the folder."""
     beside = path.with_name(f".{path.name}.new")
     try:
-        _write(beside, data, disk)
+        with suppress(FileNotFoundError):  # of a crash; never truncated, for it may be the ledger by another name
+            disk.remove(beside)
+        descriptor = disk.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, MODE)
+        try:
+            while data:
+                data = data[disk.write(descriptor, data) :]
+            disk.fsync(descriptor)
+        finally:
+            disk.close(descriptor)
         disk.replace(beside, path)
-        _sync_folder(path.parent, disk)
+        descriptor = disk.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, 0)
+        try:
+            disk.fsync(descriptor)
+        finally:
+            disk.close(descriptor)
     except OSError as error:
         raise storage_error(path, error) from error
-
-
-def _write(path: Path, data: bytes, disk: Disk) -> None:
-    """A whole new file, on the disk."""
-    with suppress(FileNotFoundError):
-        disk.remove(
-            path
-        )  # what a crash left; never truncated, for after one it may still be the ledger by another name
-    descriptor = disk.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, MODE)
-    try:
-        while data:
-            data = data[disk.write(descriptor, data) :]
-        disk.fsync(descriptor)
-    finally:
-        disk.close(descriptor)
-
-
-def _sync_folder(folder: Path, disk: Disk) -> None:
-    """Make the rename itself durable."""
-    descriptor = disk.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, 0)
-    try:
-        disk.fsync(descriptor)
-    finally:
-        disk.close(descriptor)

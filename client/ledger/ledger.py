@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from client.ledger import file
-from client.ledger.budget import TRAIN, Budget, Header, Reservation, RunCost
+from client.ledger.budget import TRAIN, Budget, Header, Reservation
 from client.ledger.file import Disk, Head, Line
 from common.accounting import Event
 from common.errors import LedgerError
@@ -43,27 +43,6 @@ class Ledger:
         """(counter, sha256) of the last line, for the audit log to mirror."""
         return self._lines()[-1].head
 
-    def spent(self) -> float:
-        """Epsilon of all reservations together."""
-        return self.budget().spent()
-
-    @property
-    def remaining(self) -> float:
-        """See `Budget.remaining`."""
-        return self.budget().remaining
-
-    def cost_of(self, event: Event) -> float:
-        """See `Budget.cost_of`."""
-        return self.budget().cost_of(event)
-
-    def per_run(self) -> list[RunCost]:
-        """See `Budget.per_run`."""
-        return self.budget().per_run()
-
-    def check_plan(self, event_per_round: Event, num_rounds: int, *, beside: Sequence[Event] = ()) -> None:
-        """Before a run begins; see `Budget.check_plan`."""
-        self.budget().check_plan(event_per_round, num_rounds, beside=beside)
-
     def reserve(
         self,
         run_sha256: str,
@@ -85,6 +64,10 @@ class Ledger:
             AccountingUnsupported: No epsilon can be proven for it; nothing was written.
             LedgerError: The file is not what this object has seen, or was tampered with.
             StorageError: It cannot be written; the round must not begin.
+
+        Privacy: whatever leaves after this is within `max_epsilon` and `dp_delta` for each unit, one unit added or
+            removed, all runs and processes of this ledger together. A crash in between stays charged; a round that is
+            reserved twice is charged twice.
         """
         facts: dict[str, object] = {"run": run_sha256, "round_index": round_index, **asdict(event)}
         if purpose != TRAIN:
@@ -198,12 +181,11 @@ def _budget(lines: Sequence[Line]) -> Budget:
     lowered = [line.facts for line in lines if line.kind == LOWERED]
     begun = {name: value for name, value in lines[0].facts.items() if name != MARKS}
     header = Header(**{**begun, **(lowered[-1] if lowered else {})})
-    return Budget(header, [_reservation(line) for line in lines if line.kind == RESERVED])
-
-
-def _reservation(line: Line) -> Reservation:
-    """A charge."""
-    facts = line.facts
-    event = Event(facts["sampling_prob"], facts["noise_multiplier"], facts["num_steps"])
-    rest = {name: facts[name] for name in ("purpose", "released") if name in facts}
-    return Reservation(facts["run"], facts["round_index"], event, line.head, line.time, **rest)
+    charges = []
+    for line in lines:
+        if line.kind == RESERVED:
+            facts = line.facts
+            event = Event(facts["sampling_prob"], facts["noise_multiplier"], facts["num_steps"])
+            rest = {name: facts[name] for name in ("purpose", "released") if name in facts}
+            charges.append(Reservation(facts["run"], facts["round_index"], event, line.head, line.time, **rest))
+    return Budget(header, charges)

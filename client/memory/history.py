@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from client.ledger.file import Head
 from client.policy.rules import Usage
@@ -164,20 +164,16 @@ class History:
             run.opened_at = entry.time if run.opened_at is None else run.opened_at
             run.num_rounds = entry.facts.get("num_rounds")
         elif entry.kind == "left":
-            run.left_at = entry.time
-            self._take_left(entry.facts, run)
+            run.left_at, facts = entry.time, entry.facts
+            run.bytes_out += facts["num_bytes"]
+            if facts["step"] != "open":
+                key = (facts["step"], facts["round_index"])
+                step = Step(position(*key), facts["request_sha256"], facts["content_sha256"])
+                run.steps.setdefault(key, step)
         else:
             run.decision = entry.kind
             self.approved = [sha256 for sha256 in self.approved if sha256 != entry.facts["run"]]
             self.approved += [entry.facts["run"]] if entry.kind == "approved" else []
-
-    def _take_left(self, facts: dict[str, Any], run: RunHistory) -> None:
-        """One more answer that left."""
-        run.bytes_out += facts["num_bytes"]
-        if facts["step"] != "open":
-            place = (facts["step"], facts["round_index"])
-            step = Step(position(*place), facts["request_sha256"], facts["content_sha256"])
-            run.steps.setdefault(place, step)
 
 
 def position(step: str, round_index: int) -> int:

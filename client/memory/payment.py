@@ -59,7 +59,7 @@ class Payment:
             asked = beside.get(EVALUATE, [])[sum(kind == EVALUATE for kind, _ in steps) :]
             counts = [] if self._counts(ledger, run) else beside.get(COUNTS, [])
             if num_left or asked or counts:
-                ledger.check_plan(plan.event_per_round(run.run), num_left, beside=[*asked, *counts])
+                ledger.budget().check_plan(plan.event_per_round(run.run), num_left, beside=[*asked, *counts])
 
     def counts(self, run: RunManifest, noised: Callable[[], Mapping[str, int]]) -> Mapping[str, int]:
         """The counts of rows that a run is told: the same ones in every process, and charged once.
@@ -101,7 +101,7 @@ class Payment:
         if (kind, round_index) not in self._history.run(run.sha256).steps:
             return None
         try:
-            return wire.unpack(self._place(run, round_index, kind).read_bytes(), max_body_bytes=MAX_ANSWER_BYTES)
+            return wire.unpack(self._answer_file(run, round_index, kind).read_bytes(), max_body_bytes=MAX_ANSWER_BYTES)
         except (OSError, WireError) as error:
             raise PolicyRefusedError(
                 f"rounds: {kind} of round {round_index} was answered, and its answer is not kept any more; going on "
@@ -130,17 +130,16 @@ class Payment:
         Raises:
             StorageError: It cannot be written; it must not leave then.
         """
-        place = self._place(run, round_index, kind)
-        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        storage.write_atomic(place, wire.pack(reply), mode=storage.PRIVATE)
+        path = self._answer_file(run, round_index, kind)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        storage.write_atomic(path, wire.pack(reply), mode=storage.PRIVATE)
         for old in self._folder.glob(f"{run.sha256}-{_PREFIX[kind]}[0-9]*"):
-            if old != place:
+            if old != path:
                 old.unlink()
 
     def _open(self) -> Ledger:
         """The ledger as it is now: people may have lowered it meanwhile."""
         return site_ledger.open_site(self._node, rules=self._rules, key=self._key, history=self._history)
 
-    def _place(self, run: RunManifest, round_index: int, kind: str) -> Path:
-        """Where an answer is kept."""
+    def _answer_file(self, run: RunManifest, round_index: int, kind: str) -> Path:
         return self._folder / f"{run.sha256}-{_PREFIX[kind]}{round_index}"

@@ -7,12 +7,15 @@ out, or tell an old one again, and can make none up.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
-from common.errors import AuditError, PolicyRefusedError
+from client.memory.history import AUDIT_FILE
+from common.errors import AuditError, ConfigError, PolicyRefusedError
 from common.frame.records import HEADS, LINKS
 from common.frame.wire import Frame
-from common.trust import audit_log
+from common.run import config
+from common.trust import audit_log, identity
 from common.trust import heads as audit_heads
 from common.trust.audit_log import Head
 from common.trust.heads import Heads, SignedHead
@@ -92,25 +95,19 @@ def keep(told: Told, heads: Heads, *, own: Own, keys: Mapping[str, str] | None) 
         if own.site in told.heads:
             _check_own(told.heads[own.site], own)
         _check_continues(told, heads)
-        counted = {owner: one for owner, one in told.heads.items() if _counts(owner, told, own.site, keys)}
+        counted = {
+            owner: head
+            for owner, head in told.heads.items()
+            if owner == told.coordinator
+            or (owner != own.site and not owner.startswith(audit_heads.OPERATOR) and (keys is None or owner in keys))
+        }
         heads.keep(counted, keys=keys)
     except AuditError as error:
         raise PolicyRefusedError(f"{RULE}: {error}", rule=RULE) from error
 
 
-def _counts(owner: str, told: Told, site: str, keys: Mapping[str, str] | None) -> bool:
-    """Whether a log is the coordinator's or another member's."""
-    if owner == told.coordinator:
-        return True
-    return owner != site and not owner.startswith(audit_heads.OPERATOR) and (keys is None or owner in keys)
-
-
 def _check_own(told: SignedHead, own: Own) -> None:
-    """What this site is said to have told must be in its log.
-
-    Raises:
-        AuditError: It is not, or this site never signed it.
-    """
+    """What this site is said to have told must be in its log."""
     audit_heads.verify(own.site, told, key=own.key)
     head = told.head
     if head.sequence >= len(own.line_hashes) or own.line_hashes[head.sequence].hex() != head.sha256:
@@ -121,12 +118,7 @@ def _check_own(told: SignedHead, own: Own) -> None:
 
 
 def _check_continues(told: Told, heads: Heads) -> None:
-    """The coordinator's log must lead from the head that is kept to the one that is told.
-
-    Raises:
-        AuditError: It does not: a line before the kept head was changed, or the log is another one; or too few hashes
-            came to tell.
-    """
+    """The coordinator's log must lead from the head that is kept to the one that is told."""
     known = heads.newest().get(told.coordinator)
     now, kept = told.heads[told.coordinator].head, known.head if known else Head()
     num_lines = now.sequence - kept.sequence
@@ -144,3 +136,20 @@ def _check_continues(told: Told, heads: Heads) -> None:
             f"the audit log of {told.coordinator} is told to stand at entry {now.sequence} ({now.sha256}), which does "
             f"not continue entry {kept.sequence} ({kept.sha256}), which is kept: the log was written anew"
         )
+
+
+def log_of(node: config.NodeConfig) -> tuple[Path, str]:
+    """The log's file and the public key of its signer.
+
+    Raises:
+        ConfigError: The site has no identity key, so that it keeps no log; or the key cannot be used.
+    """
+    if not node.agent.identity_key:
+        raise ConfigError("this site has no identity key, so it keeps no audit log; set agent.identity_key in its file")
+    key = identity.load(Path(node.agent.identity_key))
+    return Path(node.agent.log_folder) / AUDIT_FILE, identity.public_hex(key)
+
+
+def heads_of(node: config.NodeConfig) -> Path:
+    """The file of heads beside the log; see `log_of`."""
+    return log_of(node)[0].with_name(HEADS_FILE)

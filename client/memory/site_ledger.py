@@ -42,7 +42,7 @@ def promise(rules: Policy, data: config.NodeDataConfig) -> Header:
         raise ConfigError(f"[privacy] of the policy: {error}") from None
 
 
-def place(folder: Path, header: Header) -> Path:
+def ledger_path(folder: Path, header: Header) -> Path:
     """The ledger's file: one for each data set and unit."""
     return folder / f"{header.dataset}.{quote(header.unit, safe='')}.ledger"
 
@@ -57,7 +57,7 @@ def open_site(node: config.NodeConfig, *, rules: Policy, key: Ed25519PrivateKey,
         LedgerError: It is missing, tampered with, cut, an older copy, or the policy promises something else.
     """
     header = promise(rules, node.data)
-    path = place(Path(node.agent.log_folder), header)
+    path = ledger_path(Path(node.agent.log_folder), header)
     known = history.ledgers.get(path.name, file.Head(-1, ""))
     if known.counter < 0 and not path.exists():
         raise LedgerError(f"{path}: this data set has no ledger yet; run: silotune-client ledger create")
@@ -91,8 +91,12 @@ def create(
         ConfigError: The policy's delta is too large for so many units.
     """
     header = promise(rules, node.data)
-    path = place(Path(node.agent.log_folder), header)
-    _check_delta(header, num_units)
+    path = ledger_path(Path(node.agent.log_folder), header)
+    if header.dp_delta > accounting.largest_delta(num_units):  # above 1/n it would allow one unit in the clear
+        raise ConfigError(
+            f"privacy.dp_delta = {header.dp_delta:g} is too large for {num_units} units; set "
+            f"{accounting.delta_rule(num_units)}, in the policy, and sign it again"
+        )
     for name in history.ledgers:
         if not path.with_name(name).exists():
             raise LedgerError(f"{path.with_name(name)}: the audit log knows of this ledger and it is gone; {file.LOST}")
@@ -110,7 +114,7 @@ def lower(node: config.NodeConfig, *, rules: Policy, key: Ed25519PrivateKey, his
         LedgerError: The policy's budget is not lower, or the ledger is not right.
     """
     header = promise(rules, node.data)
-    found = Ledger(place(Path(node.agent.log_folder), header), key=file.derive_key(key))
+    found = Ledger(ledger_path(Path(node.agent.log_folder), header), key=file.derive_key(key))
     found.check_mirror(*history.ledgers.get(found.path.name, file.Head(-1, "")))
     found.lower(header.max_epsilon)
     mirror(log, found)
@@ -177,12 +181,3 @@ def _check_new(path: Path, marks: Mapping[str, Sequence[str]], *, key: bytes) ->
                 "spent stays spent: one data set has one budget. Call the data set and its unit column as before, in "
                 "the policy and the site's own file"
             )
-
-
-def _check_delta(header: Header, num_units: int) -> None:
-    """A delta above 1/n would allow one unit in the clear."""
-    if header.dp_delta > accounting.largest_delta(num_units):
-        raise ConfigError(
-            f"privacy.dp_delta = {header.dp_delta:g} is too large for {num_units} units; set "
-            f"{accounting.delta_rule(num_units)}, in the policy, and sign it again"
-        )

@@ -379,8 +379,8 @@ def _epsilon(desk: Desk, run: RunManifest) -> str:
         num_evaluations = len(settings.evaluated_rounds)
         released = policy.beside_rounds(rules, settings.privacy, num_evaluations=num_evaluations)
         plan = privacy_plan.milestones(settings, dp_delta=dp_delta, beside=[*chain(*released.values())])
-        ledger = site_ledger.open_site(desk.node, rules=rules, key=desk.key, history=desk.history)
-        left = f"spent {ledger.spent():.3f}, left {ledger.remaining:.3f} of {rules.privacy.max_epsilon:g}"
+        budget = site_ledger.open_site(desk.node, rules=rules, key=desk.key, history=desk.history).budget()
+        left = f"spent {budget.spent():.3f}, left {budget.remaining:.3f} of {rules.privacy.max_epsilon:g}"
     except (AccountingUnsupported, ConfigError, LedgerError) as error:
         return f"not known: {error}"
     return f"{_planned(plan)} at delta {dp_delta:g}, by itself; this data set: {left}"

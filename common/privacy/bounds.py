@@ -62,7 +62,8 @@ def gdp_delta(epsilon: float, *, mu: float) -> float:
         0.382925
     """
     left = NormalDist().cdf(-epsilon / mu + mu / 2)
-    return left - math.exp(epsilon + _log_cdf(-epsilon / mu - mu / 2))
+    log_right = float(torch.special.log_ndtr(torch.tensor(-epsilon / mu - mu / 2, dtype=torch.float64)))
+    return left - math.exp(epsilon + log_right)
 
 
 def gdp_epsilon(mu: float, *, dp_delta: float) -> float:
@@ -185,11 +186,6 @@ def num_right_guesses(scores_m: Tensor, is_in_m: Tensor, *, num_guesses: int) ->
     half = num_guesses // 2
     order = scores_m.argsort(descending=True)
     return int(is_in_m[order[:half]].sum()) + int((~is_in_m[order[len(order) - half :]]).sum())
-
-
-def _log_cdf(value: float) -> float:
-    """Logarithm of the standard normal distribution function."""
-    return float(torch.special.log_ndtr(torch.tensor(value, dtype=torch.float64)))
 
 
 def _distance(inside_bn: Tensor, outside_bn: Tensor) -> Tensor:

@@ -34,6 +34,9 @@ def scaled(change: Mapping[str, Tensor], max_norm: float) -> tuple[Mapping[str, 
     Args:
         max_norm: Largest L2 norm over all tensors together; 0 leaves it alone.
 
+    Privacy: L2 sensitivity `max_norm` of a sum, one site added or removed; rounding in float32 may pass it by about
+        2^-23 of itself, for which `noise.added` allows. Values that are not finite stay so, and are the caller's to
+        refuse. The norm that is returned is not protected.
     Source: Sun et al. 2019, arXiv:1911.07963, section 4; McMahan et al. 2018, arXiv:1710.06963, FlatClip.
 
     Example:
@@ -82,8 +85,8 @@ class ClipNorm:
     def follow(self, norms_u: Tensor, *, privacy: PrivacyConfig, expected: float, source: Noise) -> None:
         """Move C towards the wanted quantile by a noised count of the units within it.
 
-        Each unit adds +1/2 or -1/2, so the count's sensitivity is 1/2.
-
+        Privacy: each unit adds +1/2 or -1/2 to the count, so its sensitivity is 1/2, one unit added or removed; the
+        count's noise is charged with the step's (`accounting.gradient_noise_multiplier`). Norms never leave.
         Source: Andrew et al. 2021, arXiv:1905.03871, algorithm 1.
         """
         if not self.count_noise_std:

@@ -105,7 +105,8 @@ class _FromStream(ABC):
 
     def uniform(self, size: int) -> np.ndarray:
         """See `Noise.uniform`."""
-        return _uniform(self._own(), size)
+        words = self._own()(8 * size).numpy().view("<u8")
+        return (words >> np.uint64(11)).astype(np.float64) * _UNIT  # the upper 53 bits of each word
 
     def prepare(self, size: int, *, device: torch.device) -> None:
         """See `Noise.prepare`."""
@@ -238,6 +239,9 @@ def added(tensors: Mapping[str, Tensor], *, noise_std: float, clip_norm: float, 
 
     Returns:
         New tensors, float64, by ascending name.
+
+    Privacy: that of a Gaussian mechanism with `noise_std` and L2 sensitivity `clip_norm`, one summand added or removed.
+        Each call is one release and must be charged as one; noise of a `SeededNoise` protects nobody.
     """
     step = grid_step(clip_norm)
     num_values = sum(values.numel() for values in tensors.values())
@@ -249,9 +253,3 @@ def added(tensors: Mapping[str, Tensor], *, noise_std: float, clip_norm: float, 
         .mul_(step)
         for name, values in sorted(tensors.items())
     }
-
-
-def _uniform(read: Stream, size: int) -> np.ndarray:
-    """The upper 53 bits of each word."""
-    words = read(8 * size).numpy().view("<u8")
-    return (words >> np.uint64(11)).astype(np.float64) * _UNIT

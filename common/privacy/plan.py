@@ -14,10 +14,8 @@ from common.run import config
 FIXED_WORDING = (
     "per site and per unit (such as a patient), against everybody outside the site; one unit added or removed; "
     "Poisson sampling; PLD accountant. A patient of two sites loses the sum. Not covered: that a site takes part. How "
-    "many "
-    "units a site has and figures on held-out ones are noised, and charged beside this, by a site whose policy "
-    "requires "
-    "differential privacy; by another they are not covered."
+    "many units a site has and figures on held-out ones are noised, and charged beside this, by a site whose policy "
+    "requires differential privacy; by another they are not covered."
 )
 
 

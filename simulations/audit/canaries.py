@@ -11,8 +11,9 @@ from client.train import schedule
 from common.data.rows import Message, Row
 from common.errors import ConfigError
 from common.events import EventLog
+from common.loss import drops
 from common.model.base import Engine
-from common.privacy import membership, roc
+from common.privacy import roc
 from simulations.audit import trained
 from simulations.audit.finding import Finding
 from simulations.world.world import World
@@ -50,7 +51,7 @@ def audit(
     is_in_m = trained.coins(num_canaries, seed=seed, purpose="canaries")
     chosen = [row for row, is_in in zip(rows, is_in_m.tolist(), strict=True) if is_in]
     adapter = trained.train(shared, insert(shared.sites, chosen, seed=seed), log)
-    score_m = membership.loss_drops(shared.engine, adapter, [[row] for row in rows], data=shared.settings.data)
+    score_m = drops.loss_drops(shared.engine, adapter, [[row] for row in rows], data=shared.settings.data)
     figures = {
         "exposure_bits": roc.exposure(score_m, is_in_m),
         "exposure_bits_at_most": float(np.log2(1 + int((~is_in_m).sum()))),

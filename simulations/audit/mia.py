@@ -9,7 +9,7 @@ from client.agent.agent import SiteData
 from common.data.rows import Row
 from common.errors import DataError
 from common.events import EventLog
-from common.privacy import membership
+from common.loss import drops
 from simulations.audit import trained
 from simulations.audit.finding import Finding
 from simulations.world.world import World
@@ -30,7 +30,7 @@ def audit(shared: World, log: EventLog, *, claimed_epsilon: float | None = None)
     """
     units, is_in_m, dealt = deal(shared.sites, seed=shared.settings.seed)
     adapter = trained.train(shared, dealt, log)
-    score_m = membership.loss_drops(shared.engine, adapter, units, data=shared.settings.data)
+    score_m = drops.loss_drops(shared.engine, adapter, units, data=shared.settings.data)
     figures = {"members": int(is_in_m.sum())}
     return trained.judge("mia", shared, score_m, is_in_m, claimed_epsilon=claimed_epsilon, figures=figures)
 

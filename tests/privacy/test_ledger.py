@@ -41,13 +41,13 @@ def opened(path, **changes):
 
 def test_thirty_rounds_are_paid_and_the_next_is_refused(tmp_path):
     made = ledger.create(tmp_path / "notes.ledger", key=KEY, header=HEADER)
-    made.check_plan(ROUND, 30)
+    made.budget().check_plan(ROUND, 30)
     with pytest.raises(BudgetExhausted, match=r"0\.000 of 8 is spent.* 8\.057; 30 of the 31 rounds would fit"):
-        made.check_plan(ROUND, 31)
+        made.budget().check_plan(ROUND, 31)
     for round_index in range(30):
         made.reserve(RUN, round_index, ROUND)
-    assert made.spent() == pytest.approx(7.924, abs=1e-3)
-    assert made.remaining == pytest.approx(0.076, abs=1e-3)
+    assert made.budget().spent() == pytest.approx(7.924, abs=1e-3)
+    assert made.budget().remaining == pytest.approx(0.076, abs=1e-3)
     before = made.head()
     with pytest.raises(BudgetExhausted, match=r"7\.924 of 8 is spent, 0\.076 remains, .* 8\.057; 0 more such rounds"):
         made.reserve(RUN, 30, ROUND)
@@ -60,30 +60,30 @@ def test_thirty_rounds_are_paid_and_the_next_is_refused(tmp_path):
 
 def test_a_round_reserved_again_is_charged_again(path):
     found = opened(path)
-    before = found.spent()
-    assert found.cost_of(ROUND) > 0
+    before = found.budget().spent()
+    assert found.budget().cost_of(ROUND) > 0
     found.reserve(RUN, 1, ROUND)
-    assert found.spent() > before
+    assert found.budget().spent() > before
     assert len(found.budget().reservations) == 3
 
 
 def test_cost_of_a_round_is_what_it_then_costs_and_falls(path):
     found = opened(path)
-    foreseen, before = found.cost_of(ROUND), found.spent()
+    foreseen, before = found.budget().cost_of(ROUND), found.budget().spent()
     found.reserve(RUN, 2, ROUND)
-    assert found.spent() - before == pytest.approx(foreseen, abs=1e-12)
-    assert found.cost_of(ROUND) < foreseen
+    assert found.budget().spent() - before == pytest.approx(foreseen, abs=1e-12)
+    assert found.budget().cost_of(ROUND) < foreseen
 
 
 def test_runs_share_the_budget_and_cost_less_together_than_apart(path):
     found = opened(path)
     found.reserve("cd" * 32, 0, Event(0.01, 1.2, 100))
-    runs = found.per_run()
+    runs = found.budget().per_run()
     assert [(run.run_sha256, run.num_reservations, run.num_steps) for run in runs] == [
         (RUN, 2, 80),
         ("cd" * 32, 1, 100),
     ]
-    assert max(run.epsilon for run in runs) < found.spent() < sum(run.epsilon for run in runs)
+    assert max(run.epsilon for run in runs) < found.budget().spent() < sum(run.epsilon for run in runs)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_two_processes_share_one_budget(tmp_path):
     assert [worker.exitcode for worker in workers] == [0, 0]
     found = opened(path)
     assert len(found.budget().reservations) == ledgers.ROUNDS_THAT_FIT
-    assert found.spent() <= 8.0
+    assert found.budget().spent() <= 8.0
 
 
 def test_without_the_lock_two_writers_lose_a_charge(tmp_path):

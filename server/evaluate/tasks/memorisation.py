@@ -12,9 +12,10 @@ from common.adapter import adapter
 from common.data import overlap
 from common.data.rows import Message, Row
 from common.errors import DataError
+from common.loss import drops
 from common.model import base, loading
 from common.model.base import Engine
-from common.privacy import membership, roc
+from common.privacy import roc
 from common.run.schema.tasks import EvaluationConfig, MemorisationTask
 from common.run.schema.training import DataConfig
 from common.text import chat
@@ -124,8 +125,8 @@ def of_members(engine: Engine, members: Sequence[Row], others: Sequence[Row], *,
         ConfigError: A row is longer than the run's limit.
     """
     rows = [[row] for row in (*members, *others)]
-    drops = membership.loss_drops(engine, adapter.read(engine.model), rows, data=data)
-    return _auc(drops.tolist(), [True] * len(members) + [False] * len(others))
+    drop_n = drops.loss_drops(engine, adapter.read(engine.model), rows, data=data)
+    return _auc(drop_n.tolist(), [True] * len(members) + [False] * len(others))
 
 
 def _auc(scores: Sequence[float], is_in: Sequence[bool]) -> Scores:

@@ -131,18 +131,18 @@ def test_the_page_shows_runs_curve_and_what_comes_next(site, capsys):
     assert silotune_client("privacy", "node.toml", "--run", "tiny", "--json") == 0
     page = json.loads(capsys.readouterr().out)
     paid = site_ledger.open_site(**parts())
-    assert page["spent"] == pytest.approx(paid.spent(), abs=1e-4)
+    assert page["spent"] == pytest.approx(paid.budget().spent(), abs=1e-4)
     assert page["spent"] + page["remaining"] == pytest.approx(8.0, abs=2e-4)
     assert [(one["run"], one["num_rounds_charged"]) for one in page["runs"]] == [(run.sha256, 2), (OTHER, 1)]
     assert page["runs"][0]["name"] == "tiny"
-    assert page["next_round"]["epsilon"] == pytest.approx(paid.cost_of(ROUND), abs=1e-4)
+    assert page["next_round"]["epsilon"] == pytest.approx(paid.budget().cost_of(ROUND), abs=1e-4)
     num_planned = run.run.federation.num_rounds - 2
     assert [point["is_planned"] for point in page["curve"]] == [False] * 2 + [True] * num_planned
     epsilons = [point["epsilon"] for point in page["curve"]]
     assert epsilons == sorted(epsilons)
     assert epsilons[0] > epsilons[1] - epsilons[0]
     if num_planned:
-        assert epsilons[2] == pytest.approx(paid.spent() + paid.cost_of(ROUND), abs=2e-4)
+        assert epsilons[2] == pytest.approx(paid.budget().spent() + paid.budget().cost_of(ROUND), abs=2e-4)
 
 
 def test_a_run_that_trained_here_without_noise_is_shown_as_unprotected(site, capsys):
@@ -208,7 +208,9 @@ def test_units_with_odd_names_have_a_file_of_their_own(site):
     header = site_ledger.promise(desk().policy, config.load_node(Path("node.toml")).data)
     from dataclasses import replace
 
-    names = {site_ledger.place(site.folder, replace(header, unit=unit)).name for unit in ("a/b", "a b", "..", "row")}
+    names = {
+        site_ledger.ledger_path(site.folder, replace(header, unit=unit)).name for unit in ("a/b", "a b", "..", "row")
+    }
     assert len(names) == 4
     assert all(Path(name).name == name for name in names)
 

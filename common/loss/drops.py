@@ -38,13 +38,11 @@ def loss_drops(engine: Engine, trained: Tensors, units: Sequence[Sequence[Row]],
 def _losses(engine: Engine, tensors: Tensors, units: Sequence[Sequence[Row]], data: config.DataConfig) -> Tensor:
     """Mean negative log-likelihood of each unit's answer tokens under an adapter."""
     adapter.write(engine.model, tensors)
-    return torch.tensor([_loss(engine, rows, data) for rows in units], dtype=torch.float64)
-
-
-def _loss(engine: Engine, rows: Sequence[Row], data: config.DataConfig) -> float:
-    """One unit's."""
-    encoded, report = base.encode(engine, rows, data)
-    if report.num_dropped or report.num_truncated:
-        raise ConfigError("a row of this audit is over data.max_length_tokens; raise it")
-    total, count = evaluation.held_out_nll(engine, encoded, batch_size=len(encoded))
-    return total / count
+    means = []
+    for rows in units:
+        encoded, report = base.encode(engine, rows, data)
+        if report.num_dropped or report.num_truncated:
+            raise ConfigError("a row of this audit is over data.max_length_tokens; raise it")
+        total, count = evaluation.held_out_nll(engine, encoded, batch_size=len(encoded))
+        means.append(total / count)
+    return torch.tensor(means, dtype=torch.float64)
