@@ -223,7 +223,7 @@ def test_a_budget_is_lowered_by_name_and_never_raised(path):
         with pytest.raises(LedgerError, match="can only be lowered"):
             found.lower(wrong)
     found.lower(3.0)
-    assert opened(path, header=replace(HEADER, max_epsilon=3.0)).remaining < 3.0
+    assert opened(path, header=replace(HEADER, max_epsilon=3.0)).budget().remaining < 3.0
     with pytest.raises(LedgerError, match="max_epsilon"):
         opened(path)
     found.lower(1.0)
@@ -352,7 +352,7 @@ def test_one_data_set_has_one_budget_whatever_it_is_called(tmp_path):
     ):
         with pytest.raises(LedgerError, match=r"notes\.patient_id\.ledger, and what it says was spent stays spent"):
             create(name, found, unit=unit)
-    assert create("others", others).spent() == 0.0  # the control: these are other people
+    assert create("others", others).budget().spent() == 0.0  # the control: these are other people
     assert b"north-1" not in made.path.read_bytes()
     made.path.unlink()
     with pytest.raises(LedgerError, match=r"notes\.patient_id\.ledger: the audit log knows"):
