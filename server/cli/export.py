@@ -29,7 +29,7 @@ def verify(
     from server.verify import verify as checks
 
     result = checks.verify(folder, signer=signer, base=base)
-    cli.emit(result, as_json=json, show=lambda: cli.show(*checks.told(result)))
+    cli.emit(result, as_json=json, show=lambda: cli.show(*checks.in_words(result)))
 
 
 def gate(

@@ -235,7 +235,7 @@ def unblind(
     checking = cli.next_step("silotune-server", "preferences", "check", out)
     next_step = checking if out else "next: the same with --out PAIRS.jsonl"
     result = {**found.as_dict(), "out": str(out or "")}
-    cli.emit(result, as_json=json, show=lambda: cli.show(*outcome.told(found), next_step))
+    cli.emit(result, as_json=json, show=lambda: cli.show(*outcome.in_words(found), next_step))
 
 
 @app.command()
@@ -253,7 +253,7 @@ def agree(
     from server.preferences import answers as answering
 
     found = agreement.compare([answering.read(path) for path in answers])
-    cli.emit({"agreements": found}, as_json=json, show=lambda: cli.show(*map(agreement.told, found)))
+    cli.emit({"agreements": found}, as_json=json, show=lambda: cli.show(*map(agreement.in_words, found)))
 
 
 def _write(built: "Built", out: Path, *, force: bool, as_json: bool) -> None:

@@ -30,33 +30,33 @@ def kappa(judged: Sequence[tuple[str, str]]) -> Estimate | None:
         return None
     total = len(judged)
     shares = {cell: count / total for cell, count in Counter(judged).items()}
-    ours = _margin([one for one, _ in judged])
-    theirs = _margin([other for _, other in judged])
-    observed = math.fsum(share for (one, other), share in shares.items() if one == other)
+    ours = _margin([first for first, _ in judged])
+    theirs = _margin([second for _, second in judged])
+    observed = math.fsum(share for (first, second), share in shares.items() if first == second)
     chance = math.fsum(share * theirs.get(name, 0.0) for name, share in ours.items())
     value = (observed - chance) / (1 - chance)
     same = math.fsum(
-        share * (1 - (ours[one] + theirs[other]) * (1 - value)) ** 2
-        for (one, other), share in shares.items()
-        if one == other
+        share * (1 - (ours[first] + theirs[second]) * (1 - value)) ** 2
+        for (first, second), share in shares.items()
+        if first == second
     )
     different = math.fsum(
-        share * (theirs.get(one, 0.0) + ours.get(other, 0.0)) ** 2
-        for (one, other), share in shares.items()
-        if one != other
+        share * (theirs.get(first, 0.0) + ours.get(second, 0.0)) ** 2
+        for (first, second), share in shares.items()
+        if first != second
     )
     spread = same + (1 - value) ** 2 * different - (value - chance * (1 - value)) ** 2
     error = math.sqrt(max(0.0, spread) / total) / (1 - chance) * intervals.Z_95
     return Estimate(value, max(-1.0, value - error), min(1.0, value + error))
 
 
-def compare(found: Sequence[Answers]) -> list[dict[str, Any]]:
+def compare(answered: Sequence[Answers]) -> list[dict[str, Any]]:
     """Agreement of every two raters, on the tasks that both judged; skipped ones do not count.
 
     Agreement is on sides, which were shuffled: two raters who look at nothing agree by chance alone.
 
     Args:
-        found: Answers of two or more raters to the same tasks.
+        answered: By two or more raters, to the same tasks.
 
     Returns:
         For every two: their names, the number of tasks, the share of equal answers and kappa with its interval.
@@ -64,41 +64,40 @@ def compare(found: Sequence[Answers]) -> list[dict[str, Any]]:
     Raises:
         DataError: Fewer than two files, of different tasks, of one rater, or two raters without a common task.
     """
-    if len(found) < 2:
+    if len(answered) < 2:
         raise DataError("agreement needs two raters; name two or more files of answers")
-    answers.of_same_tasks(found)
-    return [_compare(one, other) for one, other in combinations(found, 2)]
+    answers.of_same_tasks(answered)
+    compared = []
+    for first, second in combinations(answered, 2):
+        both = [
+            (choice, second.choices[number])
+            for number, choice in sorted(first.choices.items())
+            if "skip" not in (choice, second.choices.get(number, "skip"))
+        ]
+        if not both:
+            raise DataError(f"{first.rater} and {second.rater} judged no task both; let them rank the same tasks")
+        beyond = kappa(both)
+        compared.append(
+            {
+                "raters": [first.rater, second.rater],
+                "num_tasks": len(both),
+                "agreement": vars(intervals.share(sum(a == b for a, b in both), len(both))),
+                "kappa": vars(beyond) if beyond else None,
+            }
+        )
+    return compared
 
 
-def _compare(one: Answers, other: Answers) -> dict[str, Any]:
-    """Agreement of two raters."""
-    both = [
-        (choice, other.choices[number])
-        for number, choice in sorted(one.choices.items())
-        if "skip" not in (choice, other.choices.get(number, "skip"))
-    ]
-    if not both:
-        raise DataError(f"{one.rater} and {other.rater} judged no task both; let them rank the same tasks")
-    equal = intervals.share(sum(a == b for a, b in both), len(both))
-    beyond = kappa(both)
-    return {
-        "raters": [one.rater, other.rater],
-        "num_tasks": len(both),
-        "agreement": vars(equal),
-        "kappa": vars(beyond) if beyond else None,
-    }
-
-
-def told(pair: dict[str, Any]) -> str:
+def in_words(pair: dict[str, Any]) -> str:
     """One line for people."""
     share, beyond = pair["agreement"], pair["kappa"]
-    kappa_told = (
+    kappa_in_words = (
         f"kappa {beyond['value']:.2f} ({beyond['low']:.2f} to {beyond['high']:.2f})"
         if beyond
         else "kappa has no value: both gave one answer throughout"
     )
     names = " and ".join(pair["raters"])
-    return f"{names}: {share['value']:.0%} of {pair['num_tasks']} tasks answered alike, {kappa_told}"
+    return f"{names}: {share['value']:.0%} of {pair['num_tasks']} tasks answered alike, {kappa_in_words}"
 
 
 def _margin(given: Sequence[str]) -> dict[str, float]:

@@ -140,30 +140,26 @@ def read(path: Path) -> Answers:
         rater, digest = str(head["rater"]), str(head["tasks_sha256"])
         for event in events:
             number += 1
-            _play(choices, event["task"], event["answer"])
+            task, choice = event["task"], event["answer"]
+            if type(task) is not int or choice not in (*CHOICES, UNDO) or (choice == UNDO) != (task in choices):
+                raise ValueError("no answer")
+            if choice == UNDO:
+                del choices[task]
+            else:
+                choices[task] = choice
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{path.name} line {number}: is not a rater's answer; restore the file from a copy") from None
     return Answers(rater, digest, choices)
 
 
-def _play(choices: dict[int, Choice], number: Any, choice: Any) -> None:
-    """Apply one line."""
-    if type(number) is not int or choice not in (*CHOICES, UNDO) or (choice == UNDO) != (number in choices):
-        raise ValueError("no answer")
-    if choice == UNDO:
-        del choices[number]
-    else:
-        choices[number] = choice
-
-
-def of_same_tasks(found: Sequence[Answers]) -> str:
+def of_same_tasks(answered: Sequence[Answers]) -> str:
     """The hash of the tasks that all of them answered.
 
     Raises:
         DataError: They answered different tasks, or two files are of one rater.
     """
-    if len({answers.tasks_sha256 for answers in found}) != 1:
+    if len({answers.tasks_sha256 for answers in answered}) != 1:
         raise DataError("the raters answered different tasks; name files of answers to one tasks file")
-    if len({answers.rater for answers in found}) < len(found):
+    if len({answers.rater for answers in answered}) < len(answered):
         raise DataError("two files are of the same rater; name one file a rater")
-    return found[0].tasks_sha256
+    return answered[0].tasks_sha256

@@ -43,7 +43,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Key:
-    """What a rater must not see.
+    """What no rater may see.
 
     Attributes:
         tasks_sha256: Of the tasks file that it belongs to.
@@ -99,15 +99,22 @@ def write(pairs: Sequence[Pair], *, names: tuple[str, str], seed: int, tasks: Pa
         StorageError: A file cannot be written.
     """
     draws = random.Random(seed)  # noqa: S311 - an order, no secret
-    different = [place for place, pair in enumerate(pairs) if not is_same(pair.chosen, pair.rejected)]
+    different = [number for number, pair in enumerate(pairs) if not is_same(pair.chosen, pair.rejected)]
     if not different:
-        told = f"{names[0]} and {names[1]} are the same in every row"
-        raise DataError(f"{told}, {len(pairs)} in all, so there is nothing to rank: compare others")
+        raise DataError(
+            f"{names[0]} and {names[1]} are the same in every row, {len(pairs)} in all, so there is nothing to rank: "
+            "compare others"
+        )
     order = draws.sample(different, len(different))
-    is_swapped = draws.sample([place % 2 == 1 for place in range(len(order))], len(order))
-    content = build.as_lines(_fields(pairs[place], swapped) for place, swapped in zip(order, is_swapped, strict=True))
+    is_swapped = draws.sample([number % 2 == 1 for number in range(len(order))], len(order))
+    lines = []  # which hold nothing that distinguishes the candidates
+    for number, swapped in zip(order, is_swapped, strict=True):
+        fields = files.as_fields(pairs[number])
+        left, right = ("chosen", "rejected") if swapped else ("rejected", "chosen")
+        lines.append({"prompt": fields["prompt"], "left": fields[left], "right": fields[right]})
+    content = build.as_lines(lines)
     sha256 = hashlib.sha256(content).hexdigest()
-    rows, num_identical = tuple(place + 1 for place in order), len(pairs) - len(order)
+    rows, num_identical = tuple(number + 1 for number in order), len(pairs) - len(order)
     made = Key(sha256, names, tuple(is_swapped), rows, num_identical, seed)
     storage.write_atomic(key, json.dumps({"version": VERSION, **vars(made)}, indent=1).encode(), mode=0o600)
     storage.write_atomic(tasks, content)  # last: tasks without a key would be of no use
@@ -167,10 +174,3 @@ def digest(path: Path) -> str:
         return storage.sha256(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}): check the file and its permissions") from error
-
-
-def _fields(pair: Pair, is_swapped: bool) -> dict[str, Any]:
-    """A line of the tasks file; holds nothing that tells the candidates apart."""
-    fields = files.as_fields(pair)
-    left, right = ("chosen", "rejected") if is_swapped else ("rejected", "chosen")
-    return {"prompt": fields["prompt"], "left": fields[left], "right": fields[right]}

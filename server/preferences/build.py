@@ -63,16 +63,21 @@ def from_ratings(path: Path, *, margin: float = 0.0) -> Built:
         raise ConfigError("--margin must be 0 or more")
     located = reading.locate(str(path))
     pairs, num_ties, num_alone = [], 0, 0
-    for prompt, answers in _by_prompt(located).items():
+    # Every prompt's answers, each with its scores and their rows; in the file's order.
+    by_prompt: dict[Turns, dict[Turns, list[tuple[float, str]]]] = defaultdict(lambda: defaultdict(list))
+    for scored in reading.convert_all(located, _scored):
+        for prompt, answer, score, row_id in scored:
+            by_prompt[prompt][answer].append((score, row_id))
+    for prompt, answers in by_prompt.items():
         num_alone += len(answers) == 1
-        for one, other in combinations(answers, 2):
-            difference = _mean(answers[one]) - _mean(answers[other])
-            if abs(difference) <= margin or is_same(one, other):
+        means = {answer: math.fsum(score for score, _ in scores) / len(scores) for answer, scores in answers.items()}
+        for first, second in combinations(answers, 2):
+            difference = means[first] - means[second]
+            if abs(difference) <= margin or is_same(first, second):
                 num_ties += 1
                 continue
-            better, worse = (one, other) if difference > 0 else (other, one)
-            place = answers[better][0][1]
-            pairs.append(Pair(prompt, better, worse, row_id=place))
+            better, worse = (first, second) if difference > 0 else (second, first)
+            pairs.append(Pair(prompt, better, worse, row_id=answers[better][0][1]))
     return Built(pairs, len(located), {"ties": num_ties, "prompts with one answer": num_alone})
 
 
@@ -113,7 +118,8 @@ def write(built: Built, path: Path, *, is_overwriting: bool = False) -> None:
         StorageError: It cannot be written.
     """
     if not built.rows:
-        raise ConfigError(f"{path}: nothing to write: all rows were left out ({_told(built.left_out)}); add others")
+        reasons = ", ".join(f"{count} {reason}" for reason, count in built.left_out.items()) or "none"
+        raise ConfigError(f"{path}: nothing to write: all rows were left out ({reasons}); add others")
     if path.suffix != ".jsonl":
         raise ConfigError(f"{path}: give it a name that ends with .jsonl")
     if path.exists() and not is_overwriting:
@@ -137,48 +143,25 @@ def pair_of(fields: dict[str, Any], rejected: str, chosen: str, *, place: str) -
     return files.pair_of(replace(better, rejected=worse.messages))
 
 
-def _by_prompt(located: Sequence[Located]) -> dict[Turns, dict[Turns, list[tuple[float, str]]]]:
-    """Every prompt's answers, each with its scores and their places; in the file's order."""
-    found: dict[Turns, dict[Turns, list[tuple[float, str]]]] = defaultdict(lambda: defaultdict(list))
-    for scored in reading.convert_all(located, _scored):
-        for prompt, answer, score, place in scored:
-            found[prompt][answer].append((score, place))
-    return found
-
-
 def _scored(row: Located) -> list[tuple[Turns, Turns, float, str]]:
-    """Prompt, answer, score and place, of each answer in a row."""
+    """Prompt, answer, score and row, of each answer in a row."""
     completions, scores = row.fields.get("completions"), row.fields.get("scores")
     if completions is None and scores is None:
         completions, scores = [row.fields.get("completion")], [row.fields.get("score")]
     if not isinstance(completions, list) or not isinstance(scores, list) or len(completions) != len(scores):
         raise UnusableError("has not as many scores as completions", AS_RATINGS)
-    found = []
+    scored = []
     for completion, score in zip(completions, scores, strict=True):
         fields = {"prompt": row.fields.get("prompt"), "completion": completion}
         prompt, answer = files.split(preference_rows.conversation(fields, answer="completion", place=row.place))
-        found.append((prompt, answer, _number(score), row.place))
-    return found
-
-
-def _number(score: Any) -> float:
-    """A score; text that is a number too, as .csv files have no others."""
-    if isinstance(score, str):
-        try:
-            score = float(score)
-        except ValueError:
-            raise UnusableError("'score' is text that is no number", AS_RATINGS) from None
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        kind = "missing" if score is None else "no finite number"
-        raise UnusableError(f"'score' is {kind}", AS_RATINGS)
-    return float(score)
-
-
-def _mean(scores: Sequence[tuple[float, str]]) -> float:
-    """Mean score of one answer."""
-    return math.fsum(score for score, _ in scores) / len(scores)
-
-
-def _told(left_out: dict[str, int]) -> str:
-    """Why rows were left out."""
-    return ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
+        number: Any = score
+        if isinstance(score, str):  # as .csv files have no others
+            try:
+                number = float(score)
+            except ValueError:
+                raise UnusableError("'score' is text that is no number", AS_RATINGS) from None
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            kind = "missing" if number is None else "no finite number"
+            raise UnusableError(f"'score' is {kind}", AS_RATINGS)
+        scored.append((prompt, answer, float(number), row.place))
+    return scored

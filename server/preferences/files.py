@@ -80,13 +80,13 @@ def read(path: str | Path) -> list[Pair] | list[Rated]:
         DataError: The file is missing or unreadable, has the columns of neither form, or some rows are unusable: the
             first five are named. No message holds a field's value.
     """
-    found = scan(path)
-    found.problems.raise_if_any()
-    return found.pairs or found.rated
+    content = scan(path)
+    content.problems.raise_if_any()
+    return content.pairs or content.rated
 
 
 def scan(path: str | Path) -> Scan:
-    """Read what can be read, and tell what cannot.
+    """Read what can be read, and list what cannot.
 
     Args:
         path: As for `read`.

@@ -47,8 +47,24 @@ def argilla(path: Path, *, question: str, prompt: str, between: Sequence[str]) -
     _require_columns(between)
     located = reading.locate(str(path))
     counts = {"records without a response": 0, "responses not submitted": 0, "ties": 0}
-    found = reading.convert_all(located, lambda row: _argilla_pairs(row, question, prompt, between, counts))
-    return build.different([pair for pairs in found for pair in pairs], num_read=len(located), left_out=counts)
+
+    def pairs_of(row: Located) -> list[Pair]:
+        fields = row.fields.get("fields")
+        texts = fields if isinstance(fields, dict) else row.fields
+        values = _responses(row, question, counts)
+        counts["records without a response"] += not values
+        pairs = []
+        for value in values:
+            ranks = _ranks(value, between)
+            for better, worse in ((a, b) for a in ranks for b in ranks if a != b):
+                if ranks[better] < ranks[worse]:
+                    pairs.append(_pair(texts, prompt, better, worse, row.place))
+                elif ranks[better] == ranks[worse] and better < worse:
+                    counts["ties"] += 1
+        return pairs
+
+    by_row = reading.convert_all(located, pairs_of)
+    return build.different([pair for pairs in by_row for pair in pairs], num_read=len(located), left_out=counts)
 
 
 def label_studio(path: Path, *, prompt: str, between: Sequence[str]) -> Built:
@@ -68,8 +84,37 @@ def label_studio(path: Path, *, prompt: str, between: Sequence[str]) -> Built:
     _require_columns(between, most=2)
     located = reading.locate(str(path))
     counts = {"tasks without an annotation": 0, "cancelled annotations": 0, "annotations without a choice": 0}
-    found = reading.convert_all(located, lambda row: _label_studio_pairs(row, prompt, between, counts))
-    return build.different([pair for pairs in found for pair in pairs], num_read=len(located), left_out=counts)
+
+    def pairs_of(row: Located) -> list[Pair]:
+        data, annotations = row.fields.get("data"), row.fields.get("annotations")
+        if not isinstance(data, dict) or not isinstance(annotations, list):
+            raise UnusableError("has no `data` with `annotations`", AS_LABEL_STUDIO)
+        counts["tasks without an annotation"] += not annotations
+        left, right = between
+        pairs = []
+        for annotation in annotations:
+            if not isinstance(annotation, dict) or not isinstance(annotation.get("result"), list):
+                raise UnusableError("has an annotation without `result`", AS_LABEL_STUDIO)
+            items = [item for item in annotation["result"] if isinstance(item, dict) and item.get("type") == "pairwise"]
+            if len(items) > 1:
+                raise UnusableError(
+                    "has an annotation with several comparisons", "export a project with one Pairwise tag"
+                )
+            value = items[0].get("value") if items else {}
+            side = value.get("selected") if isinstance(value, dict) else None
+            if side not in (None, "none", "left", "right"):
+                raise UnusableError("has a comparison that selects neither left nor right", AS_LABEL_STUDIO)
+            if annotation.get("was_cancelled"):
+                counts["cancelled annotations"] += 1
+            elif side in (None, "none"):
+                counts["annotations without a choice"] += 1
+            else:
+                better, worse = (left, right) if side == "left" else (right, left)
+                pairs.append(_pair(data, prompt, better, worse, row.place))
+        return pairs
+
+    by_row = reading.convert_all(located, pairs_of)
+    return build.different([pair for pairs in by_row for pair in pairs], num_read=len(located), left_out=counts)
 
 
 def _require_columns(between: Sequence[str], *, most: int = 0) -> None:
@@ -78,33 +123,14 @@ def _require_columns(between: Sequence[str], *, most: int = 0) -> None:
         raise ConfigError(f"--between must name {'two' if most else 'two or more'} different columns, such as a,b")
 
 
-def _argilla_pairs(
-    row: Located, question: str, prompt: str, between: Sequence[str], counts: dict[str, int]
-) -> list[Pair]:
-    """Pairs of one record."""
-    fields = row.fields.get("fields")
-    texts = fields if isinstance(fields, dict) else row.fields
-    values = _responses(row, question, counts)
-    counts["records without a response"] += not values
-    pairs = []
-    for value in values:
-        ranks = _ranks(value, between)
-        for better, worse in ((a, b) for a in ranks for b in ranks if a != b):
-            if ranks[better] < ranks[worse]:
-                pairs.append(_pair(texts, prompt, better, worse, row.place))
-            elif ranks[better] == ranks[worse] and better < worse:
-                counts["ties"] += 1
-    return pairs
-
-
 def _responses(row: Located, question: str, counts: dict[str, int]) -> list[Any]:
     """Values of the submitted responses to one question, of the nested or the flattened form."""
     nested, flat = row.fields.get("responses"), f"{question}.responses"
     if isinstance(nested, dict):
-        found = nested.get(question) or []
-        if not isinstance(found, list) or not all(isinstance(item, dict) and "value" in item for item in found):
+        items = nested.get(question) or []
+        if not isinstance(items, list) or not all(isinstance(item, dict) and "value" in item for item in items):
             raise UnusableError("has responses that are not a list of objects with `value`", AS_ARGILLA)
-        given = [(item["value"], item.get("status") or SUBMITTED) for item in found]
+        given = [(item["value"], item.get("status") or SUBMITTED) for item in items]
     elif flat in row.fields:
         values, statuses = row.fields[flat] or [], row.fields.get(f"{flat}.status") or []
         if not isinstance(values, list) or not isinstance(statuses, list) or len(values) != len(statuses):
@@ -121,8 +147,11 @@ def _ranks(value: Any, between: Sequence[str]) -> dict[str, int]:
     if isinstance(value, str):
         value = [{"value": name, "rank": 1 if name == value else 2} for name in between] if value in between else None
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-        value = [{"value": name, "rank": place} for place, name in enumerate(value, start=1)]
-    if not isinstance(value, list) or not all(map(_is_rank, value)):
+        value = [{"value": name, "rank": rank} for rank, name in enumerate(value, start=1)]
+    if not isinstance(value, list) or not all(
+        isinstance(item, dict) and isinstance(item.get("value"), str) and type(item.get("rank")) is int
+        for item in value
+    ):
         raise UnusableError("has a response that ranks none of the answers", AS_ARGILLA)
     ranks = {item["value"]: item["rank"] for item in value}
     if set(ranks) != set(between) or len(ranks) != len(value):
@@ -130,49 +159,10 @@ def _ranks(value: Any, between: Sequence[str]) -> dict[str, int]:
     return {name: ranks[name] for name in between}
 
 
-def _is_rank(item: Any) -> bool:
-    """Whether it is one answer's name and its rank."""
-    return isinstance(item, dict) and isinstance(item.get("value"), str) and type(item.get("rank")) is int
-
-
-def _label_studio_pairs(row: Located, prompt: str, between: Sequence[str], counts: dict[str, int]) -> list[Pair]:
-    """Pairs of one task."""
-    data, annotations = row.fields.get("data"), row.fields.get("annotations")
-    if not isinstance(data, dict) or not isinstance(annotations, list):
-        raise UnusableError("has no `data` with `annotations`", AS_LABEL_STUDIO)
-    counts["tasks without an annotation"] += not annotations
-    left, right = between
-    pairs = []
-    for annotation in annotations:
-        if not isinstance(annotation, dict) or not isinstance(annotation.get("result"), list):
-            raise UnusableError("has an annotation without `result`", AS_LABEL_STUDIO)
-        side = _selected(annotation["result"])
-        if annotation.get("was_cancelled"):
-            counts["cancelled annotations"] += 1
-        elif side is None:
-            counts["annotations without a choice"] += 1
-        else:
-            better, worse = (left, right) if side == "left" else (right, left)
-            pairs.append(_pair(data, prompt, better, worse, row.place))
-    return pairs
-
-
-def _selected(result: Sequence[Any]) -> str | None:
-    """The side that an annotation chose; None if neither."""
-    items = [item for item in result if isinstance(item, dict) and item.get("type") == "pairwise"]
-    if len(items) > 1:
-        raise UnusableError("has an annotation with several comparisons", "export a project with one Pairwise tag")
-    value = items[0].get("value") if items else {}
-    side = value.get("selected") if isinstance(value, dict) else None
-    if side not in (None, "none", "left", "right"):
-        raise UnusableError("has a comparison that selects neither left nor right", AS_LABEL_STUDIO)
-    return None if side == "none" else side
-
-
-def _pair(texts: Mapping[str, Any], prompt: str, better: str, worse: str, place: str) -> Pair:
+def _pair(texts: Mapping[str, Any], prompt: str, better: str, worse: str, row_id: str) -> Pair:
     """A pair out of named columns."""
     missing = [name for name in (prompt, better, worse) if name not in texts]
     if missing:
         raise UnusableError(f"has no field {missing[0]!r}", "correct --prompt or --between")
     fields = {better: texts[better], worse: texts[worse], "prompt": texts[prompt]}
-    return build.pair_of(fields, worse, better, place=place)
+    return build.pair_of(fields, worse, better, place=row_id)

@@ -92,24 +92,28 @@ def unblind(tasks_file: Path, *, key_file: Path, answer_files: Sequence[Path]) -
         DataError: A file is unreadable, belongs to other tasks, or answers tasks that are not there.
     """
     key, tasks = blind.read_key(key_file, tasks_file), blind.read_tasks(tasks_file)
-    found = [answers.read(path) for path in answer_files]
-    if answers.of_same_tasks(found) != key.tasks_sha256:
+    answered = [answers.read(path) for path in answer_files]
+    if answers.of_same_tasks(answered) != key.tasks_sha256:
         raise DataError(f"{tasks_file}: is not what the raters answered; name the tasks file that they were given")
-    if any(number > len(tasks) or number < 1 for rater in found for number in rater.choices):
+    if any(number > len(tasks) or number < 1 for rater in answered for number in rater.choices):
         raise DataError(f"{tasks_file}: a rater answered a task that it does not have; restore the answers from a copy")
-    by_rater = {rater.rater: _verdicts(_majority([rater], key), tasks) for rater in found}
-    winners = _majority(found, key)
-    sides = Counter(choice for rater in found for choice in rater.choices.values())
-    agreements = agreement.compare(found) if len(found) > 1 else []
+    by_rater = {rater.rater: _verdicts(_majority([rater], key), tasks) for rater in answered}
+    winners = _majority(answered, key)
+    sides = Counter(choice for rater in answered for choice in rater.choices.values())
+    agreements = agreement.compare(answered) if len(answered) > 1 else []
     verdicts = _verdicts(winners, tasks)
-    decided = [_pair(task, winners[task.number], key) for task in tasks if winners.get(task.number) in (0, 1)]
+    decided = []  # the preferred answer and the other
+    for task in [task for task in tasks if winners.get(task.number) in (0, 1)]:
+        is_left = winners[task.number] == int(key.is_swapped[task.number - 1])
+        chosen, rejected = (task.left, task.right) if is_left else (task.right, task.left)
+        decided.append(Pair(task.prompt, chosen, rejected, row_id=f"row {key.rows[task.number - 1]}"))
     pairs = [pair for pair in decided if blind.NO_ANSWER not in (pair.chosen[0].content, pair.rejected[0].content)]
     left_out = {"ties": verdicts.num_ties, "skipped or not reached": verdicts.num_skipped}
     built = Built(pairs, len(tasks), {**left_out, "with an empty answer": len(decided) - len(pairs)})
     return Outcome(key.names, verdicts, by_rater, agreements, (sides["left"], sides["right"]), key.num_identical, built)
 
 
-def told(outcome: Outcome) -> list[str]:
+def in_words(outcome: Outcome) -> list[str]:
     """Lines for people."""
     first, second = outcome.names
     verdicts, rate = outcome.all_raters, outcome.all_raters.win_rate
@@ -128,28 +132,22 @@ def told(outcome: Outcome) -> list[str]:
     left, right = outcome.left_right
     if left + right >= MIN_DECIDED and intervals.sign_test(left, left + right) < 0.05:
         lines.append(f"left was preferred {left} times, right {right} times: more uneven than chance; ask the raters")
-    for rater, own in outcome.by_rater.items():
-        if len(outcome.by_rater) > 1 and own.win_rate:
-            decided = own.num_first + own.num_second
-            lines.append(f"{rater}: {second} wins {own.win_rate.value:.1%} of {decided} decided tasks")
-    return [*lines, *map(agreement.told, outcome.agreements)]
+    for rater, counts in outcome.by_rater.items():
+        if len(outcome.by_rater) > 1 and counts.win_rate:
+            decided = counts.num_first + counts.num_second
+            lines.append(f"{rater}: {second} wins {counts.win_rate.value:.1%} of {decided} decided tasks")
+    return [*lines, *map(agreement.in_words, outcome.agreements)]
 
 
-def _winner(choice: Choice, key: Key, number: int) -> int | None:
-    """0 or 1 for the candidate that was preferred; -1 for a tie; None if the task was skipped."""
-    if choice in ("tie", "skip"):
-        return -1 if choice == "tie" else None
-    return int((choice == "right") != key.is_swapped[number - 1])
-
-
-def _majority(found: Sequence[Answers], key: Key) -> dict[int, int | None]:
+def _majority(answered: Sequence[Answers], key: Key) -> dict[int, int | None]:
     """The winner of each task; tasks that all raters skipped are not there."""
     winners: dict[int, int | None] = {}
-    for number in sorted({number for rater in found for number in rater.choices}):
-        votes = [_winner(rater.choices[number], key, number) for rater in found if number in rater.choices]
-        given = [vote for vote in votes if vote is not None]
-        if given:
-            lead = given.count(1) - given.count(0)
+    for number in sorted({number for rater in answered for number in rater.choices}):
+        choices = [rater.choices[number] for rater in answered if rater.choices.get(number, "skip") != "skip"]
+        second: Choice = "left" if key.is_swapped[number - 1] else "right"  # the side of the second candidate
+        if choices:
+            num_second = choices.count(second)
+            lead = 2 * num_second - (len(choices) - choices.count("tie"))
             winners[number] = -1 if not lead else int(lead > 0)
     return winners
 
@@ -158,10 +156,3 @@ def _verdicts(winners: dict[int, int | None], tasks: Sequence[Task]) -> Verdicts
     """Count winners."""
     counts = Counter(winners.get(task.number) for task in tasks)
     return Verdicts(counts[0], counts[1], counts[-1], counts[None])
-
-
-def _pair(task: Task, winner: int | None, key: Key) -> Pair:
-    """The preferred answer and the other."""
-    is_left = winner == int(key.is_swapped[task.number - 1])
-    chosen, rejected = (task.left, task.right) if is_left else (task.right, task.left)
-    return Pair(task.prompt, chosen, rejected, row_id=f"row {key.rows[task.number - 1]}")

@@ -14,7 +14,6 @@ from rich.text import Text
 
 from common.errors import ConfigError
 from server.preferences.answers import Choice, Session
-from server.preferences.blind import Task
 from server.preferences.files import Turns
 
 KEYS: Final[dict[str, Choice]] = {"1": "left", "2": "right", "=": "tie", "s": "skip"}
@@ -37,19 +36,15 @@ def run(session: Session) -> None:
     note = ""
     while True:
         console.clear()
-        console.print(_fitting(session, console, note))
+        view = screen(session, width=console.width, note=note)
+        if len(console.render_lines(view, pad=False)) > console.height:
+            view = screen(session, width=console.width, note=f"{note} {LONG}".strip())
+        console.print(view)
         key = click.getchar().lower()
         if key in ("q", "\x03", "\x04"):
             console.clear()
             return
         note = press(session, key)
-
-
-def _fitting(session: Session, console: Console, note: str) -> RenderableType:
-    """The screen, with word that its beginning is further up where it is longer than the terminal."""
-    view = screen(session, width=console.width, note=note)
-    is_long = len(console.render_lines(view, pad=False)) > console.height
-    return screen(session, width=console.width, note=f"{note} {LONG}".strip()) if is_long else view
 
 
 def press(session: Session, key: str) -> str:
@@ -87,25 +82,21 @@ def screen(session: Session, *, width: int, note: str = "") -> RenderableType:
     bar = ProgressBar(total=total, completed=session.num_done, width=min(30, width // 3))
     head.add_row(Text(f"{session.num_done} of {total} answered", style="bold"), bar)
     keys = Text(HELP if task else "u  undo    q  quit", style="bold")
-    shown = _task(task, width) if task else [Text("\nAll tasks are answered, and every answer is kept.\n")]
+    shown: list[RenderableType] = [Text("\nAll tasks are answered, and every answer is kept.\n")]
+    if task:
+        is_wide = width >= MIN_WIDTH_SIDE_BY_SIDE
+        side = (width - 1) // 2 if is_wide else width
+        panels = [
+            Panel(_text(turns), title=f"Answer {number}", title_align="left", width=side, border_style="cyan")
+            for number, turns in ((1, task.left), (2, task.right))
+        ]
+        answers: list[RenderableType] = [Columns(panels, padding=(0, 1))] if is_wide else [*panels]
+        shown = [Panel(_text(task.prompt), title=f"Task {task.number}: prompt", title_align="left"), *answers]
     return Group(head, *shown, Text(note, style="yellow"), keys)
 
 
-def _task(task: Task, width: int) -> list[RenderableType]:
-    """One comparison."""
-    is_wide = width >= MIN_WIDTH_SIDE_BY_SIDE
-    side = (width - 1) // 2 if is_wide else width
-    panels = [
-        Panel(_text(turns), title=f"Answer {number}", title_align="left", width=side, border_style="cyan")
-        for number, turns in ((1, task.left), (2, task.right))
-    ]
-    answers: list[RenderableType] = [Columns(panels, padding=(0, 1))] if is_wide else [*panels]
-    prompt = Panel(_text(task.prompt), title=f"Task {task.number}: prompt", title_align="left")
-    return [prompt, *answers]
-
-
 def _text(turns: Turns) -> Text:
-    """Turns as text; several are told apart by their roles."""
+    """Turns as text; several are labelled with their roles."""
     if len(turns) == 1:
         return Text(visible(turns[0].content))
     shown = Text()

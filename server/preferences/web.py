@@ -78,7 +78,14 @@ def make(session: Session, *, token: str, host: str = LOOPBACK) -> Starlette:
             reach a rater's machine under its own name.
     """
     page = PAGE.read_text(encoding="utf-8")
-    policy = _policy(page)
+    hashes = []  # of the page's own style and script, beside which it gets nothing but what its server answers
+    for tag in ("style", "script"):
+        [body] = re.findall(rf"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)
+        hashes.append(f"'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'")
+    policy = (
+        f"default-src 'none'; style-src {hashes[0]}; script-src {hashes[1]}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
     async def show(request: Request) -> Response:
         return HTMLResponse(page, headers={**HEADERS, "Content-Security-Policy": policy})
@@ -137,25 +144,9 @@ def serve(session: Session, *, door: Door, say: Callable[[str], None]) -> None:
         ConfigError: The address cannot be listened on, or the certificate cannot be used.
     """
     token = secrets.token_urlsafe(24)
-    config = _config(make(session, token=token, host=door.host), door)
-    try:
-        config.load()
-    except OSError as error:  # ssl.SSLError is one
-        told = f"--certificate {door.certificate}, --key {door.key}: cannot be used ({error.strerror})"
-        raise ConfigError(f"{told}; give PEM files that fit together") from error
-    with hosts.listen(door.host, door.port, options="--host or --port") as listener:
-        scheme = "https" if door.certificate else "http"
-        name = socket.gethostname() if door.host in hosts.EVERYWHERE else hosts.in_url(door.host)
-        say(f"{scheme}://{name}:{listener.getsockname()[1]}/{token}/")
-        with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listener])
-
-
-def _config(app: Starlette, door: Door) -> uvicorn.Config:
-    """uvicorn without an access log, which would keep the token."""
-    return uvicorn.Config(
-        app,
-        access_log=False,
+    config = uvicorn.Config(
+        make(session, token=token, host=door.host),
+        access_log=False,  # which would keep the token
         log_level="warning",
         lifespan="off",
         ws="none",
@@ -164,6 +155,19 @@ def _config(app: Starlette, door: Door) -> uvicorn.Config:
         ssl_certfile=door.certificate,
         ssl_keyfile=door.key,
     )
+    try:
+        config.load()
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(
+            f"--certificate {door.certificate}, --key {door.key}: cannot be used ({error.strerror}); give PEM files "
+            "that fit together"
+        ) from error
+    with hosts.listen(door.host, door.port, options="--host or --port") as listener:
+        scheme = "https" if door.certificate else "http"
+        name = socket.gethostname() if door.host in hosts.EVERYWHERE else hosts.in_url(door.host)
+        say(f"{scheme}://{name}:{listener.getsockname()[1]}/{token}/")
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -215,18 +219,3 @@ def _changed(session: Session, change: Callable[[], None]) -> Response:
 def _turns(turns: Turns) -> list[dict[str, str]]:
     """Turns as JSON types."""
     return [{"role": turn.role, "content": turn.content} for turn in turns]
-
-
-def _policy(page: str) -> str:
-    """Content security policy: the page's own style and script, by their hashes, and its own server."""
-    style, script = (_hash(page, tag) for tag in ("style", "script"))
-    return (
-        f"default-src 'none'; style-src {style}; script-src {script}; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-
-def _hash(page: str, tag: str) -> str:
-    """Hash of what stands in the page's one element of this name."""
-    [body] = re.findall(rf"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'"

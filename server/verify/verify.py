@@ -99,7 +99,7 @@ def verify(folder: Path, *, signer: str = "", base: Path | None = None) -> dict[
     return result
 
 
-def told(result: Mapping[str, Any]) -> list[str]:
+def in_words(result: Mapping[str, Any]) -> list[str]:
     """A result of `verify` for people."""
     symptoms = troubleshooting.of_formats(result.get("logits", {}))
     return [*export.lines(result), *(f"{each.name}: {each.evidence}. {each.remedy}" for each in symptoms)]

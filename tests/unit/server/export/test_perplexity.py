@@ -96,7 +96,7 @@ def test_card_and_verify_tell_them(sealed):
     assert f"| merged in float32, rounded to bf16 | {found['merged']:.4f} |" in card
     result = verify.verify(sealed)
     assert result["perplexity"] == found
-    assert any(f"perplexity {found['merged']:.4f}, side by side" in line for line in verify.told(result))
+    assert any(f"perplexity {found['merged']:.4f}, side by side" in line for line in verify.in_words(result))
 
 
 def test_control_a_merge_that_forgets_the_side_adapter_is_refused(engine_and_source, tiny_base, rows, tmp_path):

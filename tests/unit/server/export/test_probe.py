@@ -60,7 +60,7 @@ def test_a_trained_head_of_a_tied_base_is_untied_in_what_is_merged(tied, whole):
     assert torch.equal(merged.model.embed_tokens.weight, base.model.embed_tokens.weight.bfloat16().float())
     assert not torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
     assert probe.difference(probe.logits(merged), beside) == pytest.approx(found["probe"]["rounding"], rel=0.05)
-    assert any("where the adapter moves them by" in line for line in verify.told(found))
+    assert any("where the adapter moves them by" in line for line in verify.in_words(found))
 
 
 def test_control_a_merge_that_moves_the_embedding_too_is_noticed_by_export_and_verify(tied, whole, tmp_path):

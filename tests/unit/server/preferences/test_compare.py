@@ -157,7 +157,7 @@ def test_from_a_run_through_two_raters_to_a_stage_of_dpo(
     stage = DpoStage(name="taste", kind="dpo", data=str(out), steps=6, batch_size=4, learning_rate=1e-2)
     found = stage_rows.load(stage, engine, tiny.settings(tiny_base, CHANGES).data)
     start = finish.stored(finished, num_rounds=0).tensors
-    played = stages.play(stage, start, engine=engine, found=found, tell=lambda *_: None)
+    played = stages.play(stage, start, engine=engine, data=found, tell=lambda *_: None)
     assert played.after["margin"] > played.before["margin"]
 
 

@@ -74,7 +74,7 @@ def test_rows_with_two_equal_answers_are_not_shown_and_are_counted(tmp_path):
     path = rate(tasks, tmp_path / "anna.jsonl", "anna", prefer("tuned"))
     found = outcome.unblind(tasks, key_file=key, answer_files=[path])
     assert (found.all_raters.num_second, found.num_identical) == (4, 1)
-    assert "both answers being equal: 1" in " ".join(outcome.told(found))
+    assert "both answers being equal: 1" in " ".join(outcome.in_words(found))
     source.write_text(json.dumps(rows[1]) + "\n")
     with pytest.raises(DataError, match="the same in every row"):
         blind.make(source, between=("base", "tuned"), seed=2, tasks=tmp_path / "b" / "t.jsonl", key=tmp_path / "b.json")
@@ -170,7 +170,7 @@ def test_a_rater_who_prefers_a_candidate_is_found_out_and_one_who_prefers_a_side
     lazy = rate(tasks, tmp_path / "ben.jsonl", "ben", lambda _: "left")  # control
     found = outcome.unblind(tasks, key_file=key, answer_files=[lazy])
     assert found.all_raters.win_rate.value == 0.5
-    told = " ".join(outcome.told(found))
+    told = " ".join(outcome.in_words(found))
     assert "more uneven than chance" in told
     assert "neither is shown" in told
 

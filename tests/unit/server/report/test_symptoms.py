@@ -141,8 +141,8 @@ def test_a_format_that_loses_the_adapter_is_told_beside_its_figures():
     assert symptoms.of_formats(sound) == []
     assert "nf4 differs" in symptoms.of_formats(eaten)[0].evidence
     result = {"name": "triage", "signer": "", "num_files": 3, "num_tensors": 2}
-    assert "merged worse than adapter" in verify.told({**result, "logits": eaten})[-1]
-    assert "merged worse" not in " ".join(verify.told({**result, "logits": sound}))
+    assert "merged worse than adapter" in verify.in_words({**result, "logits": eaten})[-1]
+    assert "merged worse" not in " ".join(verify.in_words({**result, "logits": sound}))
 
 
 def test_the_report_of_a_run_that_exported_names_the_folder_and_what_is_wrong_with_it():

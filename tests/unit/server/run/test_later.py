@@ -186,7 +186,7 @@ def test_report_status_card_and_seal_say_which_polish_they_show(world, polished,
     )
     found = verify.verify(Path(str(sealed["folder"])))
     assert found["addendum_sha256"] == mark
-    assert any(mark in line for line in verify.told(found))
+    assert any(mark in line for line in verify.in_words(found))
 
 
 def test_prompts_that_may_be_shown_are_answered_by_base_and_exported_adapter_in_file_and_report(world, polished):

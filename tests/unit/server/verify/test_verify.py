@@ -245,7 +245,7 @@ def test_an_unsigned_export_passes_where_nobody_demands_a_signer(folder):
     (folder / seal.SIGNATURE_FILE).unlink()
     found = verify.verify(folder)
     assert found["signer"] == ""
-    assert "NOT SIGNED" in verify.told(found)[0]
+    assert "NOT SIGNED" in verify.in_words(found)[0]
 
 
 def test_another_base_is_refused(folder, tmp_path):
