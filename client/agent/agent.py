@@ -27,7 +27,7 @@ from common.frame import wire
 from common.frame.records import OpenedHead, RoundPlan, SiteMetrics, UpdateHead, read_plan, to_head
 from common.frame.wire import Frame
 from common.loss import evaluation, objectives, preference_score
-from common.loss.objectives import Example, Objective
+from common.loss.objectives import Example
 from common.model import codes
 from common.model.base import Engine, initial_of
 from common.privacy.noise import Noise, SystemNoise
@@ -89,7 +89,7 @@ class OpenRun:
     @property
     def is_of_answers(self) -> bool:
         """Whether rows are learnt as they are, with no reference beside them."""
-        return self.manifest.run.training.objective == "sft"
+        return self.manifest.run.training.objective.kind == "sft"
 
     @functools.cached_property
     def train_preferences(self) -> Sequence[Example]:
@@ -98,9 +98,7 @@ class OpenRun:
         Under differential privacy each example is scored alone, so that its reference depends on no other.
         """
         settings = self.manifest.run
-        return self._referenced(
-            self.train, 1 if settings.privacy.is_private_per_unit else settings.evaluation.batch_size
-        )
+        return self._referenced(self.train, 1 if settings.privacy.mode == "unit" else settings.evaluation.batch_size)
 
     @functools.cached_property
     def held_out_preferences(self) -> Sequence[Example]:
@@ -223,8 +221,8 @@ class Agent:
         codes.check(engine.codes_sha256, run_manifest.codes_at(self.site))
         adapter.check_specs(engine.tensor_specs, run_manifest.tensor_specs)
         privacy = run_manifest.run.privacy
-        if privacy.is_private_per_unit:
-            coupling.check_once(engine, method=privacy.clipping, objective=Objective.of(run_manifest.run.training))
+        if privacy.mode == "unit":
+            coupling.check_once(engine, method=privacy.clipping, objective=run_manifest.run.training.objective)
         site_plan, begun = run_manifest.plan.for_site(self.site), None
         if not site_plan.wire.is_adapter_sparse:  # else no request names what it builds on
             sent = ranks.cut(_begun(run_manifest, engine), site_plan.tensors.received)
@@ -245,7 +243,7 @@ class Agent:
         self._guard.begins(lambda: _begun(run_manifest, engine), num_steps=opened.num_steps, run=run_manifest)
         num_units = len({row.unit for row in train}), len({row.unit for row in held_out})
         opened = self._guard.counted(opened, num_units=num_units, run=run_manifest)
-        if run_manifest.run.privacy.is_private_per_unit:  # no noise covers these, and nothing needs them
+        if run_manifest.run.privacy.mode == "unit":  # no noise covers these, and nothing needs them
             opened = dataclasses.replace(opened, num_truncated=None, num_dropped=None)
         asked = _asked(engine, data.held_out, run_manifest)
         fixed = start.fixed(run_manifest)
@@ -258,7 +256,7 @@ class Agent:
         if answered is not None:
             return answered
         source = self._make_noise(run.manifest, plan.round_index)
-        is_watched = self._guard.watches_rows and not run.manifest.run.privacy.is_private_per_unit
+        is_watched = self._guard.watches_rows and run.manifest.run.privacy.mode != "unit"
         with answering.watching(run.engine.model) if is_watched else contextlib.nullcontext() as seen:
             result = self._fit(run, plan, before, source)
         self._guard.after_training(result.spread, seen.share() if seen else None)
@@ -396,7 +394,7 @@ def _asked(engine: Engine, rows: Sequence[Row], run_manifest: RunManifest) -> Se
 
 def _score(run: OpenRun, rows: Sequence[Example], *, generate: bool, noised_by: FigureNoise | None) -> evaluation.Score:
     """Held-out figures of the adapter that is in the engine."""
-    settings, objective = run.manifest.run.evaluation, Objective.of(run.manifest.run.training)
+    settings, objective = run.manifest.run.evaluation, run.manifest.run.training.objective
     if noised_by:
         return figures.score(
             run.engine,
@@ -406,7 +404,7 @@ def _score(run: OpenRun, rows: Sequence[Example], *, generate: bool, noised_by: 
             num_rows=run.opened.num_held_out,
             noised_by=noised_by,
         )
-    if objective.name != "sft":
+    if objective.kind != "sft":
         return preference_score.score(run.engine, rows, objective, batch_size=settings.batch_size)
     return evaluation.score(
         run.engine,

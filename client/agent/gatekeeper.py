@@ -135,7 +135,7 @@ class Gatekeeper:
         try:
             policy.check(self.policy, run, self.history.usage(offer.sha256, now=self._clock()), site=self._site)
             policy.check_message_size(run, max_mib=self._max_message_mib)
-            policy.check_columns(self._dataset, run.run.training.objective)
+            policy.check_columns(self._dataset, run.run.training.objective.kind)
         except PolicyRefusedError:
             with suppress(ApprovalRequired, StorageError):  # kept so that people can read what the refused run asks
                 consent.store(self._folder / consent.REFUSED, offer)
@@ -203,10 +203,10 @@ class Gatekeeper:
 
     def before_training(self, request: Frame, plan: RoundPlan, *, run: RunManifest) -> Frame | None:
         """A round private for units is paid for once; a private answer is given again if it is asked for again."""
-        if not run.run.privacy.is_private:
+        if run.run.privacy.mode == "none":
             return None
         kept = self._payment.answered(run, plan.round_index)
-        if kept is None and run.run.privacy.is_private_per_unit:
+        if kept is None and run.run.privacy.mode == "unit":
             self._payment.pay(run, plan.round_index)
         return kept
 
@@ -234,7 +234,7 @@ class Gatekeeper:
         rounded = outgoing.rounded(reply, digits=self.policy.evaluation.round_metrics_to)
         names = {"site": self._site, "run_sha256": run.sha256, "round_index": request.head.get("round_index")}
         outgoing.check(self.policy, run, rounded, names=names)
-        if reply.kind == "update" and run.run.privacy.is_private:
+        if reply.kind == "update" and run.run.privacy.mode != "none":
             self._payment.keep(run, int(rounded.head["round_index"]), rounded)
         if reply.kind == "metrics" and policy.is_covered(self.policy, run.run.privacy):
             self._payment.keep(run, int(rounded.head["round_index"]), rounded, kind="evaluate")

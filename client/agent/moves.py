@@ -120,7 +120,7 @@ def is_bounded(run: RunManifest, tensors: Tensors) -> bool:
     """
     settings, training = run.run, run.run.training
     is_whole = all(tuple(tensors[spec.name].shape) == spec.shape for spec in run.tensor_specs if spec.name in tensors)
-    is_clipped = training.max_grad_norm > 0 and not settings.privacy.is_private_per_unit
+    is_clipped = training.max_grad_norm > 0 and settings.privacy.mode != "unit"
     has_bound = training.optimizer.kind == "adamw" or is_clipped
     return (
         settings.aggregation.method in (*DIRECT, *REFACTORED)
@@ -211,7 +211,7 @@ def _by_server(move: float, largest: float, *, run: config.RunConfig) -> float:
         return 0.0
     sum_rates = move if training.optimizer.kind == "adamw" else move / training.max_grad_norm  # c_t is 1 at least
     decayed = move + training.optimizer.weight_decay * sum_rates * (largest + move)
-    if privacy.is_private_per_site:  # sums over an expected number of sites, and noise
+    if privacy.mode == "site":  # sums over an expected number of sites, and noise
         expected = sites.num_expected(run)
         shares = run.federation.num_sites / run.federation.min_sites if privacy.noise_at == "sites" else 1.0
         noise = NOISE_STDS * privacy.noise_multiplier * privacy.clip_norm * math.sqrt(shares) / expected

@@ -95,7 +95,7 @@ def load_data(node: config.NodeConfig, manifest: RunManifest) -> SiteData:
     Raises:
         DataError: Rows are missing or unusable, or a unit has rows on both sides.
     """
-    objective = manifest.run.training.objective
+    objective = manifest.run.training.objective.kind
     rows = site_files.read_rows(node.data, node.data.path, objective=objective)
     if node.data.held_out_path:
         held_out = site_files.read_rows(node.data, node.data.held_out_path, objective=objective)

@@ -12,7 +12,7 @@ from common.adapter.adapter import Tensors
 from common.errors import PrivacyError
 from common.privacy import clipping, noise
 from common.privacy.noise import Noise
-from common.run.schema.privacy import PrivacyConfig, Protection
+from common.run.schema.privacy import PrivacyConfig, Protection, SitePrivacy
 from common.run.schema.wire import WireConfig
 
 
@@ -75,7 +75,7 @@ def protect(
     Raises:
         PrivacyError: The training did not do what the run promises.
     """
-    if privacy.is_private_per_site and trained_with == "none":
+    if privacy.mode == "site" and trained_with == "none":
         tensors = _site_level(raw_delta.tensors, privacy=privacy, num_shares=num_shares, source=source)
         return OutgoingUpdate(compact.encode_update(tensors, settings, draws=draws), "site", {})
     if trained_with != privacy.mode:
@@ -95,7 +95,7 @@ def _added(tensors: Tensors, left_out: Tensors) -> Mapping[str, Tensor]:
     return {name: tensor + left_out[name] if name in left_out else tensor for name, tensor in tensors.items()}
 
 
-def _site_level(tensors: Tensors, *, privacy: PrivacyConfig, num_shares: int, source: Noise) -> Tensors:
+def _site_level(tensors: Tensors, *, privacy: SitePrivacy, num_shares: int, source: Noise) -> Tensors:
     """An update no longer than the clip norm over all its tensors, under this site's share of the noise if it adds one.
 
     n shares of variance (sigma C)^2 / n add up to (sigma C)^2; more sites than n only add to it.

@@ -8,13 +8,13 @@ from common import accounting
 from common.errors import PrivacyError
 from common.privacy import bounds
 from common.privacy.noise import Noise, SystemNoise
-from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.privacy import UnitPrivacy
 
 DP_DELTA: Final = 1e-5
 NUM_CANARIES: Final = 2000
 NUM_STEPS: Final = 4
 CONFIDENCE: Final = 1 - 1e-7  # right noise, tried every hour for a century, is stopped with one chance in ten
-SETTINGS: Final = PrivacyConfig(mode="unit", sampling_prob=1.0, noise_multiplier=2.0, dp_delta=DP_DELTA)
+SETTINGS: Final = UnitPrivacy(sampling_prob=1.0, noise_multiplier=2.0, dp_delta=DP_DELTA)
 
 
 def run_if_required(rules: PrivacyRules) -> None:

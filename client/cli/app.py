@@ -23,7 +23,7 @@ app = cli.make(
 UNITS_FOLDER = Path("/etc/systemd/system")
 BaseOption = Annotated[str, typer.Option(help="A base, to count and show tokens: a folder or a name in the store.")]
 ObjectiveOption = Annotated[
-    str, typer.Option(metavar="sft|dpo|kto", help="The run's training.objective: which columns are read.")
+    str, typer.Option(metavar="sft|dpo|kto", help="The run's training.objective.kind: which columns are read.")
 ]
 LengthOption = Annotated[int | None, typer.Option(help="The run's data.max_length_tokens.", min=8)]
 RunOption = Annotated[

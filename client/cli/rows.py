@@ -32,7 +32,7 @@ class Asked:
     """What a run makes of rows.
 
     Attributes:
-        objective: `training.objective`: which columns are read.
+        objective: `training.objective.kind`: which columns are read.
         max_length_tokens: `data.max_length_tokens`; None: no limit.
         too_long: `data.too_long`.
         system_prompt: `data.system_prompt`.
@@ -88,7 +88,7 @@ def asked(node: config.NodeConfig, run: str, given: Asked) -> Asked:
         base = given.base or str(store.find_by_hash(offered.base_sha256, site_files.base_folders(node.model)))
     data = settings.data
     return Asked(
-        settings.training.objective,
+        settings.training.objective.kind,
         data.max_length_tokens,
         data.too_long,
         data.system_prompt,

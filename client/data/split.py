@@ -139,12 +139,12 @@ def for_run(
             that is private.
     """
     fraction, keeps_texts = data.held_out_fraction, data.same_text == "together"
-    if privacy.is_private_per_unit or (secret and privacy.is_private):
+    if privacy.mode == "unit" or (secret and privacy.mode != "none"):
         return {
             site: split_each(rows, held_out_fraction=fraction, seed=seed, site=site, secret=secret)
             for site, rows in sites.items()
         }
-    if privacy.is_private:
+    if privacy.mode != "none":
         return {
             site: split(rows, held_out_fraction=fraction, seed=seed, site=site, keeps_texts=keeps_texts)
             for site, rows in sites.items()

@@ -51,7 +51,7 @@ class Payment:
             BudgetExhausted: They do not; tells what remains.
             LedgerError: The ledger is missing or not what the audit log knows.
         """
-        if run.run.privacy.is_private_per_unit:
+        if run.run.privacy.mode == "unit":
             steps = self._history.run(run.sha256).steps
             num_done = sum(kind == TRAIN for kind, _ in steps)
             num_left = max(0, run.run.federation.num_rounds - num_done)

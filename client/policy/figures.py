@@ -15,10 +15,11 @@ from common.errors import ModelError
 from common.frame.records import OpenedHead
 from common.loss import evaluation, preference_score
 from common.loss.evaluation import Score
-from common.loss.objectives import Example, Objective
+from common.loss.objectives import Example
 from common.model.base import Engine
 from common.privacy import noise
 from common.privacy.noise import Noise
+from common.run.schema.training import Objective
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def score(
     units: dict[str, list[Example]] = {}
     for row in rows:
         units.setdefault(row.unit, []).append(row)
-    width = 1 if objective.name == "sft" else 3
+    width = 1 if objective.kind == "sft" else 3
     sum_f = torch.zeros(width, dtype=torch.float64)
     for examples in units.values():
         sum_f += _of_unit(engine, examples, objective=objective, batch_size=batch_size, max_loss=noised_by.max_loss)
@@ -88,7 +89,7 @@ def score(
     within = [min(max(float(value), 0.0), float(num_rows)) for value in noised_f]
     loss = within[0] * noised_by.max_loss
     plain = Score(loss, num_rows, num_generated=0, num_exact=0, seconds=0.0)
-    if objective.name == "sft":
+    if objective.kind == "sft":
         return plain
     return replace(plain, preference_loss_sum=within[1] * noised_by.max_loss, num_preferred=round(within[2]))
 
@@ -99,7 +100,7 @@ def _of_unit(
     """One unit's figures from 0 to 1: loss on answers; of preferences also their loss and the share of agreement."""
     # A loss that is not finite counts as the largest, so that no unit can break a release off.
     try:
-        if objective.name == "sft":
+        if objective.kind == "sft":
             encoded = [row for example in rows for row in example.rows]
             nll_sum, num_tokens = evaluation.held_out_nll(engine, encoded, batch_size=batch_size)
             figures = [nll_sum / (num_tokens * max_loss)]
@@ -111,5 +112,5 @@ def _of_unit(
                 (scored.num_preferred or 0) / len(rows),
             ]
     except (ModelError, ZeroDivisionError):
-        return torch.tensor([1.0] if objective.name == "sft" else [1.0, 1.0, 0.0], dtype=torch.float64)
+        return torch.tensor([1.0] if objective.kind == "sft" else [1.0, 1.0, 0.0], dtype=torch.float64)
     return torch.tensor(figures, dtype=torch.float64).nan_to_num(nan=1.0).clamp(0.0, 1.0)

@@ -157,10 +157,11 @@ class TrainRules(Section):
         description="Lowest `training.max_grad_norm` but 0, which is no clipping: shorter gradients vanish beside "
         "`training.optimizer.epsilon`.",
     )
-    beta: Range = Field(default=(0.01, 10.0), description="`training.beta` of preferences.")
+    beta: Range = Field(default=(0.01, 10.0), description="`training.objective.beta` of preferences.")
     max_label_smoothing: float = Field(default=0.3, ge=0, lt=0.5, description="Of preferences.")
     answer_weights: Range = Field(
-        default=(0.1, 10.0), description="`training.desirable_weight` and `training.undesirable_weight`."
+        default=(0.1, 10.0),
+        description="`training.objective.desirable_weight` and `training.objective.undesirable_weight`.",
     )
     max_tensor_norm: Positive = Field(default=1000.0, description="Of each tensor of the global adapter.")
     max_move: Positive = Field(

@@ -40,11 +40,11 @@ JUDGED: Final = {
     "adapter.targets": "lora.targets",
     "adapter.site_ranks": "lora.r",
     "adapter.num_virtual_tokens": "adapter.max_parameters",
-    "training.objective": "train.objectives",
-    "training.beta": "train.beta",
-    "training.label_smoothing": "train.max_label_smoothing",
-    "training.desirable_weight": "train.answer_weights",
-    "training.undesirable_weight": "train.answer_weights",
+    "training.objective.kind": "train.objectives",
+    "training.objective.beta": "train.beta",
+    "training.objective.label_smoothing": "train.max_label_smoothing",
+    "training.objective.desirable_weight": "train.answer_weights",
+    "training.objective.undesirable_weight": "train.answer_weights",
     "training.local_epochs": "train.min_local_steps",
     "training.local_steps": "train.min_local_steps",
     "training.batch_size": "train.min_batch_size",
@@ -73,7 +73,7 @@ HARMLESS: Final = {
     "training.micro_batch_size": "the same sum in smaller pieces",
     "training.micro_batch_tokens": "the same sum in smaller pieces",
     "training.gradient_checkpointing": "the same gradient in less memory",
-    "training.reference_point": "both are functions of the step's own rows",
+    "training.objective.reference_point": "both are functions of the step's own rows",
     "aggregation.weighting": "the count of rows is judged among the figures that leave",
     "aggregation.max_weight_share": _AFTER,
     "aggregation.gap_warning": _AFTER,
@@ -182,7 +182,7 @@ def check(policy: Policy, run_manifest: RunManifest, usage: Usage, *, site: str 
     # An update must be the sum of many steps.
     judge("train.learning_rate", training.learning_rate)
     judge("train.optimizers", training.optimizer.kind)
-    judge("train.objectives", training.objective)
+    judge("train.objectives", training.objective.kind)
     judge("train.methods", run.aggregation.method)
     judge("train.min_batch_size", training.batch_size)
     if training.local_steps:
@@ -195,12 +195,14 @@ def check(policy: Policy, run_manifest: RunManifest, usage: Usage, *, site: str 
         judge("train.max_adam_epsilon", training.optimizer.epsilon)
     else:
         judge("train.max_momentum", training.optimizer.momentum)
-    if training.max_grad_norm and not privacy.is_private_per_unit:
+    if training.max_grad_norm and privacy.mode != "unit":
         judge("train.min_grad_norm", training.max_grad_norm)
-    if training.objective != "sft":
-        judge("train.beta", training.beta)
-        judge("train.max_label_smoothing", training.label_smoothing)
-        for weight in (training.desirable_weight, training.undesirable_weight):
+    if training.objective.kind != "sft":
+        judge("train.beta", training.objective.beta)
+    if training.objective.kind == "dpo":
+        judge("train.max_label_smoothing", training.objective.label_smoothing)
+    elif training.objective.kind == "kto":
+        for weight in (training.objective.desirable_weight, training.objective.undesirable_weight):
             judge("train.answer_weights", weight)
     num_rounds, num_polished = run.federation.num_rounds, run.evaluation.num_polish_stages
     is_within = num_rounds + num_polished <= policy.train.max_rounds  # each is one more adapter that the site scores
@@ -209,17 +211,18 @@ def check(policy: Policy, run_manifest: RunManifest, usage: Usage, *, site: str 
     judge("train.max_length_tokens", run.data.max_length_tokens)
 
     _require(
-        protection.mode == "none" or privacy.is_private,
+        protection.mode == "none" or privacy.mode != "none",
         "privacy.mode",
         f"differential privacy is required, the run has privacy.mode = '{privacy.mode}'",
     )
-    _require(
-        protection.mode == "none" or not privacy.is_private_per_site or privacy.noise_at in protection.site_level,
-        "privacy.site_level",
-        f"noise for whole sites, added at '{privacy.noise_at}', is no protection of a unit, and is not allowed in its "
-        "place",
-    )
-    if privacy.is_private:
+    if privacy.mode == "site":
+        _require(
+            protection.mode == "none" or privacy.noise_at in protection.site_level,
+            "privacy.site_level",
+            f"noise for whole sites, added at '{privacy.noise_at}', is no protection of a unit, and is not allowed in "
+            "its place",
+        )
+    if privacy.mode != "none":
         judge("privacy.min_noise_multiplier", privacy.noise_multiplier)
         judge("privacy.max_clip_norm", privacy.clip_norm)
         judge("privacy.dp_delta", privacy.dp_delta)
@@ -233,7 +236,7 @@ def check(policy: Policy, run_manifest: RunManifest, usage: Usage, *, site: str 
     _require(protection.secagg == "none", "privacy.secagg", "secure aggregation is required, and this version has none")
 
     judge("cohort.min_sites", run.federation.min_sites)  # by the run file's own rules a round has at least as many
-    if privacy.is_private_per_site:
+    if privacy.mode == "site":
         judge("cohort.min_sites", sites.num_expected(run))
     prompt = run.data.system_prompt  # stands in every example, so it could ask for anything
     is_listed = prompt in policy.data.system_prompts
@@ -287,7 +290,7 @@ def check_columns(dataset: DatasetRules, objective: str) -> None:
         PolicyRefusedError: One of them is not listed.
     """
     extra = sorted({*preference_rows.COLUMNS.get(objective, ())} - set(dataset.columns))
-    reads = f"training.objective = '{objective}' reads {', '.join(extra)}, not listed for {dataset.path}"
+    reads = f"training.objective.kind = '{objective}' reads {', '.join(extra)}, not listed for {dataset.path}"
     _require(not extra, "data.datasets.columns", reads)
 
 
@@ -330,7 +333,7 @@ def leaves(table: BaseModel, path: str = "") -> Iterator[str]:
 
 def is_covered(rules: Policy, privacy: PrivacyConfig) -> bool:
     """Whether a policy demands that counts and figures of a run are covered: each unit is promised something."""
-    return rules.privacy.mode == "required" and privacy.is_private_per_unit
+    return rules.privacy.mode == "required" and privacy.mode == "unit"
 
 
 def beside_rounds(rules: Policy, privacy: PrivacyConfig, *, num_evaluations: int) -> dict[str, list[Event]]:

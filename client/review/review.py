@@ -306,7 +306,7 @@ def _facts_of_training(desk: Desk, run: RunManifest) -> dict[str, str]:
     settings, data, site = run.run, desk.node.data, desk.node.site.name
     training, federation = settings.training, settings.federation
     named = (data.instruction_column, data.input_column, data.output_column)
-    columns = ", ".join(preference_rows.COLUMNS.get(training.objective, tuple(filter(None, named))))
+    columns = ", ".join(preference_rows.COLUMNS.get(training.objective.kind, tuple(filter(None, named))))
     if data.unit_column:
         columns += f"; {data.unit_column} only to keep a unit's rows together"
     base = next((base.name for base in desk.policy.models.allow if base.sha256 == run.base_sha256), "not listed")
@@ -347,7 +347,7 @@ def _facts_of_training(desk: Desk, run: RunManifest) -> dict[str, str]:
     return {
         "rows that are read": f"all of {data.path}" + (f" and {data.held_out_path}" if data.held_out_path else ""),
         "columns that are read": columns,
-        "what is learnt": OBJECTIVES[training.objective],
+        "what is learnt": OBJECTIVES[training.objective.kind],
         "base": f"{base}, {run.base_sha256}",
         "base as quantised": quantised,
         "training": f"{federation.num_rounds} rounds, {length}, batches of {training.batch_size}, learning rate "
@@ -366,10 +366,10 @@ def _facts_of_training(desk: Desk, run: RunManifest) -> dict[str, str]:
 def _epsilon(desk: Desk, run: RunManifest) -> str:
     """What the run would cost, and what the ledger has left."""
     settings, rules = run.run, desk.policy
-    if not settings.privacy.is_private:
+    if settings.privacy.mode == "none":
         return NO_EPSILON
     dp_delta = rules.privacy.dp_delta
-    if settings.privacy.is_private_per_site:  # no ledger holds it, as it is no promise to a unit
+    if settings.privacy.mode == "site":  # no ledger holds it, as it is no promise to a unit
         try:
             whole = _planned(privacy_plan.milestones(settings))
         except AccountingUnsupported as error:

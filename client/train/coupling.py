@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from client.train import private
 from client.train.private import Method
 from common.errors import PrivacyError
-from common.loss.objectives import SFT, Example, Objective, Pair, Rated
+from common.loss.objectives import SFT, Example, Pair, Rated
 from common.model.base import Engine
+from common.run.schema.training import Objective
 from common.text.prompts import Encoded
 
 LENGTHS: Final = ((7,), (12, 5), (23,), (31,))  # of the rows of four units, in tokens
@@ -71,8 +72,8 @@ def _example(length: int, num_tokens: int, objective: Objective) -> Example:
     """A made-up example of so many tokens, the later half of them its answer."""
     ids = tuple((length + 31 * place) % num_tokens for place in range(length))
     row = Encoded(ids, tuple(place >= length // 2 for place in range(length)), f"unit of {length}")
-    if objective.name == "sft":
+    if objective.kind == "sft":
         return row
-    if objective.name == "dpo":
+    if objective.kind == "dpo":
         return Pair(row, dataclasses.replace(row, input_ids=ids[::-1]), reference=(-3.0 * length, -2.0 * length))
     return Rated(row, length % 2 == 0, None, reference=(-3.0 * length,))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from client.train import private
 from client.train.private import Unit
 from common.privacy.noise import Noise
-from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.privacy import UnitPrivacy
 from common.text.prompts import Encoded
 
 LENGTH: Final = 10.0  # of a gradient over the clip norm, so that a clip that does nothing shows
@@ -33,7 +33,7 @@ class Scores:
     is_in_m: Tensor
 
 
-def scores(*, num_canaries: int, privacy: PrivacyConfig, num_steps: int, source: Noise) -> Scores:
+def scores(*, num_canaries: int, privacy: UnitPrivacy, num_steps: int, source: Noise) -> Scores:
     """Take private steps over canaries, each of which is among the units with probability 1/2.
 
     Args:

@@ -18,13 +18,13 @@ from client.train.private import Unit
 from common.adapter import adapter
 from common.errors import ModelError
 from common.loss import objectives, preference_score
-from common.loss.objectives import SFT, Example, Objective
+from common.loss.objectives import SFT, Example
 from common.model.base import Engine
 from common.privacy.noise import Noise
 from common.run import config
 from common.run.catalogue import kinds
 from common.run.schema.privacy import PrivacyConfig, Protection
-from common.run.schema.training import AdamW, Sgd
+from common.run.schema.training import AdamW, Objective, Sgd
 
 Watch = Callable[[int, int], None]  # called after each step: how many are done, of how many
 PROVEN_STEP: Final = 2  # after it the adapter must have moved; a failure costs two steps, not a night
@@ -147,7 +147,7 @@ class Trainer:
     ) -> None:
         self._engine, self._rows, self._training, self._privacy = engine, rows, training, privacy
         self._source, self._proximal = source, proximal
-        self._objective = Objective.of(training)
+        self._objective = training.objective
         self.num_steps = schedule.num_local_steps(len(rows), training)
         self.num_done = 0
         self._rates = schedule.rates(round_index, num_rounds=num_rounds, num_steps=self.num_steps, training=training)
@@ -159,7 +159,7 @@ class Trainer:
         self._norms: list[Tensor] = []
         self._mechanism: private.Mechanism | None = None
         self._order: list[list[int]] = []
-        if privacy.is_private_per_unit:
+        if privacy.mode == "unit":
             units = private.population(rows, dp_delta=privacy.dp_delta)
             self._mechanism = private.Mechanism(units, parameters=self._parameters, privacy=privacy, source=source)
         else:
@@ -181,7 +181,7 @@ class Trainer:
         if not self._engine.model.training:
             self._engine.model.train()
         self._exit = contextlib.ExitStack()
-        if self._mechanism:
+        if self._privacy.mode == "unit":
             method = self._privacy.clipping
             prepared = private.prepared(
                 self._engine,
@@ -242,7 +242,7 @@ class Trainer:
         protection: Protection = "unit" if self._mechanism else "none"
         losses, norms = [float(loss) for loss in self._losses], [float(norm) for norm in self._norms]
         spread = None if self._mechanism else spread_of(norms)
-        if self._privacy.is_private:  # for the site as a whole too: no noise covers these figures
+        if self._privacy.mode != "none":  # for the site as a whole too: no noise covers these figures
             return LocalResult(self.num_steps, None, None, None, protection, spread)
         return LocalResult(self.num_steps, self._num_tokens, sum(losses) / len(losses), seconds, protection, spread)
 

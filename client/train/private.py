@@ -27,13 +27,14 @@ from common import accounting
 from common.adapter import adapter
 from common.errors import ModelError, PrivacyError
 from common.loss import objectives
-from common.loss.objectives import SFT, Example, Objective
+from common.loss.objectives import SFT, Example
 from common.model.base import Engine
 from common.privacy import noise
 from common.privacy.clipping import ClipNorm
 from common.privacy.noise import Noise
 from common.run import trainable
-from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.privacy import UnitPrivacy
+from common.run.schema.training import Objective
 from common.text.prompts import Batch
 
 Unit = Sequence[Example]
@@ -115,7 +116,7 @@ class Mechanism:
         units: Sequence[Unit],
         *,
         parameters: Mapping[str, nn.Parameter],
-        privacy: PrivacyConfig,
+        privacy: UnitPrivacy,
         source: Noise,
     ) -> None:
         self._units, self._privacy, self._source = units, privacy, source
@@ -231,7 +232,9 @@ def prepared(
             something behind in the model.
     """
     if objective.couples_examples:
-        raise PrivacyError("KTO's reference point over a batch couples units; set training.reference_point = 'zero'")
+        raise PrivacyError(
+            "KTO's reference point over a batch couples units; set training.objective.reference_point = 'zero'"
+        )
     trained = adapter.parameters(engine.model)
     modules = list(engine.model.modules())
 

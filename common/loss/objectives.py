@@ -17,7 +17,7 @@ from common.loss import likelihood, preference_loss
 from common.model import base, files, varlen
 from common.model.base import Engine
 from common.run import config
-from common.run.schema.training import ObjectiveName, ReferencePoint
+from common.run.schema.training import Objective, Preference, Sft
 from common.text import prompts
 from common.text.prompts import Batch, Encoded, EncodingReport
 
@@ -80,36 +80,7 @@ Example = Encoded | Pair | Rated
 T = TypeVar("T", bound=Example)
 
 
-@dataclass(frozen=True)
-class Objective:
-    """An objective with its settings; see `[training]` of the run file."""
-
-    name: ObjectiveName = "sft"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
-    reference_point: ReferencePoint = "batch"
-
-    @classmethod
-    def of(cls, training: config.TrainingConfig) -> "Objective":
-        """Of a run's section `[training]`."""
-        return cls(
-            training.objective,
-            training.beta,
-            training.label_smoothing,
-            training.desirable_weight,
-            training.undesirable_weight,
-            training.reference_point,
-        )
-
-    @property
-    def couples_examples(self) -> bool:
-        """Whether the loss of one example depends on others of its batch, which no clipping of units survives."""
-        return self.name == "kto" and self.reference_point == "batch"
-
-
-SFT: Final = Objective()
+SFT: Final = Sft()
 
 
 def encode(engine: Engine, rows: Sequence[Row], run: config.RunConfig) -> tuple[Sequence[Example], EncodingReport]:
@@ -119,10 +90,10 @@ def encode(engine: Engine, rows: Sequence[Row], run: config.RunConfig) -> tuple[
         DataError: No row is left, one is too long and `data.too_long` is `error`, rows are not of this objective, or
             both answers of all pairs are the same after the cut.
     """
-    objective = Objective.of(run.training)
-    if objective.name == "sft":
+    objective = run.training.objective
+    if objective.kind == "sft":
         return base.encode(engine, rows, run.data)
-    if objective.name == "dpo" and run.data.too_long == "truncate_input":
+    if objective.kind == "dpo" and run.data.too_long == "truncate_input":
         rows = [_shortened(engine, row, run.data) for row in rows]
     found = [_encode_one(engine, row, run.data) for row in with_others(rows, objective)]
     kept = [example for example in found if example is not None and not _is_equal(example)]
@@ -152,24 +123,25 @@ def _is_equal(example: Pair | Rated) -> bool:
     return isinstance(example, Pair) and example.chosen.input_ids == example.rejected.input_ids
 
 
-def with_others(rows: Sequence[Row], objective: Objective) -> list[tuple[Row, Row | None]]:
+def with_others(rows: Sequence[Row], objective: Preference) -> list[tuple[Row, Row | None]]:
     """Each row and the conversation that goes with it: the rejected answer, or the answer to another prompt.
 
     Args:
         rows: Of one side of a site, in order.
-        objective: "dpo" or "kto".
 
     Raises:
         DataError: Rows have no label, or there are too few for a reference point.
     """
-    if objective.name == "dpo":
+    if objective.kind == "dpo":
         return [(row, replace(row, messages=row.rejected, rejected=())) for row in rows]
     if any(row.is_desirable is None for row in rows):
-        raise DataError("training.objective = 'kto' needs rows with a label; these have none")
-    if objective.reference_point == "zero":
+        raise DataError("training.objective.kind = 'kto' needs rows with a label; these have none")
+    if not objective.couples_examples:
         return [(row, None) for row in rows]
     if len(rows) < 2:
-        raise DataError("KTO's reference point needs two rows; add rows, or set training.reference_point = 'zero'")
+        raise DataError(
+            "KTO's reference point needs two rows; add rows, or set training.objective.reference_point = 'zero'"
+        )
     half = len(rows) // 2  # far away in the file, where the next row is often of the same patient or prompt
     return [(row, _mismatch(row, rows[(place + half) % len(rows)])) for place, row in enumerate(rows)]
 
@@ -183,7 +155,7 @@ def _encode_one(engine: Engine, both: tuple[Row, Row | None], data: config.DataC
     """One example; None if one of its rows is dropped."""
     row, other = both
     if row.is_desirable is None and not row.rejected:
-        raise DataError(f"{row.row_id}: has no rejected answer, which training.objective = 'dpo' needs")
+        raise DataError(f"{row.row_id}: has no rejected answer, which training.objective.kind = 'dpo' needs")
     first, second = _tokens(engine, row, data), None if other is None else _tokens(engine, other, data)
     if first is None or (other is not None and second is None):
         return None
@@ -223,7 +195,7 @@ def length(example: Example) -> int:
 
 def num_terms(examples: Sequence[Example], objective: Objective) -> int:
     """What the mean loss is a mean over: answer tokens under `sft`, examples under the others."""
-    if objective.name != "sft":
+    if objective.kind != "sft":
         return len(examples)
     return sum(sum(row.is_answer[1:]) for example in examples for row in example.rows)
 
@@ -257,13 +229,13 @@ def loss(
     Returns:
         Under `sft` the negative log-likelihood of the answer tokens, nats.
     """
-    if objective.name == "sft":
+    if objective.kind == "sft":
         return likelihood.answer_nll(engine.model, batch)[0]
     return losses(examples, -likelihood.row_nll(engine.model, batch), objective, origin=origin)[0].sum()
 
 
 def losses(
-    examples: Sequence[Example], log_prob_b: Tensor, objective: Objective, *, origin: float | Tensor
+    examples: Sequence[Example], log_prob_b: Tensor, objective: Preference, *, origin: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Loss and margin of each example, from the log-probabilities of its rows in order.
 
@@ -272,7 +244,7 @@ def losses(
     reference_b = torch.tensor([value for e in examples for value in _reference(e)], dtype=log_prob_b.dtype)
     reference_b = reference_b.to(log_prob_b.device, non_blocking=True)
     gain_b = log_prob_b - reference_b
-    if objective.name == "dpo":
+    if objective.kind == "dpo":
         margin_n = objective.beta * (gain_b[0::2] - gain_b[1::2])
         return preference_loss.dpo(margin_n, label_smoothing=objective.label_smoothing), margin_n
     is_wanted_n = torch.tensor([isinstance(e, Rated) and e.is_desirable for e in examples])

@@ -16,8 +16,9 @@ from common.adapter import adapter
 from common.errors import ModelError
 from common.loss import objectives
 from common.loss.evaluation import Score
-from common.loss.objectives import Example, Objective, Rated
+from common.loss.objectives import Example, Rated
 from common.model.base import Engine
+from common.run.schema.training import Objective, Preference
 from common.text.prompts import Encoded
 
 
@@ -83,7 +84,7 @@ def _mismatched(part: Sequence[Example]) -> list[Encoded]:
 
 
 @torch.no_grad()
-def score(engine: Engine, examples: Sequence[Example], objective: Objective, *, batch_size: int) -> Score:
+def score(engine: Engine, examples: Sequence[Example], objective: Preference, *, batch_size: int) -> Score:
     """Held-out figures: the objective's loss, how often the adapter agrees, and the likelihood of what was chosen.
 
     A margin of exactly zero, as at the start, is no agreement. The likelihood is that of the chosen answer of each

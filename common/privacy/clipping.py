@@ -11,7 +11,7 @@ from torch import Tensor
 from common import accounting
 from common.errors import PrivacyError
 from common.privacy.noise import Noise
-from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.privacy import Private
 
 CHUNK: Final = 1 << 16  # values, so that what is made of them stays in the processor's cache
 COUNT_NOISE_SHARE: Final = 20
@@ -64,7 +64,7 @@ class ClipNorm:
     count_noise_std: float
 
     @classmethod
-    def of(cls, privacy: PrivacyConfig, expected: float) -> "ClipNorm":
+    def of(cls, privacy: Private, expected: float) -> "ClipNorm":
         """As the run says; the noise of the count is a twentieth of the expected number, as in the source.
 
         Raises:
@@ -82,7 +82,7 @@ class ClipNorm:
             ) from error
         return cls(privacy.clip_norm, left, std)
 
-    def follow(self, norms_u: Tensor, *, privacy: PrivacyConfig, expected: float, source: Noise) -> None:
+    def follow(self, norms_u: Tensor, *, privacy: Private, expected: float, source: Noise) -> None:
         """Move C towards the wanted quantile by a noised count of the units within it.
 
         Privacy: each unit adds +1/2 or -1/2 to the count, so its sensitivity is 1/2, one unit added or removed; the

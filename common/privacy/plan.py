@@ -10,6 +10,7 @@ from common.accounting import Event
 from common.errors import FloorRefused
 from common.privacy import sites
 from common.run import config
+from common.run.schema.privacy import Private
 
 FIXED_WORDING = (
     "per site and per unit (such as a patient), against everybody outside the site; one unit added or removed; "
@@ -21,18 +22,26 @@ FIXED_WORDING = (
 
 def wording(run: config.RunConfig) -> str:
     """What is protected and what is not, in the one wording that all pages show."""
-    return sites.WORDING[run.privacy.noise_at] if run.privacy.is_private_per_site else FIXED_WORDING
+    return sites.WORDING[run.privacy.noise_at] if run.privacy.mode == "site" else FIXED_WORDING
+
+
+def _privacy(run: config.RunConfig) -> Private:
+    """What is accounted."""
+    if run.privacy.mode == "none":
+        raise ValueError("privacy.mode = 'none' has no epsilon")
+    return run.privacy
 
 
 def event_per_round(run: config.RunConfig) -> Event:
     """What one round does to a site's units, or to a site as a whole.
 
     Raises:
-        ValueError: The run has no noise yet; see `resolve`.
+        ValueError: The run is not private, or has no noise yet; see `resolve`.
     """
-    if run.privacy.is_private_per_site:
-        return sites.event_per_round(run.privacy)
-    return Event(run.privacy.sampling_prob, run.privacy.noise_multiplier, run.training.local_steps)
+    privacy = _privacy(run)
+    if privacy.mode == "site":
+        return sites.event_per_round(privacy)
+    return Event(privacy.sampling_prob, privacy.noise_multiplier, run.training.local_steps)
 
 
 def resolve(run: config.RunConfig) -> config.RunConfig:
@@ -46,9 +55,9 @@ def resolve(run: config.RunConfig) -> config.RunConfig:
         FloorRefused: The noise that the file names costs more than its epsilon.
     """
     privacy = run.privacy
-    if not privacy.is_private:
+    if privacy.mode == "none":
         return run
-    num_steps = run.federation.num_rounds * (1 if privacy.is_private_per_site else run.training.local_steps)
+    num_steps = run.federation.num_rounds * (1 if privacy.mode == "site" else run.training.local_steps)
     if not privacy.noise_multiplier:
         noise = accounting.noise_multiplier(
             epsilon=privacy.epsilon,
@@ -76,7 +85,7 @@ def epsilon(run: config.RunConfig, *, dp_delta: float | None = None, beside: Seq
     """
     event = event_per_round(run)
     whole = Event(event.sampling_prob, event.noise_multiplier, event.num_steps * run.federation.num_rounds)
-    return accounting.compose([whole, *beside], dp_delta=dp_delta or run.privacy.dp_delta)
+    return accounting.compose([whole, *beside], dp_delta=dp_delta or _privacy(run).dp_delta)
 
 
 def milestones(
@@ -92,10 +101,10 @@ def milestones(
     """
     event, num_rounds = event_per_round(run), run.federation.num_rounds
     ends = sorted({1, *(max(1, num_rounds * quarter // 4) for quarter in range(1, 5))})
-    dp_delta = dp_delta or run.privacy.dp_delta
+    dp_delta = dp_delta or _privacy(run).dp_delta
     return {end: accounting.compose([event.times(end), *beside], dp_delta=dp_delta) for end in ends}
 
 
 def curve(run: config.RunConfig) -> list[float]:
     """Epsilon after each round; steep at first, never the whole over the number of rounds."""
-    return accounting.planned_curve(event_per_round(run), run.federation.num_rounds, dp_delta=run.privacy.dp_delta)
+    return accounting.planned_curve(event_per_round(run), run.federation.num_rounds, dp_delta=_privacy(run).dp_delta)

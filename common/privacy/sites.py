@@ -16,7 +16,7 @@ from common import accounting
 from common.accounting import Event
 from common.errors import AccountingUnsupported, FloorRefused, PrivacyError
 from common.run import config
-from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.privacy import SitePrivacy
 
 MAX_NOISE_RATIO: Final = 10.0
 _PROMISE: Final = (
@@ -36,7 +36,14 @@ WORDING: Final[Mapping[str, str]] = {
 }
 
 
-def event_per_round(privacy: PrivacyConfig) -> Event:
+def _privacy(run: config.RunConfig) -> SitePrivacy:
+    """The noise for whole sites, which the run must have."""
+    if run.privacy.mode != "site":
+        raise ValueError(f"privacy.mode = '{run.privacy.mode}' has no noise for whole sites")
+    return run.privacy
+
+
+def event_per_round(privacy: SitePrivacy) -> Event:
     """What a round costs a site at most: under noise at the sites, with as many shares as the quorum guarantees."""
     return Event(privacy.sampling_prob, privacy.noise_multiplier, 1)
 
@@ -53,7 +60,7 @@ def spent(run: config.RunConfig, num_updates: Sequence[int | None]) -> float:
     Raises:
         AccountingUnsupported: Above what is worth a name.
     """
-    privacy, least = run.privacy, run.federation.min_sites
+    privacy, least = _privacy(run), run.federation.min_sites
     if privacy.noise_at == "server":
         events = [event_per_round(privacy)] * len(num_updates)
     else:
@@ -75,7 +82,7 @@ def spent_for_insider(run: config.RunConfig, num_taken: int) -> float | None:
     """
     if not num_taken:
         return 0.0
-    privacy = run.privacy
+    privacy = _privacy(run)
     by_itself = 1.0 if privacy.noise_at == "server" else math.sqrt(run.federation.min_sites)
     event = Event(1.0, privacy.noise_multiplier / by_itself, num_taken)
     try:
@@ -121,14 +128,14 @@ def check_resume(log: Sequence[Mapping[str, Any]], *, num_rounds: int) -> None:
 
 def num_expected(run: config.RunConfig) -> float:
     """Sites of a round on average, by the run file alone; the noised sum is divided by it."""
-    return run.privacy.sampling_prob * run.federation.num_sites
+    return _privacy(run).sampling_prob * run.federation.num_sites
 
 
 def noise_ratio(run: config.RunConfig, num_parameters: int) -> float:
     """L2 norm of the noise on a round's mean update over the largest norm that the mean can have without it."""
     return accounting.client_level_noise_ratio(
         num_sites=num_expected(run),
-        noise_multiplier=run.privacy.noise_multiplier,
+        noise_multiplier=_privacy(run).noise_multiplier,
         num_parameters=num_parameters,
     )
 

@@ -93,8 +93,8 @@ def declare(
     """
     update = max(num_update_bytes(specs, dtype=settings.dtype, density=settings.density) for specs in turns)
     hidden = {
-        "opened": ROWS_LOST if privacy.is_private_per_unit else (),
-        "update": UNTOLD if privacy.is_private else (),
+        "opened": ROWS_LOST if privacy.mode == "unit" else (),
+        "update": UNTOLD if privacy.mode != "none" else (),
         "metrics": () if learns_preferences else PREFERENCES,
     }
     metrics = {kind: {name: RANGES[name] for name in figures(kind) if name not in hidden[kind]} for kind in REPLIES}

@@ -136,7 +136,7 @@ class Plan:
                 factors=method.sends,
                 settings=settings,
                 privacy=run.privacy,
-                learns_preferences=run.training.objective != "sft",
+                learns_preferences=run.training.objective.kind != "sft",
             ),
             bytes_down=whole if is_whole else stepped,
             bytes_evaluation=whole if settings.is_adapter_sparse else 0,
@@ -146,7 +146,7 @@ class Plan:
             + wire.MAX_HEAD_BYTES
             + wire.OVERHEAD_BYTES,
             max_update_bytes=min(up + header, settings.max_update_mib << 20),
-            num_expected=run.privacy.sampling_prob * run.federation.num_sites,
+            num_expected=0.0 if run.privacy.mode == "none" else run.privacy.sampling_prob * run.federation.num_sites,
         )
 
     def for_site(self, site: str) -> Plan:

@@ -18,7 +18,7 @@ from torch import Tensor
 from common.privacy import clipping, noise
 from common.privacy.clipping import ClipNorm
 from common.privacy.noise import Noise
-from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.privacy import SitePrivacy
 from server.aggregate.mean import WeightedMean
 from server.aggregate.method import State
 
@@ -37,7 +37,7 @@ class NoisedSum:
     """
 
     def __init__(
-        self, state: State, *, privacy: PrivacyConfig, expected: float, source: Noise, memory: Mapping[str, Tensor]
+        self, state: State, *, privacy: SitePrivacy, expected: float, source: Noise, memory: Mapping[str, Tensor]
     ) -> None:
         self._sum, self._norms = WeightedMean(state), list[float]()
         self._privacy, self._expected, self._source = privacy, expected, source
@@ -90,7 +90,7 @@ def start(
     state: State,
     trained: Collection[str],
     *,
-    privacy: PrivacyConfig,
+    privacy: SitePrivacy,
     expected: float,
     source: Noise,
     memory: Mapping[str, Tensor],

@@ -103,7 +103,7 @@ def card(
     reached = measure.stage_of(num_rounds, last=settings.federation.num_rounds)
     label = polish_view.label(polish[-1]["number"], polish[-1]["stage"]) if polish else reached
     spent = None  # what the rounds cost a site as a whole, where the run promises that
-    if settings.privacy.is_private_per_site:
+    if settings.privacy.mode == "site":
         spent = site_privacy.spent_by(settings, log, num_rounds=num_rounds)
     text: str = _CARDS.get_template("card.md.j2").render(
         run=settings, manifest=run_manifest, sites=sites, num_rows=sum(sites.values()), num_rounds=num_rounds,
@@ -116,7 +116,7 @@ def card(
         kind=kind, licence=licence, formats=formats,
         measured=stages.get(label) or stages.get(reached), view=figures,
         measured_before=stages.get(figures.BASE), privacy_wording=plan.wording(settings),
-        epsilon=plan.epsilon(settings) if settings.privacy.is_private_per_unit else None,
+        epsilon=plan.epsilon(settings) if settings.privacy.mode == "unit" else None,
         spent=spent, gated=gate.of_export(log, stage=label),
         overlap=overlap.sentence(shared[-1]) if shared else "", task_overlaps=polish_view.task_overlaps(log),
         overlaps=[f"{stage['stage']} {line}" for stage in polish for line in polish_view.overlaps(stage)],

@@ -99,7 +99,7 @@ def read_update(frame: Frame, plan: RoundPlan, *, expected: Plan) -> tuple[Updat
     check_round(head.run_sha256, head.round_index, plan)
     if not head.num_examples:
         raise WireError("update claims to rest on no rows")
-    if (head.train_loss is None) != expected.privacy.is_private:
+    if (head.train_loss is None) != (expected.privacy.mode != "none"):
         raise WireError("update tells a training loss where the run's privacy forbids it, or none where it is due")
     return head, compact.decode_update(frame.body, expected.sent(plan.round_index), expected.wire)
 

@@ -89,7 +89,7 @@ def gather(run: config.RunConfig, log: Sequence[Event], *, stage: str, num_round
         base=sites.get(0, {}),
         compared=compared[-1] if compared else {},
         claimed_epsilon=plan.epsilon(plan.resolve(run)) if audits else math.inf,
-        dp_delta=run.privacy.dp_delta if audits else 0.0,
+        dp_delta=run.privacy.dp_delta if audits and run.privacy.mode != "none" else 0.0,
         audit=read_audit(audits[0]) if audits else NO_AUDIT,
     )
 

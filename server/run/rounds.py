@@ -169,7 +169,7 @@ def _spent(fed: Federation, tally: Tally, round_index: int) -> dict[str, Any]:
 
     The event with these figures is written before the adapter goes out, and a resumed run looks for it.
     """
-    if not fed.manifest.run.privacy.is_private_per_site:
+    if fed.manifest.run.privacy.mode != "site":
         return {}
     this = {"kind": "round_finished", "round": round_index, "num_updates": len(tally.heads)}
     log = [*events.read(fed.log.path), this]
@@ -214,7 +214,7 @@ def _choose(fed: Federation, round_index: int, source: Noise) -> list[int]:
             f"{len(present)} sites are connected, federation.min_sites is {settings.federation.min_sites}; "
             f"rounds up to {round_index} are on disk"
         )
-    if settings.privacy.is_private_per_site:
+    if settings.privacy.mode == "site":
         drawn = sampling.poisson(list(present), sampling_prob=settings.privacy.sampling_prob, source=source)
         return [present[name] for name in drawn]
     num_sites = settings.federation.sites_per_round
@@ -227,7 +227,7 @@ def _tally(fed: Federation, state: State, source: Noise, *, round_index: int) ->
     facts, run = fed.method.facts, fed.manifest.run
     settings = run.aggregation
     names = [spec.name for spec in fed.manifest.plan.sent(round_index)]
-    if run.privacy.is_private_per_site:  # and no meter, whose figure no noise would cover
+    if run.privacy.mode == "site":  # and no meter, whose figure no noise would cover
         expected = fed.manifest.plan.num_expected
         start = noised.start(state, names, privacy=run.privacy, expected=expected, source=source, memory=fed.memory)
         return Tally(start, None)
@@ -265,7 +265,7 @@ def _claims(
     run = fed.manifest.run
     for head, change, num_bytes in updates:
         shorter, length = clipping.scaled(change, run.aggregation.max_update_norm)
-        told = None if run.privacy.is_private_per_site else length
+        told = None if run.privacy.mode == "site" else length
         fed.log.append(SiteTrained(**_of_training(head), update_norm=told, bytes_up=num_bytes))
         yield head.site, float(head.num_examples) if by_rows else 1.0, (head, shorter)
 
@@ -316,7 +316,7 @@ def _require_quorum(fed: Federation, tally: Tally, round_index: int, *, num_draw
     run = fed.manifest.run
     needed = run.federation.min_sites
     limit = f"federation.min_sites is {needed}"
-    if run.privacy.is_private_per_site and run.privacy.noise_at == "server":
+    if run.privacy.mode == "site" and run.privacy.noise_at == "server":
         needed, limit = min(1, num_drawn), f"{num_drawn} sites were drawn"
     if len(tally.heads) < needed:
         raise TooFewSitesError(

@@ -337,7 +337,7 @@ def plan(manifest: RunManifest, engine: Engine) -> dict[str, Any]:
         "seed": settings.seed,
         "adapter": export.trained(settings.adapter),
         "learning_rate": settings.training.learning_rate,
-        "objective": settings.training.objective,
+        "objective": settings.training.objective.kind,
         "device": str(engine.device),
         "versions": versions(),
     }
@@ -351,7 +351,7 @@ def versions(*more: str) -> dict[str, str]:
 
 def _privacy(settings: config.RunConfig) -> dict[str, Any]:
     """What the run promises to a unit or a site: the planned curve, never the whole over the number of rounds."""
-    if not settings.privacy.is_private:
+    if settings.privacy.mode == "none":
         return {}
     return {
         "epsilon_planned": [round(value, 4) for value in privacy_plan.curve(settings)],
@@ -365,7 +365,7 @@ def _privacy(settings: config.RunConfig) -> dict[str, Any]:
 def _site_level(manifest: RunManifest, log: EventLog, *, num_rounds: int, is_noise_accepted: bool) -> dict[str, Any]:
     """Hold a run with noise for sites as a whole against its size and its past; what its first event tells of it."""
     run = manifest.run
-    if not run.privacy.is_private_per_site:
+    if run.privacy.mode != "site":
         return {}
     num_parameters = max(trainable.num_values(specs) for specs in manifest.plan.tensors.sent)
     site_privacy.require_signal(run, num_parameters, is_accepted=is_noise_accepted)

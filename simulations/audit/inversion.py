@@ -25,6 +25,7 @@ from common.model import base as model
 from common.model.base import Engine
 from common.privacy import plan
 from common.privacy.noise import Noise
+from common.run.schema.privacy import DP_DELTA
 from common.text.prompts import Encoded
 from simulations.audit.finding import Finding
 from simulations.world.world import World
@@ -62,14 +63,14 @@ def audit(shared: World, rows: Sequence[Row], *, sources: Sequence[Noise]) -> Fi
     settings = shared.settings
     notes, _ = model.encode(shared.engine, rows, settings.data)
     attacks = [attack(shared, note, source=source) for note, source in zip(notes, sources, strict=True)]
-    is_private, num_tokens = settings.privacy.is_private_per_unit, sum(result.num_tokens for result in attacks)
+    num_tokens = sum(result.num_tokens for result in attacks)
     return Finding(
         part="inversion",
-        claimed_epsilon=plan.epsilon(settings) if is_private else math.inf,
+        claimed_epsilon=plan.epsilon(settings) if settings.privacy.mode == "unit" else math.inf,
         audited_epsilon=None,
         ceiling=None,
         num_canaries=num_tokens,
-        dp_delta=settings.privacy.dp_delta,
+        dp_delta=DP_DELTA if settings.privacy.mode == "none" else settings.privacy.dp_delta,
         figures={
             "notes": len(attacks),
             "recall": sum(result.recall * result.num_tokens for result in attacks) / num_tokens,

@@ -8,32 +8,33 @@ from common.errors import ConfigError
 from common.privacy import bounds, plan
 from common.privacy.noise import Noise
 from common.run import config
-from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.privacy import UnitPrivacy
 from simulations.audit.finding import Finding
 
 
-def settings(sampling_prob: float, noise_multiplier: float, *, dp_delta: float) -> PrivacyConfig:
+def settings(sampling_prob: float, noise_multiplier: float, *, dp_delta: float) -> UnitPrivacy:
     """Settings without a run file."""
     if not (0 < sampling_prob <= 1 and 0 < noise_multiplier < math.inf and 0 < dp_delta < 0.1):
         raise ConfigError("--sampling-prob must be in (0, 1], --noise-multiplier above 0 and --dp-delta in (0, 0.1)")
-    return PrivacyConfig(mode="unit", sampling_prob=sampling_prob, noise_multiplier=noise_multiplier, dp_delta=dp_delta)
+    return UnitPrivacy(sampling_prob=sampling_prob, noise_multiplier=noise_multiplier, dp_delta=dp_delta)
 
 
-def settings_of(run: config.RunConfig) -> tuple[PrivacyConfig, int]:
+def settings_of(run: config.RunConfig) -> tuple[UnitPrivacy, int]:
     """Section `[privacy]` and the number of steps of a run.
 
     Raises:
         ConfigError: The run is not private for units.
     """
-    if not run.privacy.is_private_per_unit:
+    privacy = plan.resolve(run).privacy
+    if privacy.mode != "unit":
         raise ConfigError(
-            f"privacy.mode = '{run.privacy.mode}': there is no mechanism for units to audit; set privacy.mode = 'unit'"
+            f"privacy.mode = '{privacy.mode}': there is no mechanism for units to audit; set privacy.mode = 'unit'"
         )
-    return plan.resolve(run).privacy, run.training.local_steps * run.federation.num_rounds
+    return privacy, run.training.local_steps * run.federation.num_rounds
 
 
 def audit(
-    privacy: PrivacyConfig,
+    privacy: UnitPrivacy,
     *,
     num_steps: int,
     num_canaries: int,

@@ -15,6 +15,7 @@ from common.events import EventLog
 from common.privacy import bounds, plan, roc
 from common.privacy.noise import SeededNoise
 from common.run import config
+from common.run.schema.privacy import DP_DELTA
 from simulations.audit.finding import Finding, Part
 from simulations.world import run
 from simulations.world.world import World
@@ -50,9 +51,10 @@ def judge(
         figures: What this part reports beside the rates.
     """
     settings = shared.settings
-    dp_delta, claimed = settings.privacy.dp_delta, claimed_epsilon
+    dp_delta = DP_DELTA if settings.privacy.mode == "none" else settings.privacy.dp_delta
+    claimed = claimed_epsilon
     if claimed is None:  # what the run promises each unit
-        claimed = plan.epsilon(settings) if settings.privacy.is_private_per_unit else math.inf
+        claimed = plan.epsilon(settings) if settings.privacy.mode == "unit" else math.inf
     bound = bounds.one_run(score_m, is_in_m, dp_delta=dp_delta)
     return Finding(
         part=part,

@@ -24,8 +24,8 @@ from common.data.problems import Problems, UnusableError
 from common.data.rows import Row
 from common.errors import ModelError
 from common.loss import objectives
-from common.loss.objectives import Objective
 from common.run import config
+from common.run.schema.training import Objective
 from common.text import prompts
 from simulations.world import partition, world
 from simulations.world.world import Source
@@ -89,7 +89,7 @@ def check(settings: config.RunConfig, *, base_folder: Callable[[str], Path] | No
             columns, name = source.columns, source.data.source
             rows = {site: read.scan(located, columns, source=name)[0] for site, located in parts.items()}
             joint = source.split(rows)
-    objective = Objective.of(settings.training)
+    objective = settings.training.objective
     for site, located in parts.items():
         _check_site(site, located, source, objective, tokenizer, report, is_whole=is_whole, sides=joint.get(site))
     if joint:
@@ -168,12 +168,12 @@ def _check_site(
         split = sides or source.split({"": rows})[""]  # the finding names the site
         shown = {"training": list(split.train), "held-out": list(split.held_out)}
         num_units = len({row.unit for row in split.train})
-        if privacy.is_private_per_unit and privacy.dp_delta > accounting.largest_delta(num_units):
+        if privacy.mode == "unit" and privacy.dp_delta > accounting.largest_delta(num_units):
             what = f"privacy.dp_delta = {privacy.dp_delta:g} is too large for the {num_units} units of this site"
             report.findings.append(Finding(site, "", what, f"set {accounting.delta_rule(num_units)}"))
     for name, side in list(shown.items()):
         with noted.noting(report.findings, site=site):
-            if objective.name != "sft" and side:
+            if objective.kind != "sft" and side:
                 both = objectives.with_others(side, objective)
                 shown[name] = [row for pair in both for row in pair if row is not None]
     counted = checks.check(rows)

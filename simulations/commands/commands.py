@@ -103,7 +103,7 @@ class Order:
 def compare(order: Order) -> dict[str, Any]:
     """All arms, comparison and report."""
     shared = order.world()
-    if shared.settings.privacy.is_private_per_site:
+    if shared.settings.privacy.mode == "site":
         raise ConfigError("privacy.mode = 'site': an arm of one site has no sites to hide among; use silotune-sim run")
     world.require_global(shared.settings.aggregation.method, what="a comparison with other arms")
     log = order.log(shared)
@@ -163,7 +163,7 @@ def audited(order: Order) -> Iterator[tuple[World, EventLog]]:
     """A run for an audit that trains it."""
     shared = order.world()
     world.require_global(shared.settings.aggregation.method, what="an audit")
-    _require_answers(shared.settings.training.objective)
+    _require_answers(shared.settings.training.objective.kind)
     log = order.log(shared)
     with _reporting(log):
         yield shared, log
@@ -173,7 +173,7 @@ def attack(order: Order, *, name: str, num_bad: int, is_table: bool) -> dict[str
     """One run with bad sites, or the table of all attacks and guards."""
     shared = order.world()
     world.require_global(shared.settings.aggregation.method, what="a study of attacks")
-    _require_answers(shared.settings.training.objective)
+    _require_answers(shared.settings.training.objective.kind)
     if is_table:
         return {**attack_table.play(shared, num_bad=num_bad), "folder": str(shared.folder)}
     log = order.log(shared)
@@ -187,7 +187,7 @@ def _require_answers(objective: str) -> None:
     """Canaries, attackers and their scores are rows with one answer."""
     if objective != "sft":
         raise ConfigError(
-            f"training.objective = '{objective}': audits and attacks are of runs that learn answers; set it to 'sft'"
+            f"training.objective.kind = '{objective}': audits and attacks are of runs that learn answers; set 'sft'"
         )
 
 

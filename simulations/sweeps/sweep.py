@@ -181,7 +181,7 @@ def search_cost(plans: Sequence[config.RunConfig], num_seeds: int) -> dict[str, 
     modes = sorted({plan.privacy.mode for plan in plans})
     if modes == ["none"]:
         return None
-    dp_delta = min(plan.privacy.dp_delta for plan in plans)
+    dp_delta = min(plan.privacy.dp_delta for plan in plans if plan.privacy.mode != "none")
     epsilon, reason = None, ""
     if len(modes) > 1:
         reason = f"they are not all private in the same way ({', '.join(modes)})"

@@ -145,7 +145,7 @@ def alone(settings: config.RunConfig, *, num_steps: int = 0) -> config.RunConfig
 
 def rows_a_step(training: config.TrainingConfig, privacy: PrivacyConfig, data: SiteData) -> float:
     """Training rows of an optimiser step: the batch, or the mean of a Poisson sample of units."""
-    if not privacy.is_private_per_unit:
+    if privacy.mode != "unit":
         return training.batch_size
     rows_of_units = Counter(row.unit for row in data.train).values()
     return float(privacy.sampling_prob * sum(min(count, privacy.max_rows_per_unit) for count in rows_of_units))

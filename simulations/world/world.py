@@ -120,7 +120,7 @@ class Source:
     """What a run file says about its rows; all that is read here is a function of it alone.
 
     Attributes:
-        objective: `training.objective`: which columns are read.
+        objective: `training.objective.kind`: which columns are read.
         privacy: `[privacy]`, on which the split depends.
     """
 
@@ -132,7 +132,7 @@ class Source:
     @classmethod
     def of(cls, settings: config.RunConfig) -> "Source":
         """The source of a run's rows."""
-        return cls(settings.data, settings.training.objective, settings.privacy, settings.seed)
+        return cls(settings.data, settings.training.objective.kind, settings.privacy, settings.seed)
 
     @property
     def columns(self) -> Columns:

@@ -184,7 +184,7 @@ def test_private_runs_of_real_processes_charge_as_planned_and_have_noise_that_no
     assert digest(tmp_path / "far") != expected  # without noise they agree: see above
     plan, spent = charged(tmp_path / "far")
     assert plan == charged(tmp_path / "in-process")[0] == pytest.approx(privacy_plan.curve(settings), abs=1e-4)
-    if settings.privacy.is_private_per_site:
+    if settings.privacy.mode == "site":
         assert len(spent) == 2
         assert all(cost <= planned + 1e-4 for cost, planned in zip(spent, plan, strict=True))
 

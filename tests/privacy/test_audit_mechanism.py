@@ -15,7 +15,7 @@ from common.errors import PrivacyError
 from common.privacy import bounds, noise
 from common.privacy.noise import SeededNoise, SystemNoise
 from common.run import config
-from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.privacy import UnitPrivacy
 from common.trust import identity
 from simulations.audit import mechanism
 from simulations.cli.app import app
@@ -54,9 +54,7 @@ class Broken(SeededNoise):
 
 def audited(setting, source, num_canaries: int = 1000):
     sampling_prob, noise_multiplier, num_steps = setting
-    privacy = PrivacyConfig(
-        mode="unit", sampling_prob=sampling_prob, noise_multiplier=noise_multiplier, clip_norm=0.5, dp_delta=DELTA
-    )
+    privacy = UnitPrivacy(sampling_prob=sampling_prob, noise_multiplier=noise_multiplier, clip_norm=0.5, dp_delta=DELTA)
     return mechanism.audit(privacy, num_steps=num_steps, num_canaries=num_canaries, source=source)
 
 

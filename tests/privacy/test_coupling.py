@@ -12,20 +12,20 @@ from common.adapter import adapter
 from common.errors import PrivacyError
 from common.frame import wire
 from common.loss import objectives, preference_score
-from common.loss.objectives import Objective
 from common.model import base as model
 from common.model import loading
 from common.privacy import noise
 from common.privacy.noise import SeededNoise
 from common.run import config, manifest
-from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.privacy import UnitPrivacy
+from common.run.schema.training import Dpo
 from tests import tiny
 from tests.samples import architectures
 
 CLIP_NORM = 0.01
 NUM_UNITS = 12
 HAVE_DROPOUT = {"gpt2", "opt"}  # by the default values of their configurations
-DPO = Objective("dpo", beta=0.3)
+DPO = Dpo(beta=0.3)
 
 
 @contextmanager
@@ -196,7 +196,7 @@ def one_step(engine, population, **changes):
     """The gradient of one private step, flattened; every unit is in it unless `changes` say otherwise."""
     given = {"mode": "unit", "sampling_prob": 1.0, "noise_multiplier": 2.0**-20, "clip_norm": 1.0} | changes
     rows = [row for unit in population for row in unit]
-    tiny.private_step(engine, rows, PrivacyConfig(**given), SeededNoise(1))
+    tiny.private_step(engine, rows, UnitPrivacy(**given), SeededNoise(1))
     own = adapter.parameters(engine.model)
     return torch.cat([own[name].grad.flatten() for name in sorted(own)])
 
@@ -216,7 +216,7 @@ def test_in_bfloat16_units_are_apart_to_the_bit_and_together_in_a_pass_they_are_
 def test_pairs_of_answers_couple_neither_by_the_model_nor_by_their_references(load_tiny, unguarded):
     engine = load_tiny({"model.dtype": '"bfloat16"', "adapter.dropout": "0.1"})
     rows = [longer(tiny.pair(0)), *(tiny.pair(number) for number in range(1, 9))]
-    run = tiny.settings("tiny", {"training.objective": '"dpo"'})
+    run = tiny.settings("tiny", {"training.objective.kind": '"dpo"'})
     examples = objectives.encode(engine, rows, run)[0]
     begun = {name: tensor + 0.05 for name, tensor in engine.initial.items()}
 
@@ -240,7 +240,11 @@ def test_an_agent_scores_pairs_of_a_private_run_one_by_one(load_tiny, tiny_base)
     engine = load_tiny({"model.dtype": '"bfloat16"'})
     found = {}
     for is_private in (True, False):
-        changes = {"training.objective": '"dpo"', "model.dtype": '"bfloat16"', **(tiny.NOISED if is_private else {})}
+        changes = {
+            "training.objective.kind": '"dpo"',
+            "model.dtype": '"bfloat16"',
+            **(tiny.NOISED if is_private else {}),
+        }
         for count in (8, 9):
             rows = [*(tiny.pair(number) for number in range(8)), *([longer(tiny.pair(9))] if count == 9 else [])]
             agent = tiny.make_agent("north", engine, data=_site_data(rows))
@@ -314,15 +318,15 @@ def test_a_unit_whose_gradient_is_no_number_adds_nothing_and_stops_no_round(engi
     assert torch.equal(found, private.clip(gradients[[0, 3]], clip_norm=1.0)[0])
     assert norms.isfinite().tolist() == [True, False, False, True]
     rows = [tiny.pair(number) for number in range(6)]
-    examples = list(objectives.encode(engine, rows, tiny.settings("tiny", {"training.objective": '"dpo"'}))[0])
+    examples = list(objectives.encode(engine, rows, tiny.settings("tiny", {"training.objective.kind": '"dpo"'}))[0])
     examples = list(preference_score.with_references(engine, examples, engine.initial, batch_size=1))
     adapter.write(engine.model, engine.initial)
     spoilt = [dataclasses.replace(examples[0], reference=(float("nan"), 0.0)), *examples[1:]]
     told = loop.train(
         engine,
         spoilt,
-        training=config.TrainingConfig(objective="dpo", local_epochs=0.0, local_steps=2, batch_size=4),
-        privacy=PrivacyConfig(mode="unit", sampling_prob=1.0, noise_multiplier=1.0, max_rows_per_unit=2),
+        training=config.TrainingConfig(objective=Dpo(), local_epochs=0.0, local_steps=2, batch_size=4),
+        privacy=UnitPrivacy(sampling_prob=1.0, noise_multiplier=1.0, max_rows_per_unit=2),
         round_index=0,
         num_rounds=1,
         seed=1,

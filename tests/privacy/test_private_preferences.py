@@ -9,18 +9,19 @@ from client.train import loop, private
 from common.adapter import adapter
 from common.errors import PrivacyError
 from common.loss import objectives, preference_score
-from common.loss.objectives import Objective, Pair
+from common.loss.objectives import Pair
 from common.privacy import noise
 from common.privacy.noise import SeededNoise
 from common.run import config
-from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.privacy import UnitPrivacy
+from common.run.schema.training import Dpo, Kto
 from common.text.prompts import Encoded
 from tests import tiny
 
 TOLERANCE = 1e-5  # relative; two orders of summation in float32 differ by a tenth of it
 WAYS = ("stacked", "microbatch", "opacus")
-DPO = Objective("dpo", beta=0.3)
-KTO = Objective("kto", beta=0.3, undesirable_weight=1.5, reference_point="zero")
+DPO = Dpo(beta=0.3)
+KTO = Kto(beta=0.3, undesirable_weight=1.5, reference_point="zero")
 MAKE = {"dpo": tiny.pair, "kto": tiny.rated}
 
 
@@ -45,15 +46,15 @@ def referenced(engine, examples):
 
 def some_units(engine, objective, counts=(1, 2, 1, 3)):
     """Units of unequal numbers of examples, whose rows have unequal lengths."""
-    run = tiny.settings("tiny", {"training.objective": f'"{objective.name}"', **_point(objective)})
-    rows = [MAKE[objective.name](number) for number in range(sum(counts))]
+    run = tiny.settings("tiny", {"training.objective.kind": f'"{objective.kind}"', **_point(objective)})
+    rows = [MAKE[objective.kind](number) for number in range(sum(counts))]
     examples = referenced(engine, objectives.encode(engine, rows, run)[0])
     ends = [sum(counts[: number + 1]) for number in range(len(counts))]
     return [examples[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
 def _point(objective):
-    return {"training.reference_point": '"zero"'} if objective.name == "kto" else {}
+    return {"training.objective.reference_point": '"zero"'} if objective.kind == "kto" else {}
 
 
 def log_prob(engine, row: Encoded) -> torch.Tensor:
@@ -191,8 +192,8 @@ def test_a_pair_is_drawn_whole_and_counts_as_one_row_of_its_patient(ready):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_reference_point_over_the_batch_is_refused_whatever_the_way(ready, way):
     with (
-        pytest.raises(PrivacyError, match=r"training\.reference_point = 'zero'"),
-        private.prepared(ready, method=way, objective=dataclasses.replace(KTO, reference_point="batch")),
+        pytest.raises(PrivacyError, match=r"training\.objective\.reference_point = 'zero'"),
+        private.prepared(ready, method=way, objective=KTO.model_copy(update={"reference_point": "batch"})),
     ):
         pass
 
@@ -206,21 +207,18 @@ def test_private_training_tells_nothing_and_noise_that_drowns_every_gradient_dro
         examples = [example for unit in some_units(engine, objective, (2,) * 12) for example in unit]
         adapter.write(engine.model, engine.initial)
         training = config.TrainingConfig(
-            objective=objective.name,
-            reference_point=objective.reference_point,
+            objective=Kto(reference_point="zero") if objective is KTO else Dpo(),
             local_epochs=0.0,
             local_steps=25,
             batch_size=8,
             learning_rate=2e-2,
         )
-        privacy = PrivacyConfig(
-            mode="unit", sampling_prob=0.5, noise_multiplier=multiplier, clip_norm=1.0, max_rows_per_unit=2
-        )
+        privacy = UnitPrivacy(sampling_prob=0.5, noise_multiplier=multiplier, clip_norm=1.0, max_rows_per_unit=2)
         given = {"round_index": 0, "num_rounds": 1, "seed": 1, "source": SeededNoise(1)}
         result = loop.train(engine, examples, training=training, privacy=privacy, **given)
         assert (result.train_loss, result.num_tokens, result.seconds) == (None, None, None)
         score = preference_score.score(engine, examples, objective, batch_size=8)
         shares[multiplier] = score.preference_loss_sum / len(examples)
-    start = {"dpo": 0.6931, "kto": 0.5 * (1 * 16 + 1.5 * 8) / 24}[objective.name]
+    start = {"dpo": 0.6931, "kto": 0.5 * (1 * 16 + 1.5 * 8) / 24}[objective.kind]
     assert shares[0.05] < 0.8 * start
     assert shares[500.0] > 0.9 * start

@@ -14,7 +14,7 @@ from common.model import base
 from common.privacy.clipping import ClipNorm
 from common.privacy.noise import SeededNoise
 from common.run import config
-from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.privacy import UnitPrivacy
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -36,9 +36,9 @@ class Drawn:
         """Nothing takes time here."""
 
 
-def settings(**changes) -> PrivacyConfig:
-    given = {"mode": "unit", "sampling_prob": 0.5, "noise_multiplier": 1.0, "clip_norm": 0.5, "max_rows_per_unit": 2}
-    return PrivacyConfig(**{**given, **changes})
+def settings(**changes) -> UnitPrivacy:
+    given = {"sampling_prob": 0.5, "noise_multiplier": 1.0, "clip_norm": 0.5, "max_rows_per_unit": 2}
+    return UnitPrivacy(**{**given, **changes})
 
 
 def encoded(engine, count: int):

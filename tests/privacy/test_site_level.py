@@ -12,7 +12,7 @@ from common.adapter import adapter, compact
 from common.errors import FloorRefused, PrivacyError
 from common.privacy import clipping, sites
 from common.privacy.noise import SeededNoise, SystemNoise
-from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.privacy import SitePrivacy
 from common.run.schema.wire import WireConfig
 from server.aggregate import mean, noised
 from server.fleet import sampling
@@ -23,10 +23,8 @@ CLIP = 0.5
 EXPECTED = 10.0
 
 
-def privacy(**changes) -> PrivacyConfig:
-    return PrivacyConfig(mode="site", sampling_prob=0.1, noise_multiplier=1.0, clip_norm=CLIP).model_copy(
-        update=changes
-    )
+def privacy(**changes) -> SitePrivacy:
+    return SitePrivacy(sampling_prob=0.1, noise_multiplier=1.0, clip_norm=CLIP).model_copy(update=changes)
 
 
 def updates(count: int, *, seed: int = 0, scale: float = 1.0) -> list[dict[str, torch.Tensor]]:

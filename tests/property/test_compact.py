@@ -14,12 +14,12 @@ from common.adapter import adapter, compact
 from common.errors import DataError, ModelError, WireError
 from common.privacy.noise import SeededNoise
 from common.run import packing
-from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.privacy import NoPrivacy
 from common.run.schema.wire import WireConfig
 
 INTEGERS = sorted(packing.BITS)
 SHAPES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4)
-NONE = PrivacyConfig(mode="none")
+NONE = NoPrivacy()
 
 
 def tensors_of(shapes, seed: int = 0) -> dict[str, torch.Tensor]:

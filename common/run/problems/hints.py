@@ -39,6 +39,9 @@ _MISSING = {
         'must be set: write mode = "unit" under [privacy] for differential privacy of each unit, with sampling_prob '
         'and epsilon, or mode = "none" to state that updates leave the sites unprotected'
     ),
+    ("privacy", "sampling_prob"): (
+        "must be set: the probability with which a unit is in a step, such as 0.02, or a site in a round"
+    ),
 }
 
 

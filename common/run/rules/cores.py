@@ -14,7 +14,7 @@ def _has_cores(config: RunTables) -> bool:
 
 
 def _reads_layers(config: RunTables) -> bool:
-    return config.privacy.is_private_per_unit and config.privacy.clipping in ("stacked", "opacus")
+    return config.privacy.mode == "unit" and config.privacy.clipping in ("stacked", "opacus")
 
 
 CONFLICTS: Final[tuple[Contradiction, ...]] = (

@@ -45,7 +45,7 @@ def contradictions() -> Iterator[Contradiction]:
     )
     yield (
         ("gate.rules", "privacy.mode"),
-        lambda c: "audit" in c.gate.kinds and not c.privacy.is_private,
+        lambda c: "audit" in c.gate.kinds and c.privacy.mode == "none",
         "an audit is held against a claimed epsilon, and this run claims none; remove the rule audit",
     )
 

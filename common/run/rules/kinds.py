@@ -149,14 +149,14 @@ KIND_FEATURES: Final = (
         _unless_factors,
         "set privacy.clipping = 'microbatch' or 'auto'",
         ("privacy.clipping",),
-        lambda run: run.privacy.is_private and run.privacy.clipping == "stacked",
+        lambda run: run.privacy.mode == "unit" and run.privacy.clipping == "stacked",
     ),
     KindFeature(
         "opacus clipping",
         _unless_factors,
         "set privacy.clipping = 'microbatch' or 'auto'",
         ("privacy.clipping",),
-        lambda run: run.privacy.is_private and run.privacy.clipping == "opacus",
+        lambda run: run.privacy.mode == "unit" and run.privacy.clipping == "opacus",
     ),
     KindFeature(
         "checkpointing",

@@ -13,7 +13,6 @@ from pydantic import BaseModel
 from common.run.catalogue.methods import FACTS
 from common.run.problems import hints
 from common.run.rules import compatibility, cores, evaluation, gate, kinds, sites, wire
-from common.run.schema import training as objective
 from common.run.schema.tables import Contradiction, NodeTables, RunTables
 
 RESIDUAL_MAX_LOST = 0.05
@@ -81,20 +80,17 @@ def _has_revision_without_hub(config: RunTables) -> bool:
     return config.model.revision != "" and (base == "embedded" or base.startswith(("/", ".", "~")))
 
 
-def _has_idle_privacy(config: RunTables) -> bool:
-    privacy = config.privacy
-    return privacy.mode == "none" and privacy != type(privacy)(mode="none")
-
-
 def _has_idle_adaption(config: RunTables) -> bool:
     privacy = config.privacy
-    return not privacy.adaptive_clipping and (privacy.clip_quantile, privacy.clip_learning_rate) != (0.5, 0.2)
+    if privacy.mode == "none" or privacy.adaptive_clipping:
+        return False
+    defaults = type(privacy).model_fields
+    return any(getattr(privacy, key) != defaults[key].default for key in ("clip_quantile", "clip_learning_rate"))
 
 
 def _has_small_batch(config: RunTables) -> bool:
-    training = config.training
-    is_large = config.privacy.max_rows_per_unit > (training.micro_batch_size or training.batch_size)
-    return is_large and not training.micro_batch_tokens
+    privacy, training = config.privacy, config.training
+    return privacy.mode == "unit" and privacy.max_rows_per_unit > (training.micro_batch_size or training.batch_size)
 
 
 _COLUMNS = ("data.output_column", "data.instruction_column", "data.input_column")
@@ -136,38 +132,25 @@ def _loses_side_adapter(config: RunTables) -> bool:
     return _keeps_residual(config) and any(stage.held_to or stage.kind == "reward" for stage in config.polish)
 
 
-def _is_idle_in_objective(config: RunTables, name: str) -> bool:
-    training = config.training
-    return getattr(training, name) != objective.DEFAULTS[name] and name not in objective.USES[training.objective]
-
-
 def _has_idle_columns(config: RunTables) -> bool:
     data = config.data
     is_named = (data.instruction_column, data.input_column, data.output_column) != ("instruction", "input", "output")
-    return config.training.objective != "sft" and is_named and not config.evaluation.server_data
+    return config.training.objective.kind != "sft" and is_named and not config.evaluation.server_data
 
 
 _OF_OBJECTIVES: tuple[Contradiction, ...] = (
-    *(
-        (
-            (f"training.{name}", "training.objective"),
-            functools.partial(_is_idle_in_objective, name=name),
-            "this objective does not use it; remove it or choose another",
-        )
-        for name in objective.DEFAULTS
-    ),
     (
-        ("training.reference_point", "training.objective", "privacy.mode"),
-        lambda c: c.training.objective == "kto" and c.training.reference_point == "batch" and c.privacy.is_private,
+        ("training.objective.reference_point", "training.objective.kind", "privacy.mode"),
+        lambda c: c.training.objective.couples_examples and c.privacy.mode != "none",
         "a mean over the step lets one unit move the gradients of all others, which no clipping bounds; set 'zero'",
     ),
     (
-        ("training.objective", "evaluation.exact_match_rows"),
-        lambda c: c.training.objective != "sft" and c.evaluation.exact_match_rows > 0,
+        ("training.objective.kind", "evaluation.exact_match_rows"),
+        lambda c: c.training.objective.kind != "sft" and c.evaluation.exact_match_rows > 0,
         "held-out preferences are scored by their margins, none is answered by generation; remove exact_match_rows",
     ),
     (
-        ("training.objective", "data.instruction_column", "data.input_column", "data.output_column"),
+        ("training.objective.kind", "data.instruction_column", "data.input_column", "data.output_column"),
         _has_idle_columns,
         "columns of preferences have fixed names, and there are no other rows (evaluation.server_data); remove these",
     ),
@@ -333,20 +316,10 @@ RUN_RULES = (
         lambda c: 0 < c.federation.num_sites < max(c.federation.min_sites, c.federation.sites_per_round),
         "must be 0 (whoever has connected) or at least min_sites and sites_per_round",
     ),
-    Rule(
-        ("privacy.mode",),
-        _has_idle_privacy,
-        "other settings of [privacy] have no effect with this mode; remove them, or choose unit",
-    ),
     *(Rule(*contradiction) for contradiction in sites.contradictions()),
     Rule(
-        ("privacy.sampling_prob", "privacy.mode"),
-        lambda c: c.privacy.is_private and not c.privacy.sampling_prob,
-        "set the probability with which a unit is in a step, such as 0.02, or a site in a round",
-    ),
-    Rule(
         ("privacy.epsilon", "privacy.noise_multiplier", "privacy.mode"),
-        lambda c: c.privacy.is_private and not (c.privacy.epsilon or c.privacy.noise_multiplier),
+        lambda c: c.privacy.mode != "none" and not (c.privacy.epsilon or c.privacy.noise_multiplier),
         "set the epsilon of the whole run, or the noise multiplier, or both",
     ),
     Rule(

@@ -20,11 +20,6 @@ def _is_asked(one: compatibility.SiteLevel, config: RunTables) -> bool:
     return config.privacy.mode == "site" and one.is_asked(config)
 
 
-def _has_unit_settings(config: RunTables) -> bool:
-    privacy = config.privacy
-    return privacy.mode == "site" and (privacy.max_rows_per_unit, privacy.clipping) != (1, "auto")
-
-
 def _has_large_delta(config: RunTables) -> bool:
     num_sites = config.federation.num_sites
     if config.privacy.mode != "site" or not num_sites:
@@ -44,18 +39,8 @@ _OTHERS: tuple[Contradiction, ...] = (
         "for n sites, delta may be at most the smaller of 1e-5 and 1 / (n ln n); lower it",
     ),
     (
-        ("privacy.noise_at", "privacy.mode"),
-        lambda c: c.privacy.mode == "unit" and c.privacy.noise_at != "server",
-        "has no effect with this mode, whose noise is always at the sites; remove it",
-    ),
-    (
-        ("privacy.max_rows_per_unit", "privacy.clipping", "privacy.mode"),
-        _has_unit_settings,
-        "these are about units, and have no effect with this mode; remove them",
-    ),
-    (
         ("privacy.sampling_prob", "privacy.noise_at", "privacy.mode"),
-        lambda c: c.privacy.mode == "site" and c.privacy.noise_at == "sites" and 0 < c.privacy.sampling_prob < 1,
+        lambda c: c.privacy.mode == "site" and c.privacy.noise_at == "sites" and c.privacy.sampling_prob < 1,
         "the coordinator knows who was drawn and adds noise, so that drawing saves nothing; set 1",
     ),
     (

@@ -31,7 +31,7 @@ class Conflict:
 CONFLICTS: Final = (
     Conflict(
         ("wire.density", "privacy.mode"),
-        lambda run: run.wire.density < 1 and run.privacy.is_private,
+        lambda run: run.wire.density < 1 and run.privacy.mode != "none",
         "the largest values of a noised update are mostly its noise",
         'wire.dtype = "int4", which rounds after the noise',
     ),

@@ -1,6 +1,6 @@
 """Section `[privacy]` of the run file."""
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field
 
@@ -9,15 +9,20 @@ from common.run.schema.section import PositiveCount, Section
 Protection = Literal["none", "unit", "site"]
 
 
-class PrivacyConfig(Section):
-    """What protects an update when it leaves a site. There is no default: it must be stated."""
+DP_DELTA: Final = 1e-6  # also that of an audit of a run that is not private
+_MODE: Final = (
+    "What protects an update when it leaves a site. There is no default: it must be stated. Outside simulations every "
+    "site's policy must allow `none` by name."
+)
 
-    mode: Protection = Field(
-        description="`unit`: each site's training is differentially private for each of its units, such as a patient, "
-        "against everybody outside the site. `site`: what is released is differentially private for each site as a "
-        "whole, for federations of a thousand sites or so. `none` states that updates leave unprotected; outside "
-        "simulations every site's policy must allow that by name."
-    )
+
+class NoPrivacy(Section):
+    """Updates leave unprotected."""
+
+    mode: Literal["none"] = Field(default="none", description=_MODE)
+
+
+class _Private(Section):
     epsilon: float = Field(
         default=0.0,
         ge=0,
@@ -26,18 +31,16 @@ class PrivacyConfig(Section):
         "it; else the plan is held to it. 0: no limit of the run's own; the sites have theirs.",
     )
     dp_delta: float = Field(
-        default=1e-6,
+        default=DP_DELTA,
         gt=0,
         lt=0.1,
         description="Delta that goes with epsilon; at most the smaller of 1e-5 and 1/(n ln n) for the n units of a "
         "site, or under `site` for n sites.",
     )
     sampling_prob: float = Field(
-        default=0.0,
-        ge=0,
+        gt=0,
         le=1,
-        description="Probability with which a unit takes part in a step, or under `site` a site in a round; both need "
-        "it.",
+        description="Probability with which a unit takes part in a step, such as 0.02; under `site` a site in a round.",
     )
     noise_multiplier: float = Field(
         default=0.0, ge=0, le=10_000, description="Standard deviation of the noise over `clip_norm`. 0: from `epsilon`."
@@ -48,20 +51,6 @@ class PrivacyConfig(Section):
         le=1_000_000,
         description="Largest L2 norm of a unit's gradient; a row's loss is the sum over its answer tokens, in nats. "
         "Under `site`: of a site's update, over all its tensors.",
-    )
-    noise_at: Literal["server", "sites"] = Field(
-        default="server",
-        description="`site` only. `server`: the coordinator noises the sum, and is itself trusted. `sites`: each site "
-        "adds a share, enough with `federation.min_sites` of them.",
-    )
-    max_rows_per_unit: PositiveCount = Field(
-        default=1, description="Most rows of a unit in one step, drawn anew each time and clipped together."
-    )
-    clipping: Literal["auto", "stacked", "microbatch", "opacus"] = Field(
-        default="auto",
-        description="How the gradient of a unit is taken; each goes through the model alone. `microbatch`, which "
-        "`auto` means: by plain autograd, for any adapter. `stacked`: off the layers of LoRA. `opacus`: by Opacus' "
-        "hooks.",
     )
     adaptive_clipping: bool = Field(
         default=False,
@@ -75,17 +64,34 @@ class PrivacyConfig(Section):
         default=0.2, gt=0, le=1, description="How fast the clip norm follows, per step or round."
     )
 
-    @property
-    def is_private(self) -> bool:
-        """Whether updates are differentially private."""
-        return self.mode != "none"
 
-    @property
-    def is_private_per_unit(self) -> bool:
-        """Whether a site's updates are differentially private for each of its units."""
-        return self.mode == "unit"
+class UnitPrivacy(_Private):
+    """Each site's training is differentially private for each of its units, such as a patient, against everybody
+    outside the site.
+    """
 
-    @property
-    def is_private_per_site(self) -> bool:
-        """Whether what is released is differentially private for each site as a whole."""
-        return self.mode == "site"
+    mode: Literal["unit"] = Field(default="unit", description=_MODE)
+    max_rows_per_unit: PositiveCount = Field(
+        default=1, description="Most rows of a unit in one step, drawn anew each time and clipped together."
+    )
+    clipping: Literal["auto", "stacked", "microbatch", "opacus"] = Field(
+        default="auto",
+        description="How the gradient of a unit is taken; each goes through the model alone. `microbatch`, which "
+        "`auto` means: by plain autograd, for any adapter. `stacked`: off the layers of LoRA. `opacus`: by Opacus' "
+        "hooks.",
+    )
+
+
+class SitePrivacy(_Private):
+    """What is released is differentially private for each site as a whole; it takes a thousand sites or so."""
+
+    mode: Literal["site"] = Field(default="site", description=_MODE)
+    noise_at: Literal["server", "sites"] = Field(
+        default="server",
+        description="`server`: the coordinator noises the sum, and is itself trusted. `sites`: each site adds a share, "
+        "enough with `federation.min_sites` of them.",
+    )
+
+
+Private = UnitPrivacy | SitePrivacy
+PrivacyConfig = NoPrivacy | Private

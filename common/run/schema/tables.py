@@ -45,7 +45,7 @@ class RunTables(Section):
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     federation: FederationConfig = Field(default_factory=FederationConfig)
     aggregation: AggregationConfig = Field(default_factory=AggregationConfig)
-    privacy: PrivacyConfig
+    privacy: Annotated[PrivacyConfig, Field(discriminator="mode")]
     wire: WireConfig = Field(default_factory=WireConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     gate: GateConfig = Field(default_factory=GateConfig)

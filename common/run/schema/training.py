@@ -58,41 +58,54 @@ class DataConfig(Section):
 
 
 ObjectiveName = Literal["sft", "dpo", "kto"]
-ReferencePoint = Literal["batch", "zero"]
+_OBJECTIVE: Final = "What local training lowers. A site's policy must allow `dpo` and `kto` by name."
+_BETA: Final = "How much a log-ratio to the start of the run counts; larger stays closer to it."
 
 
-class ObjectiveSettings(Section):
-    """Settings of the loss; part of `[training]`."""
+class _Objective(Section):
+    @property
+    def couples_examples(self) -> bool:
+        """Whether the loss of one example depends on others of its batch, which no clipping of units survives."""
+        return False
 
-    objective: ObjectiveName = Field(
-        default="sft",
-        description="`sft`: likelihood of the answers. `dpo`: pairs (`prompt`, `chosen`, `rejected`). `kto`: rated "
-        "answers (`prompt`, `completion`, `label`). A site's policy must allow `dpo` and `kto` by name.",
-    )
-    beta: float = Field(
-        default=0.1,
-        gt=0,
-        le=100,
-        description="`dpo`, `kto`: how much a log-ratio to the start of the run counts; larger stays closer to it.",
-    )
+
+class Sft(_Objective):
+    """Likelihood of the answers."""
+
+    kind: Literal["sft"] = Field(default="sft", description=_OBJECTIVE)
+
+
+class Dpo(_Objective):
+    """Pairs (`prompt`, `chosen`, `rejected`); arXiv:2305.18290."""
+
+    kind: Literal["dpo"] = Field(default="dpo", description=_OBJECTIVE)
+    beta: float = Field(default=0.1, gt=0, le=100, description=_BETA)
     label_smoothing: float = Field(
-        default=0.0, ge=0, lt=0.5, description="`dpo`: probability that a pair is the wrong way round."
+        default=0.0, ge=0, lt=0.5, description="Probability that a pair is the wrong way round."
     )
-    desirable_weight: float = Field(default=1.0, gt=0, le=1000, description="`kto`: weight of wanted answers.")
-    undesirable_weight: float = Field(default=1.0, gt=0, le=1000, description="`kto`: weight of unwanted answers.")
-    reference_point: ReferencePoint = Field(
+
+
+class Kto(_Objective):
+    """Rated answers (`prompt`, `completion`, `label`); arXiv:2402.01306."""
+
+    kind: Literal["kto"] = Field(default="kto", description=_OBJECTIVE)
+    beta: float = Field(default=0.1, gt=0, le=100, description=_BETA)
+    desirable_weight: float = Field(default=1.0, gt=0, le=1000, description="Weight of wanted answers.")
+    undesirable_weight: float = Field(default=1.0, gt=0, le=1000, description="Weight of unwanted answers.")
+    reference_point: Literal["batch", "zero"] = Field(
         default="batch",
-        description="`kto`: what a log-ratio is held against. `batch`: the mean over answers to other prompts in the "
-        "step, as published. `zero`: nothing, as in APO-zero; a private run needs it, as the mean couples units.",
+        description="What a log-ratio is held against. `batch`: the mean over answers to other prompts in the step, "
+        "as published. `zero`: nothing, as in APO-zero; a private run needs it, as the mean couples units.",
     )
 
+    @property
+    def couples_examples(self) -> bool:
+        """See the other objectives."""
+        return self.reference_point == "batch"
 
-DEFAULTS: Final = {name: field.default for name, field in ObjectiveSettings.model_fields.items() if name != "objective"}
-USES: Final[dict[str, tuple[str, ...]]] = {
-    "sft": (),
-    "dpo": ("beta", "label_smoothing"),
-    "kto": ("beta", "desirable_weight", "undesirable_weight", "reference_point"),
-}
+
+Preference = Dpo | Kto
+Objective = Sft | Preference
 
 
 class AdamW(Section):
@@ -116,9 +129,12 @@ class Sgd(Section):
 OptimizerConfig = Annotated[AdamW | Sgd, Field(discriminator="kind")]
 
 
-class TrainingConfig(ObjectiveSettings):
+class TrainingConfig(Section):
     """What a site does in one round, and the optimizer that does it."""
 
+    objective: Annotated[Objective, Field(discriminator="kind")] = Field(
+        default_factory=Sft, description="What local training lowers."
+    )
     local_epochs: float = Field(
         default=1.0,
         ge=0,

@@ -23,7 +23,7 @@ from common.model import base as model
 from common.model.base import Engine
 from common.privacy.noise import SystemNoise
 from common.run import config
-from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.privacy import UnitPrivacy
 from common.text.prompts import Encoded
 from simulations.bench.arms import process
 
@@ -169,7 +169,7 @@ def _arm(
 
         yield plain
         return
-    privacy = PrivacyConfig(mode="unit", sampling_prob=1.0, noise_multiplier=1.0, clip_norm=0.1)
+    privacy = UnitPrivacy(sampling_prob=1.0, noise_multiplier=1.0, clip_norm=0.1)
     units: list[Unit] = [[row] for row in rows]
     mechanism = private.Mechanism(
         units, parameters=adapter.parameters(engine.model), privacy=privacy, source=SystemNoise()

@@ -28,8 +28,8 @@ BASE = "ab" * 32
 SPECS = (TensorSpec("m.q_proj.lora_A.weight", (4, 64)), TensorSpec("m.q_proj.lora_B.weight", (64, 4)))
 SECTIONS = ("adapter", "training", "aggregation", "wire")
 SGD = {"training.optimizer.kind": "sgd"}
-DPO = {"training.objective": "dpo"}
-KTO = {"training.objective": "kto"}
+DPO = {"training.objective.kind": "dpo"}
+KTO = {"training.objective.kind": "kto"}
 # a policy that allows what the cases below need beside the setting that each is about
 WIDE = {
     "max_rounds": '2000\noptimizers = ["adamw", "sgd"]\nobjectives = ["sft", "dpo", "kto"]\n'
@@ -47,11 +47,20 @@ REFUSED = {
     "adapter.use_rslora": ({"adapter.use_rslora": "true", "adapter.alpha": "20.0"}, "lora.scale"),
     "adapter.dropout": ({"adapter.dropout": "0.51"}, "lora.max_dropout"),
     "adapter.site_ranks": ({"adapter.site_ranks.south": "1", "aggregation.method": "fedsvd"}, "lora.r"),
-    "training.objective": ({"training.objective": "dpo"}, "train.objectives"),
-    "training.beta": ({**DPO, "training.beta": "1e-3"}, "train.beta"),
-    "training.label_smoothing": ({**DPO, "training.label_smoothing": "0.31"}, "train.max_label_smoothing"),
-    "training.desirable_weight": ({**KTO, "training.desirable_weight": "1e-2"}, "train.answer_weights"),
-    "training.undesirable_weight": ({**KTO, "training.undesirable_weight": "100.0"}, "train.answer_weights"),
+    "training.objective.kind": ({"training.objective.kind": "dpo"}, "train.objectives"),
+    "training.objective.beta": ({**DPO, "training.objective.beta": "1e-3"}, "train.beta"),
+    "training.objective.label_smoothing": (
+        {**DPO, "training.objective.label_smoothing": "0.31"},
+        "train.max_label_smoothing",
+    ),
+    "training.objective.desirable_weight": (
+        {**KTO, "training.objective.desirable_weight": "1e-2"},
+        "train.answer_weights",
+    ),
+    "training.objective.undesirable_weight": (
+        {**KTO, "training.objective.undesirable_weight": "100.0"},
+        "train.answer_weights",
+    ),
     "training.local_epochs": ({"training.local_epochs": "1e-3"}, "train.min_local_steps"),
     "training.local_steps": ({**STEPS, "training.local_steps": "51"}, "train.max_local_steps"),
     "training.batch_size": ({"training.batch_size": "3"}, "train.min_batch_size"),
@@ -81,7 +90,7 @@ ELSEWHERE = {
     "wire.max_update_mib",
 }
 # refused by the default list alone
-NARROW = {"training.objective": "objectives", "training.optimizer.kind": "optimizers"}
+NARROW = {"training.objective.kind": "objectives", "training.optimizer.kind": "optimizers"}
 
 
 def site_policy(setting: str = "") -> file.Policy:
@@ -127,8 +136,8 @@ def test_a_value_outside_the_safe_range_is_refused_by_its_rule(setting):
 
 def test_control_the_same_policy_lets_the_plain_run_and_safe_values_pass():
     judge(site_policy(), {})
-    judge(site_policy(), {**DPO, "training.beta": "0.1"})
-    judge(site_policy(), {**KTO, "training.desirable_weight": "2.0"})
+    judge(site_policy(), {**DPO, "training.objective.beta": "0.1"})
+    judge(site_policy(), {**KTO, "training.objective.desirable_weight": "2.0"})
     judge(site_policy(), {**SGD, "training.optimizer.momentum": "0.9"})
     within = {"weight_decay": "0.1", "beta1": "0.5", "epsilon": "1e-7"}
     judge(site_policy(), {f"training.optimizer.{key}": value for key, value in within.items()})

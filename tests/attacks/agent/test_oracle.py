@@ -16,7 +16,6 @@ from client.policy import rules as policy
 from client.policy.figures import FigureNoise
 from common import accounting
 from common.data.rows import Message
-from common.loss.objectives import Objective
 from common.privacy import noise, plan
 from common.privacy.noise import SeededNoise, SystemNoise
 from tests import tiny
@@ -166,7 +165,7 @@ def test_held_out_figures_have_the_noise_that_is_charged(engine):
             self.std = std * noise.grid_step(1.0)
             return torch.zeros(size, dtype=torch.float64, device=device)
 
-    source, objective = Told(), Objective.of(tiny.settings("tiny").training)
+    source, objective = Told(), tiny.settings("tiny").training.objective
     noised_by = FigureNoise(2.0, 10.0, source)
     figures.score(engine, [], objective=objective, batch_size=2, num_rows=9, noised_by=noised_by)
     assert 2.0 <= source.std == pytest.approx(2.0, rel=1e-3)
@@ -190,7 +189,7 @@ def test_a30_a_run_that_no_noise_covers_is_told_no_number_of_held_out_rows(make)
 def test_one_unit_moves_the_sum_of_held_out_figures_by_its_bound_at_most(site, kind, monkeypatch):
     """Whatever a unit's loss is, infinite or none: the sum without noise moves by sqrt(F) at most, and no further."""
     monkeypatch.setattr("common.privacy.noise.added", lambda tensors, **_: dict(tensors))
-    run = site.manifest(**({} if kind == "sft" else {"training__objective": '"dpo"'}))
+    run = site.manifest(**({} if kind == "sft" else {"training__objective__kind": '"dpo"'}))
     if kind == "dpo":
         table = [tiny.pair(number) for number in range(12)]
         site.data, site.agent._guard = SiteData(table[:9], table[9:]), Permissive()
@@ -200,7 +199,7 @@ def test_one_unit_moves_the_sum_of_held_out_figures_by_its_bound_at_most(site, k
 
     def total(given, max_loss) -> float:
         found = figures.score(
-            opened.engine, given, objective=Objective.of(run.run.training), batch_size=2, num_rows=1000,
+            opened.engine, given, objective=run.run.training.objective, batch_size=2, num_rows=1000,
             noised_by=FigureNoise(1.0, max_loss, SystemNoise()),
         )  # fmt: skip
         return found.nll_sum / max_loss

@@ -9,7 +9,7 @@ POLICY = "PolicyRefusedError"
 COLUMNS = '["instruction", "input", "output", "patient_id", "prompt", "chosen", "rejected"]'
 FIGURES = "[0, 1e6]\npreference_loss_sum = [0, 1e6]\nnum_preferred = [0, 1e6]"
 ALLOWED = {"max_rounds": '4\nobjectives = ["sft", "dpo"]', "columns": COLUMNS, "num_exact": FIGURES}
-DPO = {"training__objective": '"dpo"'}
+DPO = {"training__objective__kind": '"dpo"'}
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ def main(base: Path, folder: Path, changes: dict[str, str]) -> None:
     """Do it; print the sites."""
     settings = tiny.settings(base, changes)
     engine, log = world.load_engine(settings, num_threads=1), run_files.prepare(settings, folder)
-    given = {"num_workers": 2, "num_threads": 1, "is_noise_accepted": settings.privacy.is_private_per_site}
+    given = {"num_workers": 2, "num_threads": 1, "is_noise_accepted": settings.privacy.mode == "site"}
     shared = World(settings, engine, Source.of(settings).sites(), folder)
     outcome = engines.ray(shared, base_folder=base, log=log, **given)
     print(*outcome.sites)

@@ -165,7 +165,7 @@ def test_a_sites_preferences_are_read_as_the_run_says_and_checked_by_both_answer
     lines = [{"patient_id": n % 3, "prompt": f"Code {n}?", "chosen": "A", "rejected": "B B"} for n in range(6)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     own = node(data={"path": str(path)})
-    run = RunManifest(tiny.settings("tiny", {"training.objective": '"dpo"'}), "ab" * 32, ())
+    run = RunManifest(tiny.settings("tiny", {"training.objective.kind": '"dpo"'}), "ab" * 32, ())
     data = process.load_data(own, run)
     assert len(data.train) + len(data.held_out) == 6
     assert all(row.rejected[-1].content == "B B" for row in data.train)

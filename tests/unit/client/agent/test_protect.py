@@ -6,11 +6,11 @@ from client.agent.protect import RawDelta
 from common.adapter import adapter, compact
 from common.errors import ModelError, PrivacyError
 from common.privacy.noise import SeededNoise
-from common.run.schema import privacy as config_privacy
+from common.run.schema.privacy import NoPrivacy, UnitPrivacy
 from common.run.schema.wire import WireConfig
 
 BEFORE = {"a": torch.tensor([1.0, 2.0]), "b": torch.zeros(1)}
-NONE = config_privacy.PrivacyConfig(mode="none")
+NONE = NoPrivacy()
 
 
 def test_a_delta_is_after_minus_before():
@@ -46,7 +46,7 @@ def test_an_unprotected_update_says_so_and_has_the_runs_dtype(dtype):
     assert torch.equal(found["a"], BEFORE["a"])
 
 
-PRIVATE = config_privacy.PrivacyConfig(mode="unit", sampling_prob=0.1, noise_multiplier=1.0)
+PRIVATE = UnitPrivacy(sampling_prob=0.1, noise_multiplier=1.0)
 
 
 @pytest.mark.parametrize(("promised", "done"), [(PRIVATE, "none"), (NONE, "unit")])

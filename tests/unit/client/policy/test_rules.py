@@ -134,7 +134,7 @@ def test_a_step_may_not_go_back_so_far_that_only_the_last_gradient_leaves():
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_preferences_are_learnt_only_where_the_policy_names_them(objective):
-    asked = run({"training.objective": f'"{objective}"'})
+    asked = run({"training.objective.kind": f'"{objective}"'})
     assert refused(rules(), asked).rule == "train.objectives"
     assert "is not one of sft" in str(refused(rules(), asked))
     assert refused(rules(max_rounds='4\nobjectives = ["sft"]'), asked).rule == "train.objectives"

@@ -8,7 +8,7 @@ from common.adapter import adapter
 from common.errors import ModelError
 from common.privacy.noise import SeededNoise
 from common.run import config
-from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.privacy import NoPrivacy, UnitPrivacy
 from common.run.schema.training import AdamW, Sgd
 from common.text import prompts
 from tests import tiny
@@ -30,7 +30,7 @@ def train(engine, rows, training=None, *, seed=1, round_index=0, num_rounds=2, s
         engine,
         rows,
         training=training or settings(),
-        privacy=PrivacyConfig(mode="none"),
+        privacy=NoPrivacy(),
         round_index=round_index,
         num_rounds=num_rounds,
         seed=seed,
@@ -203,7 +203,7 @@ def test_each_round_starts_with_a_fresh_optimizer(engine, rows):
     assert is_same(straight, again)
 
 
-PRIVATE = PrivacyConfig(mode="unit", sampling_prob=0.5, noise_multiplier=1.0, clip_norm=0.5, max_rows_per_unit=2)
+PRIVATE = UnitPrivacy(sampling_prob=0.5, noise_multiplier=1.0, clip_norm=0.5, max_rows_per_unit=2)
 
 
 def interrupted(engine, rows, privacy, *, num_before: int, without: str = "") -> dict[str, torch.Tensor]:
@@ -224,20 +224,20 @@ def interrupted(engine, rows, privacy, *, num_before: int, without: str = "") ->
     return adapter.read(engine.model)
 
 
-@pytest.mark.parametrize("privacy", [PrivacyConfig(mode="none"), PRIVATE], ids=["plain", "unit"])
+@pytest.mark.parametrize("privacy", [NoPrivacy(), PRIVATE], ids=["plain", "unit"])
 def test_a_round_that_was_saved_and_continued_ends_at_the_same_bits(load_tiny, rows, privacy):
     engine = load_tiny({"adapter.dropout": "0.3"})
     whole = interrupted(engine, rows, privacy, num_before=0)
     for num_before in (1, 3):
         assert is_same(interrupted(engine, rows, privacy, num_before=num_before), whole)
-    random = "noise" if privacy.is_private_per_unit else "random"
+    random = "noise" if privacy.mode == "unit" else "random"
     for part in (random, "optimizer"):  # controls: without either the end is another
         assert not is_same(interrupted(engine, rows, privacy, num_before=2, without=part), whole)
 
 
 def test_control_the_round_is_another_where_its_state_is_not_loaded(load_tiny, rows):
     engine = load_tiny({"adapter.dropout": "0.3"})
-    plain = PrivacyConfig(mode="none")
+    plain = NoPrivacy()
     for part in ("num_done", "parameters"):
         other = interrupted(engine, rows, plain, num_before=2, without=part)
         assert not is_same(other, interrupted(engine, rows, plain, num_before=0))

@@ -12,13 +12,13 @@ from common.model import base
 from common.privacy import noise
 from common.privacy.noise import SeededNoise
 from common.run import config
-from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.privacy import NoPrivacy, UnitPrivacy
 from common.run.schema.training import AdamW, Sgd
 from tests import tiny
 
 MU, RATE, STEPS = 3.0, 0.05, 4
-PLAIN = PrivacyConfig(mode="none")
-PRIVATE = PrivacyConfig(mode="unit", sampling_prob=0.5, noise_multiplier=1.0, clip_norm=0.01, max_rows_per_unit=2)
+PLAIN = NoPrivacy()
+PRIVATE = UnitPrivacy(sampling_prob=0.5, noise_multiplier=1.0, clip_norm=0.01, max_rows_per_unit=2)
 TRAINING = config.TrainingConfig(
     local_epochs=0.0,
     local_steps=STEPS,

@@ -10,7 +10,7 @@ from common.adapter import adapter, start
 from common.data.rows import Message
 from common.errors import DataError
 from common.loss import likelihood, objectives, preference_score
-from common.loss.objectives import Objective, Pair, Rated
+from common.loss.objectives import Pair, Rated
 from common.model import base
 from common.run.catalogue.methods import FACTS
 from common.run.manifest import RunManifest
@@ -23,7 +23,7 @@ NAMES = ["dpo", "kto"]
 
 
 def settings(name: str, **changes: str):
-    return tiny.settings("tiny", {"training.objective": f'"{name}"', **changes})
+    return tiny.settings("tiny", {"training.objective.kind": f'"{name}"', **changes})
 
 
 def encoded(engine, name: str, count: int = 7, **changes: str):
@@ -42,7 +42,7 @@ def moved(engine):
         adapter.write(engine.model, values)
         engine.model.train()
         examples = [apart(example, number) for number, example in enumerate(examples)]
-        return examples, Objective.of(settings(name, **{"training.beta": "0.5"}).training)
+        return examples, settings(name, **{"training.objective.beta": "0.5"}).training.objective
 
     return ready
 
@@ -108,7 +108,7 @@ def test_the_start_of_every_method_is_the_base_with_the_adapter_switched_off(loa
     has_side = FACTS[method].base_delta == "residual"
     changes = {"aggregation.method": f'"{method}"', **({"aggregation.residual_rank": "8"} if has_side else {})}
     engine = load_tiny(changes)
-    run = tiny.settings("tiny", {**changes, "training.objective": '"dpo"'})
+    run = tiny.settings("tiny", {**changes, "training.objective.kind": '"dpo"'})
     manifest = RunManifest(run, engine.base_sha256, engine.tensor_specs)
     pairs = encoded(engine, "dpo")
     adapter.write(engine.model, {name: torch.full_like(t, 0.3) for name, t in engine.initial.items()})
@@ -124,7 +124,7 @@ def test_the_start_of_every_method_is_the_base_with_the_adapter_switched_off(loa
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
 def test_where_nothing_has_moved_every_margin_is_exactly_zero(engine, name, batch_size):
-    objective = Objective.of(settings(name).training)
+    objective = settings(name).training.objective
     examples = preference_score.with_references(engine, encoded(engine, name), engine.initial, batch_size=batch_size)
     score = preference_score.score(engine, examples, objective, batch_size=batch_size)
     assert score.num_preferred == 0
@@ -203,7 +203,7 @@ def test_the_reference_point_is_the_mean_gain_on_answers_to_other_prompts_and_ne
         found.append(preference_score.reference_point(engine, turned, objective, batch_size=3))
     mean = sum(gains) / len(gains)
     assert found == [pytest.approx(max(3 * mean, 0.0), abs=1e-4), pytest.approx(max(-mean, 0.0), abs=1e-4)]
-    zero = dataclasses.replace(objective, reference_point="zero")
+    zero = objective.model_copy(update={"reference_point": "zero"})
     assert preference_score.reference_point(engine, examples, zero, batch_size=3) == 0.0
 
 

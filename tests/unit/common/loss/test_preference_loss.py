@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from common.loss import objectives
-from common.loss.objectives import Objective, Pair, Rated
+from common.loss.objectives import Pair, Rated
+from common.run.schema.training import Dpo, Kto
 from common.text.prompts import Encoded
 
 NUM_TOKENS = 5
@@ -85,13 +86,13 @@ def dpo_of_trl(trl, values, *, beta: float, loss_type: str = "sigmoid", label_sm
 def dpo_of_ours(values, **settings) -> torch.Tensor:
     now, start = values
     pairs = [Pair(ROW, ROW, (float(start[2 * i]), float(start[2 * i + 1]))) for i in range(len(now) // 2)]
-    return objectives.losses(pairs, now, Objective("dpo", **settings), origin=0.0)[0]
+    return objectives.losses(pairs, now, Dpo(**settings), origin=0.0)[0]
 
 
 def kto_of_ours(values, labels, *, origin: float, **settings) -> torch.Tensor:
     now, start = values
     rated = [Rated(ROW, label, None, (float(known),)) for label, known in zip(labels, start, strict=True)]
-    return objectives.losses(rated, now, Objective("kto", **settings), origin=origin)[0]
+    return objectives.losses(rated, now, Kto(**settings), origin=origin)[0]
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0, 5.0])
@@ -163,4 +164,4 @@ def test_the_loss_of_a_pair_is_log_2_where_nothing_moved_and_falls_as_the_margin
 
 def test_an_example_without_its_reference_is_a_callers_mistake():
     with pytest.raises(ValueError, match="no log-probabilities"):
-        objectives.losses([Pair(ROW, ROW)], torch.zeros(2), Objective("dpo"), origin=0.0)
+        objectives.losses([Pair(ROW, ROW)], torch.zeros(2), Dpo(), origin=0.0)

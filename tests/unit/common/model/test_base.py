@@ -20,7 +20,7 @@ from common.loss import likelihood
 from common.model import base as model
 from common.privacy.noise import SeededNoise
 from common.run import config
-from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.privacy import NoPrivacy
 from common.text import chat, prompts
 from tests import tiny
 
@@ -52,7 +52,7 @@ def stirred(engine) -> dict[str, torch.Tensor]:
 
 def train(engine, rows, **changes):
     training = config.TrainingConfig(local_steps=10, learning_rate=2e-2, schedule="constant", batch_size=4, **changes)
-    privacy = PrivacyConfig(mode="none")
+    privacy = NoPrivacy()
     return loop.train(
         engine, rows, training=training, privacy=privacy, round_index=0, num_rounds=1, seed=1, source=SeededNoise(0)
     )

@@ -275,7 +275,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "4e85bd810439196d5f691185af678ccc6424afe6b0c780ad7bee87c0fb662d61"
+        "0956dc739382e54a686420ced1dc8e99aea8b1ce760269788ac9eb276f45d95e"
     )
 
 

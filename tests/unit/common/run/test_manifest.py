@@ -242,7 +242,7 @@ def test_a_manifest_declares_every_figure_that_leaves_and_its_range():
 
 
 def test_a_manifest_declares_figures_of_preferences_only_where_it_learns_them():
-    run = tiny.settings("tiny", {"training.objective": '"dpo"'})
+    run = tiny.settings("tiny", {"training.objective.kind": '"dpo"'})
     declared = RunManifest(run, make().base_sha256, make().tensor_specs).plan.egress.metrics["metrics"]
     assert declared.keys() - make().plan.egress.metrics["metrics"].keys() == set(egress.PREFERENCES)
 

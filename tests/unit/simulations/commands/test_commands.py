@@ -185,7 +185,7 @@ def test_attacks_and_audits_of_preferences_are_refused(run_file, tmp_path, capsy
         for n in range(6)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    given = ("--data", path, "--threads", 1, "--set", "training.objective=dpo", "--output", tmp_path / "out")
+    given = ("--data", path, "--threads", 1, "--set", "training.objective.kind=dpo", "--output", tmp_path / "out")
     for arguments in (("audit", "mia", run_file), ("attack", run_file, "--attack", "label-flip", "--bad", 1)):
         assert silotune_sim(*arguments, *given) == 2
         assert "audits and attacks are of runs that learn answers" in capsys.readouterr().err

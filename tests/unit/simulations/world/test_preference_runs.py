@@ -31,7 +31,7 @@ def play(engine, tiny_base, tmp_path):
     """Run, and give what each evaluation said; held-out preferences are never swapped."""
 
     def execute(name: str, changes=None, *, is_swapped: bool = False):
-        given = {**LEARN, "training.objective": f'"{name}"', **(changes or {})}
+        given = {**LEARN, "training.objective.kind": f'"{name}"', **(changes or {})}
         settings = plan.resolve(tiny.settings(tiny_base, given))
         sites = {site: site_data(name, site, is_swapped=is_swapped) for site in tiny.SITES}
         log = run_files.prepare(settings, tmp_path / "run")
@@ -77,7 +77,7 @@ def test_control_where_preferences_are_turned_round_it_learns_the_contrary(play,
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_a_private_run_of_preferences_goes_through(play, name):
-    changes = PRIVATE | ({"training.reference_point": '"zero"'} if name == "kto" else {})
+    changes = PRIVATE | ({"training.objective.reference_point": '"zero"'} if name == "kto" else {})
     told = play(name, changes)
     assert len(told) == 3
     assert told[-1]["accuracy"] is not None
@@ -94,7 +94,7 @@ def test_a_run_of_answers_tells_nothing_of_preferences(engine, tiny_base, tmp_pa
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_the_embedded_records_come_as_preferences_too(name):
     path = Path(__file__).parents[4] / "simulations" / "configs" / "federated-dpo.toml"
-    settings = config.load(path, overrides={"training.objective": name})
+    settings = config.load(path, overrides={"training.objective.kind": name})
     sites = Source.of(settings).sites()
     rows = [row for site in sites.values() for row in (*site.train, *site.held_out)]
     assert len(sites) == 4

@@ -66,21 +66,14 @@ BROKEN_RULES = [
     ("aggregation.weighting", 7, [*KRUM, "federation.min_sites = 5"]),
     ("federation.min_sites", 11, [*KRUM, "aggregation.weighting = 'uniform'", "federation.min_sites = 4"]),
     ("federation.min_sites", 9, ["aggregation.screening.action = 'drop'", "federation.min_sites = 3"]),
-    ("privacy.mode", 5, ["privacy.clip_norm = 2.0"]),
     ("privacy.clip_quantile", 8, [*PRIVATE, "privacy.clip_quantile = 0.3"]),
     ("privacy.max_rows_per_unit", 8, [*PRIVATE, "privacy.max_rows_per_unit = 9"]),
     ("training.max_grad_norm", 10, [*PRIVATE, "training.max_grad_norm = 5.0"]),
-    ("privacy.sampling_prob", 5, [UNIT, *PRIVATE[2:]]),
     ("privacy.epsilon", 5, [UNIT, PRIVATE[1], PRIVATE[3]]),
     ("training.local_steps", 5, PRIVATE[:3]),
-    ("training.beta", 7, ["training.beta = 0.5"]),
-    ("training.label_smoothing", 8, ["training.objective = 'kto'", "training.label_smoothing = 0.1"]),
-    ("training.desirable_weight", 8, ["training.objective = 'dpo'", "training.desirable_weight = 2.0"]),
-    ("training.undesirable_weight", 7, ["training.undesirable_weight = 2.0"]),
-    ("training.reference_point", 8, ["training.objective = 'dpo'", "training.reference_point = 'zero'"]),
-    ("training.reference_point", 10, [*PRIVATE, "training.objective = 'kto'"]),
-    ("training.objective", 7, ["training.objective = 'dpo'", "evaluation.exact_match_rows = 5"]),
-    ("training.objective", 7, ["training.objective = 'dpo'", "data.output_column = 'answer'"]),
+    ("training.objective.reference_point", 10, [*PRIVATE, "training.objective.kind = 'kto'"]),
+    ("training.objective.kind", 7, ["training.objective.kind = 'dpo'", "evaluation.exact_match_rows = 5"]),
+    ("training.objective.kind", 7, ["training.objective.kind = 'dpo'", "data.output_column = 'answer'"]),
     ("wire.density", 11, [*PRIVATE, "wire.density = 0.1"]),
     ("wire.density", 13, [*KRUM, UNIFORM, "federation.min_sites = 5", "wire.density = 0.1"]),
     ("wire.error_feedback", 7, ["wire.error_feedback = false"]),
@@ -105,8 +98,6 @@ BROKEN_RULES = [
     ("federation.sites_per_round", 10, [*SITE, "federation.sites_per_round = 5"]),
     ("federation.num_sites", 5, [*SITE[:3], SITE[4]]),
     ("privacy.dp_delta", 8, [*SITE, "privacy.dp_delta = 1e-4"]),
-    ("privacy.noise_at", 8, [*PRIVATE, "privacy.noise_at = 'sites'"]),
-    ("privacy.max_rows_per_unit", 8, [*SITE, "privacy.max_rows_per_unit = 2"]),
     ("privacy.sampling_prob", 6, [*SITE, "privacy.noise_at = 'sites'"]),
     (
         "privacy.adaptive_clipping",
@@ -175,6 +166,32 @@ def test_sites_do_not_score_after_polish_what_is_not_the_adapter(settings, messa
         STAGE + with_settings(*{line.partition(" =")[0]: line for line in (asked, *settings)}.values())
     )
     config.parse(STAGE + with_settings(asked), name="run.toml")  # the control
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["privacy.clip_norm = 2.0"], 'clip_norm  has no effect with mode = "none"; remove it, or set privacy.mode to'),
+        ([*PRIVATE, "privacy.noise_at = 'sites'"], 'noise_at  has no effect with mode = "unit"; remove it, or set'),
+        ([*SITE, "privacy.max_rows_per_unit = 2"], 'has no effect with mode = "site"; remove it, or set privacy.mode'),
+        ([*SITE, "privacy.clipping = 'auto'"], 'has no effect with mode = "site"; remove it, or set privacy.mode to'),
+        ([UNIT, *PRIVATE[2:]], "privacy.sampling_prob  must be set: the probability with which a unit is in a step"),
+        (["training.objective.beta = 0.5"], 'has no effect with kind = "sft"; remove it, or set'),
+        (["training.beta = 0.5"], "training.beta  unknown setting; here it is training.objective.beta"),
+        (["training.objective.kind = 'kto'", "training.objective.label_smoothing = 0.1"], 'kind to "dpo"'),
+        (["training.objective.kind = 'dpo'", "training.objective.desirable_weight = 2.0"], 'kind to "kto"'),
+        (["training.objective.kind = 'dpo'", "training.objective.undesirable_weight = 2.0"], 'kind to "kto"'),
+        (["training.objective.kind = 'dpo'", "training.objective.reference_point = 'zero'"], 'kind to "kto"'),
+        (["training.optimizer.momentum = 0.9"], 'set training.optimizer.kind to "sgd"'),
+        (["training.optimizer.kind = 'sgd'", "training.optimizer.beta1 = 0.8"], 'has no effect with kind = "sgd"'),
+        (["training.optimizer = 'sgd'"], 'must be a section, [training.optimizer] (you wrote "sgd"); write "sgd" as'),
+        (["training.adam_beta1 = 0.8"], "here it is training.optimizer.beta1"),
+    ],
+)
+def test_a_setting_of_another_variant_is_refused(settings: list[str], message: str):
+    found = problems(with_settings(*settings))
+    assert found.startswith("1 problem in run.toml\n")
+    assert message in found
 
 
 def test_every_rule_is_broken_by_a_test():
