@@ -27,7 +27,7 @@ from common.adapter import adapter
 from common.data.rows import Row
 from common.errors import ModelError
 from common.frame.records import TensorSpec
-from common.model import codes, core_layers, lora_layers, peft_kinds, probe, varlen
+from common.model import codes, core_layers, kernels, peft_kinds, probe, varlen
 from common.model import files as base_files
 from common.run import config
 from common.run.catalogue.kinds import KINDS, Quantization
@@ -146,8 +146,7 @@ def load(
         _attach_side(peft_model, adapter_settings, rank=residual_rank)
     if num_heads:
         core_layers.attach(peft_model, num_heads=num_heads)
-    if device.type == "cuda":
-        lora_layers.install(peft_model)
+    kernels.install(peft_model, device)
     varlen.traits_of(peft_model)  # now: asked once the adapter has diverged, it would not be packed
     if gradient_checkpointing:
         checkpoint(base)

@@ -17,12 +17,14 @@ class Figure:
 
     Attributes:
         goal: The value may be at most this; None: measured for information.
+        is_floor: The value must be at least the goal.
     """
 
     name: str
     value: float
     unit: str
     goal: float | None = None
+    is_floor: bool = False
 
     @property
     def ok(self) -> bool:
@@ -32,7 +34,9 @@ class Figure:
             >>> Figure("start-up", 7.0, "CPU s", goal=12.0).ok, Figure("start-up", float("nan"), "CPU s", goal=12.0).ok
             (True, False)
         """
-        return self.goal is None or self.value <= self.goal
+        if self.goal is None:
+            return True
+        return self.value >= self.goal if self.is_floor else self.value <= self.goal
 
 
 def result(bench: str, figures: Sequence[Figure]) -> dict[str, Any]:

@@ -183,6 +183,7 @@ def base(
 @app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="Which: see `silotune-sim bench list`.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer figures in a few minutes; `gpu` only.")] = False,
     json: cli.JsonOption = False,
 ) -> None:
     """Measure; every figure with its goal.
@@ -191,10 +192,11 @@ def bench(
     Examples:
       silotune-sim bench list
       silotune-sim bench tax --json
+      silotune-sim bench gpu --quick
     """
     from simulations.bench import table
 
-    result = table.run(name)
+    result = table.run(name, quick=quick)
     cli.emit(result, as_json=json, show=lambda: cli.show(table.render(result)))
 
 

@@ -1,18 +1,13 @@
 """The measured arm of `bench dp`: steps of a random model, with and without differential privacy, by turns."""
 
-import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from statistics import median
 from typing import Any, Final
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit, Params4bit
-from peft import get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from client.train import loop, private
 from client.train.loop import mean_gradient
@@ -25,33 +20,11 @@ from common.privacy.noise import SystemNoise
 from common.run import config
 from common.run.schema.privacy import UnitPrivacy
 from common.text.prompts import Encoded
-from simulations.bench.arms import process
+from simulations.bench.arms import llama, process
+from simulations.bench.arms.llama import SHAPES, Shape
 
 NUM_WARM: Final = 3
 NUM_STEPS: Final = 12
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A Llama and the batch that it trains on."""
-
-    hidden: int
-    inner: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    rows: int
-    tokens: int
-    answer_tokens: int
-
-
-SHAPES: Final = {
-    "10m": Shape(256, 768, 6, 8, 8, 4096, rows=8, tokens=256, answer_tokens=64),
-    "135m": Shape(576, 1536, 30, 9, 3, 49152, rows=4, tokens=128, answer_tokens=32),
-    "1b": Shape(2048, 8192, 16, 32, 8, 128256, rows=8, tokens=1024, answer_tokens=256),
-    "8b": Shape(4096, 14336, 32, 32, 8, 128256, rows=4, tokens=1024, answer_tokens=256),
-}
 
 
 def main(shape_name: str, arms: str) -> dict[str, Any]:
@@ -67,7 +40,7 @@ def main(shape_name: str, arms: str) -> dict[str, Any]:
     """
     device = model.choose_device("auto")
     shape = SHAPES[shape_name]
-    engine = make_engine(shape, device)
+    engine = llama.make_engine(llama.make_base(shape, device), device, is_checkpointed=device.type == "cuda")
     rows = make_rows(shape)
     names = arms.split(",")
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -94,64 +67,12 @@ def main(shape_name: str, arms: str) -> dict[str, Any]:
     return {name: {"seconds": median(seconds[name]), "peak_mib": peaks[name]} for name in names}
 
 
-def make_engine(shape: Shape, device: torch.device) -> Engine:
-    """A Llama with random weights, in NF4 and bfloat16 on a GPU and in float32 on a CPU, with LoRA on all linears."""
-    torch.manual_seed(1)
-    settings = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=shape.tokens,
-        tie_word_embeddings=True,
-    )
-    is_gpu = device.type == "cuda"
-    with torch.device(device):
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16 if is_gpu else torch.float32)
-        base = LlamaForCausalLM(settings)
-        torch.set_default_dtype(before)
-    base.requires_grad_(False)
-    base.config.use_cache = False
-    if is_gpu:
-        _quantise(base)
-    with model.quiet_peft():
-        whole = get_peft_model(base, model.lora_config(config.AdapterConfig(r=16)))
-    whole.to(device)
-    if is_gpu:
-        model.checkpoint(base)
-    initial = adapter.read(whole)
-    return Engine(whole, _Tokens(), device, "", adapter.specs(initial), initial)  # type: ignore[arg-type]
-
-
 def make_rows(shape: Shape) -> list[Encoded]:
     """Random tokens, the last of them the answer; each row is a unit."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(1, shape.vocabulary, (shape.rows, shape.tokens), generator=generator).tolist()
     is_answer = (False,) * (shape.tokens - shape.answer_tokens) + (True,) * shape.answer_tokens
     return [Encoded(tuple(row), is_answer, f"unit {number}") for number, row in enumerate(ids)]
-
-
-class _Tokens:
-    """All that training asks of a tokenizer."""
-
-    pad_token_id = 0
-
-
-def _quantise(base: nn.Module) -> None:
-    """Every linear layer but the head as NF4 with double quantisation."""
-    for parent in list(base.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and name != "lm_head":
-                small = Linear4bit(  # type: ignore[no-untyped-call]
-                    child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
-                )
-                small.weight = Params4bit(child.weight.data.cpu(), requires_grad=False, quant_type="nf4")
-                setattr(parent, name, small.to(child.weight.device))
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from simulations.bench.arms import aggregate as aggregate_arm
 from simulations.bench.arms import bytes as bytes_arm
 from simulations.bench.arms import deployment as deployment_arm
 from simulations.bench.arms import dp as dp_arm
-from simulations.bench.arms import process, tax_silotune
+from simulations.bench.arms import gpu as gpu_arm
+from simulations.bench.arms import llama, process, tax_silotune
 from simulations.bench.arms import scale as scale_arm
 from simulations.bench.figures import Figure
 from simulations.world.world import Source
@@ -200,8 +201,9 @@ def test_the_clocks_of_a_process_are_positive():
 
 def test_the_arms_of_private_steps_do_the_same_work_on_a_small_shape():
     """Every way takes a step of the same model; a way that is not known is refused."""
-    shape = dp_arm.Shape(32, 64, 1, 2, 2, 64, rows=2, tokens=16, answer_tokens=4)
-    engine, rows = dp_arm.make_engine(shape, torch.device("cpu")), dp_arm.make_rows(shape)
+    shape, cpu = llama.Shape(32, 64, 1, 2, 2, 64, rows=2, tokens=16, answer_tokens=4), torch.device("cpu")
+    engine = llama.make_engine(llama.make_base(shape, cpu), cpu, is_checkpointed=False)
+    rows = dp_arm.make_rows(shape)
     optimizer = loop.make_optimizer(adapter.parameters(engine.model).values(), config.TrainingConfig().optimizer)
     engine.model.train()
     for name in ("plain", "stacked", "microbatch", "opacus"):
@@ -283,3 +285,28 @@ def test_the_relay_between_links_and_gateway_counts_both_ways():
                 there.sendall(b"123")
                 assert link.recv(3) == b"123"
         assert way.num_bytes == 8
+
+
+def test_rows_of_the_gpu_arms_have_the_lengths_of_instruction_data():
+    rows = list(gpu_arm._rows(300, 1000, is_full=False))
+    lengths = [len(row.input_ids) for row in rows]
+    assert min(lengths) >= gpu_arm.SHORTEST
+    assert max(lengths) <= gpu_arm.LONGEST
+    assert 300 < sorted(lengths)[150] < 430
+    assert {len(row.input_ids) for row in gpu_arm._rows(3, 1000, is_full=True)} == {gpu_arm.LONGEST}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_card_the_gpu_arms_say_so():
+    with pytest.raises(ModelError, match="CUDA"):
+        gpu_arm.main("silotune", "{}")
+
+
+def test_a_floor_is_met_from_above():
+    assert Figure("speed", 4.0, "x", goal=3.5, is_floor=True).ok
+    assert not Figure("speed", 3.0, "x", goal=3.5, is_floor=True).ok
+
+
+def test_only_benchmarks_with_a_short_form_take_quick():
+    with pytest.raises(ConfigError, match="no --quick"):
+        table.run("tax", quick=True)
