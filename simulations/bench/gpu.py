@@ -12,6 +12,7 @@ from simulations.bench.arms import process
 from simulations.bench.figures import Figure, result
 
 ARM: Final = "simulations.bench.arms.gpu"
+RUN_ARM: Final = "simulations.bench.arms.gpu_run"
 PEAK_FLOPS: Final = 790e12  # bfloat16 products of random values on an H200
 GOAL_USUAL: Final = 3.5
 GOAL_BEST: Final = 1.3
@@ -20,6 +21,8 @@ GOAL_UTILISATION: Final = 0.45
 GOAL_PRIVATE: Final = 1.03
 GOAL_PRIVATE_MEMORY: Final = 1.02
 GOAL_LOSS: Final = 1e-3
+GOAL_BUSY: Final = 0.85
+GOAL_SITES: Final = 1.05
 USUAL_ROWS: Final = {"1b": 8, "8b": 4}  # a device at once, as the issue of speed was first measured
 CURVE_STEPS: Final = 200
 
@@ -38,6 +41,7 @@ def run(*, quick: bool = False) -> dict[str, Any]:
     if not quick:
         figures += [figure for shape in ("1b", "8b") for figure in _private(shape)]
         figures += _curve()
+        figures += [figure for shape in ("1b", "8b") for figure in _whole_run(shape)]
     return result("gpu", figures)
 
 
@@ -111,6 +115,24 @@ def _curve() -> list[Figure]:
     ours, theirs = (_measure(who, settings)["losses"] for who in ("silotune", "trl"))
     apart = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
     return [Figure(f"loss over {CURVE_STEPS} steps, 135m: largest relative difference to TRL", apart, "", GOAL_LOSS)]
+
+
+def _whole_run(shape: str) -> list[Figure]:
+    """How much of a run's time the card is at work, and what many sites on one card cost."""
+    one, nine = (process.measure(RUN_ARM, shape, num_sites) for num_sites in ("2", "9"))
+    return [
+        Figure(f"{shape}, run of 9 sites: until the first round", nine["start_s"], "s"),
+        Figure(f"{shape}, run of 9 sites: both rounds", nine["rounds_s"], "s"),
+        Figure(
+            f"{shape}, run of 9 sites: share of its rounds in which the card works",
+            nine["busy"],
+            "",
+            GOAL_BUSY,
+            is_floor=True,
+        ),
+        Figure(f"{shape}, run of 9 sites: second round's first answer", nine["second_wait_s"], "s"),
+        Figure(f"{shape}: 9 sites / 2 sites, the same steps", nine["rounds_s"] / one["rounds_s"], "x", GOAL_SITES),
+    ]
 
 
 def _measure(who: str, settings: Mapping[str, Any]) -> Arm:

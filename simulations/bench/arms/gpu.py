@@ -46,16 +46,16 @@ def main(who: str, settings: str) -> dict[str, Any]:
         raise ModelError("bench gpu needs a CUDA device; bench dp and bench tax run on a CPU")
     given = json.loads(settings)
     shape = SHAPES[given["shape"]]
-    rows = list(_rows(given["batch_rows"] * given["num_steps"], shape.vocabulary, is_full=given["lengths"] == "full"))
+    drawn = list(rows(given["batch_rows"] * given["num_steps"], shape.vocabulary, is_full=given["lengths"] == "full"))
     arm = {"silotune": _silotune, "trl": _trl}[who]
     base = llama.make_base(shape, torch.device("cuda"))
     num_parameters = sum(
         module.in_features * module.out_features for module in base.modules() if isinstance(module, nn.Linear)
     )
-    return {**arm(base, rows, given), "flops_per_token": 4 * num_parameters}
+    return {**arm(base, drawn, given), "flops_per_token": 4 * num_parameters}
 
 
-def _rows(count: int, vocabulary: int, *, is_full: bool) -> Iterator[Encoded]:
+def rows(count: int, vocabulary: int, *, is_full: bool) -> Iterator[Encoded]:
     """Random tokens with the lengths that instruction data have: log-normal, or all as long as they may be."""
     draws = torch.Generator().manual_seed(1)
     for number in range(count):

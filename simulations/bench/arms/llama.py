@@ -54,8 +54,8 @@ class Tokens:
         return self._size
 
 
-def make_base(shape: Shape, device: torch.device) -> Any:
-    """A frozen Llama with random weights, in NF4 and bfloat16 on a GPU and in float32 on a CPU."""
+def make_base(shape: Shape, device: torch.device, *, is_quantised: bool = True) -> Any:
+    """A frozen Llama with random weights, in bfloat16 and NF4 (if it is to be) on a GPU, and in float32 on a CPU."""
     torch.manual_seed(1)
     settings = LlamaConfig(
         vocab_size=shape.vocabulary,
@@ -64,7 +64,7 @@ def make_base(shape: Shape, device: torch.device) -> Any:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=shape.tokens,
+        max_position_embeddings=max(2048, shape.tokens),
         tie_word_embeddings=True,
     )
     is_gpu = device.type == "cuda"
@@ -75,7 +75,7 @@ def make_base(shape: Shape, device: torch.device) -> Any:
     torch.set_default_dtype(before)
     base.requires_grad_(False)
     base.config.use_cache = False
-    if is_gpu:
+    if is_gpu and is_quantised:
         _quantise(base)
     return base
 

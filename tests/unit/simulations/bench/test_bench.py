@@ -288,12 +288,12 @@ def test_the_relay_between_links_and_gateway_counts_both_ways():
 
 
 def test_rows_of_the_gpu_arms_have_the_lengths_of_instruction_data():
-    rows = list(gpu_arm._rows(300, 1000, is_full=False))
+    rows = list(gpu_arm.rows(300, 1000, is_full=False))
     lengths = [len(row.input_ids) for row in rows]
     assert min(lengths) >= gpu_arm.SHORTEST
     assert max(lengths) <= gpu_arm.LONGEST
     assert 300 < sorted(lengths)[150] < 430
-    assert {len(row.input_ids) for row in gpu_arm._rows(3, 1000, is_full=True)} == {gpu_arm.LONGEST}
+    assert {len(row.input_ids) for row in gpu_arm.rows(3, 1000, is_full=True)} == {gpu_arm.LONGEST}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
