@@ -25,15 +25,16 @@ class LoraProduct(torch.autograd.Function):
     """y = x W^T + s (x A^T) B^T and its gradients by x, A and B; W is frozen and kept as it is stored."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, a_rk: Tensor, b_dr: Tensor, scale: float) -> Tensor:
-        """y, in the type of x; see the module."""
+    def forward(ctx: Any, x: Tensor, weight: Tensor, a_rk: Tensor, b_dr: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """y and x A^T, in the type of x; see the module."""
         x_nk = x.reshape(-1, x.shape[-1])
         a_rk, b_dr = a_rk.to(x.dtype), b_dr.to(x.dtype)
         y_nd, down_nr = x_nk @ _whole(weight, x.dtype).T, x_nk @ a_rk.T
         y_nd.addmm_(down_nr, b_dr.T, alpha=scale)
         ctx.save_for_backward(x_nk, down_nr, a_rk, b_dr)
         ctx.weight, ctx.scale, ctx.shape = weight, scale, x.shape
-        return y_nd.view(*x.shape[:-1], len(b_dr))
+        ctx.mark_non_differentiable(down_nr)
+        return y_nd.view(*x.shape[:-1], len(b_dr)), down_nr
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -59,8 +60,8 @@ def _whole(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def install(model: nn.Module) -> int:
     """Let LoRA's layers use `LoraProduct` wherever it computes what peft would; everywhere else they stay peft's.
 
-    That is a frozen 4-bit or plain base, one plain adapter that is on, no dropout, nobody who watches A and B by hooks,
-    and at least `MIN_ROWS` rows; each call looks anew.
+    That is a frozen 4-bit or plain base, one plain adapter that is on, no dropout, nobody who changes what A and B do,
+    and at least `MIN_ROWS` rows; each call looks anew. Hooks that only look at what A gives are called as by peft.
 
     Returns:
         The number of layers that can use it.
@@ -90,12 +91,10 @@ class _Forward:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self._layer
         a, b, base = layer.lora_A[NAME], layer.lora_B[NAME], layer.get_base_layer()
-        is_watched = any(
-            "forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (a, b)
-        )
+        is_changed = any("forward" in vars(m) or m._forward_pre_hooks or m._backward_hooks for m in (a, b))
         is_plain = (
             list(layer.active_adapters) == [NAME]
-            and not (args or kwargs or is_watched or layer.disable_adapters or layer.merged)
+            and not (args or kwargs or is_changed or b._forward_hooks or layer.disable_adapters or layer.merged)
             and NAME not in layer.lora_variant
             and (not layer.training or isinstance(layer.lora_dropout[NAME], nn.Identity))
         )
@@ -104,5 +103,9 @@ class _Forward:
             return result
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y: Tensor = LoraProduct.apply(x, base.weight, a.weight, b.weight, layer.scaling[NAME])  # type: ignore[no-untyped-call]
+        y: Tensor
+        down_nr: Tensor
+        y, down_nr = LoraProduct.apply(x, base.weight, a.weight, b.weight, layer.scaling[NAME])  # type: ignore[no-untyped-call]
+        for watch in a._forward_hooks.values():
+            watch(a, (x,), down_nr.view(*x.shape[:-1], len(a.weight)))
         return y if base.bias is None else y + base.bias.to(y.dtype)

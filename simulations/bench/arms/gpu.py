@@ -114,19 +114,21 @@ def _silotune(base: Any, rows: Sequence[Encoded], given: dict[str, Any]) -> dict
             here = rows[number * given["batch_rows"] : (number + 1) * given["batch_rows"]]
             units = trainer.draw() if given.get("privacy") else [[row] for row in here]
             trainer.step(units)
-            clock.step(number + 1, sum(len(row.input_ids) for unit in units for row in unit))
-    losses = [float(loss) for loss in trainer.losses]
+            examples = [example for unit in units for example in unit]
+            clock.step(number + 1, sum(len(row.input_ids) for example in examples for row in example.rows))
+    losses = [float(loss) for loss in trainer.state()["losses"]]
     return {**clock.result(), "losses": losses}
 
 
 def _trl(base: Any, rows: Sequence[Encoded], given: dict[str, Any]) -> dict[str, Any]:
     """TRL's SFTTrainer with peft and bitsandbytes, as its documentation has it; only rows are not shuffled."""
-    from datasets import Dataset
+    from datasets import Dataset  # type: ignore[import-untyped]
     from peft import LoraConfig
     from tokenizers import Tokenizer, models
     from torch.utils.data import SequentialSampler
     from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     packed, at_once = given["packed_tokens"], given["rows_at_once"]
     table = [
@@ -138,11 +140,11 @@ def _trl(base: Any, rows: Sequence[Encoded], given: dict[str, Any]) -> dict[str,
     ]
     pad, end, unknown = "<pad>", "<eos>", "<unk>"
     words = Tokenizer(models.WordLevel({pad: 0, end: 1, unknown: 2}, unk_token=unknown))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token=pad, eos_token=end)
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=words, pad_token=pad, eos_token=end)  # type: ignore[no-untyped-call]
     base.is_loaded_in_4bit = True  # as a base has it that transformers quantised
-    clock, seen, losses = _Clock(), [], list[float]()
+    clock, seen, losses = _Clock(), list[int](), list[float]()
 
-    class Watch(TrainerCallback):  # type: ignore[misc]
+    class Watch(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             clock.step(state.global_step, sum(seen))
             seen.clear()
@@ -150,9 +152,10 @@ def _trl(base: Any, rows: Sequence[Encoded], given: dict[str, Any]) -> dict[str,
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
             losses.extend([logs["loss"]] if "loss" in (logs or {}) else [])
 
-    class InOrder(SFTTrainer):  # type: ignore[misc]
+    class InOrder(SFTTrainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            return SequentialSampler(train_dataset or self.train_dataset)
+            rows: Any = train_dataset or self.train_dataset
+            return SequentialSampler(rows)
 
     settings = SFTConfig(
         output_dir="/tmp/silotune-bench-gpu",  # noqa: S108  nothing is saved

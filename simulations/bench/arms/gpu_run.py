@@ -21,6 +21,7 @@ RUN_FILE: Final = Path(__file__).parents[2] / "configs" / "bench-gpu.toml"
 TOKENIZER: Final = Path(__file__).parents[2] / "embedded" / "base"
 NUM_ROWS: Final = 9 * 100
 PERIOD_S: Final = 0.05
+STEPS: Final = 90  # of a round, of all sites together
 
 
 def main(shape_name: str, num_sites: str) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def main(shape_name: str, num_sites: str) -> dict[str, Any]:
             "data.num_sites": num_sites,
             "federation.num_sites": num_sites,
             "federation.min_sites": num_sites,
-            "training.local_steps": str(90 // sites),
+            "training.local_steps": str(STEPS // sites),
             "model.quantization": '"nf4"',
         }
         marks: list[tuple[str, float]] = []
@@ -82,8 +83,10 @@ def _write_base(shape_name: str, folder: Path) -> None:
 def _write_rows(base: Path, path: Path) -> None:
     """Rows of drawn words, as long as the rows of the other arms."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    decoded = [tokenizer.decode([number]) for number in range(len(tokenizer))]
-    words = [text[1:] for text in decoded if text[:1] == " " and text[1:].isascii() and text[1:].isalpha()]  # a token each
+    decoded = [str(tokenizer.decode([number])) for number in range(len(tokenizer))]
+    words = [
+        text[1:] for text in decoded if text[:1] == " " and text[1:].isascii() and text[1:].isalpha()
+    ]  # a token each
     with path.open("w", encoding="utf-8") as file:
         for row in gpu.rows(NUM_ROWS, len(words), is_full=False):
             num_prompt = row.is_answer.index(True)

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.adapter import adapter
 from common.model import base as model
-from common.model import kernels
+from common.model import kernels, varlen
 from common.model.base import Engine
 from common.run import config
 
@@ -86,6 +86,7 @@ def make_engine(base: Any, device: torch.device, *, is_checkpointed: bool) -> En
         whole = get_peft_model(base, model.lora_config(config.AdapterConfig(r=RANK)))
     whole.to(device)
     kernels.install(whole, device)
+    varlen.traits_of(whole)
     if is_checkpointed:
         model.checkpoint(base)
     initial = adapter.read(whole)

@@ -66,7 +66,7 @@ def test_peft_computes_what_the_short_way_does_not(engine_of, monkeypatch, case)
     if case == "hooked":
         for module in engine.model.modules():
             if hasattr(module, "lora_A"):
-                module.lora_A["default"].register_forward_hook(lambda *_: None)
+                module.lora_A["default"].register_forward_pre_hook(lambda *_: None)
     if case == "off":
         with engine.model.disable_adapter():
             engine.model(input_ids=ids)
@@ -83,3 +83,17 @@ def test_cores_and_other_kinds_stay_with_peft(load_tiny):
     cored = load_tiny({"aggregation.method": "ravan"})
     assert lora_layers.install(cored.model) == 0
     assert lora_layers.install(load_tiny(tiny.of_kind("ia3")).model) == 0
+
+
+def test_who_looks_at_what_a_gives_sees_the_same(engine_of, monkeypatch):
+    engine, other = engine_of({}), engine_of({})
+    lora_layers.install(engine.model)
+    calls = _kernel_calls(monkeypatch)
+    seen = {}
+    for name, one in (("ours", engine), ("peft", other)):
+        first = next(module for module in one.model.modules() if hasattr(module, "lora_A"))
+        first.lora_A["default"].register_forward_hook(lambda _, args, down, name=name: seen.setdefault(name, down))
+        one.model(input_ids=torch.arange(LENGTH)[None] % 50)
+    assert calls
+    assert seen["ours"].shape == seen["peft"].shape
+    assert torch.allclose(seen["ours"], seen["peft"], atol=ATOL)

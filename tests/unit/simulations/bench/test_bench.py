@@ -43,9 +43,9 @@ def test_a_result_is_json_with_every_figure_its_goal_and_whether_it_holds():
     assert result["bench"] == "some"
     assert result["ok"] is False
     assert result["figures"] == [
-        {"name": "round", "value": 1.2346, "unit": "x", "goal": 1.1, "ok": False},
-        {"name": "rows", "value": 7, "unit": "rows", "goal": None, "ok": True},
-        {"name": "start", "value": 5, "unit": "CPU s", "goal": 12, "ok": True},
+        {"name": "round", "value": 1.2346, "unit": "x", "goal": 1.1, "is_floor": False, "ok": False},
+        {"name": "rows", "value": 7, "unit": "rows", "goal": None, "is_floor": False, "ok": True},
+        {"name": "start", "value": 5, "unit": "CPU s", "goal": 12, "is_floor": False, "ok": True},
     ]
     assert result["machine"].keys() >= {"cpu", "cores", "load", "python", "torch"}
     assert all(result["machine"].values())
