@@ -25,7 +25,7 @@ from tests import tiny
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("client", "common", "server", "simulations")
 SCRIPTS = {"silotune-client": "client", "silotune-server": "server", "silotune-sim": "sim"}
-OPTIONAL = {"lm_eval", "onnx", "onnxruntime", "onnxscript"}  # refused by name where they are not installed
+OPTIONAL = {"liger_kernel", "lm_eval", "onnx", "onnxruntime", "onnxscript"}  # not needed where they are not installed
 BROUGHT = {  # by a requirement that is the reason for using them
     "click": "typer",
     "httpx2": "huggingface-hub",
