@@ -46,6 +46,8 @@ def main(shape_name: str, num_sites: str) -> dict[str, Any]:
             "federation.min_sites": num_sites,
             "training.local_steps": str(STEPS // sites),
             "model.quantization": '"nf4"',
+            "model.base": json.dumps(str(base)),
+            "data.source": json.dumps(str(rows)),
         }
         marks: list[tuple[str, float]] = []
 
@@ -54,7 +56,7 @@ def main(shape_name: str, num_sites: str) -> dict[str, Any]:
                 marks.append((type(event).__name__, time.perf_counter()))
 
         began = time.perf_counter()
-        order = commands.Order(RUN_FILE, Path(folder) / "run", str(base), str(rows), None, overrides, is_quiet=True)
+        order = commands.Order(RUN_FILE, overrides, output=Path(folder) / "run", as_json=True)
         shared = order.world()
         log = order.log(shared)
         log.listeners.append(watch)
