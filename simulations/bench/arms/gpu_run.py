@@ -61,7 +61,7 @@ def main(shape_name: str, num_sites: str) -> dict[str, Any]:
         log = order.log(shared)
         log.listeners.append(watch)
         with _Busy() as busy:
-            run.in_process(shared.settings, sites=shared.sites, engine=shared.engine, folder=shared.folder, log=log)
+            run.in_process(shared, log=log)
     starts = [at for name, at in marks if name == "RoundStarted"]
     ends = [at for name, at in marks if name == "RoundFinished"]
     first = next(at for name, at in marks if name == "SiteTrained" and at > starts[1])
