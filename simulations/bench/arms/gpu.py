@@ -13,7 +13,7 @@ from client.train.loop import Trainer
 from common.errors import ModelError
 from common.privacy.noise import SystemNoise
 from common.run import config
-from common.run.schema.privacy import PrivacyConfig
+from common.run.schema.privacy import NoPrivacy, PrivacyConfig, UnitPrivacy
 from common.text.prompts import Encoded
 from simulations.bench.arms import llama
 from simulations.bench.arms.llama import SHAPES
@@ -100,10 +100,10 @@ def _silotune(base: Any, rows: Sequence[Encoded], given: dict[str, Any]) -> dict
         learning_rate=LEARNING_RATE,
         schedule="constant",
     )
-    privacy = PrivacyConfig(mode="none")
+    privacy: PrivacyConfig = NoPrivacy(mode="none")
     if given.get("privacy"):
         prob = given["batch_rows"] / len(rows)
-        privacy = PrivacyConfig(mode="unit", sampling_prob=prob, noise_multiplier=1.0, clip_norm=0.1)
+        privacy = UnitPrivacy(mode="unit", sampling_prob=prob, noise_multiplier=1.0, clip_norm=0.1)
     clock = _Clock()
     trainer = Trainer(
         engine, rows, training=training, privacy=privacy, round_index=0, num_rounds=1, seed=1, source=SystemNoise()
