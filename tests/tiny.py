@@ -260,22 +260,15 @@ def write_table(path: Path) -> Path:
 
 
 def federation(engine, folder: Path, nodes, settings: config.RunConfig):
-    """A federation of functions that answer frames, by node id; its clock moves only when somebody sleeps."""
+    """The coordinator of functions that answer frames, by node id; its clock moves only when somebody sleeps."""
     from common.events import EventLog
     from common.run.manifest import RunManifest
-    from server.aggregate.methods import table
-    from server.fleet.federation import Federation
+    from server.fleet.run import Run
+    from tests.samples.coordinator import Coordinator
 
     clock, sleep = fake_time()
-    return Federation(
-        RunManifest(settings, engine.base_sha256, engine.tensor_specs, engine.codes_sha256),
-        fleet(nodes),
-        table.find(settings.aggregation.method),
-        folder,
-        EventLog(folder / "events.jsonl"),
-        clock=clock,
-        sleep=sleep,
-    )
+    manifest = RunManifest(settings, engine.base_sha256, engine.tensor_specs, engine.codes_sha256)
+    return Coordinator(Run(manifest, folder, EventLog(folder / "events.jsonl"), clock=clock, sleep=sleep), fleet(nodes))
 
 
 def make_nodes(engine, folder: Path | None = None):

@@ -5,8 +5,8 @@ n sites, s the largest share.
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Final, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Final, Generic, TypeVar
 
 MIN_SITES: Final = 3  # among two, a largest share below 1 would make both equal whatever they hold
 ROUNDING: Final = 1e-9
@@ -42,27 +42,31 @@ def capped(claims: Mapping[str, float], *, max_share: float) -> dict[str, float]
     return {site: min(claim, limit) for site, claim in claims.items()}
 
 
-def weighed(updates: Iterable[tuple[str, float, T]], *, max_share: float) -> Iterator[tuple[str, float, T]]:
-    """Updates with their weights, those of the largest claims last, when it is known what the others have.
+class Shares(Generic[T]):
+    """Weights of a round's updates, those of the largest claims last, when it is known what the others have.
 
-    Fewer than 1 / s sites can be above their share, so that no more than these wait, whatever the number of sites.
+    Fewer than 1 / s sites can be above their share, so no more than these wait, whatever the number of sites.
 
     Args:
-        updates: Site, claimed weight and whatever belongs to it, as they come.
         max_share: As in `capped`.
     """
-    if max_share >= 1:
-        yield from updates
-        return
-    num_held = max(1, math.ceil(1 / max_share) - 1)
-    held: list[tuple[float, str, T]] = []
-    passed: dict[str, float] = {}
-    for site, claim, update in updates:
-        heapq.heappush(held, (claim, site, update))
-        if len(held) > num_held:
-            smallest, name, ready = heapq.heappop(held)
-            passed[name] = smallest
+
+    def __init__(self, max_share: float) -> None:
+        self._max_share = max_share
+        self._num_held = max(1, math.ceil(1 / max_share) - 1) if max_share < 1 else 0
+        self._held: list[tuple[float, str, T]] = []
+        self._passed: dict[str, float] = {}
+
+    def take(self, site: str, claim: float, update: T) -> Iterator[tuple[str, float, T]]:
+        """Take an update with the weight that its site claims; gives one that is ready with its weight, if there is."""
+        heapq.heappush(self._held, (claim, site, update))
+        if len(self._held) > self._num_held:
+            smallest, name, ready = heapq.heappop(self._held)
+            self._passed[name] = smallest
             yield name, smallest, ready
-    found = capped(passed | {site: claim for claim, site, _ in held}, max_share=max_share)
-    for _, site, update in sorted(held, key=lambda one: one[:2]):
-        yield site, found[site], update
+
+    def close(self) -> Iterator[tuple[str, float, T]]:
+        """All are in: gives those that waited."""
+        found = capped(self._passed | {site: claim for claim, site, _ in self._held}, max_share=self._max_share)
+        for _, site, update in sorted(self._held, key=lambda held: held[:2]):
+            yield site, found[site], update

@@ -1,254 +1,329 @@
-"""The current global adapter on every site's held-out rows."""
+"""Who takes part in a run: nodes that open it, what each is sent, and whether its answer counts."""
 
+import hashlib
 import math
-from typing import Any, Final
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Final
 
-from common import events
-from common.adapter import adapter
-from common.errors import ProtocolError, SilotuneError
-from common.event_kinds import Evaluated, EvaluationStarted, Event, NotEvaluated, SiteEvaluated
-from common.frame.records import RoundPlan, SiteMetrics, from_head, to_head
-from common.loss import evaluation
-from common.scores import SiteFigures
-from server.aggregate import weights
+from common.adapter import ranks
+from common.adapter.broadcast import WHOLE, plain_body
+from common.errors import ProtocolError, SilotuneError, TooFewSitesError, WireError
+from common.event_kinds import SiteFailed, SiteJoined, SiteRefused, SiteSkipped
+from common.frame import site_states, wire
+from common.frame.records import ADAPTER, OpenedHead, RoundPlan, SiteMetrics, UpdateHead, from_head, to_head
+from common.frame.wire import Frame
+from common.run.manifest import Offer
+from common.run.schema.section import SLUG
+from common.run.schema.wire import WHOLE as WHOLE_DOWN
 from server.aggregate.method import State
-from server.fleet import collect, sampling
-from server.fleet.federation import Federation
-from server.view import by_precision, fairness
+from server.fleet import broadcast, collect
+from server.fleet.broadcast import Step
+from server.fleet.fleet import SMALL_REPLY_BYTES, Fleet
+from server.fleet.run import Run
+from server.fleet.trail import of_error, of_frame
 
-TOO_LATE: Final = "no site answered; each has gone on to a later step, or was away"
-_NOT_SUMS: Final = ("site", "run_sha256", "num_rows", "seconds", "signer", "signature")
-
-
-def evaluate(federation: Federation, state: State, *, num_rounds: int, generate: bool) -> float | None:
-    """Ask the sites that tell figures, whether they trained or not, and log what they tell.
-
-    Beyond `evaluation.sites_per_round` sites a sample is asked, the same one every time (`sampling.panel`). The mean
-    rests on all of it that ever answered: one that is missing now counts with its last figures and is named as stale,
-    so that the mean does not fall because the worst site has gone.
-
-    A site answers no evaluation that comes after a later step. So where that later step, the next round, was begun
-    before the run was interrupted, and nobody answers, the event is `not_evaluated` and the run goes on.
-
-    Args:
-        federation: The run.
-        state: The global adapter after `num_rounds` rounds.
-        num_rounds: 0 is the base.
-        generate: Also count exact matches.
-
-    Returns:
-        Mean negative log-likelihood per answer token over all sites' held-out rows, nats; see `mean_loss`. None where
-        no site tells held-out figures, or none any more; the run goes on.
-
-    Raises:
-        ProtocolError: No site has ever answered.
-    """
-    plan = RoundPlan(federation.manifest.sha256, num_rounds, generate)
-    past, told = _past(federation), None
-    is_late = any(event["kind"] == "round_started" and event["round"] >= num_rounds for event in past)
-    try:
-        told = ask(federation, state, plan)
-    except ProtocolError:
-        if not is_late:
-            raise
-    if told is None or (is_late and "sites" in told and len(told["stale"]) == len(told["sites"])):
-        own = told["server_loss"] if told else _own_loss(federation, state)
-        told = {"server_loss": own, "reason": TOO_LATE}
-    kind = Evaluated if "sites" in told else NotEvaluated
-    federation.log.append(kind(num_rounds=num_rounds, adapter_sha256=adapter.digest(state), **told))
-    return told.get("loss")
+RETRY_S: Final = 1.0  # between offers to a node whose agent is away
+SECOND_WAIT_S: Final = 5.0  # for a node that was silent; one that was only slow has the run open by now
+APPROVAL_RETRY_S: Final = 15.0  # between offers to a node where a person has to decide, or that fetches a roster
+ROSTER_WAIT_S: Final = 90.0  # for a node to fetch the newest roster; its link looks every half minute
+OLD_ROSTER: Final = (
+    "its roster is older than epoch {epoch} of the coordinator's; its link fetches the newest within half a minute if "
+    "roster.json was copied to the gateway (members.roster_file). Else send it: silotune-client roster roster.json "
+    "--keys KEYS"
+)
+NAMES_AN_ENTRY: Final = 500  # of 64 characters at most, so that an entry keeps within `audit.MAX_LINE_BYTES`
+STILL_SILENT: Final = "it has let a step pass and does not answer yet; it takes part again once it does"
 
 
-def is_told(federation: Federation, state: State, *, num_rounds: int) -> bool:
-    """Whether the events have the figures of this very adapter after so many rounds."""
-    told = [event for event in _past(federation) if event["kind"] == "evaluated" and event["num_rounds"] == num_rounds]
-    return bool(told) and told[-1].get("adapter_sha256") == adapter.digest(state)
+class Sites:
+    """The sites of a run: who is there, under which name, and what each was sent and has answered.
 
-
-def recall(federation: Federation, *, num_rounds: int) -> None:
-    """Take up the sites' last figures from the events of a run that was interrupted after so many rounds."""
-    for event in _past(federation):
-        if event["kind"] == "evaluated" and event["num_rounds"] <= num_rounds:
-            for site, figures in event["sites"].items():
-                if sums := figures.get("sums"):
-                    names = {"site": site, "run_sha256": federation.manifest.sha256, "num_rows": figures["num_rows"]}
-                    federation.metrics[site] = SiteMetrics(**names, **sums, seconds=0.0)
-
-
-def _past(federation: Federation) -> list[Event]:
-    """The run's events so far."""
-    return events.read(federation.log.path) if federation.log.path.exists() else []
-
-
-def ask(federation: Federation, state: State, plan: RoundPlan) -> dict[str, Any]:
-    """Ask the sites that are there and have rows held out about an adapter; see `evaluate`.
+    Everything here is of this process alone: whoever resumes a run offers it anew and learns the same again.
 
     Args:
-        federation: The run.
-        state: The adapter.
-        plan: The adapter's place in the run: rounds before it, and stages after the last; 0 is the base.
+        run: The run.
+        fleet: The nodes.
+        told_names: The names under which nodes were registered, or that they told in an earlier try of the run; for
+            showing only, as nobody has vouched for them yet.
 
-    Returns:
-        What an event tells of it; no `sites` and no loss but the coordinator's where no site tells figures.
-
-    Raises:
-        ProtocolError: No site has ever answered.
+    Attributes:
+        fleet: The nodes.
+        opened: What each node told when it opened the run.
+        silent: Nodes that let the whole wait pass, for an offer or a step; they are offered the run with a short wait,
+            and have no part in it before they answer.
+        suspects: Nodes that let the wait of a step pass, and have answered no step since.
+        held: Hash of the adapter that each node answered for last.
+        metrics: Last held-out figures of each site, by name.
     """
-    if not any(site.num_held_out for site in federation.sites.values()):
-        return {"server_loss": _own_loss(federation, state)}
-    nodes, counted = _panel(federation)
-    frames = federation.request("evaluate", plan, state, nodes=nodes)
-    fresh, bytes_up = set(), 0
-    federation.log.tell(EvaluationStarted(sites=[federation.name(node_id) for node_id in nodes]))
-    for answer in federation.ask(frames, kind="evaluate"):
-        bytes_up += len(answer.frame or b"")
-        metrics = _read(federation, answer, plan)
-        if metrics is not None:
-            federation.metrics[metrics.site] = metrics
-            fresh.add(metrics.site)
-            federation.log.tell(SiteEvaluated(site=metrics.site))
-    told_now = [federation.metrics[site] for site in sorted(federation.metrics.keys() & counted)]
-    own = _own_loss(federation, state)
-    told = _told(federation, told_now, is_base=not plan.round_index, fresh=fresh, server_loss=own)
-    told_now = [federation.metrics[site] for site in sorted(federation.metrics.keys() & counted)]
-    own = _own_loss(federation, state)
-    told = _told(federation, told_now, is_base=not plan.round_index, fresh=fresh, server_loss=own)
-    return {**told, "bytes_down": sum(map(len, frames.values())), "bytes_up": bytes_up}
 
+    def __init__(self, run: Run, fleet: Fleet, *, told_names: Mapping[int, str] | None = None) -> None:
+        self.run, self.fleet, self._told_names = run, fleet, told_names or {}
+        self.opened: dict[int, OpenedHead] = {}
+        self.silent: set[int] = set()
+        self.suspects: set[int] = set()
+        self.held: dict[int, str] = {}
+        self.metrics: dict[str, SiteMetrics] = {}
+        self._sent: dict[int, str] = {}  # hash of the adapter in the last request to each node
+        self._names: dict[str, int] = {}  # a name stays with the node that told it first, under the key of the site
+        self._doubtful: set[int] = set()  # failed at a step: their agent may have started anew
+        self._refused: dict[int, str] = {}
+        self._away: dict[int, str] = {}  # connected, and did not answer the offer: their agent may yet start
+        self._asked_at: dict[int, float] = {}  # when nodes said that a person has to decide, or that a roster is older
+        self._pending: dict[int, str] = {}  # which of the two they said last
+        self._outdated_since: dict[int, float] = {}
 
-def _panel(federation: Federation) -> tuple[list[int], set[str]]:
-    """The nodes to ask, and the names of the sites whose figures count: these, and those in whose place they are.
-
-    Of a site that is away the last figures count, and those of whoever was asked in its place only while it is away.
-    """
-    settings = federation.manifest.run
-    limits = {"num_sites": settings.evaluation.sites_per_round, "seed": settings.seed}
-    there = {
-        federation.name(node_id): node_id for node_id in federation.present() if federation.sites[node_id].num_held_out
-    }
-    asked = sampling.panel(there, **limits)
-    return [there[site] for site in asked], {*asked, *sampling.panel({*there, *federation.metrics}, **limits)}
-
-
-def mean_loss(metrics: list[SiteMetrics], *, max_share: float) -> float:
-    """Over all answer tokens of all sites, nats; over all their rows where preferences are learnt.
-
-    A site's number of tokens is its own claim, so that no site has more than `max_share` of the mean; see
-    `server.aggregate.weights`.
-    """
-    held = weights.capped({m.site: float(m.num_terms) for m in metrics}, max_share=max_share)
-    return math.fsum(m.loss_sum * (held[m.site] / m.num_terms) for m in metrics) / math.fsum(held.values())
-
-
-def exact_match(metrics: list[SiteMetrics]) -> float | None:
-    """Share of generated answers equal to the reference; None if none was generated."""
-    num_generated = sum(m.num_generated for m in metrics)
-    return sum(m.num_exact for m in metrics) / num_generated if num_generated else None
-
-
-def accuracy(metrics: list[SiteMetrics], *, max_share: float = 1.0) -> float | None:
-    """Share of held-out preferences that the adapter agrees with; None where none are learnt."""
-    agreed = {m.site: m.num_preferred / m.num_rows for m in metrics if m.num_preferred is not None}
-    held = weights.capped({m.site: float(m.num_rows) for m in metrics}, max_share=max_share)
-    return math.fsum(share * held[site] for site, share in agreed.items()) / sum(held.values()) if agreed else None
-
-
-def answer_loss(metrics: list[SiteMetrics]) -> float | None:
-    """Negative log-likelihood of chosen or rated answers, nats per token; None where that is the loss itself.
-
-    It rises where the answers of all pairs become less likely together, which a margin does not show.
-    """
-    told = [m for m in metrics if m.preference_loss_sum is not None]
-    return sum(m.nll_sum for m in told) / sum(m.num_answer_tokens for m in told) if told else None
-
-
-def _check_preferences(metrics: SiteMetrics, federation: Federation) -> None:
-    """Figures of preferences are there if the run learns them, and only then."""
-    wanted = federation.manifest.run.training.objective.kind != "sft"
-    told = (metrics.preference_loss_sum, metrics.num_preferred)
-    if any((figure is not None) != wanted for figure in told):
-        raise ProtocolError("figures of preferences are missing, or told where the run learns none")
-    if wanted and not metrics.num_rows >= max(metrics.num_preferred or 0, 1):
-        raise ProtocolError(f"agrees with {metrics.num_preferred} of {metrics.num_rows} preferences")
-
-
-def _check_counts(metrics: SiteMetrics, federation: Federation, *, node_id: int) -> None:
-    """Counts that the run and what the site opened with make possible."""
-    run, num_held_out = federation.manifest.run, federation.sites[node_id].num_held_out
-    if metrics.num_exact > metrics.num_generated:
-        raise ProtocolError(f"{metrics.num_exact} of {metrics.num_generated} generated answers are exact")
-    if metrics.num_generated > run.evaluation.exact_match_rows:
-        raise ProtocolError(
-            f"{metrics.num_generated} answers were generated, evaluation.exact_match_rows is "
-            f"{run.evaluation.exact_match_rows}"
+    def ask(self, frames: Mapping[int, bytes], *, kind: str, at_most_s: float = math.inf) -> Iterator[collect.Answer]:
+        """Send frames and yield the answers as they come, until the step's deadline; see `collect.ask`."""
+        federation, is_offer = self.run.plan.federation, kind == "open"
+        return collect.ask(
+            self.fleet,
+            frames,
+            kind=kind,
+            timeout_s=min(at_most_s, federation.join_timeout_s if is_offer else federation.round_timeout_s),
+            max_reply_bytes=SMALL_REPLY_BYTES + (self.run.plan.max_update_bytes if kind == "train" else 0),
+            suspects=() if is_offer else self.suspects,
+            grace_s=SECOND_WAIT_S,
+            clock=self.run.clock,
+            sleep=self.run.sleep,
         )
-    if metrics.num_rows > num_held_out:
-        raise ProtocolError(f"figures over {metrics.num_rows} rows of a site that opened with {num_held_out} held out")
-    num_tokens = metrics.num_rows * run.data.max_length_tokens * (1 if run.training.objective.kind != "dpo" else 2)
-    if metrics.num_answer_tokens > num_tokens:
-        raise ProtocolError(f"{metrics.num_answer_tokens} answer tokens in {metrics.num_rows} rows")
 
+    def name(self, node_id: int) -> str:
+        """A node's site name; `node N` before it has told one."""
+        if node_id in self.opened:
+            return self.opened[node_id].site
+        known = next((site for site, known in self._names.items() if known == node_id), "")
+        return known or self._told_names.get(node_id) or self.fleet.names.get(node_id, f"node {node_id}")
 
-def _read(federation: Federation, answer: collect.Answer, plan: RoundPlan) -> SiteMetrics | None:
-    """One site's figures; None, and an event, if they are missing or wrong."""
-    try:
-        metrics = from_head(SiteMetrics, federation.expect(answer, "metrics").head)
-        collect.check_round(metrics.run_sha256, metrics.round_index, plan)
-        if metrics.site != federation.name(answer.node_id) or not metrics.num_answer_tokens:
-            raise ProtocolError("figures under another name, or over no tokens")
-        _check_counts(metrics, federation, node_id=answer.node_id)
-        _check_preferences(metrics, federation)
-    except SilotuneError as error:
-        federation.fail(answer, error, step="evaluate")
-        return None
-    federation.record_received(answer, plan, step="evaluate")
-    return metrics
+    def present(self) -> dict[str, int]:
+        """The node of each site that opened the run, is connected now and answered when it was asked last."""
+        connected = (node_id for node_id in self.fleet.node_ids() if node_id in self.opened)
+        return {self.name(node_id): node_id for node_id in connected if node_id not in self.silent}
 
+    def expect(self, answer: collect.Answer, kind: str, *, max_body_bytes: int = 0) -> Frame:
+        """What a node answered, of one kind and, where the run is signed, under the key of the site that it names.
 
-def _own_loss(federation: Federation, state: State) -> float | None:
-    """The same figure on the coordinator's own held-out rows; None without any."""
-    own = federation.own_rows
-    if own is None:
-        return None
-    adapter.write(own.engine.model, state)
-    batch_size = federation.manifest.run.evaluation.batch_size
-    nll_sum, num_tokens = evaluation.held_out_nll(own.engine, own.encoded, batch_size=batch_size)
-    return nll_sum / num_tokens
+        Raises:
+            ProtocolError: There is no answer.
+            RemoteError: The site refused.
+            WireError: It is malformed or of another kind.
+            AuthError: Another key signed it, or none where one is due.
+        """
+        if answer.frame is None:
+            raise ProtocolError(answer.reason)
+        frame = wire.expect(answer.frame, kind, max_body_bytes=max_body_bytes)
+        if self.run.trail:
+            self.run.trail.check(frame, site=str(frame.head.get("site", "")))
+        return frame
 
+    def read_update(self, answer: collect.Answer, plan: RoundPlan) -> tuple[UpdateHead, State]:
+        """One update, checked before a float of it is used.
 
-def _told(
-    federation: Federation, metrics: list[SiteMetrics], *, is_base: bool, fresh: set[str], server_loss: float | None
-) -> dict[str, Any]:
-    """The figures of an event: over all sites that count, by site, and how evenly they fare."""
-    if not metrics:
-        raise ProtocolError("no site answered an evaluation; see the sites' logs")
-    losses, exact = {m.site: m.loss for m in metrics}, {m.site: exact_match([m]) for m in metrics}
-    past = [] if is_base else _past(federation)
-    change = fairness.changes(losses, fairness.base_losses(past))
-    max_share = federation.manifest.run.aggregation.max_weight_share
-    return {
-        "loss": mean_loss(metrics, max_share=max_share),
-        "trimmed_loss": fairness.trimmed(losses),
-        "outliers": fairness.outliers(losses),
-        "exact_match": exact_match(metrics),
-        "accuracy": accuracy(metrics, max_share=max_share),
-        "answer_loss": answer_loss(metrics),
-        "server_loss": server_loss,
-        "stale": [m.site for m in metrics if m.site not in fresh],
-        "sites": {m.site: _figures(m, change=change.get(m.site)) for m in metrics},
-        "fairness": fairness.of_sites(losses, exact),
-        "precisions": by_precision.losses(federation.manifest.run.model, metrics),
-        "worse_than_base": [site for site, rise in change.items() if rise > 0],
-    }
+        Raises:
+            SilotuneError: It does not count; as `expect` and `collect.read_update`.
+            WireError: It is under another name, or claims another number of rows than the site opened with.
+            AuditError: Its site's log went back.
+        """
+        site = self.name(answer.node_id)
+        frame = self.expect(answer, "update", max_body_bytes=self.run.plan.max_update_bytes)
+        head, change = collect.read_update(frame, plan, expected=self.run.plan.for_site(site))
+        if head.site != site or head.num_examples != self.opened[answer.node_id].num_examples:
+            raise WireError("update is under another name, or claims another number of rows than the site opened with")
+        if self.run.trail:
+            self.run.trail.keep(head)
+        return head, change
 
+    def fail(self, answer: collect.Answer, error: SilotuneError, *, step: str) -> None:
+        """Log that a site's answer does not count, and doubt the site.
 
-def _figures(metrics: SiteMetrics, *, change: float | None) -> SiteFigures:
-    """One site's, for the events."""
-    return SiteFigures(
-        loss=metrics.loss,
-        num_rows=metrics.num_rows,
-        exact_match=exact_match([metrics]),
-        accuracy=accuracy([metrics]),
-        sums={name: value for name, value in to_head(metrics).items() if name not in _NOT_SUMS},
-        change=change,
-    )
+        One that is late has no part in the run before it answers an offer, which is waited for only shortly.
+        """
+        self.held.pop(answer.node_id, None)
+        self._doubtful.add(answer.node_id)
+        if answer.is_late:
+            self.silent.add(answer.node_id)
+            self.suspects.add(answer.node_id)
+        site, reason = self.name(answer.node_id), collect.reason_of(error, self.fleet)
+        state = site_states.AWAY if answer.is_late else collect.state_of(error)
+        self.run.record("failed", step=step, site=site, **of_error(error))
+        self.run.log.append(SiteFailed(site=site, step=step, state=state, reason=reason))
+
+    def received(self, answer: collect.Answer, plan: RoundPlan, *, step: str) -> None:
+        """Write down an answer that counts, before it is used; the node holds the adapter that it was sent."""
+        self.held[answer.node_id] = self._sent[answer.node_id]
+        self.suspects.discard(answer.node_id)
+        if self.run.trail and answer.frame is not None:
+            self.run.trail.answered(self.name(answer.node_id))
+            facts = {"round_index": plan.round_index, "site": self.name(answer.node_id), **of_frame(answer.frame)}
+            self.run.record("received", step=step, **facts)
+
+    def request(
+        self, kind: str, plan: RoundPlan, state: State, *, nodes: Sequence[int], steps: Sequence[Step] = ()
+    ) -> dict[int, bytes]:
+        """A request that brings the global adapter without what sites make themselves, by node.
+
+        Nodes of one rank that hold the same share one frame. It is in the audit log before it is sent.
+
+        Args:
+            kind: `train` or `evaluate`.
+            plan: The round.
+            state: The global adapter.
+            nodes: Who is asked.
+            steps: To this adapter; a node that holds one on their way is sent the rest of them alone.
+        """
+        by_rank: dict[int, list[int]] = {}
+        for node_id in nodes:
+            by_rank.setdefault(self.run.plan.rank_of(self.name(node_id)), []).append(node_id)
+        frames: dict[int, bytes] = {}
+        for same in by_rank.values():
+            names = [self.name(node_id) for node_id in same]
+            tensors = ranks.cut(state, self.run.plan.for_site(names[0]).down(plan.round_index))
+            head = {**to_head(plan), **(self.run.trail.told(names) if self.run.trail else {})}
+            settings = self.run.plan.wire
+            if settings.is_adapter_sparse:
+                body = plain_body(kind, tensors, settings)
+                frames |= self._recorded(
+                    Frame(kind, head, body), plan, nodes=same, adapter_sha256=hashlib.sha256(body).hexdigest()
+                )
+                continue
+            for form, body, group in broadcast.forms(tensors, nodes=same, held=self.held, steps=steps):
+                is_told = settings.down != WHOLE_DOWN or form.form != WHOLE
+                request = Frame(kind, {**head, ADAPTER: to_head(form)} if is_told else head, body)
+                frames |= self._recorded(request, plan, nodes=group, adapter_sha256=form.sha256)
+        return frames
+
+    def _recorded(
+        self, request: Frame, plan: RoundPlan, *, nodes: Sequence[int], adapter_sha256: str
+    ) -> dict[int, bytes]:
+        """One frame for these nodes, written down."""
+        frame = wire.pack(request)
+        self._sent.update(dict.fromkeys(nodes, adapter_sha256))
+        if self.run.trail:
+            facts = {"round_index": plan.round_index, "adapter_sha256": adapter_sha256, **of_frame(frame)}
+            names = sorted(self.name(node_id) for node_id in nodes)
+            for start in range(0, len(names), NAMES_AN_ENTRY):
+                self.run.record("sent", step=request.kind, sites=names[start : start + NAMES_AN_ENTRY], **facts)
+        return dict.fromkeys(nodes, frame)
+
+    def wait(self) -> None:
+        """Offer the run to nodes as they connect, until `federation.num_sites` (or `min_sites`) have opened it.
+
+        Raises:
+            TooFewSitesError: Not enough before `federation.join_timeout_s`; the message says who refused and why.
+        """
+        federation = self.run.plan.federation
+        wanted = federation.num_sites or federation.min_sites
+        deadline = self.run.clock() + federation.join_timeout_s
+        while True:
+            self.join()
+            if len(self.opened) >= wanted:
+                return
+            if self.run.clock() >= deadline or self._have_all_decided():
+                others = sorted((self._refused | self._away).items())
+                reasons = "; ".join(f"{self.name(node)}: {reason}" for node, reason in others)
+                raise TooFewSitesError(
+                    f"{len(self.opened)} sites opened the run, {wanted} are needed; "
+                    f"{reasons or 'no other node is connected'}"
+                )
+            self.run.sleep(collect.POLL_S if not self._away else RETRY_S)
+
+    def _have_all_decided(self) -> bool:
+        """Whether every node that the run waits for has opened it or refused.
+
+        One that did not get a roster will not without somebody's doing, so then those that are connected are all.
+        """
+        connected = set(self.fleet.node_ids())
+        num_sites = len(connected) if self.fleet.is_closed else self.run.plan.federation.num_sites
+        decided = self._refused.keys() | self.opened.keys()
+        if self._refused.keys() & self._outdated_since.keys():
+            return decided >= connected
+        return bool(num_sites) and len(decided) >= num_sites
+
+    def rejoin(self) -> None:
+        """Before a round: offer the run again to nodes that refused, failed or fell silent; the reason may be mended.
+
+        One that is still silent is left out of the round, which an event says.
+        """
+        self._refused.clear()
+        for node_id in self._doubtful:
+            self.opened.pop(node_id, None)
+        self._doubtful.clear()
+        self.join()
+        for node_id in sorted(self.suspects & self.silent & set(self.fleet.node_ids())):
+            self.run.log.append(SiteSkipped(site=self.name(node_id), state=site_states.AWAY, reason=STILL_SILENT))
+
+    def join(self) -> None:
+        """Offer the run to connected nodes that have neither opened nor refused it, and to those that were away."""
+        limit = self.run.clock() - APPROVAL_RETRY_S
+        deciding = {node_id for node_id, asked_at in self._asked_at.items() if asked_at > limit}  # not asked yet again
+        known = self.opened.keys() | self._refused.keys() | deciding
+        newcomers = [node_id for node_id in self.fleet.node_ids() if node_id not in known]
+        offered = self.run.offer or Offer(self.run.manifest.to_bytes())
+        epoch = self.run.trail.roster_epoch() if self.run.trail else 0
+        offer = wire.pack(replace(offered, roster_epoch=epoch).to_frame())
+        silent = [node_id for node_id in newcomers if node_id in self.silent]
+        others = [node_id for node_id in newcomers if node_id not in self.silent]
+        for node_ids, at_most_s in ((others, math.inf), (silent, SECOND_WAIT_S)):
+            for answer in self.ask(dict.fromkeys(node_ids, offer), kind="open", at_most_s=at_most_s):
+                self._away.pop(answer.node_id, None)
+                self.silent.discard(answer.node_id)
+                if answer.frame is None:
+                    self._away[answer.node_id] = answer.reason
+                    if answer.is_late:
+                        self.silent.add(answer.node_id)
+                    continue
+                try:
+                    self._admit(answer.node_id, self._read_opened(answer), answer.frame)
+                except SilotuneError as error:
+                    self._take_refusal(answer.node_id, error)
+
+    def _read_opened(self, answer: collect.Answer) -> OpenedHead:
+        """A node's answer to the offer, checked."""
+        head = from_head(OpenedHead, self.expect(answer, "opened").head)
+        if head.run_sha256 != self.run.manifest.sha256 or not head.num_examples:
+            raise ProtocolError("answered for another run, or has no rows")
+        if not re.fullmatch(SLUG, head.site):
+            raise ProtocolError("has no site name of a-z, 0-9 and '-'")
+        if self._names.setdefault(head.site, answer.node_id) != answer.node_id:
+            raise ProtocolError(f"the name '{head.site}' is taken by another node")
+        return head
+
+    def _admit(self, node_id: int, head: OpenedHead, frame: bytes) -> None:
+        """Take a node in."""
+        facts = {"site": head.site, "num_examples": head.num_examples, **of_frame(frame)}
+        self.run.record("opened", node=str(node_id), **facts)
+        self._outdated_since.pop(node_id, None)
+        self.opened[node_id], self.held[node_id] = head, head.adapter_sha256
+        self.run.log.append(
+            SiteJoined(
+                node=node_id,
+                site=head.site,
+                num_examples=head.num_examples,
+                num_held_out=head.num_held_out,
+                num_truncated=head.num_truncated,
+                num_dropped=head.num_dropped,
+                num_steps=head.num_steps,
+            )
+        )
+
+    def _take_refusal(self, node_id: int, error: SilotuneError) -> None:
+        """Remember a site that said no, and log it under its name where that is known.
+
+        One where a person has yet to decide, or that has yet to fetch a roster, counts as away and is asked again, and
+        says so once; the latter not for ever.
+        """
+        state, reason, now = collect.state_of(error), collect.reason_of(error, self.fleet), self.run.clock()
+        if state == site_states.OUTDATED and self.run.trail:
+            reason = OLD_ROSTER.format(epoch=self.run.trail.roster_epoch())
+        is_known = self._pending.get(node_id) == state
+        if state in site_states.PENDING:
+            self._asked_at[node_id], self._pending[node_id], self._away[node_id] = now, state, reason
+            since = self._outdated_since.setdefault(node_id, now) if state == site_states.OUTDATED else now
+            if now - since >= ROSTER_WAIT_S:
+                self._refused[node_id] = self._away.pop(node_id)
+        else:
+            self._refused[node_id], is_known = reason, False
+        if not is_known:
+            self.run.record("refused", step="open", node=str(node_id), **of_error(error))
+            self.run.log.append(SiteRefused(node=node_id, site=self.name(node_id), state=state, reason=reason))

@@ -1,26 +1,71 @@
-"""The coordinator's own audit log, and the heads of the sites' logs: kept wherever an operator's key signs a run.
+"""The operator of a run: the signature under its manifest, the audit log that the same key signs, the sites' keys.
+
+The audit log and the heads of the sites' logs are kept wherever an operator's key signs a run.
 
 Both lie in one folder a key, over all its runs: the log is this key's, and sites hold its head under the key's name.
 """
 
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from common.errors import AuditError, AuthError, RemoteError, SilotuneError
+from common.errors import AuditError, AuthError, ConfigError, RemoteError, SilotuneError
 from common.frame import wire
 from common.frame.records import HEADS, LINKS, UpdateHead
 from common.frame.wire import Frame
+from common.run import manifest
+from common.run.manifest import Offer, RunManifest
+from common.trust import governance, identity, kit, roster, signed_frame
 from common.trust import heads as audit_heads
-from common.trust import identity, signed_frame
 from common.trust.audit_log import AuditLog, Head
 from common.trust.heads import Heads, SignedHead
-from server.fleet.site_keys import SiteKeys
 
 AUDIT_FILE: Final = "audit.jsonl"
 HEADS_FILE: Final = "audit-heads.jsonl"
+DAY_S: Final = 86_400
+
+
+class SiteKeys:
+    """Keys by site name; the roster is read again when its file changes, and never goes back.
+
+    Args:
+        folder: Where `federation.json` and `roster.json` lie.
+        federation: Id of the federation that it must be of.
+
+    Raises:
+        ConfigError: A file is missing or cannot be read.
+        AuthError: The roster is of another federation, or too few of its governance signed it.
+    """
+
+    def __init__(self, folder: Path, federation: str) -> None:
+        self._pinned = governance.load(folder / kit.PINNED)
+        if self._pinned.federation_id != federation:
+            raise AuthError(f"{folder} is of federation {self._pinned.federation_id}, the run is for {federation}")
+        self._path = folder / kit.ROSTER
+        self._epoch, self._data, self._keys = 1, b"", dict[str, str]()
+        self.now()
+
+    def epoch(self) -> int:
+        """The roster's epoch now; see `now`."""
+        self.now()
+        return self._epoch
+
+    def now(self) -> Mapping[str, str]:
+        """Public keys, hex, by site name.
+
+        Raises:
+            ConfigError: The roster cannot be read.
+            AuthError: It was replaced by one that is older or not signed.
+        """
+        data = governance.read(self._path)
+        if data != self._data:
+            found = roster.parse(data, governance=self._pinned, epoch_min=self._epoch)
+            self._epoch, self._data = found.epoch, data
+            self._keys = {site.name: site.identity_key for site in found.sites}
+        return self._keys
 
 
 @dataclass(frozen=True)
@@ -149,6 +194,55 @@ def open_trail(
     log = AuditLog(place / AUDIT_FILE, key=key)
     vouch = partial(audit_heads.sign, owner=owner, federation=federation, key=key)
     return Trail(owner, log, Heads(place / HEADS_FILE, federation), vouch, site_keys)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Who signs a run; nobody signs one without keeping a log of it.
+
+    Attributes:
+        make_offer: Signs a manifest.
+        trail: The audit log, and the heads of the sites' logs.
+    """
+
+    make_offer: Callable[[RunManifest], Offer]
+    trail: Trail
+
+
+def operator(
+    key_file: str, *, federation: str, days: float, audit_folder: str = "", roster_folder: str = ""
+) -> Operator | None:
+    """What signs a run's manifest and keeps its log.
+
+    Args:
+        key_file: The operator's private key; empty: the run is not signed, only sites without a policy take it, and no
+            log is kept.
+        federation: Id of the federation whose sites are asked.
+        days: How long sites may open the run, from now.
+        audit_folder: Of the log; empty: see `folder_of`.
+        roster_folder: Of the federation's signed roster; empty: sites are known by the keys that they tell first.
+
+    Raises:
+        ConfigError: The key or the roster cannot be used, there is a key and no federation, or a roster and no key.
+        AuthError: The roster is not the federation's.
+        AuditError: The log is not whole, or is another key's.
+        StorageError: The log cannot be written.
+    """
+    if not key_file:
+        if roster_folder:
+            raise ConfigError("--roster is for a signed run, whose sites sign where their logs stand; give a key")
+        return None
+    if not federation:
+        raise ConfigError("a signed run is for one federation; give its id with --federation")
+    if not 0 < days * DAY_S <= manifest.MAX_OFFER_S:
+        raise ConfigError(f"--offer-days {days:g}: must be above 0 and at most {manifest.MAX_OFFER_S // DAY_S}")
+    key = identity.load(Path(key_file))
+    not_after = int(time.time() + days * DAY_S)
+    folders = [Path(folder) if folder else None for folder in (audit_folder, roster_folder)]
+    return Operator(
+        lambda run_manifest: manifest.sign(run_manifest, key, federation=federation, not_after=not_after),
+        open_trail(Path(key_file), federation=federation, folder=folders[0], roster_folder=folders[1]),
+    )
 
 
 def of_frame(frame: bytes) -> dict[str, Any]:

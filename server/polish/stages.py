@@ -31,8 +31,9 @@ from common.run.schema.polish import AnyStage, GrpoStage, PolishStage, RlooStage
 from common.run.schema.training import DataConfig
 from server.evaluate import measure
 from server.evaluate.kept_apart import Apart
-from server.fleet import federation, sites
-from server.fleet.federation import Federation
+from server.fleet import held_out
+from server.fleet.run import Run
+from server.fleet.sites import Sites
 from server.polish import borrow, reward_model, rewards, rows, unfinished
 from server.polish.rows import StageRows
 from server.view import polish as view
@@ -100,11 +101,11 @@ class _StepReport:
             )
 
 
-def run(fed: Federation, start: Tensors, *, engine: Engine) -> list[Finished]:
+def run(run: Run, start: Tensors, *, engine: Engine) -> list[Finished]:
     """Play the stages that are not on the disk yet.
 
     Args:
-        fed: The run; its stages, folder and events.
+        run: Its stages, folder and events.
 
     Returns:
         All stages, in their order.
@@ -116,28 +117,28 @@ def run(fed: Federation, start: Tensors, *, engine: Engine) -> list[Finished]:
         StorageError: Disk full or not writable.
     """
     done: list[Finished] = []
-    for number, stage in enumerate(fed.manifest.run.polish, start=1):
+    for number, stage in enumerate(run.manifest.run.polish, start=1):
         before = done[-1].tensors if done else start
-        folder = folder_of(fed.folder, number, stage)
+        folder = folder_of(run.folder, number, stage)
         if (folder / RECORD_FILE).is_file():
             after = _stored(folder, stage, before, engine.tensor_specs)
             shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
             # The process may have ended between the stage's record and its event.
             facts = json.loads((folder / RECORD_FILE).read_bytes())["finished"]
-            log = events.read(fed.log.path) if fed.log.path.is_file() else []
+            log = events.read(run.log.path) if run.log.path.is_file() else []
             if facts["number"] not in [event["number"] for event in log if event["kind"] == "polish_finished"]:
-                fed.log.append(PolishFinished(**facts))
+                run.log.append(PolishFinished(**facts))
         else:
-            after = _play_and_save(fed, number, stage, before, engine=engine)
+            after = _play_and_save(run, number, stage, before, engine=engine)
         done.append(_finished(done, number, stage, after))
     return done
 
 
-def _play_and_save(fed: Federation, number: int, stage: AnyStage, before: Tensors, *, engine: Engine) -> Tensors:
+def _play_and_save(run: Run, number: int, stage: AnyStage, before: Tensors, *, engine: Engine) -> Tensors:
     """One stage from its data to its record on the disk; the adapter that it leaves."""
-    began, stages = fed.clock(), fed.manifest.run.polish
-    data = rows.load(stage, engine, fed.manifest.run.data, fed.apart)
-    folder = folder_of(fed.folder, number, stage)
+    began, stages = run.clock(), run.manifest.run.polish
+    data = rows.load(stage, engine, run.manifest.run.data, run.apart)
+    folder = folder_of(run.folder, number, stage)
     num_done = unfinished.begin(
         folder / UNFINISHED,
         {  # on what the result depends
@@ -156,7 +157,7 @@ def _play_and_save(fed: Federation, number: int, stage: AnyStage, before: Tensor
         "num_rows": len(data.train),
         "num_held_out": len(data.held_out),
     }
-    fed.log.append(
+    run.log.append(
         PolishStarted(
             **facts,
             num_truncated=data.num_truncated,
@@ -167,14 +168,14 @@ def _play_and_save(fed: Federation, number: int, stage: AnyStage, before: Tensor
             num_steps_done=num_done,
         )
     )
-    report = _StepReport(fed.log, stage.name, rows.num_steps(stage, data))
+    report = _StepReport(run.log, stage.name, rows.num_steps(stage, data))
     judge = None
     for other_number, other in enumerate(stages, start=1):
         if isinstance(stage, RlooStage) and other.name == stage.reward_stage:
-            judge = reward_model.load(folder_of(fed.folder, other_number, other), engine)
+            judge = reward_model.load(folder_of(run.folder, other_number, other), engine)
     played = play(stage, before, engine=engine, data=data, tell=report, judge=judge, unfinished_in=folder / UNFINISHED)
-    if played.reward is None and fed.suite:
-        measure.measure(fed.suite, played.tensors, stage=view.label(number, stage.name))
+    if played.reward is None and run.suite:
+        measure.measure(run.suite, played.tensors, stage=view.label(number, stage.name))
     facts |= {
         "before": _rounded(played.before),
         "after": _rounded(played.after),
@@ -183,11 +184,11 @@ def _play_and_save(fed: Federation, number: int, stage: AnyStage, before: Tensor
         "learning_rate": stage.learning_rate,
         "overlaps": {name: dict(counts) for name, counts in data.overlaps.items()},
         "adapter_sha256": adapter.digest(played.tensors),
-        "seconds": round(fed.clock() - began, 3),
+        "seconds": round(run.clock() - began, 3),
     }
     _save(folder, stage, before, played, base_sha256=engine.base_sha256, facts=facts)
     shutil.rmtree(folder / UNFINISHED)
-    fed.log.append(PolishFinished(**facts))
+    run.log.append(PolishFinished(**facts))
     return played.tensors
 
 
@@ -354,30 +355,30 @@ def _refuse_head(engine: Engine) -> None:
         raise ConfigError("adapter.targets names the output layer, which no polish stage can train; leave lm_head out")
 
 
-def ask_sites(fed: Federation, played: Sequence[Finished]) -> None:
+def ask_sites(sites: Sites, played: Sequence[Finished]) -> None:
     """Have the sites score what the last stages have left; one event `polish_evaluated` each, or
     `not_evaluated` where no site tells held-out figures.
 
     A run that goes on asks again, as after a round: a site gives the same answer to the same adapter.
 
     Args:
-        fed: The run; its stages are done.
+        sites: Of the run, whose stages are done.
         played: Its stages, in their order.
 
     Raises:
         ProtocolError: No site has ever answered.
         StorageError: An event could not be written.
     """
-    settings = fed.manifest.run
+    settings = sites.run.manifest.run
     asked = numbers_to_evaluate(settings.polish, settings.evaluation.num_polish_stages)
     for round_number, number in enumerate(asked, start=settings.federation.num_rounds + 1):
-        federation.rejoin(fed)  # polish may have taken hours
+        sites.rejoin()  # polish may have taken hours
         tensors = played[number - 1].tensors
         generate = number == asked[-1] and settings.evaluation.exact_match_rows > 0  # answers are generated once
-        answers = sites.ask(fed, tensors, RoundPlan(fed.manifest.sha256, round_number, generate))
+        answers = held_out.ask(sites, tensors, RoundPlan(sites.run.manifest.sha256, round_number, generate))
         kind: type[PolishEvaluated | NotEvaluated] = PolishEvaluated if "sites" in answers else NotEvaluated
         stage, sha256 = played[number - 1].names[-1], adapter.digest(tensors)
-        fed.log.append(kind(stage=stage, number=number, adapter_sha256=sha256, **answers))
+        sites.run.log.append(kind(stage=stage, number=number, adapter_sha256=sha256, **answers))
 
 
 def numbers_to_evaluate(stages: Sequence[PolishStage], count: int) -> list[int]:

@@ -39,13 +39,13 @@ def _execute(grid: Grid, log: EventLog, options: UserConfig) -> None:
     """Load the base and run."""
     from common.model import loading, store
     from common.run import manifest
-    from server.fleet import offer
+    from server.fleet import trail
     from server.folder import run_files
     from server.run import run
 
     folder, base_folder = log.path.parent, str(options["base-folder"])
     settings = run_files.stored_settings(folder)
-    operator = offer.operator(
+    operator = trail.operator(
         str(options["operator-key"]),
         federation=str(options["federation"]),
         days=float(options["offer-days"]),

@@ -15,7 +15,7 @@ from common.event_kinds import End, Event, RunFailed
 from common.privacy import plan
 from common.run import config
 from common.run.catalogue.methods import FACTS
-from server.fleet import offer
+from server.fleet import trail
 from server.folder import begun, lock, run_files
 from server.report import report, status
 from server.report.terminal import Screen
@@ -78,7 +78,7 @@ def run(
     """
     key_file, audit, roster = (_absolute(path) for path in (operator_key, audit_folder, roster_folder))
     # a wrong key, an old roster or a broken log is told here, before anything starts
-    offer.operator(key_file, federation=federation, days=offer_days, audit_folder=audit, roster_folder=roster)
+    trail.operator(key_file, federation=federation, days=offer_days, audit_folder=audit, roster_folder=roster)
     settings = plan.resolve(settings)
     log = run_files.prepare(settings, folder, resume=resume, start=start)
     num_old = len(events.read(log.path)) if log.path.is_file() else 0

@@ -1,52 +1,25 @@
 """`silotune-server polish`: the stages of a run whose rounds are done, without its sites; its own, or later ones."""
 
-from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
 
 from common import events, storage
 from common.adapter import adapter
-from common.errors import ConfigError, TransportError
+from common.errors import ConfigError
 from common.events import EventLog
 from common.model.base import Engine
 from common.run.manifest import RunManifest
-from server.aggregate.methods import table
 from server.evaluate import examples, kept_apart, suite
 from server.evaluate.kept_apart import KnownRows
-from server.fleet.federation import Federation
-from server.fleet.fleet import Reply
+from server.fleet.run import Run
 from server.folder import checkpoint, run_files
 from server.polish import addendum, stages
 from server.report import report
 from server.report.terminal import Screen
 from server.run import later, run
 from server.view import polish as told
-
-
-class _Nobody:
-    """A fleet without nodes: the sites have no part in what follows the rounds."""
-
-    is_closed: bool = True
-    names: Mapping[int, str] = MappingProxyType({})
-
-    def explain(self, reference: str) -> str:
-        """There is nobody's log."""
-        return ""
-
-    def node_ids(self) -> list[int]:
-        """Nobody is connected."""
-        return []
-
-    def send(self, node_id: int, frame: bytes, *, kind: str, ttl_s: float, max_reply_bytes: int = 0) -> str:
-        """Refused."""
-        raise TransportError(f"node {node_id} is not connected; polish asks no site")
-
-    def receive(self, tickets: Collection[str]) -> Iterator[Reply]:
-        """Nothing comes."""
-        return iter(())
 
 
 def polish(
@@ -126,17 +99,16 @@ def _polish(run_folder: Path, manifest: RunManifest, *, engine: Engine, console:
         screen(derived)
     measured = later.open_suite(settings, made, engine=engine, folder=run_folder, log=log)
     suite.require_same(measured.sha256, manifest.evaluation_sha256)
-    fed = Federation(manifest, _Nobody(), table.find(settings.aggregation.method), run_folder, log, suite=measured)
-    fed.own_rows = run.read_own_rows(settings, engine)
-    fed.apart = kept_apart.tables(measured.tasks, KnownRows())
-    fed.examples = examples.read_prompts(
+    own_rows, apart = run.read_own_rows(settings, engine), kept_apart.tables(measured.tasks, KnownRows())
+    prompts = examples.read_prompts(
         settings.output.example_prompts,
         engine,
         max_new_tokens=settings.evaluation.max_new_tokens,
         system_prompt=settings.data.system_prompt,
     )
+    held = Run(manifest, run_folder, log, suite=measured, own_rows=own_rows, apart=apart, examples=prompts)
     try:
-        outcome = run.finish(fed, last.tensors, stages.run(fed, last.tensors, engine=engine))
+        outcome = run.finish(held, last.tensors, stages.run(held, last.tensors, engine=engine))
     except BaseException as error:
         run_files.report_failure(log, error)
         raise

@@ -26,21 +26,22 @@ from common.run.manifest import RunManifest
 from common.run.rules import compatibility
 from common.run.schema.section import MAX_MESSAGE_MIB
 from common.text import templates
-from server.aggregate.methods import table
 from server.evaluate import examples, kept_apart, measure, suite
 from server.evaluate.kept_apart import KnownRows
 from server.export import adapter as export
 from server.export.folder import Exported
-from server.fleet import federation, trail
-from server.fleet.federation import Federation, OwnRows, fresh_noise
+from server.fleet import trail
 from server.fleet.fleet import Fleet
-from server.fleet.offer import Operator
+from server.fleet.run import OwnRows, Run, fresh_noise
+from server.fleet.sites import Sites
+from server.fleet.trail import Operator
 from server.folder import checkpoint, lock, run_files
 from server.folder.checkpoint import Checkpoint
 from server.gate import decide
 from server.polish import stages
 from server.run import base_noise, rounds
 from server.run import export as run_export
+from server.run import state as states
 from server.view import polish as polish_told
 
 EXPERIMENTAL = (
@@ -142,39 +143,47 @@ def _execute(
     _check_size(manifest)
     if resume and (folder / run_files.MANIFEST_FILE).exists():
         suite.require_same(measured.sha256, run_files.stored_manifest(folder).evaluation_sha256)
-    fed = Federation(manifest, fleet, table.find(settings.aggregation.method), folder, log, suite=measured)
-    fed.make_noise = make_noise
-    fed.told_names = _names_of_nodes(folder, log, resume=resume)
-    if operator:
-        fed.offer, fed.trail = operator.make_offer(manifest), operator.trail
     first, damaged = _start(manifest, engine, folder, resume=resume)
     told = _site_level(manifest, log, num_rounds=first.num_rounds, is_noise_accepted=is_noise_accepted)
-    fed.memory = first.memory
     if damaged:
         checkpoint.set_aside(folder, after=first.num_rounds)
     storage.write_atomic(folder / run_files.MANIFEST_FILE, manifest.to_bytes())
-    fed.own_rows = read_own_rows(settings, engine)
-    fed.apart = kept_apart.tables(measured.tasks, known or KnownRows())
-    fed.examples = examples.read_prompts(
+    prompts = examples.read_prompts(
         settings.output.example_prompts,
         engine,
         max_new_tokens=settings.evaluation.max_new_tokens,
         system_prompt=settings.data.system_prompt,
     )
-    stages.check(settings.polish, engine, data=settings.data, apart=fed.apart)
+    run = Run(
+        manifest,
+        folder,
+        log,
+        offer=operator.make_offer(manifest) if operator else None,
+        trail=operator.trail if operator else None,
+        suite=measured,
+        own_rows=read_own_rows(settings, engine),
+        apart=kept_apart.tables(measured.tasks, known or KnownRows()),
+        examples=prompts,
+        make_noise=make_noise,
+    )
+    stages.check(settings.polish, engine, data=settings.data, apart=run.apart)
     run_export.check(manifest, engine)
     log.append(RunStarted(**plan(manifest, engine), **told, first_round=first.num_rounds))
     for error in damaged:
         log.append(Warned(reason=f"{error}: going on after round {first.num_rounds}, the newest that is whole"))
-    _tell_beforehand(fed, engine)
+    if settings.model.site_quantization:
+        log.append(base_noise.as_event(settings.model, base_noise.measure(engine, settings.model)))
+    if manifest.plan.method.is_experimental:
+        log.append(Warned(reason=EXPERIMENTAL.format(method=settings.aggregation.method)))
     if found := kept_apart.warnings(measured.tasks, known or KnownRows()):
         log.append(TasksOverlap(reasons=found))
-    with _recorded(fed, first.tensors, first_round=first.num_rounds):
-        federation.wait_for_sites(fed)
-        tensors = rounds.run(fed, first.tensors, first_round=first.num_rounds)
-        played = stages.run(fed, tensors, engine=engine)
-        stages.ask_sites(fed, played)
-        return finish(fed, tensors, played)
+    with _recorded(run, first.tensors, first_round=first.num_rounds):
+        sites = Sites(run, fleet, told_names=_names_of_nodes(folder, log, resume=resume))
+        sites.wait()
+        state = rounds.play(run, sites, states.resumed(run, first))
+        played = stages.run(run, state.tensors, engine=engine)
+        stages.ask_sites(sites, played)
+        return finish(run, state.tensors, played)
 
 
 def _names_of_nodes(folder: Path, log: EventLog, *, resume: bool) -> dict[int, str]:
@@ -209,33 +218,24 @@ def manifest_of(settings: config.RunConfig, engine: Engine, *, evaluation_sha256
     )
 
 
-def _tell_beforehand(fed: Federation, engine: Engine) -> None:
-    """What a reader should know of base and method before the first round."""
-    settings = fed.manifest.run
-    if settings.model.site_quantization:
-        fed.log.append(base_noise.as_event(settings.model, base_noise.measure(engine, settings.model)))
-    if fed.method.facts.is_experimental:
-        fed.log.append(Warned(reason=EXPERIMENTAL.format(method=settings.aggregation.method)))
-
-
-def finish(fed: Federation, tensors: Tensors, played: Sequence[stages.Finished]) -> Outcome:
+def finish(run: Run, tensors: Tensors, played: Sequence[stages.Finished]) -> Outcome:
     """Export the newest adapter that the gate lets pass, and say that the run has finished.
 
     Args:
-        fed: The run; its rounds and stages are done.
+        run: Its rounds and stages are done.
         tensors: After the last round. Where sites have adapters of their own it is not exported.
         played: The stages after it.
 
     Raises:
         GateRefused: None passes.
     """
-    manifest, folder, log = fed.manifest, fed.folder, fed.log
-    if fed.method.facts.is_personal or fed.suite is None:
+    manifest, folder, log = run.manifest, run.folder, run.log
+    if run.plan.method.is_personal or run.suite is None:
         num_rounds = run_files.finished(folder)[-1]
         sites = trained_sites(events.read(log.path), num_rounds=num_rounds)
         log.append(RunFinished(adapter="", num_rounds=num_rounds, stage=measure.FINAL))
         return Outcome(tensors, sites, folder)
-    chosen = decide.choose(manifest.run, decide.of_end(folder, manifest, tensors, played), suite=fed.suite)
+    chosen = decide.choose(manifest.run, decide.of_end(folder, manifest, tensors, played), suite=run.suite)
     history = events.read(log.path)
     sites = trained_sites(history, num_rounds=chosen.num_rounds)
     told = polish_told.of_export(history, chosen.names)
@@ -250,31 +250,31 @@ def finish(fed: Federation, tensors: Tensors, played: Sequence[stages.Finished])
     source = Exported(chosen.tensors, manifest, chosen.num_rounds, sites, told)
     examples.write(
         folder,
-        fed.examples,
+        run.examples,
         chosen.tensors,
-        engine=fed.suite.engine,
+        engine=run.suite.engine,
         data=manifest.run.data,
         evaluation=manifest.run.evaluation,
     )
-    run_export.write(folder, source, base=fed.suite.engine.folder, log=log)
+    run_export.write(folder, source, base=run.suite.engine.folder, log=log)
     log.append(RunFinished(adapter=run_files.EXPORT_FOLDER, num_rounds=chosen.num_rounds, stage=chosen.stage))
     return Outcome(chosen.tensors, sites, folder)
 
 
 @contextmanager
-def _recorded(fed: Federation, start: Tensors, *, first_round: int) -> Iterator[None]:
+def _recorded(run: Run, start: Tensors, *, first_round: int) -> Iterator[None]:
     """Write offer and end of a run into the audit log; what it starts from tells how an interrupted round ended."""
-    if fed.offer and fed.offer.signature:
-        made = {name: value for name, value in to_head(fed.offer.signature).items() if name != "signature"}
-        made |= {"name": fed.manifest.run.name, "first_round": first_round}
-        fed.record("offered", adapter_sha256=adapter.digest(start), **made)
+    if run.offer and run.offer.signature:
+        made = {name: value for name, value in to_head(run.offer.signature).items() if name != "signature"}
+        made |= {"name": run.manifest.run.name, "first_round": first_round}
+        run.record("offered", adapter_sha256=adapter.digest(start), **made)
     try:
         yield
     except BaseException as error:
         with suppress(SilotuneError):  # the run's own error is the one to tell
-            fed.record("ended", outcome="failed", **trail.of_error(error))
+            run.record("ended", outcome="failed", **trail.of_error(error))
         raise
-    fed.record("ended", outcome="finished", num_rounds=run_files.finished(fed.folder)[-1])
+    run.record("ended", outcome="finished", num_rounds=run_files.finished(run.folder)[-1])
 
 
 def trained_sites(log: Sequence[Event], *, num_rounds: int) -> dict[str, int]:

@@ -21,10 +21,9 @@ from common.frame import wire
 from common.run import config
 from common.run.schema.privacy import PrivacyConfig
 from common.scores import Arm, SiteScore
-from server.aggregate.methods import table
-from server.fleet import federation
-from server.fleet import sites as held_out
-from server.fleet.federation import Federation
+from server.fleet import held_out
+from server.fleet.run import Run
+from server.fleet.sites import Sites
 from server.folder import run_files
 from server.run import run as server_run
 from simulations.world import run, world
@@ -88,15 +87,14 @@ class Judge:
         agents = {site: world.make_agent(site, data, loaded.at(site), failures) for site, data in shared.sites.items()}
         manifest = server_run.manifest_of(shared.settings, shared.engine)
         log = EventLog(shared.folder / "arms" / "judge" / events.FILE)
-        method = table.find(shared.settings.aggregation.method)
-        self._federation = Federation(manifest, run.fleet_of(agents, failures), method, shared.folder, log)
+        self._sites = Sites(Run(manifest, shared.folder, log), run.fleet_of(agents, failures))
         with run.explained(failures):
-            federation.wait_for_sites(self._federation)
+            self._sites.wait()
 
     @property
     def sites(self) -> list[str]:
         """Those that can take part; the run's own events say why another one cannot."""
-        return sorted(head.site for head in self._federation.sites.values())
+        return sorted(head.site for head in self._sites.opened.values())
 
     def score(self, tensors: Tensors, *, rows_used: int = 0) -> Arm:
         """Held-out loss and exact match of one adapter, over all sites and by site.
@@ -104,11 +102,11 @@ class Judge:
         Raises:
             DataError: No site tells held-out figures.
         """
-        generate = self._federation.manifest.run.evaluation.exact_match_rows > 0
-        loss = held_out.evaluate(self._federation, tensors, num_rounds=0, generate=generate)
+        generate = self._sites.run.manifest.run.evaluation.exact_match_rows > 0
+        loss = held_out.evaluate(self._sites, tensors, num_rounds=0, generate=generate)
         if loss is None:
             raise DataError("no site tells held-out figures, by which arms are compared; set data.held_out_fraction")
-        metrics = self._federation.metrics
+        metrics = self._sites.metrics
         sites = {
             m.site: SiteScore(held_out_loss=m.loss, exact_match=held_out.exact_match([m])) for m in metrics.values()
         }

@@ -13,10 +13,8 @@ from hypothesis import strategies as st
 from common import events
 from common.run.schema.gate import GateConfig
 from server.aggregate import weights
-from server.fleet import federation, sites
 from server.gate import rules, stopping
 from server.gate.figures import Figures
-from server.run import rounds
 from server.view import fairness
 from tests import tiny
 from tests.samples.events import PLAN, evaluated
@@ -36,8 +34,8 @@ def claiming(answer, num_rows: int):
 def step(engine, folder, nodes, changes=None):
     """The global step of one round, as one vector, and its events."""
     fed = tiny.federation(engine, folder, nodes, tiny.settings("tiny", changes))
-    federation.wait_for_sites(fed)
-    after = rounds.play(fed, engine.initial, round_index=0)
+    fed.wait()
+    after = fed.play(engine.initial, round_index=0)
     log = events.read(fed.log.path)
     return torch.cat([(after[name] - engine.initial[name]).flatten() for name in sorted(after)]), log
 
@@ -81,10 +79,9 @@ def test_no_weight_is_above_its_share_or_above_its_claim(claims, max_share):
 
 @given(CLAIMS, st.floats(0.05, 1.0))
 def test_updates_that_come_one_by_one_get_the_weights_of_all_together(claims, max_share):
-    streamed = {
-        site: weight
-        for site, weight, _ in weights.weighed(((s, c, None) for s, c in claims.items()), max_share=max_share)
-    }
+    shares = weights.Shares[None](max_share)
+    ready = [passed for site, claim in claims.items() for passed in shares.take(site, claim, None)]
+    streamed = {site: weight for site, weight, _ in (*ready, *shares.close())}
     assert streamed == weights.capped(claims, max_share=max_share)
 
 
@@ -101,8 +98,8 @@ def lying(answer, nll_sum: float, num_tokens: int):
 
 def evaluation(engine, folder, nodes):
     fed = tiny.federation(engine, folder, nodes, tiny.settings("tiny"))
-    federation.wait_for_sites(fed)
-    sites.evaluate(fed, engine.initial, num_rounds=0, generate=False)
+    fed.wait()
+    fed.evaluate(engine.initial, num_rounds=0, generate=False)
     log = events.read(fed.log.path)
     return [event for event in log if event["kind"] == "evaluated"][-1], log
 

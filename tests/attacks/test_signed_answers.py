@@ -12,8 +12,6 @@ from common import events
 from common.errors import AuthError, TooFewSitesError
 from common.frame.wire import Frame
 from common.trust import identity, signed_frame
-from server.fleet import federation, sites
-from server.run import rounds
 from tests import tiny
 from tests.samples import rosters, vault
 
@@ -48,7 +46,7 @@ def found(tmp_path, engine, tiny_base):
 def join(fed, members) -> None:
     for site in members.values():
         site.approve(fed.manifest)
-    federation.wait_for_sites(fed)
+    fed.wait()
 
 
 def failures(fed) -> list[tuple[str, str]]:
@@ -59,8 +57,8 @@ def failures(fed) -> list[tuple[str, str]]:
 def test_control_members_under_their_own_names_take_part(found, members, engine):
     fed = found({1: members["north"].send, 2: members["south"].send})
     join(fed, members)
-    rounds.play(fed, engine.initial, round_index=0)
-    sites.evaluate(fed, engine.initial, num_rounds=1, generate=False)
+    fed.play(engine.initial, round_index=0)
+    fed.evaluate(engine.initial, num_rounds=1, generate=False)
     assert failures(fed) == []
     assert sorted(fed.metrics) == ["north", "south"]
 
@@ -108,9 +106,9 @@ def test_a_courier_can_drop_an_answer_and_cannot_change_one(found, members, engi
     fed = found({1: courier(members["north"], kind, change), 2: members["south"].send})
     join(fed, members)
     with pytest.raises(TooFewSitesError) if kind == "train" else contextlib.nullcontext():
-        rounds.play(fed, engine.initial, round_index=0)
+        fed.play(engine.initial, round_index=0)
     if kind == "evaluate":
-        sites.evaluate(fed, engine.initial, num_rounds=1, generate=False)
+        fed.evaluate(engine.initial, num_rounds=1, generate=False)
     assert failures(fed) == [(kind, "AuthError")]
 
 

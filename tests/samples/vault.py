@@ -23,7 +23,7 @@ from common.trust import heads as audit_heads
 from common.trust.audit_log import AuditLog, Entry, Head
 from common.trust.heads import SignedHead
 from server.fleet import trail
-from server.fleet.offer import Operator
+from server.fleet.trail import Operator
 from tests import tiny
 
 OPERATOR, ADMIN, SITE, STRANGER = (Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2, 3, 4))

@@ -11,18 +11,18 @@ from common.event_kinds import Event
 from common.model.base import Engine
 from common.run.manifest import RunManifest
 from server.export.folder import Exported
-from server.fleet.federation import Federation
 from tests import tiny
 from tests.samples import federations
+from tests.samples.coordinator import Coordinator
 
 Node = Callable[[bytes], bytes | None]
 
 
 @pytest.fixture
-def federate(engine: Engine, tiny_base: Path, tmp_path: Path) -> Callable[..., Federation]:
+def federate(engine: Engine, tiny_base: Path, tmp_path: Path) -> Callable[..., Coordinator]:
     """Make a federation of functions that answer frames, by node id; `changes` are as on the command line."""
 
-    def make(nodes: Mapping[int, Node], changes: Mapping[str, str] | None = None) -> Federation:
+    def make(nodes: Mapping[int, Node], changes: Mapping[str, str] | None = None) -> Coordinator:
         return tiny.federation(engine, tmp_path / "run", nodes, tiny.settings(tiny_base, changes))
 
     return make

@@ -13,9 +13,8 @@ from common.frame.records import RoundPlan, to_head
 from common.frame.wire import Frame
 from common.run.schema.wire import WireConfig
 from server.fleet import broadcast as steps
-from server.fleet import federation, sites
 from server.folder import checkpoint, run_files
-from server.run import rounds, run
+from server.run import run
 from tests import tiny
 
 SMALL = {"training.batch_size": "12", "wire.dtype": '"int4"', "wire.down": '"int3"'}
@@ -39,8 +38,8 @@ def watched(node, seen: list[tuple[str, str, int]]):
 def test_a_run_sends_steps_once_and_the_hash_after_that(federate, nodes, engine, told):
     seen: list[tuple[str, str, int]] = []
     fed = federate({**nodes, 1: watched(nodes[1], seen)}, SMALL)
-    federation.wait_for_sites(fed)
-    rounds.run(fed, engine.initial)
+    fed.wait()
+    fed.play_all(engine.initial)
     assert [(kind, form) for kind, form, _ in seen] == [
         ("open", ""),
         ("evaluate", "same"),
@@ -59,16 +58,16 @@ def test_a_site_that_starts_anew_is_sent_the_steps_from_the_start_or_the_adapter
     seen: list[tuple[str, str, int]] = []
     agents = {1: tiny.make_agent("north", engine, count=16)}
     fed = federate({**nodes, 1: watched(lambda data: agents[1].answer(data), seen)}, SMALL)
-    federation.wait_for_sites(fed)
-    state = rounds.play(fed, rounds.play(fed, engine.initial, round_index=0), round_index=1)
+    fed.wait()
+    state = fed.play(fed.play(engine.initial, round_index=0), round_index=1)
     (body,) = {len(step.body) for step in fed.steps}
     for steps_left, form in ((fed.steps, "step"), (fed.steps[1:], "whole")):
         fed.steps = steps_left  # a coordinator that was resumed has none
         agents[1] = tiny.make_agent("north", engine, count=16)
-        sites.evaluate(fed, state, num_rounds=2, generate=False)
+        fed.evaluate(state, num_rounds=2, generate=False)
         seen.clear()
-        federation.rejoin(fed)
-        sites.evaluate(fed, state, num_rounds=2, generate=False)
+        fed.rejoin()
+        fed.evaluate(state, num_rounds=2, generate=False)
         assert [(kind, form) for kind, form, _ in seen] == [("open", ""), ("evaluate", form)]
         assert told("evaluated")[-1]["stale"] == []
         assert form == "whole" or 2 * body < seen[-1][2] < 2 * body + 2000

@@ -5,15 +5,16 @@ import torch
 
 from common.errors import ConfigError, TooFewSitesError
 from common.trust import identity
-from server.aggregate.methods import table
-from server.fleet import federation, offer
-from server.fleet.federation import Federation
+from server.fleet import sites as fleet_sites
+from server.fleet import trail
 from server.fleet.grid import GridFleet
+from server.fleet.run import Run
 from server.folder import run_files
 from server.run import run as server_run
 from simulations.world.grids import InProcessGrid
 from tests import tiny
 from tests.samples import vault
+from tests.samples.coordinator import Coordinator
 
 SITES = ("north", "south", "west")
 
@@ -51,9 +52,8 @@ def fed(sites, tmp_path, clock):
     fleet = GridFleet(InProcessGrid({number: site.agent.answer for number, site in enumerate(sites, start=1)}))
     settings = sites[0].manifest(federation__join_timeout_s="100.0")
     log = run_files.prepare(settings.run, tmp_path / "run")
-    made = Federation(settings, fleet, table.find("fedavg"), tmp_path / "run", log, clock=clock, sleep=clock.sleep)
-    made.offer = sites[0].offer(settings)
-    return made
+    run = Run(settings, tmp_path / "run", log, offer=sites[0].offer(settings), clock=clock, sleep=clock.sleep)
+    return Coordinator(run, fleet)
 
 
 def run_of(agents, tmp_path, engine, *, operator=None):
@@ -87,15 +87,15 @@ def test_a_run_waits_for_approval_and_asks_seldom(fed, sites, clock):
     for site in sites[:2]:
         site.approve(fed.manifest)
     clock.when[40.0] = lambda: sites[2].approve(fed.manifest)
-    federation.wait_for_sites(fed)
-    assert 40.0 <= clock.now <= 40.0 + federation.APPROVAL_RETRY_S + 1
+    fed.wait()
+    assert 40.0 <= clock.now <= 40.0 + fleet_sites.APPROVAL_RETRY_S + 1
     assert len(sites[2].errors) == 3  # at 0, 15 and 30 s
-    assert sorted(head.site for head in fed.sites.values()) == list(SITES)
+    assert sorted(head.site for head in fed.opened.values()) == list(SITES)
 
 
 def test_a_run_that_nobody_approves_ends_and_says_so(fed, sites, clock):
     with pytest.raises(TooFewSitesError, match="node 1: waits for approval"):
-        federation.wait_for_sites(fed)
+        fed.wait()
     assert clock.now >= 100
 
 
@@ -103,21 +103,21 @@ def test_a_site_that_denies_is_not_asked_again_and_receives_no_round(fed, sites,
     for site in sites:
         site.approve(fed.manifest, is_approved=site.name != "west")
     with pytest.raises(TooFewSitesError, match="ApprovalDenied"):
-        federation.wait_for_sites(fed)
+        fed.wait()
     assert len(sites[2].errors) == 1
-    assert fed.present() == [1, 2]
+    assert sorted(fed.present().values()) == [1, 2]
 
 
 def test_a_run_without_key_is_not_signed():
-    assert offer.operator("", federation="", days=30) is None
+    assert trail.operator("", federation="", days=30) is None
 
 
 def test_an_operators_key_signs_for_one_federation_and_some_days(tmp_path, sites):
     identity.create(tmp_path / "op.pem")
     with pytest.raises(ConfigError, match="--federation"):
-        offer.operator(str(tmp_path / "op.pem"), federation="", days=30)
+        trail.operator(str(tmp_path / "op.pem"), federation="", days=30)
     assert not (tmp_path / "op-audit").exists()
-    operator = offer.operator(str(tmp_path / "op.pem"), federation="onco-eu", days=30)
+    operator = trail.operator(str(tmp_path / "op.pem"), federation="onco-eu", days=30)
     assert operator is not None
     signature = operator.make_offer(sites[0].manifest()).signature
     assert signature is not None

@@ -12,8 +12,6 @@ from common.frame.wire import Frame
 from common.run import packing
 from common.run.schema.wire import WireConfig
 from server.fleet import broadcast as steps
-from server.fleet import federation
-from server.run import rounds
 from tests import tiny
 
 WHOLE = WireConfig(down="float32")
@@ -52,14 +50,14 @@ def test_a_site_trains_all_values_and_its_change_is_added_to_the_whole_adapter(f
     bodies: dict[str, list[bytes]] = {"train": [], "update": []}
     nodes = {number: heard(node, bodies) for number, node in tiny.make_nodes(engine).items()}
     fed = federate(nodes, {"wire.down_density": "0.25"})
-    federation.wait_for_sites(fed)
-    before = rounds.play(fed, engine.initial, round_index=0)  # so that B is not zero
+    fed.wait()
+    before = fed.play(engine.initial, round_index=0)  # so that B is not zero
     bodies["train"].clear()
     bodies["update"].clear()
-    after = rounds.play(fed, before, round_index=1)
+    after = fed.play(before, round_index=1)
     sparse = compact.decode(bodies["train"][0], engine.tensor_specs, dtype="float32", density=0.25)
     changes = [adapter.decode(body, engine.tensor_specs, dtype="float32") for body in bodies["update"]]
-    weights = [fed.sites[node].num_examples for node in sorted(nodes)]
+    weights = [fed.opened[node].num_examples for node in sorted(nodes)]
     num_unsent = num_moved = 0
     for name, tensor in before.items():
         is_sent = sparse[name] != 0
@@ -88,8 +86,8 @@ def heard(node, bodies: dict[str, list[bytes]]):
 
 def test_a_run_with_sparse_downloads_and_uploads_trains_and_the_frames_are_smaller(federate, nodes, engine, told):
     fed = federate(nodes, FLASC)
-    federation.wait_for_sites(fed)
-    rounds.run(fed, engine.initial)
+    fed.wait()
+    fed.play_all(engine.initial)
     losses = [event["loss"] for event in told("evaluated")]
     assert losses[-1] < losses[0] - 0.05
     whole = 3 * adapter.encoded_size(engine.tensor_specs, dtype="float32")

@@ -15,7 +15,7 @@ from common.frame.wire import Frame
 from common.trust import audit_log, heads, identity
 from common.trust.audit_log import AuditLog
 from server.cli import app as server_cli
-from server.fleet import federation, trail
+from server.fleet import trail
 from server.folder import checkpoint, run_files
 from server.run import rounds
 from server.run import run as server_run
@@ -122,16 +122,16 @@ def test_what_the_coordinator_logs_is_what_the_sites_log(play, sites, entries):
 
 
 def test_an_entry_is_on_the_disk_before_the_frame_goes_out(fed, entries, monkeypatch, engine):
-    federation.wait_for_sites(fed)
+    fed.wait()
     sent = []
     node = fed.fleet.send
     monkeypatch.setattr(fed.fleet, "send", lambda *a, **k: sent.append(len(entries("sent"))) or node(*a, **k))
-    rounds.play(fed, engine.initial, round_index=0)
+    fed.play(engine.initial, round_index=0)
     assert sent == [1, 1, 1]
 
 
 def test_a_log_that_cannot_be_written_sends_nothing(fed, sites, monkeypatch, engine):
-    federation.wait_for_sites(fed)
+    fed.wait()
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -139,16 +139,16 @@ def test_a_log_that_cannot_be_written_sends_nothing(fed, sites, monkeypatch, eng
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(StorageError):
-            rounds.play(fed, engine.initial, round_index=0)
+            fed.play(engine.initial, round_index=0)
     assert [site.sent() for site in sites] == [[("open", 0)]] * 3
-    rounds.play(fed, engine.initial, round_index=0)  # control
+    fed.play(engine.initial, round_index=0)  # control
     assert [site.sent()[-1] for site in sites] == [("train", 0)] * 3
 
 
 def test_a_refusal_is_logged_with_code_and_reference(fed, sites, entries):
     sites[1].approve(fed.manifest, is_approved=False)
     with pytest.raises(TooFewSitesError):
-        federation.wait_for_sites(fed)
+        fed.wait()
     (refused,) = entries("refused")
     assert (refused["step"], refused["node"], refused["code"]) == ("open", "2", "ApprovalDenied")
     assert refused["reference"] == sites[1].log()[-1].facts["reference"]
@@ -159,7 +159,7 @@ def test_a_site_that_waits_for_approval_is_logged_once(fed, sites, entries):
     waiting = vault.make(fed.folder.parent / "east", sites[0].engine, name="east")
     fed.fleet = tiny.fleet({1: sites[0].agent.answer, 2: sites[2].agent.answer, 3: waiting.agent.answer})
     with pytest.raises(TooFewSitesError):
-        federation.wait_for_sites(fed)
+        fed.wait()
     assert len(waiting.errors) > 10
     assert [facts["code"] for facts in entries("refused")] == ["ApprovalRequired"]
 
@@ -167,8 +167,8 @@ def test_a_site_that_waits_for_approval_is_logged_once(fed, sites, entries):
 def test_updates_that_do_not_count_are_logged_as_failed(fed, entries, engine, sites):
     spoil = tiny.spoilt(sites[2].agent.answer, "train", tiny.with_head(num_examples=10**6))
     fed.fleet = tiny.fleet({1: sites[0].agent.answer, 2: sites[1].agent.answer, 3: spoil})
-    federation.wait_for_sites(fed)
-    rounds.play(fed, engine.initial, round_index=0)
+    fed.wait()
+    fed.play(engine.initial, round_index=0)
     assert [(f["site"], f["step"], f["code"]) for f in entries("failed")] == [("west", "train", "AuthError")]
     assert [facts["site"] for facts in entries("received")] == ["north", "south"]
 
@@ -200,8 +200,8 @@ def test_a_resumed_run_goes_on_in_the_same_log(play, sites, entries, tmp_path):
 
 def test_a_run_without_a_key_keeps_no_log_and_sends_the_frames_of_old(tmp_path, engine):
     fed = tiny.federation(engine, tmp_path / "run", tiny.make_nodes(engine), tiny.settings("tiny"))
-    federation.wait_for_sites(fed)
-    rounds.play(fed, engine.initial, round_index=0)
+    fed.wait()
+    fed.play(engine.initial, round_index=0)
     assert not list(tmp_path.rglob("*audit*"))
 
 
@@ -209,8 +209,8 @@ def test_sites_without_a_policy_take_a_signed_run_and_leave_the_heads_alone(tmp_
     operator = vault.operator(tmp_path)
     fed = tiny.federation(engine, tmp_path / "run", tiny.make_nodes(engine), tiny.settings("tiny"))
     fed.offer, fed.trail = operator.make_offer(fed.manifest), operator.trail
-    federation.wait_for_sites(fed)
-    rounds.play(fed, engine.initial, round_index=0)
+    fed.wait()
+    fed.play(engine.initial, round_index=0)
     assert len(entries("received")) == 3
     assert operator.trail.heads.newest() == {}
 
@@ -239,7 +239,7 @@ def test_a_request_is_one_frame_for_all_sites(fed, engine):
 
 def test_a_large_cohort_fits_the_log(fed, engine, entries):
     many = range(1200)
-    fed.sites = {node: type("Opened", (), {"site": f"{node:04d}{'a' * 60}"})() for node in many}
+    fed.opened = {node: type("Opened", (), {"site": f"{node:04d}{'a' * 60}"})() for node in many}
     fed.request("train", rounds.RoundPlan(fed.manifest.sha256, 0), engine.initial, nodes=list(many))
     assert [len(facts["sites"]) for facts in entries("sent")] == [500, 500, 200]
 
@@ -253,9 +253,9 @@ def rolled_back(site, *, num_kept: int) -> None:
 
 
 def test_a_site_whose_log_was_rolled_back_is_noticed_by_itself(fed, sites, engine):
-    federation.wait_for_sites(fed)
-    state = rounds.play(fed, engine.initial, round_index=0)
-    state = rounds.play(fed, state, round_index=1)
+    fed.wait()
+    state = fed.play(engine.initial, round_index=0)
+    state = fed.play(state, round_index=1)
     told = fed.trail.told()
     assert sites[1].step("evaluate", state=state, round_index=2, **told).kind == "metrics"  # control
     rolled_back(sites[1], num_kept=3)  # started, approved, opened: the rounds that were answered are forgotten
@@ -269,24 +269,24 @@ def test_a_site_whose_log_was_rolled_back_is_noticed_by_itself(fed, sites, engin
 def test_a_site_whose_log_was_rolled_back_is_noticed_by_the_coordinator(
     fed, sites, engine, monkeypatch, are_heads_kept
 ):
-    federation.wait_for_sites(fed)
-    state = rounds.play(fed, engine.initial, round_index=0)
-    rounds.play(fed, state, round_index=1)
+    fed.wait()
+    state = fed.play(engine.initial, round_index=0)
+    fed.play(state, round_index=1)
     rolled_back(sites[1], num_kept=3)
     monkeypatch.setattr("client.memory.replicas.keep", lambda *_, **__: None)  # the site itself is in on it
     if not are_heads_kept:
         fed.trail.heads.path.unlink()
         fed.trail.heads.__init__(fed.trail.heads.path, vault.FEDERATION)
     fed.doubtful.add(2)
-    rounds.play(fed, state, round_index=1)
+    fed.play(state, round_index=1)
     assert failed(fed) == ([("south", "AuditError")] if are_heads_kept else [])
 
 
 @pytest.mark.parametrize("are_heads_kept", [True, False])
 def test_a_site_whose_log_was_rolled_back_is_noticed_by_another_site(fed, sites, engine, monkeypatch, are_heads_kept):
-    federation.wait_for_sites(fed)
-    state = rounds.play(fed, engine.initial, round_index=0)
-    state = rounds.play(fed, state, round_index=1)  # tells the heads of round 1
+    fed.wait()
+    state = fed.play(engine.initial, round_index=0)
+    state = fed.play(state, round_index=1)  # tells the heads of round 1
     rolled_back(sites[1], num_kept=3)
     fed.trail.heads.path.unlink()  # the coordinator is in on it
     fed.trail.heads.__init__(fed.trail.heads.path, vault.FEDERATION)
@@ -321,8 +321,8 @@ def told_by(log: AuditLog) -> dict[str, list]:
 def test_a_coordinator_that_writes_its_log_anew_is_noticed_by_the_sites(
     fed, sites, engine, tmp_path, monkeypatch, are_heads_kept, num_more
 ):
-    federation.wait_for_sites(fed)
-    state = rounds.play(fed, engine.initial, round_index=0)
+    fed.wait()
+    state = fed.play(engine.initial, round_index=0)
     told = fed.trail.told()
     assert [site.step("evaluate", state=state, round_index=1, **told).kind for site in sites] == ["metrics"] * 3
     anew = without_south(fed, tmp_path / "anew.jsonl")
@@ -344,11 +344,11 @@ def test_a_coordinator_that_writes_its_log_anew_is_noticed_by_the_sites(
 
 
 def test_a_log_that_changed_under_the_run_ends_it(fed, engine):
-    federation.wait_for_sites(fed)
+    fed.wait()
     path = fed.trail.log.path
     path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
     with pytest.raises(AuditError, match="shorter"):
-        rounds.play(fed, engine.initial, round_index=0)
+        fed.play(engine.initial, round_index=0)
 
 
 def test_a_site_that_told_of_a_log_and_does_not_any_more_does_not_count(fed, sites, engine):
@@ -357,11 +357,11 @@ def test_a_site_that_told_of_a_log_and_does_not_any_more_does_not_count(fed, sit
     honest = sites[2].agent.answer
     spoil = tiny.spoilt(honest, "train", lambda frame: vault.signed_anew(silent(frame)) if is_silent else frame)
     fed.fleet = tiny.fleet({1: sites[0].agent.answer, 2: sites[1].agent.answer, 3: spoil})
-    federation.wait_for_sites(fed)
-    state = rounds.play(fed, engine.initial, round_index=0)
+    fed.wait()
+    state = fed.play(engine.initial, round_index=0)
     assert failed(fed) == []
     is_silent.append(True)
-    rounds.play(fed, state, round_index=1)
+    fed.play(state, round_index=1)
     assert failed(fed) == [("west", "AuditError")]
 
 

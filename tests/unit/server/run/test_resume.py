@@ -7,7 +7,6 @@ import pytest
 
 from common import events, storage
 from common.event_kinds import Event
-from server.fleet import federation, sites
 from server.folder import checkpoint, run_files
 from server.run import run
 from tests import tiny
@@ -120,10 +119,10 @@ def test_an_evaluation_that_comes_after_a_later_step_stays_refused_and_ends_no_r
     assert ("train", 1) in world.sites[0].sent()
     fed = tiny.federation(engine, world.folder / "run", {1: world.sites[0].agent.answer}, world.settings)
     fed.offer, fed.trail = (operator := vault.operator(world.folder)).make_offer(fed.manifest), operator.trail
-    federation.join(fed)
+    fed.join()
     state = checkpoint.load(fed.folder, engine.tensor_specs, num_rounds=1, run_sha256=fed.manifest.sha256).tensors
-    assert sites.evaluate(fed, state, num_rounds=1, generate=False) is not None  # control: it was asked before
-    assert sites.evaluate(fed, engine.initial, num_rounds=1, generate=False) is None  # another adapter
+    assert fed.evaluate(state, num_rounds=1, generate=False) is not None  # control: it was asked before
+    assert fed.evaluate(engine.initial, num_rounds=1, generate=False) is None  # another adapter
     last = world.sites[0].log()[-1]
     assert (last.kind, last.facts["rule"]) == ("refused", "rounds")
     assert world.log()[-1]["kind"] == "not_evaluated"

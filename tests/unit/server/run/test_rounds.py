@@ -14,9 +14,9 @@ from common.frame.records import OpenedHead, UpdateHead, to_head
 from common.frame.wire import Frame
 from common.run import packing
 from server.aggregate.methods import fedavg
-from server.fleet import collect, federation, sites
+from server.fleet import collect
+from server.fleet import sites as fleet_sites
 from server.folder import checkpoint, run_files
-from server.run import rounds
 from tests import tiny
 
 SMALL = {"federation.num_sites": "0", "training.batch_size": "12"}  # one step a round
@@ -28,14 +28,14 @@ def ready(federate):
 
     def make(nodes, changes=None):
         fed = federate(nodes, {**SMALL, **(changes or {})})
-        federation.wait_for_sites(fed)
+        fed.wait()
         return fed
 
     return make
 
 
 def play(fed, engine, round_index: int = 0):
-    return rounds.play(fed, engine.initial, round_index=round_index)
+    return fed.play(engine.initial, round_index=round_index)
 
 
 def is_same(first, second) -> bool:
@@ -137,7 +137,7 @@ def without_west(shared_engine, tiny_base, tmp_path_factory):
     """The adapter after a round of north and south."""
     two = {number: answer for number, answer in tiny.make_nodes(shared_engine).items() if number < 3}
     fed = tiny.federation(shared_engine, tmp_path_factory.mktemp("two"), two, tiny.settings(tiny_base, SMALL))
-    federation.wait_for_sites(fed)
+    fed.wait()
     return play(fed, shared_engine)
 
 
@@ -174,15 +174,15 @@ def test_a_site_that_falls_silent_costs_one_whole_wait_and_is_taken_in_when_it_i
     changes = {"federation.round_timeout_s": "600", "federation.num_rounds": "3"}
     fed = ready({**nodes, 3: lambda frame: None if is_away else nodes[3](frame)}, changes)
     is_away.append(True)
-    state, began = rounds.play(fed, engine.initial, round_index=0), fed.clock()
+    state, began = fed.play(engine.initial, round_index=0), fed.clock()
     assert began - 1000 == pytest.approx(600, abs=1)
-    sites.evaluate(fed, state, num_rounds=1, generate=False)
+    fed.evaluate(state, num_rounds=1, generate=False)
     assert fed.clock() == began
-    state = rounds.play(fed, state, round_index=1)
-    assert fed.clock() - began < federation.SECOND_WAIT_S + 1
+    state = fed.play(state, round_index=1)
+    assert fed.clock() - began < fleet_sites.SECOND_WAIT_S + 1
     assert [event["site"] for event in told("site_skipped")] == ["west"]
     is_away.clear()
-    rounds.play(fed, state, round_index=2)
+    fed.play(state, round_index=2)
     assert [event["sites"] for event in told("round_started")][1:] == [["north", "south"], ["north", "south", "west"]]
     assert told("round_finished")[-1]["num_updates"] == 3
     assert not fed.suspects
@@ -190,10 +190,10 @@ def test_a_site_that_falls_silent_costs_one_whole_wait_and_is_taken_in_when_it_i
 
 def test_a_site_that_opens_and_never_trains_is_waited_for_shortly_after_the_first_time(ready, nodes, engine):
     fed = ready({**nodes, 3: tiny.mute(nodes[3], "train")}, {"federation.round_timeout_s": "600"})
-    state, began = rounds.play(fed, engine.initial, round_index=0), fed.clock()
+    state, began = fed.play(engine.initial, round_index=0), fed.clock()
     assert began - 1000 == pytest.approx(600, abs=1)  # control
-    rounds.play(fed, state, round_index=1)
-    assert fed.clock() - began < federation.SECOND_WAIT_S + 1
+    fed.play(state, round_index=1)
+    assert fed.clock() - began < fleet_sites.SECOND_WAIT_S + 1
 
 
 def test_a_refusal_is_told_with_its_reference(ready, nodes, engine, told):
@@ -218,7 +218,7 @@ def test_a_round_with_too_few_updates_does_not_count_and_earlier_ones_stay(ready
     with pytest.raises(
         TooFewSitesError, match=r"round 2 got 1 valid updates.*min_sites is 2.*rounds up to 1"
     ) as caught:
-        rounds.play(fed, state, round_index=1)
+        fed.play(state, round_index=1)
     assert caught.value.exit_code == 6
     assert run_files.finished(fed.folder) == [1]
     found = checkpoint.load(fed.folder, engine.tensor_specs, num_rounds=1, run_sha256=fed.manifest.sha256)
@@ -230,7 +230,7 @@ def test_a_run_whose_sites_have_gone_ends_with_what_is_on_disk(ready, nodes, eng
     play(fed, engine)
     fed.fleet = tiny.fleet({1: nodes[1]})
     with pytest.raises(TooFewSitesError, match=r"1 sites are connected.*rounds up to 1 are on disk"):
-        rounds.play(fed, engine.initial, round_index=1)
+        fed.play(engine.initial, round_index=1)
 
 
 def test_a_node_whose_agent_was_started_anew_is_taken_back(ready, nodes, engine, told):
@@ -238,7 +238,7 @@ def test_a_node_whose_agent_was_started_anew_is_taken_back(ready, nodes, engine,
     fed = ready(nodes)
     play(fed, engine)
     fed.fleet = tiny.fleet({**nodes, 3: restarted})
-    rounds.play(fed, engine.initial, round_index=1)
+    fed.play(engine.initial, round_index=1)
     assert [event["site"] for event in told("site_failed")] == ["west"]
     after = play(fed, engine)
     assert is_same(after, play(ready(nodes), engine))
@@ -305,7 +305,7 @@ def canned(site: str, fed, engine):
 def peak_bytes(fed, engine, num_sites: int) -> int:
     """Most memory of Python objects, frames included, that a round takes."""
     fed.fleet = tiny.fleet({number: canned(f"site-{number}", fed, engine) for number in range(1, num_sites + 1)})
-    federation.wait_for_sites(fed)
+    fed.wait()
     tracemalloc.start()
     play(fed, engine)
     peak = tracemalloc.get_traced_memory()[1]
