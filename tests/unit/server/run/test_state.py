@@ -159,7 +159,7 @@ def test_under_privacy_for_sites_as_a_whole_no_update_is_kept_and_the_round_is_d
         "privacy.clip_norm": "0.1",
         "privacy.dp_delta": "1e-5",
         "federation.num_sites": "3",
-        "aggregation.weighting": '"equal"',
+        "aggregation.weighting": '"uniform"',
     }
     with pytest.raises(Killed):
         play(dies_at=KILLED_AT, changes=private)
