@@ -383,7 +383,7 @@ FEDERATION: Final = (
      "if (head.site, wire.digest_of(data)) != (site, digest):", None,
      ("unit/server/run/test_state::test_a_kept_update_under_another_name_or_digest_is_refused",)),
     ("kept-updates-of-private-sites", "raw updates lie on a disk where sites as a whole are promised privacy",
-     "return not run.plan.privacy.is_private_per_site", "return True",
+     'return run.plan.privacy.mode != "site"', "return True",
      ("unit/server/run/test_state::test_under_privacy_for_sites_as_a_whole_no_update_is_kept_and_the_round_is_drawn_anew",)),
 ),
 *guards("common/run/plan.py",

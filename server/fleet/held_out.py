@@ -166,7 +166,7 @@ def answer_loss(metrics: list[SiteMetrics]) -> float | None:
 
 def _check_preferences(metrics: SiteMetrics, sites: Sites) -> None:
     """Figures of preferences are there if the run learns them, and only then."""
-    wanted = sites.run.manifest.run.training.objective != "sft"
+    wanted = sites.run.manifest.run.training.objective.kind != "sft"
     told = (metrics.preference_loss_sum, metrics.num_preferred)
     if any((figure is not None) != wanted for figure in told):
         raise ProtocolError("figures of preferences are missing, or told where the run learns none")
@@ -186,7 +186,7 @@ def _check_counts(metrics: SiteMetrics, sites: Sites, *, node_id: int) -> None:
         )
     if metrics.num_rows > num_held_out:
         raise ProtocolError(f"figures over {metrics.num_rows} rows of a site that opened with {num_held_out} held out")
-    num_tokens = metrics.num_rows * run.data.max_length_tokens * (1 if run.training.objective != "dpo" else 2)
+    num_tokens = metrics.num_rows * run.data.max_length_tokens * (1 if run.training.objective.kind != "dpo" else 2)
     if metrics.num_answer_tokens > num_tokens:
         raise ProtocolError(f"{metrics.num_answer_tokens} answer tokens in {metrics.num_rows} rows")
 

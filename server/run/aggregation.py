@@ -141,7 +141,7 @@ class Clear:
             self._update_steps.append(_Weigh(settings.max_weight_share))
         self._meter: gap.GapMeter | None = None
         names = [spec.name for spec in plan.sent(round_index)]
-        if plan.privacy.is_private_per_site:  # and no meter, whose figure no noise would cover
+        if plan.privacy.mode == "site":  # and no meter, whose figure no noise would cover
             self._sum: Sum = noised.start(
                 before, names, privacy=plan.privacy, expected=plan.num_expected, source=source, memory=memory
             )
@@ -234,7 +234,7 @@ class _Limit:
                 num_examples=head.num_examples,
                 num_steps=head.num_steps,
                 seconds=None if head.seconds is None else round(head.seconds, 3),
-                update_norm=None if plan.privacy.is_private_per_site else length,
+                update_norm=None if plan.privacy.mode == "site" else length,
                 bytes_up=update.num_bytes,
             )
         )
@@ -303,7 +303,7 @@ def _adapter_steps(
 
     chosen = (
         (plan.aggregation.server_optimizer.kind != "none", take_server_step),
-        (plan.privacy.adaptive_clipping, remember_clip_norm),
+        (isinstance(combined, NoisedSum), remember_clip_norm),
         (plan.adapter.kind == "adalora", agree_on_ranks),
         (plan.wire.down != WHOLE, compress),
         (True, measure_gap),

@@ -86,7 +86,7 @@ def _draw(run: Run, sites: Sites, state: RoundState) -> RoundState:
             f"{len(present)} sites are connected, federation.min_sites is {federation.min_sites}; "
             f"rounds up to {state.num_rounds} are on disk"
         )
-    if privacy.is_private_per_site:
+    if privacy.mode == "site":
         cohort = sampling.poisson(present, sampling_prob=privacy.sampling_prob, source=source)
     else:
         cohort = sampling.choose(
@@ -141,7 +141,7 @@ def collect(run: Run, sites: Sites, state: RoundState) -> RoundState:
     run.record("aggregated", round_index=plan.round_index, num_updates=len(total.counted), adapter_sha256=digest)
     checkpoint.prune(run.folder, num_kept=run.manifest.run.output.keep_checkpoints)
     costs: dict[str, Any] = {}
-    if run.plan.privacy.is_private_per_site:
+    if run.plan.privacy.mode == "site":
         # this event is written before the adapter goes out, and a resumed run looks for it
         this = {"kind": "round_finished", "round": plan.round_index, "num_updates": len(total.counted)}
         costs = site_privacy.spent_by(run.manifest.run, [*events.read(run.log.path), this], num_rounds=num_rounds)
@@ -175,7 +175,7 @@ def _require_quorum(run: Run, total: Clear, round_index: int, *, num_drawn: int)
     """
     needed = run.plan.federation.min_sites
     limit = f"federation.min_sites is {needed}"
-    if run.plan.privacy.is_private_per_site and run.plan.privacy.noise_at == "server":
+    if run.plan.privacy.mode == "site" and run.plan.privacy.noise_at == "server":
         needed, limit = min(1, num_drawn), f"{num_drawn} sites were drawn"
     if len(total.counted) < needed:
         raise TooFewSitesError(

@@ -112,7 +112,7 @@ def keeps_updates(run: Run) -> bool:
     Not under differential privacy for sites as a whole: what is promised there is of the noised sum, and no update of
     a site is to outlive the memory of the round that it came for.
     """
-    return not run.plan.privacy.is_private_per_site
+    return run.plan.privacy.mode != "site"
 
 
 def received(run: Run, state: RoundState) -> dict[str, str]:

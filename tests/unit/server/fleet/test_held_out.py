@@ -174,7 +174,7 @@ def test_wrong_figures_of_preferences_are_left_out_and_told(ready, engine, told,
         for number, site in enumerate(("north", "south", "west"), start=1)
     }
     spoilt = {**sites, 3: tiny.spoilt(sites[3], "evaluate", tiny.with_head(**changes))}
-    evaluate(ready(spoilt, {"training.objective": '"dpo"'}), engine)
+    evaluate(ready(spoilt, {"training.objective.kind": '"dpo"'}), engine)
     assert sorted(told("evaluated")[0]["sites"]) == ["north", "south"]
     assert told("evaluated")[0]["accuracy"] == 0.0
     assert [(event["site"], event["step"]) for event in told("site_failed")] == [("west", "evaluate")]
