@@ -103,8 +103,8 @@ OTHERS: Final = {
     "federation": "num_rounds sites_per_round min_sites round_timeout_s join_timeout_s num_sites",
     "privacy": "mode epsilon dp_delta sampling_prob noise_multiplier clip_norm noise_at max_rows_per_unit clipping "
     "adaptive_clipping clip_quantile clip_learning_rate",
-    "evaluation": "every_rounds sites_per_round server_data batch_size exact_match_rows max_new_tokens metrics "
-    "json_schema tasks tasks_every_rounds num_polish_stages",
+    "evaluation": "every_rounds sites_per_round server_data batch_size exact_match_rows max_new_tokens tasks "
+    "tasks_every_rounds num_polish_stages",
     "gate": "rules evidence min_rows stop_after",
     "export": "formats gguf_type llama_cpp rows data_statement data_licence operator_key",
     "output": "folder keep_checkpoints example_prompts",

@@ -30,7 +30,7 @@ ROSTER_EPOCH: Final = "roster_epoch"  # of an offer's head
 MAX_EPOCH: Final = 1 << 53  # as in common/trust/roster.py
 MAX_OFFER_S: Final = 366 * 86_400  # longest life of an offer, from when a site looks at it
 _CODES: Final = {True: re.compile("[0-9a-f]{64}"), False: re.compile("")}  # by whether weights are 4-bit codes
-_UNTOLD: Final = {"server_data": "", "metrics": (), "json_schema": "", "tasks": (), "tasks_every_rounds": 0}
+_UNTOLD: Final = {"server_data": "", "tasks": (), "tasks_every_rounds": 0}
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def open_suite(run: RunConfig, *, engine: Engine, folder: Path, log: EventLog) -
         DataError: Rows, schemas or tasks are missing or unusable.
     """
     tasks, sha256 = read(run.data, run.evaluation, run.gate)
-    judge.tell_where_rows_go(run.evaluation.suite)
+    judge.tell_where_rows_go(run.evaluation.tasks)
     return Suite(engine, tasks, folder, log, sha256)
 
 
@@ -77,7 +77,7 @@ def read(data: DataConfig, evaluation: EvaluationConfig, gate: GateConfig) -> tu
         ConfigError: A task needs what is not installed.
         DataError: Rows, schemas or tasks are missing or unusable.
     """
-    tasks = tuple(LOADERS[task.kind](task, data, evaluation) for task in evaluation.suite)
+    tasks = tuple(LOADERS[task.kind](task, data, evaluation) for task in evaluation.tasks)
     has_gate = gate != GateConfig()
     if not tasks and not has_gate:
         return tasks, ""

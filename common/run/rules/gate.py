@@ -51,7 +51,7 @@ def contradictions() -> Iterator[Contradiction]:
 
 
 def _lacks(config: RunTables, *, kind: str, has_figure: Callable[[TaskConfig], bool]) -> bool:
-    return kind in config.gate.kinds and not any(map(has_figure, config.evaluation.suite))
+    return kind in config.gate.kinds and not any(map(has_figure, config.evaluation.tasks))
 
 
 def _is_idle(config: RunTables, *, key: str) -> bool:
@@ -59,7 +59,7 @@ def _is_idle(config: RunTables, *, key: str) -> bool:
 
 
 def _has_figures_of_nothing(config: RunTables) -> bool:
-    starts = tuple(f"{task.name}{sign}" for task in config.evaluation.suite for sign in "./")
+    starts = tuple(f"{task.name}{sign}" for task in config.evaluation.tasks for sign in "./")
     figures = [rule.figure for rule in config.gate.rules if isinstance(rule, FigureRule)]
     return not all(figure.startswith(starts) for figure in figures)
 

@@ -343,24 +343,14 @@ RUN_RULES = (
         "has no effect while the clip norm is fixed; remove it or set adaptive_clipping",
     ),
     Rule(
-        ("evaluation.metrics", "evaluation.server_data"),
-        lambda c: bool(c.evaluation.metrics) and not c.evaluation.server_data,
-        "metrics are of the coordinator's own rows; name their file, or remove metrics",
-    ),
-    Rule(
-        ("evaluation.json_schema", "evaluation.metrics"),
-        lambda c: ("json" in c.evaluation.metrics) != (c.evaluation.json_schema != ""),
-        "the metric json and the schema that it asks for belong together; set both, or none",
-    ),
-    Rule(
         ("evaluation.tasks",),
-        lambda c: len({task.name for task in c.evaluation.suite}) < len(c.evaluation.suite),
-        "two tasks have one name (server-data is that of evaluation.metrics); give each its own",
+        lambda c: len({task.name for task in c.evaluation.tasks}) < len(c.evaluation.tasks),
+        "two tasks have one name; give each its own",
     ),
     Rule(
         ("evaluation.tasks_every_rounds", "evaluation.tasks"),
-        lambda c: c.evaluation.tasks_every_rounds > 0 and not c.evaluation.suite,
-        "there is nothing to measure; name tasks or evaluation.metrics, or remove it",
+        lambda c: c.evaluation.tasks_every_rounds > 0 and not c.evaluation.tasks,
+        "there is nothing to measure; name tasks, or remove it",
     ),
     *(Rule(*contradiction) for contradiction in evaluation.CONTRADICTIONS),
     *(Rule(*contradiction) for contradiction in gate.contradictions()),

@@ -14,13 +14,6 @@ BatchSize = Annotated[int, Field(ge=1, le=65536, description="Rows per optimizer
 Weight = Annotated[float, Field(ge=0, le=1000)]
 Beta = Annotated[float, Field(gt=0, le=1000, description="How close, or the weight of the preference.")]
 HeldBeta = Annotated[float, Field(ge=0, le=1000, description="How close to `reference`. 0: no reference takes part.")]
-Reference = Annotated[
-    Literal["start", "base"],
-    Field(
-        description="What the model is held close to: the frozen adapter from which the stage begins, or `base`, no "
-        "adapter."
-    ),
-]
 
 
 class PolishStage(Section):
@@ -117,16 +110,20 @@ class RowsStage(PolishStage):
     )
 
 
-class ReferencedStage(RowsStage):
-    """A stage whose loss holds the model close to a reference."""
+class ReferencedStage(PolishStage):
+    """A stage that holds the model close to a reference, where `beta` is above 0."""
 
-    reference: Reference = "start"
-    beta: Beta = 0.1
+    reference: Literal["start", "base"] = Field(
+        default="start",
+        description="What the model is held close to: the frozen adapter from which the stage begins, or `base`, no "
+        "adapter.",
+    )
+    beta: float
 
     @property
     def held_to(self) -> str:
-        """What the model is held close to."""
-        return self.reference
+        """What the model is held close to; empty for nothing."""
+        return self.reference if self.beta else ""
 
 
 class SftStage(RowsStage):
@@ -143,10 +140,11 @@ class CptStage(PolishStage):
     learning_rate: Rate = 5e-5
 
 
-class DpoStage(ReferencedStage):
+class DpoStage(ReferencedStage, RowsStage):
     """Preferences, by pairs of answers."""
 
     kind: Literal["dpo"] = _KIND
+    beta: Beta = 0.1
     loss: Literal["sigmoid", "ipo", "robust"] = Field(default="sigmoid", description="Its loss.")
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=0.5, description="`sigmoid` or `robust`: share of pairs taken to be swapped."
@@ -161,10 +159,11 @@ class DpoStage(ReferencedStage):
         )
 
 
-class KtoStage(ReferencedStage):
+class KtoStage(ReferencedStage, RowsStage):
     """Preferences, by answers that are good or bad."""
 
     kind: Literal["kto"] = _KIND
+    beta: Beta = 0.1
     desirable_weight: Weight = Field(default=1.0, description="Weight of good answers.")
     undesirable_weight: Weight = Field(default=1.0, description="Weight of bad answers.")
 
@@ -201,14 +200,13 @@ class RewardStage(RowsStage):
     learning_rate: Rate = 1e-4
 
 
-class SampledStage(PolishStage):
+class SampledStage(ReferencedStage):
     """A stage in which the model writes answers, which are scored."""
 
     batch_size: BatchSize = 16
     too_long: Literal["drop", "error"] = Field(
         default="error", description="What happens to a prompt over `max_length_tokens`, which cannot be cut."
     )
-    reference: Reference = "start"
     beta: HeldBeta = 0.0
     num_generations: int = Field(default=4, ge=2, le=1_000_000, description="Answers to each prompt.")
     max_new_tokens: int = Field(default=128, ge=1, le=65536, description="Longest answer, in tokens.")
@@ -221,11 +219,6 @@ class SampledStage(PolishStage):
             (is_idle, "reference has no effect while beta is 0; set both, or neither"),
             (self.batch_size % self.num_generations != 0, "num_generations must divide batch_size"),
         )
-
-    @property
-    def held_to(self) -> str:
-        """What the model is held close to; empty for nothing."""
-        return self.reference if self.beta else ""
 
 
 class RlooStage(SampledStage):

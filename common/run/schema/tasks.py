@@ -10,7 +10,6 @@ from common.run.schema.section import REGION, Array, Count, Line, PositiveCount,
 
 Metric = Literal["exact_match", "f1", "rouge1", "rouge2", "rougeL", "number", "json", "label_accuracy", "macro_f1"]
 LABEL_METRICS: Final = frozenset({"label_accuracy", "macro_f1"})
-OWN_TASK: Final = "server-data"
 _KIND: Any = Field(description="How it is measured.")
 
 
@@ -67,7 +66,11 @@ class AnswersTask(GeneratedTask, ComparedTask):
     """Generated text beside its reference."""
 
     kind: Literal["answers"] = _KIND
-    metrics: Array[Metric] = Field(min_length=1, description="As `evaluation.metrics`.")
+    metrics: Array[Metric] = Field(
+        min_length=1,
+        description="Its figures; `f1` is SQuAD's, `number` the last one, as in GSM8K, `json` whether it meets "
+        "`json_schema`, `macro_f1` over the labels.",
+    )
     labels: Array[RequiredLine] = Field(
         default=(),
         description="The closed set of labels, for `label_accuracy` and `macro_f1`. Empty: the references of all rows.",
@@ -271,18 +274,11 @@ class EvaluationConfig(Section):
         default=0, description="Held-out rows per site that are answered by generation at the end. 0: none."
     )
     max_new_tokens: int = Field(default=32, ge=1, le=65536, description="Longest generated answer, in tokens.")
-    metrics: Array[Metric] = Field(
-        default=(),
-        description="Figures of generated answers to `server_data`, before the first round and after the last: "
-        "`exact_match`, `f1` (SQuAD's), `rouge1`, `rouge2`, `rougeL`, `number` (the last, as in GSM8K), `json` (meets "
-        "`json_schema`), `label_accuracy`, `macro_f1` (over the references as labels). Empty: none.",
-    )
-    json_schema: Line = Field(default="", description="Path of the JSON schema that `json` asks for. Empty: none.")
     tasks: Tables[Task] = Field(
         default=(), description="What the coordinator measures on its own rows, before the first round and at the end."
     )
     tasks_every_rounds: Count = Field(
-        default=0, description="Also measure tasks and metrics after every so many rounds. 0: only before and after."
+        default=0, description="Also measure tasks after every so many rounds. 0: only before and after."
     )
 
     num_polish_stages: Count = Field(
@@ -290,13 +286,3 @@ class EvaluationConfig(Section):
         description="The sites also score the adapter after each of the last so many stages of `[[polish]]` that "
         "change it; of the stages they are told this number only. 0: they are not asked after polish.",
     )
-
-    @property
-    def suite(self) -> tuple[Task, ...]:
-        """All tasks: `metrics` of `server_data` is one of them."""
-        if not (self.metrics and self.server_data):
-            return self.tasks
-        own = AnswersTask.model_construct(
-            name=OWN_TASK, kind="answers", data=self.server_data, metrics=self.metrics, json_schema=self.json_schema
-        )
-        return (own, *self.tasks)

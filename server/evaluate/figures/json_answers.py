@@ -29,7 +29,9 @@ def checker(path: Path) -> Callable[[str, str], float]:
         for pattern in patterns.in_schema(schema):
             patterns.compiled(pattern)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, SchemaError) as error:
-        raise DataError(f"{path}: not a JSON schema ({type(error).__name__}); mend evaluation.json_schema") from error
+        raise DataError(
+            f"{path}: not a JSON schema ({type(error).__name__}); mend the json_schema of the task or stage"
+        ) from error
     parts = list(patterns.parts_of(schema))
     if any("patternProperties" in part for part in parts) and any("unevaluatedProperties" in part for part in parts):
         raise DataError(

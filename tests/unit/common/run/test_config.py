@@ -177,7 +177,10 @@ def test_local_steps_alone_turn_epochs_off():
     ("setting", "remedy"),
     [
         ('export.formats = "gguf, peft"', 'must be an array: formats = ["gguf", "peft"]'),
-        ('evaluation.metrics = "f1"', 'must be an array: metrics = ["f1"]'),
+        (
+            'evaluation.tasks = [{name = "a", kind = "answers", data = "x", metrics = "f1, rougeL"}]',
+            'evaluation.tasks.1.metrics  must be an array: metrics = ["f1", "rougeL"]',
+        ),
         ('adapter.targets = "q_proj,v_proj"', 'must be an array: targets = ["q_proj", "v_proj"]'),
         (
             'adapter.site_ranks = "north = 4, south=8"',
@@ -275,7 +278,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "0956dc739382e54a686420ced1dc8e99aea8b1ce760269788ac9eb276f45d95e"
+        "d7aa59873d6793922f71ff9bf3104459de415b7a8da7b2585ead18cc8066a537"
     )
 
 

@@ -68,7 +68,8 @@ def world(shared_engine, tiny_base, tmp_path_factory) -> World:
     rows = stage_data.write(folder / "rows.jsonl", stage_data.instructions(10))
     kinds = [("teach", "sft", rows), ("judge", "reward", pairs), ("align", "dpo", pairs)]
     tables = [{"name": name, "kind": kind, "data": data, **STAGE} for name, kind, data in kinds]
-    own = {"evaluation.server_data": rows, "evaluation.metrics": '["exact_match"]', "evaluation.max_new_tokens": "2"}
+    task = f"{{name = 'server-data', kind = 'answers', data = '{rows}', metrics = ['exact_match']}}"
+    own = {"evaluation.server_data": rows, "evaluation.tasks": f"[{task}]", "evaluation.max_new_tokens": "2"}
     plain = json.loads(config.resolved_json(tiny.settings(tiny_base, {**CHANGES, **own})))
     made = World(shared_engine, config.RunConfig.model_validate({**plain, "polish": tables}), folder)
     made.play("whole")

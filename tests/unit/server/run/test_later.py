@@ -35,7 +35,6 @@ STAGE = {"steps": 2, "batch_size": 4, "max_length_tokens": 64, "learning_rate": 
 CHANGES = {
     **tiny.NOISED,
     "federation.num_rounds": "1",
-    "evaluation.metrics": '["exact_match"]',
     "evaluation.max_new_tokens": "2",
     "evaluation.num_polish_stages": "1",
     "gate.rules": "[{kind = 'loss', min_gain = 50.0}]",
@@ -90,8 +89,16 @@ def world(shared_engine, tiny_base, tmp_path_factory) -> World:
     plain["polish"] = [made.table("teach", "sft"), made.table("drill", "sft", seed=3)]
     asked = stage_data.write(made.folder / "prompts.jsonl", [{"prompt": "What is <b>?"}, {"prompt": "Which word?"}])
     text = tiny.RUN_FILE.format(base=tiny_base) + f"polish = {json.dumps(plain['polish']).replace(': ', ' = ')}\n"
+    task = f"name = 'server-data', kind = 'answers', data = '{rows}', metrics = ['exact_match']"
     settings = config.parse(
-        text, name="run.toml", overrides={**CHANGES, "evaluation.server_data": rows, "output.example_prompts": asked}
+        text,
+        name="run.toml",
+        overrides={
+            **CHANGES,
+            "evaluation.server_data": rows,
+            "evaluation.tasks": f"[{{{task}}}]",
+            "output.example_prompts": asked,
+        },
     )
 
     def counted(answer):

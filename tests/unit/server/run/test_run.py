@@ -278,19 +278,16 @@ def test_the_coordinators_own_rows_are_scored_every_round(play, nodes, tmp_path)
 
 
 def test_metrics_are_of_the_base_and_of_the_last_adapter_and_in_the_card(play, nodes, tmp_path):
-    changes = {
-        "evaluation.server_data": f'"{own_file(tmp_path)}"',
-        "evaluation.metrics": '["exact_match", "f1", "rougeL", "json"]',
-        "evaluation.json_schema": f'"{tmp_path / "schema.json"}"',
-        "evaluation.max_new_tokens": "6",
-    }
+    metrics = f"metrics = ['exact_match', 'f1', 'rougeL', 'json'], json_schema = '{tmp_path}/schema.json'"
+    task = f"{{name = 'own', kind = 'answers', data = '{own_file(tmp_path)}', {metrics}}}"
+    changes = {"evaluation.tasks": f"[{task}]", "evaluation.max_new_tokens": "6"}
     (tmp_path / "schema.json").write_text('{"type": "object"}')
     outcome, log = play(nodes, changes)
     base, last = [event for event in log if event["kind"] == "measured"]
     assert (base["stage"], base["gains"], last["stage"], list(last["gains"])) == ("base", {}, "final", ["base"])
-    names = [f"server-data.{name}" for name in ("exact_match", "f1", "rougeL", "json")]
+    names = [f"own.{name}" for name in ("exact_match", "f1", "rougeL", "json")]
     assert list(last["figures"]) == names
-    assert last["figures"]["server-data.json"]["value"] == 0.0
+    assert last["figures"]["own.json"]["value"] == 0.0
     assert last["adapter_sha256"] == [event for event in log if event["kind"] == "round_finished"][-1]["adapter_sha256"]
     stored = [json.loads((outcome.folder / "scores" / f"{stage}.json").read_text()) for stage in ("base", "final")]
     for name in names:
@@ -302,8 +299,8 @@ def test_metrics_are_of_the_base_and_of_the_last_adapter_and_in_the_card(play, n
         assert figure["low"] <= figure["value"] <= figure["high"]
         assert (figure["num_rows"], figure["kind"], figure["higher_is_better"]) == (4, "answers", True)
     card = (outcome.folder / "adapter" / "README.md").read_text()
-    before, after = (event["figures"]["server-data.f1"]["value"] for event in (base, last))
-    assert f"| server-data.f1 | 4 | {before:.3f} | {after:.3f} | " in card
+    before, after = (event["figures"]["own.f1"]["value"] for event in (base, last))
+    assert f"| own.f1 | 4 | {before:.3f} | {after:.3f} | " in card
 
 
 def task_file(folder, wrong: bool = False):
@@ -341,17 +338,19 @@ def test_a_resumed_run_measures_what_was_fixed_before_training(play, nodes, tmp_
 
 
 def test_a_schema_that_is_missing_is_found_before_the_run_starts(play, nodes, tmp_path):
-    changes = {"evaluation.server_data": f'"{own_file(tmp_path)}"', "evaluation.metrics": '["json"]'}
+    task = f"name = 'own', kind = 'json', data = '{own_file(tmp_path)}', json_schema = '{tmp_path}/no-such.json'"
     with pytest.raises(DataError, match="no-such"):
-        play(nodes, {**changes, "evaluation.json_schema": f'"{tmp_path}/no-such.json"'})
+        play(nodes, {"evaluation.tasks": f"[{{{task}}}]"})
     assert not run_files.finished(tmp_path / "run")
 
 
 def test_metrics_without_rows_of_the_coordinators_own_are_refused(tiny_base):
-    with pytest.raises(ConfigError, match="name their file, or remove metrics"):
-        tiny.settings(tiny_base, {"evaluation.metrics": '["f1"]'})
+    with pytest.raises(ConfigError, match="data  must be set"):
+        tiny.settings(tiny_base, {"evaluation.tasks": "[{name = 'own', kind = 'answers', metrics = ['f1']}]"})
     with pytest.raises(ConfigError, match='"exact_match", "f1", "rouge1"'):
-        tiny.settings(tiny_base, {"evaluation.metrics": '["bleu"]', "evaluation.server_data": '"own.jsonl"'})
+        tiny.settings(
+            tiny_base, {"evaluation.tasks": "[{name = 'own', kind = 'answers', data = 'x', metrics = ['bleu']}]"}
+        )
 
 
 def test_own_rows_that_are_missing_are_found_before_the_run_starts(play, nodes, tmp_path):

@@ -110,8 +110,6 @@ BROKEN_RULES = [
             "privacy.adaptive_clipping = true",
         ],
     ),
-    ("evaluation.metrics", 7, ["evaluation.metrics = ['f1']"]),
-    ("evaluation.json_schema", 7, ["evaluation.json_schema = 'schema.json'"]),
     ("evaluation.tasks", 7, [f"evaluation.tasks = [{TASK}, {TASK}]"]),
     ("evaluation.tasks_every_rounds", 7, ["evaluation.tasks_every_rounds = 2"]),
     ("evaluation.num_polish_stages", 7, ["evaluation.num_polish_stages = 1"]),
