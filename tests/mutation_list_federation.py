@@ -246,7 +246,7 @@ FEDERATION: Final = (
 *guards("server/gateway/replies.py",
     ("gateway-reply-unasked", "a site leaves answers to what it was not asked",
      'raise Refused(403, "reply_unasked")',
-     'return Grant(message_id, 0, 1 << 30, float("inf"))',
+     'grant = Grant(message_id, 0, 1 << 30, float("inf"))',
      ("unit/server/gateway/test_replies::test_a_site_that_was_not_asked_leaves_nothing",)),
     ("gateway-reply-twice", "a site answers one message many times",
      'if grant.answer not in ("", answer):', None,

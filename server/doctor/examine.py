@@ -22,9 +22,6 @@ class Machine:
     """What is looked at; whatever is None is left out.
 
     Attributes:
-        federation: The federation's folder.
-        gateway: GATEWAY.toml.
-        run: The run file.
         base: Folder of its base; None: `model.base`, in the store.
         superlink: `host:port` of a SuperLink without a gateway.
         operator: Certificate and key; None: those of the federation's first operator.

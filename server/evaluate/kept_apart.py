@@ -22,7 +22,6 @@ class Apart:
 
     Attributes:
         name: What messages call it, such as "task medquad (test.jsonl)".
-        texts: Of its rows.
     """
 
     name: str
@@ -47,7 +46,6 @@ class KnownRows:
     """Rows of sites that the coordinator can see, as in a simulation; at real sites none.
 
     Attributes:
-        train: What they train on.
         held_out: What they are scored on.
     """
 
@@ -77,8 +75,8 @@ def warnings(tasks: "Sequence[Task]", known: KnownRows) -> list[str]:
 def _name(task: "Task") -> str:
     """A task and its file, for messages."""
     settings = task.settings
-    own = settings.non_members_data if isinstance(settings, MemorisationTask) else ""
-    return f"task {task.name} ({own or settings.data})"
+    non_members = settings.non_members_data if isinstance(settings, MemorisationTask) else ""
+    return f"task {task.name} ({non_members or settings.data})"
 
 
 def compare(texts: Sequence[Text], apart: Sequence[Apart], *, stage: PolishStage) -> Overlap:
@@ -97,11 +95,11 @@ def compare(texts: Sequence[Text], apart: Sequence[Apart], *, stage: PolishStage
         return Overlap(dropped=dropped)
     overlaps, first = {}, 0
     for table in apart:
-        places = set(range(first, first + len(table.texts)))
+        numbers = set(range(first, first + len(table.texts)))
         first += len(table.texts)
-        exact, close = places & same.other_exact, places & same.other_near
+        exact, close = numbers & same.other_exact, numbers & same.other_near
         if exact | close:
-            overlaps[table.name] = {"num_rows": len(places), "num_exact": len(exact), "num_near": len(close)}
+            overlaps[table.name] = {"num_rows": len(numbers), "num_exact": len(exact), "num_near": len(close)}
     if stage.overlap == "error":
         raise DataError(
             f"{stage.data}, stage '{stage.name}': {len(dropped)} of {len(texts)} rows stand in rows that the result is "

@@ -44,7 +44,6 @@ class Suite:
         engine: The base that adapters are put into.
         tasks: In the order of the run file.
         folder: The run's folder; scores go to `scores/` in it.
-        log: Its events.
         sha256: What the tasks and the gate are, rows included and paths not; empty without either.
     """
 

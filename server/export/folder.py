@@ -31,7 +31,7 @@ from server.export import adapter as export
 from server.export import canonical, gguf, onnx, perplexity, seal
 from server.export import kind as export_kind
 from server.export import tokenizer as export_tokenizer
-from server.export.perplexity import Beside, Perplexity
+from server.export.perplexity import Perplexity, SideBySide
 from server.export.probe import Probe
 from server.export.seal import FORMATS
 from server.view import polish
@@ -46,10 +46,6 @@ class Exported:
 
     Attributes:
         tensors: The adapter, under the run's names.
-        run_manifest: The run.
-        num_rounds: Rounds behind it.
-        sites: Training rows by site.
-        log: The run's events.
     """
 
     tensors: Tensors
@@ -80,12 +76,11 @@ class Content:
     """All that goes into a folder, whatever it was made from.
 
     Attributes:
-        facts: For the seal.
         adapter: The canonical adapter, or one of another kind, which no format holds but merged into the base.
         adapter_card: Model card of a peft folder.
         card: Model card of the whole.
         made: Configuration of another kind; None: the adapter is canonical.
-        beside: Gives base and adapters side by side as a run has them; None: there is no run, only the adapter.
+        side_by_side: Gives base and adapters side by side as a run has them; None: there is no run, only the adapter.
         quantization: Of the base during training, for the card.
     """
 
@@ -94,7 +89,7 @@ class Content:
     adapter_card: str
     card: str
     made: PeftConfig | None = None
-    beside: Callable[[], Beside] | None = None
+    side_by_side: Callable[[], SideBySide] | None = None
     quantization: str = "none"
 
 
@@ -128,10 +123,10 @@ def write(
     content = content_of(source, formats=formats, base=base, gguf_type=gguf_type)
     if base:
         manifest = source.run_manifest
-        beside = functools.partial(
+        side_by_side = functools.partial(
             perplexity.side_by_side, rows, source.tensors, run=manifest.run, base=base, date=manifest.date
         )
-        content = dataclasses.replace(content, beside=beside)
+        content = dataclasses.replace(content, side_by_side=side_by_side)
     write_content(folder, content, base=base, llama_cpp=llama_cpp, key=key)
 
 
@@ -248,14 +243,14 @@ def _fill_merged(
 ) -> tuple[Probe, Perplexity | None]:
     """All that is made from the merged checkpoint, which goes again if nobody asked for it; how good it is."""
     scratch, merged, facts = folder / ".adapter", folder / "merged", content.facts
-    beside = content.beside() if content.beside else None
+    reference = content.side_by_side() if content.side_by_side else None
     _save_adapter(scratch, content)
     probe = export.merge(
         scratch, base, merged, chat_template=facts.chat_template, system_prompt=facts.system_prompt, date=facts.date,
-        beside_btv=beside.logits_btv if beside else None,
+        beside_btv=reference.logits_btv if reference else None,
     )  # fmt: skip
     shutil.rmtree(scratch)
-    measured = perplexity.measure(beside, merged, facts.chat_template) if beside else None
+    measured = perplexity.measure(reference, merged, facts.chat_template) if reference else None
     if measured:
         measured.check(facts.name)
     for kind in [kind for kind in ("nf4", "int8") if kind in facts.formats]:

@@ -260,10 +260,10 @@ def check(base: Path) -> None:
 def _json(path: Path) -> dict[str, Any]:
     """One of the base's files."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"gguf: {path} cannot be read; {_REMEDY}") from error
-    return found
+    return content
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, merged: Path, *, num_tokens: int) -> None:
@@ -345,10 +345,10 @@ def _tensors(
 
 def _name(names: Any, name: str) -> str:
     """GGUF's name of a weight."""
-    found: str | None = names.get_name(name, try_suffixes=(".weight",))
-    if found is None:
+    gguf_name: str | None = names.get_name(name, try_suffixes=(".weight",))
+    if gguf_name is None:
         raise ConfigError(f"gguf: the base's tensor {name} has no place in a Llama; {_REMEDY}")
-    return found
+    return gguf_name
 
 
 def interleave(weight_dk: "np.ndarray[Any, Any]", *, num_heads: int) -> "np.ndarray[Any, Any]":

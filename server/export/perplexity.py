@@ -37,11 +37,9 @@ class Perplexity:
     Attributes:
         num_rows: Rows that were read.
         num_tokens: Answer tokens in them.
-        base: Of the base alone.
         side_by_side: Of base, adapter and side adapter as the sites have them.
         merged: Of the merged checkpoint, whose weights are rounded to bf16.
         low: Merged minus side by side, lower end of its interval of 95 %, by the paired bootstrap over rows.
-        high: Upper end.
     """
 
     num_rows: int
@@ -74,14 +72,12 @@ class Perplexity:
 
 
 @dataclass(frozen=True)
-class Beside:
+class SideBySide:
     """Base and adapters side by side, as the run has them.
 
     Attributes:
-        logits_btv: Of the probe (`server.export.probe.logits`).
         encoded: The rows as tokens; empty: there are none.
         alone: Scores of the base alone on them.
-        scores: Scores with the adapters.
     """
 
     logits_btv: torch.Tensor
@@ -90,7 +86,9 @@ class Beside:
     scores: Scores | None = None
 
 
-def side_by_side(rows: Path | None, tensors: Tensors, *, run: config.RunConfig, base: Path, date: str = "") -> Beside:
+def side_by_side(
+    rows: Path | None, tensors: Tensors, *, run: config.RunConfig, base: Path, date: str = ""
+) -> SideBySide:
     """Load a run's base with its adapters, without quantisation, and score it.
 
     Args:
@@ -111,25 +109,25 @@ def side_by_side(rows: Path | None, tensors: Tensors, *, run: config.RunConfig, 
         alone = _scores(engine, encoded)
     adapter.write(engine.model, tensors)
     scores = _scores(engine, encoded) if rows else None
-    return Beside(export_probe.logits(engine.model), encoded, alone, scores)
+    return SideBySide(export_probe.logits(engine.model), encoded, alone, scores)
 
 
-def measure(beside: Beside, merged: Path, chat_template: TemplateName) -> Perplexity | None:
+def measure(reference: SideBySide, merged: Path, chat_template: TemplateName) -> Perplexity | None:
     """Score a merged checkpoint on the same rows; None where there are none.
 
     Raises:
         ModelError: The checkpoint cannot be loaded.
     """
-    if beside.alone is None or beside.scores is None:
+    if reference.alone is None or reference.scores is None:
         return None
     device = model.choose_device("auto")
     network = model.load_base(merged, plain_model(merged, chat_template), device)
     engine = Engine(network, model.load_tokenizer(merged), device, "", (), {})
-    scores = _scores(engine, beside.encoded)
+    scores = _scores(engine, reference.encoded)
     num_tokens = sum(int(row[1]) for row in scores.rows)
-    gained = bootstrap.gain(scores, beside.scores)
-    values = (beside.alone.value, beside.scores.value, scores.value)
-    return Perplexity(len(beside.encoded), num_tokens, *values, gained.low, gained.high)
+    gained = bootstrap.gain(scores, reference.scores)
+    values = (reference.alone.value, reference.scores.value, scores.value)
+    return Perplexity(len(reference.encoded), num_tokens, *values, gained.low, gained.high)
 
 
 def plain_model(folder: Path, chat_template: TemplateName) -> config.ModelConfig:

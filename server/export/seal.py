@@ -33,12 +33,9 @@ class Facts:
     Attributes:
         name: Of the run, or of the mixture.
         run_sha256: Identity of the run, or of the recipe of a mixture.
-        base_sha256: Of the base's files.
         num_rounds: Rounds behind the adapter; 0 for a mixture.
-        formats: The sub-folders.
         base: What adapter_config.json tells of the base; empty: nothing.
         adapter_sha256: Of the canonical adapter's file, taken before anything was written.
-        chat_template: `model.chat_template` of the run.
         chat_template_sha256: Of the template's text; empty where no base was at hand, and so no format has one.
         date: Day of the run, YYYY-MM-DD, which its chat template prints; empty: it prints none.
         gguf_type: Type of the GGUF file's matrices, a name of `export_gguf.TYPES`.
@@ -75,7 +72,6 @@ class Seal:
     """`export.json`, read.
 
     Attributes:
-        facts: What it is of.
         adapter: Names and shapes of the canonical adapter, from the run's manifest (of a mixture: from what was mixed).
         files: SHA-256 of every file by its path in the folder.
         tensors: Of every safetensors file, type and shape of each tensor by name.

@@ -34,12 +34,8 @@ class Door:
     """What the connections of one listener share.
 
     Attributes:
-        name: `fleet` or `control`.
         address: Host and port to listen on.
-        context: Its TLS context.
-        limits: Deadlines and caps.
         seats: Open connections of each certificate.
-        log: Where refusals go.
     """
 
     name: str

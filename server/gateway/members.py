@@ -23,7 +23,6 @@ class Site:
     """One site.
 
     Attributes:
-        name: As in the roster.
         node_key: SHA-256 of its node key's SubjectPublicKeyInfo in DER, hexadecimal.
         node_pem: That key as the node sends it, PEM.
     """

@@ -42,8 +42,6 @@ class Gate:
     """What one listener lets through.
 
     Attributes:
-        name: `fleet` or `control`.
-        paths: Listed paths.
         max_body_bytes: Largest request; of paths that carry no piece of an array, `rules.MAX_SMALL_BODY_BYTES`.
         check_peer: Takes headers, fingerprint and members; returns the caller's name in the roster, or raises Refused.
         check_body: For a path, what checks and may rewrite a whole body, given the caller's name; other bodies are
@@ -66,9 +64,7 @@ class Call:
     """A request that may pass.
 
     Attributes:
-        path: A listed one.
         name: Of the caller, in the roster.
-        body: How its body comes.
         max_body_bytes: Largest that is let through.
         num_spent: Bytes counted against what the caller was asked for.
     """
@@ -85,12 +81,8 @@ class Proxy:
     """The ASGI application of one listener.
 
     Attributes:
-        gate: What passes.
         members: Gives those who may connect now.
-        buckets: Requests of each certificate.
-        limits: Deadlines and caps.
         upstream: Client of the SuperLink; see `connect`.
-        log: Where refusals go.
         wall_clock: Seconds since 1970.
     """
 

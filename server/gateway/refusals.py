@@ -18,7 +18,6 @@ class Refused(ProtocolError):
     """A request that is answered with an error status.
 
     Attributes:
-        status: HTTP status.
         reason: Code for the log and the caller.
     """
 

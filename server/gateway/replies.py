@@ -36,7 +36,6 @@ class Grant:
 
     Attributes:
         message_id: Of the message that was handed to the site.
-        run_id: Its run.
         max_bytes: Largest answer, as the coordinator said.
         until_s: End of the message's life, seconds since 1970.
         answer: Digest of the answer that was announced; empty: none yet.
@@ -126,7 +125,10 @@ class Replies:
         message, tree = request.messages_list[0], request.message_object_trees[0]
         if message.content.ByteSize() or message.ByteSize() > MAX_MESSAGE_BYTES:
             raise Refused(413, "reply_size")
-        grant = self._asked(site, message.metadata.reply_to_message_id)
+        message_id = message.metadata.reply_to_message_id
+        grant = next((grant for grant in self._alive(site) if grant.message_id == message_id), None)
+        if grant is None:
+            raise Refused(403, "reply_unasked")
         if _num_objects(tree) > NUM_SMALL_OBJECTS + grant.num_pieces:
             raise Refused(413, "reply_size")
         answer = hashlib.sha256(message.metadata.message_id.encode() + tree.SerializeToString()).hexdigest()
@@ -159,13 +161,6 @@ class Replies:
         now = self._wall_clock()
         self._grants[site] = [grant for grant in self._grants.get(site, []) if grant.until_s > now]
         return self._grants[site]
-
-    def _asked(self, site: str, message_id: str) -> Grant:
-        """The grant of a message that this very site was handed."""
-        for grant in self._alive(site):
-            if grant.message_id == message_id:
-                return grant
-        raise Refused(403, "reply_unasked")
 
 
 def _num_objects(tree: ObjectTree) -> int:

@@ -35,7 +35,6 @@ class Change:
     """What a command changed.
 
     Attributes:
-        name: The site's.
         epoch: Of the roster that holds from now on.
         kit: The kit's tar file; None after a revocation.
         expires_at: End of the new certificate; None after a revocation.

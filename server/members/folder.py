@@ -35,7 +35,6 @@ class Issued:
     """A certificate that a site was given.
 
     Attributes:
-        name: The site's.
         serial: The certificate's serial number, hex.
         tls_fingerprint: SHA-256 of its public key.
         identity_key: Of the site that it was given to.

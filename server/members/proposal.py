@@ -31,11 +31,8 @@ class Proposal:
     """What members are asked to sign.
 
     Attributes:
-        version: Of this form.
         kind: What happens to the site.
-        name: The site's.
         follows: SHA-256 of the roster that the proposed one comes after.
-        roster: The next one.
         kit: The site's kit without roster and checksums, name to text; empty for a revocation.
     """
 

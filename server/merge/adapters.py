@@ -35,11 +35,9 @@ class Recipe:
     """How adapters are put together.
 
     Attributes:
-        how: The method.
         weights: One for each adapter, in their order.
         rank: Of the result before it is padded to a listed one; 0: the inputs' largest (linear and slerp: exact).
         density: Share of values that TIES keeps and DARE does not drop.
-        seed: Of DARE's choice.
     """
 
     how: How

@@ -34,10 +34,7 @@ class Input:
     """A verified export that is merged.
 
     Attributes:
-        facts: Its own.
-        sha256: Of its `export.json`.
         signer: Public key of who signed it; empty: nobody.
-        tensors: Its canonical adapter.
         card: Text of its model card.
     """
 
@@ -134,8 +131,8 @@ def adapter_folder(folder: Path, facts: seal.Facts) -> Path:
     Raises:
         ModelError: It has none.
     """
-    places = {"peft": folder / "peft", "vllm": folder / "vllm" / facts.name}
-    present = [path for name, path in places.items() if name in facts.formats]
+    folders = {"peft": folder / "peft", "vllm": folder / "vllm" / facts.name}
+    present = [path for name, path in folders.items() if name in facts.formats]
     if not present:
         raise ModelError(f"{folder}: holds no adapter, only {', '.join(facts.formats)}; export peft as well")
     return present[0]

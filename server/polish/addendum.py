@@ -27,12 +27,10 @@ class Addendum:
 
     Attributes:
         number: Place among those of the run, from 1.
-        name: Of the run.
         run_sha256: Its manifest's hash.
         events_sha256: Of the run's events as they stood, all lines.
         start_stage: Label of the adapter on which the stages begin.
         start_sha256: Its hash.
-        num_rounds: Rounds behind it.
         num_kept: Stages of the run behind it.
         stages: The new ones, every setting with its value, seeds among them.
         gate: What their result must show, likewise.

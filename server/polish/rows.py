@@ -37,9 +37,7 @@ class StageRows:
     """A stage's data, ready for its trainer.
 
     Attributes:
-        train: Rows to train on.
         held_out: Rows for the figures before and after.
-        num_truncated: Rows that were cut.
         num_dropped: Rows that were left out as too long.
         num_equal: Pairs that were left out as both answers are the same after the cut.
         num_overlapping: Rows that were left out as they stand in rows that are kept apart.
@@ -244,8 +242,8 @@ def _raw(row: Located) -> str:
 def _split(texts: Sequence[Text], pieces: Sequence[list[Tokens]], stage: PolishStage) -> StageRows:
     """Shuffle by the stage's seed and keep a share aside, a text on one side; of both labels where there are labels."""
     order = random.Random(stage.seed)  # noqa: S311 - an order, no secret
-    places = overlap.groups(texts) if stage.overlap != "allow" else range(len(texts))
-    rows = [(place, row) for place, found in zip(places, pieces, strict=True) for row in found]
+    firsts = overlap.groups(texts) if stage.overlap != "allow" else range(len(texts))
+    rows = [(number, row) for number, tokens in zip(firsts, pieces, strict=True) for row in tokens]
     labels = (True, False) if stage.kind == "kto" else (None,)
     sides = {label: [row for row in rows if row[1].get("label") == label] for label in labels}
     wanted, sizes = {}, {label: len(side) for label, side in sides.items()}
@@ -257,7 +255,7 @@ def _split(texts: Sequence[Text], pieces: Sequence[list[Tokens]], stage: PolishS
         bundles.setdefault(first, []).append(row)
     counts = [Counter(row.get("label") for row in bundle) for bundle in bundles.values()]
     chosen = set(overlap.choose(counts, wanted=wanted, sizes=sizes))
-    is_held_out = {first: place in chosen for place, first in enumerate(bundles)}
+    is_held_out = {first: number in chosen for number, first in enumerate(bundles)}
     train = [row for side in sides.values() for first, row in side if not is_held_out[first]]
     held_out = [row for side in sides.values() for first, row in side if is_held_out[first]]
     for label in labels:

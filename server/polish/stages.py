@@ -57,7 +57,6 @@ class Played:
         before: The objective's figures on the held-out rows, and those of `answer_figures`, by name.
         after: The same afterwards.
         reward: The reward model that was trained; None for other kinds.
-        num_steps: Optimizer steps.
     """
 
     tensors: Tensors
@@ -74,7 +73,6 @@ class Finished:
     Attributes:
         label: Of the coordinator's figures after it.
         names: Of the stages up to it.
-        tensors: The adapter after it.
     """
 
     label: str

@@ -24,7 +24,6 @@ class Answers:
     """What one rater answered.
 
     Attributes:
-        rater: Their name or pseudonym.
         tasks_sha256: Of the tasks file that was answered.
         choices: By task number; a task that was undone is not there.
     """

@@ -31,8 +31,6 @@ class Task:
     Attributes:
         number: Its place in the tasks file, from 1.
         prompt: The turns before the answers.
-        left: One answer.
-        right: The other.
     """
 
     number: int
@@ -83,7 +81,7 @@ def make(source: Path, *, between: Sequence[str], seed: int, tasks: Path, key: P
     check_new(tasks, key)
     first, second = between
     located = reading.locate(str(source))
-    pairs = reading.convert_all(located, lambda row: build.pair_of(row.fields, first, second, place=row.place))
+    pairs = reading.convert_all(located, lambda row: build.pair_of(row.fields, first, second, row_id=row.place))
     return write(pairs, names=(first, second), seed=seed, tasks=tasks, key=key)
 
 
@@ -142,7 +140,7 @@ def read_tasks(path: Path) -> list[Task]:
         DataError: It is missing, unreadable or of another form.
     """
     located = reading.locate(str(path))
-    pairs = reading.convert_all(located, lambda row: build.pair_of(row.fields, "right", "left", place=row.place))
+    pairs = reading.convert_all(located, lambda row: build.pair_of(row.fields, "right", "left", row_id=row.place))
     return [Task(number, pair.prompt, pair.chosen, pair.rejected) for number, pair in enumerate(pairs, start=1)]
 
 

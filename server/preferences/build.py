@@ -29,8 +29,6 @@ class Built:
     """Pairs or ratings, and what was left out on the way.
 
     Attributes:
-        rows: The preference data.
-        num_read: Rows of the source.
         left_out: How many were left out, by reason.
     """
 
@@ -94,7 +92,7 @@ def from_edits(path: Path, *, draft: str = "draft", edited: str = "edited") -> B
         DataError: The file cannot be read, or rows are unusable.
     """
     located = reading.locate(str(path))
-    pairs = reading.convert_all(located, lambda row: pair_of(row.fields, draft, edited, place=row.place))
+    pairs = reading.convert_all(located, lambda row: pair_of(row.fields, draft, edited, row_id=row.place))
     return different(pairs, num_read=len(located), left_out={}, reason="unchanged drafts")
 
 
@@ -132,14 +130,14 @@ def as_lines(rows: Iterable[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def pair_of(fields: dict[str, Any], rejected: str, chosen: str, *, place: str) -> Pair:
+def pair_of(fields: dict[str, Any], rejected: str, chosen: str, *, row_id: str) -> Pair:
     """A pair out of three columns.
 
     Raises:
         UnusableError: One of them is missing, empty or of the wrong type.
     """
-    better = preference_rows.conversation(fields, answer=chosen, place=place)
-    worse = preference_rows.conversation(fields, answer=rejected, place=place)
+    better = preference_rows.conversation(fields, answer=chosen, place=row_id)
+    worse = preference_rows.conversation(fields, answer=rejected, place=row_id)
     return files.pair_of(replace(better, rejected=worse.messages))
 
 

@@ -28,9 +28,7 @@ class Report:
     """What a file is made of and what is wrong with it.
 
     Attributes:
-        kind: "pairs" or "ratings".
         figures: Counts, shares and intervals by name; holds no text of a row.
-        results: One for each check.
     """
 
     kind: str

@@ -67,11 +67,11 @@ def compare(
     if (order.against == "prompt-only") != (order.prompt != ""):
         raise ConfigError("--against prompt-only and --prompt belong together; give both, or none")
     blind.check_new(out, key)
-    found = finish.stored(run_folder, num_rounds=num_rounds)
-    settings = found.run_manifest.run
+    checkpoint = finish.stored(run_folder, num_rounds=num_rounds)
+    settings = checkpoint.run_manifest.run
     rows = loading.rows_of(order.rows, settings.data)[: order.max_rows or None]
-    engine = loading.engine_of(settings, finish.base_of(found, base), date=found.run_manifest.date)
-    adapter.write(engine.model, found.tensors)
+    engine = loading.engine_of(settings, finish.base_of(checkpoint, base), date=checkpoint.run_manifest.date)
+    adapter.write(engine.model, checkpoint.tensors)
     pairs = pairs_of(rows, answered(engine, rows, order.prompt, data=settings.data, evaluation=settings.evaluation))
     made = blind.write(pairs, names=(order.against, ADAPTER), seed=order.seed, tasks=out, key=key)
     return {

@@ -23,7 +23,6 @@ class Pair:
     Attributes:
         prompt: The turns before the answers.
         chosen: The better answer; its last turn is the assistant's.
-        rejected: The worse one, likewise.
         row_id: Where it was read, such as "pairs.jsonl line 12"; holds no field's value.
     """
 

@@ -165,4 +165,4 @@ def _pair(texts: Mapping[str, Any], prompt: str, better: str, worse: str, row_id
     if missing:
         raise UnusableError(f"has no field {missing[0]!r}", "correct --prompt or --between")
     fields = {better: texts[better], worse: texts[worse], "prompt": texts[prompt]}
-    return build.pair_of(fields, worse, better, place=row_id)
+    return build.pair_of(fields, worse, better, row_id=row_id)

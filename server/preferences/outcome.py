@@ -53,8 +53,6 @@ class Outcome:
     Attributes:
         names: The candidates, first and second.
         all_raters: By the majority of raters, task by task.
-        by_rater: Of each rater alone.
-        agreements: Of every two raters.
         left_right: How often left and right were preferred, over all raters.
         num_identical: Rows that no rater was shown, since both candidates answered the same.
         built: Pairs of the tasks that were decided.

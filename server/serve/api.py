@@ -55,8 +55,6 @@ class Job:
 
     Attributes:
         model: The adapter's name, or the base's.
-        ids: Tokens of the prompt.
-        sampling: How to answer.
         is_chat: Which of the two forms.
         is_stream: Whether pieces are sent as they come.
         with_usage: Whether a stream ends with the counts.

@@ -53,7 +53,6 @@ class Answer:
     """An answer in the making.
 
     Attributes:
-        num_prompt_tokens: Of the prompt.
         num_tokens: Of the answer so far.
         finish: Why it ended; None while it has not.
     """

@@ -24,11 +24,8 @@ class Served:
     Attributes:
         name: Of the model in requests.
         folder: Of the adapter, as peft reads it.
-        template: `model.chat_template` of its run.
         template_file: Its chat template; None: it was exported without one.
-        rank: Of the adapter.
         date: Day of its run, which its chat template prints; empty: it prints none.
-        system_prompt: `data.system_prompt` of its run.
     """
 
     name: str

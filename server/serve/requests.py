@@ -47,7 +47,6 @@ class Refused(Exception):
     """A request that is not served.
 
     Attributes:
-        status: HTTP status.
         kind: `type` of OpenAI's error object.
     """
 

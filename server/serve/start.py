@@ -86,8 +86,8 @@ def choose(engine: str) -> str:
 
 def find_vllm() -> str | None:
     """vLLM's program: on the PATH, or beside this Python; None where there is none."""
-    places = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
-    return shutil.which("vllm", path=places)
+    path = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
+    return shutil.which("vllm", path=path)
 
 
 def vllm_command(base: Path, served: Sequence[Served], address: Address, *, extra: Sequence[str] = ()) -> list[str]:

@@ -47,18 +47,18 @@ def compare(folder: Path, base: Path, facts: Facts) -> dict[str, dict[str, float
         ModelError: No adapter in the export, a format that cannot be loaded, or a limit is passed.
     """
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    places = {"peft": folder / "peft", "vllm": folder / "vllm" / facts.name}
-    places = {name: place for name, place in places.items() if name in facts.formats}
-    if not places:
+    adapters = {"peft": folder / "peft", "vllm": folder / "vllm" / facts.name}
+    adapters = {name: path for name, path in adapters.items() if name in facts.formats}
+    if not adapters:
         raise ModelError(f"{folder}: holds no adapter to compare with; export peft as well")
-    alone, wanted, rounded = _adapter_logits(base, next(iter(places.values())))
+    alone, wanted, rounded = _adapter_logits(base, next(iter(adapters.values())))
     effect = probe.difference(alone, wanted)
     compared = {"base": {"difference": effect}}
     limit_rounded = min(ROUNDED, max(probe.SHARE * effect, LEAST))
     for name in facts.formats:
         path = folder / name
         with _readable(path):
-            given = probe.logits(_load(path, base, places.get(name)))  # one format in memory at a time
+            given = probe.logits(_load(path, base, adapters.get(name)))  # one format in memory at a time
         is_exact = name in ("merged", "onnx") or (name == "gguf" and facts.gguf_type == "bf16")
         limit = GGUF_LIMITS[facts.gguf_type] if name == "gguf" else LIMITS[name]
         difference = probe.difference(given, wanted)
@@ -86,13 +86,13 @@ def _adapter_logits(base: Path, folder: Path) -> tuple[torch.Tensor, torch.Tenso
     network = _with_adapter(base, folder)
     with network.disable_adapter():
         alone = probe.logits(network)
-    beside = probe.logits(network)
+    side_by_side = probe.logits(network)
     summed = probe.add_up(network)
-    off, effect = (probe.difference(given, beside) for given in (probe.logits(summed), alone))
+    off, effect = (probe.difference(given, side_by_side) for given in (probe.logits(summed), alone))
     if not off <= probe.allowed(effect):
         raise ModelError(f"{folder}: cannot be added to {base} (logits differ by {off:.2e}); serve it beside its base")
     probe.round_weights(summed)
-    return alone, beside, probe.logits(summed)
+    return alone, side_by_side, probe.logits(summed)
 
 
 def _load(path: Path, base: Path, adapter: Path | None) -> Any:

@@ -32,13 +32,7 @@ _PASSED: Final[set[Hashable]] = set()
 
 @dataclass(frozen=True)
 class Order:
-    """What is asked for.
-
-    Attributes:
-        formats: Some of `seal.FORMATS`.
-        llama_cpp: As of `server.export.folder.write`.
-        gguf_type: Likewise.
-    """
+    """What is asked for."""
 
     formats: Sequence[str]
     llama_cpp: Path | None = None

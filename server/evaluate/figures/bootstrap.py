@@ -26,7 +26,6 @@ class Interval:
     Attributes:
         mean: Of the rows that there are.
         low: Lower end of the interval of 95 %.
-        high: Upper end.
     """
 
     mean: float
@@ -162,7 +161,7 @@ def interval(scores: Scores, *, num_resamples: int = NUM_RESAMPLES, seed: int = 
     """A figure with its interval by the bootstrap over rows; see `gain`."""
     rows_nk = np.asarray(scores.rows, dtype=np.float64)
     statistic = STATISTICS[scores.statistic]
-    draws = [statistic(rows_nk[places]) for places in _places(len(rows_nk), num_resamples, seed)]
+    draws = [statistic(rows_nk[drawn]) for drawn in _resamples(len(rows_nk), num_resamples, seed)]
     return _around(statistic(rows_nk), draws)
 
 
@@ -182,12 +181,12 @@ def gain(after: Scores, before: Scores, *, num_resamples: int = NUM_RESAMPLES, s
         raise ValueError(f"{len(after.rows)} and {len(before.rows)} scores are not pairs")
     after_nk, before_nk = (np.asarray(scores.rows, dtype=np.float64) for scores in (after, before))
     statistic = STATISTICS[after.statistic]
-    places = _places(len(after_nk), num_resamples, seed)
-    draws = [statistic(after_nk[drawn]) - statistic(before_nk[drawn]) for drawn in places]
+    resamples = _resamples(len(after_nk), num_resamples, seed)
+    draws = [statistic(after_nk[drawn]) - statistic(before_nk[drawn]) for drawn in resamples]
     return _around(statistic(after_nk) - statistic(before_nk), draws)
 
 
-def _places(num_rows: int, num_resamples: int, seed: int) -> list[NDArray[Any]]:
+def _resamples(num_rows: int, num_resamples: int, seed: int) -> list[NDArray[Any]]:
     """Which rows each resample holds."""
     generator = np.random.default_rng(seed)
     return [generator.integers(num_rows, size=num_rows) for _ in range(num_resamples)]

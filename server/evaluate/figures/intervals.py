@@ -11,13 +11,7 @@ Z_95: Final = statistics.NormalDist().inv_cdf(0.975)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95 % interval.
-
-    Attributes:
-        value: The figure.
-        low: Lower end.
-        high: Upper end.
-    """
+    """A figure and its 95 % interval."""
 
     value: float
     low: float

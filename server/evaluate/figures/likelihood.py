@@ -69,9 +69,9 @@ def log_likelihoods(engine: Engine, pairs: Sequence[Pair], *, batch_size: int) -
     order = sorted(range(len(pairs)), key=lambda number: len(pairs[number][0]) + len(pairs[number][1]))
     scored: dict[int, tuple[float, bool]] = {}
     for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        scored.update(zip(places, _batch(engine, [pairs[place] for place in places]), strict=True))
-    return [scored[place] for place in range(len(pairs))]
+        numbers = order[start : start + batch_size]
+        scored.update(zip(numbers, _batch(engine, [pairs[each] for each in numbers]), strict=True))
+    return [scored[each] for each in range(len(pairs))]
 
 
 def rolling(engine: Engine, texts: Sequence[str], *, batch_size: int) -> list[tuple[float, int]]:

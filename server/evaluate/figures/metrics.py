@@ -43,10 +43,10 @@ def token_f1(given: str, wanted: str) -> float:
         >>> round(token_f1("The heart, and lungs", "a heart"), 4)
         0.5
     """
-    found, reference = _squad_words(given), _squad_words(wanted)
-    if not found or not reference:
-        return float(found == reference)
-    return _f1(_num_common(found, reference), len(found), len(reference))
+    words, reference = _squad_words(given), _squad_words(wanted)
+    if not words or not reference:
+        return float(words == reference)
+    return _f1(_num_common(words, reference), len(words), len(reference))
 
 
 def rouge1(given: str, wanted: str) -> float:
@@ -68,11 +68,11 @@ def rouge_n(given: str, wanted: str, *, size: int) -> float:
     Source: Lin 2004, aclanthology.org/W04-1013. Of text in a-z and 0-9 words and figures are those of Google's package
     rouge-score 0.1.2, which sees no other letters.
     """
-    found, reference = (
+    runs, reference = (
         [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
         for words in (_rouge_words(given), _rouge_words(wanted))
     )
-    return _f1(_num_common(found, reference), len(found), len(reference))
+    return _f1(_num_common(runs, reference), len(runs), len(reference))
 
 
 def rouge_l(given: str, wanted: str) -> float:
@@ -84,8 +84,8 @@ def rouge_l(given: str, wanted: str) -> float:
         >>> rouge_l("police kill the gunman", "police killed the gunman")
         0.75
     """
-    found, reference = _rouge_words(given), _rouge_words(wanted)
-    return _f1(_common_length(found, reference), len(found), len(reference))
+    words, reference = _rouge_words(given), _rouge_words(wanted)
+    return _f1(_common_length(words, reference), len(words), len(reference))
 
 
 def number(given: str, wanted: str) -> float:
@@ -119,15 +119,15 @@ def final_number(text: str) -> Decimal | None:
     all_found = list(_NUMBER.finditer(text.rpartition("####")[2]))
     if not all_found:
         return None
-    found = all_found[-1]
-    form, written = next((name, part) for name, part in found.groupdict().items() if name != "sign" and part)
+    match = all_found[-1]
+    form, written = next((name, part) for name, part in match.groupdict().items() if name != "sign" and part)
     for gap in {"english": ",", "german": ".", "spaced": _GAPS}.get(form, ""):
         written = written.replace(gap, "")
     try:
         value = Decimal(written.replace(",", "."))
     except InvalidOperation:
         return None
-    return value.copy_negate() if found["sign"] else value
+    return value.copy_negate() if match["sign"] else value
 
 
 def has_words(text: str) -> bool:
@@ -161,27 +161,27 @@ def _rouge_words(text: str) -> list[str]:
     return [str(word) for word in _WORD.findall(unicodedata.normalize("NFC", text.lower()))]
 
 
-def _num_common(found: Sequence[object], reference: Sequence[object]) -> int:
+def _num_common(given: Sequence[object], reference: Sequence[object]) -> int:
     """Items of both texts, each counted as often as both have it."""
-    return sum((collections.Counter(found) & collections.Counter(reference)).values())
+    return sum((collections.Counter(given) & collections.Counter(reference)).values())
 
 
-def _f1(num_common: int, num_found: int, num_reference: int) -> float:
+def _f1(num_common: int, num_given: int, num_reference: int) -> float:
     """Harmonic mean of precision and recall; 0 where there is nothing in common."""
-    return 2 * num_common / (num_found + num_reference) if num_common else 0.0
+    return 2 * num_common / (num_given + num_reference) if num_common else 0.0
 
 
-def _common_length(found: Sequence[str], reference: Sequence[str]) -> int:
+def _common_length(given: Sequence[str], reference: Sequence[str]) -> int:
     """Length of the longest common subsequence, a row of the table at a time as the bits of one number.
 
     Source: Hyyro 2004, "Bit-parallel LCS-length computation revisited".
     """
-    places: dict[str, int] = collections.defaultdict(int)
-    for place, word in enumerate(reference):
-        places[word] |= 1 << place
+    bits_of: dict[str, int] = collections.defaultdict(int)
+    for position, word in enumerate(reference):
+        bits_of[word] |= 1 << position
     every = (1 << len(reference)) - 1
     row = every
-    for word in found:
-        met = row & places.get(word, 0)
+    for word in given:
+        met = row & bits_of.get(word, 0)
         row = ((row + met) | (row - met)) & every
     return len(reference) - row.bit_count()

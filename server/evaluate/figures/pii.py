@@ -6,6 +6,7 @@ What is found is given to no log; callers count it.
 import datetime
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -73,9 +74,7 @@ class Find:
     """One piece of personal data.
 
     Attributes:
-        kind: Of `KINDS`.
         start: Where it begins, in characters.
-        end: Where it ends.
         value: Itself; never written anywhere.
     """
 
@@ -190,7 +189,11 @@ def _birth_dates(text: str) -> Iterable[tuple[int, int]]:
         else:
             name = "3" if match["m3"] else "4"
             readings = [(int(match[f"y{name}"]), _MONTHS[match[f"m{name}"].lower()], int(match[f"d{name}"]))]
-        if any(_is_past(*parts) for parts in readings):
+        dates = []
+        for reading in readings:
+            with suppress(ValueError):
+                dates.append(datetime.date(*reading))
+        if any(date.year >= 1900 and date <= datetime.datetime.now(datetime.UTC).date() for date in dates):
             start = next(match.start(name) for name in ("y", "a", "d3", "m4") if match[name] is not None)
             yield start, match.end()
 
@@ -232,15 +235,6 @@ _SEARCHES: Final[tuple[tuple[str, _Search], ...]] = (
     ("iban", _ibans), ("card", _cards), ("ssn", _ssns), ("birth_date", _birth_dates),
     ("record_number", lambda text: (match.span("value") for match in _RECORD.finditer(text))),
 )  # fmt: skip
-
-
-def _is_past(year: int, month: int, day: int) -> bool:
-    """Whether somebody alive may have been born then."""
-    try:
-        date = datetime.date(year, month, day)
-    except ValueError:
-        return False
-    return year >= 1900 and date <= datetime.datetime.now(datetime.UTC).date()
 
 
 def _plain(text: str) -> str:

@@ -120,13 +120,13 @@ def examples_of(settings: ComparedTask, data: DataConfig) -> list[Row]:
     Raises:
         DataError: It is missing or unusable, or has too few rows.
     """
-    found = loading.rows_of(settings.baseline_data, data) if settings.baseline_data else []
-    if len(found) < settings.baseline_examples:
+    rows = loading.rows_of(settings.baseline_data, data) if settings.baseline_data else []
+    if len(rows) < settings.baseline_examples:
         raise DataError(
-            f"{settings.baseline_data}: {len(found)} rows, and task {settings.name} asks for baseline_examples = "
+            f"{settings.baseline_data}: {len(rows)} rows, and task {settings.name} asks for baseline_examples = "
             f"{settings.baseline_examples}; lower it or add rows"
         )
-    return found[: settings.baseline_examples]
+    return rows[: settings.baseline_examples]
 
 
 def _scorer(name: str, settings: Answered, rows: Sequence[Row]) -> Callable[[Pairs], Scores]:

@@ -96,9 +96,9 @@ def drawn(pattern: str, secret: str, *, count: int, where: str) -> tuple[str, ..
         )
     seed = hashlib.sha256(json.dumps([pattern, secret]).encode()).digest()
     generator = np.random.default_rng(int.from_bytes(seed, "big"))
-    found: dict[str, None] = {}
-    while len(found) < count:
+    texts: dict[str, None] = {}
+    while len(texts) < count:
         text = "".join(signs[i] for signs, i in zip(letters, generator.integers(sizes), strict=True))
         if text != secret:
-            found[text] = None
-    return tuple(found)
+            texts[text] = None
+    return tuple(texts)

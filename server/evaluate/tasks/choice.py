@@ -20,7 +20,6 @@ class Choice:
 
     Attributes:
         context: What stands before an answer.
-        choices: The answers.
         answer: Which one is right, from 0.
     """
 

@@ -58,8 +58,8 @@ def load(settings: HarnessTask, data: DataConfig, evaluation: EvaluationConfig) 
         command = extras.install("harness")
         raise ConfigError(f"kind harness needs lm-evaluation-harness; install it with: {command}") from error
     harness_yaml.render_in_sandbox()
-    found = harness_yaml.tasks(folder)
-    plain = {name: _plain(found, name, folder) for name in settings.harness_tasks}
+    tasks = harness_yaml.tasks(folder)
+    plain = {name: plain_config(tasks, name, folder) for name in settings.harness_tasks}
     # What the harness copies of the rows goes when they are in memory.
     with tempfile.TemporaryDirectory() as cache, _translated("harness task"):
         configs = [
@@ -69,7 +69,7 @@ def load(settings: HarnessTask, data: DataConfig, evaluation: EvaluationConfig) 
         loaded: dict[str, Any] = TaskManager(include_defaults=False).load(configs)
     for task in loaded["tasks"].values():
         for steps in task._filters:
-            steps.filters = [partial(_timed, make) for make in steps.filters]
+            steps.filters = [partial(timed, make) for make in steps.filters]
         if task.config.num_fewshot is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
@@ -98,13 +98,13 @@ def load(settings: HarnessTask, data: DataConfig, evaluation: EvaluationConfig) 
     return Task(settings, digest(*contents), score)
 
 
-def _plain(found: Mapping[str, tuple[Path, dict[str, Any]]], name: str, folder: Path) -> dict[str, Any]:
+def plain_config(tasks: Mapping[str, tuple[Path, dict[str, Any]]], name: str, folder: Path) -> dict[str, Any]:
     """A task's configuration, found to be data and nothing else, with whole paths."""
-    if name not in found:
-        if odd := next((path for path, content in found.values() if not content), None):
+    if name not in tasks:
+        if odd := next((path for path, content in tasks.values() if not content), None):
             raise DataError(f"{odd}: runs code or includes files, or is no YAML; write the task as one plain YAML file")
-        raise DataError(f"{folder}: no harness task {name}; there are {', '.join(found) or 'none'}")
-    yaml_path, config = found[name]
+        raise DataError(f"{folder}: no harness task {name}; there are {', '.join(tasks) or 'none'}")
+    yaml_path, config = tasks[name]
     harness_yaml.check(yaml_path, config)
     if config.get("dataset_path") not in _READERS:
         raise DataError(f"{yaml_path}: dataset_path must be one of {', '.join(_READERS)}; nothing is fetched")
@@ -123,7 +123,7 @@ def _plain(found: Mapping[str, tuple[Path, dict[str, Any]]], name: str, folder: 
     return {**config, "dataset_kwargs": {"data_files": paths}}
 
 
-def _timed(make: Callable[[], Any]) -> Any:
+def timed(make: Callable[[], Any]) -> Any:
     """A filter of the harness; the pattern that it looks for in answers gets a limit of time."""
     made = make()
     if isinstance(getattr(made, "regex", None), re.Pattern):
@@ -131,10 +131,10 @@ def _timed(make: Callable[[], Any]) -> Any:
     return made
 
 
-def _rows(found: Any, name: str, metric: str, rule: str) -> Scores:
+def _rows(results: Any, name: str, metric: str, rule: str) -> Scores:
     """One metric row by row, which must make the harness' own figure."""
-    values = [sample[metric] for sample in found["samples"][name] if sample["filter"] == rule]
-    is_better = bool(found["higher_is_better"][name].get(metric, True))
+    values = [sample[metric] for sample in results["samples"][name] if sample["filter"] == rule]
+    is_better = bool(results["higher_is_better"][name].get(metric, True))
     if metric in _WEIGHTED:
         rows = tuple((-float(total), float(count)) for total, count in values)
         scores = Scores(rows, _WEIGHTED[metric], is_better)
@@ -143,7 +143,7 @@ def _rows(found: Any, name: str, metric: str, rule: str) -> Scores:
     else:
         is_plain = all(isinstance(value, int | float) for value in values)
         scores = Scores(tuple((float(value),) for value in values) if is_plain else (), "mean", is_better)
-    whole = float(found["results"][name][f"{metric},{rule}"])
+    whole = float(results["results"][name][f"{metric},{rule}"])
     if not scores.rows or abs(scores.value - whole) > 1e-9 * max(1.0, abs(whole)):
         raise DataError(f"harness task {name}: {metric} is no mean of its rows, so it has no interval; remove it")
     return scores

@@ -56,7 +56,7 @@ def tasks(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     Returns:
         Content is empty for a file that cannot be read as plain YAML.
     """
-    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    contents: dict[str, tuple[Path, dict[str, Any]]] = {}
     for path in sorted(folder.rglob("*.yaml")):
         content: Any = None
         # A file that is too large or no plain YAML has no content.
@@ -65,8 +65,10 @@ def tasks(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
                 content = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)  # noqa: S506  a SafeLoader
         if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
             content = {}
-        found.setdefault(str(content["task"]) if isinstance(content.get("task"), str) else str(path), (path, content))
-    return found
+        contents.setdefault(
+            str(content["task"]) if isinstance(content.get("task"), str) else str(path), (path, content)
+        )
+    return contents
 
 
 def check(path: Path, content: Mapping[str, Any]) -> None:

@@ -68,7 +68,7 @@ def of_canaries(
     planted = [canary for canary in canaries if canary.is_trained]
     before = [_before(engine, canary, system_prompt) for canary in planted]
     bits = tuple((value,) for value in _exposures(engine, planted, before, batch_size=batch_size))
-    found = {
+    figures = {
         "exposure": Scores(bits, "high", higher_is_better=False),
         "exposure_mean": Scores(bits, "mean", higher_is_better=False),
         "exposure_max": Scores(bits, "largest", higher_is_better=False),
@@ -87,8 +87,8 @@ def of_canaries(
         with as_base(engine):
             untrained = losses()
         drops = [old - new for old, new in zip(untrained, trained, strict=True)]
-        found["auc"] = _auc(drops, [canary.is_trained for canary in canaries])
-    return found
+        figures["auc"] = _auc(drops, [canary.is_trained for canary in canaries])
+    return figures
 
 
 def _exposures(engine: Engine, canaries: Sequence[Canary], before: Sequence[str], *, batch_size: int) -> list[float]:

@@ -41,11 +41,11 @@ def score(engine: Engine, texts: list[str], *, batch_size: int) -> Mapping[str, 
 
     Source: the last two as in lm-evaluation-harness 0.4.13, output type loglikelihood_rolling.
     """
-    found = likelihood.rolling(engine, texts, batch_size=batch_size)
-    nats = [-total for total, _ in found]
+    sums = likelihood.rolling(engine, texts, batch_size=batch_size)
+    nats = [-total for total, _ in sums]
     num_words = [len(re.split(r"\s+", text)) for text in texts]
     sizes = {
-        "perplexity": [num_tokens for _, num_tokens in found],
+        "perplexity": [num_tokens for _, num_tokens in sums],
         "word_perplexity": num_words,
         "bits_per_byte": [len(text.encode()) for text in texts],
     }

@@ -83,10 +83,10 @@ def text_of(fields: Mapping[str, Any], column: str, *, where: str) -> str:
     Raises:
         DataError: It does not.
     """
-    found = fields.get(column)
-    if not isinstance(found, str) or not found.strip():
+    text = fields.get(column)
+    if not isinstance(text, str) or not text.strip():
         raise DataError(f"{where}: column {column} must hold text that is not empty")
-    return found
+    return text
 
 
 @contextlib.contextmanager

@@ -178,7 +178,7 @@ def test_a_pattern_of_a_harness_filter_has_a_limit_of_time(monkeypatch):
     from lm_eval.filters.extraction import RegexFilter
 
     monkeypatch.setattr(patterns, "TIMEOUT_S", 0.1)
-    made = harness._timed(partial(RegexFilter, regex_pattern="(?:a|aa)+$"))
+    made = harness.timed(partial(RegexFilter, regex_pattern="(?:a|aa)+$"))
     assert made.apply([["x aaa", SLOW]], [{}]) == [["aaa", "[invalid]"]]
 
 

@@ -199,9 +199,9 @@ def test_a_task_that_is_more_than_data_is_refused(tmp_path, attack):
         rest = good[: good.index(key)].rstrip()
     (tmp_path / "c.yaml").write_text(f"{rest}\n{text.replace('FOLDER', str(tmp_path))}")
     with pytest.raises(DataError, match=told):
-        harness._plain(harness_yaml.tasks(tmp_path), "c", tmp_path)
+        harness.plain_config(harness_yaml.tasks(tmp_path), "c", tmp_path)
     (tmp_path / "c.yaml").write_text(good)  # control
-    assert harness._plain(harness_yaml.tasks(tmp_path), "c", tmp_path)["task"] == "c"
+    assert harness.plain_config(harness_yaml.tasks(tmp_path), "c", tmp_path)["task"] == "c"
 
 
 ESCAPE = (
