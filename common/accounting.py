@@ -33,7 +33,7 @@ Kinds = tuple[tuple[float, float, int], ...]  # sampling, noise, steps
 
 
 @dataclass(frozen=True)
-class Event:
+class DpEvent:
     """Steps of one kind that read private units.
 
     Attributes:
@@ -57,9 +57,9 @@ class Event:
         if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise ValueError("num_steps must be a whole number of at least 1")
 
-    def times(self, number: int) -> "Event":
+    def times(self, number: int) -> "DpEvent":
         """Give the steps of so many such events together."""
-        return Event(self.sampling_prob, self.noise_multiplier, self.num_steps * number)
+        return DpEvent(self.sampling_prob, self.noise_multiplier, self.num_steps * number)
 
 
 def epsilon(
@@ -73,10 +73,10 @@ def epsilon(
         >>> round(epsilon(sampling_prob=0.01, noise_multiplier=1.0, num_steps=500, dp_delta=1e-5), 4)
         1.3265
     """
-    return compose([Event(sampling_prob, noise_multiplier, num_steps)], dp_delta=dp_delta, grid=grid)
+    return compose([DpEvent(sampling_prob, noise_multiplier, num_steps)], dp_delta=dp_delta, grid=grid)
 
 
-def compose(events: Sequence[Event], *, dp_delta: float, grid: float = LEDGER_GRID) -> float:
+def compose(events: Sequence[DpEvent], *, dp_delta: float, grid: float = LEDGER_GRID) -> float:
     """Epsilon of all events together, in whatever order they happened.
 
     Steps of equal sampling and noise are added up and composed once: the same epsilon to 1e-9, and much quicker than
@@ -108,14 +108,14 @@ def compose(events: Sequence[Event], *, dp_delta: float, grid: float = LEDGER_GR
     return epsilon
 
 
-def is_within(events: Sequence[Event], *, dp_delta: float, max_epsilon: float) -> bool:
+def is_within(events: Sequence[DpEvent], *, dp_delta: float, max_epsilon: float) -> bool:
     """Whether `compose` would give `max_epsilon` at most; asks RDP first, which is quicker where much is left."""
     _check_delta(dp_delta)
     kinds = _merged(events)
     return _epsilon_rdp(kinds, dp_delta) <= max_epsilon or _epsilon(kinds, dp_delta, LEDGER_GRID) <= max_epsilon
 
 
-def epsilon_rdp(events: Sequence[Event], *, dp_delta: float) -> float:
+def epsilon_rdp(events: Sequence[DpEvent], *, dp_delta: float) -> float:
     """Epsilon by Renyi differential privacy: an upper bound that is looser than `compose`.
 
     Source: Mironov et al. 2019, arXiv:1908.10530, by dp-accounting.
@@ -143,7 +143,7 @@ def noise_multiplier(*, epsilon: float, dp_delta: float, sampling_prob: float, n
         raise ValueError("epsilon must be finite and above 0")
 
     def fits(noise: float) -> bool:
-        return is_within([Event(sampling_prob, noise, num_steps)], dp_delta=dp_delta, max_epsilon=epsilon)
+        return is_within([DpEvent(sampling_prob, noise, num_steps)], dp_delta=dp_delta, max_epsilon=epsilon)
 
     high = 1.0
     while not fits(high):
@@ -195,7 +195,7 @@ def delta_rule(num_units: int) -> str:
 
 
 def planned_curve(
-    event_per_round: Event, num_rounds: int, *, dp_delta: float, spent: Sequence[Event] = ()
+    event_per_round: DpEvent, num_rounds: int, *, dp_delta: float, spent: Sequence[DpEvent] = ()
 ) -> list[float]:
     """Epsilon after each round of a plan. It is steep at first: the first round is never budget over rounds.
 
@@ -318,7 +318,7 @@ def _step_loss(sampling_prob: float, noise: float, grid: float) -> Any:
     )
 
 
-def _merged(events: Sequence[Event]) -> Kinds:
+def _merged(events: Sequence[DpEvent]) -> Kinds:
     """Steps added up by sampling and noise, in one order."""
     steps: Counter[tuple[float, float]] = Counter()
     for event in events:

@@ -23,7 +23,7 @@ from common.adapter.adapter import Tensors
 from common.errors import ModelError, PolicyRefusedError, WireError
 from common.frame import wire
 from common.frame.wire import Frame
-from common.privacy import sites
+from common.privacy import site_level
 from common.run import config, packing, trainable
 from common.run.catalogue.methods import FACTS
 from common.run.manifest import RunManifest
@@ -212,7 +212,7 @@ def _by_server(move: float, largest: float, *, run: config.RunConfig) -> float:
     sum_rates = move if training.optimizer.kind == "adamw" else move / training.max_grad_norm  # c_t is 1 at least
     decayed = move + training.optimizer.weight_decay * sum_rates * (largest + move)
     if privacy.mode == "site":  # sums over an expected number of sites, and noise
-        expected = sites.num_expected(run)
+        expected = site_level.num_expected(run)
         shares = run.federation.num_sites / run.federation.min_sites if privacy.noise_at == "sites" else 1.0
         noise = NOISE_STDS * privacy.noise_multiplier * privacy.clip_norm * math.sqrt(shares) / expected
         decayed = min(decayed, privacy.clip_norm) / privacy.sampling_prob + noise

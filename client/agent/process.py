@@ -9,7 +9,7 @@ from client.agent.agent import PERMISSIVE, Agent, SiteData
 from client.agent.gatekeeper import Gatekeeper
 from client.agent.shelf import Shelf
 from client.data import site_files, split
-from client.ledger import file as ledger_file
+from client.ledger import sealed
 from client.policy import file as policy_file
 from common import keyfile, storage
 from common.errors import ConfigError
@@ -118,7 +118,7 @@ def split_secret(node: config.NodeConfig) -> bytes | None:
         ConfigError: The identity key cannot be read.
     """
     key_file = node.agent.identity_key
-    return ledger_file.derive_key(identity.load(Path(key_file)), purpose=HELD_OUT) if key_file else None
+    return sealed.derive_key(identity.load(Path(key_file)), purpose=HELD_OUT) if key_file else None
 
 
 class EngineLoader:

@@ -112,12 +112,12 @@ def check(data: config.NodeDataConfig, model: config.NodeModelConfig, given: Ask
     if given.base or model.base:
         tokenizer = load_tokenizer(model, given)
 
-        from common.model import files  # loads transformers
+        from common.model import base_files  # loads transformers
 
         folder = _folder(model, given.base)
-        files.check_unquantised(folder)
+        base_files.check_unquantised(folder)
         if given.max_length_tokens is not None:
-            files.check_length(folder, given.max_length_tokens)
+            base_files.check_length(folder, given.max_length_tokens)
     findings: list[Finding] = []
     sides: list[list[Row]] = []
     not_read: list[str] = []
@@ -199,13 +199,13 @@ def _conversations(rows: Sequence[Row]) -> list[Row]:
 
 def load_tokenizer(model: config.NodeModelConfig, given: Asked) -> "PreTrainedTokenizerBase":
     """The tokenizer of the base that is named, else of the one that the site's file names, with the run's template."""
-    from common.model import files  # loads transformers, and neither torch's training nor peft
+    from common.model import base_files  # loads transformers, and neither torch's training nor peft
 
     if not (given.base or model.base):
         raise ModelError("no base model is named; give --base, or model.base in this site's file")
     if given.chat_template not in get_args(TemplateName):
         raise ConfigError(f"--chat-template {given.chat_template}: choose one of {', '.join(get_args(TemplateName))}")
-    tokenizer = files.tokenizer_of(_folder(model, given.base))
+    tokenizer = base_files.tokenizer_of(_folder(model, given.base))
     return prompts.use_template(tokenizer, given.chat_template, date=given.date)
 
 

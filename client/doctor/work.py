@@ -116,7 +116,7 @@ def rows(data: config.NodeDataConfig, allowed: Policy | None) -> Result:
 @check("base models", remedy="copy the base into the store, or fetch it: silotune-sim base NAME --store STORE")
 def bases(bases: Mapping[str, Path], allowed: Policy | None, *, store: str) -> Result:
     """Hold the bases that are here, hash of their files to folder, against the policy; None allows any base."""
-    from common.model import files  # loads transformers
+    from common.model import base_files  # loads transformers
 
     if not bases:
         return failed(f"no base model in {store}")
@@ -124,8 +124,8 @@ def bases(bases: Mapping[str, Path], allowed: Policy | None, *, store: str) -> R
     shown = {sha256: sha256[:12] if sha256 in listed else sha256 for sha256 in bases}  # whole, to be listed
     here = ", ".join(f"{folder.name} ({shown[sha256]})" for sha256, folder in bases.items())
     for folder in [folder for sha256, folder in bases.items() if sha256 in listed]:
-        files.tokenizer_of(folder)
-        files.check_unquantised(folder)
+        base_files.tokenizer_of(folder)
+        base_files.check_unquantised(folder)
     if allowed is None:
         return ok(f"{here} in {store}")
     if not allowed.models.allow:

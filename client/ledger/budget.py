@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from client.ledger.file import VERSION, Head
+from client.ledger.sealed import VERSION, LedgerHead
 from common import accounting
-from common.accounting import Event
+from common.accounting import DpEvent
 from common.errors import BudgetExhausted
 
 ADJACENCY: Final = "one unit added or removed"
@@ -63,8 +63,8 @@ class Reservation:
 
     run_sha256: str
     round_index: int
-    event: Event
-    head: Head
+    event: DpEvent
+    head: LedgerHead
     time: float
     purpose: str = TRAIN
     released: Mapping[str, int] = field(default_factory=dict)
@@ -103,7 +103,7 @@ class Budget:
     header: Header
     reservations: Sequence[Reservation]
 
-    def spent(self, more: Sequence[Event] = ()) -> float:
+    def spent(self, more: Sequence[DpEvent] = ()) -> float:
         """Epsilon of all charges together, and of `more` on top of them.
 
         Raises:
@@ -117,11 +117,11 @@ class Budget:
         """The budget less what was spent. A round costs less the later it comes, so see `rounds_left`."""
         return max(0.0, self.header.max_epsilon - self.spent())
 
-    def cost_of(self, event: Event) -> float:
+    def cost_of(self, event: DpEvent) -> float:
         """What spending would grow by if these steps came next."""
         return self.spent([event]) - self.spent()
 
-    def rounds_left(self, event: Event, *, limit: int = MAX_ROUNDS, beside: Sequence[Event] = ()) -> int:
+    def rounds_left(self, event: DpEvent, *, limit: int = MAX_ROUNDS, beside: Sequence[DpEvent] = ()) -> int:
         """How many times these steps still fit, with others beside them; counts to `limit`."""
         low, high = 0, 1
         while high <= limit and self._holds(event, high, beside):
@@ -132,7 +132,7 @@ class Budget:
             low, high = (middle, high) if self._holds(event, middle, beside) else (low, middle)
         return low
 
-    def check(self, event: Event) -> None:
+    def check(self, event: DpEvent) -> None:
         """Do these steps fit? Written so that NaN refuses.
 
         Raises:
@@ -141,13 +141,13 @@ class Budget:
         """
         after = self.spent([event])
         if not after <= self.header.max_epsilon:
-            single = Event(event.sampling_prob, event.noise_multiplier, 1)
+            single = DpEvent(event.sampling_prob, event.noise_multiplier, 1)
             fitting = self.rounds_left(single, limit=event.num_steps)
             raise BudgetExhausted(
                 f"{self._refusal(after)}; 0 more such rounds fit, {fitting} of the {event.num_steps} steps would"
             )
 
-    def check_plan(self, event_per_round: Event, num_rounds: int, *, beside: Sequence[Event] = ()) -> None:
+    def check_plan(self, event_per_round: DpEvent, num_rounds: int, *, beside: Sequence[DpEvent] = ()) -> None:
         """Do all rounds of a run fit, and what is released beside them? See `check`."""
         planned = [event_per_round.times(num_rounds)] if num_rounds else []
         after = self.spent([*planned, *beside])
@@ -175,7 +175,7 @@ class Budget:
             f"{self.remaining:.3f} remains, and this would make it {after:.3f}"
         )
 
-    def _holds(self, event: Event, number: int, beside: Sequence[Event]) -> bool:
+    def _holds(self, event: DpEvent, number: int, beside: Sequence[DpEvent]) -> bool:
         """Whether an event fits so many times."""
         events = [*(one.event for one in self.reservations), event.times(number), *beside]
         limit, dp_delta = self.header.max_epsilon, self.header.dp_delta

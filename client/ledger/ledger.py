@@ -10,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
-from client.ledger import file
+from client.ledger import sealed
 from client.ledger.budget import TRAIN, Budget, Header, Reservation
-from client.ledger.file import Disk, Head, Line
-from common.accounting import Event
+from client.ledger.sealed import Disk, LedgerHead, LedgerLine
+from common.accounting import DpEvent
 from common.errors import LedgerError
 
 CREATED, RESERVED, LOWERED = "created", "reserved", "lowered"
@@ -28,7 +28,7 @@ class Ledger:
         self.path = path
         self._key = key
         self._disk = disk
-        self._head = Head(-1, file.GENESIS)
+        self._head = LedgerHead(-1, sealed.GENESIS)
         self._lines()
 
     def budget(self) -> Budget:
@@ -39,7 +39,7 @@ class Ledger:
         """By which the data set is known under another name; empty of a ledger that was begun without."""
         return dict(self._lines()[0].facts.get(MARKS, {}))
 
-    def head(self) -> Head:
+    def head(self) -> LedgerHead:
         """(counter, sha256) of the last line, for the audit log to mirror."""
         return self._lines()[-1].head
 
@@ -47,7 +47,7 @@ class Ledger:
         self,
         run_sha256: str,
         round_index: int,
-        event: Event,
+        event: DpEvent,
         *,
         purpose: str = TRAIN,
         released: Mapping[str, int] | None = None,
@@ -78,7 +78,7 @@ class Ledger:
             self._append(lines, RESERVED, facts)
             return self.budget().reservations[-1]
 
-    def lower(self, max_epsilon: float) -> Head:
+    def lower(self, max_epsilon: float) -> LedgerHead:
         """Make the promise stricter from now on. It cannot be made looser.
 
         Raises:
@@ -115,20 +115,20 @@ class Ledger:
         if counter >= len(lines) or (counter >= 0 and sha256 not in ("", lines[counter].head.sha256)):
             raise LedgerError(
                 f"{self.path}: line {counter}, which the audit log knows, is not in this ledger (its last is "
-                f"{len(lines) - 1}): it was cut or an older copy was restored; {file.LOST}"
+                f"{len(lines) - 1}): it was cut or an older copy was restored; {sealed.LOST}"
             )
 
-    def _append(self, lines: Sequence[Line], kind: str, facts: dict[str, object]) -> Head:
+    def _append(self, lines: Sequence[LedgerLine], kind: str, facts: dict[str, object]) -> LedgerHead:
         """One more line, under the caller's lock."""
-        self._head = file.append(self.path, lines, kind, facts, key=self._key, disk=self._disk)
+        self._head = sealed.append(self.path, lines, kind, facts, key=self._key, disk=self._disk)
         return self._head
 
-    def _lines(self) -> list[Line]:
+    def _lines(self) -> list[LedgerLine]:
         """The file as it is now, which must continue what this object has seen."""
-        lines = file.read(self.path, key=self._key, disk=self._disk)
+        lines = sealed.read(self.path, key=self._key, disk=self._disk)
         seen = self._head.counter
         if seen >= len(lines) or (seen >= 0 and lines[seen].head != self._head):
-            raise LedgerError(f"{self.path}: the ledger was replaced by an older copy; {file.LOST}")
+            raise LedgerError(f"{self.path}: the ledger was replaced by an older copy; {sealed.LOST}")
         self._head = lines[-1].head
         return lines
 
@@ -147,7 +147,7 @@ def create(
         LedgerError: There is one already.
         StorageError: It cannot be written.
     """
-    file.create(path, CREATED, {**asdict(header), MARKS: dict(marks or {})}, key=key, disk=disk)
+    sealed.create(path, CREATED, {**asdict(header), MARKS: dict(marks or {})}, key=key, disk=disk)
     return Ledger(path, key=key, disk=disk)
 
 
@@ -176,7 +176,7 @@ def open_ledger(
     return found
 
 
-def _budget(lines: Sequence[Line]) -> Budget:
+def _budget(lines: Sequence[LedgerLine]) -> Budget:
     """The first line, with what was lowered since, and the charges."""
     lowered = [line.facts for line in lines if line.kind == LOWERED]
     begun = {name: value for name, value in lines[0].facts.items() if name != MARKS}
@@ -185,7 +185,7 @@ def _budget(lines: Sequence[Line]) -> Budget:
     for line in lines:
         if line.kind == RESERVED:
             facts = line.facts
-            event = Event(facts["sampling_prob"], facts["noise_multiplier"], facts["num_steps"])
+            event = DpEvent(facts["sampling_prob"], facts["noise_multiplier"], facts["num_steps"])
             rest = {name: facts[name] for name in ("purpose", "released") if name in facts}
             charges.append(Reservation(facts["run"], facts["round_index"], event, line.head, line.time, **rest))
     return Budget(header, charges)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Final
 
-from client.ledger.file import Head
+from client.ledger.sealed import LedgerHead
 from client.policy.rules import Usage
 from common.trust.audit_log import Entry
 
@@ -29,7 +29,7 @@ class RosterSeen:
 
 
 @dataclass(frozen=True)
-class Step:
+class AnsweredStep:
     """One answer to one request.
 
     Attributes:
@@ -65,7 +65,7 @@ class RunHistory:
     num_rounds: int | None = None
     bytes_out: int = 0
     left_at: float | None = None
-    steps: dict[tuple[str, int], Step] = field(default_factory=dict)
+    steps: dict[tuple[str, int], AnsweredStep] = field(default_factory=dict)
 
     @property
     def is_finished(self) -> bool:
@@ -113,7 +113,7 @@ class History:
     approved: list[str] = field(default_factory=list)
     serial: int = -1
     policy_sha256: str = ""
-    ledgers: dict[str, Head] = field(default_factory=dict)
+    ledgers: dict[str, LedgerHead] = field(default_factory=dict)
     refusals: dict[str, Refusal] = field(default_factory=dict)
     line_hashes: list[bytes] = field(default_factory=list)
     roster: RosterSeen = RosterSeen()
@@ -125,7 +125,7 @@ class History:
         if entry.kind == "started":
             self.serial, self.policy_sha256 = facts["policy_serial"], facts["policy_sha256"]
         elif entry.kind == "ledger":
-            self.ledgers[facts["ledger"]] = Head(facts["counter"], facts["ledger_sha256"])
+            self.ledgers[facts["ledger"]] = LedgerHead(facts["counter"], facts["ledger_sha256"])
         elif entry.kind == "roster":
             self.roster = RosterSeen(**facts)
         elif entry.kind == "refused":
@@ -168,7 +168,7 @@ class History:
             run.bytes_out += facts["num_bytes"]
             if facts["step"] != "open":
                 key = (facts["step"], facts["round_index"])
-                step = Step(position(*key), facts["request_sha256"], facts["content_sha256"])
+                step = AnsweredStep(position(*key), facts["request_sha256"], facts["content_sha256"])
                 run.steps.setdefault(key, step)
         else:
             run.decision = entry.kind

@@ -17,11 +17,11 @@ from client.memory.history import History
 from client.policy import rules as policy
 from client.policy.file import Policy
 from common import storage
-from common.accounting import Event
+from common.accounting import DpEvent
 from common.errors import PolicyRefusedError, WireError
 from common.frame import wire
 from common.frame.wire import Frame
-from common.privacy import plan
+from common.privacy import cost
 from common.run import config
 from common.run.manifest import RunManifest
 from common.trust.audit_log import AuditLog
@@ -59,7 +59,7 @@ class Payment:
             asked = beside.get(EVALUATE, [])[sum(kind == EVALUATE for kind, _ in steps) :]
             counts = [] if self._counts(ledger, run) else beside.get(COUNTS, [])
             if num_left or asked or counts:
-                ledger.budget().check_plan(plan.event_per_round(run.run), num_left, beside=[*asked, *counts])
+                ledger.budget().check_plan(cost.event_per_round(run.run), num_left, beside=[*asked, *counts])
 
     def counts(self, run: RunManifest, noised: Callable[[], Mapping[str, int]]) -> Mapping[str, int]:
         """The counts of rows that a run is told: the same ones in every process, and charged once.
@@ -81,7 +81,7 @@ class Payment:
         site_ledger.mirror(self._log, ledger)
         return made
 
-    def _beside_rounds(self, run: RunManifest) -> dict[str, list[Event]]:
+    def _beside_rounds(self, run: RunManifest) -> dict[str, list[DpEvent]]:
         asked = run.run
         return policy.beside_rounds(self._rules, asked.privacy, num_evaluations=len(asked.evaluated_rounds))
 
@@ -118,7 +118,7 @@ class Payment:
         """
         ledger = self._open()
         if kind == TRAIN:
-            ledger.reserve(run.sha256, round_index, plan.event_per_round(run.run))
+            ledger.reserve(run.sha256, round_index, cost.event_per_round(run.run))
         else:
             event = self._beside_rounds(run)[EVALUATE][0]
             ledger.reserve(run.sha256, round_index, event, purpose=EVALUATE)

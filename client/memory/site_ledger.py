@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client.ledger import file, ledger
+from client.ledger import ledger, sealed
 from client.ledger.budget import Header
 from client.ledger.ledger import Ledger
 from client.memory.history import History
@@ -58,12 +58,12 @@ def open_site(node: config.NodeConfig, *, rules: Policy, key: Ed25519PrivateKey,
     """
     header = promise(rules, node.data)
     path = ledger_path(Path(node.agent.log_folder), header)
-    known = history.ledgers.get(path.name, file.Head(-1, ""))
+    known = history.ledgers.get(path.name, sealed.LedgerHead(-1, ""))
     if known.counter < 0 and not path.exists():
         raise LedgerError(f"{path}: this data set has no ledger yet; run: silotune-client ledger create")
     return ledger.open_ledger(
         path,
-        key=file.derive_key(key),
+        key=sealed.derive_key(key),
         header=header,
         expected_counter=known.counter,
         expected_sha256=known.sha256,
@@ -98,11 +98,11 @@ def create(
             f"{accounting.delta_rule(num_units)}, in the policy, and sign it again"
         )
     for name in history.ledgers:
-        if not path.with_name(name).exists():
-            raise LedgerError(f"{path.with_name(name)}: the audit log knows of this ledger and it is gone; {file.LOST}")
-    marks = marks_of(rows, unit=header.unit, secret=file.derive_key(key, purpose=_MARKING))
-    _check_new(path, marks, key=file.derive_key(key))
-    made = ledger.create(path, key=file.derive_key(key), header=header, marks=marks)
+        if not (lost := path.with_name(name)).exists():
+            raise LedgerError(f"{lost}: the audit log knows of this ledger and it is gone; {sealed.LOST}")
+    marks = marks_of(rows, unit=header.unit, secret=sealed.derive_key(key, purpose=_MARKING))
+    _check_new(path, marks, key=sealed.derive_key(key))
+    made = ledger.create(path, key=sealed.derive_key(key), header=header, marks=marks)
     mirror(log, made)
     return made
 
@@ -114,8 +114,8 @@ def lower(node: config.NodeConfig, *, rules: Policy, key: Ed25519PrivateKey, his
         LedgerError: The policy's budget is not lower, or the ledger is not right.
     """
     header = promise(rules, node.data)
-    found = Ledger(ledger_path(Path(node.agent.log_folder), header), key=file.derive_key(key))
-    found.check_mirror(*history.ledgers.get(found.path.name, file.Head(-1, "")))
+    found = Ledger(ledger_path(Path(node.agent.log_folder), header), key=sealed.derive_key(key))
+    found.check_mirror(*history.ledgers.get(found.path.name, sealed.LedgerHead(-1, "")))
     found.lower(header.max_epsilon)
     mirror(log, found)
     return found

@@ -17,12 +17,12 @@ from pydantic import BaseModel
 from client.ledger.budget import COUNTS, EVALUATE
 from client.policy.file import FORBIDDEN, DatasetRules, Policy
 from client.train import schedule
-from common.accounting import Event
+from common.accounting import DpEvent
 from common.data import preference_rows
 from common.errors import AccountingUnsupported, AuthError, PolicyRefusedError
 from common.frame.records import OpenedHead, TensorSpec
 from common.frame.wire import shown
-from common.privacy import plan, sites
+from common.privacy import cost, site_level
 from common.run import config, manifest, trainable
 from common.run.catalogue import kinds
 from common.run.catalogue.kinds import KINDS
@@ -229,7 +229,7 @@ def check(policy: Policy, run_manifest: RunManifest, usage: Usage, *, site: str 
         # Of the whole run at the site's own delta, counts and held-out figures included.
         released = beside_rounds(policy, privacy, num_evaluations=len(run.evaluated_rounds))
         try:
-            planned = plan.epsilon(run, dp_delta=protection.dp_delta, beside=[*chain(*released.values())])
+            planned = cost.epsilon(run, dp_delta=protection.dp_delta, beside=[*chain(*released.values())])
         except AccountingUnsupported as error:
             raise PolicyRefusedError(f"privacy.max_epsilon: {error}", rule="privacy.max_epsilon") from error
         judge("privacy.max_epsilon", planned)
@@ -237,7 +237,7 @@ def check(policy: Policy, run_manifest: RunManifest, usage: Usage, *, site: str 
 
     judge("cohort.min_sites", run.federation.min_sites)  # by the run file's own rules a round has at least as many
     if privacy.mode == "site":
-        judge("cohort.min_sites", sites.num_expected(run))
+        judge("cohort.min_sites", site_level.num_expected(run))
     prompt = run.data.system_prompt  # stands in every example, so it could ask for anything
     is_listed = prompt in policy.data.system_prompts
     _require(is_listed, "data.system_prompts", f"{len(prompt)} characters that are not listed")
@@ -336,7 +336,7 @@ def is_covered(rules: Policy, privacy: PrivacyConfig) -> bool:
     return rules.privacy.mode == "required" and privacy.mode == "unit"
 
 
-def beside_rounds(rules: Policy, privacy: PrivacyConfig, *, num_evaluations: int) -> dict[str, list[Event]]:
+def beside_rounds(rules: Policy, privacy: PrivacyConfig, *, num_evaluations: int) -> dict[str, list[DpEvent]]:
     """What a run costs a unit beside its rounds: purpose to the steps of each release.
 
     Example:
@@ -344,9 +344,9 @@ def beside_rounds(rules: Policy, privacy: PrivacyConfig, *, num_evaluations: int
     """
     if not is_covered(rules, privacy):
         return {}
-    counts = [Event(1.0, rules.privacy.count_noise, 1)]
+    counts = [DpEvent(1.0, rules.privacy.count_noise, 1)]
     noise_multiplier = rules.evaluation.noise_multiplier
-    evaluations = [Event(1.0, noise_multiplier, 1)] * num_evaluations if noise_multiplier else []
+    evaluations = [DpEvent(1.0, noise_multiplier, 1)] * num_evaluations if noise_multiplier else []
     return {COUNTS: counts, EVALUATE: evaluations}
 
 

@@ -25,7 +25,7 @@ from common.errors import AccountingUnsupported, ConfigError, DataError, LedgerE
 from common.frame import site_states
 from common.frame.records import TensorSpec
 from common.frame.wire import shown
-from common.privacy import plan as privacy_plan
+from common.privacy import cost as privacy_cost
 from common.run import config, egress, guarding, manifest, trainable
 from common.run.catalogue.kinds import KINDS
 from common.run.manifest import Offer, RunManifest
@@ -371,14 +371,14 @@ def _epsilon(desk: Desk, run: RunManifest) -> str:
     dp_delta = rules.privacy.dp_delta
     if settings.privacy.mode == "site":  # no ledger holds it, as it is no promise to a unit
         try:
-            whole = _planned(privacy_plan.milestones(settings))
+            whole = _planned(privacy_cost.milestones(settings))
         except AccountingUnsupported as error:
             whole = f"not known: {error}"
-        return f"none for a unit; {whole} at delta {settings.privacy.dp_delta:g} for {privacy_plan.wording(settings)}"
+        return f"none for a unit; {whole} at delta {settings.privacy.dp_delta:g} for {privacy_cost.wording(settings)}"
     try:
         num_evaluations = len(settings.evaluated_rounds)
         released = policy.beside_rounds(rules, settings.privacy, num_evaluations=num_evaluations)
-        plan = privacy_plan.milestones(settings, dp_delta=dp_delta, beside=[*chain(*released.values())])
+        plan = privacy_cost.milestones(settings, dp_delta=dp_delta, beside=[*chain(*released.values())])
         budget = site_ledger.open_site(desk.node, rules=rules, key=desk.key, history=desk.history).budget()
         left = f"spent {budget.spent():.3f}, left {budget.remaining:.3f} of {rules.privacy.max_epsilon:g}"
     except (AccountingUnsupported, ConfigError, LedgerError) as error:

@@ -39,7 +39,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Overlap:
+class OverlapCounts:
     """Held-out rows whose text stands in rows that are trained on.
 
     Attributes:
@@ -160,31 +160,32 @@ def choose(bundles: Sequence[Mapping[K, int]], *, wanted: Mapping[K, int], sizes
     return chosen
 
 
-def between(held_out: Mapping[str, Sequence[Row]], train: Mapping[str, Sequence[Row]]) -> dict[str, Overlap]:
+def between(held_out: Mapping[str, Sequence[Row]], train: Mapping[str, Sequence[Row]]) -> dict[str, OverlapCounts]:
     """Count the held-out rows of each site whose text stands in any site's training rows."""
     texts = [text_of(row) for rows in held_out.values() for row in rows]
     found = find(texts, [text_of(row) for rows in train.values() for row in rows])
     counts, first = {}, 0
     for site, rows in held_out.items():
         places = set(range(first, first + len(rows)))
-        counts[site] = Overlap(len(rows), len(places & found.exact), len(places & found.near))
+        counts[site] = OverlapCounts(len(rows), len(places & found.exact), len(places & found.near))
         first += len(rows)
     return counts
 
 
-def total(counts: Iterable[Overlap]) -> Overlap:
+def total(counts: Iterable[OverlapCounts]) -> OverlapCounts:
     """All sites' counts together."""
     found = list(counts)
-    return Overlap(*(sum(getattr(one, name) for one in found) for name in ("num_held_out", "num_exact", "num_near")))
+    names = ("num_held_out", "num_exact", "num_near")
+    return OverlapCounts(*(sum(getattr(one, name) for one in found) for name in names))
 
 
 def num_same(found: Mapping[str, Any]) -> int:
-    """Held-out rows that are trained on, in counts as `Overlap.as_dict` gives them."""
+    """Held-out rows that are trained on, in counts as `OverlapCounts.as_dict` gives them."""
     return int(found["num_exact"] + found["num_near"])
 
 
 def sentence(found: Mapping[str, Any]) -> str:
-    """Say what an overlap, as `Overlap.as_dict` gives it, means for held-out figures.
+    """Say what an overlap, as `OverlapCounts.as_dict` gives it, means for held-out figures.
 
     Example:
         >>> sentence({"num_held_out": 9, "num_exact": 2, "num_near": 1})

@@ -14,7 +14,7 @@ from torch import Tensor
 from common.data.rows import Row
 from common.errors import DataError
 from common.loss import likelihood, preference_loss
-from common.model import base, files, varlen
+from common.model import base, base_files, varlen
 from common.model.base import Engine
 from common.run import config
 from common.run.schema.training import Objective, Preference, Sft
@@ -108,7 +108,7 @@ def encode(engine: Engine, rows: Sequence[Row], run: config.RunConfig) -> tuple[
             f"no answer token is left in any of {len(found)} rows at {run.data.max_length_tokens} tokens: "
             "raise data.max_length_tokens or shorten the rows"
         )
-    files.check_token_ids((i for example in kept for row in example.rows for i in row.input_ids), engine.model)
+    base_files.check_token_ids((i for example in kept for row in example.rows for i in row.input_ids), engine.model)
     return kept, _report(kept, num_rows=len(found))
 
 

@@ -27,8 +27,7 @@ from common.adapter import adapter
 from common.data.rows import Row
 from common.errors import ModelError
 from common.frame.records import TensorSpec
-from common.model import codes, core_layers, kernels, peft_kinds, probe, varlen
-from common.model import files as base_files
+from common.model import base_files, codes, core_layers, kernels, peft_kinds, probe, varlen
 from common.run import config
 from common.run.catalogue.kinds import KINDS, Quantization
 from common.text import prompts, templates
@@ -198,7 +197,7 @@ def check_hash(folder: Path, expected: str) -> str:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The base's tokenizer as its file has it, from local files only; see `common.model.files.tokenizer_of`.
+    """The base's tokenizer as its file has it, from local files only; see `common.model.base_files.tokenizer_of`.
 
     Raises:
         ModelError: No tokenizer, or one that does not fit the base.

@@ -6,7 +6,7 @@ import torch
 
 from common.data import read
 from common.data.rows import Columns, Row
-from common.model import base, files, probe, skeleton
+from common.model import base, base_files, probe, skeleton
 from common.model.base import Engine
 from common.run.config import ModelConfig, RunConfig
 from common.run.schema import precisions
@@ -34,7 +34,7 @@ def engine_of(
 
     Raises:
         ModelError: Files missing, hash differs, precision impossible here, targets match nothing, or the base is not
-            fit for the run (`common.model.files`, `common.model.probe`).
+            fit for the run (`common.model.base_files`, `common.model.probe`).
     """
     _check_files(run, folder)
     return base.load(
@@ -74,13 +74,13 @@ def check(run: RunConfig, folder: Path, *, own: ModelConfig | None = None) -> fl
 
 def _check_files(run: RunConfig, folder: Path) -> None:
     """What the base's files say against the run."""
-    files.check_unquantised(folder)
-    files.check_length(folder, run.data.max_length_tokens, num_prepended=run.adapter.num_prepended)
+    base_files.check_unquantised(folder)
+    base_files.check_length(folder, run.data.max_length_tokens, num_prepended=run.adapter.num_prepended)
     for quantization in precisions.used(run.model)[1:]:  # of sites; the run's own is seen as it is loaded
         settings = precisions.at(run.model, quantization)
         probe.planned_share(folder, base.quantization_config(settings, torch.float32))
     for stage in run.polish:
-        files.check_length(folder, stage.max_length_tokens, name=f"polish.max_length_tokens ({stage.name})")
+        base_files.check_length(folder, stage.max_length_tokens, name=f"polish.max_length_tokens ({stage.name})")
 
 
 def rows_of(source: str, data: DataConfig) -> list[Row]:

@@ -1,7 +1,7 @@
 """A base is probed where it is loaded: what would end a run later, or spoil it in silence, is refused before round 1.
 
-What its files say is looked at in `common.model.files`. Here, layers: are the weights stored as the run claims, and
-finite (`check_precision`, also on a skeleton without weights; `check_finite`). Function: is it a causal language model
+What its files say is looked at in `common.model.base_files`. Here, layers: are the weights stored as the run claims,
+and finite (`check_precision`, also on a skeleton without weights; `check_finite`). Function: is it a causal model
 with finite logits, and does plain peft make the same function of a fresh adapter (`attach`).
 
 Cost at load, for a base of 8 billion parameters: two forward passes and a backward pass of 2 rows of 16 tokens, one
@@ -27,7 +27,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from common.adapter import adapter, peft_config
 from common.errors import ModelError
-from common.model import codes, files, skeleton
+from common.model import base_files, codes, skeleton
 from common.run.catalogue.kinds import Quantization
 from common.run.schema.model import AdapterConfig
 
@@ -137,8 +137,8 @@ def check_finite(base: nn.Module) -> None:
 
 def trial_rows(tokenizer: PreTrainedTokenizerBase, base: Any) -> Tensor:
     """Two rows of which the first half is the same and the second half is not. Shape (2, T)."""
-    limit = files.num_positions(base.config) or NUM_TOKENS
-    text = [i for i in files.ids_of(tokenizer, files.TEXT) if i < files.num_rows(base.config)]
+    limit = base_files.num_positions(base.config) or NUM_TOKENS
+    text = [i for i in base_files.ids_of(tokenizer, base_files.TEXT) if i < base_files.num_rows(base.config)]
     half = max(1, min(NUM_TOKENS, limit) // 2)
     first = text[:half]
     later = text[half : 2 * half]

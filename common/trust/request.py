@@ -76,7 +76,7 @@ class _Request:
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedRequest:
     """A statement whose proofs are right, and the TLS key that it asks a certificate for."""
 
     statement: Statement
@@ -113,7 +113,7 @@ def make(
     return statement, wire.canonical_json({"statement": dataclasses.asdict(statement), **proofs})
 
 
-def parse(data: bytes, *, name: str) -> Checked:
+def parse(data: bytes, *, name: str) -> CheckedRequest:
     """Check a request's form and its three proofs; the words are the caller's to compare.
 
     Raises:
@@ -129,7 +129,7 @@ def parse(data: bytes, *, name: str) -> Checked:
     certs.verify(tls_key, found.tls_proof, signed, purpose=PURPOSE)
     if certs.fingerprint(node_key) == certs.fingerprint(tls_key):
         raise AuthError(f"{name} uses one key for the node and for TLS; run silotune-client enroll again")
-    return Checked(statement, tls_key)
+    return CheckedRequest(statement, tls_key)
 
 
 def _csr(name: str, key: ec.EllipticCurvePrivateKey) -> str:

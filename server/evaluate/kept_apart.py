@@ -29,7 +29,7 @@ class Apart:
 
 
 @dataclass(frozen=True)
-class Overlap:
+class OverlapCounts:
     """What of a stage's data stands in tables that are kept apart.
 
     Attributes:
@@ -79,7 +79,7 @@ def _name(task: "Task") -> str:
     return f"task {task.name} ({non_members or settings.data})"
 
 
-def compare(texts: Sequence[Text], apart: Sequence[Apart], *, stage: PolishStage) -> Overlap:
+def compare(texts: Sequence[Text], apart: Sequence[Apart], *, stage: PolishStage) -> OverlapCounts:
     """Hold a stage's data against what is kept apart, as its `overlap` says.
 
     Args:
@@ -92,7 +92,7 @@ def compare(texts: Sequence[Text], apart: Sequence[Apart], *, stage: PolishStage
     same = overlap.find(texts, [text for table in apart for text in table.texts])
     dropped = same.exact | same.near
     if not dropped or stage.overlap == "drop":
-        return Overlap(dropped=dropped)
+        return OverlapCounts(dropped=dropped)
     overlaps, first = {}, 0
     for table in apart:
         numbers = set(range(first, first + len(table.texts)))
@@ -107,4 +107,4 @@ def compare(texts: Sequence[Text], apart: Sequence[Apart], *, stage: PolishStage
             'files, or set the stage\'s overlap to "drop", which leaves them out, or to "allow", which trains on them '
             "and says so"
         )
-    return Overlap(overlaps=overlaps)
+    return OverlapCounts(overlaps=overlaps)

@@ -19,8 +19,8 @@ from common.data import overlap
 from common.errors import ConfigError, ModelError
 from common.event_kinds import Event
 from common.model import base as model
-from common.privacy import plan
-from common.privacy import sites as site_privacy
+from common.privacy import cost
+from common.privacy import site_level as site_privacy
 from common.run import config
 from common.run.catalogue.kinds import KINDS
 from common.run.manifest import RunManifest
@@ -115,8 +115,8 @@ def card(
         before=evaluated.get(0), after=asked or evaluated.get(num_rounds), is_asked=asked is not None,
         kind=kind, licence=licence, formats=formats,
         measured=stages.get(label) or stages.get(reached), view=figures,
-        measured_before=stages.get(figures.BASE), privacy_wording=plan.wording(settings),
-        epsilon=plan.epsilon(settings) if settings.privacy.mode == "unit" else None,
+        measured_before=stages.get(figures.BASE), privacy_wording=cost.wording(settings),
+        epsilon=cost.epsilon(settings) if settings.privacy.mode == "unit" else None,
         spent=spent, gated=gate.of_export(log, stage=label),
         overlap=overlap.sentence(shared[-1]) if shared else "", task_overlaps=polish_view.task_overlaps(log),
         overlaps=[f"{stage['stage']} {line}" for stage in polish for line in polish_view.overlaps(stage)],

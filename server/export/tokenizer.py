@@ -16,7 +16,7 @@ from common import storage
 from common.data.rows import Message, Row
 from common.errors import ModelError
 from common.model import base as model
-from common.model import files
+from common.model import base_files
 from common.text import chat, prompts
 
 TEMPLATE_FILE: Final = "chat_template.jinja"
@@ -165,7 +165,7 @@ def differences(given: PreTrainedTokenizerBase, wanted: PreTrainedTokenizerBase)
 
     The run's own tokenizer pads with the end token where the base has none, which no export must have.
     """
-    text = f"{files.TEXT} <|im_end|></s>"
+    text = f"{base_files.TEXT} <|im_end|></s>"
     odd = [] if given(text)["input_ids"] == wanted(text)["input_ids"] else ["text in tokens"]
     odd += [] if given.get_vocab() == wanted.get_vocab() else ["the vocabulary"]
     maps = [{**tokenizer.special_tokens_map, "pad_token": None} for tokenizer in (given, wanted)]

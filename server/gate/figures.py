@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from common.event_kinds import Event
-from common.privacy import plan
+from common.privacy import cost
 from common.run import config
 from common.run.schema.gate import AuditRule
 from server.evaluate import measure
@@ -88,7 +88,7 @@ def gather(run: config.RunConfig, log: Sequence[Event], *, stage: str, num_round
         evaluated=polished_at_sites(log).get(polished, {}) if polished else sites.get(num_rounds, {}),
         base=sites.get(0, {}),
         compared=compared[-1] if compared else {},
-        claimed_epsilon=plan.epsilon(plan.resolve(run)) if audits else math.inf,
+        claimed_epsilon=cost.epsilon(cost.resolve(run)) if audits else math.inf,
         dp_delta=run.privacy.dp_delta if audits and run.privacy.mode != "none" else 0.0,
         audit=read_audit(audits[0]) if audits else NO_AUDIT,
     )

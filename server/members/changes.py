@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from common import storage
 from common.errors import AuthError, ConfigError
 from common.trust import certs, governance, identity, kit, request, roster
-from common.trust.request import Checked
+from common.trust.request import CheckedRequest
 from common.trust.roster import SiteEntry
 from server.members import ca, kits, proposal
 from server.members import folder as registry
@@ -203,7 +203,7 @@ def revocation(held: Registry, *, name: str) -> Proposal:
     return _proposal(held, "revoke", name, tuple(site for site in held.roster.sites if site.name != name), {})
 
 
-def _read_request(path: Path, held: Registry) -> Checked:
+def _read_request(path: Path, held: Registry) -> CheckedRequest:
     """A request for this federation whose proofs are right and whose keys were never revoked."""
     checked = request.parse(governance.read(path), name=str(path))
     statement = checked.statement
@@ -219,7 +219,12 @@ def _read_request(path: Path, held: Registry) -> Checked:
 
 
 def _with_kit(
-    held: Registry, entry: SiteEntry, checked: Checked, *, kind: Literal["admit", "rotate"], now: datetime.datetime
+    held: Registry,
+    entry: SiteEntry,
+    checked: CheckedRequest,
+    *,
+    kind: Literal["admit", "rotate"],
+    now: datetime.datetime,
 ) -> Proposal:
     """Issue the certificate and fill in the kit."""
     federation_id = held.pinned.federation_id

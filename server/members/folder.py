@@ -17,9 +17,9 @@ from common.frame import wire
 from common.trust import governance, kit, roster
 from common.trust.governance import Governance, HexKey, Slug
 from common.trust.roster import Roster
-from server.members import ca, federation_config
+from server.members import ca, founding_config
 from server.members.ca import Issuer
-from server.members.federation_config import FederationConfig
+from server.members.founding_config import FoundingConfig
 
 CONFIG: Final = "federation.toml"
 ISSUED: Final = "issued.json"
@@ -57,7 +57,7 @@ class Registry:
     """A federation as its coordinator holds it."""
 
     folder: Path
-    config: FederationConfig
+    config: FoundingConfig
     pinned: Governance
     roster: Roster
     issued: tuple[Issued, ...]
@@ -90,7 +90,7 @@ def load(folder: Path) -> Registry:
     pinned = governance.load(folder / kit.PINNED)
     return Registry(
         folder=folder,
-        config=federation_config.load(folder / CONFIG),
+        config=founding_config.load(folder / CONFIG),
         pinned=pinned,
         roster=roster.load(folder / kit.ROSTER, governance=pinned, epoch_min=1),
         issued=governance.parse(governance.read(issued_path), TypeAdapter(tuple[Issued, ...]), name=str(issued_path)),

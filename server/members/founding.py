@@ -17,10 +17,10 @@ from common.run import reading
 from common.trust import certs, identity, kit, roster
 from common.trust.governance import Governance
 from common.trust.roster import OperatorEntry, PeerEntry
-from server.members import ca, federation_config
+from server.members import ca, founding_config
 from server.members import folder as registry
 from server.members.ca import Issuer, Span
-from server.members.federation_config import FederationConfig
+from server.members.founding_config import FoundingConfig
 
 GATEWAY: Final = "gateway"
 SUPERLINK: Final = "superlink"
@@ -46,7 +46,7 @@ def provision(config_path: Path, *, folder: Path, now: datetime.datetime) -> Gov
     Privacy: private keys of sites are never made here; see `client.join.enroll`.
     """
     text = reading.read(config_path)
-    config = federation_config.parse(text, name=str(config_path))
+    config = founding_config.parse(text, name=str(config_path))
     with _fresh(folder) as made:
         storage.write_atomic(made / registry.CONFIG, text.encode())
         issuers, root_sha256 = _make_authorities(config, made / registry.ISSUERS, now=now)
@@ -115,9 +115,7 @@ def _fresh(folder: Path) -> Iterator[Path]:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _make_authorities(
-    config: FederationConfig, folder: Path, *, now: datetime.datetime
-) -> tuple[dict[str, Issuer], str]:
+def _make_authorities(config: FoundingConfig, folder: Path, *, now: datetime.datetime) -> tuple[dict[str, Issuer], str]:
     """Make root and issuers; the root's key lies apart, to be carried away."""
     name, validity = config.federation.id, config.validity
     root_key = certs.create_tls_key(folder.parent / "offline" / "root.key")
@@ -137,7 +135,7 @@ def _make_authorities(
     return issuers, certs.sha256(root.certificate)
 
 
-def _peers(config: FederationConfig) -> list[tuple[str, str, tuple[str, ...]]]:
+def _peers(config: FoundingConfig) -> list[tuple[str, str, tuple[str, ...]]]:
     """The coordinator's own: name, role, and names in the certificate."""
     federation = config.federation
     hosts = {
@@ -152,7 +150,7 @@ def _peers(config: FederationConfig) -> list[tuple[str, str, tuple[str, ...]]]:
 
 
 def _certify(
-    config: FederationConfig,
+    config: FoundingConfig,
     folder: Path,
     *,
     name: str,

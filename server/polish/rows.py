@@ -18,7 +18,7 @@ from common.data.overlap import Text
 from common.data.problems import UnusableError
 from common.data.rows import Columns, Row
 from common.errors import DataError
-from common.model import files
+from common.model import base_files
 from common.model.base import Engine
 from common.run.schema.polish import AnyStage, CptStage, GrpoStage, PolishStage, SampledStage
 from common.run.schema.training import DataConfig
@@ -206,7 +206,7 @@ class _Encoder:
             too_long=self._too_long,
             system_prompt=self._system_prompt,
         )
-        files.check_token_ids(iter(encoded.input_ids if encoded else ()), self._base)
+        base_files.check_token_ids(iter(encoded.input_ids if encoded else ()), self._base)
         return encoded
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from common import cli, events, storage
 from common.errors import GateRefused, ProtocolError, TransportError
 from common.event_kinds import End, Event, RunFailed
-from common.privacy import plan
+from common.privacy import cost
 from common.run import config
 from common.run.catalogue.methods import FACTS
 from server.fleet import trail
@@ -79,7 +79,7 @@ def run(
     key_file, audit, roster = (_absolute(path) for path in (operator_key, audit_folder, roster_folder))
     # a wrong key, an old roster or a broken log is told here, before anything starts
     trail.operator(key_file, federation=federation, days=offer_days, audit_folder=audit, roster_folder=roster)
-    settings = plan.resolve(settings)
+    settings = cost.resolve(settings)
     log = run_files.prepare(settings, folder, resume=resume, start=start)
     num_old = len(events.read(log.path)) if log.path.is_file() else 0
     options: dict[str, bool | float | int | str] = {

@@ -16,7 +16,7 @@ from common import events
 from common.errors import SilotuneError, TooFewSitesError
 from common.event_kinds import RoundFinished, RoundStarted
 from common.frame.records import RoundPlan
-from common.privacy import sites as site_privacy
+from common.privacy import site_level as site_privacy
 from server.aggregate import adalora
 from server.evaluate import measure
 from server.fleet import held_out, sampling

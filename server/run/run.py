@@ -17,8 +17,8 @@ from common.events import EventLog
 from common.frame.records import to_head
 from common.model import base, layerwise, loading
 from common.model.base import Engine
-from common.privacy import plan as privacy_plan
-from common.privacy import sites as site_privacy
+from common.privacy import cost as privacy_cost
+from common.privacy import site_level as site_privacy
 from common.privacy.clipping import ClipNorm
 from common.privacy.noise import Noise
 from common.run import config, guarding, trainable
@@ -354,11 +354,11 @@ def _privacy(settings: config.RunConfig) -> dict[str, Any]:
     if settings.privacy.mode == "none":
         return {}
     return {
-        "epsilon_planned": [round(value, 4) for value in privacy_plan.curve(settings)],
+        "epsilon_planned": [round(value, 4) for value in privacy_cost.curve(settings)],
         "dp_delta": settings.privacy.dp_delta,
         "noise_multiplier": settings.privacy.noise_multiplier,
         "clip_norm": settings.privacy.clip_norm,
-        "privacy_wording": privacy_plan.wording(settings),
+        "privacy_wording": privacy_cost.wording(settings),
     }
 
 

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from common.data.rows import Message, Row
 from common.errors import ModelError
 from common.model import base as model
-from common.model import files, probe
+from common.model import base_files, probe
 from common.run import config
 from common.text import prompts
 from server.export import tokenizer as export_tokenizer
@@ -75,7 +75,7 @@ class Models:
         device = model.choose_device(device_name)
         self.base = base_name(base)
         network = model.load_base(base, settings, device)
-        self.max_tokens = files.num_positions(network.config) or _UNBOUNDED
+        self.max_tokens = base_files.num_positions(network.config) or _UNBOUNDED
         tokenizer = model.load_tokenizer(base)
         if tokenizer.chat_template:  # as a run uses it
             tokenizer = prompts.use_template(tokenizer, "tokenizer", date=date_of(served))

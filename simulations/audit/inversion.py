@@ -23,7 +23,7 @@ from common.data.rows import Row
 from common.errors import ConfigError, DataError
 from common.model import base as model
 from common.model.base import Engine
-from common.privacy import plan
+from common.privacy import cost
 from common.privacy.noise import Noise
 from common.run.schema.privacy import DP_DELTA
 from common.text.prompts import Encoded
@@ -66,7 +66,7 @@ def audit(shared: World, rows: Sequence[Row], *, sources: Sequence[Noise]) -> Fi
     num_tokens = sum(result.num_tokens for result in attacks)
     return Finding(
         part="inversion",
-        claimed_epsilon=plan.epsilon(settings) if settings.privacy.mode == "unit" else math.inf,
+        claimed_epsilon=cost.epsilon(settings) if settings.privacy.mode == "unit" else math.inf,
         audited_epsilon=None,
         ceiling=None,
         num_canaries=num_tokens,

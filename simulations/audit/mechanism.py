@@ -5,7 +5,7 @@ import math
 from client.train import dirac
 from common import accounting
 from common.errors import ConfigError
-from common.privacy import bounds, plan
+from common.privacy import bounds, cost
 from common.privacy.noise import Noise
 from common.run import config
 from common.run.schema.privacy import UnitPrivacy
@@ -25,7 +25,7 @@ def settings_of(run: config.RunConfig) -> tuple[UnitPrivacy, int]:
     Raises:
         ConfigError: The run is not private for units.
     """
-    privacy = plan.resolve(run).privacy
+    privacy = cost.resolve(run).privacy
     if privacy.mode != "unit":
         raise ConfigError(
             f"privacy.mode = '{privacy.mode}': there is no mechanism for units to audit; set privacy.mode = 'unit'"

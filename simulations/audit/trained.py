@@ -12,7 +12,7 @@ from client.train import schedule
 from common.adapter.adapter import Tensors
 from common.data.rows import Row
 from common.events import EventLog
-from common.privacy import bounds, plan, roc
+from common.privacy import bounds, cost, roc
 from common.privacy.noise import SeededNoise
 from common.run import config
 from common.run.schema.privacy import DP_DELTA
@@ -54,7 +54,7 @@ def judge(
     dp_delta = DP_DELTA if settings.privacy.mode == "none" else settings.privacy.dp_delta
     claimed = claimed_epsilon
     if claimed is None:  # what the run promises each unit
-        claimed = plan.epsilon(settings) if settings.privacy.mode == "unit" else math.inf
+        claimed = cost.epsilon(settings) if settings.privacy.mode == "unit" else math.inf
     bound = bounds.one_run(score_m, is_in_m, dp_delta=dp_delta)
     return Finding(
         part=part,

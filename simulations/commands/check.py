@@ -19,7 +19,7 @@ from client.data.findings import Finding
 from common import accounting
 from common.data import overlap, read
 from common.data.files import Located
-from common.data.overlap import Overlap
+from common.data.overlap import OverlapCounts
 from common.data.problems import Problems, UnusableError
 from common.data.rows import Row
 from common.errors import ModelError
@@ -45,7 +45,7 @@ class Report:
 
     sites: dict[str, CheckReport] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
-    overlaps: dict[str, Overlap] = field(default_factory=dict)
+    overlaps: dict[str, OverlapCounts] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Give counts and problems as JSON types."""
@@ -71,10 +71,10 @@ def check(settings: config.RunConfig, *, base_folder: Callable[[str], Path] | No
     """
     tokenizer, report, source = None, Report(), Source.of(settings)
     if base_folder is not None:
-        from common.model import files  # loads transformers
+        from common.model import base_files  # loads transformers
 
         try:
-            tokenizer = files.tokenizer_of(base_folder(settings.model.base))
+            tokenizer = base_files.tokenizer_of(base_folder(settings.model.base))
             tokenizer = prompts.use_template(tokenizer, settings.model.chat_template)
         except ModelError as error:
             report.findings.append(Finding("", "", f"no token was counted: {error}", "or give --rows-only"))

@@ -17,7 +17,7 @@ from common.errors import ConfigError
 from common.event_kinds import Overlap
 from common.events import EventLog
 from common.model import store
-from common.privacy import plan
+from common.privacy import cost
 from common.run import config, manifest
 from common.run.catalogue.methods import FACTS
 from common.scores import Shared
@@ -61,7 +61,7 @@ class Order:
 
     def settings(self) -> config.RunConfig:
         """The same with its noise chosen."""
-        return plan.resolve(self.loaded())
+        return cost.resolve(self.loaded())
 
     def resumed(self) -> "Order":
         """The same with what the run was begun with, where this command line does not say it anew."""

@@ -24,7 +24,7 @@ from scipy import stats
 
 from common import accounting, cli, events
 from common.errors import AccountingUnsupported, ConfigError, DataError, SilotuneError
-from common.privacy import plan as privacy_plan
+from common.privacy import cost as privacy_cost
 from common.run import config, reading
 from common.run.schema.section import RequiredLine, Section, Slug, refuse_look_alikes
 from server.folder import run_files
@@ -186,7 +186,7 @@ def search_cost(plans: Sequence[config.RunConfig], num_seeds: int) -> dict[str, 
     if len(modes) > 1:
         reason = f"they are not all private in the same way ({', '.join(modes)})"
     else:
-        rounds = [privacy_plan.event_per_round(plan).times(plan.federation.num_rounds * num_seeds) for plan in plans]
+        rounds = [privacy_cost.event_per_round(plan).times(plan.federation.num_rounds * num_seeds) for plan in plans]
         try:
             epsilon = round(accounting.compose(rounds, dp_delta=dp_delta), 4)
         except AccountingUnsupported as error:
@@ -215,7 +215,7 @@ def allowed_cells(
     allowed: list[tuple[Cell, config.RunConfig]] = []
     for cell in combinations:
         try:
-            settings = privacy_plan.resolve(config.load(run_file, overrides=cell.overrides))
+            settings = privacy_cost.resolve(config.load(run_file, overrides=cell.overrides))
         except ConfigError as error:
             refused.append((cell, " ".join(str(error).split())))
         else:

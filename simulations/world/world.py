@@ -18,7 +18,7 @@ from client.data import split
 from client.train import schedule
 from common.data import overlap, read
 from common.data.files import Located
-from common.data.overlap import Overlap
+from common.data.overlap import OverlapCounts
 from common.data.problems import Problems, at_site
 from common.data.rows import Columns, Row
 from common.errors import ConfigError
@@ -226,7 +226,7 @@ class World:
         return self.loaded or Engines(self.settings, self.engine)
 
 
-def overlaps(sites: Mapping[str, SiteData]) -> dict[str, Overlap]:
+def overlaps(sites: Mapping[str, SiteData]) -> dict[str, OverlapCounts]:
     """Count, for each site, the held-out rows whose text is trained on at any site; see `common.data.overlap`."""
     train = {site: data.train for site, data in sites.items()}
     return overlap.between({site: data.held_out for site, data in sites.items()}, train)

@@ -11,7 +11,7 @@ import pytest
 
 from common import events
 from common.errors import RemoteError
-from common.privacy import plan as privacy_plan
+from common.privacy import cost as privacy_cost
 from server.folder import run_files
 from simulations.engines import engines
 from simulations.world import run, world
@@ -183,7 +183,7 @@ def test_private_runs_of_real_processes_charge_as_planned_and_have_noise_that_no
     engines.deployed(settings, base_folder=tiny_base, log=log, num_threads=1, is_noise_accepted=True)
     assert digest(tmp_path / "far") != expected  # without noise they agree: see above
     plan, spent = charged(tmp_path / "far")
-    assert plan == charged(tmp_path / "in-process")[0] == pytest.approx(privacy_plan.curve(settings), abs=1e-4)
+    assert plan == charged(tmp_path / "in-process")[0] == pytest.approx(privacy_cost.curve(settings), abs=1e-4)
     if settings.privacy.mode == "site":
         assert len(spent) == 2
         assert all(cost <= planned + 1e-4 for cost, planned in zip(spent, plan, strict=True))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import accounting
-from common.accounting import REPORT_GRID, Event
+from common.accounting import REPORT_GRID, DpEvent
 from common.errors import AccountingUnsupported
 from common.privacy import bounds
 
@@ -38,7 +38,7 @@ THREE_EPOCHS = [
     (10_000, 256, 117, (1.50, 0.90, 0.62)),
     (50_000, 64, 2343, (0.96, 0.63, 0.47)),
 ]
-LEDGER_ROUND = Event(0.0256, 0.9, 40)
+LEDGER_ROUND = DpEvent(0.0256, 0.9, 40)
 
 
 def close(found: float, known: float, tolerance: float = 1e-4) -> bool:
@@ -59,7 +59,7 @@ def test_known_answers_of_three_columns(row):
     if coarse is not None:
         assert close(pld(row), coarse)
     if rdp is not None:
-        assert close(accounting.epsilon_rdp([Event(*row[:3])], dp_delta=delta), rdp)
+        assert close(accounting.epsilon_rdp([DpEvent(*row[:3])], dp_delta=delta), rdp)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_rdp_of_opacus_is_the_same_upper_bound(row):
     orders = [1 + x / 10 for x in range(1, 100)] + [*range(11, 65), 128, 256, 512, 1024]
     moments = opacus.compute_rdp(q=q, noise_multiplier=sigma, steps=steps, orders=orders)
     upper, _ = opacus.get_privacy_spent(orders=orders, rdp=moments, delta=delta)
-    ours = accounting.epsilon_rdp([Event(q, sigma, steps)], dp_delta=delta)
+    ours = accounting.epsilon_rdp([DpEvent(q, sigma, steps)], dp_delta=delta)
     assert 0.999 * upper < ours < 1.01 * upper  # ours leaves out orders that converge slowly
     assert pld(row) < upper
 
@@ -104,10 +104,10 @@ def test_thirty_rounds_fit_a_budget_of_eight_and_the_next_does_not():
 
 
 def test_order_and_cut_of_equal_steps_do_not_matter():
-    other = Event(0.01, 1.1, 200)
-    whole = accounting.compose([Event(0.0256, 0.9, 80), other], dp_delta=1e-6)
+    other = DpEvent(0.01, 1.1, 200)
+    whole = accounting.compose([DpEvent(0.0256, 0.9, 80), other], dp_delta=1e-6)
     assert accounting.compose([LEDGER_ROUND, other, LEDGER_ROUND], dp_delta=1e-6) == whole
-    assert whole > accounting.compose([Event(0.0256, 0.9, 80)], dp_delta=1e-6)
+    assert whole > accounting.compose([DpEvent(0.0256, 0.9, 80)], dp_delta=1e-6)
 
 
 def test_steps_composed_one_by_one_cost_the_same():
@@ -128,7 +128,7 @@ def test_whether_steps_fit_is_decided_by_the_number_of_record(limit):
     fits = accounting.compose(events, dp_delta=1e-6) <= limit
     assert accounting.is_within(events, dp_delta=1e-6, max_epsilon=limit) is fits is (limit > 7.924)
     assert not accounting.is_within(events, dp_delta=1e-6, max_epsilon=math.nan)
-    assert not accounting.is_within([Event(1.0, 1e-3, 1)], dp_delta=1e-6, max_epsilon=limit)
+    assert not accounting.is_within([DpEvent(1.0, 1e-3, 1)], dp_delta=1e-6, max_epsilon=limit)
 
 
 def test_nothing_spent_is_zero():
@@ -143,7 +143,7 @@ def test_nothing_spent_is_zero():
     dp_delta=st.sampled_from([1e-5, 1e-6, 1e-8]),
 )
 def test_every_kind_of_step_has_an_epsilon_that_rdp_confirms(q, sigma, steps, dp_delta):
-    event = Event(q, sigma, steps)
+    event = DpEvent(q, sigma, steps)
     upper = accounting.epsilon_rdp([event], dp_delta=dp_delta)
     if upper > accounting.MAX_EPSILON:
         with pytest.raises(AccountingUnsupported):
@@ -153,7 +153,7 @@ def test_every_kind_of_step_has_an_epsilon_that_rdp_confirms(q, sigma, steps, dp
 
 
 def test_a_grid_too_coarse_for_small_losses_is_refined():
-    event = Event(0.0007, 13.847, 5595)  # at 1e-3 PLD reads 0.043 here, four times what RDP proves
+    event = DpEvent(0.0007, 13.847, 5595)  # at 1e-3 PLD reads 0.043 here, four times what RDP proves
     upper = accounting.epsilon_rdp([event], dp_delta=1e-5)
     assert accounting._epsilon_pld(accounting._merged([event]), 1e-5, 1e-3) > upper
     assert accounting.compose([event], dp_delta=1e-5) <= upper
@@ -183,7 +183,7 @@ def test_two_stages_equal_one_where_one_is_quick():
 @pytest.mark.parametrize("sigma", [500.0, 2000.0])
 def test_a_million_steps_cost_at_least_the_exact_epsilon_and_at_most_that_of_rdp(sigma):
     """Without sampling, T steps are one Gaussian mechanism of mu = sqrt(T) / sigma, whose epsilon is known."""
-    event = Event(1.0, sigma, 1_000_000)
+    event = DpEvent(1.0, sigma, 1_000_000)
     exact = bounds.gdp_epsilon(1000 / sigma, dp_delta=1e-6)
     found = accounting.compose([event], dp_delta=1e-6)
     assert exact <= found <= accounting.epsilon_rdp([event], dp_delta=1e-6)
@@ -195,13 +195,13 @@ def test_a_plan_of_a_million_steps_takes_seconds():
     began = time.perf_counter()
     plan = {"sampling_prob": 0.0005, "dp_delta": 1e-6}
     sigma = accounting.noise_multiplier(epsilon=1.0, num_steps=1_000_000, **plan)
-    curve = accounting.planned_curve(Event(0.0005, sigma, 1000), 1000, dp_delta=1e-6)
+    curve = accounting.planned_curve(DpEvent(0.0005, sigma, 1000), 1000, dp_delta=1e-6)
     assert time.perf_counter() - began < 60
     assert 0.99 < curve[-1] <= 1.0
 
 
 def test_the_curve_of_a_long_plan_is_never_below_what_a_round_has_cost(monkeypatch):
-    event = Event(1.0, 40.0, 5)
+    event = DpEvent(1.0, 40.0, 5)
     exact = accounting.planned_curve(event, 11, dp_delta=1e-6)
     assert exact == [accounting.compose([event.times(number)], dp_delta=1e-6) for number in range(1, 12)]
     monkeypatch.setattr(accounting, "MAX_CURVE_POINTS", 4)
@@ -239,7 +239,7 @@ def test_noise_that_protects_nobody_is_refused_quickly():
 )
 def test_events_that_no_step_can_be_are_refused(values):
     with pytest.raises(ValueError, match="must be"):
-        Event(*values)
+        DpEvent(*values)
 
 
 @pytest.mark.parametrize("dp_delta", [0.0, 1.0, -1e-5, math.nan])
@@ -253,7 +253,7 @@ def test_noise_of_the_published_table_costs_its_epsilon_by_rdp(units, batch, ste
     delta = accounting.largest_delta(units)
     for sigma, known in zip(noise, (1, 3, 8), strict=True):
         low, high = (
-            accounting.epsilon_rdp([Event(batch / units, value, steps)], dp_delta=delta)
+            accounting.epsilon_rdp([DpEvent(batch / units, value, steps)], dp_delta=delta)
             for value in (sigma + 0.0075, sigma - 0.0075)  # the table's rounding, and 0.4 % of its own search
         )
         assert low < known < high
@@ -298,12 +298,12 @@ def test_client_level_noise_of_few_sites_drowns_the_signal(num_sites, target, si
 
 
 def test_most_of_a_plan_is_spent_in_its_first_round():
-    steps, delta = Event(8 / 4120, 0.7, 50), 1e-5
+    steps, delta = DpEvent(8 / 4120, 0.7, 50), 1e-5
     curve = accounting.planned_curve(steps, 20, dp_delta=delta)
     assert len(curve) == 20
     assert curve == sorted(curve)
     assert curve[0] > 6 * curve[-1] / 20
-    assert accounting.planned_curve(steps, 1, dp_delta=delta, spent=[Event(8 / 4120, 0.7, 950)])[0] == curve[-1]
+    assert accounting.planned_curve(steps, 1, dp_delta=delta, spent=[DpEvent(8 / 4120, 0.7, 950)])[0] == curve[-1]
 
 
 PLAN = {"sampling_prob": 8 / 4120, "dp_delta": 1e-5}  # 4,120 units, batches of 8, 20 rounds of 50 steps, epsilon 4
@@ -311,7 +311,7 @@ PLAN = {"sampling_prob": 8 / 4120, "dp_delta": 1e-5}  # 4,120 units, batches of 
 
 def curve(sigma: float, epsilon) -> list[float]:
     """Epsilon of that plan after rounds 1, 5, 10 and 20."""
-    return [epsilon(Event(PLAN["sampling_prob"], sigma, 50 * rounds)) for rounds in (1, 5, 10, 20)]
+    return [epsilon(DpEvent(PLAN["sampling_prob"], sigma, 50 * rounds)) for rounds in (1, 5, 10, 20)]
 
 
 def test_the_plan_that_reads_3_04_after_round_one_does_so_by_rdp_and_1_68_by_pld():
@@ -326,13 +326,13 @@ def test_the_plan_that_reads_3_04_after_round_one_does_so_by_rdp_and_1_68_by_pld
 def test_a_plan_of_epsilon_4_by_the_number_of_record_reads_2_36_after_round_one_and_opacus_agrees():
     from opacus.accountants import PRVAccountant
 
-    def by_prv(event: Event) -> float:
+    def by_prv(event: DpEvent) -> float:
         accountant = PRVAccountant()
         accountant.history = [(event.noise_multiplier, event.sampling_prob, event.num_steps)]
         return float(accountant.get_epsilon(1e-5))
 
     sigma = accounting.noise_multiplier(epsilon=4.0, num_steps=1000, **PLAN)
-    ours = [accounting.planned_curve(Event(8 / 4120, sigma, 50), 20, dp_delta=1e-5)[at] for at in (0, 4, 9, 19)]
+    ours = [accounting.planned_curve(DpEvent(8 / 4120, sigma, 50), 20, dp_delta=1e-5)[at] for at in (0, 4, 9, 19)]
     assert ours == pytest.approx([2.36, 3.15, 3.53, 4.00], abs=0.005)
     assert all(0 < other - own < 0.012 for own, other in zip(ours, curve(sigma, by_prv), strict=True))
 
@@ -390,7 +390,7 @@ def _rdp_noise(epsilon: float, sampling_prob: float, num_steps: int) -> float:
     low, high = 0.3, 3.0
     for _ in range(30):
         middle = (low + high) / 2
-        event = Event(sampling_prob, middle, num_steps)
+        event = DpEvent(sampling_prob, middle, num_steps)
         spent = accounting.epsilon_rdp([event], dp_delta=accounting.largest_delta(4120))
         low, high = (middle, high) if spent > epsilon else (low, middle)
     return high

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from client.ledger import file as ledger_file
-from client.ledger import ledger
+from client.ledger import ledger, sealed
 from client.ledger.budget import Budget
-from client.ledger.file import Disk
+from client.ledger.sealed import Disk
 from client.memory import site_ledger
-from common.accounting import Event
+from common.accounting import DpEvent
 from common.data.rows import Message
 from common.errors import AccountingUnsupported, BudgetExhausted, LedgerError, PrivacyError
 from tests.samples import ledgers, vault
@@ -52,10 +51,10 @@ def test_thirty_rounds_are_paid_and_the_next_is_refused(tmp_path):
     with pytest.raises(BudgetExhausted, match=r"7\.924 of 8 is spent, 0\.076 remains, .* 8\.057; 0 more such rounds"):
         made.reserve(RUN, 30, ROUND)
     assert made.head() == before
-    fitting = made.budget().rounds_left(Event(0.0256, 0.9, 1))
-    made.reserve(RUN, 30, Event(0.0256, 0.9, fitting))
+    fitting = made.budget().rounds_left(DpEvent(0.0256, 0.9, 1))
+    made.reserve(RUN, 30, DpEvent(0.0256, 0.9, fitting))
     with pytest.raises(BudgetExhausted):
-        made.reserve(RUN, 31, Event(0.0256, 0.9, 1))
+        made.reserve(RUN, 31, DpEvent(0.0256, 0.9, 1))
 
 
 def test_a_round_reserved_again_is_charged_again(path):
@@ -77,7 +76,7 @@ def test_cost_of_a_round_is_what_it_then_costs_and_falls(path):
 
 def test_runs_share_the_budget_and_cost_less_together_than_apart(path):
     found = opened(path)
-    found.reserve("cd" * 32, 0, Event(0.01, 1.2, 100))
+    found.reserve("cd" * 32, 0, DpEvent(0.01, 1.2, 100))
     runs = found.budget().per_run()
     assert [(run.run_sha256, run.num_reservations, run.num_steps) for run in runs] == [
         (RUN, 2, 80),
@@ -88,7 +87,7 @@ def test_runs_share_the_budget_and_cost_less_together_than_apart(path):
 
 @pytest.mark.parametrize(
     ("event", "refusal"),
-    [(Event(1.0, 0.01, 1), AccountingUnsupported), (Event(1.0, 0.5, 10), BudgetExhausted)],
+    [(DpEvent(1.0, 0.01, 1), AccountingUnsupported), (DpEvent(1.0, 0.5, 10), BudgetExhausted)],
 )
 def test_a_round_that_protects_nobody_writes_nothing(path, event, refusal):
     found = opened(path)
@@ -162,11 +161,11 @@ def test_lines_of_two_copies_cannot_be_put_together(path):
     opened(path).reserve(RUN, 2, ROUND)
     path.write_bytes(backup)
     other = opened(path)
-    other.reserve("cd" * 32, 0, Event(0.01, 2.0, 1))
+    other.reserve("cd" * 32, 0, DpEvent(0.01, 2.0, 1))
     other.reserve(RUN, 3, ROUND)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(backup)
-    opened(path).reserve("cd" * 32, 1, Event(0.01, 2.0, 1))
+    opened(path).reserve("cd" * 32, 1, DpEvent(0.01, 2.0, 1))
     path.write_bytes(path.read_bytes() + lines[-1])
     with pytest.raises(LedgerError, match="line 4 does not follow the line before it"):
         opened(path)
@@ -183,7 +182,7 @@ def test_a_cut_tail_is_whole_in_itself_and_only_the_mirror_finds_it(path):
 def test_a_restored_copy_that_was_written_on_is_found_by_its_hash(path):
     backup, mirror = path.read_bytes(), opened(path).reserve(RUN, 2, ROUND).head
     path.write_bytes(backup)
-    opened(path).reserve("cd" * 32, 0, Event(0.01, 2.0, 1))
+    opened(path).reserve("cd" * 32, 0, DpEvent(0.01, 2.0, 1))
     opened(path, expected_counter=mirror.counter)  # the control: as long as the lost one
     with pytest.raises(LedgerError, match="older copy was restored"):
         opened(path, expected_counter=mirror.counter, expected_sha256=mirror.sha256)
@@ -266,7 +265,7 @@ def test_the_file_is_private_and_tells_nothing(path):
     for text in (b"patient", b"notes", RUN.encode()):
         for form in (text, text.hex().encode()):
             assert form not in data
-    lines = ledger_file.read(path, key=KEY, disk=Disk())
+    lines = sealed.read(path, key=KEY, disk=Disk())
     assert "patient_id" in json.dumps(lines[0].facts)  # the control: it is what the file holds
 
 
@@ -274,8 +273,8 @@ def test_the_site_key_gives_one_ledger_key():
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     one, other = (Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2))
-    assert ledger_file.derive_key(one) == ledger_file.derive_key(one) != ledger_file.derive_key(other)
-    assert len(ledger_file.derive_key(one)) == 32
+    assert sealed.derive_key(one) == sealed.derive_key(one) != sealed.derive_key(other)
+    assert len(sealed.derive_key(one)) == 32
 
 
 # Who else writes
@@ -305,12 +304,12 @@ def test_two_processes_share_one_budget(tmp_path):
 def test_without_the_lock_two_writers_lose_a_charge(tmp_path):
     """The control of the test above: two that read before either writes."""
     path = ledger.create(tmp_path / "notes.ledger", key=KEY, header=HEADER).path
-    lines = ledger_file.read(path, key=KEY, disk=Disk())
+    lines = sealed.read(path, key=KEY, disk=Disk())
     before = path.read_bytes()
     held = Disk(read=lambda place: before)
     for disk in (Disk(), held):
-        ledger_file.append(path, lines, ledger.RESERVED, {}, key=KEY, disk=disk)
-    assert len(ledger_file.read(path, key=KEY, disk=Disk())) == 2
+        sealed.append(path, lines, ledger.RESERVED, {}, key=KEY, disk=disk)
+    assert len(sealed.read(path, key=KEY, disk=Disk())) == 2
 
 
 def test_one_data_set_has_one_budget_whatever_it_is_called(tmp_path):

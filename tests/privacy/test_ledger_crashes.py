@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from client.ledger import ledger
-from client.ledger.file import Disk
+from client.ledger.sealed import Disk
 from common.errors import LedgerError, StorageError
 from tests.samples import ledgers
 from tests.samples.ledgers import HEADER, KEY, PATH, ROUND, RUN, Account, Crash, ForgetfulDisk
@@ -98,11 +98,11 @@ WORKER = """
 import sys
 from client.ledger import ledger
 from tests.samples.ledgers import HEADER, KEY, RUN
-from common.accounting import Event
+from common.accounting import DpEvent
 found = ledger.open_ledger(__import__("pathlib").Path(sys.argv[1]), key=KEY, header=HEADER)
 number = len(found.budget().reservations)
 while True:
-    found.reserve(RUN, number, Event(0.001, 4.0, 1))
+    found.reserve(RUN, number, DpEvent(0.001, 4.0, 1))
     number += 1
     print(number, flush=True)
 """

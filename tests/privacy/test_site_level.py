@@ -10,7 +10,7 @@ from client.agent.protect import RawDelta
 from common import accounting
 from common.adapter import adapter, compact
 from common.errors import FloorRefused, PrivacyError
-from common.privacy import clipping, sites
+from common.privacy import clipping, site_level
 from common.privacy.noise import SeededNoise, SystemNoise
 from common.run.schema.privacy import SitePrivacy
 from common.run.schema.wire import WireConfig
@@ -146,10 +146,10 @@ def test_more_sites_than_the_quorum_add_noise_and_that_is_what_is_accounted():
     assert found == pytest.approx(2.0 * CLIP * math.sqrt(9 / 4), rel=0.04)
     run = settings(**{"privacy.noise_at": '"sites"', "privacy.sampling_prob": "1.0", "privacy.noise_multiplier": "8.0"})
     least = run.federation.min_sites
-    at_quorum = sites.spent(run, [least] * 20)
+    at_quorum = site_level.spent(run, [least] * 20)
     assert at_quorum == pytest.approx(2.2581, abs=2e-4)  # the reference's q = 1, sigma = 8, T = 20
-    assert sites.spent(run, [None] * 20) == at_quorum
-    assert sites.spent(run, [4 * least] * 80) == pytest.approx(2.2581, abs=1e-3)  # twice the noise, four times T
+    assert site_level.spent(run, [None] * 20) == at_quorum
+    assert site_level.spent(run, [4 * least] * 80) == pytest.approx(2.2581, abs=1e-3)  # twice the noise, four times T
 
 
 def settings(**changes):
@@ -167,33 +167,33 @@ def settings(**changes):
 
 def test_epsilon_is_the_published_one():
     run = settings()
-    assert sites.spent(run, [7] * 50) == pytest.approx(4.4403, abs=1e-4)  # q = 0.25, sigma = 2, T = 50
-    assert sites.spent(run, [0] * 50) == sites.spent(run, [900] * 50)  # who came changes nothing
+    assert site_level.spent(run, [7] * 50) == pytest.approx(4.4403, abs=1e-4)  # q = 0.25, sigma = 2, T = 50
+    assert site_level.spent(run, [0] * 50) == site_level.spent(run, [900] * 50)  # who came changes nothing
     all_of_them = settings(**{"privacy.sampling_prob": "1.0", "privacy.noise_multiplier": "20"})
-    assert sites.spent(all_of_them, [1000] * 100) == pytest.approx(1.9931, abs=1e-4)
+    assert site_level.spent(all_of_them, [1000] * 100) == pytest.approx(1.9931, abs=1e-4)
 
 
 def test_whoever_knows_who_was_drawn_gets_no_sampling_for_free():
     run = settings()
     log = [{"kind": "site_trained", "round": number, "site": "a"} for number in range(20)]
     log += [{"kind": "round_finished", "round": number, "num_updates": 1} for number in range(50)]
-    told = sites.spent_by(run, log, num_rounds=50)
+    told = site_level.spent_by(run, log, num_rounds=50)
     assert told["epsilon_insider"] == pytest.approx(
         accounting.epsilon(sampling_prob=1.0, noise_multiplier=2.0, num_steps=20, dp_delta=1e-5)
     )
     assert told["epsilon_insider"] > told["epsilon"]
     weak = settings(**{"privacy.noise_at": '"sites"', "privacy.sampling_prob": "1.0", "federation.min_sites": "900"})
-    assert sites.spent_by(weak, log, num_rounds=50)["epsilon_insider"] is None
+    assert site_level.spent_by(weak, log, num_rounds=50)["epsilon_insider"] is None
 
 
 def test_few_sites_are_refused_with_the_figure_unless_accepted():
     few = settings(**{"federation.num_sites": "5", "privacy.sampling_prob": "1.0", "privacy.noise_multiplier": "2.684"})
     with pytest.raises(FloorRefused, match=r"noise to signal is 1,80\d: with 5 sites.*--i-accept"):  # the reference's
-        sites.require_signal(few, 11_300_000, is_accepted=False)
-    sites.require_signal(few, 11_300_000, is_accepted=True)
+        site_level.require_signal(few, 11_300_000, is_accepted=False)
+    site_level.require_signal(few, 11_300_000, is_accepted=True)
     many = settings(**{"privacy.sampling_prob": "1.0", "privacy.noise_multiplier": "2.684"})
-    sites.require_signal(many, 11_300_000, is_accepted=False)
-    assert sites.noise_ratio(many, 11_300_000) == pytest.approx(9.0, abs=0.05)
+    site_level.require_signal(many, 11_300_000, is_accepted=False)
+    assert site_level.noise_ratio(many, 11_300_000) == pytest.approx(9.0, abs=0.05)
 
 
 def test_sites_are_drawn_each_for_itself():
@@ -251,7 +251,7 @@ def test_a_weight_is_refused():
 
 def test_a_round_that_was_released_is_not_played_again():
     log = [{"kind": "round_finished", "round": number} for number in range(3)]
-    sites.check_resume(log, num_rounds=3)
-    sites.check_resume(log[:2], num_rounds=3)  # stopped between checkpoint and event
+    site_level.check_resume(log, num_rounds=3)
+    site_level.check_resume(log[:2], num_rounds=3)  # stopped between checkpoint and event
     with pytest.raises(PrivacyError, match="round 3 was released, and the newest whole checkpoint is of round 2"):
-        sites.check_resume(log, num_rounds=2)
+        site_level.check_resume(log, num_rounds=2)

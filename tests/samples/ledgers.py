@@ -9,13 +9,13 @@ from pathlib import Path
 
 from client.ledger import ledger
 from client.ledger.budget import Header
-from client.ledger.file import Disk
-from common.accounting import Event
+from client.ledger.sealed import Disk
+from common.accounting import DpEvent
 
 KEY = bytes(range(32))
 PATH = Path("/site/notes.ledger")
 RUN = "ab" * 32
-ROUND = Event(0.0256, 0.9, 40)
+ROUND = DpEvent(0.0256, 0.9, 40)
 HEADER = Header(dataset="notes", unit="patient_id", max_epsilon=8.0, dp_delta=1e-6)
 ROUNDS_THAT_FIT = 30
 

@@ -16,7 +16,7 @@ from client.policy import rules as policy
 from client.policy.figures import FigureNoise
 from common import accounting
 from common.data.rows import Message
-from common.privacy import noise, plan
+from common.privacy import cost, noise
 from common.privacy.noise import SeededNoise, SystemNoise
 from tests import tiny
 from tests.attacks.agent.test_privacy import POLICY, charges, create_ledger, paid, run_of
@@ -105,8 +105,8 @@ def test_a29_what_evaluations_and_counts_cost_is_in_the_plan_and_refused_beyond_
     create_ledger(site)
     run = run_of(site)
     beside = beside_rounds(site.gate.policy, run.run)
-    assert beside == [accounting.Event(1.0, 4.0, 1), *[accounting.Event(1.0, 2.0, 1)] * 3]
-    alone, whole = (plan.epsilon(run.run, dp_delta=1e-6, beside=more) for more in ((), beside))
+    assert beside == [accounting.DpEvent(1.0, 4.0, 1), *[accounting.DpEvent(1.0, 2.0, 1)] * 3]
+    alone, whole = (cost.epsilon(run.run, dp_delta=1e-6, beside=more) for more in ((), beside))
     assert alone + 1 < whole < 8
     tight = make(mode='"required"', **{**FIGURES, "secagg": f'"none"\ncount_noise = 4.0\nmax_epsilon = {alone + 0.5}'})
     create_ledger(tight)
@@ -123,7 +123,7 @@ def test_a29_what_was_planned_is_what_is_charged(noising):
     answers.append(noising.step("evaluate", run=run, round_index=2))
     assert [answer.kind for answer in answers] == ["metrics", "update"] * 2 + ["metrics"]
     beside = beside_rounds(noising.gate.policy, run.run)
-    planned = plan.epsilon(run.run, dp_delta=1e-6, beside=beside)
+    planned = cost.epsilon(run.run, dp_delta=1e-6, beside=beside)
     assert paid(noising).spent() == pytest.approx(planned, abs=1e-9)
 
 

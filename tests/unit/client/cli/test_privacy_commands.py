@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 
 from client.cli import app as client_cli
-from client.ledger import file as ledger_file
+from client.ledger import sealed
 from client.memory import consent, history, site_ledger
 from client.review import privacy_view, review
 from common import cli
-from common.accounting import Event
+from common.accounting import DpEvent
 from common.errors import ConfigError, LedgerError
 from common.run import config
 from common.trust import identity
 from tests import tiny
 from tests.samples import vault
 
-ROUND = Event(0.0256, 0.9, 40)
+ROUND = DpEvent(0.0256, 0.9, 40)
 OTHER = "cd" * 32
 
 
@@ -65,7 +65,7 @@ def parts() -> dict:
     return {"node": opened.node, "rules": opened.policy, "key": vault.SITE, "history": opened.history}
 
 
-def pay(run_sha256: str, *, rounds: int, first: int = 0, event: Event = ROUND) -> None:
+def pay(run_sha256: str, *, rounds: int, first: int = 0, event: DpEvent = ROUND) -> None:
     """As the agent does: the ledger first, then the audit log."""
     paid = site_ledger.open_site(**parts())
     for round_index in range(first, first + rounds):
@@ -126,7 +126,7 @@ def test_the_page_shows_runs_curve_and_what_comes_next(site, capsys):
     silotune_client("ledger", "create", "node.toml")
     run = site.manifest()
     pay(run.sha256, rounds=2)
-    pay(OTHER, rounds=1, event=Event(0.01, 1.2, 100))
+    pay(OTHER, rounds=1, event=DpEvent(0.01, 1.2, 100))
     capsys.readouterr()
     assert silotune_client("privacy", "node.toml", "--run", "tiny", "--json") == 0
     page = json.loads(capsys.readouterr().out)
@@ -221,7 +221,7 @@ def test_the_mirror_is_an_entry_of_the_signed_log(site):
     entries = [entry for entry in site.log() if entry.kind == "ledger"]
     assert [entry.facts["counter"] for entry in entries] == [0, 1]
     head = site_ledger.open_site(**parts()).head()
-    assert ledger_file.Head(1, entries[-1].facts["ledger_sha256"]) == head
+    assert sealed.Head(1, entries[-1].facts["ledger_sha256"]) == head
 
 
 PRIVATE = {

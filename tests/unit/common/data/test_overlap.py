@@ -101,8 +101,8 @@ def test_counts_are_of_each_site_s_held_out_rows():
         {"north": [row(VISIT), row("new?")], "south": [row(OTHER.replace("23", "24"))]},
         {"north": [row(OTHER)], "south": [row(VISIT)]},
     )
-    assert found == {"north": overlap.Overlap(2, 1, 0), "south": overlap.Overlap(1, 0, 1)}
-    assert overlap.total(found.values()) == overlap.Overlap(3, 1, 1)
+    assert found == {"north": overlap.OverlapCounts(2, 1, 0), "south": overlap.OverlapCounts(1, 0, 1)}
+    assert overlap.total(found.values()) == overlap.OverlapCounts(3, 1, 1)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from common.errors import AuthError, ConfigError, StorageError
 from common.trust import certs, governance, identity, roster
-from server.members import ca, federation_config, folder, founding
+from server.members import ca, folder, founding, founding_config
 from server.members import changes as admit
 from server.members.ca import Span
 from tests.samples.federations import NOW, TEXT, Federation, caller, day, listener, shake_hands, start
@@ -100,8 +100,8 @@ def test_a_full_disk_leaves_no_half_made_authority(tmp_path, monkeypatch):
 )
 def test_a_federation_file_that_contradicts_itself_is_refused(changes, told):
     with pytest.raises(ConfigError, match=told):
-        federation_config.parse(TEXT + changes, name="federation.toml")
-    federation_config.parse(TEXT, name="federation.toml")
+        founding_config.parse(TEXT + changes, name="federation.toml")
+    founding_config.parse(TEXT, name="federation.toml")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_federation_file_that_contradicts_itself_is_refused(changes, told):
 def test_names_that_fit_no_certificate_are_refused(old, new):
     assert old in TEXT
     with pytest.raises(ConfigError):
-        federation_config.parse(TEXT.replace(old, new), name="federation.toml")
+        founding_config.parse(TEXT.replace(old, new), name="federation.toml")
 
 
 def test_two_sites_join_and_are_known_by_their_own_keys(joined):

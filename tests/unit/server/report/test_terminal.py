@@ -4,7 +4,7 @@ import re
 import pytest
 from rich.console import Console
 
-from common.privacy import plan as privacy_plan
+from common.privacy import cost as privacy_cost
 from server.report.terminal import Screen, percent, size
 from tests.samples.events import HOSTILE, LOG, PLAN, evaluated, finished, joined, measured, trained
 
@@ -94,7 +94,7 @@ def round_of(sites, number: int = 0, *, start: float = 1.0) -> list[dict]:
 @pytest.mark.parametrize("private", [True, False])
 def test_rounds_fit_80_columns_however_many_sites(count, terminal, private):
     told = {"privacy": "unit", "epsilon_planned": [4.82, 8.0], "dp_delta": 1e-6, "noise_multiplier": 0.7}
-    plan = PLAN | (told | {"privacy_wording": privacy_plan.FIXED_WORDING} if private else {})
+    plan = PLAN | (told | {"privacy_wording": privacy_cost.FIXED_WORDING} if private else {})
     sites = names(count)
     log = [plan, *map(joined, sites), evaluated(0, 6.0, **dict.fromkeys(sites, 6.0)), *round_of(sites)]
     lines = drawn(log, terminal=terminal).splitlines()
@@ -255,7 +255,7 @@ def test_sizes_and_shares():
 
 def test_a_private_run_tells_what_it_has_cost_after_each_round_as_planned():
     private = {"privacy": "unit", "epsilon_planned": [4.82, 8.0], "dp_delta": 1e-6, "noise_multiplier": 0.7}
-    private["privacy_wording"] = privacy_plan.FIXED_WORDING
+    private["privacy_wording"] = privacy_cost.FIXED_WORDING
     shown = drawn([PLAN | private, *LOG[1:]])
     assert "epsilon 8.00 at delta 1e-06 after the last round, 4.82 after the first" in shown
     assert "A patient of two sites loses the sum" in " ".join(shown.split())

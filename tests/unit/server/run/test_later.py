@@ -17,7 +17,7 @@ from common.adapter import adapter
 from common.errors import ConfigError, DataError, GateRefused, RunBusyError
 from common.event_kinds import Event
 from common.events import EventLog
-from common.privacy import plan
+from common.privacy import cost
 from common.run import config
 from common.run import later as config_later
 from server.folder import lock, run_files
@@ -157,7 +157,7 @@ def test_a_finished_private_run_gets_another_stage_and_keeps_all_that_it_had(wor
     assert finished["adapter_sha256"] == told["adapter_sha256"] == of(made, "polish_finished")[-1]["adapter_sha256"]
     assert (made / run_files.MANIFEST_FILE).read_bytes() == (folder / run_files.MANIFEST_FILE).read_bytes()
     runs = [run_files.stored_settings(path) for path in (folder, made)]
-    assert plan.epsilon(runs[0]) == plan.epsilon(runs[1])
+    assert cost.epsilon(runs[0]) == cost.epsilon(runs[1])
 
 
 def test_its_stages_begin_with_those_that_are_kept_and_its_figures_are_beside_the_base_s(polished):

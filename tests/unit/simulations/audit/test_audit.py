@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import ConfigError, DataError
-from common.privacy import plan, roc
+from common.privacy import cost, roc
 from common.privacy.noise import SeededNoise
 from server.folder import run_files
 from simulations.audit import canaries, finding, inversion, mia
@@ -29,7 +29,7 @@ ONE_SITE = {"federation.num_sites": "1", "federation.min_sites": "1", "evaluatio
 @pytest.fixture
 def make_world(engine, tiny_base, tmp_path):
     def make(changes, *, count: int = 40) -> tuple[World, object]:
-        settings = plan.resolve(tiny.settings(tiny_base, {**ONE_SITE, **changes}))
+        settings = cost.resolve(tiny.settings(tiny_base, {**ONE_SITE, **changes}))
         shared = World(settings, engine, {"north": tiny.site_data("north", count)}, tmp_path / "run")
         return shared, run_files.prepare(settings, shared.folder)
 

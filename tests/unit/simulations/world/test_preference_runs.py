@@ -8,7 +8,7 @@ from rich.console import Console
 
 from client.agent.agent import SiteData
 from common import events
-from common.privacy import plan
+from common.privacy import cost
 from common.run import config
 from server.folder import run_files
 from server.report import status
@@ -32,7 +32,7 @@ def play(engine, tiny_base, tmp_path):
 
     def execute(name: str, changes=None, *, is_swapped: bool = False):
         given = {**LEARN, "training.objective.kind": f'"{name}"', **(changes or {})}
-        settings = plan.resolve(tiny.settings(tiny_base, given))
+        settings = cost.resolve(tiny.settings(tiny_base, given))
         sites = {site: site_data(name, site, is_swapped=is_swapped) for site in tiny.SITES}
         log = run_files.prepare(settings, tmp_path / "run")
         run.in_process(World(settings, engine, sites, tmp_path / "run"), log=log)

@@ -5,7 +5,7 @@ import torch
 
 from common import accounting, events
 from common.errors import FloorRefused
-from common.privacy import plan
+from common.privacy import cost
 from common.run import trainable
 from common.run.catalogue.methods import FACTS
 from server.folder import run_files
@@ -26,7 +26,7 @@ PRIVATE = {
 @pytest.fixture
 def play(engine, tiny_base, tmp_path):
     def execute(changes, *, name: str = "run", resume: bool = False):
-        settings = plan.resolve(tiny.settings(tiny_base, {**PRIVATE, **changes}))
+        settings = cost.resolve(tiny.settings(tiny_base, {**PRIVATE, **changes}))
         sites = {site: tiny.site_data(site, count) for site, count in tiny.SITES.items()}
         log = run_files.prepare(settings, tmp_path / name, resume=resume)
         outcome = run.in_process(World(settings, engine, sites, tmp_path / name), log=log, resume=resume)
@@ -93,22 +93,22 @@ def test_a_study_with_a_seed_can_be_repeated_and_gone_on_with(play):
 def test_noise_that_a_file_names_is_held_to_its_epsilon(tiny_base):
     given = {**PRIVATE, "privacy.noise_multiplier": "0.7"}
     with pytest.raises(FloorRefused, match=r"costs epsilon \d+\.\d+ over 2 rounds, above privacy\.epsilon = 8"):
-        plan.resolve(tiny.settings(tiny_base, given))
-    kept = plan.resolve(tiny.settings(tiny_base, {**given, "privacy.noise_multiplier": "3.0"}))
+        cost.resolve(tiny.settings(tiny_base, given))
+    kept = cost.resolve(tiny.settings(tiny_base, {**given, "privacy.noise_multiplier": "3.0"}))
     assert kept.privacy.noise_multiplier == 3.0
 
 
 def test_the_noise_that_is_chosen_is_the_least_that_keeps_the_epsilon(tiny_base):
-    privacy = plan.resolve(tiny.settings(tiny_base, PRIVATE)).privacy
-    cost = {
+    privacy = cost.resolve(tiny.settings(tiny_base, PRIVATE)).privacy
+    epsilons = {
         factor: accounting.epsilon(
             sampling_prob=0.5, noise_multiplier=factor * privacy.noise_multiplier, num_steps=6, dp_delta=1e-6
         )
         for factor in (0.99, 1.0)
     }
-    assert cost[1.0] <= 8.0 < cost[0.99]
+    assert epsilons[1.0] <= 8.0 < epsilons[0.99]
 
 
 def test_a_run_that_is_not_private_is_left_as_it_is(tiny_base):
     settings = tiny.settings(tiny_base)
-    assert plan.resolve(settings) is settings
+    assert cost.resolve(settings) is settings

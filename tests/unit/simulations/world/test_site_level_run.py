@@ -8,7 +8,7 @@ import torch
 
 from common import events
 from common.errors import FloorRefused, PrivacyError, TooFewSitesError
-from common.privacy import plan as privacy_plan
+from common.privacy import cost as privacy_cost
 from server.folder import checkpoint, run_files
 from server.report import report, status
 from server.run import run as server_run
@@ -35,7 +35,7 @@ def play(engine, tiny_base, tmp_path):
     """A run; with `fleet` through `server.run.run.execute` with the product's own noise."""
 
     def execute(changes=None, *, name="run", resume=False, is_noise_accepted=True, agents=None, **more):
-        settings = privacy_plan.resolve(tiny.settings(tiny_base, {**SITE_LEVEL, **(changes or {})}))
+        settings = privacy_cost.resolve(tiny.settings(tiny_base, {**SITE_LEVEL, **(changes or {})}))
         sites = {site: tiny.site_data(site, count) for site, count in tiny.SITES.items()}
         log = run_files.prepare(settings, tmp_path / name, resume=resume)
         shared = World(settings, engine, sites, tmp_path / name)
@@ -168,7 +168,7 @@ def test_a_run_that_stopped_between_checkpoint_and_event_charges_the_round(play,
     kept = [line for line in path.read_text().splitlines() if not _is_last_round(json.loads(line))]
     path.write_text("".join(f"{line}\n" for line in kept))
     outcome, log = play(AT_SITES, resume=True)
-    spent = privacy_plan.curve(privacy_plan.resolve(run_files.stored_settings(outcome.folder)))
+    spent = privacy_cost.curve(privacy_cost.resolve(run_files.stored_settings(outcome.folder)))
     card = (outcome.folder / run_files.EXPORT_FOLDER / "README.md").read_text()
     shown = float(card.partition("whole sites: epsilon ")[2].partition(" ")[0])
     assert of(log, "round_finished")[-1]["epsilon"] < shown < spent[-1]  # the lost round at the quorum's minimum

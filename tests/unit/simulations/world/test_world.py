@@ -142,7 +142,7 @@ def test_a_text_that_several_sites_have_is_held_out_at_all_of_them_or_trained_on
         "surgery": 8,
         "urology": 8,
     }
-    assert overlap.total(world.overlaps(together).values()) == overlap.Overlap(20, 0, 0)
+    assert overlap.total(world.overlaps(together).values()) == overlap.OverlapCounts(20, 0, 0)
     loose = Source.of(settings({**changes, "data.same_text": '"count"'})).sites()
     expected = {
         site: sum(

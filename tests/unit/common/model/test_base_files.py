@@ -9,8 +9,8 @@ from transformers import AutoTokenizer, BloomConfig, GPT2Config, LlamaConfig
 from client.cli import rows as site_rows
 from client.cli.rows import Asked
 from common.errors import ModelError
-from common.model import base, files, loading
-from common.model.files import TEXT
+from common.model import base, base_files, loading
+from common.model.base_files import TEXT
 from common.run import config
 from common.text import prompts
 from server.export import adapter, canonical, gguf
@@ -71,7 +71,7 @@ def test_a_merged_checkpoint_and_its_gguf_carry_the_tokenizer_of_the_file(own_ba
 def test_a_class_that_cannot_read_the_file_does_not_matter(own_base):
     core = Tokenizer.from_file(str(own_base / "tokenizer.json"))
     change(own_base / "tokenizer_config.json", tokenizer_class="BertTokenizer")
-    assert files.ids_of(base.load_tokenizer(own_base), TEXT) == core.encode(TEXT, add_special_tokens=False).ids
+    assert base_files.ids_of(base.load_tokenizer(own_base), TEXT) == core.encode(TEXT, add_special_tokens=False).ids
 
 
 def test_a_base_without_tokenizer_json_has_no_tokenizer(own_base):
@@ -85,12 +85,12 @@ def test_vocabulary_and_merges_alone_are_a_tokenizer_too(own_base):
     stored = json.loads((own_base / "tokenizer.json").read_text())
     (own_base / "vocab.json").write_text(json.dumps(stored["model"]["vocab"]))
     (own_base / "merges.txt").write_text("\n".join(" ".join(pair) for pair in stored["model"]["merges"]))
-    expected = files.ids_of(base.load_tokenizer(own_base), TEXT)
+    expected = base_files.ids_of(base.load_tokenizer(own_base), TEXT)
     (own_base / "tokenizer.json").unlink()
     change(
         own_base / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", unk_token="<|pad|>", bos_token="<|pad|>"
     )
-    assert files.ids_of(base.load_tokenizer(own_base), TEXT) == expected
+    assert base_files.ids_of(base.load_tokenizer(own_base), TEXT) == expected
 
 
 def add_token(folder: Path, token: str, *, special: bool) -> None:
@@ -177,7 +177,7 @@ def test_an_answer_that_needs_more_positions_than_there_are_is_refused(engine):
     ids=["rotary", "learned", "alibi", "linear scaling", "scaling that is counted already"],
 )
 def test_positions_are_those_of_the_architecture(settings, expected):
-    assert files.num_positions(settings) == expected
+    assert base_files.num_positions(settings) == expected
 
 
 @pytest.mark.parametrize(

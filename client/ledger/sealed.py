@@ -38,7 +38,7 @@ LOST: Final = "a lost ledger is a spent budget: restore the newest copy of it"
 _PURPOSE: Final = b"silotune/v1/ledger"
 
 
-class Head(NamedTuple):
+class LedgerHead(NamedTuple):
     """The last line's place and hash. Whoever keeps it notices when the ledger is cut or an older copy is restored."""
 
     counter: int
@@ -46,10 +46,10 @@ class Head(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Line:
+class LedgerLine:
     """One line, read and found right."""
 
-    head: Head
+    head: LedgerHead
     time: float
     kind: str
     facts: dict[str, Any]
@@ -92,15 +92,15 @@ def derive_key(identity_key: Ed25519PrivateKey, *, purpose: bytes = _PURPOSE) ->
     return made.derive(identity_key.private_bytes_raw())
 
 
-def read(path: Path, *, key: bytes, disk: Disk) -> list[Line]:
+def read(path: Path, *, key: bytes, disk: Disk) -> list[LedgerLine]:
     """All lines of a ledger.
 
     Raises:
         LedgerError: The file is missing, empty, or not what was written; the message says where.
     """
     data = _content(path, disk)
-    lines: list[Line] = []
-    previous = Head(-1, GENESIS)
+    lines: list[LedgerLine] = []
+    previous = LedgerHead(-1, GENESIS)
     for raw in data.split(b"\n")[:-1]:
         lines.append(_open_line(path, raw, previous, key))
         previous = lines[-1].head
@@ -109,7 +109,7 @@ def read(path: Path, *, key: bytes, disk: Disk) -> list[Line]:
     return lines
 
 
-def create(path: Path, kind: str, facts: dict[str, Any], *, key: bytes, disk: Disk) -> Head:
+def create(path: Path, kind: str, facts: dict[str, Any], *, key: bytes, disk: Disk) -> LedgerHead:
     """Write a new file with one line; it is on the disk when this returns.
 
     Raises:
@@ -119,12 +119,14 @@ def create(path: Path, kind: str, facts: dict[str, Any], *, key: bytes, disk: Di
     with disk.lock(path):
         if _is_there(path, disk):
             raise LedgerError(f"{path}: there is a ledger already, and what it says was spent stays spent")
-        line = _seal(path, Head(-1, GENESIS), kind, facts, key)
+        line = _seal(path, LedgerHead(-1, GENESIS), kind, facts, key)
         _replace(path, line + b"\n", disk)
-        return Head(0, hashlib.sha256(line).hexdigest())
+        return LedgerHead(0, hashlib.sha256(line).hexdigest())
 
 
-def append(path: Path, lines: Sequence[Line], kind: str, facts: dict[str, Any], *, key: bytes, disk: Disk) -> Head:
+def append(
+    path: Path, lines: Sequence[LedgerLine], kind: str, facts: dict[str, Any], *, key: bytes, disk: Disk
+) -> LedgerHead:
     """Add one line after `lines`, under the caller's lock; it is on the disk when this returns.
 
     Raises:
@@ -136,10 +138,10 @@ def append(path: Path, lines: Sequence[Line], kind: str, facts: dict[str, Any], 
     if before.count(b"\n") != len(lines):
         raise LedgerError(f"{path}: the ledger was changed while it was written to")
     _replace(path, before + line + b"\n", disk)
-    return Head(lines[-1].head.counter + 1, hashlib.sha256(line).hexdigest())
+    return LedgerHead(lines[-1].head.counter + 1, hashlib.sha256(line).hexdigest())
 
 
-def _seal(path: Path, previous: Head, kind: str, facts: dict[str, Any], key: bytes) -> bytes:
+def _seal(path: Path, previous: LedgerHead, kind: str, facts: dict[str, Any], key: bytes) -> bytes:
     """The line after `previous`."""
     counter = previous.counter + 1
     now = round(time.time(), 3)
@@ -149,7 +151,7 @@ def _seal(path: Path, previous: Head, kind: str, facts: dict[str, Any], key: byt
     return (nonce + sealed).hex().encode()
 
 
-def _open_line(path: Path, raw: bytes, previous: Head, key: bytes) -> Line:
+def _open_line(path: Path, raw: bytes, previous: LedgerHead, key: bytes) -> LedgerLine:
     """One line, which must be the one after `previous`."""
     counter = previous.counter + 1
     try:
@@ -164,7 +166,8 @@ def _open_line(path: Path, raw: bytes, previous: Head, key: bytes) -> Line:
         ) from error
     if fields["counter"] != counter or fields["previous"] != previous.sha256:
         raise LedgerError(f"{path}: line {counter} does not follow the line before it; {LOST}")
-    return Line(Head(counter, hashlib.sha256(raw).hexdigest()), fields["time"], fields["kind"], fields["facts"])
+    head = LedgerHead(counter, hashlib.sha256(raw).hexdigest())
+    return LedgerLine(head, fields["time"], fields["kind"], fields["facts"])
 
 
 def _associated(path: Path, counter: int) -> bytes:

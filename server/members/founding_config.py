@@ -1,4 +1,4 @@
-"""FederationConfig: the file that a federation's keys and certificates are made from; strict and closed."""
+"""FoundingConfig: the file that a federation's keys and certificates are made from; strict and closed."""
 
 import ipaddress
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ class ValiditySection(Section):
     overlap_days: int = Field(default=14, ge=0, le=365, description="After a rotation, the old certificate's rest.")
 
 
-class FederationConfig(Section):
+class FoundingConfig(Section):
     """One federation."""
 
     version: Annotated[Literal[1], BeforeValidator(section.refuse_look_alikes)] = Field(
@@ -111,11 +111,11 @@ RULES: Final = (
     ),
 )
 FORM: Final = reading.Format(
-    FederationConfig, rules=RULES, patterns=PATTERNS, other=config.RunConfig, other_name="the run file"
+    FoundingConfig, rules=RULES, patterns=PATTERNS, other=config.RunConfig, other_name="the run file"
 )
 
 
-def load(path: Path) -> FederationConfig:
+def load(path: Path) -> FoundingConfig:
     """Read a federation file.
 
     Raises:
@@ -124,7 +124,7 @@ def load(path: Path) -> FederationConfig:
     return parse(reading.read(path), name=str(path))
 
 
-def parse(text: str, *, name: str) -> FederationConfig:
+def parse(text: str, *, name: str) -> FoundingConfig:
     """Check the text of a federation file; `name` is what messages call it. See `load`.
 
     Example:

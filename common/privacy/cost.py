@@ -6,9 +6,9 @@ A plan depends on the run file alone. What a site has spent is its own ledger's 
 from collections.abc import Sequence
 
 from common import accounting
-from common.accounting import Event
+from common.accounting import DpEvent
 from common.errors import FloorRefused
-from common.privacy import sites
+from common.privacy import site_level
 from common.run import config
 from common.run.schema.privacy import Private
 
@@ -22,7 +22,7 @@ FIXED_WORDING = (
 
 def wording(run: config.RunConfig) -> str:
     """What is protected and what is not, in the one wording that all pages show."""
-    return sites.WORDING[run.privacy.noise_at] if run.privacy.mode == "site" else FIXED_WORDING
+    return site_level.WORDING[run.privacy.noise_at] if run.privacy.mode == "site" else FIXED_WORDING
 
 
 def _privacy(run: config.RunConfig) -> Private:
@@ -32,7 +32,7 @@ def _privacy(run: config.RunConfig) -> Private:
     return run.privacy
 
 
-def event_per_round(run: config.RunConfig) -> Event:
+def event_per_round(run: config.RunConfig) -> DpEvent:
     """What one round does to a site's units, or to a site as a whole.
 
     Raises:
@@ -40,8 +40,8 @@ def event_per_round(run: config.RunConfig) -> Event:
     """
     privacy = _privacy(run)
     if privacy.mode == "site":
-        return sites.event_per_round(privacy)
-    return Event(privacy.sampling_prob, privacy.noise_multiplier, run.training.local_steps)
+        return site_level.event_per_round(privacy)
+    return DpEvent(privacy.sampling_prob, privacy.noise_multiplier, run.training.local_steps)
 
 
 def resolve(run: config.RunConfig) -> config.RunConfig:
@@ -76,7 +76,7 @@ def resolve(run: config.RunConfig) -> config.RunConfig:
     return run
 
 
-def epsilon(run: config.RunConfig, *, dp_delta: float | None = None, beside: Sequence[Event] = ()) -> float:
+def epsilon(run: config.RunConfig, *, dp_delta: float | None = None, beside: Sequence[DpEvent] = ()) -> float:
     """What the whole run costs a unit, or a site as a whole, at a site that has not spent anything before.
 
     Args:
@@ -84,12 +84,12 @@ def epsilon(run: config.RunConfig, *, dp_delta: float | None = None, beside: Seq
         beside: What the site releases beside its rounds.
     """
     event = event_per_round(run)
-    whole = Event(event.sampling_prob, event.noise_multiplier, event.num_steps * run.federation.num_rounds)
+    whole = DpEvent(event.sampling_prob, event.noise_multiplier, event.num_steps * run.federation.num_rounds)
     return accounting.compose([whole, *beside], dp_delta=dp_delta or _privacy(run).dp_delta)
 
 
 def milestones(
-    run: config.RunConfig, *, dp_delta: float | None = None, beside: Sequence[Event] = ()
+    run: config.RunConfig, *, dp_delta: float | None = None, beside: Sequence[DpEvent] = ()
 ) -> dict[int, float]:
     """Epsilon after the first round and after each quarter of the rounds, for who decides on a plan.
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from common import accounting
-from common.accounting import Event
+from common.accounting import DpEvent
 from common.errors import AccountingUnsupported, FloorRefused, PrivacyError
 from common.run import config
 from common.run.schema.privacy import SitePrivacy
@@ -43,9 +43,9 @@ def _privacy(run: config.RunConfig) -> SitePrivacy:
     return run.privacy
 
 
-def event_per_round(privacy: SitePrivacy) -> Event:
+def event_per_round(privacy: SitePrivacy) -> DpEvent:
     """What a round costs a site at most: under noise at the sites, with as many shares as the quorum guarantees."""
-    return Event(privacy.sampling_prob, privacy.noise_multiplier, 1)
+    return DpEvent(privacy.sampling_prob, privacy.noise_multiplier, 1)
 
 
 def spent(run: config.RunConfig, num_updates: Sequence[int | None]) -> float:
@@ -65,7 +65,7 @@ def spent(run: config.RunConfig, num_updates: Sequence[int | None]) -> float:
         events = [event_per_round(privacy)] * len(num_updates)
     else:
         shares = (max(number or least, least) / least for number in num_updates)
-        events = [Event(1.0, privacy.noise_multiplier * math.sqrt(share), 1) for share in shares]
+        events = [DpEvent(1.0, privacy.noise_multiplier * math.sqrt(share), 1) for share in shares]
     return accounting.compose(events, dp_delta=privacy.dp_delta)
 
 
@@ -84,7 +84,7 @@ def spent_for_insider(run: config.RunConfig, num_taken: int) -> float | None:
         return 0.0
     privacy = _privacy(run)
     by_itself = 1.0 if privacy.noise_at == "server" else math.sqrt(run.federation.min_sites)
-    event = Event(1.0, privacy.noise_multiplier / by_itself, num_taken)
+    event = DpEvent(1.0, privacy.noise_multiplier / by_itself, num_taken)
     try:
         return accounting.compose([event], dp_delta=privacy.dp_delta)
     except AccountingUnsupported:
