@@ -107,11 +107,11 @@ class TooFewSitesError(ProtocolError):
 
 
 class RemoteError(ProtocolError):
-    """A peer refused or failed; it told a code and a reference, nothing else.
+    """A peer refused or failed; it sent a code and a reference, nothing else.
 
     Attributes:
-        code: What the peer told; empty if it told nothing.
-        reference: Where the peer's own log has the reason; empty if it told none.
+        code: Of the peer's error; empty if it sent none.
+        reference: Of the reason in the peer's own log; empty if it sent none.
     """
 
     def __init__(self, message: str, *, code: str = "", reference: str = "") -> None:
@@ -143,7 +143,7 @@ class GateRefused(SilotuneError):
 
 
 def code_of(error: BaseException) -> str:
-    """All that a peer is told of an error: its class if it is of our tree; else whether memory ran out, and no more.
+    """All that a peer learns of an error: its class if it is of our tree; else whether memory ran out, and no more.
 
     Example:
         >>> code_of(DataError("no rows")), code_of(KeyError("name")), code_of(MemoryError())

@@ -20,7 +20,7 @@ SHARED_CORES: Final[Mapping[str, str]] = {"GOMP_SPINCOUNT": "1000"}
 NOISE: Final[Mapping[str, str]] = {
     # an optional kernel that would come from a hub is absent, and the built-in one is used
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
-    # what LLM.int8 does with every input of another type, told at every layer of every step
+    # what LLM.int8 does with every input of another type, logged at every layer of every step
     "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
 }
 

@@ -70,7 +70,7 @@ def hello(socket_path: Path, *, timeout_s: float = 5.0) -> Hello:
 
 
 def pieces(frame: bytes) -> Iterator[Chunk]:
-    """Cut a frame into chunks of at most `CHUNK_BYTES`; the first tells the frame's length.
+    """Cut a frame into chunks of at most `CHUNK_BYTES`; the first holds the frame's length.
 
     Example:
         >>> join(pieces(b"frame"), max_bytes=5)
@@ -85,7 +85,7 @@ def join(chunks: Iterator[Chunk], *, max_bytes: int) -> bytes:
     """Join the pieces of a frame, never holding more than it may have.
 
     Raises:
-        WireError: It is longer than `max_bytes`, or longer or shorter than its first piece tells.
+        WireError: It is longer than `max_bytes`, or longer or shorter than its first piece says.
     """
     first = next(chunks, None)
     if first is None or first.frame_bytes > max_bytes:

@@ -38,7 +38,7 @@ class Messenger:
         connect: Opens a connection to the gateway, with this site's certificate.
         known: SHA-256 of the roster file that was fetched last; empty before the first.
         waiting: That file, until the agent has judged it.
-        trouble: What was told last, as it is told once.
+        trouble: The last warning that was logged, so that each is logged once.
     """
 
     agent: Path
@@ -55,7 +55,7 @@ class Messenger:
             await asyncio.sleep(EVERY_S)
 
     async def look(self) -> None:
-        """Fetch, and bring what is new; whatever does not work now is told in the log once, and tried again."""
+        """Fetch, and bring what is new; a failure is logged once, and the next look tries again."""
         trouble = ""
         try:
             async with asyncio.timeout(FETCH_S):
@@ -81,7 +81,7 @@ async def fetch(connect: Connect, *, host: str, known: str) -> bytes:
         known: SHA-256 of the roster file that is here.
 
     Returns:
-        The file, which nobody has looked at; empty if it is the one that is here.
+        The file, unchecked; empty if it is the one that is here.
 
     Raises:
         AuthError: The gateway refuses, or its answer is larger than a roster may be.

@@ -1,4 +1,4 @@
-"""One connection of the SuperNode as HTTP/1.1: requests out, answers back, and bundles looked at on the way in."""
+"""One connection of the SuperNode as HTTP/1.1: requests out, answers back, and bundles checked on the way in."""
 
 import asyncio
 import logging
@@ -88,7 +88,7 @@ async def _answer(request: h11.Request, near: End, far: End, *, bundles: Collect
     if 300 <= response.status_code < 400:  # Flower would follow it, to any place
         return await _refuse(near, "a redirect")
     if request.target == bundle.PATH and response.status_code < 300:
-        # A bundle is taken whole and looked at before it is handed on.
+        # A bundle is taken whole and checked before it is handed on.
         body = bytearray()
         while isinstance(event := await far.next(), h11.Data):
             body += event.data

@@ -1,7 +1,7 @@
 """The site's tunnel to the gateway: TLS on loopback in, TLS 1.3 with the site's certificate out.
 
 A SuperNode cannot show a client certificate, and with a node key it refuses to speak without TLS. So it is pointed
-here, with `--root-certificates STATE/link.pem`, and the gateway sees the site's own certificate. Bundles are looked at;
+here, with `--root-certificates STATE/link.pem`, and the gateway sees the site's own certificate. Bundles are checked;
 redirects, and compressed or endless answers, are refused (`client/courier/relay.py`); all else passes as it is. The
 tunnel's certificate is for 127.0.0.1 only, made at the first start, and its key never leaves this machine.
 """
@@ -172,7 +172,7 @@ async def _carry(
     near, far = End(reader, writer, h11.Connection(h11.SERVER)), End(far_reader, far_writer, h11.Connection(h11.CLIENT))
     try:
         await relay.carry(near, far, bundles=bundles)
-    except ssl.SSLError as error:  # with TLS 1.3 a refused certificate is told after the handshake
+    except ssl.SSLError as error:  # with TLS 1.3 a refused certificate is reported after the handshake
         _log.warning("TLS ended the connection: %s", _reason(error))
     except h11.ProtocolError:
         _log.warning("a connection ended in the middle, or is not HTTP/1.1")

@@ -29,7 +29,7 @@ class Machine:
         keys: Folder of keys and kit; None: that of `agent.identity_key`, if one is named.
         gateway: `host:port` to try; empty: nobody is asked.
         run: An offered run that memory is estimated for; empty: the largest that the policy allows.
-        units: Folder of the systemd units; the folder of keys is looked at if it has none.
+        units: Folder of the systemd units; the folder of keys is read if it has none.
     """
 
     node_file: Path

@@ -69,7 +69,7 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 class FederationRules(Section):
-    """Whose runs are looked at."""
+    """Whose runs are considered."""
 
     id: Slug = Field(description="The federation's id.")
     operators: tuple[Hash, ...] = Field(

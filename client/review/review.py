@@ -249,7 +249,7 @@ def render(page: Review) -> RenderableType:
 def render_runs(table: Sequence[dict[str, Any]], *, now: float) -> RenderableType:
     """All runs for a terminal; `now` in Unix seconds.
 
-    A coordinator that ends a run early tells no site, so of one that is not finished the last answer's age is shown.
+    Sites do not learn that a coordinator ended a run early, so of an unfinished run the last answer's age is shown.
     """
     shown_runs = Table("run", "name", "state", "rounds answered", "bytes out", "offered (UTC)", title="runs")
     for run in table:

@@ -128,7 +128,7 @@ def as_dict(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def render(results: Sequence[Result]) -> Table:
-    """Show results as a table; a remedy stands under what was found."""
+    """Show results as a table; a remedy follows what was found."""
     table = Table("check", "status", "found", box=box.SIMPLE_HEAD, caption=summary(results), caption_justify="left")
     table.columns[0].no_wrap = table.columns[1].no_wrap = True
     table.columns[2].overflow = "fold"

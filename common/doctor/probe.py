@@ -32,7 +32,7 @@ class Answer:
 
     Attributes:
         reason: The gateway's word for a refusal; empty where the answer is not the gateway's own.
-        skew_s: This clock less the listener's, in seconds; None if it told no date.
+        skew_s: This clock less the listener's, in seconds; None if it gave no date.
     """
 
     tls: str

@@ -45,7 +45,7 @@ def audit(
     """Hold both estimators against the accountant.
 
     The Gaussian fit decides, as its assumption holds for our own noise; the one-run bound, which assumes nothing, and
-    its ceiling are told beside it.
+    its ceiling are reported beside it.
 
     Args:
         num_canaries: m; a thousand tell half of the noise from all of it.

@@ -1,4 +1,4 @@
-"""Can it be told who was trained on? Half of the units, by coins, train; the loss of each is calibrated on the base."""
+"""Can an attacker learn who was trained on? Half of the units, by coins, train; losses are calibrated on the base."""
 
 from collections.abc import Mapping
 

@@ -1,7 +1,7 @@
 """All that is wrong with the rows of a run, at once: files, columns, units, sites, the split, tokens and delta.
 
 Every step is the one that a run takes. A row that fails at one step is left out of the next ones, so that one fault is
-told once, and the others are still found.
+reported once, and the others are still found.
 """
 
 from collections.abc import Callable, Sequence

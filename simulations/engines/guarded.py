@@ -247,7 +247,7 @@ def kit_policy(rows_file: Path, *, base_sha256: str, changes: Mapping[str, str])
     for key, value in filled.items():
         numbers = [number for number, line in enumerate(lines) if line.startswith(f"{key} = ")]
         if len(numbers) != 1:
-            raise KeyError(f"{key} stands {len(numbers)} times in the policy of a kit")
+            raise KeyError(f"{key} occurs {len(numbers)} times in the policy of a kit")
         lines[numbers[0]] = f"{key} = {value}"
     return "\n".join([*lines, ""])
 

@@ -100,12 +100,12 @@ class Judge:
         """Held-out loss and exact match of one adapter, over all sites and by site.
 
         Raises:
-            DataError: No site tells held-out figures.
+            DataError: No site reports held-out figures.
         """
         generate = self._sites.run.manifest.run.evaluation.exact_match_rows > 0
         loss = held_out.evaluate(self._sites, tensors, num_rounds=0, generate=generate)
         if loss is None:
-            raise DataError("no site tells held-out figures, by which arms are compared; set data.held_out_fraction")
+            raise DataError("no site reports held-out figures, by which arms are compared; set data.held_out_fraction")
         metrics = self._sites.metrics
         sites = {
             m.site: SiteScore(held_out_loss=m.loss, exact_match=held_out.exact_match([m])) for m in metrics.values()

@@ -258,7 +258,7 @@ def require_named(adapter: config.AdapterConfig, model: config.ModelConfig, site
 def make_agent(site: str, data: SiteData, engine: Engine, failures: Failures, *, log: EventLog | None = None) -> Agent:
     """One virtual site on a shared engine; its noise comes from the run's seed, so that a study can be repeated.
 
-    Such noise protects nobody: whoever knows the seed can take it off. Those who watch `log` are told of each step.
+    Such noise protects nobody: whoever knows the seed can take it off. Each step is passed to the watchers of `log`.
     """
 
     def watch(round_index: int, step: int, num_steps: int) -> None:

@@ -162,7 +162,7 @@ def _through_filters(node: Callable[[bytes], bytes], request: Frame, counter: Co
 def filtered(tensors: Tensors) -> tuple[dict[str, Tensor], int]:
     """Tensors after NVFLARE's ModelQuantizer and ModelDequantizer with `normfloat4`, and the bytes between them.
 
-    Counted are the packed values, the blocks' absolute maxima and the table of 16 values that stands with each tensor,
+    Counted are the packed values, the blocks' absolute maxima and the table of 16 values that comes with each tensor,
     as NVFLARE's own log counts them; names, shapes and the serialisation around them are not.
 
     Source: NVFLARE, nvflare/app_opt/pt/quantization/quantizer.py and dequantizer.py.

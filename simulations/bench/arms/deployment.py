@@ -6,6 +6,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,46 +46,40 @@ def main(kind: str, num_rounds: str) -> dict[str, Any]:
             engine, prepared = world.load_engine(settings, num_threads=1), run_files.prepare(settings, folder)
             run.in_process(World(settings, engine, Source.of(settings).sites(), folder), log=prepared)
         else:
-            sent = _far(settings, folder)
+            # As a federation of processes; what is sent is what passes between links and gateway.
+            source, base_sha256 = Source.of(settings), hash_base(world.EMBEDDED_BASE)
+            tables = source.tables()
+            rules, logs = _POLICY | {"min_sites": str(len(tables))}, folder.with_name("logs")
+            policy = partial(guarded.kit_policy, base_sha256=base_sha256, changes=rules)
+            with (
+                guarded.built(source, tables, base_folder=world.EMBEDDED_BASE, policy=policy, logs=logs) as built,
+                counted(built.ports["fleet"]) as way,
+            ):
+                with guarded.running(built, logs=logs, fleet=way.address) as started:
+                    launch.run(
+                        settings,
+                        address=started.control,
+                        ca_file=started.ca_file,
+                        identity=started.operator,
+                        folder=folder,
+                        base=world.EMBEDDED_BASE,
+                        resume=False,
+                        is_quiet=True,
+                        operator_key=started.operator_key,
+                        federation=guarded.FEDERATION,
+                        roster_folder=started.folder,
+                    )
+                sent = way.num_bytes
         log = events.read(folder / events.FILE)
         adapter = (folder / run_files.EXPORT_FOLDER / "adapter_model.safetensors").read_bytes()
-    counted = ("bytes_up", "bytes_down")
+    sizes = ("bytes_up", "bytes_down")
     return {
         "marks": [event["time"] for event in log if event["kind"] == "evaluated"],
-        "frame_bytes": sum(event.get(key, 0) for event in log for key in counted if event["kind"] in _COUNTING),
+        "frame_bytes": sum(event.get(key, 0) for event in log for key in sizes if event["kind"] in _COUNTING),
         "num_sites": settings.federation.num_sites,
         "adapter_sha256": hashlib.sha256(adapter).hexdigest(),
         "wire_bytes": sent,
     }
-
-
-def _far(settings: config.RunConfig, folder: Path) -> int:
-    """As a federation of processes; returns the bytes between links and gateway."""
-    source, base_sha256 = Source.of(settings), hash_base(world.EMBEDDED_BASE)
-    tables = source.tables()
-    changes = _POLICY | {"min_sites": str(len(tables))}
-    with guarded.built(
-        source,
-        tables,
-        base_folder=world.EMBEDDED_BASE,
-        policy=lambda rows: guarded.kit_policy(rows, base_sha256=base_sha256, changes=changes),
-        logs=folder.with_name("logs"),
-    ) as built, counted(built.ports["fleet"]) as way:  # fmt: skip
-        with guarded.running(built, logs=folder.with_name("logs"), fleet=way.address) as started:
-            launch.run(
-                settings,
-                address=started.control,
-                ca_file=started.ca_file,
-                identity=started.operator,
-                folder=folder,
-                base=world.EMBEDDED_BASE,
-                resume=False,
-                is_quiet=True,
-                operator_key=started.operator_key,
-                federation=guarded.FEDERATION,
-                roster_folder=started.folder,
-            )
-        return way.num_bytes
 
 
 class Way:

@@ -10,6 +10,7 @@ b rows of a batch, t tokens of the longest, p positions that some row needs, v v
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,48 +42,49 @@ def main(quantization: str, base: str, local_steps: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     overrides = tax_silotune.settings(quantization, base, local_steps)
     settings = config.load(tax_silotune.RUN_FILE, overrides=overrides)
-    sites = list(load_rows(settings))
-    peft_model = load_model(settings)
+    num_rounds, folder = settings.federation.num_rounds, world.base_folder(settings.model.base)
+    sites = list(load_rows(Source.of(settings), folder, settings.training, num_rounds=num_rounds))
+    is_quantised = settings.model.quantization == "nf4"
+    peft_model = load_model(folder, settings.adapter, is_quantised=is_quantised, seed=settings.seed)
     rounds, losses = [], []
-    for round_index in range(settings.federation.num_rounds):
-        losses.append(play(peft_model, sites, settings.training, round_index, settings.federation.num_rounds))
+    for round_index in range(num_rounds):
+        losses.append(play(peft_model, sites, settings.training, round_index, num_rounds))
         rounds.append(process.cpu_s())
     return {"rounds_cpu_s": rounds, "losses": losses}
 
 
-def load_rows(settings: config.RunConfig) -> Iterator[Site]:
+def load_rows(source: Source, base_folder: Path, training: config.TrainingConfig, *, num_rounds: int) -> Iterator[Site]:
     """The rows that silotune would take at every step of the run."""
-    tokenizer = model.load_tokenizer(world.base_folder(settings.model.base))
-    data, training = settings.data, settings.training
-    for name, site in Source.of(settings).sites().items():
+    tokenizer, data = model.load_tokenizer(base_folder), source.data
+    for name, site in source.sites().items():
         rows, _ = prompts.encode_all(
             site.train, tokenizer, max_length_tokens=data.max_length_tokens, too_long=data.too_long
         )
-        num_steps = training.local_steps * settings.federation.num_rounds
+        num_steps = training.local_steps * num_rounds
         chosen = schedule.batches(
             num_rows=len(rows),
             batch_size=training.batch_size,
             first_step=0,
             num_steps=num_steps,
-            seed=schedule.derive_seed(settings.seed, name),
+            seed=schedule.derive_seed(source.seed, name),
         )
         yield Site([[rows[index] for index in indices] for indices in chosen], float(len(rows)))
 
 
-def load_model(settings: config.RunConfig) -> Any:
+def load_model(base_folder: Path, adapter: config.AdapterConfig, *, is_quantised: bool, seed: int) -> Any:
     """Base and LoRA, as the run file says; A is drawn module by module, so that both arms start at the same values."""
     four_bit = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     )
     base = AutoModelForCausalLM.from_pretrained(
-        world.base_folder(settings.model.base),
+        base_folder,
         dtype=torch.float32,
-        quantization_config=four_bit if settings.model.quantization == "nf4" else None,
+        quantization_config=four_bit if is_quantised else None,
     )
     base.config.use_cache = False
-    lora = LoraConfig(r=settings.adapter.r, lora_alpha=int(settings.adapter.alpha), target_modules="all-linear")
+    lora = LoraConfig(r=adapter.r, lora_alpha=int(adapter.alpha), target_modules="all-linear")
     peft_model: Any = get_peft_model(base, lora)
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(seed)
     for name, value in sorted(peft_model.named_parameters()):
         if "lora_A" in name:
             nn.init.kaiming_uniform_(value, a=math.sqrt(5))
