@@ -67,8 +67,12 @@ default. Nothing is read from environment variables, an unknown key is an error,
 text, `8` is a whole number, and a number may be written with or without a point.
 
 A command that takes a run file can override a setting of it with a dotted key and a TOML value, such as
-`--set training.learning_rate=1e-4`; a bare word counts as text. The settled values, defaults included, are written as
-JSON beside every result; their SHA-256 is the same for two files that mean the same.
+`--set training.learning_rate=1e-4`; a bare word counts as text. An array is given whole, as in
+`--set 'export.formats=["gguf"]'`; a line of a table, or of one table of an array, by its own key, as in
+`--set model.site_quantization.north=none` and `--set gate.rules.1.max_rise=0.1`.
+
+The settled values, defaults included, are written as JSON beside every result; their SHA-256 is the same for two files
+that mean the same.
 """
 
 

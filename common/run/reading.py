@@ -199,7 +199,7 @@ def _put(table: Table, key: Key, value: Any) -> None:
 def _numbered(tables: list[Any], part: str, key: Key) -> Any:
     """One table of an array, by its number."""
     if not part.isdecimal() or not 1 <= int(part) <= len(tables):
-        count = f"[[{key[0]}]] has {len(tables)} tables, counted from 1"
+        count = f"[[{'.'.join(key[: key.index(part)])}]] has {len(tables)} tables, counted from 1"
         raise errors.ConfigError(f"--set {hints.show_key(key)}: {count}; correct the number")
     return tables[int(part) - 1]
 

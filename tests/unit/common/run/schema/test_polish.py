@@ -119,6 +119,9 @@ def test_unknown_keys_and_other_forms_lead_to_the_right_one():
 def test_overrides_name_a_stage_by_its_number():
     assert parse(table(), table(name="next"), overrides={"polish.2.steps": "7"})[1].steps == 7
     assert "[[polish]] has 1 tables, counted from 1" in problems(table(), overrides={"polish.2.steps": "7"})
+    gate = '[[gate.rules]]\nkind = "loss"\n'
+    assert "[[gate.rules]] has 1 tables, counted from 1" in problems(gate, overrides={"gate.rules.2.min_gain": "1"})
+    assert config.parse(MINIMAL + gate, name="r", overrides={"gate.rules.1.min_gain": "1"}).gate.rules[0].min_gain == 1
     assert "name a setting of one table" in problems(table(), overrides={"polish.1": "7"})
     assert "--set polish.1.steps" in problems(table(), overrides={"polish.1.steps": "x"})
 
