@@ -9,10 +9,11 @@ bitsandbytes does. The masters A and B stay float32; their products are taken in
 n rows of x, k and d in- and outputs of the layer, r rank.
 """
 
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
 
-import bitsandbytes.functional
 import torch
+from bitsandbytes import functional
 from bitsandbytes.nn.modules import Linear4bit
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
@@ -21,40 +22,87 @@ NAME: Final = "default"  # of the adapter that is trained
 MIN_ROWS: Final = 64  # below it 4-bit weights are better multiplied as they are, as in generation
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """A layer's weight as it is stored, and how to get it whole by one kernel.
+
+    Attributes:
+        stored: The weight, or its 4-bit codes.
+        absmax: Of 4-bit codes the scale of each block, float32: scales that are quantised themselves are written out
+            once, 0.4 bits a weight, as every pass would do it twice.
+        state: bitsandbytes' description of the codes; None for a plain weight.
+    """
+
+    stored: Tensor
+    absmax: Tensor | None = None
+    state: Any = None
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Frozen":
+        """Of a layer's weight."""
+        state: Any = getattr(weight, "quant_state", None)
+        if state is None:
+            return cls(weight)
+        absmax = state.absmax
+        if state.nested:
+            absmax = (functional.dequantize_blockwise(absmax, state.state2) + state.offset).float()
+        return cls(weight.data, absmax, state)
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """The weight (d, k) in the type of a layer's inputs."""
+        if self.state is None:
+            return self.stored.to(dtype)
+        state, codes = self.state, self.stored
+        found: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+            codes, self.absmax, state.blocksize, state.quant_type, state.shape, state.dtype
+        )
+        return found if found.dtype == dtype else found.to(dtype)
+
+
+class Factors(NamedTuple):
+    """A and B in the type of a layer's inputs, and s B; as they were at some step."""
+
+    a_rk: Tensor
+    b_dr: Tensor
+    scaled_b_dr: Tensor
+
+
 class LoraProduct(torch.autograd.Function):
     """y = x W^T + s (x A^T) B^T and its gradients by x, A and B; W is frozen and kept as it is stored."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, a_rk: Tensor, b_dr: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """y and x A^T, in the type of x; see the module."""
+    def forward(
+        ctx: Any, x: Tensor, a_rk: Tensor, b_dr: Tensor, frozen: Frozen, factors: Factors, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """y and x A^T, in the type of x; see the module. A and B are the masters, `factors` what is computed with."""
         x_nk = x.reshape(-1, x.shape[-1])
-        a_rk, b_dr = a_rk.to(x.dtype), b_dr.to(x.dtype)
-        y_nd, down_nr = x_nk @ _whole(weight, x.dtype).T, x_nk @ a_rk.T
-        y_nd.addmm_(down_nr, b_dr.T, alpha=scale)
-        ctx.save_for_backward(x_nk, down_nr, a_rk, b_dr)
-        ctx.weight, ctx.scale, ctx.shape = weight, scale, x.shape
+        y_nd, down_nr = x_nk @ frozen.whole(x.dtype).T, x_nk @ factors.a_rk.T
+        y_nd.addmm_(down_nr, factors.b_dr.T, alpha=scale)
+        ctx.save_for_backward(x_nk, down_nr)
+        ctx.frozen, ctx.factors, ctx.scale, ctx.shape = frozen, factors, scale, x.shape
         ctx.mark_non_differentiable(down_nr)
         return y_nd.view(*x.shape[:-1], len(b_dr)), down_nr
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """By x in its type, by A and B in float32."""
-        x_nk, down_nr, a_rk, b_dr = ctx.saved_tensors
+        x_nk, down_nr = ctx.saved_tensors
         dy_nd = grads[0].reshape(-1, grads[0].shape[-1])
-        d_down_nr = (dy_nd @ b_dr) * ctx.scale
+        d_down_nr = dy_nd @ ctx.factors.scaled_b_dr
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (dy_nd @ _whole(ctx.weight, dy_nd.dtype)).addmm_(d_down_nr, a_rk).view(ctx.shape)
-        da_rk = (d_down_nr.T @ x_nk).float() if ctx.needs_input_grad[2] else None
-        db_dr = (dy_nd.T @ down_nr).float() * ctx.scale if ctx.needs_input_grad[3] else None
-        return dx, None, da_rk, db_dr, None
+            dx_nk = (dy_nd @ ctx.frozen.whole(dy_nd.dtype)).addmm_(d_down_nr, ctx.factors.a_rk)
+            dx = dx_nk.view(ctx.shape)
+        da_rk = _float32(d_down_nr.T, x_nk) if ctx.needs_input_grad[1] else None
+        db_dr = _float32(dy_nd.T, down_nr).mul_(ctx.scale) if ctx.needs_input_grad[2] else None
+        return dx, da_rk, db_dr, None, None, None
 
 
-def _whole(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A layer's weight (d, k) in the type of its inputs."""
-    state = getattr(weight, "quant_state", None)
-    plain: Tensor = weight if state is None else bitsandbytes.functional.dequantize_4bit(weight.data, state)
-    return plain.to(dtype)
+def _float32(left: Tensor, right: Tensor) -> Tensor:
+    """A product in float32, which on a card is how it was added up."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()
 
 
 def install(model: nn.Module) -> int:
@@ -75,7 +123,9 @@ def install(model: nn.Module) -> int:
 
 def _can_use(module: Any) -> bool:
     """Whether a layer's base is one that `LoraProduct` multiplies by, and its adapter is of plain LoRA."""
-    if not isinstance(module, LoraLayer) or NAME not in getattr(module, "lora_A", {}) or NAME in module.lora_variant:
+    if not isinstance(module, LoraLayer) or NAME in module.lora_variant:
+        return False
+    if NAME not in module.lora_A or type(module.lora_A[NAME]) is not nn.Linear:  # AdaLoRA's are parameters
         return False
     base = module.get_base_layer()
     is_linear = type(base) is nn.Linear or (isinstance(base, Linear4bit) and hasattr(base.weight, "quant_state"))
@@ -87,6 +137,9 @@ class _Forward:
 
     def __init__(self, layer: Any) -> None:
         self._layer, self._of_peft = layer, layer.forward
+        self._frozen = Frozen.of(layer.get_base_layer().weight)
+        self._seen: tuple[object, ...] = ()
+        self._factors: Factors
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self._layer
@@ -103,9 +156,21 @@ class _Forward:
             return result
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        scale = layer.scaling[NAME]
         y: Tensor
         down_nr: Tensor
-        y, down_nr = LoraProduct.apply(x, base.weight, a.weight, b.weight, layer.scaling[NAME])  # type: ignore[no-untyped-call]
+        y, down_nr = LoraProduct.apply(  # type: ignore[no-untyped-call]
+            x, a.weight, b.weight, self._frozen, self._now(a.weight, b.weight, scale, x.dtype), scale
+        )
         for watch in a._forward_hooks.values():
             watch(a, (x,), down_nr.view(*x.shape[:-1], len(a.weight)))
         return y if base.bias is None else y + base.bias.to(y.dtype)
+
+    @torch.no_grad()
+    def _now(self, a_rk: Tensor, b_dr: Tensor, scale: float, dtype: torch.dtype) -> Factors:
+        """The factors as they are, cast once a step: until the masters are written to or others take their place."""
+        seen = (id(a_rk), a_rk._version, a_rk.data_ptr(), id(b_dr), b_dr._version, b_dr.data_ptr(), scale, dtype)
+        if seen != self._seen:
+            self._factors = Factors(a_rk.to(dtype), b_dr.to(dtype), (b_dr * scale).to(dtype))
+            self._seen = seen
+        return self._factors

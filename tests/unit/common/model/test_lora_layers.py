@@ -82,7 +82,8 @@ def test_peft_computes_what_the_short_way_does_not(engine_of, monkeypatch, case)
 def test_cores_and_other_kinds_stay_with_peft(load_tiny):
     cored = load_tiny({"aggregation.method": "ravan"})
     assert lora_layers.install(cored.model) == 0
-    assert lora_layers.install(load_tiny(tiny.of_kind("ia3")).model) == 0
+    for kind in ("ia3", "adalora", "dora"):
+        assert lora_layers.install(load_tiny(tiny.of_kind(kind)).model) == 0, kind
 
 
 def test_who_looks_at_what_a_gives_sees_the_same(engine_of, monkeypatch):
@@ -97,3 +98,31 @@ def test_who_looks_at_what_a_gives_sees_the_same(engine_of, monkeypatch):
     assert calls
     assert seen["ours"].shape == seen["peft"].shape
     assert torch.allclose(seen["ours"], seen["peft"], atol=ATOL)
+
+
+@pytest.mark.parametrize("kind", ["fused", "foreach", "data", "copied"])
+def test_factors_follow_their_masters(engine_of, kind):
+    """What was cast for one step is not used in the next, however the masters were changed."""
+    engine, other = engine_of({}), engine_of({})
+    lora_layers.install(engine.model)
+    for one in (engine, other):
+        _pass(one)
+        parameters = list(adapter.parameters(one.model).values())
+        if kind in ("fused", "foreach"):
+            torch.optim.AdamW(parameters, lr=0.1, **{kind: True}).step()
+        for parameter in parameters:
+            if kind == "data":
+                parameter.data = parameter.data * 2
+            elif kind == "copied":
+                with torch.no_grad():
+                    parameter.copy_(parameter * 2)
+    assert torch.allclose(_pass(engine)[0], _pass(other)[0], atol=1e-3)
+    assert not torch.allclose(_pass(engine)[0], _pass(engine_of({}))[0], atol=1e-2)
+
+
+def test_a_weight_is_dequantised_to_the_bits_of_bitsandbytes(load_tiny):
+    engine = load_tiny({"model.quantization": "nf4"})
+    weight = next(m for m in engine.model.modules() if hasattr(m, "lora_A")).get_base_layer().weight
+    assert weight.quant_state.nested
+    expected = lora_layers.functional.dequantize_4bit(weight.data, weight.quant_state)
+    assert torch.equal(lora_layers.Frozen.of(weight).whole(torch.float32), expected)
