@@ -13,7 +13,10 @@ from typing import Any, Final, Self
 from pydantic import BaseModel, model_validator
 
 from common.run import reading
-from common.run.rules import evaluation, rules, wire
+from common.run.catalogue.kinds import KINDS
+from common.run.catalogue.methods import FACTS
+from common.run.rules import compatibility, kinds, rules
+from common.run.rules.rule import check
 from common.run.schema import shape
 from common.run.schema.aggregation import AggregationConfig
 from common.run.schema.export import ExportConfig
@@ -26,7 +29,7 @@ from common.run.schema.section import PATTERNS, Section
 from common.run.schema.tables import NodeTables, OutputConfig, RunTables
 from common.run.schema.tasks import EvaluationConfig
 from common.run.schema.training import DataConfig, FederationConfig, TrainingConfig
-from common.run.schema.wire import WireConfig
+from common.run.schema.wire import WHOLE, WireConfig
 
 __all__ = [
     "NODE_FILE",
@@ -77,22 +80,42 @@ class RunConfig(RunTables):
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
         """Refuse values that are fine alone and contradict each other."""
-        rules.check(self, rules.RUN_RULES)
+        check(self, rules.RUN_RULES)
         return self
 
 
 def _with_defaults(table: dict[str, Any]) -> dict[str, Any]:
-    """An unchecked table with what was left out and follows from its method: `wire.down`, how many sites are asked."""
-    return evaluation.with_all_asked(wire.with_down(table))
+    """An unchecked table with what was left out and follows from its method: `wire.down`, how many sites are asked.
+
+    What is no table, no method or no kind is left for the schema to refuse.
+    """
+    method, kind = _named(table, "aggregation", "method", "fedavg"), _named(table, "adapter", "kind", "lora")
+    facts, own = FACTS.get(method), KINDS.get(kind)
+    adapter, wire, evaluation = (table.get(name, {}) for name in ("adapter", "wire", "evaluation"))
+    ranks = adapter.get("site_ranks") if isinstance(adapter, dict) else getattr(adapter, "site_ranks", None)
+    has_steps = not (ranks or (facts and compatibility.STEPS.why_not(facts)) or (own and kinds.STEPS.why_not(own)))
+    if isinstance(wire, dict) and not has_steps:
+        table = {**table, "wire": {"down": WHOLE, **wire}}
+    # A site puts down its own adapter when it scores it, so that one that is never asked would end without.
+    if isinstance(evaluation, dict) and facts and facts.is_personal:
+        table = {**table, "evaluation": {"sites_per_round": 0, **evaluation}}
+    return table
+
+
+def _named(table: Mapping[str, Any], section: str, key: str, default: str) -> str:
+    """A word of an unchecked table; the default where it is missing, and nothing where it is no word."""
+    found = table.get(section, {})
+    value = found.get(key, default) if isinstance(found, dict) else getattr(found, key, default)
+    return value if isinstance(value, str) else ""
 
 
 def _with_private_method(table: dict[str, Any]) -> dict[str, Any]:
     """Let a private run of LoRA that names no method use `fedsvd`: its product carries no noise squared."""
-    aggregation = table.get("aggregation", {})
-    if not rules.is_private(table) or not isinstance(aggregation, dict) or "method" in aggregation:
+    is_private, aggregation = _named(table, "privacy", "mode", "none") in ("unit", "site"), table.get("aggregation", {})
+    if not is_private or not isinstance(aggregation, dict):
         return table
-    kind = table["adapter"].get("kind", "lora") if isinstance(table.get("adapter"), dict) else "lora"
-    return {**table, "aggregation": {**aggregation, "method": PRIVATE_METHOD if kind == "lora" else "fedavg"}}
+    method = PRIVATE_METHOD if _named(table, "adapter", "kind", "lora") == "lora" else "fedavg"
+    return {**table, "aggregation": {"method": method, **aggregation}}
 
 
 class NodeConfig(NodeTables):
@@ -101,7 +124,7 @@ class NodeConfig(NodeTables):
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
         """Refuse values that are fine alone and contradict each other."""
-        rules.check(self, rules.NODE_RULES)
+        check(self, rules.NODE_RULES)
         return self
 
 

@@ -16,6 +16,7 @@ from common import errors
 from common.run import config
 from common.run.problems import foreign, hints
 from common.run.rules import rules as config_rules
+from common.run.rules.rule import Rule
 from common.run.schema import section as config_types
 from common.run.schema import shape
 from common.run.schema.shape import Table
@@ -265,10 +266,10 @@ def _example(name: str, field: Field, chosen: object, table: Table) -> str:
     return f"{meaning}\n{'# ' if is_idle else ''}{name} = {_toml(default)}\n"
 
 
-def _rules(rules: tuple[config_rules.Rule, ...]) -> str:
+def _rules(rules: tuple[Rule, ...]) -> str:
     """Write the table of contradictions."""
-    rows = [(", ".join(f"`{key}`" for key in rule.keys), rule.message) for rule in rules]
-    return _markdown_table(("settings", "what is refused"), rows)
+    rows = [(", ".join(f"`{key}`" for key in rule.keys), rule.message, rule.remedy) for rule in rules]
+    return _markdown_table(("settings", "what is refused", "remedy"), rows)
 
 
 def _mistakes() -> str:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from common import errors
 from common.run.problems import hints, locate
-from common.run.rules import rules as config_rules
+from common.run.rules.rule import Rule, describe
 from common.run.schema import shape
 
 MAX_FILE_BYTES = 1 << 20
@@ -39,7 +39,7 @@ class Format(Generic[Config]):
     """
 
     schema: type[Config]
-    rules: tuple[config_rules.Rule, ...]
+    rules: tuple[Rule, ...]
     patterns: Mapping[str, str]
     other: type[BaseModel]
     other_name: str
@@ -240,7 +240,7 @@ def _problems(table: Table, form: Format[Config]) -> Iterator[Problem]:
         parts = [tuple(key.split(".")) for key in rule.keys]
         around = {".".join(key[:end]) for key in parts for end in range(1, len(key) + 1)}
         if bad.isdisjoint(around) and rule.is_broken(config):
-            yield Problem(parts[0], partial(config_rules.describe, config, rule), tuple(parts))
+            yield Problem(parts[0], partial(describe, config, rule), tuple(parts))
 
 
 def _details(table: Table, form: Format[Config]) -> Iterator[Any]:

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from common.run import reading
 from common.run.config import RunConfig
-from common.run.rules import rules
+from common.run.rules.rule import Rule, check
 from common.run.schema import section
 from common.run.schema.section import Array, RequiredLine, Section
 
@@ -86,15 +86,17 @@ class LogConfig(Section):
 
 
 RULES: Final = (
-    rules.Rule(
+    Rule(
         keys=("fleet.ca_file", "control.ca_file"),
         is_broken=lambda gateway: gateway.fleet.ca_file == gateway.control.ca_file,
-        message="sites and operators need CAs of their own, or a site could act as an operator",
+        message="with one CA a site could act as an operator",
+        remedy="give sites and operators CAs of their own",
     ),
-    rules.Rule(
+    Rule(
         keys=("fleet.listen", "control.listen"),
         is_broken=lambda gateway: gateway.fleet.listen == gateway.control.listen,
-        message="sites and operators need listeners of their own",
+        message="sites and operators have one listener",
+        remedy="give them listeners of their own",
     ),
 )
 
@@ -112,7 +114,7 @@ class GatewayConfig(Section):
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
         """Refuse values that are fine alone and contradict each other."""
-        rules.check(self, RULES)
+        check(self, RULES)
         return self
 
 

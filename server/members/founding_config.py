@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from common.run import config, reading
-from common.run.rules import rules
+from common.run.rules.rule import Rule, check
 from common.run.schema import section
 from common.run.schema.section import Array, Section
 
@@ -65,7 +65,7 @@ class FoundingConfig(Section):
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
         """Refuse values that are fine alone and contradict each other."""
-        rules.check(self, RULES)
+        check(self, RULES)
         return self
 
 
@@ -81,33 +81,41 @@ def _is_host(name: str) -> bool:
 
 
 RULES: Final = (
-    rules.Rule(
+    Rule(
         ("governance.quorum", "governance.num_keys"),
         lambda c: c.governance.quorum > c.governance.num_keys,
-        "more signatures than keys: nothing could ever be signed; lower the quorum",
+        "more signatures than keys, so that nothing could ever be signed",
+        "lower the quorum",
     ),
-    rules.Rule(
+    Rule(
         ("validity.intermediate_days", "validity.root_days"),
         lambda c: c.validity.intermediate_days > c.validity.root_days,
         "an issuer must not outlive the root",
+        "lower it",
     ),
-    rules.Rule(
+    Rule(
         ("validity.certificate_days", "validity.intermediate_days"),
         lambda c: c.validity.certificate_days > c.validity.intermediate_days,
         "a certificate must not outlive its issuer",
+        "lower it",
     ),
-    rules.Rule(
+    Rule(
         ("validity.overlap_days", "validity.certificate_days"),
         lambda c: c.validity.overlap_days >= c.validity.certificate_days,
         "the overlap must be shorter than a certificate's life",
+        "lower it",
     ),
-    rules.Rule(
+    Rule(
         ("federation.host_names",),
         lambda c: not all(map(_is_host, c.federation.host_names)),
-        "each must be a host name or an address",
+        "one is neither a host name nor an address",
+        "correct it",
     ),
-    rules.Rule(
-        ("federation.operator_names",), lambda c: "gateway" in c.federation.operator_names, "none is called gateway"
+    Rule(
+        ("federation.operator_names",),
+        lambda c: "gateway" in c.federation.operator_names,
+        "gateway is the name of the gateway",
+        "choose another",
     ),
 )
 FORM: Final = reading.Format(

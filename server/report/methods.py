@@ -17,9 +17,8 @@ from rich.text import Text
 from common.run.catalogue.kinds import KINDS, Kind
 from common.run.catalogue.methods import FACTS, Facts
 from common.run.rules import compatibility, wire
-from common.run.rules import kinds as kind_rules
-from common.run.rules.compatibility import FEATURES, Cell
-from common.run.rules.kinds import KIND_FEATURES, KindCell
+from common.run.rules.compatibility import FEATURES, SITE_ALLOWS, SITE_REFUSES, UNDER_SITE, Cell
+from common.run.rules.kinds import KIND_FEATURES
 from common.run.trainable import in_words
 
 PAGE: Final = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -29,17 +28,13 @@ COLUMNS: Final = 80  # of a terminal
 
 def as_dict() -> dict[str, Any]:
     """Every method's facts, and what it may be combined with."""
-    cells = [cell for _, cell in compatibility.cells()]
+    cells = [cell for _, cell in compatibility.cells(FACTS, FEATURES)]
     return {
         "methods": {name: dataclasses.asdict(facts) for name, facts in FACTS.items()},
-        "combinations": {
-            name: {cell.feature: _outcome(cell) for cell in cells if cell.method == name} for name in FACTS
-        },
+        "combinations": {name: {cell.feature: _outcome(cell) for cell in cells if cell.row == name} for name in FACTS},
         "kinds": {name: dataclasses.asdict(kind) for name, kind in KINDS.items()},
         "kind_combinations": {name: {cell.feature: _outcome(cell) for cell in own} for name, own in kind_rows()},
-        "site_level": {
-            rule.key: {"is_allowed": rule.is_allowed, "reason": rule.reason} for rule in compatibility.SITE_LEVEL
-        },
+        "site_level": {key: {"is_allowed": is_allowed, "reason": reason} for key, is_allowed, reason in site_level()},
         "wire": {option.name: {"setting": option.setting, "why_not": option.why_not} for option in wire.OPTIONS},
         "apart": [[one.name, other.name] for one, other in compatibility.apart()],
     }
@@ -56,22 +51,22 @@ def render() -> RenderableType:
     features = _matrix("method", [feature.name for feature in FEATURES], rows())
     of_kinds = _matrix("kind", [feature.name for feature in KIND_FEATURES], kind_rows())
     for_sites = _folding("setting", "goes together", "why", title="noise for whole sites (privacy.mode = site)")
-    for rule in compatibility.SITE_LEVEL:
-        for_sites.add_row(*(Text(text) for text in (rule.key, "yes" if rule.is_allowed else "no", rule.reason)))
+    for key, is_allowed, reason in site_level():
+        for_sites.add_row(*(Text(text) for text in (key, "yes" if is_allowed else "no", reason)))
     told = (Text(line) for line in (*reasons(), *together(), *wire.reasons(), *kind_reasons()))
     return Group(facts, *features, *_of_wire(), for_sites, kinds, *of_kinds, *told)
 
 
 def rows() -> list[tuple[str, list[Cell]]]:
     """The cells of each method, in the order of the features."""
-    cells = [cell for _, cell in compatibility.cells()]
-    return [(name, [cell for cell in cells if cell.method == name]) for name in FACTS]
+    cells = [cell for _, cell in compatibility.cells(FACTS, FEATURES)]
+    return [(name, [cell for cell in cells if cell.row == name]) for name in FACTS]
 
 
 def reasons() -> list[str]:
     """Why each refused cell is refused and what to take, and what to know of allowed ones."""
-    cells = [cell for _, cell in compatibility.cells() if cell.reason]
-    return [f"{cell.method}, {cell.feature}: {cell.reason}{_instead(cell)}" for cell in cells]
+    cells = [cell for _, cell in compatibility.cells(FACTS, FEATURES) if cell.reason]
+    return [f"{cell.row}, {cell.feature}: {cell.reason}{_instead(cell)}" for cell in cells]
 
 
 def together() -> list[str]:
@@ -79,17 +74,23 @@ def together() -> list[str]:
     return [f"{one.name} with {other.name}: no method has both" for one, other in compatibility.apart()]
 
 
-def kind_rows() -> list[tuple[str, list[KindCell]]]:
+def site_level() -> list[tuple[str, bool, str]]:
+    """What noise for whole sites goes together with, and why."""
+    refused = [(rule.keys[0], False, rule.words.removeprefix(UNDER_SITE)) for rule in SITE_REFUSES]
+    return [*refused, *((key, True, reason) for key, reason in SITE_ALLOWS.items())]
+
+
+def kind_rows() -> list[tuple[str, list[Cell]]]:
     """The cells of each kind, in the order of the features."""
-    cells = [cell for _, cell in kind_rules.kind_cells()]
-    return [(name, [cell for cell in cells if cell.kind == name]) for name in KINDS]
+    cells = [cell for _, cell in compatibility.cells(KINDS, KIND_FEATURES)]
+    return [(name, [cell for cell in cells if cell.row == name]) for name in KINDS]
 
 
 def kind_reasons() -> list[str]:
     """Why each refused cell is refused, kinds with the same reason together, and the kind to take."""
     return [
         f"{feature.name}: {reason}; not with {', '.join(kinds)} (nearest: {nearest})"
-        for feature, kinds, reason, nearest in kind_rules.refusals()
+        for feature, kinds, reason, nearest in compatibility.refusals(KINDS, KIND_FEATURES)
     ]
 
 
@@ -101,7 +102,7 @@ def page() -> str:
     return template.render(
         methods=methods, features=FEATURES, rows=rows(), reasons=reasons(), summary=_summary,
         wire_columns=wire.COLUMNS, wire_options=wire.OPTIONS, wire_reasons=wire.reasons(),
-        apart=compatibility.apart(), site_level=compatibility.SITE_LEVEL,
+        apart=compatibility.apart(), site_level=site_level(),
         kinds=[(kind, _kind(kind)) for kind in KINDS.values()],
         kind_features=KIND_FEATURES, kind_rows=kind_rows(), kind_reasons=kind_reasons(),
     )  # fmt: skip
@@ -149,7 +150,7 @@ def _folding(first: str, *others: str, title: str) -> Table:
     return table
 
 
-def _matrix(head: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell | KindCell]]]) -> list[Table]:
+def _matrix(head: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell]]]) -> list[Table]:
     """Which of the features each of them goes together with."""
     return _tables(head, columns, [(name, [cell.is_allowed for cell in cells]) for name, cells in rows])
 
@@ -178,7 +179,7 @@ def _tables(head: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequenc
     return tables
 
 
-def _outcome(cell: Cell | KindCell) -> dict[str, Any]:
+def _outcome(cell: Cell) -> dict[str, Any]:
     """A cell without its place."""
     return {"is_allowed": cell.is_allowed, "reason": cell.reason, "nearest": cell.nearest}
 

@@ -4,53 +4,103 @@ A run file that combines what a cell refuses is an error (`common.run.rules.rule
 docs/methods.md print the whole table.
 """
 
-import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Generic, Protocol, TypeVar
 
 from common.run.catalogue.methods import FACTS, Facts
+from common.run.rules.rule import Rule
 from common.run.schema import precisions
-from common.run.schema.tables import Contradiction, RunTables
+from common.run.schema.tables import RunTables
+
+
+class Row(Protocol):
+    """What a table has a row of: a method, or a kind of adapter."""
+
+    @property
+    def name(self) -> str:
+        """As in the run file."""
+
+    @property
+    def nearest(self) -> Iterable[str]:
+        """Others to take where this one is refused, nearest first."""
+
+
+T = TypeVar("T", bound=Row)
 
 
 @dataclass(frozen=True)
-class Feature:
-    """What a method may or may not be combined with.
+class Feature(Generic[T]):
+    """What a method, or a kind of adapter, may or may not be combined with.
 
     Attributes:
         name: Column of the table.
-        why_not: Why a method refuses it; empty where it does not.
-        remark: What to know of a method that allows it; may be empty.
+        why_not: Why one refuses it; empty where it does not.
+        remark: What to know of one that allows it; may be empty.
         keys: Settings that ask for it; none where no run file of this version can.
         is_asked: Whether a run asks for it.
+        remedy: What to set instead, beside another method or kind; may be empty.
     """
 
     name: str
-    why_not: Callable[[Facts], str]
-    remark: Callable[[Facts], str] = lambda facts: ""
+    why_not: Callable[[T], str]
+    remark: Callable[[T], str] = lambda row: ""
     keys: tuple[str, ...] = ()
     is_asked: Callable[[RunTables], bool] = lambda run: False
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method with one feature.
+    """One method, or kind, with one feature.
 
     Attributes:
-        method: As in `aggregation.method`.
+        row: Name of the method or kind.
         feature: A feature's name.
         is_allowed: Whether they go together.
         reason: Why not; or what to know.
-        nearest: The method to take instead; empty where it is allowed.
+        nearest: What to take instead; empty where it is allowed, or where nothing near does.
     """
 
-    method: str
+    row: str
     feature: str
     is_allowed: bool
     reason: str = ""
     nearest: str = ""
+
+
+def cell(row: T, feature: Feature[T], rows: Mapping[str, T]) -> Cell:
+    """One cell of a table.
+
+    Example:
+        >>> momentum = next(feature for feature in FEATURES if feature.name == SERVER_OPTIMIZER)
+        >>> cell(FACTS["fedsvd"], momentum, FACTS).nearest
+        'ffa'
+    """
+    reason = feature.why_not(row)
+    if not reason:
+        return Cell(row.name, feature.name, True, feature.remark(row))
+    nearest = next((name for name in row.nearest if not feature.why_not(rows[name])), "")
+    return Cell(row.name, feature.name, False, reason, nearest)
+
+
+def cells(rows: Mapping[str, T], features: Iterable[Feature[T]]) -> Iterator[tuple[Feature[T], Cell]]:
+    """A whole table, row by row."""
+    for row, feature in itertools.product(rows.values(), features):
+        yield feature, cell(row, feature, rows)
+
+
+def refusals(
+    rows: Mapping[str, T], features: tuple[Feature[T], ...]
+) -> Iterator[tuple[Feature[T], tuple[str, ...], str, str]]:
+    """Each feature with the rows that refuse it for one reason and have one nearest, the reason, and that nearest."""
+    found: dict[tuple[int, str, str], list[str]] = {}
+    for feature, refused in cells(rows, features):
+        if not refused.is_allowed:
+            found.setdefault((features.index(feature), refused.reason, refused.nearest), []).append(refused.row)
+    for (number, reason, nearest), names in sorted(found.items()):
+        yield features[number], tuple(names), reason, nearest
 
 
 def _in_the_clear(facts: Facts) -> str:
@@ -154,8 +204,10 @@ def _sparse_down_remark(facts: Facts) -> str:
 
 
 SERVER_OPTIMIZER: Final = "server optimizer"
-STEPS: Final = Feature("steps down", _steps, keys=("wire.down",), is_asked=lambda run: run.wire.down != "float32")
-FEATURES: Final = (
+STEPS: Final[Feature[Facts]] = Feature(
+    "steps down", _steps, keys=("wire.down",), is_asked=lambda run: run.wire.down != "float32"
+)
+FEATURES: Final[tuple[Feature[Facts], ...]] = (
     Feature("secure aggregation", _in_the_clear),
     Feature(
         "record DP",
@@ -223,157 +275,107 @@ FEATURES: Final = (
 )
 
 
-def contradictions() -> Iterator[Contradiction]:
-    """Keys, whether a run asks for both, and the message, whatever the method: of sites that differ, and of `apart`."""
-    yield (
-        ("adapter.site_ranks", "adapter.r"),
-        _has_odd_site_ranks,
-        "name only sites whose rank is below adapter.r, which all others have",
-    )
-    compared = "compares value by value, and a smaller site has none for some; remove one of the two"
-    yield (
-        ("adapter.site_ranks", "aggregation.robust.rule"),
-        lambda run: bool(run.adapter.site_ranks) and run.aggregation.robust.rule != "none",
-        f"robust aggregation {compared}",
-    )
-    yield (
-        ("adapter.site_ranks", "aggregation.screening.action"),
-        lambda run: bool(run.adapter.site_ranks) and run.aggregation.screening.action != "off",
-        f"screening {compared}",
-    )
-
-    for one, other in apart():
-        told = f"no method goes together with both {one.name} and {other.name}; remove one of the two"
-        yield (*one.keys, *other.keys), functools.partial(_asks_for_both, one=one, other=other), told
-    yield (
-        ("model.site_quantization", "model.quantization"),
-        _has_idle_precisions,
-        "name only sites whose precision differs from model.quantization, which all others have",
-    )
-
-
-def apart() -> list[tuple[Feature, Feature]]:
+def apart() -> list[tuple[Feature[Facts], Feature[Facts]]]:
     """Pairs of what a run file can ask for that no method goes together with, though each has methods by itself."""
     asked = [feature for feature in FEATURES if feature.keys]
     pairs = itertools.combinations(asked, 2)
     return [pair for pair in pairs if all(any(side.why_not(facts) for side in pair) for facts in FACTS.values())]
 
 
-def _asks_for_both(run: RunTables, one: Feature, other: Feature) -> bool:
-    return one.is_asked(run) and other.is_asked(run)
+def _compares(name: str, key: str, is_asked: Callable[[RunTables], bool]) -> Rule:
+    """What holds one site's values against another's."""
+    message = f"{name} compares value by value, and a smaller site has none for some"
+    keys = ("adapter.site_ranks", key)
+    return Rule(keys, lambda c: bool(c.adapter.site_ranks) and is_asked(c), message, "remove one of the two")
 
 
-def _has_odd_site_ranks(run: RunTables) -> bool:
-    return any(rank >= run.adapter.r for rank in run.adapter.site_ranks.values())
+def _apart(one: Feature[Facts], other: Feature[Facts]) -> Rule:
+    message = f"no method goes together with both {one.name} and {other.name}"
+    keys = (*one.keys, *other.keys)
+    return Rule(keys, lambda run: one.is_asked(run) and other.is_asked(run), message, "remove one of the two")
 
 
-def _has_idle_precisions(run: RunTables) -> bool:
-    return run.model.quantization in run.model.site_quantization.values()
+def _refused(feature: Feature[Facts], methods: tuple[str, ...], reason: str, nearest: str) -> Rule:
+    return Rule(
+        ("aggregation.method", *feature.keys),
+        lambda run: run.aggregation.method in methods and feature.is_asked(run),
+        f"no {feature.name} with this method: {reason}",
+        f"the nearest method that allows it is '{nearest}'",
+    )
 
 
-@dataclass(frozen=True)
-class SiteLevel:
-    """What noise for sites as a whole (`privacy.mode = site`) goes together with, whatever the method.
-
-    Attributes:
-        key: The setting.
-        is_asked: Whether a run asks for what is refused, or allowed.
-        is_allowed: Whether they go together.
-        reason: Why, and what to do where they do not.
-    """
-
-    key: str
-    is_asked: Callable[[RunTables], bool]
-    is_allowed: bool
-    reason: str
-
-
-SITE_LEVEL: Final = (
-    SiteLevel(
-        "aggregation.weighting",
-        lambda run: run.aggregation.weighting != "uniform",
-        False,
-        "a weight by rows would let a site move the sum by more than the clip norm, and tells its rows; set 'uniform'",
+RULES: Final = (
+    Rule(
+        ("adapter.site_ranks", "adapter.r"),
+        lambda c: any(rank >= c.adapter.r for rank in c.adapter.site_ranks.values()),
+        "all sites have adapter.r but for those that hold less",
+        "name only sites whose rank is below it",
     ),
-    SiteLevel(
-        "aggregation.robust.rule",
-        lambda run: run.aggregation.robust.rule != "none",
-        False,
-        "a median or a choice of updates moves by more than the noise is made for when one site changes; the clip norm "
-        "already bounds what a bad site can do",
+    _compares("robust aggregation", "aggregation.robust.rule", lambda run: run.aggregation.robust.rule != "none"),
+    _compares("screening", "aggregation.screening.action", lambda run: run.aggregation.screening.action != "off"),
+    *(_apart(one, other) for one, other in apart()),
+    Rule(
+        ("model.site_quantization", "model.quantization"),
+        lambda c: c.model.quantization in c.model.site_quantization.values(),
+        "all sites have model.quantization but for those that differ",
+        "name only sites whose precision is another",
     ),
-    SiteLevel(
-        "aggregation.max_update_norm",
-        lambda run: run.aggregation.max_update_norm > 0,
-        False,
-        "privacy.clip_norm bounds an update already; remove it",
-    ),
-    SiteLevel(
-        "aggregation.screening.action",
-        lambda run: run.aggregation.screening.action != "off",
-        False,
-        "leaving one update out for another's sake moves the sum by more than the noise is made for, and what is seen "
-        "of single updates is written down without noise",
-    ),
-    SiteLevel(
-        "adapter.site_ranks",
-        lambda run: bool(run.adapter.site_ranks),
-        False,
-        "a smaller site would be clipped and noised over other values than the others; give all the same rank",
-    ),
-    SiteLevel(
-        "federation.sites_per_round",
-        lambda run: run.federation.sites_per_round > 0,
-        False,
-        "the accountant is of sites that are drawn each for itself, not of a fixed number; set privacy.sampling_prob",
-    ),
-    SiteLevel(
-        "aggregation.server_optimizer.kind",
-        lambda run: run.aggregation.server_optimizer.kind != "none",
-        True,
-        "it sees the noised sum only, where the method allows it",
-    ),
-    SiteLevel(
-        "aggregation.proximal",
-        lambda run: run.aggregation.proximal > 0,
-        True,
-        "it is the site's own training, before the clip",
-    ),
-    SiteLevel(
-        "wire.down_density",
-        lambda run: run.wire.down_density < 1,
-        True,
-        "it chooses among values that are released already",
-    ),
-    SiteLevel(
-        "aggregation.gap_warning",
-        lambda run: False,
-        True,
-        "the gap of fedavg is not measured: it is a figure of single updates, which no noise would cover",
-    ),
+    *(_refused(*refused) for refused in refusals(FACTS, FEATURES) if refused[0].keys),
 )
 
 
-def cell(facts: Facts, feature: Feature) -> Cell:
-    """One cell of the table.
-
-    Example:
-        >>> momentum = next(feature for feature in FEATURES if feature.name == SERVER_OPTIMIZER)
-        >>> cell(FACTS["fedsvd"], momentum).nearest
-        'ffa'
-    """
-    reason = feature.why_not(facts)
-    if not reason:
-        return Cell(facts.name, feature.name, True, feature.remark(facts))
-    nearest = next((name for name in facts.nearest if not feature.why_not(FACTS[name])), "")
-    return Cell(facts.name, feature.name, False, reason, nearest)
+def _site(key: str, is_asked: Callable[[RunTables], bool], reason: str, remedy: str) -> Rule:
+    """What noise for sites as a whole does not go together with."""
+    return Rule((key, "privacy.mode"), lambda c: c.privacy.mode == "site" and is_asked(c), UNDER_SITE + reason, remedy)
 
 
-def cells() -> Iterator[tuple[Feature, Cell]]:
-    """The whole table, methods in their order."""
-    for facts in FACTS.values():
-        for feature in FEATURES:
-            yield feature, cell(facts, feature)
+UNDER_SITE: Final = "not under this mode: "
+SITE_REFUSES: Final = (  # what noise for sites as a whole goes together with, whatever the method
+    _site(
+        "aggregation.weighting",
+        lambda run: run.aggregation.weighting != "uniform",
+        "a weight by rows would let a site move the sum by more than the clip norm, and tells its rows",
+        "set 'uniform'",
+    ),
+    _site(
+        "aggregation.robust.rule",
+        lambda run: run.aggregation.robust.rule != "none",
+        "a median or a choice of updates moves by more than the noise is made for when one site changes",
+        "remove it, as the clip norm already bounds what a bad site can do",
+    ),
+    _site(
+        "aggregation.max_update_norm",
+        lambda run: run.aggregation.max_update_norm > 0,
+        "privacy.clip_norm bounds an update already",
+        "remove it",
+    ),
+    _site(
+        "aggregation.screening.action",
+        lambda run: run.aggregation.screening.action != "off",
+        "leaving one update out for another's sake moves the sum by more than the noise is made for, and what is seen "
+        "of single updates is written down without noise",
+        "remove it",
+    ),
+    _site(
+        "adapter.site_ranks",
+        lambda run: bool(run.adapter.site_ranks),
+        "a smaller site would be clipped and noised over other values than the others",
+        "give all the same rank",
+    ),
+    _site(
+        "federation.sites_per_round",
+        lambda run: run.federation.sites_per_round > 0,
+        "the accountant is of sites that are drawn each for itself, not of a fixed number",
+        "set privacy.sampling_prob",
+    ),
+)
+SITE_ALLOWS: Final[Mapping[str, str]] = {
+    "aggregation.server_optimizer.kind": "it sees the noised sum only, where the method allows it",
+    "aggregation.proximal": "it is the site's own training, before the clip",
+    "wire.down_density": "it chooses among values that are released already",
+    "aggregation.gap_warning": "the gap of fedavg is not measured: it is a figure of single updates, which no noise "
+    "would cover",
+}
 
 
 def without_gap(run: RunTables) -> str:

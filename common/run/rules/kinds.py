@@ -4,47 +4,17 @@ A run file that combines what a cell refuses is an error (`common.run.rules.rule
 docs/methods.md print the table. Cells without keys are what an export or a site's hardware asks for later.
 """
 
-import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Final
 
 from common.run.catalogue.kinds import ALL, DEFAULTS, KINDS, Kind
+from common.run.rules.compatibility import Feature, refusals
+from common.run.rules.rule import Rule, idle
 from common.run.schema import precisions
-from common.run.schema.tables import Contradiction, RunTables
+from common.run.schema.tables import RunTables
 
 QUANTIZATION: Final = ("model.quantization", "model.site_quantization")
 NO_FACTORS: Final = "it has no plain pair A and B"
-
-
-@dataclass(frozen=True)
-class KindFeature:
-    """What a kind may or may not be combined with.
-
-    Attributes:
-        name: Column of the table.
-        why_not: Why a kind refuses it; empty where it does not.
-        remedy: What to set instead, beside another kind; may be empty.
-        keys: Settings that ask for it; none where no run file can.
-        is_asked: Whether a run asks for it.
-    """
-
-    name: str
-    why_not: Callable[[Kind], str]
-    remedy: str = ""
-    keys: tuple[str, ...] = ()
-    is_asked: Callable[[RunTables], bool] = lambda run: False
-
-
-@dataclass(frozen=True)
-class KindCell:
-    """One kind with one feature; `nearest` is the kind to take instead, empty where it is allowed."""
-
-    kind: str
-    feature: str
-    is_allowed: bool
-    reason: str = ""
-    nearest: str = ""
 
 
 def _unless_factors(kind: Kind) -> str:
@@ -98,137 +68,123 @@ def _gap(kind: Kind) -> str:
     return "" if kind.has_factors else "the gap is measured on A and B; elsewhere the table says whether there is one"
 
 
-STEPS: Final = KindFeature(
-    "steps down", _steps, "set wire.down = 'float32'", ("wire.down",), lambda run: run.wire.down != "float32"
+STEPS: Final[Feature[Kind]] = Feature(
+    "steps down",
+    _steps,
+    remedy="set wire.down = 'float32'",
+    keys=("wire.down",),
+    is_asked=lambda run: run.wire.down != "float32",
 )
-KIND_FEATURES: Final = (
-    KindFeature(
+KIND_FEATURES: Final[tuple[Feature[Kind], ...]] = (
+    Feature(
         "methods beside fedavg",
         _unless_factors,
-        "set aggregation.method = 'fedavg'",
-        ("aggregation.method",),
-        lambda run: run.aggregation.method != "fedavg",
+        remedy="set aggregation.method = 'fedavg'",
+        keys=("aggregation.method",),
+        is_asked=lambda run: run.aggregation.method != "fedavg",
     ),
-    KindFeature(
+    Feature(
         "int8 base",
         _not_on("int8"),
-        "set another precision",
-        QUANTIZATION,
-        lambda run: "int8" in precisions.used(run.model),
+        remedy="set another precision",
+        keys=QUANTIZATION,
+        is_asked=lambda run: "int8" in precisions.used(run.model),
     ),
-    KindFeature(
+    Feature(
         "nf4 base",
         _not_on("nf4"),
-        "set another precision",
-        QUANTIZATION,
-        lambda run: "nf4" in precisions.used(run.model),
+        remedy="set another precision",
+        keys=QUANTIZATION,
+        is_asked=lambda run: "nf4" in precisions.used(run.model),
     ),
-    KindFeature(
+    Feature(
         "sites of different precision",
         lambda kind: "it starts from the base's weights, which differ between the sites" * kind.starts_from_base,
-        "remove model.site_quantization",
-        ("model.site_quantization",),
-        lambda run: bool(run.model.site_quantization),
+        remedy="remove model.site_quantization",
+        keys=("model.site_quantization",),
+        is_asked=lambda run: bool(run.model.site_quantization),
     ),
-    KindFeature(
+    Feature(
         "16-bit compute",
         _half_precision,
-        "set model.dtype = 'float32'",
-        ("model.dtype", *QUANTIZATION),
-        _computes_in_half,
+        remedy="set model.dtype = 'float32'",
+        keys=("model.dtype", *QUANTIZATION),
+        is_asked=_computes_in_half,
     ),
-    KindFeature(
+    Feature(
         "server optimizer",
         _server_optimizer,
-        "set aggregation.server_optimizer.kind = 'none'",
-        ("aggregation.server_optimizer.kind",),
-        lambda run: run.aggregation.server_optimizer.kind != "none",
+        remedy="set aggregation.server_optimizer.kind = 'none'",
+        keys=("aggregation.server_optimizer.kind",),
+        is_asked=lambda run: run.aggregation.server_optimizer.kind != "none",
     ),
-    KindFeature(
+    Feature(
         "stacked clipping",
         _unless_factors,
-        "set privacy.clipping = 'microbatch' or 'auto'",
-        ("privacy.clipping",),
-        lambda run: run.privacy.mode == "unit" and run.privacy.clipping == "stacked",
+        remedy="set privacy.clipping = 'microbatch' or 'auto'",
+        keys=("privacy.clipping",),
+        is_asked=lambda run: run.privacy.mode == "unit" and run.privacy.clipping == "stacked",
     ),
-    KindFeature(
+    Feature(
         "opacus clipping",
         _unless_factors,
-        "set privacy.clipping = 'microbatch' or 'auto'",
-        ("privacy.clipping",),
-        lambda run: run.privacy.mode == "unit" and run.privacy.clipping == "opacus",
+        remedy="set privacy.clipping = 'microbatch' or 'auto'",
+        keys=("privacy.clipping",),
+        is_asked=lambda run: run.privacy.mode == "unit" and run.privacy.clipping == "opacus",
     ),
-    KindFeature(
+    Feature(
         "checkpointing",
         _checkpointing,
-        "set training.gradient_checkpointing = false",
-        ("training.gradient_checkpointing",),
-        lambda run: run.training.gradient_checkpointing,
+        remedy="set training.gradient_checkpointing = false",
+        keys=("training.gradient_checkpointing",),
+        is_asked=lambda run: run.training.gradient_checkpointing,
     ),
     STEPS,
-    KindFeature(
+    Feature(
         "sparse download",
         _sparse_down,
-        "set wire.down to integers, whose steps may be sparse for any kind, or wire.down_density = 1",
-        ("wire.down_density",),
-        lambda run: run.wire.is_adapter_sparse,
+        remedy="set wire.down to integers, whose steps may be sparse for any kind, or wire.down_density = 1",
+        keys=("wire.down_density",),
+        is_asked=lambda run: run.wire.is_adapter_sparse,
     ),
-    KindFeature("gap shown", _gap),
-    KindFeature("sealed adapter, vLLM", _unless_factors, "export --output writes the peft folder of any kind"),
-    KindFeature("merged, nf4, int8, GGUF export", _merged, "export --output writes the peft folder of any kind"),
+    Feature("gap shown", _gap),
+    Feature("sealed adapter, vLLM", _unless_factors, remedy="export --output writes the peft folder of any kind"),
+    Feature("merged, nf4, int8, GGUF export", _merged, remedy="export --output writes the peft folder of any kind"),
 )
 
 
-def kind_cell(kind: Kind, feature: KindFeature) -> KindCell:
-    """One cell of the table."""
-    reason = feature.why_not(kind)
-    nearest = next((name for name in (*kind.nearest, "lora") if not feature.why_not(KINDS[name])), "lora")
-    return KindCell(kind.name, feature.name, not reason, reason, nearest if reason else "")
+def _refused(feature: Feature[Kind], kinds: tuple[str, ...], reason: str, nearest: str) -> Rule:
+    return Rule(
+        ("adapter.kind", *feature.keys),
+        lambda run: run.adapter.kind in kinds and feature.is_asked(run),
+        f"no {feature.name} with this kind: {reason}",
+        f"{feature.remedy}, or adapter.kind = '{nearest}'",
+    )
 
 
-def kind_cells() -> Iterator[tuple[KindFeature, KindCell]]:
-    """The whole table, kinds in their order."""
-    for kind in KINDS.values():
-        for feature in KIND_FEATURES:
-            yield feature, kind_cell(kind, feature)
+def _unused(key: str) -> Rule:
+    return idle(
+        f"adapter.{key}",
+        "adapter.kind",
+        where=lambda run: key not in KINDS[run.adapter.kind].settings,
+        message="this kind does not use it",
+        remedy="remove it or choose another kind",
+    )
 
 
-def refusals() -> Iterator[tuple[KindFeature, tuple[str, ...], str, str]]:
-    """Each feature with the kinds that refuse it for one reason and have one nearest, the reason, and that nearest."""
-    found: dict[tuple[int, str, str], list[str]] = {}
-    for feature, cell in kind_cells():
-        if not cell.is_allowed:
-            found.setdefault((KIND_FEATURES.index(feature), cell.reason, cell.nearest), []).append(cell.kind)
-    for (number, reason, nearest), kinds in sorted(found.items()):
-        yield KIND_FEATURES[number], tuple(kinds), reason, nearest
-
-
-def is_unused(run: RunTables, key: str) -> bool:
-    """Whether a setting of `[adapter]` was set that the run's kind does not look at."""
-    return key not in KINDS[run.adapter.kind].settings and getattr(run.adapter, key) != DEFAULTS[key]
-
-
-def contradictions() -> Iterator[Contradiction]:
-    """Keys, whether a run is in it, and the message: what kinds refuse, and settings that not all of them use."""
-    for feature, kinds, reason, nearest in refusals():
-        if feature.keys:
-            told = f"no {feature.name} with this kind: {reason}; {feature.remedy}, or adapter.kind = '{nearest}'"
-            yield ("adapter.kind", *feature.keys), functools.partial(_is_combined, kinds=kinds, feature=feature), told
-    for key in DEFAULTS:
-        told = "this kind does not use it; remove it or choose another kind"
-        yield (f"adapter.{key}", "adapter.kind"), functools.partial(is_unused, key=key), told
-    yield ("adapter.target_r", "adapter.r"), _ranks_rise, "ranks only fall; it must not be above r"
-    told = "masks of dropout depend on which units were drawn before, so that one unit would move all others; set 0"
-    yield ("adapter.dropout", "privacy.mode"), _couples_units, told
-
-
-def _is_combined(config: RunTables, kinds: tuple[str, ...], feature: KindFeature) -> bool:
-    return config.adapter.kind in kinds and feature.is_asked(config)
-
-
-def _ranks_rise(config: RunTables) -> bool:
-    return config.adapter.kind == "adalora" and config.adapter.target_r > config.adapter.r
-
-
-def _couples_units(config: RunTables) -> bool:
-    return config.privacy.mode == "unit" and config.adapter.dropout > 0
+RULES: Final = (
+    *(_refused(*refused) for refused in refusals(KINDS, KIND_FEATURES) if refused[0].keys),
+    *map(_unused, DEFAULTS),
+    Rule(
+        ("adapter.target_r", "adapter.r"),
+        lambda c: c.adapter.kind == "adalora" and c.adapter.target_r > c.adapter.r,
+        "ranks only fall",
+        "it must not be above r",
+    ),
+    Rule(
+        ("adapter.dropout", "privacy.mode"),
+        lambda c: c.privacy.mode == "unit" and c.adapter.dropout > 0,
+        "masks of dropout depend on which units were drawn before, so that one unit would move all others",
+        "set 0",
+    ),
+)

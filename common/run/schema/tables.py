@@ -1,9 +1,8 @@
 """The tables of the two files, each right by itself; `common.run.config` adds that they fit together.
 
-What goes together is told by functions on these tables, so no module of rules imports what calls it.
+What goes together is told by rules on these tables, so that no module of rules imports what calls it.
 """
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -73,7 +72,3 @@ class NodeTables(Section):
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)
     agent: AgentConfig = Field(default_factory=AgentConfig)
     link: LinkConfig = Field(default_factory=LinkConfig)
-
-
-# keys that do not go together, the first of which names the problem; whether a run is such a one; what is told
-Contradiction = tuple[tuple[str, ...], Callable[[RunTables], bool], str]

@@ -84,7 +84,7 @@ def test_document_names_every_setting_rule_and_foreign_name():
     for schema in (config.RunConfig, config.NodeConfig):
         assert all(f"| `{key.split('.')[-1]}` |" in text for key in shape.keys_of(schema))
     assert all(f"| `{name}` |" in text for name in foreign.FOREIGN)
-    assert all(rule.message in text for rule in (*rules.RUN_RULES, *rules.NODE_RULES))
+    assert all(f"| {rule.message} | {rule.remedy} |" in text for rule in (*rules.RUN_RULES, *rules.NODE_RULES))
 
 
 def test_document_shows_a_real_error():

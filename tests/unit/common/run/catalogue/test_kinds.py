@@ -9,7 +9,7 @@ from common.loss import likelihood
 from common.model import base, peft_kinds
 from common.run import trainable
 from common.run.catalogue.kinds import DEFAULTS, KINDS, belongs
-from common.run.rules import kinds, rules
+from common.run.rules import compatibility, rules
 from common.run.rules.kinds import KIND_FEATURES
 from tests import tiny
 
@@ -28,7 +28,10 @@ ASKING = {
     "steps down": {"wire.down": "int8"},
     "sparse download": {"wire.down_density": "0.25"},
 }
-CELLS = [pytest.param(feature, cell, id=f"{cell.kind}-{feature.name}") for feature, cell in kinds.kind_cells()]
+CELLS = [
+    pytest.param(feature, cell, id=f"{cell.row}-{feature.name}")
+    for feature, cell in compatibility.cells(KINDS, KIND_FEATURES)
+]
 
 
 def test_the_table_is_whole():
@@ -39,7 +42,7 @@ def test_the_table_is_whole():
 
 @pytest.mark.parametrize(("feature", "cell"), [one for one in CELLS if one.values[0].keys])
 def test_a_run_file_hears_of_every_refused_cell_and_of_no_other(feature, cell):
-    asked = tiny.of_kind(cell.kind, **ASKING[feature.name])
+    asked = tiny.of_kind(cell.row, **ASKING[feature.name])
     if cell.is_allowed:
         broken = _broken(asked)
         assert not any(f"no {feature.name} with this kind" in text for text in broken), broken
@@ -48,7 +51,7 @@ def test_a_run_file_hears_of_every_refused_cell_and_of_no_other(feature, cell):
         tiny.settings("tiny", asked)
     assert f"no {feature.name} with this kind: {cell.reason}" in str(caught.value)
     assert f"adapter.kind = '{cell.nearest}'" in str(caught.value)
-    assert kinds.kind_cell(KINDS[cell.nearest], feature).is_allowed
+    assert compatibility.cell(KINDS[cell.nearest], feature, KINDS).is_allowed
 
 
 def _broken(asked) -> list[str]:

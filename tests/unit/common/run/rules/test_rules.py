@@ -66,6 +66,7 @@ BROKEN_RULES = [
     ("aggregation.weighting", 7, [*KRUM, "federation.min_sites = 5"]),
     ("federation.min_sites", 11, [*KRUM, "aggregation.weighting = 'uniform'", "federation.min_sites = 4"]),
     ("federation.min_sites", 9, ["aggregation.screening.action = 'drop'", "federation.min_sites = 3"]),
+    ("privacy.clip_learning_rate", 8, [*PRIVATE, "privacy.clip_learning_rate = 0.3"]),
     ("privacy.clip_quantile", 8, [*PRIVATE, "privacy.clip_quantile = 0.3"]),
     ("privacy.max_rows_per_unit", 8, [*PRIVATE, "privacy.max_rows_per_unit = 9"]),
     ("training.max_grad_norm", 10, [*PRIVATE, "training.max_grad_norm = 5.0"]),
