@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x63ommon/agent.proto\x12\x11silotune.agent.v1\"*\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66rame_bytes\x18\x02 \x01(\x04\"\x0e\n\x0cHelloRequest\"3\n\nHelloReply\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x0f\n\x07is_busy\x18\x02 \x01(\x08\x32\xd7\x02\n\x05\x41gent\x12G\n\x05Hello\x12\x1f.silotune.agent.v1.HelloRequest\x1a\x1d.silotune.agent.v1.HelloReply\x12>\n\x04Open\x12\x18.silotune.agent.v1.Chunk\x1a\x18.silotune.agent.v1.Chunk(\x01\x30\x01\x12?\n\x05Train\x12\x18.silotune.agent.v1.Chunk\x1a\x18.silotune.agent.v1.Chunk(\x01\x30\x01\x12\x42\n\x08\x45valuate\x12\x18.silotune.agent.v1.Chunk\x1a\x18.silotune.agent.v1.Chunk(\x01\x30\x01\x12@\n\x06Roster\x12\x18.silotune.agent.v1.Chunk\x1a\x18.silotune.agent.v1.Chunk(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x63ommon/agent.proto\x12\x11silotune.agent.v1\"*\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66rame_bytes\x18\x02 \x01(\x04\"\x0e\n\x0cHelloRequest\"3\n\nHelloReply\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x0f\n\x07is_busy\x18\x02 \x01(\x08\x32\x94\x01\n\x05\x41gent\x12G\n\x05Hello\x12\x1f.silotune.agent.v1.HelloRequest\x1a\x1d.silotune.agent.v1.HelloReply\x12\x42\n\x08\x45xchange\x12\x18.silotune.agent.v1.Chunk\x1a\x18.silotune.agent.v1.Chunk(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,5 +38,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLOREPLY']._serialized_start=101
   _globals['_HELLOREPLY']._serialized_end=152
   _globals['_AGENT']._serialized_start=155
-  _globals['_AGENT']._serialized_end=498
+  _globals['_AGENT']._serialized_end=303
 # @@protoc_insertion_point(module_scope)

@@ -39,23 +39,8 @@ class AgentStub:
                 request_serializer=common_dot_agent__pb2.HelloRequest.SerializeToString,
                 response_deserializer=common_dot_agent__pb2.HelloReply.FromString,
                 _registered_method=True)
-        self.Open = channel.stream_stream(
-                '/silotune.agent.v1.Agent/Open',
-                request_serializer=common_dot_agent__pb2.Chunk.SerializeToString,
-                response_deserializer=common_dot_agent__pb2.Chunk.FromString,
-                _registered_method=True)
-        self.Train = channel.stream_stream(
-                '/silotune.agent.v1.Agent/Train',
-                request_serializer=common_dot_agent__pb2.Chunk.SerializeToString,
-                response_deserializer=common_dot_agent__pb2.Chunk.FromString,
-                _registered_method=True)
-        self.Evaluate = channel.stream_stream(
-                '/silotune.agent.v1.Agent/Evaluate',
-                request_serializer=common_dot_agent__pb2.Chunk.SerializeToString,
-                response_deserializer=common_dot_agent__pb2.Chunk.FromString,
-                _registered_method=True)
-        self.Roster = channel.stream_stream(
-                '/silotune.agent.v1.Agent/Roster',
+        self.Exchange = channel.stream_stream(
+                '/silotune.agent.v1.Agent/Exchange',
                 request_serializer=common_dot_agent__pb2.Chunk.SerializeToString,
                 response_deserializer=common_dot_agent__pb2.Chunk.FromString,
                 _registered_method=True)
@@ -71,27 +56,8 @@ class AgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Open(self, request_iterator, context):
-        """Each takes one frame and gives one frame, both in pieces. One call at a time reaches the data; others wait.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Train(self, request_iterator, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Evaluate(self, request_iterator, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Roster(self, request_iterator, context):
-        """The newest signed roster, from the link. The agent judges it, as it does one that lies in its folder.
+    def Exchange(self, request_iterator, context):
+        """Takes one frame and gives one frame, both in pieces. One call at a time reaches the data; others wait.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -105,23 +71,8 @@ def add_AgentServicer_to_server(servicer, server):
                     request_deserializer=common_dot_agent__pb2.HelloRequest.FromString,
                     response_serializer=common_dot_agent__pb2.HelloReply.SerializeToString,
             ),
-            'Open': grpc.stream_stream_rpc_method_handler(
-                    servicer.Open,
-                    request_deserializer=common_dot_agent__pb2.Chunk.FromString,
-                    response_serializer=common_dot_agent__pb2.Chunk.SerializeToString,
-            ),
-            'Train': grpc.stream_stream_rpc_method_handler(
-                    servicer.Train,
-                    request_deserializer=common_dot_agent__pb2.Chunk.FromString,
-                    response_serializer=common_dot_agent__pb2.Chunk.SerializeToString,
-            ),
-            'Evaluate': grpc.stream_stream_rpc_method_handler(
-                    servicer.Evaluate,
-                    request_deserializer=common_dot_agent__pb2.Chunk.FromString,
-                    response_serializer=common_dot_agent__pb2.Chunk.SerializeToString,
-            ),
-            'Roster': grpc.stream_stream_rpc_method_handler(
-                    servicer.Roster,
+            'Exchange': grpc.stream_stream_rpc_method_handler(
+                    servicer.Exchange,
                     request_deserializer=common_dot_agent__pb2.Chunk.FromString,
                     response_serializer=common_dot_agent__pb2.Chunk.SerializeToString,
             ),
@@ -164,7 +115,7 @@ class Agent:
             _registered_method=True)
 
     @staticmethod
-    def Open(request_iterator,
+    def Exchange(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -177,88 +128,7 @@ class Agent:
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/silotune.agent.v1.Agent/Open',
-            common_dot_agent__pb2.Chunk.SerializeToString,
-            common_dot_agent__pb2.Chunk.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Train(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
-            target,
-            '/silotune.agent.v1.Agent/Train',
-            common_dot_agent__pb2.Chunk.SerializeToString,
-            common_dot_agent__pb2.Chunk.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Evaluate(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
-            target,
-            '/silotune.agent.v1.Agent/Evaluate',
-            common_dot_agent__pb2.Chunk.SerializeToString,
-            common_dot_agent__pb2.Chunk.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Roster(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
-            target,
-            '/silotune.agent.v1.Agent/Roster',
+            '/silotune.agent.v1.Agent/Exchange',
             common_dot_agent__pb2.Chunk.SerializeToString,
             common_dot_agent__pb2.Chunk.FromString,
             options,

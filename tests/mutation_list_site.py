@@ -368,7 +368,7 @@ SITE: Final = (
      "outgoing.check(self.policy, run, rounded, names=names)", None,
      ("attacks/agent/test_rounds::test_a20_reply_with_an_extra_field_or_a_figure_out_of_range",)),
     ("egress-kind", "an answer to another question leaves",
-     "if reply.kind != REPLY_OF.get(request.kind):", None,
+     "if reply.kind != EXCHANGES[request.kind].reply:", None,
      ("attacks/agent/test_rounds::test_a20_reply_with_other_tensors_or_of_another_kind",)),
 ),
 *guards("client/agent/outgoing.py",

@@ -20,7 +20,7 @@ from client.agent.pressure import Limit
 from client.join import membership
 from client.join.membership import Membership
 from client.memory import consent, replicas
-from client.memory.history import AUDIT_FILE, History, position
+from client.memory.history import AUDIT_FILE, History
 from client.memory.payment import Payment
 from client.policy import figures
 from client.policy import rules as policy
@@ -43,6 +43,7 @@ from common.errors import (
     code_of,
 )
 from common.frame import site_states, wire
+from common.frame.exchanges import EXCHANGES, position
 from common.frame.records import SIGNED, OpenedHead, RoundPlan
 from common.frame.wire import Frame
 from common.privacy import noise
@@ -61,7 +62,6 @@ RULES: Final[dict[type[Exception], str]] = {
     LedgerError: "privacy.ledger",
     RosterOutdated: "roster",
 }
-REPLY_OF: Final = {"open": "opened", "train": "update", "evaluate": "metrics"}
 
 
 class Gatekeeper:
@@ -229,7 +229,7 @@ class Gatekeeper:
 
     def outgoing(self, request: Frame, reply: Frame, *, run: RunManifest) -> bytes:
         """Round, check against manifest and policy, count, log; then the bytes may leave."""
-        if reply.kind != REPLY_OF.get(request.kind):
+        if reply.kind != EXCHANGES[request.kind].reply:
             raise PolicyRefusedError(f"egress: a reply of kind '{reply.kind}'", rule="egress")
         rounded = outgoing.rounded(reply, digits=self.policy.evaluation.round_metrics_to)
         names = {"site": self._site, "run_sha256": run.sha256, "round_index": request.head.get("round_index")}
@@ -269,7 +269,7 @@ class Gatekeeper:
             if self._refusals.is_first_suppressed:
                 self._log.append("suppressing", max_a_minute=MAX_REFUSALS_A_MINUTE)
             return
-        step = request.kind if request is not None and request.kind in (*REPLY_OF, roster.KIND) else "unknown"
+        step = request.kind if request is not None and request.kind in (*EXCHANGES, roster.KIND) else "unknown"
         self._log.append(
             "refused", step=step, code=code_of(error), rule=_rule(error), reference=reference, **_run_of(request)
         )

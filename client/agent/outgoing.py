@@ -6,6 +6,7 @@ from typing import Any
 from client.policy.file import Policy
 from common.adapter import compact
 from common.errors import ModelError, PolicyRefusedError, WireError
+from common.frame.exchanges import EXCHANGES
 from common.frame.records import SIGNED, from_head
 from common.frame.wire import Frame
 from common.run import egress
@@ -98,7 +99,7 @@ def _check_slices(policy: Policy, run_manifest: RunManifest, reply: Frame) -> No
 
 def _check_body(run_manifest: RunManifest, reply: Frame) -> None:
     """The tensors that the method trains in this round under an update, nothing under anything else."""
-    if reply.kind != "update":
+    if not any(exchange.has_tensors for exchange in EXCHANGES.values() if exchange.reply == reply.kind):
         if reply.body:
             raise PolicyRefusedError(f"egress: {len(reply.body)} bytes under '{reply.kind}'", rule="egress")
         return

@@ -13,6 +13,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from client.courier import line
 from common.errors import TransportError, WireError
 from common.frame import envelope
+from common.frame.exchanges import EXCHANGES
 
 SOCKET_KEY = "agent-socket"
 app = ClientApp()
@@ -38,5 +39,5 @@ def carry(kind: str) -> ClientAppCallable:
     return answer
 
 
-for _kind in line.KINDS:
+for _kind in EXCHANGES:
     app.query(_kind)(carry(_kind))

@@ -113,7 +113,7 @@ def wait(running: Service, *, grace_s: float = 5.0) -> None:
 
 
 class _Door(AgentServicer):
-    """The five calls of `common/agent.proto`."""
+    """The calls of `common/agent.proto`."""
 
     def __init__(self, answer: Callable[[bytes], bytes], *, max_message_bytes: int, read_s: float = READ_S) -> None:
         self._answer, self._read_s = answer, read_s
@@ -124,23 +124,7 @@ class _Door(AgentServicer):
         """Answer at once, also while a call is worked on."""
         return HelloReply(wire_version=wire.VERSION, is_busy=self._turn.locked())
 
-    def Open(self, request_iterator: Iterator[Chunk], context: Any) -> Iterator[Chunk]:
-        """Take a manifest."""
-        return self._exchange(request_iterator, context)
-
-    def Train(self, request_iterator: Iterator[Chunk], context: Any) -> Iterator[Chunk]:
-        """Train one round."""
-        return self._exchange(request_iterator, context)
-
-    def Evaluate(self, request_iterator: Iterator[Chunk], context: Any) -> Iterator[Chunk]:
-        """Evaluate one adapter."""
-        return self._exchange(request_iterator, context)
-
-    def Roster(self, request_iterator: Iterator[Chunk], context: Any) -> Iterator[Chunk]:
-        """Judge a signed roster."""
-        return self._exchange(request_iterator, context)
-
-    def _exchange(self, chunks: Iterator[Chunk], context: Any) -> Iterator[Chunk]:
+    def Exchange(self, request_iterator: Iterator[Chunk], context: Any) -> Iterator[Chunk]:
         """Wait for a turn, read within the limit, answer; so at most one frame is in memory."""
         while context.is_active():  # for as long as the caller is there
             if self._turn.acquire(timeout=_POLL_S):
@@ -149,7 +133,7 @@ class _Door(AgentServicer):
             return
         reply: bytes | None = None
         try:
-            frame = self._read(chunks, context)
+            frame = self._read(request_iterator, context)
             try:
                 reply = self._answer(frame)
             except Exception as error:  # noqa: BLE001 - gRPC would send the text, which may hold a row, to the peer

@@ -1,4 +1,4 @@
-"""The courier's line to the agent: typed calls over a Unix domain socket. Imports no torch and no Flower."""
+"""The courier's line to the agent: frames over a Unix domain socket. Imports no torch and no Flower."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import grpc
 from common.agent_pb2 import Chunk, HelloRequest
 from common.agent_pb2_grpc import AgentStub
 from common.errors import ProtocolError, RemoteError, TransportError, WireError
+from common.frame.exchanges import EXCHANGES
 from common.run.schema.section import MAX_MESSAGE_MIB
 from common.trust import roster
 
@@ -20,7 +21,6 @@ OPTIONS: Final = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a small message could become a large one
 )
-KINDS: Final = ("open", "train", "evaluate")  # of frames that a courier carries
 Result = TypeVar("Result")
 
 
@@ -36,7 +36,7 @@ def call(socket_path: Path, kind: str, frame: bytes, timeout_s: float) -> bytes:
     """Let the agent answer one frame.
 
     Args:
-        kind: One of `KINDS`, or `roster.KIND`, which the link brings.
+        kind: One of `EXCHANGES`, or `roster.KIND`, which the link brings.
         timeout_s: How long the answer may take, the wait for an earlier call included.
 
     Raises:
@@ -45,12 +45,11 @@ def call(socket_path: Path, kind: str, frame: bytes, timeout_s: float) -> bytes:
         WireError: The frame is larger than the agent takes, or the reply did not come whole.
         RemoteError: The agent failed; its own log says why.
     """
-    if kind not in (*KINDS, roster.KIND):
-        raise ProtocolError(f"the agent has no call for frames of kind {kind[:40]!r}; it knows {', '.join(KINDS)}")
+    if kind not in (*EXCHANGES, roster.KIND):
+        raise ProtocolError(f"the agent has no call for frames of kind {kind[:40]!r}; it knows {', '.join(EXCHANGES)}")
 
     def exchange(stub: AgentStub) -> bytes:
-        typed_call = {"open": stub.Open, "train": stub.Train, "evaluate": stub.Evaluate, roster.KIND: stub.Roster}[kind]
-        return join(typed_call(pieces(frame), timeout=timeout_s), max_bytes=MAX_REPLY_BYTES)
+        return join(stub.Exchange(pieces(frame), timeout=timeout_s), max_bytes=MAX_REPLY_BYTES)
 
     return _with_stub(socket_path, exchange)
 

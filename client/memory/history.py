@@ -6,6 +6,7 @@ from typing import Final
 
 from client.ledger.sealed import LedgerHead
 from client.policy.rules import Usage
+from common.frame.exchanges import position
 from common.trust.audit_log import Entry
 
 AUDIT_FILE: Final = "audit.jsonl"
@@ -33,7 +34,7 @@ class AnsweredStep:
     """One answer to one request.
 
     Attributes:
-        position: Its place in a run: evaluation before round r is 2 r, the round itself 2 r + 1.
+        position: Its place in a run; see `common.frame.exchanges`.
         request_sha256: Hash of the adapter that came.
         content_sha256: Hash of what left, times aside.
     """
@@ -174,13 +175,3 @@ class History:
             run.decision = entry.kind
             self.approved = [sha256 for sha256 in self.approved if sha256 != entry.facts["run"]]
             self.approved += [entry.facts["run"]] if entry.kind == "approved" else []
-
-
-def position(step: str, round_index: int) -> int:
-    """A step's place in a run.
-
-    Example:
-        >>> [position("evaluate", 0), position("train", 0), position("evaluate", 1)]
-        [0, 1, 2]
-    """
-    return 2 * round_index + (step == "train")

@@ -5,14 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from common.frame.records import SIGNED, OpenedHead, SiteMetrics, TensorSpec, UpdateHead
+from common.frame.exchanges import EXCHANGES, NUM_IN_ROUND
+from common.frame.records import SIGNED, TensorSpec
 from common.run import packing
 from common.run.schema.privacy import PrivacyConfig
 from common.run.schema.wire import WireConfig
 
 HEAD_BYTES: Final = 4096  # more than any head and a frame's own bytes
 ENTRY_BYTES: Final = 128  # of a safetensors header, besides the tensor's name
-REPLIES: Final[Mapping[str, type]] = {"opened": OpenedHead, "update": UpdateHead, "metrics": SiteMetrics}
+REPLIES: Final[Mapping[str, type]] = {exchange.reply: exchange.head for exchange in EXCHANGES.values()}
 AUDIT: Final = (  # head of the site's audit log, signed; nothing of rows
     "num_audit_entries",
     "audit_sha256",
@@ -103,7 +104,7 @@ def declare(
         factors=factors,
         metrics=metrics,
         bytes_per_message=update,
-        bytes_per_round=update + 2 * HEAD_BYTES,
+        bytes_per_round=update + NUM_IN_ROUND * HEAD_BYTES,
     )
 
 

@@ -61,7 +61,7 @@ class Fleet(Protocol):
         Args:
             node_id: One of `node_ids()`.
             frame: Opaque bytes.
-            kind: The frame's kind, so that a courier can make the right typed call without reading the frame.
+            kind: The frame's kind, so that a courier need not read the frame to carry only what it knows.
             ttl_s: How long the frame and its reply stay valid.
             max_reply_bytes: Largest answer; the gateway lets no larger one reach the link.
 

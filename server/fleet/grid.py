@@ -18,7 +18,7 @@ class GridFleet:
     """Sends and receives frames over a Flower grid, one message at a time.
 
     A frame of kind `train` travels as Flower message type `query.train`: the category says nothing (Flower knows only
-    train, evaluate and query), the action is the typed call that the courier makes at the agent.
+    train, evaluate and query), the action is a row of `common.frame.exchanges`.
 
     Args:
         grid: Whose nodes.

@@ -12,6 +12,7 @@ from common.adapter.broadcast import WHOLE, plain_body
 from common.errors import ProtocolError, SilotuneError, TooFewSitesError, WireError
 from common.event_kinds import SiteFailed, SiteJoined, SiteRefused, SiteSkipped
 from common.frame import site_states, wire
+from common.frame.exchanges import EXCHANGES
 from common.frame.records import ADAPTER, OpenedHead, RoundPlan, SiteMetrics, UpdateHead, from_head, to_head
 from common.frame.wire import Frame
 from common.run.manifest import Offer
@@ -76,13 +77,14 @@ class Sites:
 
     def ask(self, frames: Mapping[int, bytes], *, kind: str, at_most_s: float = math.inf) -> Iterator[collect.Answer]:
         """Send frames and yield the answers as they come, until the step's deadline; see `collect.ask`."""
-        federation, is_offer = self.run.plan.federation, kind == "open"
+        federation, exchange = self.run.plan.federation, EXCHANGES[kind]
+        is_offer = exchange.order is None
         return collect.ask(
             self.fleet,
             frames,
             kind=kind,
             timeout_s=min(at_most_s, federation.join_timeout_s if is_offer else federation.round_timeout_s),
-            max_reply_bytes=SMALL_REPLY_BYTES + (self.run.plan.max_update_bytes if kind == "train" else 0),
+            max_reply_bytes=SMALL_REPLY_BYTES + (self.run.plan.max_update_bytes if exchange.has_tensors else 0),
             suspects=() if is_offer else self.suspects,
             grace_s=SECOND_WAIT_S,
             clock=self.run.clock,

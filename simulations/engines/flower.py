@@ -21,9 +21,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
-from client.courier import line
 from common import extras, quiet
 from common.errors import ConfigError, TransportError
+from common.frame.exchanges import EXCHANGES
 from simulations.world import grids
 
 Result = TypeVar("Result")
@@ -104,7 +104,7 @@ def virtual_app(agent_for: AgentFactory) -> ClientApp:
         return reply
 
     app = ClientApp()
-    for kind in line.KINDS:
+    for kind in EXCHANGES:
         app.query(kind)(answer)
     return app
 

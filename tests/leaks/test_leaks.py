@@ -194,7 +194,7 @@ def test_an_error_whose_text_is_rows_leaves_none_wherever_it_is_raised(
 
 def test_control_the_text_of_an_error_at_a_door_without_edges_is_found(folder, searcher):
     class Open(AgentServicer):
-        def Open(self, request_iterator: Any, context: Any) -> Iterator[Any]:
+        def Exchange(self, request_iterator: Any, context: Any) -> Iterator[Any]:
             raise ValueError(ROWS[0]["instruction"])
 
     folder.chmod(0o700)

@@ -128,7 +128,7 @@ def test_a_piece_that_would_grow_when_it_is_unpacked_is_refused(socket_path, is_
     frame, code = bytes(MIB), "taken"
     with grpc.secure_channel(f"unix:{socket_path}", credentials) as channel:
         try:
-            list(AgentStub(channel).Train(line.pieces(frame), timeout=5.0, compression=grpc.Compression.Gzip))
+            list(AgentStub(channel).Exchange(line.pieces(frame), timeout=5.0, compression=grpc.Compression.Gzip))
         except grpc.RpcError as error:
             code = error.code().name
     server.stop(0).wait()
@@ -153,7 +153,7 @@ def test_an_exceptions_text_is_told_to_nobody(serve, socket_path, caplog):
 
 def test_control_a_plain_grpc_server_sends_the_text(socket_path):
     class Careless(AgentServicer):
-        def Train(self, request_iterator, context):
+        def Exchange(self, request_iterator, context):
             raise ValueError(CANARY)
 
     server = grpc.server(ThreadPoolExecutor(1))
@@ -300,7 +300,7 @@ def test_sigterm_closes_the_door(socket_path):
 def raw_call(socket_path: Path, chunks: Iterator[Chunk]) -> list[Chunk]:
     credentials = grpc.local_channel_credentials(grpc.LocalConnectionType.UDS)
     with grpc.secure_channel(f"unix:{socket_path}", credentials) as channel:
-        return list(AgentStub(channel).Train(chunks, timeout=30.0))
+        return list(AgentStub(channel).Exchange(chunks, timeout=30.0))
 
 
 def refusal(socket_path: Path, chunks: Iterator[Chunk]) -> grpc.StatusCode:
