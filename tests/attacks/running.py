@@ -8,6 +8,7 @@ from pathlib import Path
 from client.courier import door, line
 from common.errors import WireError
 from common.frame import wire
+from common.frame.exchanges import EXCHANGES
 from common.trust import roster
 from tests.samples import vault
 
@@ -41,4 +42,4 @@ def _kind(data: bytes) -> str:
         kind = wire.unpack(data, max_body_bytes=vault.MAX).kind
     except WireError:
         return "train"
-    return kind if kind in (*line.KINDS, roster.KIND) else "train"
+    return kind if kind in (*EXCHANGES, roster.KIND) else "train"

@@ -22,6 +22,7 @@ from common.agent_pb2 import Chunk
 from common.agent_pb2_grpc import AgentServicer, AgentStub, add_AgentServicer_to_server
 from common.errors import ConfigError, ProtocolError, RemoteError, TransportError, WireError
 from common.frame import wire
+from common.frame.exchanges import EXCHANGES
 
 MIB = 1 << 20
 CANARY = "patient-row-4711"
@@ -45,7 +46,7 @@ def serve(socket_path: Path):
         server.stop(0).wait()
 
 
-@pytest.mark.parametrize("kind", line.KINDS)
+@pytest.mark.parametrize("kind", EXCHANGES)
 def test_each_typed_call_carries_frames_both_ways(serve, socket_path, kind):
     serve(lambda frame: frame[::-1])
     assert line.call(socket_path, kind, b"frame", 5.0) == b"emarf"

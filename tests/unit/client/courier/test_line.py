@@ -11,6 +11,7 @@ from client.courier import app as courier
 from client.courier import line
 from common.errors import RemoteError, TransportError
 from common.frame import envelope
+from common.frame.exchanges import EXCHANGES
 from simulations.world.grids import InProcessGrid
 
 ROOT = Path(__file__).parents[4]
@@ -88,4 +89,4 @@ def test_a_node_without_a_socket_path_and_a_malformed_message_are_codes():
 
 
 def test_every_typed_call_is_registered():
-    assert set(courier.app._registered_funcs) == {f"query.{kind}" for kind in line.KINDS}
+    assert set(courier.app._registered_funcs) == {f"query.{kind}" for kind in EXCHANGES}
