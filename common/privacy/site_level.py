@@ -10,7 +10,7 @@ Source: McMahan et al. 2018, arXiv:1710.06963, algorithm 1.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 from common import accounting
 from common.accounting import DpEvent
@@ -91,36 +91,24 @@ def spent_for_insider(run: config.RunConfig, num_taken: int) -> float | None:
         return None
 
 
-def spent_by(run: config.RunConfig, log: Sequence[Mapping[str, Any]], *, num_rounds: int) -> dict[str, float | None]:
-    """What the rounds did, from a run's events: `epsilon` and `epsilon_insider`.
-
-    Args:
-        num_rounds: Rounds that were released.
-    """
-    counts = {event["round"]: event["num_updates"] for event in log if event["kind"] == "round_finished"}
-    taken: dict[str, int] = {}
-    for event in log:
-        if event["kind"] == "site_trained":
-            taken[event["site"]] = taken.get(event["site"], 0) + 1
-    return {
-        "epsilon": spent(run, [counts.get(number) for number in range(num_rounds)]),
-        "epsilon_insider": spent_for_insider(run, max(taken.values(), default=0)),
-    }
+def spent_by(run: config.RunConfig, num_updates: Sequence[int | None], *, num_taken: int) -> dict[str, float | None]:
+    """What the rounds cost a site: `epsilon` and `epsilon_insider`; see `spent` and `spent_for_insider`."""
+    return {"epsilon": spent(run, num_updates), "epsilon_insider": spent_for_insider(run, num_taken)}
 
 
-def check_resume(log: Sequence[Mapping[str, Any]], *, num_rounds: int) -> None:
+def check_resume(*, num_released: int, num_rounds: int) -> None:
     """A round that was released is never played again: other noise on the same updates would be another release.
 
     Args:
+        num_released: Rounds that were released, as the run's events say.
         num_rounds: Rounds whose checkpoints are there.
 
     Raises:
         PrivacyError: A later round was released and its checkpoint is gone.
     """
-    released = max((event["round"] + 1 for event in log if event["kind"] == "round_finished"), default=0)
-    if released > num_rounds:
+    if num_released > num_rounds:
         raise PrivacyError(
-            f"round {released} was released, and the newest whole checkpoint is of round {num_rounds}; playing it "
+            f"round {num_released} was released, and the newest whole checkpoint is of round {num_rounds}; playing it "
             "again would release the same sites under other noise, which is not accounted; put the checkpoint "
             "back, or start another run"
         )

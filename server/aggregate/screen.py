@@ -17,10 +17,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Final
+from typing import Final
 
 import torch
 
+from common.event_kinds import Screened
 from server.aggregate.method import State
 
 HISTORY: Final = 10  # rounds
@@ -82,15 +83,12 @@ def left_out(found: Mapping[str, Look]) -> set[str]:
     return {site for site, seen in found.items() if seen.is_copy or any(not r.startswith("copy") for r in seen.reasons)}
 
 
-def history(log: Iterable[Mapping[str, Any]], *, round_index: int) -> dict[str, list[Look]]:
-    """What updates looked like in the last rounds before one, from the run's events; a round that was played again
-    counts once.
-    """
-    rounds = {event["round"]: event["sites"] for event in log if event["kind"] == "screened"}
-    newest = [rounds[number] for number in sorted(rounds) if round_index - HISTORY <= number < round_index]
+def history(rounds: Mapping[int, Screened], *, round_index: int) -> dict[str, list[Look]]:
+    """What each site's updates looked like in the last rounds before one."""
+    newest = [rounds[number].sites for number in sorted(rounds) if round_index - HISTORY <= number < round_index]
     past: dict[str, list[Look]] = {}
     for site, seen in itertools.chain.from_iterable(sites.items() for sites in newest):
-        past.setdefault(site, []).append(Look(seen["norm"], seen["cosine"], tuple(seen["reasons"])))
+        past.setdefault(site, []).append(Look(seen.norm, seen.cosine, tuple(seen.reasons)))
     return past
 
 

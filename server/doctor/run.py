@@ -15,7 +15,7 @@ from common.run.config import RunConfig
 from common.run.schema.model import AdapterConfig
 from common.run.schema.tables import OutputConfig
 from common.run.schema.training import DataConfig
-from server.view import by_precision
+from server.view import figures
 
 _LESS: Final = "free space, name another disk in output.folder, or set output.keep_checkpoints"
 RECORDS_BYTES: Final = 64 << 20  # events, records and the report
@@ -43,7 +43,7 @@ def base(run: RunConfig, folder: Path | None) -> Result:
     share = loading.check(run, where)
     number = _num_values(run.adapter, where, num_core_heads=run.aggregation.num_core_heads)
     pinned = "as model.sha256 says" if run.model.sha256 else "model.sha256 is empty, so any base would do"
-    stored = f"{run.model.quantization}, {by_precision.percent(share)} of its body" if share else "not quantised"
+    stored = f"{run.model.quantization}, {figures.percent_of_base(share)} of its body" if share else "not quantised"
     return ok(f"{where}: {sha256[:12]}, {pinned}; {stored}; the adapter has {number:,} values")
 
 

@@ -140,7 +140,7 @@ def _before(suite: Suite, stage: str) -> str:
         return ""
     log = events.read(suite.log.path) if suite.log.path.is_file() else []
     measured: list[str] = [
-        event["stage"] for event in log if event["kind"] == "measured" and event["stage"] not in _REFERENCES
+        event.stage for event in log if isinstance(event, Measured) and event.stage not in _REFERENCES
     ]
     earlier = [label for label in measured if not label.startswith(polish.LABEL) or label < stage]
     polished = sorted(label for label in earlier if label.startswith(polish.LABEL))

@@ -34,6 +34,7 @@ from server.export import tokenizer as export_tokenizer
 from server.export.probe import Probe
 from server.view import figures, gate
 from server.view import polish as polish_view
+from server.view.run_view import RunView
 
 _CARDS = jinja2.Environment(  # noqa: S701  Markdown, no HTML
     loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined
@@ -96,15 +97,15 @@ def card(
     settings = run_manifest.run
     is_lora = settings.adapter.kind == "lora"
     specs = canonical.specs(run_manifest.tensor_specs) if is_lora else run_manifest.tensor_specs
-    evaluated = {event["num_rounds"]: event for event in log if event["kind"] == "evaluated"}
-    shared = [event for event in log if event["kind"] == "overlap"]
-    stages, polish = figures.stages(log), polish_view.stages(log)
-    asked = polish_view.at_sites(log).get(polish[-1]["number"]) if polish else None
+    view = RunView.of(log)
+    polish = polish_view.stages(view)
+    asked = view.polish_evaluated.get(polish[-1][0].number) if polish else None
     reached = measure.stage_of(num_rounds, last=settings.federation.num_rounds)
-    label = polish_view.label(polish[-1]["number"], polish[-1]["stage"]) if polish else reached
+    label = polish_view.label(polish[-1][0].number, polish[-1][0].stage) if polish else reached
     spent = None  # what the rounds cost a site as a whole, where the run promises that
     if settings.privacy.mode == "site":
-        spent = site_privacy.spent_by(settings, log, num_rounds=num_rounds)
+        num_updates = [view.rounds[each].num_updates if each in view.rounds else None for each in range(num_rounds)]
+        spent = site_privacy.spent_by(settings, num_updates, num_taken=max(view.num_trainings.values(), default=0))
     text: str = _CARDS.get_template("card.md.j2").render(
         run=settings, manifest=run_manifest, sites=sites, num_rows=sum(sites.values()), num_rounds=num_rounds,
         rank=next((spec.shape[0] for spec in specs if is_lora and spec.name.endswith(factored.A_SUFFIX)), 0),
@@ -112,19 +113,21 @@ def card(
         has_side=any(is_side(spec.name) for spec in run_manifest.tensor_specs),
         num_parameters=adapter.num_parameters(specs),
         base=base_name(settings.model.base), is_path=is_path(settings.model.base),
-        before=evaluated.get(0), after=asked or evaluated.get(num_rounds), is_asked=asked is not None,
+        before=view.evaluated.get(0), after=asked or view.evaluated.get(num_rounds), is_asked=asked is not None,
         kind=kind, licence=licence, formats=formats,
-        measured=stages.get(label) or stages.get(reached), view=figures,
-        measured_before=stages.get(figures.BASE), privacy_wording=cost.wording(settings),
+        measured=view.measured.get(label) or view.measured.get(reached), view=figures,
+        measured_before=view.measured.get(figures.BASE), privacy_wording=cost.wording(settings),
         epsilon=cost.epsilon(settings) if settings.privacy.mode == "unit" else None,
-        spent=spent, gated=gate.of_export(log, stage=label),
-        overlap=overlap.sentence(shared[-1]) if shared else "", task_overlaps=polish_view.task_overlaps(log),
-        overlaps=[f"{stage['stage']} {line}" for stage in polish for line in polish_view.overlaps(stage)],
+        spent=spent,
+        gated=gate.of_export(list(view.gated.values()), view.stopped, stage=label),
+        overlap=overlap.sentence(vars(view.overlap)) if view.overlap else "",
+        task_overlaps=view.tasks_overlap.reasons if view.tasks_overlap else [],
+        overlaps=[f"{stage.stage} {line}" for stage, _ in polish for line in polish_view.overlaps(stage)],
         system_prompt=settings.data.system_prompt, polish=polish, stage_kind=polish_view.kind,
         polish_private=polish_view.PRIVATE, polish_own=polish_view.OWN_DATA,
-        gated_later=gate.later([event for event in log if event.get("stage") == label]),
-        derived=polish_view.derived_in_words(derived) if (derived := polish_view.derived(log)) else [],
-        has_own_gate=bool(derived and derived["has_own_gate"]),
+        gated_later=gate.later(event for event in view.gated_later if event.stage == label),
+        derived=polish_view.derived_in_words(view.derived),
+        has_own_gate=bool(view.derived and view.derived.has_own_gate),
     )  # fmt: skip
     return text
 

@@ -34,7 +34,7 @@ from server.export import tokenizer as export_tokenizer
 from server.export.perplexity import Perplexity, SideBySide
 from server.export.probe import Probe
 from server.export.seal import FORMATS
-from server.view import polish
+from server.view.run_view import RunView
 
 NEED_BASE: Final = frozenset({"merged", "nf4", "int8", "gguf", "onnx"})
 _LICENCE: Final = re.compile(r"^license:\s*([\w.+-]{1,64})\s*$", re.MULTILINE)
@@ -171,7 +171,7 @@ def content_of(source: Exported, *, formats: Sequence[str], base: Path | None, g
         date=manifest.date,
         gguf_type=gguf_type,
         system_prompt=prompt,
-        addendum_sha256=derived["addendum_sha256"] if (derived := polish.derived(source.log)) else "",
+        addendum_sha256=derived.addendum_sha256 if (derived := RunView.of(source.log).derived) else "",
     )
     card = functools.partial(export.card, manifest, num_rounds=source.num_rounds, sites=source.sites, log=source.log)
     licence = licence_of(base) if base else ""

@@ -4,10 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, Final
 
-from common import events
 from common.adapter import adapter
 from common.errors import ProtocolError, SilotuneError
-from common.event_kinds import Evaluated, EvaluationStarted, Event, NotEvaluated, SiteEvaluated
+from common.event_kinds import Evaluated, EvaluationStarted, NotEvaluated, SiteEvaluated
 from common.frame.records import RoundPlan, SiteMetrics, from_head, to_head
 from common.loss import evaluation
 from common.scores import SiteFigures
@@ -17,7 +16,8 @@ from server.fleet import collect, sampling
 from server.fleet.broadcast import Step
 from server.fleet.run import Run
 from server.fleet.sites import Sites
-from server.view import by_precision, fairness
+from server.view import fairness
+from server.view.run_view import RunView
 
 TOO_LATE: Final = "no site answered; each has gone on to a later step, or was away"
 _NOT_SUMS: Final = ("site", "run_sha256", "num_rows", "seconds", "signer", "signature")
@@ -50,8 +50,8 @@ def evaluate(
         ProtocolError: No site has ever answered.
     """
     plan = RoundPlan(sites.run.manifest.sha256, num_rounds, generate)
-    past, told = _past(sites.run), None
-    is_late = any(event["kind"] == "round_started" and event["round"] >= num_rounds for event in past)
+    told = None
+    is_late = max(RunView.read(sites.run.log.path).trained, default=-1) >= num_rounds
     try:
         told = ask(sites, state, plan, steps=steps)
     except ProtocolError:
@@ -67,23 +67,17 @@ def evaluate(
 
 def is_told(run: Run, state: State, *, num_rounds: int) -> bool:
     """Whether the events have the figures of this very adapter after so many rounds."""
-    told = [event for event in _past(run) if event["kind"] == "evaluated" and event["num_rounds"] == num_rounds]
-    return bool(told) and told[-1].get("adapter_sha256") == adapter.digest(state)
+    scored = RunView.read(run.log.path).evaluated.get(num_rounds)
+    return scored is not None and scored.adapter_sha256 == adapter.digest(state)
 
 
 def recall(sites: Sites, *, num_rounds: int) -> None:
     """Take up the sites' last figures from the events of a run that was interrupted after so many rounds."""
-    for event in _past(sites.run):
-        if event["kind"] == "evaluated" and event["num_rounds"] <= num_rounds:
-            for site, figures in event["sites"].items():
-                if sums := figures.get("sums"):
-                    names = {"site": site, "run_sha256": sites.run.manifest.sha256, "num_rows": figures["num_rows"]}
-                    sites.metrics[site] = SiteMetrics(**names, **sums, seconds=0.0)
-
-
-def _past(run: Run) -> list[Event]:
-    """The run's events so far."""
-    return events.read(run.log.path) if run.log.path.exists() else []
+    run_sha256 = sites.run.manifest.sha256
+    for _, event in sorted(RunView.read(sites.run.log.path).evaluated.items()):
+        for site, figures in event.sites.items() if event.num_rounds <= num_rounds else ():
+            sums: dict[str, Any] = {**figures.sums, "num_rows": figures.num_rows, "seconds": 0.0}
+            sites.metrics[site] = SiteMetrics(site=site, run_sha256=run_sha256, **sums)
 
 
 def ask(sites: Sites, state: State, plan: RoundPlan, *, steps: Sequence[Step] = ()) -> dict[str, Any]:
@@ -225,8 +219,8 @@ def _told(
     if not metrics:
         raise ProtocolError("no site answered an evaluation; see the sites' logs")
     losses, exact = {m.site: m.loss for m in metrics}, {m.site: exact_match([m]) for m in metrics}
-    past = [] if is_base else _past(sites.run)
-    change = fairness.changes(losses, fairness.base_losses(past))
+    before = {} if is_base else RunView.read(sites.run.log.path).base_losses
+    change = {site: loss - before[site] for site, loss in losses.items() if site in before}
     max_share = sites.run.manifest.run.aggregation.max_weight_share
     return {
         "loss": mean_loss(metrics, max_share=max_share),
@@ -239,7 +233,7 @@ def _told(
         "stale": [m.site for m in metrics if m.site not in fresh],
         "sites": {m.site: _figures(m, change=change.get(m.site)) for m in metrics},
         "fairness": fairness.of_sites(losses, exact),
-        "precisions": by_precision.losses(sites.run.manifest.run.model, metrics),
+        "precisions": fairness.of_precisions(sites.run.manifest.run.model, metrics),
         "worse_than_base": [site for site, rise in change.items() if rise > 0],
     }
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from pydantic import ValidationError
 
@@ -13,7 +13,7 @@ from common import events, storage
 from common.adapter import adapter
 from common.adapter.adapter import Tensors
 from common.errors import ConfigError, GateRefused, ModelError
-from common.event_kinds import Event, Gated, GatedLater
+from common.event_kinds import Gated, GatedLater, Judged
 from common.events import EventLog
 from common.frame import wire
 from common.run import config
@@ -26,8 +26,10 @@ from server.gate import figures, rules
 from server.polish import addendum, stages
 from server.view import fairness
 from server.view import gate as words
+from server.view.run_view import RunView
 
 RULES_FOLDER: Final = "rules"
+J = TypeVar("J", Gated, GatedLater)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def of_end(
         yield Candidate(stage.label, done[-1], stage.tensors, stage.names)
     if made:
         return
-    losses = _losses(events.read(folder / events.FILE))
+    evaluated = RunView.read(folder / events.FILE).evaluated
+    losses = {number: fairness.decisive(event) for number, event in evaluated.items() if not event.stale}
 
     def order(number: int) -> tuple[bool, float, int]:
         is_newest = number == done[-1] and not changed
@@ -103,12 +106,6 @@ def of_end(
 def _are_equal(one: Tensors, other: Tensors) -> bool:
     """Whether both are the same adapter."""
     return adapter.digest(one) == adapter.digest(other)
-
-
-def _losses(log: Sequence[Event]) -> dict[int, float]:
-    """The sites' held-out loss after each number of rounds of which all of them told, nats an answer token."""
-    asked = figures.rounds_at_sites(log)
-    return {number: fairness.decisive(told) for number, told in asked.items() if not told["stale"]}
 
 
 def _checkpoint(folder: Path, run_manifest: RunManifest, num_rounds: int) -> Tensors:
@@ -133,20 +130,22 @@ def choose(run: config.RunConfig, candidates: Iterator[Candidate], *, suite: Sui
         ModelError: A checkpoint is damaged.
         StorageError: Disk full or not writable.
     """
-    failed: list[Event] = []
+    failed: list[Judged] = []
     for candidate in candidates:
         if not run.gate.rules:
             return candidate
-        found = adapter.digest(candidate.tensors)
-        _require_measured(suite, candidate, found)
-        event = _judge(run, suite.log, candidate, found, definition=_definition(suite.folder, suite.sha256))
-        if event["is_passed"]:
+        digest = adapter.digest(candidate.tensors)
+        newest = RunView.read(suite.log.path).measured.get(candidate.stage)
+        if not newest or (newest.adapter_sha256, newest.definition_sha256) != (digest, suite.sha256):
+            measure.measure(suite, candidate.tensors, stage=candidate.stage)
+        event = _judge(Gated, run, suite.log, candidate, digest, definition=_definition(suite.folder, suite.sha256))
+        if event.is_passed:
             return candidate
         failed.append(event)
     raise GateRefused(_refusal(failed))
 
 
-def judge_again(run_folder: Path, run_manifest: RunManifest) -> list[Event]:
+def judge_again(run_folder: Path, run_manifest: RunManifest) -> list[Gated]:
     """Judge a run's checkpoints from its events, as at its end until one passes; nothing is measured.
 
     For a run whose audit or comparison came after its end.
@@ -158,20 +157,18 @@ def judge_again(run_folder: Path, run_manifest: RunManifest) -> list[Event]:
         RunBusyError: Another process is at work in the folder.
     """
     log = EventLog(run_folder / events.FILE)
-    told: list[Event] = []
+    judged: list[Gated] = []
+    definition = _definition(run_folder, run_manifest.evaluation_sha256)
     with lock.hold(run_folder):
         for candidate in of_run(run_folder, run_manifest) if run_manifest.run.gate.rules else ():
-            found, definition = (
-                adapter.digest(candidate.tensors),
-                _definition(run_folder, run_manifest.evaluation_sha256),
-            )
-            told.append(_judge(run_manifest.run, log, candidate, found, definition=definition))
-            if told[-1]["is_passed"]:
+            digest = adapter.digest(candidate.tensors)
+            judged.append(_judge(Gated, run_manifest.run, log, candidate, digest, definition=definition))
+            if judged[-1].is_passed:
                 break
-    return told
+    return judged
 
 
-def judge_by(run_folder: Path, run_manifest: RunManifest, gate: GateConfig, newest: Candidate) -> Event:
+def judge_by(run_folder: Path, run_manifest: RunManifest, gate: GateConfig, newest: Candidate) -> GatedLater:
     """Judge an adapter by rules that came after the end of its run, from its events; nothing is measured.
 
     The rules go into `rules/` in the folder, under their hash, and the verdict into its events. They come on top of
@@ -193,68 +190,59 @@ def judge_by(run_folder: Path, run_manifest: RunManifest, gate: GateConfig, newe
         StorageError: Disk full or not writable.
     """
     settings = run_manifest.run.model_copy(update={"gate": gate})
-    _require_fitting(settings)
-    told = gate.model_dump(mode="json")
-    rules_sha256, digest = addendum.gate_sha256(told), adapter.digest(newest.tensors)
-    log = EventLog(run_folder / events.FILE)
-    with lock.hold(run_folder):
-        storage.write_atomic(run_folder / RULES_FOLDER / f"{rules_sha256}.json", wire.canonical_json(told) + b"\n")
-        return _judge(settings, log, newest, digest, definition=rules_sha256, kind=GatedLater)
-
-
-def _require_fitting(settings: config.RunConfig) -> None:
-    """What the schema refuses of a run file with these rules.
-
-    Raises:
-        ConfigError: A rule needs a task that the run does not have.
-    """
-    try:
+    try:  # what the schema refuses of a run file with these rules
         config.RunConfig.model_validate(json.loads(config.resolved_json(settings)))
     except ValidationError as error:  # not chained: pydantic's own text repeats values
         reasons = "; ".join(str(detail["msg"]).removeprefix("Value error, ") for detail in error.errors())
         raise ConfigError(f"the rules do not fit the run: {reasons}") from None
+    stored = gate.model_dump(mode="json")
+    rules_sha256, digest = addendum.gate_sha256(stored), adapter.digest(newest.tensors)
+    log = EventLog(run_folder / events.FILE)
+    with lock.hold(run_folder):
+        storage.write_atomic(run_folder / RULES_FOLDER / f"{rules_sha256}.json", wire.canonical_json(stored) + b"\n")
+        return _judge(GatedLater, settings, log, newest, digest, definition=rules_sha256)
 
 
-def exported(run: config.RunConfig, log: Sequence[Event]) -> Event | None:
-    """The event `gated` of the adapter that is exported: the last that the gate let pass; None without a gate.
+def exported(run: config.RunConfig, view: RunView) -> Gated | None:
+    """The judgement on the adapter that is exported: the last that the gate let pass; None without a gate.
 
     Raises:
         GateRefused: It has let none pass, or the run has not come to its end.
     """
     if not run.gate.rules:
         return None
-    current = verdicts(log)
-    passed = [event for event in log if event["kind"] == "gated" and event["is_passed"]]
-    held = [event for event in passed if current[event["adapter_sha256"]]["is_passed"]]
+    current = verdicts(view)
+    held = [event for event in view.judgements if event.is_passed and current[event.adapter_sha256].is_passed]
     if not held:
         raise GateRefused(_refusal(list(current.values())))
     return held[-1]
 
 
-def require(run: config.RunConfig, log: Sequence[Event], *, adapter_sha256: str) -> None:
+def require(run: config.RunConfig, view: RunView, *, adapter_sha256: str, is_judged_later: bool = False) -> None:
     """Nothing is exported that the gate has not let pass, or that rules which came later refuse.
 
     Args:
         run: The run file.
-        log: The run's events.
+        view: The run.
         adapter_sha256: Of the adapter as its checkpoint holds it.
+        is_judged_later: It is about to be judged by other rules, so that what such rules said of it does not count.
 
     Raises:
         GateRefused: The gate has refused this adapter, or has not judged it.
     """
-    later = [e for e in log if e["kind"] == "gated_later" and e["adapter_sha256"] == adapter_sha256]
-    if later and not later[-1]["is_passed"]:
+    later = [event for event in view.gated_later if event.adapter_sha256 == adapter_sha256]
+    if later and not later[-1].is_passed and not is_judged_later:
         raise GateRefused(_refusal(later[-1:]))
     if not run.gate.rules:
         return
-    found = verdicts(log).get(adapter_sha256)
-    if found is None or not found["is_passed"]:
-        raise GateRefused(_refusal([found] if found else []))
+    judged = verdicts(view).get(adapter_sha256)
+    if judged is None or not judged.is_passed:
+        raise GateRefused(_refusal([judged] if judged else []))
 
 
-def verdicts(log: Sequence[Event]) -> dict[str, Event]:
-    """The last event `gated` of each adapter, by its hash, in the order of the first."""
-    return {event["adapter_sha256"]: event for event in log if event["kind"] == "gated"}
+def verdicts(view: RunView) -> dict[str, Gated]:
+    """The last judgement on each adapter, by its hash, in the order of the first."""
+    return {event.adapter_sha256: event for event in view.judgements}
 
 
 def _definition(folder: Path, evaluation_sha256: str) -> str:
@@ -264,19 +252,13 @@ def _definition(folder: Path, evaluation_sha256: str) -> str:
 
 
 def _judge(
-    run: config.RunConfig,
-    log: EventLog,
-    candidate: Candidate,
-    adapter_sha256: str,
-    *,
-    definition: str,
-    kind: type[Gated] | type[GatedLater] = Gated,
-) -> Gated | GatedLater:
+    kind: type[J], run: config.RunConfig, log: EventLog, candidate: Candidate, adapter_sha256: str, *, definition: str
+) -> J:
     """Judge one adapter and log it."""
     stage, num_rounds = candidate.stage, candidate.num_rounds
     polished = adapter_sha256 if candidate.names else ""
-    told = figures.gather(run, events.read(log.path), stage=stage, num_rounds=num_rounds, polished=polished)
-    found = rules.judge(run.gate, told)
+    known = figures.gather(run, RunView.read(log.path), stage=stage, num_rounds=num_rounds, polished=polished)
+    found = rules.judge(run.gate, known)
     return log.append(
         kind(
             stage=stage,
@@ -289,21 +271,13 @@ def _judge(
     )
 
 
-def _require_measured(suite: Suite, candidate: Candidate, adapter_sha256: str) -> None:
-    """Measure an adapter, unless the newest figures of its stage are its own."""
-    past = [event for event in events.read(suite.log.path) if event["kind"] == "measured"]
-    own = [event for event in past if event["stage"] == candidate.stage]
-    if not own or (own[-1]["adapter_sha256"], own[-1]["definition_sha256"]) != (adapter_sha256, suite.sha256):
-        measure.measure(suite, candidate.tensors, stage=candidate.stage)
-
-
-def _refusal(failed: Sequence[Event]) -> str:
-    """What is told to who wanted to export."""
+def _refusal(failed: Sequence[Judged]) -> str:
+    """Why nothing is exported."""
     if not failed:
         return (
             "the gate has not judged this adapter; let the run come to its end, or have its checkpoints judged by "
             "silotune-server gate"
         )
-    broken = "; ".join(words.line(verdict) for verdict in failed[0]["verdicts"] if not verdict["is_met"])
-    others = f" ({', '.join(event['stage'] for event in failed[1:])} fail too)" if failed[1:] else ""
-    return f"the gate refuses {failed[0]['stage']}{others}: {broken}; train otherwise, or begin a run with another gate"
+    broken = "; ".join(words.line(verdict) for verdict in failed[0].verdicts if not verdict.is_met)
+    others = f" ({', '.join(event.stage for event in failed[1:])} fail too)" if failed[1:] else ""
+    return f"the gate refuses {failed[0].stage}{others}: {broken}; train otherwise, or begin a run with another gate"

@@ -3,17 +3,16 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from common.event_kinds import Event
 from common.privacy import cost
 from common.run import config
 from common.run.schema.gate import AuditRule
-from server.evaluate import measure
-from server.view import figures
+from common.scores import Arm, Figure, Gain, Scores
+from server.view.run_view import RunView
 
 NO_AUDIT: Final = "no audit is named"
 INFINITE: Final = "infinite"  # as `silotune-sim audit --json` writes what JSON has no number for
@@ -46,8 +45,8 @@ class Figures:
         stage: Its label.
         measured: The coordinator's figures, by name; empty if it was not measured.
         gains: Over `base` and `prompt-only`, by name of the figure.
-        evaluated: The sites' event; empty if they were not asked.
-        base: The sites' event of the base; empty likewise.
+        evaluated: What the sites scored; None if they were not asked.
+        base: What they scored of the base; None likewise.
         compared: Arms of a comparison with each site alone; empty where there is none.
         claimed_epsilon: What the run promises; infinite where no rule asks.
         dp_delta: Of the claim.
@@ -55,53 +54,43 @@ class Figures:
     """
 
     stage: str
-    measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    gains: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
-    evaluated: Mapping[str, Any] = field(default_factory=dict)
-    base: Mapping[str, Any] = field(default_factory=dict)
-    compared: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Figure] = field(default_factory=dict)
+    gains: Mapping[str, Mapping[str, Gain]] = field(default_factory=dict)
+    evaluated: Scores | None = None
+    base: Scores | None = None
+    compared: Mapping[str, Arm] = field(default_factory=dict)
     claimed_epsilon: float = math.inf
     dp_delta: float = 0.0
     audit: Audit | str = NO_AUDIT
 
 
-def gather(run: config.RunConfig, log: Sequence[Event], *, stage: str, num_rounds: int, polished: str = "") -> Figures:
+def gather(run: config.RunConfig, view: RunView, *, stage: str, num_rounds: int, polished: str = "") -> Figures:
     """Figures of one adapter of a run.
 
     Args:
         run: The run file.
-        log: The run's events.
+        view: The run.
         stage: Label of the adapter's figures.
         num_rounds: Rounds behind it.
         polished: Its hash, if there are stages of polish behind it too.
     """
-    measured: Mapping[str, Any] = figures.stages(log).get(stage, {})
-    sites = rounds_at_sites(log)
-    exported = [event.get("stage", measure.FINAL) for event in log if event["kind"] == "run_finished"]
-    is_compared = exported[-1:] == [stage]  # the federation's arm is what the run exported
-    compared = [event["comparison"] for event in log if event["kind"] == "compared"] if is_compared else []
+    measured = view.measured.get(stage)
+    after: Scores | None = view.evaluated.get(num_rounds)
+    if polished:
+        after = {event.adapter_sha256: event for event in view.polish_evaluated.values()}.get(polished)
+    is_compared = view.compared and view.exported_stage == stage  # the federation's arm is what the run exported
     audits = [rule.file for rule in run.gate.rules if isinstance(rule, AuditRule)]
     return Figures(
         stage=stage,
-        measured=measured.get("figures", {}),
-        gains=measured.get("gains", {}),
-        evaluated=polished_at_sites(log).get(polished, {}) if polished else sites.get(num_rounds, {}),
-        base=sites.get(0, {}),
-        compared=compared[-1] if compared else {},
+        measured=measured.figures if measured else {},
+        gains=measured.gains if measured else {},
+        evaluated=after,
+        base=view.evaluated.get(0),
+        compared=view.compared.comparison if view.compared and is_compared else {},
         claimed_epsilon=cost.epsilon(cost.resolve(run)) if audits else math.inf,
         dp_delta=run.privacy.dp_delta if audits and run.privacy.mode != "none" else 0.0,
         audit=read_audit(audits[0]) if audits else NO_AUDIT,
     )
-
-
-def rounds_at_sites(log: Sequence[Event]) -> dict[int, Event]:
-    """What the sites said of the adapter after each number of rounds."""
-    return {event["num_rounds"]: event for event in log if event["kind"] == "evaluated"}
-
-
-def polished_at_sites(log: Sequence[Event]) -> dict[str, Event]:
-    """What the sites said of each polished adapter, by its hash."""
-    return {event["adapter_sha256"]: event for event in log if event["kind"] == "polish_evaluated"}
 
 
 def read_audit(path: str) -> Audit | str:

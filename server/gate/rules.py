@@ -18,7 +18,7 @@ from common.run.schema.gate import (
     SchemaRule,
     SitesRule,
 )
-from common.scores import Verdict
+from common.scores import Arm, Verdict
 from server.gate.figures import Figures
 from server.view import fairness
 from server.view import figures as view
@@ -63,24 +63,21 @@ def sites(rule: SitesRule, _: GateConfig, figures: Figures) -> Verdict:
     """No site's held-out loss is above the base's there, nor above its own alone where that was compared."""
     if not figures.evaluated:
         return _missing("sites", f"the sites were not asked after {figures.stage}")
-    stale = figures.evaluated["stale"]
     found = []
-    for site, told in figures.evaluated["sites"].items():
-        if site in stale or told["change"] is None:
+    for site, scored in figures.evaluated.sites.items():
+        if site in figures.evaluated.stale or scored.change is None:
             found.append(_missing("sites", f"{site}: no figure of this adapter beside the base's"))
         else:
-            found.append(_at_most("sites", told["change"], rule.max_rise, f"{site}, loss minus the base's"))
+            found.append(_at_most("sites", scored.change, rule.max_rise, f"{site}, loss minus the base's"))
     found += list(_beside_alone(rule, figures.compared))
     return _worst("sites", found, missing="no site answered")
 
 
-def _beside_alone(rule: SitesRule, compared: Mapping[str, Any]) -> Iterator[Verdict]:
+def _beside_alone(rule: SitesRule, compared: Mapping[str, Arm]) -> Iterator[Verdict]:
     """Each site's loss with this adapter minus its loss with the one that it trained alone."""
-    federated = compared.get("federated", {}).get("sites", {})
-    for site, told in federated.items():
-        alone = compared.get(f"site-{site}", {}).get("sites", {}).get(site)
-        if alone is not None:
-            rise = told["held_out_loss"] - alone["held_out_loss"]
+    for site, scored in compared["federated"].sites.items() if "federated" in compared else ():
+        if (arm := compared.get(f"site-{site}")) and site in arm.sites:
+            rise = scored.held_out_loss - arm.sites[site].held_out_loss
             yield _at_most("sites", rise, rule.max_rise, f"{site}, loss minus its own alone")
 
 
@@ -91,10 +88,10 @@ def loss(rule: LossRule, _: GateConfig, figures: Figures) -> Verdict:
     """
     if not figures.evaluated or not figures.base:
         return _missing("loss", f"no held-out loss of both the base and {figures.stage}")
-    if stale := figures.evaluated["stale"]:
+    if stale := figures.evaluated.stale:
         return _missing("loss", f"no figure of this adapter from {', '.join(stale)}")
     before, after = figures.base, figures.evaluated
-    gained = min(before["loss"] - after["loss"], fairness.decisive(before) - fairness.decisive(after))
+    gained = min(before.loss - after.loss, fairness.decisive(before) - fairness.decisive(after))
     return _strictly(_at_least("loss", gained, rule.min_gain, "held-out loss below the base's"))
 
 
@@ -116,8 +113,8 @@ def exposure(rule: ExposureRule, gate: GateConfig, figures: Figures) -> Verdict:
         told = _strictly(_of_value(gate, figures, name, "exposure", high=rule.max_exposure))
         if ceiling is None:
             told = _missing("exposure", f"no figure {name}_ceiling, so nobody knows what {name} could have shown")
-        elif ceiling["value"] <= rule.max_exposure:
-            reason = f"{name} cannot pass {ceiling['value']:.2f}, so it shows nothing at this limit; more candidates"
+        elif ceiling.value <= rule.max_exposure:
+            reason = f"{name} cannot pass {ceiling.value:.2f}, so it shows nothing at this limit; more candidates"
             told = Verdict("exposure", False, told.value, rule.max_exposure, None, reason)
         found.append(told)
     return _worst("exposure", found, missing="no figure called exposure")
@@ -182,40 +179,41 @@ def _of_value(
     gate: GateConfig, figures: Figures, figure: str, name: str, *, low: float | None = None, high: float | None = None
 ) -> Verdict:
     """A figure against its lowest or highest value."""
-    told = figures.measured.get(figure)
-    if told is None:
+    found = figures.measured.get(figure)
+    if found is None:
         return _missing(name, f"no figure {figure} at {figures.stage}")
-    if told["num_rows"] < gate.min_rows:
-        return _few(gate, name, figure, told)
+    if found.num_rows < gate.min_rows:
+        return _few(gate, name, figure, found.num_rows)
     end = "value" if gate.evidence == "estimate" else "low" if low is not None else "high"
     what = figure if end == "value" else f"{figure}, {end} end of its interval"
+    value = {"value": found.value, "low": found.low, "high": found.high}[end]
     if low is not None:
-        return _at_least(name, told[end], low, what)
-    return _at_most(name, told[end], math.inf if high is None else high, what)
+        return _at_least(name, value, low, what)
+    return _at_most(name, value, math.inf if high is None else high, what)
 
 
 def _above_by_gain(gate: GateConfig, figures: Figures, figure: str, *, over: str, limit: float, name: str) -> Verdict:
     """How much better a figure is than another stage's on the same rows; turned so that more is better."""
-    told, gain = figures.measured[figure], figures.gains.get(over, {}).get(figure)
+    found, gain = figures.measured[figure], figures.gains.get(over, {}).get(figure)
     if gain is None:
         return _missing(name, f"no difference of {figure} to {over}")
-    if told["num_rows"] < gate.min_rows:
-        return _few(gate, name, figure, told)
-    better = told["higher_is_better"]
-    worse_end = gain["low"] if better else -gain["high"]
-    value = worse_end if gate.evidence == "interval" else gain["mean"] if better else -gain["mean"]
+    if found.num_rows < gate.min_rows:
+        return _few(gate, name, figure, found.num_rows)
+    worse_end = gain.low if found.higher_is_better else -gain.high
+    mean = gain.mean if found.higher_is_better else -gain.mean
+    value = worse_end if gate.evidence == "interval" else mean
     end = ", worse end of the interval" if gate.evidence == "interval" else ""
     return _at_least(name, value, limit, f"{figure}, gain over {over}{end}")
 
 
-def _few(gate: GateConfig, name: str, figure: str, told: Mapping[str, Any]) -> Verdict:
+def _few(gate: GateConfig, name: str, figure: str, num_rows: int) -> Verdict:
     """Too few rows to say anything."""
-    return _missing(name, f"{figure} is of {told['num_rows']} rows, gate.min_rows is {gate.min_rows}")
+    return _missing(name, f"{figure} is of {num_rows} rows, gate.min_rows is {gate.min_rows}")
 
 
 def _of_kind(figures: Figures, kind: str) -> list[str]:
     """Figures of a kind of task."""
-    return [name for name, told in figures.measured.items() if told["kind"] == kind]
+    return [name for name, figure in figures.measured.items() if figure.kind == kind]
 
 
 def _called(figures: Figures, metric: str) -> list[str]:

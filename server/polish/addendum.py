@@ -15,6 +15,7 @@ from typing import Any, Final
 from common import events, storage
 from common.errors import DataError
 from common.frame import wire
+from server.view.run_view import RunView
 
 FOLDER: Final = "later"
 FILE: Final = "addendum.json"
@@ -89,8 +90,8 @@ def read(folder: Path) -> Addendum | None:
         made = Addendum(**{**fields, "stages": tuple(fields["stages"])})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: cannot be read; put it back from a copy") from error
-    named = [event["addendum_sha256"] for event in events.read(folder / events.FILE) if event["kind"] == "derived"]
-    if not is_known or made.to_bytes() != data or named[-1:] != [made.sha256]:
+    derived = RunView.read(folder / events.FILE).derived
+    if not is_known or made.to_bytes() != data or derived is None or derived.addendum_sha256 != made.sha256:
         raise DataError(f"{path}: is not the one that {events.FILE} beside it names; put it back from a copy")
     return made
 

@@ -16,7 +16,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final
 
-from common import events, storage
+from common import storage
 from common.adapter import adapter
 from common.adapter.adapter import Tensors
 from common.errors import ConfigError, DataError, ModelError
@@ -37,6 +37,7 @@ from server.fleet.sites import Sites
 from server.polish import borrow, reward_model, rewards, rows, unfinished
 from server.polish.rows import StageRows
 from server.view import polish as view
+from server.view.run_view import RunView
 
 FOLDER: Final = "polish"
 ADAPTER_FILE: Final = "adapter_model.safetensors"
@@ -123,8 +124,7 @@ def run(run: Run, start: Tensors, *, engine: Engine) -> list[Finished]:
             shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
             # The process may have ended between the stage's record and its event.
             facts = json.loads((folder / RECORD_FILE).read_bytes())["finished"]
-            log = events.read(run.log.path) if run.log.path.is_file() else []
-            if facts["number"] not in [event["number"] for event in log if event["kind"] == "polish_finished"]:
+            if facts["number"] not in RunView.read(run.log.path).polish_finished:
                 run.log.append(PolishFinished(**facts))
         else:
             after = _play_and_save(run, number, stage, before, engine=engine)

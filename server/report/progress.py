@@ -1,8 +1,8 @@
 """The moving lines of a run on a terminal: rounds, sites, steps, time left, loss and epsilon; drawn from events."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from rich.console import Console
@@ -11,8 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from common.event_kinds import Event
-from server.view.round_rows import Row
+from common.event_kinds import Event, RoundFinished, RoundStarted, RunStarted, SiteFailed, SiteStep, SiteTrained
+from server.view.run_view import TRAINING, RunView
 
 BAR_COLUMNS: Final = 20
 REFRESHES_A_SECOND: Final = 2  # the cores are the training's
@@ -32,59 +32,41 @@ def duration(seconds: float) -> str:
 
 @dataclass
 class Progress:
-    """Where a run is; `take` follows its events, of which some are told and never written.
+    """How far a run is, and when it will be over at the pace so far.
 
     Attributes:
+        view: The run; `take` follows an event that the view has taken.
         clock: Unix seconds.
     """
 
+    view: RunView
     clock: Callable[[], float] = time.time
-    _num_rounds: int = 0
-    _first_round: int = 0
-    _round: int = 0
     _began: float | None = None
-    _what: str = ""
-    _sites: Sequence[str] = ()
-    _done: list[str] = field(default_factory=list)
-    _num_steps: dict[str, int] = field(default_factory=dict)
-    _at: dict[str, tuple[int, int]] = field(default_factory=dict)
     _left_s: float | None = None
     _left_at: float = 0.0
-    _row: Row | None = None
 
     def take(self, event: Event) -> None:
-        """Follow one event; those that say nothing of it are passed over."""
-        kind = event["kind"]
-        if kind == "run_started":
-            self._num_rounds, self._first_round = event["num_rounds"], event.get("first_round", 0)
-            self._round, self._began, self._left_s = self._first_round, None, None
-        elif kind == "site_joined":
-            self._num_steps[event["site"]] = event["num_steps"] or 1
-        elif kind == "round_started":
-            self._round, self._what = event["round"], "training"
-            self._begin(event["sites"])
-            self._began = event["time"] if self._began is None else self._began
-        elif kind == "evaluation_started":
-            self._what = "evaluating"
-            self._begin(event["sites"])
-        elif kind == "site_step":
-            self._at = {event["site"]: (event["step"], event["num_steps"])}
-        elif kind in ("site_trained", "site_evaluated", "site_failed"):
-            self._done += [event["site"]] if event["site"] in self._sites else []
-            self._at.pop(event["site"], None)
-        elif kind == "round_finished":
-            self._round, self._what, self._sites, self._done = event["round"] + 1, "evaluating", (), []
-        if kind in ("site_step", "site_trained", "site_failed", "round_finished"):
-            self._estimate(event["time"])
-
-    def note(self, row: Row) -> None:
-        """The figures that are known last."""
-        self._row = row
+        """Estimate anew whenever something was done."""
+        if isinstance(event, RunStarted):
+            self._began = self._left_s = None
+        elif isinstance(event, RoundStarted) and self._began is None:
+            self._began = event.time
+        if isinstance(event, SiteStep | SiteTrained | SiteFailed | RoundFinished) and self._began is not None:
+            share = self.share()
+            if share > 0 and event.time > self._began:
+                self._left_s, self._left_at = (event.time - self._began) * (1 - share) / share, event.time
 
     def share(self) -> float:
         """How much of the rounds that are to play is done, from 0 to 1."""
-        total = max(self._num_rounds - self._first_round, 1)
-        return min(1.0, (self._round - self._first_round + self._share_of_round()) / total)
+        plan, view = self.view.plan, self.view
+        first, last = (plan.first_round, plan.num_rounds) if plan else (0, 0)
+        of_round = 0.0
+        num_steps = {site: view.joined[site].num_steps or 1 if site in view.joined else 1 for site in view.cohort}
+        if view.doing == TRAINING and num_steps:
+            whole = sum(num_steps[site] for site in view.done)
+            part = sum(num_steps.get(site, 1) * step / max(total, 1) for site, (step, total) in view.steps.items())
+            of_round = min(1.0, (whole + part) / sum(num_steps.values()))
+        return min(1.0, (view.round - first + of_round) / max(last - first, 1))
 
     def left_s(self) -> float | None:
         """Seconds until the last round is over, as the pace was; None before there is one."""
@@ -94,44 +76,26 @@ class Progress:
         """The figures behind the bar, and who is at work; the latter in at most `width` columns."""
         left = self.left_s()
         parts = [f"{100 * self.share():.0f} %", "" if left is None else f"{duration(left)} left"]
-        if self._row:
-            loss, epsilon = self._row.held_out_loss, self._row.epsilon
-            parts.append("" if loss is None else f"held-out {loss:.3f}")
-            parts.append("" if epsilon is None else f"epsilon {epsilon:.2f}")
+        if last := self.view.last_evaluated:
+            epsilon = self.view.rows[last.num_rounds].epsilon
+            parts += [f"held-out {last.loss:.3f}", "" if epsilon is None else f"epsilon {epsilon:.2f}"]
         return "  ".join(filter(None, parts)), _cut(self._who(width), width)
 
     def title(self) -> str:
         """The round that is played."""
-        return f"round {min(self._round + 1, self._num_rounds)}/{self._num_rounds}"
+        num_rounds = self.view.plan.num_rounds if self.view.plan else 0
+        return f"round {min(self.view.round + 1, num_rounds)}/{num_rounds}"
 
     def _who(self, width: int) -> str:
         """What goes on at which sites."""
-        at = ", ".join(f"{site} step {step}/{total}" for site, (step, total) in self._at.items())
-        if not self._sites:
-            return f"{self._what} {at}".strip()
-        told = f"{self._what}: {len(self._done)} of {len(self._sites)} sites done"
-        waiting = ", ".join(site for site in self._sites if site not in self._done)
-        fits = len(told) + len(waiting) + 11 <= width
-        return f"{told}; at work: {at or waiting}" if at or (waiting and fits) else told
-
-    def _begin(self, sites: Sequence[str]) -> None:
-        """A step of all sites."""
-        self._sites, self._done, self._at = sites, [], {}
-
-    def _share_of_round(self) -> float:
-        """Of the round's training, by its steps."""
-        total = sum(self._num_steps.get(site, 1) for site in self._sites)
-        if self._what != "training" or not total:
-            return 0.0
-        whole = sum(self._num_steps.get(site, 1) for site in self._done)
-        part = sum(self._num_steps.get(site, 1) * step / max(of, 1) for site, (step, of) in self._at.items())
-        return min(1.0, (whole + part) / total)
-
-    def _estimate(self, now: float) -> None:
-        """The time left by the time that went, whenever something was done."""
-        share = self.share()
-        if self._began is not None and share > 0 and now > self._began:
-            self._left_s, self._left_at = (now - self._began) * (1 - share) / share, now
+        view = self.view
+        at = ", ".join(f"{site} step {step}/{total}" for site, (step, total) in view.steps.items())
+        if not view.cohort:
+            return f"{view.doing} {at}".strip()
+        text = f"{view.doing}: {len(view.done)} of {len(view.cohort)} sites done"
+        waiting = ", ".join(site for site in view.cohort if site not in view.done)
+        fits = len(text) + len(waiting) + 11 <= width
+        return f"{text}; at work: {at or waiting}" if at or (waiting and fits) else text
 
 
 class Moving:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,12 +11,11 @@ import jinja2
 
 from common import events, storage
 from common.data import overlap
-from common.event_kinds import Event
-from common.frame import site_states
+from common.event_kinds import Evaluated, RoundFinished
 from server.folder import begun, lock
 from server.report import symptoms, worth
-from server.report.terminal import percent, size
-from server.view import by_precision, export, facts, figures, gaps, gate, polish
+from server.view import export, figures, gate, polish
+from server.view.run_view import RunView, short
 
 REPORT_FILE: Final = "report.html"
 EXAMPLES_FILE: Final = "examples.json"
@@ -27,6 +26,7 @@ MAX_COLUMNS: Final = 3  # sites with a column in the table of rounds; more have 
 NUM_TICKS: Final = 6
 COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442")  # Okabe and Ito
 MAX_COLOURED = 7
+MAX_ROUNDS: Final = 12  # in the table of gaps
 PLAY_ON: Final = "go on with silotune-server polish and this folder"
 
 
@@ -59,157 +59,165 @@ def write(folder: Path) -> Path:
         DataError: The folder has no events.
         StorageError: The page cannot be written.
     """
-    page = folder / REPORT_FILE
     log, damaged = events.read_damaged(folder / events.FILE)
-    shown = _examples(folder)
-    drawn = render(log, is_live=lock.is_live(folder), num_damaged=len(damaged), shown=shown)
-    storage.write_atomic(page, drawn.encode())
-    return page
+    page = render(RunView.of(log), is_live=lock.is_live(folder), num_damaged=len(damaged), shown=_examples(folder))
+    storage.write_atomic(folder / REPORT_FILE, page.encode())
+    return folder / REPORT_FILE
 
 
 def render(
-    log: Sequence[Event],
+    view: RunView,
     *,
     is_live: bool = True,
     num_damaged: int = 0,
     shown: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Events to a page; names and reasons come from sites, answers from a model, so all text is escaped.
+    """A page; names and reasons come from sites, answers from a model, so all text is escaped.
 
     Args:
-        log: The run's events.
+        view: The run.
         is_live: Whether a process is at work on it.
         num_damaged: Lines of the events that cannot be read.
         shown: Answers before and after, to prompts that may be shown (`server.evaluate.examples`).
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    comparison = _bars(_of(log, "compared"))
-    plans, evaluated, rounds = _of(log, "run_started"), _of(log, "evaluated"), _rounds(log)
-    last, derived = figures.last_at_sites(log), polish.derived(log)
-    sites = sorted({event["site"] for event in _of(log, "site_trained")})
+    rounds = [view.rounds[number] for number in sorted(view.rounds)]
+    arms = view.compared.comparison if view.compared else {}
+    longest = max((arm.held_out_loss for arm in arms.values()), default=0.0) or 1.0
+    last, base = view.at_sites, view.evaluated.get(0)
+    sites = sorted({site for trained in view.trained.values() for site in trained})
     return template.render(
-        plan=plans[-1] if plans else None,
-        status=status(log, is_live=is_live),
-        joined=list({event["site"]: event for event in _of(log, "site_joined")}.values()),
-        states=states(log),
+        view=view,
+        plan=view.plan,
+        status=status(view, is_live=is_live),
         rounds=rounds,
-        gap_table=gaps.table(rounds),
-        spent=rounds[-1] if rounds and "epsilon" in rounds[-1] else None,
+        after={number - 1: event for number, event in view.evaluated.items()},
+        trained={
+            number: {site: event.train_loss for site, event in found.items()} for number, found in view.trained.items()
+        },
+        gap_table=gap_table(rounds),
+        spent=rounds[-1] if rounds and rounds[-1].epsilon is not None else None,
         num_damaged=num_damaged,
-        num_large_gaps=sum((row["gap"] or 0.0) > plans[-1]["gap_warning"] for row in rounds if plans),
+        num_large_gaps=sum((event.gap or 0.0) > view.plan.gap_warning for event in rounds) if view.plan else 0,
         sites=sites if len(sites) <= MAX_COLUMNS else [],
         many_sites=sites if len(sites) > MAX_COLUMNS else [],
-        facts=facts.of_run(log),
-        worth=worth.verdict(log) if last or comparison or figures.stages(log) else None,
-        change=worth.change_at_sites(base, last) if last and (base := _base(evaluated)) else None,
-        derived=polish.derived_in_words(derived) if derived else [],
-        later=polish.later(log),
+        facts=list(facts(view)),
+        worth=worth.verdict(view) if last or arms or view.measured else None,
+        change=worth.change_at_sites(base, last) if base and last else None,
+        derived=polish.derived_in_words(view.derived),
+        later=polish.later(view),
         examples=shown,
-        percent_change=worth.percent,
-        chart=chart(evaluated) if evaluated else None,
-        comparison=comparison,
+        percent_change=figures.signed_percent,
+        chart=chart(view.evaluated) if view.evaluated else None,
+        comparison=[(name, arm, 100 * arm.held_out_loss / longest) for name, arm in arms.items()],
         last=last,
-        overlap=overlap.sentence(found[-1]) if (found := _of(log, "overlap")) else "",
-        is_overlapping=bool(found and overlap.num_same(found[-1])),
+        overlap=overlap.sentence(vars(view.overlap)) if view.overlap else "",
+        is_overlapping=bool(view.overlap and overlap.num_same(vars(view.overlap))),
         stage_overlaps=polish.overlaps,
-        task_overlaps=polish.task_overlaps(log),
+        task_overlaps=view.tasks_overlap.reasons if view.tasks_overlap else [],
         last_stage=figures.stage_at_sites(last) if last else "",
         evenness=figures.evenness(last) if last else "",
         worse=figures.worse(last) if last else "",
-        precisions=by_precision.table(log),
-        quantization=by_precision.quantization,
-        measured=figures.table(log),
-        polish=polish.stages(log),
-        is_asked=bool(polish.at_sites(log)),
+        precisions=figures.precisions(view.base_noise, base, view.last_evaluated),
+        quantization=figures.quantization,
+        measured=figures.table(view.measured),
+        polish=polish.stages(view),
         polish_private=polish.PRIVATE,
         polish_own=polish.OWN_DATA,
         stage_kind=polish.kind,
-        gated=[*gate.summary(log), *gate.later(log)],
-        exported=export.summary(log),
-        symptoms=symptoms.symptoms(log),
-        troubles=[*_of(log, "site_failed"), *_refusals(log), *_flagged(log)],
-        percent=percent,
-        size=size,
+        gated=[*gate.summary(list(view.gated.values()), view.stopped), *gate.later(view.gated_later)],
+        exported=export.summary(view.exported),
+        symptoms=symptoms.symptoms(view),
+        percent=figures.percent,
+        size=figures.size,
     )
 
 
-def status(log: Sequence[Event], *, is_live: bool = True, go_on: str = begun.GO_ON) -> str:
-    """How a run stands: `finished`, `failed: why`, `running`, or `interrupted`.
+def status(view: RunView, *, is_live: bool = True, go_on: str = begun.GO_ON) -> str:
+    """A run's status: `finished`, `failed: why`, `running`, or `interrupted`.
 
     Args:
-        log: Its events.
+        view: The run.
         is_live: Whether a process is at work on it: one that was killed leaves no event of its end.
         go_on: What to do about one that was interrupted.
 
     Example:
-        >>> status([{"kind": "run_started", "num_rounds": 3}])
-        'running, 0 of 3 rounds'
-        >>> status([{"kind": "run_started", "num_rounds": 3}], is_live=False)
-        'interrupted, 0 of 3 rounds; go on with the command that began it, --output its folder and --resume'
+        >>> status(RunView())
+        'not started'
     """
-    if not log:
+    if view.last is None:
         return "not started"
-    starts = [index for index, event in enumerate(log) if event["kind"] == "run_started"]
-    latest = log[starts[-1] :] if starts else log
-    if _of(latest, "run_finished"):
+    if view.finished:
         return "finished"
-    failed = _of(latest, "run_failed")
-    if failed and failed[-1].get("error") != events.INTERRUPTED:
-        return f"failed: {failed[-1]['reason']}"
-    done = max((event["round"] + 1 for event in _of(log, "round_finished")), default=0)
-    planned = latest[0]["num_rounds"] if starts else "?"
-    stages = _of(latest, "polish_started")
-    stage = f", polish stage {stages[-1]['number']} of {stages[-1]['num_stages']}" if stages else ""
-    go_on = PLAY_ON if _of(latest, "derived") else go_on
-    if is_live and not failed:
-        return f"running, {done} of {planned} rounds{stage}"
-    return f"interrupted, {done} of {planned} rounds{stage}; {go_on}"
+    if view.failed and view.failed.error != events.INTERRUPTED:
+        return f"failed: {view.failed.reason}"
+    planned = view.plan.num_rounds if view.plan else "?"
+    stage = f", polish stage {view.stage.number} of {view.stage.num_stages}" if view.stage else ""
+    progress = f"{view.num_released} of {planned} rounds{stage}"
+    if is_live and not view.failed:
+        return f"running, {progress}"
+    return f"interrupted, {progress}; {PLAY_ON if view.derived else go_on}"
 
 
-def states(log: Sequence[Event]) -> dict[str, list[str]]:
-    """How each site stood last in the newest try: state to sites, in the order of their names.
+def facts(view: RunView) -> Iterator[tuple[str, str]]:
+    """When, with what and how the newest try of a run was done, as names and values."""
+    plan, first = view.plan, view.first
+    if plan is None or first is None:
+        return
+    yield "started", figures.moment(first.time)
+    if view.derived:
+        yield "later stages started", figures.moment(view.derived.time)
+    yield "ended", figures.moment(view.end.time) if view.end else "not yet"
+    if view.end:
+        tries = f", in {view.num_tries} tries, pauses between them included" if view.num_tries > 1 else ""
+        took = figures.duration(view.end.time - (view.derived or first).time)
+        yield ("duration of the later stages", took) if view.derived else ("duration", f"{took}{tries}")
+    yield "seed", str(plan.seed)
+    yield "adapter", plan.adapter
+    yield "learning rate", f"{plan.learning_rate:g}"
+    yield "method", f"{plan.method}, {plan.num_rounds} rounds, objective {plan.objective}"
+    promise = "none"
+    if plan.privacy != "none":
+        promise = f"for every {plan.privacy}: epsilon {plan.epsilon_planned[-1]:.3f} at delta {plan.dp_delta:g}"
+    yield "privacy", promise
+    yield "device of the coordinator", plan.device
+    yield "versions", ", ".join(f"{package} {version}" for package, version in plan.versions.items())
+    if view.derived:
+        versions = ", ".join(f"{package} {version}" for package, version in view.derived.versions.items())
+        yield "versions of the later stages", versions
 
-    Example:
-        >>> joined = {"kind": "site_joined", "node": 1, "site": "north"}
-        >>> waits = {"kind": "site_refused", "node": 2, "state": "waits for approval", "reason": ""}
-        >>> states([joined, waits])
-        {'approved': ['north'], 'waits for approval': ['node 2']}
-        >>> states([joined, {"kind": "round_started", "sites": ["north"]}, {"kind": "run_finished"}])
-        {'finished': ['north']}
+
+def gap_table(rounds: Sequence[RoundFinished]) -> dict[str, Any] | None:
+    """Aggregation gaps of every module in the newest rounds, the module with the largest last one first; None without.
+
+    Args:
+        rounds: Ascending.
     """
-    starts = [index for index, event in enumerate(log) if event["kind"] == "run_started"]
-    names = {event["node"]: event["site"] for event in _of(log, "site_joined") if "node" in event}
-    found: dict[str, str] = {}
-    for event in log[starts[-1] :] if starts else log:
-        kind = event["kind"]
-        if kind == "site_refused":
-            found[names.get(event["node"], _name(event))] = event.get("state", site_states.FAILED)
-        elif kind == "site_joined":
-            found[event["site"]] = site_states.APPROVED
-        elif kind in ("site_trained", "site_skipped", "site_failed"):
-            known = {"site_trained": site_states.TRAINING, "site_skipped": site_states.AWAY}
-            found[event["site"]] = known.get(kind) or event.get("state", site_states.FAILED)
-        elif kind == "round_started":
-            found |= dict.fromkeys(event["sites"], site_states.TRAINING)
-        elif kind == "run_finished":
-            part = (site_states.APPROVED, site_states.TRAINING)
-            found = {site: site_states.FINISHED if state in part else state for site, state in found.items()}
-    return {state: sorted(site for site, own in found.items() if own == state) for state in sorted({*found.values()})}
+    measured = [event for event in rounds if event.gap_modules]
+    shown = measured[-MAX_ROUNDS:]
+    if not any(any(event.gap_modules.values()) for event in shown):
+        return None
+    newest = shown[-1].gap_modules
+    names = sorted(newest, key=lambda name: (-newest[name], name))
+    return {
+        "rounds": [event.round + 1 for event in shown],
+        "num_hidden": len(measured) - len(shown),
+        "largest_error": max(shown[-1].gap_module_errors.values(), default=0.0),
+        "modules": [(short(name), [event.gap_modules.get(name) for event in shown]) for name in names],
+    }
 
 
-def chart(evaluated: Sequence[Event]) -> Chart:
-    """Curves of the held-out loss: all sites in black, each site in a colour (grey beyond seven)."""
-    by_round = {event["num_rounds"]: event for event in evaluated}
-    log = [by_round[number] for number in sorted(by_round)]
-    sites = sorted({site for event in log for site in event["sites"]})
+def chart(evaluated: Mapping[int, Evaluated]) -> Chart:
+    """Curves of the held-out loss by round: all sites in black, each site in a colour (grey beyond seven)."""
+    log = [evaluated[number] for number in sorted(evaluated)]
+    sites = sorted({site for event in log for site in event.sites})
     curves = [
-        (site, [(event["num_rounds"], event["sites"][site]["loss"]) for event in log if site in event["sites"]])
-        for site in sites
+        (site, [(event.num_rounds, event.sites[site].loss) for event in log if site in event.sites]) for site in sites
     ]
-    curves.append(("all sites", [(event["num_rounds"], event["loss"]) for event in log]))
+    curves.append(("all sites", [(event.num_rounds, event.loss) for event in log]))
     values = [loss for _, points in curves for _, loss in points]
-    last = max(log[-1]["num_rounds"], 1)
+    last = max(log[-1].num_rounds, 1)
     ticks = nice_ticks(min(values), max(values), most=NUM_TICKS)
     low, high = ticks[0], ticks[-1]
 
@@ -254,63 +262,10 @@ def nice_ticks(low: float, high: float, *, most: int) -> list[float]:
 def _examples(folder: Path) -> list[Mapping[str, Any]]:
     """The answers in a run's folder (`server.evaluate.examples`); none where there are none, or they cannot be read."""
     try:
-        found = json.loads((folder / EXAMPLES_FILE).read_bytes())["examples"]
-        return [{name: str(one[name]) for name in ("prompt", "base", "adapter")} for one in found]
+        examples = json.loads((folder / EXAMPLES_FILE).read_bytes())["examples"]
+        return [{name: str(example[name]) for name in ("prompt", "base", "adapter")} for example in examples]
     except (OSError, ValueError, TypeError, KeyError):
         return []
-
-
-def _base(evaluated: Sequence[Event]) -> Event | None:
-    """What the sites said of the base."""
-    return next((event for event in reversed(evaluated) if event["num_rounds"] == 0), None)
-
-
-def _rounds(log: Sequence[Event]) -> list[dict[str, Any]]:
-    """One entry a round: its figures, its sites' training losses, and held-out loss and evenness after it."""
-    losses = {event["num_rounds"]: event for event in _of(log, "evaluated")}
-    rounds = []
-    for event in {event["round"]: event for event in _of(log, "round_finished")}.values():
-        trained = {t["site"]: t["train_loss"] for t in _of(log, "site_trained") if t["round"] == event["round"]}
-        after = losses.get(event["round"] + 1)
-        even = after["fairness"]["loss"] if after and len(after["sites"]) > 1 else None
-        rounds.append({**event, "trained": trained, "loss": after["loss"] if after else None, "even": even})
-        rounds[-1]["evaluation_down"] = after.get("bytes_down") if after else None
-    return rounds
-
-
-def _bars(compared: Sequence[Event]) -> list[dict[str, Any]]:
-    """The comparison's arms, with the length of each bar in percent."""
-    arms = compared[-1]["comparison"] if compared else {}
-    worst = max((arm["held_out_loss"] for arm in arms.values()), default=0.0) or 1.0
-    return [{"name": name, **arm, "length": 100 * arm["held_out_loss"] / worst} for name, arm in arms.items()]
-
-
-def _of(log: Sequence[Event], kind: str) -> list[Event]:
-    """Events of one kind."""
-    return [event for event in log if event["kind"] == kind]
-
-
-def _refusals(log: Sequence[Event]) -> list[dict[str, Any]]:
-    """Refusals under the name of their site, once that is known; a site that took part later was no trouble."""
-    names = {event["node"]: event["site"] for event in _of(log, "site_joined")}
-    refused = [{**one, "site": names.get(one["node"], _name(one))} for one in _of(log, "site_refused")]
-    return [one for one in refused if one.get("state") not in site_states.PENDING or one["node"] not in names]
-
-
-def _name(event: Event) -> str:
-    """Whom an event of a node is about."""
-    return str(event.get("site", f"node {event['node']}"))
-
-
-def _flagged(log: Sequence[Event]) -> list[dict[str, Any]]:
-    """What screening found, as troubles of the sites."""
-    troubles = []
-    for event in _of(log, "screened"):
-        for site, seen in event["sites"].items():
-            did = "left out" if seen["is_left_out"] else "kept"
-            reason = f"screening, round {event['round'] + 1}, {did}: {'; '.join(seen['reasons'])}"
-            troubles += [{"kind": "site_failed", "site": site, "reason": reason}] if seen["reasons"] else []
-    return troubles
 
 
 def _colour(index: int, num_sites: int) -> str:

@@ -1,6 +1,6 @@
-"""How a run stands, from its events alone."""
+"""A run's status, from its events alone."""
 
-from collections.abc import Mapping
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,78 +8,99 @@ from rich.table import Table
 from rich.text import Text
 
 from common import events
-from common.event_kinds import Event
 from server.folder import begun, lock, run_files
 from server.report import report
 from server.report import symptoms as troubleshooting
-from server.report.terminal import MAX_NAMED, percent
-from server.view import export, gate, round_rows
-from server.view import figures as view
-from server.view import polish as told_of_polish
+from server.report.terminal import MAX_NAMED
+from server.view import export, figures, gate, polish
+from server.view.figures import percent
+from server.view.run_view import Row, RunView
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The state of a run folder; its report is drawn anew.
+    """The status of a run folder, for programs; `docs/operations.md` lists the keys. Its report is drawn anew.
 
     Raises:
         DataError: Not a run folder.
     """
     path, is_live = folder / events.FILE, lock.is_live(folder)
     log, damaged = events.read_damaged(path)
-    last: Mapping[str, Any] = view.last_at_sites(log) or {}
+    view = RunView.of(log)
+    last, judged = view.at_sites, list(view.gated.values())
+    told = last.as_dict() if last else {}
+    symptoms = troubleshooting.symptoms(view)
+    heads = {"sites": [figures.evenness(last)], "worse than base": [figures.worse(last)]} if last else {}
+    for event in list(view.measured.values())[-1:]:
+        heads[f"tasks, {event.stage}"] = list(figures.lines(event))
+    heads |= {
+        "of": polish.derived_in_words(view.derived),
+        "later stages": polish.later(view),
+        "gate": [*gate.summary(judged, view.stopped), *gate.later(view.gated_later)],
+        "export": export.summary(view.exported),
+        "What the numbers say": [f"{each.name}: {each.evidence}. {each.remedy}" for each in symptoms],
+    }
     return {
-        "status": report.status(log, is_live=is_live, go_on=begun.go_on(folder)),
+        "status": report.status(view, is_live=is_live, go_on=begun.go_on(folder)),
         "is_live": is_live,
-        "states": report.states(log),
+        "states": view.states,
         "damaged_events": damaged,
         "damage": events.in_words(path, damaged) if damaged else "",
         "finished_rounds": run_files.finished(folder),
-        "finished_stages": [told_of_polish.line(stage) for stage in told_of_polish.stages(log)],
-        **round_rows.as_dict(log),
-        "held_out_after": view.stage_at_sites(last) if last else "",
-        "exact_match": last.get("exact_match"),
-        "accuracy": last.get("accuracy"),
-        "sites": last.get("sites", {}),
-        "stale": last.get("stale", []),
-        "privacy": _privacy(log),
-        "fairness": last.get("fairness"),
-        "worse_than_base": last.get("worse_than_base", []),
-        "measured": {stage: event["figures"] for stage, event in view.stages(log).items()},
-        "gated": {event["stage"]: event["verdicts"] for event in gate.of_log(log)},
-        "symptoms": [vars(one) for one in troubleshooting.symptoms(log)],
-        "in_words": _in_words(log, last),
+        "finished_stages": [polish.line(event, shown) for event, shown in polish.stages(view)],
+        **totals(view),
+        "held_out_after": figures.stage_at_sites(last) if last else "",
+        "exact_match": last.exact_match if last else None,
+        "accuracy": last.accuracy if last else None,
+        "sites": told.get("sites", {}),
+        "stale": told.get("stale", []),
+        "privacy": _privacy(view),
+        "fairness": told.get("fairness"),
+        "worse_than_base": told.get("worse_than_base", []),
+        "measured": {stage: event.as_dict()["figures"] for stage, event in view.measured.items()},
+        "gated": {event.stage: event.as_dict()["verdicts"] for event in judged},
+        "symptoms": [vars(each) for each in symptoms],
+        "in_words": {head: texts for head, texts in heads.items() if any(texts)},
         "report": str(report.write(folder)),
     }
 
 
-def _privacy(log: list[Event]) -> dict[str, Any]:
-    """What the rounds so far have cost a site as a whole; empty for another run."""
-    plans = [event for event in log if event["kind"] == "run_started"]
-    done = [event for event in log if event["kind"] == "round_finished" and "epsilon" in event]
-    if not plans or not done:
-        return {}
-    told = {name: done[-1][name] for name in ("epsilon", "epsilon_insider")}
-    return {**told, "dp_delta": plans[-1]["dp_delta"], "wording": plans[-1]["privacy_wording"]}
-
-
-def _in_words(log: list[Event], last: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Lines for people, by their head."""
-    measured = list(view.stages(log).values())[-1:]
-    told = {"sites": [view.evenness(last)], "worse than base": [view.worse(last)]} if last else {}
-    told |= {f"tasks, {event['stage']}": list(view.lines(event)) for event in measured}
-    symptoms = [f"{one.name}: {one.evidence}. {one.remedy}" for one in troubleshooting.symptoms(log)]
-    derived, later = told_of_polish.derived(log), told_of_polish.later(log)
-    told |= {"of": told_of_polish.derived_in_words(derived) if derived else [], "later stages": later}
-    told |= {
-        "gate": [*gate.summary(log), *gate.later(log)],
-        "export": export.summary(log),
-        "What the numbers say": symptoms,
+def totals(view: RunView) -> dict[str, Any]:
+    """What a run came to, in numbers; see `read`."""
+    rows = [view.rows[number] for number in sorted(view.rows)]
+    last = rows[-1] if rows else Row(0)
+    newest = list(view.gated.values())[-1:]
+    return {
+        "run_sha256": view.plan.run_sha256 if view.plan else "",
+        "num_rounds": last.num_rounds,
+        "base_held_out_loss": view.rows[0].held_out_loss if 0 in view.rows else None,
+        "held_out_loss": view.at_sites.loss if view.at_sites else None,
+        "train_loss": last.train_loss,
+        "gap": last.gap,
+        "epsilon": last.epsilon,
+        "dp_delta": view.plan.dp_delta if view.plan else None,
+        "bytes_down": sum((row.bytes_down or 0) + (row.evaluation_bytes_down or 0) for row in rows),
+        "bytes_up": sum((row.bytes_up or 0) + (row.evaluation_bytes_up or 0) for row in rows),
+        "seconds": round(sum(row.seconds or 0.0 for row in rows), 3),
+        "gate": {key: event.as_dict()[key] for event in newest for key in ("stage", "is_passed", "verdicts")} or None,
+        "rounds": [dataclasses.asdict(row) for row in rows],
     }
-    return {head: texts for head, texts in told.items() if any(texts)}
+
+
+def _privacy(view: RunView) -> dict[str, Any]:
+    """What the rounds so far have cost a site as a whole; empty for another run."""
+    spent = [event for event in view.rounds.values() if event.epsilon is not None]
+    if not view.plan or not spent:
+        return {}
+    return {
+        "epsilon": spent[-1].epsilon,
+        "epsilon_insider": spent[-1].epsilon_insider,
+        "dp_delta": view.plan.dp_delta,
+        "wording": view.plan.privacy_wording,
+    }
 
 
 def render(result: dict[str, Any], *, all_sites: bool = False) -> Table:
-    """For people.
+    """The status as a table for a terminal.
 
     Args:
         result: From `read`.
@@ -99,22 +120,22 @@ def render(result: dict[str, Any], *, all_sites: bool = False) -> Table:
     for stage in result["finished_stages"]:
         table.add_row("polish", stage)
     exact, agreed = percent(result["exact_match"]), result["accuracy"]
-    told_loss = f" nats a token, exact match {exact}" if agreed is None else f", agrees with {percent(agreed)}"
-    table.add_row("held-out", "-" if loss is None else f"{loss:.3f}{told_loss}, after {result['held_out_after']}")
+    after = f" nats a token, exact match {exact}" if agreed is None else f", agrees with {percent(agreed)}"
+    table.add_row("held-out", "-" if loss is None else f"{loss:.3f}{after}, after {result['held_out_after']}")
     if spent := result["privacy"]:
         insider = spent["epsilon_insider"]
         shown = "none worth the name" if insider is None else f"{insider:.3f}"
         table.add_row("privacy", f"epsilon {spent['epsilon']:.3f} so far, against an insider {shown}")
         table.add_row("", str(spent["wording"]))
-    losses = {site: figures["loss"] for site, figures in result["sites"].items()}
+    losses = {site: scored["loss"] for site, scored in result["sites"].items()}
     if len(losses) > MAX_NAMED and not all_sites:
-        table.add_row(f"{len(losses)} sites", Text(f"{round_rows.in_brief(losses)}; --sites shows each"))
+        table.add_row(f"{len(losses)} sites", Text(f"{figures.in_brief(losses)}; --sites shows each"))
     else:
-        for site, figures in result["sites"].items():
+        for site, scored in result["sites"].items():
             stale = " (stale)" if site in result["stale"] else ""
-            table.add_row(f"  {site}", f"{figures['loss']:.3f} over {figures['num_rows']} rows{stale}")
+            table.add_row(f"  {site}", f"{scored['loss']:.3f} over {scored['num_rows']} rows{stale}")
     for head, texts in result["in_words"].items():
-        for place, text in enumerate(texts):
-            table.add_row("" if place else head, Text(text))
+        for number, text in enumerate(texts):
+            table.add_row("" if number else head, Text(text))
     table.add_row("report", Text(str(result["report"])))
     return table

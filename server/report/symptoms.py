@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from common.event_kinds import Event
-from server.view import export, figures
-from server.view import gate as words
+from common.event_kinds import RunFailed, SiteFailed, SiteRefused
+from common.scores import Figure, Gain
+from server.view import figures
+from server.view.run_view import RunView
 
 MIN_FALL: Final = 0.05  # share of the held-out loss that counts as fallen
 PROBE_DROP: Final = 0.01
@@ -22,10 +23,10 @@ DIVERGING: Final = 2  # evaluations in a row in which a site's loss rises while 
 LESS_LIKELY: Final = 1.0  # nats of a whole chosen answer; DPO always shifts it by a little
 LONGER: Final = 1.5  # factor of an answer's length
 MORE_REPEATED: Final = 0.1  # rise of the share of repeated pieces
-MAX_EATEN: Final = 0.3  # of what the adapter does; more of it lost is seen in its answers
+MAX_LOST: Final = 0.3  # of what the adapter does; more of it lost is seen in its answers
 _MEMORY: Final = (r"\bout of memory\b", r"\bOutOfMemory", r"MemoryError\b")
 _NOT_FINITE: Final = (r"\bdiverged\b", r"\bnot finite\b", r"\bis -?(?:nan|inf)\b")
-_TOLD: Final = (r"\bfailed \(ModelError\)",)  # all that a site whose loss is not finite tells
+_MODEL_ERROR: Final = (r"\bfailed \(ModelError\)",)  # all that a site whose loss is not finite says
 
 
 @dataclass(frozen=True)
@@ -43,61 +44,65 @@ class Symptom:
     remedy: str
 
 
-Finder = Callable[[Sequence[Event]], Iterator[Symptom]]
+Finder = Callable[[RunView], Iterator[Symptom]]
 
 
-def symptoms(log: Sequence[Event]) -> list[Symptom]:
+def symptoms(view: RunView) -> list[Symptom]:
     """All symptoms that a run's events show, the gravest kinds first."""
-    return [symptom for find in FINDERS for symptom in find(log)]
+    return [symptom for find in FINDERS for symptom in find(view)]
 
 
-def failed(log: Sequence[Event]) -> Iterator[Symptom]:
+def failed(view: RunView) -> Iterator[Symptom]:
     """The run, a site or a stage ended in a value that is not finite."""
-    told = [event for event in _of(log, "run_failed", "site_failed") if _names(event, _NOT_FINITE)]
-    told += [event for event in _of(log, "site_failed") if event.get("step") == "train" and _names(event, _TOLD)]
-    if told:
-        who = sorted({str(event.get("site", "the coordinator")) for event in told})
+    failures = [event for event in view.problems if not isinstance(event, SiteRefused)]
+    shown = [event for event in failures if _says(event, _NOT_FINITE)]
+    shown += [
+        event
+        for event in failures
+        if isinstance(event, SiteFailed) and event.step == "train" and _says(event, _MODEL_ERROR)
+    ]
+    if shown:
+        who = sorted({event.site if isinstance(event, SiteFailed) else "the coordinator" for event in shown})
         yield Symptom(
             "training diverged",
-            f"no finite values at {', '.join(who)}, or a site's model that does not fit: {told[-1]['reason']}",
+            f"no finite values at {', '.join(who)}, or a site's model that does not fit: {shown[-1].reason}",
             "Read that site's own log under the reference; if it diverged, lower training.learning_rate (a third is a "
             "usual step), lower training.max_grad_norm, or raise training.warmup_fraction.",
         )
 
 
-def out_of_memory(log: Sequence[Event]) -> Iterator[Symptom]:
+def out_of_memory(view: RunView) -> Iterator[Symptom]:
     """A site or the coordinator ran out of memory, as a reason or a code says."""
-    told = [event for event in _of(log, "site_failed", "site_refused", "run_failed") if _names(event, _MEMORY)]
-    if told:
-        who = sorted({str(event.get("site", f"node {event.get('node', '?')}")) for event in told})
+    if shown := [event for event in view.problems if _says(event, _MEMORY)]:
+        who = sorted({"the coordinator" if isinstance(event, RunFailed) else event.site for event in shown})
         yield Symptom(
             "out of memory",
-            f"{len(told)} times, at {', '.join(who)}: {told[-1]['reason']}",
+            f"{len(shown)} times, at {', '.join(who)}: {shown[-1].reason}",
             "Set training.micro_batch_size lower, then training.gradient_checkpointing, then data.max_length_tokens; "
             "model.quantization = 'nf4' makes the base smaller.",
         )
 
 
-def forgetting(log: Sequence[Event]) -> Iterator[Symptom]:
+def forgetting(view: RunView) -> Iterator[Symptom]:
     """Probes of the newest stage fall below the base's by more than a point, and their interval does not hold 0."""
-    for name, figure, gain in _against_base(log):
-        better = gain["mean"] if figure["higher_is_better"] else -gain["mean"]
-        if figure["kind"] == "probe" and better < -PROBE_DROP and figures.verdict(figure, gain) == "worse":
+    for name, figure, gain in _against_base(view):
+        better = gain.mean if figure.higher_is_better else -gain.mean
+        if figure.kind == "probe" and better < -PROBE_DROP and figures.verdict(figure, gain) == "worse":
             yield Symptom(
                 "forgetting",
-                f"{name} {figures.rise(gain)} from the base, over {figure['num_rows']} rows",
+                f"{name} {figures.rise(gain)} from the base, over {figure.num_rows} rows",
                 "Lower training.learning_rate or federation.num_rounds, take a smaller adapter.r, or mix general rows "
                 "into the coordinator's own stages.",
             )
 
 
-def flat_tasks(log: Sequence[Event]) -> Iterator[Symptom]:
+def flat_tasks(view: RunView) -> Iterator[Symptom]:
     """Held-out loss falls by 5 % and more while no figure of a task, probes aside, is better than the base's."""
-    evaluated = _by_round(log)
-    found = [entry for entry in _against_base(log) if entry[1]["kind"] not in ("probe", "memorisation", "pii")]
+    evaluated = view.evaluated
+    found = [entry for entry in _against_base(view) if entry[1].kind not in ("probe", "memorisation", "pii")]
     if len(evaluated) < 2 or not found:
         return
-    first, last = evaluated[min(evaluated)]["loss"], evaluated[max(evaluated)]["loss"]
+    first, last = evaluated[min(evaluated)].loss, evaluated[max(evaluated)].loss
     verdicts = [figures.verdict(figure, gain) for _, figure, gain in found]
     if min(evaluated) == 0 and last <= first * (1 - MIN_FALL) and "better" not in verdicts:
         yield Symptom(
@@ -109,34 +114,31 @@ def flat_tasks(log: Sequence[Event]) -> Iterator[Symptom]:
         )
 
 
-def large_gap(log: Sequence[Event]) -> Iterator[Symptom]:
+def large_gap(view: RunView) -> Iterator[Symptom]:
     """The aggregation gap passes `aggregation.gap_warning` in two rounds and more."""
-    plans = _of(log, "run_started")
-    rounds = {event["round"]: event for event in _of(log, "round_finished")}
-    limit = plans[-1]["gap_warning"] if plans else math.inf
-    large = [number for number, event in rounds.items() if (event["gap"] or 0.0) > limit]
-    if len(large) >= MIN_LARGE_GAPS:
-        instead = plans[-1]["without_gap"]
+    limit = view.plan.gap_warning if view.plan else math.inf
+    large = [event for event in view.rounds.values() if (event.gap or 0.0) > limit]
+    if view.plan and len(large) >= MIN_LARGE_GAPS:
+        instead = view.plan.without_gap
         method = f", or aggregation.method = '{instead}', which has none" if instead else ""
-        worst = max((rounds[number] for number in large), key=lambda event: event["gap"])
-        error = f" ± {worst['gap_error']:.1%}" if worst.get("gap_error") else ""
+        worst = max(large, key=lambda event: event.gap or 0.0)
+        error = f" ± {worst.gap_error:.1%}" if worst.gap_error else ""
         yield Symptom(
             "large aggregation gap",
-            f"above {limit:.0%} in {len(large)} of {len(rounds)} rounds, at most {worst['gap']:.0%}{error}",
+            f"above {limit:.0%} in {len(large)} of {len(view.rounds)} rounds, at most {worst.gap:.0%}{error}",
             f"Take fewer local steps a round{method}.",
         )
 
 
-def diverging_site(log: Sequence[Event]) -> Iterator[Symptom]:
+def diverging_site(view: RunView) -> Iterator[Symptom]:
     """One site's held-out loss rises twice in a row while the mean over all sites falls."""
-    events = [event for _, event in sorted(_by_round(log).items())][-(DIVERGING + 1) :]
-    if len(events) <= DIVERGING or not _is_falling([event["loss"] for event in events]):
+    newest = [event for _, event in sorted(view.evaluated.items())][-(DIVERGING + 1) :]
+    mean = [event.loss for event in newest]
+    if len(newest) <= DIVERGING or not _is_falling(mean):
         return
-    for site in events[-1]["sites"]:
-        losses = [event["sites"].get(site, {}).get("loss") for event in events]
-        is_known = None not in losses and not any(site in event["stale"] for event in events)
-        if is_known and _is_falling([-loss for loss in losses]):
-            mean = [event["loss"] for event in events]
+    for site in newest[-1].sites:
+        losses = [event.sites[site].loss for event in newest if site in event.sites and site not in event.stale]
+        if len(losses) == len(newest) and _is_falling([-loss for loss in losses]):
             yield Symptom(
                 "a site drifts away",
                 f"{site}: loss {losses[0]:.3f} to {losses[-1]:.3f} while the mean went {mean[0]:.3f} to {mean[-1]:.3f}",
@@ -146,19 +148,17 @@ def diverging_site(log: Sequence[Event]) -> Iterator[Symptom]:
             )
 
 
-def collapse(log: Sequence[Event]) -> Iterator[Symptom]:
+def collapse(view: RunView) -> Iterator[Symptom]:
     """A stage of preferences lowers the likelihood of the chosen answers too, or its answers grow or repeat.
 
     Source: Pal et al. 2024, arXiv:2402.13228 (chosen log-probabilities fall under DPO); Park et al. 2024,
     arXiv:2403.19159 (answers grow).
     """
-    for event in _of(log, "polish_finished"):
-        before, after = event.get("before", {}), event.get("after", {})
-        told = list(_collapsing(before, after))
-        if told:
+    for event in view.polish_finished.values():
+        if signs := list(_collapsing(event.before, event.after)):
             yield Symptom(
                 "preference stage collapses",
-                f"stage {event.get('stage', '?')}: {'; '.join(told)}",
+                f"stage {event.stage}: {'; '.join(signs)}",
                 "Lower the stage's learning_rate or epochs, raise beta, take loss = 'ipo', or play an sft stage on the "
                 "chosen answers first; look for pairs whose chosen answer is merely longer.",
             )
@@ -177,10 +177,9 @@ def _collapsing(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator
         yield f"answers repeat ({before['repetition']:.0%} to {after['repetition']:.0%})"
 
 
-def merged(log: Sequence[Event]) -> Iterator[Symptom]:
+def merged(view: RunView) -> Iterator[Symptom]:
     """Formats of the folder that the run has written lose much of the adapter."""
-    found = export.newest(log)
-    yield from of_formats(found.get("logits", {}) if found else {})
+    yield from of_formats(view.exported.logits if view.exported else {})
 
 
 def of_formats(logits: Mapping[str, Mapping[str, float]]) -> list[Symptom]:
@@ -193,11 +192,11 @@ def of_formats(logits: Mapping[str, Mapping[str, float]]) -> list[Symptom]:
     return [
         Symptom(
             "merged worse than adapter",
-            f"{name} differs from the adapter by {told['difference']:.2e}, the base by {effect:.2e}",
+            f"{name} differs from the adapter by {compared['difference']:.2e}, the base by {effect:.2e}",
             "Rounding eats what was learnt: serve the adapter beside its base (peft, vllm), or take a finer type.",
         )
-        for name, told in logits.items()
-        if name != "base" and told["difference"] > MAX_EATEN * effect > 0
+        for name, compared in logits.items()
+        if name != "base" and compared["difference"] > MAX_LOST * effect > 0
     ]
 
 
@@ -213,31 +212,19 @@ FINDERS: Final[tuple[Finder, ...]] = (
 )
 
 
-def _of(log: Sequence[Event], *kinds: str) -> list[Event]:
-    """Events of some kinds."""
-    return [event for event in log if event["kind"] in kinds]
-
-
-def _by_round(log: Sequence[Event]) -> dict[int, Event]:
-    """The last event `evaluated` after each number of rounds."""
-    return {event["num_rounds"]: event for event in _of(log, "evaluated")}
-
-
-def _against_base(log: Sequence[Event]) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, float]]]:
+def _against_base(view: RunView) -> Iterator[tuple[str, Figure, Gain]]:
     """Name, figure and difference from the base of the newest adapter; one that a gate went back to is an older one."""
-    found = {
-        name: event for name, event in figures.stages(log).items() if name not in (figures.BASE, figures.PROMPT_ONLY)
-    }
-    judged = [event["stage"] for event in words.of_log(log)]
-    newest = judged[0] if judged else next(reversed(found), "")
-    for event in [found[newest]] if newest in found else []:
-        gains = event["gains"].get(figures.BASE, {})
-        yield from ((name, figure, gains[name]) for name, figure in event["figures"].items() if name in gains)
+    stages = [name for name in view.measured if name not in (figures.BASE, figures.PROMPT_ONLY)]
+    newest = next(iter(view.gated), stages[-1] if stages else "")
+    if newest in stages:
+        event = view.measured[newest]
+        gains = event.gains.get(figures.BASE, {})
+        yield from ((name, figure, gains[name]) for name, figure in event.figures.items() if name in gains)
 
 
-def _names(event: Event, words: Sequence[str]) -> bool:
+def _says(event: RunFailed | SiteFailed | SiteRefused, words: Sequence[str]) -> bool:
     """Whether an event's reason or code holds one of a few words, as whole ones."""
-    text = f"{event.get('reason', '')} {event.get('error', '')}"
+    text = f"{event.reason} {event.error if isinstance(event, RunFailed) else ''}"
     return any(re.search(word, text) for word in words)
 
 

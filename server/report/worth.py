@@ -4,15 +4,17 @@ Nothing is called better because it is larger: a figure speaks where its interva
 interval tells is said to be open, and a run of which nothing else can be said is undecided.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from common.errors import GateRefused
-from common.event_kinds import Event
+from common.event_kinds import RunFailed
+from common.scores import Scores
 from server.evaluate.figures import intervals
 from server.evaluate.figures.intervals import Estimate
-from server.view import figures, gate, polish
+from server.view import figures, polish
+from server.view.figures import signed_percent
+from server.view.run_view import RunView
 
 MIN_ROWS: Final = 30  # of fewer, the bootstrap's interval is too narrow
 MAX_NAMED: Final = 4  # figures of tasks that are named; more are counted
@@ -43,117 +45,100 @@ class Worth:
     sentence: str
 
 
-def verdict(log: Sequence[Event]) -> Worth:
+def verdict(view: RunView) -> Worth:
     """Say whether the adapter that a run exports is better than its base, and than what each site had alone."""
-    starts = [place for place, event in enumerate(log) if event["kind"] in ("run_started", "derived")]
-    latest = log[starts[-1] :] if starts else log
-    ended = next((event for event in reversed(latest) if event["kind"] in ("run_finished", "run_failed")), None)
-    if ended is None:
+    if view.end is None:
         return Worth("undecided", "Undecided: the run has not come to its end.")
-    if ended["kind"] == "run_failed":
-        is_refused = ended.get("error") == GateRefused.__name__
+    if isinstance(view.end, RunFailed):
+        is_refused = view.end.error == GateRefused.__name__
         why = "the gate refuses all that was trained" if is_refused else "the run failed before its end"
         return Worth("no" if is_refused else "undecided", f"{'No' if is_refused else 'Undecided'}: {why}.")
-    found, stage = Evidence(), ended.get("stage", "final")
-    _sites(found, log, stage, num_rounds=ended.get("num_rounds"))
-    _tasks(found, log, stage)
-    _arms(found, log)
-    passed = [event for event in gate.of_log(log) if event["stage"] == stage and event["is_passed"]]
-    return _sentence(found, is_passed=bool(passed))
+    evidence, stage = Evidence(), view.end.stage
+    _sites(evidence, view, stage, num_rounds=view.end.num_rounds)
+    _tasks(evidence, view, stage)
+    _arms(evidence, view)
+    passed = ["the gate passed"] if stage in view.gated and view.gated[stage].is_passed else []
+    # what speaks against stands first; that a figure is below another one decides nothing without an interval beside it
+    parts = [*evidence.bad, *evidence.good, *passed, *(f"unclear: {each}" for each in evidence.open)]
+    answers: tuple[Answer, Answer] = ("no", "partly") if evidence.bad else ("undecided", "yes")
+    answer = answers[evidence.is_shown]
+    return Worth(answer, f"{answer.capitalize()}: {'; '.join(parts)}.")
 
 
-def change_at_sites(before: Event, after: Event) -> Estimate | None:
+def change_at_sites(before: Scores, after: Scores) -> Estimate | None:
     """How far held-out loss moved, as a share of the base's, at the mean site, with Student's interval over sites.
 
-    Each site counts the same. None for fewer than two sites that told both.
+    Each site counts the same. None for fewer than two sites that have both.
     """
-    sites = [site for site in after["sites"] if site in before["sites"] and site not in after["stale"]]
-    pairs = [(before["sites"][site]["loss"], after["sites"][site]["loss"]) for site in sites]
+    sites = [site for site in after.sites if site in before.sites and site not in after.stale]
+    pairs = [(before.sites[site].loss, after.sites[site].loss) for site in sites]
     shares = [late / early - 1 for early, late in pairs if early > 0]
     return intervals.mean_of_few(shares) if len(shares) > 1 else None
 
 
-def _sites(found: Evidence, log: Sequence[Event], stage: str, *, num_rounds: int | None) -> None:
+def _sites(evidence: Evidence, view: RunView, stage: str, *, num_rounds: int) -> None:
     """The sites' held-out loss against the base's."""
-    asked = {event["num_rounds"]: event for event in log if event["kind"] == "evaluated"}
-    last = asked.get(num_rounds if num_rounds is not None else max(asked, default=0))
-    before, after, is_before_polish = asked.get(0), last, False
+    before = view.evaluated.get(0)
+    after: Scores | None = view.evaluated.get(num_rounds)
+    is_before_polish = False
     if stage.startswith(polish.LABEL):
-        scored = {polish.label(event["number"], event["stage"]): event for event in polish.at_sites(log).values()}
-        after, is_before_polish = scored.get(stage, last), stage not in scored
+        scored = {polish.label(event.number, event.stage): event for event in view.polish_evaluated.values()}
+        after, is_before_polish = scored.get(stage, after), stage not in scored
     if before is None or after is None or after is before:
-        found.open.append("the sites' loss, as they did not score both the base and this adapter")
+        evidence.open.append("the sites' loss, as they did not score both the base and this adapter")
         return
     change = change_at_sites(before, after)
     if change is None:
-        share = after["loss"] / before["loss"] - 1 if before["loss"] else 0.0
-        found.open.append(f"held-out loss {_moved(share)}, and one site gives no interval")
+        share = after.loss / before.loss - 1 if before.loss else 0.0
+        evidence.open.append(f"held-out loss {_moved(share)}, and one site gives no interval")
         return
     what = (
-        f"held-out loss {_moved(change.value)} at the mean site (95 % interval {percent(change.low)} to "
-        f"{percent(change.high)}, over {len(after['sites'])} sites)"
+        f"held-out loss {_moved(change.value)} at the mean site (95 % interval {signed_percent(change.low)} to "
+        f"{signed_percent(change.high)}, over {len(after.sites)} sites)"
     )
     if is_before_polish:
-        found.open.append(f"what polish did to the sites' loss, as they did not score it; before it {what}")
+        evidence.open.append(f"what polish did to the sites' loss, as they did not score it; before it {what}")
         return
-    side = found.open if change.low <= 0 <= change.high else found.good if change.high < 0 else found.bad
+    side = evidence.open if change.low <= 0 <= change.high else evidence.good if change.high < 0 else evidence.bad
     side.append(what)
-    found.is_shown |= side is found.good
-    if after["worse_than_base"]:
-        found.bad.append(f"worse than the base at {figures.worse(after)} nats")
+    evidence.is_shown |= side is evidence.good
+    if after.worse_than_base:
+        evidence.bad.append(f"worse than the base at {figures.worse(after)} nats")
 
 
-def _tasks(found: Evidence, log: Sequence[Event], stage: str) -> None:
+def _tasks(evidence: Evidence, view: RunView, stage: str) -> None:
     """The coordinator's tasks against the base, by the paired bootstrap."""
-    measured: Mapping[str, Any] = figures.stages(log).get(stage, {})
-    gains = measured.get("gains", {}).get(figures.BASE, {})
-    told_of: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
-    for name, gain in gains.items():
-        figure = measured["figures"][name]
-        how = figures.verdict(figure, gain)
-        if figure["num_rows"] < MIN_ROWS:
-            found.open.append(f"{name} {figures.rise(gain)}, of {figure['num_rows']} rows")
+    measured = view.measured.get(stage)
+    named: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
+    gains = measured.gains.get(figures.BASE, {}) if measured else {}
+    for name, figure in measured.figures.items() if measured else ():
+        if name not in gains:
             continue
-        if how != "better" or figure["kind"] not in GUARDING:
-            told_of[how].append(f"{name} {figures.rise(gain)}")
-    found.is_shown |= bool(told_of["better"])
-    for how, side in (("better", found.good), ("worse", found.bad), ("unclear", found.open)):
-        if names := told_of[how]:
+        gain = gains[name]
+        if figure.num_rows < MIN_ROWS:
+            evidence.open.append(f"{name} {figures.rise(gain)}, of {figure.num_rows} rows")
+            continue
+        outcome = figures.verdict(figure, gain)
+        if outcome != "better" or figure.kind not in GUARDING:
+            named[outcome].append(f"{name} {figures.rise(gain)}")
+    evidence.is_shown |= bool(named["better"])
+    for outcome, side in (("better", evidence.good), ("worse", evidence.bad), ("unclear", evidence.open)):
+        if names := named[outcome]:
             more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-            side.append(f"{f'{how}: ' if side is not found.open else ''}{', '.join(names[:MAX_NAMED])}{more}")
+            side.append(f"{'' if side is evidence.open else f'{outcome}: '}{', '.join(names[:MAX_NAMED])}{more}")
 
 
-def _arms(found: Evidence, log: Sequence[Event]) -> None:
+def _arms(evidence: Evidence, view: RunView) -> None:
     """What each site had alone, where it was compared."""
-    compared = [event["comparison"] for event in log if event["kind"] == "compared"]
-    arms: Mapping[str, Mapping[str, Any]] = compared[-1] if compared else {}
-    alone = {name: arm for name, arm in arms.items() if name.startswith("site-")}
+    arms = view.compared.comparison if view.compared else {}
+    alone = {name: arm.held_out_loss for name, arm in arms.items() if name.startswith("site-")}
     if "federated" not in arms or not alone:
         return
-    own = arms["federated"]["held_out_loss"]
-    better = [f"{name} {arm['held_out_loss']:.3f}" for name, arm in alone.items() if arm["held_out_loss"] <= own]
-    if better:
-        found.bad.append(f"not better than what a site trained alone: {own:.3f} against {', '.join(better)}")
+    loss = arms["federated"].held_out_loss
+    if better := [f"{name} {other:.3f}" for name, other in alone.items() if other <= loss]:
+        evidence.bad.append(f"not better than what a site trained alone: {loss:.3f} against {', '.join(better)}")
     else:
-        least = min(arm["held_out_loss"] for arm in alone.values())
-        found.good.append(f"better than every site alone ({own:.3f} against {least:.3f} at best)")
-
-
-def _sentence(found: Evidence, *, is_passed: bool) -> Worth:
-    """The verdict; that a figure is below another one decides nothing without an interval beside it."""
-    told_of = "; ".join(_parts(found, is_passed=is_passed))
-    answers: tuple[Answer, Answer] = ("no", "partly") if found.bad else ("undecided", "yes")
-    answer = answers[found.is_shown]
-    return Worth(answer, f"{answer.capitalize()}: {told_of}.")
-
-
-def _parts(found: Evidence, *, is_passed: bool) -> Iterator[str]:
-    """The figures, what speaks against first where something does."""
-    yield from found.bad
-    yield from found.good
-    if is_passed:
-        yield "the gate passed"
-    yield from (f"unclear: {one}" for one in found.open)
+        evidence.good.append(f"better than every site alone ({loss:.3f} against {min(alone.values()):.3f} at best)")
 
 
 def _moved(share: float) -> str:
@@ -164,13 +149,3 @@ def _moved(share: float) -> str:
         'fell 12.0 %'
     """
     return f"{'fell' if share < 0 else 'rose'} {100 * abs(share):.1f} %"
-
-
-def percent(share: float) -> str:
-    """A change as a percentage with its sign.
-
-    Example:
-        >>> percent(-0.12)
-        '-12.0 %'
-    """
-    return f"{100 * share:+.1f} %"

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
-from common import events
 from common.errors import ConfigError
 from common.event_kinds import Screened, SiteTrained
 from common.frame.records import UpdateHead
@@ -34,6 +33,7 @@ from server.aggregate.weights import Shares
 from server.fleet import broadcast
 from server.fleet.broadcast import Step
 from server.fleet.run import Run
+from server.view.run_view import RunView
 
 WHOLE: Final = "float32"
 
@@ -201,7 +201,7 @@ class _Screen:
 
     def close(self) -> Iterable[Update]:
         changes = {site: update.change for site, update in sorted(self._waiting.items())}
-        past = screen.history(events.read(self._run.log.path), round_index=self._round_index)
+        past = screen.history(RunView.read(self._run.log.path).screened, round_index=self._round_index)
         found = screen.look(changes, past, threshold=self._settings.threshold) if changes else {}
         dropped = screen.left_out(found) if self._settings.action == "drop" else set()
         for site in sorted(dropped):

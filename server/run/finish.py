@@ -22,9 +22,10 @@ from server.gate import decide
 from server.gate.decide import Candidate
 from server.polish import addendum, stages
 from server.run import export as run_export
-from server.run import later, run
+from server.run import later
 from server.view import gate as words
-from server.view import polish as told
+from server.view import polish
+from server.view.run_view import RunView
 
 
 def export_run(
@@ -156,13 +157,13 @@ def gate_again(run_folder: Path) -> dict[str, Any]:
         ConfigError: The run has no gate, or no checkpoint.
         RunBusyError: Another process is at work in the folder.
     """
-    told = decide.judge_again(run_folder, run_files.stored_manifest(run_folder))
-    if not told:
+    judged = decide.judge_again(run_folder, run_files.stored_manifest(run_folder))
+    if not judged:
         raise ConfigError(
             f"{run_folder}: the run has no gate or no checkpoint; give rules with --rules FILE, or [gate] in a run file"
         )
-    passed = told[-1]["stage"] if told[-1]["is_passed"] else ""
-    return {"passed": passed, "gated": told, "in_words": words.summary(told)}
+    passed = judged[-1].stage if judged[-1].is_passed else ""
+    return {"passed": passed, "gated": [event.as_dict() for event in judged], "in_words": words.summary(judged)}
 
 
 def gate_by(run_folder: Path, rules_file: Path) -> dict[str, Any]:
@@ -179,16 +180,16 @@ def gate_by(run_folder: Path, rules_file: Path) -> dict[str, Any]:
     """
     gate = config_later.load_rules(rules_file)
     found = stored(run_folder, num_rounds=0, is_judged_later=True)
-    settings, polished = found.run_manifest.run, told.stages(found.log)
-    if polished and not told.at_sites(found.log).get(polished[-1]["number"]):
+    settings, view = found.run_manifest.run, RunView.of(found.log)
+    polished = [event for event, _ in polish.stages(view)]
+    if polished and polished[-1].number not in view.polish_evaluated:
         later.refuse_site_rules(gate.kinds, whose=str(rules_file))
     reached = measure.stage_of(found.num_rounds, last=settings.federation.num_rounds)
-    label = told.label(polished[-1]["number"], polished[-1]["stage"]) if polished else reached
-    names = tuple(stage["stage"] for stage in polished)
+    label = polish.label(polished[-1].number, polished[-1].stage) if polished else reached
+    names = tuple(event.stage for event in polished)
     newest = Candidate(label, found.num_rounds, found.tensors, names)
     event = decide.judge_by(run_folder, found.run_manifest, gate, newest)
-    lines = words.later([event])
-    return {"passed": label if event["is_passed"] else "", "gated": [event], "in_words": lines}
+    return {"passed": label if event.is_passed else "", "gated": [event.as_dict()], "in_words": words.later([event])}
 
 
 def stored(run_folder: Path, *, num_rounds: int, is_judged_later: bool = False) -> Exported:
@@ -214,17 +215,16 @@ def stored(run_folder: Path, *, num_rounds: int, is_judged_later: bool = False) 
         )
     done = run_files.finished(run_folder)
     log = events.read(run_folder / events.FILE)
-    passed = None if num_rounds else decide.exported(found.run, log)
-    wanted = num_rounds or (passed["num_rounds"] if passed else done[-1] if done else 0)
+    view = RunView.of(log)
+    passed = None if num_rounds else decide.exported(found.run, view)
+    wanted = num_rounds or (passed.num_rounds if passed else done[-1] if done else 0)
     state = checkpoint.load(run_folder, found.tensor_specs, num_rounds=wanted, run_sha256=found.sha256)
     tensors, names = state.tensors, tuple[str, ...]()
     for stage in stages.finished(run_folder, found, state.tensors) if not num_rounds and wanted == done[-1] else ():
-        if passed is None or stage.label <= passed["stage"]:
+        if passed is None or stage.label <= passed.stage:
             tensors, names = stage.tensors, stage.names
-    judged = [event for event in log if event["kind"] != "gated_later"] if is_judged_later else log
-    decide.require(found.run, judged, adapter_sha256=adapter.digest(tensors))
-    sites = run.trained_sites(log, num_rounds=wanted)
-    return Exported(tensors, found, wanted, sites, told.of_export(log, names))
+    decide.require(found.run, view, adapter_sha256=adapter.digest(tensors), is_judged_later=is_judged_later)
+    return Exported(tensors, found, wanted, view.trained_sites(wanted), polish.of_export(log, names))
 
 
 def base_of(found: Exported, given: Path | None) -> Path:

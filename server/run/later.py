@@ -1,6 +1,5 @@
 """Stages after the end of a run: a run folder of their own that begins with the adapter which the run has left."""
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -16,7 +15,19 @@ from common import events, storage
 from common.adapter import adapter
 from common.adapter.adapter import Tensors
 from common.errors import ConfigError, DataError, GateRefused
-from common.event_kinds import Derived, Event, LaterFinished, LaterStarted
+from common.event_kinds import (
+    Compared,
+    Derived,
+    Evaluated,
+    Event,
+    Exported,
+    Judged,
+    LaterFinished,
+    LaterStarted,
+    NotEvaluated,
+    RunFailed,
+    RunFinished,
+)
 from common.events import EventLog
 from common.model import base as model
 from common.model import loading, store
@@ -34,10 +45,11 @@ from server.polish.addendum import Addendum
 from server.run import export, run
 from server.view import figures, polish
 from server.view import gate as words
+from server.view.run_view import RunView
 
-_LEFT_OUT: Final = frozenset(
-    {"run_finished", "run_failed", "gated", "gated_later", "exported", "compared", "later_started", "later_finished"}
-)  # events that tell of the run's own outcome
+_LEFT_OUT: Final = (
+    RunFinished, RunFailed, Judged, Exported, Compared, LaterStarted, LaterFinished,
+)  # events of the run's own outcome  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,7 @@ def begin(
     made = _addendum(run_folder, manifest, settings, start)
     known = [(folder, found) for folder in addendum.folders(run_folder) if (found := addendum.read(folder))]
     same = [folder for folder, found in known if found.asks == made.asks]
-    if same and any(event["kind"] == "run_finished" for event in events.read(same[0] / events.FILE)):
+    if same and RunView.read(same[0] / events.FILE).finished:
         raise ConfigError(f"{same[0]}: these very stages are done; export it, or change a setting of {stages_file}")
     engine = engine_of(manifest, settings, base, num_threads)
     folder = same[0] if same else run_folder / addendum.FOLDER / f"{made.number:02d}"
@@ -130,14 +142,14 @@ def start_of(run_folder: Path, manifest: RunManifest, *, num_kept: int | None) -
             raise ConfigError(f"--keep-stages {num_kept}: the run has {len(own)} stages; name at most as many")
         return Start(last, after, tuple(played[:num_kept]))
     try:
-        passed = decide.exported(manifest.run, events.read(run_folder / events.FILE))
+        passed = decide.exported(manifest.run, RunView.read(run_folder / events.FILE))
     except GateRefused:  # nothing passed: the newest is what is to be mended
         passed = None
     if passed is None:
         return Start(last, after, tuple(played))
-    if passed["num_rounds"] != last:
-        return Start(passed["num_rounds"], _round(run_folder, manifest, passed["num_rounds"]), ())
-    return Start(last, after, tuple(stage for stage in played if stage.label <= passed["stage"]))
+    if passed.num_rounds != last:
+        return Start(passed.num_rounds, _round(run_folder, manifest, passed.num_rounds), ())
+    return Start(last, after, tuple(stage for stage in played if stage.label <= passed.stage))
 
 
 def last_round(run_folder: Path, num_rounds: int) -> int:
@@ -149,11 +161,11 @@ def last_round(run_folder: Path, num_rounds: int) -> int:
     if made := addendum.read(run_folder):
         return made.num_rounds
     done = run_files.finished(run_folder)
-    log = events.read(run_folder / events.FILE)
-    ended = [event["num_rounds"] for event in log if event["kind"] == "stopped"][-1:] or [num_rounds]
-    if ended[0] not in done:
-        raise DataError(f"{run_folder}: round {ended[0]}, the last, is not done; go on with run --resume first")
-    return int(ended[0])
+    stopped = RunView.read(run_folder / events.FILE).stopped
+    last = stopped.num_rounds if stopped else num_rounds
+    if last not in done:
+        raise DataError(f"{run_folder}: round {last}, the last, is not done; go on with run --resume first")
+    return last
 
 
 def engine_of(manifest: RunManifest, settings: config.RunConfig, base: Path | None, num_threads: int) -> Engine:
@@ -181,13 +193,12 @@ def held(run_folder: Path) -> Iterator[None]:
         yield
 
 
-def finish(folder: Path, log: Sequence[Event], *, stage: str) -> Path | None:
-    """Tell the run what its later stages came to.
+def finish(folder: Path, view: RunView) -> Path | None:
+    """Write into the events of a run what its later stages came to, once.
 
     Args:
         folder: Of the stages, or a run's own.
-        log: Its events.
-        stage: Label of the adapter that was exported.
+        view: Of that folder; finished.
 
     Returns:
         The run's folder; None where `folder` was added to none.
@@ -195,15 +206,14 @@ def finish(folder: Path, log: Sequence[Event], *, stage: str) -> Path | None:
     made = addendum.read(folder)
     if made is None:
         return None
-    origin = _origin(folder)
-    digests = {
-        polish.label(e["number"], e["stage"]): e["adapter_sha256"] for e in log if e["kind"] == "polish_finished"
-    }
-    outcome = LaterFinished(number=made.number, addendum_sha256=made.sha256, stage=stage, adapter_sha256=digests[stage])
-    known = [event for event in events.read(origin / events.FILE) if isinstance(event, LaterFinished)]
-    if outcome not in [dataclasses.replace(event, time=0.0, line="") for event in known]:
-        EventLog(origin / events.FILE).append(outcome)
-    return origin
+    path, stage = _origin(folder) / events.FILE, view.exported_stage
+    digests = {polish.label(e.number, e.stage): e.adapter_sha256 for e in view.polish_finished.values()}
+    known = RunView.read(path).later_finished.get(made.sha256)
+    if known is None or (known.stage, known.adapter_sha256) != (stage, digests[stage]):
+        EventLog(path).append(
+            LaterFinished(number=made.number, addendum_sha256=made.sha256, stage=stage, adapter_sha256=digests[stage])
+        )
+    return path.parent
 
 
 def refuse_site_rules(rules: Sequence[str], *, whose: str) -> None:
@@ -316,7 +326,7 @@ def _fill(
     partial = folder.with_name(f".{folder.name}.partial")
     log = events.read(run_folder / events.FILE)
     kept = list(_history(log, start))
-    labels = {figures.PROMPT_ONLY, *(event["stage"] for event in kept if event["kind"] == "measured")}
+    labels = {figures.PROMPT_ONLY, *RunView.of(kept).measured}
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -346,15 +356,15 @@ def _fill(
 def _history(log: Sequence[Event], start: Start) -> Iterator[Event]:
     """What a run's events tell of the adapter on which the new stages begin."""
     for event in polish.of_export(log, start.played[-1].names if start.played else ()):
-        is_later = event.get("num_rounds", 0) > start.num_rounds and event["kind"] in ("evaluated", "not_evaluated")
-        if event["kind"] not in _LEFT_OUT and not is_later:
+        is_later = isinstance(event, Evaluated | NotEvaluated) and (event.num_rounds or 0) > start.num_rounds
+        if not isinstance(event, _LEFT_OUT) and not is_later:
             yield event
 
 
 def _refused(log: Sequence[Event], made: Addendum) -> list[str]:
     """What the run's own gate held against the adapter on which the new stages begin."""
-    found = decide.verdicts(log).get(made.start_sha256)
-    return [words.line(verdict) for verdict in found["verdicts"] if not verdict["is_met"]] if found else []
+    judged = decide.verdicts(RunView.of(log)).get(made.start_sha256)
+    return [words.line(verdict) for verdict in judged.verdicts if not verdict.is_met] if judged else []
 
 
 def _facts(made: Addendum) -> dict[str, Any]:
@@ -379,7 +389,7 @@ def _tell(run_folder: Path, folder: Path) -> None:
     made = addendum.read(folder)
     if made is None:
         raise DataError(f"{folder}: has no {addendum.FILE}; remove the folder and begin again")
-    known = [event for event in events.read(run_folder / events.FILE) if event["kind"] == "later_started"]
-    if made.sha256 not in [event["addendum_sha256"] for event in known]:
+    known = RunView.read(run_folder / events.FILE).later_started
+    if made.sha256 not in [event.addendum_sha256 for event in known]:
         place = folder.relative_to(run_folder).as_posix()
         EventLog(run_folder / events.FILE).append(LaterStarted(folder=place, **_facts(made)))

@@ -1,6 +1,5 @@
 """Starting a run at a SuperLink and watching it; the run itself is done by the SuperLink's ServerApp process."""
 
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from common import cli, events, storage
 from common.errors import GateRefused, ProtocolError, TransportError
-from common.event_kinds import End, Event, RunFailed
+from common.event_kinds import Compared, End, Event, Judged, LaterFinished, LaterStarted, RunFailed, RunStarted
 from common.privacy import cost
 from common.run import config
 from common.run.catalogue.methods import FACTS
@@ -19,6 +18,7 @@ from server.fleet import trail
 from server.folder import begun, lock, run_files
 from server.report import report, status
 from server.report.terminal import Screen
+from server.view.run_view import RunView
 
 if TYPE_CHECKING:
     from server.run.link import Identity, Link
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 POLL_S: Final = 1.0
 MAX_PAUSE_S: Final = 30.0  # between polls of a SuperLink or gateway that does not answer
 GIVE_UP_S: Final = 600.0
-TOLD_AFTER: Final = ("gated", "gated_later", "compared", "later_started", "later_finished")  # than the end of a run
+_AFTER_END: Final = (Judged, Compared, LaterStarted, LaterFinished)  # may come after the end of a run
 
 
 def run(
@@ -127,7 +127,7 @@ def watch(folder: Path, *, is_quiet: bool) -> dict[str, Any]:
     last: Event | None = None
     screen = Screen(cli.progress(as_json=is_quiet))
     past, is_live = events.read(path) if path.is_file() else [], lock.is_live(folder)
-    starts = [number for number, event in enumerate(past) if event["kind"] == "run_started"]
+    starts = [number for number, event in enumerate(past) if isinstance(event, RunStarted)]
     num_skipped = starts[-1] if starts else 0
     if is_live and past and isinstance(past[-1], End):
         num_skipped = len(past)  # of an earlier try: the one that is live loads its base
@@ -140,10 +140,8 @@ def watch(folder: Path, *, is_quiet: bool) -> dict[str, Any]:
 def _ending(folder: Path, last: Event | None) -> dict[str, Any]:
     """How a run ended by its last event, as a result or as an error; its report is drawn."""
     report.write(folder)
-    if last and last.kind in TOLD_AFTER:
-        told = reversed(events.read(folder / events.FILE))
-        latest = itertools.takewhile(lambda event: event["kind"] != "run_started", told)
-        last = next((event for event in latest if isinstance(event, End)), last)
+    if isinstance(last, _AFTER_END):  # added after the end
+        last = RunView.read(folder / events.FILE).end
     if not isinstance(last, End) or (isinstance(last, RunFailed) and last.error == events.INTERRUPTED):
         raise ProtocolError(f"{folder}: the run was interrupted, its process is gone; {begun.go_on(folder)}")
     if isinstance(last, RunFailed):

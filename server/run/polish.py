@@ -19,7 +19,7 @@ from server.polish import addendum, stages
 from server.report import report
 from server.report.terminal import Screen
 from server.run import later, run
-from server.view import polish as told
+from server.view.run_view import RunView
 
 
 def polish(
@@ -95,7 +95,7 @@ def _polish(run_folder: Path, manifest: RunManifest, *, engine: Engine, console:
     last = checkpoint.load(run_folder, manifest.tensor_specs, num_rounds=wanted, run_sha256=manifest.sha256)
     screen = Screen(console)
     log = EventLog(run_folder / events.FILE, [screen])
-    if derived := told.derived(events.read(log.path)):
+    if derived := RunView.read(log.path).derived:
         screen(derived)
     measured = later.open_suite(settings, made, engine=engine, folder=run_folder, log=log)
     suite.require_same(measured.sha256, manifest.evaluation_sha256)
@@ -112,17 +112,15 @@ def _polish(run_folder: Path, manifest: RunManifest, *, engine: Engine, console:
     except BaseException as error:
         run_files.report_failure(log, error)
         raise
-    history = events.read(log.path)
-    ended = next(event for event in reversed(history) if event["kind"] == "run_finished")
-    origin = later.finish(run_folder, history, stage=ended["stage"])
+    view = RunView.read(log.path)
+    origin = later.finish(run_folder, view)
     page = report.write(run_folder)
     if origin:
         report.write(origin)
-    done = [event["stage"] for event in history if event["kind"] == "polish_finished"]
     return {
         "folder": str(run_folder),
-        "stages": list(dict.fromkeys(done)),
-        "stage": ended["stage"],
+        "stages": [event.stage for _, event in sorted(view.polish_finished.items())],
+        "stage": view.exported_stage,
         "adapter_sha256": adapter.digest(outcome.tensors),
         "adapter": str(outcome.folder / run_files.EXPORT_FOLDER),
         "report": str(page),

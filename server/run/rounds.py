@@ -12,7 +12,6 @@ where it stood, within a round with the updates that it has.
 from dataclasses import replace
 from typing import Any
 
-from common import events
 from common.errors import SilotuneError, TooFewSitesError
 from common.event_kinds import RoundFinished, RoundStarted
 from common.frame.records import RoundPlan
@@ -27,6 +26,7 @@ from server.gate import stopping
 from server.run import state as states
 from server.run.aggregation import Clear, Update, gap_figures
 from server.run.state import Phase, RoundState
+from server.view.run_view import RunView
 
 
 def play(run: Run, sites: Sites, state: RoundState) -> RoundState:
@@ -143,8 +143,12 @@ def collect(run: Run, sites: Sites, state: RoundState) -> RoundState:
     costs: dict[str, Any] = {}
     if run.plan.privacy.mode == "site":
         # this event is written before the adapter goes out, and a resumed run looks for it
-        this = {"kind": "round_finished", "round": plan.round_index, "num_updates": len(total.counted)}
-        costs = site_privacy.spent_by(run.manifest.run, [*events.read(run.log.path), this], num_rounds=num_rounds)
+        view = RunView.read(run.log.path)
+        counts = {number: event.num_updates for number, event in view.rounds.items()}
+        counts[plan.round_index] = len(total.counted)
+        num_updates = [counts.get(number) for number in range(num_rounds)]
+        num_taken = max(view.num_trainings.values(), default=0)
+        costs = site_privacy.spent_by(run.manifest.run, num_updates, num_taken=num_taken)
     losses = [(head.train_loss, weight) for head, weight in total.counted if head.train_loss is not None]
     mean_loss = sum(loss * weight for loss, weight in losses) / sum(weight for _, weight in losses) if losses else None
     run.log.append(

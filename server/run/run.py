@@ -12,7 +12,7 @@ from common import events, storage
 from common.adapter import adapter, start
 from common.adapter.adapter import Tensors
 from common.errors import ConfigError, SilotuneError
-from common.event_kinds import Event, RunFinished, RunStarted, TasksOverlap, Warned
+from common.event_kinds import RunFinished, RunStarted, TasksOverlap, Warned
 from common.events import EventLog
 from common.frame.records import to_head
 from common.model import base, layerwise, loading
@@ -43,6 +43,7 @@ from server.run import base_noise, rounds
 from server.run import export as run_export
 from server.run import state as states
 from server.view import polish as polish_told
+from server.view.run_view import RunView
 
 EXPERIMENTAL = (
     "aggregation.method = '{method}' is experimental: that it helps, only its authors have shown; "
@@ -190,8 +191,7 @@ def _names_of_nodes(folder: Path, log: EventLog, *, resume: bool) -> dict[int, s
     """Under which nodes were registered, where the run was started at a SuperLink, and which they told before."""
     path = folder / run_files.NODES_FILE
     names = {int(node_id): name for node_id, name in json.loads(path.read_bytes()).items()} if path.is_file() else {}
-    past = events.read(log.path) if resume and log.path.is_file() else []
-    return names | {event["node"]: event["site"] for event in past if event["kind"] == "site_joined"}
+    return names | (RunView.read(log.path).names if resume else {})
 
 
 def manifest_of(settings: config.RunConfig, engine: Engine, *, evaluation_sha256: str = "") -> RunManifest:
@@ -232,12 +232,12 @@ def finish(run: Run, tensors: Tensors, played: Sequence[stages.Finished]) -> Out
     manifest, folder, log = run.manifest, run.folder, run.log
     if run.plan.method.is_personal or run.suite is None:
         num_rounds = run_files.finished(folder)[-1]
-        sites = trained_sites(events.read(log.path), num_rounds=num_rounds)
+        sites = RunView.read(log.path).trained_sites(num_rounds)
         log.append(RunFinished(adapter="", num_rounds=num_rounds, stage=measure.FINAL))
         return Outcome(tensors, sites, folder)
     chosen = decide.choose(manifest.run, decide.of_end(folder, manifest, tensors, played), suite=run.suite)
     history = events.read(log.path)
-    sites = trained_sites(history, num_rounds=chosen.num_rounds)
+    sites = RunView.of(history).trained_sites(chosen.num_rounds)
     told = polish_told.of_export(history, chosen.names)
     export.save_adapter(
         folder / run_files.EXPORT_FOLDER,
@@ -275,24 +275,6 @@ def _recorded(run: Run, start: Tensors, *, first_round: int) -> Iterator[None]:
             run.record("ended", outcome="failed", **trail.of_error(error))
         raise
     run.record("ended", outcome="finished", num_rounds=run_files.finished(run.folder)[-1])
-
-
-def trained_sites(log: Sequence[Event], *, num_rounds: int) -> dict[str, int]:
-    """Training rows of every site whose update is in the adapter after `num_rounds` rounds, by name.
-
-    Example:
-        >>> trained = {"kind": "site_trained", "round": 0, "site": "north", "num_examples": 12}
-        >>> trained_sites([{"kind": "round_started", "round": 0}, trained], num_rounds=1)
-        {'north': 12}
-    """
-    rounds_of: dict[int, dict[str, int]] = {}
-    for event in log:
-        if event["kind"] == "round_started":  # anew after an interruption
-            rounds_of[event["round"]] = {}
-        elif event["kind"] == "site_trained":
-            rounds_of[event["round"]][event["site"]] = event["num_examples"]
-    pairs = (pair for number in sorted(rounds_of) if number < num_rounds for pair in rounds_of[number].items())
-    return dict(sorted(dict(pairs).items()))
 
 
 def read_own_rows(settings: config.RunConfig, engine: Engine) -> OwnRows | None:
@@ -370,7 +352,7 @@ def _site_level(manifest: RunManifest, log: EventLog, *, num_rounds: int, is_noi
     num_parameters = max(trainable.num_values(specs) for specs in manifest.plan.tensors.sent)
     site_privacy.require_signal(run, num_parameters, is_accepted=is_noise_accepted)
     ClipNorm.of(run.privacy, manifest.plan.num_expected)  # too few sites to let it follow are refused here
-    site_privacy.check_resume(events.read(log.path) if log.path.is_file() else [], num_rounds=num_rounds)
+    site_privacy.check_resume(num_released=RunView.read(log.path).num_released, num_rounds=num_rounds)
     ratio = site_privacy.noise_ratio(run, num_parameters)
     return {"noise_ratio": round(ratio, 3), "noise_accepted": is_noise_accepted, "noise_at": run.privacy.noise_at}
 

@@ -3,10 +3,12 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
-from common.event_kinds import Event
-from common.scores import Fairness, Spread
+from common.frame.records import SiteMetrics
+from common.run.schema import precisions
+from common.run.schema.model import ModelConfig
+from common.scores import Fairness, PrecisionLoss, Scores, Spread
 
 MIN_SITES: Final = 3
 
@@ -71,21 +73,24 @@ def outliers(losses: Mapping[str, float]) -> list[str]:
     return sorted(site for site, distance in far.items() if distance > 3.5 * scale > 0)
 
 
-def decisive(event: Mapping[str, Any]) -> float:
+def decisive(scores: Scores) -> float:
     """The held-out loss by which is decided: trimmed, or the mean where fewer than three sites answered, nats."""
-    found = event["trimmed_loss"]
-    return float(event["loss"] if found is None else found)
+    return scores.loss if scores.trimmed_loss is None else scores.trimmed_loss
 
 
-def base_losses(log: Sequence[Event]) -> dict[str, float]:
-    """Each site's loss on its own rows with the base as it is, from the run's events."""
-    found: dict[str, float] = {}
-    for event in log:
-        if event["kind"] == "evaluated" and event["num_rounds"] == 0:
-            found.update({site: figures["loss"] for site, figures in event["sites"].items() if site not in found})
-    return found
+def of_precisions(settings: ModelConfig, metrics: Sequence[SiteMetrics]) -> dict[str, PrecisionLoss] | None:
+    """Held-out loss over the sites of each precision; None where all sites have one.
 
-
-def changes(losses: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
-    """How far each site's loss is from the base's there; above 0 it got worse."""
-    return {site: loss - before[site] for site, loss in losses.items() if site in before}
+    Each is over its own sites' rows: the difference between two of them is also that of their rows.
+    """
+    if not settings.site_quantization:
+        return None
+    found: dict[str, list[SiteMetrics]] = {}
+    for each in metrics:
+        found.setdefault(precisions.of_site(settings, each.site), []).append(each)
+    return {
+        name: PrecisionLoss(
+            loss=sum(m.loss_sum for m in alike) / sum(m.num_terms for m in alike), sites=[m.site for m in alike]
+        )
+        for name, alike in sorted(found.items())
+    }

@@ -1,13 +1,61 @@
-"""Figures of tasks and sites for people: what terminal, status, report and model card show of the same events."""
+"""Figures for people: what terminal, status, report and model card show of the same events. Loads no torch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import datetime
+import math
+import statistics
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from common.event_kinds import Event
+from common.event_kinds import BaseNoise, Evaluated, Measured, PolishEvaluated, RunStarted
+from common.scores import Figure, Gain, Scores
 
 BASE: Final = "base"  # labels of what stages are held against
 PROMPT_ONLY: Final = "prompt-only"
 MAX_STAGES: Final = 6
+_UNITS: Final = ("B", "kB", "MB", "GB", "TB")
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people, decimal units.
+
+    Example:
+        >>> size(1536)
+        '1.5 kB'
+    """
+    power = 0
+    while num_bytes >= 1000 and power < len(_UNITS) - 1:
+        num_bytes, power = num_bytes / 1000, power + 1
+    return f"{num_bytes:.0f} B" if not power else f"{num_bytes:.1f} {_UNITS[power]}"
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage; `-` if there is none.
+
+    Example:
+        >>> percent(0.314)
+        '31.4 %'
+    """
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def signed_percent(share: float) -> str:
+    """A change as a percentage with its sign.
+
+    Example:
+        >>> signed_percent(-0.12)
+        '-12.0 %'
+    """
+    return f"{100 * share:+.1f} %"
+
+
+def percent_of_base(share: float) -> str:
+    """A part of a base's weights; never 100 % of less than all.
+
+    Example:
+        >>> percent_of_base(1.0), percent_of_base(0.9999), percent_of_base(0.126)
+        ('100 %', '99.9 %', '12.6 %')
+    """
+    return "100 %" if share == 1 else f"{math.floor(1000 * share) / 10:g} %"
 
 
 def number(value: float) -> str:
@@ -20,136 +68,174 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
 
 
-def rise(gain: Mapping[str, float]) -> str:
+def moment(seconds: float) -> str:
+    """Unix seconds as a date and time that mean the same everywhere.
+
+    Example:
+        >>> moment(1_800_000_000.0)
+        '2027-01-15 08:00:00 UTC'
+    """
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def duration(seconds: float) -> str:
+    """A span of time.
+
+    Example:
+        >>> duration(3.25), duration(75), duration(7380), duration(90000)
+        ('3.2 s', '1 min 15 s', '2 h 3 min', '25 h 0 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def rise(gain: Gain) -> str:
     """A difference with its interval.
 
     Example:
-        >>> rise({"mean": 0.25, "low": 0.1, "high": 0.4})
+        >>> rise(Gain(mean=0.25, low=0.1, high=0.4))
         '+0.250 [+0.100, +0.400]'
     """
-    mean, low, high = (_signed(gain[key]) for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+    return f"{_signed(gain.mean)} [{_signed(gain.low)}, {_signed(gain.high)}]"
 
 
-def verdict(figure: Mapping[str, Any], gain: Mapping[str, float]) -> str:
-    """Whether an interval holds 0, and if not whether the change is one for the better.
-
-    Example:
-        >>> verdict({"higher_is_better": False}, {"mean": 0.25, "low": 0.1, "high": 0.4})
-        'worse'
-    """
-    if gain["low"] <= 0 <= gain["high"]:
+def verdict(figure: Figure, gain: Gain) -> str:
+    """`better` or `worse`; `unclear` where the interval holds 0."""
+    if gain.low <= 0 <= gain.high:
         return "unclear"
-    return "better" if (gain["mean"] > 0) == figure["higher_is_better"] else "worse"
+    return "better" if (gain.mean > 0) == figure.higher_is_better else "worse"
 
 
-def stages(log: Sequence[Event]) -> dict[str, Event]:
-    """The last event `measured` of each stage, in the order of their first; of a run begun anew only the newest."""
-    found: dict[str, Event] = {}
-    for event in log:
-        if event["kind"] == "measured":
-            found = {} if event["stage"] == "base" else found
-            found[event["stage"]] = event
-    return found
-
-
-def lines(event: Event) -> Iterator[str]:
+def lines(event: Measured) -> Iterator[str]:
     """One stage for a terminal: a line a figure, and how far it is from base and prompt-only."""
-    width = max((len(name) for name in event["figures"]), default=0)
-    for name, figure in event["figures"].items():
+    width = max((len(name) for name in event.figures), default=0)
+    for name, figure in event.figures.items():
         gains = [
-            f"{other} {_signed(found[name]['mean'])} {verdict(figure, found[name])}"
-            for other, found in event["gains"].items()
+            f"{other} {_signed(found[name].mean)} {verdict(figure, found[name])}"
+            for other, found in event.gains.items()
             if name in found
         ]
-        interval = f"[{number(figure['low'])}, {number(figure['high'])}]"
-        yield "  ".join([f"{name:<{width}}", f"{number(figure['value']):>8} {interval}", *gains])
+        interval = f"[{number(figure.low)}, {number(figure.high)}]"
+        yield "  ".join([f"{name:<{width}}", f"{number(figure.value):>8} {interval}", *gains])
 
 
-def table(log: Sequence[Event]) -> dict[str, Any] | None:
+def table(measured: Mapping[str, Measured]) -> dict[str, Any] | None:
     """All stages side by side, and the newest against base and prompt-only; None where nothing was measured."""
-    found = stages(log)
-    if not found:
+    if not measured:
         return None
-    last = next(reversed(found.values()))
-    shown = [name for name in found if name in ("base", "prompt-only")]
-    shown += [name for name in found if name not in shown][-MAX_STAGES:]
+    last = list(measured.values())[-1]
+    shown = [name for name in measured if name in (BASE, PROMPT_ONLY)]
+    shown += [name for name in measured if name not in shown][-MAX_STAGES:]
+    rows = []
+    for name, figure in last.figures.items():
+        values = [measured[stage].figures.get(name) for stage in shown]
+        gains = [gain.get(name) for gain in last.gains.values()]
+        rows.append(
+            {
+                "name": name,
+                "num_rows": figure.num_rows,
+                "values": [number(value.value) if value else "-" for value in values],
+                "intervals": [f"{number(value.low)} to {number(value.high)}" if value else "" for value in values],
+                "gains": [rise(gain) if gain else "-" for gain in gains],
+                "verdicts": [verdict(figure, gain) if gain else "" for gain in gains],
+                "lower": "" if figure.higher_is_better else "lower is better",
+            }
+        )
     return {
         "stages": shown,
-        "last": last["stage"],
-        "references": list(last["gains"]),
-        "num_hidden": len(found) - len(shown),
-        "rows": [_row(name, found, shown, last) for name in last["figures"]],
+        "last": last.stage,
+        "references": list(last.gains),
+        "num_hidden": len(measured) - len(shown),
+        "rows": rows,
     }
 
 
-def _row(name: str, found: Mapping[str, Event], shown: list[str], last: Event) -> dict[str, Any]:
-    """One figure at all stages."""
-    figure = last["figures"][name]
-    values = [found[stage]["figures"].get(name) for stage in shown]
-    gains = [gain.get(name) for gain in last["gains"].values()]
-    return {
-        "name": name,
-        "num_rows": figure["num_rows"],
-        "values": ["-" if value is None else number(value["value"]) for value in values],
-        "intervals": [
-            "" if value is None else f"{number(value['low'])} to {number(value['high'])}" for value in values
-        ],
-        "gains": ["-" if gain is None else rise(gain) for gain in gains],
-        "verdicts": ["" if gain is None else verdict(figure, gain) for gain in gains],
-        "lower": "" if figure["higher_is_better"] else "lower is better",
-    }
+def stage_at_sites(event: Evaluated | PolishEvaluated) -> str:
+    """What was behind the adapter that the sites scored: rounds, or a stage."""
+    return f"{event.num_rounds} rounds" if isinstance(event, Evaluated) else f"polish, stage {event.stage}"
 
 
-def last_at_sites(log: Sequence[Event]) -> Event | None:
-    """What the sites said last: after a round, or of a polished adapter."""
-    found = [event for event in log if event["kind"] in ("evaluated", "polish_evaluated")]
-    return found[-1] if found else None
-
-
-def stage_at_sites(event: Mapping[str, Any]) -> str:
-    """After what the sites said it.
-
-    Example:
-        >>> stage_at_sites({"kind": "evaluated", "num_rounds": 3})
-        '3 rounds'
-        >>> stage_at_sites({"kind": "polish_evaluated", "stage": "align"})
-        'polish, stage align'
-    """
-    return f"{event['num_rounds']} rounds" if event["kind"] == "evaluated" else f"polish, stage {event['stage']}"
-
-
-def evenness(event: Mapping[str, Any]) -> str:
+def evenness(event: Scores) -> str:
     """How evenly the sites fare, in a line; empty for one site."""
-    found = event["fairness"]["loss"]
-    if found is None or len(event["sites"]) < 2:
+    loss, exact = event.fairness.loss, event.fairness.exact_match
+    if loss is None or len(event.sites) < 2:
         return ""
     text = (
-        f"worst {found['worst_site']} {found['worst']:.3f}, mean {found['mean']:.3f}, std {found['std']:.3f}, "
-        f"worst-best {found['spread']:.3f}"
+        f"worst {loss.worst_site} {loss.worst:.3f}, mean {loss.mean:.3f}, std {loss.std:.3f}, "
+        f"worst-best {loss.spread:.3f}"
     )
-    exact = event["fairness"]["exact_match"]
     if exact is None:
         return text
-    worst, mean = f"{100 * exact['worst']:.1f} %", f"{100 * exact['mean']:.1f} %"
-    return f"{text}; exact match: worst {exact['worst_site']} {worst}, mean {mean}"
+    return f"{text}; exact match: worst {exact.worst_site} {percent(exact.worst)}, mean {percent(exact.mean)}"
 
 
-def worse(event: Mapping[str, Any]) -> str:
-    """The sites whose loss is above the base's there, with how far.
+def worse(event: Scores) -> str:
+    """The sites whose loss is above the base's there, with how far."""
+    changes = {site: event.sites[site].change for site in event.worse_than_base}
+    return ", ".join(f"{site} {change:+.3f}" for site, change in changes.items() if change is not None)
+
+
+def in_brief(losses: Mapping[str, float | None]) -> str:
+    """Many sites' losses in a line: best, median and worst; empty where none is known.
 
     Example:
-        >>> worse({"worse_than_base": ["north"], "sites": {"north": {"change": 0.25}}})
-        'north +0.250'
+        >>> in_brief({"alder": 2.0, "birch": 3.0, "cedar": 2.5, "dogwood": None})
+        'best alder 2.000, median 2.500, worst birch 3.000'
     """
-    return ", ".join(f"{site} {event['sites'][site]['change']:+.3f}" for site in event["worse_than_base"])
+    known = {site: loss for site, loss in losses.items() if loss is not None}
+    if not known:
+        return ""
+    best, worst = (pick(known, key=lambda site: (known[site], site)) for pick in (min, max))
+    middle = statistics.median(known.values())
+    return f"best {best} {known[best]:.3f}, median {middle:.3f}, worst {worst} {known[worst]:.3f}"
+
+
+def quantization(plan: RunStarted) -> str:
+    """The precision of a run's base, the sites that have another, and how much of the coordinator's body has it.
+
+    Such as `nf4 (south = int8), 100 % of its body`.
+    """
+    others = ", ".join(f"{site} = {name}" for site, name in plan.site_quantization.items())
+    stored = f"{plan.quantization} ({others})" if others else plan.quantization
+    return f"{stored}, {percent_of_base(plan.quantised_share)} of its body" if plan.quantised_share else stored
+
+
+def precisions(noise: BaseNoise | None, base: Evaluated | None, last: Evaluated | None) -> list[dict[str, Any]]:
+    """A row for each precision: its sites, its noise, and the held-out loss of the untrained base and of the adapter.
+
+    Empty for a run whose sites have one precision.
+    """
+    before = base.precisions if base and base.precisions else {}
+    return [
+        {
+            "name": name,
+            "sites": ", ".join(scored.sites),
+            "error": noise.precisions[name].error,
+            "targets": noise.precisions[name].targets,
+            "base_loss": before[name].loss if name in before else None,
+            "loss": scored.loss,
+        }
+        for name, scored in (last.precisions or {} if noise and last else {}).items()
+        if noise
+    ]
+
+
+def precision_line(row: Mapping[str, Any]) -> str:
+    """A row of `precisions` in words.
+
+    Example:
+        >>> row = {"name": "nf4", "sites": "north", "error": 0.093, "targets": {"q_proj": 0.092, "v_proj": 0.094}}
+        >>> precision_line({**row, "base_loss": 3.25, "loss": 0.5})
+        'nf4 (north): weights off by 9.30 % (q_proj 9.20 %, v_proj 9.40 %); untrained base 3.250, now 0.500'
+    """
+    targets = ", ".join(f"{name} {100 * error:.2f} %" for name, error in row["targets"].items())
+    base = "-" if row["base_loss"] is None else f"{row['base_loss']:.3f}"
+    off = f"weights off by {100 * row['error']:.2f} %" + f" ({targets})" * bool(row["error"])
+    return f"{row['name']} ({row['sites']}): {off}; untrained base {base}, now {row['loss']:.3f}"
 
 
 def _signed(value: float) -> str:
-    """A difference.
-
-    Example:
-        >>> _signed(0.5), _signed(-2.0)
-        ('+0.500', '-2.000')
-    """
+    """A difference, such as `+0.500`."""
     return f"{'+' if value >= 0 else ''}{number(value)}"

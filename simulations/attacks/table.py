@@ -8,6 +8,7 @@ from typing import Any, Final
 from rich.table import Table
 
 from common import events
+from common.event_kinds import SiteTrained
 from common.run import config
 from common.run.rules.rules import MIN_SCREENED
 from server.folder import run_files
@@ -41,7 +42,7 @@ def play(shared: World, *, num_bad: int) -> dict[str, Any]:
 def usual_norm(shared: World) -> float:
     """The median norm of the updates of the run without guard and attack."""
     log = events.read(shared.folder / "none-none" / events.FILE)
-    return float(median(event["update_norm"] for event in log if event["kind"] == "site_trained"))
+    return float(median(event.update_norm or 0.0 for event in log if isinstance(event, SiteTrained)))
 
 
 def guarded(settings: config.RunConfig, guard: str, *, num_bad: int, max_norm: float) -> config.RunConfig:

@@ -23,7 +23,8 @@ from common.run.catalogue.methods import FACTS
 from common.scores import Shared
 from server.folder import begun, run_files
 from server.report import status
-from server.report.terminal import Screen, percent
+from server.report.terminal import Screen
+from server.view.figures import percent
 from simulations.attacks import run as attacks
 from simulations.attacks import table as attack_table
 from simulations.world import compare as comparing

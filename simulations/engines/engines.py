@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from client.agent.agent import SiteData
 from common import events, storage
 from common.errors import TooFewSitesError
-from common.event_kinds import Event, RunFailed, SiteFailed, SiteRefused
+from common.event_kinds import Event, RunFailed, SiteFailed, SiteJoined, SiteRefused
 from common.events import EventLog
 from common.frame import site_states, wire
 from common.frame.wire import Frame
@@ -32,6 +32,7 @@ from server.folder import checkpoint, run_files
 from server.run import finish
 from server.run import run as server_run
 from server.run.run import Outcome
+from server.view.run_view import RunView
 from simulations.engines import deployment, site_files
 from simulations.world import run, world
 from simulations.world.world import Engines, Failures, Source, World
@@ -132,8 +133,7 @@ def deployed(
         return Outcome(stored.tensors, stored.sites, folder)
     manifest, newest = run_files.stored_manifest(folder), run_files.finished(folder)[-1]
     last = checkpoint.load(folder, manifest.tensor_specs, num_rounds=newest, run_sha256=manifest.sha256)
-    used = server_run.trained_sites(events.read(folder / events.FILE), num_rounds=newest)
-    return Outcome(last.tensors, used, folder)
+    return Outcome(last.tensors, RunView.read(folder / events.FILE).trained_sites(newest), folder)
 
 
 @dataclass
@@ -161,10 +161,10 @@ class _Hearer:
             event = dataclasses.replace(event, reason=_REFERENCE.sub(reason, event.reason))
         for listener in self.log.listeners:
             listener(event)
-        if event["kind"] == "site_joined":
-            self._joined.add(event["site"])
-        elif event["kind"] == "site_refused" and event["state"] != site_states.WAITS:
-            self._refused[str(event["node"])] = event["reason"]
+        if isinstance(event, SiteJoined):
+            self._joined.add(event.site)
+        elif isinstance(event, SiteRefused) and event.state != site_states.WAITS:
+            self._refused[str(event.node)] = event.reason
         num_answers = len(self._joined) + len(self._refused)
         if self._refused and num_answers >= self.num_sites and len(self._joined) < self.min_sites:
             reasons = "; ".join(self._refused.values())

@@ -28,6 +28,7 @@ from common.privacy import cost as privacy_cost
 from common.run import config, reading
 from common.run.schema.section import RequiredLine, Section, Slug, refuse_look_alikes
 from server.folder import run_files
+from server.view.run_view import RunView
 from simulations.bench.arms.process import ONE_THREAD
 
 Setting = str | int | float | bool | list[str] | dict[str, str | int]
@@ -116,8 +117,7 @@ def play(path: Path, *, output: Path, jobs: int, data: str = "", model: str = ""
     refused, plans = allowed_cells(run_file, cells(sweep))
     waiting = []
     for cell, seed in itertools.product([cell for cell, _ in plans], sweep.seeds):
-        log = _folder(output, cell, seed) / events.FILE
-        if not (log.is_file() and any(event["kind"] == "run_finished" for event in events.read(log))):
+        if not RunView.read(_folder(output, cell, seed) / events.FILE).exported_stage:
             waiting.append((cell, seed))
     failed = []
     with Progress(console=cli.progress(as_json=True), transient=True) as bar, ThreadPoolExecutor(jobs) as pool:
@@ -249,19 +249,18 @@ def _folder(output: Path, cell: Cell, seed: int) -> Path:
 
 def _figures(folder: Path) -> dict[str, float]:
     """Figures of one finished run: losses in nats per answer token, gap as a share, traffic in MB."""
-    log = events.read(folder / events.FILE)
-    last = [event for event in log if event["kind"] == "evaluated"][-1:]
-    rounds = list({event["round"]: event for event in log if event["kind"] == "round_finished"}.values())
-    if not last or not rounds:
+    view = RunView.read(folder / events.FILE)
+    last, rounds = view.last_evaluated, view.rounds.values()
+    if last is None or not rounds:
         raise DataError(f"{folder}: no figures in its events; remove the folder and run again")
-    losses = [site["loss"] for site in last[0]["sites"].values()]
-    gaps = [event["gap"] for event in rounds if event["gap"] is not None]
+    losses = [site.loss for site in last.sites.values()]
+    gaps = [event.gap for event in rounds if event.gap is not None]
     return {
-        "held-out loss": last[0]["loss"],
+        "held-out loss": last.loss,
         "worst site": max(losses),
         "spread": max(losses) - min(losses),
         "largest gap": max(gaps, default=0.0),
-        "MB up": sum(event["bytes_up"] for event in rounds) / 1e6,
+        "MB up": sum(event.bytes_up for event in rounds) / 1e6,
     }
 
 

@@ -15,7 +15,7 @@ from client.agent.agent import SiteData
 from common import events, storage
 from common.adapter.adapter import Tensors
 from common.errors import DataError
-from common.event_kinds import ArmFinished, ArmStarted, ArmStep, Compared, Event, SiteStep
+from common.event_kinds import ArmFinished, ArmStarted, ArmStep, Compared, Event, SiteStep, SiteTrained
 from common.events import EventLog
 from common.frame import wire
 from common.run import config
@@ -56,7 +56,7 @@ def compare(shared: World, log: EventLog) -> dict[str, Arm]:
         [row for data in sites.values() for row in data.train],
         [row for data in sites.values() for row in data.held_out],
     )
-    num_rounds = len({event["round"] for event in trainings})  # fewer than planned where the run stopped early
+    num_rounds = len({event.round for event in trainings})  # fewer than planned where the run stopped early
     num_steps = max(1, round(used / (num_rounds * rows_a_step(settings.training, settings.privacy, pooled))))
     arms["centralised"] = (pooled, alone(settings, num_steps=num_steps))
     for name, (data, single) in arms.items():
@@ -150,14 +150,15 @@ def rows_a_step(training: config.TrainingConfig, privacy: PrivacyConfig, data: S
 
 
 def rows_used(
-    trainings: Sequence[Event], training: config.TrainingConfig, privacy: PrivacyConfig, sites: Mapping[str, SiteData]
+    trainings: Sequence[SiteTrained],
+    training: config.TrainingConfig,
+    privacy: PrivacyConfig,
+    sites: Mapping[str, SiteData],
 ) -> int:
     """Training rows that the sites of a finished run used, each as often as it was; by its `site_trained` events."""
-    return round(
-        sum(int(event["num_steps"]) * rows_a_step(training, privacy, sites[event["site"]]) for event in trainings)
-    )
+    return round(sum(event.num_steps * rows_a_step(training, privacy, sites[event.site]) for event in trainings))
 
 
-def _trainings(folder: Path) -> list[Event]:
+def _trainings(folder: Path) -> list[SiteTrained]:
     """The event of every training of a site."""
-    return [event for event in events.read(folder / events.FILE) if event["kind"] == "site_trained"]
+    return [event for event in events.read(folder / events.FILE) if isinstance(event, SiteTrained)]

@@ -3,6 +3,7 @@
 Each has a control: without the limit, or with a limit of one, the lie works.
 """
 
+import dataclasses
 import math
 
 import pytest
@@ -11,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import events
+from common.event_kinds import Evaluated, RoundFinished, SiteFailed
 from common.run.schema.gate import GateConfig
 from server.aggregate import weights
 from server.gate import rules, stopping
 from server.gate.figures import Figures
 from server.view import fairness
 from tests import tiny
-from tests.samples.events import PLAN, evaluated
+from tests.samples.events import PLAN, evaluated, view
 
 HUGE = 2**53
 CLAIMS = st.dictionaries(
@@ -54,10 +56,10 @@ def test_a_site_that_claims_all_rows_of_the_world_has_half_of_the_step_at_most(e
     honest, _ = step(engine, tmp_path / "honest", {1: nodes[1], 2: nodes[2]}, others)
     moved, log = step(engine, tmp_path / "liar", liar)
     assert torch.allclose(moved, (alone + honest) / 2, atol=1e-6 * float(moved.abs().max()) + 1e-7)
-    assert [event["held_to_share"] for event in log if event["kind"] == "round_finished"] == [["west"]]
+    assert [event.held_to_share for event in log if isinstance(event, RoundFinished)] == [["west"]]
     control, log = step(engine, tmp_path / "control", liar, {"aggregation.max_weight_share": "1.0"})
     assert cosine(control, alone) > 0.9999 > cosine(moved, alone)
-    assert [event["held_to_share"] for event in log if event["kind"] == "round_finished"] == [[]]
+    assert [event.held_to_share for event in log if isinstance(event, RoundFinished)] == [[]]
 
 
 def test_a_share_that_nobody_passes_changes_no_bit(engine, tmp_path):
@@ -101,22 +103,23 @@ def evaluation(engine, folder, nodes):
     fed.wait()
     fed.evaluate(engine.initial, num_rounds=0, generate=False)
     log = events.read(fed.log.path)
-    return [event for event in log if event["kind"] == "evaluated"][-1], log
+    return [event for event in log if isinstance(event, Evaluated)][-1], log
 
 
 def test_one_site_that_tells_a_loss_of_nothing_decides_nothing(engine, tmp_path):
     nodes = tiny.make_nodes(engine)
     honest, _ = evaluation(engine, tmp_path / "honest", nodes)
     lie, _ = evaluation(engine, tmp_path / "lie", {**nodes, 3: lying(nodes[3], 1e-12, 100)})
-    losses = sorted(figures["loss"] for figures in honest["sites"].values())
+    losses = sorted(figures.loss for figures in honest.sites.values())
     assert losses[0] <= fairness.decisive(lie) <= losses[-1]
-    assert lie["loss"] > losses[0] / 2.01  # the mean itself: half of it at most is the liar's
+    assert lie.loss > losses[0] / 2.01  # the mean itself: half of it at most is the liar's
     gate = GateConfig(rules=[{"kind": "loss"}])
-    bought = Figures("final", evaluated={**lie, "stale": []}, base=honest)
+    bought = Figures("final", evaluated=dataclasses.replace(lie, stale=[]), base=honest)
     (verdict,) = rules.judge(gate, bought)
     assert not verdict.is_met
-    fooled = {**lie, "trimmed_loss": lie["loss"]}  # the control: by the mean the lie would pass
-    (control,) = rules.judge(gate, Figures("final", evaluated=fooled, base={**honest, "trimmed_loss": honest["loss"]}))
+    fooled = dataclasses.replace(lie, trimmed_loss=lie.loss)  # the control: by the mean the lie would pass
+    honest = dataclasses.replace(honest, trimmed_loss=honest.loss)
+    (control,) = rules.judge(gate, Figures("final", evaluated=fooled, base=honest))
     assert control.is_met
 
 
@@ -127,20 +130,20 @@ def test_more_tokens_or_rows_than_a_site_can_have_are_no_figures(engine, tmp_pat
     ):
         liar = tiny.spoilt(nodes[3], "evaluate", tiny.with_head(**change))
         event, log = evaluation(engine, tmp_path / str(number), {**nodes, 3: liar})
-        assert sorted(event["sites"]) == ["north", "south"]
-        assert [event["site"] for event in log if event["kind"] == "site_failed"] == ["west"]
+        assert sorted(event.sites) == ["north", "south"]
+        assert [event.site for event in log if isinstance(event, SiteFailed)] == ["west"]
 
 
 def test_a_liar_neither_ends_a_run_early_nor_keeps_it_going():
     run = tiny.settings("base", {"gate.rules": "[{kind = 'loss'}]", "gate.stop_after": "2"})
     falling = [evaluated(0, 4.0, a=4.0, b=4.1, c=3.9)]
     falling += [evaluated(number, 9.0, a=4.0 - number, b=4.1 - number, c=99.0) for number in (1, 2, 3)]
-    assert stopping.bad_in_a_row(run, [PLAN, *falling], num_rounds=3) == []
+    assert stopping.bad_in_a_row(run, view([PLAN, *falling]), num_rounds=3) == []
     rising = [evaluated(0, 4.0, a=4.0, b=4.1, c=3.9)]
     rising += [evaluated(number, 2.0 / number, a=4.0 + number, b=4.1 + number, c=1e-14) for number in (1, 2, 3)]
-    assert len(stopping.bad_in_a_row(run, [PLAN, *rising], num_rounds=3)) == 3
+    assert len(stopping.bad_in_a_row(run, view([PLAN, *rising]), num_rounds=3)) == 3
     trusting = [{**event, "trimmed_loss": None} for event in rising]  # the control: by the mean alone it goes on
-    assert stopping.bad_in_a_row(run, [PLAN, *trusting], num_rounds=3) == []
+    assert stopping.bad_in_a_row(run, view([PLAN, *trusting]), num_rounds=3) == []
 
 
 @pytest.mark.parametrize(("last", "named"), [(1e-14, ["d"]), (99.0, ["d"]), (1.05, [])])

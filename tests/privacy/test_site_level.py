@@ -17,6 +17,7 @@ from common.run.schema.wire import WireConfig
 from server.aggregate import mean, noised
 from server.fleet import sampling
 from tests import tiny
+from tests.samples.events import view
 
 SHAPES = {"m.lora_A.weight": (4, 50), "m.lora_B.weight": (50, 4)}
 CLIP = 0.5
@@ -177,13 +178,15 @@ def test_whoever_knows_who_was_drawn_gets_no_sampling_for_free():
     run = settings()
     log = [{"kind": "site_trained", "round": number, "site": "a"} for number in range(20)]
     log += [{"kind": "round_finished", "round": number, "num_updates": 1} for number in range(50)]
-    told = site_level.spent_by(run, log, num_rounds=50)
+    seen = view(log)
+    num_updates, num_taken = [event.num_updates for event in seen.rounds.values()], max(seen.num_trainings.values())
+    told = site_level.spent_by(run, num_updates, num_taken=num_taken)
     assert told["epsilon_insider"] == pytest.approx(
         accounting.epsilon(sampling_prob=1.0, noise_multiplier=2.0, num_steps=20, dp_delta=1e-5)
     )
     assert told["epsilon_insider"] > told["epsilon"]
     weak = settings(**{"privacy.noise_at": '"sites"', "privacy.sampling_prob": "1.0", "federation.min_sites": "900"})
-    assert site_level.spent_by(weak, log, num_rounds=50)["epsilon_insider"] is None
+    assert site_level.spent_by(weak, num_updates, num_taken=num_taken)["epsilon_insider"] is None
 
 
 def test_few_sites_are_refused_with_the_figure_unless_accepted():
@@ -251,7 +254,9 @@ def test_a_weight_is_refused():
 
 def test_a_round_that_was_released_is_not_played_again():
     log = [{"kind": "round_finished", "round": number} for number in range(3)]
-    site_level.check_resume(log, num_rounds=3)
-    site_level.check_resume(log[:2], num_rounds=3)  # stopped between checkpoint and event
+    site_level.check_resume(num_released=view(log).num_released, num_rounds=3)
+    site_level.check_resume(
+        num_released=view(log[:2]).num_released, num_rounds=3
+    )  # stopped between checkpoint and event
     with pytest.raises(PrivacyError, match="round 3 was released, and the newest whole checkpoint is of round 2"):
-        site_level.check_resume(log, num_rounds=2)
+        site_level.check_resume(num_released=view(log).num_released, num_rounds=2)

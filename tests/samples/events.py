@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from common import event_kinds
 from common.event_kinds import Event
 from server.view import fairness
+from server.view.run_view import RunView
 
 BLANKS = {str: "", int: 0, float: 0.0, bool: False}
 
@@ -39,8 +40,14 @@ def event(kind: str, **fields) -> Event:
 
 def whole(told: Mapping) -> Event:
     """The event of a line in which only a few fields are given."""
-    fields = _filled(event_kinds.KINDS[told["kind"]], told)
+    kind = event_kinds.KINDS.get(told["kind"])
+    fields = _filled(kind, told) if kind else told
     return event_kinds.parse(json.dumps(fields, default=dict).encode())
+
+
+def view(log) -> RunView:
+    """The view of events, or of lines in which only a few fields are given."""
+    return RunView.of(one if isinstance(one, Event) else whole(one) for one in log)
 
 
 def raw(path) -> list[dict]:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from common import events
 from common.errors import TransportError
+from common.event_kinds import Evaluated, RoundFinished
 from common.model.base import hash_base
 from common.run import config
 from server.folder import run_files
@@ -24,7 +25,6 @@ from simulations.world.world import Source, World
 RUN_FILE: Final = Path(__file__).parents[2] / "configs" / "demo.toml"
 _CHUNK_BYTES: Final = 1 << 16
 _START_S: Final = 10.0
-_COUNTING: Final = ("round_finished", "evaluated")
 _POLICY: Final = {
     "learning_rate": "[1e-6, 1e-2]",
     "min_local_steps": "1",
@@ -72,10 +72,13 @@ def main(kind: str, num_rounds: str) -> dict[str, Any]:
                 sent = way.num_bytes
         log = events.read(folder / events.FILE)
         adapter = (folder / run_files.EXPORT_FOLDER / "adapter_model.safetensors").read_bytes()
-    sizes = ("bytes_up", "bytes_down")
     return {
-        "marks": [event["time"] for event in log if event["kind"] == "evaluated"],
-        "frame_bytes": sum(event.get(key, 0) for event in log for key in sizes if event["kind"] in _COUNTING),
+        "marks": [event.time for event in log if isinstance(event, Evaluated)],
+        "frame_bytes": sum(
+            (event.bytes_up or 0) + (event.bytes_down or 0)
+            for event in log
+            if isinstance(event, RoundFinished | Evaluated)
+        ),
         "num_sites": settings.federation.num_sites,
         "adapter_sha256": hashlib.sha256(adapter).hexdigest(),
         "wire_bytes": sent,

@@ -13,6 +13,7 @@ from server.aggregate.screen import Look
 from server.folder import run_files
 from server.run import run
 from tests import tiny
+from tests.samples.events import view
 
 SHAPES = {"m.lora_A.weight": (2, 50), "m.lora_B.weight": (40, 2), "n.lora_B.weight": (40, 2)}
 SITES = ("a", "b", "c", "d", "e", "f", "g")
@@ -101,9 +102,9 @@ def test_history_is_ten_rounds_of_the_events_and_a_round_that_was_played_again_c
 
     log = [event(number, float(number)) for number in range(15)]
     again = [*log, event(14, 99.0), {"kind": "round_finished", "round": 14}]
-    past = screen.history(again, round_index=15)
+    past = screen.history(view(again).screened, round_index=15)
     assert [seen.norm for seen in past["a"]] == [*map(float, range(5, 14)), 99.0]
-    assert screen.history(again, round_index=0) == {}
+    assert screen.history(view(again).screened, round_index=0) == {}
 
 
 @pytest.mark.parametrize(("screening", "is_kept"), [("drop", False), ("report", True), ("off", True)])

@@ -20,7 +20,7 @@ from server.export import probe
 from server.folder import run_files
 from server.run import finish, run
 from tests import tiny
-from tests.samples.events import evaluated
+from tests.samples.events import evaluated, whole
 
 IDS_BT = torch.arange(3, 43).reshape(2, 20)
 
@@ -142,6 +142,7 @@ def test_the_card_tells_which_figures_are_of_rows_that_were_trained_on(stirred, 
         "- 5 of 9 rows of task codes (codes.jsonl) are trained on at the sites.",
         "- align trained on 16 of 32 rows of task notes (12 word for word, 4 nearly)",
     )
+    log = [whole(event) for event in log]
     card = export.card(manifest, num_rounds=2, sites={"north": 12}, log=log, kind="adapter")
     plain = export.card(manifest, num_rounds=2, sites={"north": 12}, log=log[:2], kind="adapter")
     for line in told:

@@ -22,7 +22,7 @@ from server.run import finish
 from server.verify import verify
 from simulations.world.world import EMBEDDED_BASE
 from tests import tiny
-from tests.samples.events import evaluated
+from tests.samples.events import evaluated, whole
 
 IDS_BT = torch.arange(3, 43).reshape(2, 20)
 
@@ -32,8 +32,8 @@ def make_source(engine, settings, *, size=0.05):
     state = {name: size * torch.randn(tensor.shape, generator=generator) for name, tensor in engine.initial.items()}
     manifest = RunManifest(settings, engine.base_sha256, engine.tensor_specs)
     log = [
-        evaluated(0, 3.5, north=3.5, south=3.5),
-        {**evaluated(2, 1.25, north=1.5, south=1.0), "exact_match": 0.5},
+        whole(evaluated(0, 3.5, north=3.5, south=3.5)),
+        whole({**evaluated(2, 1.25, north=1.5, south=1.0), "exact_match": 0.5}),
     ]
     return Exported(state, manifest, 2, {"north": 12, "south": 9}, log)
 

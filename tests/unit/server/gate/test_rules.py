@@ -1,37 +1,39 @@
 """The gate's rules on figures made by hand: each is met and broken, and what is missing is never in its favour."""
 
+import dataclasses
 import json
 
 import pytest
 
 from common.run.schema import shape
 from common.run.schema.gate import FigureRule, GateConfig
+from common.scores import Arm, Figure, Gain, SiteScore
 from server.gate import rules, stopping
 from server.gate.figures import Audit, Figures, gather, read_audit
 from server.view import gate
 from tests import tiny
-from tests.samples.events import PLAN, evaluated
+from tests.samples.events import PLAN, evaluated, event, view
 
 
 def figure(value, *, kind="answers", num_rows=100, low=None, high=None, higher_is_better=True):
     low, high = value if low is None else low, value if high is None else high
     told = {"value": value, "low": low, "high": high, "num_rows": num_rows, "kind": kind}
-    return {**told, "higher_is_better": higher_is_better}
+    return Figure(**told, higher_is_better=higher_is_better)
 
 
 def gain(mean, low=None, high=None):
-    return {"mean": mean, "low": mean if low is None else low, "high": mean if high is None else high}
+    return Gain(mean=mean, low=mean if low is None else low, high=mean if high is None else high)
 
 
 def asked(loss, trimmed=None):
-    return {"loss": loss, "trimmed_loss": trimmed, "stale": []}
+    return event("evaluated", loss=loss, trimmed_loss=trimmed)
 
 
 def sites(**changes):
     told = {
         site: {"loss": 1.0, "num_rows": 9, "exact_match": None, "change": change} for site, change in changes.items()
     }
-    return {"loss": 1.0, "trimmed_loss": None, "sites": told, "stale": []}
+    return event("evaluated", loss=1.0, sites=told)
 
 
 def verdict(kind: str, figures: Figures, *, limits: dict | None = None, **settings):
@@ -104,7 +106,7 @@ def test_a_rule_whose_figure_is_missing_is_not_met_and_says_which(rule):
     found = verdict(rule, Figures("final"))
     assert (found.is_met, found.value, found.margin) == (False, None, None)
     assert found.reason
-    assert f"{rule} not met: " in gate.line(vars(found))
+    assert f"{rule} not met: " in gate.line(found)
 
 
 def test_every_rule_of_the_run_file_is_here_and_is_tried_both_ways():
@@ -118,9 +120,9 @@ def test_the_worst_of_several_figures_decides():
     assert "south" in verdict("sites", told).reason
     missing = Figures("final", evaluated=sites(north=-0.5, south=None))
     assert verdict("sites", missing).value is None
-    stale = Figures("final", evaluated={**sites(north=-0.5), "stale": ["north"]})
+    stale = Figures("final", evaluated=dataclasses.replace(sites(north=-0.5), stale=["north"]))
     assert not verdict("sites", stale).is_met
-    one_stale = Figures("final", evaluated={**asked(1.0), "stale": ["north"]}, base=asked(1.5))
+    one_stale = Figures("final", evaluated=dataclasses.replace(asked(1.0), stale=["north"]), base=asked(1.5))
     assert "no figure of this adapter from north" in verdict("loss", one_stale).reason
 
 
@@ -158,7 +160,8 @@ def test_a_baseline_is_beaten_by_a_task_and_not_by_each_figure():
 
 def test_a_site_may_not_be_worse_than_alone_where_that_was_compared():
     def arm(loss):
-        return {"sites": {"north": {"held_out_loss": loss}}}
+        score = SiteScore(held_out_loss=loss, exact_match=None)
+        return Arm(held_out_loss=loss, exact_match=None, sites={"north": score}, rows_used=0)
 
     told = {"federated": arm(1.0), "site-north": arm(1.5)}
     assert verdict("sites", Figures("final", evaluated=sites(north=-1.0), compared=told)).is_met
@@ -222,29 +225,34 @@ def losses(*values):
 
 
 def test_rounds_end_after_so_many_evaluations_without_a_lower_loss():
-    assert len(stopping.bad_in_a_row(stop_run(), losses(6.0, 5.0, 5.5, 5.2), num_rounds=3)) == 2
-    assert stopping.bad_in_a_row(stop_run(), losses(6.0, 5.0, 5.5, 4.9), num_rounds=3) == []  # control
-    assert len(stopping.bad_in_a_row(stop_run(), losses(6.0, 5.0, 5.5, 5.2), num_rounds=2)) == 1
+    assert len(stopping.bad_in_a_row(stop_run(), view(losses(6.0, 5.0, 5.5, 5.2)), num_rounds=3)) == 2
+    assert stopping.bad_in_a_row(stop_run(), view(losses(6.0, 5.0, 5.5, 4.9)), num_rounds=3) == []  # control
+    assert len(stopping.bad_in_a_row(stop_run(), view(losses(6.0, 5.0, 5.5, 5.2)), num_rounds=2)) == 1
 
 
 def test_rounds_end_by_rules_of_harm_though_the_loss_falls():
     run = stop_run(**{"gate.rules": "[{kind = 'sites'}, {kind = 'loss', min_gain = 5.0}]"})
     log = losses(6.0, 5.0, 4.0, 3.0)
-    assert stopping.bad_in_a_row(run, log, num_rounds=3) == []  # nobody is worse; the goal of the loss ends nothing
-    for event in log[2:]:
-        event["sites"]["north"]["change"] = 0.5
-    assert len(stopping.bad_in_a_row(run, log, num_rounds=3)) == 3
+    assert (
+        stopping.bad_in_a_row(run, view(log), num_rounds=3) == []
+    )  # nobody is worse; the goal of the loss ends nothing
+    for line in log[2:]:
+        line["sites"]["north"]["change"] = 0.5
+    assert len(stopping.bad_in_a_row(run, view(log), num_rounds=3)) == 3
 
 
 def test_evaluations_that_a_resumed_run_has_more_do_not_count():
     run = stop_run(**{"evaluation.every_rounds": "2"})
-    assert len(stopping.bad_in_a_row(run, losses(6.0, 7.0, 7.0, 7.0), num_rounds=3)) == 1
+    assert len(stopping.bad_in_a_row(run, view(losses(6.0, 7.0, 7.0, 7.0)), num_rounds=3)) == 1
 
 
 def test_figures_are_those_of_their_own_stage():
     run = tiny.settings("base", {"gate.rules": "[{kind = 'loss'}]"})
     after = [{"kind": "run_finished", "stage": "round-00001"}, {"kind": "compared", "comparison": {"federated": {}}}]
     for stage, arms in (("round-00001", {"federated": {}}), ("final", {})):
-        assert gather(run, [*losses(6.0, 5.0, 4.0), *after], stage=stage, num_rounds=1).compared == arms
-    told = gather(run, losses(6.0, 5.0, 4.0), stage="round-00001", num_rounds=1)
-    assert (told.evaluated["loss"], told.base["loss"], told.measured) == (5.0, 6.0, {})
+        assert (
+            gather(run, view([*losses(6.0, 5.0, 4.0), *after]), stage=stage, num_rounds=1).compared.keys()
+            == arms.keys()
+        )
+    told = gather(run, view(losses(6.0, 5.0, 4.0)), stage="round-00001", num_rounds=1)
+    assert (told.evaluated.loss, told.base.loss, told.measured) == (5.0, 6.0, {})

@@ -18,6 +18,7 @@ from server.report import symptoms as troubleshooting
 from server.run import finish, run
 from tests import tiny
 from tests.samples import events as samples
+from tests.samples.events import view
 
 ROWS = 40
 LOUD = {"training.learning_rate": "5e-2", "training.local_epochs": "3"}  # forgets
@@ -85,7 +86,7 @@ def test_a_run_that_forgets_is_blocked_by_the_rule_for_it_and_a_clean_one_passes
     assert [one["name"] for one in gated[0]["verdicts"]] == ["probes"]
     assert not (tmp_path / "loud" / "adapter").exists()
     assert told(tmp_path / "loud", "run_failed")[0]["exit_code"] == GateRefused.exit_code == 9
-    symptoms = troubleshooting.symptoms(events.read(tmp_path / "loud" / "events.jsonl"))
+    symptoms = troubleshooting.symptoms(view(events.read(tmp_path / "loud" / "events.jsonl")))
     assert "forgetting" in [one.name for one in symptoms]
 
     outcome = played(engine, tmp_path / "shy", tiny_base, {**SHY, **probe, **PROBES})  # control
@@ -105,7 +106,7 @@ def test_nothing_that_the_gate_refused_is_exported_later(engine, tiny_base, know
             finish.export_run(folder, num_rounds=number, output=tmp_path / "out", merged=None, base=None)
     assert not (tmp_path / "out").exists()
     assert decide.judge_again(folder, run_files.stored_manifest(folder))[-1]["is_passed"] is False
-    page = report.render(events.read(folder / "events.jsonl"))
+    page = report.render(view(events.read(folder / "events.jsonl")))
     assert "no checkpoint passes; nothing is exported" in page
     assert status.read(folder)["in_words"]["gate"][0] == "final: refused"
 
@@ -126,7 +127,7 @@ def test_a_failed_gate_goes_back_to_the_newest_checkpoint_that_passes(engine, ti
     card = (outcome.folder / "adapter" / "README.md").read_text()
     assert "| rounds | 1 |" in card
     assert "refused before it: final" in card
-    assert "rolled back: round-00001 is what is exported" in report.render(log)
+    assert "rolled back: round-00001 is what is exported" in report.render(view(log))
     again = finish.stored(outcome.folder, num_rounds=0)
     assert (again.num_rounds, again.log[-1]["stage"]) == (1, "round-00001")
     with pytest.raises(GateRefused, match=r"gate refuses final: known\.acc not met"):

@@ -33,6 +33,7 @@ from server.view import fairness
 from server.view import polish as told
 from tests import tiny
 from tests.samples import stage_data, vault
+from tests.samples.events import view
 
 STAGE = {"steps": 2, "batch_size": 4, "max_length_tokens": 64, "learning_rate": 1e-2, "overlap": "allow"}
 RULES = {"gate.rules": "[{kind = 'sites', max_rise = 0.1}, {kind = 'loss'}]"}
@@ -164,18 +165,18 @@ def test_report_status_and_card_tell_of_it(whole):
     _, folder = whole
     log = events.read(folder / events.FILE)
     losses = [of(folder, "evaluated")[-1]["loss"], *(event["loss"] for event in of(folder, "polish_evaluated"))]
-    assert [stage["figures"][-1] for stage in told.stages(log)] == [
+    assert [shown[-1] for _, shown in told.stages(view(log))] == [
         (told.AT_SITES, losses[0], losses[1]), (told.AT_SITES, losses[1], losses[2]),
     ]  # fmt: skip
-    page = report.render(log)
+    page = report.render(view(log))
     assert "Sites after polish, stage harm" in page
     assert f"<td>{told.AT_SITES}</td><td>{losses[1]:.3f}</td><td>{losses[2]:.3f}</td>" in page
     found = status.read(folder)
     assert (found["held_out_loss"], found["held_out_after"]) == (losses[2], "polish, stage harm")
 
     unasked = [event for event in log if event["kind"] != "polish_evaluated"]  # control
-    assert told.AT_SITES not in report.render(unasked)
-    assert "Sites after 1 rounds" in report.render(unasked)
+    assert told.AT_SITES not in report.render(view(unasked))
+    assert "Sites after 1 rounds" in report.render(view(unasked))
     text = export.card(run_files.stored_manifest(folder), num_rounds=1, sites={"north": 3}, log=unasked, kind="adapter")
     assert "They were not asked again after polish." in text
 

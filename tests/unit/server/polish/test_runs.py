@@ -27,6 +27,7 @@ from server.report import report, status
 from server.run import finish, polish, run
 from tests import tiny
 from tests.samples import stage_data
+from tests.samples.events import view
 
 CHANGES = {"training.batch_size": "12", "federation.num_rounds": "1"}
 # The stages train on the very rows of the coordinator, so that its figures move.
@@ -102,7 +103,7 @@ def test_a_run_goes_on_into_its_stages_and_tells_of_them(world):
     assert "| polish | teach (sft, 2 steps), then judge (reward, 2 steps), then align (dpo, 2 steps) |" in card
     assert "not covered by any privacy guarantee" in card
     assert "costs the sites' units nothing" not in card  # this run's adapter was not private
-    page = report.render(events.read(folder / events.FILE))
+    page = report.render(view(events.read(folder / events.FILE)))
     assert "<h2>Polish</h2>" in page
     assert "align (dpo): loss" in str(status.read(folder)["finished_stages"])
     suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
@@ -123,7 +124,7 @@ def test_each_stage_is_compared_with_the_one_before_by_the_paired_bootstrap(worl
         assert told == dataclasses.asdict(bootstrap.gain(rows(stage), rows(before)))
         assert set(found[stage]["gains"]) == {"base", "previous"}
     assert set(found["final"]["gains"]) == {"base"}  # control: rounds are not compared with each other
-    assert "previous" in report.render(events.read(folder / events.FILE))
+    assert "previous" in report.render(view(events.read(folder / events.FILE)))
 
 
 def test_a_private_run_s_card_says_what_polish_costs_and_what_is_not_covered(tiny_base, engine):

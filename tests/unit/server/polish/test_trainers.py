@@ -14,6 +14,7 @@ from server.polish import borrow, rows, stages
 from server.report import symptoms
 from tests import tiny
 from tests.samples import stage_data
+from tests.samples.events import view
 
 COMMON = {"steps": 20, "batch_size": 4, "learning_rate": 1e-2, "max_length_tokens": 64, "held_out_fraction": 0.2}
 SAMPLED = {"batch_size": 8, "max_new_tokens": 4, "schedule": "constant", "held_out_fraction": 0.3}
@@ -273,7 +274,7 @@ def test_a_stage_that_ruins_the_answers_is_told_as_a_collapse_and_one_that_does_
     def signs(**settings) -> str:
         played = play("dpo", "pairs", **settings)
         log = [{"kind": "polish_finished", "stage": "align", "before": played.before, "after": played.after}]
-        return " ".join(one.evidence for one in symptoms.symptoms(log))
+        return " ".join(one.evidence for one in symptoms.symptoms(view(log)))
 
     assert "answers repeat" in signs(learning_rate=0.3)
     assert signs(learning_rate=1e-5) == ""  # control
@@ -285,6 +286,6 @@ def test_a_stage_without_memory_names_the_settings_that_need_less_and_the_report
     with pytest.raises(ModelError, match=message) as told, borrow.memory_named(stage):
         raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
     failed = {"kind": "run_failed", "error": "ModelError", "reason": str(told.value)}
-    assert [one.name for one in symptoms.symptoms([failed])] == ["out of memory"]
+    assert [one.name for one in symptoms.symptoms(view([failed]))] == ["out of memory"]
     with pytest.raises(ValueError, match="another"), borrow.memory_named(stage):  # control
         raise ValueError("another")

@@ -9,7 +9,7 @@ from common.run import config
 from common.run.schema import shape
 from server.report import report, status, symptoms
 from server.verify import verify
-from tests.samples.events import LOG, PLAN, evaluated, finished, measured, whole
+from tests.samples.events import LOG, PLAN, evaluated, finished, measured, view, whole
 
 
 def of_task(mean, *, kind="answers", width=0.05, values=(0.5, 0.5)):
@@ -68,24 +68,24 @@ CASES = [
     ("merged worse than adapter", [exported(0.4)], [exported(0.4), exported(0.01)]),
     ("out of memory", [failed("north", "failed (OutOfMemory); the site's log has the reason")],
      [failed("north", "failed (InternalError); the site's log has the reason")]),
-    ("out of memory", [{"kind": "site_refused", "node": 3, "reason": "failed (OutOfMemory)"}],
-     [{"kind": "site_refused", "node": 3, "reason": "refused by rule (PolicyRefusedError)"}]),
+    ("out of memory", [{"kind": "site_refused", "node": 3, "site": "node 3", "reason": "failed (OutOfMemory)"}],
+     [{"kind": "site_refused", "node": 3, "site": "node 3", "reason": "refused by rule (PolicyRefusedError)"}]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "shows", "control"), CASES)
 def test_a_symptom_is_found_where_it_is_and_nowhere_else(name, shows, control):
-    found = [one for one in symptoms.symptoms(shows) if one.name == name]
+    found = [one for one in symptoms.symptoms(view(shows)) if one.name == name]
     assert len(found) == 1
     assert found[0].evidence
     assert found[0].remedy
-    assert name not in [one.name for one in symptoms.symptoms(control)]
+    assert name not in [one.name for one in symptoms.symptoms(view(control))]
 
 
 def test_every_remedy_names_settings_and_values_that_there_are():
     keys = {*shape.keys_of(config.RunConfig), *shape.keys_of(config.NodeConfig)}
     sections = "|".join({key.split(".")[0] for key in keys if "." in key})
-    remedies = {one.remedy for _, shows, _ in CASES for one in symptoms.symptoms(shows)}
+    remedies = {one.remedy for _, shows, _ in CASES for one in symptoms.symptoms(view(shows))}
     named = {match[0] for text in remedies for match in re.finditer(rf"\b(?:{sections})(?:\.[a-z_0-9]+)+", text)}
     assert named <= keys
     assert len(named) >= 8  # control: they are found
@@ -99,16 +99,16 @@ def test_every_finder_is_tried():
 
     source = inspect.getsource(symptoms)
     assert all(f'"{name}"' in source for name, _, _ in CASES)
-    found = {one.name for _, shows, _ in CASES for one in symptoms.symptoms(shows)}
+    found = {one.name for _, shows, _ in CASES for one in symptoms.symptoms(view(shows))}
     assert len(found) == len(symptoms.FINDERS)
 
 
 def test_the_figures_and_the_site_are_named():
-    (drift,) = symptoms.symptoms(DRIFTS)
+    (drift,) = symptoms.symptoms(view(DRIFTS))
     assert "north: loss 6.500 to 6.700 while the mean went 6.000 to 4.000" in drift.evidence
-    (memory,) = symptoms.symptoms([failed("north", "failed (OutOfMemory); reference 12")])
+    (memory,) = symptoms.symptoms(view([failed("north", "failed (OutOfMemory); reference 12")]))
     assert "north" in memory.evidence
-    (gap,) = symptoms.symptoms([PLAN, finished(0, 0.3), finished(1, 0.2)])
+    (gap,) = symptoms.symptoms(view([PLAN, finished(0, 0.3), finished(1, 0.2)]))
     assert "rolora" in gap.remedy
 
 
@@ -116,16 +116,16 @@ def test_figures_are_of_the_newest_adapter_and_not_of_one_that_a_gate_went_back_
     older = measured("round-00001", {"a.f1": 0.5}, {"base": {"a.f1": {"mean": 0.0, "low": -0.1, "high": 0.1}}})
     gated = [{"kind": "gated", "stage": stage, "is_passed": False} for stage in ("final", "round-00001")]
     forgets = of_task(-0.2, kind="probe")
-    assert [one.name for one in symptoms.symptoms([*forgets, older, *gated])] == ["forgetting"]
-    assert symptoms.symptoms([*forgets, older]) == []  # control: the last stage is another
+    assert [one.name for one in symptoms.symptoms(view([*forgets, older, *gated]))] == ["forgetting"]
+    assert symptoms.symptoms(view([*forgets, older])) == []  # control: the last stage is another
 
 
 def test_a_stale_site_or_a_log_of_an_earlier_kind_is_no_symptom():
     stale = [*DRIFTS[:3], evaluated(2, 4.0, stale=["north"], north=6.7, south=1.5)]
-    assert symptoms.symptoms(stale) == []
-    assert symptoms.symptoms([{"kind": "polish_finished", "stage": "x"}]) == []
-    assert symptoms.symptoms([]) == []
-    assert symptoms.symptoms(LOG) == []
+    assert symptoms.symptoms(view(stale)) == []
+    assert symptoms.symptoms(view([{"kind": "polish_finished", "stage": "x"}])) == []
+    assert symptoms.symptoms(view([])) == []
+    assert symptoms.symptoms(view(LOG)) == []
 
 
 def test_a_site_that_runs_out_of_memory_says_so_and_no_more():
@@ -146,12 +146,12 @@ def test_a_format_that_loses_the_adapter_is_told_beside_its_figures():
 
 
 def test_the_report_of_a_run_that_exported_names_the_folder_and_what_is_wrong_with_it():
-    page = report.render([PLAN, exported(0.4)])
+    page = report.render(view([PLAN, exported(0.4)]))
     assert "<h2>Export</h2>" in page
     assert "export/ (peft, merged)" in page
     assert "merged worse than adapter" in page
-    assert "merged worse than adapter" not in report.render([PLAN, exported(0.01)])
-    assert "<h2>Export</h2>" not in report.render([PLAN])
+    assert "merged worse than adapter" not in report.render(view([PLAN, exported(0.01)]))
+    assert "<h2>Export</h2>" not in report.render(view([PLAN]))
 
 
 def test_report_and_status_say_what_the_numbers_say(tmp_path):
@@ -160,8 +160,8 @@ def test_report_and_status_say_what_the_numbers_say(tmp_path):
     log = EventLog(tmp_path / "events.jsonl")
     for event in DRIFTS:
         log.append(whole(event))
-    assert "What the numbers say" in report.render(DRIFTS)
-    assert "What the numbers say" not in report.render(NO_DRIFT)
+    assert "What the numbers say" in report.render(view(DRIFTS))
+    assert "What the numbers say" not in report.render(view(NO_DRIFT))
     found = status.read(tmp_path)
     assert found["symptoms"][0]["name"] == "a site drifts away"
     assert found["in_words"]["What the numbers say"][0].startswith("a site drifts away: north")

@@ -5,8 +5,9 @@ import pytest
 from rich.console import Console
 
 from common.privacy import cost as privacy_cost
-from server.report.terminal import Screen, percent, size
-from tests.samples.events import HOSTILE, LOG, PLAN, evaluated, finished, joined, measured, trained
+from server.report.terminal import Screen
+from server.view.figures import percent, size
+from tests.samples.events import HOSTILE, LOG, PLAN, evaluated, finished, joined, measured, trained, whole
 
 ENDED = {"kind": "run_finished"}
 FAILED = {"kind": "site_failed", "site": "west", "step": "train", "reason": "no answer within 60 s"}
@@ -20,7 +21,7 @@ def drawn(events, *, terminal: bool = False, width: int = 80) -> str:
     out = io.StringIO()
     screen = Screen(Console(file=out, width=width, force_terminal=terminal, color_system=None))
     for event in events:
-        screen({"time": 0.0, **event})
+        screen(whole({"time": 0.0, **event}))
     return out.getvalue()
 
 
@@ -41,7 +42,7 @@ def test_sites_are_shown_once_with_what_was_cut():
 @pytest.mark.parametrize("terminal", [False, True])
 def test_many_sites_are_counted_as_they_join_and_told_in_one_line(terminal):
     sites = [f"site-{number:03}" for number in range(200)]
-    refused = {"kind": "site_refused", "node": 4, "reason": "DataError"}
+    refused = {"kind": "site_refused", "node": 4, "site": "node 4", "reason": "DataError"}
     shown = drawn(
         [PLAN, *map(joined, sites[:150]), refused, *map(joined, sites[150:]), evaluated(0, 6.0), ENDED],
         terminal=terminal,
@@ -148,7 +149,7 @@ def test_lines_are_whole_in_a_file_and_broken_at_words_on_a_terminal():
         ([*LOG, {**evaluated(1, 3.0, north=3.0), "bytes_down": 16000}], "evaluation 16.0 kB down"),
         ([PLAN, joined("west"), FAILED], "west train: no answer within 60 s"),
         ([PLAN, joined("west"), {**FAILED, "state": "away"}], "west train: away: no answer within 60 s"),
-        ([PLAN, {"kind": "site_refused", "node": 4, "reason": "DataError"}], "node 4: DataError"),
+        ([PLAN, {"kind": "site_refused", "node": 4, "site": "node 4", "reason": "DataError"}], "node 4: DataError"),
         (
             [PLAN, {**REFUSED, "state": "waits for approval", "reason": "waits for approval"}],
             "site      west: waits for approval\n",

@@ -8,8 +8,7 @@ from scipy import stats
 
 from server.evaluate.figures import intervals
 from server.report import report, worth
-from server.view import facts
-from tests.samples.events import HOSTILE, LOG, PLAN, evaluated, finished, joined, measured, trained
+from tests.samples.events import HOSTILE, LOG, PLAN, evaluated, finished, joined, measured, trained, view, whole
 
 TOLD = {
     "seed": 7,
@@ -91,11 +90,11 @@ PASSED = {"kind": "gated", "stage": "final", "adapter_sha256": "a", "is_passed":
     ],
 )
 def test_the_verdict_follows_intervals_gate_and_comparison(log, answer, parts):
-    found = worth.verdict(log)
+    found = worth.verdict(view(log))
     assert found.answer == answer
     assert found.sentence.startswith(f"{answer.capitalize()}: ")
     assert all(part in found.sentence for part in parts), found.sentence
-    page = report.render(log)
+    page = report.render(view(log))
     assert (found.sentence.replace("'", "&#39;") in page) == any(
         event["kind"] in ("evaluated", "measured") for event in log
     )
@@ -103,9 +102,9 @@ def test_the_verdict_follows_intervals_gate_and_comparison(log, answer, parts):
 
 def test_a_silent_site_s_old_figure_is_in_no_interval():
     log = after(-0.10, -0.12, -0.14)
-    change = worth.change_at_sites(log[1], {**log[2], "stale": ["west"]})
+    change = worth.change_at_sites(whole(log[1]), whole({**log[2], "stale": ["west"]}))
     assert math.isclose(change.value, -0.11, rel_tol=1e-9)
-    assert worth.change_at_sites(log[1], {**log[2], "stale": ["west", "south"]}) is None
+    assert worth.change_at_sites(whole(log[1]), whole({**log[2], "stale": ["west", "south"]})) is None
 
 
 @pytest.mark.parametrize("num_free", [1, 2, 3, 7, 30, 31, 40, 1000])
@@ -123,7 +122,7 @@ def test_an_interval_of_a_mean_is_scipy_s():
 
 
 def test_every_fact_is_told_with_its_value():
-    told = dict(facts.of_run(after(-0.1, -0.1)))
+    told = dict(report.facts(view(after(-0.1, -0.1))))
     assert told == {
         "started": "2027-01-15 08:00:00 UTC",
         "ended": "2027-01-15 10:03:00 UTC",
@@ -136,20 +135,19 @@ def test_every_fact_is_told_with_its_value():
         "device of the coordinator": "cuda:0",
         "versions": "silotune 1.2.3, torch 2.9.0, transformers 4.57, peft 0.18, flwr 1.41",
     }
-    page = report.render(after(-0.1, -0.1))
+    page = report.render(view(after(-0.1, -0.1)))
     assert all(f"<tr><td>{name}</td><td>{value}</td></tr>" in page for name, value in told.items())
     private = {**PLAN, "privacy": "unit", "epsilon_planned": [4.0, 7.9], "dp_delta": 1e-5}
-    assert dict(facts.of_run([private]))["privacy"] == "for every unit: epsilon 7.900 at delta 1e-05"
+    assert dict(report.facts(view([private])))["privacy"] == "for every unit: epsilon 7.900 at delta 1e-05"
 
 
 def test_a_run_that_goes_on_has_not_ended_and_tells_its_tries():
     first = after(-0.1, -0.1)
     again = {**PLAN, **TOLD, "time": 1_800_010_000.0}
-    assert dict(facts.of_run([*first, again]))["ended"] == "not yet"
-    told = dict(facts.of_run([*first, again, {**END, "time": 1_800_010_100.0}]))
+    assert dict(report.facts(view([*first, again])))["ended"] == "not yet"
+    told = dict(report.facts(view([*first, again, {**END, "time": 1_800_010_100.0}])))
     assert told["duration"] == "2 h 48 min, in 2 tries, pauses between them included"
-    assert not facts.of_run([])
-    assert dict(facts.of_run(LOG)) == {"method": "fedavg, 2 rounds", "privacy": "none"}  # told by an older version
+    assert not list(report.facts(view([])))
 
 
 @pytest.mark.parametrize(
@@ -168,10 +166,16 @@ def test_ticks_are_whole_steps_of_one_two_or_five_around_all_values(low, high):
 
 @pytest.mark.parametrize("last", [1, 3, 10, 11, 30, 47, 200])
 def test_rounds_are_counted_in_steps_of_one_two_or_five(last):
-    ticks = [int(label) for _, label in report.chart([evaluated(0, 3.0, a=3.0), evaluated(last, 2.0, a=2.0)]).x_ticks]
+    ticks = [
+        int(label)
+        for _, label in report.chart(view([evaluated(0, 3.0, a=3.0), evaluated(last, 2.0, a=2.0)]).evaluated).x_ticks
+    ]
     assert len(ticks) <= 11
     assert ticks[1] in (1, 2, 5, 10, 20, 50)
-    labels = [label for _, label in report.chart([evaluated(0, 3.07, a=3.07), evaluated(1, 2.0, a=2.0)]).y_ticks]
+    labels = [
+        label
+        for _, label in report.chart(view([evaluated(0, 3.07, a=3.07), evaluated(1, 2.0, a=2.0)]).evaluated).y_ticks
+    ]
     assert labels == ["2.0", "2.2", "2.4", "2.6", "2.8", "3.0", "3.2"]
 
 
@@ -180,7 +184,7 @@ def full_page(num_sites: int) -> str:
     log = [{**PLAN, **TOLD}, *map(joined, names), evaluated(0, 3.0, **dict.fromkeys(names, 3.0))]
     log += [trained(name, 0) for name in names]
     log += [finished(0, up=0.5), evaluated(1, 2.0, **dict.fromkeys(names, 2.0)), BETTER, compared(2.0, north=3.0), END]
-    return report.render(log, shown=[{"prompt": HOSTILE, "base": f"a {HOSTILE}", "adapter": "b\n" * 3}])
+    return report.render(view(log), shown=[{"prompt": HOSTILE, "base": f"a {HOSTILE}", "adapter": "b\n" * 3}])
 
 
 @pytest.mark.parametrize("num_sites", [2, 9])
@@ -198,7 +202,7 @@ def test_nothing_on_the_page_is_wider_than_a_telephone(num_sites):
     assert ("Training loss of each site" in page) == (num_sites > report.MAX_COLUMNS)
     assert HOSTILE not in page
     assert page.count("&lt;script&gt;") == 2
-    assert "<h2>Examples</h2>" not in report.render(LOG)
+    assert "<h2>Examples</h2>" not in report.render(view(LOG))
 
 
 def test_a_figure_has_its_interval_below_it():

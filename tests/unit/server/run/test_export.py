@@ -14,6 +14,7 @@ from server.report import report
 from server.run import export, run
 from server.verify import verify
 from tests import tiny
+from tests.samples.events import view
 
 CHANGES = {"federation.num_rounds": "1"}
 EXPORT = {"export.formats": '["peft", "merged", "gguf"]'}
@@ -52,7 +53,7 @@ def test_a_run_ends_with_a_signed_folder_that_verifies_and_its_report_tells_of_i
     assert set(event["logits"]) == {"base", "peft", "merged", "gguf"}
     finished = [one for one in events.read(folder / events.FILE) if one["kind"] == "round_finished"]
     assert event["adapter_sha256"] == finished[-1]["adapter_sha256"]
-    assert f"signed by {signer}" in report.render(events.read(folder / events.FILE))
+    assert f"signed by {signer}" in report.render(view(events.read(folder / events.FILE)))
     with pytest.raises(SilotuneError):  # control
         verify.verify(folder / export.FOLDER, signer="0" * 64, base=tiny_base)
 

@@ -18,11 +18,12 @@ from common.run.schema import precisions
 from server.folder import run_files
 from server.report import report
 from server.run import base_noise, run
-from server.view import by_precision
+from server.view import figures
 from simulations.world import run as running
 from simulations.world import world
 from simulations.world.world import Engines, World
 from tests import tiny
+from tests.samples.events import view
 
 SITES = {"north": "nf4", "south": "int8", "west": "none"}
 CLASSES = {"nf4": Linear4bit, "int8": Linear8bitLt}
@@ -156,6 +157,12 @@ def test_noise_is_the_relative_error_of_what_layers_compute_with(tiny_base, sett
         assert found.modules.keys() == weights.keys()
 
 
+def shown(log):
+    """The rows of a report."""
+    seen = view(log)
+    return figures.precisions(seen.base_noise, seen.evaluated[0], seen.last_evaluated)
+
+
 def test_the_run_tells_the_noise_and_the_untrained_loss_of_each_precision(played):
     noise = of_kind(played, "base_noise")[0]["precisions"]
     assert {name: found["sites"] for name, found in noise.items()} == {
@@ -164,20 +171,20 @@ def test_the_run_tells_the_noise_and_the_untrained_loss_of_each_precision(played
     assert noise["nf4"]["error"] > 5 * noise["int8"]["error"] > 5 * noise["none"]["error"] == 0
     assert set(noise["nf4"]["targets"]) == {f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")}
     first, last = (of_kind(played, "evaluated")[index] for index in (0, -1))
-    rows = {row["name"]: row for row in by_precision.table(played)}
+    rows = {row["name"]: row for row in shown(played)}
     for site, precision in SITES.items():
         assert rows[precision]["sites"] == site
         assert rows[precision]["base_loss"] == pytest.approx(first["sites"][site]["loss"])
         assert rows[precision]["loss"] == pytest.approx(last["sites"][site]["loss"])
-    page = report.render(played)
+    page = report.render(view(played))
     assert "Sites by the precision of their base" in page
     assert "nf4 (south = int8, west = none)" in page
 
 
 def test_a_run_of_one_precision_tells_nothing_of_the_kind(played):
     alike = [event for event in played if event["kind"] != "base_noise"]
-    assert by_precision.table(alike) == []
-    assert "Sites by the precision" not in report.render(alike)
+    assert shown(alike) == []
+    assert "Sites by the precision" not in report.render(view(alike))
 
 
 def test_naming_the_runs_own_precision_is_refused(tiny_base):

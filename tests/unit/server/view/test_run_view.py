@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from server.report import status
 from server.report.progress import Progress
-from server.view import round_rows
-from tests.samples.events import LOG, PLAN, evaluated, finished, joined, trained
+from server.view.run_view import RunView
+from tests.samples.events import LOG, PLAN, evaluated, finished, joined, trained, view, whole
 
 PAGE = Path(__file__).parents[4] / "docs" / "operations.md"
 PRIVATE = {"privacy": "unit", "epsilon_planned": [4.82, 8.0], "dp_delta": 1e-6, "noise_multiplier": 0.7}
@@ -21,7 +22,7 @@ SECOND = [
 
 def test_figures_are_sums_and_last_values_of_the_rows():
     gate = {"kind": "gated", "stage": "round 2", "is_passed": True, "verdicts": [], "num_rounds": 2}
-    told = round_rows.as_dict([PLAN | PRIVATE, *LOG[1:], *SECOND, gate])
+    told = status.totals(view([PLAN | PRIVATE, *LOG[1:], *SECOND, gate]))
     rounds = told.pop("rounds")
     assert told == {
         "run_sha256": "ab" * 32,
@@ -44,14 +45,14 @@ def test_figures_are_sums_and_last_values_of_the_rows():
 
 def test_a_round_that_was_played_again_counts_once():
     again = [PLAN, joined("north"), *LOG[4:], *SECOND]
-    told = round_rows.as_dict([*LOG, *LOG[4:7], *again])
+    told = status.totals(view([*LOG, *LOG[4:7], *again]))
     assert (told["bytes_down"], told["num_rounds"]) == (16500, 2)
-    resumed = round_rows.as_dict([*LOG, PLAN, evaluated(1, 3.5, north=3.5)])
+    resumed = status.totals(view([*LOG, PLAN, evaluated(1, 3.5, north=3.5)]))
     assert (resumed["rounds"][1]["bytes_down"], resumed["rounds"][1]["held_out_loss"]) == (8000, 3.5)
 
 
 def test_a_run_that_has_not_begun_has_no_figures():
-    told = round_rows.as_dict([])
+    told = status.totals(view([]))
     assert (told["held_out_loss"], told["bytes_down"], told["gate"], told["rounds"]) == (None, 0, None, [])
 
 
@@ -59,47 +60,54 @@ def test_every_key_is_documented():
     text = PAGE.read_text(encoding="utf-8")
     section = text[text.index("What `--json` prints") :]
     documented = set(re.findall(r"`(\w+)`", "".join(line for line in section.splitlines() if line.startswith("| `"))))
-    told = round_rows.as_dict([*LOG])
+    told = status.totals(view([*LOG]))
     assert documented >= {*told, *told["rounds"][0]}
 
 
 @pytest.fixture
 def progress():
     """A run of two rounds and two sites, seen at second 100."""
-    seen = Progress(clock=lambda: 100.0)
+    seen = Progress(RunView(), clock=lambda: 100.0)
     for event in (PLAN, joined("north"), {**joined("south"), "num_steps": 9}):
-        seen.take({"time": 0.0, **event})
+        follow(seen, {"time": 0.0, **event})
     return seen
+
+
+def follow(progress: Progress, line: dict) -> None:
+    """Take an event as the terminal does."""
+    event = whole(line)
+    progress.view.take(event)
+    progress.take(event)
 
 
 def test_progress_counts_steps_and_estimates_what_is_left(progress):
     assert (progress.title(), progress.share(), progress.left_s()) == ("round 1/2", 0.0, None)
-    progress.take({"kind": "round_started", "round": 0, "sites": ["north", "south"], "time": 40.0})
-    progress.take({"kind": "site_step", "site": "south", "step": 6, "num_steps": 9, "time": 100.0})
+    follow(progress, {"kind": "round_started", "round": 0, "sites": ["north", "south"], "time": 40.0})
+    follow(progress, {"kind": "site_step", "site": "south", "step": 6, "num_steps": 9, "time": 100.0})
     assert progress.share() == pytest.approx(6 / 24)
     assert progress.left_s() == pytest.approx(60 * 3)
     assert progress.lines(80)[1] == "training: 0 of 2 sites done; at work: south step 6/9"
-    progress.take({"kind": "site_trained", "site": "south", "time": 100.0})
+    follow(progress, {"kind": "site_trained", "site": "south", "time": 100.0})
     assert progress.share() == pytest.approx(9 / 24)
     assert progress.lines(80)[1] == "training: 1 of 2 sites done; at work: north"
-    progress.take({"kind": "round_finished", "round": 0, "time": 100.0})
-    progress.note(round_rows.Row(1, held_out_loss=4.0, epsilon=2.5))
+    follow(progress, {"kind": "round_finished", "round": 0, "epsilon": 2.5, "time": 100.0})
+    follow(progress, {**evaluated(1, 4.0, north=4.0), "time": 100.0})
     assert progress.lines(80)[0] == "50 %  1:00 left  held-out 4.000  epsilon 2.50"
-    progress.take({"kind": "evaluation_started", "sites": ["north", "south"], "time": 100.0})
-    progress.take({"kind": "site_evaluated", "site": "south", "time": 100.0})
+    follow(progress, {"kind": "evaluation_started", "sites": ["north", "south"], "time": 100.0})
+    follow(progress, {"kind": "site_evaluated", "site": "south", "time": 100.0})
     assert progress.lines(80)[1] == "evaluating: 1 of 2 sites done; at work: north"
 
 
 def test_progress_of_a_resumed_run_begins_at_its_first_round(progress):
-    progress.take({**PLAN, "first_round": 1, "time": 0.0})
-    progress.take({"kind": "round_started", "round": 1, "sites": ["north"], "time": 90.0})
-    progress.take({"kind": "site_step", "site": "north", "step": 1, "num_steps": 2, "time": 100.0})
+    follow(progress, {**PLAN, "first_round": 1, "time": 0.0})
+    follow(progress, {"kind": "round_started", "round": 1, "sites": ["north"], "time": 90.0})
+    follow(progress, {"kind": "site_step", "site": "north", "step": 1, "num_steps": 2, "time": 100.0})
     assert (progress.title(), progress.share(), progress.left_s()) == ("round 2/2", 0.5, 10.0)
 
 
 @pytest.mark.parametrize("count", [2, 9, 300])
 def test_progress_is_never_wider_than_the_terminal(progress, count):
     sites = [f"general-hospital-{number}" for number in range(count)]
-    progress.take({"kind": "round_started", "round": 0, "sites": sites, "time": 40.0})
+    follow(progress, {"kind": "round_started", "round": 0, "sites": sites, "time": 40.0})
     assert max(map(len, progress.lines(60))) <= 60
     assert f"of {count} sites done" in progress.lines(60)[1]
