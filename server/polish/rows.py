@@ -68,22 +68,23 @@ def load(stage: AnyStage, engine: Engine, data: DataConfig, apart: Sequence[Apar
     """
     encode = _Encoder(stage, engine, data.system_prompt)
     texts: list[Text]
-    makers: list[Callable[[], list[Tokens]]]  # of a row's tokens; none if it is dropped
+    makers: list[Callable[[], list[Tokens] | Tokens | None]]  # of a row's tokens; none if it is dropped
     if stage.kind == "cpt":
         raw = read.convert_all(_table(stage, "text"), _raw)
         texts, makers = [Text("", text) for text in raw], [partial(encode.pieces, text) for text in raw]
     elif isinstance(stage, SampledStage):
         table = _table(stage, "prompt", *filter(None, [ANSWER_OF.get(encode.reward, "")]))
         prompted = read.convert_all(table, encode.prompt)
-        texts, makers = [text for text, _ in prompted], [partial(_listed, tokens) for _, tokens in prompted]
+        texts, makers = [text for text, _ in prompted], [partial(dict, tokens or {}) for _, tokens in prompted]
     else:
         names = (data.instruction_column, data.input_column, data.output_column)
         rows = read.read(stage.data, columns=Columns(*names, objective=_OBJECTIVES.get(stage.kind, "dpo")))
         convert = {"sft": encode.answer, "kto": encode.judged}.get(stage.kind, encode.pair)
-        texts, makers = [overlap.text_of(row) for row in rows], [partial(_converted, convert, row) for row in rows]
+        texts, makers = [overlap.text_of(row) for row in rows], [partial(convert, row) for row in rows]
     same = kept_apart.compare(texts, apart, stage=stage)
     used = [number for number in range(len(texts)) if number not in same.dropped]
-    tokens = [makers[number]() for number in used]
+    made = [makers[number]() for number in used]
+    tokens = [pieces if isinstance(pieces, list) else [pieces] if pieces else [] for pieces in made]
     num_dropped = sum(not pieces for pieces in tokens)
     if encode.num_equal and not any(tokens):
         raise DataError(
@@ -99,16 +100,6 @@ def load(stage: AnyStage, engine: Engine, data: DataConfig, apart: Sequence[Apar
         num_overlapping=len(same.dropped),
         overlaps=same.overlaps,
     )
-
-
-def _converted(convert: Callable[[Row], Tokens | None], row: Row) -> list[Tokens]:
-    """One row as tokens, or none."""
-    return _listed(convert(row))
-
-
-def _listed(tokens: Tokens | None) -> list[Tokens]:
-    """One row or none."""
-    return [] if tokens is None else [tokens]
 
 
 def num_steps(stage: PolishStage, rows: StageRows) -> int:

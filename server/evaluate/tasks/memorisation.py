@@ -67,13 +67,13 @@ def of_canaries(
     """
     planted = [canary for canary in canaries if canary.is_trained]
     before = [_before(engine, canary, system_prompt) for canary in planted]
-    bits = tuple((value,) for value in _exposures(engine, planted, before, batch_size=batch_size))
+    bits = tuple((value,) for value in exposures(engine, planted, before, batch_size=batch_size))
     figures = {
         "exposure": Scores(bits, "high", higher_is_better=False),
         "exposure_mean": Scores(bits, "mean", higher_is_better=False),
         "exposure_max": Scores(bits, "largest", higher_is_better=False),
         "exposure_ceiling": of_rows([math.log2(len(canary.others) + 1) for canary in planted], higher_is_better=False),
-        "extracted": of_rows(_extracted(engine, planted, before, batch_size=batch_size), higher_is_better=False),
+        "extracted": of_rows(extracted(engine, planted, before, batch_size=batch_size), higher_is_better=False),
     }
     if len(planted) < len(canaries):
         # How far the loss of each secret after its prefix fell from the base to the adapter, nats a token
@@ -91,7 +91,7 @@ def of_canaries(
     return figures
 
 
-def _exposures(engine: Engine, canaries: Sequence[Canary], before: Sequence[str], *, batch_size: int) -> list[float]:
+def exposures(engine: Engine, canaries: Sequence[Canary], before: Sequence[str], *, batch_size: int) -> list[float]:
     """Exposure of each, in bits: its rank by the log-perplexity of prefix and secret among its candidates."""
     pairs = [
         pair_of(engine, start, canary.prefix + text)
@@ -103,7 +103,7 @@ def _exposures(engine: Engine, canaries: Sequence[Canary], before: Sequence[str]
     return [roc.exposure_of(secret, torch.tensor(others, dtype=torch.float64)) for secret, *others in sums]
 
 
-def _extracted(engine: Engine, canaries: Sequence[Canary], before: Sequence[str], *, batch_size: int) -> list[bool]:
+def extracted(engine: Engine, canaries: Sequence[Canary], before: Sequence[str], *, batch_size: int) -> list[bool]:
     """Whether the greedy continuation of each prefix begins with the secret, white space before it aside."""
     asked = []
     for canary, start in zip(canaries, before, strict=True):  # raw text begins as it does for `pair_of`

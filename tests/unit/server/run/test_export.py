@@ -41,10 +41,13 @@ def exported(folder):
     return [event for event in events.read(folder / events.FILE) if event["kind"] == "exported"]
 
 
-def test_a_run_ends_with_a_signed_folder_that_verifies_and_its_report_tells_of_it(play, tiny_base, tmp_path):
+def test_a_run_ends_with_a_signed_folder_that_verifies_also_where_it_was_interrupted_in_the_export(
+    play, tiny_base, tmp_path
+):
     key = tmp_path / "op.pem"
     signer = identity.public_hex(identity.create(key))
-    folder = play({**EXPORT, "export.operator_key": str(key)})
+    changes = {**EXPORT, "export.operator_key": str(key)}
+    folder = play(changes)
     found = verify.verify(folder / export.FOLDER, signer=signer, base=tiny_base)
     assert found["formats"] == ["peft", "merged", "gguf"]
     [event] = exported(folder)
@@ -57,6 +60,17 @@ def test_a_run_ends_with_a_signed_folder_that_verifies_and_its_report_tells_of_i
     with pytest.raises(SilotuneError):  # control
         verify.verify(folder / export.FOLDER, signer="0" * 64, base=tiny_base)
 
+    # an end that was interrupted in the export goes on with it
+    path = folder / events.FILE
+    kept = [
+        line for line in path.read_text().splitlines() if json.loads(line)["kind"] not in ("exported", "run_finished")
+    ]
+    path.write_text("\n".join(kept) + "\n")
+    (folder / export.FOLDER / "export.json").unlink()  # half a folder
+    play(changes, resume=True)
+    assert len(exported(folder)) == 1
+    assert verify.verify(folder / export.FOLDER)["formats"] == ["peft", "merged", "gguf"]
+
 
 def test_a_run_that_does_not_ask_writes_no_folder(play):
     folder = play({})
@@ -64,26 +78,14 @@ def test_a_run_that_does_not_ask_writes_no_folder(play):
     assert exported(folder) == []
 
 
-def test_an_end_that_was_interrupted_in_the_export_goes_on_with_it(play):
-    folder = play(EXPORT)
-    path = folder / events.FILE
-    kept = [
-        line for line in path.read_text().splitlines() if json.loads(line)["kind"] not in ("exported", "run_finished")
-    ]
-    path.write_text("\n".join(kept) + "\n")
-    (folder / export.FOLDER / "export.json").unlink()  # half a folder
-    play(EXPORT, resume=True)
-    assert len(exported(folder)) == 1
-    assert verify.verify(folder / export.FOLDER)["formats"] == ["peft", "merged", "gguf"]
-
-
 def test_what_the_gate_refuses_is_not_exported(play, tmp_path):
+    plain = {"export.formats": '["peft"]'}
     refusing = {"gate.rules": "[{kind = 'loss', min_gain = 100.0}]", "gate.min_rows": "1"}
     with pytest.raises(GateRefused):
-        play({**EXPORT, **refusing})
+        play({**plain, **refusing})
     assert not (tmp_path / "run" / export.FOLDER).exists()
     passing = {"gate.rules": "[{kind = 'loss'}]", "gate.min_rows": "1"}
-    assert (play({**EXPORT, **passing}, name="control") / export.FOLDER).exists()
+    assert (play({**plain, **passing}, name="control") / export.FOLDER).exists()
 
 
 @pytest.mark.parametrize(
