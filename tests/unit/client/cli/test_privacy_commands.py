@@ -221,7 +221,7 @@ def test_the_mirror_is_an_entry_of_the_signed_log(site):
     entries = [entry for entry in site.log() if entry.kind == "ledger"]
     assert [entry.facts["counter"] for entry in entries] == [0, 1]
     head = site_ledger.open_site(**parts()).head()
-    assert sealed.Head(1, entries[-1].facts["ledger_sha256"]) == head
+    assert sealed.LedgerHead(1, entries[-1].facts["ledger_sha256"]) == head
 
 
 PRIVATE = {
