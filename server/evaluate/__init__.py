@@ -1,1 +1,1 @@
-"""Figures of a global adapter: held-out losses now, tasks and gates later."""
+"""Figures of an adapter on the coordinator's own rows: tasks, scores by row, intervals."""

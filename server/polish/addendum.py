@@ -1,7 +1,7 @@
 """What is added to a run that is finished: stages that its run file does not have, in a run folder of their own.
 
 `RUN/later/NN/` is a run folder like any other: its run file has the run's stages that are kept and the new ones, its
-manifest is the run's own, and its events begin with what the run told of the adapter on which the new stages begin.
+manifest is the run's own, and its events begin with those of the run about the adapter on which the new stages begin.
 `addendum.json` in it says what it was made from and what is added; its hash is in the events of both folders.
 """
 

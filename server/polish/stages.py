@@ -296,7 +296,7 @@ def _train(
             borrow.drop(engine.model, reward_model.JUDGE)
         trained = reward_model.read(engine, model) if model is not None else None
         result = adapter.read(engine.model)
-        # Trainers of this kind like to leave pickles behind; ours were told to write nothing but their checkpoints.
+        # Trainers of this kind may leave pickles behind; ours are set to write nothing but their checkpoints.
         files = sorted(path.name for path in scratch.rglob("*") if path.is_file())
         if left := [name for name in files if name not in unfinished.FILES]:
             raise ModelError(

@@ -1,7 +1,7 @@
 """Blind ranking in a browser: one page, its tasks one at a time, every answer on the disk before the next is sent.
 
-The page needs nothing but this server. Who has the address with its token may rank; without the token nothing is told.
-Texts are put into the page as text, never as markup. The key of the comparison is not known here.
+The page needs nothing but this server. Whoever has the address with its token may rank; without the token every request
+is refused. Texts are put into the page as text, never as markup. The key of the comparison is not known here.
 """
 
 import base64

@@ -1,6 +1,6 @@
 """The endpoint: `/v1/models`, `/v1/chat/completions` and `/v1/completions`, one answer at a time.
 
-Requests wait in a queue of a set length; who comes when it is full is told to come again. No request is logged.
+Requests wait in a queue of a set length; a request to a full queue is answered with 429. No request is logged.
 """
 
 import asyncio

@@ -82,7 +82,7 @@ def date_of(served: Sequence[Served]) -> str:
 
 
 def dates_in_words(served: Sequence[Served]) -> list[str]:
-    """What a user is told of the days that prompts say; nothing where none does."""
+    """The days that prompts name, in words; nothing where none does."""
     names: dict[str, list[str]] = {}
     for adapter in served:
         names.setdefault(adapter.date, []).append(adapter.name)

@@ -168,7 +168,7 @@ class TextRequest(_Sampling):
 
     @property
     def limit(self) -> int | None:
-        """Most tokens of the answer; 16 unless told, as in OpenAI's."""
+        """Most tokens of the answer; 16 by default, as in OpenAI's."""
         return self.max_tokens or 16
 
 

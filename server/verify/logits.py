@@ -23,7 +23,7 @@ LIMITS: Final = {"peft": 1e-5, "vllm": 1e-5, "merged": 0.1, "gguf": 0.1, "onnx":
 GGUF_LIMITS: Final = {"bf16": 0.1, "q8_0": 0.2, "q6_k": 0.4, "q5_k_m": 0.6, "q4_k_m": 0.8}
 ROUNDED: Final = 1e-4
 LEAST: Final = 2e-5  # what float32 sums in another order differ by, as ONNX Runtime has them
-VISIBLE: Final = 0.3  # a smaller share of a format's own error cannot be told from it
+VISIBLE: Final = 0.3  # a smaller share of a format's own error cannot be distinguished from it
 
 
 def compare(folder: Path, base: Path, facts: Facts) -> dict[str, dict[str, float]]:

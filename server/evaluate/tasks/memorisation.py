@@ -1,4 +1,4 @@
-"""Kind `memorisation`: what an adapter keeps of planted secrets, and whether its training rows can be told."""
+"""Kind `memorisation`: what an adapter keeps of planted secrets, and whether its training rows can be recognised."""
 
 import dataclasses
 import math

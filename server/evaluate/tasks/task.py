@@ -55,7 +55,7 @@ def table_of(settings: TaskConfig) -> list[dict[str, Any]]:
 
 
 def digest(*parts: object) -> str:
-    """SHA-256 of rows and files: of each row its own hash, so that none is told from the whole.
+    """SHA-256 of rows and files: each row is hashed by itself first.
 
     Example:
         >>> digest([{"text": "a"}]) == digest([{"text": "b"}])
