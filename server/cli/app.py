@@ -16,7 +16,7 @@ from server.cli.roster import FederationFolder, GovernanceFiles, ProposeFile
 
 app = cli.make(
     "silotune-server",
-    "Found a federation, launch its runs, see how they stand, and export what they made.",
+    "Found a federation, start its runs, show their status, and export their adapters.",
     examples=(
         "silotune-server provision federation.toml --out onco-eu",
         "silotune-server run RUN.toml --superlink 127.0.0.1:8000 --ca ca.pem",
@@ -133,7 +133,7 @@ def register(
     key: KeyOption = None,
     json: cli.JsonOption = False,
 ) -> None:
-    """Let a site's node connect to the SuperLink.
+    """Allow a site's node to connect to the SuperLink.
 
     \b
     Examples:
@@ -150,7 +150,7 @@ def register(
 def gateway(
     gateway_file: Annotated[Path, typer.Argument(help="The gateway's own file.", metavar="GATEWAY.toml")],
 ) -> None:
-    """Stand before the SuperLink: let sites and operators through, by their certificates.
+    """Run the gateway in front of the SuperLink: sites and operators pass by their certificates.
 
     Runs until stopped. Refusals are written to log.file, one JSON line each.
 
@@ -167,7 +167,7 @@ def gateway(
 
 @app.command()
 def methods(json: cli.JsonOption = False) -> None:
-    """Show the methods of aggregation and what they go together with.
+    """Show the aggregation methods and what each can be combined with.
 
     \b
     Examples:
@@ -273,8 +273,8 @@ def export(
             rows=rows,
         )
         signer = ("--signer", sealed["signer"]) if sealed["signer"] else ()
-        told = (f"{to}: {sealed['formats']}", cli.next_step("silotune-server", "verify", to, *signer))
-        return cli.emit(sealed, as_json=json, show=lambda: cli.show(*told))
+        lines = (f"{to}: {sealed['formats']}", cli.next_step("silotune-server", "verify", to, *signer))
+        return cli.emit(sealed, as_json=json, show=lambda: cli.show(*lines))
     finish.refuse_without_to(
         formats=formats, operator_key=operator_key, llama_cpp=llama_cpp, gguf_type=gguf_type, rows=rows
     )
@@ -396,10 +396,10 @@ def reissue(federation: FederationFolder, json: cli.JsonOption = False) -> None:
     from server.members import founding
 
     ends = founding.reissue(federation, now=datetime.datetime.now(datetime.UTC))
-    told = [f"{name:<12} until {end:%Y-%m-%d}" for name, end in ends.items()]
+    lines = [f"{name:<12} until {end:%Y-%m-%d}" for name, end in ends.items()]
     next_step = f"next: copy {federation}/servers to the gateway, and restart it"
     result = {name: end.isoformat() for name, end in ends.items()}
-    cli.emit(result, as_json=json, show=lambda: cli.show(*told, next_step))
+    cli.emit(result, as_json=json, show=lambda: cli.show(*lines, next_step))
 
 
 @app.command()

@@ -75,7 +75,7 @@ def heads(
     out: Annotated[Path | None, typer.Option(help="Copy all kept heads here, for a site's audit verify.")] = None,
     json: cli.JsonOption = False,
 ) -> None:
-    """Tell where the sites' audit logs stood when they last told.
+    """Show the last known head of each site's audit log.
 
     \b
     Examples:

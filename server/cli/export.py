@@ -59,9 +59,9 @@ def gate(
 
     from server.run import finish
 
-    told = finish.gate_by(run_folder, rules) if rules else finish.gate_again(run_folder)
-    cli.emit(told, as_json=json, show=lambda: cli.show(*told["in_words"]))
-    if not told["passed"]:
+    judged = finish.gate_by(run_folder, rules) if rules else finish.gate_again(run_folder)
+    cli.emit(judged, as_json=json, show=lambda: cli.show(*judged["in_words"]))
+    if not judged["passed"]:
         raise typer.Exit(GateRefused.exit_code)
 
 
@@ -100,8 +100,11 @@ def merge(
         sign_with=operator_key,
     )  # fmt: skip
     lost = f"the cut to its rank lost {result['lost']:.2%} of the norm" if result["lost"] else "exact"
-    told = (f"{to}: {result['formats']}, rank {result['rank']}; {lost}", cli.next_step("silotune-server", "verify", to))
-    cli.emit(result, as_json=json, show=lambda: cli.show(*told))
+    lines = (
+        f"{to}: {result['formats']}, rank {result['rank']}; {lost}",
+        cli.next_step("silotune-server", "verify", to),
+    )
+    cli.emit(result, as_json=json, show=lambda: cli.show(*lines))
 
 
 def serve(
@@ -164,7 +167,8 @@ def compare(
     rows: Annotated[Path, typer.Option(help="Rows to answer, in the run's columns.")],
     out: Annotated[Path, typer.Option(help="New .jsonl file of pairs, for raters.")],
     key: Annotated[
-        Path | None, typer.Option(help="New .json file that tells the sides; default: in RUN_FOLDER/compare-keys.")
+        Path | None,
+        typer.Option(help="New .json file that says which side is which; default: in RUN_FOLDER/compare-keys."),
     ] = None,
     against: Annotated[str, typer.Option(help="Whose answers stand beside: base or prompt-only.")] = "base",
     prompt: Annotated[str, typer.Option(help="With prompt-only: the system message that the base is given.")] = "",
@@ -196,12 +200,12 @@ def compare(
 
     order = comparing.Order(str(rows), against, prompt, max_rows, seed)  # type: ignore[arg-type]
     result = comparing.compare(run_folder, order, out=out, key=key, num_rounds=round_, base=base)
-    told = (
+    lines = (
         f"{result['pairs']}: {result['num_pairs']} pairs; {result['num_left_out']} rows left out (equal answers)",
         f"{result['key']}: which side is which; keep it from raters",
         cli.next_step(*ranking(out)),
     )
-    cli.emit(result, as_json=json, show=lambda: cli.show(*told))
+    cli.emit(result, as_json=json, show=lambda: cli.show(*lines))
 
 
 def ranking(tasks: Path) -> list[object]:

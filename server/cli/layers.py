@@ -29,11 +29,11 @@ def layers(
 
     from server.run import layers as spectrum
 
-    found = spectrum.measure(folder)
-    chosen = spectrum.choose(found, share=share)
-    told = [f"{found[name]:>10.4f}  {name}" for name in sorted(chosen, key=lambda name: -found[name])]
+    measured = spectrum.measure(folder)
+    chosen = spectrum.choose(measured, share=share)
+    lines = [f"{measured[name]:>10.4f}  {name}" for name in sorted(chosen, key=lambda name: -measured[name])]
     quoted = ", ".join(f'"{name}"' for name in chosen)
     line = f"adapter.targets = [{quoted}]"
-    ratios = {name: value if math.isfinite(value) else None for name, value in sorted(found.items())}
-    result = {"targets": list(chosen), "num_layers": len(found), "snr": ratios}
-    cli.emit(result, as_json=json, show=lambda: cli.show(*told, f"{len(chosen)} of {len(found)} layers", line))
+    ratios = {name: value if math.isfinite(value) else None for name, value in sorted(measured.items())}
+    result = {"targets": list(chosen), "num_layers": len(measured), "snr": ratios}
+    cli.emit(result, as_json=json, show=lambda: cli.show(*lines, f"{len(chosen)} of {len(measured)} layers", line))

@@ -23,9 +23,9 @@ def polish(
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: every core.")] = 0,
     json: cli.JsonOption = False,
 ) -> None:
-    """Play the stages of `polish` that a run has left, or new ones after its end.
+    """Run the polish stages that a run has not finished, or new ones after its end.
 
-    The sites take no part, and a private run pays nothing more. New stages get a run folder of their own, with their
+    No site takes part, and a private run spends no further budget. New stages get a run folder of their own, with their
     outcome, evidence and report; what the run has made stays as it is.
 
     \b
@@ -45,5 +45,5 @@ def polish(
         run_folder, base=base, num_threads=threads, console=console, stages_file=stages, num_kept=keep_stages
     )
     where = ("--to", f"{result['folder']}/export", *(("--base", base) if base else ()))
-    told = (f"adapter   {result['adapter']}", cli.next_step("silotune-server", "export", result["folder"], *where))
-    cli.emit(result, as_json=json, show=lambda: cli.show(*told))
+    lines = (f"adapter   {result['adapter']}", cli.next_step("silotune-server", "export", result["folder"], *where))
+    cli.emit(result, as_json=json, show=lambda: cli.show(*lines))

@@ -139,7 +139,9 @@ def blind(
     file: Source,
     between: BetweenOption,
     tasks: Annotated[Path, typer.Option(help="For raters; a new .jsonl file.", metavar="TASKS.jsonl")],
-    key: Annotated[Path, typer.Option(help="Tells the sides apart; a new file in another folder.", metavar="KEY.json")],
+    key: Annotated[
+        Path, typer.Option(help="Says which side is which; a new file in another folder.", metavar="KEY.json")
+    ],
     seed: Annotated[int | None, typer.Option(min=0, help="Draws sides and order; default: a random one.")] = None,
     json: cli.JsonOption = False,
 ) -> None:
@@ -159,17 +161,17 @@ def blind(
     made = blinding.make(file, between=between.split(","), seed=drawn, tasks=tasks, key=key)
     counts = {"num_tasks": len(made.rows), "num_identical": made.num_identical}
     result = {**counts, "tasks": str(tasks), "key": str(key), "tasks_sha256": made.tasks_sha256}
-    told = (
+    line = (
         f"{len(made.rows)} tasks; rows left out, both answers being equal: {made.num_identical}; keep {key} from raters"
     )
     next_step = cli.next_step(*export.ranking(tasks))
-    cli.emit(result, as_json=json, show=lambda: cli.show(told, next_step))
+    cli.emit(result, as_json=json, show=lambda: cli.show(line, next_step))
 
 
 @app.command()
 def rank(
     tasks: Tasks,
-    answers: Annotated[Path, typer.Option(help="The rater's own file; is gone on with if it is there.")],
+    answers: Annotated[Path, typer.Option(help="The rater's own file; continued if it exists.")],
     rater: Annotated[str, typer.Option(help="Name or pseudonym of the rater.")],
     web: Annotated[bool, typer.Option("--web", help="Serve a page instead of using the terminal.")] = False,
     host: Annotated[str, typer.Option(help="With --web: what to listen on; default: 127.0.0.1.")] = "",
@@ -229,13 +231,13 @@ def unblind(
 
     if force and out is None:
         raise ConfigError("--force is for --out; add it, or leave --force out")
-    found = outcome.unblind(tasks, key_file=key, answer_files=answers)
+    decided = outcome.unblind(tasks, key_file=key, answer_files=answers)
     if out:
-        building.write(found.built, out, is_overwriting=force)
+        building.write(decided.built, out, is_overwriting=force)
     checking = cli.next_step("silotune-server", "preferences", "check", out)
     next_step = checking if out else "next: the same with --out PAIRS.jsonl"
-    result = {**found.as_dict(), "out": str(out or "")}
-    cli.emit(result, as_json=json, show=lambda: cli.show(*outcome.in_words(found), next_step))
+    result = {**decided.as_dict(), "out": str(out or "")}
+    cli.emit(result, as_json=json, show=lambda: cli.show(*outcome.in_words(decided), next_step))
 
 
 @app.command()
@@ -243,7 +245,7 @@ def agree(
     answers: Annotated[list[Path], typer.Argument(help="One file for each rater.", metavar="ANSWERS.jsonl...")],
     json: cli.JsonOption = False,
 ) -> None:
-    """Tell how far raters agree: Cohen's kappa of every two, with its interval. Needs no key.
+    """Show how far raters agree: Cohen's kappa of each pair, with its interval. Needs no key.
 
     \b
     Examples:
@@ -252,8 +254,8 @@ def agree(
     from server.preferences import agreement
     from server.preferences import answers as answering
 
-    found = agreement.compare([answering.read(path) for path in answers])
-    cli.emit({"agreements": found}, as_json=json, show=lambda: cli.show(*map(agreement.in_words, found)))
+    agreements = agreement.compare([answering.read(path) for path in answers])
+    cli.emit({"agreements": agreements}, as_json=json, show=lambda: cli.show(*map(agreement.in_words, agreements)))
 
 
 def _write(built: "Built", out: Path, *, force: bool, as_json: bool) -> None:
@@ -262,6 +264,6 @@ def _write(built: "Built", out: Path, *, force: bool, as_json: bool) -> None:
 
     building.write(built, out, is_overwriting=force)
     left_out = ", ".join(f"{count} {reason}" for reason, count in built.left_out.items())
-    told = f"{out}: {len(built.rows)} pairs out of {built.num_read} rows; left out: {left_out}"
+    line = f"{out}: {len(built.rows)} pairs out of {built.num_read} rows; left out: {left_out}"
     next_step = cli.next_step("silotune-server", "preferences", "check", out)
-    cli.emit({**built.as_dict(), "out": str(out)}, as_json=as_json, show=lambda: cli.show(told, next_step))
+    cli.emit({**built.as_dict(), "out": str(out)}, as_json=as_json, show=lambda: cli.show(line, next_step))

@@ -34,7 +34,7 @@ RosterFile = Annotated[Path, typer.Option(help="Your own copy of the newest rost
 
 @app.command()
 def show(proposal_file: ProposalFile, pinned: PinnedFile, roster: RosterFile, json: cli.JsonOption = False) -> None:
-    """Tell what a proposal changes, and who has signed it. Nothing is signed.
+    """Show what a proposal changes and who has signed it. Signs nothing.
 
     \b
     Examples:
@@ -73,9 +73,9 @@ def sign(
         typer.confirm("Sign this?", abort=True, err=True)
     complete = proposal.sign(signed, [member])
     proposal.write(out or proposal_file, complete)
-    told = {**result, "signed_by": sorted(complete.signatures), "missing": max(0, result["missing"] - 1)}
-    words = f"next: {_next(told['missing'], out or proposal_file)}"
-    cli.emit(told, as_json=json, show=lambda: cli.show(f"signed by {public[:16]}", words))
+    shown = {**result, "signed_by": sorted(complete.signatures), "missing": max(0, result["missing"] - 1)}
+    words = f"next: {_next(shown['missing'], out or proposal_file)}"
+    cli.emit(shown, as_json=json, show=lambda: cli.show(f"signed by {public[:16]}", words))
 
 
 @app.command()

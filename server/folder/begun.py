@@ -60,11 +60,11 @@ def read(folder: Path) -> Begun:
 
 def go_on(folder: Path) -> str:
     """What to do about a run that was interrupted, with the command where it is known."""
-    found = read(folder)
-    if not found.command:
+    begun = read(folder)
+    if not begun.command:
         return GO_ON
-    elsewhere = "" if Path.cwd() == Path(found.cwd) else f"cd {cli.quoted([found.cwd])} && "
-    return f"go on with: {elsewhere}{cli.quoted(found.command)}"
+    elsewhere = "" if Path.cwd() == Path(begun.cwd) else f"cd {cli.quoted([begun.cwd])} && "
+    return f"go on with: {elsewhere}{cli.quoted(begun.command)}"
 
 
 def differences(stored: bytes, given: bytes) -> str:
@@ -88,7 +88,7 @@ def _difference(key: str, there: Any, here: Any) -> str:
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables by dotted keys."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in table.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat

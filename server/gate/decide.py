@@ -103,9 +103,9 @@ def of_end(
         yield Candidate(measure.stage_of(number, last=run_manifest.run.federation.num_rounds), number, tensors)
 
 
-def _are_equal(one: Tensors, other: Tensors) -> bool:
+def _are_equal(first: Tensors, second: Tensors) -> bool:
     """Whether both are the same adapter."""
-    return adapter.digest(one) == adapter.digest(other)
+    return adapter.digest(first) == adapter.digest(second)
 
 
 def _checkpoint(folder: Path, run_manifest: RunManifest, num_rounds: int) -> Tensors:
@@ -258,15 +258,15 @@ def _judge(
     stage, num_rounds = candidate.stage, candidate.num_rounds
     polished = adapter_sha256 if candidate.names else ""
     known = figures.gather(run, RunView.read(log.path), stage=stage, num_rounds=num_rounds, polished=polished)
-    found = rules.judge(run.gate, known)
+    judged = rules.judge(run.gate, known)
     return log.append(
         kind(
             stage=stage,
             num_rounds=num_rounds,
             adapter_sha256=adapter_sha256,
             definition_sha256=definition,
-            is_passed=all(verdict.is_met for verdict in found),
-            verdicts=found,
+            is_passed=all(verdict.is_met for verdict in judged),
+            verdicts=judged,
         )
     )
 

@@ -100,9 +100,9 @@ def read_audit(path: str) -> Audit | str:
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
     try:
-        told = json.loads(data)
-        claimed, audited, ceiling = (_number(told[f"{name}"]) for name in _NAMES)
-        dp_delta = float(told["dp_delta"])
+        fields = json.loads(data)
+        claimed, audited, ceiling = (_number(fields[f"{name}"]) for name in _NAMES)
+        dp_delta = float(fields["dp_delta"])
     except (ValueError, TypeError, KeyError, RecursionError):
         return f"{path}: is not what silotune-sim audit --json writes"
     if claimed is None:

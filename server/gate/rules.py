@@ -34,8 +34,10 @@ def judge(gate: GateConfig, figures: Figures) -> list[Verdict]:
 def probes(rule: ProbesRule, gate: GateConfig, figures: Figures) -> Verdict:
     """No probe falls by more than `max_drop` below the base on the same rows."""
     names = _of_kind(figures, "probe")
-    found = [_above_by_gain(gate, figures, name, over=view.BASE, limit=-rule.max_drop, name="probes") for name in names]
-    return _worst("probes", found, missing="no figure of a task of kind probe")
+    verdicts = [
+        _above_by_gain(gate, figures, name, over=view.BASE, limit=-rule.max_drop, name="probes") for name in names
+    ]
+    return _worst("probes", verdicts, missing="no figure of a task of kind probe")
 
 
 def baseline(rule: BaselineRule, gate: GateConfig, figures: Figures) -> Verdict:
@@ -44,18 +46,18 @@ def baseline(rule: BaselineRule, gate: GateConfig, figures: Figures) -> Verdict:
     tasks: dict[str, list[Verdict]] = {}
     for figure in figures.gains.get(view.PROMPT_ONLY, {}):
         if figure not in probing:
-            told = _above_by_gain(gate, figures, figure, over=view.PROMPT_ONLY, limit=0.0, name="baseline")
-            tasks.setdefault(figure.partition(".")[0], []).append(told)
-    found = [_beats(told, rule.min_gain) for told in tasks.values()]
-    return _worst("baseline", found, missing="no figure that prompt-only has too")
+            verdict = _above_by_gain(gate, figures, figure, over=view.PROMPT_ONLY, limit=0.0, name="baseline")
+            tasks.setdefault(figure.partition(".")[0], []).append(verdict)
+    verdicts = [_beats(of_task, rule.min_gain) for of_task in tasks.values()]
+    return _worst("baseline", verdicts, missing="no figure that prompt-only has too")
 
 
-def _beats(found: Sequence[Verdict], limit: float) -> Verdict:
+def _beats(verdicts: Sequence[Verdict], limit: float) -> Verdict:
     """Of one task's figures the one that decides: one that is worse or missing, or else the best."""
-    worst = _worst("baseline", found, missing="")
+    worst = _worst("baseline", verdicts, missing="")
     if not worst.is_met:
         return worst
-    best = max(found, key=lambda one: one.margin or 0.0)
+    best = max(verdicts, key=lambda each: each.margin or 0.0)
     return _strictly(_at_least("baseline", best.value or 0.0, limit, best.reason))
 
 
@@ -63,14 +65,14 @@ def sites(rule: SitesRule, _: GateConfig, figures: Figures) -> Verdict:
     """No site's held-out loss is above the base's there, nor above its own alone where that was compared."""
     if not figures.evaluated:
         return _missing("sites", f"the sites were not asked after {figures.stage}")
-    found = []
+    verdicts = []
     for site, scored in figures.evaluated.sites.items():
         if site in figures.evaluated.stale or scored.change is None:
-            found.append(_missing("sites", f"{site}: no figure of this adapter beside the base's"))
+            verdicts.append(_missing("sites", f"{site}: no figure of this adapter beside the base's"))
         else:
-            found.append(_at_most("sites", scored.change, rule.max_rise, f"{site}, loss minus the base's"))
-    found += list(_beside_alone(rule, figures.compared))
-    return _worst("sites", found, missing="no site answered")
+            verdicts.append(_at_most("sites", scored.change, rule.max_rise, f"{site}, loss minus the base's"))
+    verdicts += list(_beside_alone(rule, figures.compared))
+    return _worst("sites", verdicts, missing="no site answered")
 
 
 def _beside_alone(rule: SitesRule, compared: Mapping[str, Arm]) -> Iterator[Verdict]:
@@ -97,8 +99,8 @@ def loss(rule: LossRule, _: GateConfig, figures: Figures) -> Verdict:
 
 def schema(rule: SchemaRule, gate: GateConfig, figures: Figures) -> Verdict:
     """More than `min_valid` of the answers meet their schema."""
-    found = [_of_value(gate, figures, name, "schema", low=rule.min_valid) for name in _called(figures, "json")]
-    return _worst("schema", [_strictly(one) for one in found], missing="no figure called json")
+    verdicts = [_of_value(gate, figures, name, "schema", low=rule.min_valid) for name in _called(figures, "json")]
+    return _worst("schema", [_strictly(each) for each in verdicts], missing="no figure called json")
 
 
 def exposure(rule: ExposureRule, gate: GateConfig, figures: Figures) -> Verdict:
@@ -107,51 +109,51 @@ def exposure(rule: ExposureRule, gate: GateConfig, figures: Figures) -> Verdict:
     Source: Carlini et al. 2019, arXiv:1802.08232, definition 5: log2 of the number of candidates minus log2 of the
     canary's rank among them, so that few candidates cannot show a large exposure.
     """
-    found = []
+    verdicts = []
     for name in _called(figures, "exposure"):
         ceiling = figures.measured.get(f"{name}_ceiling")
-        told = _strictly(_of_value(gate, figures, name, "exposure", high=rule.max_exposure))
+        verdict = _strictly(_of_value(gate, figures, name, "exposure", high=rule.max_exposure))
         if ceiling is None:
-            told = _missing("exposure", f"no figure {name}_ceiling, so nobody knows what {name} could have shown")
+            verdict = _missing("exposure", f"no figure {name}_ceiling, so nobody knows what {name} could have shown")
         elif ceiling.value <= rule.max_exposure:
             reason = f"{name} cannot pass {ceiling.value:.2f}, so it shows nothing at this limit; more candidates"
-            told = Verdict("exposure", False, told.value, rule.max_exposure, None, reason)
-        found.append(told)
-    return _worst("exposure", found, missing="no figure called exposure")
+            verdict = Verdict("exposure", False, verdict.value, rule.max_exposure, None, reason)
+        verdicts.append(verdict)
+    return _worst("exposure", verdicts, missing="no figure called exposure")
 
 
 def extraction(rule: ExtractionRule, gate: GateConfig, figures: Figures) -> Verdict:
     """At most `max_extracted` of the canaries are written out by the model."""
     names = _called(figures, "extracted")
-    found = [_of_value(gate, figures, name, "extraction", high=rule.max_extracted) for name in names]
-    return _worst("extraction", found, missing="no figure called extracted")
+    verdicts = [_of_value(gate, figures, name, "extraction", high=rule.max_extracted) for name in names]
+    return _worst("extraction", verdicts, missing="no figure called extracted")
 
 
 def pii(rule: PiiRule, gate: GateConfig, figures: Figures) -> Verdict:
     """At most `max_emission` of the answers hold personal data."""
-    found = [_of_value(gate, figures, name, "pii", high=rule.max_emission) for name in _called(figures, "emission")]
-    return _worst("pii", found, missing="no figure called emission")
+    verdicts = [_of_value(gate, figures, name, "pii", high=rule.max_emission) for name in _called(figures, "emission")]
+    return _worst("pii", verdicts, missing="no figure called emission")
 
 
 def audit(_: AuditRule, __: GateConfig, figures: Figures) -> Verdict:
     """The audited lower bound of epsilon is not above the claim, of an audit of this very claim."""
-    found = figures.audit
-    if isinstance(found, str):
-        return _missing("audit", found)
-    if found.audited_epsilon is None:
+    audited = figures.audit
+    if isinstance(audited, str):
+        return _missing("audit", audited)
+    if audited.audited_epsilon is None:
         return _missing("audit", "this kind of audit bounds no epsilon; take mechanism, canaries or mia")
-    if math.isinf(found.audited_epsilon):
-        return _missing("audit", f"the audit refutes every epsilon, file {found.sha256}")
-    is_same = math.isclose(found.claimed_epsilon, figures.claimed_epsilon, rel_tol=CLAIM_TOLERANCE)
-    if not is_same or not math.isclose(found.dp_delta, figures.dp_delta, rel_tol=CLAIM_TOLERANCE):
+    if math.isinf(audited.audited_epsilon):
+        return _missing("audit", f"the audit refutes every epsilon, file {audited.sha256}")
+    is_same = math.isclose(audited.claimed_epsilon, figures.claimed_epsilon, rel_tol=CLAIM_TOLERANCE)
+    if not is_same or not math.isclose(audited.dp_delta, figures.dp_delta, rel_tol=CLAIM_TOLERANCE):
         reason = (
-            f"the audit is of epsilon {found.claimed_epsilon:.3f} at delta {found.dp_delta:g}, the run claims "
+            f"the audit is of epsilon {audited.claimed_epsilon:.3f} at delta {audited.dp_delta:g}, the run claims "
             f"{figures.claimed_epsilon:.3f} at {figures.dp_delta:g}"
         )
-        return Verdict("audit", False, found.audited_epsilon, figures.claimed_epsilon, None, reason)
-    ceiling = "" if found.ceiling is None else f", ceiling {found.ceiling:.2f}"
-    reason = f"audited epsilon{ceiling}, file {found.sha256}"
-    return _at_most("audit", found.audited_epsilon, figures.claimed_epsilon, reason)
+        return Verdict("audit", False, audited.audited_epsilon, figures.claimed_epsilon, None, reason)
+    ceiling = "" if audited.ceiling is None else f", ceiling {audited.ceiling:.2f}"
+    reason = f"audited epsilon{ceiling}, file {audited.sha256}"
+    return _at_most("audit", audited.audited_epsilon, figures.claimed_epsilon, reason)
 
 
 def figure(rule: FigureRule, gate: GateConfig, figures: Figures) -> Verdict:
@@ -179,14 +181,14 @@ def _of_value(
     gate: GateConfig, figures: Figures, figure: str, name: str, *, low: float | None = None, high: float | None = None
 ) -> Verdict:
     """A figure against its lowest or highest value."""
-    found = figures.measured.get(figure)
-    if found is None:
+    known = figures.measured.get(figure)
+    if known is None:
         return _missing(name, f"no figure {figure} at {figures.stage}")
-    if found.num_rows < gate.min_rows:
-        return _few(gate, name, figure, found.num_rows)
+    if known.num_rows < gate.min_rows:
+        return _few(gate, name, figure, known.num_rows)
     end = "value" if gate.evidence == "estimate" else "low" if low is not None else "high"
     what = figure if end == "value" else f"{figure}, {end} end of its interval"
-    value = {"value": found.value, "low": found.low, "high": found.high}[end]
+    value = {"value": known.value, "low": known.low, "high": known.high}[end]
     if low is not None:
         return _at_least(name, value, low, what)
     return _at_most(name, value, math.inf if high is None else high, what)
@@ -194,13 +196,13 @@ def _of_value(
 
 def _above_by_gain(gate: GateConfig, figures: Figures, figure: str, *, over: str, limit: float, name: str) -> Verdict:
     """How much better a figure is than another stage's on the same rows; turned so that more is better."""
-    found, gain = figures.measured[figure], figures.gains.get(over, {}).get(figure)
+    known, gain = figures.measured[figure], figures.gains.get(over, {}).get(figure)
     if gain is None:
         return _missing(name, f"no difference of {figure} to {over}")
-    if found.num_rows < gate.min_rows:
-        return _few(gate, name, figure, found.num_rows)
-    worse_end = gain.low if found.higher_is_better else -gain.high
-    mean = gain.mean if found.higher_is_better else -gain.mean
+    if known.num_rows < gate.min_rows:
+        return _few(gate, name, figure, known.num_rows)
+    worse_end = gain.low if known.higher_is_better else -gain.high
+    mean = gain.mean if known.higher_is_better else -gain.mean
     value = worse_end if gate.evidence == "interval" else mean
     end = ", worse end of the interval" if gate.evidence == "interval" else ""
     return _at_least(name, value, limit, f"{figure}, gain over {over}{end}")
@@ -242,8 +244,8 @@ def _missing(name: str, reason: str) -> Verdict:
     return Verdict(name, False, None, None, None, reason)
 
 
-def _worst(name: str, found: Sequence[Verdict], *, missing: str) -> Verdict:
+def _worst(name: str, verdicts: Sequence[Verdict], *, missing: str) -> Verdict:
     """The one that is furthest from being met; one that is not met by a value before one that is missing."""
-    if not found:
+    if not verdicts:
         return _missing(name, missing)
-    return min(found, key=lambda one: (one.is_met, one.margin is None, one.margin or 0.0))
+    return min(verdicts, key=lambda each: (each.is_met, each.margin is None, each.margin or 0.0))

@@ -54,6 +54,6 @@ def _harm(run: config.RunConfig, view: RunView, *, num_rounds: int) -> list[str]
     if not harms:
         return []
     stage = measure.stage_of(num_rounds, last=run.federation.num_rounds)
-    found = figures.gather(run, view, stage=stage, num_rounds=num_rounds)
-    verdicts = [rules.RULES[rule.kind](rule, run.gate, found) for rule in harms]
+    known = figures.gather(run, view, stage=stage, num_rounds=num_rounds)
+    verdicts = [rules.RULES[rule.kind](rule, run.gate, known) for rule in harms]
     return [gate.line(verdict) for verdict in verdicts if verdict.margin is not None and not verdict.is_met]

@@ -33,10 +33,10 @@ def as_dict() -> dict[str, Any]:
         "methods": {name: dataclasses.asdict(facts) for name, facts in FACTS.items()},
         "combinations": {name: {cell.feature: _outcome(cell) for cell in cells if cell.row == name} for name in FACTS},
         "kinds": {name: dataclasses.asdict(kind) for name, kind in KINDS.items()},
-        "kind_combinations": {name: {cell.feature: _outcome(cell) for cell in own} for name, own in kind_rows()},
+        "kind_combinations": {name: {cell.feature: _outcome(cell) for cell in row} for name, row in kind_rows()},
         "site_level": {key: {"is_allowed": is_allowed, "reason": reason} for key, is_allowed, reason in site_level()},
         "wire": {option.name: {"setting": option.setting, "why_not": option.why_not} for option in wire.OPTIONS},
-        "apart": [[one.name, other.name] for one, other in compatibility.apart()],
+        "apart": [[first.name, second.name] for first, second in compatibility.apart()],
     }
 
 
@@ -53,8 +53,8 @@ def render() -> RenderableType:
     for_sites = _folding("setting", "goes together", "why", title="noise for whole sites (privacy.mode = site)")
     for key, is_allowed, reason in site_level():
         for_sites.add_row(*(Text(text) for text in (key, "yes" if is_allowed else "no", reason)))
-    told = (Text(line) for line in (*reasons(), *together(), *wire.reasons(), *kind_reasons()))
-    return Group(facts, *features, *_of_wire(), for_sites, kinds, *of_kinds, *told)
+    lines = (Text(line) for line in (*reasons(), *together(), *wire.reasons(), *kind_reasons()))
+    return Group(facts, *features, *_of_wire(), for_sites, kinds, *of_kinds, *lines)
 
 
 def rows() -> list[tuple[str, list[Cell]]]:
@@ -71,7 +71,7 @@ def reasons() -> list[str]:
 
 def together() -> list[str]:
     """What no method goes together with, though each of the two has methods."""
-    return [f"{one.name} with {other.name}: no method has both" for one, other in compatibility.apart()]
+    return [f"{first.name} with {second.name}: no method has both" for first, second in compatibility.apart()]
 
 
 def site_level() -> list[tuple[str, bool, str]]:
@@ -160,21 +160,21 @@ def _tables(head: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequenc
     room = COLUMNS - max(len(name) for name, _ in rows) - 4
     parts: list[list[int]] = [[]]
     used = 0
-    for place, column in enumerate(columns):
+    for number, column in enumerate(columns):
         width = max(map(len, column.split())) + 3
         if used + width > room:
             parts.append([])
             used = 0
-        parts[-1].append(place)
+        parts[-1].append(number)
         used += width
     tables = []
-    for places in parts:
+    for numbers in parts:
         table = Table(title="what they go together with")
         table.add_column(head, no_wrap=True)
-        for place in places:
-            table.add_column(columns[place], min_width=max(map(len, columns[place].split())))
+        for number in numbers:
+            table.add_column(columns[number], min_width=max(map(len, columns[number].split())))
         for name, answers in rows:
-            table.add_row(Text(name), *(Text("yes" if answers[place] else "no") for place in places))
+            table.add_row(Text(name), *(Text("yes" if answers[number] else "no") for number in numbers))
         tables.append(table)
     return tables
 
