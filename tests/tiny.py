@@ -236,11 +236,10 @@ def with_body(alter):
 
 
 def fleet(answers):
-    """Functions that answer frames as the nodes of an in-process grid."""
-    from server.fleet.grid import GridFleet
-    from simulations.world.grids import InProcessGrid
+    """Functions that answer frames as nodes."""
+    from simulations.world.run import InProcessFleet
 
-    return GridFleet(InProcessGrid(answers))
+    return InProcessFleet(answers)
 
 
 def write_table(path: Path) -> Path:

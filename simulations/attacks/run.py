@@ -12,12 +12,10 @@ from common.events import EventLog
 from common.loss import evaluation
 from common.model import base
 from server.evaluate import suite
-from server.fleet.grid import GridFleet
 from server.run import run as server_run
 from simulations.attacks import rows, updates
 from simulations.world import run as running
 from simulations.world import world
-from simulations.world.grids import InProcessGrid
 from simulations.world.world import Failures, World
 
 
@@ -84,11 +82,11 @@ def play(shared: World, name: str, *, num_bad: int, log: EventLog) -> dict[str, 
     if attack.change:
         for site in agents.keys() - set(honest):
             answers[site] = updates.CheatingSite(agents[site], agents[honest[0]], manifest, attack.change).answer
-    grid, names = InProcessGrid(dict(enumerate(answers.values(), start=1))), dict(enumerate(answers, start=1))
+    nodes, names = dict(enumerate(answers.values(), start=1)), dict(enumerate(answers, start=1))
     with running.explained(failures):
         outcome = server_run.execute(
             settings,
-            fleet=GridFleet(grid, is_closed=True, names=names, explain=failures.explain),
+            fleet=running.InProcessFleet(nodes, is_closed=True, names=names, explain=failures.explain),
             engine=shared.engine,
             folder=shared.folder,
             log=log,

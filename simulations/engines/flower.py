@@ -24,7 +24,7 @@ from flwr.simulation import run_simulation
 from common import extras, quiet
 from common.errors import ConfigError, TransportError
 from common.frame.exchanges import EXCHANGES
-from simulations.world import grids
+from simulations.engines import grid as grids
 
 Result = TypeVar("Result")
 AgentFactory = Callable[[int], Callable[[bytes], bytes]]

@@ -22,8 +22,8 @@ from common.run.manifest import RunManifest
 from server.fleet.grid import GridFleet
 from server.run import run as server_run
 from simulations.commands import commands
+from simulations.engines.grid import Answer, InProcessGrid
 from simulations.world import world
-from simulations.world.grids import Answer, InProcessGrid
 from simulations.world.world import Failures
 
 RUN_FILE: Final = Path(__file__).parents[2] / "configs" / "bench-bytes.toml"

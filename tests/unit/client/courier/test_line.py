@@ -12,7 +12,7 @@ from client.courier import line
 from common.errors import RemoteError, TransportError
 from common.frame import envelope
 from common.frame.exchanges import EXCHANGES
-from simulations.world.grids import InProcessGrid
+from simulations.engines.grid import InProcessGrid
 
 ROOT = Path(__file__).parents[4]
 CANARY = "patient-row-4711"

@@ -9,7 +9,7 @@ from flwr.serverapp import strategy as flwr_strategy
 from common.run.schema import aggregation, shape
 from common.run.schema.aggregation import FedAdagrad, FedAdam, FedAvgM
 from server.aggregate import optimizer
-from simulations.world.grids import InProcessGrid
+from simulations.engines.grid import InProcessGrid
 
 RATE = 0.05
 OURS = {

@@ -12,7 +12,7 @@ from common.privacy import clipping
 from common.run import guarding
 from common.run.schema.aggregation import AggregationConfig, Robust
 from server.aggregate import mean, robust
-from simulations.world.grids import InProcessGrid
+from simulations.engines.grid import InProcessGrid
 
 SHAPES = {"m.lora_A.weight": (2, 5), "m.lora_B.weight": (4, 2)}
 

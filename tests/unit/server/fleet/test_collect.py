@@ -10,7 +10,7 @@ from common.run import packing
 from common.run.manifest import RunManifest
 from server.fleet import collect
 from server.fleet.grid import GridFleet
-from simulations.world.grids import InProcessGrid
+from simulations.engines.grid import InProcessGrid
 from tests import tiny
 
 

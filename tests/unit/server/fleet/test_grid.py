@@ -7,7 +7,7 @@ from common.errors import TransportError
 from common.frame import envelope
 from server.fleet.fleet import Fleet
 from server.fleet.grid import GridFleet
-from simulations.world.grids import InProcessGrid
+from simulations.engines.grid import InProcessGrid
 
 CANARY = "patient-row-4711"
 

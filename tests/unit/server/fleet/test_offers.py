@@ -11,7 +11,7 @@ from server.fleet.grid import GridFleet
 from server.fleet.run import Run
 from server.folder import run_files
 from server.run import run as server_run
-from simulations.world.grids import InProcessGrid
+from simulations.engines.grid import InProcessGrid
 from tests import tiny
 from tests.samples import vault
 from tests.samples.coordinator import Coordinator

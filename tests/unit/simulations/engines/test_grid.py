@@ -5,7 +5,7 @@ from flwr.supercore.run import Run
 
 from common.errors import TransportError, WireError
 from common.frame import envelope
-from simulations.world.grids import InProcessGrid
+from simulations.engines.grid import InProcessGrid
 
 
 def message(node: int = 1, frame: bytes = b"frame") -> Message:

@@ -1,8 +1,7 @@
-"""The in-process grid: a Flower `Grid` whose nodes are functions in this very process.
+"""A Flower `Grid` whose nodes are functions in this very process: for what has to be seen in Flower's own messages.
 
-No Ray, no sockets, no copies: the frame that the server sends is the object that the site's function gets. A node's
-function is called when its reply is pulled, so one site works at a time and the order is the caller's. A message's time
-to live is not played: it would make a run depend on the clock.
+`simulations.bench.arms.bytes` counts their bytes, and tests of `GridFleet` tamper with them. A run in this process takes
+`simulations.world.run.InProcessFleet`, which needs no message. A node's function is called when its reply is pulled.
 """
 
 from collections.abc import Callable, Iterable, Mapping
