@@ -1,7 +1,7 @@
 """A Flower `Grid` whose nodes are functions in this very process: for what has to be seen in Flower's own messages.
 
-`simulations.bench.arms.bytes` counts their bytes, and tests of `GridFleet` tamper with them. A run in this process takes
-`simulations.world.run.InProcessFleet`, which needs no message. A node's function is called when its reply is pulled.
+`simulations.bench.arms.bytes` counts their bytes, and tests of `GridFleet` tamper with them. A run in this process
+takes `simulations.world.run.InProcessFleet`, which needs no message. A node is called when its reply is pulled.
 """
 
 from collections.abc import Callable, Iterable, Mapping
