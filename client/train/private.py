@@ -366,8 +366,8 @@ class _Sink:
             )
         if name in self._units:
             raise ModelError(f"{name} is used twice in one pass, which this way of clipping cannot tell; {ONE_BY_ONE}")
-        x, grad_y = x.flatten(0, 1), grad_y.flatten(0, 1)
-        self._units[name] = torch.stack([grad_y[tokens].T @ x[tokens] for tokens in self._tokens])
+        x, grad_y = x.flatten(0, 1).to(grad_y.dtype), grad_y.flatten(0, 1)  # bfloat16 under autocast
+        self._units[name] = torch.stack([(grad_y[tokens].T @ x[tokens]).float() for tokens in self._tokens])
 
     def units(self) -> dict[str, Tensor]:
         """The gradients of units, (U, out, in) by factor."""
@@ -393,7 +393,8 @@ class _Linear(torch.autograd.Function):
         """Tell the sink; pass on the input's gradient."""
         x, weight = ctx.saved_tensors
         ctx.sink.take(ctx.name, x, grad_y)
-        return (grad_y @ weight if ctx.needs_input_grad[0] else None), None, None, None
+        grad_x = (grad_y @ weight.to(grad_y.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None  # under autocast
+        return grad_x, None, None, None
 
 
 @contextmanager

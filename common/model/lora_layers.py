@@ -9,7 +9,9 @@ bitsandbytes does. The masters A and B stay float32; their products are taken in
 n rows of x, k and d in- and outputs of the layer, r rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -114,11 +116,29 @@ def install(model: nn.Module) -> int:
     Returns:
         The number of layers that can use it.
     """
-    layers = [module for module in model.modules() if _can_use(module)]
-    for layer in layers:
-        if not isinstance(layer.forward, _Forward):
+    layers: list[Any] = [module for module in model.modules() if _can_use(module)]
+    if layers and not any(isinstance(layer.forward, _Forward) for layer in layers):
+        for layer in layers:
             layer.forward = _Forward(layer)
+        causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        causal.base_model.register_forward_pre_hook(partial(_begin, layers))
+        causal.base_model.register_forward_hook(partial(_end, layers), always_call=True)
     return len(layers)
+
+
+def _begin(layers: Sequence[Any], body: Any, _: Any) -> None:
+    """Before a pass through a model's body: cast what its layers will ask for."""
+    masters = layers[0].lora_A[NAME].weight
+    kind = masters.device.type
+    dtype: torch.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else body.dtype
+    for layer, factors in zip(layers, _cast(layers, dtype), strict=True):
+        layer.forward.factors = factors
+
+
+def _end(layers: Sequence[Any], *_: Any) -> None:
+    """After a pass, whatever came of it."""
+    for layer in layers:
+        layer.forward.factors = None
 
 
 def _can_use(module: Any) -> bool:
@@ -138,8 +158,7 @@ class _Forward:
     def __init__(self, layer: Any) -> None:
         self._layer, self._of_peft = layer, layer.forward
         self._frozen = Frozen.of(layer.get_base_layer().weight)
-        self._seen: tuple[object, ...] = ()
-        self._factors: Factors
+        self.factors: Factors | None = None  # cast with those of all other layers, while a pass of the model lasts
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self._layer
@@ -156,21 +175,28 @@ class _Forward:
             return result
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        scale = layer.scaling[NAME]
+        scale, factors = layer.scaling[NAME], self.factors
+        if factors is None or factors.a_rk.dtype != x.dtype:  # a layer that is called by itself, or computed again
+            [factors] = _cast([layer], x.dtype)
         y: Tensor
         down_nr: Tensor
-        y, down_nr = LoraProduct.apply(  # type: ignore[no-untyped-call]
-            x, a.weight, b.weight, self._frozen, self._now(a.weight, b.weight, scale, x.dtype), scale
-        )
+        y, down_nr = LoraProduct.apply(x, a.weight, b.weight, self._frozen, factors, scale)  # type: ignore[no-untyped-call]
         for watch in a._forward_hooks.values():
             watch(a, (x,), down_nr.view(*x.shape[:-1], len(a.weight)))
         return y if base.bias is None else y + base.bias.to(y.dtype)
 
-    @torch.no_grad()
-    def _now(self, a_rk: Tensor, b_dr: Tensor, scale: float, dtype: torch.dtype) -> Factors:
-        """The factors as they are, cast once a step: until the masters are written to or others take their place."""
-        seen = (id(a_rk), a_rk._version, a_rk.data_ptr(), id(b_dr), b_dr._version, b_dr.data_ptr(), scale, dtype)
-        if seen != self._seen:
-            self._factors = Factors(a_rk.to(dtype), b_dr.to(dtype), (b_dr * scale).to(dtype))
-            self._seen = seen
-        return self._factors
+
+@torch.no_grad()
+def _cast(layers: Sequence[Any], dtype: torch.dtype) -> list[Factors]:
+    """The factors of layers as they are now, all in a few kernels.
+
+    Now, as nothing tells whether a master was written to: torch's fused AdamW on a card leaves its version as it was.
+    """
+    a = [layer.lora_A[NAME].weight.detach() for layer in layers]
+    b = [layer.lora_B[NAME].weight.detach() for layer in layers]
+    scaled_b = torch._foreach_mul(b, [layer.scaling[NAME] for layer in layers])
+    masters = [*a, *b, *scaled_b]
+    cast = [torch.empty_like(master, dtype=dtype) for master in masters]
+    torch._foreach_copy_(cast, masters)
+    count = len(layers)
+    return [Factors(*three) for three in zip(cast[:count], cast[count : 2 * count], cast[2 * count :], strict=True)]

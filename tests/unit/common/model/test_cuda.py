@@ -85,7 +85,7 @@ def test_packed_rows_have_the_gradient_of_padded_ones_on_cuda(load_cuda, tiny_ba
 def test_no_step_waits_for_the_card(load_cuda, tiny_base, objective):
     """A step that asks the card for a value fails under torch's debug mode; the first, which warms up, may."""
     engine = load_cuda("none")
-    changes = {"training.objective": f'"{objective}"', "training.local_steps": "6", "training.local_epochs": "0.0"}
+    changes = {"training.objective.kind": f'"{objective}"', "training.local_steps": "6", "training.local_epochs": "0.0"}
     settings = tiny.settings(tiny_base, changes)
     given = {"sft": tiny.row, "dpo": tiny.pair, "kto": tiny.rated}[objective]
     examples, _ = objectives.encode(engine, [given(number) for number in range(16)], settings)

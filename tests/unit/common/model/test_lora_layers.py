@@ -100,7 +100,7 @@ def test_who_looks_at_what_a_gives_sees_the_same(engine_of, monkeypatch):
     assert torch.allclose(seen["ours"], seen["peft"], atol=ATOL)
 
 
-@pytest.mark.parametrize("kind", ["fused", "foreach", "data", "copied"])
+@pytest.mark.parametrize("kind", ["fused", "foreach", "data", "copied", "unseen"])
 def test_factors_follow_their_masters(engine_of, kind):
     """What was cast for one step is not used in the next, however the masters were changed."""
     engine, other = engine_of({}), engine_of({})
@@ -113,6 +113,8 @@ def test_factors_follow_their_masters(engine_of, kind):
         for parameter in parameters:
             if kind == "data":
                 parameter.data = parameter.data * 2
+            elif kind == "unseen":  # as by a kernel that leaves the version as it was
+                parameter.data.mul_(2)
             elif kind == "copied":
                 with torch.no_grad():
                     parameter.copy_(parameter * 2)
