@@ -150,7 +150,7 @@ class _Bytes:
 def test_a04_setting_that_no_rule_judges(site, monkeypatch):
     site.approve(site.manifest())
     with monkeypatch.context() as patch:
-        patch.setattr(rules, "KNOWN", rules.KNOWN - {"training.optimizer.momentum"})
+        patch.setattr(rules, "KNOWN", rules.KNOWN - {"training.optimizer.epsilon"})
         assert site.refused(site.ask(site.offer().to_frame())) == (POLICY, "manifest")
     assert site.ask(site.offer().to_frame()).kind == "opened"
 
