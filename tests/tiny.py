@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common.data.rows import Message, Row
 from common.run import config
-from common.run.catalogue.kinds import DEFAULTS, KINDS
+from common.run.schema import shape
 
 WORDS = ("ache", "burn", "cold", "dose", "ear", "fall", "gut", "heart", "itch", "jaw", "knee", "lung")
 RUN_FILE = """
@@ -44,14 +44,16 @@ SMALL = {"r": "4", "alpha": "8.0", "num_virtual_tokens": "4"}
 
 
 def settings(base: Path | str, changes: Mapping[str, str] | None = None) -> config.RunConfig:
-    """A run of two rounds; `changes` are as on the command line."""
-    return config.parse(RUN_FILE.format(base=base), name="run.toml", overrides=changes or {})
+    """A run of two rounds; `changes` are as on the command line. A kind of adapter begins with its own defaults."""
+    lines = RUN_FILE.format(base=base).splitlines()
+    kept = [line for line in lines if "adapter.kind" not in (changes or {}) or not line.startswith("adapter.")]
+    return config.parse("\n".join(kept), name="run.toml", overrides=changes or {})
 
 
 def of_kind(kind: str, **more: str) -> dict[str, str]:
     """Changes that give a run a small adapter of this kind."""
-    used = {key: SMALL[key] if key in KINDS[kind].settings else str(DEFAULTS[key]) for key in SMALL}
-    return {"adapter.kind": kind, **{f"adapter.{key}": value for key, value in used.items()}, **more}
+    has = shape.tables_of(config.RunConfig)["adapter"].variants[kind].model_fields
+    return {"adapter.kind": kind, **{f"adapter.{key}": value for key, value in SMALL.items() if key in has}, **more}
 
 
 def row(number: int, *, site: str = "north") -> Row:

@@ -156,6 +156,8 @@ class Shelf:
 def _lora_config(run: RunManifest) -> LoraConfig:
     """peft's configuration; every module is named in full, so that no other can match."""
     settings = run.run.adapter
+    if settings.kind != "lora":
+        raise ModelError(f"adapter.kind = '{settings.kind}': what stays at a site are factors of lora")
     return LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]

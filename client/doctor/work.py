@@ -21,6 +21,7 @@ from common.model.size import Work
 from common.run import config, manifest, trainable
 from common.run.manifest import RunManifest
 from common.run.schema import precisions
+from common.run.schema.model import FACTORS, LoraAdapter
 from common.trust import audit_log, governance, identity, kit
 
 LOG_BYTES: Final = 256 << 20  # offers of up to 4 MiB, and both logs
@@ -297,8 +298,8 @@ def work_of(
         quantization=precisions.of_site(model, site),
         double_quantization=model.double_quantization,
         dtype=automatic if model.dtype == "auto" else model.dtype,
-        targets=adapter.targets,
-        r=adapter.r,
+        targets=adapter.layers,
+        r=adapter.r if isinstance(adapter, FACTORS) else LoraAdapter().r,
         num_rows=max(1, training.micro_batch_tokens // num_tokens)
         if training.micro_batch_tokens
         else training.micro_batch_size or training.batch_size,
@@ -310,7 +311,7 @@ def work_of(
 
 def largest_work(allowed: Policy | None, device: Device) -> Work:
     """What the policy allows at most, at the run file's default batch; without a policy, the defaults."""
-    sections = (config.ModelConfig(base="any"), config.AdapterConfig(), config.TrainingConfig())
+    sections = (config.ModelConfig(base="any"), LoraAdapter(), config.TrainingConfig())
     work = work_of(*sections, num_tokens=config.DataConfig().max_length_tokens, device=device)
     if allowed is None:
         return work

@@ -28,6 +28,7 @@ from common.run.catalogue import kinds
 from common.run.catalogue.kinds import KINDS
 from common.run.manifest import Offer, RunManifest
 from common.run.schema import precisions
+from common.run.schema.model import FACTORS
 from common.run.schema.privacy import PrivacyConfig
 
 # What judges each setting that shapes an update: the rule of the policy by its dotted path.
@@ -359,14 +360,12 @@ def _check_adapter(policy: Policy, adapter: config.AdapterConfig, specs: Sequenc
         _check_tensor(policy, spec, kind=adapter.kind)
     if adapter.kind != "lora":
         judge("adapter.max_parameters", trainable.num_values(specs))
-    used = KINDS[adapter.kind].settings
-    if "r" in used:
-        for rank in (adapter.r, *adapter.site_ranks.values()):
+    if isinstance(adapter, FACTORS):
+        for rank in (adapter.r, *adapter.lower_ranks.values()):
             judge("lora.r", rank)
-    if "alpha" in used:
         judge("lora.alpha", adapter.alpha)
         judge("lora.scale", adapter.scale)
-    judge("lora.max_dropout", adapter.dropout)
+        judge("lora.max_dropout", adapter.dropout)
 
 
 def _check_tensor(policy: Policy, spec: TensorSpec, *, kind: str) -> None:

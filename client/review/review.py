@@ -336,7 +336,7 @@ def _facts_of_training(desk: Desk, run: RunManifest) -> dict[str, str]:
     kind, rank = settings.adapter.kind, settings.aggregation.residual_rank
     if kind == "lora":
         sends = trainable.in_words(run.plan.egress.factors)
-        if settings.adapter.site_ranks:
+        if settings.adapter.kind == "lora" and settings.adapter.site_ranks:
             sends += f", at rank {run.plan.rank_of(site)} of {settings.adapter.r}"
         if kept := run.plan.tensors.kept:
             sends += f"; {len(kept)} more tensors are trained and stay here"

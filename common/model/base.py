@@ -30,6 +30,7 @@ from common.frame.records import TensorSpec
 from common.model import base_files, codes, core_layers, kernels, peft_kinds, probe, varlen
 from common.run import config
 from common.run.catalogue.kinds import KINDS, Quantization
+from common.run.schema.model import LoraAdapter
 from common.text import prompts, templates
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -267,7 +268,7 @@ def quantization_config(settings: config.ModelConfig, dtype: torch.dtype) -> Bit
     )
 
 
-def lora_config(settings: config.AdapterConfig) -> LoraConfig:
+def lora_config(settings: LoraAdapter) -> LoraConfig:
     """peft's configuration of `[adapter]`."""
     names = list(settings.targets)
     return LoraConfig(
@@ -323,6 +324,8 @@ def _check_dtype(settings: config.ModelConfig, adapter_settings: config.AdapterC
 
 def _attach_side(model: Any, settings: config.AdapterConfig, *, rank: int) -> None:
     """A second, frozen adapter of zeros beside the first, of the same scale."""
+    if settings.kind != "lora":
+        raise ModelError(f"adapter.kind = '{settings.kind}': a side adapter stands beside factors of lora only")
     beside = lora_config(settings.model_copy(update={"r": rank, "dropout": 0.0, "use_rslora": False}))
     beside.lora_alpha = settings.scale * rank  # type: ignore[assignment]
     with torch.random.fork_rng(), quiet_peft():

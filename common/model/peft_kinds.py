@@ -18,7 +18,7 @@ from torch import nn
 from common.errors import ModelError
 from common.model import skeleton
 from common.run.catalogue.kinds import KINDS
-from common.run.schema.model import AdapterConfig
+from common.run.schema.model import AdaLoraAdapter, AdapterConfig, DoraAdapter, TokensAdapter
 
 TASK: Final = "CAUSAL_LM"
 FEED_FORWARD: Final = frozenset(
@@ -60,22 +60,27 @@ def configuration(
     if KINDS[settings.kind].layers != "input":
         shared["target_modules"] = list(modules)
     make: Any = functools.partial  # peft's configurations are told apart by nothing that a type checker sees
-    lora = {"lora_alpha": settings.alpha, "lora_dropout": settings.dropout, "bias": "none"}
-    tokens = {"num_virtual_tokens": settings.num_virtual_tokens}
+    own: dict[str, Any] = {}
+    if isinstance(settings, DoraAdapter | AdaLoraAdapter):
+        own = {"lora_alpha": settings.alpha, "lora_dropout": settings.dropout, "bias": "none"}
+    if settings.kind == "dora":
+        own |= {"use_dora": True, "r": settings.r, "use_rslora": settings.use_rslora}
+    elif settings.kind == "adalora":  # the schedule is the coordinator's, in rounds (`server.aggregate.adalora`)
+        own |= {"init_r": settings.r, "target_r": settings.final_r, "total_step": 1}
+    elif isinstance(settings, TokensAdapter):
+        own = {"num_virtual_tokens": settings.num_virtual_tokens}
     feed_forward = [name for name in modules if name.rpartition(".")[2] in FEED_FORWARD]
     makers = {
-        "dora": make(peft.LoraConfig, use_dora=True, r=settings.r, use_rslora=settings.use_rslora, **lora),
-        "adalora": make(
-            peft.AdaLoraConfig, init_r=settings.r, target_r=settings.final_r, total_step=1, **lora
-        ),  # the schedule is the coordinator's, in rounds (`server.aggregate.adalora`)
+        "dora": peft.LoraConfig,
+        "adalora": peft.AdaLoraConfig,
         "ia3": make(peft.IA3Config, feedforward_modules=feed_forward),
-        "ln_tuning": make(peft.LNTuningConfig),
-        "full": make(peft.LNTuningConfig),  # peft trains a copy of whatever layer it is given
-        "prompt_tuning": make(peft.PromptTuningConfig, prompt_tuning_init="SAMPLE_VOCAB", **tokens),
-        "prefix_tuning": make(peft.PrefixTuningConfig, **tokens),
-        "p_tuning": make(peft.PromptEncoderConfig, **tokens),
+        "ln_tuning": peft.LNTuningConfig,
+        "full": peft.LNTuningConfig,  # peft trains a copy of whatever layer it is given
+        "prompt_tuning": make(peft.PromptTuningConfig, prompt_tuning_init="SAMPLE_VOCAB"),
+        "prefix_tuning": peft.PrefixTuningConfig,
+        "p_tuning": peft.PromptEncoderConfig,
     }
-    made: PeftConfig = makers[settings.kind](**shared)
+    made: PeftConfig = makers[settings.kind](**shared, **own)
     return made
 
 
@@ -85,7 +90,7 @@ def layers(base: nn.Module, settings: AdapterConfig) -> list[str]:
     Raises:
         ModelError: A name of `adapter.targets` matches no layer.
     """
-    where, names = KINDS[settings.kind].layers, settings.targets
+    where, names = KINDS[settings.kind].layers, settings.layers
     if where == "input":
         return []
     if where == "norms":

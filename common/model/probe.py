@@ -29,7 +29,7 @@ from common.adapter import adapter, peft_config
 from common.errors import ModelError
 from common.model import base_files, codes, skeleton
 from common.run.catalogue.kinds import Quantization
-from common.run.schema.model import AdapterConfig
+from common.run.schema.model import AdapterConfig, LoraAdapter
 
 MIN_SHARE: Final = 0.5  # bases are at 0 to 13 % (experts, layers of a class of their own) or above 97 %
 NUM_TOKENS: Final = 16
@@ -231,7 +231,7 @@ def attach(
     return fresh(theirs.unload()).train(was_training)
 
 
-def check_targets(model: Any, settings: AdapterConfig, *, remedy: str) -> None:
+def check_targets(model: Any, settings: LoraAdapter, *, remedy: str) -> None:
     """Refuse LoRA on anything but linear layers, and a name that matches none: peft is content with one that does.
 
     Experts that are fused into one tensor get factors for all of them at once (peft's `target_parameters`). No plain
@@ -279,7 +279,7 @@ def check_same(theirs_btv: Tensor, ours_btv: Tensor, *, dtype: torch.dtype, is_e
         )
 
 
-def _by_plain_peft(base: Any, pair: adapter.Tensors, settings: AdapterConfig) -> Any:
+def _by_plain_peft(base: Any, pair: adapter.Tensors, settings: LoraAdapter) -> Any:
     """A base with LoRA as peft loads it from an export: scale 1, every module named in full."""
     scaled = {name: settings.scale * value if ".lora_B." in name else value for name, value in pair.items()}
     modules = adapter.module_names(adapter.specs(pair))

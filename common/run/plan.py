@@ -15,6 +15,7 @@ from common.frame.records import TensorSpec
 from common.run import egress, packing, trainable
 from common.run.catalogue.methods import FACTS, Facts
 from common.run.egress import HEAD_BYTES, Egress
+from common.run.schema.model import FACTORS
 from common.run.schema.wire import WHOLE
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class Plan:
 
     def rank_of(self, site: str) -> int:
         """The rank of a site's adapter; one that `adapter.site_ranks` does not name has `adapter.r`."""
-        return self.adapter.site_ranks.get(site, self.adapter.r)
+        return self.adapter.lower_ranks.get(site, self.adapter.r if isinstance(self.adapter, FACTORS) else 0)
 
     def trained(self, round_index: int) -> tuple[TensorSpec, ...]:
         """The tensors that are trained in a round."""

@@ -37,7 +37,7 @@ def base(run: RunConfig, folder: Path | None) -> Result:
     where = folder or store.resolve(run.model.base)
     sha256 = model.check_hash(where, run.model.sha256)
     shape = size.read(where)
-    for name in run.adapter.targets:
+    for name in run.adapter.layers:
         if not shape.targets([name]):
             return failed(f"{where} has no layer {name}", "correct adapter.targets")
     share = loading.check(run, where)

@@ -137,8 +137,8 @@ def trained(settings: config.AdapterConfig) -> str:
     if settings.kind == "lora":
         title = f"LoRA r = {settings.r}, alpha = {settings.alpha}, {', '.join(settings.targets)}"
         return title + (", rsLoRA" if settings.use_rslora else "")
-    kind = KINDS[settings.kind]
-    return ", ".join([kind.title, *(f"{key} = {getattr(settings, key)}" for key in kind.settings)])
+    values = (f"{key} = {getattr(settings, key)}" for key in type(settings).model_fields if key != "kind")
+    return ", ".join([KINDS[settings.kind].title, *values])
 
 
 def is_path(base: str) -> bool:

@@ -20,7 +20,7 @@ from common import storage
 from common.adapter import adapter, peft_config
 from common.adapter.adapter import Tensors
 from common.frame.records import TensorSpec
-from common.run import config
+from common.run.schema.model import LoraAdapter
 from server.aggregate import factored
 
 RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's MaxLoRARanks without 1, which some releases refuse
@@ -38,7 +38,7 @@ def listed_rank(rank: int) -> int:
     return next((listed for listed in RANKS if listed >= rank), rank)
 
 
-def canonical(tensors: Tensors, settings: config.AdapterConfig) -> dict[str, Tensor]:
+def canonical(tensors: Tensors, settings: LoraAdapter) -> dict[str, Tensor]:
     """The same function with scale 1: a side adapter joined, the scale in B, zeros up to a listed rank.
 
     B A + U V = [B, U] [A; V], for both stand under the same scale.
@@ -71,7 +71,7 @@ def rank_of(tensors: Tensors) -> int:
 def specs(tensor_specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
     """Names and shapes that the canonical form of a run's adapter has."""
     empty = {spec.name: torch.empty(spec.shape, device="meta") for spec in tensor_specs}
-    return adapter.specs(canonical(empty, config.AdapterConfig()))
+    return adapter.specs(canonical(empty, LoraAdapter()))
 
 
 def save(folder: Path, tensors: Tensors, *, base: str, card: str, made: PeftConfig | None = None) -> None:

@@ -19,6 +19,8 @@ from common.run.catalogue.methods import FACTS, Facts
 from common.run.rules import compatibility, wire
 from common.run.rules.compatibility import FEATURES, SITE_ALLOWS, SITE_REFUSES, UNDER_SITE, Cell
 from common.run.rules.kinds import KIND_FEATURES
+from common.run.schema import shape
+from common.run.schema.tables import RunTables
 from common.run.trainable import in_words
 
 PAGE: Final = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -126,10 +128,16 @@ def _summary(facts: Facts) -> tuple[str, str, str, str, str]:
     return facts.name, paper, in_words(facts.sends), exact, facts.rule
 
 
+def _settings(kind: str) -> list[str]:
+    """The settings of `[adapter]` that a kind has."""
+    fields = shape.tables_of(RunTables)["adapter"].variants[kind].model_fields
+    return [name for name in fields if name != "kind"]
+
+
 def _kind(kind: Kind) -> tuple[str, str, str, str, str]:
     """A kind in a line."""
     mean = f"approximate: {kind.inexact}" if kind.inexact else "exact"
-    return kind.name, f"{kind.title}, {kind.source}", mean, kind.rule, ", ".join(kind.settings) or "none"
+    return kind.name, f"{kind.title}, {kind.source}", mean, kind.rule, ", ".join(_settings(kind.name)) or "none"
 
 
 def _of_wire() -> list[Table]:

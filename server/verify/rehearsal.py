@@ -59,7 +59,7 @@ def rehearse(run: config.RunConfig, base: Path, *, base_sha256: str, order: Orde
         return
     with tempfile.TemporaryDirectory(prefix="silotune-export-") as folder, torch.random.fork_rng():
         try:
-            small = make_small(base, Path(folder) / base.name, targets=run.adapter.targets)
+            small = make_small(base, Path(folder) / base.name, targets=run.adapter.layers)
             plain_run = run.model_copy(update={"model": perplexity.plain_model(small, run.model.chat_template)})
             engine = loading.engine_of(plain_run, small, device_name="cpu", num_threads=torch.get_num_threads())
             generator = torch.Generator().manual_seed(run.seed)

@@ -247,7 +247,7 @@ def require_named(adapter: config.AdapterConfig, model: config.ModelConfig, site
         ConfigError: `adapter.site_ranks` or `model.site_quantization` names a site that there is not.
     """
     named: dict[str, Mapping[str, object]] = {
-        "adapter.site_ranks": adapter.site_ranks,
+        "adapter.site_ranks": adapter.lower_ranks,
         "model.site_quantization": model.site_quantization,
     }
     for key, table in named.items():

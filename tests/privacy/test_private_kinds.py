@@ -11,7 +11,6 @@ from common.errors import ModelError
 from common.loss import likelihood
 from common.model import base
 from common.privacy import noise
-from common.run.catalogue.kinds import DEFAULTS
 from server.folder import run_files
 from server.run import run
 from tests import tiny
@@ -25,7 +24,7 @@ CLIP_NORM = 0.05
 
 
 def changes(kind: str) -> dict[str, str]:
-    return {"adapter.kind": kind, "adapter.r": "16", "adapter.alpha": str(DEFAULTS["alpha"]), **KINDS[kind]}
+    return {"adapter.kind": kind, **KINDS[kind]}
 
 
 def stirred(load_tiny, kind: str):

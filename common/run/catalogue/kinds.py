@@ -10,15 +10,6 @@ KindName = Literal[
 ]  # fmt: skip
 Quantization = Literal["none", "int8", "nf4"]
 ALL: Final[tuple[Quantization, ...]] = ("none", "int8", "nf4")
-DEFAULTS: Final[Mapping[str, object]] = {
-    "r": 16,
-    "alpha": 32.0,
-    "dropout": 0.0,
-    "targets": ("all-linear",),
-    "use_rslora": False,
-    "target_r": 0,
-    "num_virtual_tokens": 16,
-}
 
 
 @dataclass(frozen=True)
@@ -30,7 +21,6 @@ class Kind:
         title: As in its paper.
         source: Paper.
         rule: What is trained, in a line.
-        settings: Keys of `[adapter]` that it uses; any other must be left at its default.
         tensors: Pattern of what follows a module's name in a tensor's, or of the whole name where no module is touched.
         layers: What it stands on: linear layers by `adapter.targets`, norms, both, or none (`input`).
         inexact: Why the mean of its tensors is not the mean of what they do to the model; empty: it is, being linear.
@@ -45,7 +35,6 @@ class Kind:
     title: str
     source: str
     rule: str
-    settings: tuple[str, ...]
     tensors: str
     layers: Literal["linear", "norms", "both", "input"] = "linear"
     inexact: str = ""
@@ -67,7 +56,6 @@ _TABLE: Final = (
         title="LoRA, rsLoRA",
         source="arXiv:2106.09685",
         rule="W0 + s B A",
-        settings=("r", "alpha", "dropout", "targets", "use_rslora"),
         tensors=r"(lora_[ABH]|residual_[AB])\.weight",
         inexact="the product of the means is not the mean of the products; the gap is shown, and exact methods exist",
         nearest=("lora",),
@@ -77,7 +65,6 @@ _TABLE: Final = (
         title="DoRA",
         source="arXiv:2402.09353",
         rule="LoRA's direction, and a length for each output",
-        settings=("r", "alpha", "dropout", "targets", "use_rslora"),
         tensors=r"lora_([AB]|magnitude_vector)\.weight",
         inexact="the weight is a product, divided by its own length",
         starts_from_base=True,
@@ -89,7 +76,6 @@ _TABLE: Final = (
         title="AdaLoRA",
         source="arXiv:2303.10512",
         rule="P diag(e) Q; each round the coordinator zeroes the least important e, so that all sites agree on ranks",
-        settings=("r", "alpha", "dropout", "targets", "target_r"),
         tensors=r"lora_[ABE]",
         inexact="a product of three",
         nearest=("lora",),
@@ -99,7 +85,6 @@ _TABLE: Final = (
         title="IA3",
         source="arXiv:2205.05638",
         rule="a factor for each output, or each input of the feed-forward's last layer",
-        settings=("targets",),
         tensors=r"ia3_l",
         float32_on=("int8", "nf4"),
         nearest=("ln_tuning", "lora"),
@@ -109,7 +94,6 @@ _TABLE: Final = (
         title="LayerNorm tuning",
         source="arXiv:2312.11420",
         rule="the normalisation layers' own weights",
-        settings=(),
         tensors=r"ln_tuning_layers\.(weight|bias)",
         layers="norms",
         float32_on=ALL,
@@ -120,7 +104,6 @@ _TABLE: Final = (
         title="full fine-tuning",
         source="no adapter; for small bases",
         rule="the weights of the targets, with all-linear those of the norms too; never embeddings nor output head",
-        settings=("targets",),
         tensors=r"ln_tuning_layers\.(weight|bias)",
         layers="both",
         bases=("none",),
@@ -132,7 +115,6 @@ _TABLE: Final = (
         title="prompt tuning",
         source="arXiv:2104.08691",
         rule="embeddings of virtual tokens before each row",
-        settings=("num_virtual_tokens",),
         tensors=r"prompt_encoder\.embedding\.weight",
         layers="input",
         is_mergeable=False,
@@ -143,7 +125,6 @@ _TABLE: Final = (
         title="prefix tuning",
         source="arXiv:2101.00190",
         rule="keys and values of virtual tokens in every layer, without the paper's projection",
-        settings=("num_virtual_tokens",),
         tensors=r"prompt_encoder\.embedding\.weight",
         layers="input",
         is_mergeable=False,
@@ -154,7 +135,6 @@ _TABLE: Final = (
         title="P-tuning",
         source="arXiv:2103.10385",
         rule="embeddings of virtual tokens, made by a small network that is trained too",
-        settings=("num_virtual_tokens",),
         tensors=r"prompt_encoder\.(embedding\.weight|mlp_head\.\d\.(weight|bias))",
         layers="input",
         inexact="the mean of networks is not the network of the mean",

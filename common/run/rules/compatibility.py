@@ -103,6 +103,11 @@ def refusals(
         yield features[number], tuple(names), reason, nearest
 
 
+def has_site_ranks(run: RunTables) -> bool:
+    """Whether sites hold adapters of different ranks."""
+    return bool(run.adapter.lower_ranks)
+
+
 def _in_the_clear(facts: Facts) -> str:
     return "" if facts.is_linear else "the coordinator needs each site's factors, and would see their sum only"
 
@@ -234,7 +239,7 @@ FEATURES: Final[tuple[Feature[Facts], ...]] = (
         _mixed,
         _mixed_remark,
         keys=("adapter.site_ranks",),
-        is_asked=lambda run: bool(run.adapter.site_ranks),
+        is_asked=has_site_ranks,
     ),
     Feature(
         SERVER_OPTIMIZER,
@@ -286,7 +291,7 @@ def _compares(name: str, key: str, is_asked: Callable[[RunTables], bool]) -> Rul
     """What holds one site's values against another's."""
     message = f"{name} compares value by value, and a smaller site has none for some"
     keys = ("adapter.site_ranks", key)
-    return Rule(keys, lambda c: bool(c.adapter.site_ranks) and is_asked(c), message, "remove one of the two")
+    return Rule(keys, lambda c: has_site_ranks(c) and is_asked(c), message, "remove one of the two")
 
 
 def _apart(one: Feature[Facts], other: Feature[Facts]) -> Rule:
@@ -307,7 +312,7 @@ def _refused(feature: Feature[Facts], methods: tuple[str, ...], reason: str, nea
 RULES: Final = (
     Rule(
         ("adapter.site_ranks", "adapter.r"),
-        lambda c: any(rank >= c.adapter.r for rank in c.adapter.site_ranks.values()),
+        lambda c: c.adapter.kind == "lora" and any(rank >= c.adapter.r for rank in c.adapter.site_ranks.values()),
         "all sites have adapter.r but for those that hold less",
         "name only sites whose rank is below it",
     ),
@@ -358,7 +363,7 @@ SITE_REFUSES: Final = (  # what noise for sites as a whole goes together with, w
     ),
     _site(
         "adapter.site_ranks",
-        lambda run: bool(run.adapter.site_ranks),
+        lambda run: has_site_ranks(run),
         "a smaller site would be clipped and noised over other values than the others",
         "give all the same rank",
     ),
@@ -384,7 +389,7 @@ def without_gap(run: RunTables) -> str:
     """
     facts = FACTS[run.aggregation.method]
     asked = [feature for feature in FEATURES if feature.is_asked(run)]
-    never_cuts = ("yes",) if run.adapter.site_ranks else ("no", "truncate", "yes")
+    never_cuts = ("yes",) if has_site_ranks(run) else ("no", "truncate", "yes")
     exact = (name for name in facts.nearest if FACTS[name].is_exact and FACTS[name].mixed_ranks in never_cuts)
     allowed = (name for name in exact if not any(feature.why_not(FACTS[name]) for feature in asked))
     return "" if facts.is_exact or facts.is_personal else next(allowed, "")

@@ -7,9 +7,9 @@ docs/methods.md print the table. Cells without keys are what an export or a site
 from collections.abc import Callable
 from typing import Final
 
-from common.run.catalogue.kinds import ALL, DEFAULTS, KINDS, Kind
+from common.run.catalogue.kinds import ALL, KINDS, Kind
 from common.run.rules.compatibility import Feature, refusals
-from common.run.rules.rule import Rule, idle
+from common.run.rules.rule import Rule
 from common.run.schema import precisions
 from common.run.schema.tables import RunTables
 
@@ -162,19 +162,8 @@ def _refused(feature: Feature[Kind], kinds: tuple[str, ...], reason: str, neares
     )
 
 
-def _unused(key: str) -> Rule:
-    return idle(
-        f"adapter.{key}",
-        "adapter.kind",
-        where=lambda run: key not in KINDS[run.adapter.kind].settings,
-        message="this kind does not use it",
-        remedy="remove it or choose another kind",
-    )
-
-
 RULES: Final = (
     *(_refused(*refused) for refused in refusals(KINDS, KIND_FEATURES) if refused[0].keys),
-    *map(_unused, DEFAULTS),
     Rule(
         ("adapter.target_r", "adapter.r"),
         lambda c: c.adapter.kind == "adalora" and c.adapter.target_r > c.adapter.r,
@@ -183,7 +172,7 @@ RULES: Final = (
     ),
     Rule(
         ("adapter.dropout", "privacy.mode"),
-        lambda c: c.privacy.mode == "unit" and c.adapter.dropout > 0,
+        lambda c: c.privacy.mode == "unit" and getattr(c.adapter, "dropout", 0) > 0,
         "masks of dropout depend on which units were drawn before, so that one unit would move all others",
         "set 0",
     ),

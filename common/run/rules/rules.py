@@ -124,7 +124,7 @@ RUN_RULES: Final = (
     ),
     Rule(
         ("aggregation.num_heads", "adapter.r"),
-        lambda c: _has_cores(c) and c.adapter.r % c.aggregation.num_heads > 0,
+        lambda c: _has_cores(c) and c.adapter.kind == "lora" and c.adapter.r % c.aggregation.num_heads > 0,
         "all heads have the same share of the rank",
         "choose a number that divides adapter.r",
     ),
@@ -353,7 +353,7 @@ RUN_RULES: Final = (
     ),
     Rule(
         ("evaluation.num_polish_stages", "adapter.site_ranks"),
-        lambda c: c.evaluation.num_polish_stages > 0 and bool(c.adapter.site_ranks),
+        lambda c: c.evaluation.num_polish_stages > 0 and compatibility.has_site_ranks(c),
         "a site of a lower rank would score a part of the polished adapter only",
         "remove one of the two",
     ),

@@ -1,10 +1,11 @@
 """Sections `[model]` and `[adapter]` of the run file."""
 
+from collections.abc import Mapping
 from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field
 
-from common.run.catalogue.kinds import KindName, Quantization
+from common.run.catalogue.kinds import Quantization
 from common.run.schema.section import TARGET, Array, Line, OfSites, RequiredLine, Section, Sha256
 
 ALL_LINEAR: Final = ("all-linear",)
@@ -46,46 +47,126 @@ def _all_or_some(targets: tuple[str, ...]) -> tuple[str, ...]:
     return targets
 
 
-class AdapterConfig(Section):
-    """The adapter: all that is trained and all that travels. Which settings a kind uses is in docs/methods.md."""
+Targets = Annotated[
+    Array[Annotated[str, Field(pattern=TARGET, max_length=1024)]], Field(min_length=1), AfterValidator(_all_or_some)
+]
+_KIND: Final = "Kind of adapter: all that is trained and all that travels; docs/methods.md has what each does."
+_TARGETS: Final = (
+    "Layers that get an adapter: names of modules, or `all-linear` (all but the output head). `silotune-server layers` "
+    "chooses them by the signal in their weights."
+)
 
-    kind: KindName = Field(default="lora", description="Kind of adapter.")
+
+class _Adapter(Section):
+    @property
+    def num_prepended(self) -> int:
+        """Virtual tokens that stand before each row's own, so that its logits come later."""
+        return 0
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """`targets`; nothing for a kind that has none."""
+        return ()
+
+    @property
+    def lower_ranks(self) -> Mapping[str, int]:
+        """`site_ranks`; nothing for a kind that has none."""
+        return {}
+
+
+class _Factors(_Adapter):
     r: int = Field(default=16, ge=1, le=512, description="Rank of the adapter's factors; of `adalora` at the start.")
     alpha: float = Field(
         default=32.0, gt=0, le=65536, description="Scale: the factors' product is multiplied by `alpha / r`."
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of the adapter's inputs zeroed in training.")
-    targets: Annotated[
-        Array[Annotated[str, Field(pattern=TARGET, max_length=1024)]], Field(min_length=1), AfterValidator(_all_or_some)
-    ] = Field(
-        default=ALL_LINEAR,
-        description="Layers that get an adapter: names of modules, or `all-linear` (all but the output head). "
-        "`silotune-server layers` chooses them by the signal in their weights.",
-    )
+    targets: Targets = Field(default=ALL_LINEAR, description=_TARGETS)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """`targets`."""
+        return self.targets
+
+
+class _Scaled(_Factors):
     use_rslora: bool = Field(default=False, description="Multiply by `alpha / sqrt(r)` instead of `alpha / r`.")
-    site_ranks: OfSites[Rank] = Field(
-        default={},
-        validate_default=True,
-        description="Sites that hold fewer than `r` ranks: `{ north = 4, south = 8 }`. The others hold `r`.",
-    )
-    target_r: int = Field(
-        default=0, ge=0, le=512, description="Mean rank that `adalora` has left after the last round. 0: half of `r`."
-    )
-    num_virtual_tokens: int = Field(
-        default=16, ge=1, le=1024, description="Tokens that `prompt_tuning`, `prefix_tuning` and `p_tuning` put first."
-    )
 
     @property
     def scale(self) -> float:
         """What the factors' product is multiplied by."""
         return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
 
+
+class LoraAdapter(_Scaled):
+    """A pair of factors beside each layer."""
+
+    kind: Literal["lora"] = Field(default="lora", description=_KIND)
+    site_ranks: OfSites[Rank] = Field(
+        default={},
+        validate_default=True,
+        description="Sites that hold fewer than `r` ranks: `{ north = 4, south = 8 }`. The others hold `r`.",
+    )
+
+    @property
+    def lower_ranks(self) -> Mapping[str, int]:
+        """`site_ranks`."""
+        return self.site_ranks
+
+
+class DoraAdapter(_Scaled):
+    """LoRA's direction, and a length for each output."""
+
+    kind: Literal["dora"] = Field(default="dora", description=_KIND)
+
+
+class AdaLoraAdapter(_Factors):
+    """Factors whose ranks the coordinator lowers from round to round."""
+
+    kind: Literal["adalora"] = Field(default="adalora", description=_KIND)
+    target_r: int = Field(
+        default=0, ge=0, le=512, description="Mean rank that is left after the last round. 0: half of `r`."
+    )
+
+    @property
+    def scale(self) -> float:
+        """What the factors' product is multiplied by."""
+        return self.alpha / self.r
+
     @property
     def final_r(self) -> int:
         """What `target_r` means."""
         return self.target_r or max(1, self.r // 2)
 
+
+class LayersAdapter(_Adapter):
+    """A factor for each output of a layer (`ia3`), or the layers' own weights (`full`)."""
+
+    kind: Literal["ia3", "full"] = Field(description=_KIND)
+    targets: Targets = Field(default=ALL_LINEAR, description=_TARGETS)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """`targets`."""
+        return self.targets
+
+
+class NormsAdapter(_Adapter):
+    """The weights of the normalisation layers."""
+
+    kind: Literal["ln_tuning"] = Field(default="ln_tuning", description=_KIND)
+
+
+class TokensAdapter(_Adapter):
+    """Virtual tokens before each row."""
+
+    kind: Literal["prompt_tuning", "prefix_tuning", "p_tuning"] = Field(description=_KIND)
+    num_virtual_tokens: int = Field(default=16, ge=1, le=1024, description="Tokens that are put first.")
+
     @property
     def num_prepended(self) -> int:
-        """Virtual tokens that stand before each row's own, so that its logits come later."""
-        return self.num_virtual_tokens if self.kind in ("prompt_tuning", "p_tuning") else 0
+        """See the other kinds; those of `prefix_tuning` are keys and values, and stand before no logits."""
+        return self.num_virtual_tokens if self.kind != "prefix_tuning" else 0
+
+
+FACTORS: Final = (LoraAdapter, DoraAdapter, AdaLoraAdapter)
+AdapterConfig = LoraAdapter | DoraAdapter | AdaLoraAdapter | LayersAdapter | NormsAdapter | TokensAdapter

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from common.run.schema.aggregation import AggregationConfig
 from common.run.schema.export import ExportConfig
 from common.run.schema.gate import GateConfig
-from common.run.schema.model import AdapterConfig, ModelConfig
+from common.run.schema.model import AdapterConfig, LoraAdapter, ModelConfig
 from common.run.schema.node import AgentConfig, HardwareConfig, LinkConfig, NodeDataConfig, NodeModelConfig, SiteConfig
 from common.run.schema.polish import Stage, check_order
 from common.run.schema.privacy import PrivacyConfig
@@ -39,7 +39,7 @@ class RunTables(Section):
     name: Slug = Field(default="run", description="Name of the run.")
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Seed of all randomness that need not be secret.")
     model: ModelConfig
-    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    adapter: Annotated[AdapterConfig, Field(discriminator="kind")] = Field(default_factory=LoraAdapter)
     data: DataConfig = Field(default_factory=DataConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     federation: FederationConfig = Field(default_factory=FederationConfig)

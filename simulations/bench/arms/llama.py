@@ -14,7 +14,7 @@ from common.adapter import adapter
 from common.model import base as model
 from common.model import kernels, varlen
 from common.model.base import Engine
-from common.run import config
+from common.run.schema.model import LoraAdapter
 
 RANK: Final = 16
 
@@ -83,7 +83,7 @@ def make_base(shape: Shape, device: torch.device, *, is_quantised: bool = True) 
 def make_engine(base: Any, device: torch.device, *, is_checkpointed: bool) -> Engine:
     """The base with LoRA on all linear layers, and on a card with the kernels that `base.load` would use."""
     with model.quiet_peft():
-        whole = get_peft_model(base, model.lora_config(config.AdapterConfig(r=RANK)))
+        whole = get_peft_model(base, model.lora_config(LoraAdapter(r=RANK)))
     whole.to(device)
     kernels.install(whole, device)
     varlen.traits_of(whole)

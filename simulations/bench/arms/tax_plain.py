@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from client.train import schedule
+from common.errors import ConfigError
 from common.model import base as model
 from common.run import config
 from common.text import prompts
@@ -82,6 +83,8 @@ def load_model(base_folder: Path, adapter: config.AdapterConfig, *, is_quantised
         quantization_config=four_bit if is_quantised else None,
     )
     base.config.use_cache = False
+    if adapter.kind != "lora":
+        raise ConfigError(f"adapter.kind = '{adapter.kind}': the plain arm trains lora; set 'lora'")
     lora = LoraConfig(r=adapter.r, lora_alpha=int(adapter.alpha), target_modules="all-linear")
     peft_model: Any = get_peft_model(base, lora)
     torch.manual_seed(seed)

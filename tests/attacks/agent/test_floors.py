@@ -41,7 +41,7 @@ WIDE = {
 STEPS = {"training.local_steps": "10", "training.local_epochs": "0.0"}
 # the setting: changes that its rule refuses, and the rule
 REFUSED = {
-    "adapter.kind": ({"adapter.kind": "ia3", "adapter.r": "16", "adapter.alpha": "32.0"}, "adapter.kinds"),
+    "adapter.kind": ({"adapter.kind": "ia3"}, "adapter.kinds"),
     "adapter.r": ({"adapter.r": "32"}, "lora.r"),
     "adapter.alpha": ({"adapter.alpha": "0.5"}, "lora.alpha"),
     "adapter.use_rslora": ({"adapter.use_rslora": "true", "adapter.alpha": "20.0"}, "lora.scale"),

@@ -13,6 +13,7 @@ from common.model import base as model
 from common.model import varlen
 from common.privacy import noise
 from common.run import config
+from common.run.schema.model import LoraAdapter
 from common.text import prompts
 from tests import tiny
 
@@ -32,7 +33,7 @@ def load(tiny_base, *, checkpointing: bool = False, dropout: float = 0.0, **sett
     engine = model.load(
         tiny_base,
         model=config.ModelConfig(base="tiny", **settings),
-        adapter_settings=config.AdapterConfig(r=4, alpha=8, dropout=dropout, **adapter_settings),
+        adapter_settings=LoraAdapter(r=4, alpha=8, dropout=dropout, **adapter_settings),
         seed=5,
         device_name="cpu",
         num_threads=1,

@@ -278,7 +278,7 @@ def test_hash_depends_on_every_setting():
 
 def test_hash_of_the_minimal_file_is_known():
     assert config.sha256(config.parse(MINIMAL, name="run.toml")) == (
-        "d7aa59873d6793922f71ff9bf3104459de415b7a8da7b2585ead18cc8066a537"
+        "580cb48adf522a16679f592a99e3c874aaf17b135538d2f00ca5f3c3cdfe2896"
     )
 
 

@@ -5,7 +5,13 @@ import torch
 from server.aggregate import adalora
 from tests import tiny
 
-ADALORA = {"adapter.kind": "adalora", "adapter.r": "4", "adapter.target_r": "1", "federation.num_rounds": "3"}
+ADALORA = {
+    "adapter.kind": "adalora",
+    "adapter.r": "4",
+    "adapter.alpha": "8",
+    "adapter.target_r": "1",
+    "federation.num_rounds": "3",
+}
 
 
 def run(**more: str):

@@ -130,7 +130,7 @@ def test_a_sites_probe_takes_sparse_factors_and_refuses_one_that_is_too_sparse(e
 
 
 def test_integers_may_be_sparse_for_any_kind_and_the_adapter_itself_only_for_lora():
-    ia3 = {"adapter.kind": "ia3", "adapter.r": "16", "adapter.alpha": "32.0", "wire.down_density": "0.25"}
+    ia3 = {"adapter.kind": "ia3", "wire.down_density": "0.25"}
     with pytest.raises(ConfigError, match="no sparse download with this kind: a value that is not sent counts as zero"):
         tiny.settings("tiny", ia3)
     assert tiny.settings("tiny", {**ia3, "wire.down": "int8"}).wire.down_density == 0.25

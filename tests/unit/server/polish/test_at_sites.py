@@ -232,8 +232,8 @@ def test_a_run_that_was_stopped_before_the_question_goes_on_and_a_silent_site_ke
         {"wire.down": "int8"},  # the adapter goes down as steps
         {"aggregation.method": "ravan"},  # sites train cores, and polish trains what is beside them
         {"wire.down_density": "0.5"},  # what goes down to be trained is not whole
-        {"adapter.kind": "ia3", "adapter.r": "16", "adapter.alpha": "32"},
-        {"adapter.kind": "adalora"},
+        {"adapter.kind": "ia3"},
+        {"adapter.kind": "adalora", "adapter.r": "4", "adapter.alpha": "8"},
     ],
     ids=lambda changes: next(iter(changes.values())),
 )

@@ -11,8 +11,10 @@ from common import events
 from common.adapter import adapter
 from common.errors import ConfigError
 from common.model import base as model
+from common.run import config
 from common.run.catalogue.kinds import KINDS
 from common.run.rules import kinds
+from common.run.schema import shape
 from server.aggregate import adalora
 from server.folder import run_files
 from server.run import finish, run
@@ -32,7 +34,7 @@ def changes(kind: str, **more: str) -> dict[str, str]:
     """What turns the tiny run into one of this kind."""
     own = {"federation.num_sites": "2", "training.learning_rate": RATES.get(kind, "5e-2")}
     own |= {"wire.dtype": "int8", "wire.down": "float32" if kinds.STEPS.why_not(KINDS[kind]) else "int4"}
-    if "targets" in KINDS[kind].settings:
+    if "targets" in shape.tables_of(config.RunConfig)["adapter"].variants[kind].model_fields:
         own["adapter.targets"] = '["q_proj", "down_proj"]'
     return {**tiny.of_kind(kind), **own, **more}
 

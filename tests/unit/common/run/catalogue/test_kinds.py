@@ -7,10 +7,11 @@ from common.adapter import adapter
 from common.errors import ConfigError, ModelError
 from common.loss import likelihood
 from common.model import base, peft_kinds
-from common.run import trainable
-from common.run.catalogue.kinds import DEFAULTS, KINDS, belongs
+from common.run import config, trainable
+from common.run.catalogue.kinds import KINDS, belongs
 from common.run.rules import compatibility, rules
 from common.run.rules.kinds import KIND_FEATURES
+from common.run.schema import shape
 from tests import tiny
 
 # Written down from the papers: is what the model does linear in the tensors that travel?
@@ -68,9 +69,13 @@ def test_a_private_run_of_another_kind_is_averaged_by_fedavg():
     assert tiny.settings("tiny", tiny.NOISED).aggregation.method == "fedsvd"
 
 
-def test_defaults_of_the_table_are_those_of_the_run_file():
-    section = tiny.settings("tiny", tiny.of_kind("ia3")).adapter
-    assert {key: getattr(section, key) for key in DEFAULTS} == dict(DEFAULTS)
+def test_every_kind_has_a_schema_and_a_setting_of_another_is_refused():
+    table = shape.tables_of(config.RunConfig)["adapter"]
+    assert set(table.variants) == set(KINDS)
+    for kind in KINDS:
+        for name in set(table.names) - table.variants[kind].model_fields.keys():
+            with pytest.raises(ConfigError, match=rf'{name}  has no effect with kind = "{kind}"; remove it, or set'):
+                tiny.settings("tiny", {"adapter.kind": kind, f"adapter.{name}": "4"})
     assert len([rule for rule in rules.RUN_RULES if rule.keys[0] == "adapter.kind"]) < 30
 
 
