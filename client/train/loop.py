@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from client.train import private, schedule
 from client.train.private import Unit
-from common.adapter import adapter
+from common.adapter import adapter, cores
 from common.errors import ModelError
 from common.loss import objectives, preference_score
 from common.loss.objectives import SFT, Example
@@ -324,13 +324,15 @@ class Trainer:
                 raise ModelError(f"training loss is {loss} at step {number}; lower training.learning_rate")
         if not any(self._rates[: self.num_done]):
             return
-        changes = [(parameter.detach() != self._origin[name]).any() for name, parameter in self._parameters.items()]
+        # The scales of a core have no gradient while it is zero, as it is at the start.
+        names = [name for name in self._parameters if not cores.is_scale(name)]
+        changes = [(self._parameters[name].detach() != self._origin[name]).any() for name in names]
         moved = {
             kinds.module_of(name)
-            for name, is_changed in zip(self._parameters, torch.stack(changes).tolist(), strict=True)
+            for name, is_changed in zip(names, torch.stack(changes).tolist(), strict=True)
             if is_changed
         }
-        still = sorted({kinds.module_of(name) for name in self._parameters} - moved)
+        still = sorted({kinds.module_of(name) for name in names} - moved)
         if still:
             raise ModelError(
                 f"training did not change the adapter of {still[0]} ({len(still)} such modules); nothing was sent. "
