@@ -241,7 +241,13 @@ def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
 def _read_line(line: bytes, previous: Head, public_key: str) -> Entry:
     """One line, which must be the one after `previous`."""
     sequence = previous.sequence + 1
-    fields = _parse(line, sequence)
+    try:
+        fields = json.loads(line, object_pairs_hook=wire.unique_pairs)
+        is_canonical = isinstance(fields, dict) and wire.canonical_json(fields) == line
+    except (ValueError, RecursionError) as error:
+        raise AuditError(f"entry {sequence} was changed: it is not strict JSON") from error
+    if not is_canonical or sorted(fields) != sorted(FIELDS) or type(fields["signature"]) is not str:
+        raise AuditError(f"entry {sequence} was changed: it is not in canonical form")
     if fields["sequence"] != sequence or fields["previous"] != previous.sha256:
         raise AuditError(
             f"entry {sequence} does not follow entry {previous.sequence}: a line was changed, removed, added or moved"
@@ -254,15 +260,3 @@ def _read_line(line: bytes, previous: Head, public_key: str) -> Entry:
     link = hashlib.sha256(line).hexdigest()
     head = Head(sequence, follow(previous.sha256, [link]), fields["time"])
     return Entry(sequence, fields["time"], fields["kind"], fields["facts"], head, link)
-
-
-def _parse(line: bytes, sequence: int) -> dict[str, Any]:
-    """A line's fields; the line must be their canonical form."""
-    try:
-        fields = json.loads(line, object_pairs_hook=wire.unique_pairs)
-        is_canonical = isinstance(fields, dict) and wire.canonical_json(fields) == line
-    except (ValueError, RecursionError) as error:
-        raise AuditError(f"entry {sequence} was changed: it is not strict JSON") from error
-    if not is_canonical or sorted(fields) != sorted(FIELDS) or type(fields["signature"]) is not str:
-        raise AuditError(f"entry {sequence} was changed: it is not in canonical form")
-    return dict(fields)

@@ -8,11 +8,10 @@ The roster is not listed: it carries signatures of its own, which need not be th
 
 import hashlib
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import TypeAdapter
 
 from common import storage
@@ -51,15 +50,6 @@ def close(files: Mapping[str, bytes], signatures: Mapping[str, str], *, pinned: 
     listed = sums(files)
     pinned.verify(listed, signatures, purpose=PURPOSE)
     return {**files, SUMS: listed, SIGNATURES: wire.canonical_json(dict(signatures))}
-
-
-def seal(files: Mapping[str, bytes], keys: Sequence[Ed25519PrivateKey], *, pinned: Governance) -> dict[str, bytes]:
-    """Add checksums and the governance's signatures of them.
-
-    Raises:
-        ConfigError: Too few governance keys, or a key that is none.
-    """
-    return close(files, pinned.sign(sums(files), keys, purpose=PURPOSE), pinned=pinned)
 
 
 def verify(folder: Path, *, pinned: Governance) -> dict[str, bytes]:
@@ -140,14 +130,13 @@ def _listed(sums: bytes) -> dict[str, str]:
         listed = {name: digest for digest, name in lines}
     except ValueError as error:
         raise AuthError(f"{SUMS} has a line that is not a hash and a name") from error
-    if len(listed) != len(lines) or len(lines) > MAX_FILES or any(_is_odd(name) for name in listed):
+    if (
+        len(listed) != len(lines)
+        or len(lines) > MAX_FILES
+        or any(name in ("", ".", "..") or "/" in name or not name.isprintable() for name in listed)
+    ):
         raise AuthError(f"{SUMS} lists a name twice, a path, or more than {MAX_FILES} files")
     return listed
-
-
-def _is_odd(name: str) -> bool:
-    """Whether a name is not that of a plain file in the kit's own folder."""
-    return name in ("", ".", "..") or "/" in name or not name.isprintable()
 
 
 def _check_names(folder: Path, wanted: set[str]) -> None:

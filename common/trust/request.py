@@ -100,10 +100,11 @@ def make(
     Returns:
         The statement, and the request file's bytes.
     """
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    signed = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(tls_key, hashes.SHA384())
+    csr = signed.public_bytes(Encoding.PEM).decode("ascii")
     public = identity.public_hex(identity_key)
-    statement = Statement(
-        VERSION, federation_id, name, public, certs.public_pem(node_key), _csr(name, tls_key), replaces
-    )
+    statement = Statement(VERSION, federation_id, name, public, certs.public_pem(node_key), csr, replaces)
     data = statement.to_bytes()
     proofs = {
         "identity_proof": identity.sign(identity_key, data, purpose=PURPOSE),
@@ -130,13 +131,6 @@ def parse(data: bytes, *, name: str) -> CheckedRequest:
     if certs.fingerprint(node_key) == certs.fingerprint(tls_key):
         raise AuthError(f"{name} uses one key for the node and for TLS; run silotune-client enroll again")
     return CheckedRequest(statement, tls_key)
-
-
-def _csr(name: str, key: ec.EllipticCurvePrivateKey) -> str:
-    """A certificate signing request for the site's name."""
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    signed = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA384())
-    return signed.public_bytes(Encoding.PEM).decode("ascii")
 
 
 def _tls_key(statement: Statement) -> ec.EllipticCurvePublicKey:

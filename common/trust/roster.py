@@ -195,12 +195,18 @@ def load(path: Path, *, governance: Governance, epoch_min: int) -> Roster:
         AuthError: Unknown fields, duplicate names or keys, another federation, governance or quorum, too few valid
             signatures of different governance keys, or an older epoch.
     """
-    return _verified(_read(path), governance=governance, epoch_min=epoch_min, name=str(path))
+    return parse(_read(path), governance=governance, epoch_min=epoch_min, name=str(path))
 
 
-def parse(data: bytes, *, governance: Governance, epoch_min: int) -> Roster:
-    """Check a roster that came as bytes; see `load`."""
-    return _verified(data, governance=governance, epoch_min=epoch_min, name="roster")
+def parse(data: bytes, *, governance: Governance, epoch_min: int, name: str = "roster") -> Roster:
+    """Check a roster that came as bytes: its form, the signatures, then the rest; see `load`."""
+    signed = _parse(data, name)
+    roster = signed.roster
+    governance.verify(roster.to_bytes(), signed.signatures, purpose=PURPOSE)
+    check(roster, governance)
+    if roster.epoch < epoch_min:
+        raise AuthError(f"{name} is of epoch {roster.epoch}, {epoch_min} was seen before; fetch the newest roster")
+    return roster
 
 
 def accept(path: Path, *, governance: Governance, watermark: Path) -> Roster:
@@ -241,17 +247,6 @@ def seen_epoch(watermark: Path) -> int:
         ConfigError: The note is missing: without it a rollback would go unseen.
     """
     return _read_watermark(watermark).epoch
-
-
-def _verified(data: bytes, *, governance: Governance, epoch_min: int, name: str) -> Roster:
-    """Parse, then check the signatures, then the rest."""
-    signed = _parse(data, name)
-    roster = signed.roster
-    governance.verify(roster.to_bytes(), signed.signatures, purpose=PURPOSE)
-    check(roster, governance)
-    if roster.epoch < epoch_min:
-        raise AuthError(f"{name} is of epoch {roster.epoch}, {epoch_min} was seen before; fetch the newest roster")
-    return roster
 
 
 def check(roster: Roster, pinned: Governance) -> None:

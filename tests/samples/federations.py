@@ -4,11 +4,15 @@ import datetime
 import shutil
 import ssl
 import tarfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from client.join import enroll, install
 from client.join.install import Kit
+from common.trust import kit
 from common.trust.governance import Governance
 from server.members import changes as admit
 from server.members import founding
@@ -98,6 +102,11 @@ def start(root: Path, *, now: datetime.datetime = NOW) -> Federation:
     (root / "federation.toml").write_text(TEXT)
     pinned = founding.provision(root / "federation.toml", folder=root / "onco-eu", now=now)
     return Federation(root, pinned, root / "sites")
+
+
+def seal(files: Mapping[str, bytes], keys: Sequence[Ed25519PrivateKey], *, pinned: Governance) -> dict[str, bytes]:
+    """A kit with checksums that these governance keys signed."""
+    return kit.close(files, pinned.sign(kit.sums(files), keys, purpose=kit.PURPOSE), pinned=pinned)
 
 
 def listener(certificate: Path, key: Path, *, trusted: Path, crl: Path | None = None) -> ssl.SSLContext:

@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import AuthError, ConfigError
 from common.trust import identity, kit
-from tests.samples.federations import start
+from tests.samples.federations import seal, start
 
 
 def planted(federation, tmp_path, *, name: str = "alder") -> tuple[Path, Path]:
@@ -113,7 +113,7 @@ def test_a_signed_kit_with_a_name_of_its_own_is_refused(federation, offered, tmp
     for name in ("identity.key", "epoch.json", "own.service"):
         shutil.rmtree(tmp_path / "own", ignore_errors=True)
         (tmp_path / "own").mkdir()
-        for file, data in kit.seal({**files, name: b"x"}, keys, pinned=pinned).items():
+        for file, data in seal({**files, name: b"x"}, keys, pinned=pinned).items():
             (tmp_path / "own" / file).write_bytes(data)
         with pytest.raises(AuthError, match="is no part of a kit of this release"):
             federation.install(tmp_path / "own", "alder")

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives import serialization
 from client.join import enroll, install
 from common.errors import AuthError, ConfigError, StorageError
 from common.trust import certs, governance, identity, kit, roster
-from tests.samples.federations import NOW, caller, day, listener, shake_hands, start
+from tests.samples.federations import NOW, caller, day, listener, seal, shake_hands, start
 
 
 def test_keys_are_made_at_the_site_and_stay_there(tmp_path):
@@ -272,11 +272,11 @@ def test_a_kit_with_another_root_is_refused_even_if_governance_signed_it(federat
     files = {path.name: path.read_bytes() for path in offered.iterdir() if path.name not in (kit.SUMS, kit.SIGNATURES)}
     root = (other.folder / "ca" / "root.pem").read_bytes()
     for changed, told in (({kit.CA: root}, "not the root"), ({kit.CERTIFICATE: root}, "does not lead to the root")):
-        for name, data in kit.seal({**files, **changed}, keys, pinned=federation.pinned).items():
+        for name, data in seal({**files, **changed}, keys, pinned=federation.pinned).items():
             (offered / name).write_bytes(data)
         with pytest.raises(AuthError, match=told):
             federation.install(offered, "alder")
-    for name, data in kit.seal(files, keys, pinned=federation.pinned).items():
+    for name, data in seal(files, keys, pinned=federation.pinned).items():
         (offered / name).write_bytes(data)
     federation.install(offered, "alder")
 
