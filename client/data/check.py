@@ -227,7 +227,7 @@ def preview(
         whole = prompts.encode_whole(row, tokenizer, system_prompt=system_prompt)
         kept = _fitted(row, whole, tokenizer, max_length_tokens, too_long, system_prompt)
         shown = kept or whole  # a row that would be left out is shown whole
-        pairs = list(zip(shown.input_ids, shown.is_answer, strict=True))
+        pairs = list(zip(shown.input_ids, map(bool, shown.is_answer), strict=True))
         runs = [(is_answer, [i for i, _ in run]) for is_answer, run in groupby(pairs, key=lambda pair: pair[1])]
         item = Preview(
             row_id=row.row_id,

@@ -40,7 +40,6 @@ def check(engine: Engine, *, method: Method = "auto", objective: Objective = SFT
     Args:
         engine: Ready to train; its adapter, generators and mode stay as they are.
         method: `privacy.clipping` of the run.
-        objective: What is lowered.
 
     Raises:
         PrivacyError: A gradient changed, so that no clip norm bounds what a unit does to the sum.

@@ -373,7 +373,6 @@ def mean_gradient(
         rows: The logical batch.
         micro_batch_size: Examples that go through the model at once; a pair has two rows.
         micro_batch_tokens: Tokens that do, in the place of examples; 0: examples are counted.
-        objective: What is lowered.
 
     Returns:
         The mean loss, a scalar on the device: under `sft` the negative log-likelihood per answer token, nats.

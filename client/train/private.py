@@ -220,7 +220,6 @@ def prepared(
     Args:
         engine: In whatever mode; it is the same again afterwards.
         method: `auto` is `microbatch`.
-        objective: What is lowered.
         max_tokens: `microbatch` only: most tokens in memory at once, for units of several rows; 0: any number.
 
     Yields:

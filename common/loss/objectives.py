@@ -10,10 +10,11 @@ from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from common.data.rows import Row
 from common.errors import DataError
-from common.loss import likelihood, preference_loss
+from common.loss import likelihood
 from common.model import base, base_files, varlen
 from common.model.base import Engine
 from common.run import config
@@ -94,9 +95,14 @@ def encode(engine: Engine, rows: Sequence[Row], run: config.RunConfig) -> tuple[
     if objective.kind == "sft":
         return base.encode(engine, rows, run.data)
     if objective.kind == "dpo" and run.data.too_long == "truncate_input":
-        rows = [_shortened(engine, row, run.data) for row in rows]
+        limit, prompt = run.data.max_length_tokens, run.data.system_prompt  # of both answers
+        rows = [prompts.shorten(row, engine.tokenizer, max_length_tokens=limit, system_prompt=prompt) for row in rows]
     found = [_encode_one(engine, row, run.data) for row in with_others(rows, objective)]
-    kept = [example for example in found if example is not None and not _is_equal(example)]
+    kept = [  # a cut can make the answers of a pair the same tokens, whose loss has no gradient
+        example
+        for example in found
+        if example and not (isinstance(example, Pair) and example.chosen.input_ids == example.rejected.input_ids)
+    ]
     if not kept and any(found):
         raise DataError(
             f"both answers of all {sum(map(bool, found))} pairs are the same after the cut at "
@@ -108,19 +114,8 @@ def encode(engine: Engine, rows: Sequence[Row], run: config.RunConfig) -> tuple[
             f"no answer token is left in any of {len(found)} rows at {run.data.max_length_tokens} tokens: "
             "raise data.max_length_tokens or shorten the rows"
         )
-    base_files.check_token_ids((i for example in kept for row in example.rows for i in row.input_ids), engine.model)
-    return kept, _report(kept, num_rows=len(found))
-
-
-def _shortened(engine: Engine, row: Row, data: config.DataConfig) -> Row:
-    """A pair with an input that fits both answers."""
-    limit = data.max_length_tokens
-    return prompts.shorten(row, engine.tokenizer, max_length_tokens=limit, system_prompt=data.system_prompt)
-
-
-def _is_equal(example: Pair | Rated) -> bool:
-    """Whether a pair's answers are the same tokens, as a cut can make them: its loss then has no gradient."""
-    return isinstance(example, Pair) and example.chosen.input_ids == example.rejected.input_ids
+    base_files.check_token_ids((max(row.input_ids) for example in kept for row in example.rows), engine.model)
+    return kept, prompts.report_of(kept, num_rows=len(found))
 
 
 def with_others(rows: Sequence[Row], objective: Preference) -> list[tuple[Row, Row | None]]:
@@ -143,12 +138,11 @@ def with_others(rows: Sequence[Row], objective: Preference) -> list[tuple[Row, R
             "KTO's reference point needs two rows; add rows, or set training.objective.reference_point = 'zero'"
         )
     half = len(rows) // 2  # far away in the file, where the next row is often of the same patient or prompt
-    return [(row, _mismatch(row, rows[(place + half) % len(rows)])) for place, row in enumerate(rows)]
-
-
-def _mismatch(row: Row, other: Row) -> Row:
-    """The prompt of one row and the answer of another."""
-    return replace(row, messages=(*row.messages[: row.num_context], *other.messages[other.num_context :]))
+    others = [rows[(place + half) % len(rows)] for place in range(len(rows))]
+    return [
+        (row, replace(row, messages=(*row.messages[: row.num_context], *other.messages[other.num_context :])))
+        for row, other in zip(rows, others, strict=True)
+    ]
 
 
 def _encode_one(engine: Engine, both: tuple[Row, Row | None], data: config.DataConfig) -> Pair | Rated | None:
@@ -156,36 +150,23 @@ def _encode_one(engine: Engine, both: tuple[Row, Row | None], data: config.DataC
     row, other = both
     if row.is_desirable is None and not row.rejected:
         raise DataError(f"{row.row_id}: has no rejected answer, which training.objective.kind = 'dpo' needs")
-    first, second = _tokens(engine, row, data), None if other is None else _tokens(engine, other, data)
+    first, second = (
+        prompts.encode(
+            conversation,
+            engine.tokenizer,
+            max_length_tokens=data.max_length_tokens,
+            too_long=data.too_long,
+            system_prompt=data.system_prompt,
+        )
+        if conversation
+        else None
+        for conversation in (row, other)
+    )
     if first is None or (other is not None and second is None):
         return None
     if row.is_desirable is None and second is not None:
         return Pair(first, second)
     return Rated(first, bool(row.is_desirable), second)
-
-
-def _tokens(engine: Engine, row: Row, data: config.DataConfig) -> Encoded | None:
-    """One conversation, as for every other objective."""
-    return prompts.encode(
-        row,
-        engine.tokenizer,
-        max_length_tokens=data.max_length_tokens,
-        too_long=data.too_long,
-        system_prompt=data.system_prompt,
-    )
-
-
-def _report(kept: Sequence[Pair | Rated], *, num_rows: int) -> EncodingReport:
-    """Count the examples kept; a pair is one."""
-    rows = [row for example in kept for row in example.rows]
-    return EncodingReport(
-        num_rows=num_rows,
-        num_truncated=sum(any(row.num_truncated for row in example.rows) for example in kept),
-        num_dropped=num_rows - len(kept),
-        num_tokens=sum(len(row.input_ids) for row in rows),
-        num_answer_tokens=sum(sum(row.is_answer) for row in rows),
-        max_tokens=max(len(row.input_ids) for row in rows),
-    )
 
 
 def length(example: Example) -> int:
@@ -220,10 +201,8 @@ def loss(
     """Sum of the examples' losses, a scalar that carries gradients; all rows go through the model at once.
 
     Args:
-        engine: Holds the adapter.
         batch: The examples' rows; see `collate`.
         examples: With references, unless the objective is `sft`.
-        objective: What is lowered.
         origin: KTO's reference point, nats.
 
     Returns:
@@ -246,12 +225,44 @@ def losses(
     gain_b = log_prob_b - reference_b
     if objective.kind == "dpo":
         margin_n = objective.beta * (gain_b[0::2] - gain_b[1::2])
-        return preference_loss.dpo(margin_n, label_smoothing=objective.label_smoothing), margin_n
+        return dpo(margin_n, label_smoothing=objective.label_smoothing), margin_n
     is_wanted_n = torch.tensor([isinstance(e, Rated) and e.is_desirable for e in examples])
     is_wanted_n = is_wanted_n.to(gain_b.device, non_blocking=True)
     margin_n = objective.beta * torch.where(is_wanted_n, gain_b - origin, origin - gain_b)
     weight_n = torch.where(is_wanted_n, objective.desirable_weight, objective.undesirable_weight)
-    return preference_loss.kto(margin_n, weight_n), margin_n
+    return kto(margin_n, weight_n), margin_n
+
+
+def dpo(margin_n: Tensor, *, label_smoothing: float) -> Tensor:
+    """Loss of each pair: -(1 - s) log sigmoid(m) - s log sigmoid(-m).
+
+    Args:
+        margin_n: beta times how much more the chosen answer has gained over the start than the rejected one.
+        label_smoothing: s, the probability that a pair was labelled the wrong way round; 0 is plain DPO.
+
+    Shape: (N,) to (N,).
+    Source: Rafailov et al. 2023, arXiv:2305.18290, equation 7; with s > 0 Mitchell 2023, conservative DPO, equation 3.
+
+    Example:
+        >>> import torch
+        >>> round(float(dpo(torch.zeros(1), label_smoothing=0.0)), 4)
+        0.6931
+    """
+    return -(1 - label_smoothing) * logsigmoid(margin_n) - label_smoothing * logsigmoid(-margin_n)
+
+
+def kto(margin_n: Tensor, weight_n: Tensor) -> Tensor:
+    """Loss of each rated answer: w (1 - sigmoid(m)).
+
+    Args:
+        margin_n: beta times the answer's gain over the start less the reference point; with the sign turned where the
+            answer is not wanted.
+        weight_n: w of the answer's kind.
+
+    Shape: (N,) and (N,) to (N,).
+    Source: Ethayarajh et al. 2024, arXiv:2402.01306, equation 8.
+    """
+    return weight_n * (1 - margin_n.sigmoid())
 
 
 def _reference(example: Example) -> tuple[float, ...]:

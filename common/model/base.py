@@ -370,7 +370,7 @@ def encode(
         too_long=data.too_long,
         system_prompt=data.system_prompt,
     )
-    base_files.check_token_ids((i for one in found for i in one.input_ids), engine.model)
+    base_files.check_token_ids((max(row.input_ids) for row in found), engine.model)
     return found, report
 
 

@@ -25,14 +25,6 @@ def render(row: Row, tokenizer: "Tokenizer", *, system_prompt: str = "") -> Rend
     The whole conversation is rendered once, as the template has it, so an earlier answer may stand there in another
     form than it had when it was the last one: Qwen 3 leaves the thoughts of earlier answers out.
 
-    Args:
-        row: The conversation.
-        tokenizer: Has the chat template.
-        system_prompt: System message for rows that have none of their own.
-
-    Returns:
-        Text and places.
-
     Raises:
         ModelError: The template cannot be used for training.
     """
@@ -67,8 +59,6 @@ def render_prompt(row: Row, tokenizer: "Tokenizer", *, system_prompt: str = "") 
 
     Args:
         row: The conversation; of the answer only is asked whether it begins with thoughts of its own.
-        tokenizer: Has the chat template.
-        system_prompt: System message for rows that have none of their own.
 
     Returns:
         Text, without answers; places only where a message spells an added token.
@@ -87,9 +77,6 @@ def render_prompt(row: Row, tokenizer: "Tokenizer", *, system_prompt: str = "") 
 def require_template(tokenizer: "Tokenizer") -> None:
     """Refuse a tokenizer without a chat template.
 
-    Args:
-        tokenizer: To look at.
-
     Raises:
         ModelError: It has none.
     """
@@ -99,9 +86,6 @@ def require_template(tokenizer: "Tokenizer") -> None:
 
 def remedy(tokenizer: "Tokenizer") -> str:
     """Name a setting that replaces a template that cannot be used.
-
-    Args:
-        tokenizer: Has that template.
 
     Returns:
         The end of a message.

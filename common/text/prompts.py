@@ -4,9 +4,12 @@ Shapes: b rows of a batch, t tokens of the longest row.
 """
 
 import re
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
 
 from common.data.rows import Message, Row
 from common.errors import DataError, ModelError
@@ -27,17 +30,17 @@ TemplateName = Literal["tokenizer", "chatml", "alpaca"]
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row as tokens.
+    """One row as tokens; arrays of 4 and 1 bytes a token where `encode` made it.
 
     Attributes:
         input_ids: Token ids of the whole conversation, cut at the limit.
-        is_answer: True on the tokens that the loss covers; as long as `input_ids`.
+        is_answer: 1 on the tokens that the loss covers, else 0; as long as `input_ids`.
         unit: The row's privacy unit.
         num_truncated: Tokens that were cut off at the right, or out of the input.
     """
 
-    input_ids: tuple[int, ...]
-    is_answer: tuple[bool, ...]
+    input_ids: Sequence[int]
+    is_answer: Sequence[int]
     unit: str
     num_truncated: int = 0
 
@@ -131,9 +134,6 @@ def use_template(tokenizer: "Tokenizer", name: TemplateName, *, date: str = "") 
         name: "tokenizer" keeps the template that came with the model; see `templates.fitted` for what is put before it.
         date: The day, YYYY-MM-DD, that a template prints which prints one; empty: the day on which it is rendered.
 
-    Returns:
-        The same tokenizer.
-
     Raises:
         ModelError: The tokenizer has no template, or several and none of them is the default, or it lacks the tokens
             that the named one needs.
@@ -141,10 +141,21 @@ def use_template(tokenizer: "Tokenizer", name: TemplateName, *, date: str = "") 
     if name == "tokenizer":
         chat.require_template(tokenizer)
         if isinstance(tokenizer.chat_template, dict):
-            tokenizer.chat_template = _default_of(tokenizer.chat_template)
+            named: dict[str, str] = tokenizer.chat_template
+            if "default" not in named:
+                raise ModelError(
+                    f"the tokenizer has the chat templates {', '.join(sorted(named))}, and none is the default: "
+                    'set model.chat_template = "chatml" or "alpaca"'
+                )
+            tokenizer.chat_template = named["default"]
         tokenizer.chat_template = templates.with_date(templates.fitted(tokenizer), date)
     elif name == "chatml":
-        _require_single_tokens(tokenizer, templates.CHATML_TOKENS)
+        missing = [token for token in templates.CHATML_TOKENS if token not in tokenizer.get_vocab()]
+        if missing:  # it would be cut into pieces
+            raise ModelError(
+                f'the tokenizer has no token {" or ".join(missing)}, which model.chat_template = "chatml" needs: '
+                'set it to "tokenizer" or "alpaca"'
+            )
         tokenizer.chat_template = templates.CHATML
     elif name == "alpaca":
         if not tokenizer.eos_token:
@@ -152,7 +163,8 @@ def use_template(tokenizer: "Tokenizer", name: TemplateName, *, date: str = "") 
         tokenizer.chat_template = templates.ALPACA
     else:
         raise ValueError(f"unknown chat template {name!r}")
-    if name != "tokenizer" and _adds_bos(tokenizer):
+    start = tokenizer.bos_token_id
+    if name != "tokenizer" and start is not None and tokenizer("a")["input_ids"][0] == start:  # as in every text
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     return tokenizer
 
@@ -168,9 +180,6 @@ def encode(
     answer, as when "\\n" of the template merges with "\\n" of the answer, is not marked.
 
     Args:
-        row: What to encode.
-        tokenizer: A fast tokenizer with a chat template.
-        max_length_tokens: Longest row that may remain.
         too_long: What to do with a longer one; "truncate" cuts at the right, "truncate_input" as `shorten` does.
         system_prompt: System message for rows that have none of their own; "" adds none.
 
@@ -206,28 +215,23 @@ def _between_words(text: str, head: int, tail: int) -> tuple[str, str]:
 def encode_whole(row: Row, tokenizer: "Tokenizer", *, system_prompt: str = "") -> Encoded:
     """Encode a row at its full length; see `encode`.
 
-    Args:
-        row: What to encode.
-        tokenizer: A fast tokenizer with a chat template.
-        system_prompt: System message for rows that have none of their own.
-
-    Returns:
-        All its tokens and their mask.
-
     Raises:
         ModelError: The tokenizer is not fast, or its template cannot be used for training.
     """
     spelling.require_fast(tokenizer)
     found = chat.render(row, tokenizer, system_prompt=system_prompt)
     input_ids, offsets = spelling.tokenise(found, tokenizer)
-    is_answer = [False] * len(input_ids)
+    is_answer = array("b", bytes(len(input_ids)))
     for start, end in found.answers:
         inside = [i for i, (left, right) in enumerate(offsets) if start <= left < end and start < right]
-        if not inside or not _ends_at(end, offsets[inside[-1]], found.text, tokenizer):
+        left, right = offsets[inside[-1]] if inside else (0, 0)
+        # the last token ends there, or is a control token of those that take the white space behind them
+        is_control = right > end and spelling.added(tokenizer).fullmatch(found.text[left:right].strip())
+        if not inside or (right != end and not is_control):
             raise ModelError(f"{row.row_id}: no token ends where an answer ends: {chat.remedy(tokenizer)}")
         for i in inside:
-            is_answer[i] = True
-    return Encoded(tuple(input_ids), tuple(is_answer), row.unit, row.num_cut)
+            is_answer[i] = 1
+    return Encoded(array("i", input_ids), is_answer, row.unit, row.num_cut)
 
 
 def shorten(row: Row, tokenizer: "Tokenizer", *, max_length_tokens: int, system_prompt: str = "") -> Row:
@@ -236,12 +240,6 @@ def shorten(row: Row, tokenizer: "Tokenizer", *, max_length_tokens: int, system_
     The input is what follows the instruction in the longest user turn, or all of that turn where the row's shape has
     no instruction of its own. Its beginning and end stay, as many tokens of each, with " [...] " between them. Of a
     pair both answers get the same input, which fits the longer one.
-
-    Args:
-        row: What to shorten.
-        tokenizer: A fast tokenizer with a chat template.
-        max_length_tokens: Longest row that may remain.
-        system_prompt: System message for rows that have none of their own.
 
     Returns:
         The row with `num_cut` tokens less; as it was, if it fits, or if it would not fit without any input either.
@@ -280,8 +278,6 @@ def cut(encoded: Encoded, *, max_length_tokens: int, is_cut_allowed: bool) -> En
     """Bring a row under the limit.
 
     Args:
-        encoded: A row at its full length.
-        max_length_tokens: Longest row that may remain.
         is_cut_allowed: Whether a longer row is cut at the right or dropped.
 
     Returns:
@@ -301,13 +297,6 @@ def encode_all(
 ) -> tuple[list[Encoded], EncodingReport]:
     """Encode a data set and count what was cut and left out.
 
-    Args:
-        rows: The data set.
-        tokenizer: A fast tokenizer with a chat template.
-        max_length_tokens: Longest row that may remain.
-        too_long: What to do with longer ones.
-        system_prompt: System message for rows that have none of their own.
-
     Returns:
         The rows kept, in order, and the counts.
 
@@ -325,7 +314,7 @@ def encode_all(
             f"no answer token is left in any of {len(results)} rows at {max_length_tokens} tokens: "
             "raise data.max_length_tokens or shorten the rows"
         )
-    return kept, _report(kept, num_rows=len(results))
+    return kept, report_of(kept, num_rows=len(results))
 
 
 def prompt_ids(row: Row, tokenizer: "Tokenizer", *, system_prompt: str = "") -> tuple[list[int], str]:
@@ -333,8 +322,6 @@ def prompt_ids(row: Row, tokenizer: "Tokenizer", *, system_prompt: str = "") -> 
 
     Args:
         row: Its last message is the expected answer.
-        tokenizer: A fast tokenizer with a chat template.
-        system_prompt: System message for rows that have none of their own.
 
     Returns:
         Token ids up to and with the generation prompt, and the expected text.
@@ -350,10 +337,6 @@ def prompt_ids(row: Row, tokenizer: "Tokenizer", *, system_prompt: str = "") -> 
 def text_ids(text: str, tokenizer: "Tokenizer") -> list[int]:
     """Give the tokens of a text that is no conversation; control tokens that it spells are text, as in a message.
 
-    Args:
-        text: Any.
-        tokenizer: A fast tokenizer.
-
     Returns:
         Token ids, none of them added at the ends.
 
@@ -366,9 +349,6 @@ def text_ids(text: str, tokenizer: "Tokenizer") -> list[int]:
 
 def turn_end_id(tokenizer: "Tokenizer") -> int:
     """Give the token with which the chat template ends an answer.
-
-    Args:
-        tokenizer: A fast tokenizer with a chat template.
 
     Returns:
         The first token after the answer in the template's own rendering of one, white space aside.
@@ -395,7 +375,6 @@ def stop_ids(tokenizer: "Tokenizer", generation: "GenerationConfig | None" = Non
     """Tell which tokens end an answer; evaluation, `serve` and every export ask here.
 
     Args:
-        tokenizer: A fast tokenizer with a chat template.
         generation: `generation_config` of the base, whose authors may name more tokens; None: there is none.
 
     Returns:
@@ -414,7 +393,6 @@ def collate(batch: Sequence[Encoded], *, pad_id: int, owners: Sequence[int] = ()
     """Lay rows out as the lines of one pass: each in a line of its own, padded at the right, or all in one line.
 
     Args:
-        batch: At least one row.
         pad_id: Fills the gaps; which id it is does not matter to the mask.
         owners: Number of each row's unit; empty: rows of one name are of one unit, numbered as they come.
         is_packed: All rows in one line, for a model that keeps them apart (`common.model.varlen.traits_of`).
@@ -428,71 +406,42 @@ def collate(batch: Sequence[Encoded], *, pad_id: int, owners: Sequence[int] = ()
 
     if not batch:
         raise ValueError("an empty batch has no shape")
-    lengths = [len(encoded.input_ids) for encoded in batch]
-    num_lines, width = (1, sum(lengths)) if is_packed else (len(batch), max(lengths))
-    ids, rows, positions = ([fill] * (num_lines * width) for fill in (pad_id, -1, 0))
-    predicting: list[int] = []
-    targets: list[int] = []
+    lengths = np.array([len(encoded.input_ids) for encoded in batch])
+    num_lines, width = (1, int(lengths.sum())) if is_packed else (len(batch), int(lengths.max()))
+    starts = lengths.cumsum() - lengths if is_packed else np.arange(len(batch)) * width
+    tokens_n = np.concatenate([np.asarray(encoded.input_ids) for encoded in batch])
+    row_n = np.arange(len(batch)).repeat(lengths)
+    position_n = np.concatenate([np.arange(length) for length in lengths])
+    place_n = starts.repeat(lengths) + position_n
+    is_target_n = np.concatenate([np.asarray(encoded.is_answer, dtype=bool) for encoded in batch]) & (position_n > 0)
+
+    def laid_out(values_n: np.ndarray, fill: int) -> torch.Tensor:
+        line = np.full(num_lines * width, fill, dtype=np.int64)
+        line[place_n] = values_n
+        return torch.from_numpy(line).view(num_lines, width)
+
     names: dict[str, int] = {}
-    start = 0
-    for row, (encoded, length) in enumerate(zip(batch, lengths, strict=True)):
-        end = start + length
-        ids[start:end], rows[start:end], positions[start:end] = encoded.input_ids, [row] * length, range(length)
-        places = [place for place in range(1, length) if encoded.is_answer[place]]
-        predicting += [start + place - 1 for place in places]
-        targets += [encoded.input_ids[place] for place in places]
-        start = end if is_packed else start + width
     return Batch(
-        input_ids_bt=torch.tensor(ids).view(num_lines, width),
-        row_bt=torch.tensor(rows).view(num_lines, width),
-        positions_bt=torch.tensor(positions).view(num_lines, width),
-        predicting_n=torch.tensor(predicting, dtype=torch.int64),
-        targets_n=torch.tensor(targets, dtype=torch.int64),
-        lengths=tuple(lengths),
-        num_targets=tuple(sum(encoded.is_answer[1:]) for encoded in batch),
+        input_ids_bt=laid_out(tokens_n, pad_id),
+        row_bt=laid_out(row_n, -1),
+        positions_bt=laid_out(position_n, 0),
+        predicting_n=torch.from_numpy(place_n[is_target_n] - 1),
+        targets_n=torch.from_numpy(tokens_n[is_target_n].astype(np.int64)),
+        lengths=tuple(lengths.tolist()),
+        num_targets=tuple(np.bincount(row_n[is_target_n], minlength=len(batch)).tolist()),
         owners=tuple(owners) or tuple(names.setdefault(encoded.unit, len(names)) for encoded in batch),
         is_packed=is_packed,
     )
 
 
-def _ends_at(end: int, token: tuple[int, int], text: str, tokenizer: "Tokenizer") -> bool:
-    """Whether a token ends at a place, or is a control token of those that take the white space behind them."""
-    left, right = token
-    return right == end or (right > end and spelling.added(tokenizer).fullmatch(text[left:right].strip()) is not None)
-
-
-def _report(kept: Sequence[Encoded], *, num_rows: int) -> EncodingReport:
-    """Count the rows kept."""
+def report_of(kept: "Sequence[Any]", *, num_rows: int) -> EncodingReport:
+    """Count examples that were kept, rows or pairs, out of so many; a pair is one, with the tokens of both."""
+    rows: list[Encoded] = [row for example in kept for row in example.rows]
     return EncodingReport(
         num_rows=num_rows,
-        num_truncated=sum(encoded.num_truncated > 0 for encoded in kept),
+        num_truncated=sum(any(row.num_truncated for row in example.rows) for example in kept),
         num_dropped=num_rows - len(kept),
-        num_tokens=sum(len(encoded.input_ids) for encoded in kept),
-        num_answer_tokens=sum(sum(encoded.is_answer) for encoded in kept),
-        max_tokens=max(len(encoded.input_ids) for encoded in kept),
+        num_tokens=sum(len(row.input_ids) for row in rows),
+        num_answer_tokens=sum(sum(row.is_answer) for row in rows),
+        max_tokens=max(len(row.input_ids) for row in rows),
     )
-
-
-def _require_single_tokens(tokenizer: "Tokenizer", tokens: Sequence[str]) -> None:
-    """Refuse a tokenizer that would cut a control token into pieces."""
-    missing = [token for token in tokens if token not in tokenizer.get_vocab()]
-    if missing:
-        raise ModelError(
-            f'the tokenizer has no token {" or ".join(missing)}, which model.chat_template = "chatml" needs: '
-            'set it to "tokenizer" or "alpaca"'
-        )
-
-
-def _default_of(templates: "dict[str, str]") -> str:
-    """Of several named templates the one that conversations without tools are rendered with."""
-    if "default" not in templates:
-        raise ModelError(
-            f"the tokenizer has the chat templates {', '.join(sorted(templates))}, and none is the default: "
-            'set model.chat_template = "chatml" or "alpaca"'
-        )
-    return templates["default"]
-
-
-def _adds_bos(tokenizer: "Tokenizer") -> bool:
-    """Whether the tokenizer begins every text of its own accord with its start token."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id

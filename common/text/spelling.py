@@ -78,8 +78,6 @@ def controls(tokenizer: "Tokenizer", *, role: str, written: str, opening: str = 
     the template's source has, as <tool_call>: the model is to write these itself. Other added tokens are words.
 
     Args:
-        tokenizer: A fast tokenizer with a chat template.
-        role: Whose message it is.
         written: What the template wrote in this conversation.
         opening: What of that opens an answer.
 
@@ -100,9 +98,6 @@ def controls(tokenizer: "Tokenizer", *, role: str, written: str, opening: str = 
 def require_fast(tokenizer: "Tokenizer") -> None:
     """Refuse a tokenizer that cannot tell which characters a token covers.
 
-    Args:
-        tokenizer: To look at.
-
     Raises:
         ModelError: It is not a fast one.
     """
@@ -115,10 +110,6 @@ def require_fast(tokenizer: "Tokenizer") -> None:
 
 def tokenise(found: Rendered, tokenizer: "Tokenizer") -> tuple[list[int], list[tuple[int, int]]]:
     """Give the tokens of a conversation; what its messages spell is text.
-
-    Args:
-        found: The conversation.
-        tokenizer: A fast one.
 
     Returns:
         Ids, and the characters that each covers.
@@ -143,9 +134,7 @@ def spelled(text: str, pieces: Sequence[Piece], tokenizer: "Tokenizer") -> list[
     """Find the control tokens that messages spell.
 
     Args:
-        text: A conversation.
         pieces: Start and end of each message's own text, and what is text there.
-        tokenizer: Whose tokens.
 
     Returns:
         Where they are, in order.
@@ -158,9 +147,7 @@ def encode(text: str, pieces: Sequence[Piece], tokenizer: "Tokenizer") -> tuple[
     """Give the tokens of a conversation in which a message spells a control token.
 
     Args:
-        text: The conversation.
         pieces: As for `spelled`.
-        tokenizer: A fast one.
 
     Returns:
         Ids, and the characters of `text` that each covers.

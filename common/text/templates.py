@@ -106,9 +106,6 @@ def fitted(tokenizer: "Tokenizer") -> str:
     prompt and an answer, as the empty block of thoughts of Qwen 3, becomes part of the generation prompt, by the
     template's own switch `enable_thinking` if it has one; who renders with `enable_thinking=True` gets it without.
 
-    Args:
-        tokenizer: Has the template.
-
     Returns:
         The template; as it was where nothing is missing, and where it cannot be used for training at all, which
         `common.text.chat` refuses with a remedy as soon as there is a row.
@@ -129,8 +126,6 @@ def apply(tokenizer: "Tokenizer", talk: Sequence[dict[str, str]], *, is_prompt: 
     """Render messages as text.
 
     Args:
-        tokenizer: Has the template.
-        talk: Roles and contents.
         is_prompt: Whether an answer follows.
         options: Variables of the template, and `chat_template` for another one.
 

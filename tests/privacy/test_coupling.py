@@ -263,7 +263,7 @@ def test_an_agent_scores_pairs_of_a_private_run_one_by_one(load_tiny, tiny_base)
 
 def by_row(examples):
     """References by what they are of."""
-    return {(example.unit, example.rows[0].input_ids): example.reference for example in examples}
+    return {(example.unit, tuple(example.rows[0].input_ids)): example.reference for example in examples}
 
 
 def _site_data(rows):
