@@ -27,7 +27,7 @@ from server.report import report, status
 from server.run import finish, polish, run
 from tests import tiny
 from tests.samples import stage_data
-from tests.samples.events import view
+from tests.samples.events import event, view, whole
 
 CHANGES = {"training.batch_size": "12", "federation.num_rounds": "1"}
 # The stages train on the very rows of the coordinator, so that its figures move.
@@ -139,7 +139,7 @@ def test_a_private_run_s_card_says_what_polish_costs_and_what_is_not_covered(tin
         "kind": "polish_finished", "stage": "align", "trainer": "dpo", "number": 1, "num_stages": 1, "num_rows": 9,
         "num_held_out": 1, "num_steps": 2, "before": {"margin": 0.0}, "after": {"margin": 1.0}, "seconds": 1.0,
     }  # fmt: skip
-    text = export.card(manifest, num_rounds=1, sites={"north": 3}, log=[done], kind="adapter")
+    text = export.card(manifest, num_rounds=1, sites={"north": 3}, log=[whole(done)], kind="adapter")
     assert "it costs the sites' units nothing" in " ".join(text.split())
     assert "not covered by any privacy guarantee" in text
     without = export.card(manifest, num_rounds=1, sites={"north": 3}, log=[], kind="adapter")
@@ -180,18 +180,17 @@ def test_stages_that_changed_the_adapter_come_before_rounds_where_one_is_chosen_
 
 def test_a_stage_that_the_gate_refuses_gives_way_to_the_one_before(world):
     def gated(stage: str, is_passed: bool) -> Event:
-        told = {"kind": "gated", "stage": stage, "num_rounds": 1, "adapter_sha256": stage, "verdicts": []}
-        return {**told, "is_passed": is_passed}
+        return event("gated", stage=stage, num_rounds=1, adapter_sha256=stage, is_passed=is_passed)
 
     log = [gated("polish-03-align", False), gated("polish-01-teach", True)]
     run_with_gate = world.settings.model_copy(update={"gate": GateConfig(rules=[{"kind": "schema"}])})
-    assert decide.exported(run_with_gate, log)["stage"] == "polish-01-teach"
+    assert decide.exported(run_with_gate, view(log)).stage == "polish-01-teach"
     audited = [*log, gated("polish-03-align", True)]  # judged anew
-    assert decide.exported(run_with_gate, audited)["stage"] == "polish-03-align"
+    assert decide.exported(run_with_gate, view(audited)).stage == "polish-03-align"
     compared = [*log, gated("polish-03-align", False), gated("polish-01-teach", False), gated("final", True)]
-    assert decide.exported(run_with_gate, compared)["stage"] == "final"
+    assert decide.exported(run_with_gate, view(compared)).stage == "final"
     with pytest.raises(GateRefused):
-        decide.exported(run_with_gate, compared[:-1])
+        decide.exported(run_with_gate, view(compared[:-1]))
 
 
 def test_a_stage_whose_last_event_was_lost_is_told_of_again(world, tiny_base, tmp_path):

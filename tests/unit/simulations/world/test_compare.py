@@ -12,6 +12,7 @@ from server.report import report
 from simulations.world import compare, run
 from simulations.world.world import World
 from tests import tiny
+from tests.samples.events import event
 
 ARMS = ["base", "federated", "site-north", "site-south", "site-west", "centralised"]
 
@@ -96,7 +97,7 @@ def test_rows_of_a_private_step_are_the_mean_of_its_sample(tiny_base):
     num_units = len({row.unit for row in data.train})
     assert num_units < len(data.train)
     assert compare.rows_a_step(settings.training, settings.privacy, data) == 0.5 * num_units
-    trainings = [{"site": "north", "num_steps": 7}] * 2
+    trainings = [event("site_trained", site="north", num_steps=7)] * 2
     assert compare.rows_used(trainings, settings.training, settings.privacy, {"north": data}) == 7 * num_units
     assert compare.alone(settings, num_steps=7).training.local_steps == 7
 
