@@ -43,11 +43,11 @@ NOISED = {
 SMALL = {"r": "4", "alpha": "8.0", "num_virtual_tokens": "4"}
 
 
-def settings(base: Path | str, changes: Mapping[str, str] | None = None) -> config.RunConfig:
+def settings(base: Path | str, changes: Mapping[str, str] | None = None, *, more: str = "") -> config.RunConfig:
     """A run of two rounds; `changes` are as on the command line. A kind of adapter begins with its own defaults."""
     lines = RUN_FILE.format(base=base).splitlines()
     kept = [line for line in lines if "adapter.kind" not in (changes or {}) or not line.startswith("adapter.")]
-    return config.parse("\n".join(kept), name="run.toml", overrides=changes or {})
+    return config.parse("\n".join([*kept, more]), name="run.toml", overrides=changes or {})
 
 
 def of_kind(kind: str, **more: str) -> dict[str, str]:

@@ -137,8 +137,9 @@ def trained(settings: config.AdapterConfig) -> str:
     if settings.kind == "lora":
         title = f"LoRA r = {settings.r}, alpha = {settings.alpha}, {', '.join(settings.targets)}"
         return title + (", rsLoRA" if settings.use_rslora else "")
-    values = (f"{key} = {getattr(settings, key)}" for key in type(settings).model_fields if key != "kind")
-    return ", ".join([KINDS[settings.kind].title, *values])
+    values = {key: getattr(settings, key) for key in type(settings).model_fields if key != "kind"}
+    shown = (f"{key} = {','.join(value) if key == 'targets' else value}" for key, value in values.items())
+    return ", ".join([KINDS[settings.kind].title, *shown])
 
 
 def is_path(base: str) -> bool:

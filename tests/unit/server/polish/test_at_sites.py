@@ -54,9 +54,9 @@ class World:
         """A run of one round and these stages, one of imitation if none is named."""
         rows = stage_data.write(self.folder / "rows.jsonl", stage_data.instructions(10))
         tables = [{"name": "teach", "kind": "sft", "data": rows, **STAGE, **stage} for stage in stages or ({},)]
-        text = tiny.RUN_FILE.format(base=self.base) + f"polish = {json.dumps(tables).replace(': ', ' = ')}\n"
         quick = {"training.batch_size": "12", "federation.num_rounds": "1"}
-        return config.parse(text, name="run.toml", overrides={**quick, **changes})
+        polish = f"polish = {json.dumps(tables).replace(': ', ' = ')}"
+        return tiny.settings(self.base, {**quick, **changes}, more=polish)
 
     def play(self, settings, *, name: str = "run", resume: bool = False, operator=None) -> Path:
         adapter.write(self.engine.model, self.engine.initial)
