@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from common.events import EventLog, Tail
 from server.report import status
 from server.report.progress import Progress
 from server.view.run_view import RunView
@@ -111,3 +112,15 @@ def test_progress_is_never_wider_than_the_terminal(progress, count):
     follow(progress, {"kind": "round_started", "round": 0, "sites": sites, "time": 40.0})
     assert max(map(len, progress.lines(60))) <= 60
     assert f"of {count} sites done" in progress.lines(60)[1]
+
+
+def test_a_view_that_follows_a_growing_log_is_that_of_the_whole(tmp_path):
+    log, followed = EventLog(tmp_path / "events.jsonl"), RunView()
+    tail = Tail(log.path)
+    for line in [PLAN | PRIVATE, *LOG[1:], *SECOND, {"kind": "run_finished"}]:
+        log.append(whole(line))
+        for event in tail.look():
+            followed.take(event)
+    assert (followed, tail.num_starts) == (RunView.read(log.path), 1)
+    assert (sorted(followed.rows), followed.finished is not None) == ([0, 1, 2], True)
+    assert RunView.of(LOG[:0]) != followed  # control
