@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final, TypeVar
@@ -46,7 +47,9 @@ class EventLog:
         """
         event = dataclasses.replace(event, time=round(self.clock(), 3), line="")
         line = json.dumps(event.as_dict(), ensure_ascii=False, allow_nan=False) + "\n"
-        with Journal(self.path, mode=None, lock="none") as file:  # a run's writers share the lock of its folder
+        with closing(
+            Journal(self.path, mode=None, lock="none")
+        ) as file:  # a run's writers share the lock of its folder
             file.append(line.encode(errors="replace"))
         for listener in self.listeners:
             listener(event)

@@ -3,9 +3,10 @@
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from common.errors import StorageError
 from common.storage import PRIVATE, make_folder, storage_error
@@ -14,7 +15,7 @@ Lock = Literal["wait", "refuse", "none"]
 
 
 class Journal:
-    """One such file, open for writing; use it as a context.
+    """One such file, open for writing; use it under `contextlib.closing`.
 
     A writer that is killed leaves whole lines and at most one without its end, of which nobody was told that it was
     kept. The next writer cuts it.
@@ -38,6 +39,8 @@ class Journal:
             self._file = os.open(path, flags, 0o666 if mode is None else mode)
         except OSError as error:
             raise storage_error(path, error) from error
+        # nothing of ours stands between the end of a `closing` and the lock's: a lock that is left locks its owner out
+        self.close: Callable[[], None] = partial(os.close, self._file)
         try:
             if lock != "none":
                 fcntl.flock(self._file, fcntl.LOCK_EX | (fcntl.LOCK_NB if lock == "refuse" else 0))
@@ -85,13 +88,3 @@ class Journal:
         except OSError as error:
             os.ftruncate(self._file, size)
             raise storage_error(self._path, error) from error
-
-    def close(self) -> None:
-        """Close the file, and let others write to it."""
-        os.close(self._file)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -4,6 +4,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,7 +73,7 @@ def report(path: Path, reference: str, error: Exception) -> None:
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
     """One line with the time."""
-    with Journal(path) as file:
+    with closing(Journal(path)) as file:
         file.append(json.dumps({"time": round(time.time(), 3), **entry}).encode() + b"\n")
 
 

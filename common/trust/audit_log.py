@@ -134,7 +134,7 @@ class AuditLog:
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Journal]:
         """The file, for this process alone, with all that others appended read."""
-        with Journal(self.path) as file:
+        with contextlib.closing(Journal(self.path)) as file:
             if file.size_bytes < self._size:
                 raise AuditError(
                     f"{self.path}: has become shorter; entries were removed after sequence {self._head.sequence}"

@@ -9,6 +9,7 @@ signed by its log's key for one federation, so whoever hands it on can neither c
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -153,7 +154,7 @@ class Heads:
         """
         for owner, one in told.items():
             self._check(owner, one, keys)
-        with Journal(self.path) as file:
+        with closing(Journal(self.path)) as file:
             self._catch_up(file)
             fresh = {owner: one for owner, one in told.items() if self._is_news(owner, one)}
             values = ((owner, *_values(one)) for owner, one in fresh.items())
@@ -170,7 +171,7 @@ class Heads:
         Raises:
             AuditError: The file is no file of heads.
         """
-        with Journal(self.path) as file:
+        with closing(Journal(self.path)) as file:
             self._catch_up(file)
         return {owner: known[max(known)] for owner, known in self._known.items()}
 

@@ -41,6 +41,7 @@ def play(run: Run, sites: Sites, state: RoundState) -> RoundState:
     while state.phase != Phase.DONE:
         state = advance(run, sites, state)
         states.save(run, state)
+    states.forget(run)
     return state
 
 

@@ -8,6 +8,7 @@ when it came, so that one which was changed is refused; those of another round o
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -158,6 +159,13 @@ def kept(run: Run, state: RoundState) -> Iterator[Update]:
         if (head.site, wire.digest_of(data)) != (site, digest):
             raise _changed(path, site)
         yield Update(head, change, len(data))
+
+
+def forget(run: Run) -> None:
+    """Remove what only a round that is on needs: no update of a site outlives the rounds."""
+    if (run.folder / UPDATES).is_dir():
+        shutil.rmtree(run.folder / UPDATES)
+    (run.folder / FILE).unlink(missing_ok=True)
 
 
 def _changed(path: Path, site: str) -> ModelError:

@@ -1,6 +1,7 @@
 import os
 import stat
 import threading
+from contextlib import closing
 
 import pytest
 
@@ -10,7 +11,7 @@ from common.journal import Journal
 
 def test_a_journal_gives_whole_lines_from_a_byte_on(tmp_path):
     path = tmp_path / "new" / "log"
-    with Journal(path) as journal:
+    with closing(Journal(path)) as journal:
         journal.append(b"one\n")
         offset = journal.size_bytes
         journal.append(b"two\nthree\n")
@@ -42,7 +43,7 @@ def test_lines_that_do_not_fit_on_the_disk_are_taken_back(tmp_path, monkeypatch,
             return write(file, data[:5])
         raise OSError(28, "No space left on device")
 
-    with Journal(tmp_path / "log") as journal:
+    with closing(Journal(tmp_path / "log")) as journal:
         journal.append(b"whole\n")
         with monkeypatch.context() as patch:
             patch.setattr(os, call, full)
@@ -55,7 +56,7 @@ def test_lines_that_do_not_fit_on_the_disk_are_taken_back(tmp_path, monkeypatch,
 
 def test_a_second_writer_waits_or_is_refused(tmp_path):
     path = tmp_path / "log"
-    with Journal(path) as first:
+    with closing(Journal(path)) as first:
         with pytest.raises(StorageError, match="another session"):
             Journal(path, lock="refuse")
         writer = threading.Thread(target=lambda: Journal(path).append(b"second\n"))

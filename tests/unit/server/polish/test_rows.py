@@ -12,7 +12,7 @@ from server.polish import rows
 from server.preferences import files
 from server.view import polish as told_of
 from tests import tiny
-from tests.samples import stage_data
+from tests.samples import events, stage_data
 
 
 @pytest.fixture
@@ -169,8 +169,9 @@ def test_rows_that_the_result_is_judged_on_are_refused_dropped_or_counted(engine
     assert (len(allowed.train) + len(allowed.held_out), allowed.num_overlapping) == (12, 0)
     assert allowed.overlaps == {"task notes (test.jsonl)": {"num_rows": 4, "num_exact": 2, "num_near": 0}}
     assert (len(untouched.train) + len(untouched.held_out), untouched.overlaps) == (12, {})  # control
-    assert told_of.left_out({"num_overlapping": 2}) == ", 2 left out as the result is judged on them"
-    (line,) = told_of.overlaps({"overlaps": allowed.overlaps})
+    begun = events.event("polish_started", num_overlapping=2)
+    assert told_of.left_out(begun) == ", 2 left out as the result is judged on them"
+    (line,) = told_of.overlaps(events.event("polish_finished", overlaps=allowed.overlaps))
     assert line == "trained on 2 of 4 rows of task notes (test.jsonl) (2 word for word, 0 nearly)"
 
 
