@@ -15,7 +15,7 @@ demo: $(STAMP)  ## a federated QLoRA fine-tuning on this machine, from base to c
 JOBS ?= 2
 
 test: $(STAMP)  ## everything that the gate runs
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" --numprocesses=$(JOBS) --dist=loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder
 
 mutations: $(STAMP)  ## switches guards off one at a time; a test must notice each
 	$(BIN)/python -m tests.mutations

@@ -24,19 +24,10 @@ hypothesis_settings.register_profile("silotune", deadline=None, max_examples=40,
 hypothesis_settings.load_profile("silotune")
 
 
-LONGEST = "tests/integration"
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Give a process whole files; the tests of whole federations, one after the other, to the first that is free."""
-    file = item.nodeid.partition("::")[0]
-    item.add_marker(pytest.mark.xdist_group(LONGEST if file.startswith(LONGEST) else file))
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest, so that no process is left with it at the end."""
-    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+    """Begin with the tests of whole federations, so that no process is left with them at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/integration"))
 
 
 @pytest.fixture(scope="session")
