@@ -13,6 +13,7 @@ import pytest
 
 from common import cli, events
 from server.report import report, status
+from server.view.run_view import RunView
 from simulations.cli import options
 from simulations.cli.app import app
 from simulations.commands import commands
@@ -174,7 +175,7 @@ def test_why_a_run_ended_is_an_event_and_its_status(run_file, tmp_path, capsys):
     assert silotune_sim("run", run_file, "--output", out, "--threads", 1, *changes) == 3
     log = events.read(out / "events.jsonl")
     assert (log[-1]["kind"], log[-1]["error"], log[-1]["exit_code"]) == ("run_failed", "DataError", 3)
-    assert report.status(log).startswith("failed: ")
+    assert report.status(RunView.of(log)).startswith("failed: ")
 
 
 def test_attacks_and_audits_of_preferences_are_refused(run_file, tmp_path, capsys):
