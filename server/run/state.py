@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -69,9 +70,9 @@ class RoundState:
     received: Mapping[str, str] = field(default_factory=dict)
     source: Noise | None = None
 
-    @property
+    @cached_property
     def sha256(self) -> str:
-        """Hash of the global adapter."""
+        """Hash of the global adapter, computed once: each update that is kept is named by it."""
         return adapter.digest(self.tensors)
 
 
