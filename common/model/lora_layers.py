@@ -11,7 +11,6 @@ n rows of x, k and d in- and outputs of the layer, r rank.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -118,27 +117,41 @@ def install(model: nn.Module) -> int:
     """
     layers: list[Any] = [module for module in model.modules() if _can_use(module)]
     if layers and not any(isinstance(layer.forward, _Forward) for layer in layers):
+        shared = _Shared(layers)
         for layer in layers:
-            layer.forward = _Forward(layer)
+            layer.forward = _Forward(layer, shared)
         causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        causal.base_model.register_forward_pre_hook(partial(_begin, layers))
-        causal.base_model.register_forward_hook(partial(_end, layers), always_call=True)
+        causal.base_model.register_forward_pre_hook(shared.begin)
+        causal.base_model.register_forward_hook(shared.end, always_call=True)
     return len(layers)
 
 
-def _begin(layers: Sequence[Any], body: Any, _: Any) -> None:
-    """Before a pass through a model's body: cast what its layers will ask for."""
-    masters = layers[0].lora_A[NAME].weight
-    kind = masters.device.type
-    dtype: torch.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else body.dtype
-    for layer, factors in zip(layers, _cast(layers, dtype), strict=True):
-        layer.forward.factors = factors
+class _Shared:
+    """The factors of all layers, cast together when the first layer of a pass through the model asks for its own.
 
+    A pass whose layers are all peft's, such as a token of generation, casts none.
+    """
 
-def _end(layers: Sequence[Any], *_: Any) -> None:
-    """After a pass, whatever came of it."""
-    for layer in layers:
-        layer.forward.factors = None
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self._layers, self._is_open = layers, False
+        self._cast: dict[torch.dtype, dict[int, Factors]] = {}
+
+    def begin(self, *_: Any) -> None:
+        """Before a pass."""
+        self._is_open = True
+
+    def end(self, *_: Any) -> None:
+        """After it, whatever came of it."""
+        self._is_open = False
+        self._cast.clear()
+
+    def of(self, layer: Any, dtype: torch.dtype) -> Factors:
+        """A layer's factors as they are now; those of one that is called by itself, or anew, are cast alone."""
+        if not self._is_open:
+            return _cast([layer], dtype)[0]
+        if dtype not in self._cast:
+            self._cast[dtype] = dict(zip(map(id, self._layers), _cast(self._layers, dtype), strict=True))
+        return self._cast[dtype][id(layer)]
 
 
 def _can_use(module: Any) -> bool:
@@ -155,10 +168,9 @@ def _can_use(module: Any) -> bool:
 class _Forward:
     """A layer's forward, which is peft's where the short way would be another computation."""
 
-    def __init__(self, layer: Any) -> None:
-        self._layer, self._of_peft = layer, layer.forward
+    def __init__(self, layer: Any, shared: _Shared) -> None:
+        self._layer, self._of_peft, self._shared = layer, layer.forward, shared
         self._frozen = Frozen.of(layer.get_base_layer().weight)
-        self.factors: Factors | None = None  # cast with those of all other layers, while a pass of the model lasts
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self._layer
@@ -175,9 +187,7 @@ class _Forward:
             return result
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        scale, factors = layer.scaling[NAME], self.factors
-        if factors is None or factors.a_rk.dtype != x.dtype:  # a layer that is called by itself, or computed again
-            [factors] = _cast([layer], x.dtype)
+        scale, factors = layer.scaling[NAME], self._shared.of(layer, x.dtype)
         y: Tensor
         down_nr: Tensor
         y, down_nr = LoraProduct.apply(x, a.weight, b.weight, self._frozen, factors, scale)  # type: ignore[no-untyped-call]

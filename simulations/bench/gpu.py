@@ -23,7 +23,7 @@ GOAL_PRIVATE_MEMORY: Final = 1.02
 GOAL_LOSS: Final = 1e-3
 GOAL_BUSY: Final = 0.85
 GOAL_SITES: Final = 1.05
-USUAL_ROWS: Final = {"1b": 8, "8b": 4}  # a device at once, as the issue of speed was first measured
+USUAL_ROWS: Final = {"1b": 8, "8b": 4}  # a device at once
 CURVE_STEPS: Final = 200
 
 Arm = Mapping[str, Any]

@@ -128,3 +128,14 @@ def test_a_weight_is_dequantised_to_the_bits_of_bitsandbytes(load_tiny):
     assert weight.quant_state.nested
     expected = lora_layers.functional.dequantize_4bit(weight.data, weight.quant_state)
     assert torch.equal(lora_layers.Frozen.of(weight).whole(torch.float32), expected)
+
+
+def test_a_pass_of_few_rows_casts_no_factor_and_a_long_one_casts_all_at_once(engine_of, monkeypatch):
+    engine = engine_of({})
+    count = lora_layers.install(engine.model)
+    cast, real = [], lora_layers._cast
+    monkeypatch.setattr(lora_layers, "_cast", lambda layers, dtype: cast.append(len(layers)) or real(layers, dtype))
+    engine.model(input_ids=torch.arange(4)[None])
+    assert cast == []
+    engine.model(input_ids=torch.arange(LENGTH)[None] % 50)
+    assert cast == [count]
